@@ -1,0 +1,58 @@
+"""LoRA for any JAX program: pure functions that put A and B beside the weights of a pytree."""
+
+from lora_jax.adapt import init
+from lora_jax.checkpoint import load, read_metadata, save
+from lora_jax.config import LoraConfig, Override
+from lora_jax.errors import (
+    AdapterFileError,
+    ConfigError,
+    DenseError,
+    DenseWarning,
+    LayoutError,
+    LoraError,
+    MergeError,
+    StructureError,
+    TargetError,
+)
+from lora_jax.merging import merge, unmerge
+from lora_jax.optim import freeze, labels, mask
+from lora_jax.overlay import disable, join, set_scale, split, with_dropout
+from lora_jax.summary import count_params, summary
+from lora_jax.transform import lora
+from lora_jax.weights import Layout, LoraWeight, TrainedLeaf
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AdapterFileError",
+    "ConfigError",
+    "DenseError",
+    "DenseWarning",
+    "Layout",
+    "LayoutError",
+    "LoraConfig",
+    "LoraError",
+    "LoraWeight",
+    "MergeError",
+    "Override",
+    "StructureError",
+    "TargetError",
+    "TrainedLeaf",
+    "count_params",
+    "disable",
+    "freeze",
+    "init",
+    "join",
+    "labels",
+    "load",
+    "lora",
+    "mask",
+    "merge",
+    "read_metadata",
+    "save",
+    "set_scale",
+    "split",
+    "summary",
+    "unmerge",
+    "with_dropout",
+]

@@ -1,0 +1,114 @@
+"""Dimension arithmetic with named axes: pure helpers that know nothing of weights or programs."""
+
+import math
+from collections.abc import Collection, Hashable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+Names = Sequence[Hashable]
+
+
+def sizes_of(*operands: tuple[Any, Names]) -> dict[Hashable, int]:
+    """The size of every named axis among (array, names) pairs."""
+    return {n: d for x, names in operands for n, d in zip(names, x.shape, strict=True)}
+
+
+def result_names(x: Names, y: Names, keep: Collection[Hashable]) -> tuple[Hashable, ...]:
+    """The names of `contract`'s result: shared and kept, then kept of `x`, then kept of `y`."""
+    shared = tuple(n for n in x if n in y and n in keep)
+    alone = [n for n in x if n in keep and n not in y] + [n for n in y if n in keep and n not in x]
+    return (*shared, *alone)
+
+
+def flops(x: Names, y: Names, sizes: Mapping[Hashable, int]) -> int:
+    """Multiply-adds of contracting `x` with `y`: the product of all sizes that take part."""
+    return math.prod(sizes[n] for n in {*x, *y})
+
+
+def sum_out(x: jax.Array, names: Names, unwanted: Collection[Hashable]) -> tuple[jax.Array, Names]:
+    """Sum `x` over the named axes in `unwanted`."""
+    dims = tuple(i for i, n in enumerate(names) if n in unwanted)
+    return (x.sum(dims), [n for n in names if n not in unwanted]) if dims else (x, names)
+
+
+def contract(
+    x: jax.Array,
+    x_names: Names,
+    y: jax.Array,
+    y_names: Names,
+    keep: Collection[Hashable],
+    *,
+    precision: Any = None,
+    preferred_element_type: Any = None,
+) -> tuple[jax.Array, tuple[Hashable, ...]]:
+    """Einsum of two operands as one `dot_general`: every axis not in `keep` is summed over.
+
+    Returns the result and its names, in the order of `result_names`.
+    """
+    x, x_names = sum_out(x, x_names, {n for n in x_names if n not in keep and n not in y_names})
+    y, y_names = sum_out(y, y_names, {n for n in y_names if n not in keep and n not in x_names})
+    batch = [n for n in x_names if n in y_names and n in keep]
+    summed = [n for n in x_names if n in y_names and n not in keep]
+
+    def positions(names: Names, wanted: Names) -> list[int]:
+        return [list(names).index(n) for n in wanted]
+
+    out = lax.dot_general(
+        x,
+        y,
+        (
+            (positions(x_names, summed), positions(y_names, summed)),
+            (positions(x_names, batch), positions(y_names, batch)),
+        ),
+        precision=precision,
+        preferred_element_type=preferred_element_type,
+    )
+    return out, result_names(x_names, y_names, keep)
+
+
+def arrange(
+    x: jax.Array, names: Names, wanted: Names, sizes: Mapping[Hashable, int]
+) -> jax.Array:
+    """`x` with its axes in the order `wanted`; names it lacks become broadcast axes."""
+    present = [n for n in wanted if n in names]
+    order = [list(names).index(n) for n in present]
+    if order != list(range(len(order))):
+        x = x.transpose(order)
+    if len(present) < len(wanted):
+        shape = tuple(sizes[n] for n in wanted)
+        x = lax.broadcast_in_dim(x, shape, [list(wanted).index(n) for n in present])
+    return x
+
+
+def move_first(x: jax.Array, names: Names, name: Hashable) -> tuple[jax.Array, Names]:
+    """`x` with the named axis in front."""
+    position = list(names).index(name)
+    rest = [n for n in names if n != name]
+    return (jnp.moveaxis(x, position, 0) if position else x), [name, *rest]
+
+
+def reshape_groups(
+    old: Sequence[int], new: Sequence[int]
+) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """Which axes of `old` become which axes of `new` in a reshape, in the finest groups.
+
+    Axes of size one belong to no group; neither shape may hold a zero.
+
+    >>> reshape_groups((6, 1, 4, 5), (2, 3, 20))
+    [((0,), (0, 1)), ((2, 3), (2,))]
+    """
+    olds = [i for i, size in enumerate(old) if size != 1]
+    news = [j for j, size in enumerate(new) if size != 1]
+    groups = []
+    while olds:
+        left, right = [olds.pop(0)], [news.pop(0)]
+        while (p := math.prod(old[i] for i in left)) != (q := math.prod(new[j] for j in right)):
+            if p < q:
+                left.append(olds.pop(0))
+            else:
+                right.append(news.pop(0))
+        groups.append((tuple(left), tuple(right)))
+    return groups

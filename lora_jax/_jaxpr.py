@@ -1,0 +1,91 @@
+"""Reading and rebuilding jaxprs: everything that a new JAX release can break is in this file."""
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+from jax.extend import core, source_info_util
+
+Literal = core.Literal
+DropVar = core.DropVar
+
+
+def open_jaxpr(jaxpr: Any) -> tuple[Any, Sequence[Any]]:
+    """(jaxpr, consts) of a jaxpr in whatever form a release stores it in an equation."""
+    # 0.10 wraps a closed jaxpr around an open one; from 0.12 on a jaxpr carries its own consts.
+    return getattr(jaxpr, "jaxpr", jaxpr), getattr(jaxpr, "consts", ())
+
+
+def trace(fn: Callable, *args: Any) -> tuple[Any, Sequence[Any]]:
+    """(jaxpr, consts) of `fn` on arrays or `ShapeDtypeStruct`s, one argument an array."""
+    return open_jaxpr(jax.make_jaxpr(fn)(*args))
+
+
+@contextlib.contextmanager
+def equation_context(eqn: Any) -> Iterator[None]:
+    """Inside it, what is traced gets the source line and the name scopes of `eqn`."""
+    stack = source_info_util.current_name_stack() + eqn.source_info.name_stack
+    with (
+        source_info_util.user_context(eqn.source_info.traceback, name_stack=stack),
+        eqn.ctx.manager,
+    ):
+        yield
+
+
+def bind(eqn: Any, values: Sequence[Any]) -> list[Any]:
+    """The outputs of `eqn` on other inputs, as JAX itself would evaluate it."""
+    out = eqn.primitive.bind(*values, **eqn.primitive.get_bind_params(eqn.params))
+    return list(out) if eqn.primitive.multiple_results else [out]
+
+
+def source_line(eqn: Any) -> str:
+    """ "file.py:12 (function)" of the user's code that made `eqn`."""
+    return source_info_util.summarize(eqn.source_info)
+
+
+def scan_counts(eqn: Any) -> tuple[int, int]:
+    """How many of a scan's inputs are loop constants, and how many are carried."""
+    params = eqn.params
+    if "ft_in" in params:  # 0.12 describes the inputs by trees: (consts, carry, xs)
+        consts, carry, _ = params["ft_in"].elts
+        return len(consts), len(carry)
+    return params["num_consts"], params["num_carry"]
+
+
+def jvp_rule(eqn: Any, zero_tangents: Sequence[bool]) -> tuple[Any, Sequence[Any], Sequence[bool]]:
+    """The author's rule of a `custom_jvp_call` as (jaxpr, consts, output tangents that are zero).
+
+    The jaxpr takes the primals, then the tangents that are not zero; it returns the primals out,
+    then the tangents out that are not zero.
+    """
+    jaxpr, consts, zeros_out = eqn.params["jvp_jaxpr_fun"].call_wrapped(*zero_tangents)
+    return open_jaxpr(jaxpr)[0], consts, zeros_out
+
+
+def shardings(eqn: Any) -> tuple[Sequence[Any], Sequence[Any]]:
+    """The input and output shardings of a `jit` equation; None where nothing was asked for."""
+
+    def given(items: Sequence[Any]) -> list[Any]:
+        return [None if type(s).__name__ == "UnspecifiedValue" else s for s in items]
+
+    return given(eqn.params["in_shardings"]), given(eqn.params["out_shardings"])
+
+
+def sub_jaxprs(eqn: Any) -> Iterator[Any]:
+    """The open jaxprs among the parameters of `eqn`."""
+    for value in eqn.params.values():
+        for item in value if isinstance(value, tuple | list) else (value,):
+            if hasattr(open_jaxpr(item)[0], "eqns"):
+                yield open_jaxpr(item)[0]
+
+
+def last_uses(jaxpr: Any) -> dict[Any, int]:
+    """For each variable the index of the last equation that reads it (outputs never end)."""
+    last = {v: i for i, eqn in enumerate(jaxpr.eqns) for v in eqn.invars if is_var(v)}
+    return last | {v: len(jaxpr.eqns) for v in jaxpr.outvars if is_var(v)}
+
+
+def is_var(atom: Any) -> bool:
+    """Whether an equation's input is a variable, not a literal."""
+    return not isinstance(atom, Literal)

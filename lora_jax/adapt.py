@@ -1,0 +1,225 @@
+"""`init`: a parameter tree with A and B beside every targeted weight."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lora_jax import _paths, layouts
+from lora_jax.config import ALL_LINEAR, LoraConfig
+from lora_jax.context import Use
+from lora_jax.errors import LayoutError, TargetError
+from lora_jax.initializers import INITIALIZERS, path_key
+from lora_jax.weights import Layout, LoraWeight, TrainedLeaf, accumulator, is_adapted
+
+
+def init(
+    key: jax.Array,
+    params: Any,
+    config: LoraConfig,
+    fn: Callable | None = None,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    """Put a `LoraWeight` where each targeted kernel stands; the function is unchanged to the bit.
+
+    `W` becomes `W + scale · A · B` with A uniform in ±1/√fan_in and B zero
+    (https://arxiv.org/abs/2106.09685). Which axes are in and out is read from the program
+    `fn(params, *args, **kwargs)`, traced on shapes alone.
+
+    Args:
+      key: a random key. Each weight's own key is folded from it and the weight's path.
+      params: any pytree of arrays or `ShapeDtypeStruct`s; it is `fn`'s first argument.
+      config: what to adapt, and how.
+      fn: the function that will run on the parameters. Without it only two-axis and 2-D
+        convolution kernels can be adapted, for which the shape leaves no choice.
+      *args: example arguments after `params`; arrays or `ShapeDtypeStruct`s.
+      **kwargs: example keyword arguments.
+
+    Returns:
+      The same tree, every other leaf the same object, with a `LoraWeight` for each target and a
+      `TrainedLeaf` for each leaf trained whole. Where a weight is a `ShapeDtypeStruct` its factors
+      are too, and nothing is allocated.
+
+    Raises:
+      TargetError: a pattern matches nothing; a target is not floating, is adapted already, is
+        never contracted with anything, or is smaller than the rank. All such are listed at once.
+      LayoutError: a shape does not decide the layout and no function is given.
+
+    >>> import jax, jax.numpy as jnp
+    >>> params = {"dense": {"kernel": jnp.ones((4, 3)), "bias": jnp.ones(3)}}
+    >>> adapted = init(jax.random.key(0), params, LoraConfig(rank=2))
+    >>> adapted["dense"]["kernel"].a.shape, adapted["dense"]["kernel"].b.shape
+    ((4, 2), (2, 3))
+    """
+    leaves, treedef = _paths.flatten_with_paths(params, is_leaf=is_adapted)
+    already = [path for path, leaf in leaves.items() if is_adapted(leaf)]
+    if already:
+        raise TargetError(
+            "already adapted: " + ", ".join(already) + "; merge(params) first, or "
+            "split(params) and start from the base"
+        )
+    uses = None if fn is None else layouts.infer_uses(fn, params, args, kwargs)
+    whole = _paths.select("train", config.train, leaves)
+    targets = _targets(config, leaves, uses, whole)
+    _check_overrides(config, targets)
+    _check_leaves({**targets, **dict.fromkeys(whole)}, leaves)
+    chosen = _layouts(config, targets, leaves, uses)
+    _check_ranks(config, chosen, leaves)
+    nodes = {
+        **{path: _adapt(key, path, leaves[path], layout, config) for path, layout in chosen.items()},
+        **{path: _train_whole(leaves[path], config) for path in whole},
+    }
+    return jax.tree_util.tree_unflatten(
+        treedef, [nodes.get(path, leaf) for path, leaf in leaves.items()]
+    )
+
+
+Uses = Mapping[str, Sequence[Use]] | None
+
+
+def _targets(
+    config: LoraConfig, leaves: Mapping[str, Any], uses: Uses, whole: Mapping[str, str]
+) -> dict[str, str]:
+    """The paths to adapt, each with the entry that selected it."""
+    excluded = _paths.select("exclude", config.exclude, leaves)
+    if isinstance(config.targets, str) and config.targets == ALL_LINEAR:
+        found = {p: ALL_LINEAR for p, leaf in leaves.items() if _is_linear(p, leaf, uses)}
+        if not found:
+            raise TargetError("targets: no leaf is contracted with an activation")
+        return {p: e for p, e in found.items() if p not in excluded and p not in whole}
+    found = _paths.select("targets", config.targets, leaves)
+    for path, entry in list(found.items()):
+        # An entry that names a module stands for the linear weights in it, not for its biases.
+        if _names_module_only(entry, path) and not _is_linear(path, leaves[path], uses):
+            del found[path]
+    empty = [e for e in config.targets if e not in found.values()] if _is_list(config) else []
+    if empty:
+        raise TargetError(
+            "\n".join(f"targets: {e!r} names a module without linear weights" for e in empty)
+        )
+    both = sorted(path for path in found if path in whole)
+    if both:
+        raise TargetError(f"{', '.join(both)}: in targets and in train; choose one")
+    return {path: entry for path, entry in found.items() if path not in excluded}
+
+
+def _is_list(config: LoraConfig) -> bool:
+    return not isinstance(config.targets, str) and not callable(config.targets)
+
+
+def _names_module_only(entry: str, path: str) -> bool:
+    return _paths.names_module(entry, path) and not _paths.names_leaf(entry, path)
+
+
+def _is_linear(path: str, leaf: Any, uses: Uses) -> bool:
+    if not layouts.is_floating(leaf):
+        return False
+    if uses is not None:
+        return layouts.is_linear(uses.get(path, ()))
+    return path.split("/")[-1] != "embedding" and len(leaf.shape) > 1
+
+
+def _check_overrides(config: LoraConfig, targets: Mapping[str, str]) -> None:
+    """Every key of `overrides` must apply to a target."""
+    unused = set(config.overrides)
+    for path in targets:
+        unused -= {key for key in unused if _paths.lookup({key: None}, path)}
+    if unused:
+        lines = [
+            f"overrides: {key!r} matches no adapted weight; {_paths.nearest(key, targets)}"
+            for key in config.overrides
+            if key in unused
+        ]
+        raise TargetError("\n".join(lines))
+
+
+def _check_leaves(chosen: Mapping[str, Any], leaves: Mapping[str, Any]) -> None:
+    wrong = [
+        f"{path}: {getattr(leaves[path], 'dtype', type(leaves[path]).__name__)} cannot be trained; "
+        "only floating arrays can (leave it out with exclude=)"
+        for path in chosen
+        if not layouts.is_floating(leaves[path])
+    ]
+    if wrong:
+        raise TargetError("\n".join(wrong))
+
+
+def _layouts(
+    config: LoraConfig, targets: Mapping[str, str], leaves: Mapping[str, Any], uses: Uses
+) -> dict[str, Layout]:
+    """The layout of every target: the configuration's, the program's, or the shape's."""
+    found: dict[str, Layout] = {}
+    problems: list[Exception] = []
+    for path in targets:
+        shape = leaves[path].shape
+        named = config.for_path(path)[2]
+        try:
+            if named is not None:
+                found[path] = _named_layout(path, shape, named)
+            elif uses is None or layouts.is_opaque(uses.get(path, ())):
+                found[path] = layouts.layout_from_shape(path, shape)
+            else:
+                found[path] = _used_layout(path, len(shape), uses.get(path, ()))
+        except (LayoutError, TargetError) as error:
+            problems.append(error)
+    if problems:
+        raise type(problems[0])("\n".join(str(problem) for problem in problems))
+    return found
+
+
+def _named_layout(path: str, shape: Sequence[int], axes: str) -> Layout:
+    if len(axes) != len(shape):
+        raise LayoutError(f"{path}: layout {axes!r} does not fit the shape {tuple(shape)}")
+    return Layout(axes)
+
+
+def _used_layout(path: str, ndim: int, uses: Sequence[Use]) -> Layout:
+    layout = layouts.layout_from_uses(path, ndim, uses)
+    if layout is None:
+        raise TargetError(
+            f"{path}: never contracted with an activation, so a low-rank update has no meaning; it "
+            f"is used by {layouts.describe(uses)}. Leave it out with exclude=, or train it whole "
+            "with train="
+        )
+    return layout
+
+
+def _check_ranks(
+    config: LoraConfig, chosen: Mapping[str, Layout], leaves: Mapping[str, Any]
+) -> None:
+    problems = []
+    for path, layout in chosen.items():
+        rank, shape = config.for_path(path)[0], leaves[path].shape
+        size = min(layout.fan_in(shape), layout.fan_out(shape))
+        if rank > size:
+            problems.append(
+                f"{path}: rank {rank} is above what the weight {tuple(shape)} can hold, {size}. "
+                f'Lower it, overrides={{"{path}": Override(rank={size})}}, or leave the weight out '
+                "with exclude=, or train it whole with train="
+            )
+    if problems:
+        raise TargetError("\n".join(problems))
+
+
+def _adapt(key: jax.Array, path: str, w: Any, layout: Layout, config: LoraConfig) -> LoraWeight:
+    rank, scale, _ = config.for_path(path)
+    shape = tuple(w.shape)
+
+    def factors(key: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        a, b = INITIALIZERS[config.init](path_key(key, path), layout, shape, rank, config.dtype)
+        return a, b, jnp.full(layout.select("b", shape), scale, accumulator(config.dtype))
+
+    abstract = isinstance(w, jax.ShapeDtypeStruct)
+    a, b, scales = jax.eval_shape(factors, key) if abstract else factors(key)
+    return LoraWeight(w, a, b, scales, layout=layout, dropout=float(config.dropout))
+
+
+def _train_whole(w: Any, config: LoraConfig) -> TrainedLeaf:
+    def start(w: Any) -> tuple[jax.Array, jax.Array]:
+        return jnp.array(w, config.dtype), jnp.ones((), accumulator(config.dtype))
+
+    abstract = isinstance(w, jax.ShapeDtypeStruct)
+    value, scale = jax.eval_shape(start, w) if abstract else start(w)
+    return TrainedLeaf(w, value, scale)

@@ -1,0 +1,176 @@
+"""`LoraConfig`: what to adapt and how; nothing but data and its validation."""
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+
+from lora_jax import _paths
+from lora_jax.errors import ConfigError
+
+ALL_LINEAR = "all-linear"
+SCALINGS = ("standard", "rslora")
+INITS = ("kaiming",)
+
+
+def _check_rank(where: str, rank: Any) -> None:
+    if isinstance(rank, bool) or not isinstance(rank, int) or rank <= 0:
+        raise ConfigError(f"{where} must be a positive integer, got {rank!r}")
+
+
+def _check_alpha(where: str, alpha: Any) -> None:
+    if alpha is not None and (
+        isinstance(alpha, bool) or not isinstance(alpha, int | float) or not math.isfinite(alpha)
+    ):
+        raise ConfigError(f"{where} must be a finite number or None (= rank), got {alpha!r}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Override:
+    """What one pattern of `LoraConfig.overrides` sets in place of the configuration's own value.
+
+    Args:
+      rank: the rank of the matched weights; None keeps `LoraConfig.rank`.
+      alpha: their alpha; None keeps `LoraConfig.alpha`, and where that is None too, alpha = rank.
+      layout: one letter an axis, `b` batch, `i` in, `o` out ("ioo" for an `[embed, heads, head_dim]`
+        kernel), where neither the program nor the shape decides it.
+    """
+
+    rank: int | None = None
+    alpha: float | None = None
+    layout: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.rank is not None:
+            _check_rank("overrides: rank", self.rank)
+        _check_alpha("overrides: alpha", self.alpha)
+        if self.layout is not None and (
+            not isinstance(self.layout, str) or not set(self.layout) <= set("bio")
+        ):
+            raise ConfigError(
+                f"overrides: layout must be made of the letters b, i and o, got {self.layout!r}"
+            )
+
+
+def _as_override(key: str, value: Any) -> Override:
+    if isinstance(value, Override):
+        return value
+    if not isinstance(value, Mapping):
+        raise ConfigError(f"overrides[{key!r}] must be an Override or a mapping, got {value!r}")
+    unknown = set(value) - {field.name for field in dataclasses.fields(Override)}
+    if unknown:
+        raise ConfigError(f"overrides[{key!r}] has unknown keys {sorted(unknown)}")
+    return Override(**value)
+
+
+@dataclasses.dataclass(frozen=True)
+class LoraConfig:
+    """Which weights get a low-rank update `W + scale * A @ B`, and how it starts.
+
+    The scale is `alpha / rank` ("standard", https://arxiv.org/abs/2106.09685) or
+    `alpha / sqrt(rank)` ("rslora", https://arxiv.org/abs/2312.03732).
+
+    Args:
+      rank: inner size of the factors, a positive integer.
+      alpha: numerator of the scale; None means alpha = rank, so that the standard scale is 1.
+      targets: the weights to adapt. "all-linear" takes every weight that the function contracts
+        with an activation (without a function: every two-axis and convolution kernel); any other
+        string is a regex for the whole path; a sequence holds path suffixes ("query/kernel") or
+        module names ("query"); a callable gets the path and the leaf.
+      exclude: what to leave out of `targets`, in the same forms. It wins.
+      overrides: pattern -> `Override` (or a dict of its fields). An exact path wins, then the first
+        key that matches as suffix, module name or regex.
+      scaling: "standard" or "rslora".
+      init: "kaiming": A uniform in ±1/√fan_in, B zero, so that the function starts unchanged.
+      dropout: probability of dropping an input of the branch, in effect only on parameters that
+        went through `lora_jax.with_dropout`.
+      train: leaves to train whole (a bias, a norm, a new head), in the same forms as `targets`.
+      dtype: floating dtype of A, B and of the leaves trained whole.
+
+    Raises:
+      ConfigError: a field has a value that cannot be used; the message names the field.
+
+    >>> LoraConfig(rank=8, alpha=16, targets=["query", "value"]).scale(rank=8, alpha=16)
+    2.0
+    """
+
+    rank: int = 8
+    alpha: float | None = None
+    targets: _paths.Pattern = ALL_LINEAR
+    exclude: _paths.Pattern = ()
+    overrides: Mapping[str, Override] = dataclasses.field(default_factory=dict)
+    scaling: str = "standard"
+    init: str = "kaiming"
+    dropout: float = 0.0
+    train: _paths.Pattern = ()
+    dtype: Any = jnp.float32
+
+    def __post_init__(self) -> None:
+        _check_rank("rank", self.rank)
+        _check_alpha("alpha", self.alpha)
+        for field in ("targets", "exclude", "train"):
+            object.__setattr__(self, field, _check_pattern(field, getattr(self, field)))
+        if not self.targets and not self.train:
+            raise ConfigError("targets and train are both empty: nothing would be trained")
+        if not isinstance(self.overrides, Mapping):
+            raise ConfigError(f"overrides must be a mapping, got {self.overrides!r}")
+        overrides = {key: _as_override(key, value) for key, value in self.overrides.items()}
+        object.__setattr__(self, "overrides", overrides)
+        for key in overrides:
+            _paths.compile_regex("overrides", key)
+        for field, known in (("scaling", SCALINGS), ("init", INITS)):
+            if getattr(self, field) not in known:
+                raise ConfigError(f"{field} must be one of {known}, got {getattr(self, field)!r}")
+        if not isinstance(self.dropout, int | float) or not 0 <= self.dropout < 1:
+            raise ConfigError(f"dropout must be a probability in [0, 1), got {self.dropout!r}")
+        object.__setattr__(self, "dtype", _check_dtype(self.dtype))
+
+    def scale(self, rank: int, alpha: float | None) -> float:
+        """`alpha/rank` or `alpha/sqrt(rank)`; an alpha of None stands for `rank`."""
+        alpha = rank if alpha is None else alpha
+        return alpha / (rank if self.scaling == "standard" else math.sqrt(rank))
+
+    def for_path(self, path: str) -> tuple[int, float, str | None]:
+        """The rank, the scale and the layout (or None) that apply to the weight at `path`."""
+        found = _paths.lookup(self.overrides, path)
+        override = found[1] if found else Override()
+        rank = self.rank if override.rank is None else override.rank
+        alpha = self.alpha if override.alpha is None else override.alpha
+        return rank, self.scale(rank, alpha), override.layout
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as JSON values; callables become their names."""
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        values["overrides"] = {k: dataclasses.asdict(v) for k, v in self.overrides.items()}
+        values["dtype"] = jnp.dtype(self.dtype).name
+        for field in ("targets", "exclude", "train"):
+            if callable(values[field]):
+                values[field] = f"<callable {getattr(values[field], '__qualname__', '?')}>"
+            elif not isinstance(values[field], str):
+                values[field] = list(values[field])
+        return values
+
+
+def _check_pattern(field: str, pattern: Any) -> _paths.Pattern:
+    if callable(pattern):
+        return pattern
+    if isinstance(pattern, str):
+        _paths.compile_regex(field, pattern)
+        return pattern
+    if isinstance(pattern, Sequence | set | frozenset) and all(isinstance(e, str) for e in pattern):
+        return tuple(sorted(pattern) if isinstance(pattern, set | frozenset) else pattern)
+    raise ConfigError(
+        f"{field} must be a regex, a sequence of path suffixes or a callable, got {pattern!r}"
+    )
+
+
+def _check_dtype(dtype: Any) -> Any:
+    try:
+        dtype = jnp.dtype(dtype)
+    except TypeError:
+        raise ConfigError(f"dtype is not a dtype: {dtype!r}") from None
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise ConfigError(f"dtype must be a floating dtype, got {dtype}")
+    return dtype

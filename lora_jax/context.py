@@ -1,0 +1,92 @@
+"""What one walk through a program carries along: policy, warnings given, uses seen."""
+
+import dataclasses
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+from lora_jax import _jaxpr
+from lora_jax.errors import DenseError, DenseWarning
+from lora_jax.lazy import Axis, LazyWeight, to_dense
+
+#: What `on_dense` may say: warn once a site, refuse, or make dense without a word.
+POLICIES = ("warn", "error", "allow")
+
+#: Primitives that take arrays apart in ways no one can see: their use of a weight says nothing.
+OPAQUE = ("pallas_call", "pure_callback", "io_callback", "ffi_call", "custom_call", "shard_map")
+
+
+@dataclasses.dataclass(frozen=True)
+class Use:
+    """One use of a weight: the primitive, and what it does with each axis of the parameter."""
+
+    path: str
+    primitive: str
+    line: str
+    axes: dict[int, str]  # parameter axis -> "b", "i" or "o"; empty for a use that is no contraction
+
+
+class Context:
+    """The state of one walk. `uses` is a list where uses are inferred, None where they are applied."""
+
+    def __init__(self, on_dense: str = "warn", uses: list[Use] | None = None):
+        self.on_dense = on_dense
+        self.uses = uses
+        self.jitted: dict[Any, Any] = {}
+        self._sites = 0
+        self._told: set[tuple[str, str, str]] = set()
+
+    @property
+    def infers(self) -> bool:
+        """Whether this walk only watches how weights are used."""
+        return self.uses is not None
+
+    def next_site(self) -> int:
+        """A number that no other contraction of this walk has."""
+        self._sites += 1
+        return self._sites
+
+    def record(self, lazy: LazyWeight, eqn: Any, summed: Sequence[Axis], batch: Sequence[Axis]) -> None:
+        """Note a contraction: summed axes are in; batched and indexed-away axes are batch."""
+        if self.uses is None:
+            return
+        kinds: dict[int, str] = {}
+        for axis in lazy.axes:
+            kind = "i" if axis in summed else "b" if axis in batch else "o"
+            # Where a part of an axis is summed and a part is not, the sum decides.
+            kinds.update({o: kind for o in axis.origins if kinds.get(o) != "i"})
+        kinds.update(dict.fromkeys(lazy.indexed, "b"))
+        self.uses.append(Use(lazy.path, eqn.primitive.name, _jaxpr.source_line(eqn), kinds))
+
+    def make_dense(self, lazy: LazyWeight, eqn: Any, why: str = "") -> Any:
+        """The dense form of a weight that no rule covers, after saying so."""
+        return self._dense_at(lazy, eqn.primitive.name, _jaxpr.source_line(eqn), why)
+
+    def returned(self, lazy: LazyWeight) -> Any:
+        """The dense form of a weight that the program returns."""
+        return self._dense_at(lazy, "return", "the end of the function", "")
+
+    def _dense_at(self, lazy: LazyWeight, primitive: str, line: str, why: str) -> Any:
+        if self.uses is not None:
+            self.uses.append(_dense_use(lazy, primitive, line))
+            return to_dense(lazy)
+        message = (
+            f"{lazy.path}: `{primitive}` at {line} needs the whole weight{why}, so W + scale·A·B "
+            f"{list(lazy.shape)} is made dense there. The result is right, but it costs that memory; "
+            'leave the weight out with exclude=, or pass on_dense="allow" to accept it'
+        )
+        if self.on_dense == "error":
+            raise DenseError(message)
+        site = (lazy.path, primitive, line)
+        if self.on_dense == "warn" and site not in self._told:
+            self._told.add(site)
+            warnings.warn(message, DenseWarning, stacklevel=2)
+        return to_dense(lazy)
+
+
+def _dense_use(lazy: LazyWeight, primitive: str, line: str) -> Use:
+    """A use that is no contraction; where rows were picked before, it was a lookup of them."""
+    if not lazy.indexed:
+        return Use(lazy.path, primitive, line, {})
+    kinds = {origin: "o" for axis in lazy.axes for origin in axis.origins}
+    return Use(lazy.path, "gather", line, kinds | dict.fromkeys(lazy.indexed, "i"))

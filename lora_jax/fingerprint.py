@@ -1,0 +1,62 @@
+"""Checksums of a base: whether two trees hold the same weights, leaf by leaf."""
+
+from collections.abc import Collection
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lora_jax import _paths
+from lora_jax.weights import is_adapted
+
+
+def fingerprint(base: Any, skip: Collection[str] = ()) -> dict[str, str]:
+    """`{path: "float32[4,3]:1a2b3c4d5e6f7a8b"}`: dtype, shape and a checksum of every array's bits.
+
+    Computed where the arrays are, in integers, so that it is the same on every backend and for
+    every sharding. Leaves without values (`ShapeDtypeStruct`) get no checksum.
+
+    Args:
+      base: a parameter tree without adapters.
+      skip: paths to leave out (the leaves that adapters replace whole).
+    """
+    leaves, _ = _paths.flatten_with_paths(base, is_leaf=is_adapted)
+    arrays = {p: x for p, x in leaves.items() if hasattr(x, "dtype") and p not in skip}
+    known = {p: x for p, x in arrays.items() if not isinstance(x, jax.ShapeDtypeStruct)}
+    sums = dict(zip(known, jax.device_get([_checksum(x) for x in known.values()]), strict=True))
+    return {
+        path: f"{x.dtype}[{','.join(map(str, x.shape))}]" + (_hex(sums[path]) if path in sums else "")
+        for path, x in arrays.items()
+    }
+
+
+def differences(saved: dict[str, str], base: dict[str, str]) -> list[str]:
+    """What tells the two apart, one line a leaf; checksums count only where both have them."""
+    lines = [f"{path}: not in this base" for path in saved if path not in base]
+    lines += [f"{path}: not in the base of the adapters" for path in base if path not in saved]
+    for path in saved.keys() & base.keys():
+        (was, _, was_sum), (now, _, now_sum) = saved[path].partition(":"), base[path].partition(":")
+        if was != now:
+            lines.append(f"{path}: {now}, but the adapters were trained on {was}")
+        elif was_sum and now_sum and was_sum != now_sum:
+            lines.append(f"{path}: other values than the adapters were trained on")
+    return sorted(lines)
+
+
+def _hex(pair: Any) -> str:
+    return ":" + "".join(f"{int(x):08x}" for x in pair)
+
+
+@jax.jit
+def _checksum(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Two sums modulo 2³² of the words, the second weighted by place, so that order counts."""
+    if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+        x = jax.random.key_data(x)
+    if x.dtype == jnp.bool_ or jnp.issubdtype(x.dtype, jnp.complexfloating):
+        x = x.astype(jnp.uint8) if x.dtype == jnp.bool_ else jnp.stack([x.real, x.imag])
+    words = jax.lax.bitcast_convert_type(x, f"uint{8 * min(4, x.dtype.itemsize)}").ravel()
+    words = words.astype(jnp.uint32)
+    # An odd weight for every place, mixed so that no two swapped words cancel out.
+    place = jax.lax.iota(jnp.uint32, words.size) * np.uint32(2654435761) | np.uint32(1)
+    return words.sum(dtype=jnp.uint32), (words * place).sum(dtype=jnp.uint32)

@@ -1,0 +1,57 @@
+"""Walking a program with lazy weights in it."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from lora_jax import _jaxpr
+from lora_jax.containers import CONTAINERS
+from lora_jax.context import OPAQUE, Context
+from lora_jax.lazy import is_lazy
+from lora_jax.rules import RULES
+
+
+def interpret(ctx: Context, jaxpr: Any, consts: Sequence[Any], args: Sequence[Any]) -> list[Any]:
+    """Evaluate `jaxpr`; inputs and outputs are arrays or `LazyWeight`s.
+
+    An equation that no weight touches is handed back to JAX as it stands, with its source line and
+    name scopes; a touched one goes to its rule, and where there is none the weight is made dense.
+    """
+    env: dict[Any, Any] = dict(zip(jaxpr.constvars, consts, strict=True))
+    env.update(zip(jaxpr.invars, args, strict=True))
+    last = _jaxpr.last_uses(jaxpr)
+
+    def read(atom: Any) -> Any:
+        return env[atom] if _jaxpr.is_var(atom) else atom.val
+
+    for i, eqn in enumerate(jaxpr.eqns):
+        values = [read(atom) for atom in eqn.invars]
+        with _jaxpr.equation_context(eqn):
+            outs = _evaluate(ctx, eqn, values)
+        env.update(zip(eqn.outvars, outs, strict=True))
+        for atom in eqn.invars:  # let go of what nothing reads any more
+            if _jaxpr.is_var(atom) and last[atom] == i:
+                env.pop(atom, None)
+    return [read(atom) for atom in jaxpr.outvars]
+
+
+def _evaluate(ctx: Context, eqn: Any, values: Sequence[Any]) -> Sequence[Any]:
+    if not any(map(is_lazy, values)):
+        return _jaxpr.bind(eqn, values)
+    name = eqn.primitive.name
+
+    def walk(jaxpr: Any, consts: Sequence[Any], args: Sequence[Any]) -> list[Any]:
+        return interpret(ctx, jaxpr, consts, args)
+
+    if name in CONTAINERS:
+        outs = CONTAINERS[name](ctx, eqn, values, walk)
+    elif name in RULES:
+        outs = RULES[name](ctx, eqn, values)
+    elif name == "custom_vjp_call" and ctx.infers:
+        # The boundary itself is made dense when it runs; the program inside still tells the layout.
+        outs = walk(*_jaxpr.open_jaxpr(eqn.params["call_jaxpr"]), values)
+    else:
+        outs = NotImplemented
+    if outs is NotImplemented:
+        why = " (it cannot be looked into)" if name in OPAQUE else ""
+        outs = _jaxpr.bind(eqn, [ctx.make_dense(v, eqn, why) if is_lazy(v) else v for v in values])
+    return outs

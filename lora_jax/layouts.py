@@ -1,0 +1,119 @@
+"""How a function uses its parameters: which axes of each are batch, in and out."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lora_jax import _paths
+from lora_jax.context import OPAQUE, Context, Use
+from lora_jax.errors import LayoutError
+from lora_jax.lazy import track
+from lora_jax.transform import Program
+from lora_jax.weights import Layout
+
+#: Kernels of this many equal leading axes at most are taken for 2-D convolutions: no window is wider.
+MAX_WINDOW = 32
+
+
+def is_floating(leaf: Any) -> bool:
+    """Whether a leaf is an array of floating numbers (or stands for one)."""
+    return hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jnp.floating)
+
+
+def infer_uses(
+    fn: Callable, params: Any, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> dict[str, list[Use]]:
+    """Every use that `fn(params, *args, **kwargs)` makes of its floating parameters, by path.
+
+    Runs the interpreter on shapes alone; nothing is computed or allocated.
+    """
+    flat, treedef = jax.tree_util.tree_flatten_with_path(((params, *args), kwargs))
+    # path[:2] of a leaf of the first argument is ((params, *args), 0)
+    names = {
+        i: _paths.path_str(path[2:])
+        for i, (path, leaf) in enumerate(flat)
+        if path[:2] == flat[0][0][:2] and is_floating(leaf) and leaf.ndim
+    }
+    uses: list[Use] = []
+
+    def run(arrays: dict[int, Any]) -> None:
+        leaves = [
+            track(arrays[i], names[i]) if i in names else arrays.get(i, leaf)
+            for i, (_, leaf) in enumerate(flat)
+        ]
+        Program(fn, treedef, leaves).evaluate(Context(uses=uses), leaves)
+
+    dynamic = {
+        i: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+        for i, (_, leaf) in enumerate(flat)
+        if i in names or isinstance(leaf, jax.Array | jax.ShapeDtypeStruct)
+    }
+    jax.eval_shape(run, dynamic)
+    found: dict[str, list[Use]] = {name: [] for name in names.values()}
+    for use in uses:
+        found[use.path].append(use)
+    return found
+
+
+def contractions(uses: Sequence[Use]) -> list[Use]:
+    """The uses that multiply the weight with something or look its rows up."""
+    return [use for use in uses if {"i", "o"} <= set(use.axes.values())]
+
+
+def is_linear(uses: Sequence[Use]) -> bool:
+    """Whether a weight is a linear layer's: contracted with activations, and never looked up."""
+    found = contractions(uses)
+    return bool(found) and all(use.primitive != "gather" for use in found)
+
+
+def layout_from_uses(path: str, ndim: int, uses: Sequence[Use]) -> Layout | None:
+    """The layout that a weight's uses imply; None where no use contracts it.
+
+    Contracted and looked-up axes are in, axes that are batch in every use are batch, the rest out.
+    Where uses disagree (a tied embedding: looked up, then attended to) the first one decides.
+    """
+    found = contractions(uses)
+    if not found:
+        return None
+    names = tuple(dict.fromkeys(use.primitive for use in found))
+    kinds = []
+    for axis in range(ndim):
+        seen = [use.axes.get(axis, "o") for use in found]
+        kinds.append(next((kind for kind in seen if kind != "b"), "b"))
+    if {"i", "o"} <= set(kinds):
+        return Layout("".join(kinds), names)
+    # One use's in is another's batch: only the first use's own reading is sure to have both.
+    return Layout("".join(found[0].axes.get(axis, "o") for axis in range(ndim)), names)
+
+
+def layout_from_shape(path: str, shape: Sequence[int]) -> Layout:
+    """The layout of a weight whose shape leaves no choice, or an error that says what to do.
+
+    Two axes are `[in, out]`; four axes of which the first two are equal and small are a 2-D
+    convolution `[height, width, in, out]`.
+
+    Raises:
+      LayoutError: any other shape.
+    """
+    if len(shape) == 2:
+        return Layout("io")
+    if len(shape) == 4 and shape[0] == shape[1] <= MAX_WINDOW:
+        return Layout("iiio")
+    raise LayoutError(
+        f"{path}: the shape {tuple(shape)} alone does not say which axes are in and which are out; "
+        "pass init the function and example arguments, init(key, params, config, fn, *args), or "
+        f'name the layout, overrides={{"{path}": Override(layout="..." )}}'
+    )
+
+
+def describe(uses: Sequence[Use]) -> str:
+    """ "`add` at model.py:12, `mul` at model.py:13": what a weight is used for."""
+    sites = dict.fromkeys(f"`{use.primitive}` at {use.line}" for use in uses)
+    return ", ".join(sites) if sites else "nothing"
+
+
+def is_opaque(uses: Sequence[Use]) -> bool:
+    """Whether a weight is used, and only where no one can see how."""
+    return bool(uses) and all(use.primitive in OPAQUE for use in uses)

@@ -1,0 +1,141 @@
+"""`merge` and `unmerge`: adapters into the base's weights, and out of them again."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lora_jax.errors import MergeError
+from lora_jax.overlay import adapted_nodes, join, map_adapted, split
+from lora_jax.weights import Adapted, LoraWeight, dense, is_adapted, require_base
+
+
+def merge(
+    params: Any, dtype: Any = None, *, donate: bool = False, return_error: bool = False
+) -> Any:
+    """An ordinary parameter tree again: `W + scale · A · B` where a `LoraWeight` stood.
+
+    Added in float32 (float64 where a factor is) and rounded once, on each leaf by one compiled
+    function. The base is not changed.
+
+    Args:
+      params: a joined tree.
+      dtype: dtype of the merged leaves; None keeps each base leaf's own.
+      donate: let each merged leaf take the memory of its base leaf, which is deleted.
+      return_error: also return what rounding did to the update.
+
+    Returns:
+      The merged tree; with `return_error`, also `{path: error}`: the update actually applied
+      against the exact one, ‖applied − ΔW‖/‖ΔW‖ as a float (0 for an exact merge, near 1 where the
+      dtype is too coarse to hold the update). It is 0 where the update is zero.
+
+    Raises:
+      MergeError: an A, B, scale or trained leaf holds NaN or infinity; nothing is donated then.
+        Not checked while tracing.
+      StructureError: these are adapters without their base.
+
+    >>> import jax.numpy as jnp, lora_jax
+    >>> w, a, b = jnp.array([[2.0, 4.0]]), jnp.array([[2.0]]), jnp.array([[1.0, 2.0]])
+    >>> merge(lora_jax.LoraWeight(w, a, b, jnp.float32(1.0), layout=lora_jax.Layout("io")))
+    Array([[4., 8.]], dtype=float32)
+    """
+    nodes = adapted_nodes(params)
+    for path, node in nodes.items():
+        require_base(path, node)
+    _check_finite(nodes)
+    errors: dict[str, Any] = {}
+
+    def one(path: str, node: Adapted) -> jax.Array:
+        target = jnp.dtype(dtype or node.w.dtype)
+        base, rest = split(node)
+        if return_error:
+            errors[path] = _rounding_error(base, rest, target)
+        combine = _combine_donated if donate and target == base.dtype else _combine
+        return combine(base, rest, dtype=target)
+
+    merged = map_adapted(one, params)
+    if not return_error:
+        return merged
+    return merged, {path: _as_float(error) for path, error in errors.items()}
+
+
+def unmerge(merged: Any, adapters: Any, *, donate: bool = False) -> Any:
+    """The joined tree whose merge is `merged`: `W = merged − scale · A · B`, adapters attached.
+
+    Subtracted in float32 and rounded once, so a base in a coarse dtype comes back to within its
+    rounding; keep the base (`split`) where it must come back to the bit. A leaf trained whole keeps
+    its trained value on both sides, for what it replaced is not known.
+
+    Args:
+      merged: a tree as `merge` returns it.
+      adapters: the overlay that was merged.
+      donate: let each base leaf take the memory of its merged leaf, which is deleted.
+
+    Raises:
+      StructureError: the adapters do not fit; all differences are listed.
+      MergeError: an adapter holds NaN or infinity.
+    """
+    joined = join(merged, adapters)
+    _check_finite(adapted_nodes(joined))
+
+    def one(path: str, node: Adapted) -> Adapted:
+        if not isinstance(node, LoraWeight):
+            return node
+        base, rest = split(node)
+        negative = dataclasses.replace(rest, scale=-rest.scale)
+        combine = _combine_donated if donate else _combine
+        return dataclasses.replace(node, w=combine(base, negative, dtype=jnp.dtype(base.dtype)))
+
+    return map_adapted(one, joined)
+
+
+def _sum(base: jax.Array, rest: Adapted, *, dtype: Any) -> jax.Array:
+    return dense(dataclasses.replace(rest, w=base), dtype)
+
+
+_combine = functools.partial(jax.jit, static_argnames="dtype")(_sum)
+_combine_donated = functools.partial(jax.jit, static_argnames="dtype", donate_argnums=0)(_sum)
+
+
+@functools.partial(jax.jit, static_argnames="dtype")
+def _rounding_error(base: jax.Array, rest: Adapted, dtype: Any) -> jax.Array:
+    wide = jnp.dtype(jnp.float64 if base.dtype == jnp.float64 else jnp.float32)
+    exact = _sum(base, rest, dtype=wide)
+    start = base.astype(wide)
+    lost, update = exact.astype(dtype).astype(wide) - exact, exact - start
+    norm = jnp.linalg.norm(update.ravel())
+    return jnp.where(norm > 0, jnp.linalg.norm(lost.ravel()) / jnp.where(norm > 0, norm, 1), 0)
+
+
+def _as_float(x: jax.Array) -> Any:
+    return x if isinstance(x, jax.core.Tracer) else float(x)
+
+
+def _check_finite(nodes: dict[str, Adapted]) -> None:
+    parts = {
+        f"{path}: {field.name}": getattr(node, field.name)
+        for path, node in nodes.items()
+        for field in dataclasses.fields(node)
+        if field.name in ("a", "b", "scale", "value")
+    }
+    if any(isinstance(x, jax.core.Tracer) for x in parts.values()):
+        return
+    finite = jax.device_get(_all_finite(list(parts.values())))
+    wrong = [name for name, ok in zip(parts, finite, strict=True) if not ok]
+    if wrong:
+        raise MergeError(
+            "these hold NaN or infinity, so merging would destroy the base weights: "
+            + ", ".join(wrong)
+        )
+
+
+@jax.jit
+def _all_finite(arrays: list[jax.Array]) -> list[jax.Array]:
+    return [jnp.isfinite(x).all() for x in arrays]
+
+
+def is_merged(params: Any) -> bool:
+    """Whether a tree holds no adapted node."""
+    return not any(map(is_adapted, jax.tree_util.tree_leaves(params, is_leaf=is_adapted)))

@@ -1,0 +1,92 @@
+"""Counts and tables: what was adapted, how each weight is used, and what trains."""
+
+import math
+from typing import Any, NamedTuple
+
+import jax
+
+from lora_jax import _paths
+from lora_jax.weights import Adapted, LoraWeight, is_adapted
+
+USE_NAMES = {
+    "dot_general": "matmul",
+    "conv_general_dilated": "convolution",
+    "gather": "lookup",
+}
+
+
+class Counts(NamedTuple):
+    """Numbers of elements; scales are not weights and are not counted."""
+
+    trainable: int
+    total: int
+
+
+def count_params(params: Any) -> Counts:
+    """How many parameters train, and how many there are with A and B; shapes are enough.
+
+    >>> import jax, jax.numpy as jnp, lora_jax
+    >>> config = lora_jax.LoraConfig(rank=1)
+    >>> count_params(lora_jax.init(jax.random.key(0), {"kernel": jnp.ones((4, 3))}, config))
+    Counts(trainable=7, total=19)
+    """
+    trainable = total = 0
+    for leaf in jax.tree_util.tree_leaves(params, is_leaf=is_adapted):
+        if not is_adapted(leaf):
+            total += _size(leaf)
+            continue
+        trainable += _trained(leaf)
+        # A leaf trained whole takes the place of its base leaf: it counts once.
+        total += _trained(leaf) + (_size(leaf.w) if isinstance(leaf, LoraWeight) else 0)
+    return Counts(trainable, total)
+
+
+def _size(leaf: Any) -> int:
+    return math.prod(leaf.shape) if hasattr(leaf, "shape") else 0
+
+
+def _trained(node: Adapted) -> int:
+    if isinstance(node, LoraWeight):
+        return _size(node.a) + _size(node.b)
+    return _size(node.value)
+
+
+def summary(params: Any) -> str:
+    """A table of the adapted leaves, and below it what trains.
+
+    One line a leaf: path, shape, layout (b batch, i in, o out), what the program does with it,
+    rank, and trained parameters. The last line is in the format of Hugging Face PEFT. Arrays and
+    `ShapeDtypeStruct`s will do.
+
+    >>> import jax, jax.numpy as jnp, lora_jax
+    >>> config = lora_jax.LoraConfig(rank=1)
+    >>> print(summary(lora_jax.init(jax.random.key(0), {"kernel": jnp.ones((4, 3))}, config)))
+    path    shape   layout  used by  rank  trained
+    kernel  [4, 3]  io      -           1        7
+    trainable params: 7 || all params: 19 || trainable%: 36.8421
+    """
+    nodes, _ = _paths.flatten_with_paths(params, is_leaf=is_adapted)
+    rows = [("path", "shape", "layout", "used by", "rank", "trained")]
+    rows += [_row(path, node) for path, node in nodes.items() if is_adapted(node)]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = [
+        "  ".join(
+            cell.rjust(width) if i >= 4 else cell.ljust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in rows
+    ]
+    trainable, total = count_params(params)
+    percent = 100 * trainable / total if total else 0.0
+    lines.append(
+        f"trainable params: {trainable:,} || all params: {total:,} || trainable%: {percent:.4f}"
+    )
+    return "\n".join(lines)
+
+
+def _row(path: str, node: Adapted) -> tuple[str, ...]:
+    shape = str(list(node.shape))
+    if not isinstance(node, LoraWeight):
+        return path, shape, "-", "trained whole", "-", f"{_trained(node):,}"
+    uses = ", ".join(USE_NAMES.get(use, use) for use in node.layout.uses) or "-"
+    return path, shape, node.layout.axes, uses, str(node.rank), f"{_trained(node):,}"

@@ -1,0 +1,121 @@
+"""`lora(fn)`: any JAX function, made to accept `LoraWeight`s anywhere in its arguments."""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+from jax import lax
+
+from lora_jax import _jaxpr, _paths
+from lora_jax.context import POLICIES, Context
+from lora_jax.errors import ConfigError
+from lora_jax.interpreter import interpret
+from lora_jax.lazy import is_lazy, lazy
+from lora_jax.weights import LoraWeight, TrainedLeaf, dense, is_adapted, require_base
+
+
+def lora(fn: Callable, *, on_dense: str = "warn") -> Callable:
+    """`fn`, understanding adapted parameters: a program transformation.
+
+    It traces `fn` with the shapes of the base weights, walks the program, and wherever an adapted
+    weight meets a contraction emits `x·W + (x·A)·(scale·B)` in place of touching `W`
+    (https://arxiv.org/abs/2106.09685, section 4.1). The model needs no change. In every argument
+    that holds an adapted weight gradients stop at the frozen leaves; they flow to A, B, the leaves
+    trained whole, and to the other arguments.
+
+    Args:
+      fn: any function that JAX can trace. Arrays among its arguments are traced; other arguments
+        (`train=True`, `method=...`) and outputs pass through as they are.
+      on_dense: what to do where a weight is used in a way that no rule covers (a grouped
+        convolution, a `custom_vjp` boundary, an opaque kernel), so that `W + scale·A·B` must be
+        made: "warn" once a site, "error", or "allow".
+
+    Returns:
+      A function with `fn`'s signature. Wrap it in `jax.jit`: each call traces `fn` anew.
+
+    Raises:
+      ConfigError: `on_dense` is none of the three.
+      DenseError: a weight would be made dense and `on_dense` is "error".
+      StructureError: adapters were passed without their base.
+
+    >>> import jax, jax.numpy as jnp, lora_jax
+    >>> params = {"kernel": jnp.array([[2.0, 4.0], [3.0, 6.0]])}
+    >>> def model(params, x):
+    ...     return x @ params["kernel"]
+    >>> x = jnp.ones((1, 2))
+    >>> config = lora_jax.LoraConfig(rank=1)
+    >>> adapted = lora_jax.init(jax.random.key(0), params, config, model, x)
+    >>> lora_jax.lora(model)(adapted, x)
+    Array([[ 5., 10.]], dtype=float32)
+    """
+    if on_dense not in POLICIES:
+        raise ConfigError(f"on_dense must be one of {POLICIES}, got {on_dense!r}")
+
+    @functools.wraps(fn)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        flat, treedef = jax.tree_util.tree_flatten_with_path((args, kwargs), is_leaf=is_adapted)
+        if not any(is_adapted(leaf) for _, leaf in flat):
+            return fn(*args, **kwargs)
+        # path[:2] is (args or kwargs, which one): the argument that a leaf belongs to
+        holders = {path[:2] for path, leaf in flat if is_adapted(leaf)}
+        leaves = [
+            _enter(_paths.path_str(path[2:]), leaf) if path[:2] in holders else leaf
+            for path, leaf in flat
+        ]
+        program = Program(fn, treedef, leaves)
+        return program.evaluate(Context(on_dense), leaves)
+
+    return wrapped
+
+
+def _enter(path: str, leaf: Any) -> Any:
+    """What stands in the program for a leaf of an argument that holds adapted weights."""
+    if is_adapted(leaf):
+        require_base(path, leaf)
+    if isinstance(leaf, LoraWeight):
+        return lazy(leaf, path)
+    if isinstance(leaf, TrainedLeaf):
+        return dense(TrainedLeaf(lax.stop_gradient(leaf.w), leaf.value, lax.stop_gradient(leaf.scale)))
+    # Gradients stop inside the program: no dW is formed, and a clipped global norm counts none.
+    return lax.stop_gradient(leaf) if isinstance(leaf, jax.Array) else leaf
+
+
+class Program:
+    """A function traced on some leaves: arrays and lazy weights are inputs, the rest is fixed."""
+
+    def __init__(self, fn: Callable, treedef: Any, leaves: Sequence[Any]):
+        self._dynamic = [i for i, leaf in enumerate(leaves) if is_dynamic(leaf)]
+        self._static_out: list[Any] = []
+
+        def flat(*arrays: Any) -> list[Any]:
+            values = list(leaves)
+            for i, array in zip(self._dynamic, arrays, strict=True):
+                values[i] = array
+            args, kwargs = jax.tree_util.tree_unflatten(treedef, values)
+            outs, self._out_treedef = jax.tree_util.tree_flatten(fn(*args, **kwargs))
+            self._static_out = [None if isinstance(x, jax.Array) else x for x in outs]
+            self._is_array = [isinstance(x, jax.Array) for x in outs]
+            return [x for x in outs if isinstance(x, jax.Array)]
+
+        self.jaxpr, self.consts = _jaxpr.trace(flat, *(abstract(leaves[i]) for i in self._dynamic))
+
+    def evaluate(self, ctx: Context, leaves: Sequence[Any]) -> Any:
+        """What the function returns on leaves like those it was traced on."""
+        outs = interpret(ctx, self.jaxpr, self.consts, [leaves[i] for i in self._dynamic])
+        arrays = iter(ctx.returned(x) if is_lazy(x) else x for x in outs)
+        merged = [
+            next(arrays) if is_array else static
+            for is_array, static in zip(self._is_array, self._static_out, strict=True)
+        ]
+        return jax.tree_util.tree_unflatten(self._out_treedef, merged)
+
+
+def is_dynamic(leaf: Any) -> bool:
+    """Whether an argument's leaf is traced; numpy arrays and Python scalars stay what they are."""
+    return isinstance(leaf, jax.Array | jax.ShapeDtypeStruct) or is_lazy(leaf)
+
+
+def abstract(leaf: Any) -> Any:
+    """What to trace a leaf as: its shape and dtype alone, for a weight of any kind of array."""
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) if is_lazy(leaf) else leaf

@@ -1,0 +1,237 @@
+"""The nouns: `Layout`, `LoraWeight`, `TrainedLeaf`, and the algebra of one adapted weight."""
+
+import dataclasses
+import json
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import export
+
+from lora_jax.errors import LayoutError, StructureError
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """Which axes of a weight are batch, in and out: one letter an axis, `b`, `i` or `o`.
+
+    A Dense kernel `[in, out]` is "io", an attention kernel `[embed, heads, head_dim]` "ioo", a stack
+    of Dense kernels `[layers, in, out]` "bio", a 2-D convolution `[height, width, in, out]` "iiio".
+
+    Args:
+      axes: the letters, one for every axis of the weight.
+      uses: the primitives that use the weight ("dot_general", "gather", ...), for `summary`; two
+        layouts that differ in this alone are equal.
+
+    Raises:
+      LayoutError: another letter, or no in or no out axis.
+    """
+
+    axes: str
+    uses: tuple[str, ...] = dataclasses.field(default=(), compare=False)
+
+    def __post_init__(self) -> None:
+        if not set(self.axes) <= set("bio") or "i" not in self.axes or "o" not in self.axes:
+            raise LayoutError(
+                f"layout {self.axes!r} must have one letter an axis, b(atch), i(n) or o(ut), "
+                "with at least one i and one o"
+            )
+
+    def positions(self, kinds: str) -> tuple[int, ...]:
+        """The axes whose letter is in `kinds`, in order: `Layout("bio").positions("bo")` is (0, 2)."""
+        return tuple(i for i, kind in enumerate(self.axes) if kind in kinds)
+
+    def select(self, kinds: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The sizes in `shape` of the axes whose letter is in `kinds`."""
+        return tuple(shape[i] for i in self.positions(kinds))
+
+    def a_shape(self, shape: tuple[int, ...], rank: int) -> tuple[int, ...]:
+        """`[*batch, *in, rank]` for a weight of this shape."""
+        return (*self.select("b", shape), *self.select("i", shape), rank)
+
+    def b_shape(self, shape: tuple[int, ...], rank: int) -> tuple[int, ...]:
+        """`[*batch, rank, *out]` for a weight of this shape."""
+        return (*self.select("b", shape), rank, *self.select("o", shape))
+
+    def fan_in(self, shape: tuple[int, ...]) -> int:
+        """Product of the in axes: how many inputs meet in one output."""
+        return math.prod(self.select("i", shape))
+
+    def fan_out(self, shape: tuple[int, ...]) -> int:
+        """Product of the out axes."""
+        return math.prod(self.select("o", shape))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LoraWeight:
+    """Stands in a parameter tree where a kernel `W` stood, and means `W + scale · A · B`.
+
+    LoRA: Low-Rank Adaptation of Large Language Models, https://arxiv.org/abs/2106.09685. A pytree
+    node: `w`, `a`, `b`, `scale` and `key` are leaves, the rest is static. In an *overlay* (the
+    adapters that `split` returns) `w` is None.
+    """
+
+    w: Any  # the base weight, any floating array; frozen
+    a: Any  # [*batch, *in, rank]; trained
+    b: Any  # [*batch, rank, *out]; trained
+    scale: Any  # [*batch]; a leaf, so that changing it never recompiles; frozen
+    key: Any = None  # [*batch] typed random keys while branch dropout is on, else None
+    layout: Layout = dataclasses.field(metadata={"static": True}, kw_only=True)
+    dropout: float = dataclasses.field(default=0.0, metadata={"static": True}, kw_only=True)
+
+    @property
+    def rank(self) -> int:
+        """Inner size of the factors."""
+        return self.a.shape[-1]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the weight, from the factors (an overlay has no `w`)."""
+        a_axes, b_axes = self.layout.positions("bi"), self.layout.positions("bo")
+        batch = len(self.layout.positions("b"))
+        sizes = dict(zip(a_axes, self.a.shape[:-1], strict=True))
+        out = self.b.shape[:batch] + self.b.shape[batch + 1 :]
+        return tuple(v for _, v in sorted((sizes | dict(zip(b_axes, out, strict=True))).items()))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainedLeaf:
+    """Stands where a leaf stood that is trained whole (a bias, a norm, a new head).
+
+    It means `value` while `scale` is not 0, else the untouched base leaf `w`, so that `disable`
+    gives back exactly the base. In an overlay `w` is None.
+    """
+
+    w: Any  # the base leaf; frozen
+    value: Any  # same shape; trained
+    scale: Any  # []; 0 switches back to the base
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the leaf."""
+        return self.value.shape
+
+
+Adapted = LoraWeight | TrainedLeaf
+
+
+def is_adapted(node: Any) -> bool:
+    """Whether a node is one of the two that stand for an adapted leaf."""
+    return isinstance(node, LoraWeight | TrainedLeaf)
+
+
+def subscripts(layout: Layout) -> tuple[str, str, str, str]:
+    """Einsum subscripts of A, B, scale and W, the rank being "Z": "aZ", "Zb", "", "ab" for "io"."""
+    letters = "abcdefghijklmnopqrstuvwxyz"
+
+    def pick(kinds: str) -> str:
+        return "".join(letters[i] for i in layout.positions(kinds))
+
+    batch = pick("b")
+    return batch + pick("i") + "Z", batch + "Z" + pick("o"), batch, pick("bio")
+
+
+def accumulator(*dtypes: Any) -> Any:
+    """The dtype to add in: float32, or float64 where one of `dtypes` is."""
+    return jnp.dtype(jnp.float64 if jnp.dtype("float64") in dtypes else jnp.float32)
+
+
+def delta(weight: LoraWeight) -> jax.Array:
+    """`scale · A · B`, the dense update, in float32 (float64 where a factor is).
+
+    >>> import jax.numpy as jnp
+    >>> a, b = jnp.array([[2.0], [3.0]]), jnp.array([[1.0, 2.0]])
+    >>> delta(LoraWeight(None, a, b, jnp.float32(0.5), layout=Layout("io")))
+    Array([[1. , 2. ],
+           [1.5, 3. ]], dtype=float32)
+    """
+    sub_a, sub_b, sub_scale, sub_w = subscripts(weight.layout)
+    dtype = accumulator(weight.a.dtype, weight.b.dtype)
+    a, b, scale = (x.astype(dtype) for x in (weight.a, weight.b, weight.scale))
+    scaled = jnp.einsum(f"{sub_b},{sub_scale}->{sub_b}", b, scale)
+    # A merge must not lose digits to the fast reduced-precision modes of an accelerator.
+    return jnp.einsum(f"{sub_a},{sub_b}->{sub_w}", a, scaled, precision=jax.lax.Precision.HIGHEST)
+
+
+def dense(node: Adapted, dtype: Any = None) -> jax.Array:
+    """The leaf that `node` means, `W + scale · A · B`: added in float32, rounded once to `dtype`.
+
+    `dtype` defaults to the base leaf's.
+    """
+    if isinstance(node, TrainedLeaf):
+        dtype = dtype or node.w.dtype
+        return jnp.where(node.scale != 0, node.value.astype(dtype), node.w.astype(dtype))
+    update = delta(node)
+    dtype = dtype or node.w.dtype
+    return (node.w.astype(accumulator(update.dtype, node.w.dtype)) + update).astype(dtype)
+
+
+def check_fits(path: str, node: Adapted, w: Any) -> list[str]:
+    """What keeps `node`'s factors from standing on the base leaf `w`; empty where they fit."""
+    if not hasattr(w, "shape"):
+        return [f"{path}: the base holds {type(w).__name__}, not an array"]
+    if isinstance(node, TrainedLeaf):
+        same = node.value.shape == w.shape
+        return [] if same else [f"{path}: trained {node.value.shape}, base {w.shape}"]
+    if len(node.layout.axes) != len(w.shape):
+        return [f"{path}: layout {node.layout.axes!r} does not fit the base's shape {w.shape}"]
+    rank, problems = node.rank, []
+    for name, got, want in (
+        ("a", node.a.shape, node.layout.a_shape(w.shape, rank)),
+        ("b", node.b.shape, node.layout.b_shape(w.shape, rank)),
+        ("scale", node.scale.shape, node.layout.select("b", w.shape)),
+    ):
+        if got != want:
+            problems.append(f"{path}: {name} is {got}, the base {w.shape} needs {want}")
+    return problems
+
+
+def require_base(path: str, node: Adapted) -> None:
+    """Raise where `node` comes from an overlay and has no base leaf."""
+    if node.w is None:
+        raise StructureError(
+            f"{path}: these are adapters without their base; join(base, adapters) them first"
+        )
+
+
+def _serialize(aux: Any) -> bytes:
+    if not aux:
+        return b"{}"
+    layout, dropout = aux
+    return json.dumps({"axes": layout.axes, "uses": layout.uses, "dropout": dropout}).encode()
+
+
+def _deserialize(data: bytes) -> Any:
+    fields = json.loads(data)
+    if not fields:
+        return ()
+    return (Layout(fields["axes"], tuple(fields["uses"])), fields["dropout"])
+
+
+def _register_for_export() -> None:
+    # jax.export can store a function of these nodes only when it can name and rebuild them.
+    for node, fields in (
+        (LoraWeight, ("w", "a", "b", "scale", "key")),
+        (TrainedLeaf, ("w", "value", "scale")),
+    ):
+        export.register_pytree_node_serialization(
+            node,
+            serialized_name=f"lora_jax.{node.__name__}",
+            serialize_auxdata=_serialize,
+            deserialize_auxdata=_deserialize,
+            from_children=_rebuild(node, fields),
+        )
+
+
+def _rebuild(node: type, fields: tuple[str, ...]) -> Any:
+    def from_children(aux: Any, children: Any) -> Adapted:
+        static = dict(zip(("layout", "dropout"), aux, strict=True)) if aux else {}
+        return node(**dict(zip(fields, children, strict=True)), **static)
+
+    return from_children
+
+
+_register_for_export()
