@@ -69,9 +69,7 @@ def contract(
     return out, result_names(x_names, y_names, keep)
 
 
-def arrange(
-    x: jax.Array, names: Names, wanted: Names, sizes: Mapping[Hashable, int]
-) -> jax.Array:
+def arrange(x: jax.Array, names: Names, wanted: Names, sizes: Mapping[Hashable, int]) -> jax.Array:
     """`x` with its axes in the order `wanted`; names it lacks become broadcast axes."""
     present = [n for n in wanted if n in names]
     order = [list(names).index(n) for n in present]

@@ -50,9 +50,13 @@ def nearest(entry: str, paths: Iterable[str]) -> str:
     """The paths most like `entry`, as the end of an error message."""
     paths = list(paths)
     tails = {"/".join(path.split("/")[-depth:]): path for path in paths for depth in (1, 2, 3, 9)}
-    close = difflib.get_close_matches(re.sub(r"[\\^$.*+?()|\[\]]+", "", entry), tails, n=8, cutoff=0)
+    close = difflib.get_close_matches(
+        re.sub(r"[\\^$.*+?()|\[\]]+", "", entry), tails, n=8, cutoff=0
+    )
     found = list(dict.fromkeys(tails[tail] for tail in close))[:3]
-    return "nearest paths: " + ", ".join(found) if found else "the tree has no leaves to choose from"
+    return (
+        "nearest paths: " + ", ".join(found) if found else "the tree has no leaves to choose from"
+    )
 
 
 def compile_regex(field: str, pattern: str) -> re.Pattern[str]:
@@ -91,7 +95,9 @@ def select(field: str, pattern: Pattern, leaves: Mapping[str, Any]) -> dict[str,
             if not found:
                 unmatched.append(entry)
     if unmatched:
-        lines = [f"{field}: {entry!r} matches no path; {nearest(entry, leaves)}" for entry in unmatched]
+        lines = [
+            f"{field}: {entry!r} matches no path; {nearest(entry, leaves)}" for entry in unmatched
+        ]
         raise TargetError("\n".join(lines))
     return chosen
 

@@ -68,7 +68,9 @@ def init(
     chosen = _layouts(config, targets, leaves, uses)
     _check_ranks(config, chosen, leaves)
     nodes = {
-        **{path: _adapt(key, path, leaves[path], layout, config) for path, layout in chosen.items()},
+        **{
+            path: _adapt(key, path, leaves[path], layout, config) for path, layout in chosen.items()
+        },
         **{path: _train_whole(leaves[path], config) for path in whole},
     }
     return jax.tree_util.tree_unflatten(
@@ -94,7 +96,8 @@ def _targets(
         # An entry that names a module stands for the linear weights in it, not for its biases.
         if _names_module_only(entry, path) and not _is_linear(path, leaves[path], uses):
             del found[path]
-    empty = [e for e in config.targets if e not in found.values()] if _is_list(config) else []
+    entries = () if isinstance(config.targets, str) or callable(config.targets) else config.targets
+    empty = [entry for entry in entries if entry not in found.values()]
     if empty:
         raise TargetError(
             "\n".join(f"targets: {e!r} names a module without linear weights" for e in empty)
@@ -103,10 +106,6 @@ def _targets(
     if both:
         raise TargetError(f"{', '.join(both)}: in targets and in train; choose one")
     return {path: entry for path, entry in found.items() if path not in excluded}
-
-
-def _is_list(config: LoraConfig) -> bool:
-    return not isinstance(config.targets, str) and not callable(config.targets)
 
 
 def _names_module_only(entry: str, path: str) -> bool:

@@ -66,7 +66,9 @@ def save(
         problems = [
             line
             for p, node in nodes.items()
-            for line in (check_fits(p, node, leaves[p]) if p in leaves else [f"{p}: not in the base"])
+            for line in (
+                check_fits(p, node, leaves[p]) if p in leaves else [f"{p}: not in the base"]
+            )
         ]
         if problems:
             raise StructureError("save: the adapters do not fit the base:\n" + "\n".join(problems))

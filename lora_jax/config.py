@@ -34,8 +34,8 @@ class Override:
     Args:
       rank: the rank of the matched weights; None keeps `LoraConfig.rank`.
       alpha: their alpha; None keeps `LoraConfig.alpha`, and where that is None too, alpha = rank.
-      layout: one letter an axis, `b` batch, `i` in, `o` out ("ioo" for an `[embed, heads, head_dim]`
-        kernel), where neither the program nor the shape decides it.
+      layout: one letter an axis, `b` batch, `i` in, `o` out ("ioo" for a kernel
+        `[embed, heads, head_dim]`), where neither the program nor the shape decides it.
     """
 
     rank: int | None = None

@@ -10,29 +10,20 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax import lax
+from jax import dtypes, lax
 from jax.custom_derivatives import SymbolicZero
 
 from lora_jax import _contract, _jaxpr
 from lora_jax.context import Context
-from lora_jax.lazy import MEMBERS, LazyWeight, is_lazy, tangent
+from lora_jax.lazy import MEMBERS, LazyWeight, is_lazy, tangents
+from lora_jax.rules import rule
 
 Walk = Callable[[Any, Sequence[Any], Sequence[Any]], list[Any]]
 Container = Callable[[Context, Any, Sequence[Any], Walk], Any]
 CONTAINERS: dict[str, Container] = {}
 
 
-def container(*primitives: str) -> Callable[[Container], Container]:
-    """Register a function as the rebuilder of these primitives."""
-
-    def register(fn: Container) -> Container:
-        CONTAINERS.update(dict.fromkeys(primitives, fn))
-        return fn
-
-    return register
-
-
-@container("jit", "pjit", "closed_call", "core_call")
+@rule(CONTAINERS, "jit", "pjit", "closed_call", "core_call")
 def _jit(ctx: Context, eqn: Any, args: Sequence[Any], walk: Walk) -> list[Any]:
     """One jitted function per inner program, so that what JAX traced once stays traced once."""
     inner = eqn.params.get("jaxpr", eqn.params.get("call_jaxpr"))
@@ -61,7 +52,7 @@ def _constrain(x: Any, sharding: Any) -> Any:
     return lax.with_sharding_constraint(x, sharding)
 
 
-@container("remat2", "remat", "checkpoint")
+@rule(CONTAINERS, "remat2", "remat", "checkpoint")
 def _remat(ctx: Context, eqn: Any, args: Sequence[Any], walk: Walk) -> list[Any]:
     params = eqn.params
     jaxpr, consts = _jaxpr.open_jaxpr(params["jaxpr"])
@@ -77,12 +68,12 @@ def _remat(ctx: Context, eqn: Any, args: Sequence[Any], walk: Walk) -> list[Any]
     return call(*args)
 
 
-@container("optimization_barrier")
+@rule(CONTAINERS, "optimization_barrier")
 def _optimization_barrier(ctx: Context, eqn: Any, args: Sequence[Any], walk: Walk) -> list[Any]:
     return lax.optimization_barrier(list(args))
 
 
-@container("scan")
+@rule(CONTAINERS, "scan")
 def _scan(ctx: Context, eqn: Any, args: Sequence[Any], walk: Walk) -> list[Any]:
     """Weights among `xs` stay `xs`: the factors that have the scanned axis are scanned with them.
 
@@ -100,9 +91,7 @@ def _scan(ctx: Context, eqn: Any, args: Sequence[Any], walk: Walk) -> list[Any]:
     ]
 
     def body(carry: list[Any], slices: list[Any]) -> tuple[list[Any], list[Any]]:
-        items = [
-            x if s is None else s.inside(x) for x, s in zip(slices, scanned, strict=True)
-        ]
+        items = [x if s is None else s.inside(x) for x, s in zip(slices, scanned, strict=True)]
         outs = walk(jaxpr, jaxpr_consts, [*consts, *loop.all(carry), *items])
         return loop.moving(outs[:n_carry]), outs[n_carry:]
 
@@ -148,7 +137,7 @@ def _stacked(lazy: LazyWeight, length: int) -> LazyWeight:
 
 
 class _Carry:
-    """The carry of a loop: weights that the body hands on untouched stay out of it and stay lazy."""
+    """The carry of a loop: weights that the body hands on untouched stay out of it, and lazy."""
 
     def __init__(self, ctx: Context, eqn: Any, body: Any, init: Sequence[Any], offset: int):
         self._ctx, self._eqn = ctx, eqn
@@ -176,7 +165,7 @@ class _Carry:
         ]
 
 
-@container("while")
+@rule(CONTAINERS, "while")
 def _while(ctx: Context, eqn: Any, args: Sequence[Any], walk: Walk) -> list[Any]:
     params = eqn.params
     cond, cond_consts = _jaxpr.open_jaxpr(params["cond_jaxpr"])
@@ -185,16 +174,16 @@ def _while(ctx: Context, eqn: Any, args: Sequence[Any], walk: Walk) -> list[Any]
     for_cond, for_body = list(args[:n_cond]), list(args[n_cond : n_cond + n_body])
     loop = _Carry(ctx, eqn, body, args[n_cond + n_body :], offset=n_body)
 
-    def cond_fn(carry: list[Any]) -> Any:
+    def cond_fn(carry: Sequence[Any]) -> Any:
         return walk(cond, cond_consts, [*for_cond, *loop.all(carry)])[0]
 
-    def body_fn(carry: list[Any]) -> list[Any]:
+    def body_fn(carry: Sequence[Any]) -> Sequence[Any]:
         return loop.moving(walk(body, body_consts, [*for_body, *loop.all(carry)]))
 
     return loop.all(lax.while_loop(cond_fn, body_fn, loop.start))
 
 
-@container("cond")
+@rule(CONTAINERS, "cond")
 def _cond(ctx: Context, eqn: Any, args: Sequence[Any], walk: Walk) -> Any:
     index, *operands = args
     if is_lazy(index):
@@ -230,7 +219,7 @@ def _cond(ctx: Context, eqn: Any, args: Sequence[Any], walk: Walk) -> Any:
     return [next(outs) if whole is None else whole for whole in fixed]
 
 
-@container("custom_jvp_call")
+@rule(CONTAINERS, "custom_jvp_call")
 def _custom_jvp(ctx: Context, eqn: Any, args: Sequence[Any], walk: Walk) -> list[Any]:
     """The author's rule, interpreted like the function: the tangent of a weight is lazy too."""
     jaxpr, consts = _jaxpr.open_jaxpr(eqn.params["call_jaxpr"])
@@ -238,28 +227,38 @@ def _custom_jvp(ctx: Context, eqn: Any, args: Sequence[Any], walk: Walk) -> list
 
     @jax.custom_jvp
     def call(*args: Any) -> list[Any]:
-        return [
-            ctx.make_dense(x, eqn) if is_lazy(x) else x for x in walk(jaxpr, consts, args)
-        ]
+        return [ctx.make_dense(x, eqn) if is_lazy(x) else x for x in walk(jaxpr, consts, args)]
 
     def rule(primals: Sequence[Any], tangents: Sequence[Any]) -> tuple[list[Any], list[Any]]:
-        lifted = [_tangent(p, t) for p, t in zip(primals, tangents, strict=True)][n_consts:]
-        if not eqn.params["symbolic_zeros"]:
-            lifted = [_instantiate(t) for t in lifted]
-        zeros_in = [type(t) is SymbolicZero for t in lifted]
-        rule_jaxpr, rule_consts, zeros_out = _jaxpr.jvp_rule(eqn, zeros_in)
-        nonzero = [t for t, zero in zip(lifted, zeros_in, strict=True) if not zero]
-        outs = walk(rule_jaxpr, rule_consts, [*primals[n_consts:], *nonzero])
-        outs = [ctx.make_dense(x, eqn) if is_lazy(x) else x for x in outs]
-        out, dots = outs[: len(zeros_out)], iter(outs[len(zeros_out) :])
-        tangents_out = [
-            _zero(o) if zero else next(dots)
-            for o, zero in zip(out, zeros_out, strict=True)
-        ]
-        return out, tangents_out
+        # The rule is linear in the tangents, and a weight's is a sum of two: so is the outcome.
+        terms = [_terms(p, t) for p, t in zip(primals, tangents, strict=True)][n_consts:]
+        out, first = _apply_rule(ctx, eqn, walk, primals[n_consts:], [t for t, _ in terms])
+        _, second = _apply_rule(ctx, eqn, walk, primals[n_consts:], [t for _, t in terms])
+        return out, [_plus(a, b) for a, b in zip(first, second, strict=True)]
 
     call.defjvp(rule, symbolic_zeros=True)
     return call(*args)
+
+
+def _apply_rule(
+    ctx: Context, eqn: Any, walk: Walk, primals: Sequence[Any], tangents: Sequence[Any]
+) -> tuple[list[Any], list[Any]]:
+    """The author's rule on one term of the tangents: the outputs and their tangents."""
+    if not eqn.params["symbolic_zeros"]:
+        tangents = [_instantiate(t) for t in tangents]
+    zeros_in = [type(t) is SymbolicZero for t in tangents]
+    jaxpr, consts, zeros_out = _jaxpr.jvp_rule(eqn, zeros_in)
+    nonzero = [t for t, zero in zip(tangents, zeros_in, strict=True) if not zero]
+    outs = walk(jaxpr, consts, [*primals, *nonzero])
+    outs = [ctx.make_dense(x, eqn) if is_lazy(x) else x for x in outs]
+    out, dots = outs[: len(zeros_out)], iter(outs[len(zeros_out) :])
+    return out, [_zero(o) if zero else next(dots) for o, zero in zip(out, zeros_out, strict=True)]
+
+
+def _plus(a: Any, b: Any) -> Any:
+    if type(a) is SymbolicZero or type(b) is SymbolicZero:
+        return b if type(a) is SymbolicZero else a
+    return a if a.dtype == dtypes.float0 else a + b
 
 
 def _zero(x: Any) -> SymbolicZero:
@@ -267,14 +266,17 @@ def _zero(x: Any) -> SymbolicZero:
 
 
 def _instantiate(t: Any) -> Any:
-    # numpy, because float0 (the tangent dtype of integers and keys) is no dtype of jax.numpy
-    return np.zeros(t.shape, t.dtype) if type(t) is SymbolicZero else t
-
-
-def _tangent(primal: Any, t: Any) -> Any:
-    """The tangent of one argument; a weight's is lazy, from those of its factors."""
-    if not is_lazy(primal):
+    if type(t) is not SymbolicZero:
         return t
-    if primal.a is None:
-        return _zero(primal.w)
-    return tangent(primal, _instantiate(t.a), _instantiate(t.b))
+    # float0, the tangent dtype of integers and keys, is no dtype of jax.numpy
+    module = np if t.dtype == dtypes.float0 else jax.numpy
+    return module.zeros(t.shape, t.dtype)
+
+
+def _terms(primal: Any, t: Any) -> tuple[Any, Any]:
+    """The two terms of one argument's tangent; that of an ordinary argument is all in the first."""
+    if is_lazy(primal) and primal.a is not None:
+        return tangents(primal, _instantiate(t.a), _instantiate(t.b))
+    if is_lazy(primal):
+        return _zero(primal.w), _zero(primal.w)
+    return t, _zero(primal)

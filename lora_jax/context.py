@@ -23,11 +23,13 @@ class Use:
     path: str
     primitive: str
     line: str
-    axes: dict[int, str]  # parameter axis -> "b", "i" or "o"; empty for a use that is no contraction
+    axes: dict[
+        int, str
+    ]  # parameter axis -> "b", "i" or "o"; empty for a use that is no contraction
 
 
 class Context:
-    """The state of one walk. `uses` is a list where uses are inferred, None where they are applied."""
+    """The state of one walk; `uses` is a list while uses are inferred, else None."""
 
     def __init__(self, on_dense: str = "warn", uses: list[Use] | None = None):
         self.on_dense = on_dense
@@ -46,7 +48,9 @@ class Context:
         self._sites += 1
         return self._sites
 
-    def record(self, lazy: LazyWeight, eqn: Any, summed: Sequence[Axis], batch: Sequence[Axis]) -> None:
+    def record(
+        self, lazy: LazyWeight, eqn: Any, summed: Sequence[Axis], batch: Sequence[Axis]
+    ) -> None:
         """Note a contraction: summed axes are in; batched and indexed-away axes are batch."""
         if self.uses is None:
             return
@@ -72,7 +76,7 @@ class Context:
             return to_dense(lazy)
         message = (
             f"{lazy.path}: `{primitive}` at {line} needs the whole weight{why}, so W + scale·A·B "
-            f"{list(lazy.shape)} is made dense there. The result is right, but it costs that memory; "
+            f"{list(lazy.shape)} is made dense there. The result is right, but it costs memory; "
             'leave the weight out with exclude=, or pass on_dense="allow" to accept it'
         )
         if self.on_dense == "error":

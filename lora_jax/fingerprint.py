@@ -26,7 +26,8 @@ def fingerprint(base: Any, skip: Collection[str] = ()) -> dict[str, str]:
     known = {p: x for p, x in arrays.items() if not isinstance(x, jax.ShapeDtypeStruct)}
     sums = dict(zip(known, jax.device_get([_checksum(x) for x in known.values()]), strict=True))
     return {
-        path: f"{x.dtype}[{','.join(map(str, x.shape))}]" + (_hex(sums[path]) if path in sums else "")
+        path: f"{x.dtype}[{','.join(map(str, x.shape))}]"
+        + (_hex(sums[path]) if path in sums else "")
         for path, x in arrays.items()
     }
 

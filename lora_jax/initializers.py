@@ -15,7 +15,9 @@ def path_key(key: jax.Array, path: str) -> jax.Array:
 
     Folded from the path's SHA-256, which is the same in every process.
     """
-    return jax.random.fold_in(key, int.from_bytes(hashlib.sha256(path.encode()).digest()[:4], "big"))
+    return jax.random.fold_in(
+        key, int.from_bytes(hashlib.sha256(path.encode()).digest()[:4], "big")
+    )
 
 
 def kaiming(

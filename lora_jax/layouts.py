@@ -13,7 +13,7 @@ from lora_jax.lazy import track
 from lora_jax.transform import Program
 from lora_jax.weights import Layout
 
-#: Kernels of this many equal leading axes at most are taken for 2-D convolutions: no window is wider.
+#: The widest window of a 2-D convolution that is told from a stack of other kernels.
 MAX_WINDOW = 32
 
 

@@ -1,7 +1,7 @@
 """`LazyWeight`: an adapted weight on its way through a program, never made dense."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -28,8 +28,8 @@ RANK = Axis((), -1)
 MEMBERS = (("a", "a_axes"), ("b", "b_axes"), ("key", "key_axes"))
 
 
-def _static(**kwargs: Any) -> Any:
-    return dataclasses.field(metadata={"static": True}, kw_only=True, **kwargs)
+#: Marks a field of a pytree dataclass as part of its structure.
+STATIC = {"static": True}
 
 
 @jax.tree_util.register_dataclass
@@ -49,18 +49,21 @@ class LazyWeight:
     a: Any  # axes named by a_axes, RANK among them; None while uses are inferred
     b: Any  # axes named by b_axes, RANK among them, scale included
     key: Any  # random keys for branch dropout, axes named by key_axes; None without dropout
-    axes: tuple[Axis, ...] = _static()
-    a_axes: tuple[Axis, ...] = _static(default=())
-    b_axes: tuple[Axis, ...] = _static(default=())
-    key_axes: tuple[Axis, ...] = _static(default=())
-    shape: tuple[int, ...] = _static()
-    dtype: Any = _static()
-    path: str = _static()
-    dropout: float = _static(default=0.0)
-    indexed: tuple[int, ...] = _static(default=())  # parameter axes that were indexed away
+    _: dataclasses.KW_ONLY
+    axes: tuple[Axis, ...] = dataclasses.field(metadata=STATIC)
+    a_axes: tuple[Axis, ...] = dataclasses.field(metadata=STATIC, default=())
+    b_axes: tuple[Axis, ...] = dataclasses.field(metadata=STATIC, default=())
+    key_axes: tuple[Axis, ...] = dataclasses.field(metadata=STATIC, default=())
+    shape: tuple[int, ...] = dataclasses.field(metadata=STATIC)
+    dtype: Any = dataclasses.field(metadata=STATIC)
+    path: str = dataclasses.field(metadata=STATIC)
+    dropout: float = dataclasses.field(metadata=STATIC, default=0.0)
+    indexed: tuple[int, ...] = dataclasses.field(
+        metadata=STATIC, default=()
+    )  # parameter axes that were indexed away
 
     @property
-    def sizes(self) -> dict[Axis, int]:
+    def sizes(self) -> dict[Hashable, int]:
         """The size of every axis of the view."""
         return dict(zip(self.axes, self.shape, strict=True))
 
@@ -71,7 +74,9 @@ class LazyWeight:
     def new_axis(self, origins: Sequence[int] = (), skip: int = 0) -> Axis:
         """A name that no axis here has; `skip` more of the same origins are to be made first."""
         named = (*self.axes, *self.a_axes, *self.b_axes, *self.key_axes)
-        return Axis(tuple(sorted(set(origins))), 1 + skip + max(axis.uid for axis in (*named, RANK)))
+        return Axis(
+            tuple(sorted(set(origins))), 1 + skip + max(axis.uid for axis in (*named, RANK))
+        )
 
     def map_members(
         self, fn: Callable[[jax.Array, tuple[Axis, ...]], tuple[jax.Array, Sequence[Axis]]]
@@ -87,7 +92,7 @@ class LazyWeight:
     def map_axis(
         self, old: Axis, fn: Callable[[jax.Array, int], jax.Array], new: Axis | None
     ) -> "LazyWeight":
-        """Apply `fn(array, dimension)` to the members that have `old`; it becomes `new`, or goes."""
+        """`fn(array, dimension)` on the members that have `old`, which becomes `new` or goes."""
 
         def one(array: jax.Array, axes: tuple[Axis, ...]) -> tuple[jax.Array, Sequence[Axis]]:
             if old not in axes:
@@ -112,9 +117,10 @@ def lazy(node: LoraWeight, path: str) -> LazyWeight:
     ins = tuple(axes[i] for i in node.layout.positions("i"))
     outs = tuple(axes[i] for i in node.layout.positions("o"))
     dtype = accumulator(node.a.dtype, node.b.dtype)
-    scale = node.scale.astype(dtype).reshape(node.scale.shape + (1,) * (1 + len(outs)))
+    # The base and the scale are frozen: no dW is formed, whatever the caller differentiates.
+    scale = lax.stop_gradient(node.scale).astype(dtype)
+    scale = scale.reshape(scale.shape + (1,) * (1 + len(outs)))
     b = lax.mul(node.b.astype(dtype), jnp.broadcast_to(scale, node.b.shape))
-    # Everything of the base is frozen: autodiff never forms dW, whatever the caller differentiates.
     return LazyWeight(
         lax.stop_gradient(node.w),
         node.a,
@@ -131,18 +137,13 @@ def lazy(node: LoraWeight, path: str) -> LazyWeight:
     )
 
 
-def tangent(primal: LazyWeight, da: Any, db: Any) -> LazyWeight:
-    """The tangent of a lazy weight, `da·b + a·db`, as factors of twice the rank and no base."""
+def tangents(primal: LazyWeight, da: Any, db: Any) -> tuple[LazyWeight, LazyWeight]:
+    """The two terms of a weight's tangent, `da·b` and `a·db`, neither with a base.
 
-    def stack(first: Any, second: Any, axes: tuple[Axis, ...]) -> jax.Array:
-        return jnp.concatenate([first, second], axes.index(RANK))
-
-    return dataclasses.replace(
-        primal,
-        w=None,
-        a=stack(da, primal.a, primal.a_axes),
-        b=stack(primal.b, db, primal.b_axes),
-    )
+    Two, not one of twice the rank: each is linear in what it differentiates.
+    """
+    replace = dataclasses.replace
+    return replace(primal, w=None, a=da), replace(primal, w=None, b=db)
 
 
 def is_lazy(x: Any) -> bool:
@@ -206,7 +207,7 @@ def branch(
         return _contract.flops(x_axes, first, sizes) + _contract.flops(inner, second, sizes)
 
     (f, f_axes), (s, s_axes) = min((operands, operands[::-1]), key=operations)
-    options = dict(precision=precision, preferred_element_type=accumulate)
+    options = {"precision": precision, "preferred_element_type": accumulate}
     h, h_axes = _contract.contract(
         x.astype(compute), x_axes, f, f_axes, {*s_axes, *out_axes}, **options
     )

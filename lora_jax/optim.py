@@ -32,7 +32,9 @@ def labels(params: Any) -> Any:
         return dataclasses.replace(
             node,
             **{
-                field.name: jax.tree.map(lambda _, name=field.name: _label(name), getattr(node, field.name))
+                field.name: jax.tree.map(
+                    lambda _, name=field.name: _label(name), getattr(node, field.name)
+                )
                 for field in dataclasses.fields(node)
                 if "static" not in field.metadata
             },
@@ -58,8 +60,8 @@ def freeze(tx: optax.GradientTransformation, params: Any) -> optax.GradientTrans
     """`tx` on A, B and the leaves trained whole; every other leaf gets a zero update.
 
     Frozen leaves have no optimizer state, and are not counted by what `tx` measures (a clipped
-    global norm, say). Works on the joined tree and, for `scale` is a frozen leaf too, on the overlay
-    of the split form.
+    global norm, say). Works on the joined tree, and on the overlay of the split form too, in which
+    `scale` is a frozen leaf.
 
     Args:
       tx: any optax gradient transformation.

@@ -45,7 +45,9 @@ def split(params: Any) -> tuple[Any, Any]:
     (True, None, (4, 1))
     """
     if not adapted_nodes(params):
-        raise StructureError("split: the tree holds no adapted weights; init(key, params, ...) first")
+        raise StructureError(
+            "split: the tree holds no adapted weights; init(key, params, ...) first"
+        )
 
     def base_leaf(path: str, node: Adapted) -> Any:
         require_base(path, node)

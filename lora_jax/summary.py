@@ -66,7 +66,7 @@ def summary(params: Any) -> str:
     trainable params: 7 || all params: 19 || trainable%: 36.8421
     """
     nodes, _ = _paths.flatten_with_paths(params, is_leaf=is_adapted)
-    rows = [("path", "shape", "layout", "used by", "rank", "trained")]
+    rows: list[tuple[str, ...]] = [("path", "shape", "layout", "used by", "rank", "trained")]
     rows += [_row(path, node) for path, node in nodes.items() if is_adapted(node)]
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = [

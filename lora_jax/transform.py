@@ -76,7 +76,9 @@ def _enter(path: str, leaf: Any) -> Any:
     if isinstance(leaf, LoraWeight):
         return lazy(leaf, path)
     if isinstance(leaf, TrainedLeaf):
-        return dense(TrainedLeaf(lax.stop_gradient(leaf.w), leaf.value, lax.stop_gradient(leaf.scale)))
+        return dense(
+            TrainedLeaf(lax.stop_gradient(leaf.w), leaf.value, lax.stop_gradient(leaf.scale))
+        )
     # Gradients stop inside the program: no dW is formed, and a clipped global norm counts none.
     return lax.stop_gradient(leaf) if isinstance(leaf, jax.Array) else leaf
 

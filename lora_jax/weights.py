@@ -16,8 +16,9 @@ from lora_jax.errors import LayoutError, StructureError
 class Layout:
     """Which axes of a weight are batch, in and out: one letter an axis, `b`, `i` or `o`.
 
-    A Dense kernel `[in, out]` is "io", an attention kernel `[embed, heads, head_dim]` "ioo", a stack
-    of Dense kernels `[layers, in, out]` "bio", a 2-D convolution `[height, width, in, out]` "iiio".
+    A Dense kernel `[in, out]` is "io", an attention kernel `[embed, heads, head_dim]` "ioo", a
+    stack of Dense kernels `[layers, in, out]` "bio", a convolution `[height, width, in, out]`
+    "iiio".
 
     Args:
       axes: the letters, one for every axis of the weight.
@@ -39,7 +40,7 @@ class Layout:
             )
 
     def positions(self, kinds: str) -> tuple[int, ...]:
-        """The axes whose letter is in `kinds`, in order: `Layout("bio").positions("bo")` is (0, 2)."""
+        """The axes whose letter is in `kinds`: `Layout("bio").positions("bo")` is (0, 2)."""
         return tuple(i for i, kind in enumerate(self.axes) if kind in kinds)
 
     def select(self, kinds: str, shape: tuple[int, ...]) -> tuple[int, ...]:

@@ -24,6 +24,8 @@ CORE = [
     "lazy",
     "context",
     "rules",
+    "views",
+    "contractions",
     "containers",
     "interpreter",
     "initializers",

@@ -30,7 +30,10 @@ def assert_close(got, want, tolerance):
 
 
 def loss(outs):
-    return sum(jnp.sin(x * (1 + jnp.arange(x.size, dtype=x.dtype).reshape(x.shape) % 3)).sum() for x in floats(outs))
+    return sum(
+        jnp.sin(x * (1 + jnp.arange(x.size, dtype=x.dtype).reshape(x.shape) % 3)).sum()
+        for x in floats(outs)
+    )
 
 
 @functools.cache
@@ -125,9 +128,7 @@ def weight_sized(jaxpr, shapes) -> Counter:
         # Gradients stop at the base: `stop_gradient` is the weight itself, not a copy of it.
         if eqn.primitive.name != "stop_gradient":
             found.update(
-                (shape,)
-                for var in eqn.outvars
-                if (shape := squeezed(var.aval.shape)) in shapes
+                (shape,) for var in eqn.outvars if (shape := squeezed(var.aval.shape)) in shapes
             )
         for value in jax.tree.leaves(eqn.params, is_leaf=lambda x: hasattr(x, "eqns")):
             inner = getattr(value, "jaxpr", value)
@@ -166,7 +167,9 @@ def test_nothing_weight_sized_is_made(case):
     if jnp.issubdtype(x.dtype, jnp.floating):
         allowed = weight_sized(jax.make_jaxpr(jax.grad(frozen))(x).jaxpr, shapes)
     else:  # tokens have no gradient, so there the model alone is the measure, forward and back
-        allowed = weight_sized(jax.make_jaxpr(jax.grad(lambda b: loss(fn(b, *args))))(base).jaxpr, shapes)
+        allowed = weight_sized(
+            jax.make_jaxpr(jax.grad(lambda b: loss(fn(b, *args))))(base).jaxpr, shapes
+        )
         # dW takes part there; ours must be below it
         assert sum(got.values()) < sum(allowed.values())
     assert got <= allowed
@@ -176,7 +179,7 @@ def test_the_assertion_sees_a_dense_update():
     """The measure itself: a program that forms W + A·B is caught."""
     case = next(c for c in CASES if c.name == "dense")
     fn, _, params, args = prepare(case, jnp.float32)
-    shapes = {view for view in views_of(params["kernel"].w.shape, "io")}
+    shapes = set(views_of(params["kernel"].w.shape, "io"))
     got = weight_sized(jax.make_jaxpr(lambda p, x: fn(merged(p), x))(params, *args).jaxpr, shapes)
     assert sum(got.values()) >= 2
 

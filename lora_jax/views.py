@@ -1,0 +1,289 @@
+"""Rules for views of a weight: names and small factors move, the base goes through the equation."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from lora_jax import _contract, _jaxpr
+from lora_jax.context import Context
+from lora_jax.lazy import Axis, LazyWeight, is_lazy, to_dense
+from lora_jax.rules import Rule, rule
+
+RULES: dict[str, Rule] = {}
+
+
+def on_base(eqn: Any, lazy: LazyWeight, *others: Any) -> Any:
+    """The equation's output on the base view alone; None for a tangent, whose base is zero."""
+    return None if lazy.w is None else _jaxpr.bind(eqn, [lazy.w, *others])[0]
+
+
+def viewed(eqn: Any, lazy: LazyWeight, axes: Sequence[Axis], *others: Any) -> list[LazyWeight]:
+    """The outputs of a view: members as in `lazy`, the base through the equation itself."""
+    aval = eqn.outvars[0].aval
+    return [
+        dataclasses.replace(
+            lazy,
+            w=on_base(eqn, lazy, *others),
+            axes=tuple(axes),
+            shape=aval.shape,
+            dtype=aval.dtype,
+        )
+    ]
+
+
+@rule(RULES, "copy", "copy_p", "name", "sharding_constraint", "convert_element_type")
+def _same_axes(ctx: Context, eqn: Any, args: Sequence[Any]) -> Any:
+    """The factors keep their own dtype; they are cast where they are multiplied."""
+    (lazy,) = args
+    if not jnp.issubdtype(eqn.outvars[0].aval.dtype, jnp.inexact):
+        return NotImplemented
+    return viewed(eqn, lazy, lazy.axes)
+
+
+@rule(RULES, "stop_gradient")
+def _stop_gradient(ctx: Context, eqn: Any, args: Sequence[Any]) -> Any:
+    (lazy,) = args
+    stopped = lazy.map_members(lambda array, axes: (lax.stop_gradient(array), axes))
+    return viewed(eqn, stopped, lazy.axes)
+
+
+@rule(RULES, "neg")
+def _neg(ctx: Context, eqn: Any, args: Sequence[Any]) -> Any:
+    (lazy,) = args
+    return viewed(eqn, _scaled(lazy, lambda b: -b), lazy.axes)
+
+
+@rule(RULES, "mul", "div")
+def _scalar_multiple(ctx: Context, eqn: Any, args: Sequence[Any]) -> Any:
+    """weight · scalar and weight / scalar: B takes the scalar."""
+    left, right = args
+    if is_lazy(left) and is_lazy(right):
+        return NotImplemented
+    lazy, scalar = (left, right) if is_lazy(left) else (right, left)
+    divides = eqn.primitive.name == "div"
+    if jnp.ndim(scalar) != 0 or (divides and is_lazy(right)):
+        return NotImplemented
+    operation = lax.div if divides else lax.mul
+    scaled = _scaled(lazy, lambda b: operation(b, lax.convert_element_type(scalar, b.dtype)))
+    operands = [x.w if is_lazy(x) else x for x in args]
+    w = None if lazy.w is None else _jaxpr.bind(eqn, operands)[0]
+    return [dataclasses.replace(scaled, w=w)]
+
+
+def _scaled(lazy: LazyWeight, fn: Callable[[jax.Array], jax.Array]) -> LazyWeight:
+    return lazy if lazy.b is None else dataclasses.replace(lazy, b=fn(lazy.b))
+
+
+@rule(RULES, "transpose")
+def _transpose(ctx: Context, eqn: Any, args: Sequence[Any]) -> Any:
+    (lazy,) = args
+    return viewed(eqn, lazy, [lazy.axes[i] for i in eqn.params["permutation"]])
+
+
+@rule(RULES, "squeeze")
+def _squeeze(ctx: Context, eqn: Any, args: Sequence[Any]) -> Any:
+    (lazy,) = args
+    gone = [lazy.axes[i] for i in eqn.params["dimensions"]]
+    return viewed(eqn, _without(lazy, gone), [axis for axis in lazy.axes if axis not in gone])
+
+
+def _without(lazy: LazyWeight, axes: Sequence[Axis]) -> LazyWeight:
+    """The members without these axes, all of size one."""
+    for axis in axes:
+        lazy = lazy.map_axis(axis, lambda x, at: lax.squeeze(x, [at]), None)
+    return lazy
+
+
+@rule(RULES, "broadcast_in_dim")
+def _broadcast_in_dim(ctx: Context, eqn: Any, args: Sequence[Any]) -> Any:
+    lazy, *dynamic = args
+    if dynamic:
+        return NotImplemented
+    shape, dims = eqn.params["shape"], eqn.params["broadcast_dimensions"]
+    grown = [a for a, d in zip(lazy.axes, dims, strict=True) if lazy.sizes[a] != shape[d]]
+    source = {d: a for a, d in zip(lazy.axes, dims, strict=True) if a not in grown}
+    new = [lazy.new_axis(skip=d) for d in range(len(shape))]
+    axes = [source.get(d, new[d]) for d in range(len(shape))]
+    return viewed(eqn, _without(lazy, grown), axes)
+
+
+@rule(RULES, "reshape")
+def _reshape(ctx: Context, eqn: Any, args: Sequence[Any]) -> Any:
+    """Each group of axes that the reshape splits or joins must belong to the same factors."""
+    lazy, *dynamic = args
+    old, new = lazy.shape, eqn.outvars[0].aval.shape
+    if dynamic or eqn.params["dimensions"] is not None or 0 in old:
+        return NotImplemented
+    groups = _contract.reshape_groups(old, new)
+    ones = [axis for axis, size in zip(lazy.axes, old, strict=True) if size == 1]
+    axes = [lazy.new_axis(skip=j) for j in range(len(new))]
+    moved = _without(lazy, ones)
+    for olds, news in groups:
+        names = [lazy.axes[i] for i in olds]
+        if len({lazy.holders(name) for name in names}) > 1:
+            return NotImplemented
+        if len(olds) == len(news) == 1:
+            axes[news[0]] = names[0]
+            continue
+        origins = [origin for name in names for origin in name.origins]
+        for j in news:
+            axes[j] = Axis(tuple(sorted(set(origins))), axes[j].uid)
+        moved = _regroup(moved, names, [axes[j] for j in news], [new[j] for j in news])
+    return viewed(eqn, moved, axes)
+
+
+def _regroup(
+    lazy: LazyWeight, names: Sequence[Axis], new: Sequence[Axis], sizes: Sequence[int]
+) -> LazyWeight:
+    """Reshape, in the members that hold them, the axes `names` into the axes `new`."""
+
+    def one(array: jax.Array, axes: tuple[Axis, ...]) -> tuple[jax.Array, Sequence[Axis]]:
+        if names[0] not in axes:
+            return array, axes
+        rest = [axis for axis in axes if axis not in names]
+        order = [axes.index(axis) for axis in (*names, *rest)]
+        array = array.transpose(order)
+        return array.reshape(*sizes, *array.shape[len(names) :]), [*new, *rest]
+
+    return lazy.map_members(one)
+
+
+@rule(RULES, "rev")
+def _rev(ctx: Context, eqn: Any, args: Sequence[Any]) -> Any:
+    (lazy,) = args
+    moved = lazy
+    for i in eqn.params["dimensions"]:
+        axis = lazy.axes[i]
+        moved = moved.map_axis(axis, lambda x, at: lax.rev(x, [at]), axis)
+    return viewed(eqn, moved, lazy.axes)
+
+
+@rule(RULES, "slice")
+def _slice(ctx: Context, eqn: Any, args: Sequence[Any]) -> Any:
+    (lazy,) = args
+    params, moved, axes = eqn.params, lazy, list(lazy.axes)
+    strides = params["strides"] or (1,) * len(axes)
+    bounds = zip(params["start_indices"], params["limit_indices"], strides, strict=True)
+    for i, (start, limit, stride) in enumerate(bounds):
+        old = axes[i]
+        if (start, limit, stride) != (0, lazy.shape[i], 1):
+            axes[i] = moved.new_axis(old.origins, skip=i)
+            moved = moved.map_axis(
+                old,
+                lambda x, at, s=start, e=limit, k=stride: lax.slice_in_dim(x, s, e, k, at),
+                axes[i],
+            )
+            if limit - start == 1:
+                moved = _mark_indexed(moved, old)
+    return viewed(eqn, moved, axes)
+
+
+@rule(RULES, "split")
+def _split(ctx: Context, eqn: Any, args: Sequence[Any]) -> Any:
+    (lazy,) = args
+    at, start, outs = eqn.params["axis"], 0, []
+    bases = [None] * len(eqn.outvars) if lazy.w is None else _jaxpr.bind(eqn, [lazy.w])
+    for base, size in zip(bases, eqn.params["sizes"], strict=True):
+        new = lazy.new_axis(lazy.axes[at].origins)
+        part = lazy.map_axis(
+            lazy.axes[at],
+            lambda x, dim, s=start, n=size: lax.slice_in_dim(x, s, s + n, axis=dim),
+            new,
+        )
+        axes = (*lazy.axes[:at], new, *lazy.axes[at + 1 :])
+        shape = (*lazy.shape[:at], size, *lazy.shape[at + 1 :])
+        outs.append(dataclasses.replace(part, w=base, axes=axes, shape=shape))
+        start += size
+    return outs
+
+
+def _mark_indexed(lazy: LazyWeight, axis: Axis) -> LazyWeight:
+    return dataclasses.replace(lazy, indexed=tuple(sorted({*lazy.indexed, *axis.origins})))
+
+
+def is_lookup(lazy: LazyWeight, axis: Axis) -> bool:
+    """Whether indexing `axis` reads entries of one factor alone: a dense result is small."""
+    return len({"a", "b"} & set(lazy.holders(axis))) == 1
+
+
+@rule(RULES, "dynamic_slice")
+def _dynamic_slice(ctx: Context, eqn: Any, args: Sequence[Any]) -> Any:
+    """Stacked weights indexed by a layer number stay lazy; a single row read is a lookup."""
+    lazy, *starts = args
+    if not is_lazy(lazy) or any(map(is_lazy, starts)) or len(starts) != len(lazy.axes):
+        return NotImplemented
+    moved, axes, lookup = lazy, list(lazy.axes), False
+    for i, (start, size) in enumerate(zip(starts, eqn.params["slice_sizes"], strict=True)):
+        old = axes[i]
+        if size != lazy.shape[i]:
+            axes[i] = moved.new_axis(old.origins, skip=i)
+            moved = moved.map_axis(
+                old,
+                lambda x, at, s=start, n=size: lax.dynamic_slice_in_dim(x, s, n, at),
+                axes[i],
+            )
+            if size == 1:
+                lookup = lookup or is_lookup(lazy, old)
+                moved = _mark_indexed(moved, old)
+    outs = viewed(eqn, moved, axes, *starts)
+    return [to_dense(out) for out in outs] if lookup else outs
+
+
+@rule(RULES, "gather")
+def _gather(ctx: Context, eqn: Any, args: Sequence[Any]) -> Any:
+    """`w[ids]` along one axis: the factors that have the axis are gathered, the others stay."""
+    lazy, indices = args
+    numbers, sizes = eqn.params["dimension_numbers"], eqn.params["slice_sizes"]
+    if not is_lazy(lazy) or is_lazy(indices) or not _takes_one_axis(numbers, sizes, lazy.shape):
+        return NotImplemented
+    (at,) = numbers.start_index_map
+    ids_ndim = indices.ndim - 1
+    ids = [lazy.new_axis(skip=i) for i in range(ids_ndim)]
+    rest = iter(axis for i, axis in enumerate(lazy.axes) if i != at)
+    new = iter(ids)
+    ndim = eqn.outvars[0].aval.ndim
+    axes = [next(rest) if i in numbers.offset_dims else next(new) for i in range(ndim)]
+
+    def take(array: jax.Array, names: tuple[Axis, ...]) -> tuple[jax.Array, Sequence[Axis]]:
+        if lazy.axes[at] not in names:
+            return array, names
+        where = names.index(lazy.axes[at])
+        taken = lax.gather(
+            array,
+            indices,
+            lax.GatherDimensionNumbers(
+                offset_dims=tuple(range(ids_ndim, ids_ndim + array.ndim - 1)),
+                collapsed_slice_dims=(where,),
+                start_index_map=(where,),
+            ),
+            tuple(1 if i == where else size for i, size in enumerate(array.shape)),
+            unique_indices=eqn.params["unique_indices"],
+            indices_are_sorted=eqn.params["indices_are_sorted"],
+            mode=eqn.params["mode"],
+            # What lies out of bounds gets the base's filling alone.
+            fill_value=0,
+        )
+        return taken, [*ids, *(name for name in names if name != lazy.axes[at])]
+
+    if lazy.key is not None:  # an embedding's branch has no input to drop
+        lazy = dataclasses.replace(lazy, key=None, key_axes=(), dropout=0.0)
+    moved = _mark_indexed(lazy.map_members(take), lazy.axes[at])
+    outs = viewed(eqn, moved, axes, indices)
+    return [to_dense(out) for out in outs] if is_lookup(lazy, lazy.axes[at]) else outs
+
+
+def _takes_one_axis(numbers: Any, sizes: Sequence[int], shape: Sequence[int]) -> bool:
+    at = numbers.start_index_map
+    return (
+        len(at) == 1
+        and numbers.collapsed_slice_dims == at
+        and not numbers.operand_batching_dims
+        and all(
+            size == full or i == at[0]
+            for i, (size, full) in enumerate(zip(sizes, shape, strict=True))
+        )
+    )
