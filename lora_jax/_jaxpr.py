@@ -48,7 +48,7 @@ def scan_counts(eqn: Any) -> tuple[int, int]:
     """How many of a scan's inputs are loop constants, and how many are carried."""
     params = eqn.params
     if "ft_in" in params:  # 0.12 describes the inputs by trees: (consts, carry, xs)
-        consts, carry, _ = params["ft_in"].elts
+        consts, carry, _ = params["ft_in"].unpack()
         return len(consts), len(carry)
     return params["num_consts"], params["num_carry"]
 

@@ -48,12 +48,14 @@ def names_module(entry: str, path: str) -> bool:
 
 def nearest(entry: str, paths: Iterable[str]) -> str:
     """The paths most like `entry`, as the end of an error message."""
-    paths = list(paths)
-    tails = {"/".join(path.split("/")[-depth:]): path for path in paths for depth in (1, 2, 3, 9)}
-    close = difflib.get_close_matches(
-        re.sub(r"[\\^$.*+?()|\[\]]+", "", entry), tails, n=8, cutoff=0
-    )
-    found = list(dict.fromkeys(tails[tail] for tail in close))[:3]
+    plain = re.sub(r"[\\^$.*+?()|\[\]]+", "", entry)
+
+    def likeness(path: str) -> float:
+        parts = path.split("/")
+        tails = ("/".join(parts[i:]) for i in range(len(parts)))
+        return max(difflib.SequenceMatcher(None, plain, tail).ratio() for tail in (*tails, *parts))
+
+    found = sorted(paths, key=likeness, reverse=True)[:3]
     return (
         "nearest paths: " + ", ".join(found) if found else "the tree has no leaves to choose from"
     )

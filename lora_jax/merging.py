@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from lora_jax.errors import MergeError
 from lora_jax.overlay import adapted_nodes, join, map_adapted, split
-from lora_jax.weights import Adapted, LoraWeight, dense, is_adapted, require_base
+from lora_jax.weights import Adapted, LoraWeight, accumulator, dense, require_base
 
 
 def merge(
@@ -101,10 +101,12 @@ _combine_donated = functools.partial(jax.jit, static_argnames="dtype", donate_ar
 
 @functools.partial(jax.jit, static_argnames="dtype")
 def _rounding_error(base: jax.Array, rest: Adapted, dtype: Any) -> jax.Array:
-    wide = jnp.dtype(jnp.float64 if base.dtype == jnp.float64 else jnp.float32)
+    wide = accumulator(base.dtype, dtype)
     exact = _sum(base, rest, dtype=wide)
-    start = base.astype(wide)
-    lost, update = exact.astype(dtype).astype(wide) - exact, exact - start
+    # The compiler may skip a cast down and up again; reduce_precision it must carry out.
+    info = jnp.finfo(dtype)
+    rounded = jax.lax.reduce_precision(exact, info.nexp, info.nmant)
+    lost, update = rounded - exact, exact - base.astype(wide)
     norm = jnp.linalg.norm(update.ravel())
     return jnp.where(norm > 0, jnp.linalg.norm(lost.ravel()) / jnp.where(norm > 0, norm, 1), 0)
 
@@ -134,8 +136,3 @@ def _check_finite(nodes: dict[str, Adapted]) -> None:
 @jax.jit
 def _all_finite(arrays: list[jax.Array]) -> list[jax.Array]:
     return [jnp.isfinite(x).all() for x in arrays]
-
-
-def is_merged(params: Any) -> bool:
-    """Whether a tree holds no adapted node."""
-    return not any(map(is_adapted, jax.tree_util.tree_leaves(params, is_leaf=is_adapted)))

@@ -90,11 +90,11 @@ class LoraWeight:
     @property
     def shape(self) -> tuple[int, ...]:
         """The shape of the weight, from the factors (an overlay has no `w`)."""
-        a_axes, b_axes = self.layout.positions("bi"), self.layout.positions("bo")
-        batch = len(self.layout.positions("b"))
-        sizes = dict(zip(a_axes, self.a.shape[:-1], strict=True))
-        out = self.b.shape[:batch] + self.b.shape[batch + 1 :]
-        return tuple(v for _, v in sorted((sizes | dict(zip(b_axes, out, strict=True))).items()))
+        batch, ins, outs = (self.layout.positions(kind) for kind in "bio")
+        b_shape = self.b.shape[: len(batch)] + self.b.shape[len(batch) + 1 :]
+        sizes = dict(zip((*batch, *ins), self.a.shape[:-1], strict=True))
+        sizes |= dict(zip((*batch, *outs), b_shape, strict=True))
+        return tuple(sizes[i] for i in range(len(self.layout.axes)))
 
 
 @jax.tree_util.register_dataclass

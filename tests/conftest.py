@@ -19,7 +19,7 @@ hypothesis.settings.load_profile("lora_jax")
 
 @pytest.fixture
 def strict():
-    """No implicit dtype promotion. Not for every test: optax.adam and flax's bfloat16 need it."""
+    """No implicit dtype promotion; optax.adam and a bfloat16 nn.LayerNorm do not stand it."""
     with jax.numpy_dtype_promotion("strict"):
         yield
 

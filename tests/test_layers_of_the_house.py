@@ -26,6 +26,8 @@ CORE = [
     "rules",
     "views",
     "contractions",
+    "views",
+    "contractions",
     "containers",
     "interpreter",
     "initializers",

@@ -1,0 +1,72 @@
+# Needs nothing but make and Python 3.11 or newer; every target sets up what it uses.
+#   make test ARGS="-k merge"                      more arguments for pytest (or for the demo)
+#   make test PYTHON=python3.13 VENV=.venv313      another Python, in an environment of its own
+PYTHON ?= python3
+VENV ?= .venv
+ARGS ?=
+# Compiling is most of what the tests do, one core a process.
+WORKERS ?= --numprocesses=auto --maxprocesses=4
+
+# A stamp is written after a whole install, one per Python version and set of extras.
+VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)
+STAMP := $(VENV)/.installed-$(VERSION)
+RUN := $(VENV)/bin/python -m
+
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.DELETE_ON_ERROR:
+.PHONY: help demo test test-all test-newest newest-python lint format clean
+
+help: ## list the targets
+	@sed -n 's/^\([a-z-]*\):[^#]*## /\1 \t/p' $(MAKEFILE_LIST) | expand -t 16
+
+demo: $(STAMP)-demo ## fine-tune a real sentence encoder and print what it learned
+	@$(RUN) lora_jax.demo $(ARGS)
+
+test: $(STAMP)-test ## the default suite: tests, doctests, README, notebooks
+	@$(RUN) pytest $(WORKERS) $(ARGS)
+
+test-all: $(STAMP)-test ## the default suite and the slow tests
+	@$(RUN) pytest $(WORKERS) -m "" $(ARGS)
+
+test-newest: ## the default suite on the newest Python found, with the newest jax
+	@python="$$($(MAKE) -s --no-print-directory newest-python)"; \
+	if [ -z "$$python" ]; then echo "no Python newer than $(VERSION) found: nothing to run"; \
+	else $(MAKE) --no-print-directory test PYTHON="$$python" VENV=.venv-newest; fi
+
+lint: $(STAMP)-demo,dev ## style, format and types
+	@$(RUN) ruff check
+	@$(RUN) ruff format --check
+	@$(RUN) mypy
+
+format: $(STAMP)-demo,dev ## what lint can repair by itself
+	@$(RUN) ruff check --fix-only
+	@$(RUN) ruff format
+
+# Prints the newest Python that is newer than $(PYTHON) and really runs (a pyenv shim may not), or nothing.
+newest-python:
+	@for minor in 14 13 12; do \
+	  [ "$(VERSION)" != "3.$$minor" ] || exit 0; \
+	  for python in python3.$$minor \
+	      $$(ls -d "$${PYENV_ROOT:-$$HOME/.pyenv}"/versions/3.$$minor.*[0-9]/bin/python 2>/dev/null | sort -rV); do \
+	    if "$$python" -c 'import ensurepip, venv' 2>/dev/null; then echo "$$python"; exit 0; fi; \
+	  done; \
+	done
+
+clean: ## remove environments, caches and builds
+	rm -rf .venv* build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis demo_output
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(STAMP)-%: pyproject.toml | $(STAMP)
+	@echo "installing lora-jax[$*] into $(VENV) (Python $(VERSION)); the first time takes a minute or two"
+	@$(RUN) pip install -qq --disable-pip-version-check --editable ".[$*]"
+	@touch $@
+
+$(STAMP):
+	@case "$(VERSION)" in \
+	  3.1[1-9]|3.[2-9][0-9]) ;; \
+	  "") echo "$(PYTHON) does not run: pass PYTHON=... (3.11 or newer)" >&2; exit 1 ;; \
+	  *) echo "lora_jax needs Python 3.11 or newer, and $(PYTHON) is $(VERSION): pass PYTHON=..." >&2; exit 1 ;; \
+	esac
+	@$(PYTHON) -m venv --clear $(VENV)
+	@touch $@

@@ -1,0 +1,224 @@
+"""Native adapter files: whole or absent, strict about the base, and hard to fool."""
+
+import json
+import os
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+import lora_jax
+from lora_jax import AdapterFileError, LoraConfig, StructureError, checkpoint
+from lora_jax.fingerprint import fingerprint
+from tests.cases import normal, randomize
+
+KEY = jax.random.key(0)
+BASE = {
+    "up": {"kernel": normal(1, (7, 9), jnp.float32), "bias": jnp.zeros(9)},
+    "stack": normal(2, (3, 9, 5), jnp.bfloat16),
+    "count": jnp.int32(3),
+}
+CONFIG = LoraConfig(
+    rank=2,
+    alpha=3,
+    targets=["up/kernel", "stack"],
+    train=["bias"],
+    dropout=0.1,
+    overrides={"stack": {"layout": "bio"}},
+)
+JOINED = randomize(lora_jax.init(KEY, BASE, CONFIG))
+ADAPTERS = lora_jax.split(JOINED)[1]
+
+
+@pytest.fixture
+def file(tmp_path):
+    path = tmp_path / "adapter.safetensors"
+    lora_jax.save(path, JOINED, {"task": "test", "steps": 3}, config=CONFIG)
+    return path
+
+
+def same(got, want):
+    assert jax.tree.structure(got) == jax.tree.structure(want)
+    jax.tree.map(np.testing.assert_array_equal, got, want)
+    assert jax.tree.map(lambda x: x.dtype, got) == jax.tree.map(lambda x: x.dtype, want)
+
+
+def test_round_trip(file):
+    same(lora_jax.load(file, BASE), ADAPTERS)
+    same(lora_jax.load(file, JOINED), ADAPTERS)  # its base counts
+
+
+def test_overlay_with_and_without_its_base(tmp_path):
+    lora_jax.save(tmp_path / "a", ADAPTERS, base=BASE)
+    lora_jax.save(tmp_path / "b", ADAPTERS)
+    for name in "ab":
+        same(lora_jax.load(tmp_path / name, BASE), ADAPTERS)
+    assert lora_jax.read_metadata(tmp_path / "a")["base"]
+    assert not lora_jax.read_metadata(tmp_path / "b")["base"]
+
+
+def test_bfloat16_factors(tmp_path):
+    config = LoraConfig(rank=2, targets=["up/kernel"], dtype=jnp.bfloat16)
+    joined = randomize(lora_jax.init(KEY, BASE, config))
+    lora_jax.save(tmp_path / "a", joined)
+    same(lora_jax.load(tmp_path / "a", BASE), lora_jax.split(joined)[1])
+
+
+def test_metadata(file):
+    header = lora_jax.read_metadata(file)
+    assert header["metadata"] == {"task": "test", "steps": 3}
+    assert header["config"]["rank"] == 2 and header["config"]["alpha"] == 3
+    assert header["layouts"]["stack"]["axes"] == "bio"
+
+
+def test_a_names_suffix_like_ours_survives(tmp_path):
+    base = {"x.a": {"scale": jnp.ones((4, 3))}, "b.value": jnp.ones((3, 4))}
+    joined = randomize(lora_jax.init(KEY, base, LoraConfig(rank=1)))
+    lora_jax.save(tmp_path / "a", joined)
+    same(lora_jax.load(tmp_path / "a", base), lora_jax.split(joined)[1])
+
+
+def test_another_base_is_refused_leaf_by_leaf(file):
+    other = {**BASE, "up": {**BASE["up"], "kernel": BASE["up"]["kernel"].at[3, 4].add(1e-3)}}
+    with pytest.raises(AdapterFileError) as error:
+        lora_jax.load(file, other)
+    assert "up/kernel: other values" in str(error.value) and "stack" not in str(error.value)
+
+
+def test_a_leaf_that_is_trained_whole_may_differ(file):
+    other = {**BASE, "up": {**BASE["up"], "bias": jnp.ones(9)}}
+    same(lora_jax.load(file, other), ADAPTERS)
+
+
+def test_all_structural_differences_at_once(file):
+    other = {"up": {"kernel": jnp.zeros((7, 8)), "biass": jnp.zeros(9)}, "stack": jnp.zeros((3, 9))}
+    with pytest.raises(AdapterFileError) as error:
+        lora_jax.load(file, other)
+    message = str(error.value)
+    assert "up/kernel: b is (2, 9)" in message
+    assert "up/bias: not in this base; nearest paths: up/biass" in message
+    assert "stack: layout 'bio'" in message
+
+
+def test_other_shapes_and_dtypes_elsewhere_in_the_base(file):
+    other = {**BASE, "count": jnp.float32(3), "more": jnp.zeros(2)}
+    with pytest.raises(AdapterFileError) as error:
+        lora_jax.load(file, other)
+    assert "count: float32[]" in str(error.value) and "more: not in the base" in str(error.value)
+
+
+def test_an_abstract_base_is_compared_by_shape(file):
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), BASE)
+    same(lora_jax.load(file, shapes), ADAPTERS)
+
+
+def test_missing_and_surplus_tensors_are_listed_together(file):
+    with checkpoint.safe_open(file, framework="np") as opened:
+        header = opened.metadata()
+    tensors = load_file(file)
+    del tensors["up/kernel.a"]
+    tensors["up/kernel.c"] = np.zeros(3)
+    save_file(tensors, file, header)
+    with pytest.raises(AdapterFileError) as error:
+        lora_jax.load(file, BASE)
+    assert "up/kernel.a" in str(error.value) and "up/kernel.c: a tensor that no" in str(error.value)
+
+
+def corrupt(data: bytes, how: str) -> bytes:
+    if how == "empty":
+        return b""
+    if how == "text":
+        return b"this is no adapter at all, but some text that someone wrote"
+    if how == "truncated":
+        return data[:-10]
+    if how == "half":
+        return data[: len(data) // 2]
+    if how == "huge header":
+        return (2**40).to_bytes(8, "little") + data[8:]
+    raise AssertionError(how)
+
+
+@pytest.mark.parametrize("how", ["empty", "text", "truncated", "half", "huge header"])
+def test_files_that_are_not_whole_safetensors(file, how):
+    file.write_bytes(corrupt(file.read_bytes(), how))
+    with pytest.raises(AdapterFileError, match=r"adapter\.safetensors: not a whole safetensors"):
+        lora_jax.load(file, BASE)
+
+
+@pytest.mark.parametrize(
+    ("header", "match"),
+    [
+        ({"format": "pt"}, "not one that lora_jax"),
+        (None, "not one that lora_jax"),
+        ({"format": "lora_jax", "version": "99"}, "version '99'"),
+        ({"format": "lora_jax", "version": "1"}, "damaged"),
+        ({"layouts": "[]"}, "damaged"),
+        ({"layouts": "{"}, "damaged"),
+        ({"layouts": json.dumps({"up/kernel": {"kind": "dora"}})}, "unknown kind"),
+        ({"layouts": json.dumps({"up/kernel": {"kind": "lora", "axes": "xx", "uses": []}})}, "xx"),
+        ({"layouts": json.dumps({"up/kernel": {"kind": "lora"}})}, "axes"),
+    ],
+)
+def test_foreign_and_damaged_headers(file, header, match):
+    with checkpoint.safe_open(file, framework="np") as opened:
+        good = opened.metadata()
+    if header and "format" not in header:
+        header = {**good, **header}
+    save_file(load_file(file), file, header)
+    with pytest.raises(AdapterFileError, match=match):
+        lora_jax.load(file, BASE)
+
+
+def test_no_such_file_and_a_directory(tmp_path):
+    with pytest.raises(AdapterFileError, match="no such file"):
+        lora_jax.load(tmp_path / "none", BASE)
+    with pytest.raises(AdapterFileError):
+        lora_jax.load(tmp_path, BASE)
+
+
+def test_a_failed_save_leaves_the_old_file_and_nothing_else(file, monkeypatch):
+    before = file.read_bytes()
+
+    def fail(*args):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(OSError, match="disk full"):
+        lora_jax.save(file, JOINED)
+    assert file.read_bytes() == before and os.listdir(file.parent) == [file.name]
+
+
+def test_save_refuses(tmp_path):
+    with pytest.raises(StructureError, match="no adapters"):
+        lora_jax.save(tmp_path / "a", BASE)
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), JOINED)
+    with pytest.raises(StructureError, match=r"only shapes: .*up/kernel\.a"):
+        lora_jax.save(tmp_path / "a", shapes)
+    with pytest.raises(StructureError, match="up/kernel: not in the base"):
+        lora_jax.save(tmp_path / "a", ADAPTERS, base={"other": jnp.ones(3)})
+    with pytest.raises(TypeError):
+        lora_jax.save(tmp_path / "a", JOINED, {"key": object()})
+    assert not os.listdir(tmp_path)
+
+
+def test_fingerprint_sees_values_order_dtype_and_shape():
+    x = jnp.arange(6.0)
+    prints = [
+        fingerprint({"x": y})["x"]
+        for y in (
+            x,
+            x.at[2].add(1),
+            x[::-1],
+            x.at[jnp.array([0, 1])].set(x[jnp.array([1, 0])]),
+            x.reshape(2, 3),
+            x.astype(jnp.bfloat16),
+            x.astype(jnp.int32),
+            x.astype(bool),
+            x.astype(jnp.complex64),
+            jax.random.key(0),
+        )
+    ]
+    assert len(set(prints)) == len(prints)
+    assert fingerprint({"x": x})["x"] == prints[0] == fingerprint({"x": np.asarray(x)})["x"]

@@ -1,0 +1,93 @@
+"""LoraConfig: every field is checked when it is made."""
+
+import dataclasses
+import json
+import math
+
+import jax.numpy as jnp
+import pytest
+
+from lora_jax import ConfigError, LoraConfig, Override
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"rank": 0}, "rank"),
+        ({"rank": -3}, "rank"),
+        ({"rank": 2.0}, "rank"),
+        ({"rank": True}, "rank"),
+        ({"alpha": math.nan}, "alpha"),
+        ({"alpha": math.inf}, "alpha"),
+        ({"alpha": "16"}, "alpha"),
+        ({"targets": 3}, "targets"),
+        ({"targets": ("a", 1)}, "targets"),
+        ({"targets": "(unclosed"}, "targets.*regular expression"),
+        ({"targets": ()}, "targets and train are both empty"),
+        ({"exclude": 3}, "exclude"),
+        ({"train": [None]}, "train"),
+        ({"overrides": [("a", 1)]}, "overrides"),
+        ({"overrides": {"a": 3}}, r"overrides\['a'\]"),
+        ({"overrides": {"a": {"rnak": 3}}}, "rnak"),
+        ({"overrides": {"a": {"rank": 0}}}, "overrides: rank"),
+        ({"overrides": {"a": {"alpha": math.nan}}}, "overrides: alpha"),
+        ({"overrides": {"a": {"layout": "xy"}}}, "overrides: layout"),
+        ({"overrides": {"(": {"rank": 1}}}, "regular expression"),
+        ({"scaling": "sqrt"}, "scaling"),
+        ({"init": "zeros"}, "init"),
+        ({"dropout": 1.0}, "dropout"),
+        ({"dropout": -0.1}, "dropout"),
+        ({"dtype": "float33"}, "dtype"),
+        ({"dtype": jnp.int32}, "dtype"),
+    ],
+)
+def test_bad_fields_are_named(fields, message):
+    with pytest.raises(ConfigError, match=message):
+        LoraConfig(**fields)
+
+
+def test_config_error_is_a_value_error():
+    assert issubclass(ConfigError, ValueError)
+
+
+def test_frozen():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        LoraConfig().rank = 4
+
+
+@pytest.mark.parametrize(
+    ("config", "scale"),
+    [
+        (LoraConfig(rank=8), 1.0),
+        (LoraConfig(rank=8, alpha=16), 2.0),
+        (LoraConfig(rank=16, alpha=8, scaling="rslora"), 2.0),
+        (LoraConfig(rank=16, scaling="rslora"), 4.0),
+        (LoraConfig(rank=4, alpha=0), 0.0),
+    ],
+)
+def test_scale(config, scale):
+    assert config.for_path("any")[1] == scale
+
+
+def test_overrides_exact_path_wins_then_the_first_match():
+    config = LoraConfig(
+        rank=8,
+        alpha=4,
+        overrides={
+            "query": {"rank": 2},
+            r".*/value/kernel": Override(rank=3, alpha=6),
+            "b/query/kernel": {"rank": 5, "alpha": 10},
+        },
+    )
+    assert config.for_path("b/query/kernel")[:2] == (5, 2.0)
+    assert config.for_path("a/query/kernel")[:2] == (2, 2.0)
+    assert config.for_path("a/value/kernel")[:2] == (3, 2.0)
+    assert config.for_path("a/key/kernel")[:2] == (8, 0.5)
+
+
+def test_to_dict_is_json():
+    config = LoraConfig(targets=lambda path, leaf: True, overrides={"a": {"rank": 1}}, train=("b",))
+    values = json.loads(json.dumps(config.to_dict()))
+    assert values["targets"].startswith("<callable")
+    assert values["overrides"] == {"a": {"rank": 1, "alpha": None, "layout": None}}
+    assert values["dtype"] == "float32" and values["train"] == ["b"]

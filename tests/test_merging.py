@@ -1,0 +1,128 @@
+"""merge and unmerge: by hand, in one rounding, reported, and refused on NaN."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import lora_jax
+from lora_jax import Layout, LoraConfig, LoraWeight, MergeError, StructureError
+from tests.cases import is_node, merged, normal, randomize
+
+KEY = jax.random.key(0)
+
+
+def joined(dtype=jnp.float32, size=32):
+    params = {
+        "dense": {"kernel": normal(1, (size, size), dtype), "bias": jnp.zeros(size, dtype)},
+        "stack": normal(2, (3, size, size), dtype),
+    }
+    config = LoraConfig(
+        rank=4,
+        alpha=2,
+        targets=".*(kernel|stack)",
+        train=["bias"],
+        overrides={"stack": {"layout": "bio"}},
+    )
+    return randomize(lora_jax.init(KEY, params, config))
+
+
+def test_the_notes_example_to_the_digit():
+    w = jnp.array([[2.0, 4.0, 6.0], [3.0, 6.0, 9.0], [4.0, 8.0, 12.0]])
+    a = jnp.array([[2.1], [3.3], [4.8]])
+    b = jnp.array([[1.0, 2.2, 3.6]])
+    got = lora_jax.merge(LoraWeight(w, a, b, jnp.float32(1), layout=Layout("io")))
+    want = [[4.1, 8.62, 13.56], [6.3, 13.26, 20.88], [8.8, 18.56, 29.28]]
+    np.testing.assert_array_equal(np.round(np.float64(got), 5), want)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=str)
+def test_merge_is_the_float32_sum_rounded_once(dtype):
+    params = joined(dtype)
+    got = lora_jax.merge(params)
+    assert jax.tree.map(lambda x: x.dtype, got) == {
+        "dense": {"kernel": dtype, "bias": dtype},
+        "stack": dtype,
+    }
+    wide = jax.tree.map(lambda x: x.astype(jnp.float32), params)
+    want = jax.tree.map(lambda x: x.astype(dtype), merged(wide))
+    for g, w in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        ulp = float(jnp.finfo(dtype).eps) * np.abs(np.asarray(w, np.float32)) + 1e-6
+        assert (np.abs(np.asarray(g, np.float32) - np.asarray(w, np.float32)) <= ulp).all()
+
+
+def test_merge_to_another_dtype():
+    params = joined(jnp.bfloat16)
+    got = lora_jax.merge(params, jnp.float32)
+    assert got["dense"]["kernel"].dtype == jnp.float32
+    wide = jax.tree.map(lambda x: x.astype(jnp.float32), params)
+    np.testing.assert_allclose(got["stack"], merged(wide)["stack"], atol=1e-5)
+
+
+def test_merge_leaves_the_base_alone_and_donation_takes_it():
+    params = joined()
+    lora_jax.merge(params)
+    assert not params["dense"]["kernel"].w.is_deleted()
+    kept = lora_jax.merge(params)
+    donated = lora_jax.merge(params, donate=True)
+    assert params["dense"]["kernel"].w.is_deleted() and params["stack"].w.is_deleted()
+    assert not params["dense"]["kernel"].a.is_deleted()
+    jax.tree.map(np.testing.assert_array_equal, donated, kept)
+
+
+def test_unmerge_returns_the_base_within_rounding():
+    params = joined()
+    base, adapters = lora_jax.split(params)
+    back = lora_jax.unmerge(lora_jax.merge(params), adapters)
+    assert jax.tree.structure(back) == jax.tree.structure(params)
+    np.testing.assert_allclose(back["dense"]["kernel"].w, base["dense"]["kernel"], atol=1e-5)
+    merged_tree = lora_jax.merge(params)
+    lora_jax.unmerge(merged_tree, adapters, donate=True)
+    assert merged_tree["stack"].is_deleted()
+
+
+def test_the_error_that_rounding_makes():
+    """An update of one part in a thousand is mostly lost in bfloat16, and the report says so."""
+    params = joined(jnp.bfloat16, size=128)
+    shrink = lambda n: dataclasses.replace(n, b=n.b * 1e-3) if isinstance(n, LoraWeight) else n
+    params = jax.tree.map(shrink, params, is_leaf=is_node)
+    _, errors = lora_jax.merge(params, return_error=True)
+    assert set(errors) == {"dense/kernel", "dense/bias", "stack"}
+    assert 0.5 < errors["dense/kernel"] < 1.2 and errors["dense/bias"] == 0
+    _, exact = lora_jax.merge(params, jnp.float32, return_error=True)
+    assert exact["dense/kernel"] == 0
+    w = np.asarray(params["dense"]["kernel"].w, np.float64)
+    node = params["dense"]["kernel"]
+    update = np.float64(node.a) @ np.float64(node.b) * np.float64(node.scale)
+    applied = np.asarray(lora_jax.merge(params)["dense"]["kernel"], np.float64) - w
+    want = np.linalg.norm(applied - update) / np.linalg.norm(update)
+    np.testing.assert_allclose(errors["dense/kernel"], want, rtol=1e-3)
+
+
+@pytest.mark.parametrize("bad", [jnp.nan, jnp.inf])
+@pytest.mark.parametrize("field", ["a", "b", "scale"])
+def test_values_that_are_not_finite_are_refused_before_anything_is_lost(field, bad):
+    params = joined()
+    node = params["stack"]
+    value = getattr(node, field)
+    params["stack"] = dataclasses.replace(node, **{field: value.at[(0,) * value.ndim].set(bad)})
+    with pytest.raises(MergeError, match=f"stack: {field}"):
+        lora_jax.merge(params, donate=True)
+    assert not params["dense"]["kernel"].w.is_deleted()
+
+
+def test_merge_under_jit():
+    params = joined()
+    chained = jax.jit(lora_jax.merge)(params)
+    np.testing.assert_allclose(chained["stack"], lora_jax.merge(params)["stack"], atol=1e-5)
+
+
+def test_refusals():
+    params = joined()
+    _, adapters = lora_jax.split(params)
+    with pytest.raises(StructureError, match="dense/kernel.*join"):
+        lora_jax.merge(adapters["dense"] and {"dense": {"kernel": adapters["dense"]["kernel"]}})
+    with pytest.raises(StructureError, match="not in the base"):
+        lora_jax.unmerge({"other": jnp.ones(3)}, adapters)
