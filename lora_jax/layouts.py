@@ -30,11 +30,11 @@ def infer_uses(
     Runs the interpreter on shapes alone; nothing is computed or allocated.
     """
     flat, treedef = jax.tree_util.tree_flatten_with_path(((params, *args), kwargs))
-    # path[:2] of a leaf of the first argument is ((params, *args), 0)
+    first = (jax.tree_util.SequenceKey(0),) * 2  # of ((params, *args), kwargs)
     names = {
         i: _paths.path_str(path[2:])
         for i, (path, leaf) in enumerate(flat)
-        if path[:2] == flat[0][0][:2] and is_floating(leaf) and leaf.ndim
+        if path[:2] == first and is_floating(leaf) and leaf.ndim
     }
     uses: list[Use] = []
 

@@ -37,7 +37,7 @@ def fenced(lines: list[str]) -> list[tuple[str, int, list[str], str]]:
     return blocks
 
 
-def test_readme_blocks_run(tmp_path, monkeypatch):
+def test_readme_blocks_run_and_print_what_they_say(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     skipped = re.compile(r"<!-- skip: .+ -->")
     python = [block for block in fenced(readme()) if block[0] in {"python", "py", "python3"}]
@@ -47,6 +47,10 @@ def test_readme_blocks_run(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "readme", module)
     for start, code in run:  # empty lines in front make tracebacks show the README's own lines
         exec(compile("\n" * start + "\n".join(code), str(README), "exec"), vars(module))
+    printed = capsys.readouterr().out
+    shown = ["\n".join(code) for _, _, code, before in fenced(readme()) if before == "prints"]
+    assert shown, "README.md shows no output"
+    assert all(text in printed for text in shown)
 
 
 def test_readme_make_targets_exist():

@@ -122,14 +122,13 @@ def squeezed(shape):
 
 
 def weight_sized(jaxpr, shapes) -> Counter:
-    """How often an equation's output has one of the shapes, up to the order of axes and ones."""
+    """How often an equation's output has all the axes of a weight, in any order, or more."""
     found: Counter = Counter()
     for eqn in jaxpr.eqns:
         # Gradients stop at the base: `stop_gradient` is the weight itself, not a copy of it.
         if eqn.primitive.name != "stop_gradient":
-            found.update(
-                (shape,) for var in eqn.outvars if (shape := squeezed(var.aval.shape)) in shapes
-            )
+            made = [Counter(var.aval.shape) for var in eqn.outvars]
+            found.update(shape for shape in shapes for axes in made if Counter(shape) <= axes)
         for value in jax.tree.leaves(eqn.params, is_leaf=lambda x: hasattr(x, "eqns")):
             inner = getattr(value, "jaxpr", value)
             if hasattr(inner, "eqns"):

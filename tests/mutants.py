@@ -1,0 +1,154 @@
+"""Break the engine on purpose, one way at a time, and see that the suite notices.
+
+    python -m tests.mutants            every mutant, a minute or so each
+    python -m tests.mutants scale cast those whose name holds one of the words
+
+For each it prints how many tests failed, and which. Exits with 1 where a mutant survives.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).parent.parent
+TESTS = ["tests/test_transform.py", "tests/test_optim.py", "tests/test_merging.py"]
+PROGRAMS = ["tests/test_programs.py", "-k", "merged_model and not float64 or sized"]
+
+
+class Mutant(NamedTuple):
+    """A change to one file of the package."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+
+
+MUTANTS = [
+    Mutant(
+        "drop the scale",
+        "lazy.py",
+        "b = lax.mul(node.b.astype(dtype), jnp.broadcast_to(scale, node.b.shape))",
+        "b = node.b.astype(dtype)",
+    ),
+    Mutant(
+        "swap A and B's contraction",
+        "lazy.py",
+        "min((operands, operands[::-1]), key=operations)",
+        "max((operands, operands[::-1]), key=operations)",
+    ),
+    Mutant(
+        "contract with A twice, never with B",
+        "lazy.py",
+        "(lazy.b.astype(compute), lazy.b_axes)\n    sizes",
+        "(lazy.a.astype(compute), lazy.a_axes)\n    sizes",
+    ),
+    Mutant(
+        "skip the cast of the factors",
+        "lazy.py",
+        "(lazy.a.astype(compute), lazy.a_axes), (lazy.b.astype(compute), lazy.b_axes)",
+        "(lazy.a, lazy.a_axes), (lazy.b, lazy.b_axes)",
+    ),
+    Mutant(
+        "skip the cast of the sum",
+        "lazy.py",
+        "return (y.astype(wide) + update.astype(wide)).astype(dtype)",
+        "return y.astype(wide) + update.astype(wide)",
+    ),
+    Mutant(
+        "let gradients into the base",
+        "lazy.py",
+        "lax.stop_gradient(node.w),",
+        "node.w,",
+    ),
+    Mutant(
+        "let gradients into the scale",
+        "lazy.py",
+        "scale = lax.stop_gradient(node.scale)",
+        "scale = node.scale",
+    ),
+    Mutant(
+        "let gradients into the other leaves",
+        "transform.py",
+        "return lax.stop_gradient(leaf) if isinstance(leaf, jax.Array) else leaf",
+        "return leaf",
+    ),
+    Mutant(
+        "form W + A·B in place of the branch",
+        "interpreter.py",
+        "    if not any(map(is_lazy, values)):\n",
+        "    from lora_jax.lazy import to_dense\n"
+        "    values = [to_dense(v) if is_lazy(v) else v for v in values]\n"
+        "    if not any(map(is_lazy, values)):\n",
+    ),
+    Mutant(
+        "scan the weights' first axis without the factors",
+        "containers.py",
+        "if lead in getattr(lazy, axes):",
+        'if lead in getattr(lazy, axes) and name != "b":',
+    ),
+    Mutant(
+        "train the scale",
+        "optim.py",
+        '("a", "b", "value")',
+        '("a", "b", "value", "scale")',
+    ),
+    Mutant(
+        "merge without the scale",
+        "weights.py",
+        "a, b, scale = (x.astype(dtype) for x in (weight.a, weight.b, weight.scale))",
+        "a, b = (x.astype(dtype) for x in (weight.a, weight.b))\n"
+        "    scale = jnp.ones_like(weight.scale, dtype)",
+    ),
+]
+
+
+def run(mutant: Mutant) -> list[str]:
+    """The ids of the tests that fail on the mutant."""
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder)
+        for name in ("lora_jax", "tests"):
+            shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copy(ROOT / "pyproject.toml", copy)
+        path = copy / "lora_jax" / mutant.file
+        source = path.read_text(encoding="utf-8")
+        if source.count(mutant.old) != 1:
+            raise SystemExit(
+                f"{mutant.name}: its text is not once in {mutant.file}; mend the mutant"
+            )
+        path.write_text(source.replace(mutant.old, mutant.new), encoding="utf-8")
+        failed = []
+        for selection in (TESTS, PROGRAMS):
+            out = subprocess.run(
+                [sys.executable, "-m", "pytest", "-q", "-rf", "-p", "no:cacheprovider", *selection],
+                cwd=copy,
+                env={**os.environ, "PYTHONPATH": str(copy)},
+                capture_output=True,
+                text=True,
+                check=False,
+            ).stdout
+            failed += re.findall(r"^(?:FAILED|ERROR) tests/(\S+)", out, re.MULTILINE)
+        return failed
+
+
+def main(words: list[str]) -> int:
+    """Run the mutants whose name holds one of the words (all, without words)."""
+    survivors = 0
+    for mutant in MUTANTS:
+        if words and not any(word in mutant.name for word in words):
+            continue
+        failed = run(mutant)
+        survivors += not failed
+        print(f"{mutant.name} ({mutant.file}): {len(failed) or 'NO'} tests failed")
+        for name in failed:
+            print(f"    {name}")
+    return 1 if survivors else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
