@@ -54,6 +54,17 @@ def save(
     Raises:
       StructureError: there are no adapters, a value is still abstract, or `base` does not fit.
       TypeError: `metadata` holds what JSON cannot.
+
+    >>> import tempfile, jax, jax.numpy as jnp, lora_jax
+    >>> config = lora_jax.LoraConfig(rank=1)
+    >>> params = lora_jax.init(jax.random.key(0), {"kernel": jnp.ones((4, 3))}, config)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     save(f"{folder}/a.safetensors", params, {"task": "mine"}, config=config)
+    ...     adapters = load(f"{folder}/a.safetensors", {"kernel": jnp.ones((4, 3))})
+    ...     read_metadata(f"{folder}/a.safetensors")["metadata"]
+    {'task': 'mine'}
+    >>> adapters["kernel"].a.shape
+    (4, 1)
     """
     nodes = adapted_nodes(adapters)
     if not nodes:

@@ -76,6 +76,13 @@ def unmerge(merged: Any, adapters: Any, *, donate: bool = False) -> Any:
     Raises:
       StructureError: the adapters do not fit; all differences are listed.
       MergeError: an adapter holds NaN or infinity.
+
+    >>> import jax.numpy as jnp, lora_jax
+    >>> w, a, b = jnp.array([[2.0, 4.0]]), jnp.array([[2.0]]), jnp.array([[1.0, 2.0]])
+    >>> params = lora_jax.LoraWeight(w, a, b, jnp.float32(1.0), layout=lora_jax.Layout("io"))
+    >>> _, adapters = lora_jax.split(params)
+    >>> unmerge(merge(params), adapters).w
+    Array([[2., 4.]], dtype=float32)
     """
     joined = join(merged, adapters)
     _check_finite(adapted_nodes(joined))

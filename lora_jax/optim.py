@@ -52,6 +52,12 @@ def mask(params: Any) -> Any:
 
     For `optax.masked`, which passes what it masks out through untouched: used alone it would add
     raw gradients to the frozen leaves. `freeze` does not.
+
+    >>> import jax, jax.numpy as jnp, lora_jax
+    >>> config = lora_jax.LoraConfig(rank=1)
+    >>> params = lora_jax.init(jax.random.key(0), {"kernel": jnp.ones((4, 3))}, config)
+    >>> mask(params)["kernel"].a, mask(params)["kernel"].w
+    (True, False)
     """
     return jax.tree.map(lambda label: label == TRAIN, labels(params))
 

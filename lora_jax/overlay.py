@@ -68,6 +68,13 @@ def join(base: Any, adapters: Any) -> Any:
 
     Raises:
       StructureError: the adapters do not fit the base; every difference is listed at once.
+
+    >>> import jax, jax.numpy as jnp, lora_jax
+    >>> config = lora_jax.LoraConfig(rank=1)
+    >>> params = lora_jax.init(jax.random.key(0), {"kernel": jnp.ones((4, 3))}, config)
+    >>> base, adapters = split(params)
+    >>> join(base, adapters)["kernel"].w is base["kernel"]
+    True
     """
     leaves, treedef = _paths.flatten_with_paths(base, is_leaf=is_adapted)
     overlay, _ = _paths.flatten_with_paths(adapters, is_leaf=is_adapted)
@@ -106,6 +113,12 @@ def set_scale(params: Any, scale: Any, targets: _paths.Pattern | None = None) ->
     Raises:
       TargetError: an entry of `targets` matches no adapted path.
       StructureError: the tree holds no adapters.
+
+    >>> import jax, jax.numpy as jnp, lora_jax
+    >>> config = lora_jax.LoraConfig(rank=1)
+    >>> params = lora_jax.init(jax.random.key(0), {"kernel": jnp.ones((4, 3))}, config)
+    >>> float(set_scale(params, 0.5)["kernel"].scale)
+    0.5
     """
     nodes = adapted_nodes(params)
     if not nodes:
@@ -123,7 +136,19 @@ def set_scale(params: Any, scale: Any, targets: _paths.Pattern | None = None) ->
 
 
 def disable(params: Any) -> Any:
-    """The adapters switched off: exactly the base's function, without recompilation."""
+    """The adapters switched off: exactly the base's function, without recompilation.
+
+    Works on a joined tree and on an overlay; `set_scale` switches them on again.
+
+    Raises:
+      StructureError: the tree holds no adapters.
+
+    >>> import jax, jax.numpy as jnp, lora_jax
+    >>> config = lora_jax.LoraConfig(rank=1)
+    >>> params = lora_jax.init(jax.random.key(0), {"kernel": jnp.ones((4, 3))}, config)
+    >>> float(disable(params)["kernel"].scale)
+    0.0
+    """
     return set_scale(params, 0)
 
 
@@ -134,6 +159,12 @@ def with_dropout(params: Any, key: jax.Array | None) -> Any:
     from `key` and its path; the base product sees every input. Use a fresh key every step, and take
     gradients outside: `jax.grad(lambda a: lora(loss)(with_dropout(join(base, a), key), batch))`.
     Lookups have no input to drop.
+
+    >>> import jax, jax.numpy as jnp, lora_jax
+    >>> config = lora_jax.LoraConfig(rank=1, dropout=0.1)
+    >>> params = lora_jax.init(jax.random.key(0), {"kernel": jnp.ones((4, 3))}, config)
+    >>> with_dropout(params, jax.random.key(1))["kernel"].key is not None
+    True
     """
 
     def one(path: str, node: Adapted) -> Adapted:

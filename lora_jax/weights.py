@@ -27,6 +27,10 @@ class Layout:
 
     Raises:
       LayoutError: another letter, or no in or no out axis.
+
+    >>> layout = Layout("bio")
+    >>> layout.a_shape((12, 768, 3072), rank=8), layout.b_shape((12, 768, 3072), rank=8)
+    ((12, 768, 8), (12, 8, 3072))
     """
 
     axes: str
@@ -72,6 +76,12 @@ class LoraWeight:
     LoRA: Low-Rank Adaptation of Large Language Models, https://arxiv.org/abs/2106.09685. A pytree
     node: `w`, `a`, `b`, `scale` and `key` are leaves, the rest is static. In an *overlay* (the
     adapters that `split` returns) `w` is None.
+
+    >>> import jax.numpy as jnp
+    >>> w, a, b = jnp.zeros((4, 3)), jnp.ones((4, 2)), jnp.ones((2, 3))
+    >>> weight = LoraWeight(w, a, b, jnp.float32(1.0), layout=Layout("io"))
+    >>> weight.shape, weight.rank
+    ((4, 3), 2)
     """
 
     w: Any  # the base weight, any floating array; frozen
@@ -104,6 +114,10 @@ class TrainedLeaf:
 
     It means `value` while `scale` is not 0, else the untouched base leaf `w`, so that `disable`
     gives back exactly the base. In an overlay `w` is None.
+
+    >>> import jax.numpy as jnp
+    >>> TrainedLeaf(jnp.zeros(3), jnp.ones(3), jnp.float32(1.0)).shape
+    (3,)
     """
 
     w: Any  # the base leaf; frozen
