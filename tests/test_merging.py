@@ -122,7 +122,7 @@ def test_merge_under_jit():
 def test_refusals():
     params = joined()
     _, adapters = lora_jax.split(params)
-    with pytest.raises(StructureError, match="dense/kernel.*join"):
+    with pytest.raises(StructureError, match=r"dense/kernel.*join"):
         lora_jax.merge(adapters["dense"] and {"dense": {"kernel": adapters["dense"]["kernel"]}})
     with pytest.raises(StructureError, match="not in the base"):
         lora_jax.unmerge({"other": jnp.ones(3)}, adapters)

@@ -77,7 +77,7 @@ def test_mutable_collections_and_rngs():
     variables = net.init(KEY, X, train=False)
     stats = variables["batch_stats"]
     args = (X,)
-    kwargs = dict(train=True, mutable=["batch_stats"], rngs={"dropout": jax.random.key(5)})
+    kwargs = {"train": True, "mutable": ["batch_stats"], "rngs": {"dropout": jax.random.key(5)}}
 
     def apply(params, x, **kwargs):
         return net.apply({"params": params, "batch_stats": stats}, x, **kwargs)
@@ -133,7 +133,7 @@ def test_on_dense_is_checked():
 
 def test_adapters_without_their_base():
     _, adapters = lora_jax.split(adapted_params())
-    with pytest.raises(lora_jax.StructureError, match="kernel.*join"):
+    with pytest.raises(lora_jax.StructureError, match=r"kernel.*join"):
         lora_jax.lora(model)(adapters, X)
 
 
