@@ -179,8 +179,9 @@ def _used_layout(path: str, ndim: int, uses: Sequence[Use]) -> Layout:
     if layout is None:
         raise TargetError(
             f"{path}: never contracted with an activation, so a low-rank update has no meaning; it "
-            f"is used by {layouts.describe(uses)}. Leave it out with exclude=, or train it whole "
-            "with train="
+            f"is used by {layouts.describe(uses)}. Leave it out with exclude=, train it whole with "
+            f'train=, or, if you know better, name its layout: overrides={{"{path}": '
+            'Override(layout="io")}'
         )
     return layout
 

@@ -23,9 +23,10 @@ class Use:
     path: str
     primitive: str
     line: str
-    axes: dict[
-        int, str
-    ]  # parameter axis -> "b", "i" or "o"; empty for a use that is no contraction
+    # parameter axis -> "b", "i" or "o"; empty for a use that is no contraction
+    axes: dict[int, str]
+    # whether it stood where an activation would: at the left of another weight
+    is_operand: bool = False
 
 
 class Context:
@@ -49,7 +50,12 @@ class Context:
         return self._sites
 
     def record(
-        self, lazy: LazyWeight, eqn: Any, summed: Sequence[Axis], batch: Sequence[Axis]
+        self,
+        lazy: LazyWeight,
+        eqn: Any,
+        summed: Sequence[Axis],
+        batch: Sequence[Axis],
+        is_operand: bool = False,
     ) -> None:
         """Note a contraction: summed axes are in; batched and indexed-away axes are batch."""
         if self.uses is None:
@@ -59,8 +65,12 @@ class Context:
             kind = "i" if axis in summed else "b" if axis in batch else "o"
             # Where a part of an axis is summed and a part is not, the sum decides.
             kinds.update({o: kind for o in axis.origins if kinds.get(o) != "i"})
-        kinds.update(dict.fromkeys(lazy.indexed, "b"))
-        self.uses.append(Use(lazy.path, eqn.primitive.name, _jaxpr.source_line(eqn), kinds))
+        kinds = dict.fromkeys(lazy.indexed, "b") | kinds
+        use = Use(lazy.path, eqn.primitive.name, _jaxpr.source_line(eqn), kinds, is_operand)
+        if lazy.indexed and not {"i", "o"} <= set(kinds.values()):
+            # Rows were looked up, then contracted whole: `embedding[ids] @ matrix`.
+            use = _dense_use(lazy, use.primitive, use.line)
+        self.uses.append(use)
 
     def make_dense(self, lazy: LazyWeight, eqn: Any, why: str = "") -> Any:
         """The dense form of a weight that no rule covers, after saying so."""

@@ -1,6 +1,5 @@
 """Rules for contractions: x·W + (x·A)·(scale·B), for every orientation of W."""
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,11 +19,11 @@ def _dot_general(ctx: Context, eqn: Any, args: Sequence[Any]) -> Any:
     """x·W + (x·A)·(scale·B), for every orientation of W and every choice of its axes."""
     weight_is_left = _weight_is_left(*args)
     lazy, x = args if weight_is_left else args[::-1]
-    if is_lazy(x):
-        x = ctx.make_dense(x, eqn, " (both sides are adapted)")
     contracted, batched = eqn.params["dimension_numbers"]
     if not weight_is_left:
         contracted, batched = contracted[::-1], batched[::-1]
+    if is_lazy(x):
+        x = _as_activation(ctx, eqn, x, contracted[1], batched[1])
     x_axes: list[Axis] = [Axis((), -2 - i) for i in range(x.ndim)]
     for w_dim, x_dim in (*zip(*contracted, strict=True), *zip(*batched, strict=True)):
         x_axes[x_dim] = lazy.axes[w_dim]
@@ -46,13 +45,21 @@ def _dot_general(ctx: Context, eqn: Any, args: Sequence[Any]) -> Any:
 
 
 def _weight_is_left(left: Any, right: Any) -> bool:
-    """Of two lazy operands the larger is the weight, but for rows that were looked up."""
+    """Of two lazy operands the right one is the weight, unless it is rows that were looked up."""
     if is_lazy(left) and is_lazy(right):
-        return (not left.indexed, math.prod(left.shape)) > (
-            not right.indexed,
-            math.prod(right.shape),
-        )
+        return bool(right.indexed) and not left.indexed
     return is_lazy(left)
+
+
+def _as_activation(
+    ctx: Context, eqn: Any, lazy: LazyWeight, summed: Sequence[int], batch: Sequence[int]
+) -> jax.Array:
+    """The dense form of a weight that meets another weight."""
+    if not ctx.infers:
+        return ctx.make_dense(lazy, eqn, " (both sides are adapted)")
+    axes = lazy.axes
+    ctx.record(lazy, eqn, [axes[i] for i in summed], [axes[i] for i in batch], is_operand=True)
+    return lazy.w
 
 
 @rule(RULES, "conv_general_dilated")
@@ -60,8 +67,10 @@ def _conv(ctx: Context, eqn: Any, args: Sequence[Any]) -> Any:
     """A convolution with A to `rank` channels, then B as a 1×1 convolution (or B first, then A)."""
     x, lazy = args
     params = eqn.params
-    if is_lazy(x) or not is_lazy(lazy):
+    if not is_lazy(lazy):
         return NotImplemented
+    if is_lazy(x):
+        x = ctx.make_dense(x, eqn, " (both sides are adapted)")
     out_feature, in_feature, *window = (lazy.axes[i] for i in params["dimension_numbers"].rhs_spec)
     ctx.record(lazy, eqn, summed=[in_feature, *window], batch=[])
     y = None if lazy.w is None else _jaxpr.bind(eqn, (x, lazy.w))[0]

@@ -63,9 +63,13 @@ def contractions(uses: Sequence[Use]) -> list[Use]:
 
 
 def is_linear(uses: Sequence[Use]) -> bool:
-    """Whether a weight is a linear layer's: contracted with activations, and never looked up."""
+    """Whether a weight is a linear layer's: contracted with activations, and never looked up.
+
+    Of two weights that meet each other (learned queries and a kernel) the right one is the layer.
+    """
     found = contractions(uses)
-    return bool(found) and all(use.primitive != "gather" for use in found)
+    looked_up = any(use.primitive == "gather" for use in found)
+    return not looked_up and any(not use.is_operand for use in found)
 
 
 def layout_from_uses(path: str, ndim: int, uses: Sequence[Use]) -> Layout | None:

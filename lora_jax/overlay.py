@@ -32,7 +32,8 @@ def split(params: Any) -> tuple[Any, Any]:
 
     `base` holds the very same arrays that were given to `init`; `adapters` holds A, B and scale of
     each adapted weight and the leaves trained whole. One base serves many overlays, which can be
-    stacked, vmapped over, checkpointed and shipped. `join` is the inverse.
+    stacked, vmapped over, checkpointed and shipped. `join` is the inverse. The scale is a leaf of
+    the overlay, so an optimizer for it needs `freeze` too: weight decay would shrink it.
 
     Raises:
       StructureError: `params` holds no adapters, or is an overlay itself.
@@ -102,8 +103,9 @@ def join(base: Any, adapters: Any) -> Any:
 def set_scale(params: Any, scale: Any, targets: _paths.Pattern | None = None) -> Any:
     """The adapters' scale set to `scale`, everywhere or at the paths that `targets` selects.
 
-    The scale is a leaf, so a compiled function runs on the result as it is. A leaf trained whole
-    is in effect unless its scale is 0.
+    The scale is a leaf, so a compiled function runs on the result as it is. It is the factor
+    itself, not a multiple of the configured α/r. A leaf trained whole is in effect unless its scale
+    is 0. Keep the tree that you had to switch back.
 
     Args:
       params: a joined tree or an overlay.

@@ -39,7 +39,7 @@ def viewed(eqn: Any, lazy: LazyWeight, axes: Sequence[Axis], *others: Any) -> li
 def _same_axes(ctx: Context, eqn: Any, args: Sequence[Any]) -> Any:
     """The factors keep their own dtype; they are cast where they are multiplied."""
     (lazy,) = args
-    if not jnp.issubdtype(eqn.outvars[0].aval.dtype, jnp.inexact):
+    if not jnp.issubdtype(eqn.outvars[0].aval.dtype, jnp.floating):
         return NotImplemented
     return viewed(eqn, lazy, lazy.axes)
 
@@ -201,13 +201,36 @@ def _split(ctx: Context, eqn: Any, args: Sequence[Any]) -> Any:
     return outs
 
 
+@rule(RULES, "unstack")
+def _unstack(ctx: Context, eqn: Any, args: Sequence[Any]) -> Any:
+    (lazy,) = args
+    at = eqn.params["axis"]
+    old, rest = lazy.axes[at], (*lazy.axes[:at], *lazy.axes[at + 1 :])
+    bases = [None] * len(eqn.outvars) if lazy.w is None else _jaxpr.bind(eqn, [lazy.w])
+    shape = (*lazy.shape[:at], *lazy.shape[at + 1 :])
+    return [
+        dataclasses.replace(
+            _mark_indexed(
+                lazy.map_axis(
+                    old, lambda x, dim, n=n: lax.index_in_dim(x, n, dim, keepdims=False), None
+                ),
+                old,
+            ),
+            w=base,
+            axes=rest,
+            shape=shape,
+        )
+        for n, base in enumerate(bases)
+    ]
+
+
 def _mark_indexed(lazy: LazyWeight, axis: Axis) -> LazyWeight:
     return dataclasses.replace(lazy, indexed=tuple(sorted({*lazy.indexed, *axis.origins})))
 
 
 def is_lookup(lazy: LazyWeight, axis: Axis) -> bool:
-    """Whether indexing `axis` reads entries of one factor alone: a dense result is small."""
-    return len({"a", "b"} & set(lazy.holders(axis))) == 1
+    """Whether indexing `axis` reads rows of A alone, as an embedding's lookup does."""
+    return "a" in lazy.holders(axis) and "b" not in lazy.holders(axis)
 
 
 @rule(RULES, "dynamic_slice")
@@ -221,11 +244,7 @@ def _dynamic_slice(ctx: Context, eqn: Any, args: Sequence[Any]) -> Any:
         old = axes[i]
         if size != lazy.shape[i]:
             axes[i] = moved.new_axis(old.origins, skip=i)
-            moved = moved.map_axis(
-                old,
-                lambda x, at, s=start, n=size: lax.dynamic_slice_in_dim(x, s, n, at),
-                axes[i],
-            )
+            moved = moved.map_axis(old, _slicer(start, size), axes[i])
             if size == 1:
                 lookup = lookup or is_lookup(lazy, old)
                 moved = _mark_indexed(moved, old)
@@ -233,30 +252,45 @@ def _dynamic_slice(ctx: Context, eqn: Any, args: Sequence[Any]) -> Any:
     return [to_dense(out) for out in outs] if lookup else outs
 
 
+def _slicer(start: Any, size: int) -> Callable[[jax.Array, int], jax.Array]:
+    """`fn(array, dimension)`: what the primitive does, which clamps and knows no negative index."""
+
+    def slice_at(x: jax.Array, at: int) -> jax.Array:
+        starts = [start if i == at else jnp.zeros_like(start) for i in range(x.ndim)]
+        sizes = [size if i == at else n for i, n in enumerate(x.shape)]
+        return lax.dynamic_slice(x, starts, sizes, allow_negative_indices=False)
+
+    return slice_at
+
+
 @rule(RULES, "gather")
 def _gather(ctx: Context, eqn: Any, args: Sequence[Any]) -> Any:
     """`w[ids]` along one axis: the factors that have the axis are gathered, the others stay."""
     lazy, indices = args
-    numbers, sizes = eqn.params["dimension_numbers"], eqn.params["slice_sizes"]
-    if not is_lazy(lazy) or is_lazy(indices) or not _takes_one_axis(numbers, sizes, lazy.shape):
+    at = None if not is_lazy(lazy) or is_lazy(indices) else _taken_axis(eqn, lazy.shape)
+    if at is None:
         return NotImplemented
-    (at,) = numbers.start_index_map
-    ids_ndim = indices.ndim - 1
-    ids = [lazy.new_axis(skip=i) for i in range(ids_ndim)]
-    rest = iter(axis for i, axis in enumerate(lazy.axes) if i != at)
-    new = iter(ids)
+    numbers, old = eqn.params["dimension_numbers"], lazy.axes[at]
+    column = numbers.start_index_map.index(at)
+    ids = indices[..., column : column + 1]
+    id_axes = [lazy.new_axis(skip=i) for i in range(ids.ndim - 1)]
+    # A slice of one that the gather does not collapse stays as an axis of size one.
+    one = lazy.new_axis(skip=len(id_axes))
+    kept = numbers.collapsed_slice_dims != (at,)
+    rest = iter(one if i == at else a for i, a in enumerate(lazy.axes) if i != at or kept)
+    new = iter(id_axes)
     ndim = eqn.outvars[0].aval.ndim
     axes = [next(rest) if i in numbers.offset_dims else next(new) for i in range(ndim)]
 
     def take(array: jax.Array, names: tuple[Axis, ...]) -> tuple[jax.Array, Sequence[Axis]]:
-        if lazy.axes[at] not in names:
+        if old not in names:
             return array, names
-        where = names.index(lazy.axes[at])
+        where = names.index(old)
         taken = lax.gather(
             array,
-            indices,
+            ids,
             lax.GatherDimensionNumbers(
-                offset_dims=tuple(range(ids_ndim, ids_ndim + array.ndim - 1)),
+                offset_dims=tuple(range(len(id_axes), len(id_axes) + array.ndim - 1)),
                 collapsed_slice_dims=(where,),
                 start_index_map=(where,),
             ),
@@ -267,23 +301,30 @@ def _gather(ctx: Context, eqn: Any, args: Sequence[Any]) -> Any:
             # What lies out of bounds gets the base's filling alone.
             fill_value=0,
         )
-        return taken, [*ids, *(name for name in names if name != lazy.axes[at])]
+        return taken, [*id_axes, *(name for name in names if name != old)]
 
     if lazy.key is not None:  # an embedding's branch has no input to drop
         lazy = dataclasses.replace(lazy, key=None, key_axes=(), dropout=0.0)
-    moved = _mark_indexed(lazy.map_members(take), lazy.axes[at])
-    outs = viewed(eqn, moved, axes, indices)
-    return [to_dense(out) for out in outs] if is_lookup(lazy, lazy.axes[at]) else outs
+    outs = viewed(eqn, _mark_indexed(lazy.map_members(take), old), axes, indices)
+    return [to_dense(out) for out in outs] if is_lookup(lazy, old) else outs
 
 
-def _takes_one_axis(numbers: Any, sizes: Sequence[int], shape: Sequence[int]) -> bool:
-    at = numbers.start_index_map
-    return (
-        len(at) == 1
-        and numbers.collapsed_slice_dims == at
-        and not numbers.operand_batching_dims
-        and all(
-            size == full or i == at[0]
-            for i, (size, full) in enumerate(zip(sizes, shape, strict=True))
-        )
-    )
+def _taken_axis(eqn: Any, shape: Sequence[int]) -> int | None:
+    """The one axis that a gather picks single entries of, taking all the others whole, or None.
+
+    An index for an axis that is taken whole (as `vmap` of a dynamic slice makes) can only be 0.
+    """
+    numbers, sizes = eqn.params["dimension_numbers"], eqn.params["slice_sizes"]
+    partial = [i for i, (size, n) in enumerate(zip(sizes, shape, strict=True)) if size != n]
+    partial = partial or list(numbers.start_index_map[:1])  # an axis of size one, picked
+    fills = eqn.params["mode"] == lax.GatherScatterMode.FILL_OR_DROP
+    if (
+        len(partial) != 1
+        or partial[0] not in numbers.start_index_map
+        or sizes[partial[0]] != 1
+        or not set(numbers.collapsed_slice_dims) <= set(partial)
+        or numbers.operand_batching_dims
+        or (fills and len(numbers.start_index_map) != 1)
+    ):
+        return None
+    return partial[0]

@@ -251,6 +251,48 @@ def fused_qkv_slices(dtype):
     return fn, {"qkv": normal(1, (7, 15), dtype)}, (normal(0, (4, 7), dtype),)
 
 
+@case(layouts={"w": "io"})
+def embedding_row_then_matrix(dtype):
+    """Rows looked up and contracted whole at once, also by one index that counts from the end."""
+
+    def fn(params, ids, matrix):
+        last = lax.dynamic_slice(params["w"], (ids[0] - 2, 0), (1, 5))[0]
+        return params["w"][ids] @ matrix, matrix.T @ last
+
+    return fn, {"w": normal(1, (7, 5), dtype)}, (jnp.array([1, 6, 1]), normal(0, (5, 4), dtype))
+
+
+@case(layouts={"w": "bio"})
+def stacked_weights_picked_per_example(dtype):
+    """vmap makes a gather of the dynamic slice that an index into a stack is."""
+
+    def fn(params, x, which):
+        return jax.vmap(lambda row, i: jnp.tanh(row @ params["w"][i]))(x, which)
+
+    w = {"w": normal(1, (3, 7, 5), dtype)}
+    return fn, w, (normal(0, (4, 7), dtype), jnp.array([2, 0, 1, -1]))
+
+
+@case(layouts={"w": "bio"})
+def stacked_weights_unpacked(dtype):
+    def fn(params, x):
+        first, second = params["w"]
+        return jnp.tanh(x @ first) @ second + x @ params["w"][1]
+
+    return fn, {"w": normal(1, (2, 7, 7), dtype)}, (normal(0, (3, 7), dtype),)
+
+
+@case(layouts={"kernel": "io"})
+def learned_queries(dtype):
+    """Two parameters meet; the right one is the layer, whichever is larger."""
+
+    def fn(params, x):
+        return jnp.tanh(params["queries"] @ params["kernel"]) @ x
+
+    params = {"queries": normal(1, (11, 5), dtype), "kernel": normal(2, (5, 3), dtype)}
+    return fn, params, (normal(0, (3, 4), dtype),)
+
+
 @case(layouts={"w": "io"}, shapes_collide=True)
 def activation_of_the_same_shape(dtype):
     """x has the weight's shape and value: matched by shape, it would be adapted too."""

@@ -155,16 +155,16 @@ def test_nothing_weight_sized_is_made(case):
     if not case.reverse:
         return
 
-    def ours(adapters):
+    def ours(adapters, base):
         return loss(adapted(lora_jax.join(base, adapters), *args))
 
-    def frozen(x):
+    def frozen(x, base):
         return loss(fn(base, x, *args[1:]))
 
-    got = weight_sized(jax.make_jaxpr(jax.grad(ours))(adapters).jaxpr, shapes)
+    got = weight_sized(jax.make_jaxpr(jax.grad(ours))(adapters, base).jaxpr, shapes)
     x = args[0]
     if jnp.issubdtype(x.dtype, jnp.floating):
-        allowed = weight_sized(jax.make_jaxpr(jax.grad(frozen))(x).jaxpr, shapes)
+        allowed = weight_sized(jax.make_jaxpr(jax.grad(frozen))(x, base).jaxpr, shapes)
     else:  # tokens have no gradient, so there the model alone is the measure, forward and back
         allowed = weight_sized(
             jax.make_jaxpr(jax.grad(lambda b: loss(fn(b, *args))))(base).jaxpr, shapes
