@@ -69,15 +69,19 @@ def shardings(eqn: Any) -> tuple[Sequence[Any], Sequence[Any]]:
     def given(items: Sequence[Any]) -> list[Any]:
         return [None if type(s).__name__ == "UnspecifiedValue" else s for s in items]
 
+    if "in_shardings" not in eqn.params:
+        return [None] * len(eqn.invars), [None] * len(eqn.outvars)
     return given(eqn.params["in_shardings"]), given(eqn.params["out_shardings"])
 
 
-def sub_jaxprs(eqn: Any) -> Iterator[Any]:
-    """The open jaxprs among the parameters of `eqn`."""
+def called(eqn: Any) -> tuple[Any, Sequence[Any]] | None:
+    """(jaxpr, consts) of a program that `eqn` calls on its own inputs, if it holds one."""
+    avals = [(atom.aval.shape, atom.aval.dtype) for atom in eqn.invars]
     for value in eqn.params.values():
-        for item in value if isinstance(value, tuple | list) else (value,):
-            if hasattr(open_jaxpr(item)[0], "eqns"):
-                yield open_jaxpr(item)[0]
+        jaxpr, consts = open_jaxpr(value)
+        if hasattr(jaxpr, "eqns") and avals == [(v.aval.shape, v.aval.dtype) for v in jaxpr.invars]:
+            return jaxpr, consts
+    return None
 
 
 def last_uses(jaxpr: Any) -> dict[Any, int]:

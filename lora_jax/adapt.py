@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from lora_jax import _paths, layouts
 from lora_jax.config import ALL_LINEAR, LoraConfig
 from lora_jax.context import Use
-from lora_jax.errors import LayoutError, TargetError
+from lora_jax.errors import ConfigError, LayoutError, TargetError
 from lora_jax.initializers import INITIALIZERS, path_key
 from lora_jax.weights import Layout, LoraWeight, TrainedLeaf, accumulator, is_adapted
 
@@ -46,6 +46,7 @@ def init(
       TargetError: a pattern matches nothing; a target is not floating, is adapted already, is
         never contracted with anything, or is smaller than the rank. All such are listed at once.
       LayoutError: a shape does not decide the layout and no function is given.
+      ConfigError: `config` is no `LoraConfig`, or `fn` no function.
 
     >>> import jax, jax.numpy as jnp
     >>> params = {"dense": {"kernel": jnp.ones((4, 3)), "bias": jnp.ones(3)}}
@@ -53,6 +54,12 @@ def init(
     >>> adapted["dense"]["kernel"].a.shape, adapted["dense"]["kernel"].b.shape
     ((4, 2), (2, 3))
     """
+    if not isinstance(config, LoraConfig):
+        raise ConfigError(f"init: config must be a LoraConfig, got {type(config).__name__}")
+    if fn is not None and not callable(fn):
+        raise ConfigError(
+            f"init: the function comes before its arguments, got {type(fn).__name__} in its place"
+        )
     leaves, treedef = _paths.flatten_with_paths(params, is_leaf=is_adapted)
     already = [path for path, leaf in leaves.items() if is_adapted(leaf)]
     if already:
@@ -63,6 +70,8 @@ def init(
     uses = None if fn is None else layouts.infer_uses(fn, params, args, kwargs)
     whole = _paths.select("train", config.train, leaves)
     targets = _targets(config, leaves, uses, whole)
+    if not targets and not whole:
+        raise TargetError("exclude leaves no target, and train names no leaf: nothing would train")
     _check_overrides(config, targets)
     _check_leaves({**targets, **dict.fromkeys(whole)}, leaves)
     chosen = _layouts(config, targets, leaves, uses)

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
+from numbers import Integral, Real
 from typing import Any
 
 import jax.numpy as jnp
@@ -13,18 +14,24 @@ from lora_jax.errors import ConfigError
 ALL_LINEAR = "all-linear"
 SCALINGS = ("standard", "rslora")
 INITS = ("kaiming",)
+DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
 def _check_rank(where: str, rank: Any) -> None:
-    if isinstance(rank, bool) or not isinstance(rank, int) or rank <= 0:
+    if isinstance(rank, bool) or not isinstance(rank, Integral) or rank <= 0:
         raise ConfigError(f"{where} must be a positive integer, got {rank!r}")
 
 
 def _check_alpha(where: str, alpha: Any) -> None:
     if alpha is not None and (
-        isinstance(alpha, bool) or not isinstance(alpha, int | float) or not math.isfinite(alpha)
+        isinstance(alpha, bool) or not isinstance(alpha, Real) or not math.isfinite(alpha)
     ):
         raise ConfigError(f"{where} must be a finite number or None (= rank), got {alpha!r}")
+
+
+def _check_probability(where: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= float(value) < 1:
+        raise ConfigError(f"{where} must be a probability in [0, 1), got {value!r}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,7 +94,7 @@ class LoraConfig:
       dropout: probability of dropping an input of the branch, in effect only on parameters that
         went through `lora_jax.with_dropout`.
       train: leaves to train whole (a bias, a norm, a new head), in the same forms as `targets`.
-      dtype: floating dtype of A, B and of the leaves trained whole.
+      dtype: of A, B and of the leaves trained whole: float32, bfloat16, float16 or float64.
 
     Raises:
       ConfigError: a field has a value that cannot be used; the message names the field.
@@ -123,9 +130,12 @@ class LoraConfig:
         for field, known in (("scaling", SCALINGS), ("init", INITS)):
             if getattr(self, field) not in known:
                 raise ConfigError(f"{field} must be one of {known}, got {getattr(self, field)!r}")
-        if not isinstance(self.dropout, int | float) or not 0 <= self.dropout < 1:
-            raise ConfigError(f"dropout must be a probability in [0, 1), got {self.dropout!r}")
+        _check_probability("dropout", self.dropout)
         object.__setattr__(self, "dtype", _check_dtype(self.dtype))
+
+    def __hash__(self) -> int:
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return hash(tuple({**fields, "overrides": tuple(self.overrides.items())}.values()))
 
     def scale(self, rank: int, alpha: float | None) -> float:
         """`alpha/rank` or `alpha/sqrt(rank)`; an alpha of None stands for `rank`."""
@@ -143,14 +153,23 @@ class LoraConfig:
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON values; callables become their names."""
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        values["overrides"] = {k: dataclasses.asdict(v) for k, v in self.overrides.items()}
-        values["dtype"] = jnp.dtype(self.dtype).name
+        values |= {name: _plain(values[name]) for name in ("rank", "alpha", "dropout")}
+        values["overrides"] = {
+            key: {name: _plain(value) for name, value in dataclasses.asdict(override).items()}
+            for key, override in self.overrides.items()
+        }
+        values["dtype"] = self.dtype.name
         for field in ("targets", "exclude", "train"):
             if callable(values[field]):
                 values[field] = f"<callable {getattr(values[field], '__qualname__', '?')}>"
             elif not isinstance(values[field], str):
                 values[field] = list(values[field])
         return values
+
+
+def _plain(value: Any) -> Any:
+    """A number of numpy's as Python's own, for JSON."""
+    return value.item() if hasattr(value, "item") else value
 
 
 def _check_pattern(field: str, pattern: Any) -> _paths.Pattern:
@@ -171,6 +190,6 @@ def _check_dtype(dtype: Any) -> Any:
         dtype = jnp.dtype(dtype)
     except TypeError:
         raise ConfigError(f"dtype is not a dtype: {dtype!r}") from None
-    if not jnp.issubdtype(dtype, jnp.floating):
-        raise ConfigError(f"dtype must be a floating dtype, got {dtype}")
+    if dtype.name not in DTYPES:
+        raise ConfigError(f"dtype must be one of {DTYPES}, got {dtype}")
     return dtype

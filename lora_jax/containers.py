@@ -28,28 +28,33 @@ def _jit(ctx: Context, eqn: Any, args: Sequence[Any], walk: Walk) -> list[Any]:
     """One jitted function per inner program, so that what JAX traced once stays traced once."""
     inner = eqn.params.get("jaxpr", eqn.params.get("call_jaxpr"))
     jaxpr, consts = _jaxpr.open_jaxpr(inner)
+    shardings_in, shardings_out = _jaxpr.shardings(eqn)
+    if any(shardings_in) or any(shardings_out):
+
+        def sharded(*args: Any) -> list[Any]:
+            outs = walk(jaxpr, consts, args)
+            pairs = zip(outs, shardings_out, strict=True)
+            return [ctx.make_dense(x, eqn) if is_lazy(x) and s else x for x, s in pairs]
+
+        where = tuple(_placed(x, s) for x, s in zip(args, shardings_in, strict=True))
+        return jax.jit(sharded, in_shardings=where, out_shardings=list(shardings_out))(*args)
     if id(inner) not in ctx.jitted:
 
         def call(*args: Any) -> list[Any]:
             return walk(jaxpr, consts, args)
 
         call.__name__ = call.__qualname__ = eqn.params.get("name", "call")
-        ctx.jitted[id(inner)] = jax.jit(call)
-    if "in_shardings" not in eqn.params:
-        return ctx.jitted[id(inner)](*args)
-    shardings_in, shardings_out = _jaxpr.shardings(eqn)
-    args = [_constrain(x, s) for x, s in zip(args, shardings_in, strict=True)]
-    outs = ctx.jitted[id(inner)](*args)
-    return [_constrain(x, s) for x, s in zip(outs, shardings_out, strict=True)]
+        ctx.jitted[id(inner)] = jax.jit(call), inner  # holding `inner`, whose id must stay its own
+    return ctx.jitted[id(inner)][0](*args)
 
 
-def _constrain(x: Any, sharding: Any) -> Any:
-    if sharding is None:
-        return x
-    if is_lazy(x):  # the factors go wherever the compiler puts them
-        w = None if x.w is None else lax.with_sharding_constraint(x.w, sharding)
-        return dataclasses.replace(x, w=w)
-    return lax.with_sharding_constraint(x, sharding)
+def _placed(x: Any, sharding: Any) -> Any:
+    """The sharding of one argument; a weight's factors go wherever the compiler puts them."""
+    if sharding is None or not is_lazy(x):
+        return sharding
+    return dataclasses.replace(
+        x, w=None if x.w is None else sharding, **{name: None for name, _ in MEMBERS}
+    )
 
 
 @rule(CONTAINERS, "remat2", "remat", "checkpoint")
@@ -189,6 +194,9 @@ def _cond(ctx: Context, eqn: Any, args: Sequence[Any], walk: Walk) -> Any:
     if is_lazy(index):
         return NotImplemented
     branches = [_jaxpr.open_jaxpr(branch) for branch in eqn.params["branches"]]
+    if eqn.params.get("branches_platforms") is not None:
+        # One branch a platform: another's must not be lowered, and the default one tells the use.
+        return walk(*branches[-1], operands) if ctx.infers else NotImplemented
 
     def passed_on(position: int) -> Any:
         """The weight that every branch hands on as this output, if there is one."""

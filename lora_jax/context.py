@@ -25,7 +25,7 @@ class Use:
     line: str
     # parameter axis -> "b", "i" or "o"; empty for a use that is no contraction
     axes: dict[int, str]
-    # whether it stood where an activation would: at the left of another weight
+    # whether it was no plain layer there: left of another weight, or altered on the way
     is_operand: bool = False
 
 
@@ -36,6 +36,7 @@ class Context:
         self.on_dense = on_dense
         self.uses = uses
         self.jitted: dict[Any, Any] = {}
+        self.enclosing: Any = None  # the innermost equation around this one that has a source line
         self._sites = 0
         self._told: set[tuple[str, str, str]] = set()
 
@@ -65,16 +66,22 @@ class Context:
             kind = "i" if axis in summed else "b" if axis in batch else "o"
             # Where a part of an axis is summed and a part is not, the sum decides.
             kinds.update({o: kind for o in axis.origins if kinds.get(o) != "i"})
-        kinds = dict.fromkeys(lazy.indexed, "b") | kinds
-        use = Use(lazy.path, eqn.primitive.name, _jaxpr.source_line(eqn), kinds, is_operand)
-        if lazy.indexed and not {"i", "o"} <= set(kinds.values()):
+        # An axis that is gone was indexed away, or had size one and was squeezed.
+        kinds = dict.fromkeys(range(lazy.ndim), "o") | dict.fromkeys(lazy.indexed, "b") | kinds
+        use = Use(lazy.path, eqn.primitive.name, self.line(eqn), kinds, is_operand or lazy.altered)
+        if lazy.looked_up and not {"i", "o"} <= set(kinds.values()):
             # Rows were looked up, then contracted whole: `embedding[ids] @ matrix`.
             use = _dense_use(lazy, use.primitive, use.line)
         self.uses.append(use)
 
+    def line(self, eqn: Any) -> str:
+        """The user's line that made `eqn`; of one that JAX made itself, the line around it."""
+        line = _jaxpr.source_line(eqn)
+        return line if line or self.enclosing is None else _jaxpr.source_line(self.enclosing)
+
     def make_dense(self, lazy: LazyWeight, eqn: Any, why: str = "") -> Any:
         """The dense form of a weight that no rule covers, after saying so."""
-        return self._dense_at(lazy, eqn.primitive.name, _jaxpr.source_line(eqn), why)
+        return self._dense_at(lazy, eqn.primitive.name, self.line(eqn), why)
 
     def returned(self, lazy: LazyWeight) -> Any:
         """The dense form of a weight that the program returns."""
@@ -99,8 +106,8 @@ class Context:
 
 
 def _dense_use(lazy: LazyWeight, primitive: str, line: str) -> Use:
-    """A use that is no contraction; where rows were picked before, it was a lookup of them."""
-    if not lazy.indexed:
+    """A use that is no contraction; where rows were looked up before, it is that lookup."""
+    if not lazy.looked_up:
         return Use(lazy.path, primitive, line, {})
     kinds = {origin: "o" for axis in lazy.axes for origin in axis.origins}
     return Use(lazy.path, "gather", line, kinds | dict.fromkeys(lazy.indexed, "i"))

@@ -56,6 +56,10 @@ def _checksum(x: jax.Array) -> tuple[jax.Array, jax.Array]:
         x = jax.random.key_data(x)
     if x.dtype == jnp.bool_ or jnp.issubdtype(x.dtype, jnp.complexfloating):
         x = x.astype(jnp.uint8) if x.dtype == jnp.bool_ else jnp.stack([x.real, x.imag])
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        x = x.astype(jnp.int8) if jnp.iinfo(x.dtype).bits < 8 else x
+    elif jnp.finfo(x.dtype).bits < 8:
+        x = x.astype(jnp.float32)
     words = jax.lax.bitcast_convert_type(x, f"uint{8 * min(4, x.dtype.itemsize)}").ravel()
     words = words.astype(jnp.uint32)
     # An odd weight for every place, mixed so that no two swapped words cancel out.

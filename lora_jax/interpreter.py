@@ -1,5 +1,6 @@
 """Walking a program with lazy weights in it."""
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -38,21 +39,33 @@ def interpret(ctx: Context, jaxpr: Any, consts: Sequence[Any], args: Sequence[An
 def _evaluate(ctx: Context, eqn: Any, values: Sequence[Any]) -> Sequence[Any]:
     if not any(map(is_lazy, values)):
         return _jaxpr.bind(eqn, values)
-    name = eqn.primitive.name
+    name, outer = eqn.primitive.name, ctx.enclosing
 
     def walk(jaxpr: Any, consts: Sequence[Any], args: Sequence[Any]) -> list[Any]:
-        return interpret(ctx, jaxpr, consts, args)
+        ctx.enclosing = eqn if _jaxpr.source_line(eqn) else outer
+        outs = interpret(ctx, jaxpr, consts, args)
+        ctx.enclosing = outer
+        return outs
 
     if name in CONTAINERS:
         outs = CONTAINERS[name](ctx, eqn, values, walk)
     elif name in RULES:
         outs = RULES[name](ctx, eqn, values)
-    elif name == "custom_vjp_call" and ctx.infers:
+    elif ctx.infers and (called := _jaxpr.called(eqn)) is not None:
         # The boundary itself is made dense when it runs; the program inside still tells the layout.
-        outs = walk(*_jaxpr.open_jaxpr(eqn.params["call_jaxpr"]), values)
+        outs = walk(*called, values)
     else:
         outs = NotImplemented
-    if outs is NotImplemented:
-        why = " (it cannot be looked into)" if name in OPAQUE else ""
-        outs = _jaxpr.bind(eqn, [ctx.make_dense(v, eqn, why) if is_lazy(v) else v for v in values])
+    return _made_dense(ctx, eqn, values) if outs is NotImplemented else outs
+
+
+def _made_dense(ctx: Context, eqn: Any, values: Sequence[Any]) -> Sequence[Any]:
+    """The equation on dense weights."""
+    why = " (it cannot be looked into)" if eqn.primitive.name in OPAQUE else ""
+    outs = _jaxpr.bind(eqn, [ctx.make_dense(v, eqn, why) if is_lazy(v) else v for v in values])
+    if ctx.infers and len(outs) == 1:
+        # A masked or normalised weight is one still: what contracts it tells the layout.
+        for lazy in filter(is_lazy, values):
+            if lazy.is_whole and lazy.shape == outs[0].shape and lazy.dtype == outs[0].dtype:
+                return [dataclasses.replace(lazy, w=outs[0], altered=True)]
     return outs

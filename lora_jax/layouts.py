@@ -114,7 +114,10 @@ def layout_from_shape(path: str, shape: Sequence[int]) -> Layout:
 
 def describe(uses: Sequence[Use]) -> str:
     """ "`add` at model.py:12, `mul` at model.py:13": what a weight is used for."""
-    sites = dict.fromkeys(f"`{use.primitive}` at {use.line}" for use in uses)
+    sites = dict.fromkeys(
+        f"`{use.primitive}` at {use.line}" + (", with no out axis left" if use.axes else "")
+        for use in uses
+    )
     return ", ".join(sites) if sites else "nothing"
 
 

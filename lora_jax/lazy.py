@@ -58,14 +58,26 @@ class LazyWeight:
     dtype: Any = dataclasses.field(metadata=STATIC)
     path: str = dataclasses.field(metadata=STATIC)
     dropout: float = dataclasses.field(metadata=STATIC, default=0.0)
-    indexed: tuple[int, ...] = dataclasses.field(
-        metadata=STATIC, default=()
-    )  # parameter axes that were indexed away
+    # How the view came about, for the inference of layouts:
+    ndim: int = dataclasses.field(metadata=STATIC)  # the parameter's number of axes
+    # parameter axes that were indexed away, by a loop or by a number
+    indexed: tuple[int, ...] = dataclasses.field(metadata=STATIC, default=())
+    # whether rows were picked by an array of ids
+    looked_up: bool = dataclasses.field(metadata=STATIC, default=False)
+    # whether something that no rule covers (a mask, a norm) was done to it on the way
+    altered: bool = dataclasses.field(metadata=STATIC, default=False)
 
     @property
     def sizes(self) -> dict[Hashable, int]:
         """The size of every axis of the view."""
         return dict(zip(self.axes, self.shape, strict=True))
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether the view has each axis of a parameter of two axes or more, and nothing else."""
+        return self.ndim > 1 and sorted(a.origins for a in self.axes) == [
+            (i,) for i in range(self.ndim)
+        ]
 
     def holders(self, axis: Axis) -> tuple[str, ...]:
         """The members that have `axis`."""
@@ -106,7 +118,9 @@ class LazyWeight:
 def track(w: Any, path: str) -> LazyWeight:
     """A weight without factors, to see how a program uses it."""
     axes = tuple(Axis((i,), i) for i in range(w.ndim))
-    return LazyWeight(w, None, None, None, axes=axes, shape=w.shape, dtype=w.dtype, path=path)
+    return LazyWeight(
+        w, None, None, None, axes=axes, shape=w.shape, dtype=w.dtype, path=path, ndim=w.ndim
+    )
 
 
 def lazy(node: LoraWeight, path: str) -> LazyWeight:
@@ -134,6 +148,7 @@ def lazy(node: LoraWeight, path: str) -> LazyWeight:
         dtype=node.w.dtype,
         path=path,
         dropout=node.dropout if node.key is not None else 0.0,
+        ndim=node.w.ndim,
     )
 
 

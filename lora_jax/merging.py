@@ -2,12 +2,13 @@
 
 import dataclasses
 import functools
+from collections import Counter
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from lora_jax.errors import MergeError
+from lora_jax.errors import ConfigError, MergeError, StructureError
 from lora_jax.overlay import adapted_nodes, join, map_adapted, split
 from lora_jax.weights import Adapted, LoraWeight, accumulator, dense, require_base
 
@@ -34,25 +35,31 @@ def merge(
     Raises:
       MergeError: an A, B, scale or trained leaf holds NaN or infinity; nothing is donated then.
         Not checked while tracing.
-      StructureError: these are adapters without their base.
+      StructureError: these are adapters without their base, or shapes without values.
+      ConfigError: `dtype` is not a floating dtype.
 
     >>> import jax.numpy as jnp, lora_jax
     >>> w, a, b = jnp.array([[2.0, 4.0]]), jnp.array([[2.0]]), jnp.array([[1.0, 2.0]])
     >>> merge(lora_jax.LoraWeight(w, a, b, jnp.float32(1.0), layout=lora_jax.Layout("io")))
     Array([[4., 8.]], dtype=float32)
     """
+    if dtype is not None and not jnp.issubdtype(dtype, jnp.floating):
+        raise ConfigError(f"merge: dtype must be a floating dtype, got {jnp.dtype(dtype)}")
     nodes = adapted_nodes(params)
     for path, node in nodes.items():
         require_base(path, node)
     _check_finite(nodes)
     errors: dict[str, Any] = {}
+    owners = Counter(id(node.w) for node in nodes.values())
 
     def one(path: str, node: Adapted) -> jax.Array:
         target = jnp.dtype(dtype or node.w.dtype)
         base, rest = split(node)
         if return_error:
             errors[path] = _rounding_error(base, rest, target)
-        combine = _combine_donated if donate and target == base.dtype else _combine
+        # An array that stands in two places cannot be given away in one.
+        donated = donate and target == base.dtype and owners[id(base)] == 1
+        combine = _combine_donated if donated else _combine
         return combine(base, rest, dtype=target)
 
     merged = map_adapted(one, params)
@@ -129,6 +136,9 @@ def _check_finite(nodes: dict[str, Adapted]) -> None:
         for field in dataclasses.fields(node)
         if field.name in ("a", "b", "scale", "value")
     }
+    abstract = [name for name, x in parts.items() if isinstance(x, jax.ShapeDtypeStruct)]
+    if abstract:
+        raise StructureError("merge: no values yet, only shapes: " + ", ".join(abstract))
     if any(isinstance(x, jax.core.Tracer) for x in parts.values()):
         return
     finite = jax.device_get(_all_finite(list(parts.values())))

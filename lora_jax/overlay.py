@@ -160,7 +160,7 @@ def with_dropout(params: Any, key: jax.Array | None) -> Any:
     Each weight drops inputs of its branch at the rate of `LoraConfig.dropout`, with a key folded
     from `key` and its path; the base product sees every input. Use a fresh key every step, and take
     gradients outside: `jax.grad(lambda a: lora(loss)(with_dropout(join(base, a), key), batch))`.
-    Lookups have no input to drop.
+    Lookups have no input to drop; a weight that the steps of a loop share drops the same in each.
 
     >>> import jax, jax.numpy as jnp, lora_jax
     >>> config = lora_jax.LoraConfig(rank=1, dropout=0.1)

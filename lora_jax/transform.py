@@ -49,6 +49,8 @@ def lora(fn: Callable, *, on_dense: str = "warn") -> Callable:
     >>> lora_jax.lora(model)(adapted, x)
     Array([[ 5., 10.]], dtype=float32)
     """
+    if not callable(fn):
+        raise ConfigError(f"lora takes a function, got {type(fn).__name__}")
     if on_dense not in POLICIES:
         raise ConfigError(f"on_dense must be one of {POLICIES}, got {on_dense!r}")
 
@@ -119,5 +121,8 @@ def is_dynamic(leaf: Any) -> bool:
 
 
 def abstract(leaf: Any) -> Any:
-    """What to trace a leaf as: its shape and dtype alone, for a weight of any kind of array."""
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) if is_lazy(leaf) else leaf
+    """What to trace a leaf as: a weight as its base, of whatever kind of array it is."""
+    if not is_lazy(leaf):
+        return leaf
+    # A jax.Array says more than shape and dtype: its sharding, where that is part of its type.
+    return leaf.w if isinstance(leaf.w, jax.Array) else jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)

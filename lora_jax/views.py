@@ -35,11 +35,14 @@ def viewed(eqn: Any, lazy: LazyWeight, axes: Sequence[Axis], *others: Any) -> li
     ]
 
 
-@rule(RULES, "copy", "copy_p", "name", "sharding_constraint", "convert_element_type")
+_SAME_AXES = ("copy", "copy_p", "name", "sharding_constraint", "convert_element_type")
+
+
+@rule(RULES, *_SAME_AXES, "pvary", "pcast")
 def _same_axes(ctx: Context, eqn: Any, args: Sequence[Any]) -> Any:
     """The factors keep their own dtype; they are cast where they are multiplied."""
-    (lazy,) = args
-    if not jnp.issubdtype(eqn.outvars[0].aval.dtype, jnp.floating):
+    lazy = args[0]
+    if len(args) > 1 or not jnp.issubdtype(eqn.outvars[0].aval.dtype, jnp.floating):
         return NotImplemented
     return viewed(eqn, lazy, lazy.axes)
 
@@ -66,6 +69,8 @@ def _scalar_multiple(ctx: Context, eqn: Any, args: Sequence[Any]) -> Any:
     lazy, scalar = (left, right) if is_lazy(left) else (right, left)
     divides = eqn.primitive.name == "div"
     if jnp.ndim(scalar) != 0 or (divides and is_lazy(right)):
+        return NotImplemented
+    if not jnp.issubdtype(eqn.outvars[0].aval.dtype, jnp.floating):
         return NotImplemented
     operation = lax.div if divides else lax.mul
     scaled = _scaled(lazy, lambda b: operation(b, lax.convert_element_type(scalar, b.dtype)))
@@ -115,15 +120,17 @@ def _broadcast_in_dim(ctx: Context, eqn: Any, args: Sequence[Any]) -> Any:
 def _reshape(ctx: Context, eqn: Any, args: Sequence[Any]) -> Any:
     """Each group of axes that the reshape splits or joins must belong to the same factors."""
     lazy, *dynamic = args
-    old, new = lazy.shape, eqn.outvars[0].aval.shape
-    if dynamic or eqn.params["dimensions"] is not None or 0 in old:
+    order = eqn.params["dimensions"] or range(len(lazy.axes))  # an order to read the axes in
+    old, new = [lazy.shape[i] for i in order], eqn.outvars[0].aval.shape
+    source = [lazy.axes[i] for i in order]
+    if dynamic or 0 in old:
         return NotImplemented
     groups = _contract.reshape_groups(old, new)
-    ones = [axis for axis, size in zip(lazy.axes, old, strict=True) if size == 1]
+    ones = [axis for axis, size in zip(source, old, strict=True) if size == 1]
     axes = [lazy.new_axis(skip=j) for j in range(len(new))]
     moved = _without(lazy, ones)
     for olds, news in groups:
-        names = [lazy.axes[i] for i in olds]
+        names = [source[i] for i in olds]
         if len({lazy.holders(name) for name in names}) > 1:
             return NotImplemented
         if len(olds) == len(news) == 1:
@@ -180,6 +187,16 @@ def _slice(ctx: Context, eqn: Any, args: Sequence[Any]) -> Any:
             if limit - start == 1:
                 moved = _mark_indexed(moved, old)
     return viewed(eqn, moved, axes)
+
+
+@rule(RULES, "reduce_sum")
+def _reduce_sum(ctx: Context, eqn: Any, args: Sequence[Any]) -> Any:
+    """A factor keeps a summed axis; the name is gone from the view, so the next product sums it."""
+    (lazy,) = args
+    gone = [lazy.axes[i] for i in eqn.params["axes"]]
+    if lazy.a is not None and not all({"a", "b"} & set(lazy.holders(axis)) for axis in gone):
+        return NotImplemented
+    return viewed(eqn, lazy, [axis for axis in lazy.axes if axis not in gone])
 
 
 @rule(RULES, "split")
@@ -305,7 +322,8 @@ def _gather(ctx: Context, eqn: Any, args: Sequence[Any]) -> Any:
 
     if lazy.key is not None:  # an embedding's branch has no input to drop
         lazy = dataclasses.replace(lazy, key=None, key_axes=(), dropout=0.0)
-    outs = viewed(eqn, _mark_indexed(lazy.map_members(take), old), axes, indices)
+    moved = dataclasses.replace(_mark_indexed(lazy.map_members(take), old), looked_up=True)
+    outs = viewed(eqn, moved, axes, indices)
     return [to_dense(out) for out in outs] if is_lookup(lazy, old) else outs
 
 

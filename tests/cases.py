@@ -174,6 +174,19 @@ def conv_2d_dilated(dtype):
     return linen(module, normal(0, (2, 9, 8, 7), dtype))
 
 
+@case(layouts={"kernel": "oiio"})
+def conv_vmapped(dtype):
+    """vmap makes one convolution of a stack of them, the stack's axis among the out channels."""
+
+    def fn(params, x):
+        conv = lambda k: lax.conv_general_dilated(
+            x, k, (1,), "SAME", dimension_numbers=("NWC", "WIO", "NWC")
+        )
+        return jax.vmap(conv)(params["kernel"])
+
+    return fn, {"kernel": normal(1, (4, 3, 7, 5), dtype)}, (normal(0, (2, 8, 7), dtype),)
+
+
 @case(layouts={"embedding": "io"})
 def embed_lookup(dtype):
     ids = jnp.array([[1, 12, 1, 0], [3, 5, 7, 9]])
@@ -240,6 +253,16 @@ def reshaped_and_scaled(dtype):
         return jnp.einsum("td,hkd->thk", x, -w * 2)
 
     return fn, {"w": normal(1, (7, 15), dtype)}, (normal(0, (4, 7), dtype),)
+
+
+@case(layouts={"w": "oio"})
+def summed_axis(dtype):
+    """einsum sums an axis that the other operand lacks before it contracts the rest."""
+    return (
+        lambda params, x: jnp.einsum("bi,aio->bo", x, params["w"]),
+        {"w": normal(1, (3, 7, 5), dtype)},
+        (normal(0, (4, 7), dtype),),
+    )
 
 
 @case(layouts={"qkv": "io"})
@@ -584,6 +607,29 @@ def opaque_kernel(dtype):
         return jax.pure_callback(lambda w, x: np.asarray(x) @ np.asarray(w), out, params["w"], x)
 
     return fn, {"w": normal(1, (7, 5), dtype)}, (normal(0, (3, 7), dtype),)
+
+
+@dense_case(layouts={"w": "io"}, dense="mul")
+def masked_weight(dtype):
+    """What a mask makes of a weight is contracted: that tells the layout, and runs dense."""
+
+    def fn(params, x):
+        return x @ (params["w"] * jnp.tri(7, 5, dtype=dtype))
+
+    return fn, {"w": normal(1, (7, 5), dtype)}, (normal(0, (3, 7), dtype),)
+
+
+@dense_case(layouts={"w": "io"}, dense="custom_vmap_call")
+def custom_vmap(dtype):
+    @jax.custom_batching.custom_vmap
+    def f(w, x):
+        return jnp.tanh(x @ w)
+
+    return (
+        lambda params, x: f(params["w"], x),
+        {"w": normal(1, (7, 5), dtype)},
+        (normal(0, (3, 7), dtype),),
+    )
 
 
 @dense_case(layouts={"w": "io"}, dense="integer_pow")

@@ -225,6 +225,40 @@ def test_a_named_layout_that_does_not_fit():
     assert "up/kernel" in message and "'bio'" in message
 
 
+def test_a_scanned_bias_is_no_target_and_a_second_use_leaves_the_layout():
+    params = {"k": jnp.ones((4, 7, 7)), "bias": jnp.ones((4, 7))}
+
+    def fn(params, x):
+        def step(x, layer):
+            return jnp.tanh(x @ layer["k"] + layer["bias"][None]), (layer["k"] ** 2).sum()
+
+        return jax.lax.scan(step, x, params)
+
+    x = jnp.ones((2, 7))
+    assert chosen(lora_jax.init(KEY, params, LoraConfig(rank=2), fn, x)) == {"k": "bio"}
+    with pytest.raises(TargetError, match=r"bias: never contracted .*`add`"):
+        lora_jax.init(KEY, params, LoraConfig(rank=2, targets=["bias"]), fn, x)
+
+
+def test_a_kernel_of_one_output_that_is_squeezed():
+    params = {"w": jnp.ones((6, 1))}
+    fn = lambda p, x: x @ p["w"][:, 0]
+    assert chosen(lora_jax.init(KEY, params, LoraConfig(rank=1), fn, jnp.ones((3, 6)))) == {
+        "w": "io"
+    }
+
+
+def test_excluding_every_target():
+    assert "nothing would train" in refusal(targets=["up"], exclude=["up"])
+
+
+def test_arguments_in_the_wrong_place():
+    with pytest.raises(lora_jax.ConfigError, match="LoraConfig, got dict"):
+        lora_jax.init(KEY, PARAMS, {"rank": 2})
+    with pytest.raises(lora_jax.ConfigError, match="the function comes before"):
+        lora_jax.init(KEY, PARAMS, LoraConfig(rank=2), IDS)
+
+
 def test_nothing_to_adapt():
     with pytest.raises(TargetError, match="no leaf"):
         lora_jax.init(KEY, {"bias": jnp.zeros(3)}, LoraConfig(), lambda p, x: p["bias"] + x, 1.0)

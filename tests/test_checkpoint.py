@@ -217,6 +217,8 @@ def test_fingerprint_sees_values_order_dtype_and_shape():
             x.astype(jnp.int32),
             x.astype(bool),
             x.astype(jnp.complex64),
+            x.astype(jnp.int4),
+            x.astype(jnp.float8_e4m3fn),
             jax.random.key(0),
         )
     ]

@@ -5,6 +5,7 @@ import json
 import math
 
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from lora_jax import ConfigError, LoraConfig, Override
@@ -39,6 +40,7 @@ from lora_jax import ConfigError, LoraConfig, Override
         ({"dropout": -0.1}, "dropout"),
         ({"dtype": "float33"}, "dtype"),
         ({"dtype": jnp.int32}, "dtype"),
+        ({"dtype": jnp.float8_e4m3fn}, "dtype"),
     ],
 )
 def test_bad_fields_are_named(fields, message):
@@ -83,6 +85,13 @@ def test_overrides_exact_path_wins_then_the_first_match():
     assert config.for_path("a/query/kernel")[:2] == (2, 2.0)
     assert config.for_path("a/value/kernel")[:2] == (3, 2.0)
     assert config.for_path("a/key/kernel")[:2] == (8, 0.5)
+
+
+def test_numpy_numbers_will_do_and_it_can_be_hashed():
+    config = LoraConfig(rank=np.int64(4), alpha=np.float32(2), overrides={"a": {"rank": 1}})
+    assert config.for_path("b")[:2] == (4, 0.5)
+    assert json.dumps(config.to_dict())
+    assert hash(config) == hash(LoraConfig(rank=4, alpha=2, overrides={"a": {"rank": 1}}))
 
 
 def test_to_dict_is_json():

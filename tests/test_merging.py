@@ -119,8 +119,20 @@ def test_merge_under_jit():
     np.testing.assert_allclose(chained["stack"], lora_jax.merge(params)["stack"], atol=1e-5)
 
 
+def test_donation_of_an_array_that_stands_in_two_places():
+    params = joined()
+    params["twin"] = params["stack"]
+    kept = lora_jax.merge(params)
+    jax.tree.map(np.testing.assert_array_equal, lora_jax.merge(params, donate=True), kept)
+
+
 def test_refusals():
     params = joined()
+    with pytest.raises(lora_jax.ConfigError, match="int8"):
+        lora_jax.merge(params, jnp.int8)
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
+    with pytest.raises(StructureError, match="only shapes: dense/bias"):
+        lora_jax.merge(shapes)
     _, adapters = lora_jax.split(params)
     with pytest.raises(StructureError, match=r"dense/kernel.*join"):
         lora_jax.merge(adapters["dense"] and {"dense": {"kernel": adapters["dense"]["kernel"]}})

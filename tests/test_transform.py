@@ -126,7 +126,51 @@ def test_two_weights_that_meet_each_other():
     np.testing.assert_allclose(got, fn(merged(params), x), rtol=1e-4, atol=1e-4)
 
 
+def test_data_parallel_shard_map_stays_lazy():
+    mesh = jax.make_mesh((2,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
+    spec = jax.sharding.PartitionSpec
+    apply = lora_jax.lora(model, on_dense="error")
+    mapped = jax.shard_map(apply, mesh=mesh, in_specs=(spec(), spec("d")), out_specs=spec("d"))
+    params = adapted_params()
+    np.testing.assert_allclose(mapped(params, X), model(merged(params), X), atol=1e-5)
+    grads = jax.grad(lambda p: (mapped(p, X) ** 2).sum())(params)
+    want = jax.grad(lambda p: (apply(p, X) ** 2).sum())(params)
+    np.testing.assert_allclose(grads["kernel"].a, want["kernel"].a, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["Auto", "Explicit"])
+def test_inner_jit_with_shardings(kind):
+    mesh = jax.make_mesh((2,), ("d",), axis_types=(getattr(jax.sharding.AxisType, kind),))
+    sharding = jax.NamedSharding(mesh, jax.sharding.PartitionSpec("d"))
+
+    def fn(params, x):
+        inner = jax.jit(lambda w, x: jnp.tanh(x @ w), out_shardings=sharding)
+        return inner(params["kernel"], x)
+
+    params = adapted_params()
+    with jax.set_mesh(mesh):
+        got = lora_jax.lora(fn, on_dense="error")(params, X)
+    assert got.sharding.spec == sharding.spec
+    np.testing.assert_allclose(got, jnp.tanh(X @ merged(params)["kernel"]), atol=1e-5)
+
+
+def test_branches_by_platform_are_not_mixed():
+    def fn(params, x):
+        broken = lambda w, x: jax.pure_callback(lambda *_: 1 / 0, x, x) @ w
+        plain = lambda w, x: x @ w
+        return jax.lax.platform_dependent(params["kernel"], x, tpu=broken, default=plain)
+
+    params = adapted_params()
+    config = LoraConfig(rank=2)
+    start = lora_jax.init(KEY, {"kernel": W}, config, fn, X)
+    assert start["kernel"].layout.axes == "io"
+    got = lora_jax.lora(fn, on_dense="allow")(params, X)
+    np.testing.assert_allclose(got, X @ merged(params)["kernel"], atol=1e-5)
+
+
 def test_on_dense_is_checked():
+    with pytest.raises(lora_jax.ConfigError, match="a function, got dict"):
+        lora_jax.lora({})
     with pytest.raises(lora_jax.ConfigError, match="on_dense"):
         lora_jax.lora(model, on_dense="ignore")
 
