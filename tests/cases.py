@@ -619,12 +619,13 @@ def masked_weight(dtype):
     return fn, {"w": normal(1, (7, 5), dtype)}, (normal(0, (3, 7), dtype),)
 
 
-@dense_case(layouts={"w": "io"}, dense="custom_vmap_call")
+@dense_case(layouts={"w": "io"}, dense="custom_vmap_call", reverse=False)
 def custom_vmap(dtype):
     @jax.custom_batching.custom_vmap
     def f(w, x):
         return jnp.tanh(x @ w)
 
+    f.def_vmap(lambda size, batched, w, x: (jax.vmap(lambda x: jnp.tanh(x @ w))(x), True))
     return (
         lambda params, x: f(params["w"], x),
         {"w": normal(1, (7, 5), dtype)},
