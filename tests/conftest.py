@@ -25,6 +25,14 @@ def strict():
 
 
 @pytest.fixture
+def quick_compile():
+    """XLA without most optimizations: for many small programs compiling is most of the time."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture
 def x64():
     """64-bit types within one test."""
     with jax.enable_x64(True):

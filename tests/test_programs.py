@@ -83,12 +83,12 @@ def check_equal_to_merged(case: Case, dtype):
 
 
 @pytest.mark.parametrize("case", ALL, ids=str)
-def test_equals_the_merged_model(case):
+def test_equals_the_merged_model(case, quick_compile):
     check_equal_to_merged(case, jnp.float32)
 
 
 @pytest.mark.parametrize("case", ALL, ids=str)
-def test_equals_the_merged_model_in_float64(case, x64):
+def test_equals_the_merged_model_in_float64(case, x64, quick_compile):
     check_equal_to_merged(case, jnp.float64)
 
 
@@ -192,7 +192,7 @@ def test_dense_fallback_warns_once_a_site(case):
     (path,) = case.layouts
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        jax.jit(lora_jax.lora(fn))(params, *args)
+        jax.make_jaxpr(lora_jax.lora(fn))(params, *args)
     messages = [str(w.message) for w in caught if w.category is lora_jax.DenseWarning]
     assert len(messages) == len(set(messages)) == 1
     assert path in messages[0] and f"`{case.dense}`" in messages[0] and ".py:" in messages[0]
@@ -209,7 +209,7 @@ def test_dense_fallback_can_be_refused(case):
 
 
 @pytest.mark.parametrize("case", [c for c in CASES if c.reverse], ids=str)
-def test_composes_with_remat_vmap_and_scan(case):
+def test_composes_with_remat_vmap_and_scan(case, quick_compile):
     fn, adapted, params, args = prepare(case, jnp.float32)
 
     @jax.jit
