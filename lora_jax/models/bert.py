@@ -1,0 +1,308 @@
+"""BERT (Devlin et al., 2018, https://arxiv.org/abs/1810.04805) as an ordinary Flax Linen encoder.
+
+`Bert` maps token ids to hidden states, `mean_pool` maps hidden states to one sentence embedding,
+and `load` reads a published checkpoint in Hugging Face's layout.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from flax.traverse_util import flatten_dict, unflatten_dict
+from safetensors import SafetensorError
+from safetensors.flax import load_file
+
+
+def _gelu(x: jax.Array) -> jax.Array:
+    # `jax.nn.gelu(approximate=False)` goes through erfc, which takes three times as long on CPU.
+    return 0.5 * x * (1 + jax.lax.erf(x * np.sqrt(0.5).astype(x.dtype)))
+
+
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "gelu": _gelu,
+    "gelu_new": partial(jax.nn.gelu, approximate=True),
+    "relu": jax.nn.relu,
+}
+
+
+@dataclass(frozen=True)
+class BertConfig:
+    """Sizes of a BERT encoder, under the names that `config.json` uses.
+
+    Raises `ValueError` at construction for a size below one, for a width that the heads do not
+    divide, or for an activation that is not in `ACTIVATIONS`.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    intermediate_size: int
+    max_position_embeddings: int = 512
+    type_vocab_size: int = 2
+    layer_norm_eps: float = 1e-12
+    hidden_act: str = "gelu"
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.type == "int" and (not isinstance(value, int) or value < 1):
+                raise ValueError(f"BertConfig.{field.name} must be a positive int, got {value!r}")
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"BertConfig: hidden_size {self.hidden_size} is not a multiple of "
+                f"num_attention_heads {self.num_attention_heads}"
+            )
+        if self.hidden_act not in ACTIVATIONS:
+            raise ValueError(
+                f"BertConfig.hidden_act {self.hidden_act!r} is not one of {sorted(ACTIVATIONS)}"
+            )
+
+    @classmethod
+    def from_json(cls, settings: Mapping[str, Any]) -> BertConfig:
+        """Picks the known sizes out of a parsed `config.json`.
+
+        Raises `ValueError` for a size without a default that is missing, and for position
+        embeddings other than absolute ones, which this encoder does not have.
+        """
+        position = settings.get("position_embedding_type", "absolute")
+        if position != "absolute":
+            raise ValueError(f"position_embedding_type {position!r} is not supported")
+        known = {f.name: settings[f.name] for f in fields(cls) if f.name in settings}
+        try:
+            return cls(**known)
+        except TypeError as error:
+            raise ValueError(f"config.json is not a BERT configuration: {error}") from error
+
+
+def _positions(segments: jax.Array) -> jax.Array:
+    """Position of each token in its own segment: `[..., length]` -> the same shape."""
+    index = jnp.broadcast_to(jnp.arange(segments.shape[-1]), segments.shape)
+    # Signed: a boolean mask does as well, and it has no -1 to start from.
+    opens = jnp.diff(segments.astype(jnp.int32), axis=-1, prepend=-1) != 0
+    return index - jax.lax.cummax(jnp.where(opens, index, 0), axis=segments.ndim - 1)
+
+
+class Embeddings(nn.Module):
+    """Sum of word, position and token type embeddings, normalised."""
+
+    config: BertConfig
+
+    @nn.compact
+    def __call__(self, ids: jax.Array, segments: jax.Array, types: jax.Array) -> jax.Array:
+        """Integers `[batch, length]`, three times -> `[batch, length, width]`."""
+        c = self.config
+        word = nn.Embed(c.vocab_size, c.hidden_size, name="word")(ids)
+        position = nn.Embed(c.max_position_embeddings, c.hidden_size, name="position")(
+            _positions(segments)
+        )
+        kind = nn.Embed(c.type_vocab_size, c.hidden_size, name="type")(types)
+        return nn.LayerNorm(epsilon=c.layer_norm_eps, name="norm")(word + position + kind)
+
+
+class SelfAttention(nn.Module):
+    """Multi-head scaled dot-product self-attention with its output projection."""
+
+    config: BertConfig
+
+    @nn.compact
+    def __call__(self, x: jax.Array, visible: jax.Array) -> jax.Array:
+        """Mixes each token with those it can see.
+
+        Args:
+          x: `[batch, length, width]`.
+          visible: boolean `[batch, 1, length, length]`, true where the third axis' token may
+            look at the fourth axis' token.
+
+        Returns:
+          The same shape and dtype as `x`.
+        """
+        batch, length, width = x.shape
+        heads = self.config.num_attention_heads
+
+        def project(name: str) -> jax.Array:
+            y = nn.Dense(width, name=name)(x)
+            return y.reshape(batch, length, heads, width // heads)
+
+        query, key, value = project("query"), project("key"), project("value")
+        scores = jnp.einsum("bqhd,bkhd->bhqk", query, key) / np.sqrt(width // heads).astype(x.dtype)
+        scores = jnp.where(visible, scores, jnp.finfo(x.dtype).min)
+        mixed = jnp.einsum("bhqk,bkhd->bqhd", jax.nn.softmax(scores, axis=-1), value)
+        return nn.Dense(width, name="output")(mixed.reshape(batch, length, width))
+
+
+class Layer(nn.Module):
+    """Attention, then a feed-forward network, each with a residual connection and a norm."""
+
+    config: BertConfig
+
+    @nn.compact
+    def __call__(self, x: jax.Array, visible: jax.Array) -> jax.Array:
+        """As `SelfAttention`: `[batch, length, width]` -> the same shape and dtype."""
+        c = self.config
+        norm = partial(nn.LayerNorm, epsilon=c.layer_norm_eps)
+        x = norm(name="attention_norm")(x + SelfAttention(c, name="attention")(x, visible))
+        y = ACTIVATIONS[c.hidden_act](nn.Dense(c.intermediate_size, name="intermediate")(x))
+        return norm(name="output_norm")(x + nn.Dense(c.hidden_size, name="output")(y))
+
+
+class Bert(nn.Module):
+    """A BERT encoder without its pooler."""
+
+    config: BertConfig
+
+    @nn.compact
+    def __call__(
+        self, ids: jax.Array, segments: jax.Array, types: jax.Array | None = None
+    ) -> jax.Array:
+        """Encodes token ids.
+
+        Args:
+          ids: integers `[batch, length]`.
+          segments: integers or booleans `[batch, length]`, 0 at padding. With one text a row it
+            is the usual attention mask. Several texts can share a row, packed one behind the
+            other and numbered 1, 2, ...: each sees itself alone, its positions start from 0.
+          types: integers `[batch, length]`, BERT's token types; all zero by default.
+
+        Returns:
+          Hidden states `[batch, length, width]` in the parameters' dtype. Those at padding carry
+          no meaning.
+
+        Raises:
+          ValueError: for a length above the number of position embeddings.
+        """
+        c = self.config
+        if ids.shape[1] > c.max_position_embeddings:
+            raise ValueError(
+                f"length {ids.shape[1]} is above max_position_embeddings "
+                f"{c.max_position_embeddings}"
+            )
+        types = jnp.zeros_like(ids) if types is None else types
+        x = Embeddings(c, name="embeddings")(ids, segments, types)
+        visible = segments[:, None, :, None] == segments[:, None, None, :]
+        for i in range(c.num_hidden_layers):
+            x = Layer(c, name=f"layer_{i}")(x, visible)
+        return x
+
+
+def mean_pool(
+    hidden: jax.Array, segments: jax.Array, count: int = 1, normalize: bool = False
+) -> jax.Array:
+    """Averages hidden states over the tokens of each segment: sentence embeddings.
+
+    Args:
+      hidden: `[batch, length, width]`, as `Bert` returns.
+      segments: integers `[batch, length]`, as `Bert` takes.
+      count: how many segments a row holds at most, static.
+      normalize: scale each embedding to unit length.
+
+    Returns:
+      `[batch, count, width]` in `hidden`'s dtype; entry `[:, i]` belongs to segment `i + 1` and
+      is zero where a row has no such segment.
+    """
+    member = segments[:, None, :] == jnp.arange(1, count + 1)[None, :, None]
+    total = jnp.einsum("bsl,blw->bsw", member.astype(hidden.dtype), hidden)
+    mean = total / jnp.maximum(member.sum(axis=-1, keepdims=True), 1).astype(hidden.dtype)
+    if not normalize:
+        return mean
+    # The floor is under the square root, so that an absent segment has a gradient of zero, not NaN.
+    return mean * jax.lax.rsqrt(jnp.maximum((mean**2).sum(axis=-1, keepdims=True), 1e-24))
+
+
+def load(directory: str | Path) -> tuple[Bert, dict[str, Any]]:
+    """Reads a published BERT encoder: `config.json` and `model.safetensors`.
+
+    Args:
+      directory: where the two files are, as Hugging Face lays them out. A `bert.` before every
+        name is understood; the pooler, which `Bert` does not have, is left out.
+
+    Returns:
+      The model, and its float32 parameters on the default device (kernels `[in, out]`), to call
+      as `model.apply({"params": params}, ids, segments)`.
+
+    Raises:
+      FileNotFoundError: when one of the files is missing.
+      ValueError: for a configuration that `BertConfig` refuses, or when tensors are missing,
+        unexpected or of another shape: all of them are listed. Also for a file that is cut short.
+    """
+    directory = Path(directory)
+    config = BertConfig.from_json(json.loads((directory / "config.json").read_text("utf-8")))
+    model = Bert(config)
+    ids = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+    expected = flatten_dict(jax.eval_shape(model.init, jax.random.key(0), ids, ids)["params"])
+    source = directory / "model.safetensors"
+    try:
+        stored = load_file(source)
+    except SafetensorError as error:
+        raise ValueError(f"{source} is no whole safetensors file: {error}") from error
+    stored = {name.removeprefix("bert."): tensor for name, tensor in stored.items()}
+    shapes = {name: tensor.shape for name, tensor in stored.items()}
+    _check({path: leaf.shape for path, leaf in expected.items()}, shapes, source)
+    flat = {
+        path: _orient(path, stored[_torch_name(path)]).astype(leaf.dtype)
+        for path, leaf in expected.items()
+    }
+    return model, unflatten_dict(flat)
+
+
+_LEAVES = {"kernel": "weight", "embedding": "weight", "scale": "weight", "bias": "bias"}
+_MODULES = {
+    ("embeddings", "word"): "embeddings.word_embeddings",
+    ("embeddings", "position"): "embeddings.position_embeddings",
+    ("embeddings", "type"): "embeddings.token_type_embeddings",
+    ("embeddings", "norm"): "embeddings.LayerNorm",
+    ("attention", "query"): "attention.self.query",
+    ("attention", "key"): "attention.self.key",
+    ("attention", "value"): "attention.self.value",
+    ("attention", "output"): "attention.output.dense",
+    ("attention_norm",): "attention.output.LayerNorm",
+    ("intermediate",): "intermediate.dense",
+    ("output",): "output.dense",
+    ("output_norm",): "output.LayerNorm",
+}
+# Stored in some checkpoints, but no parameters of the encoder.
+_IGNORED = ("embeddings.position_ids", "pooler.dense.weight", "pooler.dense.bias")
+
+
+def _torch_name(path: tuple[str, ...]) -> str:
+    """`("layer_0", "attention", "query", "kernel")` -> the name in a Hugging Face file."""
+    *module, leaf = path
+    prefix = ""
+    if module[0].startswith("layer_"):
+        prefix = f"encoder.layer.{module.pop(0).removeprefix('layer_')}."
+    return f"{prefix}{_MODULES[tuple(module)]}.{_LEAVES[leaf]}"
+
+
+def _orient(path: tuple[str, ...], tensor: jax.Array) -> jax.Array:
+    """PyTorch keeps kernels `[out, in]`, Flax `[in, out]`; nothing else differs."""
+    return tensor.T if path[-1] == "kernel" else tensor
+
+
+def _check(
+    expected: Mapping[tuple[str, ...], tuple[int, ...]],
+    stored: Mapping[str, tuple[int, ...]],
+    source: Path,
+) -> None:
+    """Raises one `ValueError` that lists every tensor that does not fit the model."""
+    wanted = {
+        _torch_name(path): shape[::-1] if path[-1] == "kernel" else shape
+        for path, shape in expected.items()
+    }
+    problems = [f"missing: {name} {shape}" for name, shape in wanted.items() if name not in stored]
+    for name, shape in stored.items():
+        if name not in wanted and name not in _IGNORED:
+            problems.append(f"unexpected: {name} {shape}")
+        elif name in wanted and shape != wanted[name]:
+            problems.append(f"wrong shape: {name} is {shape}, not {wanted[name]}")
+    if problems:
+        lines = "\n  ".join(sorted(problems))
+        raise ValueError(f"{source} does not hold what its config.json asks for:\n  {lines}")

