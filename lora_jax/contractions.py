@@ -73,9 +73,8 @@ def _conv(ctx: Context, eqn: Any, args: Sequence[Any]) -> Any:
         x = ctx.make_dense(x, eqn, " (both sides are adapted)")
     out_feature, in_feature, *window = (lazy.axes[i] for i in params["dimension_numbers"].rhs_spec)
     ctx.record(lazy, eqn, summed=[in_feature, *window], batch=[])
-    y = None if lazy.w is None else _jaxpr.bind(eqn, (x, lazy.w))[0]
     if lazy.a is None:
-        return [y]
+        return _jaxpr.bind(eqn, (x, lazy.w))
     if params["feature_group_count"] != 1 or params["batch_group_count"] != 1:
         return NotImplemented
     a_axes, b_axes = set(lazy.a_axes) - {RANK}, set(lazy.b_axes) - {RANK}
@@ -86,18 +85,19 @@ def _conv(ctx: Context, eqn: Any, args: Sequence[Any]) -> Any:
         update = _mix_then_conv(eqn, lazy, x, in_feature)
     else:
         return NotImplemented
+    y = None if lazy.w is None else _jaxpr.bind(eqn, (x, lazy.w))[0]
     return [add(y, update, eqn.outvars[0].aval.dtype)]
 
 
 def _conv_then_mix(eqn: Any, lazy: LazyWeight, x: jax.Array, out_feature: Axis) -> jax.Array:
     """y = B·(A ∗ x): A takes the place of the kernel, with `rank` output features."""
     h = _conv_with_a(eqn, lazy, x, out_feature)
-    return _mix(lazy, h, eqn.params["dimension_numbers"].out_spec[1], RANK, out_feature)
+    return _mix(eqn, lazy, h, eqn.params["dimension_numbers"].out_spec[1], RANK, out_feature)
 
 
 def _mix_then_conv(eqn: Any, lazy: LazyWeight, x: jax.Array, in_feature: Axis) -> jax.Array:
     """y = A ∗ (B·x), as a backward pass has it: the kernel's in features are the layout's out."""
-    h = _mix(lazy, x, eqn.params["dimension_numbers"].lhs_spec[1], in_feature, RANK)
+    h = _mix(eqn, lazy, x, eqn.params["dimension_numbers"].lhs_spec[1], in_feature, RANK)
     return _conv_with_a(eqn, lazy, h, in_feature)
 
 
@@ -113,7 +113,7 @@ def _conv_with_a(eqn: Any, lazy: LazyWeight, x: jax.Array, replaced: Axis) -> ja
     )
 
 
-def _mix(lazy: LazyWeight, x: jax.Array, at: int, summed: Axis, made: Axis) -> jax.Array:
+def _mix(eqn: Any, lazy: LazyWeight, x: jax.Array, at: int, summed: Axis, made: Axis) -> jax.Array:
     """Contract axis `at` of an activation, which is `summed`, with B; `made` takes its place."""
     compute, accumulate = branch_dtypes(x, lazy)
     names = [summed if i == at else Axis((), -2 - i) for i in range(x.ndim)]
@@ -124,6 +124,7 @@ def _mix(lazy: LazyWeight, x: jax.Array, at: int, summed: Axis, made: Axis) -> j
         lazy.b.astype(compute),
         lazy.b_axes,
         wanted,
+        precision=eqn.params["precision"],
         preferred_element_type=accumulate,
     )
     return _contract.arrange(y, y_names, wanted, {})

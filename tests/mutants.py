@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).parent.parent
+PYTEST = [sys.executable, "-m", "pytest", "-q", "-rf", "-p", "no:cacheprovider", "-n", "auto"]
 TESTS = ["tests/test_transform.py", "tests/test_optim.py", "tests/test_merging.py"]
 PROGRAMS = ["tests/test_programs.py", "-k", "merged_model and not float64 or sized"]
 
@@ -125,7 +126,7 @@ def run(mutant: Mutant) -> list[str]:
         failed = []
         for selection in (TESTS, PROGRAMS):
             out = subprocess.run(
-                [sys.executable, "-m", "pytest", "-q", "-rf", "-p", "no:cacheprovider", *selection],
+                [*PYTEST, *selection],
                 cwd=copy,
                 env={**os.environ, "PYTHONPATH": str(copy)},
                 capture_output=True,

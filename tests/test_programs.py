@@ -2,7 +2,6 @@
 
 import functools
 import warnings
-from collections import Counter
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +10,7 @@ import pytest
 
 import lora_jax
 from tests.cases import CASES, DENSE_CASES, Case, adapt, is_node, merged
+from tests.jaxprs import squeezed, weight_sized
 
 ALL = CASES + DENSE_CASES
 # What two orders of adding float32 (float64) products of sizes below 20 may differ by.
@@ -117,25 +117,6 @@ def test_the_start_is_the_base_to_the_bit(case):
 
 
 # --- nothing weight-sized -------------------------------------------------------------------------
-
-
-def squeezed(shape):
-    return tuple(sorted(size for size in shape if size != 1))
-
-
-def weight_sized(jaxpr, shapes) -> Counter:
-    """How often an equation's output has all the axes of a weight, in any order, or more."""
-    found: Counter = Counter()
-    for eqn in jaxpr.eqns:
-        # Gradients stop at the base: `stop_gradient` is the weight itself, not a copy of it.
-        if eqn.primitive.name != "stop_gradient":
-            made = [Counter(var.aval.shape) for var in eqn.outvars]
-            found.update(shape for shape in shapes for axes in made if Counter(shape) <= axes)
-        for value in jax.tree.leaves(eqn.params, is_leaf=lambda x: hasattr(x, "eqns")):
-            inner = getattr(value, "jaxpr", value)
-            if hasattr(inner, "eqns"):
-                found += weight_sized(inner, shapes)
-    return found
 
 
 def views_of(shape, axes):

@@ -12,6 +12,7 @@ import pytest
 import lora_jax
 from lora_jax import LoraConfig
 from tests.cases import is_node, merged, normal, randomize
+from tests.jaxprs import weight_sized
 
 KEY = jax.random.key(0)
 X = normal(0, (6, 7), jnp.float32)
@@ -260,7 +261,9 @@ def test_bfloat16_compute(stored):
     merged_error = float(jnp.abs(dense.apply(merged(params), x) - want).max() / jnp.abs(want).max())
     assert error <= 1.5 * merged_error  # no worse than the merged model in the same arithmetic
 
-    branch = list(dots(jax.make_jaxpr(adapted)(params, x).jaxpr))
+    jaxpr, plain = jax.make_jaxpr(adapted)(params, x), jax.make_jaxpr(dense.apply)(base, x)
+    assert weight_sized(jaxpr.jaxpr, {(48, 64)}) <= weight_sized(plain.jaxpr, {(48, 64)})
+    branch = list(dots(jaxpr.jaxpr))
     assert len(branch) == 3
     for eqn in branch:  # the factors are cast, or a float32 product would run in slow arithmetic
         assert {v.aval.dtype for v in eqn.invars} == {jnp.dtype(jnp.bfloat16)}
