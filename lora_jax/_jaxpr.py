@@ -8,7 +8,6 @@ import jax
 from jax.extend import core, source_info_util
 
 Literal = core.Literal
-DropVar = core.DropVar
 
 
 def open_jaxpr(jaxpr: Any) -> tuple[Any, Sequence[Any]]:

@@ -101,12 +101,15 @@ def _targets(
             raise TargetError("targets: no leaf is contracted with an activation")
         return {p: e for p, e in found.items() if p not in excluded and p not in whole}
     found = _paths.select("targets", config.targets, leaves)
-    for path, entry in list(found.items()):
-        # An entry that names a module stands for the linear weights in it, not for its biases.
-        if _names_module_only(entry, path) and not _is_linear(path, leaves[path], uses):
-            del found[path]
-    entries = () if isinstance(config.targets, str) or callable(config.targets) else config.targets
-    empty = [entry for entry in entries if entry not in found.values()]
+    # An entry that names a module stands for the linear weights in it, not for its biases.
+    others = {
+        path: entry
+        for path, entry in found.items()
+        if _names_module_only(entry, path) and not _is_linear(path, leaves[path], uses)
+    }
+    found = {path: entry for path, entry in found.items() if path not in others}
+    modules = dict.fromkeys(others.values())
+    empty = [e for e in modules if not any(_paths.names_module(e, path) for path in found)]
     if empty:
         raise TargetError(
             "\n".join(f"targets: {e!r} names a module without linear weights" for e in empty)
@@ -184,7 +187,7 @@ def _named_layout(path: str, shape: Sequence[int], axes: str) -> Layout:
 
 
 def _used_layout(path: str, ndim: int, uses: Sequence[Use]) -> Layout:
-    layout = layouts.layout_from_uses(path, ndim, uses)
+    layout = layouts.layout_from_uses(ndim, uses)
     if layout is None:
         raise TargetError(
             f"{path}: never contracted with an activation, so a low-rank update has no meaning; it "

@@ -167,7 +167,7 @@ def load(path: str | os.PathLike, base: Any) -> Any:
         problems += differences(header["base"], fingerprint(base, skip=whole))
     if problems:
         raise AdapterFileError(
-            f"{path}: these adapters were made for another base:\n" + "\n".join(problems)
+            f"{path}: the adapters in this file do not fit this base:\n" + "\n".join(problems)
         )
     return jax.tree_util.tree_unflatten(treedef, [nodes.get(name) for name in leaves])
 

@@ -237,14 +237,14 @@ def _custom_jvp(ctx: Context, eqn: Any, args: Sequence[Any], walk: Walk) -> list
     def call(*args: Any) -> list[Any]:
         return [ctx.make_dense(x, eqn) if is_lazy(x) else x for x in walk(jaxpr, consts, args)]
 
-    def rule(primals: Sequence[Any], tangents: Sequence[Any]) -> tuple[list[Any], list[Any]]:
+    def derivative(primals: Sequence[Any], tangents: Sequence[Any]) -> tuple[list[Any], list[Any]]:
         # The rule is linear in the tangents, and a weight's is a sum of two: so is the outcome.
         terms = [_terms(p, t) for p, t in zip(primals, tangents, strict=True)][n_consts:]
         out, first = _apply_rule(ctx, eqn, walk, primals[n_consts:], [t for t, _ in terms])
         _, second = _apply_rule(ctx, eqn, walk, primals[n_consts:], [t for _, t in terms])
         return out, [_plus(a, b) for a, b in zip(first, second, strict=True)]
 
-    call.defjvp(rule, symbolic_zeros=True)
+    call.defjvp(derivative, symbolic_zeros=True)
     return call(*args)
 
 

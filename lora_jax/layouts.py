@@ -72,7 +72,7 @@ def is_linear(uses: Sequence[Use]) -> bool:
     return not looked_up and any(not use.is_operand for use in found)
 
 
-def layout_from_uses(path: str, ndim: int, uses: Sequence[Use]) -> Layout | None:
+def layout_from_uses(ndim: int, uses: Sequence[Use]) -> Layout | None:
     """The layout that a weight's uses imply; None where no use contracts it.
 
     Contracted and looked-up axes are in, axes that are batch in every use are batch, the rest out.

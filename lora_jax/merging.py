@@ -50,17 +50,14 @@ def merge(
         require_base(path, node)
     _check_finite(nodes)
     errors: dict[str, Any] = {}
-    owners = Counter(id(node.w) for node in nodes.values())
+    owners = _owners(nodes)
 
     def one(path: str, node: Adapted) -> jax.Array:
         target = jnp.dtype(dtype or node.w.dtype)
         base, rest = split(node)
         if return_error:
             errors[path] = _rounding_error(base, rest, target)
-        # An array that stands in two places cannot be given away in one.
-        donated = donate and target == base.dtype and owners[id(base)] == 1
-        combine = _combine_donated if donated else _combine
-        return combine(base, rest, dtype=target)
+        return _combine(base, rest, target, donate and owners[id(base)] == 1)
 
     merged = map_adapted(one, params)
     if not return_error:
@@ -92,15 +89,17 @@ def unmerge(merged: Any, adapters: Any, *, donate: bool = False) -> Any:
     Array([[2., 4.]], dtype=float32)
     """
     joined = join(merged, adapters)
-    _check_finite(adapted_nodes(joined))
+    nodes = adapted_nodes(joined)
+    _check_finite(nodes)
+    owners = _owners(nodes)
 
     def one(path: str, node: Adapted) -> Adapted:
         if not isinstance(node, LoraWeight):
             return node
         base, rest = split(node)
         negative = dataclasses.replace(rest, scale=-rest.scale)
-        combine = _combine_donated if donate else _combine
-        return dataclasses.replace(node, w=combine(base, negative, dtype=jnp.dtype(base.dtype)))
+        donated = donate and owners[id(base)] == 1
+        return dataclasses.replace(node, w=_combine(base, negative, base.dtype, donated))
 
     return map_adapted(one, joined)
 
@@ -109,8 +108,19 @@ def _sum(base: jax.Array, rest: Adapted, *, dtype: Any) -> jax.Array:
     return dense(dataclasses.replace(rest, w=base), dtype)
 
 
-_combine = functools.partial(jax.jit, static_argnames="dtype")(_sum)
-_combine_donated = functools.partial(jax.jit, static_argnames="dtype", donate_argnums=0)(_sum)
+_sum_kept = jax.jit(_sum, static_argnames="dtype")
+_sum_donated = jax.jit(_sum, static_argnames="dtype", donate_argnums=0)
+
+
+def _owners(nodes: dict[str, Adapted]) -> Counter[int]:
+    """In how many places each base array stands: one that stands in two cannot be given away."""
+    return Counter(id(node.w) for node in nodes.values())
+
+
+def _combine(base: jax.Array, rest: Adapted, dtype: Any, donate: bool) -> jax.Array:
+    # Only a result of the same dtype can take the base's memory.
+    combine = _sum_donated if donate and dtype == base.dtype else _sum_kept
+    return combine(base, rest, dtype=jnp.dtype(dtype))
 
 
 @functools.partial(jax.jit, static_argnames="dtype")

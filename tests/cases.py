@@ -40,11 +40,15 @@ class Case:
 
 
 CASES: list[Case] = []
+DENSE_CASES: list[Case] = []  # those in which the weight must be made dense
 
 
 def case(**fields: Any) -> Callable[[Callable], Callable]:
+    """Put a program into its table under its function's name."""
+
     def register(build: Callable) -> Callable:
-        CASES.append(Case(build.__name__, build, **fields))
+        table = DENSE_CASES if "dense" in fields else CASES
+        table.append(Case(build.__name__, build, **fields))
         return build
 
     return register
@@ -556,30 +560,20 @@ def function_that_is_a_vmap(dtype):
 
 # --- where the weight must be made dense ----------------------------------------------------------
 
-DENSE_CASES: list[Case] = []
 
-
-def dense_case(**fields: Any) -> Callable[[Callable], Callable]:
-    def register(build: Callable) -> Callable:
-        DENSE_CASES.append(Case(build.__name__, build, **fields))
-        return build
-
-    return register
-
-
-@dense_case(layouts={"kernel": "iiio"}, dense="conv_general_dilated")
+@case(layouts={"kernel": "iiio"}, dense="conv_general_dilated")
 def grouped_convolution(dtype):
     module = nn.Conv(6, (3, 2), feature_group_count=2, param_dtype=dtype)
     return linen(module, normal(0, (2, 8, 6, 4), dtype))
 
 
-@dense_case(layouts={"kernel": "iiio"}, dense="conv_general_dilated")
+@case(layouts={"kernel": "iiio"}, dense="conv_general_dilated")
 def depthwise_convolution(dtype):
     module = nn.Conv(8, (3, 3), feature_group_count=8, param_dtype=dtype)
     return linen(module, normal(0, (2, 6, 6, 8), dtype))
 
 
-@dense_case(layouts={"w": "io"}, dense="custom_vjp_call")
+@case(layouts={"w": "io"}, dense="custom_vjp_call")
 def custom_vjp(dtype):
     @jax.custom_vjp
     def f(w, x):
@@ -598,7 +592,7 @@ def custom_vjp(dtype):
     )
 
 
-@dense_case(layouts={"w": "io"}, dense="pure_callback", differentiable=False)
+@case(layouts={"w": "io"}, dense="pure_callback", differentiable=False)
 def opaque_kernel(dtype):
     import numpy as np
 
@@ -609,7 +603,7 @@ def opaque_kernel(dtype):
     return fn, {"w": normal(1, (7, 5), dtype)}, (normal(0, (3, 7), dtype),)
 
 
-@dense_case(layouts={"w": "io"}, dense="mul")
+@case(layouts={"w": "io"}, dense="mul")
 def masked_weight(dtype):
     """What a mask makes of a weight is contracted: that tells the layout, and runs dense."""
 
@@ -619,7 +613,7 @@ def masked_weight(dtype):
     return fn, {"w": normal(1, (7, 5), dtype)}, (normal(0, (3, 7), dtype),)
 
 
-@dense_case(layouts={"w": "io"}, dense="custom_vmap_call", reverse=False)
+@case(layouts={"w": "io"}, dense="custom_vmap_call", reverse=False)
 def custom_vmap(dtype):
     @jax.custom_batching.custom_vmap
     def f(w, x):
@@ -633,7 +627,7 @@ def custom_vmap(dtype):
     )
 
 
-@dense_case(layouts={"w": "io"}, dense="integer_pow")
+@case(layouts={"w": "io"}, dense="integer_pow")
 def weight_decay_term(dtype):
     def fn(params, x):
         return (x @ params["w"]).sum() + (params["w"] ** 2).sum()
@@ -641,7 +635,7 @@ def weight_decay_term(dtype):
     return fn, {"w": normal(1, (7, 5), dtype)}, (normal(0, (3, 7), dtype),)
 
 
-@dense_case(layouts={"w": "io"}, dense="scan")
+@case(layouts={"w": "io"}, dense="scan")
 def loop_that_changes_the_weight(dtype):
     def fn(params, x):
         def step(w, _):

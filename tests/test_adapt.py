@@ -65,6 +65,7 @@ def test_all_linear_takes_every_contracted_weight_and_no_looked_up_one():
         ),
         ({"targets": lambda path, leaf: path == "up/kernel"}, {"up/kernel"}),
         ({"targets": "embed.*"}, {"embed/embedding"}),
+        ({"targets": ["query/kernel", "attn/query/kernel", "attn/query"]}, {"attn/query/kernel"}),
         ({"exclude": "(attn|conv|up).*"}, {"head/kernel"}),
         ({"targets": ["up"], "train": ["head"]}, {"up/kernel", "head/kernel", "head/bias"}),
     ],

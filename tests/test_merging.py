@@ -124,6 +124,11 @@ def test_donation_of_an_array_that_stands_in_two_places():
     params["twin"] = params["stack"]
     kept = lora_jax.merge(params)
     jax.tree.map(np.testing.assert_array_equal, lora_jax.merge(params, donate=True), kept)
+    _, adapters = lora_jax.split(params)
+    kept["twin"] = kept["stack"]
+    back = lora_jax.unmerge(kept, adapters)
+    donated = lora_jax.unmerge(kept, adapters, donate=True)
+    jax.tree.map(np.testing.assert_array_equal, donated, back)
 
 
 def test_refusals():
