@@ -26,8 +26,6 @@ CORE = [
     "rules",
     "views",
     "contractions",
-    "views",
-    "contractions",
     "containers",
     "interpreter",
     "initializers",

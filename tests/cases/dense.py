@@ -1,0 +1,93 @@
+"""Programs in which the weight must be made dense."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from tests.cases.table import case, linen, normal
+
+
+@case(layouts={"kernel": "iiio"}, dense="conv_general_dilated")
+def grouped_convolution(dtype):
+    module = nn.Conv(6, (3, 2), feature_group_count=2, param_dtype=dtype)
+    return linen(module, normal(0, (2, 8, 6, 4), dtype))
+
+
+@case(layouts={"kernel": "iiio"}, dense="conv_general_dilated")
+def depthwise_convolution(dtype):
+    module = nn.Conv(8, (3, 3), feature_group_count=8, param_dtype=dtype)
+    return linen(module, normal(0, (2, 6, 6, 8), dtype))
+
+
+@case(layouts={"w": "io"}, dense="custom_vjp_call")
+def custom_vjp(dtype):
+    @jax.custom_vjp
+    def f(w, x):
+        return jnp.tanh(x @ w)
+
+    def bwd(saved, g):
+        w, x = saved
+        g = 5 * g * (1 - jnp.tanh(x @ w) ** 2)  # five times the true one: told apart
+        return x.T @ g, g @ w.T
+
+    f.defvjp(lambda w, x: (f(w, x), (w, x)), bwd)
+    return (
+        lambda params, x: f(params["w"], x),
+        {"w": normal(1, (7, 5), dtype)},
+        (normal(0, (3, 7), dtype),),
+    )
+
+
+@case(layouts={"w": "io"}, dense="pure_callback", differentiable=False)
+def opaque_kernel(dtype):
+    import numpy as np
+
+    def fn(params, x):
+        out = jax.ShapeDtypeStruct((3, 5), dtype)
+        return jax.pure_callback(lambda w, x: np.asarray(x) @ np.asarray(w), out, params["w"], x)
+
+    return fn, {"w": normal(1, (7, 5), dtype)}, (normal(0, (3, 7), dtype),)
+
+
+@case(layouts={"w": "io"}, dense="mul")
+def masked_weight(dtype):
+    """What a mask makes of a weight is contracted: that tells the layout, and runs dense."""
+
+    def fn(params, x):
+        return x @ (params["w"] * jnp.tri(7, 5, dtype=dtype))
+
+    return fn, {"w": normal(1, (7, 5), dtype)}, (normal(0, (3, 7), dtype),)
+
+
+@case(layouts={"w": "io"}, dense="custom_vmap_call", reverse=False)
+def custom_vmap(dtype):
+    @jax.custom_batching.custom_vmap
+    def f(w, x):
+        return jnp.tanh(x @ w)
+
+    f.def_vmap(lambda size, batched, w, x: (jax.vmap(lambda x: jnp.tanh(x @ w))(x), True))
+    return (
+        lambda params, x: f(params["w"], x),
+        {"w": normal(1, (7, 5), dtype)},
+        (normal(0, (3, 7), dtype),),
+    )
+
+
+@case(layouts={"w": "io"}, dense="integer_pow")
+def weight_decay_term(dtype):
+    def fn(params, x):
+        return (x @ params["w"]).sum() + (params["w"] ** 2).sum()
+
+    return fn, {"w": normal(1, (7, 5), dtype)}, (normal(0, (3, 7), dtype),)
+
+
+@case(layouts={"w": "io"}, dense="scan")
+def loop_that_changes_the_weight(dtype):
+    def fn(params, x):
+        def step(w, _):
+            return w * 0.5 + 0.1, (x @ w).mean()
+
+        return lax.scan(step, params["w"], None, length=3)[1] + (x @ params["w"]).mean()
+
+    return fn, {"w": normal(1, (7, 5), dtype)}, (normal(0, (3, 7), dtype),)

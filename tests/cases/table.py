@@ -1,0 +1,116 @@
+"""One table of programs; every property of the engine is tested over it. A new program is a row."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+import lora_jax
+
+KEY = jax.random.key(7)
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A program, its parameters (first argument) and what the library must find out about it.
+
+    `build(dtype)` returns (fn, params, args). `layouts` are the targets and what must be inferred;
+    `reverse` is False where JAX itself has no reverse mode for the program, `differentiable` False
+    where it has none at all; `dense` names the primitive at which the weight must be made dense.
+    """
+
+    name: str
+    build: Callable[[Any], tuple[Callable, Any, tuple]]
+    layouts: dict[str, str]
+    reverse: bool = True
+    differentiable: bool = True
+    dense: str | None = None
+    shapes_collide: bool = False
+
+    def __str__(self) -> str:
+        return self.name
+
+    def __hash__(self) -> int:
+        return hash(self.name)
+
+
+CASES: list[Case] = []
+DENSE_CASES: list[Case] = []  # those in which the weight must be made dense
+
+
+def case(**fields: Any) -> Callable[[Callable], Callable]:
+    """Put a program into its table under its function's name."""
+
+    def register(build: Callable) -> Callable:
+        table = DENSE_CASES if "dense" in fields else CASES
+        table.append(Case(build.__name__, build, **fields))
+        return build
+
+    return register
+
+
+def normal(seed: int, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+    return jax.random.normal(jax.random.fold_in(KEY, seed), shape, dtype)
+
+
+def linen(module: nn.Module, *args: Any) -> tuple[Callable, Any, tuple]:
+    """fn(params, *args) of a Flax Linen module, with parameters that are all random."""
+    variables = module.init(KEY, *args)
+    leaves, treedef = jax.tree.flatten(variables["params"])
+    leaves = [normal(i, x.shape, x.dtype) / (1 + x.ndim) for i, x in enumerate(leaves)]
+
+    def fn(params: Any, *args: Any) -> Any:
+        return module.apply({"params": params}, *args)
+
+    return fn, jax.tree.unflatten(treedef, leaves), args
+
+
+def adapt(
+    built: tuple[Callable, Any, tuple], layouts: dict[str, str], dtype: Any, rank: int = 2
+) -> Any:
+    """The adapted parameters of a case, B random and the scale 1.5, so that nothing is a no-op."""
+    fn, params, args = built
+    config = lora_jax.LoraConfig(rank=rank, alpha=1.5 * rank, targets=list(layouts), dtype=dtype)
+    params = lora_jax.init(jax.random.key(1), params, config, fn, *args)
+    return randomize(params)
+
+
+def randomize(params: Any) -> Any:
+    """Random B, in place of zero, of every adapted weight."""
+
+    def one(node: Any) -> Any:
+        if not isinstance(node, lora_jax.LoraWeight):
+            return node
+        return dataclasses.replace(node, b=normal(3, node.b.shape, node.b.dtype))
+
+    return jax.tree.map(one, params, is_leaf=is_node)
+
+
+def is_node(x: Any) -> bool:
+    return isinstance(x, lora_jax.LoraWeight | lora_jax.TrainedLeaf)
+
+
+def merged(params: Any) -> Any:
+    """The oracle: W + scale·A·B written with nothing of the library's but the layout's letters."""
+
+    def one(node: Any) -> Any:
+        if not is_node(node):
+            return node
+        if isinstance(node, lora_jax.TrainedLeaf):
+            return node.value.astype(node.w.dtype)
+        axes = node.layout.axes
+        order = [i for kind in "bio" for i, letter in enumerate(axes) if letter == kind]
+        grouped = [node.w.shape[i] for i in order]
+        count = {kind: axes.count(kind) for kind in "bio"}
+        stack = grouped[: count["b"]]
+        r = node.a.shape[-1]
+        a = node.a.reshape(*stack, -1, r)
+        b = node.b.reshape(*stack, r, -1)
+        update = (a @ b) * node.scale[..., None, None]
+        update = jnp.transpose(update.reshape(grouped), [order.index(i) for i in range(len(order))])
+        return (node.w.astype(update.dtype) + update).astype(node.w.dtype)
+
+    return jax.tree.map(one, params, is_leaf=is_node)
