@@ -14,6 +14,7 @@ from lora_jax.errors import (
     StructureError,
     TargetError,
 )
+from lora_jax.forms import Forms
 from lora_jax.merging import merge, unmerge
 from lora_jax.optim import freeze, labels, mask
 from lora_jax.overlay import disable, join, set_scale, split, with_dropout
@@ -28,6 +29,7 @@ __all__ = [
     "ConfigError",
     "DenseError",
     "DenseWarning",
+    "Forms",
     "Layout",
     "LayoutError",
     "LoraConfig",

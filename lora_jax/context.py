@@ -7,6 +7,7 @@ from typing import Any
 
 from lora_jax import _jaxpr
 from lora_jax.errors import DenseError, DenseWarning
+from lora_jax.forms import PLAIN, Forms
 from lora_jax.lazy import Axis, LazyWeight, to_dense
 
 #: What `on_dense` may say: warn once a site, refuse, or make dense without a word.
@@ -32,10 +33,12 @@ class Use:
 class Context:
     """The state of one walk; `uses` is a list while uses are inferred, else None."""
 
-    def __init__(self, on_dense: str = "warn", uses: list[Use] | None = None):
+    def __init__(self, on_dense: str = "warn", uses: list[Use] | None = None, forms: Forms = PLAIN):
         self.on_dense = on_dense
         self.uses = uses
+        self.forms = forms
         self.jitted: dict[Any, Any] = {}
+        self.hidden: dict[int, Any] = {}  # id of an equation -> its x·A, computed with another's
         self.enclosing: Any = None  # the innermost equation around this one that has a source line
         self._sites = 0
         self._told: set[tuple[str, str, str]] = set()

@@ -1,5 +1,7 @@
 """Rules for contractions: x·W + (x·A)·(scale·B), for every orientation of W."""
 
+import dataclasses
+from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
@@ -7,8 +9,9 @@ import jax
 from jax import lax
 
 from lora_jax import _contract, _jaxpr
+from lora_jax.branches import Product, branch, is_shareable, shared_hidden
 from lora_jax.context import Context
-from lora_jax.lazy import RANK, Axis, LazyWeight, add, branch, branch_dtypes, drop, is_lazy
+from lora_jax.lazy import RANK, Axis, LazyWeight, add, branch_dtypes, drop, is_lazy
 from lora_jax.rules import Rule, rule
 
 RULES: dict[str, Rule] = {}
@@ -19,29 +22,36 @@ def _dot_general(ctx: Context, eqn: Any, args: Sequence[Any]) -> Any:
     """x·W + (x·A)·(scale·B), for every orientation of W and every choice of its axes."""
     weight_is_left = _weight_is_left(*args)
     lazy, x = args if weight_is_left else args[::-1]
-    contracted, batched = eqn.params["dimension_numbers"]
-    if not weight_is_left:
-        contracted, batched = contracted[::-1], batched[::-1]
     if is_lazy(x):
-        x = _as_activation(ctx, eqn, x, contracted[1], batched[1])
-    x_axes: list[Axis] = [Axis((), -2 - i) for i in range(x.ndim)]
-    for w_dim, x_dim in (*zip(*contracted, strict=True), *zip(*batched, strict=True)):
-        x_axes[x_dim] = lazy.axes[w_dim]
-    batch = [lazy.axes[i] for i in batched[0]]
-    summed = [lazy.axes[i] for i in contracted[0]]
-    x_free = [axis for axis in x_axes if axis not in summed and axis not in batch]
-    w_free = [axis for axis in lazy.axes if axis not in summed and axis not in batch]
-    out = [*batch, *w_free, *x_free] if weight_is_left else [*batch, *x_free, *w_free]
-
+        contracted, batched = (dims[not weight_is_left] for dims in _dimensions(eqn))
+        x = _as_activation(ctx, eqn, x, contracted, batched)
+    product, batch = _product(eqn, lazy, x, weight_is_left)
+    summed = [axis for axis in product.x_axes if axis not in product.out_axes]
     ctx.record(lazy, eqn, summed=summed, batch=batch)
     operands = (lazy.w, x) if weight_is_left else (x, lazy.w)
     y = None if lazy.w is None else _jaxpr.bind(eqn, operands)[0]
     if lazy.a is None:
         return [y]
     if set(summed) <= set(lazy.a_axes):
-        x = drop(x, lazy, ctx.next_site())
-    update = branch(lazy, x, x_axes, out, eqn.params["precision"])
+        product = dataclasses.replace(product, x=drop(x, lazy, ctx.next_site()))
+    update = branch(product, ctx.forms, ctx.hidden.pop(id(eqn), None))
     return [add(y, update, eqn.outvars[0].aval.dtype)]
+
+
+def share(ctx: Context, products: Sequence[tuple[Any, Sequence[Any]]]) -> None:
+    """Compute x·A of several equations that meet the same activation, where that can be shared."""
+    found: dict[Any, list[tuple[Any, Product]]] = defaultdict(list)
+    for eqn, args in products:
+        if sum(map(is_lazy, args)) == 1:
+            lazy, x = sorted(args, key=is_lazy, reverse=True)
+            if lazy.a is not None and lazy.w is not None:
+                product, _ = _product(eqn, lazy, x, is_lazy(args[0]))
+                if is_shareable(product):
+                    found[product.compute].append((eqn, product))
+    for group in found.values():
+        if len(group) > 1:
+            hiddens = shared_hidden([product for _, product in group], ctx.forms)
+            ctx.hidden.update({id(eqn): h for (eqn, _), h in zip(group, hiddens, strict=True)})
 
 
 def _weight_is_left(left: Any, right: Any) -> bool:
@@ -60,6 +70,28 @@ def _as_activation(
     axes = lazy.axes
     ctx.record(lazy, eqn, [axes[i] for i in summed], [axes[i] for i in batch], is_operand=True)
     return lazy.w
+
+
+def _product(
+    eqn: Any, lazy: LazyWeight, x: jax.Array, weight_is_left: bool
+) -> tuple[Product, list[Axis]]:
+    """The product that a `dot_general` is, and the weight's batch axes in it."""
+    contracted, batched = (dims[::-1] if weight_is_left else dims for dims in _dimensions(eqn))
+    x_axes: list[Axis] = [Axis((), -2 - i) for i in range(x.ndim)]
+    for x_dims, w_dims in (contracted, batched):
+        for x_dim, w_dim in zip(x_dims, w_dims, strict=True):
+            x_axes[x_dim] = lazy.axes[w_dim]
+    batch = [lazy.axes[i] for i in batched[1]]
+    summed = [lazy.axes[i] for i in contracted[1]]
+    x_free = [axis for axis in x_axes if axis not in summed and axis not in batch]
+    w_free = [axis for axis in lazy.axes if axis not in summed and axis not in batch]
+    out = [*batch, *w_free, *x_free] if weight_is_left else [*batch, *x_free, *w_free]
+    return Product(lazy, x, tuple(x_axes), tuple(out), eqn.params["precision"]), batch
+
+
+def _dimensions(eqn: Any) -> Any:
+    """((left, right) contracted, (left, right) batched)."""
+    return eqn.params["dimension_numbers"]
 
 
 @rule(RULES, "conv_general_dilated")

@@ -8,6 +8,7 @@ from lora_jax import _jaxpr, contractions, views
 from lora_jax.containers import CONTAINERS
 from lora_jax.context import OPAQUE, Context
 from lora_jax.lazy import is_lazy
+from lora_jax.sharing import Sharing
 
 RULES = {**views.RULES, **contractions.RULES}
 
@@ -21,19 +22,44 @@ def interpret(ctx: Context, jaxpr: Any, consts: Sequence[Any], args: Sequence[An
     env: dict[Any, Any] = dict(zip(jaxpr.constvars, consts, strict=True))
     env.update(zip(jaxpr.invars, args, strict=True))
     last = _jaxpr.last_uses(jaxpr)
+    shared = _sharing(ctx, jaxpr, args)
+    early: set[int] = set()
 
     def read(atom: Any) -> Any:
         return env[atom] if _jaxpr.is_var(atom) else atom.val
 
-    for i, eqn in enumerate(jaxpr.eqns):
+    def evaluate(i: int) -> None:
+        eqn = jaxpr.eqns[i]
         values = [read(atom) for atom in eqn.invars]
         with _jaxpr.equation_context(eqn):
-            outs = _evaluate(ctx, eqn, values)
-        env.update(zip(eqn.outvars, outs, strict=True))
+            env.update(zip(eqn.outvars, _evaluate(ctx, eqn, values), strict=True))
+
+    def prepare(i: int) -> None:
+        """Evaluate now what an equation needs and what only views of weights lead to."""
+        for atom in jaxpr.eqns[i].invars:
+            if _jaxpr.is_var(atom) and atom not in env:
+                prepare(shared.producers[atom])
+                evaluate(shared.producers[atom])
+                early.add(shared.producers[atom])
+
+    for i, eqn in enumerate(jaxpr.eqns):
+        if i in shared.groups:
+            for j in shared.groups[i]:
+                prepare(j)
+            group = [jaxpr.eqns[j] for j in shared.groups[i]]
+            with _jaxpr.equation_context(eqn):
+                contractions.share(ctx, [(e, [read(atom) for atom in e.invars]) for e in group])
+        if i not in early:
+            evaluate(i)
         for atom in eqn.invars:  # let go of what nothing reads any more
             if _jaxpr.is_var(atom) and last[atom] == i:
                 env.pop(atom, None)
     return [read(atom) for atom in jaxpr.outvars]
+
+
+def _sharing(ctx: Context, jaxpr: Any, args: Sequence[Any]) -> Sharing:
+    weights = [ctx.forms.share and is_lazy(x) and x.a is not None for x in args]
+    return Sharing(jaxpr, weights, views.RULES.__contains__)
 
 
 def _evaluate(ctx: Context, eqn: Any, values: Sequence[Any]) -> Sequence[Any]:

@@ -200,36 +200,6 @@ def drop(x: jax.Array, lazy: LazyWeight, site: int) -> jax.Array:
     return jnp.where(kept, x / jnp.asarray(1 - lazy.dropout, x.dtype), jnp.zeros_like(x))
 
 
-def branch(
-    lazy: LazyWeight,
-    x: jax.Array,
-    x_axes: Sequence[Axis],
-    out_axes: Sequence[Axis],
-    precision: Any = None,
-) -> jax.Array:
-    """`x` contracted with `a · b`, the axes of the result in the order `out_axes`.
-
-    The factor that makes the smaller intermediate and fewer operations meets `x` first: A for
-    `x @ w`, B for `x @ w.T`. The two are never multiplied with each other.
-    """
-    compute, accumulate = branch_dtypes(x, lazy)
-    operands = (lazy.a.astype(compute), lazy.a_axes), (lazy.b.astype(compute), lazy.b_axes)
-    sizes = _contract.sizes_of((x, x_axes), *operands) | lazy.sizes
-
-    def operations(order: Sequence[tuple[jax.Array, Sequence[Axis]]]) -> int:
-        (_, first), (_, second) = order
-        inner = _contract.result_names(x_axes, first, {*second, *out_axes})
-        return _contract.flops(x_axes, first, sizes) + _contract.flops(inner, second, sizes)
-
-    (f, f_axes), (s, s_axes) = min((operands, operands[::-1]), key=operations)
-    options = {"precision": precision, "preferred_element_type": accumulate}
-    h, h_axes = _contract.contract(
-        x.astype(compute), x_axes, f, f_axes, {*s_axes, *out_axes}, **options
-    )
-    y, y_axes = _contract.contract(h.astype(compute), h_axes, s, s_axes, set(out_axes), **options)
-    return _contract.arrange(y, y_axes, out_axes, sizes)
-
-
 def add(y: Any, update: jax.Array, dtype: Any) -> jax.Array:
     """`y + update` in the wider of their dtypes, rounded once to `dtype`; no `y` for a tangent."""
     if y is None:

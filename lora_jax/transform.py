@@ -10,12 +10,13 @@ from jax import lax
 from lora_jax import _jaxpr, _paths
 from lora_jax.context import POLICIES, Context
 from lora_jax.errors import ConfigError
+from lora_jax.forms import Forms
 from lora_jax.interpreter import interpret
 from lora_jax.lazy import is_lazy, lazy
 from lora_jax.weights import LoraWeight, TrainedLeaf, dense, is_adapted, require_base
 
 
-def lora(fn: Callable, *, on_dense: str = "warn") -> Callable:
+def lora(fn: Callable, *, on_dense: str = "warn", forms: Forms | None = None) -> Callable:
     """`fn`, understanding adapted parameters: a program transformation.
 
     It traces `fn` with the shapes of the base weights, walks the program, and wherever an adapted
@@ -30,6 +31,8 @@ def lora(fn: Callable, *, on_dense: str = "warn") -> Callable:
       on_dense: what to do where a weight is used in a way that no rule covers (a grouped
         convolution, a `custom_vjp` boundary, an opaque kernel), so that `W + scale·A·B` must be
         made: "warn" once a site, "error", or "allow".
+      forms: which of several equal forms of the branch to compute; None takes what is measured to
+        be fast on the default backend, `Forms.for_backend()`.
 
     Returns:
       A function with `fn`'s signature. Wrap it in `jax.jit`: each call traces `fn` anew.
@@ -66,7 +69,7 @@ def lora(fn: Callable, *, on_dense: str = "warn") -> Callable:
             for path, leaf in flat
         ]
         program = Program(fn, treedef, leaves)
-        return program.evaluate(Context(on_dense), leaves)
+        return program.evaluate(Context(on_dense, forms=forms or Forms.for_backend()), leaves)
 
     return wrapped
 
