@@ -29,8 +29,8 @@ class Contender:
     make: Callable[[], Callable]
     # () -> (state, *data); the state is donated
     start: Callable[[], tuple]
-    # () -> fn; fn(state, *data) -> (loss, {adapted name: (dA, dB)}), for the tests
-    grads: Callable[[], Callable] | None = None
+    # fn(state, *data) -> (loss, gradients of A and B), where there are adapters; for the tests
+    grads: Callable | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +74,7 @@ def each_block(fn: Callable, *layers: Any) -> Any:
     return fn(*layers)
 
 
-def _step(loss_of: Callable) -> Callable:
+def adamw_step(loss_of: Callable) -> Callable:
     """loss_of(trained, base, batch) with adamw on what is trained."""
     tx = optax.adamw(LEARNING_RATE)
 
@@ -87,7 +87,8 @@ def _step(loss_of: Callable) -> Callable:
     return step
 
 
-def _start(trained: Any) -> tuple:
+def adamw_start(trained: Any) -> tuple:
+    """The state of `adamw_step`."""
     return trained, optax.adamw(LEARNING_RATE).init(trained)
 
 
@@ -116,13 +117,13 @@ def _on_adapters(setting: Setting, key: str, label: str, loss_of: Callable) -> C
     """A contender that trains (A, B) pairs beside an untouched base."""
 
     def make() -> Callable:
-        return _step(lambda *args: loss_of(*args))
+        return adamw_step(lambda *args: loss_of(*args))
 
     def start() -> tuple:
-        return _start(setting.adapters()), setting.params(), setting.batch()
+        return adamw_start(setting.adapters()), setting.params(), setting.batch()
 
-    def grads() -> Callable:
-        return lambda state, base, batch: jax.value_and_grad(loss_of)(state[0], base, batch)
+    def grads(state: tuple, base: Any, batch: jax.Array) -> tuple:
+        return jax.value_and_grad(loss_of)(state[0], base, batch)
 
     return Contender(key, label, make, start, grads)
 
@@ -180,13 +181,13 @@ def full(setting: Setting) -> Contender:
     """Full fine-tuning: every leaf is trained."""
 
     def make() -> Callable:
-        return _step(lambda params, base, batch: setting.loss(params, batch))
+        return adamw_step(lambda params, base, batch: setting.loss(params, batch))
 
     return Contender(
         "e",
         "full fine-tuning",
         make,
-        lambda: (_start(setting.params()), (), setting.batch()),
+        lambda: (adamw_start(setting.params()), (), setting.batch()),
     )
 
 
@@ -231,12 +232,9 @@ def joined(setting: Setting) -> Contender:
         tx = lora_jax.freeze(optax.adamw(LEARNING_RATE), params)
         return (params, tx.init(params)), setting.batch()
 
-    def grads() -> Callable:
-        def fn(state: tuple, batch: jax.Array) -> tuple:
-            loss, grads = jax.value_and_grad(lora_jax.lora(setting.loss))(state[0], batch)
-            return loss, _pairs(grads)
-
-        return fn
+    def grads(state: tuple, batch: jax.Array) -> tuple:
+        loss, grads = jax.value_and_grad(lora_jax.lora(setting.loss))(state[0], batch)
+        return loss, _pairs(grads)
 
     return Contender("h", "lora_jax, joined", make, start, grads)
 
@@ -248,7 +246,7 @@ def split(setting: Setting) -> Contender:
         return lora_jax.lora(setting.loss)(lora_jax.join(base, adapters), batch)
 
     def make() -> Callable:
-        base, adapters = lora_jax.split(jax.eval_shape(lambda: _adapted(setting)))
+        _, adapters = lora_jax.split(jax.eval_shape(lambda: _adapted(setting)))
         tx = lora_jax.freeze(optax.adamw(LEARNING_RATE), adapters)
 
         def step(state: tuple, base: Any, batch: jax.Array) -> tuple:
@@ -264,12 +262,9 @@ def split(setting: Setting) -> Contender:
         tx = lora_jax.freeze(optax.adamw(LEARNING_RATE), adapters)
         return (adapters, tx.init(adapters)), base, setting.batch()
 
-    def grads() -> Callable:
-        def fn(state: tuple, base: Any, batch: jax.Array) -> tuple:
-            loss, grads = jax.value_and_grad(loss_of)(state[0], base, batch)
-            return loss, _pairs(grads)
-
-        return fn
+    def grads(state: tuple, base: Any, batch: jax.Array) -> tuple:
+        loss, grads = jax.value_and_grad(loss_of)(state[0], base, batch)
+        return loss, _pairs(grads)
 
     return Contender("i", "lora_jax, split", make, start, grads)
 

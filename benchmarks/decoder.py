@@ -1,4 +1,4 @@
-"""The model of the benchmarks: a decoder-only transformer, plain functions over a dict of arrays."""
+"""The model of the benchmarks: a decoder-only transformer, plain functions over a dict."""
 
 import dataclasses
 import functools
@@ -54,7 +54,7 @@ def init(key: jax.Array, size: Size, variant: str) -> dict[str, Any]:
 
 
 def tokens(key: jax.Array, size: Size) -> jax.Array:
-    """One batch `[batch, time + 1]`: each token but the last is an input, but the first a target."""
+    """One batch `[batch, time + 1]`: all but the last are inputs, all but the first targets."""
     return jax.random.randint(key, (size.batch, size.time + 1), 0, size.vocabulary)
 
 

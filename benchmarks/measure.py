@@ -31,9 +31,11 @@ class Stepper:
         # A copy: what another contender donates must not be shared with this one.
         self._state, *self._data = jax.tree.map(jax.numpy.copy, contender.start())
         self._shapes = jax.eval_shape(lambda *args: args, self._state, *self._data)
+        self._state, loss = self._step(self._state, *self._data)
+        self.first_loss = float(loss)
 
     def program(self) -> Program:
-        """Compile the step and read what it needs."""
+        """What XLA says of the step."""
         compiled = self._step.lower(*self._shapes).compile()
         return Program(
             compiled.cost_analysis()["flops"], compiled.memory_analysis().temp_size_in_bytes
@@ -53,6 +55,9 @@ class Stepper:
         returned = time.perf_counter()
         jax.block_until_ready((self._state, loss))
         return time.perf_counter() - start, returned - start
+
+    def close(self) -> None:
+        """Nothing is to be ended: it runs in this process."""
 
 
 def in_turn(functions: Sequence[Callable[[], Any]], rounds: int, warm_up: int = WARM_UP) -> list:
