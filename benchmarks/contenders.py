@@ -1,0 +1,281 @@
+"""The contenders: one training step each, of the same model on the same batch."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+import lora_jax
+from benchmarks import decoder
+from benchmarks.decoder import ADAPTED, Size
+
+SCALE = 2.0  # alpha / rank
+LEARNING_RATE = 1e-3
+
+
+@dataclasses.dataclass(frozen=True)
+class Contender:
+    """A training step and what it starts from.
+
+    `make()` returns a new function each time, so that JAX finds nothing of it in its caches.
+    """
+
+    key: str
+    label: str
+    # () -> step; step(state, *data) -> (state, loss)
+    make: Callable[[], Callable]
+    # () -> (state, *data); the state is donated
+    start: Callable[[], tuple]
+    # fn(state, *data) -> (loss, gradients of A and B), where there are adapters; for the tests
+    grads: Callable | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """The model, the factors and the batch, all of them the same for each contender."""
+
+    size: Size
+    variant: str
+
+    def params(self) -> Any:
+        """The base weights."""
+        return decoder.init(jax.random.key(0), self.size, self.variant)
+
+    def batch(self) -> jax.Array:
+        """The tokens."""
+        return decoder.tokens(jax.random.key(1), self.size)
+
+    def adapters(self) -> Any:
+        """A and B of every adapted weight, in a tree like `params()["layers"]`; B is not zero."""
+
+        def pair(name: str, layer: int) -> tuple[jax.Array, jax.Array]:
+            rows, columns = self.size.kernels()[name]
+            key = jax.random.fold_in(jax.random.key(2), 10 * layer + ADAPTED.index(name))
+            a = jax.random.normal(key, (rows, self.size.rank)) * rows**-0.5
+            return a, jax.random.normal(key, (self.size.rank, columns)) * 1e-2
+
+        layers = [{n: pair(n, layer) for n in ADAPTED} for layer in range(self.size.layers)]
+        if self.variant == "unrolled":
+            return layers
+        return jax.tree.map(lambda *xs: jnp.stack(xs), *layers)
+
+    def loss(self, params: Any, batch: jax.Array, **options: Any) -> jax.Array:
+        """The loss of the plain model."""
+        return decoder.loss(params, batch, self.size.heads, self.variant, **options)
+
+
+def each_block(fn: Callable, *layers: Any) -> Any:
+    """`fn` on the dict of each block, or on the one dict of stacked blocks."""
+    if isinstance(layers[0], list):
+        return [fn(*blocks) for blocks in zip(*layers, strict=True)]
+    return fn(*layers)
+
+
+def adamw_step(loss_of: Callable) -> Callable:
+    """loss_of(trained, base, batch) with adamw on what is trained."""
+    tx = optax.adamw(LEARNING_RATE)
+
+    def step(state: tuple, base: Any, batch: jax.Array) -> tuple:
+        trained, moments = state
+        loss, grads = jax.value_and_grad(loss_of)(trained, base, batch)
+        updates, moments = tx.update(grads, moments, trained)
+        return (optax.apply_updates(trained, updates), moments), loss
+
+    return step
+
+
+def adamw_start(trained: Any) -> tuple:
+    """The state of `adamw_step`."""
+    return trained, optax.adamw(LEARNING_RATE).init(trained)
+
+
+def floor(setting: Setting) -> Contender:
+    """The frozen model's forward and backward pass down to the embedded tokens, nothing more."""
+
+    def make() -> Callable:
+        def loss_of(x: jax.Array, params: Any, batch: jax.Array) -> jax.Array:
+            x = decoder.blocks(x, params["layers"], setting.size.heads, setting.variant)
+            return decoder.cross_entropy(params, x, batch[:, 1:])
+
+        def step(x: jax.Array, params: Any, batch: jax.Array) -> tuple:
+            loss, grad = jax.value_and_grad(loss_of)(x, params, batch)
+            return x - LEARNING_RATE * grad, loss
+
+        return step
+
+    def start() -> tuple:
+        params, batch = setting.params(), setting.batch()
+        return decoder.embed(params, batch[:, :-1]), params, batch
+
+    return Contender("a", "floor: frozen model, input gradient", make, start)
+
+
+def _on_adapters(setting: Setting, key: str, label: str, loss_of: Callable) -> Contender:
+    """A contender that trains (A, B) pairs beside an untouched base."""
+
+    def make() -> Callable:
+        return adamw_step(lambda *args: loss_of(*args))
+
+    def start() -> tuple:
+        return adamw_start(setting.adapters()), setting.params(), setting.batch()
+
+    def grads(state: tuple, base: Any, batch: jax.Array) -> tuple:
+        return jax.value_and_grad(loss_of)(state[0], base, batch)
+
+    return Contender(key, label, make, start, grads)
+
+
+def _with_pairs(params: Any, adapters: Any) -> Any:
+    """The parameters with (W, A, B) for each adapted weight."""
+    merged = each_block(
+        lambda p, ab: p | {n: (p[n], *ab[n]) for n in ab}, params["layers"], adapters
+    )
+    return params | {"layers": merged}
+
+
+def by_hand(setting: Setting) -> Contender:
+    """y = x @ W + (x @ A) @ (scale * B), on `[batch, time, width]`."""
+
+    def product(x: jax.Array, weight: tuple) -> jax.Array:
+        w, a, b = weight
+        return x @ w + (x @ a) @ (SCALE * b)
+
+    def loss_of(adapters: Any, params: Any, batch: jax.Array) -> jax.Array:
+        return setting.loss(_with_pairs(params, adapters), batch, product=product)
+
+    return _on_adapters(setting, "b", "by hand, x@W + (x@A)@(scale*B)", loss_of)
+
+
+def by_hand_flat(setting: Setting) -> Contender:
+    """The same on activations of two axes: x is reshaped before each adapted product."""
+
+    def product(x: jax.Array, weight: tuple) -> jax.Array:
+        w, a, b = weight
+        flat = x.reshape(-1, x.shape[-1])
+        return (flat @ w + (flat @ a) @ (SCALE * b)).reshape(*x.shape[:-1], -1)
+
+    def loss_of(adapters: Any, params: Any, batch: jax.Array) -> jax.Array:
+        return setting.loss(_with_pairs(params, adapters), batch, product=product)
+
+    return _on_adapters(setting, "c", "by hand, activations flattened", loss_of)
+
+
+def merge_in_loss(setting: Setting) -> Contender:
+    """W + scale * A @ B first, then the plain model."""
+
+    def loss_of(adapters: Any, params: Any, batch: jax.Array) -> jax.Array:
+        merged = each_block(
+            lambda p, ab: p | {n: p[n] + SCALE * (a @ b) for n, (a, b) in ab.items()},
+            params["layers"],
+            adapters,
+        )
+        return setting.loss(params | {"layers": merged}, batch)
+
+    return _on_adapters(setting, "d", "merge inside the loss", loss_of)
+
+
+def full(setting: Setting) -> Contender:
+    """Full fine-tuning: every leaf is trained."""
+
+    def make() -> Callable:
+        return adamw_step(lambda params, base, batch: setting.loss(params, batch))
+
+    return Contender(
+        "e",
+        "full fine-tuning",
+        make,
+        lambda: (adamw_start(setting.params()), (), setting.batch()),
+    )
+
+
+def _adapted(setting: Setting) -> Any:
+    """The parameters with a `LoraWeight` for each adapted weight, of the same A and B."""
+    config = lora_jax.LoraConfig(
+        rank=setting.size.rank, alpha=SCALE * setting.size.rank, targets=list(ADAPTED)
+    )
+    params = lora_jax.init(
+        jax.random.key(0), setting.params(), config, setting.loss, setting.batch()
+    )
+    layers = each_block(
+        lambda p, ab: p | {n: dataclasses.replace(p[n], a=a, b=b) for n, (a, b) in ab.items()},
+        params["layers"],
+        setting.adapters(),
+    )
+    return params | {"layers": layers}
+
+
+def _pairs(params: Any) -> Any:
+    """(A, B) of every adapted weight in a joined tree or an overlay."""
+    return each_block(lambda p: {n: (p[n].a, p[n].b) for n in ADAPTED}, params["layers"])
+
+
+def joined(setting: Setting) -> Contender:
+    """lora_jax on one tree, which is differentiated and donated whole; `freeze` masks."""
+
+    def make() -> Callable:
+        loss_of = lora_jax.lora(lambda *args: setting.loss(*args))
+        tx = lora_jax.freeze(optax.adamw(LEARNING_RATE), jax.eval_shape(lambda: _adapted(setting)))
+
+        def step(state: tuple, batch: jax.Array) -> tuple:
+            params, moments = state
+            loss, grads = jax.value_and_grad(loss_of)(params, batch)
+            updates, moments = tx.update(grads, moments, params)
+            return (optax.apply_updates(params, updates), moments), loss
+
+        return step
+
+    def start() -> tuple:
+        params = _adapted(setting)
+        tx = lora_jax.freeze(optax.adamw(LEARNING_RATE), params)
+        return (params, tx.init(params)), setting.batch()
+
+    def grads(state: tuple, batch: jax.Array) -> tuple:
+        loss, grads = jax.value_and_grad(lora_jax.lora(setting.loss))(state[0], batch)
+        return loss, _pairs(grads)
+
+    return Contender("h", "lora_jax, joined", make, start, grads)
+
+
+def split(setting: Setting) -> Contender:
+    """lora_jax on base and adapters apart; the adapters are differentiated and donated."""
+
+    def loss_of(adapters: Any, base: Any, batch: jax.Array) -> jax.Array:
+        return lora_jax.lora(setting.loss)(lora_jax.join(base, adapters), batch)
+
+    def make() -> Callable:
+        _, adapters = lora_jax.split(jax.eval_shape(lambda: _adapted(setting)))
+        tx = lora_jax.freeze(optax.adamw(LEARNING_RATE), adapters)
+
+        def step(state: tuple, base: Any, batch: jax.Array) -> tuple:
+            adapters, moments = state
+            loss, grads = jax.value_and_grad(loss_of)(adapters, base, batch)
+            updates, moments = tx.update(grads, moments, adapters)
+            return (optax.apply_updates(adapters, updates), moments), loss
+
+        return step
+
+    def start() -> tuple:
+        base, adapters = lora_jax.split(_adapted(setting))
+        tx = lora_jax.freeze(optax.adamw(LEARNING_RATE), adapters)
+        return (adapters, tx.init(adapters)), base, setting.batch()
+
+    def grads(state: tuple, base: Any, batch: jax.Array) -> tuple:
+        loss, grads = jax.value_and_grad(loss_of)(state[0], base, batch)
+        return loss, _pairs(grads)
+
+    return Contender("i", "lora_jax, split", make, start, grads)
+
+
+#: In the order of the table; the two of other libraries are added where they are installed.
+OF_JAX: tuple[Callable[[Setting], Contender], ...] = (
+    floor,
+    by_hand,
+    by_hand_flat,
+    merge_in_loss,
+    full,
+    joined,
+    split,
+)

@@ -1,0 +1,125 @@
+"""The model of the benchmarks: a decoder-only transformer, plain functions over a dict."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+VARIANTS = ("unrolled", "scan", "scan_remat")
+#: The weights of a block that are adapted.
+ADAPTED = ("q", "k", "v", "o", "up", "down")
+
+
+@dataclasses.dataclass(frozen=True)
+class Size:
+    """How large the model and its batch are."""
+
+    layers: int = 4
+    width: int = 512
+    heads: int = 8
+    vocabulary: int = 8192
+    batch: int = 4
+    time: int = 128
+    rank: int = 8
+
+    def kernels(self) -> dict[str, tuple[int, int]]:
+        """The shape of each adapted weight of one block."""
+        width = self.width
+        square = dict.fromkeys("qkvo", (width, width))
+        return {**square, "up": (width, 4 * width), "down": (4 * width, width)}
+
+
+def init(key: jax.Array, size: Size, variant: str) -> dict[str, Any]:
+    """Random parameters; `layers` is a list of blocks, or stacked for the variants that scan."""
+
+    def normal(name: str, *shape: int) -> jax.Array:
+        # hash() of a str differs between processes; the bytes do not
+        folded = jax.random.fold_in(key, int.from_bytes(name.encode()[:4], "little"))
+        return jax.random.normal(folded, shape) * shape[-2] ** -0.5
+
+    layers = {name: normal(name, size.layers, *shape) for name, shape in size.kernels().items()}
+    layers |= {name: jnp.ones((size.layers, size.width)) for name in ("attn_norm", "mlp_norm")}
+    if variant == "unrolled":
+        layers = [jax.tree.map(lambda x, i=i: x[i], layers) for i in range(size.layers)]
+    return {
+        "embed": normal("embed", size.vocabulary, size.width) * size.vocabulary**0.5,
+        "positions": normal("positions", size.time, size.width),
+        "layers": layers,
+        "norm": jnp.ones(size.width),
+        "unembed": normal("unembed", size.width, size.vocabulary),
+    }
+
+
+def tokens(key: jax.Array, size: Size) -> jax.Array:
+    """One batch `[batch, time + 1]`: all but the last are inputs, all but the first targets."""
+    return jax.random.randint(key, (size.batch, size.time + 1), 0, size.vocabulary)
+
+
+def rms_norm(x: jax.Array, weight: jax.Array) -> jax.Array:
+    """x / rms(x) · weight, over the last axis."""
+    return x * jax.lax.rsqrt(jnp.mean(x * x, -1, keepdims=True) + 1e-6) * weight
+
+
+def attention(q: jax.Array, k: jax.Array, v: jax.Array, heads: int) -> jax.Array:
+    """Causal attention; all `[batch, time, width]`."""
+    batch, time, width = q.shape
+    q, k, v = (x.reshape(batch, time, heads, width // heads) for x in (q, k, v))
+    scores = jnp.einsum("bqhd,bkhd->bhqk", q, k) * (width // heads) ** -0.5
+    scores = jnp.where(jnp.tril(jnp.ones((time, time), bool)), scores, -1e30)
+    return jnp.einsum("bhqk,bkhd->bqhd", jax.nn.softmax(scores), v).reshape(batch, time, width)
+
+
+def plain(x: jax.Array, w: jax.Array) -> jax.Array:
+    """The product of an activation and a weight that is not adapted."""
+    return x @ w
+
+
+def block(x: jax.Array, p: dict[str, Any], *, heads: int, product: Callable = plain) -> jax.Array:
+    """One pre-norm block on `[batch, time, width]`."""
+    h = rms_norm(x, p["attn_norm"])
+    q, k, v = (product(h, p[name]) for name in "qkv")
+    x = x + product(attention(q, k, v, heads), p["o"])
+    h = rms_norm(x, p["mlp_norm"])
+    return x + product(jax.nn.gelu(product(h, p["up"])), p["down"])
+
+
+def embed(params: dict[str, Any], inputs: jax.Array) -> jax.Array:
+    """`[batch, time]` of token ids to `[batch, time, width]`."""
+    return params["embed"][inputs] + params["positions"][: inputs.shape[1]]
+
+
+def blocks(
+    x: jax.Array,
+    layers: Any,
+    heads: int,
+    variant: str,
+    product: Callable = plain,
+    policy: Callable | None = None,
+) -> jax.Array:
+    """All blocks, one after the other or in a `lax.scan`."""
+    one = functools.partial(block, heads=heads, product=product)
+    if variant == "unrolled":
+        for p in layers:
+            x = one(x, p)
+        return x
+    if variant == "scan_remat":
+        one = jax.checkpoint(one, policy=policy, prevent_cse=False)  # not needed inside a scan
+    return jax.lax.scan(lambda x, p: (one(x, p), None), x, layers)[0]
+
+
+def cross_entropy(params: dict[str, Any], x: jax.Array, targets: jax.Array) -> jax.Array:
+    """The mean loss of the last block's output."""
+    logits = rms_norm(x, params["norm"]) @ params["unembed"]
+    picked = jnp.take_along_axis(logits, targets[..., None], -1)[..., 0]
+    return (jax.nn.logsumexp(logits, -1) - picked).mean()
+
+
+def loss(
+    params: dict[str, Any], batch: jax.Array, heads: int, variant: str, **options: Any
+) -> jax.Array:
+    """Next-token cross-entropy of one batch of `tokens`."""
+    x = blocks(embed(params, batch[:, :-1]), params["layers"], heads, variant, **options)
+    return cross_entropy(params, x, batch[:, 1:])

@@ -1,0 +1,74 @@
+"""Timing contenders in turn, and what XLA says of their programs."""
+
+import dataclasses
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+
+from benchmarks.contenders import Contender
+
+WARM_UP = 2  # rounds that are not counted
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """What is exact: XLA's own figures for a compiled step."""
+
+    flops: float
+    temporary_bytes: int
+
+
+class Stepper:
+    """A contender that is ready to run: compiled, with its state."""
+
+    def __init__(self, contender: Contender):
+        self.label, self.key = contender.label, contender.key
+        self._make = contender.make
+        self._step = jax.jit(contender.make(), donate_argnums=0)
+        # A copy: what another contender donates must not be shared with this one.
+        self._state, *self._data = jax.tree.map(jax.numpy.copy, contender.start())
+        self._shapes = jax.eval_shape(lambda *args: args, self._state, *self._data)
+        self._state, loss = self._step(self._state, *self._data)
+        self.first_loss = float(loss)
+
+    def program(self) -> Program:
+        """What XLA says of the step."""
+        compiled = self._step.lower(*self._shapes).compile()
+        return Program(
+            compiled.cost_analysis()["flops"], compiled.memory_analysis().temp_size_in_bytes
+        )
+
+    def trace(self) -> float:
+        """Seconds to trace and lower a function that JAX has not seen."""
+        fresh = jax.jit(self._make(), donate_argnums=0)
+        start = time.perf_counter()
+        fresh.lower(*self._shapes)
+        return time.perf_counter() - start
+
+    def step(self) -> tuple[float, float]:
+        """Seconds of one step, and of these until the call came back to Python."""
+        start = time.perf_counter()
+        self._state, loss = self._step(self._state, *self._data)
+        returned = time.perf_counter()
+        jax.block_until_ready((self._state, loss))
+        return time.perf_counter() - start, returned - start
+
+    def close(self) -> None:
+        """Nothing is to be ended: it runs in this process."""
+
+
+def in_turn(functions: Sequence[Callable[[], Any]], rounds: int, warm_up: int = WARM_UP) -> list:
+    """What each function returned in each round: a list of `rounds` values for each.
+
+    One after the other, round by round, so that whatever slows the machine slows all alike.
+    """
+    results = [[f() for f in functions] for _ in range(warm_up + rounds)][warm_up:]
+    return [list(values) for values in zip(*results, strict=True)]
+
+
+def median(values: Sequence[float]) -> float:
+    """The middle value."""
+    return statistics.median(values)

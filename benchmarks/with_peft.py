@@ -1,0 +1,159 @@
+"""The contender of PEFT: the same decoder in PyTorch, in a process of its own.
+
+The child loads what the parent wrote, then takes a step for each line it is sent and answers with
+its seconds and its loss, so that it is idle while the others run.
+"""
+
+import importlib.util
+import math
+import os
+import pathlib
+import subprocess
+import sys
+import tempfile
+import time
+from typing import Any
+
+import jax
+import numpy as np
+
+from benchmarks.contenders import LEARNING_RATE, SCALE, Setting
+from benchmarks.decoder import ADAPTED, Size
+
+
+def is_installed() -> bool:
+    """Whether there is something to compare with."""
+    return all(importlib.util.find_spec(name) for name in ("torch", "peft"))
+
+
+class Peft:
+    """The child process."""
+
+    key, label = "g", "PEFT on torch, eager"
+
+    def __init__(self, setting: Setting):
+        # torch has no scan: the blocks are a list in every variant
+        unrolled = Setting(setting.size, "unrolled")
+        params, adapters = unrolled.params(), unrolled.adapters()
+        arrays = {name: leaf for name, leaf in params.items() if name != "layers"}
+        for i, (block, pairs) in enumerate(zip(params["layers"], adapters, strict=True)):
+            arrays |= {f"{i}.{name}": leaf for name, leaf in block.items()}
+            arrays |= {f"{i}.{name}.a": a for name, (a, _) in pairs.items()}
+            arrays |= {f"{i}.{name}.b": b for name, (_, b) in pairs.items()}
+        arrays = jax.device_get(arrays | {"tokens": setting.batch()})
+        self._folder = tempfile.TemporaryDirectory()
+        path = pathlib.Path(self._folder.name, "arrays.npz")
+        np.savez(path, size=list(vars(setting.size).values()), **arrays)
+        self._child = subprocess.Popen(
+            [sys.executable, "-m", __name__, str(path), setting.variant],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        self.first_loss = self._ask()[1]
+
+    def _ask(self) -> tuple[float, float]:
+        print(file=self._child.stdin, flush=True)
+        seconds, loss = self._child.stdout.readline().split()
+        return float(seconds), float(loss)
+
+    def step(self) -> tuple[float, float]:
+        """Seconds of one step; the second figure, the call's own, has no meaning here."""
+        return self._ask()[0], math.nan
+
+    def close(self) -> None:
+        """End the child."""
+        self._child.communicate()
+        self._folder.cleanup()
+
+
+def child(path: str, variant: str) -> None:
+    """A step for each line of standard input."""
+    import peft
+    import torch
+
+    torch.set_num_threads(os.cpu_count() or 1)
+    arrays = dict(np.load(path))
+    size = Size(*(int(n) for n in arrays["size"]))
+    config = peft.LoraConfig(
+        r=size.rank, lora_alpha=SCALE * size.rank, target_modules=list(ADAPTED), lora_dropout=0.0
+    )
+    model = peft.get_peft_model(_decoder(size, variant == "scan_remat"), config)
+    _load(model.base_model.model, arrays)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    # optax.adamw's defaults, so that both do the same work
+    optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE, weight_decay=1e-4)
+    batch = torch.from_numpy(arrays["tokens"].astype(np.int64))
+    for _ in sys.stdin:
+        start = time.perf_counter()
+        optimizer.zero_grad()
+        loss = model(batch)
+        loss.backward()
+        optimizer.step()
+        print(time.perf_counter() - start, float(loss.detach()), flush=True)
+
+
+def _decoder(size: Size, remat: bool) -> Any:
+    """`decoder.loss` as a module: the same equations on `nn.Linear`s."""
+    import torch
+    import torch.nn.functional as F
+    from torch import nn
+    from torch.utils.checkpoint import checkpoint
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            for name, (rows, columns) in size.kernels().items():
+                setattr(self, name, nn.Linear(rows, columns, bias=False))
+            self.attn_norm = nn.RMSNorm(size.width, eps=1e-6)
+            self.mlp_norm = nn.RMSNorm(size.width, eps=1e-6)
+
+        def forward(self, x: Any) -> Any:
+            batch, steps, width = x.shape
+            h = self.attn_norm(x)
+            q, k, v = (
+                f(h).view(batch, steps, size.heads, -1).transpose(1, 2)
+                for f in (self.q, self.k, self.v)
+            )
+            mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+            x = x + self.o(mixed.transpose(1, 2).reshape(batch, steps, width))
+            return x + self.down(F.gelu(self.up(self.mlp_norm(x)), approximate="tanh"))
+
+    class Decoder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed = nn.Embedding(size.vocabulary, size.width)
+            self.positions = nn.Parameter(torch.zeros(size.time, size.width))
+            self.blocks = nn.ModuleList(Block() for _ in range(size.layers))
+            self.norm = nn.RMSNorm(size.width, eps=1e-6)
+            self.unembed = nn.Linear(size.width, size.vocabulary, bias=False)
+
+        def forward(self, batch: Any) -> Any:
+            x = self.embed(batch[:, :-1]) + self.positions
+            for block in self.blocks:
+                x = checkpoint(block, x, use_reentrant=False) if remat else block(x)
+            logits = self.unembed(self.norm(x))
+            return F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
+
+    return Decoder()
+
+
+def _load(model: Any, arrays: dict[str, np.ndarray]) -> None:
+    """The parent's values, so that the loss must be the same; torch keeps matrices transposed."""
+    import torch
+
+    values = {"positions": arrays["positions"], "norm.weight": arrays["norm"]}
+    values |= {"embed.weight": arrays["embed"], "unembed.weight": arrays["unembed"].T}
+    for i in range(len(model.blocks)):
+        for norm in ("attn_norm", "mlp_norm"):
+            values[f"blocks.{i}.{norm}.weight"] = arrays[f"{i}.{norm}"]
+        for name in ADAPTED:
+            at = f"blocks.{i}.{name}"
+            values[f"{at}.base_layer.weight"] = arrays[f"{i}.{name}"].T
+            values[f"{at}.lora_A.default.weight"] = arrays[f"{i}.{name}.a"].T
+            values[f"{at}.lora_B.default.weight"] = arrays[f"{i}.{name}.b"].T
+    model.load_state_dict({name: torch.from_numpy(x.copy()) for name, x in values.items()})
+
+
+if __name__ == "__main__":
+    child(*sys.argv[1:])

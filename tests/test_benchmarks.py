@@ -1,0 +1,66 @@
+"""The contenders of the benchmarks do the same work, or comparing them would mean nothing."""
+
+import jax
+import numpy as np
+import pytest
+
+from benchmarks import contenders
+from benchmarks.contenders import Setting
+from benchmarks.decoder import VARIANTS, Size
+from benchmarks.measure import Stepper, in_turn, median
+
+TINY = Size(layers=2, width=16, heads=2, vocabulary=32, batch=2, time=8, rank=2)
+ADAPTERS = (
+    contenders.by_hand_flat,
+    contenders.merge_in_loss,
+    contenders.joined,
+    contenders.split,
+)
+
+
+@pytest.fixture(autouse=True)
+def promotion():
+    """The models are written as users write them: a norm's weight meets three axes."""
+    with jax.numpy_rank_promotion("allow"):
+        yield
+
+
+def evaluate(make, setting):
+    contender = make(setting)
+    return jax.jit(contender.grads)(*contender.start())
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_contenders_agree_on_loss_and_gradients(variant, quick_compile):
+    setting = Setting(TINY, variant)
+    loss, grads = evaluate(contenders.by_hand, setting)
+    assert min(float(abs(g).max()) for g in jax.tree.leaves(grads)) > 1e-4
+    for make in ADAPTERS:
+        other_loss, other = evaluate(make, setting)
+        np.testing.assert_allclose(other_loss, loss, atol=1e-5)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), other, grads)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_variants_are_one_model(variant, quick_compile):
+    losses = [evaluate(contenders.by_hand, Setting(TINY, v))[0] for v in ("unrolled", variant)]
+    np.testing.assert_allclose(*losses, atol=1e-5)
+
+
+def test_steps_train_and_the_floor_is_below_all():
+    setting = Setting(TINY, "unrolled")
+    steppers = [Stepper(make(setting)) for make in contenders.OF_JAX]
+    flops = {s.key: s.program().flops for s in steppers}
+    assert flops["a"] < min(flops[key] for key in "bcdehi")
+    assert flops["h"] < min(flops["d"], flops["e"])
+    times = in_turn([s.step for s in steppers], rounds=2, warm_up=0)
+    assert [len(rounds) for rounds in times] == [2] * len(steppers)
+    assert all(s.trace() > 0 for s in steppers)
+    state, *data = contenders.joined(setting).start()
+    step = jax.jit(contenders.joined(setting).make(), donate_argnums=0)
+    losses = []
+    for _ in range(3):
+        state, loss = step(state, *data)
+        losses.append(float(loss))
+    assert losses[2] < losses[1] < losses[0]
+    assert median([3.0, 1.0, 2.0]) == 2.0
