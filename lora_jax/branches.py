@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax import lax
 
 from lora_jax import _contract
@@ -67,27 +66,30 @@ def branch(product: Product, forms: Forms, hidden: jax.Array | None = None) -> j
     lazy, out_axes = flat.lazy, flat.out_axes
     (f, f_axes), (s, s_axes) = flat.factors()
     if hidden is None:
-        f, f_axes = _rank_first(f.astype(flat.compute), f_axes, forms)
         h, h_axes = _contract.contract(
             flat.x.astype(flat.compute),
             flat.x_axes,
-            f,
+            f.astype(flat.compute),
             f_axes,
             {*s_axes, *out_axes},
             **flat.options,
         )
     else:
         h, h_axes = hidden, _hidden_axes(flat)
-    s, s_axes = _rank_first(s.astype(flat.compute), s_axes, forms)
     y, y_axes = _contract.contract(
-        h.astype(flat.compute), h_axes, s, s_axes, set(out_axes), **flat.options
+        h.astype(flat.compute),
+        h_axes,
+        s.astype(flat.compute),
+        s_axes,
+        set(out_axes),
+        **flat.options,
     )
     sizes = _contract.sizes_of((flat.x, flat.x_axes), (f, f_axes), (s, s_axes)) | lazy.sizes
     y = _contract.arrange(y, y_axes, out_axes, sizes)
     if not free:
         return y
     at = out_axes.index(TOKENS)
-    return y.reshape(*y.shape[:at], *(n for _, n in free), *y.shape[at + 1 :])
+    return lax.reshape(y, (*y.shape[:at], *(n for _, n in free), *y.shape[at + 1 :]))
 
 
 def flattened(product: Product) -> tuple[Product, tuple[tuple[Axis, int], ...]]:
@@ -109,21 +111,10 @@ def flattened(product: Product) -> tuple[Product, tuple[tuple[Axis, int], ...]]:
     at = product.out_axes.index(axes[0])
     return dataclasses.replace(
         product,
-        x=x.reshape(*x.shape[:start], math.prod(x.shape[start:stop]), *x.shape[stop:]),
+        x=lax.reshape(x, (*x.shape[:start], math.prod(x.shape[start:stop]), *x.shape[stop:])),
         x_axes=(*product.x_axes[:start], TOKENS, *product.x_axes[stop:]),
         out_axes=(*product.out_axes[:at], TOKENS, *product.out_axes[at + len(axes) :]),
     ), tuple(zip(axes, x.shape[start:stop], strict=True))
-
-
-def _rank_first(
-    factor: jax.Array, axes: tuple[Axis, ...], forms: Forms
-) -> tuple[jax.Array, tuple[Axis, ...]]:
-    """A factor of an unbatched matrix as `[rank, ...]`."""
-    if not forms.rank_first or axes[0] == RANK:
-        return factor, axes
-    wanted = (RANK, *(axis for axis in axes if axis != RANK))
-    # Without the barrier XLA folds the transpose into the product, and into that of the gradient.
-    return lax.optimization_barrier(_contract.arrange(factor, axes, wanted, {})), wanted
 
 
 # --- weights that meet the same activation --------------------------------------------------------
@@ -151,16 +142,14 @@ def shared_hidden(products: Sequence[Product], forms: Forms) -> list[jax.Array]:
         parts.append(_contract.arrange(f.astype(p.compute), f_axes, wanted, {}))
     first = flats[0]
     summed = [i for i, axis in enumerate(first.x_axes) if axis not in first.out_axes]
-    together = jnp.concatenate(parts)
-    if forms.rank_first:
-        together = lax.optimization_barrier(together)
+    together = lax.concatenate(parts, 0)
     h = lax.dot_general(
         first.x.astype(first.compute),
         together,
         ((summed, range(1, together.ndim)), ((), ())),
         **first.options,
     )
-    return jnp.split(h, list(itertools.accumulate(len(part) for part in parts))[:-1], axis=-1)
+    return lax.split(h, [len(part) for part in parts], axis=h.ndim - 1)
 
 
 def _hidden_axes(product: Product) -> tuple[Axis, ...]:

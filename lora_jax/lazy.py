@@ -127,18 +127,16 @@ def lazy(node: LoraWeight, path: str) -> LazyWeight:
     """The lazy form of a `LoraWeight`: `scale` goes into B, the small side."""
     # XLA does not move the scale to the small side: (x·A)·(scale·B) is 23 % fewer bytes a layer.
     axes = tuple(Axis((i,), i) for i in range(node.w.ndim))
-    batch = tuple(axes[i] for i in node.layout.positions("b"))
-    ins = tuple(axes[i] for i in node.layout.positions("i"))
-    outs = tuple(axes[i] for i in node.layout.positions("o"))
+    batch, ins, outs = (tuple(axes[i] for i in node.layout.positions(kind)) for kind in "bio")
     dtype = accumulator(node.a.dtype, node.b.dtype)
     # The base and the scale are frozen: no dW is formed, whatever the caller differentiates.
     scale = lax.stop_gradient(node.scale).astype(dtype)
-    scale = scale.reshape(scale.shape + (1,) * (1 + len(outs)))
-    b = lax.mul(node.b.astype(dtype), jnp.broadcast_to(scale, node.b.shape))
+    if batch:
+        scale = lax.broadcast_in_dim(scale, node.b.shape, range(len(batch)))
     return LazyWeight(
         lax.stop_gradient(node.w),
         node.a,
-        b,
+        lax.mul(node.b.astype(dtype), scale),
         node.key,
         axes=axes,
         a_axes=(*batch, *ins, RANK),
@@ -150,6 +148,24 @@ def lazy(node: LoraWeight, path: str) -> LazyWeight:
         dropout=node.dropout if node.key is not None else 0.0,
         ndim=node.w.ndim,
     )
+
+
+def rank_first(lazies: Sequence[LazyWeight]) -> list[LazyWeight]:
+    """The same weights with A as `[*batch, rank, *in]`, as B has it."""
+    orders = [
+        (
+            *(x for x in w.a_axes if x in w.b_axes and x != RANK),
+            RANK,
+            *(x for x in w.a_axes if x not in w.b_axes),
+        )
+        for w in lazies
+    ]
+    moved = [_contract.arrange(w.a, w.a_axes, o, {}) for w, o in zip(lazies, orders, strict=True)]
+    # Without the barrier XLA folds the transposes into the products, and into their gradients.
+    moved = lax.optimization_barrier(moved)
+    return [
+        dataclasses.replace(w, a=a, a_axes=o) for w, a, o in zip(lazies, moved, orders, strict=True)
+    ]
 
 
 def tangents(primal: LazyWeight, da: Any, db: Any) -> tuple[LazyWeight, LazyWeight]:
@@ -205,4 +221,4 @@ def add(y: Any, update: jax.Array, dtype: Any) -> jax.Array:
     if y is None:
         return update.astype(dtype)
     wide = max(y.dtype, update.dtype, key=lambda d: d.itemsize)
-    return (y.astype(wide) + update.astype(wide)).astype(dtype)
+    return lax.add(y.astype(wide), update.astype(wide)).astype(dtype)

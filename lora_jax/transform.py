@@ -12,7 +12,7 @@ from lora_jax.context import POLICIES, Context
 from lora_jax.errors import ConfigError
 from lora_jax.forms import Forms
 from lora_jax.interpreter import interpret
-from lora_jax.lazy import is_lazy, lazy
+from lora_jax.lazy import is_lazy, lazy, rank_first
 from lora_jax.weights import LoraWeight, TrainedLeaf, dense, is_adapted, require_base
 
 
@@ -68,8 +68,11 @@ def lora(fn: Callable, *, on_dense: str = "warn", forms: Forms | None = None) ->
             _enter(_paths.path_str(path[2:]), leaf) if path[:2] in holders else leaf
             for path, leaf in flat
         ]
-        program = Program(fn, treedef, leaves)
-        return program.evaluate(Context(on_dense, forms=forms or Forms.for_backend()), leaves)
+        chosen = forms or Forms.for_backend()
+        if chosen.rank_first:
+            moved = iter(rank_first([x for x in leaves if is_lazy(x)]))
+            leaves = [next(moved) if is_lazy(x) else x for x in leaves]
+        return Program(fn, treedef, leaves).evaluate(Context(on_dense, forms=chosen), leaves)
 
     return wrapped
 
