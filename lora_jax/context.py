@@ -91,6 +91,8 @@ class Context:
         if self.uses is not None:
             self.uses.append(_dense_use(lazy, primitive, line))
             return to_dense(lazy)
+        if lazy.looked_up:  # rows picked by ids are an activation
+            return to_dense(lazy)
         message = (
             f"{lazy.path}: `{primitive}` at {line} needs the whole weight{why}, so W + scale·A·B "
             f"{list(lazy.shape)} is made dense there. The result is right, but it costs memory; "

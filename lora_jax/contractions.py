@@ -8,6 +8,7 @@ from jax import lax
 
 from lora_jax import _contract, _jaxpr
 from lora_jax.context import Context
+from lora_jax.gathers import rows_as_activation
 from lora_jax.lazy import RANK, Axis, LazyWeight, add, branch, branch_dtypes, drop, is_lazy
 from lora_jax.rules import Rule, rule
 
@@ -17,6 +18,9 @@ RULES: dict[str, Rule] = {}
 @rule(RULES, "dot_general")
 def _dot_general(ctx: Context, eqn: Any, args: Sequence[Any]) -> Any:
     """x·W + (x·A)·(scale·B), for every orientation of W and every choice of its axes."""
+    args = rows_as_activation(eqn, args)
+    if not any(map(is_lazy, args)):
+        return _jaxpr.bind(eqn, args)
     weight_is_left = _weight_is_left(*args)
     lazy, x = args if weight_is_left else args[::-1]
     contracted, batched = eqn.params["dimension_numbers"]

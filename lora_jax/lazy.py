@@ -62,8 +62,8 @@ class LazyWeight:
     ndim: int = dataclasses.field(metadata=STATIC)  # the parameter's number of axes
     # parameter axes that were indexed away, by a loop or by a number
     indexed: tuple[int, ...] = dataclasses.field(metadata=STATIC, default=())
-    # whether rows were picked by an array of ids
-    looked_up: bool = dataclasses.field(metadata=STATIC, default=False)
+    # the factor whose rows were picked by an array of ids, "a" while uses are inferred
+    looked_up: str = dataclasses.field(metadata=STATIC, default="")
     # whether something that no rule covers (a mask, a norm) was done to it on the way
     altered: bool = dataclasses.field(metadata=STATIC, default=False)
 
@@ -75,9 +75,8 @@ class LazyWeight:
     @property
     def is_whole(self) -> bool:
         """Whether the view has each axis of a parameter of two axes or more, and nothing else."""
-        return self.ndim > 1 and sorted(a.origins for a in self.axes) == [
-            (i,) for i in range(self.ndim)
-        ]
+        origins = sorted(axis.origins for axis in self.axes)
+        return self.ndim > 1 and not self.looked_up and origins == [(i,) for i in range(self.ndim)]
 
     def holders(self, axis: Axis) -> tuple[str, ...]:
         """The members that have `axis`."""

@@ -10,7 +10,7 @@ from jax import lax
 
 from lora_jax import _contract, _jaxpr
 from lora_jax.context import Context
-from lora_jax.lazy import Axis, LazyWeight, is_lazy, to_dense
+from lora_jax.lazy import Axis, LazyWeight, is_lazy
 from lora_jax.rules import Rule, rule
 
 RULES: dict[str, Rule] = {}
@@ -185,7 +185,7 @@ def _slice(ctx: Context, eqn: Any, args: Sequence[Any]) -> Any:
                 axes[i],
             )
             if limit - start == 1:
-                moved = _mark_indexed(moved, old)
+                moved = mark_indexed(moved, old)
     return viewed(eqn, moved, axes)
 
 
@@ -227,7 +227,7 @@ def _unstack(ctx: Context, eqn: Any, args: Sequence[Any]) -> Any:
     shape = (*lazy.shape[:at], *lazy.shape[at + 1 :])
     return [
         dataclasses.replace(
-            _mark_indexed(
+            mark_indexed(
                 lazy.map_axis(
                     old, lambda x, dim, n=n: lax.index_in_dim(x, n, dim, keepdims=False), None
                 ),
@@ -241,108 +241,6 @@ def _unstack(ctx: Context, eqn: Any, args: Sequence[Any]) -> Any:
     ]
 
 
-def _mark_indexed(lazy: LazyWeight, axis: Axis) -> LazyWeight:
+def mark_indexed(lazy: LazyWeight, axis: Axis) -> LazyWeight:
+    """The view, with the axes of the parameter that `axis` comes from noted as indexed away."""
     return dataclasses.replace(lazy, indexed=tuple(sorted({*lazy.indexed, *axis.origins})))
-
-
-def is_lookup(lazy: LazyWeight, axis: Axis) -> bool:
-    """Whether indexing `axis` reads rows of A alone, as an embedding's lookup does."""
-    return "a" in lazy.holders(axis) and "b" not in lazy.holders(axis)
-
-
-@rule(RULES, "dynamic_slice")
-def _dynamic_slice(ctx: Context, eqn: Any, args: Sequence[Any]) -> Any:
-    """Stacked weights indexed by a layer number stay lazy; a single row read is a lookup."""
-    lazy, *starts = args
-    if not is_lazy(lazy) or any(map(is_lazy, starts)) or len(starts) != len(lazy.axes):
-        return NotImplemented
-    moved, axes, lookup = lazy, list(lazy.axes), False
-    for i, (start, size) in enumerate(zip(starts, eqn.params["slice_sizes"], strict=True)):
-        old = axes[i]
-        if size != lazy.shape[i]:
-            axes[i] = moved.new_axis(old.origins, skip=i)
-            moved = moved.map_axis(old, _slicer(start, size), axes[i])
-            if size == 1:
-                lookup = lookup or is_lookup(lazy, old)
-                moved = _mark_indexed(moved, old)
-    outs = viewed(eqn, moved, axes, *starts)
-    return [to_dense(out) for out in outs] if lookup else outs
-
-
-def _slicer(start: Any, size: int) -> Callable[[jax.Array, int], jax.Array]:
-    """`fn(array, dimension)`: what the primitive does, which clamps and knows no negative index."""
-
-    def slice_at(x: jax.Array, at: int) -> jax.Array:
-        starts = [start if i == at else jnp.zeros_like(start) for i in range(x.ndim)]
-        sizes = [size if i == at else n for i, n in enumerate(x.shape)]
-        return lax.dynamic_slice(x, starts, sizes, allow_negative_indices=False)
-
-    return slice_at
-
-
-@rule(RULES, "gather")
-def _gather(ctx: Context, eqn: Any, args: Sequence[Any]) -> Any:
-    """`w[ids]` along one axis: the factors that have the axis are gathered, the others stay."""
-    lazy, indices = args
-    at = None if not is_lazy(lazy) or is_lazy(indices) else _taken_axis(eqn, lazy.shape)
-    if at is None:
-        return NotImplemented
-    numbers, old = eqn.params["dimension_numbers"], lazy.axes[at]
-    column = numbers.start_index_map.index(at)
-    ids = indices[..., column : column + 1]
-    id_axes = [lazy.new_axis(skip=i) for i in range(ids.ndim - 1)]
-    # A slice of one that the gather does not collapse stays as an axis of size one.
-    one = lazy.new_axis(skip=len(id_axes))
-    kept = numbers.collapsed_slice_dims != (at,)
-    rest = iter(one if i == at else a for i, a in enumerate(lazy.axes) if i != at or kept)
-    new = iter(id_axes)
-    ndim = eqn.outvars[0].aval.ndim
-    axes = [next(rest) if i in numbers.offset_dims else next(new) for i in range(ndim)]
-
-    def take(array: jax.Array, names: tuple[Axis, ...]) -> tuple[jax.Array, Sequence[Axis]]:
-        if old not in names:
-            return array, names
-        where = names.index(old)
-        taken = lax.gather(
-            array,
-            ids,
-            lax.GatherDimensionNumbers(
-                offset_dims=tuple(range(len(id_axes), len(id_axes) + array.ndim - 1)),
-                collapsed_slice_dims=(where,),
-                start_index_map=(where,),
-            ),
-            tuple(1 if i == where else size for i, size in enumerate(array.shape)),
-            unique_indices=eqn.params["unique_indices"],
-            indices_are_sorted=eqn.params["indices_are_sorted"],
-            mode=eqn.params["mode"],
-            # What lies out of bounds gets the base's filling alone.
-            fill_value=0,
-        )
-        return taken, [*id_axes, *(name for name in names if name != old)]
-
-    if lazy.key is not None:  # an embedding's branch has no input to drop
-        lazy = dataclasses.replace(lazy, key=None, key_axes=(), dropout=0.0)
-    moved = dataclasses.replace(_mark_indexed(lazy.map_members(take), old), looked_up=True)
-    outs = viewed(eqn, moved, axes, indices)
-    return [to_dense(out) for out in outs] if is_lookup(lazy, old) else outs
-
-
-def _taken_axis(eqn: Any, shape: Sequence[int]) -> int | None:
-    """The one axis that a gather picks single entries of, taking all the others whole, or None.
-
-    An index for an axis that is taken whole (as `vmap` of a dynamic slice makes) can only be 0.
-    """
-    numbers, sizes = eqn.params["dimension_numbers"], eqn.params["slice_sizes"]
-    partial = [i for i, (size, n) in enumerate(zip(sizes, shape, strict=True)) if size != n]
-    partial = partial or list(numbers.start_index_map[:1])  # an axis of size one, picked
-    fills = eqn.params["mode"] == lax.GatherScatterMode.FILL_OR_DROP
-    if (
-        len(partial) != 1
-        or partial[0] not in numbers.start_index_map
-        or sizes[partial[0]] != 1
-        or not set(numbers.collapsed_slice_dims) <= set(partial)
-        or numbers.operand_batching_dims
-        or (fills and len(numbers.start_index_map) != 1)
-    ):
-        return None
-    return partial[0]

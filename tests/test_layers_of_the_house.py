@@ -25,6 +25,7 @@ CORE = [
     "context",
     "rules",
     "views",
+    "gathers",
     "contractions",
     "containers",
     "interpreter",
