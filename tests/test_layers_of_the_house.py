@@ -27,6 +27,7 @@ CORE = [
     "views",
     "gathers",
     "contractions",
+    "ragged",
     "containers",
     "interpreter",
     "initializers",
