@@ -4,12 +4,18 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from lora_jax import _jaxpr, contractions, gathers, ragged, views
+from lora_jax import _jaxpr, contractions, convolutions, gathers, ragged, views
 from lora_jax.containers import CONTAINERS
 from lora_jax.context import OPAQUE, Context
 from lora_jax.lazy import is_lazy
 
-RULES = {**views.RULES, **gathers.RULES, **contractions.RULES, **ragged.RULES}
+RULES = {
+    **views.RULES,
+    **gathers.RULES,
+    **contractions.RULES,
+    **convolutions.RULES,
+    **ragged.RULES,
+}
 
 
 def interpret(ctx: Context, jaxpr: Any, consts: Sequence[Any], args: Sequence[Any]) -> list[Any]:

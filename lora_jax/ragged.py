@@ -67,7 +67,9 @@ class _Product:
         a, b = set(self.lazy.a_axes) - own, set(self.lazy.b_axes) - own
         if a & b or not a | b <= set(self.lazy.axes):
             return None
-        return None if a & {*summed} and b & {*summed} else "ba" if b & {*summed} else "ab"
+        if a.isdisjoint(summed) or b.isdisjoint(summed):
+            return ("a", "b") if b.isdisjoint(summed) else ("b", "a")
+        return None
 
     def __call__(
         self, x: jax.Array, x_axes: Sequence[Axis], factor: str, summed: Sequence[Axis]

@@ -27,6 +27,7 @@ CORE = [
     "views",
     "gathers",
     "contractions",
+    "convolutions",
     "ragged",
     "containers",
     "interpreter",
