@@ -91,9 +91,9 @@ def _pays(lazy: LazyWeight, roles: _Roles) -> bool:
         return True
     if not roles.is_kernel:
         return roles.batch_groups == 1
-    sizes, rank = lazy.sizes, lazy.a.shape[lazy.a_axes.index(RANK)]
+    sizes = lazy.sizes
     summed = math.prod(sizes[axis] for axis in (roles.inner, *roles.window))
-    return rank * (roles.groups * summed + sizes[roles.outer]) < summed * sizes[roles.outer]
+    return lazy.rank * (roles.groups * summed + sizes[roles.outer]) < summed * sizes[roles.outer]
 
 
 def _convolve_then_mix(eqn: Any, lazy: LazyWeight, x: jax.Array, roles: _Roles) -> jax.Array:

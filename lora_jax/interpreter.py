@@ -4,13 +4,14 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from lora_jax import _jaxpr, contractions, convolutions, gathers, ragged, views
+from lora_jax import _jaxpr, concatenation, contractions, convolutions, gathers, ragged, views
 from lora_jax.containers import CONTAINERS
 from lora_jax.context import OPAQUE, Context
 from lora_jax.lazy import is_lazy
 
 RULES = {
     **views.RULES,
+    **concatenation.RULES,
     **gathers.RULES,
     **contractions.RULES,
     **convolutions.RULES,

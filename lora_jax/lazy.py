@@ -66,11 +66,24 @@ class LazyWeight:
     looked_up: str = dataclasses.field(metadata=STATIC, default="")
     # whether something that no rule covers (a mask, a norm) was done to it on the way
     altered: bool = dataclasses.field(metadata=STATIC, default=False)
+    # of a view of several parameters the path of each and its number of axes: origins count on
+    # from one to the next
+    parts: tuple[tuple[str, int], ...] = dataclasses.field(metadata=STATIC, default=())
 
     @property
     def sizes(self) -> dict[Hashable, int]:
         """The size of every axis of the view."""
         return dict(zip(self.axes, self.shape, strict=True))
+
+    @property
+    def sources(self) -> tuple[tuple[str, int], ...]:
+        """The path and the number of axes of each parameter that this is a view of."""
+        return self.parts or ((self.path, self.ndim),)
+
+    @property
+    def rank(self) -> int:
+        """Inner size of the factors."""
+        return self.a.shape[self.a_axes.index(RANK)]
 
     @property
     def is_whole(self) -> bool:
@@ -88,6 +101,14 @@ class LazyWeight:
         return Axis(
             tuple(sorted(set(origins))), 1 + skip + max(axis.uid for axis in (*named, RANK))
         )
+
+    def renamed(self, axes: Sequence[Axis]) -> "LazyWeight":
+        """The weight with other names for the axes of the view."""
+        names = dict(zip(self.axes, axes, strict=True))
+        changes: dict[str, Any] = {}
+        for _, field in MEMBERS:
+            changes[field] = tuple(names.get(axis, axis) for axis in getattr(self, field))
+        return dataclasses.replace(self, axes=tuple(axes), **changes)
 
     def map_members(
         self, fn: Callable[[jax.Array, tuple[Axis, ...]], tuple[jax.Array, Sequence[Axis]]]

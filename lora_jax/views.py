@@ -161,7 +161,7 @@ def _reshape(ctx: Context, eqn: Any, args: Sequence[Any]) -> Any:
             axes[news[0]] = names[0]
             continue
         for name in names if holders else ():
-            moved = _spread(moved, name, {*holders.copy().pop()})
+            moved = spread(moved, name, {*holders.copy().pop()})
         origins = [origin for name in names for origin in name.origins]
         for j in news:
             axes[j] = Axis(tuple(sorted(set(origins))), axes[j].uid)
@@ -185,12 +185,12 @@ def _regroup(
     return lazy.map_members(one)
 
 
-def _spread(lazy: LazyWeight, axis: Axis, members: Collection[str]) -> LazyWeight:
+def spread(lazy: LazyWeight, axis: Axis, members: Collection[str]) -> LazyWeight:
     """An axis that no member has, repeated in these: `jnp.repeat` makes one and then joins it."""
     changes: dict[str, Any] = {}
     for name, field in MEMBERS:
         axes, array = getattr(lazy, field), getattr(lazy, name)
-        if name in members and axis not in axes:
+        if name in members and array is not None and axis not in axes:
             array = jnp.broadcast_to(jnp.expand_dims(array, 0), (lazy.sizes[axis], *array.shape))
             changes |= {name: array, field: (axis, *axes)}
     return dataclasses.replace(lazy, **changes)

@@ -25,6 +25,7 @@ CORE = [
     "context",
     "rules",
     "views",
+    "concatenation",
     "gathers",
     "contractions",
     "convolutions",
