@@ -1,13 +1,14 @@
-"""Rules that make one weight of several: concatenated kernels, stacked kernels."""
+"""Rules that make one weight of several: concatenated, stacked or selected."""
 
 import dataclasses
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from lora_jax import _contract, _jaxpr
 from lora_jax.context import Context
@@ -21,7 +22,8 @@ RULES: dict[str, Rule] = {}
 @rule(RULES, "concatenate")
 def _concatenate(ctx: Context, eqn: Any, args: Sequence[Any]) -> Any:
     at = eqn.params["dimension"]
-    return _join(eqn, args, args, [atom.aval.shape[at] for atom in eqn.invars], at)
+    sizes = [atom.aval.shape[at] for atom in eqn.invars]
+    return _join(eqn, args, args, lambda parts: _concatenated(parts, sizes, at))
 
 
 @rule(RULES, "stack")
@@ -34,13 +36,28 @@ def _stack(ctx: Context, eqn: Any, args: Sequence[Any]) -> Any:
         return dataclasses.replace(x, axes=axes, shape=(*x.shape[:at], 1, *x.shape[at:]))
 
     parts = [expanded(x) if is_lazy(x) else x for x in args]
-    return _join(eqn, args, parts, [1] * len(parts), at)
+    return _join(eqn, args, parts, lambda parts: _concatenated(parts, [1] * len(parts), at))
+
+
+@rule(RULES, "select_n")
+def _select(ctx: Context, eqn: Any, args: Sequence[Any]) -> Any:
+    """One weight of several, or of arrays, by a scalar: it selects among their factors too."""
+    which, *cases = args
+    if is_lazy(which) or eqn.invars[0].aval.shape:
+        return NotImplemented
+    return _join(eqn, args, cases, lambda parts: _selected(which, parts))
+
+
+Parts = Sequence[LazyWeight | None]  # None for an array, which has no update
 
 
 def _join(
-    eqn: Any, args: Sequence[Any], parts: Sequence[Any], sizes: Sequence[int], at: int
+    eqn: Any,
+    args: Sequence[Any],
+    parts: Sequence[Any],
+    combine: Callable[[Parts], dict[str, Any] | None],
 ) -> Any:
-    """The parts, `sizes` long along dimension `at`, as one weight; arrays among them are fixed."""
+    """One weight of the parts: the base through the equation, the members by `combine`."""
     weights = [x for x in parts if is_lazy(x)]
     if any(x.looked_up for x in weights):
         return NotImplemented  # rows are an activation
@@ -56,7 +73,8 @@ def _join(
     whole = dataclasses.replace(first, w=w, shape=aval.shape, dtype=aval.dtype, altered=altered)
     if first.a is None:
         return [whole]
-    members = _members(named, sizes, first.axes[at])
+    oriented = _oriented_alike(named)
+    members = None if oriented is None else combine(oriented)
     return NotImplemented if members is None else [dataclasses.replace(whole, **members)]
 
 
@@ -87,36 +105,49 @@ def _with_common_axes(weights: Sequence[LazyWeight]) -> list[LazyWeight]:
     return [dataclasses.replace(x.renamed(axes), **provenance) for x in weights]
 
 
-Parts = Sequence[LazyWeight | None]
-
-
-def _members(parts: Parts, sizes: Sequence[int], along: Axis) -> dict[str, Any] | None:
-    """The factors of the whole, or None; a part that is None is an array, with no update."""
+def _oriented_alike(parts: Parts) -> Parts | None:
+    """The parts with the same axes on A and on B, which may trade places; None if they cannot."""
     weights = [x for x in parts if x is not None]
     first = weights[0]
-    if not set(first.a_axes + first.b_axes) <= {RANK, *first.axes}:
+    wanted = set(first.a_axes), set(first.b_axes)
+    if not wanted[0] | wanted[1] <= {RANK, *first.axes}:
         return None
     if len({(x.dropout, x.key is None) for x in weights}) > 1:
         return None
-    aligned = [x and _oriented_like(first, x) for x in parts]
-    if sum(x is not None for x in aligned) < len(weights):
-        return None
+    oriented: list[LazyWeight | None] = []
+    for x in parts:
+        if x is not None and (set(x.a_axes), set(x.b_axes)) != wanted:
+            if (set(x.b_axes), set(x.a_axes)) != wanted or x.key is not None:
+                return None
+            x = dataclasses.replace(x, a=x.b, a_axes=x.b_axes, b=x.a, b_axes=x.a_axes)
+        oriented.append(x)
+    return oriented
+
+
+def _selected(which: Any, parts: Parts) -> dict[str, Any] | None:
+    """The factors of the selected part: all parts' factors must have the same shapes."""
+    first = next(x for x in parts if x is not None)
+    members: dict[str, Any] = {}
+    for name in ("a", "b"):
+        arrays = _alike(parts, name)
+        given = [x for x in arrays if x is not None]
+        if len({x.shape for x in given}) > 1:
+            return None
+        cases = [jnp.zeros_like(given[0]) if x is None else x for x in arrays]
+        members |= {name: lax.select_n(which, *cases), f"{name}_axes": first.axes_of(name)}
+    return members
+
+
+def _concatenated(parts: Parts, sizes: Sequence[int], at: int) -> dict[str, Any] | None:
+    """The members of the parts one after another, `sizes` long along dimension `at`."""
+    first = next(x for x in parts if x is not None)
+    along = first.axes[at]
     if along not in first.a_axes + first.b_axes:
-        aligned = [x and spread(x, along, ("a", "b", "key")) for x in aligned]
-        first = next(filter(None, aligned))
+        parts = [x and spread(x, along, ("a", "b", "key")) for x in parts]
+        return _stacked(parts, sizes, along)
     if along in first.a_axes and along in first.b_axes:
-        return _stacked(aligned, sizes, along)
-    return _in_blocks(aligned, sizes, along)
-
-
-def _oriented_like(first: LazyWeight, x: LazyWeight) -> LazyWeight | None:
-    """A weight with its axes on the same factors as those of `first`: A and B may trade places."""
-    wanted = set(first.a_axes), set(first.b_axes)
-    if (set(x.a_axes), set(x.b_axes)) == wanted:
-        return x
-    if (set(x.b_axes), set(x.a_axes)) != wanted or x.key is not None:
-        return None
-    return dataclasses.replace(x, a=x.b, a_axes=x.b_axes, b=x.a, b_axes=x.a_axes)
+        return _stacked(parts, sizes, along)
+    return _in_blocks(parts, sizes, along)
 
 
 def _stacked(parts: Parts, sizes: Sequence[int], along: Axis) -> dict[str, Any] | None:
@@ -150,7 +181,7 @@ def _in_blocks(parts: Parts, sizes: Sequence[int], along: Axis) -> dict[str, Any
 def _pays(weights: Sequence[LazyWeight], size: int, along: Axis, other: str) -> bool:
     """Whether the branch, which multiplies zeros too, takes fewer operations than the whole."""
     first, rank = weights[0], sum(x.rank for x in weights)
-    own = [axis for axis in getattr(first, f"{other}_axes") if axis != RANK]
+    own = [axis for axis in first.axes_of(other) if axis != RANK]
     rows = math.prod(first.sizes[axis] for axis in own)
     columns = math.prod(n for axis, n in first.sizes.items() if axis not in (*own, along)) * size
     return rank * (rows + columns) < rows * columns
@@ -158,7 +189,7 @@ def _pays(weights: Sequence[LazyWeight], size: int, along: Axis, other: str) -> 
 
 def _widened(x: LazyWeight, factor: str, before: int, total: int) -> LazyWeight:
     """The weight with zeros around one factor's part of the rank."""
-    array, axes = getattr(x, factor), getattr(x, f"{factor}_axes")
+    array, axes = getattr(x, factor), x.axes_of(factor)
     after = total - before - x.rank
     widths = [(before, after) if axis == RANK else (0, 0) for axis in axes]
     changes: dict[str, Any] = {factor: jnp.pad(array, widths)}
@@ -167,27 +198,32 @@ def _widened(x: LazyWeight, factor: str, before: int, total: int) -> LazyWeight:
 
 def _along(parts: Parts, name: str, sizes: Sequence[int], along: Axis) -> dict[str, Any]:
     """One member of all parts, concatenated along an axis: its array and the names of its axes."""
-    field = f"{name}_axes"
-    first = next(filter(None, parts))
-    axes, like = getattr(first, field), getattr(first, name)
+    arrays = _alike(parts, name)
+    like = next(x for x in arrays if x is not None)
+    axes = next(x for x in parts if x is not None).axes_of(name)
     at = axes.index(along)
-    arrays = [
-        None if x is None else _contract.arrange(getattr(x, name), getattr(x, field), axes, {})
-        for x in parts
-    ]
-    wide = functools.reduce(_wider, [x.dtype for x in arrays if x is not None])
 
     def filled(x: jax.Array | None, size: int) -> jax.Array:
         if x is not None:
-            return x.astype(wide) if name != "key" else x
+            return x
         shape = (*like.shape[:at], size, *like.shape[at + 1 :])
         if name == "key":  # an array has nothing to drop
-            return jnp.broadcast_to(jax.lax.slice_in_dim(like, 0, 1, axis=at), shape)
-        return jnp.zeros(shape, wide)
+            return jnp.broadcast_to(lax.slice_in_dim(like, 0, 1, axis=at), shape)
+        return jnp.zeros(shape, like.dtype)
 
-    filled_in = [filled(x, size) for x, size in zip(arrays, sizes, strict=True)]
-    return {name: jnp.concatenate(filled_in, at), field: axes}
+    pieces = [filled(x, size) for x, size in zip(arrays, sizes, strict=True)]
+    return {name: jnp.concatenate(pieces, at), f"{name}_axes": axes}
 
 
-def _wider(one: Any, two: Any) -> Any:
-    return one if one == two else jnp.promote_types(one, two)
+def _alike(parts: Parts, name: str) -> list[jax.Array | None]:
+    """One member of each part, in one order of axes and one dtype."""
+    axes = next(x for x in parts if x is not None).axes_of(name)
+    arrays = [
+        None if x is None else _contract.arrange(getattr(x, name), x.axes_of(name), axes, {})
+        for x in parts
+    ]
+    dtypes = {x.dtype for x in arrays if x is not None}
+    if len(dtypes) == 1:
+        return arrays
+    wide = functools.reduce(jnp.promote_types, dtypes)
+    return [None if x is None else x.astype(wide) for x in arrays]

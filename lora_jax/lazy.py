@@ -91,6 +91,10 @@ class LazyWeight:
         origins = sorted(axis.origins for axis in self.axes)
         return self.ndim > 1 and not self.looked_up and origins == [(i,) for i in range(self.ndim)]
 
+    def axes_of(self, member: str) -> tuple[Axis, ...]:
+        """The names of the axes of a member, "a", "b" or "key"."""
+        return getattr(self, f"{member}_axes")
+
     def holders(self, axis: Axis) -> tuple[str, ...]:
         """The members that have `axis`."""
         return tuple(name for name, axes in MEMBERS if axis in getattr(self, axes))

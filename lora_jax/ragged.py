@@ -76,7 +76,7 @@ class _Product:
     ) -> tuple[jax.Array, list[Axis]]:
         """`x` contracted over `summed` with a factor, and the axes of the result."""
         compute, accumulate = branch_dtypes(x, self.lazy)
-        f, f_axes = getattr(self.lazy, factor), getattr(self.lazy, f"{factor}_axes")
+        f, f_axes = getattr(self.lazy, factor), self.lazy.axes_of(factor)
         fixed = [self.group, *self.batch, *summed]
         free = [axis for axis in f_axes if axis not in fixed]
         f = _contract.arrange(f, f_axes, [*fixed, *free], self.lazy.sizes)

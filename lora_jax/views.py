@@ -87,14 +87,14 @@ def _factor_with(lazy: LazyWeight, axes: Sequence[Axis]) -> str | None:
     if lazy.a is None:
         some = any(axis not in axes for axis, size in lazy.sizes.items() if size != 1)
         return "b" if some or not axes else None
-    return next((f for f in ("b", "a") if set(axes) <= set(getattr(lazy, f"{f}_axes"))), None)
+    return next((f for f in ("b", "a") if set(axes) <= set(lazy.axes_of(f))), None)
 
 
 def _along(
     lazy: LazyWeight, factor: str, operation: Callable, s: jax.Array, varying: Sequence[Axis]
 ) -> LazyWeight:
     """The weight with `operation(factor, s)` for one factor, s varying along some of its axes."""
-    array, axes = getattr(lazy, factor), getattr(lazy, f"{factor}_axes")
+    array, axes = getattr(lazy, factor), lazy.axes_of(factor)
     s = jnp.asarray(s).reshape([lazy.sizes[axis] for axis in varying])
     s = s.transpose([varying.index(axis) for axis in axes if axis in varying])
     s = s.reshape([n if axis in varying else 1 for axis, n in zip(axes, array.shape, strict=True)])

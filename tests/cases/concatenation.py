@@ -59,6 +59,19 @@ def concatenated_with_an_array(dtype):
     return fn, w, (normal(0, (4, 7), dtype), normal(2, (7, 3), dtype))
 
 
+@case(layouts={"one": "io", "two": "oi"})
+def selected_by_a_flag(dtype):
+    """One weight or the other or none, and one weight at two scales."""
+
+    def fn(params, x, flag):
+        one, two = params["one"], params["two"]
+        chosen, doubled = jnp.where(flag, one, two.T), jnp.where(flag, one, 2 * one)
+        return x @ chosen, x @ doubled, x @ jnp.where(flag, 0, two.T)
+
+    params = {"one": normal(1, (7, 5), dtype), "two": normal(2, (5, 7), dtype)}
+    return fn, params, (normal(0, (4, 7), dtype), jnp.array(False))
+
+
 @case(layouts={"layers/0": "io", "layers/1": "io", "more": "bio"})
 def stacked_for_a_scan(dtype):
     """Two kernels stacked and two more put behind them, then scanned over."""
