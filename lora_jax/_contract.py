@@ -70,13 +70,14 @@ def contract(
 
 
 def arrange(x: jax.Array, names: Names, wanted: Names, sizes: Mapping[Hashable, int]) -> jax.Array:
-    """`x` with its axes in the order `wanted`; names it lacks become broadcast axes."""
+    """`x` with its axes in the order `wanted`; names it lacks become broadcast axes of `sizes`."""
+    own = sizes_of((x, names))
     present = [n for n in wanted if n in names]
     order = [list(names).index(n) for n in present]
     if order != list(range(len(order))):
         x = x.transpose(order)
     if len(present) < len(wanted):
-        shape = tuple(sizes[n] for n in wanted)
+        shape = tuple(own[n] if n in own else sizes[n] for n in wanted)
         x = lax.broadcast_in_dim(x, shape, [list(wanted).index(n) for n in present])
     return x
 

@@ -71,11 +71,12 @@ class Context:
             kinds.update({o: kind for o in axis.origins if kinds.get(o) != "i"})
         # An axis that is gone was indexed away, or had size one and was squeezed.
         kinds = dict.fromkeys(range(lazy.ndim), "o") | dict.fromkeys(lazy.indexed, "b") | kinds
-        use = Use(lazy.path, eqn.primitive.name, self.line(eqn), kinds, is_operand or lazy.altered)
+        name, line = eqn.primitive.name, self.line(eqn)
         if lazy.looked_up and not {"i", "o"} <= set(kinds.values()):
             # Rows were looked up, then contracted whole: `embedding[ids] @ matrix`.
-            use = _dense_use(lazy, use.primitive, use.line)
-        self.uses.append(use)
+            self.uses += _dense_uses(lazy, name, line)
+        else:
+            self.uses += _uses(lazy, name, line, kinds, is_operand or lazy.altered)
 
     def line(self, eqn: Any) -> str:
         """The user's line that made `eqn`; of one that JAX made itself, the line around it."""
@@ -92,7 +93,9 @@ class Context:
 
     def _dense_at(self, lazy: LazyWeight, primitive: str, line: str, why: str) -> Any:
         if self.uses is not None:
-            self.uses.append(_dense_use(lazy, primitive, line))
+            self.uses += _dense_uses(lazy, primitive, line)
+            return to_dense(lazy)
+        if lazy.looked_up:  # rows picked by ids are an activation
             return to_dense(lazy)
         message = (
             f"{lazy.path}: `{primitive}` at {line} needs the whole weight{why}, so W + scale·A·B "
@@ -108,9 +111,21 @@ class Context:
         return to_dense(lazy)
 
 
-def _dense_use(lazy: LazyWeight, primitive: str, line: str) -> Use:
+def _uses(
+    lazy: LazyWeight, primitive: str, line: str, kinds: dict[int, str], is_operand: bool = False
+) -> list[Use]:
+    """One use of each parameter in a view, from the kinds of all their axes."""
+    uses, start = [], 0
+    for path, ndim in lazy.sources:
+        own = {axis - start: kind for axis, kind in kinds.items() if 0 <= axis - start < ndim}
+        uses.append(Use(path, primitive, line, own, is_operand))
+        start += ndim
+    return uses
+
+
+def _dense_uses(lazy: LazyWeight, primitive: str, line: str) -> list[Use]:
     """A use that is no contraction; where rows were looked up before, it is that lookup."""
     if not lazy.looked_up:
-        return Use(lazy.path, primitive, line, {})
+        return _uses(lazy, primitive, line, {})
     kinds = {origin: "o" for axis in lazy.axes for origin in axis.origins}
-    return Use(lazy.path, "gather", line, kinds | dict.fromkeys(lazy.indexed, "i"))
+    return _uses(lazy, "gather", line, kinds | dict.fromkeys(lazy.indexed, "i"))

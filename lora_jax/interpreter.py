@@ -4,13 +4,20 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from lora_jax import _jaxpr, contractions, views
+from lora_jax import _jaxpr, concatenation, contractions, convolutions, gathers, ragged, views
 from lora_jax.containers import CONTAINERS
 from lora_jax.context import OPAQUE, Context
 from lora_jax.lazy import is_lazy
 from lora_jax.sharing import Sharing
 
-RULES = {**views.RULES, **contractions.RULES}
+RULES = {
+    **views.RULES,
+    **concatenation.RULES,
+    **gathers.RULES,
+    **contractions.RULES,
+    **convolutions.RULES,
+    **ragged.RULES,
+}
 
 
 def interpret(ctx: Context, jaxpr: Any, consts: Sequence[Any], args: Sequence[Any]) -> list[Any]:

@@ -62,10 +62,13 @@ class LazyWeight:
     ndim: int = dataclasses.field(metadata=STATIC)  # the parameter's number of axes
     # parameter axes that were indexed away, by a loop or by a number
     indexed: tuple[int, ...] = dataclasses.field(metadata=STATIC, default=())
-    # whether rows were picked by an array of ids
-    looked_up: bool = dataclasses.field(metadata=STATIC, default=False)
+    # the factor whose rows were picked by an array of ids, "a" while uses are inferred
+    looked_up: str = dataclasses.field(metadata=STATIC, default="")
     # whether something that no rule covers (a mask, a norm) was done to it on the way
     altered: bool = dataclasses.field(metadata=STATIC, default=False)
+    # of a view of several parameters the path of each and its number of axes: origins count on
+    # from one to the next
+    parts: tuple[tuple[str, int], ...] = dataclasses.field(metadata=STATIC, default=())
 
     @property
     def sizes(self) -> dict[Hashable, int]:
@@ -73,11 +76,24 @@ class LazyWeight:
         return dict(zip(self.axes, self.shape, strict=True))
 
     @property
+    def sources(self) -> tuple[tuple[str, int], ...]:
+        """The path and the number of axes of each parameter that this is a view of."""
+        return self.parts or ((self.path, self.ndim),)
+
+    @property
+    def rank(self) -> int:
+        """Inner size of the factors."""
+        return self.a.shape[self.a_axes.index(RANK)]
+
+    @property
     def is_whole(self) -> bool:
         """Whether the view has each axis of a parameter of two axes or more, and nothing else."""
-        return self.ndim > 1 and sorted(a.origins for a in self.axes) == [
-            (i,) for i in range(self.ndim)
-        ]
+        origins = sorted(axis.origins for axis in self.axes)
+        return self.ndim > 1 and not self.looked_up and origins == [(i,) for i in range(self.ndim)]
+
+    def axes_of(self, member: str) -> tuple[Axis, ...]:
+        """The names of the axes of a member, "a", "b" or "key"."""
+        return getattr(self, f"{member}_axes")
 
     def holders(self, axis: Axis) -> tuple[str, ...]:
         """The members that have `axis`."""
@@ -89,6 +105,14 @@ class LazyWeight:
         return Axis(
             tuple(sorted(set(origins))), 1 + skip + max(axis.uid for axis in (*named, RANK))
         )
+
+    def renamed(self, axes: Sequence[Axis]) -> "LazyWeight":
+        """The weight with other names for the axes of the view."""
+        names = dict(zip(self.axes, axes, strict=True))
+        changes: dict[str, Any] = {}
+        for _, field in MEMBERS:
+            changes[field] = tuple(names.get(axis, axis) for axis in getattr(self, field))
+        return dataclasses.replace(self, axes=tuple(axes), **changes)
 
     def map_members(
         self, fn: Callable[[jax.Array, tuple[Axis, ...]], tuple[jax.Array, Sequence[Axis]]]

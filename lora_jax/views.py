@@ -1,7 +1,7 @@
 """Rules for views of a weight: names and small factors move, the base goes through the equation."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import jax
@@ -10,7 +10,7 @@ from jax import lax
 
 from lora_jax import _contract, _jaxpr
 from lora_jax.context import Context
-from lora_jax.lazy import Axis, LazyWeight, is_lazy, to_dense
+from lora_jax.lazy import MEMBERS, Axis, LazyWeight, is_lazy
 from lora_jax.rules import Rule, rule
 
 RULES: dict[str, Rule] = {}
@@ -61,22 +61,45 @@ def _neg(ctx: Context, eqn: Any, args: Sequence[Any]) -> Any:
 
 
 @rule(RULES, "mul", "div")
-def _scalar_multiple(ctx: Context, eqn: Any, args: Sequence[Any]) -> Any:
-    """weight · scalar and weight / scalar: B takes the scalar."""
-    left, right = args
-    if is_lazy(left) and is_lazy(right):
+def _multiple(ctx: Context, eqn: Any, args: Sequence[Any]) -> Any:
+    """weight · s and weight / s: the factor that has the axes along which s varies takes it."""
+    aval, divides = eqn.outvars[0].aval, eqn.primitive.name == "div"
+    weights = [i for i, x in enumerate(args) if is_lazy(x) and x.shape == aval.shape]
+    if len(weights) != 1 or (divides and weights == [1]):
         return NotImplemented
-    lazy, scalar = (left, right) if is_lazy(left) else (right, left)
-    divides = eqn.primitive.name == "div"
-    if jnp.ndim(scalar) != 0 or (divides and is_lazy(right)):
+    if not jnp.issubdtype(aval.dtype, jnp.floating):
         return NotImplemented
-    if not jnp.issubdtype(eqn.outvars[0].aval.dtype, jnp.floating):
+    lazy, s = args[weights[0]], args[1 - weights[0]]
+    shape = eqn.invars[1 - weights[0]].aval.shape  # () or of as many axes as the weight
+    varying = [axis for axis, n in zip(lazy.axes, shape, strict=False) if n != 1]
+    factor = _factor_with(lazy, varying)
+    if factor is None:
         return NotImplemented
-    operation = lax.div if divides else lax.mul
-    scaled = _scaled(lazy, lambda b: operation(b, lax.convert_element_type(scalar, b.dtype)))
-    operands = [x.w if is_lazy(x) else x for x in args]
-    w = None if lazy.w is None else _jaxpr.bind(eqn, operands)[0]
+    s = ctx.make_dense(s, eqn) if is_lazy(s) else s
+    operation = jnp.divide if divides else jnp.multiply
+    w = None if lazy.w is None else _jaxpr.bind(eqn, [(lazy.w, s), (s, lazy.w)][weights[0]])[0]
+    scaled = lazy if lazy.a is None else _along(lazy, factor, operation, s, varying)
     return [dataclasses.replace(scaled, w=w)]
+
+
+def _factor_with(lazy: LazyWeight, axes: Sequence[Axis]) -> str | None:
+    """A factor that has all these axes, B before A; while uses are inferred it may have any."""
+    if lazy.a is None:
+        some = any(axis not in axes for axis, size in lazy.sizes.items() if size != 1)
+        return "b" if some or not axes else None
+    return next((f for f in ("b", "a") if set(axes) <= set(lazy.axes_of(f))), None)
+
+
+def _along(
+    lazy: LazyWeight, factor: str, operation: Callable, s: jax.Array, varying: Sequence[Axis]
+) -> LazyWeight:
+    """The weight with `operation(factor, s)` for one factor, s varying along some of its axes."""
+    array, axes = getattr(lazy, factor), lazy.axes_of(factor)
+    s = jnp.asarray(s).reshape([lazy.sizes[axis] for axis in varying])
+    s = s.transpose([varying.index(axis) for axis in axes if axis in varying])
+    s = s.reshape([n if axis in varying else 1 for axis, n in zip(axes, array.shape, strict=True)])
+    wide = jnp.promote_types(array.dtype, s.dtype)
+    return dataclasses.replace(lazy, **{factor: operation(array.astype(wide), s.astype(wide))})
 
 
 def _scaled(lazy: LazyWeight, fn: Callable[[jax.Array], jax.Array]) -> LazyWeight:
@@ -131,11 +154,14 @@ def _reshape(ctx: Context, eqn: Any, args: Sequence[Any]) -> Any:
     moved = _without(lazy, ones)
     for olds, news in groups:
         names = [source[i] for i in olds]
-        if len({lazy.holders(name) for name in names}) > 1:
+        holders = {lazy.holders(name) for name in names} - {()}
+        if len(holders) > 1:
             return NotImplemented
         if len(olds) == len(news) == 1:
             axes[news[0]] = names[0]
             continue
+        for name in names if holders else ():
+            moved = spread(moved, name, {*holders.copy().pop()})
         origins = [origin for name in names for origin in name.origins]
         for j in news:
             axes[j] = Axis(tuple(sorted(set(origins))), axes[j].uid)
@@ -157,6 +183,55 @@ def _regroup(
         return array.reshape(*sizes, *array.shape[len(names) :]), [*new, *rest]
 
     return lazy.map_members(one)
+
+
+def spread(lazy: LazyWeight, axis: Axis, members: Collection[str]) -> LazyWeight:
+    """An axis that no member has, repeated in these: `jnp.repeat` makes one and then joins it."""
+    changes: dict[str, Any] = {}
+    for name, field in MEMBERS:
+        axes, array = getattr(lazy, field), getattr(lazy, name)
+        if name in members and array is not None and axis not in axes:
+            array = jnp.broadcast_to(jnp.expand_dims(array, 0), (lazy.sizes[axis], *array.shape))
+            changes |= {name: array, field: (axis, *axes)}
+    return dataclasses.replace(lazy, **changes)
+
+
+@rule(RULES, "tile")
+def _tile(ctx: Context, eqn: Any, args: Sequence[Any]) -> Any:
+    (lazy,) = args
+    moved, axes = lazy, list(lazy.axes)
+    for i, n in enumerate(eqn.params["reps"]):
+        if n != 1:
+            axes[i] = moved.new_axis(axes[i].origins, skip=i)
+            repeat = lambda x, at, n=n: jnp.concatenate([x] * n, at)
+            moved = moved.map_axis(lazy.axes[i], repeat, axes[i])
+    return viewed(eqn, moved, axes)
+
+
+@rule(RULES, "pad")
+def _pad(ctx: Context, eqn: Any, args: Sequence[Any]) -> Any:
+    """The base gets the padding value; the update is zero there, for a factor is."""
+    lazy, value = args
+    if not is_lazy(lazy) or is_lazy(value):
+        return NotImplemented
+    if lazy.w is None and (_jaxpr.is_var(eqn.invars[1]) or value != 0):
+        return NotImplemented  # what pads a tangent must be zero as its base is
+    moved, axes = lazy, list(lazy.axes)
+    for i, config in enumerate(eqn.params["padding_config"]):
+        if config != (0, 0, 0):
+            if lazy.a is not None and lazy.holders(axes[i]) in ((), ("a", "b", "key")):
+                return NotImplemented
+            axes[i] = moved.new_axis(axes[i].origins, skip=i)
+            moved = moved.map_axis(lazy.axes[i], _padder(config), axes[i])
+    return viewed(eqn, moved, axes, value)
+
+
+def _padder(config: tuple[int, int, int]) -> Callable[[jax.Array, int], jax.Array]:
+    def pad(x: jax.Array, at: int) -> jax.Array:
+        configs = [config if i == at else (0, 0, 0) for i in range(x.ndim)]
+        return lax.pad(x, jnp.zeros((), x.dtype), configs)
+
+    return pad
 
 
 @rule(RULES, "rev")
@@ -185,7 +260,7 @@ def _slice(ctx: Context, eqn: Any, args: Sequence[Any]) -> Any:
                 axes[i],
             )
             if limit - start == 1:
-                moved = _mark_indexed(moved, old)
+                moved = mark_indexed(moved, old)
     return viewed(eqn, moved, axes)
 
 
@@ -227,7 +302,7 @@ def _unstack(ctx: Context, eqn: Any, args: Sequence[Any]) -> Any:
     shape = (*lazy.shape[:at], *lazy.shape[at + 1 :])
     return [
         dataclasses.replace(
-            _mark_indexed(
+            mark_indexed(
                 lazy.map_axis(
                     old, lambda x, dim, n=n: lax.index_in_dim(x, n, dim, keepdims=False), None
                 ),
@@ -241,108 +316,6 @@ def _unstack(ctx: Context, eqn: Any, args: Sequence[Any]) -> Any:
     ]
 
 
-def _mark_indexed(lazy: LazyWeight, axis: Axis) -> LazyWeight:
+def mark_indexed(lazy: LazyWeight, axis: Axis) -> LazyWeight:
+    """The view, with the axes of the parameter that `axis` comes from noted as indexed away."""
     return dataclasses.replace(lazy, indexed=tuple(sorted({*lazy.indexed, *axis.origins})))
-
-
-def is_lookup(lazy: LazyWeight, axis: Axis) -> bool:
-    """Whether indexing `axis` reads rows of A alone, as an embedding's lookup does."""
-    return "a" in lazy.holders(axis) and "b" not in lazy.holders(axis)
-
-
-@rule(RULES, "dynamic_slice")
-def _dynamic_slice(ctx: Context, eqn: Any, args: Sequence[Any]) -> Any:
-    """Stacked weights indexed by a layer number stay lazy; a single row read is a lookup."""
-    lazy, *starts = args
-    if not is_lazy(lazy) or any(map(is_lazy, starts)) or len(starts) != len(lazy.axes):
-        return NotImplemented
-    moved, axes, lookup = lazy, list(lazy.axes), False
-    for i, (start, size) in enumerate(zip(starts, eqn.params["slice_sizes"], strict=True)):
-        old = axes[i]
-        if size != lazy.shape[i]:
-            axes[i] = moved.new_axis(old.origins, skip=i)
-            moved = moved.map_axis(old, _slicer(start, size), axes[i])
-            if size == 1:
-                lookup = lookup or is_lookup(lazy, old)
-                moved = _mark_indexed(moved, old)
-    outs = viewed(eqn, moved, axes, *starts)
-    return [to_dense(out) for out in outs] if lookup else outs
-
-
-def _slicer(start: Any, size: int) -> Callable[[jax.Array, int], jax.Array]:
-    """`fn(array, dimension)`: what the primitive does, which clamps and knows no negative index."""
-
-    def slice_at(x: jax.Array, at: int) -> jax.Array:
-        starts = [start if i == at else jnp.zeros_like(start) for i in range(x.ndim)]
-        sizes = [size if i == at else n for i, n in enumerate(x.shape)]
-        return lax.dynamic_slice(x, starts, sizes, allow_negative_indices=False)
-
-    return slice_at
-
-
-@rule(RULES, "gather")
-def _gather(ctx: Context, eqn: Any, args: Sequence[Any]) -> Any:
-    """`w[ids]` along one axis: the factors that have the axis are gathered, the others stay."""
-    lazy, indices = args
-    at = None if not is_lazy(lazy) or is_lazy(indices) else _taken_axis(eqn, lazy.shape)
-    if at is None:
-        return NotImplemented
-    numbers, old = eqn.params["dimension_numbers"], lazy.axes[at]
-    column = numbers.start_index_map.index(at)
-    ids = indices[..., column : column + 1]
-    id_axes = [lazy.new_axis(skip=i) for i in range(ids.ndim - 1)]
-    # A slice of one that the gather does not collapse stays as an axis of size one.
-    one = lazy.new_axis(skip=len(id_axes))
-    kept = numbers.collapsed_slice_dims != (at,)
-    rest = iter(one if i == at else a for i, a in enumerate(lazy.axes) if i != at or kept)
-    new = iter(id_axes)
-    ndim = eqn.outvars[0].aval.ndim
-    axes = [next(rest) if i in numbers.offset_dims else next(new) for i in range(ndim)]
-
-    def take(array: jax.Array, names: tuple[Axis, ...]) -> tuple[jax.Array, Sequence[Axis]]:
-        if old not in names:
-            return array, names
-        where = names.index(old)
-        taken = lax.gather(
-            array,
-            ids,
-            lax.GatherDimensionNumbers(
-                offset_dims=tuple(range(len(id_axes), len(id_axes) + array.ndim - 1)),
-                collapsed_slice_dims=(where,),
-                start_index_map=(where,),
-            ),
-            tuple(1 if i == where else size for i, size in enumerate(array.shape)),
-            unique_indices=eqn.params["unique_indices"],
-            indices_are_sorted=eqn.params["indices_are_sorted"],
-            mode=eqn.params["mode"],
-            # What lies out of bounds gets the base's filling alone.
-            fill_value=0,
-        )
-        return taken, [*id_axes, *(name for name in names if name != old)]
-
-    if lazy.key is not None:  # an embedding's branch has no input to drop
-        lazy = dataclasses.replace(lazy, key=None, key_axes=(), dropout=0.0)
-    moved = dataclasses.replace(_mark_indexed(lazy.map_members(take), old), looked_up=True)
-    outs = viewed(eqn, moved, axes, indices)
-    return [to_dense(out) for out in outs] if is_lookup(lazy, old) else outs
-
-
-def _taken_axis(eqn: Any, shape: Sequence[int]) -> int | None:
-    """The one axis that a gather picks single entries of, taking all the others whole, or None.
-
-    An index for an axis that is taken whole (as `vmap` of a dynamic slice makes) can only be 0.
-    """
-    numbers, sizes = eqn.params["dimension_numbers"], eqn.params["slice_sizes"]
-    partial = [i for i, (size, n) in enumerate(zip(sizes, shape, strict=True)) if size != n]
-    partial = partial or list(numbers.start_index_map[:1])  # an axis of size one, picked
-    fills = eqn.params["mode"] == lax.GatherScatterMode.FILL_OR_DROP
-    if (
-        len(partial) != 1
-        or partial[0] not in numbers.start_index_map
-        or sizes[partial[0]] != 1
-        or not set(numbers.collapsed_slice_dims) <= set(partial)
-        or numbers.operand_batching_dims
-        or (fills and len(numbers.start_index_map) != 1)
-    ):
-        return None
-    return partial[0]

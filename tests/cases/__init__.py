@@ -1,6 +1,15 @@
 """The one table of programs over which every property of the engine is tested."""
 
-from tests.cases import arrays, containers, dense, layers  # noqa: F401 (they fill the table)
+from tests.cases import (  # noqa: F401 (they fill the table)
+    arrays,
+    concatenation,
+    containers,
+    convolutions,
+    dense,
+    experts,
+    indexing,
+    layers,
+)
 from tests.cases.table import (
     CASES,
     DENSE_CASES,

@@ -121,3 +121,38 @@ def activation_of_the_same_shape(dtype):
     """x has the weight's shape and value: matched by shape, it would be adapted too."""
     w = normal(1, (6, 6), dtype)
     return (lambda params, x: (x @ params["w"]) @ x, {"w": w}, (w,))
+
+
+@case(layouts={"w": "io", "v": "ioo"})
+def scaled_along_axes(dtype):
+    """Weight normalization's product, and quantization's: a scale an output, or an input."""
+
+    def fn(params, x):
+        w = x.mean() * params["g"] * params["w"] / (2 + jnp.cos(x.mean(0)))[:, None]
+        return x @ w, jnp.einsum("ti,ihk->thk", x, jnp.cos(x[None, :3, :5]) * params["v"])
+
+    params = {"w": normal(1, (7, 5), dtype), "g": normal(2, (1, 5), dtype)}
+    return fn, params | {"v": normal(3, (7, 3, 5), dtype)}, (normal(0, (4, 7), dtype),)
+
+
+@case(layouts={"kv": "ioo"})
+def repeated_heads(dtype):
+    """Grouped-query attention: each of two key heads serves three query heads."""
+
+    def fn(params, x):
+        repeated = jnp.repeat(params["kv"], 3, axis=1)
+        return jnp.einsum("td,dhk->thk", x, repeated), x @ jnp.tile(params["kv"][:, 0], (1, 2))
+
+    return fn, {"kv": normal(1, (7, 2, 5), dtype)}, (normal(0, (4, 7), dtype),)
+
+
+@case(layouts={"w": "io"})
+def padded_weight(dtype):
+    """To a width that hardware likes; the padding need not be zero."""
+
+    def fn(params, x):
+        zeros = jnp.pad(params["w"], ((0, 1), (2, 0)))
+        ones = jnp.pad(params["w"][::-1], ((0, 1), (0, 0)), constant_values=1.5)
+        return (x @ zeros) @ zeros[:7].T, x @ ones
+
+    return fn, {"w": normal(1, (7, 5), dtype)}, (normal(0, (4, 8), dtype),)

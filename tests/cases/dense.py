@@ -9,12 +9,6 @@ from tests.cases.table import case, linen, normal
 
 
 @case(layouts={"kernel": "iiio"}, dense="conv_general_dilated")
-def grouped_convolution(dtype):
-    module = nn.Conv(6, (3, 2), feature_group_count=2, param_dtype=dtype)
-    return linen(module, normal(0, (2, 8, 6, 4), dtype))
-
-
-@case(layouts={"kernel": "iiio"}, dense="conv_general_dilated")
 def depthwise_convolution(dtype):
     module = nn.Conv(8, (3, 3), feature_group_count=8, param_dtype=dtype)
     return linen(module, normal(0, (2, 6, 6, 8), dtype))

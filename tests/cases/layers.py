@@ -1,9 +1,7 @@
 """Layers as models are built of them."""
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
-from jax import lax
 
 from tests.cases.table import case, linen, normal
 
@@ -41,41 +39,6 @@ def dense_general(dtype):
 def attention(dtype):
     module = nn.MultiHeadDotProductAttention(num_heads=3, qkv_features=15, param_dtype=dtype)
     return linen(module, normal(0, (2, 4, 7), dtype))
-
-
-@case(layouts={"kernel": "iio"})
-def conv_1d(dtype):
-    return linen(nn.Conv(5, (3,), param_dtype=dtype), normal(0, (2, 8, 7), dtype))
-
-
-@case(layouts={"kernel": "iiio"})
-def conv_2d(dtype):
-    return linen(nn.Conv(5, (3, 2), param_dtype=dtype), normal(0, (2, 8, 6, 7), dtype))
-
-
-@case(layouts={"kernel": "iiio"})
-def conv_2d_strided(dtype):
-    module = nn.Conv(5, (3, 3), strides=(2, 3), padding="VALID", param_dtype=dtype)
-    return linen(module, normal(0, (2, 9, 8, 7), dtype))
-
-
-@case(layouts={"kernel": "iiio"})
-def conv_2d_dilated(dtype):
-    module = nn.Conv(5, (3, 2), kernel_dilation=(2, 3), param_dtype=dtype)
-    return linen(module, normal(0, (2, 9, 8, 7), dtype))
-
-
-@case(layouts={"kernel": "oiio"})
-def conv_vmapped(dtype):
-    """vmap makes one convolution of a stack of them, the stack's axis among the out channels."""
-
-    def fn(params, x):
-        conv = lambda k: lax.conv_general_dilated(
-            x, k, (1,), "SAME", dimension_numbers=("NWC", "WIO", "NWC")
-        )
-        return jax.vmap(conv)(params["kernel"])
-
-    return fn, {"kernel": normal(1, (4, 3, 7, 5), dtype)}, (normal(0, (2, 8, 7), dtype),)
 
 
 @case(layouts={"embedding": "io"})

@@ -19,7 +19,8 @@ class Case:
 
     `build(dtype)` returns (fn, params, args). `layouts` are the targets and what must be inferred;
     `reverse` is False where JAX itself has no reverse mode for the program, `differentiable` False
-    where it has none at all; `dense` names the primitive at which the weight must be made dense.
+    where it has none at all; `dense` names the primitive at which the weight must be made dense;
+    `vmappable` is False where JAX itself cannot map the program over its arguments alone.
     """
 
     name: str
@@ -29,6 +30,7 @@ class Case:
     differentiable: bool = True
     dense: str | None = None
     shapes_collide: bool = False
+    vmappable: bool = True
 
     def __str__(self) -> str:
         return self.name

@@ -1,0 +1,229 @@
+"""Rules that make one weight of several: concatenated, stacked or selected."""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from lora_jax import _contract, _jaxpr
+from lora_jax.context import Context
+from lora_jax.lazy import RANK, Axis, LazyWeight, is_lazy
+from lora_jax.rules import Rule, rule
+from lora_jax.views import spread
+
+RULES: dict[str, Rule] = {}
+
+
+@rule(RULES, "concatenate")
+def _concatenate(ctx: Context, eqn: Any, args: Sequence[Any]) -> Any:
+    at = eqn.params["dimension"]
+    sizes = [atom.aval.shape[at] for atom in eqn.invars]
+    return _join(eqn, args, args, lambda parts: _concatenated(parts, sizes, at))
+
+
+@rule(RULES, "stack")
+def _stack(ctx: Context, eqn: Any, args: Sequence[Any]) -> Any:
+    """Concatenation along an axis that no factor has: it becomes a batch axis."""
+    at = eqn.params["axis"]
+
+    def expanded(x: LazyWeight) -> LazyWeight:
+        axes = (*x.axes[:at], x.new_axis(), *x.axes[at:])
+        return dataclasses.replace(x, axes=axes, shape=(*x.shape[:at], 1, *x.shape[at:]))
+
+    parts = [expanded(x) if is_lazy(x) else x for x in args]
+    return _join(eqn, args, parts, lambda parts: _concatenated(parts, [1] * len(parts), at))
+
+
+@rule(RULES, "select_n")
+def _select(ctx: Context, eqn: Any, args: Sequence[Any]) -> Any:
+    """One weight of several, or of arrays, by a scalar: it selects among their factors too."""
+    which, *cases = args
+    if is_lazy(which) or eqn.invars[0].aval.shape:
+        return NotImplemented
+    return _join(eqn, args, cases, lambda parts: _selected(which, parts))
+
+
+Parts = Sequence[LazyWeight | None]  # None for an array, which has no update
+
+
+def _join(
+    eqn: Any,
+    args: Sequence[Any],
+    parts: Sequence[Any],
+    combine: Callable[[Parts], dict[str, Any] | None],
+) -> Any:
+    """One weight of the parts: the base through the equation, the members by `combine`."""
+    weights = [x for x in parts if is_lazy(x)]
+    if any(x.looked_up for x in weights):
+        return NotImplemented  # rows are an activation
+    tangent = any(x.w is None for x in weights)
+    if tangent and not all(is_lazy(x) and x.w is None for x in parts):
+        return NotImplemented
+    aval = eqn.outvars[0].aval
+    w = None if tangent else _jaxpr.bind(eqn, [x.w if is_lazy(x) else x for x in args])[0]
+    common = iter(_with_common_axes(weights))
+    named = [next(common) if is_lazy(x) else None for x in parts]
+    first = next(filter(None, named))
+    altered = first.altered or len(weights) < len(parts)
+    whole = dataclasses.replace(first, w=w, shape=aval.shape, dtype=aval.dtype, altered=altered)
+    if first.a is None:
+        return [whole]
+    oriented = _oriented_alike(named)
+    members = None if oriented is None else combine(oriented)
+    return NotImplemented if members is None else [dataclasses.replace(whole, **members)]
+
+
+def _with_common_axes(weights: Sequence[LazyWeight]) -> list[LazyWeight]:
+    """The same weights under one set of names for axes, which come from the axes of all of them."""
+    sources = dict(source for x in weights for source in x.sources)
+    starts, start = {}, 0
+    for path, ndim in sources.items():
+        starts[path] = start
+        start += ndim
+
+    def shifted(x: LazyWeight, origins: Sequence[int]) -> list[int]:
+        """Origins among the axes of all parameters, from origins among those of `x`."""
+        table = [starts[path] + i for path, ndim in x.sources for i in range(ndim)]
+        return [table[o] for o in origins]
+
+    uids = range(len(weights[0].axes))
+    origins = [{o for x in weights for o in shifted(x, x.axes[i].origins)} for i in uids]
+    axes = [Axis(tuple(sorted(o)), i) for i, o in zip(uids, origins, strict=True)]
+    indexed = {o for x in weights for o in shifted(x, x.indexed)}
+    provenance: dict[str, Any] = {
+        "path": " + ".join(sources),
+        "parts": tuple(sources.items()),
+        "ndim": start,
+        "indexed": tuple(sorted(indexed)),
+        "altered": any(x.altered for x in weights),
+    }
+    return [dataclasses.replace(x.renamed(axes), **provenance) for x in weights]
+
+
+def _oriented_alike(parts: Parts) -> Parts | None:
+    """The parts with the same axes on A and on B, which may trade places; None if they cannot."""
+    weights = [x for x in parts if x is not None]
+    first = weights[0]
+    wanted = set(first.a_axes), set(first.b_axes)
+    if not wanted[0] | wanted[1] <= {RANK, *first.axes}:
+        return None
+    if len({(x.dropout, x.key is None) for x in weights}) > 1:
+        return None
+    oriented: list[LazyWeight | None] = []
+    for x in parts:
+        if x is not None and (set(x.a_axes), set(x.b_axes)) != wanted:
+            if (set(x.b_axes), set(x.a_axes)) != wanted or x.key is not None:
+                return None
+            x = dataclasses.replace(x, a=x.b, a_axes=x.b_axes, b=x.a, b_axes=x.a_axes)
+        oriented.append(x)
+    return oriented
+
+
+def _selected(which: Any, parts: Parts) -> dict[str, Any] | None:
+    """The factors of the selected part: all parts' factors must have the same shapes."""
+    first = next(x for x in parts if x is not None)
+    members: dict[str, Any] = {}
+    for name in ("a", "b"):
+        arrays = _alike(parts, name)
+        given = [x for x in arrays if x is not None]
+        if len({x.shape for x in given}) > 1:
+            return None
+        cases = [jnp.zeros_like(given[0]) if x is None else x for x in arrays]
+        members |= {name: lax.select_n(which, *cases), f"{name}_axes": first.axes_of(name)}
+    return members
+
+
+def _concatenated(parts: Parts, sizes: Sequence[int], at: int) -> dict[str, Any] | None:
+    """The members of the parts one after another, `sizes` long along dimension `at`."""
+    first = next(x for x in parts if x is not None)
+    along = first.axes[at]
+    if along not in first.a_axes + first.b_axes:
+        parts = [x and spread(x, along, ("a", "b", "key")) for x in parts]
+        return _stacked(parts, sizes, along)
+    if along in first.a_axes and along in first.b_axes:
+        return _stacked(parts, sizes, along)
+    return _in_blocks(parts, sizes, along)
+
+
+def _stacked(parts: Parts, sizes: Sequence[int], along: Axis) -> dict[str, Any] | None:
+    """Both factors have the axis: each is concatenated along it."""
+    if len({x.rank for x in parts if x is not None}) > 1:
+        return None
+    members = _along(parts, "a", sizes, along) | _along(parts, "b", sizes, along)
+    has_keys = any(x is not None and x.key is not None for x in parts)
+    return members | (_along(parts, "key", sizes, along) if has_keys else {})
+
+
+def _in_blocks(parts: Parts, sizes: Sequence[int], along: Axis) -> dict[str, Any] | None:
+    """One factor has the axis: its parts follow each other along it, in blocks along the rank.
+
+    Where all parts share the other factor (slices of one weight) there is one block of rank.
+    """
+    weights = [x for x in parts if x is not None]
+    one, other = ("a", "b") if along in weights[0].a_axes else ("b", "a")
+    if all(getattr(x, other) is getattr(weights[0], other) for x in weights):
+        return _along(parts, one, sizes, along)
+    if not _pays(weights, sum(sizes), along, other):
+        return None
+    total, before, blocks = sum(x.rank for x in weights), 0, []
+    for x in parts:
+        blocks.append(x and _widened(x, one, before, total))
+        before += 0 if x is None else x.rank
+    ranks = [x.rank for x in weights]
+    return _along(blocks, one, sizes, along) | _along(weights, other, ranks, RANK)
+
+
+def _pays(weights: Sequence[LazyWeight], size: int, along: Axis, other: str) -> bool:
+    """Whether the branch, which multiplies zeros too, takes fewer operations than the whole."""
+    first, rank = weights[0], sum(x.rank for x in weights)
+    own = [axis for axis in first.axes_of(other) if axis != RANK]
+    rows = math.prod(first.sizes[axis] for axis in own)
+    columns = math.prod(n for axis, n in first.sizes.items() if axis not in (*own, along)) * size
+    return rank * (rows + columns) < rows * columns
+
+
+def _widened(x: LazyWeight, factor: str, before: int, total: int) -> LazyWeight:
+    """The weight with zeros around one factor's part of the rank."""
+    array, axes = getattr(x, factor), x.axes_of(factor)
+    after = total - before - x.rank
+    widths = [(before, after) if axis == RANK else (0, 0) for axis in axes]
+    changes: dict[str, Any] = {factor: jnp.pad(array, widths)}
+    return dataclasses.replace(x, **changes)
+
+
+def _along(parts: Parts, name: str, sizes: Sequence[int], along: Axis) -> dict[str, Any]:
+    """One member of all parts, concatenated along an axis: its array and the names of its axes."""
+    arrays = _alike(parts, name)
+    like = next(x for x in arrays if x is not None)
+    axes = next(x for x in parts if x is not None).axes_of(name)
+    at = axes.index(along)
+
+    def filled(x: jax.Array | None, size: int) -> jax.Array:
+        if x is not None:
+            return x
+        shape = (*like.shape[:at], size, *like.shape[at + 1 :])
+        if name == "key":  # an array has nothing to drop
+            return jnp.broadcast_to(lax.slice_in_dim(like, 0, 1, axis=at), shape)
+        return jnp.zeros(shape, like.dtype)
+
+    pieces = [filled(x, size) for x, size in zip(arrays, sizes, strict=True)]
+    return {name: jnp.concatenate(pieces, at), f"{name}_axes": axes}
+
+
+def _alike(parts: Parts, name: str) -> list[jax.Array | None]:
+    """One member of each part, in one order of axes and one dtype."""
+    axes = next(x for x in parts if x is not None).axes_of(name)
+    arrays = [
+        None if x is None else _contract.arrange(getattr(x, name), x.axes_of(name), axes, {})
+        for x in parts
+    ]
+    dtypes = {x.dtype for x in arrays if x is not None}
+    if len(dtypes) == 1:
+        return arrays
+    wide = functools.reduce(jnp.promote_types, dtypes)
+    return [None if x is None else x.astype(wide) for x in arrays]
