@@ -4,12 +4,17 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from lora_jax import _jaxpr, contractions, views
-from lora_jax.containers import CONTAINERS
+from lora_jax import _jaxpr, containers, contractions, derivatives, loops, sharded, views
 from lora_jax.context import OPAQUE, Context
 from lora_jax.lazy import is_lazy
 
-RULES = {**views.RULES, **contractions.RULES}
+RULES = {**views.RULES, **contractions.RULES, **sharded.RULES}
+CONTAINERS = {
+    **containers.CONTAINERS,
+    **loops.CONTAINERS,
+    **derivatives.CONTAINERS,
+    **sharded.CONTAINERS,
+}
 
 
 def interpret(ctx: Context, jaxpr: Any, consts: Sequence[Any], args: Sequence[Any]) -> list[Any]:

@@ -46,7 +46,8 @@ def infer_uses(
         Program(fn, treedef, leaves).evaluate(Context(uses=uses), leaves)
 
     dynamic = {
-        i: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+        # an array itself, whose sharding can be part of its type
+        i: leaf if isinstance(leaf, jax.Array) else jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
         for i, (_, leaf) in enumerate(flat)
         if i in names or isinstance(leaf, jax.Array | jax.ShapeDtypeStruct)
     }
