@@ -113,3 +113,29 @@ def varies_over(x: Any, mesh_axes: Collection[Any]) -> bool:
     Inside a `shard_map` that does not check this no array is.
     """
     return bool(jax.typeof(x).manual_axis_type.varying & set(mesh_axes))
+
+
+def restricted(
+    jaxpr: Any, consts: Sequence[Any], outvars: Sequence[Any]
+) -> tuple[Any, Sequence[Any]]:
+    """(jaxpr, consts) of the part of a program that computes these of its variables."""
+    needed, eqns = {v for v in outvars if is_var(v)}, []
+    for eqn in reversed(jaxpr.eqns):
+        if needed & set(eqn.outvars):
+            needed |= {v for v in eqn.invars if is_var(v)}
+            eqns.append(eqn)
+
+    def run(*args: Any) -> list[Any]:
+        env = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *args], strict=True))
+        read = lambda v: env[v] if is_var(v) else v.val
+        for eqn in reversed(eqns):
+            with equation_context(eqn):
+                env.update(zip(eqn.outvars, bind(eqn, [read(v) for v in eqn.invars]), strict=True))
+        return [read(v) for v in outvars]
+
+    return trace(run, *(v.aval for v in jaxpr.invars))
+
+
+def producers(jaxpr: Any) -> dict[Any, Any]:
+    """For each variable that an equation of this program makes, that equation."""
+    return {v: eqn for eqn in jaxpr.eqns for v in eqn.outvars}

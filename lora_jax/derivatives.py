@@ -1,4 +1,4 @@
-"""Functions with a derivative of their author's (custom_jvp), rebuilt around weights."""
+"""Functions with a forward derivative of their author's (custom_jvp), rebuilt around weights."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -42,7 +42,7 @@ def _apply_rule(
 ) -> tuple[list[Any], list[Any]]:
     """The author's rule on one term of the tangents: the outputs and their tangents."""
     if not eqn.params["symbolic_zeros"]:
-        tangents = [_instantiate(t) for t in tangents]
+        tangents = [instantiate(t) for t in tangents]
     zeros_in = [type(t) is SymbolicZero for t in tangents]
     jaxpr, consts, zeros_out = _jaxpr.jvp_rule(eqn, zeros_in)
     nonzero = [t for t, zero in zip(tangents, zeros_in, strict=True) if not zero]
@@ -62,7 +62,8 @@ def _zero(x: Any) -> SymbolicZero:
     return SymbolicZero(jax.typeof(x).to_tangent_aval())
 
 
-def _instantiate(t: Any) -> Any:
+def instantiate(t: Any) -> Any:
+    """A tangent or cotangent as an array of numbers."""
     if type(t) is not SymbolicZero:
         return t
     # float0, the tangent dtype of integers and keys, is no dtype of jax.numpy
@@ -73,7 +74,7 @@ def _instantiate(t: Any) -> Any:
 def _terms(primal: Any, t: Any) -> tuple[Any, Any]:
     """The two terms of one argument's tangent; that of an ordinary argument is all in the first."""
     if is_lazy(primal) and primal.a is not None:
-        return tangents(primal, _instantiate(t.a), _instantiate(t.b))
+        return tangents(primal, instantiate(t.a), instantiate(t.b))
     if is_lazy(primal):
         return _zero(primal.w), _zero(primal.w)
     return t, _zero(primal)

@@ -4,7 +4,16 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from lora_jax import _jaxpr, containers, contractions, derivatives, loops, sharded, views
+from lora_jax import (
+    _jaxpr,
+    containers,
+    contractions,
+    custom_vjp,
+    derivatives,
+    loops,
+    sharded,
+    views,
+)
 from lora_jax.context import OPAQUE, Context
 from lora_jax.lazy import is_lazy
 
@@ -13,6 +22,7 @@ CONTAINERS = {
     **containers.CONTAINERS,
     **loops.CONTAINERS,
     **derivatives.CONTAINERS,
+    **custom_vjp.CONTAINERS,
     **sharded.CONTAINERS,
 }
 

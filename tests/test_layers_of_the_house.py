@@ -29,6 +29,7 @@ CORE = [
     "containers",
     "loops",
     "derivatives",
+    "custom_vjp",
     "sharded",
     "interpreter",
     "initializers",

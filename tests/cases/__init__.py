@@ -1,6 +1,13 @@
 """The one table of programs over which every property of the engine is tested."""
 
-from tests.cases import arrays, containers, dense, layers, sharded  # noqa: F401 (they fill the table)
+from tests.cases import (  # noqa: F401 (they fill the table)
+    arrays,
+    containers,
+    dense,
+    derivatives,
+    layers,
+    sharded,
+)
 from tests.cases.table import (
     CASES,
     DENSE_CASES,
