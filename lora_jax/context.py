@@ -2,7 +2,7 @@
 
 import dataclasses
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lora_jax import _jaxpr
@@ -30,11 +30,20 @@ class Use:
 
 
 class Context:
-    """The state of one walk; `uses` is a list while uses are inferred, else None."""
+    """The state of one walk; `uses` is a list while uses are inferred, else None.
 
-    def __init__(self, on_dense: str = "warn", uses: list[Use] | None = None):
+    `rules` are the user's own, by the name of the primitive.
+    """
+
+    def __init__(
+        self,
+        on_dense: str = "warn",
+        uses: list[Use] | None = None,
+        rules: Mapping[str, Any] | None = None,
+    ):
         self.on_dense = on_dense
         self.uses = uses
+        self.rules = rules or {}
         self.jitted: dict[Any, Any] = {}
         self.enclosing: Any = None  # the innermost equation around this one that has a source line
         self._sites = 0

@@ -57,7 +57,8 @@ def _custom_vjp(ctx: Context, eqn: Any, args: Sequence[Any], walk: Walk) -> list
         pullback, residuals, factors = saved
         given = [instantiate(ct) for ct in cotangents]
         given = [ct for ct in given if ct.dtype != dtypes.float0]
-        outs = dense(walk(*pullback.program, [*residuals, *given]))
+        program: Program = pullback.program
+        outs = dense(walk(*program, [*residuals, *given]))
         return pullback.cotangents(outs, factors, walk)
 
     if ctx.infers:

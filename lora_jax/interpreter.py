@@ -15,6 +15,7 @@ from lora_jax import (
     views,
 )
 from lora_jax.context import OPAQUE, Context
+from lora_jax.custom_rules import apply_rule
 from lora_jax.lazy import is_lazy
 
 RULES = {**views.RULES, **contractions.RULES, **sharded.RULES}
@@ -62,7 +63,9 @@ def _evaluate(ctx: Context, eqn: Any, values: Sequence[Any]) -> Sequence[Any]:
         ctx.enclosing = outer
         return outs
 
-    if name in CONTAINERS:
+    if name in ctx.rules:
+        outs = apply_rule(ctx, ctx.rules[name], eqn, values)
+    elif name in CONTAINERS:
         outs = CONTAINERS[name](ctx, eqn, values, walk)
     elif name in RULES:
         outs = RULES[name](ctx, eqn, values)

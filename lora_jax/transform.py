@@ -1,7 +1,7 @@
 """`lora(fn)`: any JAX function, made to accept `LoraWeight`s anywhere in its arguments."""
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -9,13 +9,16 @@ from jax import lax
 
 from lora_jax import _jaxpr, _paths
 from lora_jax.context import POLICIES, Context
+from lora_jax.custom_rules import Rule, check_rules
 from lora_jax.errors import ConfigError
 from lora_jax.interpreter import interpret
 from lora_jax.lazy import is_lazy, lazy
 from lora_jax.weights import LoraWeight, TrainedLeaf, dense, is_adapted, require_base
 
 
-def lora(fn: Callable, *, on_dense: str = "warn") -> Callable:
+def lora(
+    fn: Callable, *, on_dense: str = "warn", rules: Mapping[str, Rule] | None = None
+) -> Callable:
     """`fn`, understanding adapted parameters: a program transformation.
 
     It traces `fn` with the shapes of the base weights, walks the program, and wherever an adapted
@@ -28,14 +31,15 @@ def lora(fn: Callable, *, on_dense: str = "warn") -> Callable:
       fn: any function that JAX can trace. Arrays among its arguments are traced; other arguments
         (`train=True`, `method=...`) and outputs pass through as they are.
       on_dense: what to do where a weight is used in a way that no rule covers (a grouped
-        convolution, a `custom_vjp` boundary, an opaque kernel), so that `W + scale·A·B` must be
+        convolution, an opaque kernel), so that `W + scale·A·B` must be
         made: "warn" once a site, "error", or "allow".
+      rules: what to do at primitives of your own, by their names; see `Rule`.
 
     Returns:
       A function with `fn`'s signature. Wrap it in `jax.jit`: each call traces `fn` anew.
 
     Raises:
-      ConfigError: `on_dense` is none of the three.
+      ConfigError: `on_dense` is none of the three, or a rule is no `Rule`.
       DenseError: a weight would be made dense and `on_dense` is "error".
       StructureError: adapters were passed without their base.
 
@@ -53,6 +57,7 @@ def lora(fn: Callable, *, on_dense: str = "warn") -> Callable:
         raise ConfigError(f"lora takes a function, got {type(fn).__name__}")
     if on_dense not in POLICIES:
         raise ConfigError(f"on_dense must be one of {POLICIES}, got {on_dense!r}")
+    check_rules(rules)
 
     @functools.wraps(fn)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
@@ -66,7 +71,7 @@ def lora(fn: Callable, *, on_dense: str = "warn") -> Callable:
             for path, leaf in flat
         ]
         program = Program(fn, treedef, leaves)
-        return program.evaluate(Context(on_dense), leaves)
+        return program.evaluate(Context(on_dense, rules=rules), leaves)
 
     return wrapped
 

@@ -31,6 +31,7 @@ CORE = [
     "derivatives",
     "custom_vjp",
     "sharded",
+    "custom_rules",
     "interpreter",
     "initializers",
     "transform",
