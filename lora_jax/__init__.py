@@ -3,6 +3,7 @@
 from lora_jax.adapt import init
 from lora_jax.checkpoint import load, read_metadata, save
 from lora_jax.config import LoraConfig, Override
+from lora_jax.custom_rules import Operand, Rule
 from lora_jax.errors import (
     AdapterFileError,
     ConfigError,
@@ -36,7 +37,9 @@ __all__ = [
     "LoraError",
     "LoraWeight",
     "MergeError",
+    "Operand",
     "Override",
+    "Rule",
     "StructureError",
     "TargetError",
     "TrainedLeaf",

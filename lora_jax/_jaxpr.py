@@ -1,7 +1,7 @@
 """Reading and rebuilding jaxprs: everything that a new JAX release can break is in this file."""
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -32,9 +32,10 @@ def equation_context(eqn: Any) -> Iterator[None]:
         yield
 
 
-def bind(eqn: Any, values: Sequence[Any]) -> list[Any]:
-    """The outputs of `eqn` on other inputs, as JAX itself would evaluate it."""
-    out = eqn.primitive.bind(*values, **eqn.primitive.get_bind_params(eqn.params))
+def bind(eqn: Any, values: Sequence[Any], **changes: Any) -> list[Any]:
+    """The outputs of `eqn` on other inputs (and parameters), as JAX itself would evaluate it."""
+    params = eqn.primitive.get_bind_params(eqn.params | changes)
+    out = eqn.primitive.bind(*values, **params)
     return list(out) if eqn.primitive.multiple_results else [out]
 
 
@@ -92,3 +93,49 @@ def last_uses(jaxpr: Any) -> dict[Any, int]:
 def is_var(atom: Any) -> bool:
     """Whether an equation's input is a variable, not a literal."""
     return not isinstance(atom, Literal)
+
+
+def shard_map_arguments(eqn: Any) -> dict[str, Any]:
+    """The keyword arguments of `jax.shard_map` that made this equation."""
+    params = eqn.params
+    return {
+        "mesh": params["mesh"],
+        "in_specs": params["in_specs"],
+        "out_specs": params["out_specs"],
+        "axis_names": params["newly_manual_axes"],
+        "check_vma": params["check_vma"],
+    }
+
+
+def varies_over(x: Any, mesh_axes: Collection[Any]) -> bool:
+    """Whether `x` is typed as different on the devices along any of these axes of the mesh.
+
+    Inside a `shard_map` that does not check this no array is.
+    """
+    return bool(jax.typeof(x).manual_axis_type.varying & set(mesh_axes))
+
+
+def restricted(
+    jaxpr: Any, consts: Sequence[Any], outvars: Sequence[Any]
+) -> tuple[Any, Sequence[Any]]:
+    """(jaxpr, consts) of the part of a program that computes these of its variables."""
+    needed, eqns = {v for v in outvars if is_var(v)}, []
+    for eqn in reversed(jaxpr.eqns):
+        if needed & set(eqn.outvars):
+            needed |= {v for v in eqn.invars if is_var(v)}
+            eqns.append(eqn)
+
+    def run(*args: Any) -> list[Any]:
+        env = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *args], strict=True))
+        read = lambda v: env[v] if is_var(v) else v.val
+        for eqn in reversed(eqns):
+            with equation_context(eqn):
+                env.update(zip(eqn.outvars, bind(eqn, [read(v) for v in eqn.invars]), strict=True))
+        return [read(v) for v in outvars]
+
+    return trace(run, *(v.aval for v in jaxpr.invars))
+
+
+def producers(jaxpr: Any) -> dict[Any, Any]:
+    """For each variable that an equation of this program makes, that equation."""
+    return {v: eqn for eqn in jaxpr.eqns for v in eqn.outvars}

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from lora_jax import _paths, layouts
 from lora_jax.config import ALL_LINEAR, LoraConfig
 from lora_jax.context import Use
+from lora_jax.custom_rules import Rule, check_rules
 from lora_jax.errors import ConfigError, LayoutError, TargetError
 from lora_jax.initializers import INITIALIZERS, path_key
 from lora_jax.weights import Layout, LoraWeight, TrainedLeaf, accumulator, is_adapted
@@ -20,6 +21,7 @@ def init(
     config: LoraConfig,
     fn: Callable | None = None,
     *args: Any,
+    rules: Mapping[str, Rule] | None = None,
     **kwargs: Any,
 ) -> Any:
     """Put a `LoraWeight` where each targeted kernel stands; the function is unchanged to the bit.
@@ -35,6 +37,7 @@ def init(
       fn: the function that will run on the parameters. Without it only two-axis and 2-D
         convolution kernels can be adapted, for which the shape leaves no choice.
       *args: example arguments after `params`; arrays or `ShapeDtypeStruct`s.
+      rules: what `fn` does with weights in primitives of your own, as for `lora`; see `Rule`.
       **kwargs: example keyword arguments.
 
     Returns:
@@ -46,7 +49,7 @@ def init(
       TargetError: a pattern matches nothing; a target is not floating, is adapted already, is
         never contracted with anything, or is smaller than the rank. All such are listed at once.
       LayoutError: a shape does not decide the layout and no function is given.
-      ConfigError: `config` is no `LoraConfig`, or `fn` no function.
+      ConfigError: `config` is no `LoraConfig`, `fn` no function, or a rule no `Rule`.
 
     >>> import jax, jax.numpy as jnp
     >>> params = {"dense": {"kernel": jnp.ones((4, 3)), "bias": jnp.ones(3)}}
@@ -60,6 +63,7 @@ def init(
         raise ConfigError(
             f"init: the function comes before its arguments, got {type(fn).__name__} in its place"
         )
+    check_rules(rules)
     leaves, treedef = _paths.flatten_with_paths(params, is_leaf=is_adapted)
     already = [path for path, leaf in leaves.items() if is_adapted(leaf)]
     if already:
@@ -67,7 +71,7 @@ def init(
             "already adapted: " + ", ".join(already) + "; merge(params) first, or "
             "split(params) and start from the base"
         )
-    uses = None if fn is None else layouts.infer_uses(fn, params, args, kwargs)
+    uses = None if fn is None else layouts.infer_uses(fn, params, args, kwargs, rules)
     whole = _paths.select("train", config.train, leaves)
     targets = _targets(config, leaves, uses, whole)
     if not targets and not whole:

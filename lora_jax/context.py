@@ -2,7 +2,7 @@
 
 import dataclasses
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lora_jax import _jaxpr
@@ -31,11 +31,21 @@ class Use:
 
 
 class Context:
-    """The state of one walk; `uses` is a list while uses are inferred, else None."""
+    """The state of one walk; `uses` is a list while uses are inferred, else None.
 
-    def __init__(self, on_dense: str = "warn", uses: list[Use] | None = None, forms: Forms = PLAIN):
+    `rules` are the user's own, by the name of the primitive.
+    """
+
+    def __init__(
+        self,
+        on_dense: str = "warn",
+        uses: list[Use] | None = None,
+        rules: Mapping[str, Any] | None = None,
+        forms: Forms = PLAIN,
+    ):
         self.on_dense = on_dense
         self.uses = uses
+        self.rules = rules or {}
         self.forms = forms
         self.jitted: dict[Any, Any] = {}
         self.hidden: dict[int, Any] = {}  # id of an equation -> its x·A, computed with another's

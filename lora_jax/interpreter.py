@@ -4,9 +4,22 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from lora_jax import _jaxpr, concatenation, contractions, convolutions, gathers, ragged, views
-from lora_jax.containers import CONTAINERS
+from lora_jax import (
+    _jaxpr,
+    concatenation,
+    containers,
+    contractions,
+    convolutions,
+    custom_vjp,
+    derivatives,
+    gathers,
+    loops,
+    ragged,
+    sharded,
+    views,
+)
 from lora_jax.context import OPAQUE, Context
+from lora_jax.custom_rules import apply_rule
 from lora_jax.lazy import is_lazy
 from lora_jax.sharing import Sharing
 
@@ -17,6 +30,14 @@ RULES = {
     **contractions.RULES,
     **convolutions.RULES,
     **ragged.RULES,
+    **sharded.RULES,
+}
+CONTAINERS = {
+    **containers.CONTAINERS,
+    **loops.CONTAINERS,
+    **derivatives.CONTAINERS,
+    **custom_vjp.CONTAINERS,
+    **sharded.CONTAINERS,
 }
 
 
@@ -80,7 +101,9 @@ def _evaluate(ctx: Context, eqn: Any, values: Sequence[Any]) -> Sequence[Any]:
         ctx.enclosing = outer
         return outs
 
-    if name in CONTAINERS:
+    if name in ctx.rules:
+        outs = apply_rule(ctx, ctx.rules[name], eqn, values)
+    elif name in CONTAINERS:
         outs = CONTAINERS[name](ctx, eqn, values, walk)
     elif name in RULES:
         outs = RULES[name](ctx, eqn, values)

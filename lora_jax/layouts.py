@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from lora_jax import _paths
 from lora_jax.context import OPAQUE, Context, Use
+from lora_jax.custom_rules import Rule
 from lora_jax.errors import LayoutError
 from lora_jax.lazy import track
 from lora_jax.transform import Program
@@ -23,7 +24,11 @@ def is_floating(leaf: Any) -> bool:
 
 
 def infer_uses(
-    fn: Callable, params: Any, args: Sequence[Any], kwargs: Mapping[str, Any]
+    fn: Callable,
+    params: Any,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    rules: Mapping[str, Rule] | None = None,
 ) -> dict[str, list[Use]]:
     """Every use that `fn(params, *args, **kwargs)` makes of its floating parameters, by path.
 
@@ -43,10 +48,11 @@ def infer_uses(
             track(arrays[i], names[i]) if i in names else arrays.get(i, leaf)
             for i, (_, leaf) in enumerate(flat)
         ]
-        Program(fn, treedef, leaves).evaluate(Context(uses=uses), leaves)
+        Program(fn, treedef, leaves).evaluate(Context(uses=uses, rules=rules), leaves)
 
     dynamic = {
-        i: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+        # an array itself, whose sharding can be part of its type
+        i: leaf if isinstance(leaf, jax.Array) else jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
         for i, (_, leaf) in enumerate(flat)
         if i in names or isinstance(leaf, jax.Array | jax.ShapeDtypeStruct)
     }
@@ -123,4 +129,4 @@ def describe(uses: Sequence[Use]) -> str:
 
 def is_opaque(uses: Sequence[Use]) -> bool:
     """Whether a weight is used, and only where no one can see how."""
-    return bool(uses) and all(use.primitive in OPAQUE for use in uses)
+    return bool(uses) and all(use.primitive in OPAQUE and not use.axes for use in uses)

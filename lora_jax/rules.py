@@ -2,6 +2,8 @@
 
 A rule is called with the context, the equation and its inputs, of which at least one is a
 `LazyWeight`; it returns the outputs, or `NotImplemented` where the weight must become dense.
+The rule of an equation that holds programs, a container, also gets `walk(jaxpr, consts, args)`,
+which interprets one of them.
 """
 
 from collections.abc import Callable, Sequence
@@ -10,7 +12,8 @@ from typing import Any, TypeVar
 from lora_jax.context import Context
 
 Rule = Callable[[Context, Any, Sequence[Any]], Any]
-
+Walk = Callable[[Any, Sequence[Any], Sequence[Any]], list[Any]]
+Container = Callable[[Context, Any, Sequence[Any], Walk], Any]
 
 F = TypeVar("F", bound=Callable)
 

@@ -1,7 +1,7 @@
 """`lora(fn)`: any JAX function, made to accept `LoraWeight`s anywhere in its arguments."""
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -9,6 +9,7 @@ from jax import lax
 
 from lora_jax import _jaxpr, _paths
 from lora_jax.context import POLICIES, Context
+from lora_jax.custom_rules import Rule, check_rules
 from lora_jax.errors import ConfigError
 from lora_jax.forms import Forms
 from lora_jax.interpreter import interpret
@@ -16,7 +17,13 @@ from lora_jax.lazy import is_lazy, lazy, rank_first
 from lora_jax.weights import LoraWeight, TrainedLeaf, dense, is_adapted, require_base
 
 
-def lora(fn: Callable, *, on_dense: str = "warn", forms: Forms | None = None) -> Callable:
+def lora(
+    fn: Callable,
+    *,
+    on_dense: str = "warn",
+    rules: Mapping[str, Rule] | None = None,
+    forms: Forms | None = None,
+) -> Callable:
     """`fn`, understanding adapted parameters: a program transformation.
 
     It traces `fn` with the shapes of the base weights, walks the program, and wherever an adapted
@@ -29,8 +36,9 @@ def lora(fn: Callable, *, on_dense: str = "warn", forms: Forms | None = None) ->
       fn: any function that JAX can trace. Arrays among its arguments are traced; other arguments
         (`train=True`, `method=...`) and outputs pass through as they are.
       on_dense: what to do where a weight is used in a way that no rule covers (a grouped
-        convolution, a `custom_vjp` boundary, an opaque kernel), so that `W + scale·A·B` must be
+        convolution, an opaque kernel), so that `W + scale·A·B` must be
         made: "warn" once a site, "error", or "allow".
+      rules: what to do at primitives of your own, by their names; see `Rule`.
       forms: which of several equal forms of the branch to compute; None takes what is measured to
         be fast on the default backend, `Forms.for_backend()`.
 
@@ -38,7 +46,7 @@ def lora(fn: Callable, *, on_dense: str = "warn", forms: Forms | None = None) ->
       A function with `fn`'s signature. Wrap it in `jax.jit`: each call traces `fn` anew.
 
     Raises:
-      ConfigError: `on_dense` is none of the three.
+      ConfigError: `on_dense` is none of the three, or a rule is no `Rule`.
       DenseError: a weight would be made dense and `on_dense` is "error".
       StructureError: adapters were passed without their base.
 
@@ -56,6 +64,7 @@ def lora(fn: Callable, *, on_dense: str = "warn", forms: Forms | None = None) ->
         raise ConfigError(f"lora takes a function, got {type(fn).__name__}")
     if on_dense not in POLICIES:
         raise ConfigError(f"on_dense must be one of {POLICIES}, got {on_dense!r}")
+    check_rules(rules)
 
     @functools.wraps(fn)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
@@ -72,7 +81,8 @@ def lora(fn: Callable, *, on_dense: str = "warn", forms: Forms | None = None) ->
         if chosen.rank_first:
             moved = iter(rank_first([x for x in leaves if is_lazy(x)]))
             leaves = [next(moved) if is_lazy(x) else x for x in leaves]
-        return Program(fn, treedef, leaves).evaluate(Context(on_dense, forms=chosen), leaves)
+        ctx = Context(on_dense, rules=rules, forms=chosen)
+        return Program(fn, treedef, leaves).evaluate(ctx, leaves)
 
     return wrapped
 

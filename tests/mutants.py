@@ -89,7 +89,7 @@ MUTANTS = [
     ),
     Mutant(
         "scan the weights' first axis without the factors",
-        "containers.py",
+        "loops.py",
         "if lead in getattr(lazy, axes):",
         'if lead in getattr(lazy, axes) and name != "b":',
     ),

@@ -6,9 +6,11 @@ from tests.cases import (  # noqa: F401 (they fill the table)
     containers,
     convolutions,
     dense,
+    derivatives,
     experts,
     indexing,
     layers,
+    sharded,
 )
 from tests.cases.table import (
     CASES,

@@ -1,4 +1,4 @@
-"""Programs inside programs: jit, remat, scan, loops, branches, derivatives."""
+"""Programs inside programs: jit, remat, scan, loops, branches."""
 
 from typing import Any
 
@@ -163,25 +163,6 @@ def nested_jit(dtype):
 
     params = {"a": normal(1, (7, 5), dtype), "b": normal(2, (5, 3), dtype)}
     return outer, params, (normal(0, (4, 7), dtype),)
-
-
-@case(layouts={"w": "io"})
-def custom_jvp(dtype):
-    @jax.custom_jvp
-    def f(w, x):
-        return jnp.tanh(x @ w)
-
-    @f.defjvp
-    def f_jvp(primals, tangents):
-        (w, x), (dw, dx) = primals, tangents
-        y = f(w, x)
-        return y, 3 * (1 - y**2) * (x @ dw + dx @ w)  # three times the true one: told apart
-
-    return (
-        lambda params, x: f(params["w"], x),
-        {"w": normal(1, (7, 5), dtype)},
-        (normal(0, (3, 7), dtype),),
-    )
 
 
 @case(layouts={"first/kernel": "io", "second/kernel": "io"})

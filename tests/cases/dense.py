@@ -14,25 +14,6 @@ def depthwise_convolution(dtype):
     return linen(module, normal(0, (2, 6, 6, 8), dtype))
 
 
-@case(layouts={"w": "io"}, dense="custom_vjp_call")
-def custom_vjp(dtype):
-    @jax.custom_vjp
-    def f(w, x):
-        return jnp.tanh(x @ w)
-
-    def bwd(saved, g):
-        w, x = saved
-        g = 5 * g * (1 - jnp.tanh(x @ w) ** 2)  # five times the true one: told apart
-        return x.T @ g, g @ w.T
-
-    f.defvjp(lambda w, x: (f(w, x), (w, x)), bwd)
-    return (
-        lambda params, x: f(params["w"], x),
-        {"w": normal(1, (7, 5), dtype)},
-        (normal(0, (3, 7), dtype),),
-    )
-
-
 @case(layouts={"w": "io"}, dense="pure_callback", differentiable=False)
 def opaque_kernel(dtype):
     import numpy as np

@@ -1,0 +1,165 @@
+"""Rules of one's own, for primitives that the library does not know: kernels, foreign calls."""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+
+from lora_jax import _contract, _jaxpr
+from lora_jax.branches import Product, branch
+from lora_jax.context import Context
+from lora_jax.errors import ConfigError, LayoutError
+from lora_jax.lazy import RANK, Axis, LazyWeight, drop, is_lazy
+from lora_jax.weights import Layout
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """How a primitive of one's own meets adapted weights: `lora(fn, rules={"name": Rule(...)})`.
+
+    Without a rule such a primitive gets the dense weight. With one, its input at a position named
+    in `layouts` is handed to `apply` as an `Operand`, and `init(..., rules=...)` learns from the
+    letters which axes of the weight are in and out.
+
+    Args:
+      apply: `apply(call, *inputs)` → the primitive's outputs (one array, or a list where the
+        primitive has several results). `call(*arrays)` runs the primitive itself with the
+        equation's parameters, which are in `call.params`. Adapted inputs are `Operand`s, others
+        arrays. Return `NotImplemented` to have the weight made dense after all, as for a
+        `pallas_call` of another kernel.
+      layouts: for each input that may be adapted, by position, one letter an axis: `i` for axes
+        that the primitive sums over, `o` for those that are in its output, `b` for batch axes.
+
+    Raises:
+      LayoutError: the letters are no layout.
+
+    >>> import jax, jax.numpy as jnp, lora_jax
+    >>> from jax.extend.core import Primitive
+    >>> matmul = Primitive("my_matmul")  # a kernel, say
+    >>> _ = matmul.def_impl(lambda x, w: x @ w)
+    >>> shaped = lambda x, w: jax.core.ShapedArray((x.shape[0], w.shape[1]), x.dtype)
+    >>> _ = matmul.def_abstract_eval(shaped)
+    >>> def apply(call, x, w):
+    ...     return call(x, w.w) + w.branch(x)
+    >>> rules = {"my_matmul": lora_jax.Rule(apply, {1: "io"})}
+    >>> def model(params, x):
+    ...     return matmul.bind(x, params["w"])
+    >>> x, params = jnp.ones((1, 2)), {"w": jnp.array([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]])}
+    >>> config = lora_jax.LoraConfig(rank=1)
+    >>> adapted = lora_jax.init(jax.random.key(0), params, config, model, x, rules=rules)
+    >>> adapted["w"].layout.axes
+    'io'
+    >>> lora_jax.lora(model, on_dense="error", rules=rules)(adapted, x)
+    Array([[5., 7., 9.]], dtype=float32)
+    """
+
+    apply: Callable
+    layouts: Mapping[int, str]
+
+    def __post_init__(self) -> None:
+        for axes in self.layouts.values():
+            Layout(axes)
+
+
+@dataclasses.dataclass(frozen=True)
+class Operand:
+    """An adapted input of a primitive, `w + a·b`, as a rule of one's own sees it.
+
+    Its axes are those of the input as the primitive gets it, whichever way round the parameter was
+    stored; what is in and out the rule's letters say.
+    """
+
+    w: jax.Array  # the base, shaped like the input
+    a: jax.Array  # [*batch, *in, rank], in the dtype of w
+    b: jax.Array  # [*batch, rank, *out], in the dtype of w, the scale included
+    branch: Callable[[jax.Array], jax.Array]
+    """`branch(x)` is `(x·a)·b`, x being [*batch, ..., *in] and the result [*batch, ..., *out].
+
+    It is in x's dtype, adds in float32 at least, and has the branch dropout where that is on.
+    """
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """The primitive at one place in a program: `call(*arrays)` runs it."""
+
+    _eqn: Any
+
+    @property
+    def params(self) -> Mapping[str, Any]:
+        """The parameters it has there."""
+        return self._eqn.params
+
+    def __call__(self, *arrays: jax.Array) -> Any:
+        """The output (a list, where the primitive has several results) on these inputs."""
+        outs = _jaxpr.bind(self._eqn, arrays)
+        return outs if self._eqn.primitive.multiple_results else outs[0]
+
+
+def check_rules(rules: Mapping[str, Rule] | None) -> None:
+    """Raise a ConfigError unless these are rules by names."""
+    for name, rule in (rules or {}).items():
+        if not isinstance(name, str) or not isinstance(rule, Rule):
+            raise ConfigError(
+                f"rules: must be a Rule for the name of each primitive, got {name!r}: {rule!r}"
+            )
+
+
+def apply_rule(ctx: Context, rule: Rule, eqn: Any, args: Sequence[Any]) -> Any:
+    """The outputs of `eqn` by a rule of the user's, or NotImplemented."""
+    operands = []
+    for position, x in enumerate(args):
+        if not is_lazy(x):
+            operands.append(x)
+            continue
+        letters = rule.layouts.get(position)
+        grouped = None if letters is None else _grouped(eqn, x, letters)
+        if grouped is not None and ctx.infers:
+            ctx.record(x, eqn, summed=grouped["i"], batch=grouped["b"])
+            operands.append(x.w)
+            continue
+        operand = None if grouped is None else _operand(ctx, x, grouped)
+        operands.append(ctx.make_dense(x, eqn) if operand is None else operand)
+    if ctx.infers:
+        return _jaxpr.bind(eqn, operands)
+    if not any(isinstance(x, Operand) for x in operands):
+        return _jaxpr.bind(eqn, operands)
+    outs = rule.apply(Call(eqn), *operands)
+    if outs is NotImplemented or eqn.primitive.multiple_results:
+        return outs
+    return [outs]
+
+
+def _grouped(eqn: Any, lazy: LazyWeight, letters: str) -> dict[str, list[Axis]]:
+    """The axes of the view by the letter of each."""
+    if len(letters) != len(lazy.axes):
+        raise LayoutError(
+            f"{lazy.path}: the rule for {eqn.primitive.name!r} has the layout {letters!r}, but the "
+            f"input has the shape {list(lazy.shape)}"
+        )
+    pairs = list(zip(lazy.axes, letters, strict=True))
+    return {kind: [axis for axis, letter in pairs if letter == kind] for kind in "bio"}
+
+
+def _operand(ctx: Context, lazy: LazyWeight, grouped: dict[str, list[Axis]]) -> Operand | None:
+    """The weight as the rule sees it; None where its factors are not split as in and out are."""
+    batch, ins, outs = grouped["b"], grouped["i"], grouped["o"]
+    sides = [(lazy.a, lazy.a_axes), (lazy.b, lazy.b_axes)]
+    if not set(lazy.a_axes) <= {RANK, *batch, *ins}:
+        sides.reverse()  # stored the other way round
+    (first, first_axes), (second, second_axes) = sides
+    fits = {*first_axes} <= {RANK, *batch, *ins} and {*second_axes} <= {RANK, *batch, *outs}
+    if lazy.w is None or not fits:
+        return None
+    a = _contract.arrange(first, first_axes, [*batch, *ins, RANK], lazy.sizes)
+    b = _contract.arrange(second, second_axes, [*batch, RANK, *outs], lazy.sizes)
+
+    def update(x: jax.Array) -> jax.Array:
+        free = [Axis((), -2 - i) for i in range(x.ndim - len(batch) - len(ins))]
+        if {*ins} <= {*lazy.a_axes}:
+            x = drop(x, lazy, ctx.next_site())
+        product = Product(lazy, x, (*batch, *free, *ins), (*batch, *free, *outs))
+        return branch(product, ctx.forms).astype(x.dtype)
+
+    return Operand(lazy.w, a.astype(lazy.dtype), b.astype(lazy.dtype), update)

@@ -1,0 +1,198 @@
+"""Functions with a backward derivative of their author's (custom_vjp), rebuilt around weights."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import dtypes
+
+from lora_jax import _jaxpr
+from lora_jax.context import Context
+from lora_jax.derivatives import instantiate
+from lora_jax.lazy import LazyWeight, is_lazy, to_dense
+from lora_jax.rules import Container, Walk, rule
+
+CONTAINERS: dict[str, Container] = {}
+
+Program = tuple[Any, Sequence[Any]]  # (jaxpr, consts)
+
+#: What may stand between the product that is dW and the place where it is returned.
+_LINEAR = ("transpose", "reshape", "squeeze", "convert_element_type", "neg", "copy", "copy_p")
+
+
+@rule(CONTAINERS, "custom_vjp_call")
+def _custom_vjp(ctx: Context, eqn: Any, args: Sequence[Any], walk: Walk) -> list[Any]:
+    """Both halves of the author's derivative are interpreted like the function is.
+
+    What the first half saves stays lazy. The second yields the cotangent dW of the whole weight,
+    from which follow dA = dW·Bᵀ and dB = Aᵀ·dW (the scale is in B). Where dW is a product, as
+    xᵀ·g is, it is multiplied with B and A factor by factor and never made.
+    """
+    jaxpr, consts = _jaxpr.open_jaxpr(eqn.params["call_jaxpr"])
+    # The author's derivative knows of no dropout in the branch.
+    args = [_without_dropout(x) if is_lazy(x) else x for x in args]
+
+    def dense(outs: Sequence[Any]) -> list[Any]:
+        return [ctx.make_dense(x, eqn) if is_lazy(x) else x for x in outs]
+
+    def primal(*args: Any) -> list[Any]:
+        return dense(walk(jaxpr, consts, args))
+
+    def forward(*args: Any) -> tuple[list[Any], Any]:
+        moving = [any(x.perturbed for x in jax.tree.leaves(arg)) for arg in args]
+        args = jax.tree.map(lambda x: x.value, args)
+        first, second = _halves(eqn, moving)
+        outs = walk(*first, args)
+        factors = [dataclasses.replace(x, w=None) if is_lazy(x) else None for x in args]
+        pullback = _Pullback(second, moving, [x is not None for x in factors])
+        for lazy in pullback.whole(factors):
+            ctx.make_dense(lazy, eqn, " (the author's derivative makes all of dW)")
+        n_out = len(eqn.outvars)
+        return dense(outs[:n_out]), (pullback, outs[n_out:], factors)
+
+    def backward(saved: Any, cotangents: Sequence[Any]) -> list[Any]:
+        pullback, residuals, factors = saved
+        given = [instantiate(ct) for ct in cotangents]
+        given = [ct for ct in given if ct.dtype != dtypes.float0]
+        program: Program = pullback.program
+        outs = dense(walk(*program, [*residuals, *given]))
+        return pullback.cotangents(outs, factors, walk)
+
+    if ctx.infers:
+        return primal(*args)
+    call = jax.custom_vjp(primal)
+    call.defvjp(forward, lambda *args: tuple(backward(*args)), symbolic_zeros=True)
+    return call(*args)
+
+
+def _without_dropout(lazy: LazyWeight) -> LazyWeight:
+    return dataclasses.replace(lazy, key=None, key_axes=(), dropout=0.0)
+
+
+def _halves(eqn: Any, moving: Sequence[bool]) -> tuple[Program, Program]:
+    """The author's derivative as two programs, each a (jaxpr, consts).
+
+    The first takes the equation's inputs; it returns the outputs, then what is saved. The second
+    takes what was saved, then the cotangents of the outputs that are no integers; it returns the
+    cotangents of the inputs that are `moving`.
+    """
+    is_float = [jnp.issubdtype(v.aval.dtype, jnp.inexact) for v in eqn.outvars]
+    trees: list[Any] = []
+
+    def first(*args: Any) -> list[Any]:
+        def call(*moved: Any) -> list[Any]:
+            values = iter(moved)
+            merged = [next(values) if m else x for x, m in zip(args, moving, strict=True)]
+            return _jaxpr.bind(eqn, merged)
+
+        outs, pullback = jax.vjp(call, *(x for x, m in zip(args, moving, strict=True) if m))
+        saved, tree = jax.tree.flatten(pullback)
+        trees.append(tree)
+        return [*outs, *saved]
+
+    def second(*values: Any) -> list[Any]:
+        saved, given = values[: trees[0].num_leaves], iter(values[trees[0].num_leaves :])
+        cotangents = [
+            next(given) if floats else np.zeros(v.aval.shape, dtypes.float0)
+            for v, floats in zip(eqn.outvars, is_float, strict=True)
+        ]
+        return jax.tree.unflatten(trees[0], saved)(cotangents)
+
+    traced = _jaxpr.trace(first, *(v.aval for v in eqn.invars))
+    saved = [v.aval for v in traced[0].outvars[len(eqn.outvars) :]]
+    given = [v.aval for v, floats in zip(eqn.outvars, is_float, strict=True) if floats]
+    return traced, _jaxpr.trace(second, *saved, *given)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Product:
+    """dW as `tail(left · right)`; `transposed` is the program (right, P) → what pairs with left."""
+
+    left: Any
+    right: Any
+    transposed: Program
+
+
+@jax.tree_util.register_static
+class _Pullback:
+    """The second half, asked for a product's two operands in place of the product, where it can."""
+
+    def __init__(self, half: Program, moving: Sequence[bool], lazy: Sequence[bool]):
+        jaxpr, consts = half
+        outs = iter(jaxpr.outvars)
+        found = [next(outs) if moves else None for moves in moving]
+        made = _jaxpr.producers(jaxpr)
+        self._products = [
+            _product(made, v) if is_weight and v is not None else None
+            for v, is_weight in zip(found, lazy, strict=True)
+        ]
+        self._moving = moving
+        wanted: list[Any] = []
+        for v, product in zip(found, self._products, strict=True):
+            wanted += [product.left, product.right] if product else [] if v is None else [v]
+        self.program: Program = _jaxpr.restricted(jaxpr, consts, wanted)
+
+    def whole(self, factors: Sequence[Any]) -> list[LazyWeight]:
+        """The weights whose dW is made."""
+        rows = zip(factors, self._products, self._moving, strict=True)
+        return [lazy for lazy, product, moves in rows if lazy and moves and not product]
+
+    def cotangents(self, outs: Sequence[Any], factors: Sequence[Any], walk: Walk) -> list[Any]:
+        """What the program's outputs say about each input: an array, factors, or None."""
+        values = iter(outs)
+        rows = zip(factors, self._products, self._moving, strict=True)
+        return [
+            _one_cotangent(lazy, product, values, walk) if moves else None
+            for lazy, product, moves in rows
+        ]
+
+
+def _one_cotangent(lazy: Any, product: _Product | None, values: Any, walk: Walk) -> Any:
+    first = next(values)
+    if lazy is None:
+        return first
+    if product is None:
+        return _pulled(lazy, to_dense, first)
+    right = next(values)
+    return _pulled(lazy, lambda update: walk(*product.transposed, [right, update])[0], first)
+
+
+def _pulled(lazy: LazyWeight, fn: Callable[[LazyWeight], Any], ct: jax.Array) -> LazyWeight:
+    """The cotangents of both factors from that of `fn(A·B)`; the base has none."""
+
+    def of_factors(a: jax.Array, b: jax.Array) -> jax.Array:
+        return fn(dataclasses.replace(lazy, a=a, b=b))
+
+    out, pullback = jax.vjp(of_factors, lazy.a, lazy.b)
+    a, b = pullback(ct.astype(out.dtype))
+    return dataclasses.replace(lazy, a=a, b=b)
+
+
+def _product(made: dict[Any, Any], var: Any) -> _Product | None:
+    """How `var` comes from a product of two variables, if it does."""
+    aval, tail = var.aval, []
+    while (eqn := made.get(var)) is not None and eqn.primitive.name != "dot_general":
+        inputs = [v for v in eqn.invars if _jaxpr.is_var(v)]
+        scales = eqn.primitive.name == "mul" and len(inputs) == 1
+        if not scales and eqn.primitive.name not in _LINEAR:
+            return None
+        tail.append(eqn)
+        (var,) = inputs
+    if eqn is None or not all(map(_jaxpr.is_var, eqn.invars)):
+        return None
+    left, right = eqn.invars
+
+    def product(x: Any, y: Any) -> Any:
+        (out,) = _jaxpr.bind(eqn, [x, y])
+        for step in reversed(tail):
+            values = [out if _jaxpr.is_var(v) else v.val for v in step.invars]
+            (out,) = _jaxpr.bind(step, values)
+        return out
+
+    def transposed(y: Any, update: Any) -> Any:
+        return jax.linear_transpose(lambda x: product(x, y), left.aval)(update)
+
+    return _Product(left, right, _jaxpr.trace(transposed, right.aval, aval))

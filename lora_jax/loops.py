@@ -1,0 +1,124 @@
+"""Loops (scan, while) rebuilt around weights: what is scanned over stays scanned over."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+from jax import lax
+
+from lora_jax import _contract, _jaxpr
+from lora_jax.context import Context
+from lora_jax.lazy import MEMBERS, LazyWeight, is_lazy
+from lora_jax.rules import Container, Walk, rule
+
+CONTAINERS: dict[str, Container] = {}
+
+
+@rule(CONTAINERS, "scan")
+def _scan(ctx: Context, eqn: Any, args: Sequence[Any], walk: Walk) -> list[Any]:
+    """Weights among `xs` stay `xs`: the factors that have the scanned axis are scanned with them.
+
+    Closing over stacked weights and indexing them would copy each of them.
+    """
+    params = eqn.params
+    jaxpr, jaxpr_consts = _jaxpr.open_jaxpr(params["jaxpr"])
+    n_consts, n_carry = _jaxpr.scan_counts(eqn)
+    consts = list(args[:n_consts])
+    carried = args[n_consts : n_consts + n_carry]
+    loop = _Carry(ctx, eqn, jaxpr, carried, offset=n_consts)
+    scanned = [_Scanned(x) if is_lazy(x) else None for x in args[n_consts + n_carry :]]
+    xs = [
+        x if s is None else s.xs for x, s in zip(args[n_consts + n_carry :], scanned, strict=True)
+    ]
+
+    def body(carry: list[Any], slices: list[Any]) -> tuple[list[Any], list[Any]]:
+        items = [x if s is None else s.inside(x) for x, s in zip(slices, scanned, strict=True)]
+        outs = walk(jaxpr, jaxpr_consts, [*consts, *loop.all(carry), *items])
+        return loop.moving(outs[:n_carry]), outs[n_carry:]
+
+    carry, ys = lax.scan(
+        body,
+        loop.start,
+        xs,
+        length=params["length"],
+        reverse=params["reverse"],
+        unroll=params["unroll"],
+    )
+    return loop.all(carry) + [_stacked(y, params["length"]) if is_lazy(y) else y for y in ys]
+
+
+class _Scanned:
+    """A lazy weight among the `xs` of a scan: what is sliced, and how a slice is a weight again."""
+
+    def __init__(self, lazy: LazyWeight):
+        lead = lazy.axes[0]
+        self.xs: dict[str, Any] = {} if lazy.w is None else {"w": lazy.w}
+        static: dict[str, Any] = {"axes": lazy.axes[1:], "shape": lazy.shape[1:]}
+        for name, axes in MEMBERS:
+            if lead in getattr(lazy, axes):
+                moved, names = _contract.move_first(getattr(lazy, name), getattr(lazy, axes), lead)
+                self.xs[name] = moved
+                static[axes] = tuple(names[1:])
+        indexed = tuple(sorted({*lazy.indexed, *lead.origins}))
+        self._template = dataclasses.replace(lazy, indexed=indexed, **static)
+
+    def inside(self, slices: dict[str, Any]) -> LazyWeight:
+        """The weight of one step."""
+        return dataclasses.replace(self._template, **slices)
+
+
+def _stacked(lazy: LazyWeight, length: int) -> LazyWeight:
+    """A weight that came out of a scan step by step: every member has gained a leading axis."""
+    lead = lazy.new_axis()
+    changes: dict[str, Any] = {"axes": (lead, *lazy.axes), "shape": (length, *lazy.shape)}
+    for name, axes in MEMBERS:
+        if getattr(lazy, name) is not None:
+            changes[axes] = (lead, *getattr(lazy, axes))
+    return dataclasses.replace(lazy, **changes)
+
+
+class _Carry:
+    """The carry of a loop: weights that the body hands on untouched stay out of it, and lazy."""
+
+    def __init__(self, ctx: Context, eqn: Any, body: Any, init: Sequence[Any], offset: int):
+        self._ctx, self._eqn = ctx, eqn
+        ins, outs = body.invars[offset : offset + len(init)], body.outvars[: len(init)]
+        self._fixed = [
+            x if is_lazy(x) and i is o else None for x, i, o in zip(init, ins, outs, strict=True)
+        ]
+        self.start = [
+            ctx.make_dense(x, eqn, " (the loop changes it)") if is_lazy(x) else x
+            for x, fixed in zip(init, self._fixed, strict=True)
+            if fixed is None
+        ]
+
+    def all(self, moving: Sequence[Any]) -> list[Any]:
+        """Every carried value, from those that move."""
+        values = iter(moving)
+        return [next(values) if fixed is None else fixed for fixed in self._fixed]
+
+    def moving(self, values: Sequence[Any]) -> list[Any]:
+        """The values that move, none of them lazy, from every carried value."""
+        return [
+            self._ctx.make_dense(x, self._eqn, " (the loop changes it)") if is_lazy(x) else x
+            for x, fixed in zip(values, self._fixed, strict=True)
+            if fixed is None
+        ]
+
+
+@rule(CONTAINERS, "while")
+def _while(ctx: Context, eqn: Any, args: Sequence[Any], walk: Walk) -> list[Any]:
+    params = eqn.params
+    cond, cond_consts = _jaxpr.open_jaxpr(params["cond_jaxpr"])
+    body, body_consts = _jaxpr.open_jaxpr(params["body_jaxpr"])
+    n_cond, n_body = params["cond_nconsts"], params["body_nconsts"]
+    for_cond, for_body = list(args[:n_cond]), list(args[n_cond : n_cond + n_body])
+    loop = _Carry(ctx, eqn, body, args[n_cond + n_body :], offset=n_body)
+
+    def cond_fn(carry: Sequence[Any]) -> Any:
+        return walk(cond, cond_consts, [*for_cond, *loop.all(carry)])[0]
+
+    def body_fn(carry: Sequence[Any]) -> Sequence[Any]:
+        return loop.moving(walk(body, body_consts, [*for_body, *loop.all(carry)]))
+
+    return loop.all(lax.while_loop(cond_fn, body_fn, loop.start))

@@ -1,0 +1,93 @@
+"""`shard_map`, rebuilt around weights: the factors are sharded as the axes they share with them."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from lora_jax import _jaxpr
+from lora_jax.context import Context
+from lora_jax.lazy import MEMBERS, LazyWeight, is_lazy
+from lora_jax.rules import Container, Rule, Walk, rule
+from lora_jax.views import viewed
+
+RULES: dict[str, Rule] = {}
+CONTAINERS: dict[str, Container] = {}
+
+
+@rule(CONTAINERS, "shard_map")
+def _shard_map(ctx: Context, eqn: Any, args: Sequence[Any], walk: Walk) -> Any:
+    """The weight's own spec says where each named axis lies, and so where the factors' axes lie."""
+    arguments = _jaxpr.shard_map_arguments(eqn)
+    mesh, specs = arguments["mesh"], arguments.pop("in_specs")
+    if any(is_lazy(x) and (s.unreduced or s.reduced) for x, s in zip(args, specs, strict=True)):
+        return NotImplemented  # a sum of shards is no view of the weight
+    jaxpr, consts = _jaxpr.open_jaxpr(eqn.params["jaxpr"])
+    placed = [_specs(x, s) if is_lazy(x) else s for x, s in zip(args, specs, strict=True)]
+    arrays, treedef = jax.tree.flatten(list(args))
+    flat_specs = jax.tree.leaves(placed, is_leaf=_is_spec)
+
+    def body(*arrays: Any) -> list[Any]:
+        shards = jax.tree.unflatten(treedef, arrays)
+        shards = [
+            dataclasses.replace(x, shape=var.aval.shape) if is_lazy(x) else x
+            for x, var in zip(shards, jaxpr.invars, strict=True)
+        ]
+        outs = walk(jaxpr, consts, shards)
+        return [ctx.make_dense(x, eqn, " (it is returned)") if is_lazy(x) else x for x in outs]
+
+    arguments["out_specs"] = list(arguments["out_specs"])
+    mapped = jax.shard_map(body, in_specs=tuple(flat_specs), **arguments)
+    arrays = [_agreeing(x, mesh, s) for x, s in zip(arrays, flat_specs, strict=True)]
+    return mapped(*arrays)
+
+
+def _is_spec(x: Any) -> bool:
+    return isinstance(x, PartitionSpec)
+
+
+def _specs(lazy: LazyWeight, spec: PartitionSpec) -> LazyWeight:
+    """A spec in place of each member: the base's own, and for a factor that of its axes."""
+    entries = [*spec, *[None] * (len(lazy.axes) - len(spec))]
+    where = dict(zip(lazy.axes, entries, strict=True))
+    specs: dict[str, Any] = {"w": None if lazy.w is None else spec}
+    for name, axes in MEMBERS:
+        if getattr(lazy, name) is not None:
+            specs[name] = PartitionSpec(*(where.get(axis) for axis in getattr(lazy, axes)))
+    return dataclasses.replace(lazy, **specs)
+
+
+def _agreeing(x: Any, mesh: Any, spec: PartitionSpec) -> Any:
+    """`x` placed as `spec` says, where the mesh makes the sharding part of the type."""
+    explicit = AxisType.Explicit in mesh.axis_types
+    return jax.sharding.reshard(x, NamedSharding(mesh, spec)) if explicit else x
+
+
+@rule(RULES, "all_gather", "all_gather_invariant")
+def _all_gather(ctx: Context, eqn: Any, args: Sequence[Any]) -> Any:
+    """A weight whose shards are gathered along one of its axes: so are the factors that have it.
+
+    The other factor must be the same on every device along the mesh's axis.
+    """
+    (lazy,) = args
+    params = eqn.params
+    mesh_axes = params["axis_name"]
+    mesh_axes = mesh_axes if isinstance(mesh_axes, tuple) else (mesh_axes,)
+    if not params["tiled"] or params["axis_index_groups"] is not None:
+        return NotImplemented
+    at = params["all_gather_dimension"]
+    old, new = lazy.axes[at], lazy.new_axis(lazy.axes[at].origins)
+    if lazy.a is not None:
+        varying = {n for n, _ in MEMBERS if _varies(getattr(lazy, n), mesh_axes)}
+        if not varying or varying != set(lazy.holders(old)):
+            return NotImplemented
+    gathered = lazy.map_axis(
+        old, lambda x, i: _jaxpr.bind(eqn, [x], all_gather_dimension=i)[0], new
+    )
+    return viewed(eqn, gathered, [*lazy.axes[:at], new, *lazy.axes[at + 1 :]])
+
+
+def _varies(x: Any, mesh_axes: Sequence[Any]) -> bool:
+    return x is not None and _jaxpr.varies_over(x, mesh_axes)

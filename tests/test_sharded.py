@@ -1,0 +1,63 @@
+"""Sharded weights where the table of cases does not reach: sharding in types, shards' shapes."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import lora_jax
+from tests.cases import merged, normal, randomize
+from tests.jaxprs import weight_sized
+
+SPECS = {"up": P(None, "t"), "down": P("t", None), "head": P("d", None)}
+SHAPES = {"up": (6, 16), "down": (16, 10), "head": (10, 22)}
+
+
+def block(mesh):
+    """Columns, then rows, then a weight whose shards are gathered."""
+
+    @functools.partial(
+        jax.shard_map, mesh=mesh, in_specs=(SPECS, P("d", None)), out_specs=P("d", None)
+    )
+    def fn(params, x):
+        h = jax.lax.psum(jnp.tanh(x @ params["up"]) @ params["down"], "t")
+        return h @ jax.lax.all_gather(params["head"], "d", axis=0, tiled=True)
+
+    return fn
+
+
+@pytest.mark.parametrize("kind", ["Auto", "Explicit"])
+def test_layers_sharded_by_columns_by_rows_and_to_be_gathered(kind):
+    mesh = jax.make_mesh((2, 2), ("d", "t"), axis_types=(getattr(AxisType, kind),) * 2)
+    fn, x = block(mesh), normal(0, (14, 6), jnp.float32)
+    params = {name: normal(i, shape, jnp.float32) for i, (name, shape) in enumerate(SHAPES.items())}
+    with jax.set_mesh(mesh):
+        place = lambda x, spec: jax.device_put(x, NamedSharding(mesh, spec))
+        x = place(x, P("d", None))
+        params = {name: place(w, SPECS[name]) for name, w in params.items()}
+        adapted = lora_jax.init(jax.random.key(0), params, lora_jax.LoraConfig(rank=4), fn, x)
+        base, adapters = lora_jax.split(randomize(adapted))
+        apply = lora_jax.lora(fn, on_dense="error")
+
+        def loss(run, adapters):
+            return jnp.sin(run(lora_jax.join(base, adapters), x)).sum()
+
+        ours = functools.partial(loss, apply)
+        oracle = functools.partial(loss, lambda params, x: fn(merged(params), x))
+        got, grads = jax.jit(jax.value_and_grad(ours))(adapters)
+        want, expected = jax.jit(jax.value_and_grad(oracle))(adapters)
+        traced = jax.make_jaxpr(jax.grad(ours))(adapters)
+    np.testing.assert_allclose(got, want, rtol=1e-4)
+    for name in SHAPES:
+        for factor in ("a", "b"):
+            g, e = getattr(grads[name], factor), getattr(expected[name], factor)
+            np.testing.assert_allclose(g, e, rtol=1e-3, atol=1e-3)
+    # Nor is a shard of W + A·B made: what has its shape is the shard itself, cast in type.
+    shards = weight_sized(traced.jaxpr, {(6, 8), (8, 10), (5, 22)})
+    plain = jax.make_jaxpr(jax.grad(lambda x: jnp.sin(fn(base, x)).sum()))
+    with jax.set_mesh(mesh):
+        assert shards <= weight_sized(plain(x).jaxpr, {(6, 8), (8, 10), (5, 22)})
