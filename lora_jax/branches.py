@@ -132,7 +132,7 @@ def is_shareable(product: Product) -> bool:
     return {*f_axes} == {*summed, RANK} and not summed & {*s_axes}
 
 
-def shared_hidden(products: Sequence[Product], forms: Forms) -> list[jax.Array]:
+def shared_hidden(products: Sequence[Product], forms: Forms) -> Sequence[jax.Array]:
     """`x · first factor` of several weights that meet the same `x`, from one product."""
     flats = [flattened(p)[0] if forms.flatten else p for p in products]
     parts = []

@@ -1,6 +1,7 @@
 """Reading transformed programs: which arrays have a weight's size."""
 
 from collections import Counter
+from collections.abc import Iterator
 
 import jax
 
@@ -9,16 +10,22 @@ def squeezed(shape):
     return tuple(sorted(size for size in shape if size != 1))
 
 
+def equations(jaxpr) -> Iterator:
+    """Every equation of a program and of the programs inside it."""
+    for eqn in jaxpr.eqns:
+        yield eqn
+        for value in jax.tree.leaves(eqn.params, is_leaf=lambda x: hasattr(x, "eqns")):
+            inner = getattr(value, "jaxpr", value)
+            if hasattr(inner, "eqns"):
+                yield from equations(inner)
+
+
 def weight_sized(jaxpr, shapes) -> Counter:
     """How often an equation's output has all the axes of a weight, in any order, or more."""
     found: Counter = Counter()
-    for eqn in jaxpr.eqns:
+    for eqn in equations(jaxpr):
         # Gradients stop at the base: `stop_gradient` is the weight itself, not a copy of it.
         if eqn.primitive.name != "stop_gradient":
             made = [Counter(var.aval.shape) for var in eqn.outvars]
             found.update(shape for shape in shapes for axes in made if Counter(shape) <= axes)
-        for value in jax.tree.leaves(eqn.params, is_leaf=lambda x: hasattr(x, "eqns")):
-            inner = getattr(value, "jaxpr", value)
-            if hasattr(inner, "eqns"):
-                found += weight_sized(inner, shapes)
     return found
