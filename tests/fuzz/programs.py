@@ -376,8 +376,9 @@ def contraction(b: Builder, i: int | None = None) -> None:
                 roles[label] = b.choice("ccb")
     else:
         roles = {label: b.choice("ccccfffbs") for label in labels}
-        if "c" not in roles.values() and b.chance(90):
-            roles[b.choice(labels)] = "c"
+        if len(shape) > 1 and b.chance(85):  # in and out, as a layer has them
+            first, second, *_ = b.permutation(len(shape))
+            roles |= {labels[first]: "c", labels[second]: "f"}
         shared = [k for k in range(len(shape)) if roles[labels[k]] in "cb"]
         extra = [b.number(1, 3) for _ in range(b.number(0, 2))]
         order = b.permutation(len(shared) + len(extra))
@@ -635,10 +636,12 @@ def shard_map(b: Builder) -> None:
 
 VIEWS: list[Step] = [
     *[transpose, reshape, slice_, take] * 3,
-    *[split, rows, rev, ones, multiple, broadcast, same, total, window, together] * 2,
-    *[repeat, pad, altered, scaled_columns],
+    *[split, rows, rev, ones, multiple, broadcast, same, total, window] * 2,
+    *[together] * 4,
+    *[scaled_columns, repeat] * 2,
+    *[pad, altered],
 ]
-CONTRACTIONS: list[Step] = [*[contraction] * 16, convolution, convolution, ragged_dot, whole]
+CONTRACTIONS: list[Step] = [*[contraction] * 16, *[convolution] * 2, *[ragged_dot] * 2, whole]
 BLOCKS: list[Step] = [
     *[enclosed, vmap, scan, scan] * 3,
     *[switch, derivative, custom, while_loop] * 2,
@@ -651,7 +654,7 @@ def one_of(steps: Sequence[Step]) -> Step:
 
 
 FLAT_STEPS: list[Step] = [
-    *[one_of(VIEWS)] * 9,
+    *[one_of(VIEWS)] * 10,
     *[one_of(CONTRACTIONS)] * 6,
     *[activate] * 2,
 ]
