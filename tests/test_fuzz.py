@@ -7,10 +7,9 @@ import jax
 import numpy as np
 import pytest
 
-import lora_jax
 from tests.cases import is_node, merged
 from tests.fuzz import numpy_eval
-from tests.fuzz.campaign import drawn, smallest
+from tests.fuzz.campaign import drawn
 from tests.fuzz.check import check, values
 from tests.fuzz.language import Block, Op, Program, Weight, function
 from tests.fuzz.programs import programs

@@ -15,7 +15,7 @@ import numpy as np
 import lora_jax
 from tests.cases import merged
 from tests.fuzz import numpy_eval
-from tests.fuzz.language import Program, Weight, function
+from tests.fuzz.language import Program, Weight, function, operations
 
 TOLERANCE = 1e-9  # of max(1, the largest entry), in float64
 ROUNDINGS = 12  # a bfloat16 outcome may be off by so many times what the merged model is off by
@@ -62,33 +62,38 @@ def _run(
     params, inputs, numbers = values(program)
     nodes = _adapt(program, params, inputs, numbers, outcome)
     factors = {path: (node.a, node.b) for path, node in nodes.items()}
+    scales = {path: node.scale for path, node in nodes.items()}
 
-    def joined(factors: Any, params: Any) -> Any:
-        scale = jax.lax.stop_gradient
+    def joined(factors: Any, params: Any, scales: Any) -> Any:
         return params | {
-            path: dataclasses.replace(node, w=params[path], a=a, b=b, scale=scale(scales[path]))
-            for (path, node), (a, b) in zip(nodes.items(), factors.values(), strict=True)
+            path: dataclasses.replace(nodes[path], w=params[path], a=a, b=b, scale=scales[path])
+            for path, (a, b) in factors.items()
         }
 
-    scales = {path: node.scale for path, node in nodes.items()}
     exact = dataclasses.replace(program, compute="float64")
     adapted = lora_jax.lora(function(program))
 
-    def all_at_once(factors: Any, params: Any, inputs: Any, numbers: Any) -> Any:
-        wide = jax.tree.map(lambda x: x.astype("float64"), params)
+    def all_at_once(trained: Any, frozen: Any, numbers: Any) -> Any:
+        def ours(trained: Any, frozen: Any) -> Any:
+            return adapted(joined(trained[0], *frozen), trained[1], numbers)
 
         def plain(program: Program) -> Callable:
-            return lambda f, x: function(program)(oracle(joined(f, wide)), x, numbers)
+            def fn(trained: Any, frozen: Any) -> Any:
+                params, scales = jax.lax.stop_gradient(frozen)
+                wide = jax.tree.map(lambda x: x.astype("float64"), params)
+                merged = oracle(joined(trained[0], wide, scales))
+                return function(program)(merged, trained[1], numbers)
 
-        ours = lambda f, x: adapted(joined(f, params), x, numbers)
+            return fn
+
         derive = _with_gradients if program.reverse else _with_tangents
-        point = (factors, inputs)
-        want = derive(plain(exact), point)
-        rounded = want if program.compute == "float64" else derive(plain(program), point)
-        return derive(ours, point), want, rounded
+        want = derive(plain(exact), trained, frozen)
+        rounded = want if program.compute == "float64" else derive(plain(program), trained, frozen)
+        return derive(ours, trained, frozen), want, rounded
 
+    compiled = compiled or "shard_map" in operations(program.block)  # NumPy has one device
     run = jax.jit(all_at_once) if compiled else functools.partial(numpy_eval.run, all_at_once)
-    return run(factors, params, inputs, numbers)
+    return run((factors, inputs), (params, scales), numbers)
 
 
 def values(program: Program) -> tuple[dict[str, Any], list[Any], Any]:
@@ -155,17 +160,20 @@ def _weighted_sum(outs: list[Any]) -> Any:
     return sum((x.astype("float64") * weigh(x)).sum() for x in outs)
 
 
-def _with_gradients(fn: Callable, point: Any) -> Any:
-    def loss(point: Any) -> Any:
+def _with_gradients(fn: Callable, *point: Any) -> Any:
+    """The outputs, and the gradients of a sum of them: zero for what is frozen."""
+
+    def loss(*point: Any) -> Any:
         outs = fn(*point)
         return _weighted_sum(outs), outs
 
-    grads, outs = jax.grad(loss, has_aux=True)(point)
+    grads, outs = jax.grad(loss, (0, 1), has_aux=True)(*point)
     return {"outputs": outs, "gradients": grads}
 
 
-def _with_tangents(fn: Callable, point: Any) -> Any:
-    outs, dots = jax.jvp(lambda point: fn(*point), (point,), (jax.tree.map(jnp.sin, point),))
+def _with_tangents(fn: Callable, *point: Any) -> Any:
+    """The outputs, and their tangents where everything moves, the frozen too."""
+    outs, dots = jax.jvp(fn, point, jax.tree.map(jnp.sin, point))
     return {"outputs": outs, "tangents": dots}
 
 
@@ -194,7 +202,7 @@ def _plain_failure(program: Program) -> str | None:
     fn = lambda params, x: function(program)(params, x, numbers)
     derive = _with_gradients if program.reverse else _with_tangents
     try:
-        jax.block_until_ready(jax.jit(lambda *point: derive(fn, point))(params, inputs))
+        jax.block_until_ready(jax.jit(lambda *point: derive(fn, *point))(params, inputs))
     except Exception as error:
         return f"{type(error).__name__}: {str(error).splitlines()[0][:100]}"
     return None

@@ -99,7 +99,9 @@ def _pad(p: Any, x: np.ndarray, fill: np.ndarray) -> np.ndarray:
     """Interior, then edge padding; a negative edge crops."""
     for axis, (low, high, interior) in enumerate(p["padding_config"]):
         n = x.shape[axis]
-        spread = np.full([*x.shape[:axis], max(0, n + (n - 1) * interior), *x.shape[axis + 1 :]], fill)
+        spread = np.full(
+            [*x.shape[:axis], max(0, n + (n - 1) * interior), *x.shape[axis + 1 :]], fill
+        )
         at = (slice(None),) * axis
         spread[(*at, slice(None, None, interior + 1))] = x
         widths = [(max(0, low), max(0, high)) if k == axis else (0, 0) for k in range(x.ndim)]
@@ -168,11 +170,20 @@ ARRAYS: dict[str, Callable[..., np.ndarray]] = {
 
 
 def _windows(
-    numbers: Any, prefix: str, indices: np.ndarray, shape: Sequence[int], sizes: Sequence[int], mode: Any
+    numbers: Any,
+    prefix: str,
+    indices: np.ndarray,
+    shape: Sequence[int],
+    sizes: Sequence[int],
+    mode: Any,
 ) -> Any:
     """(batch position, window or None where out of bounds) for every index of a gather."""
     start_map, batching, index_batching = (
-        (numbers.start_index_map, numbers.operand_batching_dims, numbers.start_indices_batching_dims)
+        (
+            numbers.start_index_map,
+            numbers.operand_batching_dims,
+            numbers.start_indices_batching_dims,
+        )
         if prefix == "gather"
         else (
             numbers.scatter_dims_to_operand_dims,
@@ -190,7 +201,10 @@ def _windows(
         inside = all(0 <= s <= e for s, e in zip(starts, ends, strict=True))
         if mode == lax.GatherScatterMode.CLIP:
             starts, inside = [min(max(s, 0), e) for s, e in zip(starts, ends, strict=True)], True
-        yield at, tuple(slice(s, s + k) for s, k in zip(starts, sizes, strict=True)) if inside else None
+        yield (
+            at,
+            tuple(slice(s, s + k) for s, k in zip(starts, sizes, strict=True)) if inside else None,
+        )
 
 
 def _gather(p: Any, x: np.ndarray, indices: np.ndarray) -> np.ndarray:
@@ -237,7 +251,10 @@ def _convolution(p: Any, x: np.ndarray, w: np.ndarray) -> np.ndarray:
     n_batch, n_feature = p["batch_group_count"], p["feature_group_count"]
     groups = max(n_batch, n_feature)
     per_in, per_out = w.shape[1], w.shape[0] // groups
-    space = [(a - b) // s + 1 for a, b, s in zip(x.shape[2:], w.shape[2:], p["window_strides"], strict=True)]
+    space = [
+        (a - b) // s + 1
+        for a, b, s in zip(x.shape[2:], w.shape[2:], p["window_strides"], strict=True)
+    ]
     rows = x.shape[0] // n_batch
     out = np.zeros([rows, w.shape[0], *space], x.dtype)
     for g in range(groups):

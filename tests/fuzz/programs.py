@@ -68,7 +68,12 @@ class Builder:
     # --- emitting
 
     def emit(
-        self, name: str, args: Sequence[int], params: Sequence[Any], *outs: Value, blocks: tuple = ()
+        self,
+        name: str,
+        args: Sequence[int],
+        params: Sequence[Any],
+        *outs: Value,
+        blocks: tuple = (),
     ) -> list[int]:
         self.ops.append(Op(name, tuple(args), tuple(params), blocks))
         self.values += outs
@@ -100,8 +105,12 @@ class Builder:
     def fill(self, steps: int) -> None:
         for _ in range(steps):
             self.choice(STEPS if self.allowed.depth else FLAT_STEPS)(self)
-        used = {i for op in self.ops for i in (*op.args, *(c for b in op.blocks for c in b.captures))}
-        loose = [i for i, v in enumerate(self.values) if v.kind == "w" and v.shape and i not in used]
+        used = {
+            i for op in self.ops for i in (*op.args, *(c for b in op.blocks for c in b.captures))
+        }
+        loose = [
+            i for i, v in enumerate(self.values) if v.kind == "w" and v.shape and i not in used
+        ]
         if loose and self.chance(80):
             contraction(self, self.choice(loose[-2:]))
 
@@ -241,7 +250,9 @@ def repeat(b: Builder, i: int) -> None:
     elif name == "roll":
         b.view(name, i, [n, axis], shape)
     else:
-        params = [n, axis] if name == "repeat" else [(1,) * axis + (n,) + (1,) * (len(shape) - axis - 1)]
+        params = (
+            [n, axis] if name == "repeat" else [(1,) * axis + (n,) + (1,) * (len(shape) - axis - 1)]
+        )
         shape[axis] *= n
         b.view(name, i, params, shape)
 
@@ -326,8 +337,9 @@ def together(b: Builder) -> None:
         return
     name, shape = b.choice(["concatenate", "stack", "add", "select"]), b.shape(i)
     axis = b.number(0, len(shape) - 1)
-    rest = lambda s: len(s) == len(shape) and all(
-        m == n for k, (m, n) in enumerate(zip(s, shape, strict=True)) if k != axis
+    rest = lambda s: (
+        len(s) == len(shape)
+        and all(m == n for k, (m, n) in enumerate(zip(s, shape, strict=True)) if k != axis)
     )
     same = rest if name == "concatenate" else lambda s: s == shape
     j = b.activation(shape) if b.chance(25) else b.find("w", same)
@@ -388,7 +400,11 @@ def contraction(b: Builder, i: int | None = None) -> None:
     fresh = iter(LETTERS[len(shape) :])
     x_labels = [name or next(fresh) for name in names]
     sizes = dict(zip(labels, shape, strict=True)) | dict(zip(x_labels, others, strict=True))
-    kept = [n for n in (*labels, *(n for n in x_labels if n not in labels)) if roles.get(n) not in ("c", "s")]
+    kept = [
+        n
+        for n in (*labels, *(n for n in x_labels if n not in labels))
+        if roles.get(n) not in ("c", "s")
+    ]
     if math.prod(sizes[n] for n in kept) > MAX_SIZE or len(kept) > MAX_NDIM:
         return
     j = b.activation(others) if j is None else j
@@ -400,7 +416,9 @@ def contraction(b: Builder, i: int | None = None) -> None:
         _dot_general(b, (l, l_names), (r, r_names), roles, sizes, kind)
         return
     out = "".join(kept[k] for k in b.permutation(len(kept)))
-    b.emit("einsum", [l, r], [f"{l_names},{r_names}->{out}"], Value(tuple(sizes[n] for n in out), kind))
+    b.emit(
+        "einsum", [l, r], [f"{l_names},{r_names}->{out}"], Value(tuple(sizes[n] for n in out), kind)
+    )
 
 
 def _dot_general(b: Builder, left: Any, right: Any, roles: Any, sizes: Any, kind: str) -> None:
@@ -411,7 +429,10 @@ def _dot_general(b: Builder, left: Any, right: Any, roles: Any, sizes: Any, kind
     batch = [batch[k] for k in b.permutation(len(batch))]
     at = lambda names, wanted: tuple(names.index(n) for n in wanted)
     numbers = tuple((at(l_names, ns), at(r_names, ns)) for ns in (summed, batch))
-    out = [*batch, *(n for names in (l_names, r_names) for n in names if n not in (*summed, *batch))]
+    out = [
+        *batch,
+        *(n for names in (l_names, r_names) for n in names if n not in (*summed, *batch)),
+    ]
     b.emit("dot_general", [l, r], [numbers], Value(tuple(sizes[n] for n in out), kind))
 
 
@@ -537,7 +558,11 @@ def scan(b: Builder) -> None:
     moved = child.emit("fold", [first, outs[-1]], [], b.values[hidden])
     if carried is not None:
         changes = b.chance(20)
-        kept = child.emit("multiple", [first + 1], [0.5], b.values[carried]) if changes else [first + 1]
+        kept = (
+            child.emit("multiple", [first + 1], [0.5], b.values[carried])
+            if changes
+            else [first + 1]
+        )
         moved += kept
     ys = outs if b.chance(60) else []
     ys = [i for i in ys if math.prod(child.shape(i)) * length <= MAX_SIZE]
@@ -599,7 +624,9 @@ def derivative(b: Builder) -> None:
         params: list[Any] = [positions]
     else:
         params = [b.choice(floats)]
-        results = [child.values[i] for i in outs] + [child.values[i]._replace(kind="x") for i in outs]
+        results = [child.values[i] for i in outs] + [
+            child.values[i]._replace(kind="x") for i in outs
+        ]
     b.emit(name, [], params, *results, blocks=(child.block(captures, outs),))
 
 
@@ -625,7 +652,9 @@ def shard_map(b: Builder) -> None:
         even = [k for k, n in enumerate(b.shape(i)) if n % 2 == 0 and b.values[i].kind != "n"]
         in_axes.append(b.choice(even) if even and b.chance(60) else None)
     values = [
-        v if at is None else v._replace(shape=tuple(n // 2 if k == at else n for k, n in enumerate(v.shape)))
+        v
+        if at is None
+        else v._replace(shape=tuple(n // 2 if k == at else n for k, n in enumerate(v.shape)))
         for v, at in zip((b.values[i] for i in captures), in_axes, strict=True)
     ]
     child = b.inner(values)
@@ -694,7 +723,9 @@ def programs(draw: Callable, max_steps: int = 6) -> Program:
     allowed = Allowed(while_loop=forward, custom_vjp=not forward)
     b = Builder(draw, [*values, Value((4,), "n")], allowed)
     b.fill(draw(st.integers(1, max_steps)))
-    read = {i for op in b.ops for i in (*op.args, *(c for block in op.blocks for c in block.captures))}
+    read = {
+        i for op in b.ops for i in (*op.args, *(c for block in op.blocks for c in block.captures))
+    }
     for i, weight in enumerate(weights):
         if weight.adapted and i not in read and b.chance(80):
             contraction(b, i)
