@@ -4,6 +4,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
+COUNT ?= 10000
+SEED ?= 0
 # Compiling is most of what the tests do, one core a process.
 WORKERS ?= --numprocesses=auto --maxprocesses=4
 
@@ -15,7 +17,7 @@ RUN := $(VENV)/bin/python -m
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-all test-newest newest-python lint format clean
+.PHONY: help demo test test-all test-newest newest-python fuzz lint format clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):[^#]*## /\1 \t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -33,6 +35,9 @@ test-newest: ## the default suite on the newest Python found, with the newest ja
 	@python="$$($(MAKE) -s --no-print-directory newest-python)"; \
 	if [ -z "$$python" ]; then echo "no Python newer than $(VERSION) found: nothing to run"; \
 	else $(MAKE) --no-print-directory test PYTHON="$$python" VENV=.venv-newest; fi
+
+fuzz: $(STAMP)-test ## random programs against their merged weights (COUNT=10000 SEED=0)
+	@$(RUN) tests.fuzz --count $(COUNT) --seed $(SEED) $(ARGS)
 
 lint: $(STAMP)-demo,dev ## style, format and types
 	@$(RUN) ruff check

@@ -1,0 +1,94 @@
+"""Random programs through the engine: adapted must equal merged, in outputs and gradients.
+
+    python -m tests.fuzz --count 10000 --seed 0        the same programs for the same numbers
+    python -m tests.fuzz --program "Program(...)"      one program, as a failure prints it
+
+Prints how many ran and how fast, what `init` declined, which primitives needed the whole weight, and
+each mismatch with a program that shows it, made small. Exits with 1 where there is one.
+"""
+
+import argparse
+import multiprocessing
+import os
+import re
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+    flags = [os.environ.get("XLA_FLAGS", ""), "--xla_force_host_platform_device_count=2"]
+    os.environ["XLA_FLAGS"] = " ".join(flags).strip()
+
+from tests.fuzz import campaign, language
+from tests.fuzz.campaign import CHUNK, Tally
+
+
+def run(count: int, seed: int, workers: int, shrink: int, folder: str) -> tuple[Tally, list]:
+    """Chunks of programs over processes; `shrink` sorts of failure are made small."""
+    starts, total = range(0, count, CHUNK), Tally()
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, spawn, campaign.configure, (folder,)) as pool:
+        chunks = [pool.submit(campaign.chunk, seed, i, min(i + CHUNK, count)) for i in starts]
+        for future in chunks:
+            total += future.result()
+        groups = _by_sort(total.problems)
+        small = [pool.submit(campaign.smallest, seed, found[0][0]) for found in groups[:shrink]]
+        shrunk = [future.result() for future in small]
+    return total, shrunk
+
+
+def _by_sort(problems: list[campaign.Problem]) -> list[list[campaign.Problem]]:
+    """Problems whose messages differ in numbers alone stand together."""
+    groups: dict[str, list[campaign.Problem]] = {}
+    for problem in problems:
+        groups.setdefault(re.sub(r"[\d.]+(e-?\d+)?", "", problem[2]), []).append(problem)
+    return list(groups.values())
+
+
+def report(tally: Tally, shrunk: Sequence[tuple], seconds: float) -> None:
+    print(f"{tally.run} programs in {seconds:.0f} s ({tally.run / seconds:.1f} a second)")
+    print(f"{tally.dense_programs} made a weight dense:{_lines(tally.dense)}")
+    print(f"init declined:{_lines(tally.declined)}")
+    if tally.skipped:
+        print(f"JAX itself does not run:{_lines(tally.skipped)}")
+    for k, group in enumerate(_by_sort(tally.problems)):
+        program, problem = shrunk[k] if k < len(shrunk) else group[0][1:]
+        print(f"\nprograms {', '.join(str(i) for i, _, _ in group[:10])}: {problem}\n{program}")
+    print(f"\n{len(tally.problems) or 'no'} mismatches")
+
+
+def _lines(counter: Counter) -> str:
+    return "".join(f"\n  {n:6} {name}" for name, n in counter.most_common()) or " nothing"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.fuzz", description=__doc__.split("\n")[0]
+    )
+    parser.add_argument("--count", type=int, default=1000, help="how many programs")
+    parser.add_argument("--seed", type=int, default=0, help="which programs")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes")
+    parser.add_argument("--shrink", type=int, default=3, help="how many failures to make small")
+    parser.add_argument("--program", help="run one program, as a failure prints it")
+    options = parser.parse_args()
+    start = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        if options.program:
+            campaign.configure(folder)
+            tally, shrunk = Tally(), []
+            program = eval(options.program, vars(language))
+            tally.note(0, program, campaign.check_both_ways(program))
+        else:
+            tally, shrunk = run(
+                options.count, options.seed, options.workers, options.shrink, folder
+            )
+    report(tally, shrunk, time.perf_counter() - start)
+    return 1 if tally.problems else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

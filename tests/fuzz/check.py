@@ -1,0 +1,208 @@
+"""The comparison: a program on adapted weights against the same program on merged ones."""
+
+import dataclasses
+import functools
+import re
+import warnings
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import lora_jax
+from tests.cases import merged
+from tests.fuzz import numpy_eval
+from tests.fuzz.language import Program, Weight, function, operations
+
+TOLERANCE = 1e-9  # of max(1, the largest entry), in float64
+ROUNDINGS = 12  # a bfloat16 outcome may be off by so many times what the merged model is off by
+
+
+@dataclasses.dataclass
+class Outcome:
+    """What became of one program; `problem` is None where adapted equals merged."""
+
+    problem: str | None = None
+    declined: Counter = dataclasses.field(default_factory=Counter)  # by `init`, and why
+    dense: Counter = dataclasses.field(default_factory=Counter)  # primitives that needed the whole
+    skipped: str | None = None  # JAX itself does not run the plain program, and why
+
+
+def check(
+    program: Program, oracle: Callable[[Any], Any] = merged, compiled: bool = False
+) -> Outcome:
+    """Outputs and gradients (tangents, where there is a `while`) of adapted against `oracle`.
+
+    By NumPy, or `compiled` by XLA, which takes some five times as long.
+    """
+    outcome = Outcome()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            got = _run(program, outcome, oracle, compiled)
+        except Exception as error:
+            reason = _plain_failure(program)
+            if reason is None:
+                outcome.problem = f"crash: {type(error).__name__}: {error}"
+            outcome.skipped = reason
+            return outcome
+    messages = {str(w.message) for w in caught if w.category is lora_jax.DenseWarning}
+    outcome.dense.update(re.findall(r": `(\w+)` at", "\n".join(messages)))
+    outcome.problem = _difference(*got, coarse=program.compute != "float64")
+    return outcome
+
+
+def _run(
+    program: Program, outcome: Outcome, oracle: Callable, compiled: bool
+) -> tuple[Any, Any, Any]:
+    """(ours, the oracle's, what each leaf may be off by)."""
+    params, inputs, numbers = values(program)
+    nodes = _adapt(program, params, inputs, numbers, outcome)
+    factors = {path: (node.a, node.b) for path, node in nodes.items()}
+    scales = {path: node.scale for path, node in nodes.items()}
+
+    def joined(factors: Any, params: Any, scales: Any) -> Any:
+        return params | {
+            path: dataclasses.replace(nodes[path], w=params[path], a=a, b=b, scale=scales[path])
+            for path, (a, b) in factors.items()
+        }
+
+    exact = dataclasses.replace(program, compute="float64")
+    adapted = lora_jax.lora(function(program))
+
+    def all_at_once(trained: Any, frozen: Any, numbers: Any) -> Any:
+        def ours(trained: Any, frozen: Any) -> Any:
+            return adapted(joined(trained[0], *frozen), trained[1], numbers)
+
+        def plain(program: Program) -> Callable:
+            def fn(trained: Any, frozen: Any) -> Any:
+                params, scales = jax.lax.stop_gradient(frozen)
+                wide = jax.tree.map(lambda x: x.astype("float64"), params)
+                merged = oracle(joined(trained[0], wide, scales))
+                return function(program)(merged, trained[1], numbers)
+
+            return fn
+
+        derive = _with_gradients if program.reverse else _with_tangents
+        want = derive(plain(exact), trained, frozen)
+        rounded = want if program.compute == "float64" else derive(plain(program), trained, frozen)
+        return derive(ours, trained, frozen), want, rounded
+
+    compiled = compiled or "shard_map" in operations(program.block)  # NumPy has one device
+    run = jax.jit(all_at_once) if compiled else functools.partial(numpy_eval.run, all_at_once)
+    return run((factors, inputs), (params, scales), numbers)
+
+
+def values(program: Program) -> tuple[dict[str, Any], list[Any], Any]:
+    """The parameters, the inputs and the four numbers."""
+    rng = np.random.default_rng(program.seed)
+    params = {
+        f"w{i}": rng.normal(size=w.shape).astype(w.dtype) for i, w in enumerate(program.weights)
+    }
+    inputs = [rng.normal(size=shape) for shape in program.inputs]
+    return params, inputs, rng.permutation(4).astype("int32")
+
+
+def _adapt(program: Program, params: Any, inputs: Any, numbers: Any, outcome: Outcome) -> Any:
+    """The adapted weights, with random factors; where `init` declines one its layout is named."""
+    abstract = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype)
+    shapes = jax.tree.map(abstract, (params, inputs, numbers))
+    weights = {f"w{i}": w for i, w in enumerate(program.weights) if w.adapted}
+    overrides = {path: {"layout": w.layout} for path, w in weights.items() if w.layout}
+    for _ in range(4):
+        try:
+            config = lora_jax.LoraConfig(
+                rank=program.rank,
+                alpha=1.5,
+                targets=list(weights),
+                overrides=overrides,
+                dtype="float64",
+            )
+            key = jax.ShapeDtypeStruct((), jax.random.key(0).dtype)
+            init = lambda key: lora_jax.init(key, shapes[0], config, function(program), *shapes[1:])
+            tree = jax.eval_shape(init, key)
+            break
+        except (lora_jax.TargetError, lora_jax.LayoutError) as error:
+            overrides = _named(overrides, weights, str(error), outcome)
+    rng = np.random.default_rng(program.seed + 1)
+
+    def one(path: str, node: Any) -> Any:
+        a, b, scale = (rng.normal(size=x.shape) for x in (node.a, node.b, node.scale))
+        return lora_jax.LoraWeight(None, a, b, scale, layout=node.layout)
+
+    return {path: one(path, tree[path]) for path in weights}
+
+
+def _named(
+    overrides: dict[str, Any], weights: dict[str, Weight], message: str, outcome: Outcome
+) -> dict[str, Any]:
+    """The overrides that a refusal asks for: a layout, or a rank of one."""
+    named = dict(overrides)
+    for path in weights:
+        for why, change in (
+            ("never contracted", {"layout": weights[path].fallback}),
+            ("does not say which axes", {"layout": weights[path].fallback}),
+            ("is above what the weight", {"rank": 1}),
+        ):
+            if re.search(rf"^{path}: .*{why}", message, re.MULTILINE):
+                outcome.declined[why] += 1
+                named[path] = {**named.get(path, {}), **change}
+    if named == overrides:
+        raise AssertionError(f"init declines for a reason of its own: {message}")
+    return named
+
+
+def _weighted_sum(outs: list[Any]) -> Any:
+    weigh = lambda x: np.cos(1 + np.arange(x.size)).reshape(x.shape)
+    return sum((x.astype("float64") * weigh(x)).sum() for x in outs)
+
+
+def _with_gradients(fn: Callable, *point: Any) -> Any:
+    """The outputs, and the gradients of a sum of them: zero for what is frozen."""
+
+    def loss(*point: Any) -> Any:
+        outs = fn(*point)
+        return _weighted_sum(outs), outs
+
+    grads, outs = jax.grad(loss, (0, 1), has_aux=True)(*point)
+    return {"outputs": outs, "gradients": grads}
+
+
+def _with_tangents(fn: Callable, *point: Any) -> Any:
+    """The outputs, and their tangents where everything moves, the frozen too."""
+    outs, dots = jax.jvp(fn, point, jax.tree.map(jnp.sin, point))
+    return {"outputs": outs, "tangents": dots}
+
+
+def _difference(got: Any, want: Any, rounded: Any, coarse: bool) -> str | None:
+    """The first leaf that is off, and by how much."""
+    paths = [jax.tree_util.keystr(p) for p, _ in jax.tree_util.tree_leaves_with_path(got)]
+    leaves = zip(paths, *map(jax.tree.leaves, (got, want, rounded)), strict=True)
+    for path, *arrays in leaves:
+        types = [(x.shape, jnp.dtype(x.dtype).name) for x in arrays]
+        if types[0] != types[2]:
+            return f"{path}: {types[0]}, the oracle {types[2]}"
+        ours, exact, merged16 = (np.asarray(x).astype("float64") for x in arrays)
+        scale = max(1.0, float(np.abs(exact).max(initial=0)))
+        allowed = TOLERANCE * scale
+        if coarse:
+            allowed = 0.1 * scale + ROUNDINGS * float(np.abs(merged16 - exact).max(initial=0))
+        error = float(np.abs(ours - exact).max(initial=0))
+        if not error <= allowed:
+            return f"{path}: off by {error:.3g} where {allowed:.3g} is allowed"
+    return None
+
+
+def _plain_failure(program: Program) -> str | None:
+    """Why JAX does not run the plain program on plain weights; None where it does."""
+    params, inputs, numbers = values(program)
+    fn = lambda params, x: function(program)(params, x, numbers)
+    derive = _with_gradients if program.reverse else _with_tangents
+    try:
+        jax.block_until_ready(jax.jit(lambda *point: derive(fn, *point))(params, inputs))
+    except Exception as error:
+        return f"{type(error).__name__}: {str(error).splitlines()[0][:100]}"
+    return None

@@ -1,0 +1,98 @@
+"""Random programs: adapted equals merged. `make fuzz` runs thousands of them."""
+
+import dataclasses
+
+import hypothesis
+import jax
+import numpy as np
+import pytest
+
+from tests.cases import is_node, merged
+from tests.fuzz import numpy_eval
+from tests.fuzz.campaign import drawn
+from tests.fuzz.check import check, values
+from tests.fuzz.language import Block, Op, Program, Weight, function
+from tests.fuzz.programs import programs
+
+# ops: 3 = fit(inputs[0]); 4 = w0 reshaped; 5 = what they make
+KNOWN = Program(
+    weights=(Weight((4, 2), fallback="io"), Weight((2, 3), dtype="float32", layout="oi")),
+    inputs=((2, 4),),
+    block=Block(
+        captures=(0, 1, 2, 3),
+        ops=(
+            Op("reshape", (0,), ((2, 2, 2), "C")),
+            Op("einsum", (2, 0), ("ab,bc->ac",)),
+            Op("tanh", (5,)),
+            Op("scan", (6, 0), (1, 4, False, 1), (
+                Block((1,), (Op("fit", (1,), ((2,),)), Op("einsum", (3, 0), ("a,ab->b",)),
+                             Op("fold", (1, 4))), (5, 4)),
+            )),
+            Op("dot_general", (6, 1), ((((1,), (0,)), ((), ())),)),
+        ),
+        outs=(4, 7, 8, 9),
+    ),
+    rank=2,
+)  # fmt: skip
+
+
+@hypothesis.settings(max_examples=40, suppress_health_check=list(hypothesis.HealthCheck))
+@hypothesis.given(programs(max_steps=4))
+def test_random_programs(x64, program):
+    outcome = check(program)
+    assert outcome.problem is None, f"{outcome.problem}\n{program}"
+
+
+@pytest.mark.parametrize("compute", ["float64", "bfloat16"])
+@pytest.mark.parametrize("reverse", [True, False])
+def test_a_known_program_compiled(x64, quick_compile, compute, reverse):
+    program = dataclasses.replace(KNOWN, compute=compute, reverse=reverse)
+    assert check(program, compiled=True).problem is None
+    assert eval(repr(program)) == program
+
+
+def scaled(factor):
+    """The oracle with another scale."""
+
+    def one(node):
+        return dataclasses.replace(node, scale=node.scale * factor) if is_node(node) else node
+
+    return lambda params: merged(jax.tree.map(one, params, is_leaf=is_node))
+
+
+def test_a_wrong_engine_is_seen_and_the_program_made_small(x64):
+    """The oracle is what is wrong here, by one percent of the scale, and in bfloat16 by half."""
+    assert "off by" in check(KNOWN, scaled(1.01)).problem
+    coarse = dataclasses.replace(KNOWN, compute="bfloat16")
+    assert "off by" in check(coarse, scaled(0.0)).problem
+    found = []
+    for index in range(6):
+        wrong = lambda program: check(program, scaled(1.01))
+        drawn(0, index, lambda program: found.append(wrong(program).problem))
+    assert sum(problem is not None for problem in found) >= 4
+
+
+def test_what_init_declines_gets_a_layout_of_its_own(x64):
+    weights = (Weight((4, 2), fallback="io"), Weight((2, 3, 1), fallback="bio"))
+    block = Block((0, 1, 2, 3), (Op("add", (1, 1)),), (4, 0))
+    outcome = check(Program(weights, ((2, 4),), block, rank=2))
+    assert outcome.problem is None
+    assert outcome.declined == {"never contracted": 2, "is above what the weight": 1}
+    assert outcome.dense == {"add": 1, "return": 1}
+
+
+def test_a_crash_is_a_problem_unless_jax_has_it_too(x64):
+    def broken(params):
+        raise ZeroDivisionError("the engine's")
+
+    assert "crash: ZeroDivisionError" in check(KNOWN, broken).problem
+    nonsense = dataclasses.replace(KNOWN.block, ops=(Op("einsum", (0, 0), ("ab,ab->c",)),))
+    outcome = check(dataclasses.replace(KNOWN, block=nonsense))
+    assert outcome.problem is None and outcome.skipped
+
+
+def test_numpy_and_xla_agree(x64, quick_compile):
+    params, inputs, numbers = values(KNOWN)
+    fn = lambda *args: jax.vjp(lambda p, x: function(KNOWN)(p, x, args[2]), *args[:2])[0]
+    got = numpy_eval.run(fn, params, inputs, numbers)
+    jax.tree.map(np.testing.assert_allclose, got, jax.jit(fn)(params, inputs, numbers))
