@@ -17,13 +17,19 @@ RUN := $(VENV)/bin/python -m
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-all test-newest newest-python fuzz lint format clean
+.PHONY: help demo bench bench-run test test-all test-newest newest-python fuzz lint format clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):[^#]*## /\1 \t/p' $(MAKEFILE_LIST) | expand -t 16
 
 demo: $(STAMP)-demo ## fine-tune a real sentence encoder and print what it learned
 	@$(RUN) lora_jax.demo $(ARGS)
+
+bench: ## a training step beside other ways to do LoRA, in an environment of its own
+	@$(MAKE) --no-print-directory bench-run VENV=.venv-bench
+
+bench-run: $(STAMP)-bench
+	@$(RUN) benchmarks.train_step $(ARGS)
 
 test: $(STAMP)-test ## the default suite: tests, doctests, README, notebooks
 	@$(RUN) pytest $(WORKERS) $(ARGS)

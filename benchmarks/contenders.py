@@ -5,7 +5,6 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import optax
 
 import lora_jax
@@ -42,25 +41,15 @@ class Setting:
 
     def params(self) -> Any:
         """The base weights."""
-        return decoder.init(jax.random.key(0), self.size, self.variant)
+        return decoder.init(self.size, self.variant)
+
+    def adapters(self) -> Any:
+        """(A, B) of every adapted weight, in a tree like `params()["layers"]`."""
+        return decoder.adapters(self.size, self.variant)
 
     def batch(self) -> jax.Array:
         """The tokens."""
-        return decoder.tokens(jax.random.key(1), self.size)
-
-    def adapters(self) -> Any:
-        """A and B of every adapted weight, in a tree like `params()["layers"]`; B is not zero."""
-
-        def pair(name: str, layer: int) -> tuple[jax.Array, jax.Array]:
-            rows, columns = self.size.kernels()[name]
-            key = jax.random.fold_in(jax.random.key(2), 10 * layer + ADAPTED.index(name))
-            a = jax.random.normal(key, (rows, self.size.rank)) * rows**-0.5
-            return a, jax.random.normal(key, (self.size.rank, columns)) * 1e-2
-
-        layers = [{n: pair(n, layer) for n in ADAPTED} for layer in range(self.size.layers)]
-        if self.variant == "unrolled":
-            return layers
-        return jax.tree.map(lambda *xs: jnp.stack(xs), *layers)
+        return decoder.tokens(self.size)
 
     def loss(self, params: Any, batch: jax.Array, **options: Any) -> jax.Array:
         """The loss of the plain model."""

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 VARIANTS = ("unrolled", "scan", "scan_remat")
 #: The weights of a block that are adapted.
@@ -32,30 +33,52 @@ class Size:
         return {**square, "up": (width, 4 * width), "down": (4 * width, width)}
 
 
-def init(key: jax.Array, size: Size, variant: str) -> dict[str, Any]:
+def normal(name: str, *shape: int) -> np.ndarray:
+    """Random values of a variance that keeps activations in range, the same for each `name`."""
+    # By numpy: XLA would compile a generator for every shape.
+    rng = np.random.default_rng(list(name.encode()))
+    return rng.standard_normal(shape, np.float32) * np.float32(shape[-2] ** -0.5)
+
+
+def init(size: Size, variant: str) -> dict[str, Any]:
     """Random parameters; `layers` is a list of blocks, or stacked for the variants that scan."""
-
-    def normal(name: str, *shape: int) -> jax.Array:
-        # hash() of a str differs between processes; the bytes do not
-        folded = jax.random.fold_in(key, int.from_bytes(name.encode()[:4], "little"))
-        return jax.random.normal(folded, shape) * shape[-2] ** -0.5
-
     layers = {name: normal(name, size.layers, *shape) for name, shape in size.kernels().items()}
-    layers |= {name: jnp.ones((size.layers, size.width)) for name in ("attn_norm", "mlp_norm")}
-    if variant == "unrolled":
-        layers = [jax.tree.map(lambda x, i=i: x[i], layers) for i in range(size.layers)]
-    return {
+    for name in ("attn_norm", "mlp_norm"):
+        layers[name] = np.ones((size.layers, size.width), np.float32)
+    params = {
         "embed": normal("embed", size.vocabulary, size.width) * size.vocabulary**0.5,
         "positions": normal("positions", size.time, size.width),
-        "layers": layers,
-        "norm": jnp.ones(size.width),
+        "layers": per_block(layers, variant),
+        "norm": np.ones(size.width, np.float32),
         "unembed": normal("unembed", size.width, size.vocabulary),
     }
+    return jax.tree.map(jnp.asarray, params)
 
 
-def tokens(key: jax.Array, size: Size) -> jax.Array:
+def adapters(size: Size, variant: str) -> Any:
+    """{name: (A, B)} in a tree like `init(...)["layers"]`; B is not zero."""
+    layers = {
+        name: (
+            normal(name + ".a", size.layers, rows, size.rank),
+            normal(name + ".b", size.layers, size.rank, columns) * 0.03,
+        )
+        for name, (rows, columns) in size.kernels().items()
+    }
+    return jax.tree.map(jnp.asarray, per_block(layers, variant))
+
+
+def per_block(layers: Any, variant: str) -> Any:
+    """Stacked arrays as they are, or a list with the slices of each block."""
+    if variant != "unrolled":
+        return layers
+    count = len(jax.tree.leaves(layers)[0])
+    return [jax.tree.map(lambda x, i=i: x[i], layers) for i in range(count)]
+
+
+def tokens(size: Size) -> jax.Array:
     """One batch `[batch, time + 1]`: all but the last are inputs, all but the first targets."""
-    return jax.random.randint(key, (size.batch, size.time + 1), 0, size.vocabulary)
+    rng = np.random.default_rng(0)
+    return jnp.asarray(rng.integers(0, size.vocabulary, (size.batch, size.time + 1), np.int32))
 
 
 def rms_norm(x: jax.Array, weight: jax.Array) -> jax.Array:

@@ -22,7 +22,7 @@ class Program:
 
 
 class Stepper:
-    """A contender that is ready to run: compiled, with its state."""
+    """A contender that is ready to run: compiled, one step taken."""
 
     def __init__(self, contender: Contender):
         self.label, self.key = contender.label, contender.key
@@ -31,12 +31,17 @@ class Stepper:
         # A copy: what another contender donates must not be shared with this one.
         self._state, *self._data = jax.tree.map(jax.numpy.copy, contender.start())
         self._shapes = jax.eval_shape(lambda *args: args, self._state, *self._data)
+        self.first_loss = self.loss()
+
+    def loss(self) -> float:
+        """Take a step; what the loss was before it."""
         self._state, loss = self._step(self._state, *self._data)
-        self.first_loss = float(loss)
+        return float(loss)
 
     def program(self) -> Program:
         """What XLA says of the step."""
-        compiled = self._step.lower(*self._shapes).compile()
+        # Compiled already: the arguments are those of the first call.
+        compiled = self._step.lower(self._state, *self._data).compile()
         return Program(
             compiled.cost_analysis()["flops"], compiled.memory_analysis().temp_size_in_bytes
         )

@@ -63,27 +63,17 @@ def branch(product: Product, forms: Forms, hidden: jax.Array | None = None) -> j
     `hidden` is `x · first factor` where `shared_hidden` has computed it already.
     """
     flat, free = flattened(product) if forms.flatten else (product, ())
-    lazy, out_axes = flat.lazy, flat.out_axes
+    lazy, out_axes, compute = flat.lazy, flat.out_axes, flat.compute
     (f, f_axes), (s, s_axes) = flat.factors()
+    f, s = f.astype(compute), s.astype(compute)
     if hidden is None:
-        h, h_axes = _contract.contract(
-            flat.x.astype(flat.compute),
-            flat.x_axes,
-            f.astype(flat.compute),
-            f_axes,
-            {*s_axes, *out_axes},
-            **flat.options,
-        )
+        keep = {*s_axes, *out_axes}
+        x = flat.x.astype(compute)
+        h, h_axes = _contract.contract(x, flat.x_axes, f, f_axes, keep, **flat.options)
     else:
         h, h_axes = hidden, _hidden_axes(flat)
-    y, y_axes = _contract.contract(
-        h.astype(flat.compute),
-        h_axes,
-        s.astype(flat.compute),
-        s_axes,
-        set(out_axes),
-        **flat.options,
-    )
+    h = h.astype(compute)
+    y, y_axes = _contract.contract(h, h_axes, s, s_axes, {*out_axes}, **flat.options)
     sizes = _contract.sizes_of((flat.x, flat.x_axes), (f, f_axes), (s, s_axes)) | lazy.sizes
     y = _contract.arrange(y, y_axes, out_axes, sizes)
     if not free:

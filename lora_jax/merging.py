@@ -2,11 +2,13 @@
 
 import dataclasses
 import functools
+import math
 from collections import Counter
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from lora_jax.errors import ConfigError, MergeError, StructureError
 from lora_jax.overlay import adapted_nodes, join, map_adapted, split
@@ -19,7 +21,7 @@ def merge(
     """An ordinary parameter tree again: `W + scale · A · B` where a `LoraWeight` stood.
 
     Added in float32 (float64 where a factor is) and rounded once, on each leaf by one compiled
-    function. The base is not changed.
+    function, a stack of layers one layer after the other. The base is not changed.
 
     Args:
       params: a joined tree.
@@ -56,7 +58,7 @@ def merge(
         target = jnp.dtype(dtype or node.w.dtype)
         base, rest = split(node)
         if return_error:
-            errors[path] = _rounding_error(base, rest, target)
+            errors[path] = _rounding_error(base, rest, target, _how(base, rest))
         return _combine(base, rest, target, donate and owners[id(base)] == 1)
 
     merged = map_adapted(one, params)
@@ -104,12 +106,74 @@ def unmerge(merged: Any, adapters: Any, *, donate: bool = False) -> Any:
     return map_adapted(one, joined)
 
 
-def _sum(base: jax.Array, rest: Adapted, *, dtype: Any) -> jax.Array:
-    return dense(dataclasses.replace(rest, w=base), dtype)
+def _sum(base: jax.Array, rest: Adapted, *, dtype: Any, how: str) -> jax.Array:
+    """`W + scale · A · B` in `dtype`; of stacked layers one after the other, unless how="whole"."""
+    if how == "whole":
+        return dense(dataclasses.replace(rest, w=base), dtype)
+    stack = _carried(base, how)
+    in_place = base.dtype == dtype  # then the sum takes the place of the layer that it read
+
+    def one(i: jax.Array, out: jax.Array) -> jax.Array:
+        layer, start = _layer(out if in_place else stack, base.dtype, rest, i)
+        return lax.dynamic_update_slice(out, _carried(dense(layer, dtype), how), start)
+
+    start = stack if in_place else _carried(jnp.zeros(base.shape, dtype), how)
+    return _cast(lax.fori_loop(0, math.prod(_stack(rest)), one, start), dtype)
 
 
-_sum_kept = jax.jit(_sum, static_argnames="dtype")
-_sum_donated = jax.jit(_sum, static_argnames="dtype", donate_argnums=0)
+def _how(base: Any, rest: Adapted) -> str:
+    """How to go through a leaf: "whole", layer by layer ("layers"), or so on its bits ("bits")."""
+    if not isinstance(rest, LoraWeight) or math.prod(_stack(rest)) == 1:
+        return "whole"
+    if isinstance(base, jax.core.Tracer) or not isinstance(base, jax.Array):
+        return "layers"  # there is no gradient through bits
+    held = base.sharding.shard_shape(base.shape)
+    if any(held[i] != base.shape[i] for i in rest.layout.positions("b")):
+        return "whole"  # the layers lie on several devices: all work at the same time
+    # jaxlib 0.10 on a CPU converts a whole array of 16-bit floats to write one slice of it.
+    on_cpu = all(device.platform == "cpu" for device in base.devices())
+    return "bits" if on_cpu and base.dtype.itemsize < 4 else "layers"
+
+
+def _carried(x: jax.Array, how: str) -> jax.Array:
+    """`x` as a loop over its layers carries it."""
+    return _cast(x, f"uint{8 * x.dtype.itemsize}") if how == "bits" else x
+
+
+def _cast(x: jax.Array, dtype: Any) -> jax.Array:
+    """The same bits as another dtype; `x` itself, gradients and all, where it is the same."""
+    return x if x.dtype == dtype else lax.bitcast_convert_type(x, dtype)
+
+
+def _stack(rest: Any) -> tuple[int, ...]:
+    """The sizes of the batch axes of a `LoraWeight`."""
+    return rest.scale.shape
+
+
+def _layer(
+    stack: jax.Array, dtype: Any, rest: Any, i: jax.Array
+) -> tuple[LoraWeight, tuple[Any, ...]]:
+    """The i-th layer of a stack, its batch axes of size 1, and where in the stack it begins."""
+    index: list[jax.Array] = []  # one number for each batch axis
+    for size in reversed(_stack(rest)):
+        i, last = lax.div(i, size), lax.rem(i, size)
+        index.insert(0, last)
+    where = dict(zip(rest.layout.positions("b"), index, strict=True))
+    start = tuple(where.get(axis, 0) for axis in range(stack.ndim))
+    sizes = tuple(1 if axis in where else size for axis, size in enumerate(stack.shape))
+
+    def part(x: jax.Array) -> jax.Array:  # of a factor, whose batch axes come first
+        inner = x.shape[len(index) :]
+        return lax.dynamic_slice(x, (*index, *(0 for _ in inner)), (*(1 for _ in index), *inner))
+
+    w = _cast(lax.dynamic_slice(stack, start, sizes), dtype)
+    a, b, scale = part(rest.a), part(rest.b), part(rest.scale)
+    return LoraWeight(w, a, b, scale, layout=rest.layout), start
+
+
+_STATIC = ("dtype", "how")
+_sum_kept = jax.jit(_sum, static_argnames=_STATIC)
+_sum_donated = jax.jit(_sum, static_argnames=_STATIC, donate_argnums=0)
 
 
 def _owners(nodes: dict[str, Adapted]) -> Counter[int]:
@@ -120,19 +184,35 @@ def _owners(nodes: dict[str, Adapted]) -> Counter[int]:
 def _combine(base: jax.Array, rest: Adapted, dtype: Any, donate: bool) -> jax.Array:
     # Only a result of the same dtype can take the base's memory.
     combine = _sum_donated if donate and dtype == base.dtype else _sum_kept
-    return combine(base, rest, dtype=jnp.dtype(dtype))
+    return combine(base, rest, dtype=jnp.dtype(dtype), how=_how(base, rest))
 
 
-@functools.partial(jax.jit, static_argnames="dtype")
-def _rounding_error(base: jax.Array, rest: Adapted, dtype: Any) -> jax.Array:
-    wide = accumulator(base.dtype, dtype)
-    exact = _sum(base, rest, dtype=wide)
+@functools.partial(jax.jit, static_argnames=_STATIC)
+def _rounding_error(base: jax.Array, rest: Adapted, dtype: Any, how: str) -> jax.Array:
+    """‖lost‖/‖update‖, the squares summed layer by layer like the update itself."""
+    layers = 1 if how == "whole" else math.prod(_stack(rest))
+
+    def one(i: jax.Array, sums: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        node = dataclasses.replace(rest, w=base)
+        if how != "whole":
+            node, _ = _layer(_carried(base, how), base.dtype, rest, i)
+        lost, update = _squared_norms(node, dtype)
+        return sums[0] + lost, sums[1] + update
+
+    zero = jnp.zeros((), accumulator(base.dtype, dtype))
+    lost, update = lax.fori_loop(0, layers, one, (zero, zero))
+    return jnp.where(update > 0, jnp.sqrt(lost / jnp.where(update > 0, update, 1)), 0)
+
+
+def _squared_norms(node: Adapted, dtype: Any) -> tuple[jax.Array, jax.Array]:
+    """Of what rounding to `dtype` takes from one leaf, and of the leaf's update."""
+    wide = accumulator(node.w.dtype, dtype)
+    exact = dense(node, wide)
     # The compiler may skip a cast down and up again; reduce_precision it must carry out.
     info = jnp.finfo(dtype)
-    rounded = jax.lax.reduce_precision(exact, info.nexp, info.nmant)
-    lost, update = rounded - exact, exact - base.astype(wide)
-    norm = jnp.linalg.norm(update.ravel())
-    return jnp.where(norm > 0, jnp.linalg.norm(lost.ravel()) / jnp.where(norm > 0, norm, 1), 0)
+    lost = lax.reduce_precision(exact, info.nexp, info.nmant) - exact
+    update = exact - node.w.astype(wide)
+    return jnp.sum(lost * lost), jnp.sum(update * update)
 
 
 def _as_float(x: jax.Array) -> Any:

@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).parent.parent
 PYTEST = [sys.executable, "-m", "pytest", "-q", "-rf", "-p", "no:cacheprovider", "-n", "auto"]
-TESTS = ["tests/test_transform.py", "tests/test_optim.py", "tests/test_merging.py"]
+TESTS = [f"tests/test_{name}.py" for name in ("transform", "branches", "optim", "merging")]
 PROGRAMS = ["tests/test_programs.py", "-k", "merged_model and not float64 or sized"]
 
 
@@ -34,32 +34,44 @@ MUTANTS = [
     Mutant(
         "drop the scale",
         "lazy.py",
-        "b = lax.mul(node.b.astype(dtype), jnp.broadcast_to(scale, node.b.shape))",
-        "b = node.b.astype(dtype)",
+        "lax.mul(node.b.astype(dtype), scale),",
+        "node.b.astype(dtype),",
     ),
     Mutant(
         "swap A and B's contraction",
-        "lazy.py",
-        "min((operands, operands[::-1]), key=operations)",
-        "max((operands, operands[::-1]), key=operations)",
+        "branches.py",
+        "min((pair, pair[::-1]), key=operations)",
+        "max((pair, pair[::-1]), key=operations)",
     ),
     Mutant(
         "contract with A twice, never with B",
-        "lazy.py",
-        "(lazy.b.astype(compute), lazy.b_axes)\n    sizes",
-        "(lazy.a.astype(compute), lazy.a_axes)\n    sizes",
+        "branches.py",
+        "pair = (lazy.a, lazy.a_axes), (lazy.b, lazy.b_axes)",
+        "pair = (lazy.a, lazy.a_axes), (lazy.a, lazy.a_axes)",
     ),
     Mutant(
         "skip the cast of the factors",
-        "lazy.py",
-        "(lazy.a.astype(compute), lazy.a_axes), (lazy.b.astype(compute), lazy.b_axes)",
-        "(lazy.a, lazy.a_axes), (lazy.b, lazy.b_axes)",
+        "branches.py",
+        "f, s = f.astype(compute), s.astype(compute)",
+        "f, s = f, s",
     ),
     Mutant(
         "skip the cast of the sum",
         "lazy.py",
-        "return (y.astype(wide) + update.astype(wide)).astype(dtype)",
-        "return y.astype(wide) + update.astype(wide)",
+        "return lax.add(y.astype(wide), update.astype(wide)).astype(dtype)",
+        "return lax.add(y.astype(wide), update.astype(wide))",
+    ),
+    Mutant(
+        "give each weight of a group the first one's x·A",
+        "branches.py",
+        "return lax.split(h, [len(part) for part in parts], axis=h.ndim - 1)",
+        "return [h[..., : len(part)] for part in parts]",
+    ),
+    Mutant(
+        "let XLA fold the transpose of A",
+        "lazy.py",
+        "    moved = lax.optimization_barrier(moved)\n",
+        "",
     ),
     Mutant(
         "let gradients into the base",

@@ -47,20 +47,15 @@ def test_variants_are_one_model(variant, quick_compile):
     np.testing.assert_allclose(*losses, atol=1e-5)
 
 
-def test_steps_train_and_the_floor_is_below_all():
+def test_steps_train_and_the_floor_is_below_all(quick_compile):
     setting = Setting(TINY, "unrolled")
-    steppers = [Stepper(make(setting)) for make in contenders.OF_JAX]
+    wanted = (contenders.floor, contenders.by_hand, contenders.full, contenders.joined)
+    steppers = [Stepper(make(setting)) for make in wanted]
     flops = {s.key: s.program().flops for s in steppers}
-    assert flops["a"] < min(flops[key] for key in "bcdehi")
-    assert flops["h"] < min(flops["d"], flops["e"])
+    assert flops["a"] < min(flops["b"], flops["h"]) and max(flops["b"], flops["h"]) < flops["e"]
+    assert abs(steppers[1].first_loss - steppers[3].first_loss) < 1e-5
     times = in_turn([s.step for s in steppers], rounds=2, warm_up=0)
     assert [len(rounds) for rounds in times] == [2] * len(steppers)
     assert all(s.trace() > 0 for s in steppers)
-    state, *data = contenders.joined(setting).start()
-    step = jax.jit(contenders.joined(setting).make(), donate_argnums=0)
-    losses = []
-    for _ in range(3):
-        state, loss = step(state, *data)
-        losses.append(float(loss))
-    assert losses[2] < losses[1] < losses[0]
+    assert steppers[3].first_loss - steppers[3].loss() > 1e-3  # it trains
     assert median([3.0, 1.0, 2.0]) == 2.0

@@ -10,6 +10,8 @@ import sys
 
 import pytest
 
+from tests.mutants import MUTANTS
+
 ROOT = pathlib.Path(__file__).parent.parent
 PACKAGE = ROOT / "lora_jax"
 
@@ -158,3 +160,10 @@ def test_import_is_light():
     )
     assert run.returncode == 0, run.stderr
     assert HEAVY & set(run.stdout.split()) == set()
+
+
+def test_every_mutant_still_finds_its_text():
+    """A change of the engine must take the mutants along, or they would break nothing."""
+    for mutant in MUTANTS:
+        source = (PACKAGE / mutant.file).read_text(encoding="utf-8")
+        assert source.count(mutant.old) == 1, mutant.name
