@@ -6,6 +6,7 @@ from typing import Any
 
 from lora_jax import (
     _jaxpr,
+    branches,
     containers,
     contractions,
     custom_vjp,
@@ -21,6 +22,7 @@ from lora_jax.lazy import is_lazy
 RULES = {**views.RULES, **contractions.RULES, **sharded.RULES}
 CONTAINERS = {
     **containers.CONTAINERS,
+    **branches.CONTAINERS,
     **loops.CONTAINERS,
     **derivatives.CONTAINERS,
     **custom_vjp.CONTAINERS,

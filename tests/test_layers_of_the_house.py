@@ -27,6 +27,7 @@ CORE = [
     "views",
     "contractions",
     "containers",
+    "branches",
     "loops",
     "derivatives",
     "custom_vjp",
