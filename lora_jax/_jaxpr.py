@@ -21,6 +21,11 @@ def trace(fn: Callable, *args: Any) -> tuple[Any, Sequence[Any]]:
     return open_jaxpr(jax.make_jaxpr(fn)(*args))
 
 
+def evaluate(jaxpr: Any, args: Sequence[Any]) -> list[Any]:
+    """The outputs of what `jax.make_jaxpr` returned on these inputs."""
+    return core.jaxpr_as_fun(jaxpr)(*args)
+
+
 @contextlib.contextmanager
 def equation_context(eqn: Any) -> Iterator[None]:
     """Inside it, what is traced gets the source line and the name scopes of `eqn`."""

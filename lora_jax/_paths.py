@@ -15,7 +15,16 @@ Pattern = str | Sequence[str] | Callable[[str, Any], bool]
 
 
 def path_str(key_path: tuple) -> str:
-    """`"block_0/attn/query/kernel"` for a JAX key path."""
+    """`"block_0/attn/query/kernel"` for a JAX key path.
+
+    Flax keeps each array of an `nnx.State`, and each boxed one, as the attribute `value` of an
+    object; such a leaf has the object's path.
+
+    >>> path_str((jax.tree_util.DictKey("kernel"), jax.tree_util.GetAttrKey("value")))
+    'kernel'
+    """
+    if len(key_path) > 1 and key_path[-1] == jax.tree_util.GetAttrKey("value"):
+        key_path = key_path[:-1]
     return jax.tree_util.keystr(key_path, simple=True, separator="/")
 
 

@@ -1,11 +1,11 @@
-"""Equations that hold programs (jit, remat, cond), rebuilt around weights.
+"""Equations that hold programs (jit, remat), rebuilt around weights.
 
 Each is called with the context, the equation, its inputs and `walk(jaxpr, consts, args)`, which
 interprets a program; a `LazyWeight` is a pytree, so it passes through JAX's own control flow.
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -72,42 +72,3 @@ def _remat(ctx: Context, eqn: Any, args: Sequence[Any], walk: Walk) -> list[Any]
 @rule(CONTAINERS, "optimization_barrier")
 def _optimization_barrier(ctx: Context, eqn: Any, args: Sequence[Any], walk: Walk) -> list[Any]:
     return lax.optimization_barrier(list(args))
-
-
-@rule(CONTAINERS, "cond")
-def _cond(ctx: Context, eqn: Any, args: Sequence[Any], walk: Walk) -> Any:
-    index, *operands = args
-    if is_lazy(index):
-        return NotImplemented
-    branches = [_jaxpr.open_jaxpr(branch) for branch in eqn.params["branches"]]
-    if eqn.params.get("branches_platforms") is not None:
-        # One branch a platform: another's must not be lowered, and the default one tells the use.
-        return walk(*branches[-1], operands) if ctx.infers else NotImplemented
-
-    def passed_on(position: int) -> Any:
-        """The weight that every branch hands on as this output, if there is one."""
-        sources = {
-            jaxpr.invars.index(jaxpr.outvars[position])
-            if jaxpr.outvars[position] in jaxpr.invars
-            else None
-            for jaxpr, _ in branches
-        }
-        source = sources.pop()
-        lazy = None if sources or source is None else operands[source]
-        return lazy if is_lazy(lazy) else None
-
-    fixed = [passed_on(i) for i in range(len(eqn.outvars))]
-
-    def branch(jaxpr: Any, consts: Sequence[Any]) -> Callable[..., list[Any]]:
-        def call(*operands: Any) -> list[Any]:
-            outs = walk(jaxpr, consts, operands)
-            return [
-                ctx.make_dense(x, eqn, " (the branches differ in it)") if is_lazy(x) else x
-                for x, whole in zip(outs, fixed, strict=True)
-                if whole is None
-            ]
-
-        return call
-
-    outs = iter(lax.switch(index, [branch(*b) for b in branches], *operands))
-    return [next(outs) if whole is None else whole for whole in fixed]

@@ -17,6 +17,10 @@ POLICIES = ("warn", "error", "allow")
 OPAQUE = ("pallas_call", "pure_callback", "io_callback", "ffi_call", "custom_call", "shard_map")
 
 
+#: Between the paths of a weight that is one of several, as a branch chooses.
+OR = " or "
+
+
 @dataclasses.dataclass(frozen=True)
 class Use:
     """One use of a weight: the primitive, and what it does with each axis of the parameter."""

@@ -7,6 +7,7 @@ from typing import Any
 from lora_jax import (
     _jaxpr,
     concatenation,
+    conditionals,
     containers,
     contractions,
     convolutions,
@@ -34,6 +35,7 @@ RULES = {
 }
 CONTAINERS = {
     **containers.CONTAINERS,
+    **conditionals.CONTAINERS,
     **loops.CONTAINERS,
     **derivatives.CONTAINERS,
     **custom_vjp.CONTAINERS,

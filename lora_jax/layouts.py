@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from lora_jax import _paths
-from lora_jax.context import OPAQUE, Context, Use
+from lora_jax.context import OPAQUE, OR, Context, Use
 from lora_jax.custom_rules import Rule
 from lora_jax.errors import LayoutError
 from lora_jax.lazy import track
@@ -59,7 +59,8 @@ def infer_uses(
     jax.eval_shape(run, dynamic)
     found: dict[str, list[Use]] = {name: [] for name in names.values()}
     for use in uses:
-        found[use.path].append(use)
+        for path in [use.path] if use.path in found else use.path.split(OR):
+            found[path].append(use)
     return found
 
 

@@ -87,4 +87,5 @@ def freeze(tx: optax.GradientTransformation, params: Any) -> optax.GradientTrans
     tree = labels(params)
     if TRAIN not in jax.tree.leaves(tree):
         raise StructureError("freeze: the tree holds no adapters, so nothing would be trained")
-    return optax.multi_transform({TRAIN: tx, FREEZE: optax.set_to_zero()}, tree)
+    # As a function of it: a tree that can itself be called (an Equinox module) optax would call.
+    return optax.multi_transform({TRAIN: tx, FREEZE: optax.set_to_zero()}, lambda _: tree)

@@ -35,6 +35,7 @@ CORE = [
     "convolutions",
     "ragged",
     "containers",
+    "conditionals",
     "loops",
     "derivatives",
     "custom_vjp",

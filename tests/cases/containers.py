@@ -151,6 +151,48 @@ def switch(dtype):
     return fn, {"w": normal(1, (7, 5), dtype)}, (normal(0, (3, 7), dtype), jnp.array(1))
 
 
+@case(layouts={"first": "io", "second": "io"})
+def cond_chooses_a_weight(dtype):
+    def fn(params, x, flag):
+        first, second = params["first"], params["second"]
+        w = lax.cond(flag, lambda: first, lambda: -second.reshape(7, 5))
+        return jnp.tanh(x @ w)
+
+    params = {"first": normal(1, (7, 5), dtype), "second": normal(2, (7, 5), dtype)}
+    return fn, params, (normal(0, (3, 7), dtype), jnp.array(False))
+
+
+@case(layouts={"first": "oi", "second": "io", "third": "io"})
+def switch_chooses_a_weight_and_more(dtype):
+    def fn(params, x, i):
+        first, second, third = params["first"], params["second"], params["third"]
+
+        def one(x):  # the factors lie the other way round here, so this one is named first
+            return third[:7] * 2, x @ second, second
+
+        def two(x):
+            return second, x @ second * 2, second
+
+        w, y, whole = lax.switch(i, [one, two], x)
+        return x @ w + y + jnp.sin(x @ whole) + x @ first.T
+
+    params = {
+        "first": normal(1, (5, 7), dtype),
+        "second": normal(2, (7, 5), dtype),
+        "third": normal(3, (9, 5), dtype),
+    }
+    return fn, params, (normal(0, (3, 7), dtype), jnp.array(0))
+
+
+@case(layouts={"w": "io"})
+def one_branch_a_platform(dtype):
+    def fn(params, x):
+        branches = {"cpu": lambda w, x: jnp.sin(x @ w), "tpu": lambda w, x: x @ w * 2}
+        return lax.platform_dependent(params["w"], x, **branches, default=lambda w, x: x @ w)
+
+    return fn, {"w": normal(1, (7, 5), dtype)}, (normal(0, (3, 7), dtype),)
+
+
 @case(layouts={"a": "io", "b": "io"})
 def nested_jit(dtype):
     @jax.jit

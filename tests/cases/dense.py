@@ -66,3 +66,12 @@ def loop_that_changes_the_weight(dtype):
         return lax.scan(step, params["w"], None, length=3)[1] + (x @ params["w"]).mean()
 
     return fn, {"w": normal(1, (7, 5), dtype)}, (normal(0, (3, 7), dtype),)
+
+
+@case(layouts={"w": "io"}, dense="cond")
+def cond_chooses_what_is_no_weight(dtype):
+    def fn(params, x, flag):
+        w = lax.cond(flag, lambda w: w * 2, lambda w: jnp.ones_like(w), params["w"])
+        return x @ w + x @ params["w"]
+
+    return fn, {"w": normal(1, (7, 5), dtype)}, (normal(0, (3, 7), dtype), jnp.array(True))

@@ -1,0 +1,118 @@
+"""Branches (cond, switch, one a platform) rebuilt around weights, which they may also choose."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+from jax import lax
+
+from lora_jax import _jaxpr
+from lora_jax.context import OR, Context
+from lora_jax.lazy import MEMBERS, RANK, Axis, LazyWeight, is_lazy
+from lora_jax.rules import Container, Walk, rule
+
+CONTAINERS: dict[str, Container] = {}
+
+
+@rule(CONTAINERS, "cond")
+def _cond(ctx: Context, eqn: Any, args: Sequence[Any], walk: Walk) -> Any:
+    """Each branch is walked; a weight that all of them return, of one form, stays lazy."""
+    index, *operands = args
+    if is_lazy(index):
+        return NotImplemented
+    programs = [_jaxpr.open_jaxpr(branch) for branch in eqn.params["branches"]]
+    platforms = eqn.params.get("branches_platforms")
+    if platforms is not None and ctx.infers:
+        # One branch a platform: another's may not even trace here, and the last tells the use.
+        return walk(*programs[-1], operands)
+    fixed = [_passed_on(programs, operands, i) for i in range(len(eqn.outvars))]
+    branches = [_Branch(program, operands, fixed, walk) for program in programs]
+    columns = zip(*(branch.outs for branch in branches), strict=True)
+    chosen = [_chosen(column) for column in columns]
+
+    def finished(branch: _Branch) -> Callable[..., list[Any]]:
+        def call(*operands: Any) -> list[Any]:
+            outs = zip(branch(*operands), chosen, strict=True)
+            return [_finish(ctx, eqn, x, template) for x, template in outs]
+
+        return call
+
+    calls = [finished(branch) for branch in branches]
+    if platforms is None:
+        moving = lax.switch(index, calls, *operands)
+    else:
+        moving = _by_platform(platforms, calls, operands)
+    outs = iter(moving)
+    return [next(outs) if whole is None else whole for whole in fixed]
+
+
+def _by_platform(
+    platforms: Sequence[Sequence[str] | None], calls: Sequence[Callable], operands: Sequence[Any]
+) -> list[Any]:
+    """The branches of `jax.lax.platform_dependent`; no name stands for the default one."""
+    pairs = list(zip(platforms, calls, strict=True))
+    named = {name: call for names, call in pairs if names is not None for name in names}
+    default = next((call for names, call in pairs if names is None), None)
+    return lax.platform_dependent(*operands, default=default, **named)
+
+
+def _passed_on(programs: Sequence[Any], operands: Sequence[Any], position: int) -> Any:
+    """The weight that every branch hands on as this output, if there is one."""
+    sources = {
+        jaxpr.invars.index(jaxpr.outvars[position])
+        if jaxpr.outvars[position] in jaxpr.invars
+        else None
+        for jaxpr, _ in programs
+    }
+    source = sources.pop()
+    lazy = None if sources or source is None else operands[source]
+    return lazy if is_lazy(lazy) else None
+
+
+class _Branch:
+    """One branch, walked once; `outs` are its outputs in shape, those apart that are `fixed`."""
+
+    def __init__(self, program: Any, operands: Sequence[Any], fixed: Sequence[Any], walk: Walk):
+        jaxpr, consts = program
+
+        def call(*operands: Any) -> list[Any]:
+            outs = zip(walk(jaxpr, consts, operands), fixed, strict=True)
+            return [x for x, whole in outs if whole is None]
+
+        self._walked = jax.make_jaxpr(call, return_shape=True)
+        self._jaxpr, self.outs = self._walked(*operands)
+
+    def __call__(self, *operands: Any) -> list[Any]:
+        flat = _jaxpr.evaluate(self._jaxpr, jax.tree.leaves(operands))
+        return jax.tree.unflatten(jax.tree.structure(self.outs), flat)
+
+
+def _chosen(outs: Sequence[Any]) -> LazyWeight | None:
+    """The one form of an output that is a weight in every branch, or None."""
+    if not all(map(is_lazy, outs)):
+        return None
+    paths = dict.fromkeys(path for x in outs for path in x.path.split(OR))
+    forms = [_normalised(x, OR.join(paths)) for x in outs]
+    kinds = {
+        (jax.tree.structure(x), tuple((leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(x)))
+        for x in forms
+    }
+    return forms[0] if len(kinds) == 1 else None
+
+
+def _normalised(lazy: LazyWeight, path: str) -> LazyWeight:
+    """The same weight with its axes named by their places, as in every branch."""
+    names = {axis: Axis(axis.origins, i) for i, axis in enumerate(lazy.axes)} | {RANK: RANK}
+    for _, axes in MEMBERS:  # summed axes, which the factors alone have
+        for axis in getattr(lazy, axes):
+            names.setdefault(axis, Axis(axis.origins, len(names)))
+    renamed = lambda axes: tuple(names[axis] for axis in axes)
+    members: dict[str, Any] = {axes: renamed(getattr(lazy, axes)) for _, axes in MEMBERS}
+    return dataclasses.replace(lazy, axes=renamed(lazy.axes), path=path, **members)
+
+
+def _finish(ctx: Context, eqn: Any, x: Any, chosen: LazyWeight | None) -> Any:
+    if chosen is not None:
+        return _normalised(x, chosen.path)
+    return ctx.make_dense(x, eqn, " (the branches differ in it)") if is_lazy(x) else x
