@@ -129,7 +129,8 @@ def scaled_along_axes(dtype):
 
     def fn(params, x):
         w = x.mean() * params["g"] * params["w"] / (2 + jnp.cos(x.mean(0)))[:, None]
-        return x @ w, jnp.einsum("ti,ihk->thk", x, jnp.cos(x[None, :3, :5]) * params["v"])
+        v = jnp.cos(x.T[None, :5, :3]) * params["v"].swapaxes(1, 2)
+        return x @ w, jnp.einsum("ti,ikh->thk", x, v)
 
     params = {"w": normal(1, (7, 5), dtype), "g": normal(2, (1, 5), dtype)}
     return fn, params | {"v": normal(3, (7, 3, 5), dtype)}, (normal(0, (4, 7), dtype),)

@@ -27,13 +27,14 @@ def concatenated_qkv(dtype):
     return fn, params, (normal(5, (4, 23), dtype),)
 
 
-@case(layouts={"left": "io", "right": "oi"})
+@case(layouts={"left": "io", "right": "io"})
 def concatenated_inputs(dtype):
-    """Along the in axis, one of the kernels transposed."""
+    """Along the in axis, one of the kernels transposed: what A is of one, B is of the other."""
 
     def fn(params, x, y):
+        y = y + jnp.tanh(x @ params["left"] / 9) @ params["right"] / 9
         w = jnp.concatenate([params["left"], params["right"].T])
-        return jnp.concatenate([x, y], 1) @ w
+        return jnp.concatenate([x, y], 1) @ w / 9
 
     params = {"left": normal(1, (11, 13), dtype), "right": normal(2, (13, 17), dtype)}
     return fn, params, (normal(0, (3, 11), dtype), normal(3, (3, 17), dtype))
