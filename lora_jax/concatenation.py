@@ -1,7 +1,6 @@
 """Rules that make one weight of several: concatenated, stacked or selected."""
 
 import dataclasses
-import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -225,5 +224,5 @@ def _alike(parts: Parts, name: str) -> list[jax.Array | None]:
     dtypes = {x.dtype for x in arrays if x is not None}
     if len(dtypes) == 1:
         return arrays
-    wide = functools.reduce(jnp.promote_types, dtypes)
+    wide = max(dtypes, key=lambda dtype: dtype.itemsize)
     return [None if x is None else x.astype(wide) for x in arrays]

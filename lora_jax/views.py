@@ -98,7 +98,7 @@ def _along(
     s = jnp.asarray(s).reshape([lazy.sizes[axis] for axis in varying])
     s = s.transpose([varying.index(axis) for axis in axes if axis in varying])
     s = s.reshape([n if axis in varying else 1 for axis, n in zip(axes, array.shape, strict=True)])
-    wide = jnp.promote_types(array.dtype, s.dtype)
+    wide = max(array.dtype, s.dtype, key=lambda dtype: dtype.itemsize)
     return dataclasses.replace(lazy, **{factor: operation(array.astype(wide), s.astype(wide))})
 
 
