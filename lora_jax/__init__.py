@@ -17,6 +17,7 @@ from lora_jax.errors import (
 from lora_jax.merging import merge, unmerge
 from lora_jax.optim import freeze, labels, mask
 from lora_jax.overlay import disable, join, set_scale, split, with_dropout
+from lora_jax.remat import save_sums
 from lora_jax.summary import count_params, summary
 from lora_jax.transform import lora
 from lora_jax.weights import Layout, LoraWeight, TrainedLeaf
@@ -50,6 +51,7 @@ __all__ = [
     "merge",
     "read_metadata",
     "save",
+    "save_sums",
     "set_scale",
     "split",
     "summary",

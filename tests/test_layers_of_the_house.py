@@ -19,6 +19,7 @@ CORE = [
     "_paths",
     "_jaxpr",
     "_contract",
+    "remat",
     "config",
     "weights",
     "lazy",
