@@ -19,6 +19,7 @@ from lora_jax.forms import Forms
 from lora_jax.merging import merge, unmerge
 from lora_jax.optim import freeze, labels, mask
 from lora_jax.overlay import disable, join, set_scale, split, with_dropout
+from lora_jax.remat import save_sums
 from lora_jax.summary import count_params, summary
 from lora_jax.transform import lora
 from lora_jax.weights import Layout, LoraWeight, TrainedLeaf
@@ -55,6 +56,7 @@ __all__ = [
     "merge",
     "read_metadata",
     "save",
+    "save_sums",
     "set_scale",
     "split",
     "summary",

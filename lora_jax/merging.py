@@ -125,7 +125,7 @@ def _how(base: Any, rest: Adapted) -> str:
     """How to go through a leaf: "whole", layer by layer ("layers"), or so on its bits ("bits")."""
     if not isinstance(rest, LoraWeight) or math.prod(_stack(rest)) == 1:
         return "whole"
-    if isinstance(base, jax.core.Tracer) or not isinstance(base, jax.Array):
+    if not isinstance(base, jax.Array) or any(map(_is_traced, jax.tree.leaves((base, rest)))):
         return "layers"  # there is no gradient through bits
     held = base.sharding.shard_shape(base.shape)
     if any(held[i] != base.shape[i] for i in rest.layout.positions("b")):
@@ -215,8 +215,12 @@ def _squared_norms(node: Adapted, dtype: Any) -> tuple[jax.Array, jax.Array]:
     return jnp.sum(lost * lost), jnp.sum(update * update)
 
 
+def _is_traced(x: Any) -> bool:
+    return isinstance(x, jax.core.Tracer)
+
+
 def _as_float(x: jax.Array) -> Any:
-    return x if isinstance(x, jax.core.Tracer) else float(x)
+    return x if _is_traced(x) else float(x)
 
 
 def _check_finite(nodes: dict[str, Adapted]) -> None:
@@ -229,7 +233,7 @@ def _check_finite(nodes: dict[str, Adapted]) -> None:
     abstract = [name for name, x in parts.items() if isinstance(x, jax.ShapeDtypeStruct)]
     if abstract:
         raise StructureError("merge: no values yet, only shapes: " + ", ".join(abstract))
-    if any(isinstance(x, jax.core.Tracer) for x in parts.values()):
+    if any(map(_is_traced, parts.values())):
         return
     finite = jax.device_get(_all_finite(list(parts.values())))
     wrong = [name for name, ok in zip(parts, finite, strict=True) if not ok]

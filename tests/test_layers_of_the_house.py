@@ -21,6 +21,7 @@ CORE = [
     "_paths",
     "_jaxpr",
     "_contract",
+    "remat",
     "config",
     "weights",
     "lazy",

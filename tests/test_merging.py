@@ -1,6 +1,7 @@
 """merge and unmerge: by hand, in one rounding, reported, and refused on NaN."""
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 
 import lora_jax
-from lora_jax import Layout, LoraConfig, LoraWeight, MergeError, StructureError
+from lora_jax import Layout, LoraConfig, LoraWeight, MergeError, StructureError, merging, weights
 from tests.cases import is_node, merged, normal, randomize
 
 KEY = jax.random.key(0)
@@ -143,3 +144,120 @@ def test_refusals():
         lora_jax.merge(adapters["dense"] and {"dense": {"kernel": adapters["dense"]["kernel"]}})
     with pytest.raises(StructureError, match="not in the base"):
         lora_jax.unmerge({"other": jnp.ones(3)}, adapters)
+
+
+STACKS = {
+    "bio": (5, 32, 24),
+    "bbio": (2, 3, 32, 24),
+    "ibo": (32, 5, 24),
+    "boio": (5, 4, 32, 8),
+    "bibo": (2, 32, 3, 24),
+}
+
+
+def stacked(axes, dtype, rank=4):
+    layout, shape = Layout(axes), STACKS[axes]
+    a, b = layout.a_shape(shape, rank), layout.b_shape(shape, rank)
+    layers = layout.select("b", shape)
+    scale = jnp.arange(1.0, 1 + math.prod(layers)).reshape(layers) / 4
+    factors = normal(2, a, jnp.float32), normal(3, b, jnp.float32), scale
+    return LoraWeight(normal(1, shape, dtype), *factors, layout=layout)
+
+
+def at_once(node, dtype):
+    return jax.jit(weights.dense, static_argnums=1)(node, dtype)
+
+
+def assert_same_sums(got, want, node):
+    """To the bit; where XLA adds rank + 1 terms in another order, to what float32 then allows."""
+    allowed = 0
+    if node.layout.axes == "boio" and got.dtype == jnp.float32:
+        terms = at_once(jax.tree.map(lambda x: abs(x.astype(jnp.float32)), node), jnp.float32)
+        allowed = node.rank * np.finfo(np.float32).eps * np.asarray(terms)
+    assert (np.abs(np.float32(got) - np.float32(want)) <= allowed).all()
+
+
+@pytest.mark.parametrize("target", [jnp.float32, jnp.bfloat16], ids=["to32", "to16"])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["32", "16"])
+@pytest.mark.parametrize("axes", STACKS)
+def test_a_stack_is_merged_layer_by_layer_to_the_same_values(axes, dtype, target):
+    node = stacked(axes, dtype)
+    got = lora_jax.merge(node, target)
+    assert got.dtype == target and got.shape == node.w.shape
+    assert_same_sums(got, at_once(node, target), node)
+    if dtype == target:
+        back = lora_jax.unmerge(got, lora_jax.split(node)[1]).w
+        negative = dataclasses.replace(node, w=got, scale=-node.scale)
+        assert_same_sums(back, at_once(negative, target), node)
+
+
+def compiled(node, dtype, donate=False):
+    base, rest = lora_jax.split(node)
+    fn = merging._sum_donated if donate else merging._sum_kept
+    how = merging._how(base, rest)
+    return fn.lower(base, rest, dtype=jnp.dtype(dtype), how=how).compile()
+
+
+@pytest.mark.parametrize("donate", [True, False], ids=["donated", "kept"])
+@pytest.mark.parametrize("axes", STACKS)
+def test_a_stack_is_merged_in_the_memory_of_one_layer(axes, donate):
+    node = stacked(axes, jnp.float32)
+    layers = node.scale.size
+    program = compiled(node, jnp.float32, donate)
+    # One layer's update, that layer's factors, and a kilobyte of loop counters and their like.
+    one = (node.w.nbytes + node.a.nbytes + node.b.nbytes) // layers + 1024
+    assert program.memory_analysis().temp_size_in_bytes <= one
+    assert program.memory_analysis().alias_size_in_bytes == (node.w.nbytes if donate else 0)
+    # XLA counts a loop's body once.
+    floor = (2 * node.rank + 1) * node.w.size / layers + node.b.size / layers
+    assert program.cost_analysis()["flops"] <= 1.1 * floor
+
+
+def test_narrowing_a_stack_makes_one_layer_in_float32():
+    node = stacked("bio", jnp.float32)
+    program = compiled(node, jnp.bfloat16)
+    # A CPU's loop carries 16-bit floats as integers, and the result is one more copy of them.
+    one = (node.w.nbytes + node.a.nbytes + node.b.nbytes) // 5 + 1024
+    assert program.memory_analysis().temp_size_in_bytes <= 2 * one + node.w.nbytes // 2
+
+
+def test_the_error_of_a_stack_is_that_of_all_its_layers():
+    node = stacked("bbio", jnp.bfloat16)
+    node = dataclasses.replace(node, b=node.b * 1e-2)
+    _, errors = lora_jax.merge({"w": node}, return_error=True)
+    exact = np.asarray(at_once(node, jnp.float32), np.float64)
+    rounded = np.asarray(jnp.asarray(exact, jnp.bfloat16), np.float64)
+    update = np.linalg.norm(exact - np.asarray(node.w, np.float64))
+    np.testing.assert_allclose(errors["w"], np.linalg.norm(rounded - exact) / update, rtol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["32", "16"])
+def test_gradients_flow_through_the_merge_of_a_stack(dtype):
+    node = stacked("bio", dtype)
+
+    def gradient(fn):
+        square = lambda a: (fn(dataclasses.replace(node, a=a)).astype(jnp.float32) ** 2).sum()
+        return jax.grad(square)(node.a)
+
+    want = gradient(weights.dense)
+    assert float(abs(want).max()) > 1
+    np.testing.assert_allclose(gradient(lora_jax.merge), want, rtol=1e-4, atol=1e-3)
+
+
+def test_a_stack_that_lies_on_several_devices_stays_there():
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:2]), ("x",))
+    node = stacked("bbio", jnp.float32)
+    want = lora_jax.merge(node)
+    for spec, how in ((("x",), "whole"), ((None, None, "x"), "layers")):
+        sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*spec))
+        spread = dataclasses.replace(node, w=jax.device_put(node.w, sharding))
+        assert merging._how(spread.w, spread) == how
+        got = lora_jax.merge(spread)
+        assert got.sharding.is_equivalent_to(sharding, got.ndim)
+        np.testing.assert_allclose(got, want, rtol=1e-6)
+
+
+def test_a_base_of_numpy():
+    node = stacked("bio", jnp.float32)
+    got = lora_jax.merge(dataclasses.replace(node, w=np.asarray(node.w)))
+    np.testing.assert_array_equal(got, lora_jax.merge(node))
