@@ -3,8 +3,9 @@
     python -m tests.fuzz --count 10000 --seed 0        the same programs for the same numbers
     python -m tests.fuzz --program "Program(...)"      one program, as a failure prints it
 
-Prints how many ran and how fast, what `init` declined, which primitives needed the whole weight, and
-each mismatch with a program that shows it, made small. Exits with 1 where there is one.
+Prints how many ran and how fast, what `init` declined, which primitives needed the whole weight,
+and the mismatches, each sort with a program that shows it, made small. Exits with 1 where there is
+one.
 """
 
 import argparse

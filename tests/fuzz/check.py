@@ -108,32 +108,35 @@ def values(program: Program) -> tuple[dict[str, Any], list[Any], Any]:
 
 def _adapt(program: Program, params: Any, inputs: Any, numbers: Any, outcome: Outcome) -> Any:
     """The adapted weights, with random factors; where `init` declines one its layout is named."""
-    abstract = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype)
-    shapes = jax.tree.map(abstract, (params, inputs, numbers))
     weights = {f"w{i}": w for i, w in enumerate(program.weights) if w.adapted}
     overrides = {path: {"layout": w.layout} for path, w in weights.items() if w.layout}
-    for _ in range(4):
+    while True:
+        config = lora_jax.LoraConfig(
+            rank=program.rank,
+            alpha=1.5,
+            targets=list(weights),
+            overrides=overrides,
+            dtype="float64",
+        )
         try:
-            config = lora_jax.LoraConfig(
-                rank=program.rank,
-                alpha=1.5,
-                targets=list(weights),
-                overrides=overrides,
-                dtype="float64",
-            )
-            key = jax.ShapeDtypeStruct((), jax.random.key(0).dtype)
-            init = lambda key: lora_jax.init(key, shapes[0], config, function(program), *shapes[1:])
-            tree = jax.eval_shape(init, key)
+            tree = _on_shapes(config, function(program), params, inputs, numbers)
             break
         except (lora_jax.TargetError, lora_jax.LayoutError) as error:
             overrides = _named(overrides, weights, str(error), outcome)
     rng = np.random.default_rng(program.seed + 1)
 
-    def one(path: str, node: Any) -> Any:
+    def one(node: Any) -> Any:
         a, b, scale = (rng.normal(size=x.shape) for x in (node.a, node.b, node.scale))
         return lora_jax.LoraWeight(None, a, b, scale, layout=node.layout)
 
-    return {path: one(path, tree[path]) for path in weights}
+    return {path: one(tree[path]) for path in weights}
+
+
+def _on_shapes(config: Any, fn: Callable, *args: Any) -> Any:
+    """What `init` makes of shapes: layouts, and no values."""
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), args)
+    params, *rest = shapes
+    return jax.eval_shape(lambda: lora_jax.init(jax.random.key(0), params, config, fn, *rest))
 
 
 def _named(
