@@ -11,7 +11,7 @@ from typing import Any
 import jax
 from jax import lax
 
-from lora_jax import _jaxpr
+from lora_jax import _jaxpr, remat
 from lora_jax.context import Context
 from lora_jax.lazy import MEMBERS, is_lazy
 from lora_jax.rules import Container, Walk, rule
@@ -55,8 +55,12 @@ def _placed(x: Any, sharding: Any) -> Any:
 
 @rule(CONTAINERS, "remat2", "remat", "checkpoint")
 def _remat(ctx: Context, eqn: Any, args: Sequence[Any], walk: Walk) -> list[Any]:
+    """The model's own policy; where it keeps products it keeps the sum in place of both parts."""
     params = eqn.params
     jaxpr, consts = _jaxpr.open_jaxpr(params["jaxpr"])
+    policy = params["policy"]
+    if any(e.primitive.name == "dot_general" and remat.keeps(policy, e) for e in jaxpr.eqns):
+        policy = remat.with_sums(policy)
     if params["differentiated"] and params["prevent_cse"]:
         # This is the recomputation in a backward pass: without the barrier, which JAX adds when it
         # lowers the equation, the compiler would merge it with the forward pass again.
@@ -65,8 +69,7 @@ def _remat(ctx: Context, eqn: Any, args: Sequence[Any], walk: Walk) -> list[Any]
     def call(*args: Any) -> list[Any]:
         return walk(jaxpr, consts, args)
 
-    call = jax.checkpoint(call, policy=params["policy"], prevent_cse=params["prevent_cse"])
-    return call(*args)
+    return jax.checkpoint(call, policy=policy, prevent_cse=params["prevent_cse"])(*args)
 
 
 @rule(CONTAINERS, "optimization_barrier")

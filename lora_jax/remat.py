@@ -37,14 +37,18 @@ def save_sums(prim: Any, *avals: Any, **params: Any) -> Any:
     return _with_sums(prim, *avals, **params)
 
 
-def with_sums(policy: Policy | None) -> Policy | None:
-    """`policy`, and the sums of adapted products too; None, which keeps nothing, stays None.
+def with_sums(policy: Policy) -> Policy:
+    """`policy`, and the sums of adapted products too.
 
     For a policy that keeps products: the sum takes the place of the two that make it.
     """
-    if policy is None:
-        return None
     return jax.checkpoint_policies.save_from_both_policies(policy, _sums)
+
+
+def keeps(policy: Policy | None, eqn: Any) -> bool:
+    """Whether a policy keeps the output of an equation."""
+    avals = [atom.aval for atom in eqn.invars]
+    return policy is not None and bool(policy(eqn.primitive, *avals, **eqn.params))
 
 
 _with_sums: Any = with_sums(jax.checkpoint_policies.dots_with_no_batch_dims_saveable)
