@@ -35,7 +35,7 @@ def lora(
     Args:
       fn: any function that JAX can trace. Arrays among its arguments are traced; other arguments
         (`train=True`, `method=...`) and outputs pass through as they are.
-      on_dense: what to do where a weight is used in a way that no rule covers (a grouped
+      on_dense: what to do where a weight is used in a way that no rule covers (an
         convolution, an opaque kernel), so that `W + scale·A·B` must be
         made: "warn" once a site, "error", or "allow".
       rules: what to do at primitives of your own, by their names; see `Rule`.
