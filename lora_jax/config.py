@@ -186,6 +186,8 @@ def _check_pattern(field: str, pattern: Any) -> _paths.Pattern:
 
 
 def _check_dtype(dtype: Any) -> Any:
+    if dtype is None:  # numpy reads None as float64
+        raise ConfigError("dtype must be named, got None")
     try:
         dtype = jnp.dtype(dtype)
     except TypeError:

@@ -35,9 +35,9 @@ def lora(
     Args:
       fn: any function that JAX can trace. Arrays among its arguments are traced; other arguments
         (`train=True`, `method=...`) and outputs pass through as they are.
-      on_dense: what to do where a weight is used in a way that no rule covers (an
-        convolution, an opaque kernel), so that `W + scale·A·B` must be
-        made: "warn" once a site, "error", or "allow".
+      on_dense: what to do where a weight is used in a way that no rule covers (an elementwise mask,
+        an opaque kernel), so that `W + scale·A·B` must be made: "warn" once a site, "error", or
+        "allow".
       rules: what to do at primitives of your own, by their names; see `Rule`.
       forms: which of several equal forms of the branch to compute; None takes what is measured to
         be fast on the default backend, `Forms.for_backend()`.

@@ -38,6 +38,7 @@ from lora_jax import ConfigError, LoraConfig, Override
         ({"init": "zeros"}, "init"),
         ({"dropout": 1.0}, "dropout"),
         ({"dropout": -0.1}, "dropout"),
+        ({"dtype": None}, "dtype"),
         ({"dtype": "float33"}, "dtype"),
         ({"dtype": jnp.int32}, "dtype"),
         ({"dtype": jnp.float8_e4m3fn}, "dtype"),
