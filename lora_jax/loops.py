@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 from jax import lax
 
 from lora_jax import _contract, _jaxpr
@@ -115,10 +116,21 @@ def _while(ctx: Context, eqn: Any, args: Sequence[Any], walk: Walk) -> list[Any]
     for_cond, for_body = list(args[:n_cond]), list(args[n_cond : n_cond + n_body])
     loop = _Carry(ctx, eqn, body, args[n_cond + n_body :], offset=n_body)
 
-    def cond_fn(carry: Sequence[Any]) -> Any:
+    def goes_on(carry: Sequence[Any]) -> Any:
         return walk(cond, cond_consts, [*for_cond, *loop.all(carry)])[0]
 
-    def body_fn(carry: Sequence[Any]) -> Sequence[Any]:
-        return loop.moving(walk(body, body_consts, [*for_body, *loop.all(carry)]))
+    def step(carry: Sequence[Any]) -> Sequence[Any]:
+        moved = loop.moving(walk(body, body_consts, [*for_body, *loop.all(carry)]))
+        if not cond.outvars[0].aval.shape:
+            return moved
+        # Under vmap each example has a condition of its own: those that are done stand still.
+        going = goes_on(carry)
+        return [_where(going, new, old) for new, old in zip(moved, carry, strict=True)]
 
-    return loop.all(lax.while_loop(cond_fn, body_fn, loop.start))
+    return loop.all(lax.while_loop(lambda carry: goes_on(carry).any(), step, loop.start))
+
+
+def _where(going: jax.Array, new: jax.Array, old: jax.Array) -> jax.Array:
+    """`new` for the examples that go on; their axes lead."""
+    chosen = lax.broadcast_in_dim(going, new.shape, range(going.ndim))
+    return lax.select(chosen, new, old)

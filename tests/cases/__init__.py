@@ -8,6 +8,7 @@ from tests.cases import (  # noqa: F401 (they fill the table)
     dense,
     derivatives,
     experts,
+    found,
     indexing,
     layers,
     sharded,

@@ -54,7 +54,10 @@ def vmap(b: Builder) -> None:
 
 def scan(b: Builder) -> None:
     """Weights closed over, carried along (untouched or changed) and scanned, in any mixture."""
-    captures, lead = b.captures(), b.find("wwx")
+    captures, lead = b.captures(), b.find("wx")
+    if b.chance(50):  # stacked layers
+        stacks = b.find("w", lambda s: len(s) > 2)
+        lead = lead if stacks is None else stacks
     if lead is None:
         return
     length = b.shape(lead)[0]

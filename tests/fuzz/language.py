@@ -105,7 +105,7 @@ def fit(x: Any, shape: tuple[int, ...]) -> Any:
 
 def fold(x: Any, y: Any) -> Any:
     """`y` mixed into `x`: the end of a loop's body."""
-    return lax.tanh(lax.mul(x, jnp.asarray(0.5, x.dtype)) + fit(y, x.shape))
+    return lax.tanh(lax.mul(x, jnp.asarray(0.5, x.dtype)) + fit(y, x.shape).astype(x.dtype))
 
 
 def same(x: Any, kind: str) -> Any:

@@ -306,8 +306,11 @@ def _while(eqn: Any, *args: Any) -> list[Any]:
     n_cond, n_body = p["cond_nconsts"], p["body_nconsts"]
     for_test, for_body = args[:n_cond], args[n_cond : n_cond + n_body]
     carry = list(args[n_cond + n_body :])
-    while evaluate(*test, [*for_test, *carry])[0]:
-        carry = evaluate(*body, [*for_body, *carry])
+    while (going := evaluate(*test, [*for_test, *carry])[0]).any():
+        moved = evaluate(*body, [*for_body, *carry])
+        # Under vmap each example has a condition of its own, on the leading axes.
+        going_on = [going.reshape(going.shape + (1,) * (x.ndim - going.ndim)) for x in carry]
+        carry = [np.where(go, new, x) for go, new, x in zip(going_on, moved, carry, strict=True)]
     return carry
 
 
