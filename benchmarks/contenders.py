@@ -196,7 +196,7 @@ def _adapted(setting: Setting) -> Any:
     return params | {"layers": layers}
 
 
-def _pairs(params: Any) -> Any:
+def pairs_of(params: Any) -> Any:
     """(A, B) of every adapted weight in a joined tree or an overlay."""
     return each_block(lambda p: {n: (p[n].a, p[n].b) for n in ADAPTED}, params["layers"])
 
@@ -223,7 +223,7 @@ def joined(setting: Setting) -> Contender:
 
     def grads(state: tuple, batch: jax.Array) -> tuple:
         loss, grads = jax.value_and_grad(lora_jax.lora(setting.loss))(state[0], batch)
-        return loss, _pairs(grads)
+        return loss, pairs_of(grads)
 
     return Contender("h", "lora_jax, joined", make, start, grads)
 
@@ -253,7 +253,7 @@ def split(setting: Setting) -> Contender:
 
     def grads(state: tuple, base: Any, batch: jax.Array) -> tuple:
         loss, grads = jax.value_and_grad(loss_of)(state[0], base, batch)
-        return loss, _pairs(grads)
+        return loss, pairs_of(grads)
 
     return Contender("i", "lora_jax, split", make, start, grads)
 

@@ -1,9 +1,12 @@
 """The contenders of the benchmarks do the same work, or comparing them would mean nothing."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
+import lora_jax
 from benchmarks import contenders
 from benchmarks.contenders import Setting
 from benchmarks.decoder import VARIANTS, Size
@@ -59,3 +62,32 @@ def test_steps_train_and_the_floor_is_below_all(quick_compile):
     assert all(s.trace() > 0 for s in steppers)
     assert steppers[3].first_loss - steppers[3].loss() > 1e-3  # it trains
     assert median([3.0, 1.0, 2.0]) == 2.0
+
+
+@pytest.mark.parametrize("form", ["joined", "split"])
+def test_one_vector_of_all_adapters_is_the_same_update(form):
+    """What the README there says of `optax.flatten`: the mask holds, the values are equal."""
+    params = contenders.joined(Setting(TINY, "scan")).start()[0][0]
+    _, adapters = lora_jax.split(params)
+    tree = params if form == "joined" else adapters
+    grads = jax.tree.map(
+        lambda x: jnp.cos(jnp.arange(x.size, dtype=x.dtype)).reshape(x.shape), tree
+    )
+
+    def updated(tx):
+        tx = lora_jax.freeze(tx, tree)
+        updates, state = tx.update(grads, tx.init(tree), tree)
+        updates, state = tx.update(grads, state, tree)
+        return updates, state
+
+    (got, state), (want, _) = (
+        updated(optax.flatten(optax.adamw(1e-3))),
+        updated(optax.adamw(1e-3)),
+    )
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), got, want)
+    moved = jax.tree.map(
+        lambda label, u: (label == "train") == bool(u.any()), lora_jax.labels(tree), got
+    )
+    assert all(jax.tree.leaves(moved))
+    trained = sum(x.size for p in contenders.pairs_of(params).values() for x in p)
+    assert sorted(x.shape for x in jax.tree.leaves(state)) == [(), (trained,), (trained,)]
