@@ -58,14 +58,19 @@ def scan_counts(eqn: Any) -> tuple[int, int]:
     return params["num_consts"], params["num_carry"]
 
 
-def jvp_rule(eqn: Any, zero_tangents: Sequence[bool]) -> tuple[Any, Sequence[Any], Sequence[bool]]:
-    """The author's rule of a `custom_jvp_call` as (jaxpr, consts, output tangents that are zero).
+def jvp_rule(
+    eqn: Any, zero_tangents: Sequence[bool]
+) -> tuple[Any, Sequence[Any], Sequence[Any], Sequence[bool]]:
+    """The author's rule of a `custom_jvp_call`: (jaxpr, consts, first inputs, zero tangents out).
 
-    The jaxpr takes the primals, then the tangents that are not zero; it returns the primals out,
-    then the tangents out that are not zero.
+    The jaxpr takes those inputs, the primals, then the tangents that are not zero; it returns the
+    primals out, then the tangents out that are not zero.
     """
     jaxpr, consts, zeros_out = eqn.params["jvp_jaxpr_fun"].call_wrapped(*zero_tangents)
-    return open_jaxpr(jaxpr)[0], consts, zeros_out
+    jaxpr = open_jaxpr(jaxpr)[0]
+    # From 0.12 on the constants are the jaxpr's first inputs.
+    consts, first = (consts, ()) if len(jaxpr.constvars) == len(consts) else ((), consts)
+    return jaxpr, consts, first, zeros_out
 
 
 def shardings(eqn: Any) -> tuple[Sequence[Any], Sequence[Any]]:

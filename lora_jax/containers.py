@@ -67,7 +67,10 @@ def _remat(ctx: Context, eqn: Any, args: Sequence[Any], walk: Walk) -> list[Any]
         args = lax.optimization_barrier(list(args))
 
     def call(*args: Any) -> list[Any]:
-        return walk(jaxpr, consts, args)
+        before, ctx.rematerialised = ctx.rematerialised, True
+        outs = walk(jaxpr, consts, args)
+        ctx.rematerialised = before
+        return outs
 
     return jax.checkpoint(call, policy=policy, prevent_cse=params["prevent_cse"])(*args)
 

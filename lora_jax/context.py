@@ -5,17 +5,20 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax
+from jax.ad_checkpoint import checkpoint_name
+
 from lora_jax import _jaxpr
 from lora_jax.errors import DenseError, DenseWarning
 from lora_jax.forms import PLAIN, Forms
 from lora_jax.lazy import Axis, LazyWeight, to_dense
+from lora_jax.remat import SUM
 
 #: What `on_dense` may say: warn once a site, refuse, or make dense without a word.
 POLICIES = ("warn", "error", "allow")
 
 #: Primitives that take arrays apart in ways no one can see: their use of a weight says nothing.
 OPAQUE = ("pallas_call", "pure_callback", "io_callback", "ffi_call", "custom_call", "shard_map")
-
 
 #: Between the paths of a weight that is one of several, as a branch chooses.
 OR = " or "
@@ -53,6 +56,7 @@ class Context:
         self.forms = forms
         self.jitted: dict[Any, Any] = {}
         self.hidden: dict[int, Any] = {}  # id of an equation -> its x·A, computed with another's
+        self.rematerialised = False  # whether the walk is inside a `remat`
         self.enclosing: Any = None  # the innermost equation around this one that has a source line
         self._sites = 0
         self._told: set[tuple[str, str, str]] = set()
@@ -61,6 +65,11 @@ class Context:
     def infers(self) -> bool:
         """Whether this walk only watches how weights are used."""
         return self.uses is not None
+
+    def named(self, total: jax.Array) -> jax.Array:
+        """The sum of an adapted product, under its name where a `remat` policy may look for it."""
+        # Elsewhere no name: JAX cannot transpose one, and a linear function may be transposed.
+        return checkpoint_name(total, SUM) if self.rematerialised else total
 
     def next_site(self) -> int:
         """A number that no other contraction of this walk has."""

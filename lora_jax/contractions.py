@@ -26,7 +26,7 @@ def _dot_general(ctx: Context, eqn: Any, args: Sequence[Any]) -> Any:
     weight_is_left = _weight_is_left(*args)
     lazy, x = args if weight_is_left else args[::-1]
     if is_lazy(x):
-        contracted, batched = (dims[not weight_is_left] for dims in _dimensions(eqn))
+        contracted, batched = (dims[weight_is_left] for dims in _dimensions(eqn))
         x = _as_activation(ctx, eqn, x, contracted, batched)
     product, batch = _product(eqn, lazy, x, weight_is_left)
     summed = [axis for axis in product.x_axes if axis not in product.out_axes]
@@ -38,7 +38,8 @@ def _dot_general(ctx: Context, eqn: Any, args: Sequence[Any]) -> Any:
     if set(summed) <= set(lazy.a_axes):
         product = dataclasses.replace(product, x=drop(x, lazy, ctx.next_site()))
     update = branch(product, ctx.forms, ctx.hidden.pop(id(eqn), None))
-    return [add(y, update, eqn.outvars[0].aval.dtype)]
+    total = add(y, update, eqn.outvars[0].aval.dtype)
+    return [total if batch else ctx.named(total)]  # policies tell products with batch axes apart
 
 
 def share(ctx: Context, products: Sequence[tuple[Any, Sequence[Any]]]) -> None:

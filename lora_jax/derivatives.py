@@ -44,9 +44,9 @@ def _apply_rule(
     if not eqn.params["symbolic_zeros"]:
         tangents = [instantiate(t) for t in tangents]
     zeros_in = [type(t) is SymbolicZero for t in tangents]
-    jaxpr, consts, zeros_out = _jaxpr.jvp_rule(eqn, zeros_in)
+    jaxpr, consts, first, zeros_out = _jaxpr.jvp_rule(eqn, zeros_in)
     nonzero = [t for t, zero in zip(tangents, zeros_in, strict=True) if not zero]
-    outs = walk(jaxpr, consts, [*primals, *nonzero])
+    outs = walk(jaxpr, consts, [*first, *primals, *nonzero])
     outs = [ctx.make_dense(x, eqn) if is_lazy(x) else x for x in outs]
     out, dots = outs[: len(zeros_out)], iter(outs[len(zeros_out) :])
     return out, [_zero(o) if zero else next(dots) for o, zero in zip(out, zeros_out, strict=True)]

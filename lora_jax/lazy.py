@@ -7,10 +7,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.ad_checkpoint import checkpoint_name
 
 from lora_jax import _contract
-from lora_jax.remat import SUM
 from lora_jax.weights import LoraWeight, accumulator
 
 
@@ -247,4 +245,4 @@ def add(y: Any, update: jax.Array, dtype: Any) -> jax.Array:
     if y is None:
         return update.astype(dtype)
     wide = max(y.dtype, update.dtype, key=lambda d: d.itemsize)
-    return checkpoint_name(lax.add(y.astype(wide), update.astype(wide)).astype(dtype), SUM)
+    return lax.add(y.astype(wide), update.astype(wide)).astype(dtype)

@@ -19,7 +19,8 @@ def save_sums(prim: Any, *avals: Any, **params: Any) -> Any:
     `jax.checkpoint_policies.dots_with_no_batch_dims_saveable` keeps every product, so of an adapted
     one both `x·W` and `(x·A)·(scale·B)`, as large as each other. Their sum is all that the backward
     pass needs, besides the small `x·A`, and with this policy JAX keeps no more. Nothing is computed
-    that the other would not compute; without adapters the two are the same.
+    that the other would not compute; without adapters the two are the same. It is for a
+    `jax.checkpoint` in the function that `lora` is given; around `lora(fn)` it finds no sums.
 
     Args:
       prim: the primitive of an equation; JAX passes it, as all the rest.

@@ -58,8 +58,8 @@ MUTANTS = [
     Mutant(
         "skip the cast of the sum",
         "lazy.py",
-        "lax.add(y.astype(wide), update.astype(wide)).astype(dtype), SUM)",
-        "lax.add(y.astype(wide), update.astype(wide)), SUM)",
+        "return lax.add(y.astype(wide), update.astype(wide)).astype(dtype)",
+        "return lax.add(y.astype(wide), update.astype(wide))",
     ),
     Mutant(
         "give each weight of a group the first one's x·A",

@@ -19,3 +19,37 @@ def while_loop_that_ends_for_each_example(dtype):
         return jax.vmap(one)(x, steps)
 
     return fn, {"w": normal(1, (7, 7), dtype)}, (normal(0, (3, 7), dtype), jnp.array([2, 0, 3]))
+
+
+@case(layouts={"w": "io"})
+def custom_jvp_with_a_table(dtype):
+    """From JAX 0.12 on the constants of an author's rule come as its first inputs."""
+    table = jnp.arange(5, dtype=dtype)
+
+    @jax.custom_jvp
+    def f(w, x):
+        return jnp.tanh(x @ w)
+
+    @f.defjvp
+    def f_jvp(primals, tangents):
+        (w, x), (dw, dx) = primals, tangents
+        y = f(w, x)
+        return y, table[None] * (1 - y**2) * (x @ dw + dx @ w)
+
+    return (
+        lambda params, x: f(params["w"], x),
+        {"w": normal(1, (7, 5), dtype)},
+        (normal(0, (3, 7), dtype),),
+    )
+
+
+@case(layouts={"left": "ioi", "right": "io"}, dense="dot_general")
+def two_weights_that_meet_along_different_axes(dtype):
+    """The left one's contracted axis is not the right one's: its use was read off the wrong side."""
+
+    def fn(params, x):
+        product = lax.dot_general(params["left"], params["right"], (((2,), (0,)), ((), ())))
+        return jnp.tanh(product[:, 0] @ x)
+
+    params = {"left": normal(1, (3, 2, 7), dtype), "right": normal(2, (7, 5), dtype)}
+    return fn, params, (normal(0, (5, 4), dtype),)

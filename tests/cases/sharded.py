@@ -83,7 +83,7 @@ def shard_map_that_gathers_its_weights(dtype):
 
         return block(params["down"], params["up"], x)
 
-    return fn, pair(dtype), (normal(0, (4, 6), dtype),)
+    return fn, pair(dtype), (normal(0, (4, 6), dtype) / 2,)
 
 
 @case(layouts={"w": "bio"})

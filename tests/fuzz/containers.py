@@ -4,6 +4,7 @@ import math
 from typing import Any
 
 from tests.fuzz.builder import MAX_SIZE, Builder, Step, Value
+from tests.fuzz.contractions import contraction
 
 
 def enclosed(b: Builder) -> None:
@@ -55,7 +56,7 @@ def vmap(b: Builder) -> None:
 def scan(b: Builder) -> None:
     """Weights closed over, carried along (untouched or changed) and scanned, in any mixture."""
     captures, lead = b.captures(), b.find("wx")
-    if b.chance(50):  # stacked layers
+    if b.chance(70):  # stacked layers
         stacks = b.find("w", lambda s: len(s) > 2)
         lead = lead if stacks is None else stacks
     if lead is None:
@@ -70,6 +71,8 @@ def scan(b: Builder) -> None:
     operands = [*(b.values[i] for i in (*captures, *carry)), *slices]
     child = b.inner(operands)
     first = len(captures)
+    if slices and slices[0].kind == "w" and slices[0].shape and b.chance(60):
+        contraction(child, first + len(carry))
     outs = child.outputs(2)
     moved = child.emit("fold", [first, outs[-1]], [], b.values[hidden])
     if carried is not None:
