@@ -43,9 +43,9 @@ def custom_jvp_with_a_table(dtype):
     )
 
 
-@case(layouts={"left": "ioi", "right": "io"}, dense="dot_general")
+@case(layouts={"left": "ooi"})
 def two_weights_that_meet_along_different_axes(dtype):
-    """The left one's contracted axis is not the right one's: its use was read off the wrong side."""
+    """The use of the left one was read off the right one's contracted axis."""
 
     def fn(params, x):
         product = lax.dot_general(params["left"], params["right"], (((2,), (0,)), ((), ())))
