@@ -22,14 +22,16 @@ class Forms:
     (True, False)
     """
 
-    # Measured on two CPU cores, 512 tokens, width 512, rank 8, float32: one product of a weight
-    # with its gradients, over the same product without adapters.
-    #                         off    on
-    share: bool = True  #     1.15   1.10   (two weights of 512 × 2048 at one activation)
-    flatten: bool = True  #   1.60   1.15   (the whole step: XLA's CPU backend transposes
-    #                                        activations to contract over two axes)
-    rank_first: bool = True  # 1.31  1.17   (512 × 512; Eigen runs a product that contracts the
-    #                                        leading axis of a wide matrix four times as slowly)
+    # Time over that of the frozen model, two CPU cores, 512 tokens, width 512, rank 8, float32.
+    #                          off   on
+    share: bool = True  #      1.20  1.12   q, k and v of 512 × 512 with their gradients
+    flatten: bool = True  #    1.84  1.11   a whole training step: XLA's CPU backend contracts
+    #                                       two token axes by a slow path
+    rank_first: bool = True  # 1.31  1.17   one weight of 512 × 512: a product that contracts the
+    #                                       leading axis of a wide matrix is four times as slow
+    # Measured and left out: x·(W + A·B) where tokens outnumber the width. It was faster by 0.01 to
+    # 0.03 on these shapes, makes an array of the weight's size, and loses the update in bfloat16.
+    # Flattening x in the base product as well compiles to the same code.
 
     @classmethod
     def for_backend(cls, backend: str | None = None) -> "Forms":

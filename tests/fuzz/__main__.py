@@ -9,15 +9,19 @@ one.
 """
 
 import argparse
+import contextlib
 import multiprocessing
 import os
+import queue
 import re
 import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from typing import Any
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
@@ -30,16 +34,57 @@ from tests.fuzz.campaign import CHUNK, Tally
 
 def run(count: int, seed: int, workers: int, shrink: int, folder: str) -> tuple[Tally, list]:
     """Chunks of programs over processes; `shrink` sorts of failure are made small."""
-    starts, total = range(0, count, CHUNK), Tally()
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, spawn, campaign.configure, (folder,)) as pool:
-        chunks = [pool.submit(campaign.chunk, seed, i, min(i + CHUNK, count)) for i in starts]
-        for future in chunks:
-            total += future.result()
-        groups = _by_sort(total.problems)
-        small = [pool.submit(campaign.smallest, seed, found[0][0]) for found in groups[:shrink]]
-        shrunk = [future.result() for future in small]
-    return total, shrunk
+    starts: queue.SimpleQueue[int] = queue.SimpleQueue()
+    for start in range(0, count, CHUNK):
+        starts.put(start)
+
+    def lane() -> Tally:
+        total, process = Tally(), Process(folder)
+        with contextlib.suppress(queue.Empty):
+            while True:
+                start = starts.get_nowait()
+                total += process.tally(seed, start, min(start + CHUNK, count))
+        return total
+
+    with ThreadPoolExecutor(workers) as threads:
+        tallies = [threads.submit(lane) for _ in range(workers)]
+        total = sum((t.result() for t in tallies), Tally())
+    process = Process(folder)
+    groups = [found for found in _by_sort(total.problems) if found[0][1] is not None]
+    small = [process.call(campaign.smallest, seed, found[0][0]) for found in groups[:shrink]]
+    return total, small
+
+
+class Process:
+    """A process for programs, replaced by another where XLA brings it down."""
+
+    def __init__(self, folder: str):
+        self._folder = folder
+        self._start()
+
+    def _start(self) -> None:
+        spawn = multiprocessing.get_context("spawn")
+        self._pool = ProcessPoolExecutor(1, spawn, campaign.configure, (self._folder,))
+
+    def call(self, fn: Callable, *args: Any) -> Any:
+        """What `fn(*args)` returns there, or None where the process ended."""
+        try:
+            return self._pool.submit(fn, *args).result()
+        except BrokenProcessPool:
+            self._start()
+            return None
+
+    def tally(self, seed: int, start: int, stop: int) -> Tally:
+        """What became of some programs, the one that ends a process found by halving them."""
+        tally = self.call(campaign.chunk, seed, start, stop)
+        if tally is not None:
+            return tally
+        if stop - start > 1:
+            middle = (start + stop) // 2
+            return self.tally(seed, start, middle) + self.tally(seed, middle, stop)
+        if self.call(campaign.plain, seed, start) is None:
+            return Tally(1, skipped=Counter(["XLA ends the process"]))
+        return Tally(1, problems=[(start, None, "XLA ends the process, on the adapted form alone")])
 
 
 def _by_sort(problems: list[campaign.Problem]) -> list[list[campaign.Problem]]:
@@ -57,7 +102,7 @@ def report(tally: Tally, shrunk: Sequence[tuple], seconds: float) -> None:
     if tally.skipped:
         print(f"JAX itself does not run:{_lines(tally.skipped)}")
     for k, group in enumerate(_by_sort(tally.problems)):
-        program, problem = shrunk[k] if k < len(shrunk) else group[0][1:]
+        program, problem = (k < len(shrunk) and shrunk[k]) or group[0][1:]
         print(f"\nprograms {', '.join(str(i) for i, _, _ in group[:10])}: {problem}\n{program}")
     print(f"\n{len(tally.problems) or 'no'} mismatches")
 

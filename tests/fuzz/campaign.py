@@ -10,14 +10,14 @@ import hypothesis
 import jax
 from hypothesis.configuration import set_hypothesis_home_dir
 
-from tests.fuzz.check import Outcome, check
+from tests.fuzz.check import Outcome, check, plain_failure
 from tests.fuzz.language import Program
 from tests.fuzz.programs import programs
 
 CHUNK = 50  # programs that one process takes at a time
 COMPILED = 99  # programs with this seed of their own, one in a hundred, also go through XLA
 Check = Callable[[Program], Outcome]
-Problem = tuple[int, Program, str]  # index, program, what is wrong with it
+Problem = tuple[int, Program | None, str]  # index, program, what is wrong with it
 
 
 @dataclasses.dataclass
@@ -91,6 +91,13 @@ def chunk(seed: int, start: int, stop: int, checked: Check = check_both_ways) ->
         drawn(seed, index, lambda program, i=index: tally.note(i, program, checked(program)))
     jax.clear_caches()  # they would grow with every program
     return tally
+
+
+def plain(seed: int, index: int) -> str:
+    """Run a program on plain weights alone: whether XLA itself survives it."""
+    said: list[str] = []
+    drawn(seed, index, lambda program: said.append(plain_failure(program) or "runs"))
+    return said[-1]
 
 
 def smallest(seed: int, index: int, checked: Check = check_both_ways) -> tuple[Program, str]:

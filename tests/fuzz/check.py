@@ -44,7 +44,7 @@ def check(
         try:
             got = _run(program, outcome, oracle, compiled)
         except Exception as error:
-            reason = _plain_failure(program)
+            reason = plain_failure(program)
             if reason is None:
                 outcome.problem = f"crash: {type(error).__name__}: {error}"
             outcome.skipped = reason
@@ -199,7 +199,7 @@ def _difference(got: Any, want: Any, rounded: Any, coarse: bool) -> str | None:
     return None
 
 
-def _plain_failure(program: Program) -> str | None:
+def plain_failure(program: Program) -> str | None:
     """Why JAX does not run the plain program on plain weights; None where it does."""
     params, inputs, numbers = values(program)
     fn = lambda params, x: function(program)(params, x, numbers)
