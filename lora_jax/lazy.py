@@ -174,22 +174,15 @@ def lazy(node: LoraWeight, path: str) -> LazyWeight:
     )
 
 
-def rank_first(lazies: Sequence[LazyWeight]) -> list[LazyWeight]:
-    """The same weights with A as `[*batch, rank, *in]`, as B has it."""
-    orders = [
-        (
-            *(x for x in w.a_axes if x in w.b_axes and x != RANK),
-            RANK,
-            *(x for x in w.a_axes if x not in w.b_axes),
-        )
-        for w in lazies
-    ]
-    moved = [_contract.arrange(w.a, w.a_axes, o, {}) for w, o in zip(lazies, orders, strict=True)]
-    # Without the barrier XLA folds the transposes into the products, and into their gradients.
-    moved = lax.optimization_barrier(moved)
-    return [
-        dataclasses.replace(w, a=a, a_axes=o) for w, a, o in zip(lazies, moved, orders, strict=True)
-    ]
+def rank_first(lazy: LazyWeight) -> LazyWeight:
+    """The same weight with A as `[*batch, rank, *in]`, as B has it."""
+    ins = [axis for axis in lazy.a_axes if axis not in lazy.b_axes]
+    batch = [axis for axis in lazy.a_axes if axis in lazy.b_axes and axis != RANK]
+    axes = (*batch, RANK, *ins)
+    # Without the barrier XLA folds the transpose into the products, and into their gradients. One
+    # for each weight: inside a shard_map those of several may vary over different mesh axes.
+    a = lax.optimization_barrier(_contract.arrange(lazy.a, lazy.a_axes, axes, {}))
+    return dataclasses.replace(lazy, a=a, a_axes=axes)
 
 
 def tangents(primal: LazyWeight, da: Any, db: Any) -> tuple[LazyWeight, LazyWeight]:

@@ -79,8 +79,7 @@ def lora(
         ]
         chosen = forms or Forms.for_backend()
         if chosen.rank_first:
-            moved = iter(rank_first([x for x in leaves if is_lazy(x)]))
-            leaves = [next(moved) if is_lazy(x) else x for x in leaves]
+            leaves = [rank_first(x) if is_lazy(x) else x for x in leaves]
         ctx = Context(on_dense, rules=rules, forms=chosen)
         return Program(fn, treedef, leaves).evaluate(ctx, leaves)
 

@@ -70,8 +70,8 @@ MUTANTS = [
     Mutant(
         "let XLA fold the transpose of A",
         "lazy.py",
-        "    moved = lax.optimization_barrier(moved)\n",
-        "",
+        "a = lax.optimization_barrier(_contract.arrange(lazy.a, lazy.a_axes, axes, {}))",
+        "a = _contract.arrange(lazy.a, lazy.a_axes, axes, {})",
     ),
     Mutant(
         "let gradients into the base",

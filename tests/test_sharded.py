@@ -61,3 +61,40 @@ def test_layers_sharded_by_columns_by_rows_and_to_be_gathered(kind):
     plain = jax.make_jaxpr(jax.grad(lambda x: jnp.sin(fn(base, x)).sum()))
     with jax.set_mesh(mesh):
         assert shards <= weight_sized(plain(x).jaxpr, {(6, 8), (8, 10), (5, 22)})
+
+
+def test_lora_inside_a_shard_map_of_weights_that_are_sharded_in_different_ways():
+    """Their factors vary over different mesh axes, those of two that meet one activation too."""
+    mesh = jax.make_mesh((4,), ("d",), axis_types=(AxisType.Auto,))
+    shapes = {"up": (7, 8), "down": (8, 7), "whole": (7, 5)}
+    params = {name: normal(i, shape, jnp.float32) for i, (name, shape) in enumerate(shapes.items())}
+    x = normal(9, (3, 7), jnp.float32)
+
+    def block(params, x):
+        h = jnp.tanh(x @ params["up"]) @ params["down"]
+        return jax.lax.psum(h, "d") @ params["whole"] + jnp.sin(x @ params["whole"])
+
+    adapted = randomize(lora_jax.init(jax.random.key(0), params, lora_jax.LoraConfig(rank=2)))
+
+    def spec(name, w, a, b):
+        return lora_jax.LoraWeight(w, a, b, P(), layout=adapted[name].layout)
+
+    specs = {
+        "up": spec("up", P(None, "d"), P(), P(None, "d")),
+        "down": spec("down", P("d"), P("d"), P()),
+        "whole": spec("whole", P(), P(), P()),
+    }
+    mapped = jax.shard_map(
+        lora_jax.lora(block, on_dense="error"),
+        mesh=mesh,
+        in_specs=(specs, P()),
+        out_specs=P(),
+    )
+    plain = jax.shard_map(
+        block,
+        mesh=mesh,
+        in_specs=({name: s.w for name, s in specs.items()}, P()),
+        out_specs=P(),
+    )
+    got, want = jax.jit(mapped)(adapted, x), jax.jit(plain)(merged(adapted), x)
+    np.testing.assert_allclose(got, want, atol=2e-5)
