@@ -4,7 +4,7 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from jax import lax
@@ -57,54 +57,69 @@ class Product:
         return min((pair, pair[::-1]), key=operations)
 
 
-def branch(product: Product, forms: Forms, hidden: jax.Array | None = None) -> jax.Array:
-    """`x · a · b`, its axes in the order of `out_axes`.
+class Hidden(NamedTuple):
+    """A product that has come as far as `h = x · first factor`."""
 
-    `hidden` is `x · first factor` where `shared_hidden` has computed it already.
-    """
-    flat, free = flattened(product) if forms.flatten else (product, ())
-    lazy, out_axes, compute = flat.lazy, flat.out_axes, flat.compute
-    (f, f_axes), (s, s_axes) = flat.factors()
-    f, s = f.astype(compute), s.astype(compute)
-    if hidden is None:
-        keep = {*s_axes, *out_axes}
-        x = flat.x.astype(compute)
-        h, h_axes = _contract.contract(x, flat.x_axes, f, f_axes, keep, **flat.options)
-    else:
-        h, h_axes = hidden, _hidden_axes(flat)
-    h = h.astype(compute)
-    y, y_axes = _contract.contract(h, h_axes, s, s_axes, {*out_axes}, **flat.options)
-    sizes = _contract.sizes_of((flat.x, flat.x_axes), (f, f_axes), (s, s_axes)) | lazy.sizes
+    product: Product
+    tokens: tuple[int, ...]  # sizes of the axes that TOKENS stands for; empty where none does
+    h: jax.Array
+    axes: tuple[Any, ...]
+
+
+def branch(product: Product, forms: Forms) -> jax.Array:
+    """`x · a · b`, its axes in the order of `out_axes`."""
+    product, tokens = flattened(product) if forms.flatten else (product, ())
+    (f, f_axes), (_, s_axes) = product.factors()
+    x, f = product.x.astype(product.compute), f.astype(product.compute)
+    keep = {*s_axes, *product.out_axes}
+    h, axes = _contract.contract(x, product.x_axes, f, f_axes, keep, **product.options)
+    return from_hidden(Hidden(product, tokens, h, axes))
+
+
+def from_hidden(hidden: Hidden) -> jax.Array:
+    """The branch from its first half: `h` times the second factor."""
+    product, tokens, h, h_axes = hidden
+    out_axes, compute = product.out_axes, product.compute
+    _, (s, s_axes) = product.factors()
+    h, s = h.astype(compute), s.astype(compute)
+    y, y_axes = _contract.contract(h, h_axes, s, s_axes, {*out_axes}, **product.options)
+    sizes = product.lazy.sizes | _contract.sizes_of((product.x, product.x_axes))
     y = _contract.arrange(y, y_axes, out_axes, sizes)
-    if not free:
+    if not tokens:
         return y
     at = out_axes.index(TOKENS)
-    return lax.reshape(y, (*y.shape[:at], *(n for _, n in free), *y.shape[at + 1 :]))
+    return lax.reshape(y, (*y.shape[:at], *tokens, *y.shape[at + 1 :]))
 
 
-def flattened(product: Product) -> tuple[Product, tuple[tuple[Axis, int], ...]]:
-    """The product with its longest run of token axes as one, and those axes with their sizes."""
-    x, lazy = product.x, product.lazy
+def flattened(product: Product, x: jax.Array | None = None) -> tuple[Product, tuple[int, ...]]:
+    """The product with its longest run of token axes as one, and the sizes of those axes.
+
+    `x` is the flattened activation, where another product has it already.
+    """
+    lazy, shape = product.lazy, product.x.shape
     known = {*lazy.axes, *lazy.a_axes, *lazy.b_axes}
-    positions = range(x.ndim)
     runs = [
         list(run)
-        for free, run in itertools.groupby(positions, lambda i: product.x_axes[i] not in known)
+        for free, run in itertools.groupby(
+            range(len(shape)), lambda i: product.x_axes[i] not in known
+        )
         if free
     ]
     run = max(runs, key=len, default=[])
     # Merging axes that an explicit mesh shards would need a sharding of its own.
-    if len(run) < 2 or any(axis is not None for axis in jax.typeof(x).sharding.spec):
+    if len(run) < 2 or any(axis is not None for axis in jax.typeof(product.x).sharding.spec):
         return product, ()
     start, stop = run[0], run[-1] + 1
-    axes = product.x_axes[start:stop]
+    tokens, axes = shape[start:stop], product.x_axes[start:stop]
     at = product.out_axes.index(axes[0])
+    if x is None:
+        x = lax.reshape(product.x, (*shape[:start], math.prod(tokens), *shape[stop:]))
     return dataclasses.replace(
         product,
-        x=lax.reshape(x, (*x.shape[:start], math.prod(x.shape[start:stop]), *x.shape[stop:])),
+        x=x,
         x_axes=(*product.x_axes[:start], TOKENS, *product.x_axes[stop:]),
         out_axes=(*product.out_axes[:at], TOKENS, *product.out_axes[at + len(axes) :]),
-    ), tuple(zip(axes, x.shape[start:stop], strict=True))
+    ), tokens
 
 
 # --- weights that meet the same activation --------------------------------------------------------
@@ -122,25 +137,22 @@ def is_shareable(product: Product) -> bool:
     return {*f_axes} == {*summed, RANK} and not summed & {*s_axes}
 
 
-def shared_hidden(products: Sequence[Product], forms: Forms) -> Sequence[jax.Array]:
-    """`x · first factor` of several weights that meet the same `x`, from one product."""
-    flats = [flattened(p)[0] if forms.flatten else p for p in products]
+def share(products: Sequence[Product], forms: Forms) -> list[Hidden]:
+    """The first halves of several weights' branches on the same `x`, by one product."""
+    first, tokens = flattened(products[0]) if forms.flatten else (products[0], ())
+    flats = [flattened(p, first.x)[0] if tokens else p for p in products]
     parts = []
     for p in flats:
         (f, f_axes), _ = p.factors()
         wanted = (RANK, *(axis for axis in p.x_axes if axis in f_axes))
         parts.append(_contract.arrange(f.astype(p.compute), f_axes, wanted, {}))
-    first = flats[0]
     summed = [i for i, axis in enumerate(first.x_axes) if axis not in first.out_axes]
-    together = lax.concatenate(parts, 0)
     h = lax.dot_general(
         first.x.astype(first.compute),
-        together,
-        ((summed, range(1, together.ndim)), ((), ())),
+        lax.concatenate(parts, 0),
+        ((summed, range(1, len(summed) + 1)), ((), ())),
         **first.options,
     )
-    return lax.split(h, [len(part) for part in parts], axis=h.ndim - 1)
-
-
-def _hidden_axes(product: Product) -> tuple[Axis, ...]:
-    return (*(axis for axis in product.x_axes if axis in product.out_axes), RANK)
+    hs = lax.split(h, [len(part) for part in parts], axis=h.ndim - 1)
+    free = [(*(axis for axis in p.x_axes if axis in p.out_axes), RANK) for p in flats]
+    return [Hidden(p, tokens, h, axes) for p, h, axes in zip(flats, hs, free, strict=True)]

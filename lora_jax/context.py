@@ -9,6 +9,7 @@ import jax
 from jax.ad_checkpoint import checkpoint_name
 
 from lora_jax import _jaxpr
+from lora_jax.branches import Hidden
 from lora_jax.errors import DenseError, DenseWarning
 from lora_jax.forms import PLAIN, Forms
 from lora_jax.lazy import Axis, LazyWeight, to_dense
@@ -55,7 +56,7 @@ class Context:
         self.rules = rules or {}
         self.forms = forms
         self.jitted: dict[Any, Any] = {}
-        self.hidden: dict[int, Any] = {}  # id of an equation -> its x·A, computed with another's
+        self.hidden: dict[int, Hidden] = {}  # id of an equation -> its x·A, had with another's
         self.rematerialised = False  # whether the walk is inside a `remat`
         self.enclosing: Any = None  # the innermost equation around this one that has a source line
         self._sites = 0

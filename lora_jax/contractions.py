@@ -7,8 +7,8 @@ from typing import Any
 
 import jax
 
-from lora_jax import _jaxpr
-from lora_jax.branches import Product, branch, is_shareable, shared_hidden
+from lora_jax import _jaxpr, branches
+from lora_jax.branches import Product, branch, from_hidden, is_shareable
 from lora_jax.context import Context
 from lora_jax.gathers import rows_as_activation
 from lora_jax.lazy import Axis, LazyWeight, add, drop, is_lazy
@@ -37,7 +37,8 @@ def _dot_general(ctx: Context, eqn: Any, args: Sequence[Any]) -> Any:
         return [y]
     if set(summed) <= set(lazy.a_axes):
         product = dataclasses.replace(product, x=drop(x, lazy, ctx.next_site()))
-    update = branch(product, ctx.forms, ctx.hidden.pop(id(eqn), None))
+    hidden = ctx.hidden.pop(id(eqn), None)
+    update = branch(product, ctx.forms) if hidden is None else from_hidden(hidden)
     total = add(y, update, eqn.outvars[0].aval.dtype)
     return [total if batch else ctx.named(total)]  # policies tell products with batch axes apart
 
@@ -54,7 +55,7 @@ def share(ctx: Context, products: Sequence[tuple[Any, Sequence[Any]]]) -> None:
                     found[product.compute].append((eqn, product))
     for group in found.values():
         if len(group) > 1:
-            hiddens = shared_hidden([product for _, product in group], ctx.forms)
+            hiddens = branches.share([product for _, product in group], ctx.forms)
             ctx.hidden.update({id(eqn): h for (eqn, _), h in zip(group, hiddens, strict=True)})
 
 

@@ -52,8 +52,8 @@ MUTANTS = [
     Mutant(
         "skip the cast of the factors",
         "branches.py",
-        "f, s = f.astype(compute), s.astype(compute)",
-        "f, s = f, s",
+        "h, s = h.astype(compute), s.astype(compute)",
+        "h = h.astype(s.dtype)",
     ),
     Mutant(
         "skip the cast of the sum",
@@ -64,8 +64,8 @@ MUTANTS = [
     Mutant(
         "give each weight of a group the first one's x·A",
         "branches.py",
-        "return lax.split(h, [len(part) for part in parts], axis=h.ndim - 1)",
-        "return [h[..., : len(part)] for part in parts]",
+        "hs = lax.split(h, [len(part) for part in parts], axis=h.ndim - 1)",
+        "hs = [h[..., : len(part)] for part in parts]",
     ),
     Mutant(
         "let XLA fold the transpose of A",
