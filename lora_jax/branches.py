@@ -1,42 +1,76 @@
 """The branch `(x·A)·(scale·B)` of a product, in the form that is fast for its shapes."""
 
 import dataclasses
+import functools
 import itertools
 import math
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Hashable, Sequence
+from typing import Any
 
 import jax
 from jax import lax
 
 from lora_jax import _contract
 from lora_jax.forms import Forms
-from lora_jax.lazy import RANK, Axis, LazyWeight, branch_dtypes
+from lora_jax.lazy import RANK, STATIC, Axis, LazyWeight, add, branch_dtypes
 
 #: The one axis that several axes of an activation become in a flattened product.
 TOKENS = Axis((), -1_000_000)
 
 
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Product:
     """An activation that meets an adapted weight: `x · (w + a·b)`, every axis with its name."""
 
     lazy: LazyWeight
-    x: jax.Array
-    x_axes: tuple[Axis, ...]
-    out_axes: tuple[Axis, ...]
-    precision: Any = None
+    x: Any  # the activation, or None where another product has it
+    _: dataclasses.KW_ONLY
+    x_axes: tuple[Axis, ...] = dataclasses.field(metadata=STATIC)
+    out_axes: tuple[Axis, ...] = dataclasses.field(metadata=STATIC)
+    shape: tuple[int, ...] = dataclasses.field(metadata=STATIC)  # of x
+    dtype: Any = dataclasses.field(metadata=STATIC)  # of x
+    # whether axes of x may become one: no explicit mesh shards them
+    can_flatten: bool = dataclasses.field(metadata=STATIC)
+    precision: Any = dataclasses.field(metadata=STATIC, default=None)
+
+    @classmethod
+    def of(
+        cls,
+        lazy: LazyWeight,
+        x: jax.Array,
+        x_axes: Sequence[Axis],
+        out_axes: Sequence[Axis],
+        precision: Any = None,
+    ) -> "Product":
+        """The product of `x`, its axes named by `x_axes`, to be laid out as `out_axes`."""
+        return cls(
+            # What the numbers do not depend on is left out, so that JAX traces like ones once.
+            dataclasses.replace(lazy, w=None, path="", parts=(), indexed=(), looked_up=""),
+            x,
+            x_axes=tuple(x_axes),
+            out_axes=tuple(out_axes),
+            shape=x.shape,
+            dtype=x.dtype,
+            can_flatten=not any(jax.typeof(x).sharding.spec),
+            precision=precision,
+        )
 
     @property
     def options(self) -> dict[str, Any]:
         """Keyword arguments of the branch's two products."""
-        accumulate = branch_dtypes(self.x, self.lazy)[1]
+        accumulate = branch_dtypes(self.dtype, self.lazy)[1]
         return {"precision": self.precision, "preferred_element_type": accumulate}
 
     @property
     def compute(self) -> Any:
         """The dtype that the branch multiplies in."""
-        return branch_dtypes(self.x, self.lazy)[0]
+        return branch_dtypes(self.dtype, self.lazy)[0]
+
+    @property
+    def sizes(self) -> dict[Hashable, int]:
+        """The size of every axis of the activation and of the weight."""
+        return self.lazy.sizes | dict(zip(self.x_axes, self.shape, strict=True))
 
     def factors(self) -> tuple[tuple[jax.Array, tuple[Axis, ...]], ...]:
         """A and B, that first which makes the smaller intermediate and fewer operations.
@@ -45,7 +79,7 @@ class Product:
         """
         lazy = self.lazy
         pair = (lazy.a, lazy.a_axes), (lazy.b, lazy.b_axes)
-        sizes = _contract.sizes_of((self.x, self.x_axes), *pair) | lazy.sizes
+        sizes = _contract.sizes_of(*pair) | self.sizes
 
         def operations(order: Sequence[tuple[jax.Array, tuple[Axis, ...]]]) -> int:
             (_, first), (_, second) = order
@@ -57,46 +91,53 @@ class Product:
         return min((pair, pair[::-1]), key=operations)
 
 
-class Hidden(NamedTuple):
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Hidden:
     """A product that has come as far as `h = x · first factor`."""
 
     product: Product
-    tokens: tuple[int, ...]  # sizes of the axes that TOKENS stands for; empty where none does
     h: jax.Array
-    axes: tuple[Any, ...]
+    _: dataclasses.KW_ONLY
+    axes: tuple[Any, ...] = dataclasses.field(metadata=STATIC)
+    # sizes of the axes that TOKENS stands for; empty where none does
+    tokens: tuple[int, ...] = dataclasses.field(metadata=STATIC)
 
 
-def branch(product: Product, forms: Forms) -> jax.Array:
-    """`x · a · b`, its axes in the order of `out_axes`."""
-    product, tokens = flattened(product) if forms.flatten else (product, ())
-    (f, f_axes), (_, s_axes) = product.factors()
-    x, f = product.x.astype(product.compute), f.astype(product.compute)
-    keep = {*s_axes, *product.out_axes}
-    h, axes = _contract.contract(x, product.x_axes, f, f_axes, keep, **product.options)
-    return from_hidden(Hidden(product, tokens, h, axes))
+@functools.partial(jax.jit, static_argnames=("dtype", "forms"))
+def adapted(y: jax.Array | None, product: Product | Hidden, dtype: Any, forms: Forms) -> jax.Array:
+    """`y + x · a · b` in `dtype`, the axes of the branch in the order of `out_axes`.
+
+    Jitted, so that JAX traces, differentiates and lowers products of the same shapes once.
+    """
+    hidden = product if isinstance(product, Hidden) else _first_half(product, forms)
+    return add(y, _second_half(hidden), dtype)
 
 
-def from_hidden(hidden: Hidden) -> jax.Array:
-    """The branch from its first half: `h` times the second factor."""
-    product, tokens, h, h_axes = hidden
-    out_axes, compute = product.out_axes, product.compute
+def _first_half(product: Product, forms: Forms) -> Hidden:
+    flat, tokens = flattened(product) if forms.flatten else (product, ())
+    (f, f_axes), (_, s_axes) = flat.factors()
+    x, f = flat.x.astype(flat.compute), f.astype(flat.compute)
+    keep = {*s_axes, *flat.out_axes}
+    h, axes = _contract.contract(x, flat.x_axes, f, f_axes, keep, **flat.options)
+    return Hidden(flat, h, axes=axes, tokens=tokens)
+
+
+def _second_half(hidden: Hidden) -> jax.Array:
+    product, out_axes = hidden.product, hidden.product.out_axes
     _, (s, s_axes) = product.factors()
-    h, s = h.astype(compute), s.astype(compute)
-    y, y_axes = _contract.contract(h, h_axes, s, s_axes, {*out_axes}, **product.options)
-    sizes = product.lazy.sizes | _contract.sizes_of((product.x, product.x_axes))
-    y = _contract.arrange(y, y_axes, out_axes, sizes)
-    if not tokens:
+    h, s = hidden.h.astype(product.compute), s.astype(product.compute)
+    y, y_axes = _contract.contract(h, hidden.axes, s, s_axes, {*out_axes}, **product.options)
+    y = _contract.arrange(y, y_axes, out_axes, product.sizes)
+    if not hidden.tokens:
         return y
     at = out_axes.index(TOKENS)
-    return lax.reshape(y, (*y.shape[:at], *tokens, *y.shape[at + 1 :]))
+    return lax.reshape(y, (*y.shape[:at], *hidden.tokens, *y.shape[at + 1 :]))
 
 
-def flattened(product: Product, x: jax.Array | None = None) -> tuple[Product, tuple[int, ...]]:
-    """The product with its longest run of token axes as one, and the sizes of those axes.
-
-    `x` is the flattened activation, where another product has it already.
-    """
-    lazy, shape = product.lazy, product.x.shape
+def flattened(product: Product) -> tuple[Product, tuple[int, ...]]:
+    """The product with its longest run of token axes as one, and the sizes of those axes."""
+    lazy, x, shape = product.lazy, product.x, product.shape
     known = {*lazy.axes, *lazy.a_axes, *lazy.b_axes}
     runs = [
         list(run)
@@ -106,19 +147,18 @@ def flattened(product: Product, x: jax.Array | None = None) -> tuple[Product, tu
         if free
     ]
     run = max(runs, key=len, default=[])
-    # Merging axes that an explicit mesh shards would need a sharding of its own.
-    if len(run) < 2 or any(axis is not None for axis in jax.typeof(product.x).sharding.spec):
+    if len(run) < 2 or not product.can_flatten:
         return product, ()
     start, stop = run[0], run[-1] + 1
     tokens, axes = shape[start:stop], product.x_axes[start:stop]
     at = product.out_axes.index(axes[0])
-    if x is None:
-        x = lax.reshape(product.x, (*shape[:start], math.prod(tokens), *shape[stop:]))
+    shape = (*shape[:start], math.prod(tokens), *shape[stop:])
     return dataclasses.replace(
         product,
-        x=x,
+        x=None if x is None else lax.reshape(x, shape),
         x_axes=(*product.x_axes[:start], TOKENS, *product.x_axes[stop:]),
         out_axes=(*product.out_axes[:at], TOKENS, *product.out_axes[at + len(axes) :]),
+        shape=shape,
     ), tokens
 
 
@@ -139,13 +179,23 @@ def is_shareable(product: Product) -> bool:
 
 def share(products: Sequence[Product], forms: Forms) -> list[Hidden]:
     """The first halves of several weights' branches on the same `x`, by one product."""
-    first, tokens = flattened(products[0]) if forms.flatten else (products[0], ())
-    flats = [flattened(p, first.x)[0] if tokens else p for p in products]
+    first, *others = products
+    others = [dataclasses.replace(p, x=None) for p in others]
+    hs = _shared(first, others, forms)
+    return [
+        _hidden(dataclasses.replace(p, x=None), h, forms) for p, h in zip(products, hs, strict=True)
+    ]
+
+
+@functools.partial(jax.jit, static_argnames="forms")
+def _shared(first: Product, others: Sequence[Product], forms: Forms) -> Sequence[jax.Array]:
+    flats = [flattened(p)[0] if forms.flatten else p for p in (first, *others)]
     parts = []
     for p in flats:
         (f, f_axes), _ = p.factors()
         wanted = (RANK, *(axis for axis in p.x_axes if axis in f_axes))
         parts.append(_contract.arrange(f.astype(p.compute), f_axes, wanted, {}))
+    first = flats[0]
     summed = [i for i, axis in enumerate(first.x_axes) if axis not in first.out_axes]
     h = lax.dot_general(
         first.x.astype(first.compute),
@@ -153,6 +203,10 @@ def share(products: Sequence[Product], forms: Forms) -> list[Hidden]:
         ((summed, range(1, len(summed) + 1)), ((), ())),
         **first.options,
     )
-    hs = lax.split(h, [len(part) for part in parts], axis=h.ndim - 1)
-    free = [(*(axis for axis in p.x_axes if axis in p.out_axes), RANK) for p in flats]
-    return [Hidden(p, tokens, h, axes) for p, h, axes in zip(flats, hs, free, strict=True)]
+    return lax.split(h, [len(part) for part in parts], axis=h.ndim - 1)
+
+
+def _hidden(product: Product, h: jax.Array, forms: Forms) -> Hidden:
+    flat, tokens = flattened(product) if forms.flatten else (product, ())
+    free = [axis for axis in flat.x_axes if axis in flat.out_axes]
+    return Hidden(flat, h, axes=(*free, RANK), tokens=tokens)

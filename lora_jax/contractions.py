@@ -8,10 +8,10 @@ from typing import Any
 import jax
 
 from lora_jax import _jaxpr, branches
-from lora_jax.branches import Product, branch, from_hidden, is_shareable
+from lora_jax.branches import Product, is_shareable
 from lora_jax.context import Context
 from lora_jax.gathers import rows_as_activation
-from lora_jax.lazy import Axis, LazyWeight, add, drop, is_lazy
+from lora_jax.lazy import Axis, LazyWeight, drop, is_lazy
 from lora_jax.rules import Rule, rule
 
 RULES: dict[str, Rule] = {}
@@ -37,9 +37,8 @@ def _dot_general(ctx: Context, eqn: Any, args: Sequence[Any]) -> Any:
         return [y]
     if set(summed) <= set(lazy.a_axes):
         product = dataclasses.replace(product, x=drop(x, lazy, ctx.next_site()))
-    hidden = ctx.hidden.pop(id(eqn), None)
-    update = branch(product, ctx.forms) if hidden is None else from_hidden(hidden)
-    total = add(y, update, eqn.outvars[0].aval.dtype)
+    half = ctx.hidden.pop(id(eqn), product)
+    total = branches.adapted(y, half, eqn.outvars[0].aval.dtype, ctx.forms)
     return [total if batch else ctx.named(total)]  # policies tell products with batch axes apart
 
 
@@ -91,7 +90,7 @@ def _product(
     x_free = [axis for axis in x_axes if axis not in summed and axis not in batch]
     w_free = [axis for axis in lazy.axes if axis not in summed and axis not in batch]
     out = [*batch, *w_free, *x_free] if weight_is_left else [*batch, *x_free, *w_free]
-    return Product(lazy, x, tuple(x_axes), tuple(out), eqn.params["precision"]), batch
+    return Product.of(lazy, x, x_axes, out, eqn.params["precision"]), batch
 
 
 def _dimensions(eqn: Any) -> Any:

@@ -114,7 +114,7 @@ def _convolve_with_a(
     eqn: Any, lazy: LazyWeight, x: jax.Array, roles: _Roles, replaced: Axis
 ) -> jax.Array:
     """The convolution with A for the weight, RANK in the place of one of the weight's axes."""
-    compute, accumulate = branch_dtypes(x, lazy)
+    compute, accumulate = branch_dtypes(x.dtype, lazy)
     wanted = [RANK if axis == replaced else axis for axis in lazy.axes]
     a = _contract.arrange(lazy.a, lazy.a_axes, wanted, lazy.sizes).astype(compute)
     if roles.is_kernel and roles.feature_groups > 1:
@@ -154,7 +154,7 @@ Named = tuple[jax.Array, Sequence[Axis]]
 
 
 def _product(eqn: Any, lazy: LazyWeight, x: Named, b: Named, wanted: Sequence[Axis]) -> jax.Array:
-    compute, accumulate = branch_dtypes(x[0], lazy)
+    compute, accumulate = branch_dtypes(x[0].dtype, lazy)
     y, names = _contract.contract(
         x[0].astype(compute),
         x[1],

@@ -75,7 +75,7 @@ class _Product:
         self, x: jax.Array, x_axes: Sequence[Axis], factor: str, summed: Sequence[Axis]
     ) -> tuple[jax.Array, list[Axis]]:
         """`x` contracted over `summed` with a factor, and the axes of the result."""
-        compute, accumulate = branch_dtypes(x, self.lazy)
+        compute, accumulate = branch_dtypes(x.dtype, self.lazy)
         f, f_axes = getattr(self.lazy, factor), self.lazy.axes_of(factor)
         fixed = [self.group, *self.batch, *summed]
         free = [axis for axis in f_axes if axis not in fixed]

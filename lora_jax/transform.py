@@ -13,7 +13,7 @@ from lora_jax.custom_rules import Rule, check_rules
 from lora_jax.errors import ConfigError
 from lora_jax.forms import Forms
 from lora_jax.interpreter import interpret
-from lora_jax.lazy import is_lazy, lazy, rank_first
+from lora_jax.lazy import is_lazy, lazy
 from lora_jax.weights import LoraWeight, TrainedLeaf, dense, is_adapted, require_base
 
 
@@ -73,25 +73,23 @@ def lora(
             return fn(*args, **kwargs)
         # path[:2] is (args or kwargs, which one): the argument that a leaf belongs to
         holders = {path[:2] for path, leaf in flat if is_adapted(leaf)}
+        chosen = forms or Forms.for_backend()
         leaves = [
-            _enter(_paths.path_str(path[2:]), leaf) if path[:2] in holders else leaf
+            _enter(_paths.path_str(path[2:]), leaf, chosen) if path[:2] in holders else leaf
             for path, leaf in flat
         ]
-        chosen = forms or Forms.for_backend()
-        if chosen.rank_first:
-            leaves = [rank_first(x) if is_lazy(x) else x for x in leaves]
         ctx = Context(on_dense, rules=rules, forms=chosen)
         return Program(fn, treedef, leaves).evaluate(ctx, leaves)
 
     return wrapped
 
 
-def _enter(path: str, leaf: Any) -> Any:
+def _enter(path: str, leaf: Any, forms: Forms) -> Any:
     """What stands in the program for a leaf of an argument that holds adapted weights."""
     if is_adapted(leaf):
         require_base(path, leaf)
     if isinstance(leaf, LoraWeight):
-        return lazy(leaf, path)
+        return lazy(leaf, path, forms.rank_first)
     if isinstance(leaf, TrainedLeaf):
         return dense(
             TrainedLeaf(lax.stop_gradient(leaf.w), leaf.value, lax.stop_gradient(leaf.scale))

@@ -34,8 +34,8 @@ MUTANTS = [
     Mutant(
         "drop the scale",
         "lazy.py",
-        "lax.mul(node.b.astype(dtype), scale),",
-        "node.b.astype(dtype),",
+        "return a, lax.mul(b.astype(dtype), scale)",
+        "return a, b.astype(dtype)",
     ),
     Mutant(
         "swap A and B's contraction",
@@ -52,8 +52,8 @@ MUTANTS = [
     Mutant(
         "skip the cast of the factors",
         "branches.py",
-        "h, s = h.astype(compute), s.astype(compute)",
-        "h = h.astype(s.dtype)",
+        "h, s = hidden.h.astype(product.compute), s.astype(product.compute)",
+        "h = hidden.h.astype(s.dtype)",
     ),
     Mutant(
         "skip the cast of the sum",
@@ -64,14 +64,14 @@ MUTANTS = [
     Mutant(
         "give each weight of a group the first one's x·A",
         "branches.py",
-        "hs = lax.split(h, [len(part) for part in parts], axis=h.ndim - 1)",
-        "hs = [h[..., : len(part)] for part in parts]",
+        "return lax.split(h, [len(part) for part in parts], axis=h.ndim - 1)",
+        "return [h[..., : len(part)] for part in parts]",
     ),
     Mutant(
         "let XLA fold the transpose of A",
         "lazy.py",
-        "a = lax.optimization_barrier(_contract.arrange(lazy.a, lazy.a_axes, axes, {}))",
-        "a = _contract.arrange(lazy.a, lazy.a_axes, axes, {})",
+        "a = lax.optimization_barrier(lax.transpose(a, order))",
+        "a = lax.transpose(a, order)",
     ),
     Mutant(
         "let gradients into the base",
@@ -82,8 +82,8 @@ MUTANTS = [
     Mutant(
         "let gradients into the scale",
         "lazy.py",
-        "scale = lax.stop_gradient(node.scale)",
-        "scale = node.scale",
+        "scale = lax.stop_gradient(scale)",
+        "scale = scale",
     ),
     Mutant(
         "let gradients into the other leaves",
