@@ -125,17 +125,22 @@ def _with_pairs(params: Any, adapters: Any) -> Any:
     return params | {"layers": merged}
 
 
-def by_hand(setting: Setting) -> Contender:
-    """y = x @ W + (x @ A) @ (scale * B), on `[batch, time, width]`."""
+def loss_by_hand(setting: Setting, **options: Any) -> Callable:
+    """loss(adapters, params, batch), with y = x @ W + (x @ A) @ (scale * B) written out."""
 
     def product(x: jax.Array, weight: tuple) -> jax.Array:
         w, a, b = weight
         return x @ w + (x @ a) @ (SCALE * b)
 
     def loss_of(adapters: Any, params: Any, batch: jax.Array) -> jax.Array:
-        return setting.loss(_with_pairs(params, adapters), batch, product=product)
+        return setting.loss(_with_pairs(params, adapters), batch, product=product, **options)
 
-    return _on_adapters(setting, "b", "by hand, x@W + (x@A)@(scale*B)", loss_of)
+    return loss_of
+
+
+def by_hand(setting: Setting) -> Contender:
+    """y = x @ W + (x @ A) @ (scale * B), on `[batch, time, width]`."""
+    return _on_adapters(setting, "b", "by hand, x@W + (x@A)@(scale*B)", loss_by_hand(setting))
 
 
 def by_hand_flat(setting: Setting) -> Contender:
@@ -180,7 +185,7 @@ def full(setting: Setting) -> Contender:
     )
 
 
-def _adapted(setting: Setting) -> Any:
+def adapted(setting: Setting) -> Any:
     """The parameters with a `LoraWeight` for each adapted weight, of the same A and B."""
     config = lora_jax.LoraConfig(
         rank=setting.size.rank, alpha=SCALE * setting.size.rank, targets=list(ADAPTED)
@@ -206,7 +211,7 @@ def joined(setting: Setting) -> Contender:
 
     def make() -> Callable:
         loss_of = lora_jax.lora(lambda *args: setting.loss(*args))
-        tx = lora_jax.freeze(optax.adamw(LEARNING_RATE), jax.eval_shape(lambda: _adapted(setting)))
+        tx = lora_jax.freeze(optax.adamw(LEARNING_RATE), jax.eval_shape(lambda: adapted(setting)))
 
         def step(state: tuple, batch: jax.Array) -> tuple:
             params, moments = state
@@ -217,7 +222,7 @@ def joined(setting: Setting) -> Contender:
         return step
 
     def start() -> tuple:
-        params = _adapted(setting)
+        params = adapted(setting)
         tx = lora_jax.freeze(optax.adamw(LEARNING_RATE), params)
         return (params, tx.init(params)), setting.batch()
 
@@ -228,14 +233,22 @@ def joined(setting: Setting) -> Contender:
     return Contender("h", "lora_jax, joined", make, start, grads)
 
 
-def split(setting: Setting) -> Contender:
-    """lora_jax on base and adapters apart; the adapters are differentiated and donated."""
+def loss_split(setting: Setting, **options: Any) -> Callable:
+    """loss(adapters, base, batch) of lora_jax."""
 
     def loss_of(adapters: Any, base: Any, batch: jax.Array) -> jax.Array:
-        return lora_jax.lora(setting.loss)(lora_jax.join(base, adapters), batch)
+        plain = lambda params, batch: setting.loss(params, batch, **options)
+        return lora_jax.lora(plain)(lora_jax.join(base, adapters), batch)
+
+    return loss_of
+
+
+def split(setting: Setting) -> Contender:
+    """lora_jax on base and adapters apart; the adapters are differentiated and donated."""
+    loss_of = loss_split(setting)
 
     def make() -> Callable:
-        _, adapters = lora_jax.split(jax.eval_shape(lambda: _adapted(setting)))
+        _, adapters = lora_jax.split(jax.eval_shape(lambda: adapted(setting)))
         tx = lora_jax.freeze(optax.adamw(LEARNING_RATE), adapters)
 
         def step(state: tuple, base: Any, batch: jax.Array) -> tuple:
@@ -247,7 +260,7 @@ def split(setting: Setting) -> Contender:
         return step
 
     def start() -> tuple:
-        base, adapters = lora_jax.split(_adapted(setting))
+        base, adapters = lora_jax.split(adapted(setting))
         tx = lora_jax.freeze(optax.adamw(LEARNING_RATE), adapters)
         return (adapters, tx.init(adapters)), base, setting.batch()
 
