@@ -39,7 +39,7 @@ def test_layers_sharded_by_columns_by_rows_and_to_be_gathered(kind):
         place = lambda x, spec: jax.device_put(x, NamedSharding(mesh, spec))
         x = place(x, P("d", None))
         params = {name: place(w, SPECS[name]) for name, w in params.items()}
-        adapted = lora_jax.init(jax.random.key(0), params, lora_jax.LoraConfig(rank=4), fn, x)
+        adapted = lora_jax.init(jax.random.key(0), params, lora_jax.LoraConfig(rank=1), fn, x)
         base, adapters = lora_jax.split(randomize(adapted))
         apply = lora_jax.lora(fn, on_dense="error")
 
@@ -56,7 +56,8 @@ def test_layers_sharded_by_columns_by_rows_and_to_be_gathered(kind):
         for factor in ("a", "b"):
             g, e = getattr(grads[name], factor), getattr(expected[name], factor)
             np.testing.assert_allclose(g, e, rtol=1e-3, atol=1e-3)
-    # Nor is a shard of W + A·B made: what has its shape is the shard itself, cast in type.
+    # Nor is a shard of W + A·B made: what has its shape is the shard itself, cast in type. (The
+    # shards of a factor are saved as one array: of rank 1 they have no shape of a weight's.)
     shards = weight_sized(traced.jaxpr, {(6, 8), (8, 10), (5, 22)})
     plain = jax.make_jaxpr(jax.grad(lambda x: jnp.sin(fn(base, x)).sum()))
     with jax.set_mesh(mesh):

@@ -27,7 +27,7 @@ def shard_map_of_the_batch(dtype):
         )
         return mapped(lambda p, x: jnp.tanh(x @ p["up"]) @ p["down"])(params, x)
 
-    return fn, pair(dtype), (normal(0, (4, 6), dtype),)
+    return fn, pair(dtype), (normal(0, (8, 6), dtype),)
 
 
 @case(layouts={"up": "io", "down": "io"})
