@@ -26,10 +26,9 @@ def init(
 ) -> Any:
     """Put a `LoraWeight` where each targeted kernel stands; the function starts unchanged.
 
-    `W` becomes `W + scale · A · B` with A uniform in ±1/√fan_in and B zero, so
-    that the update is exactly zero (whether outputs are the same to the last bit is up to how XLA
-    fuses the two programs)
-    (https://arxiv.org/abs/2106.09685). Which axes are in and out is read from the program
+    `W` becomes `W + scale · A · B` (https://arxiv.org/abs/2106.09685) with A uniform in ±1/√fan_in
+    and B zero: the update is exactly zero, and outputs are the same to the bit unless XLA fuses the
+    two programs differently. Which axes are in and out is read from the program
     `fn(params, *args, **kwargs)`, traced on shapes alone.
 
     Args:
