@@ -1,8 +1,9 @@
 """What one walk through a program carries along: policy, warnings given, uses seen."""
 
+import contextlib
 import dataclasses
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -59,6 +60,7 @@ class Context:
         self.hidden: dict[int, Hidden] = {}  # id of an equation -> its x·A, had with another's
         self.rematerialised = False  # whether the walk is inside a `remat`
         self.enclosing: Any = None  # the innermost equation around this one that has a source line
+        self._names = True
         self._sites = 0
         self._told: set[tuple[str, str, str]] = set()
 
@@ -70,7 +72,14 @@ class Context:
     def named(self, total: jax.Array) -> jax.Array:
         """The sum of an adapted product, under its name where a `remat` policy may look for it."""
         # Elsewhere no name: JAX cannot transpose one, and a linear function may be transposed.
-        return checkpoint_name(total, SUM) if self.rematerialised else total
+        return checkpoint_name(total, SUM) if self.rematerialised and self._names else total
+
+    @contextlib.contextmanager
+    def unnamed(self) -> Iterator[None]:
+        """Inside it no sum gets a name, whatever is rematerialised."""
+        before, self._names = self._names, False
+        yield
+        self._names = before
 
     def next_site(self) -> int:
         """A number that no other contraction of this walk has."""

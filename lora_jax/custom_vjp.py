@@ -43,11 +43,12 @@ def _custom_vjp(ctx: Context, eqn: Any, args: Sequence[Any], walk: Walk) -> list
 
     def forward(*args: Any) -> tuple[list[Any], Any]:
         moving = [any(x.perturbed for x in jax.tree.leaves(arg)) for arg in args]
+        bases = [is_lazy(arg) and arg.w is not None and arg.w.perturbed for arg in args]
         args = jax.tree.map(lambda x: x.value, args)
         first, second = _halves(eqn, moving)
         outs = walk(*first, args)
         factors = [dataclasses.replace(x, w=None) if is_lazy(x) else None for x in args]
-        pullback = _Pullback(second, moving, [x is not None for x in factors])
+        pullback = _Pullback(second, moving, [x is not None for x in factors], bases)
         for lazy in pullback.whole(factors):
             ctx.make_dense(lazy, eqn, " (the author's derivative makes all of dW)")
         n_out = len(eqn.outvars)
@@ -120,15 +121,19 @@ class _Product:
 class _Pullback:
     """The second half, asked for a product's two operands in place of the product, where it can."""
 
-    def __init__(self, half: Program, moving: Sequence[bool], lazy: Sequence[bool]):
+    def __init__(
+        self, half: Program, moving: Sequence[bool], lazy: Sequence[bool], bases: Sequence[bool]
+    ):
         jaxpr, consts = half
         outs = iter(jaxpr.outvars)
         found = [next(outs) if moves else None for moves in moving]
         made = _jaxpr.producers(jaxpr)
+        # A base that moves, as one that an input scales does, needs all of dW.
         self._products = [
-            _product(made, v) if is_weight and v is not None else None
-            for v, is_weight in zip(found, lazy, strict=True)
+            _product(made, v) if is_weight and v is not None and not moves else None
+            for v, is_weight, moves in zip(found, lazy, bases, strict=True)
         ]
+        self._bases = bases
         self._moving = moving
         wanted: list[Any] = []
         for v, product in zip(found, self._products, strict=True):
@@ -143,25 +148,28 @@ class _Pullback:
     def cotangents(self, outs: Sequence[Any], factors: Sequence[Any], walk: Walk) -> list[Any]:
         """What the program's outputs say about each input: an array, factors, or None."""
         values = iter(outs)
-        rows = zip(factors, self._products, self._moving, strict=True)
+        rows = zip(factors, self._products, self._moving, self._bases, strict=True)
         return [
-            _one_cotangent(lazy, product, values, walk) if moves else None
-            for lazy, product, moves in rows
+            _one_cotangent(lazy, product, values, walk, base) if moves else None
+            for lazy, product, moves, base in rows
         ]
 
 
-def _one_cotangent(lazy: Any, product: _Product | None, values: Any, walk: Walk) -> Any:
+def _one_cotangent(
+    lazy: Any, product: _Product | None, values: Any, walk: Walk, base_moves: bool
+) -> Any:
     first = next(values)
     if lazy is None:
         return first
     if product is None:
-        return _pulled(lazy, to_dense, first)
+        pulled = _pulled(lazy, to_dense, first)
+        return dataclasses.replace(pulled, w=first.astype(lazy.dtype)) if base_moves else pulled
     right = next(values)
     return _pulled(lazy, lambda update: walk(*product.transposed, [right, update])[0], first)
 
 
 def _pulled(lazy: LazyWeight, fn: Callable[[LazyWeight], Any], ct: jax.Array) -> LazyWeight:
-    """The cotangents of both factors from that of `fn(A·B)`; the base has none."""
+    """The cotangents of both factors from that of `fn(A·B)`."""
 
     def of_factors(a: jax.Array, b: jax.Array) -> jax.Array:
         return fn(dataclasses.replace(lazy, a=a, b=b))

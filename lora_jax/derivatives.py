@@ -27,11 +27,17 @@ def _custom_jvp(ctx: Context, eqn: Any, args: Sequence[Any], walk: Walk) -> list
         return [ctx.make_dense(x, eqn) if is_lazy(x) else x for x in walk(jaxpr, consts, args)]
 
     def derivative(primals: Sequence[Any], tangents: Sequence[Any]) -> tuple[list[Any], list[Any]]:
-        # The rule is linear in the tangents, and a weight's is a sum of two: so is the outcome.
-        terms = [_terms(p, t) for p, t in zip(primals, tangents, strict=True)][n_consts:]
-        out, first = _apply_rule(ctx, eqn, walk, primals[n_consts:], [t for t, _ in terms])
-        _, second = _apply_rule(ctx, eqn, walk, primals[n_consts:], [t for _, t in terms])
-        return out, [_plus(a, b) for a, b in zip(first, second, strict=True)]
+        # The rule is linear in the tangents, and a weight's is a sum: so is the outcome.
+        pairs = list(zip(primals, tangents, strict=True))[n_consts:]
+        terms = [_terms(p, t) for p, t in pairs]
+        out, total = _apply_rule(ctx, eqn, walk, primals[n_consts:], [t for t, _ in terms])
+        others = [[t for _, t in terms]]
+        if any(_base_moves(p, t) for p, t in pairs):
+            others.append([t.w if _base_moves(p, t) else _zero(p) for p, t in pairs])
+        for tangents in others:
+            _, more = _apply_rule(ctx, eqn, walk, primals[n_consts:], tangents)
+            total = [_plus(a, b) for a, b in zip(total, more, strict=True)]
+        return out, total
 
     call.defjvp(derivative, symbolic_zeros=True)
     return call(*args)
@@ -46,7 +52,8 @@ def _apply_rule(
     zeros_in = [type(t) is SymbolicZero for t in tangents]
     jaxpr, consts, first, zeros_out = _jaxpr.jvp_rule(eqn, zeros_in)
     nonzero = [t for t, zero in zip(tangents, zeros_in, strict=True) if not zero]
-    outs = walk(jaxpr, consts, [*first, *primals, *nonzero])
+    with ctx.unnamed():  # a tangent is transposed, and JAX cannot transpose a name
+        outs = walk(jaxpr, consts, [*first, *primals, *nonzero])
     outs = [ctx.make_dense(x, eqn) if is_lazy(x) else x for x in outs]
     out, dots = outs[: len(zeros_out)], iter(outs[len(zeros_out) :])
     return out, [_zero(o) if zero else next(dots) for o, zero in zip(out, zeros_out, strict=True)]
@@ -59,7 +66,13 @@ def _plus(a: Any, b: Any) -> Any:
 
 
 def _zero(x: Any) -> SymbolicZero:
-    return SymbolicZero(jax.typeof(x).to_tangent_aval())
+    aval = jax.core.ShapedArray(x.shape, x.dtype) if is_lazy(x) else jax.typeof(x)
+    return SymbolicZero(aval.to_tangent_aval())
+
+
+def _base_moves(primal: Any, t: Any) -> bool:
+    """Whether a weight's base has a tangent, as one that an input scales has."""
+    return is_lazy(primal) and t.w is not None and type(t.w) is not SymbolicZero
 
 
 def instantiate(t: Any) -> Any:
@@ -72,9 +85,7 @@ def instantiate(t: Any) -> Any:
 
 
 def _terms(primal: Any, t: Any) -> tuple[Any, Any]:
-    """The two terms of one argument's tangent; that of an ordinary argument is all in the first."""
+    """The terms of one argument's tangent: of A and of B, or an ordinary one's own and zero."""
     if is_lazy(primal) and primal.a is not None:
         return tangents(primal, instantiate(t.a), instantiate(t.b))
-    if is_lazy(primal):
-        return _zero(primal.w), _zero(primal.w)
-    return t, _zero(primal)
+    return _zero(primal) if is_lazy(primal) else t, _zero(primal)

@@ -72,3 +72,31 @@ def test_no_tracer_leaks():
     ours, _, _, adapters = gradients(product(lambda w, x, g: x.T @ g))
     with jax.checking_leaks():
         jax.jit(jax.grad(ours))(adapters)
+
+
+def test_the_base_of_a_weight_that_an_input_scales_has_a_gradient():
+    """Found by the fuzzer: the input's gradient that comes through such a base was lost."""
+
+    @jax.custom_vjp
+    def f(w, x):
+        return jnp.tanh(x @ w)
+
+    def bwd(saved, g):
+        w, x = saved
+        g = 5 * g * (1 - jnp.tanh(x @ w) ** 2)  # five times the true one: told apart
+        return x.T @ g, g @ w.T
+
+    f.defvjp(lambda w, x: (f(w, x), (w, x)), bwd)
+
+    def model(params, x):
+        return f(params["w"] * jnp.sin(x[0, 0]), x)
+
+    params, x = {"w": normal(1, (7, 5), jnp.float32)}, normal(0, (3, 7), jnp.float32)
+    config = lora_jax.LoraConfig(rank=2)
+    adapted = randomize(lora_jax.init(jax.random.key(0), params, config, model, x))
+    run = lora_jax.lora(model, on_dense="allow")
+    got = jax.grad(lambda x: jnp.sin(run(adapted, x)).sum())(x)
+    want = jax.grad(lambda x: jnp.sin(model(merged(adapted), x)).sum())(x)
+    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
+    with pytest.raises(lora_jax.DenseError, match="all of dW"):
+        jax.grad(lambda x: lora_jax.lora(model, on_dense="error")(adapted, x).sum())(x)

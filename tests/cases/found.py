@@ -53,3 +53,40 @@ def two_weights_that_meet_along_different_axes(dtype):
 
     params = {"left": normal(1, (3, 2, 7), dtype), "right": normal(2, (7, 5), dtype)}
     return fn, params, (normal(0, (5, 4), dtype),)
+
+
+@case(layouts={"w": "io"})
+def custom_jvp_of_a_weight_that_an_input_scales(dtype):
+    """The base of such a view moves with the input: its tangent was taken for zero."""
+
+    @jax.custom_jvp
+    def f(w, x):
+        return jnp.tanh(x @ w)
+
+    @f.defjvp
+    def f_jvp(primals, tangents):
+        (w, x), (dw, dx) = primals, tangents
+        y = f(w, x)
+        return y, 3 * (1 - y**2) * (x @ dw + dx @ w)
+
+    return (
+        lambda params, x: f(params["w"] * jnp.sin(x[0, :5])[None], x),
+        {"w": normal(1, (7, 5), dtype)},
+        (normal(0, (3, 7), dtype),),
+    )
+
+
+@case(layouts={"w": "io"})
+def custom_jvp_around_a_remat(dtype):
+    """The rule's tangents go through the remat, and are transposed: nothing in them has a name."""
+
+    @jax.custom_jvp
+    def f(w, x):
+        return jax.checkpoint(lambda w, x: jnp.tanh(x @ w))(w, x)
+
+    f.defjvp(lambda primals, dots: jax.jvp(jax.checkpoint(lambda w, x: x @ w), primals, dots))
+    return (
+        lambda params, x: f(params["w"], x),
+        {"w": normal(1, (7, 5), dtype)},
+        (normal(0, (3, 7), dtype),),
+    )
