@@ -141,6 +141,8 @@ class _Gather:
             sizes[p] = self._sizes[i]
             kept[p] = self._offset.get(i, names[p])
         gone = {*collapsed, *(where[i] for i in batching)}
+        # JAX wants them in the order of the operand, which a factor may hold otherwise.
+        paired = sorted((where[i], j) for i, j in batching.items())
         offset = [name for p, name in enumerate(kept) if p not in gone]
         n_ids = len(self._id_axes)
         # Ids that are unique or sorted as rows of all columns need not be so in some of them.
@@ -152,8 +154,8 @@ class _Gather:
                 offset_dims=tuple(range(n_ids, n_ids + len(offset))),
                 collapsed_slice_dims=tuple(sorted(collapsed)),
                 start_index_map=tuple(where[i] for i in columns),
-                operand_batching_dims=tuple(where[i] for i in batching),
-                start_indices_batching_dims=tuple(batching.values()),
+                operand_batching_dims=tuple(at for at, _ in paired),
+                start_indices_batching_dims=tuple(j for _, j in paired),
             ),
             tuple(sizes),
             unique_indices=same and self._params["unique_indices"],
