@@ -375,3 +375,18 @@ def test_training_step_is_at_the_flop_floor():
     joined, split = stack_step_flops("joined"), stack_step_flops("split")
     assert joined == split
     assert joined <= 1.005 * floor
+
+
+def test_entries_picked_along_two_vmapped_axes_that_a_factor_holds_the_other_way_round():
+    """Found by the fuzzer: JAX wants the batch axes of a gather in the operand's order."""
+    shapes = (2, 3, 7, 5), (3, 5, 2), (3, 2, 2, 7)
+    w, a, b = (normal(i, shape, jnp.float32) for i, shape in enumerate(shapes))
+    layout = lora_jax.Layout("oboi")
+    params = {"w": lora_jax.LoraWeight(w, a, b, jnp.full((3,), 1.5), layout=layout)}
+    ids = jnp.array([[0, 6, 3], [2, 2, 5]])
+
+    def model(params):
+        return jax.vmap(jax.vmap(lambda rows, i: rows[i]))(params["w"], ids)
+
+    got, want = lora_jax.lora(model)(params), model(merged(params))
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
