@@ -17,6 +17,7 @@ from lora_jax.errors import (
     StructureError,
     TargetError,
 )
+from lora_jax.eva import eva
 from lora_jax.extract import extract
 from lora_jax.forms import Forms
 from lora_jax.merging import merge, unmerge
@@ -49,6 +50,7 @@ __all__ = [
     "TrainedLeaf",
     "count_params",
     "disable",
+    "eva",
     "extract",
     "freeze",
     "init",
