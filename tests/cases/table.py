@@ -73,7 +73,7 @@ def linen(module: nn.Module, *args: Any) -> tuple[Callable, Any, tuple]:
 def adapt(
     built: tuple[Callable, Any, tuple], layouts: dict[str, str], dtype: Any, rank: int = 2
 ) -> Any:
-    """The adapted parameters of a case, B random and the scale 1.5, so that nothing is a no-op."""
+    """The adapted parameters of a case, A, B random and the scale 1.5: nothing is a no-op."""
     fn, params, args = built
     config = lora_jax.LoraConfig(rank=rank, alpha=1.5 * rank, targets=list(layouts), dtype=dtype)
     params = lora_jax.init(jax.random.key(1), params, config, fn, *args)
@@ -81,11 +81,13 @@ def adapt(
 
 
 def randomize(params: Any) -> Any:
-    """Random B, in place of zero, of every adapted weight."""
+    """Random factors in place of those that start as zero, of every adapted weight."""
 
     def one(node: Any) -> Any:
         if not isinstance(node, lora_jax.LoraWeight):
             return node
+        if node.layout.uses == ("gather",):  # of a weight that is only looked up A is zero, not B
+            return dataclasses.replace(node, a=normal(3, node.a.shape, node.a.dtype))
         return dataclasses.replace(node, b=normal(3, node.b.shape, node.b.dtype))
 
     return jax.tree.map(one, params, is_leaf=is_node)
