@@ -8,12 +8,13 @@ import jax
 import jax.numpy as jnp
 
 from lora_jax import _paths, layouts
+from lora_jax.algebra import accumulator, column_norms
 from lora_jax.config import ALL_LINEAR, LoraConfig
 from lora_jax.context import Use
 from lora_jax.custom_rules import Rule, check_rules
 from lora_jax.errors import ConfigError, LayoutError, TargetError
 from lora_jax.starts import STARTS
-from lora_jax.weights import Layout, LoraWeight, TrainedLeaf, accumulator, is_adapted
+from lora_jax.weights import Layout, LoraWeight, TrainedLeaf, is_adapted
 
 
 def init(
@@ -284,7 +285,8 @@ def _adapt(key: jax.Array, path: str, w: Any, layout: Layout, config: LoraConfig
     base, a, b, scales = jax.eval_shape(factors, key, w) if abstract else factors(key, w)
     node = LoraWeight(base, a, b, scales, layout=layout, dropout=float(config.dropout))
     _check_start(node, w, rank, config.dtype)
-    return dataclasses.replace(node, w=_placed_as(w, base))
+    node = dataclasses.replace(node, w=_placed_as(w, base))
+    return _with_magnitude(node, config.dtype) if config.dora else node
 
 
 def _check_start(node: LoraWeight, w: Any, rank: int, dtype: Any) -> None:
@@ -311,6 +313,16 @@ def _placed_as(w: Any, base: Any) -> Any:
     if base is w or not isinstance(w, jax.Array) or isinstance(w, jax.core.Tracer):
         return base
     return jax.device_put(base, w.sharding)
+
+
+def _with_magnitude(node: LoraWeight, dtype: Any) -> LoraWeight:
+    def norms(node: LoraWeight) -> jax.Array:
+        return column_norms(node).astype(dtype)
+
+    abstract = isinstance(node.w, jax.ShapeDtypeStruct)
+    return dataclasses.replace(
+        node, magnitude=jax.eval_shape(norms, node) if abstract else norms(node)
+    )
 
 
 def _train_whole(w: Any, config: LoraConfig) -> TrainedLeaf:

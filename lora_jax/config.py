@@ -95,6 +95,9 @@ class LoraConfig:
         "olora" take A and B out of the weight, "loftq" rounds the weight to NF4 and fits A and B to
         what that lost: they *change the base*, see `init` and `on_original`. Or a function of the
         same signature, `(key, w, layout, rank, scale, dtype) -> (w', a, b)`: see `starts`.
+      dora: whether each weight also gets a magnitude for every output, so that it means
+        `m · V / ‖V‖` with `V = W + scale * A @ B` (https://arxiv.org/abs/2402.09353). It starts at
+        ‖V‖, so that the function starts unchanged but for rounding.
       dropout: probability of dropping an input of the branch, in effect only on parameters that
         went through `lora_jax.with_dropout`.
       train: leaves to train whole (a bias, a norm, a new head), in the same forms as `targets`.
@@ -114,6 +117,7 @@ class LoraConfig:
     overrides: Mapping[str, Override] = dataclasses.field(default_factory=dict)
     scaling: str = "standard"
     init: str | Callable[..., Any] = "kaiming"
+    dora: bool = False
     dropout: float = 0.0
     train: _paths.Pattern = ()
     dtype: Any = jnp.float32
@@ -135,6 +139,8 @@ class LoraConfig:
             raise ConfigError(f"scaling must be one of {SCALINGS}, got {self.scaling!r}")
         if not callable(self.init) and self.init not in INITS:
             raise ConfigError(f"init must be one of {INITS} or a function, got {self.init!r}")
+        if not isinstance(self.dora, bool):
+            raise ConfigError(f"dora must be True or False, got {self.dora!r}")
         _check_probability("dropout", self.dropout)
         object.__setattr__(self, "dtype", _check_dtype(self.dtype))
 

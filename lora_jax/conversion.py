@@ -7,16 +7,15 @@ import jax
 import jax.numpy as jnp
 
 from lora_jax import _paths
+from lora_jax.algebra import accumulator, subscripts
 from lora_jax.errors import StructureError
 from lora_jax.overlay import adapted_nodes
 from lora_jax.weights import (
     Adapted,
     LoraWeight,
     TrainedLeaf,
-    accumulator,
     check_fits,
     is_adapted,
-    subscripts,
 )
 
 

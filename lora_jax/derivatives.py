@@ -23,6 +23,7 @@ def _custom_jvp(ctx: Context, eqn: Any, args: Sequence[Any], walk: Walk) -> list
     if any(is_lazy(x) and x.probe for x in args):
         return walk(jaxpr, consts, args)  # the author's derivative would not reach what observes
     n_consts = eqn.params["num_consts"]
+    args = [ctx.undirected(x, eqn) for x in args]
 
     @jax.custom_jvp
     def call(*args: Any) -> list[Any]:

@@ -9,12 +9,13 @@ import jax.numpy as jnp
 
 from lora_jax import _paths
 from lora_jax.adapt import Plan, make_plan
+from lora_jax.algebra import accumulator
 from lora_jax.config import LoraConfig
 from lora_jax.custom_rules import Rule
 from lora_jax.errors import ConfigError, StructureError
 from lora_jax.linalg import balanced, matmul, randomized_svd, truncated_svd
 from lora_jax.matrices import as_factors, map_matrices
-from lora_jax.weights import Layout, LoraWeight, TrainedLeaf, accumulator, is_adapted
+from lora_jax.weights import Layout, LoraWeight, TrainedLeaf, is_adapted
 
 
 def extract(

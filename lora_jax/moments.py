@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from lora_jax import _paths
+from lora_jax.algebra import dense
 from lora_jax.batches import Batch, summed
 from lora_jax.context import Context
 from lora_jax.custom_rules import Rule
@@ -17,7 +18,7 @@ from lora_jax.lazy import LazyWeight, lazy
 from lora_jax.linalg import matmul
 from lora_jax.probes import PRODUCTS, SUMS
 from lora_jax.transform import Program
-from lora_jax.weights import LoraWeight, TrainedLeaf, dense, is_adapted
+from lora_jax.weights import LoraWeight, TrainedLeaf, is_adapted
 
 Arrays = dict[str, jax.Array]  # by path
 

@@ -73,7 +73,7 @@ def nf4(matrix: jax.Array, block: int = 64) -> jax.Array:
     largest = _largest(blocks, 1)
     values = jnp.array(NF4, matrix.dtype)
     middles = (values[1:] + values[:-1]) / 2
-    code = sum((blocks / largest > middle).astype(jnp.int32) for middle in middles)
+    code = ((blocks / largest)[..., None] > middles[None, None, None]).sum(-1)
     return (values[code] * largest).reshape(padded.shape)[:inputs]
 
 

@@ -6,10 +6,11 @@ from typing import Any
 
 import jax
 
+from lora_jax.algebra import accumulator
 from lora_jax.errors import ConfigError
 from lora_jax.matrices import as_factors, from_matrices, map_matrices
 from lora_jax.starts.signature import Factors
-from lora_jax.weights import Layout, accumulator
+from lora_jax.weights import Layout
 
 #: `(key, w [fan_in, fan_out], rank, scale, dtype) -> (w', a, b)`; w' may be wider than w.
 MatrixStart = Callable[[jax.Array, jax.Array, int, jax.Array, Any], Factors]

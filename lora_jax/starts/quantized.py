@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from lora_jax.errors import ConfigError
 from lora_jax.linalg import balanced, matmul, truncated_svd
@@ -45,12 +46,16 @@ def loftq(quantizer: Callable[[jax.Array], jax.Array] = nf4, steps: int = 5) -> 
         raise ConfigError(f"loftq: steps must be a positive integer, got {steps!r}")
 
     def on_matrix(key: jax.Array, w: jax.Array, rank: int, scale: jax.Array, dtype: Any) -> Factors:
-        wide, update = widened(w), jnp.zeros_like(widened(w))
-        for _ in range(steps):
-            rounded = quantizer(wide - update).astype(w.dtype)
-            a, b = balanced(truncated_svd(wide - rounded.astype(wide.dtype), rank), scale)
-            update = scale * matmul(a, b)
-        return rounded, a, b
+        wide = widened(w)
+
+        def step(_: int, last: Factors) -> Factors:
+            _, a, b = last
+            rounded = quantizer(wide - scale * matmul(a, b)).astype(w.dtype)
+            lost = wide - rounded.astype(wide.dtype)
+            return rounded, *balanced(truncated_svd(lost, rank), scale)
+
+        a, b = jnp.zeros((w.shape[0], rank)), jnp.zeros((rank, w.shape[1]))
+        return lax.fori_loop(0, steps, step, (w, a.astype(wide.dtype), b.astype(wide.dtype)))
 
     def start(
         key: jax.Array, w: jax.Array, layout: Layout, rank: int, scale: float, dtype: Any
