@@ -20,6 +20,7 @@ from lora_jax.errors import (
 from lora_jax.eva import eva
 from lora_jax.extract import extract
 from lora_jax.forms import Forms
+from lora_jax.lora_ga import lora_ga
 from lora_jax.merging import merge, unmerge
 from lora_jax.optim import freeze, labels, mask
 from lora_jax.overlay import disable, join, set_scale, split, with_dropout
@@ -58,6 +59,7 @@ __all__ = [
     "labels",
     "load",
     "lora",
+    "lora_ga",
     "mask",
     "merge",
     "on_original",

@@ -65,6 +65,7 @@ CORE = [
     "fresh",
     "moments",
     "eva",
+    "lora_ga",
     "merging",
     "optim",
     "summary",
