@@ -15,7 +15,7 @@ from safetensors.numpy import load_file
 
 import lora_jax
 from lora_jax.errors import ConfigError, StructureError, TargetError
-from lora_jax.eva import redistribute
+from lora_jax.eva import redistribute, top_components
 from tests.cases import CASES
 from tests.test_rules import matmul, toy
 
@@ -95,6 +95,19 @@ def test_a_wide_weight_takes_a_sketch():
 
     adapted = start(model, params, x)
     assert_spans(lora_jax.eva(model, adapted, [(x[:10],), (x[10:],)], **FLAT)["w"].a, [x])
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_components_of_a_matrix_of_low_rank_are_exact(whole):
+    """Seven directions of twenty, seen through ten columns; of the other three nothing is left."""
+    basis = np.linalg.qr(normal(1, 20, 7))[0]
+    values = 3.0 ** np.arange(7, 0, -1)
+    matrix = basis * values @ basis.T
+    sketch = np.eye(20) if whole else np.linalg.qr(normal(2, 20, 10))[0]
+    got, vectors = top_components(jnp.asarray(sketch), jnp.asarray(matrix @ sketch), 9)
+    np.testing.assert_allclose(got, [*values, 0, 0], rtol=1e-3, atol=1e-2)
+    np.testing.assert_allclose(np.abs(vectors[:, :7].T @ basis), np.eye(7), atol=1e-3)
+    np.testing.assert_allclose(vectors.T @ vectors, np.eye(9), atol=1e-4)
 
 
 # --- programs of every kind, run as one -----------------------------------------------------------
