@@ -6,13 +6,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lora_jax import _paths, layouts
+from lora_jax import _paths, layouts, selection
 from lora_jax.config import ALL_LINEAR, LoraConfig
 from lora_jax.context import Use
 from lora_jax.custom_rules import Rule, check_rules
 from lora_jax.errors import ConfigError, LayoutError, TargetError
 from lora_jax.initializers import INITIALIZERS, path_key
-from lora_jax.weights import Layout, LoraWeight, TrainedLeaf, accumulator, is_adapted
+from lora_jax.weights import Adapted, Layout, LoraWeight, TrainedLeaf, accumulator, is_adapted
 
 
 def init(
@@ -80,13 +80,16 @@ def init(
     _check_overrides(config, targets)
     _check_leaves({**targets, **dict.fromkeys(whole)}, leaves)
     chosen = _layouts(config, targets, leaves, uses)
+    chosen, masks = selection.select_layers(config, targets, chosen, leaves)
     _check_ranks(config, chosen, leaves)
-    nodes = {
+    nodes: dict[str, Adapted] = {
         **{
             path: _adapt(key, path, leaves[path], layout, config) for path, layout in chosen.items()
         },
         **{path: _train_whole(leaves[path], config) for path in whole},
     }
+    for path, mask in masks.items():
+        nodes[path] = selection.restrict(nodes[path], leaves[path], mask)
     return jax.tree_util.tree_unflatten(
         treedef, [nodes.get(path, leaf) for path, leaf in leaves.items()]
     )

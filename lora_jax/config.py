@@ -94,6 +94,15 @@ class LoraConfig:
       dropout: probability of dropping an input of the branch, in effect only on parameters that
         went through `lora_jax.with_dropout`.
       train: leaves to train whole (a bias, a norm, a new head), in the same forms as `targets`.
+      layers: which of the targets' layers to adapt: their numbers (negative ones count from the
+        end), or a slice, `slice(-4, None)` for the last four; None for all. The number of a layer
+        is the first in its path: 3 in "block_3/attn/query/kernel", "layers/3/kernel" and
+        "h.3.kernel"; every stack of layers ("encoder/block_", "decoder/block_") is counted by
+        itself. A target without a number is left out. A leaf that stacks the layers of a scan has
+        factors for all, which are zero and stay zero, as is the scale, at the layers left out.
+      layers_pattern: which number of a path it is, where there are several: the name before it
+        ("block", "layers", "h"), or a regex in which a group holds the number,
+        `r"h(\\d+)_attn"`; None for the first. Of stacked layers, a module's name in the path.
       dtype: of A, B and of the leaves trained whole: float32, bfloat16, float16 or float64.
 
     Raises:
@@ -112,6 +121,8 @@ class LoraConfig:
     init: str = "kaiming"
     dropout: float = 0.0
     train: _paths.Pattern = ()
+    layers: slice | Sequence[int] | None = None
+    layers_pattern: str | None = None
     dtype: Any = jnp.float32
 
     def __post_init__(self) -> None:
@@ -131,11 +142,15 @@ class LoraConfig:
             if getattr(self, field) not in known:
                 raise ConfigError(f"{field} must be one of {known}, got {getattr(self, field)!r}")
         _check_probability("dropout", self.dropout)
+        object.__setattr__(self, "layers", _check_layers(self.layers))
+        _check_layers_pattern(self.layers_pattern, self.layers)
         object.__setattr__(self, "dtype", _check_dtype(self.dtype))
 
     def __hash__(self) -> int:
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        return hash(tuple({**fields, "overrides": tuple(self.overrides.items())}.values()))
+        fields |= {"overrides": tuple(self.overrides.items())}
+        fields |= {"layers": str(self.layers)}  # Python 3.11 cannot hash a slice
+        return hash(tuple(fields.values()))
 
     def scale(self, rank: int, alpha: float | None) -> float:
         """`alpha/rank` or `alpha/sqrt(rank)`; an alpha of None stands for `rank`."""
@@ -159,6 +174,10 @@ class LoraConfig:
             for key, override in self.overrides.items()
         }
         values["dtype"] = self.dtype.name
+        if isinstance(self.layers, slice):
+            values["layers"] = {k: getattr(self.layers, k) for k in ("start", "stop", "step")}
+        elif self.layers is not None:
+            values["layers"] = list(self.layers)
         for field in ("targets", "exclude", "train"):
             if callable(values[field]):
                 values[field] = f"<callable {getattr(values[field], '__qualname__', '?')}>"
@@ -183,6 +202,36 @@ def _check_pattern(field: str, pattern: Any) -> _paths.Pattern:
     raise ConfigError(
         f"{field} must be a regex, a sequence of path suffixes or a callable, got {pattern!r}"
     )
+
+
+def _check_layers(layers: Any) -> slice | tuple[int, ...] | None:
+    if layers is None:
+        return None
+    if isinstance(layers, slice):
+        ends = [layers.start, layers.stop, layers.step]
+        if all(end is None or _is_integer(end) for end in ends) and layers.step != 0:
+            return slice(*(None if end is None else int(end) for end in ends))
+        raise ConfigError(f"layers: a slice of integers, its step not 0, got {layers!r}")
+    if not isinstance(layers, Sequence) or not all(map(_is_integer, layers)):
+        raise ConfigError(f"layers must be a sequence of integers or a slice, got {layers!r}")
+    if not layers:
+        raise ConfigError("layers is empty: nothing would be adapted; None takes all")
+    return tuple(int(number) for number in layers)
+
+
+def _is_integer(x: Any) -> bool:
+    return isinstance(x, Integral) and not isinstance(x, bool)
+
+
+def _check_layers_pattern(pattern: Any, layers: Any) -> None:
+    if pattern is None:
+        return
+    if not isinstance(pattern, str) or not pattern:
+        raise ConfigError(f"layers_pattern must be a name or a regex, got {pattern!r}")
+    if _paths.compile_regex("layers_pattern", pattern).groups > 1:
+        raise ConfigError(f"layers_pattern: {pattern!r} has several groups; one holds the number")
+    if layers is None:
+        raise ConfigError("layers_pattern says where the numbers of layers= are; give layers too")
 
 
 def _check_dtype(dtype: Any) -> Any:

@@ -38,6 +38,16 @@ from lora_jax import ConfigError, LoraConfig, Override
         ({"init": "zeros"}, "init"),
         ({"dropout": 1.0}, "dropout"),
         ({"dropout": -0.1}, "dropout"),
+        ({"layers": []}, "layers is empty"),
+        ({"layers": 3}, "layers must be"),
+        ({"layers": [True]}, "layers must be"),
+        ({"layers": "12"}, "layers must be"),
+        ({"layers": slice(0, 4, 0)}, "step not 0"),
+        ({"layers": slice("a")}, "layers: a slice of integers"),
+        ({"layers_pattern": "block"}, "give layers too"),
+        ({"layers": [0], "layers_pattern": ""}, "layers_pattern"),
+        ({"layers": [0], "layers_pattern": "("}, "layers_pattern.*regular expression"),
+        ({"layers": [0], "layers_pattern": r"(a)(\d)"}, "several groups"),
         ({"dtype": None}, "dtype"),
         ({"dtype": "float33"}, "dtype"),
         ({"dtype": jnp.int32}, "dtype"),
@@ -101,3 +111,12 @@ def test_to_dict_is_json():
     assert values["targets"].startswith("<callable")
     assert values["overrides"] == {"a": {"rank": 1, "alpha": None, "layout": None}}
     assert values["dtype"] == "float32" and values["train"] == ["b"]
+
+
+def test_layers_are_plain_data():
+    config = LoraConfig(layers=[np.int64(0), -1], layers_pattern="h")
+    assert config.layers == (0, -1)
+    assert json.loads(json.dumps(config.to_dict()))["layers"] == [0, -1]
+    last = LoraConfig(layers=slice(-4, None))
+    assert last.to_dict()["layers"] == {"start": -4, "stop": None, "step": None}
+    assert hash(last) == hash(LoraConfig(layers=slice(-4, None))) and last != config

@@ -47,6 +47,7 @@ CORE = [
     "initializers",
     "transform",
     "layouts",
+    "selection",
     "adapt",
     "overlay",
     "merging",
