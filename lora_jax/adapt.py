@@ -12,6 +12,7 @@ from lora_jax.context import Use
 from lora_jax.custom_rules import Rule, check_rules
 from lora_jax.errors import ConfigError, LayoutError, TargetError
 from lora_jax.initializers import INITIALIZERS, path_key
+from lora_jax.selection import Uses
 from lora_jax.weights import Adapted, Layout, LoraWeight, TrainedLeaf, accumulator, is_adapted
 
 
@@ -75,27 +76,26 @@ def init(
     uses = None if fn is None else layouts.infer_uses(fn, params, args, kwargs, rules)
     whole = _paths.select("train", config.train, leaves)
     targets = _targets(config, leaves, uses, whole)
-    if not targets and not whole:
+    if not targets and not whole and config.bias != "all":
         raise TargetError("exclude leaves no target, and train names no leaf: nothing would train")
     _check_overrides(config, targets)
     _check_leaves({**targets, **dict.fromkeys(whole)}, leaves)
     chosen = _layouts(config, targets, leaves, uses)
     chosen, masks = selection.select_layers(config, targets, chosen, leaves)
     _check_ranks(config, chosen, leaves)
+    biases = selection.select_biases(config, chosen, leaves, uses)
+    masks |= {bias: masks[kernel] for bias, kernel in biases.items() if kernel in masks}
     nodes: dict[str, Adapted] = {
         **{
             path: _adapt(key, path, leaves[path], layout, config) for path, layout in chosen.items()
         },
-        **{path: _train_whole(leaves[path], config) for path in whole},
+        **{path: _train_whole(leaves[path], config) for path in {**whole, **biases}},
     }
     for path, mask in masks.items():
         nodes[path] = selection.restrict(nodes[path], leaves[path], mask)
     return jax.tree_util.tree_unflatten(
         treedef, [nodes.get(path, leaf) for path, leaf in leaves.items()]
     )
-
-
-Uses = Mapping[str, Sequence[Use]] | None
 
 
 def _targets(

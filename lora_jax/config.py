@@ -13,6 +13,7 @@ from lora_jax.errors import ConfigError
 
 ALL_LINEAR = "all-linear"
 SCALINGS = ("standard", "rslora")
+BIASES = ("none", "all", "adapted")
 INITS = ("kaiming",)
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
@@ -94,6 +95,8 @@ class LoraConfig:
       dropout: probability of dropping an input of the branch, in effect only on parameters that
         went through `lora_jax.with_dropout`.
       train: leaves to train whole (a bias, a norm, a new head), in the same forms as `targets`.
+      bias: biases to train whole besides: "none", "all", or "adapted" for those beside an adapted
+        kernel. A bias is a leaf named "bias", or "b" where no product takes it for a kernel.
       layers: which of the targets' layers to adapt: their numbers (negative ones count from the
         end), or a slice, `slice(-4, None)` for the last four; None for all. The number of a layer
         is the first in its path: 3 in "block_3/attn/query/kernel", "layers/3/kernel" and
@@ -121,6 +124,7 @@ class LoraConfig:
     init: str = "kaiming"
     dropout: float = 0.0
     train: _paths.Pattern = ()
+    bias: str = "none"
     layers: slice | Sequence[int] | None = None
     layers_pattern: str | None = None
     dtype: Any = jnp.float32
@@ -130,7 +134,7 @@ class LoraConfig:
         _check_alpha("alpha", self.alpha)
         for field in ("targets", "exclude", "train"):
             object.__setattr__(self, field, _check_pattern(field, getattr(self, field)))
-        if not self.targets and not self.train:
+        if not self.targets and not self.train and self.bias != "all":
             raise ConfigError("targets and train are both empty: nothing would be trained")
         if not isinstance(self.overrides, Mapping):
             raise ConfigError(f"overrides must be a mapping, got {self.overrides!r}")
@@ -138,7 +142,7 @@ class LoraConfig:
         object.__setattr__(self, "overrides", overrides)
         for key in overrides:
             _paths.compile_regex("overrides", key)
-        for field, known in (("scaling", SCALINGS), ("init", INITS)):
+        for field, known in (("scaling", SCALINGS), ("init", INITS), ("bias", BIASES)):
             if getattr(self, field) not in known:
                 raise ConfigError(f"{field} must be one of {known}, got {getattr(self, field)!r}")
         _check_probability("dropout", self.dropout)

@@ -9,17 +9,26 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lora_jax import _paths
+from lora_jax import _paths, layouts
 from lora_jax.config import LoraConfig
+from lora_jax.context import Use
 from lora_jax.errors import TargetError
 from lora_jax.weights import Adapted, Layout, TrainedLeaf
+
+#: What a bias is called: by most libraries, and by Haiku.
+BIAS_NAMES = ("bias", "b")
+
+#: The last name in a path.
+LEAF = re.compile(r"[^/.]*\Z")
+
+Uses = Mapping[str, Sequence[Use]] | None
 
 #: For each leaf that stacks layers, which of them are adapted: [*batch] booleans.
 Masks = dict[str, np.ndarray]
 
 
 def select_layers(
-    config: LoraConfig, targets: Mapping[str, str], layouts: Mapping[str, Layout], leaves: Any
+    config: LoraConfig, targets: Mapping[str, str], chosen: Mapping[str, Layout], leaves: Any
 ) -> tuple[dict[str, Layout], Masks]:
     """The targets that lie in the layers of `config.layers`, and the masks of the stacked ones.
 
@@ -31,13 +40,13 @@ def select_layers(
         without a layer; a leaf has a number and batch axes, and no pattern says which counts.
     """
     if config.layers is None:
-        return dict(layouts), {}
-    _check_ambiguous(config, layouts)
+        return dict(chosen), {}
+    _check_ambiguous(config, chosen)
     sizes = _stack_sizes(config, leaves)
     kept: dict[str, Layout] = {}
     masks: Masks = {}
     lying: dict[str, tuple[range | list[int], int]] = {}  # the layers in a leaf, and of how many
-    for path, layout in layouts.items():
+    for path, layout in chosen.items():
         place = _paths.layer_number(path, config.layers_pattern)
         if place is not None:
             lying[path] = [place[1]], sizes[place[0]]
@@ -56,13 +65,13 @@ def select_layers(
     return kept, {path: mask for path, mask in masks.items() if path in kept}
 
 
-def _check_ambiguous(config: LoraConfig, layouts: Mapping[str, Layout]) -> None:
+def _check_ambiguous(config: LoraConfig, chosen: Mapping[str, Layout]) -> None:
     """A number and batch axes: experts of a numbered block, or a module of stacked blocks?"""
     unclear = [
         f"layers: {path} has a number in its path and batch axes ({layout.axes}), of which either "
         "may count the layers; layers_pattern= says which: the name before the number, or that of "
         "the module that is stacked"
-        for path, layout in layouts.items()
+        for path, layout in chosen.items()
         if config.layers_pattern is None and "b" in layout.axes and _paths.layer_number(path)
     ]
     if unclear:
@@ -124,6 +133,54 @@ def _check_layers(
         ]
     if problems:
         raise TargetError("\n".join(problems))
+
+
+def select_biases(
+    config: LoraConfig, adapted: Mapping[str, Layout], leaves: Mapping[str, Any], uses: Uses
+) -> dict[str, str]:
+    """The biases that `config.bias` lets train: each path with that of its kernel, or "" for all.
+
+    Beside an adapted kernel it is the leaf that has the kernel's batch and out axes.
+
+    Raises:
+      TargetError: there are none.
+    """
+    if config.bias == "none":
+        return {}
+    found = {}
+    for path, leaf in leaves.items():
+        if path not in adapted and _is_bias(path, leaf, uses):
+            kernel = "" if config.bias == "all" else _kernel_of(path, leaf, adapted, leaves)
+            if kernel is not None:
+                found[path] = kernel
+    if not found:
+        beside = "beside an adapted kernel " if config.bias == "adapted" else ""
+        names = " or ".join(BIAS_NAMES)
+        raise TargetError(
+            f'bias="{config.bias}": no leaf named {names} {beside}is a bias; name it with train='
+        )
+    return found
+
+
+def _is_bias(path: str, leaf: Any, uses: Uses) -> bool:
+    name = re.split(r"[/.]", path)[-1]
+    if name not in BIAS_NAMES or not layouts.is_floating(leaf) or not leaf.shape:
+        return False
+    if name == "bias":
+        return True
+    # "b" is short for many things
+    return len(leaf.shape) == 1 if uses is None else not layouts.contractions(uses.get(path, ()))
+
+
+def _kernel_of(
+    path: str, bias: Any, adapted: Mapping[str, Layout], leaves: Mapping[str, Any]
+) -> str | None:
+    """The adapted kernel in a bias's own module whose outputs it is added to."""
+    for kernel, layout in adapted.items():
+        beside = LEAF.sub("", kernel) == LEAF.sub("", path)
+        if beside and layout.select("bo", leaves[kernel].shape) == tuple(bias.shape):
+            return kernel
+    return None
 
 
 def restrict(node: Adapted, base: Any, mask: np.ndarray) -> Adapted:

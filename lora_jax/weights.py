@@ -122,7 +122,7 @@ class TrainedLeaf:
 
     w: Any  # the base leaf; frozen
     value: Any  # same shape; trained
-    scale: Any  # []; 0 switches back to the base
+    scale: Any  # [], or the sizes of stacked layers with ones behind; 0 switches to the base
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -38,6 +38,7 @@ from lora_jax import ConfigError, LoraConfig, Override
         ({"init": "zeros"}, "init"),
         ({"dropout": 1.0}, "dropout"),
         ({"dropout": -0.1}, "dropout"),
+        ({"bias": "lora_only"}, "bias must be one of .*adapted"),
         ({"layers": []}, "layers is empty"),
         ({"layers": 3}, "layers must be"),
         ({"layers": [True]}, "layers must be"),

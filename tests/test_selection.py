@@ -1,12 +1,14 @@
 """Layers and biases that a configuration selects besides its targets."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import lora_jax
-from lora_jax import LoraConfig, TargetError, _paths
+from lora_jax import LoraConfig, TargetError, TrainedLeaf, _paths
 from lora_jax.overlay import adapted_nodes
 from tests.cases import normal
 
@@ -174,3 +176,69 @@ def test_a_pattern_tells_layers_from_experts():
     )
     params = {name: {"w": x} for name, x in params.items()}
     assert set(adapted_nodes(lora_jax.init(KEY, params, config))) == {"layers/w"}
+
+
+# --- biases ---------------------------------------------------------------------------------------
+
+
+def whole(params):
+    return {p: n for p, n in adapted_nodes(params).items() if isinstance(n, TrainedLeaf)}
+
+
+def test_biases():
+    """PEFT's none, lora_only and all."""
+    assert not whole(init(targets=["Dense_0"]))
+    beside = init(targets=["Dense_0"], layers=[1, 2], bias="adapted")
+    assert set(whole(beside)) == {"block_1/Dense_0/bias", "block_2/Dense_0/bias"}
+    every = init(targets=["Dense_0"], bias="all")
+    want = {f"block_{i}/Dense_{j}/bias" for i in range(4) for j in range(2)} | {"head/bias"}
+    assert set(whole(every)) == want
+    alone = init(targets=(), bias="all", train=["head"])
+    assert set(adapted_nodes(alone)) == want | {"head/kernel"}
+
+
+def test_biases_of_other_libraries():
+    """Haiku's "b", an attention's bias of two axes; and what has the name alone is none."""
+    params = {
+        "linear": {"w": jnp.ones((4, 6)), "b": jnp.zeros(6)},
+        "query": {"kernel": jnp.ones((6, 2, 3)), "bias": jnp.zeros((2, 3))},
+        "lora": {"w": jnp.ones((6, 3)), "b": jnp.ones((3, 3))},
+        "norm": {"bias": jnp.zeros(6), "b": jnp.int32(3)},
+    }
+
+    def fn(params, x):
+        x = x @ params["linear"]["w"] + params["linear"]["b"][None] + params["norm"]["bias"][None]
+        q = jnp.einsum("te,ehd->thd", x, params["query"]["kernel"]) + params["query"]["bias"][None]
+        return q, x @ params["lora"]["w"] @ params["lora"]["b"]
+
+    def biases(**fields):
+        return set(whole(lora_jax.init(KEY, params, LoraConfig(rank=1, **fields), fn, X[:, :4])))
+
+    assert biases(bias="adapted") == {"linear/b", "query/bias"}
+    assert biases(bias="all") == {"linear/b", "query/bias", "norm/bias"}
+    assert biases(bias="all", targets=["query"]) == {"linear/b", "query/bias", "norm/bias"}
+
+
+def test_no_bias_to_train():
+    params = {"w": jnp.ones((4, 3)), "c": {"bias": jnp.zeros(3)}}
+    with pytest.raises(TargetError, match="no leaf named bias or b beside an adapted kernel"):
+        lora_jax.init(KEY, params, LoraConfig(rank=1, bias="adapted"))
+    del params["c"]
+    with pytest.raises(TargetError, match='bias="all": no leaf named bias or b is'):
+        lora_jax.init(KEY, params, LoraConfig(rank=1, bias="all"))
+
+
+def test_biases_of_stacked_layers_train_in_the_layers_chosen():
+    params = {"layers": {"kernel": jnp.ones((3, 4, 5)), "bias": jnp.zeros((3, 5))}}
+    fields = {"overrides": {"kernel": {"layout": "bio"}}, "layers": [1], "bias": "adapted"}
+    start = lora_jax.init(KEY, params, LoraConfig(rank=1, **fields))
+    node = start["layers"]["bias"]
+    np.testing.assert_array_equal(node.scale, [[0], [1], [0]])
+    moved = {"layers": {**start["layers"], "bias": dataclasses.replace(node, value=node.value + 1)}}
+    want = np.array([0, 1, 0])[:, None] * np.ones((3, 5))
+    np.testing.assert_array_equal(lora_jax.merge(moved)["layers"]["bias"], want)
+    got = lora_jax.lora(lambda p: p["layers"]["bias"])(moved)
+    np.testing.assert_array_equal(got, want)
+    grads = jax.grad(lambda p: lora_jax.lora(lambda q: q["layers"]["bias"].sum())(p))(moved)
+    np.testing.assert_array_equal(grads["layers"]["bias"].value, want)
+    np.testing.assert_array_equal(lora_jax.merge(lora_jax.disable(moved))["layers"]["bias"], 0)
