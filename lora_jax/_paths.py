@@ -114,12 +114,14 @@ def select(field: str, pattern: Pattern, leaves: Mapping[str, Any]) -> dict[str,
 
 
 def lookup(table: Mapping[str, Any], path: str) -> tuple[str, Any] | None:
-    """The (key, value) of the first key in `table` that matches `path`; an exact key wins.
+    """The (key, value) of the first key in `table` that matches `path`.
 
-    A key matches as a path suffix, a module above the leaf, or a regex for the whole path.
+    A key matches as a path suffix, a module above the leaf, or a regex for the whole path. The leaf's
+    own path wins, then that of the module it is in.
     """
-    if path in table:
-        return path, table[path]
+    for exact in (path, path.rpartition("/")[0]):
+        if exact in table:
+            return exact, table[exact]
     for key, value in table.items():
         if names_module(key, path) or compile_regex("overrides", key).fullmatch(path):
             return key, value

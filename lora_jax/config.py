@@ -88,8 +88,8 @@ class LoraConfig:
         string is a regex for the whole path; a sequence holds path suffixes ("query/kernel") or
         module names ("query"); a callable gets the path and the leaf.
       exclude: what to leave out of `targets`, in the same forms. It wins.
-      overrides: pattern -> `Override` (or a dict of its fields). An exact path wins, then the first
-        key that matches as suffix, module name or regex.
+      overrides: pattern -> `Override` (or a dict of its fields). The leaf's whole path wins, then
+        its module's, then the first key that matches as suffix, module name or regex.
       scaling: "standard" or "rslora".
       init: "kaiming": A uniform in ±1/√fan_in, B zero, so that the function starts unchanged.
       dropout: probability of dropping an input of the branch, in effect only on parameters that

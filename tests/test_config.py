@@ -99,6 +99,12 @@ def test_overrides_exact_path_wins_then_the_first_match():
     assert config.for_path("a/key/kernel")[:2] == (8, 0.5)
 
 
+def test_overrides_of_a_module_by_its_whole_path_win_over_a_suffix():
+    config = LoraConfig(overrides={"query": {"rank": 2}, "b/query": {"rank": 5}, "b": {"rank": 3}})
+    ranks = {p: config.for_path(p)[0] for p in ("b/query/kernel", "a/query/kernel", "b/key/kernel")}
+    assert ranks == {"b/query/kernel": 5, "a/query/kernel": 2, "b/key/kernel": 3}
+
+
 def test_numpy_numbers_will_do_and_it_can_be_hashed():
     config = LoraConfig(rank=np.int64(4), alpha=np.float32(2), overrides={"a": {"rank": 1}})
     assert config.for_path("b")[:2] == (4, 0.5)
