@@ -22,7 +22,7 @@ from lora_jax.overlay import disable, join, set_scale, split, with_dropout
 from lora_jax.remat import save_sums
 from lora_jax.summary import count_params, summary
 from lora_jax.transform import lora
-from lora_jax.weights import Layout, LoraWeight, TrainedLeaf
+from lora_jax.weights import Layout, LoraWeight, TrainedLeaf, TrainedRows
 
 __version__ = "0.1.0"
 
@@ -44,6 +44,7 @@ __all__ = [
     "StructureError",
     "TargetError",
     "TrainedLeaf",
+    "TrainedRows",
     "count_params",
     "disable",
     "freeze",

@@ -116,8 +116,8 @@ def select(field: str, pattern: Pattern, leaves: Mapping[str, Any]) -> dict[str,
 def lookup(table: Mapping[str, Any], path: str) -> tuple[str, Any] | None:
     """The (key, value) of the first key in `table` that matches `path`.
 
-    A key matches as a path suffix, a module above the leaf, or a regex for the whole path. The leaf's
-    own path wins, then that of the module it is in.
+    A key matches as a path suffix, a module above the leaf, or a regex for the whole path. The path
+    itself wins, then that of the module it is in.
     """
     for exact in (path, path.rpartition("/")[0]):
         if exact in table:

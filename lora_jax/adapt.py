@@ -1,6 +1,6 @@
 """`init`: a parameter tree with A and B beside every targeted weight."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -13,7 +13,15 @@ from lora_jax.custom_rules import Rule, check_rules
 from lora_jax.errors import ConfigError, LayoutError, TargetError
 from lora_jax.initializers import INITIALIZERS, path_key
 from lora_jax.selection import Uses
-from lora_jax.weights import Adapted, Layout, LoraWeight, TrainedLeaf, accumulator, is_adapted
+from lora_jax.weights import (
+    Adapted,
+    Layout,
+    LoraWeight,
+    TrainedLeaf,
+    TrainedRows,
+    accumulator,
+    is_adapted,
+)
 
 
 def init(
@@ -43,9 +51,9 @@ def init(
       **kwargs: example keyword arguments.
 
     Returns:
-      The same tree, every other leaf the same object, with a `LoraWeight` for each target and a
-      `TrainedLeaf` for each leaf trained whole. Where a weight is a `ShapeDtypeStruct` its factors
-      are too, and nothing is allocated.
+      The same tree, every other leaf the same object, with a `LoraWeight` for each target, a
+      `TrainedLeaf` for each leaf trained whole and `TrainedRows` for each that trains in rows.
+      Where a weight is a `ShapeDtypeStruct` its factors are too, and nothing is allocated.
 
     Raises:
       TargetError: a pattern matches nothing; a target is not floating, is adapted already, is
@@ -75,10 +83,13 @@ def init(
         )
     uses = None if fn is None else layouts.infer_uses(fn, params, args, kwargs, rules)
     whole = _paths.select("train", config.train, leaves)
-    targets = _targets(config, leaves, uses, whole)
-    if not targets and not whole and config.bias != "all":
+    rows = selection.select_rows(config, leaves, uses)
+    _check_once(whole, rows, "in train and in rows")
+    taken = dict.fromkeys(whole, "train") | dict.fromkeys(rows, "rows")
+    targets = _targets(config, leaves, uses, taken)
+    if not targets and not taken and config.bias != "all":
         raise TargetError("exclude leaves no target, and train names no leaf: nothing would train")
-    _check_overrides(config, targets)
+    _check_overrides(config, {**targets, **dict.fromkeys(rows, "rows")})
     _check_leaves({**targets, **dict.fromkeys(whole)}, leaves)
     chosen = _layouts(config, targets, leaves, uses)
     chosen, masks = selection.select_layers(config, targets, chosen, leaves)
@@ -90,6 +101,7 @@ def init(
             path: _adapt(key, path, leaves[path], layout, config) for path, layout in chosen.items()
         },
         **{path: _train_whole(leaves[path], config) for path in {**whole, **biases}},
+        **{path: _train_rows(leaves[path], *found, config) for path, found in rows.items()},
     }
     for path, mask in masks.items():
         nodes[path] = selection.restrict(nodes[path], leaves[path], mask)
@@ -99,15 +111,15 @@ def init(
 
 
 def _targets(
-    config: LoraConfig, leaves: Mapping[str, Any], uses: Uses, whole: Mapping[str, str]
+    config: LoraConfig, leaves: Mapping[str, Any], uses: Uses, taken: Mapping[str, str]
 ) -> dict[str, str]:
-    """The paths to adapt, each with the entry that selected it."""
+    """The paths to adapt, each with the entry that selected it; `taken` ones train otherwise."""
     excluded = _paths.select("exclude", config.exclude, leaves)
     if isinstance(config.targets, str) and config.targets == ALL_LINEAR:
         found = {p: ALL_LINEAR for p, leaf in leaves.items() if _is_linear(p, leaf, uses)}
         if not found:
             raise TargetError("targets: no leaf is contracted with an activation")
-        return {p: e for p, e in found.items() if p not in excluded and p not in whole}
+        return {p: e for p, e in found.items() if p not in excluded and p not in taken}
     found = _paths.select("targets", config.targets, leaves)
     # An entry that names a module stands for the linear weights in it, not for its biases.
     others = {
@@ -122,10 +134,16 @@ def _targets(
         raise TargetError(
             "\n".join(f"targets: {e!r} names a module without linear weights" for e in empty)
         )
-    both = sorted(path for path in found if path in whole)
-    if both:
-        raise TargetError(f"{', '.join(both)}: in targets and in train; choose one")
+    for field in ("train", "rows"):
+        trained = [path for path in taken if taken[path] == field]
+        _check_once(found, trained, f"in targets and in {field}")
     return {path: entry for path, entry in found.items() if path not in excluded}
+
+
+def _check_once(some: Collection[str], others: Collection[str], where: str) -> None:
+    both = sorted({*some} & {*others})
+    if both:
+        raise TargetError(f"{', '.join(both)}: {where}; choose one")
 
 
 def _names_module_only(entry: str, path: str) -> bool:
@@ -243,3 +261,13 @@ def _train_whole(w: Any, config: LoraConfig) -> TrainedLeaf:
     abstract = isinstance(w, jax.ShapeDtypeStruct)
     value, scale = jax.eval_shape(start, w) if abstract else start(w)
     return TrainedLeaf(w, value, scale)
+
+
+def _train_rows(w: Any, rows: tuple[int, ...], layout: Layout, config: LoraConfig) -> TrainedRows:
+    def start(w: Any) -> tuple[jax.Array, jax.Array]:
+        whole = TrainedRows(w, None, None, rows=rows, layout=layout)
+        return whole.select(w).astype(config.dtype), jnp.ones((), accumulator(config.dtype))
+
+    abstract = isinstance(w, jax.ShapeDtypeStruct)
+    value, scale = jax.eval_shape(start, w) if abstract else start(w)
+    return TrainedRows(w, value, scale, rows=rows, layout=layout)

@@ -22,6 +22,7 @@ from lora_jax.weights import (
     Layout,
     LoraWeight,
     TrainedLeaf,
+    TrainedRows,
     check_fits,
     is_adapted,
 )
@@ -40,8 +41,8 @@ def save(
     """Write adapters to one safetensors file, beside `path` and then renamed into place.
 
     Tensors are named by path and field: "block_0/attn/query/kernel.a", ".b", ".scale", and ".value"
-    for a leaf trained whole. The header holds the layouts, the configuration, `metadata`, and a
-    fingerprint of the base, by which `load` refuses another one.
+    for a leaf trained whole or in rows. The header holds the layouts, the configuration,
+    `metadata`, and a fingerprint of the base, by which `load` refuses another one.
 
     Args:
       path: the file; an existing one is replaced in one step.
@@ -97,18 +98,21 @@ def save(
 def _layout_record(node: Adapted) -> dict[str, Any]:
     if isinstance(node, TrainedLeaf):
         return {"kind": "whole"}
+    if isinstance(node, TrainedRows):
+        layout = {"axes": node.layout.axes, "uses": list(node.layout.uses)}
+        return {"kind": "rows", **layout, "rows": list(node.rows)}
     record = {"kind": "lora", "axes": node.layout.axes, "uses": list(node.layout.uses)}
     return record | ({"dropout": node.dropout} if node.dropout else {})
 
 
-_FIELDS = {"lora": ("a", "b", "scale"), "whole": ("value", "scale")}
+_FIELDS = {"lora": ("a", "b", "scale"), "whole": ("value", "scale"), "rows": ("value", "scale")}
 
 
 def _tensors(nodes: Mapping[str, Adapted]) -> dict[str, np.ndarray]:
     arrays = {
         f"{path}.{field}": getattr(node, field)
         for path, node in nodes.items()
-        for field in _FIELDS["lora" if isinstance(node, LoraWeight) else "whole"]
+        for field in _FIELDS[_layout_record(node)["kind"]]
     }
     abstract = [name for name, x in arrays.items() if isinstance(x, jax.ShapeDtypeStruct)]
     if abstract:
@@ -230,4 +234,6 @@ def _node(record: Mapping[str, Any], arrays: Mapping[str, jax.Array]) -> Adapted
     if record["kind"] == "whole":
         return TrainedLeaf(None, **arrays)
     layout = Layout(record["axes"], tuple(record["uses"]))
+    if record["kind"] == "rows":
+        return TrainedRows(None, **arrays, rows=tuple(map(int, record["rows"])), layout=layout)
     return LoraWeight(None, **arrays, layout=layout, dropout=float(record.get("dropout", 0.0)))

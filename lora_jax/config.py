@@ -106,6 +106,11 @@ class LoraConfig:
       layers_pattern: which number of a path it is, where there are several: the name before it
         ("block", "layers", "h"), or a regex in which a group holds the number,
         `r"h(\\d+)_attn"`; None for the first. Of stacked layers, a module's name in the path.
+      rows: pattern -> numbers of the rows of an embedding that train, {"embedding": [3, 17]}; of a
+        tied one these outputs of the head do too. All other rows stay as they are, and no low-rank
+        update is made there. Patterns as in `overrides`. The axis that holds the rows is the one
+        looked up; of a weight that is never looked up the override's `layout` says it, with an "i":
+        "oi" for a head `[embed, vocabulary]`.
       dtype: of A, B and of the leaves trained whole: float32, bfloat16, float16 or float64.
 
     Raises:
@@ -127,6 +132,7 @@ class LoraConfig:
     bias: str = "none"
     layers: slice | Sequence[int] | None = None
     layers_pattern: str | None = None
+    rows: Mapping[str, Sequence[int]] = dataclasses.field(default_factory=dict)
     dtype: Any = jnp.float32
 
     def __post_init__(self) -> None:
@@ -134,7 +140,8 @@ class LoraConfig:
         _check_alpha("alpha", self.alpha)
         for field in ("targets", "exclude", "train"):
             object.__setattr__(self, field, _check_pattern(field, getattr(self, field)))
-        if not self.targets and not self.train and self.bias != "all":
+        object.__setattr__(self, "rows", _check_rows(self.rows))
+        if not self.targets and not self.train and not self.rows and self.bias != "all":
             raise ConfigError("targets and train are both empty: nothing would be trained")
         if not isinstance(self.overrides, Mapping):
             raise ConfigError(f"overrides must be a mapping, got {self.overrides!r}")
@@ -152,7 +159,7 @@ class LoraConfig:
 
     def __hash__(self) -> int:
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        fields |= {"overrides": tuple(self.overrides.items())}
+        fields |= {name: tuple(fields[name].items()) for name in ("overrides", "rows")}
         fields |= {"layers": str(self.layers)}  # Python 3.11 cannot hash a slice
         return hash(tuple(fields.values()))
 
@@ -177,6 +184,7 @@ class LoraConfig:
             key: {name: _plain(value) for name, value in dataclasses.asdict(override).items()}
             for key, override in self.overrides.items()
         }
+        values["rows"] = {key: list(rows) for key, rows in self.rows.items()}
         values["dtype"] = self.dtype.name
         if isinstance(self.layers, slice):
             values["layers"] = {k: getattr(self.layers, k) for k in ("start", "stop", "step")}
@@ -221,6 +229,25 @@ def _check_layers(layers: Any) -> slice | tuple[int, ...] | None:
     if not layers:
         raise ConfigError("layers is empty: nothing would be adapted; None takes all")
     return tuple(int(number) for number in layers)
+
+
+def _check_rows(rows: Any) -> dict[str, tuple[int, ...]]:
+    if not isinstance(rows, Mapping):
+        raise ConfigError(f"rows must be a mapping from patterns to row numbers, got {rows!r}")
+    checked = {}
+    for key, numbers in rows.items():
+        _paths.compile_regex("rows", key)
+        if isinstance(numbers, str) or not hasattr(numbers, "__iter__"):
+            raise ConfigError(f"rows[{key!r}] must be a sequence of row numbers, got {numbers!r}")
+        found = tuple(numbers)
+        wrong = [number for number in found if not _is_integer(number) or number < 0]
+        if wrong or not found:
+            raise ConfigError(f"rows[{key!r}] must be integers from 0 on, got {wrong or found}")
+        twice = sorted({int(number) for number in found if found.count(number) > 1})
+        if twice:
+            raise ConfigError(f"rows[{key!r}] names rows twice: {twice}")
+        checked[key] = tuple(int(number) for number in found)
+    return checked
 
 
 def _is_integer(x: Any) -> bool:

@@ -12,11 +12,14 @@ import numpy as np
 from lora_jax import _paths, layouts
 from lora_jax.config import LoraConfig
 from lora_jax.context import Use
-from lora_jax.errors import TargetError
+from lora_jax.errors import LayoutError, TargetError
 from lora_jax.weights import Adapted, Layout, TrainedLeaf
 
 #: What a bias is called: by most libraries, and by Haiku.
 BIAS_NAMES = ("bias", "b")
+
+#: What an embedding is called where no lookup shows that it is one.
+EMBEDDING_NAMES = ("embedding", "embeddings")
 
 #: The last name in a path.
 LEAF = re.compile(r"[^/.]*\Z")
@@ -183,6 +186,59 @@ def _kernel_of(
     return None
 
 
+def select_rows(
+    config: LoraConfig, leaves: Mapping[str, Any], uses: Uses
+) -> dict[str, tuple[tuple[int, ...], Layout]]:
+    """The weights of which single rows train: the rows' numbers, and a layout, "i" their axis.
+
+    Raises:
+      TargetError: a key of `config.rows` matches no weight, or a row is beyond the weight.
+      LayoutError: nothing says which axis holds the rows.
+    """
+    weights = {p: x for p, x in leaves.items() if layouts.is_floating(x) and len(x.shape) > 1}
+    unused = [key for key in config.rows if not any(_paths.lookup({key: 0}, p) for p in weights)]
+    if unused:
+        raise TargetError(
+            "\n".join(
+                f"rows: {key!r} matches no weight; {_paths.nearest(key, weights)}" for key in unused
+            )
+        )
+    found = {}
+    for path, w in weights.items():
+        match = _paths.lookup(config.rows, path)
+        if match is None:
+            continue
+        layout = _row_layout(config, path, w, uses)
+        size = layout.select("i", w.shape)[0]
+        beyond = [row for row in match[1] if row >= size]
+        if beyond:
+            raise TargetError(f"{path}: rows {beyond} are beyond the {size} of {tuple(w.shape)}")
+        found[path] = match[1], layout
+    return found
+
+
+def _row_layout(config: LoraConfig, path: str, w: Any, uses: Uses) -> Layout:
+    """The layout whose one in axis holds the rows: as configured, looked up, or by its name."""
+    named = config.for_path(path)[2]
+    own = () if uses is None else uses.get(path, ())
+    lookups = [use for use in own if use.primitive == "gather"]
+    layout = layouts.layout_from_uses(len(w.shape), lookups)
+    if named is not None and len(named) == len(w.shape):
+        layout = Layout(named)
+    elif layout is None and len(w.shape) == 2 and LEAF.findall(path)[0] in EMBEDDING_NAMES:
+        layout = Layout("io", tuple(dict.fromkeys(use.primitive for use in own)))
+    elif layout is not None:  # of a tied embedding, all that it is used for
+        primitives = dict.fromkeys(use.primitive for use in layouts.contractions(own))
+        layout = Layout(layout.axes, tuple(primitives))
+    if layout is None or layout.axes.count("i") != 1:
+        raise LayoutError(
+            f"{path}: nothing says along which axis of {tuple(w.shape)} its rows lie, for no "
+            "lookup of it is seen; name the layout, with one i for them, "
+            f'overrides={{"{path}": Override(layout="{"i" + "o" * (len(w.shape) - 1)}")}}'
+        )
+    return layout
+
+
 def restrict(node: Adapted, base: Any, mask: np.ndarray) -> Adapted:
     """`node` of a leaf that stacks layers, without effect at those that `mask` leaves out.
 
@@ -190,7 +246,7 @@ def restrict(node: Adapted, base: Any, mask: np.ndarray) -> Adapted:
     later; of a leaf trained whole the scale chooses the layers. `base` is the leaf as it was.
     """
 
-    def one(node: Adapted, base: Any) -> Adapted:
+    def one(node: Any, base: Any) -> Any:
         if isinstance(node, TrainedLeaf):
             scale = _along(mask, range(mask.ndim), node.w.ndim).astype(node.scale.dtype)
             return dataclasses.replace(node, scale=scale)
