@@ -17,7 +17,7 @@ from lora_jax.errors import (
 )
 from lora_jax.forms import Forms
 from lora_jax.merging import merge, unmerge
-from lora_jax.optim import freeze, labels, mask
+from lora_jax.optim import freeze, groups, labels, lora_fa, lora_plus, mask
 from lora_jax.overlay import disable, join, set_scale, split, with_dropout
 from lora_jax.remat import save_sums
 from lora_jax.summary import count_params, summary
@@ -48,11 +48,14 @@ __all__ = [
     "count_params",
     "disable",
     "freeze",
+    "groups",
     "init",
     "join",
     "labels",
     "load",
     "lora",
+    "lora_fa",
+    "lora_plus",
     "mask",
     "merge",
     "read_metadata",
