@@ -16,7 +16,9 @@ from lora_jax.errors import (
     TargetError,
 )
 from lora_jax.forms import Forms
+from lora_jax.memory import MemoryReport, StepMemory, memory_report
 from lora_jax.merging import merge, unmerge
+from lora_jax.norms import norms
 from lora_jax.optim import freeze, groups, labels, lora_fa, lora_plus, mask
 from lora_jax.overlay import disable, join, set_scale, split, with_dropout
 from lora_jax.remat import save_sums
@@ -37,10 +39,12 @@ __all__ = [
     "LoraConfig",
     "LoraError",
     "LoraWeight",
+    "MemoryReport",
     "MergeError",
     "Operand",
     "Override",
     "Rule",
+    "StepMemory",
     "StructureError",
     "TargetError",
     "TrainedLeaf",
@@ -57,7 +61,9 @@ __all__ = [
     "lora_fa",
     "lora_plus",
     "mask",
+    "memory_report",
     "merge",
+    "norms",
     "read_metadata",
     "save",
     "save_sums",

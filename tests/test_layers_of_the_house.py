@@ -52,6 +52,8 @@ CORE = [
     "overlay",
     "merging",
     "optim",
+    "norms",
+    "memory",
     "summary",
     "fingerprint",
     "checkpoint",
