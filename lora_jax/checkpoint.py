@@ -22,6 +22,7 @@ from lora_jax.weights import (
     Layout,
     LoraWeight,
     TrainedLeaf,
+    TrainedRows,
     check_fits,
     is_adapted,
 )
@@ -40,7 +41,7 @@ def save(
     """Write adapters to one safetensors file, beside `path` and then renamed into place.
 
     Tensors are named by path and field: "block_0/attn/query/kernel.a", ".b", ".scale", ".magnitude"
-    with DoRA, and ".value" for a leaf trained whole. The header holds the layouts, the
+    with DoRA, and ".value" for a leaf trained whole or in rows. The header holds the layouts, the
     configuration, `metadata`, and a fingerprint of the base, by which `load` refuses another one.
 
     Args:
@@ -97,7 +98,11 @@ def save(
 def _layout_record(node: Adapted) -> dict[str, Any]:
     if isinstance(node, TrainedLeaf):
         return {"kind": "whole"}
-    record = {"kind": _kind(node), "axes": node.layout.axes, "uses": list(node.layout.uses)}
+    kind = _kind(node)
+    if isinstance(node, TrainedRows):
+        layout = {"axes": node.layout.axes, "uses": list(node.layout.uses)}
+        return {"kind": kind, **layout, "rows": list(node.rows)}
+    record = {"kind": kind, "axes": node.layout.axes, "uses": list(node.layout.uses)}
     return record | ({"dropout": node.dropout} if node.dropout else {})
 
 
@@ -105,13 +110,14 @@ _FIELDS = {
     "lora": ("a", "b", "scale"),
     "dora": ("a", "b", "scale", "magnitude"),
     "whole": ("value", "scale"),
+    "rows": ("value", "scale"),
 }
 
 
 def _kind(node: Adapted) -> str:
-    if isinstance(node, TrainedLeaf):
-        return "whole"
-    return "lora" if node.magnitude is None else "dora"
+    if isinstance(node, LoraWeight):
+        return "lora" if node.magnitude is None else "dora"
+    return "whole" if isinstance(node, TrainedLeaf) else "rows"
 
 
 def _tensors(nodes: Mapping[str, Adapted]) -> dict[str, np.ndarray]:
@@ -240,4 +246,6 @@ def _node(record: Mapping[str, Any], arrays: Mapping[str, jax.Array]) -> Adapted
     if record["kind"] == "whole":
         return TrainedLeaf(None, **arrays)
     layout = Layout(record["axes"], tuple(record["uses"]))
+    if record["kind"] == "rows":
+        return TrainedRows(None, **arrays, rows=tuple(map(int, record["rows"])), layout=layout)
     return LoraWeight(None, **arrays, layout=layout, dropout=float(record.get("dropout", 0.0)))

@@ -70,6 +70,7 @@ def extract(
     if isinstance(config, int):
         config = LoraConfig(rank=config)
     plan = make_plan("extract", base, config, fn, args, kwargs, rules)
+    _check_kind(config)
     pairs = _pairs(plan, tuned)
     _check_scales(plan, config)
     found = {
@@ -78,6 +79,13 @@ def extract(
     }
     overlay = plan.rebuild([found[path][0] if path in found else None for path in plan.leaves])
     return overlay, {path: _as_float(missed) for path, (_, missed) in found.items()}
+
+
+def _check_kind(config: LoraConfig) -> None:
+    """Raise a ConfigError for what no best adapter is known of."""
+    for field in ("dora", "rows", "layers"):
+        if getattr(config, field):
+            raise ConfigError(f"extract: {field} has no meaning here; leave it out of the config")
 
 
 Extracted = tuple[LoraWeight | TrainedLeaf | None, Any]
