@@ -1,5 +1,6 @@
 """`init`: a parameter tree with A and B beside every targeted weight."""
 
+import dataclasses
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
@@ -7,21 +8,14 @@ import jax
 import jax.numpy as jnp
 
 from lora_jax import _paths, layouts, selection
+from lora_jax.algebra import accumulator, column_norms
 from lora_jax.config import ALL_LINEAR, LoraConfig
 from lora_jax.context import Use
 from lora_jax.custom_rules import Rule, check_rules
 from lora_jax.errors import ConfigError, LayoutError, TargetError
-from lora_jax.initializers import INITIALIZERS, path_key
 from lora_jax.selection import Uses
-from lora_jax.weights import (
-    Adapted,
-    Layout,
-    LoraWeight,
-    TrainedLeaf,
-    TrainedRows,
-    accumulator,
-    is_adapted,
-)
+from lora_jax.starts import STARTS
+from lora_jax.weights import Adapted, Layout, LoraWeight, TrainedLeaf, TrainedRows, is_adapted
 
 
 def init(
@@ -35,10 +29,18 @@ def init(
 ) -> Any:
     """Put a `LoraWeight` where each targeted kernel stands; the function starts unchanged.
 
-    `W` becomes `W + scale · A · B` (https://arxiv.org/abs/2106.09685) with A uniform in ±1/√fan_in
-    and B zero: the update is exactly zero, and outputs are the same to the bit unless XLA fuses the
-    two programs differently. Which axes are in and out is read from the program
-    `fn(params, *args, **kwargs)`, traced on shapes alone.
+    `W` becomes `W + scale · A · B` (https://arxiv.org/abs/2106.09685). Which axes are in and out is
+    read from the program `fn(params, *args, **kwargs)`, traced on shapes alone.
+
+    How A and B start is `config.init`, and what that does to the base:
+
+    - "kaiming", "gaussian": one factor is zero, so the update is exactly zero, and outputs are the
+      same to the bit unless XLA fuses the two programs differently. The base is the same array.
+    - "orthogonal": A·B is zero to rounding. The base is the same array.
+    - "pissa", "pissa_fast", "olora": the base becomes `W − scale · A · B`, in its own dtype; the
+      outputs are the same to rounding. `on_original` makes the trained adapter one for `W`.
+    - "loftq": the base becomes a rounded W; outputs are closer to the original than those of the
+      rounded weight alone, and not equal.
 
     Args:
       key: a random key. Each weight's own key is folded from it and the weight's path.
@@ -59,7 +61,9 @@ def init(
       TargetError: a pattern matches nothing; a target is not floating, is adapted already, is
         never contracted with anything, or is smaller than the rank. All such are listed at once.
       LayoutError: a shape does not decide the layout and no function is given.
-      ConfigError: `config` is no `LoraConfig`, `fn` no function, or a rule no `Rule`.
+      ConfigError: `config` is no `LoraConfig`, `fn` no function, a rule no `Rule`, or the start
+        cannot be made: an odd rank for "orthogonal", a scale that is not positive where the start
+        divides by it, or a function of yours that returns other shapes.
 
     >>> import jax, jax.numpy as jnp
     >>> params = {"dense": {"kernel": jnp.ones((4, 3)), "bias": jnp.ones(3)}}
@@ -67,11 +71,54 @@ def init(
     >>> adapted["dense"]["kernel"].a.shape, adapted["dense"]["kernel"].b.shape
     ((4, 2), (2, 3))
     """
+    plan = make_plan("init", params, config, fn, args, kwargs, rules)
+    return finish(plan, _adapt_all(key, plan, config), config)
+
+
+def finish(plan: "Plan", weights: Mapping[str, LoraWeight], config: LoraConfig) -> Any:
+    """The adapted tree: these weights in the layers chosen, and all that trains besides."""
+    nodes: dict[str, Adapted] = {
+        **weights,
+        **{path: train_whole(plan.leaves[path], config) for path in plan.whole},
+        **{path: train_rows(plan.leaves[path], *rows, config) for path, rows in plan.rows.items()},
+    }
+    for path, mask in plan.masks.items():
+        nodes[path] = selection.restrict(nodes[path], plan.leaves[path], mask)
+    return plan.rebuild([nodes.get(path, leaf) for path, leaf in plan.leaves.items()])
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What a configuration does to a parameter tree, before any factor is made."""
+
+    leaves: Mapping[str, Any]  # every leaf by path, in tree order
+    treedef: Any
+    layouts: Mapping[str, Layout]  # of the weights to adapt
+    whole: Collection[str]  # the paths to train whole, biases among them
+    rows: Mapping[str, tuple[tuple[int, ...], Layout]]  # those that train in rows: which, and where
+    masks: selection.Masks  # of leaves that stack layers, where not all are adapted
+
+    def rebuild(self, nodes: Sequence[Any]) -> Any:
+        """The tree with `nodes` for its leaves."""
+        return jax.tree_util.tree_unflatten(self.treedef, nodes)
+
+
+def make_plan(
+    caller: str,
+    params: Any,
+    config: LoraConfig,
+    fn: Callable | None,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    rules: Mapping[str, Rule] | None,
+) -> Plan:
+    """Which leaves of `params` get factors, in which layout; raises what `init` raises."""
     if not isinstance(config, LoraConfig):
-        raise ConfigError(f"init: config must be a LoraConfig, got {type(config).__name__}")
+        raise ConfigError(f"{caller}: config must be a LoraConfig, got {type(config).__name__}")
     if fn is not None and not callable(fn):
         raise ConfigError(
-            f"init: the function comes before its arguments, got {type(fn).__name__} in its place"
+            f"{caller}: the function comes before its arguments, got {type(fn).__name__} in its "
+            "place"
         )
     check_rules(rules)
     leaves, treedef = _paths.flatten_with_paths(params, is_leaf=is_adapted)
@@ -96,18 +143,7 @@ def init(
     _check_ranks(config, chosen, leaves)
     biases = selection.select_biases(config, chosen, leaves, uses)
     masks |= {bias: masks[kernel] for bias, kernel in biases.items() if kernel in masks}
-    nodes: dict[str, Adapted] = {
-        **{
-            path: _adapt(key, path, leaves[path], layout, config) for path, layout in chosen.items()
-        },
-        **{path: _train_whole(leaves[path], config) for path in {**whole, **biases}},
-        **{path: _train_rows(leaves[path], *found, config) for path, found in rows.items()},
-    }
-    for path, mask in masks.items():
-        nodes[path] = selection.restrict(nodes[path], leaves[path], mask)
-    return jax.tree_util.tree_unflatten(
-        treedef, [nodes.get(path, leaf) for path, leaf in leaves.items()]
-    )
+    return Plan(leaves, treedef, chosen, list(whole | biases), rows, masks)
 
 
 def _targets(
@@ -241,20 +277,77 @@ def _check_ranks(
         raise TargetError("\n".join(problems))
 
 
+def _adapt_all(key: jax.Array, plan: Plan, config: LoraConfig) -> dict[str, LoraWeight]:
+    """The adapted weights by path; all that no start could be made for are listed at once."""
+    nodes: dict[str, LoraWeight] = {}
+    problems: list[str] = []
+    for path, layout in plan.layouts.items():
+        try:
+            nodes[path] = _adapt(key, path, plan.leaves[path], layout, config)
+        except ConfigError as error:
+            problems.append(f"{path}: {error}")
+    if problems:
+        raise ConfigError("\n".join(problems))
+    return nodes
+
+
 def _adapt(key: jax.Array, path: str, w: Any, layout: Layout, config: LoraConfig) -> LoraWeight:
     rank, scale, _ = config.for_path(path)
-    shape = tuple(w.shape)
+    start = config.init if callable(config.init) else STARTS[config.init]
 
-    def factors(key: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        a, b = INITIALIZERS[config.init](path_key(key, path), layout, shape, rank, config.dtype)
-        return a, b, jnp.full(layout.select("b", shape), scale, accumulator(config.dtype))
+    def factors(key: jax.Array, w: Any) -> tuple[Any, ...]:
+        own = _paths.path_key(key, path)
+        base, a, b = start(own, w, layout, rank, scale, config.dtype)
+        scales = jnp.full(layout.select("b", w.shape), scale, accumulator(config.dtype))
+        return base, a, b, scales
 
     abstract = isinstance(w, jax.ShapeDtypeStruct)
-    a, b, scales = jax.eval_shape(factors, key) if abstract else factors(key)
-    return LoraWeight(w, a, b, scales, layout=layout, dropout=float(config.dropout))
+    base, a, b, scales = jax.eval_shape(factors, key, w) if abstract else factors(key, w)
+    node = LoraWeight(base, a, b, scales, layout=layout, dropout=float(config.dropout))
+    _check_start(node, w, rank, config.dtype)
+    node = dataclasses.replace(node, w=_placed_as(w, base))
+    return _with_magnitude(node, config.dtype) if config.dora else node
 
 
-def _train_whole(w: Any, config: LoraConfig) -> TrainedLeaf:
+def _check_start(node: LoraWeight, w: Any, rank: int, dtype: Any) -> None:
+    """Refuse what a start of the user's own made, where it does not fit the weight."""
+    shape = tuple(w.shape)
+    expected = {
+        "w'": (node.w, shape, w.dtype),
+        "a": (node.a, node.layout.a_shape(shape, rank), dtype),
+        "b": (node.b, node.layout.b_shape(shape, rank), dtype),
+    }
+    problems = [
+        f"{name} is {x.dtype}{list(x.shape)}, expected {dtype}{list(shape)}"
+        for name, (x, shape, dtype) in expected.items()
+        if (tuple(x.shape), x.dtype) != (shape, dtype)
+    ]
+    if problems:
+        raise ConfigError("the start does not fit the weight: " + ", ".join(problems))
+
+
+def _placed_as(w: Any, base: Any) -> Any:
+    """The base that a start made, where `w` lies: on its devices, sharded alike."""
+    if isinstance(w, jax.ShapeDtypeStruct):
+        return w
+    if base is w or not isinstance(w, jax.Array) or isinstance(w, jax.core.Tracer):
+        return base
+    return jax.device_put(base, w.sharding)
+
+
+def _with_magnitude(node: LoraWeight, dtype: Any) -> LoraWeight:
+    def norms(node: LoraWeight) -> jax.Array:
+        return column_norms(node).astype(dtype)
+
+    abstract = isinstance(node.w, jax.ShapeDtypeStruct)
+    return dataclasses.replace(
+        node, magnitude=jax.eval_shape(norms, node) if abstract else norms(node)
+    )
+
+
+def train_whole(w: Any, config: LoraConfig) -> TrainedLeaf:
+    """The node of a leaf that trains whole, its value at the start `w` itself."""
+
     def start(w: Any) -> tuple[jax.Array, jax.Array]:
         return jnp.array(w, config.dtype), jnp.ones((), accumulator(config.dtype))
 
@@ -263,7 +356,9 @@ def _train_whole(w: Any, config: LoraConfig) -> TrainedLeaf:
     return TrainedLeaf(w, value, scale)
 
 
-def _train_rows(w: Any, rows: tuple[int, ...], layout: Layout, config: LoraConfig) -> TrainedRows:
+def train_rows(w: Any, rows: tuple[int, ...], layout: Layout, config: LoraConfig) -> TrainedRows:
+    """The node of a weight that trains in some rows, their values at the start those of `w`."""
+
     def start(w: Any) -> tuple[jax.Array, jax.Array]:
         whole = TrainedRows(w, None, None, rows=rows, layout=layout)
         return whole.select(w).astype(config.dtype), jnp.ones((), accumulator(config.dtype))

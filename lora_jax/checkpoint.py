@@ -40,9 +40,9 @@ def save(
 ) -> None:
     """Write adapters to one safetensors file, beside `path` and then renamed into place.
 
-    Tensors are named by path and field: "block_0/attn/query/kernel.a", ".b", ".scale", and ".value"
-    for a leaf trained whole or in rows. The header holds the layouts, the configuration,
-    `metadata`, and a fingerprint of the base, by which `load` refuses another one.
+    Tensors are named by path and field: "block_0/attn/query/kernel.a", ".b", ".scale", ".magnitude"
+    with DoRA, and ".value" for a leaf trained whole or in rows. The header holds the layouts, the
+    configuration, `metadata`, and a fingerprint of the base, by which `load` refuses another one.
 
     Args:
       path: the file; an existing one is replaced in one step.
@@ -98,21 +98,31 @@ def save(
 def _layout_record(node: Adapted) -> dict[str, Any]:
     if isinstance(node, TrainedLeaf):
         return {"kind": "whole"}
+    record = {"kind": _kind(node), "axes": node.layout.axes, "uses": list(node.layout.uses)}
     if isinstance(node, TrainedRows):
-        layout = {"axes": node.layout.axes, "uses": list(node.layout.uses)}
-        return {"kind": "rows", **layout, "rows": list(node.rows)}
-    record = {"kind": "lora", "axes": node.layout.axes, "uses": list(node.layout.uses)}
+        return record | {"rows": list(node.rows)}
     return record | ({"dropout": node.dropout} if node.dropout else {})
 
 
-_FIELDS = {"lora": ("a", "b", "scale"), "whole": ("value", "scale"), "rows": ("value", "scale")}
+_FIELDS = {
+    "lora": ("a", "b", "scale"),
+    "dora": ("a", "b", "scale", "magnitude"),
+    "whole": ("value", "scale"),
+    "rows": ("value", "scale"),
+}
+
+
+def _kind(node: Adapted) -> str:
+    if isinstance(node, TrainedLeaf | TrainedRows):
+        return "whole" if isinstance(node, TrainedLeaf) else "rows"
+    return "lora" if node.magnitude is None else "dora"
 
 
 def _tensors(nodes: Mapping[str, Adapted]) -> dict[str, np.ndarray]:
     arrays = {
         f"{path}.{field}": getattr(node, field)
         for path, node in nodes.items()
-        for field in _FIELDS[_layout_record(node)["kind"]]
+        for field in _FIELDS[_kind(node)]
     }
     abstract = [name for name, x in arrays.items() if isinstance(x, jax.ShapeDtypeStruct)]
     if abstract:

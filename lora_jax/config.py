@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from numbers import Integral, Real
 from typing import Any
 
@@ -14,7 +14,7 @@ from lora_jax.errors import ConfigError
 ALL_LINEAR = "all-linear"
 SCALINGS = ("standard", "rslora")
 BIASES = ("none", "all", "adapted")
-INITS = ("kaiming",)
+INITS = ("kaiming", "gaussian", "orthogonal", "pissa", "pissa_fast", "olora", "loftq")
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
@@ -91,7 +91,14 @@ class LoraConfig:
       overrides: pattern -> `Override` (or a dict of its fields). The leaf's whole path wins, then
         its module's, then the first key that matches as suffix, module name or regex.
       scaling: "standard" or "rslora".
-      init: "kaiming": A uniform in ±1/√fan_in, B zero, so that the function starts unchanged.
+      init: how A and B start. "kaiming" (A uniform in ±1/√fan_in, B zero), "gaussian" (A normal)
+        and "orthogonal" (A·B zero, neither factor) leave the base alone. "pissa", "pissa_fast" and
+        "olora" take A and B out of the weight, "loftq" rounds the weight to NF4 and fits A and B to
+        what that lost: they *change the base*, see `init` and `on_original`. Or a function of the
+        same signature, `(key, w, layout, rank, scale, dtype) -> (w', a, b)`: see `starts`.
+      dora: whether each weight also gets a magnitude for every output, so that it means
+        `m · V / ‖V‖` with `V = W + scale * A @ B` (https://arxiv.org/abs/2402.09353). It starts at
+        ‖V‖, so that the function starts unchanged but for rounding.
       dropout: probability of dropping an input of the branch, in effect only on parameters that
         went through `lora_jax.with_dropout`.
       train: leaves to train whole (a bias, a norm, a new head), in the same forms as `targets`.
@@ -126,7 +133,8 @@ class LoraConfig:
     exclude: _paths.Pattern = ()
     overrides: Mapping[str, Override] = dataclasses.field(default_factory=dict)
     scaling: str = "standard"
-    init: str = "kaiming"
+    init: str | Callable[..., Any] = "kaiming"
+    dora: bool = False
     dropout: float = 0.0
     train: _paths.Pattern = ()
     bias: str = "none"
@@ -149,9 +157,13 @@ class LoraConfig:
         object.__setattr__(self, "overrides", overrides)
         for key in overrides:
             _paths.compile_regex("overrides", key)
-        for field, known in (("scaling", SCALINGS), ("init", INITS), ("bias", BIASES)):
+        for field, known in (("scaling", SCALINGS), ("bias", BIASES)):
             if getattr(self, field) not in known:
                 raise ConfigError(f"{field} must be one of {known}, got {getattr(self, field)!r}")
+        if not callable(self.init) and self.init not in INITS:
+            raise ConfigError(f"init must be one of {INITS} or a function, got {self.init!r}")
+        if not isinstance(self.dora, bool):
+            raise ConfigError(f"dora must be True or False, got {self.dora!r}")
         _check_probability("dropout", self.dropout)
         object.__setattr__(self, "layers", _check_layers(self.layers))
         _check_layers_pattern(self.layers_pattern, self.layers)
@@ -190,7 +202,7 @@ class LoraConfig:
             values["layers"] = {k: getattr(self.layers, k) for k in ("start", "stop", "step")}
         elif self.layers is not None:
             values["layers"] = list(self.layers)
-        for field in ("targets", "exclude", "train"):
+        for field in ("targets", "exclude", "train", "init"):
             if callable(values[field]):
                 values[field] = f"<callable {getattr(values[field], '__qualname__', '?')}>"
             elif not isinstance(values[field], str):

@@ -6,10 +6,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from lora_jax.algebra import accumulator
 from lora_jax.errors import StructureError
 from lora_jax.optim import TRAINED_FIELDS
 from lora_jax.overlay import adapted_nodes
-from lora_jax.weights import Adapted, LoraWeight, TrainedLeaf, TrainedRows, accumulator
+from lora_jax.weights import Adapted, LoraWeight, TrainedLeaf, TrainedRows
 
 
 def norms(params: Any, grads: Any = None) -> dict[str, dict[str, jax.Array]]:
