@@ -13,7 +13,7 @@ from lora_jax.config import ALL_LINEAR, LoraConfig
 from lora_jax.context import Use
 from lora_jax.custom_rules import Rule, check_rules
 from lora_jax.errors import ConfigError, LayoutError, TargetError
-from lora_jax.selection import Masks, Uses
+from lora_jax.selection import Uses
 from lora_jax.starts import STARTS
 from lora_jax.weights import Adapted, Layout, LoraWeight, TrainedLeaf, TrainedRows, is_adapted
 
@@ -72,10 +72,15 @@ def init(
     ((4, 2), (2, 3))
     """
     plan = make_plan("init", params, config, fn, args, kwargs, rules)
+    return finish(plan, _adapt_all(key, plan, config), config)
+
+
+def finish(plan: "Plan", weights: Mapping[str, LoraWeight], config: LoraConfig) -> Any:
+    """The adapted tree: these weights in the layers chosen, and all that trains besides."""
     nodes: dict[str, Adapted] = {
-        **_adapt_all(key, plan, config),
-        **{path: _train_whole(plan.leaves[path], config) for path in plan.whole},
-        **{path: _train_rows(plan.leaves[path], *f, config) for path, f in plan.rows.items()},
+        **weights,
+        **{path: train_whole(plan.leaves[path], config) for path in plan.whole},
+        **{path: train_rows(plan.leaves[path], *rows, config) for path, rows in plan.rows.items()},
     }
     for path, mask in plan.masks.items():
         nodes[path] = selection.restrict(nodes[path], plan.leaves[path], mask)
@@ -89,9 +94,9 @@ class Plan:
     leaves: Mapping[str, Any]  # every leaf by path, in tree order
     treedef: Any
     layouts: Mapping[str, Layout]  # of the weights to adapt
-    whole: Collection[str]  # the paths to train whole
-    rows: Mapping[str, tuple[tuple[int, ...], Layout]]  # the rows to train, of each path
-    masks: Masks  # of the paths in which some of the stacked layers are left out
+    whole: Collection[str]  # the paths to train whole, biases among them
+    rows: Mapping[str, tuple[tuple[int, ...], Layout]]  # those that train in rows: which, and where
+    masks: selection.Masks  # of leaves that stack layers, where not all are adapted
 
     def rebuild(self, nodes: Sequence[Any]) -> Any:
         """The tree with `nodes` for its leaves."""
@@ -138,7 +143,7 @@ def make_plan(
     _check_ranks(config, chosen, leaves)
     biases = selection.select_biases(config, chosen, leaves, uses)
     masks |= {bias: masks[kernel] for bias, kernel in biases.items() if kernel in masks}
-    return Plan(leaves, treedef, chosen, {**whole, **biases}, rows, masks)
+    return Plan(leaves, treedef, chosen, list(whole | biases), rows, masks)
 
 
 def _targets(
@@ -340,7 +345,9 @@ def _with_magnitude(node: LoraWeight, dtype: Any) -> LoraWeight:
     )
 
 
-def _train_whole(w: Any, config: LoraConfig) -> TrainedLeaf:
+def train_whole(w: Any, config: LoraConfig) -> TrainedLeaf:
+    """The node of a leaf that trains whole, its value at the start `w` itself."""
+
     def start(w: Any) -> tuple[jax.Array, jax.Array]:
         return jnp.array(w, config.dtype), jnp.ones((), accumulator(config.dtype))
 
@@ -349,7 +356,9 @@ def _train_whole(w: Any, config: LoraConfig) -> TrainedLeaf:
     return TrainedLeaf(w, value, scale)
 
 
-def _train_rows(w: Any, rows: tuple[int, ...], layout: Layout, config: LoraConfig) -> TrainedRows:
+def train_rows(w: Any, rows: tuple[int, ...], layout: Layout, config: LoraConfig) -> TrainedRows:
+    """The node of a weight that trains in some rows, their values at the start those of `w`."""
+
     def start(w: Any) -> tuple[jax.Array, jax.Array]:
         whole = TrainedRows(w, None, None, rows=rows, layout=layout)
         return whole.select(w).astype(config.dtype), jnp.ones((), accumulator(config.dtype))

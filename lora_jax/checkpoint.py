@@ -98,11 +98,9 @@ def save(
 def _layout_record(node: Adapted) -> dict[str, Any]:
     if isinstance(node, TrainedLeaf):
         return {"kind": "whole"}
-    kind = _kind(node)
+    record = {"kind": _kind(node), "axes": node.layout.axes, "uses": list(node.layout.uses)}
     if isinstance(node, TrainedRows):
-        layout = {"axes": node.layout.axes, "uses": list(node.layout.uses)}
-        return {"kind": kind, **layout, "rows": list(node.rows)}
-    record = {"kind": kind, "axes": node.layout.axes, "uses": list(node.layout.uses)}
+        return record | {"rows": list(node.rows)}
     return record | ({"dropout": node.dropout} if node.dropout else {})
 
 
@@ -115,9 +113,9 @@ _FIELDS = {
 
 
 def _kind(node: Adapted) -> str:
-    if isinstance(node, LoraWeight):
-        return "lora" if node.magnitude is None else "dora"
-    return "whole" if isinstance(node, TrainedLeaf) else "rows"
+    if isinstance(node, TrainedLeaf | TrainedRows):
+        return "whole" if isinstance(node, TrainedLeaf) else "rows"
+    return "lora" if node.magnitude is None else "dora"
 
 
 def _tensors(nodes: Mapping[str, Adapted]) -> dict[str, np.ndarray]:

@@ -248,10 +248,12 @@ def restrict(node: Adapted, base: Any, mask: np.ndarray) -> Adapted:
 
     def one(node: Any, base: Any) -> Any:
         if isinstance(node, TrainedLeaf):
-            scale = _along(mask, range(mask.ndim), node.w.ndim).astype(node.scale.dtype)
+            scale = _along(mask, range(mask.ndim), node.value.ndim).astype(node.scale.dtype)
             return dataclasses.replace(node, scale=scale)
         w = node.w
-        if w is not base:  # a start that changes the base changes it in the layers chosen alone
+        if (
+            w is not None and w is not base
+        ):  # a start that changes the base changes it in the layers chosen alone
             w = jnp.where(_along(mask, node.layout.positions("b"), w.ndim), w, base)
         a, b, scale = (
             jnp.where(_along(mask, range(mask.ndim), x.ndim), x, jnp.zeros_like(x))

@@ -146,13 +146,12 @@ class TrainedRows:
     lie along the layout's in axis, the axis that is looked up. In an overlay `w` is None.
 
     >>> import jax.numpy as jnp
-    >>> from lora_jax.algebra import dense
-    >>> w, value = jnp.zeros((4, 2)), jnp.ones((1, 2))
-    >>> dense(TrainedRows(w, value, jnp.float32(1.0), rows=(2,), layout=Layout("io")))
+    >>> w, value = jnp.zeros((3, 2)), jnp.ones((1, 2))
+    >>> node = TrainedRows(w, value, jnp.float32(1.0), rows=(2,), layout=Layout("io"))
+    >>> node.replace(w, value)
     Array([[0., 0.],
            [0., 0.],
-           [1., 1.],
-           [0., 0.]], dtype=float32)
+           [1., 1.]], dtype=float32)
     """
 
     w: Any  # the base weight; frozen

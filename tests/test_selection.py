@@ -242,3 +242,48 @@ def test_biases_of_stacked_layers_train_in_the_layers_chosen():
     grads = jax.grad(lambda p: lora_jax.lora(lambda q: q["layers"]["bias"].sum())(p))(moved)
     np.testing.assert_array_equal(grads["layers"]["bias"].value, want)
     np.testing.assert_array_equal(lora_jax.merge(lora_jax.disable(moved))["layers"]["bias"], 0)
+
+
+# --- what takes a configuration besides init ------------------------------------------------------
+
+
+def test_extract_heeds_layers_biases_and_rows(quick_compile):
+    base = {
+        "layers": {"kernel": normal(1, (3, 4, 5), jnp.float32), "bias": jnp.zeros((3, 5))},
+        "embedding": normal(2, (6, 4), jnp.float32),
+    }
+    tuned = jax.tree.map(lambda x: x + jnp.sin(7 * x) + 1, base)
+    config = LoraConfig(
+        rank=4,
+        targets=["kernel"],
+        overrides={"kernel": {"layout": "bio"}},
+        layers=[1],
+        bias="adapted",
+        rows={"embedding": [5, 0]},
+    )
+    overlay, residuals = lora_jax.extract(base, tuned, config, exact=True)
+    got = lora_jax.merge(lora_jax.join(base, overlay))
+    change = lambda x: np.asarray(x, np.float64)
+    for name, missing in (("kernel", [0, 2]), ("bias", [0, 2])):
+        before, after = (change(tree["layers"][name]) for tree in (base, tuned))
+        np.testing.assert_array_equal(got["layers"][name][::2], before[::2])
+        np.testing.assert_allclose(got["layers"][name][1], after[1], atol=1e-5)
+        missed = np.linalg.norm((after - before)[missing]) / np.linalg.norm(after - before)
+        np.testing.assert_allclose(residuals[f"layers/{name}"], missed, rtol=1e-5)
+    before, after = change(base["embedding"]), change(tuned["embedding"])
+    np.testing.assert_array_equal(got["embedding"][1:5], before[1:5])
+    np.testing.assert_array_equal(got["embedding"][np.array([0, 5])], after[[0, 5]])
+    missed = np.linalg.norm((after - before)[1:5]) / np.linalg.norm(after - before)
+    np.testing.assert_allclose(residuals["embedding"], missed, rtol=1e-5)
+
+
+@pytest.mark.parametrize("start", ["pissa", "loftq", "orthogonal"])
+def test_a_start_from_the_weight_leaves_the_other_layers_alone(start, quick_compile):
+    params = {"layers": normal(1, (3, 8, 6), jnp.float32)}
+    fields = {"overrides": {"layers": {"layout": "bio"}}, "layers": [-1], "init": start}
+    node = lora_jax.init(KEY, params, LoraConfig(rank=2, dora=True, **fields))["layers"]
+    np.testing.assert_array_equal(node.w[:2], params["layers"][:2])
+    assert float(jnp.abs(node.a[:2]).max()) == float(jnp.abs(node.b[:2]).max()) == 0
+    assert float(jnp.abs(node.b[2]).max()) > 0
+    merged = lora_jax.merge({"layers": node})["layers"]
+    np.testing.assert_array_equal(merged[:2], params["layers"][:2])
