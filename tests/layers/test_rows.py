@@ -121,6 +121,13 @@ def test_cost_does_not_depend_on_the_vocabulary(kind):
     assert temporaries[0] == temporaries[1] < 20_000
 
 
+def test_places_that_are_left_hold_rows_of_zeros():
+    params = table("adapted")
+    rows = take_rows(params, looked_up(jnp.array([4, 4])))["embedding"]
+    for taken, whole in ((rows.w, params["embedding"].w), (rows.a, params["embedding"].a)):
+        np.testing.assert_array_equal(taken, np.stack([whole[4], np.zeros_like(whole[4])]))
+
+
 def test_trees_of_several_lengths_are_refused():
     model = {"embedding": jnp.ones((11, 4)), "head": {"kernel": jnp.ones((4, 3))}}
     with pytest.raises(StructureError, match=r"\[4, 11\] rows"):
