@@ -64,6 +64,7 @@ def params_of(kind: str, recorded: dict[str, jax.Array]) -> dict[str, Any]:
         recorded["a"],
         recorded["b"],
         jnp.float32(recorded["scale"]),
+        recorded.get("m"),
         layout=lora_jax.Layout(KINDS[kind]),
     )
     return {"w": weight} | ({"bias": recorded["bias"]} if "bias" in recorded else {})

@@ -12,7 +12,7 @@ import lora_jax
 from tests.peft import steps
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
-VARIANTS = ["lora", "rslora"]
+VARIANTS = ["lora", "rslora", "dora"]
 
 
 def close(got, want):
@@ -26,7 +26,7 @@ def kind(request):
 
 def trained(params):
     node = params["w"]
-    return {"a": node.a, "b": node.b}
+    return {"a": node.a, "b": node.b} | ({} if node.magnitude is None else {"m": node.magnitude})
 
 
 @functools.cache
@@ -71,7 +71,7 @@ def test_gradients(kind, variant):
         close(grad, want["grad_x"])
 
 
-@pytest.mark.parametrize("variant", ["lora"])
+@pytest.mark.parametrize("variant", ["lora", "dora"])
 def test_one_step(kind, variant):
     want, params, *_, grads = measured(kind, variant)
     for name, rate in (("sgd", steps.SGD_RATE), ("adam", steps.ADAM_RATE)):
@@ -81,3 +81,10 @@ def test_one_step(kind, variant):
         for field, value in trained(after).items():
             close(value, want[f"{name}_{field}"])
         np.testing.assert_array_equal(after["w"].w, want["w"])
+
+
+def test_dora_starts_where_peft_does(kind):
+    want = steps.numbers(kind, "dora")
+    config = lora_jax.LoraConfig(rank=3, dora=True, overrides={"w": {"layout": steps.KINDS[kind]}})
+    params = lora_jax.init(jax.random.key(0), {"w": want["w"]}, config)
+    close(params["w"].magnitude, want["m_start"])
