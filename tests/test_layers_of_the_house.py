@@ -70,7 +70,11 @@ CORE = [
     "checkpoint",
 ]
 # Besides a sub-package's own modules; "" is the package itself, that is, its public names.
-SUBPACKAGES = {"models": {"errors"}, "demo": {"", "models"}}
+SUBPACKAGES = {
+    "models": {"errors"},
+    "demo": {"", "models"},
+    "layers": {"branches", "config", "errors", "forms", "lazy", "overlay", "transform", "weights"},
+}
 
 HEAVY = {"flax", "matplotlib", "orbax", "rich", "tokenizers", "torch", "transformers"}
 PRIVATE = "jax._" + "src"  # written so that this file does not hold it either
