@@ -24,6 +24,8 @@ EXPERIMENTS = (
     "cost",
     "gradient_norms",
     "eckart_young",
+    "learning_rates",
+    "pissa",
 )
 HEADINGS = ("result", "setting", "published", "here", "agrees")
 
