@@ -1,5 +1,6 @@
 """`init`: a parameter tree with A and B beside every targeted weight."""
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -7,12 +8,13 @@ import jax
 import jax.numpy as jnp
 
 from lora_jax import _paths, layouts
+from lora_jax.algebra import accumulator, column_norms
 from lora_jax.config import ALL_LINEAR, LoraConfig
 from lora_jax.context import Use
 from lora_jax.custom_rules import Rule, check_rules
 from lora_jax.errors import ConfigError, LayoutError, TargetError
 from lora_jax.initializers import INITIALIZERS, path_key
-from lora_jax.weights import Layout, LoraWeight, TrainedLeaf, accumulator, is_adapted
+from lora_jax.weights import Layout, LoraWeight, TrainedLeaf, is_adapted
 
 
 def init(
@@ -230,7 +232,18 @@ def _adapt(key: jax.Array, path: str, w: Any, layout: Layout, config: LoraConfig
 
     abstract = isinstance(w, jax.ShapeDtypeStruct)
     a, b, scales = jax.eval_shape(factors, key) if abstract else factors(key)
-    return LoraWeight(w, a, b, scales, layout=layout, dropout=float(config.dropout))
+    node = LoraWeight(w, a, b, scales, layout=layout, dropout=float(config.dropout))
+    return _with_magnitude(node, config.dtype) if config.dora else node
+
+
+def _with_magnitude(node: LoraWeight, dtype: Any) -> LoraWeight:
+    def norms(node: LoraWeight) -> jax.Array:
+        return column_norms(node).astype(dtype)
+
+    abstract = isinstance(node.w, jax.ShapeDtypeStruct)
+    return dataclasses.replace(
+        node, magnitude=jax.eval_shape(norms, node) if abstract else norms(node)
+    )
 
 
 def _train_whole(w: Any, config: LoraConfig) -> TrainedLeaf:

@@ -46,7 +46,9 @@ class Product:
         """The product of `x`, its axes named by `x_axes`, to be laid out as `out_axes`."""
         return cls(
             # What the numbers do not depend on is left out, so that JAX traces like ones once.
-            dataclasses.replace(lazy, w=None, path="", parts=(), indexed=(), looked_up=""),
+            dataclasses.replace(
+                lazy, w=None, gain=None, gain_axes=(), path="", parts=(), indexed=(), looked_up=""
+            ),
             x,
             x_axes=tuple(x_axes),
             out_axes=tuple(out_axes),

@@ -39,9 +39,9 @@ def save(
 ) -> None:
     """Write adapters to one safetensors file, beside `path` and then renamed into place.
 
-    Tensors are named by path and field: "block_0/attn/query/kernel.a", ".b", ".scale", and ".value"
-    for a leaf trained whole. The header holds the layouts, the configuration, `metadata`, and a
-    fingerprint of the base, by which `load` refuses another one.
+    Tensors are named by path and field: "block_0/attn/query/kernel.a", ".b", ".scale", ".magnitude"
+    with DoRA, and ".value" for a leaf trained whole. The header holds the layouts, the
+    configuration, `metadata`, and a fingerprint of the base, by which `load` refuses another one.
 
     Args:
       path: the file; an existing one is replaced in one step.
@@ -97,18 +97,28 @@ def save(
 def _layout_record(node: Adapted) -> dict[str, Any]:
     if isinstance(node, TrainedLeaf):
         return {"kind": "whole"}
-    record = {"kind": "lora", "axes": node.layout.axes, "uses": list(node.layout.uses)}
+    record = {"kind": _kind(node), "axes": node.layout.axes, "uses": list(node.layout.uses)}
     return record | ({"dropout": node.dropout} if node.dropout else {})
 
 
-_FIELDS = {"lora": ("a", "b", "scale"), "whole": ("value", "scale")}
+_FIELDS = {
+    "lora": ("a", "b", "scale"),
+    "dora": ("a", "b", "scale", "magnitude"),
+    "whole": ("value", "scale"),
+}
+
+
+def _kind(node: Adapted) -> str:
+    if isinstance(node, TrainedLeaf):
+        return "whole"
+    return "lora" if node.magnitude is None else "dora"
 
 
 def _tensors(nodes: Mapping[str, Adapted]) -> dict[str, np.ndarray]:
     arrays = {
         f"{path}.{field}": getattr(node, field)
         for path, node in nodes.items()
-        for field in _FIELDS["lora" if isinstance(node, LoraWeight) else "whole"]
+        for field in _FIELDS[_kind(node)]
     }
     abstract = [name for name, x in arrays.items() if isinstance(x, jax.ShapeDtypeStruct)]
     if abstract:

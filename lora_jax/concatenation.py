@@ -127,7 +127,10 @@ def _selected(which: Any, parts: Parts) -> dict[str, Any] | None:
     """The factors of the selected part: all parts' factors must have the same shapes."""
     first = next(x for x in parts if x is not None)
     members: dict[str, Any] = {}
-    for name in ("a", "b"):
+    have_gains = _have_gains(parts)
+    if not have_gains and any(x is not None and x.gain is not None for x in parts):
+        return None
+    for name in ("a", "b", *(["gain"] if have_gains else [])):
         arrays = _alike(parts, name)
         given = [x for x in arrays if x is not None]
         if len({x.shape for x in given}) > 1:
@@ -142,11 +145,28 @@ def _concatenated(parts: Parts, sizes: Sequence[int], at: int) -> dict[str, Any]
     first = next(x for x in parts if x is not None)
     along = first.axes[at]
     if along not in first.a_axes + first.b_axes:
-        parts = [x and spread(x, along, ("a", "b", "key")) for x in parts]
-        return _stacked(parts, sizes, along)
-    if along in first.a_axes and along in first.b_axes:
-        return _stacked(parts, sizes, along)
-    return _in_blocks(parts, sizes, along)
+        parts = [x and spread(x, along, ("a", "b", "key", "gain")) for x in parts]
+        first = next(x for x in parts if x is not None)
+    both = along in first.a_axes and along in first.b_axes
+    members = _stacked(parts, sizes, along) if both else _in_blocks(parts, sizes, along)
+    gains = _gains(parts, sizes, along)
+    return None if members is None or gains is None else members | gains
+
+
+def _gains(parts: Parts, sizes: Sequence[int], along: Axis) -> dict[str, Any] | None:
+    """The gain of all parts, where that is one: along the axis, or the same for all of them."""
+    weights = [x for x in parts if x is not None]
+    if not _have_gains(parts):
+        return {} if all(x.gain is None for x in weights) else None
+    if along in weights[0].gain_axes:
+        return _along(parts, "gain", sizes, along)
+    return {} if all(x.gain is weights[0].gain for x in weights) else None
+
+
+def _have_gains(parts: Parts) -> bool:
+    """Whether every part is a weight with a gain along the same axes."""
+    axes = {frozenset(x.gain_axes) for x in parts if x is not None}
+    return len(axes) == 1 and all(x is not None and x.gain is not None for x in parts)
 
 
 def _stacked(parts: Parts, sizes: Sequence[int], along: Axis) -> dict[str, Any] | None:

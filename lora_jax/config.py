@@ -91,6 +91,9 @@ class LoraConfig:
         key that matches as suffix, module name or regex.
       scaling: "standard" or "rslora".
       init: "kaiming": A uniform in ±1/√fan_in, B zero, so that the function starts unchanged.
+      dora: whether each weight also gets a magnitude for every output, so that it means
+        `m · V / ‖V‖` with `V = W + scale * A @ B` (https://arxiv.org/abs/2402.09353). It starts at
+        ‖V‖, so that the function starts unchanged but for rounding.
       dropout: probability of dropping an input of the branch, in effect only on parameters that
         went through `lora_jax.with_dropout`.
       train: leaves to train whole (a bias, a norm, a new head), in the same forms as `targets`.
@@ -110,6 +113,7 @@ class LoraConfig:
     overrides: Mapping[str, Override] = dataclasses.field(default_factory=dict)
     scaling: str = "standard"
     init: str = "kaiming"
+    dora: bool = False
     dropout: float = 0.0
     train: _paths.Pattern = ()
     dtype: Any = jnp.float32
@@ -130,6 +134,8 @@ class LoraConfig:
         for field, known in (("scaling", SCALINGS), ("init", INITS)):
             if getattr(self, field) not in known:
                 raise ConfigError(f"{field} must be one of {known}, got {getattr(self, field)!r}")
+        if not isinstance(self.dora, bool):
+            raise ConfigError(f"dora must be True or False, got {self.dora!r}")
         _check_probability("dropout", self.dropout)
         object.__setattr__(self, "dtype", _check_dtype(self.dtype))
 

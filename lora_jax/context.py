@@ -120,6 +120,11 @@ class Context:
         """The dense form of a weight that no rule covers, after saying so."""
         return self._dense_at(lazy, eqn.primitive.name, self.line(eqn), why)
 
+    def undirected(self, x: Any, eqn: Any) -> Any:
+        """The same value, made dense where it is a weight with a gain."""
+        has_gain = isinstance(x, LazyWeight) and x.gain is not None
+        return self.make_dense(x, eqn, " (its magnitude takes part)") if has_gain else x
+
     def returned(self, lazy: LazyWeight) -> Any:
         """The dense form of a weight that the program returns."""
         return self._dense_at(lazy, "return", "the end of the function", "")

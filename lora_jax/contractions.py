@@ -11,7 +11,7 @@ from lora_jax import _jaxpr, branches
 from lora_jax.branches import Product, is_shareable
 from lora_jax.context import Context
 from lora_jax.gathers import rows_as_activation
-from lora_jax.lazy import Axis, LazyWeight, drop, is_lazy
+from lora_jax.lazy import Axis, LazyWeight, drop, gains, is_lazy, with_gain
 from lora_jax.rules import Rule, rule
 
 RULES: dict[str, Rule] = {}
@@ -31,6 +31,12 @@ def _dot_general(ctx: Context, eqn: Any, args: Sequence[Any]) -> Any:
     product, batch = _product(eqn, lazy, x, weight_is_left)
     summed = [axis for axis in product.x_axes if axis not in product.out_axes]
     ctx.record(lazy, eqn, summed=summed, batch=batch)
+    takes_gain = gains(lazy, product.x_axes, product.out_axes)
+    if takes_gain is None:
+        return NotImplemented
+    if takes_gain == "x":
+        x = with_gain(x, product.x_axes, lazy)
+        product = dataclasses.replace(product, x=x)
     operands = (lazy.w, x) if weight_is_left else (x, lazy.w)
     y = None if lazy.w is None else _jaxpr.bind(eqn, operands)[0]
     if lazy.a is None:
@@ -39,7 +45,8 @@ def _dot_general(ctx: Context, eqn: Any, args: Sequence[Any]) -> Any:
         product = dataclasses.replace(product, x=drop(x, lazy, ctx.next_site()))
     half = ctx.hidden.pop(id(eqn), product)
     total = branches.adapted(y, half, eqn.outvars[0].aval.dtype, ctx.forms)
-    return [total if batch else ctx.named(total)]  # policies tell products with batch axes apart
+    total = total if batch else ctx.named(total)  # policies tell products with batch axes apart
+    return [with_gain(total, product.out_axes, lazy) if takes_gain == "out" else total]
 
 
 def share(ctx: Context, products: Sequence[tuple[Any, Sequence[Any]]]) -> None:
@@ -50,7 +57,8 @@ def share(ctx: Context, products: Sequence[tuple[Any, Sequence[Any]]]) -> None:
             lazy, x = sorted(args, key=is_lazy, reverse=True)
             if lazy.a is not None and lazy.w is not None and not lazy.looked_up:
                 product, _ = _product(eqn, lazy, x, is_lazy(args[0]))
-                if is_shareable(product):
+                after = gains(lazy, product.x_axes, product.out_axes) == "out"
+                if after and is_shareable(product):
                     found[product.compute].append((eqn, product))
     for group in found.values():
         if len(group) > 1:

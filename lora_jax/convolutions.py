@@ -11,7 +11,17 @@ from jax import lax
 
 from lora_jax import _contract, _jaxpr
 from lora_jax.context import Context
-from lora_jax.lazy import RANK, Axis, LazyWeight, add, branch_dtypes, drop, is_lazy
+from lora_jax.lazy import (
+    RANK,
+    Axis,
+    LazyWeight,
+    add,
+    branch_dtypes,
+    drop,
+    gains,
+    is_lazy,
+    with_gain,
+)
 from lora_jax.rules import Rule, rule
 
 RULES: dict[str, Rule] = {}
@@ -32,6 +42,12 @@ def _conv(ctx: Context, eqn: Any, args: Sequence[Any]) -> Any:
     if lazy.a is None:
         return _jaxpr.bind(eqn, (x, lazy.w) if is_kernel else (lazy.w, x))
     a_axes, b_axes = set(lazy.a_axes) - {RANK}, set(lazy.b_axes) - {RANK}
+    x_axes, out_axes = ([Axis((), -2 - i) for i in range(x.ndim)] for _ in range(2))
+    x_axes[roles.x_inner], out_axes[roles.out] = roles.inner, roles.outer
+    takes_gain = gains(lazy, x_axes if roles.groups == 1 else (), out_axes)
+    if takes_gain is None:
+        return NotImplemented
+    x = with_gain(x, x_axes, lazy) if takes_gain == "x" else x
     if b_axes <= {roles.outer} and a_axes <= {roles.inner, *roles.window}:
         if not _pays(lazy, roles):
             return NotImplemented
@@ -42,7 +58,8 @@ def _conv(ctx: Context, eqn: Any, args: Sequence[Any]) -> Any:
         return NotImplemented
     operands = (x, lazy.w) if is_kernel else (lazy.w, x)
     y = None if lazy.w is None else _jaxpr.bind(eqn, operands)[0]
-    return [add(y, update, eqn.outvars[0].aval.dtype)]
+    total = add(y, update, eqn.outvars[0].aval.dtype)
+    return [with_gain(total, out_axes, lazy) if takes_gain == "out" else total]
 
 
 @dataclasses.dataclass(frozen=True)

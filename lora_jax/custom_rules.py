@@ -150,7 +150,7 @@ def _operand(ctx: Context, lazy: LazyWeight, grouped: dict[str, list[Axis]]) -> 
         sides.reverse()  # stored the other way round
     (first, first_axes), (second, second_axes) = sides
     fits = {*first_axes} <= {RANK, *batch, *ins} and {*second_axes} <= {RANK, *batch, *outs}
-    if lazy.w is None or not fits:
+    if lazy.w is None or lazy.gain is not None or not fits:
         return None
     a = _contract.arrange(first, first_axes, [*batch, *ins, RANK], lazy.sizes)
     b = _contract.arrange(second, second_axes, [*batch, RANK, *outs], lazy.sizes)

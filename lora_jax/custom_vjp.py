@@ -33,6 +33,7 @@ def _custom_vjp(ctx: Context, eqn: Any, args: Sequence[Any], walk: Walk) -> list
     """
     jaxpr, consts = _jaxpr.open_jaxpr(eqn.params["call_jaxpr"])
     # The author's derivative knows of no dropout in the branch.
+    args = [ctx.undirected(x, eqn) for x in args]
     args = [_without_dropout(x) if is_lazy(x) else x for x in args]
 
     def dense(outs: Sequence[Any]) -> list[Any]:

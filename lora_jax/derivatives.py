@@ -21,6 +21,7 @@ def _custom_jvp(ctx: Context, eqn: Any, args: Sequence[Any], walk: Walk) -> list
     """The author's rule, interpreted like the function: the tangent of a weight is lazy too."""
     jaxpr, consts = _jaxpr.open_jaxpr(eqn.params["call_jaxpr"])
     n_consts = eqn.params["num_consts"]
+    args = [ctx.undirected(x, eqn) for x in args]
 
     @jax.custom_jvp
     def call(*args: Any) -> list[Any]:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from lora_jax.context import Context
-from lora_jax.lazy import RANK, Axis, LazyWeight, is_lazy, to_dense
+from lora_jax.lazy import Axis, LazyWeight, is_lazy, to_dense
 from lora_jax.rules import Rule, rule
 from lora_jax.views import mark_indexed, viewed
 
@@ -52,7 +52,7 @@ def _only_factor(lazy: LazyWeight, axis: Axis) -> str:
 
     Empty for a batch axis, which both have: picking from it selects whole weights.
     """
-    factors = [name for name in lazy.holders(axis) if name != "key"]
+    factors = [name for name in lazy.holders(axis) if name in ("a", "b")]
     return factors[0] if len(factors) == 1 else ""
 
 
@@ -124,7 +124,10 @@ class _Gather:
         held = [self._view.holders(self._view.axes[i]) for i in self._columns]
         # What lies out of bounds gets the base's filling alone, so some factor must be zero there.
         zeroed = not self._fills or self._view.a is None or all({"a", "b"} & set(h) for h in held)
-        return zeroed and set(cut) <= indexed
+        value = self._params["fill_value"] if self._fills else None
+        takes_no_gain = value is not None and value != 0 and not math.isnan(value)
+        misfit = takes_no_gain and self._view.gain is not None
+        return zeroed and set(cut) <= indexed and not misfit
 
     def member(self, array: jax.Array, names: tuple[Axis, ...]) -> tuple[jax.Array, Sequence[Axis]]:
         """A factor, gathered along those of the picked axes that it has."""
@@ -132,7 +135,7 @@ class _Gather:
         columns = {i: column for i, column in self._columns.items() if i in where}
         if not columns:
             return array, names
-        if RANK not in names:
+        if jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
             return self._keys(array, names, columns)
         batching = {i: j for i, j in self._batching.items() if i in where}
         collapsed = tuple(where[i] for i in self._collapsed if i in where)

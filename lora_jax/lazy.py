@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Collection, Hashable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -10,7 +10,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from lora_jax import _contract
-from lora_jax.weights import LoraWeight, accumulator
+from lora_jax.algebra import accumulator, gain
+from lora_jax.weights import LoraWeight
 
 
 class Axis(NamedTuple):
@@ -26,7 +27,7 @@ class Axis(NamedTuple):
 RANK = Axis((), -1)
 
 #: The arrays that follow a view of the weight, and the field that names their axes.
-MEMBERS = (("a", "a_axes"), ("b", "b_axes"), ("key", "key_axes"))
+MEMBERS = (("a", "a_axes"), ("b", "b_axes"), ("key", "key_axes"), ("gain", "gain_axes"))
 
 
 #: Marks a field of a pytree dataclass as part of its structure.
@@ -38,9 +39,10 @@ STATIC = {"static": True}
 class LazyWeight:
     """A view of an adapted weight: the base view `w`, and factors whose axes carry names.
 
-    The view means `w + Σ_rank a · b`, its axes in the order of `axes`; an axis that neither factor
-    names is constant along it. The scale is already in `b`. Transposing, slicing or reshaping the
-    weight moves names and small factors, and the base view alone is weight-sized.
+    The view means `gain · (w + Σ_rank a · b)`, its axes in the order of `axes`; an axis that
+    neither factor names is constant along it, and without `gain` that is 1. The scale is already
+    in `b`. Transposing, slicing or reshaping the weight moves names and small factors, and the base
+    view alone is weight-sized.
 
     Without factors (`a` and `b` None) it only tracks how a weight is used; without `w` it is a
     tangent, for the base never moves.
@@ -50,11 +52,13 @@ class LazyWeight:
     a: Any  # axes named by a_axes, RANK among them; None while uses are inferred
     b: Any  # axes named by b_axes, RANK among them, scale included
     key: Any  # random keys for branch dropout, axes named by key_axes; None without dropout
+    gain: Any = None  # what DoRA multiplies the outputs with, axes named by gain_axes, or None
     _: dataclasses.KW_ONLY
     axes: tuple[Axis, ...] = dataclasses.field(metadata=STATIC)
     a_axes: tuple[Axis, ...] = dataclasses.field(metadata=STATIC, default=())
     b_axes: tuple[Axis, ...] = dataclasses.field(metadata=STATIC, default=())
     key_axes: tuple[Axis, ...] = dataclasses.field(metadata=STATIC, default=())
+    gain_axes: tuple[Axis, ...] = dataclasses.field(metadata=STATIC, default=())
     shape: tuple[int, ...] = dataclasses.field(metadata=STATIC)
     dtype: Any = dataclasses.field(metadata=STATIC)
     path: str = dataclasses.field(metadata=STATIC)
@@ -102,7 +106,7 @@ class LazyWeight:
 
     def new_axis(self, origins: Sequence[int] = (), skip: int = 0) -> Axis:
         """A name that no axis here has; `skip` more of the same origins are to be made first."""
-        named = (*self.axes, *self.a_axes, *self.b_axes, *self.key_axes)
+        named = (*self.axes, *(axis for _, axes in MEMBERS for axis in getattr(self, axes)))
         return Axis(
             tuple(sorted(set(origins))), 1 + skip + max(axis.uid for axis in (*named, RANK))
         )
@@ -159,10 +163,12 @@ def lazy(node: LoraWeight, path: str, rank_first: bool = False) -> LazyWeight:
         a,
         b,
         node.key,
+        None if node.magnitude is None else _gain(node),
         axes=axes,
         a_axes=(*batch, RANK, *ins) if rank_first else (*batch, *ins, RANK),
         b_axes=(*batch, RANK, *outs),
         key_axes=batch if node.key is not None else (),
+        gain_axes=() if node.magnitude is None else (*batch, *outs),
         shape=node.w.shape,
         dtype=node.w.dtype,
         path=path,
@@ -189,6 +195,9 @@ def _factors(
     return a, lax.mul(b.astype(dtype), scale)
 
 
+_gain = jax.jit(gain)  # like weights are traced once
+
+
 def tangents(primal: LazyWeight, da: Any, db: Any) -> tuple[LazyWeight, LazyWeight]:
     """The two terms of a weight's tangent, `da·b` and `a·db`, neither with a base.
 
@@ -212,7 +221,30 @@ def to_dense(lazy: LazyWeight) -> jax.Array:
         lazy.a.astype(dtype), lazy.a_axes, lazy.b.astype(dtype), lazy.b_axes, lazy.axes
     )
     update = _contract.arrange(update, names, lazy.axes, lazy.sizes)
-    return (update if lazy.w is None else lazy.w.astype(dtype) + update).astype(lazy.dtype)
+    total = update if lazy.w is None else lazy.w.astype(dtype) + update
+    return with_gain(total, lazy.axes, lazy).astype(lazy.dtype)
+
+
+def with_gain(x: jax.Array, axes: Sequence[Axis], lazy: LazyWeight) -> jax.Array:
+    """`x`, its axes named, times the weight's gain; in the dtype of `x`."""
+    if lazy.gain is None:
+        return x
+    present = [axis for axis in axes if axis in lazy.gain_axes]
+    factor = _contract.arrange(lazy.gain, lazy.gain_axes, present, {})
+    factor = jnp.expand_dims(factor, [i for i, axis in enumerate(axes) if axis not in present])
+    wide = max(x.dtype, factor.dtype, key=lambda d: d.itemsize)
+    return (x.astype(wide) * factor.astype(wide)).astype(x.dtype)
+
+
+def gains(lazy: LazyWeight, x_axes: Collection[Axis], out_axes: Collection[Axis]) -> str | None:
+    """Which array of a product takes the gain, "x" or "out"; None where neither has its axes.
+
+    >>> import jax.numpy as jnp
+    >>> gains(track(jnp.ones((2, 3)), "w"), (), ())
+    'out'
+    """
+    named = set(lazy.gain_axes)
+    return "out" if named <= {*out_axes} else "x" if named <= {*x_axes} else None
 
 
 def compute_dtype(x_dtype: Any, w_dtype: Any) -> Any:

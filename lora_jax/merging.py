@@ -10,9 +10,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from lora_jax.algebra import accumulator, dense
 from lora_jax.errors import ConfigError, MergeError, StructureError
 from lora_jax.overlay import adapted_nodes, join, map_adapted, split
-from lora_jax.weights import Adapted, LoraWeight, accumulator, dense, require_base
+from lora_jax.weights import Adapted, LoraWeight, require_base
 
 
 def merge(
@@ -81,7 +82,8 @@ def unmerge(merged: Any, adapters: Any, *, donate: bool = False) -> Any:
 
     Raises:
       StructureError: the adapters do not fit; all differences are listed.
-      MergeError: an adapter holds NaN or infinity.
+      MergeError: an adapter holds NaN or infinity, or has a magnitude (DoRA): the norms of `W +
+        scale · A · B` are not in the merged weight.
 
     >>> import jax.numpy as jnp, lora_jax
     >>> w, a, b = jnp.array([[2.0, 4.0]]), jnp.array([[2.0]]), jnp.array([[1.0, 2.0]])
@@ -92,6 +94,14 @@ def unmerge(merged: Any, adapters: Any, *, donate: bool = False) -> Any:
     """
     joined = join(merged, adapters)
     nodes = adapted_nodes(joined)
+    directed = [
+        path for path, node in nodes.items() if getattr(node, "magnitude", None) is not None
+    ]
+    if directed:
+        raise MergeError(
+            f"unmerge: {', '.join(directed)}: with a magnitude (DoRA) the base cannot be had back "
+            "from what was merged; keep it, base, adapters = split(params), and join them again"
+        )
     _check_finite(nodes)
     owners = _owners(nodes)
 
@@ -167,8 +177,7 @@ def _layer(
         return lax.dynamic_slice(x, (*index, *(0 for _ in inner)), (*(1 for _ in index), *inner))
 
     w = _cast(lax.dynamic_slice(stack, start, sizes), dtype)
-    a, b, scale = part(rest.a), part(rest.b), part(rest.scale)
-    return LoraWeight(w, a, b, scale, layout=rest.layout), start
+    return dataclasses.replace(jax.tree.map(part, rest), w=w), start
 
 
 _STATIC = ("dtype", "how")
@@ -228,7 +237,8 @@ def _check_finite(nodes: dict[str, Adapted]) -> None:
         f"{path}: {field.name}": getattr(node, field.name)
         for path, node in nodes.items()
         for field in dataclasses.fields(node)
-        if field.name in ("a", "b", "scale", "value")
+        if field.name in ("a", "b", "scale", "magnitude", "value")
+        and getattr(node, field.name) is not None
     }
     abstract = [name for name, x in parts.items() if isinstance(x, jax.ShapeDtypeStruct)]
     if abstract:

@@ -10,7 +10,7 @@ from lora_jax.errors import StructureError
 from lora_jax.weights import is_adapted
 
 TRAIN, FREEZE = "train", "freeze"
-TRAINED_FIELDS = ("a", "b", "value")
+TRAINED_FIELDS = ("a", "b", "magnitude", "value")
 
 
 def labels(params: Any) -> Any:

@@ -36,6 +36,8 @@ def _ragged_dot(ctx: Context, eqn: Any, args: Sequence[Any]) -> Any:
     ctx.record(lazy, eqn, summed=summed, batch=[group, *batch])
     if lazy.a is None:
         return _jaxpr.bind(eqn, (x, lazy.w, group_sizes))
+    if lazy.gain is not None:
+        return NotImplemented  # a row's gain is that of its group
     product = _Product(eqn, group_sizes, rows, group, tuple(batch), lazy)
     order = product.order(summed)
     if order is None:

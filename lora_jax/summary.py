@@ -47,7 +47,7 @@ def _size(leaf: Any) -> int:
 
 def _trained(node: Adapted) -> int:
     if isinstance(node, LoraWeight):
-        return _size(node.a) + _size(node.b)
+        return _size(node.a) + _size(node.b) + _size(node.magnitude)
     return _size(node.value)
 
 

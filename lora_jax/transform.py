@@ -8,13 +8,14 @@ import jax
 from jax import lax
 
 from lora_jax import _jaxpr, _paths
+from lora_jax.algebra import dense
 from lora_jax.context import POLICIES, Context
 from lora_jax.custom_rules import Rule, check_rules
 from lora_jax.errors import ConfigError
 from lora_jax.forms import Forms
 from lora_jax.interpreter import interpret
 from lora_jax.lazy import is_lazy, lazy
-from lora_jax.weights import LoraWeight, TrainedLeaf, dense, is_adapted, require_base
+from lora_jax.weights import LoraWeight, TrainedLeaf, is_adapted, require_base
 
 
 def lora(

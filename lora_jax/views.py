@@ -214,12 +214,14 @@ def _pad(ctx: Context, eqn: Any, args: Sequence[Any]) -> Any:
     lazy, value = args
     if not is_lazy(lazy) or is_lazy(value):
         return NotImplemented
-    if lazy.w is None and (_jaxpr.is_var(eqn.invars[1]) or value != 0):
-        return NotImplemented  # what pads a tangent must be zero as its base is
+    is_zero = not _jaxpr.is_var(eqn.invars[1]) and value == 0
+    if not is_zero and (lazy.w is None or lazy.gain is not None):
+        return NotImplemented  # a tangent's base is zero, and the value must not take the gain
     moved, axes = lazy, list(lazy.axes)
     for i, config in enumerate(eqn.params["padding_config"]):
         if config != (0, 0, 0):
-            if lazy.a is not None and lazy.holders(axes[i]) in ((), ("a", "b", "key")):
+            holders = lazy.holders(axes[i])
+            if lazy.a is not None and ("key" in holders or not {"a", "b"} & {*holders}):
                 return NotImplemented
             axes[i] = moved.new_axis(axes[i].origins, skip=i)
             moved = moved.map_axis(lazy.axes[i], _padder(config), axes[i])
@@ -269,7 +271,8 @@ def _reduce_sum(ctx: Context, eqn: Any, args: Sequence[Any]) -> Any:
     """A factor keeps a summed axis; the name is gone from the view, so the next product sums it."""
     (lazy,) = args
     gone = [lazy.axes[i] for i in eqn.params["axes"]]
-    if lazy.a is not None and not all({"a", "b"} & set(lazy.holders(axis)) for axis in gone):
+    held = [lazy.holders(axis) for axis in gone]
+    if lazy.a is not None and not all({"a", "b"} & {*h} and "gain" not in h for h in held):
         return NotImplemented
     return viewed(eqn, lazy, [axis for axis in lazy.axes if axis not in gone])
 

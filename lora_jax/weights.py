@@ -1,4 +1,4 @@
-"""The nouns: `Layout`, `LoraWeight`, `TrainedLeaf`, and the algebra of one adapted weight."""
+"""The nouns: `Layout`, `LoraWeight` and `TrainedLeaf`."""
 
 import dataclasses
 import json
@@ -6,7 +6,6 @@ import math
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax import export
 
 from lora_jax.errors import LayoutError, StructureError
@@ -59,6 +58,10 @@ class Layout:
         """`[*batch, rank, *out]` for a weight of this shape."""
         return (*self.select("b", shape), rank, *self.select("o", shape))
 
+    def magnitude_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """`[*batch, *out]` for a weight of this shape: a number for every output."""
+        return (*self.select("b", shape), *self.select("o", shape))
+
     def fan_in(self, shape: tuple[int, ...]) -> int:
         """Product of the in axes: how many inputs meet in one output."""
         return math.prod(self.select("i", shape))
@@ -73,9 +76,11 @@ class Layout:
 class LoraWeight:
     """Stands in a parameter tree where a kernel `W` stood, and means `W + scale · A · B`.
 
-    LoRA: Low-Rank Adaptation of Large Language Models, https://arxiv.org/abs/2106.09685. A pytree
-    node: `w`, `a`, `b`, `scale` and `key` are leaves, the rest is static. In an *overlay* (the
-    adapters that `split` returns) `w` is None.
+    LoRA: Low-Rank Adaptation of Large Language Models, https://arxiv.org/abs/2106.09685. With a
+    `magnitude` it means `magnitude · V / ‖V‖`, V being that sum and the norm taken over the in axes
+    of each output: DoRA, https://arxiv.org/abs/2402.09353. A pytree node: `w`, `a`, `b`, `scale`,
+    `magnitude` and `key` are leaves, the rest is static. In an *overlay* (the adapters that `split`
+    returns) `w` is None.
 
     >>> import jax.numpy as jnp
     >>> w, a, b = jnp.zeros((4, 3)), jnp.ones((4, 2)), jnp.ones((2, 3))
@@ -88,6 +93,7 @@ class LoraWeight:
     a: Any  # [*batch, *in, rank]; trained
     b: Any  # [*batch, rank, *out]; trained
     scale: Any  # [*batch]; a leaf, so that changing it never recompiles; frozen
+    magnitude: Any = None  # [*batch, *out], with DoRA; trained
     key: Any = None  # [*batch] typed random keys while branch dropout is on, else None
     layout: Layout = dataclasses.field(metadata={"static": True}, kw_only=True)
     dropout: float = dataclasses.field(default=0.0, metadata={"static": True}, kw_only=True)
@@ -138,52 +144,6 @@ def is_adapted(node: Any) -> bool:
     return isinstance(node, LoraWeight | TrainedLeaf)
 
 
-def subscripts(layout: Layout) -> tuple[str, str, str, str]:
-    """Einsum subscripts of A, B, scale and W, the rank being "Z": "aZ", "Zb", "", "ab" for "io"."""
-    letters = "abcdefghijklmnopqrstuvwxyz"
-
-    def pick(kinds: str) -> str:
-        return "".join(letters[i] for i in layout.positions(kinds))
-
-    batch = pick("b")
-    return batch + pick("i") + "Z", batch + "Z" + pick("o"), batch, pick("bio")
-
-
-def accumulator(*dtypes: Any) -> Any:
-    """The dtype to add in: float32, or float64 where one of `dtypes` is."""
-    return jnp.dtype(jnp.float64 if jnp.dtype("float64") in dtypes else jnp.float32)
-
-
-def delta(weight: LoraWeight) -> jax.Array:
-    """`scale · A · B`, the dense update, in float32 (float64 where a factor is).
-
-    >>> import jax.numpy as jnp
-    >>> a, b = jnp.array([[2.0], [3.0]]), jnp.array([[1.0, 2.0]])
-    >>> delta(LoraWeight(None, a, b, jnp.float32(0.5), layout=Layout("io")))
-    Array([[1. , 2. ],
-           [1.5, 3. ]], dtype=float32)
-    """
-    sub_a, sub_b, sub_scale, sub_w = subscripts(weight.layout)
-    dtype = accumulator(weight.a.dtype, weight.b.dtype)
-    a, b, scale = (x.astype(dtype) for x in (weight.a, weight.b, weight.scale))
-    scaled = jnp.einsum(f"{sub_b},{sub_scale}->{sub_b}", b, scale)
-    # A merge must not lose digits to the fast reduced-precision modes of an accelerator.
-    return jnp.einsum(f"{sub_a},{sub_b}->{sub_w}", a, scaled, precision=jax.lax.Precision.HIGHEST)
-
-
-def dense(node: Adapted, dtype: Any = None) -> jax.Array:
-    """The leaf that `node` means, `W + scale · A · B`: added in float32, rounded once to `dtype`.
-
-    `dtype` defaults to the base leaf's.
-    """
-    if isinstance(node, TrainedLeaf):
-        dtype = dtype or node.w.dtype
-        return jnp.where(node.scale != 0, node.value.astype(dtype), node.w.astype(dtype))
-    update = delta(node)
-    dtype = dtype or node.w.dtype
-    return (node.w.astype(accumulator(update.dtype, node.w.dtype)) + update).astype(dtype)
-
-
 def check_fits(path: str, node: Adapted, w: Any) -> list[str]:
     """What keeps `node`'s factors from standing on the base leaf `w`; empty where they fit."""
     if not hasattr(w, "shape"):
@@ -193,15 +153,18 @@ def check_fits(path: str, node: Adapted, w: Any) -> list[str]:
         return [] if same else [f"{path}: trained {node.value.shape}, base {w.shape}"]
     if len(node.layout.axes) != len(w.shape):
         return [f"{path}: layout {node.layout.axes!r} does not fit the base's shape {w.shape}"]
-    rank, problems = node.rank, []
-    for name, got, want in (
-        ("a", node.a.shape, node.layout.a_shape(w.shape, rank)),
-        ("b", node.b.shape, node.layout.b_shape(w.shape, rank)),
-        ("scale", node.scale.shape, node.layout.select("b", w.shape)),
-    ):
-        if got != want:
-            problems.append(f"{path}: {name} is {got}, the base {w.shape} needs {want}")
-    return problems
+    wanted = {
+        "a": node.layout.a_shape(w.shape, node.rank),
+        "b": node.layout.b_shape(w.shape, node.rank),
+        "scale": node.layout.select("b", w.shape),
+        "magnitude": node.layout.magnitude_shape(w.shape),
+    }
+    got = {name: getattr(node, name) for name in wanted}
+    return [
+        f"{path}: {name} is {x.shape}, the base {w.shape} needs {wanted[name]}"
+        for name, x in got.items()
+        if x is not None and x.shape != wanted[name]
+    ]
 
 
 def require_base(path: str, node: Adapted) -> None:
@@ -229,7 +192,7 @@ def _deserialize(data: bytes) -> Any:
 def _register_for_export() -> None:
     # jax.export can store a function of these nodes only when it can name and rebuild them.
     for node, fields in (
-        (LoraWeight, ("w", "a", "b", "scale", "key")),
+        (LoraWeight, ("w", "a", "b", "scale", "magnitude", "key")),
         (TrainedLeaf, ("w", "value", "scale")),
     ):
         export.register_pytree_node_serialization(

@@ -24,6 +24,7 @@ CORE = [
     "remat",
     "config",
     "weights",
+    "algebra",
     "lazy",
     "forms",
     "branches",

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import lora_jax
-from lora_jax import Layout, LoraConfig, LoraWeight, MergeError, StructureError, merging, weights
+from lora_jax import Layout, LoraConfig, LoraWeight, MergeError, StructureError, algebra, merging
 from tests.cases import is_node, merged, normal, randomize
 
 KEY = jax.random.key(0)
@@ -165,7 +165,7 @@ def stacked(axes, dtype, rank=4):
 
 
 def at_once(node, dtype):
-    return jax.jit(weights.dense, static_argnums=1)(node, dtype)
+    return jax.jit(algebra.dense, static_argnums=1)(node, dtype)
 
 
 def assert_same_sums(got, want, node):
@@ -239,7 +239,7 @@ def test_gradients_flow_through_the_merge_of_a_stack(dtype):
         square = lambda a: (fn(dataclasses.replace(node, a=a)).astype(jnp.float32) ** 2).sum()
         return jax.grad(square)(node.a)
 
-    want = gradient(weights.dense)
+    want = gradient(algebra.dense)
     assert float(abs(want).max()) > 1
     np.testing.assert_allclose(gradient(lora_jax.merge), want, rtol=1e-4, atol=1e-3)
 

@@ -1,5 +1,6 @@
 """Every program of the table: adapted equals merged, and nothing weight-sized is made."""
 
+import dataclasses
 import functools
 import warnings
 
@@ -46,8 +47,11 @@ def prepare(case: Case, dtype):
 
 
 def check_equal_to_merged(case: Case, dtype):
-    fn, adapted, params, args = prepare(case, dtype)
-    tolerance = TOLERANCE[jnp.dtype(dtype).name]
+    check_equal(case, *prepare(case, dtype), TOLERANCE[jnp.dtype(dtype).name])
+
+
+def check_equal(case: Case, fn, adapted, params, args, tolerance):
+    """Outputs and gradients (tangents) of `adapted` on `params` against `fn` on merged ones."""
     assert_close(jax.jit(adapted)(params, *args), jax.jit(fn)(merged(params), *args), tolerance)
     if not case.differentiable:
         return
@@ -64,7 +68,7 @@ def check_equal_to_merged(case: Case, dtype):
     def oracle(adapters, inputs):
         # scale is frozen in the library, so it must be here
         adapters = jax.tree.map(
-            lambda n: type(n)(None, n.a, n.b, jax.lax.stop_gradient(n.scale), layout=n.layout),
+            lambda n: dataclasses.replace(n, scale=jax.lax.stop_gradient(n.scale)),
             adapters,
             is_leaf=is_node,
         )

@@ -71,22 +71,27 @@ def linen(module: nn.Module, *args: Any) -> tuple[Callable, Any, tuple]:
 
 
 def adapt(
-    built: tuple[Callable, Any, tuple], layouts: dict[str, str], dtype: Any, rank: int = 2
+    built: tuple[Callable, Any, tuple], layouts: dict[str, str], dtype: Any, **options: Any
 ) -> Any:
     """The adapted parameters of a case, B random and the scale 1.5, so that nothing is a no-op."""
     fn, params, args = built
-    config = lora_jax.LoraConfig(rank=rank, alpha=1.5 * rank, targets=list(layouts), dtype=dtype)
+    rank = options.pop("rank", 2)
+    config = lora_jax.LoraConfig(
+        rank=rank, alpha=1.5 * rank, targets=list(layouts), dtype=dtype, **options
+    )
     params = lora_jax.init(jax.random.key(1), params, config, fn, *args)
     return randomize(params)
 
 
 def randomize(params: Any) -> Any:
-    """Random B, in place of zero, of every adapted weight."""
+    """Random B, in place of zero, of every adapted weight, and random magnitudes."""
 
     def one(node: Any) -> Any:
         if not isinstance(node, lora_jax.LoraWeight):
             return node
-        return dataclasses.replace(node, b=normal(3, node.b.shape, node.b.dtype))
+        m = node.magnitude
+        m = None if m is None else m * (1 + 0.3 * normal(4, m.shape, m.dtype))
+        return dataclasses.replace(node, b=normal(3, node.b.shape, node.b.dtype), magnitude=m)
 
     return jax.tree.map(one, params, is_leaf=is_node)
 
@@ -96,7 +101,7 @@ def is_node(x: Any) -> bool:
 
 
 def merged(params: Any) -> Any:
-    """The oracle: W + scale·A·B written with nothing of the library's but the layout's letters."""
+    """The oracle: W + scale·A·B, or m·V/‖V‖, with nothing of the library's but the letters."""
 
     def one(node: Any) -> Any:
         if not is_node(node):
@@ -113,6 +118,13 @@ def merged(params: Any) -> Any:
         b = node.b.reshape(*stack, r, -1)
         update = (a @ b) * node.scale[..., None, None]
         update = jnp.transpose(update.reshape(grouped), [order.index(i) for i in range(len(order))])
-        return (node.w.astype(update.dtype) + update).astype(node.w.dtype)
+        total = node.w.astype(update.dtype) + update
+        if node.magnitude is not None:  # in the weight's order of axes, of size one where it sums
+            ins = tuple(i for i, letter in enumerate(axes) if letter == "i")
+            norms = jax.lax.stop_gradient(jnp.sqrt((total**2).sum(ins, keepdims=True)))
+            batch_and_out = [i for i in order if i not in ins]
+            m = node.magnitude.transpose([batch_and_out.index(i) for i in sorted(batch_and_out)])
+            total = total * m.reshape(norms.shape) / norms
+        return total.astype(node.w.dtype)
 
     return jax.tree.map(one, params, is_leaf=is_node)
