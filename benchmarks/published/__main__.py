@@ -25,7 +25,10 @@ EXPERIMENTS = (
     "gradient_norms",
     "eckart_young",
     "learning_rates",
+    "lora_plus",
     "pissa",
+    "eva",
+    "dora",
 )
 HEADINGS = ("result", "setting", "published", "here", "agrees")
 

@@ -71,6 +71,15 @@ def mlp(params: Any, x: jax.Array) -> jax.Array:
     return x @ params[last]["kernel"] + params[last]["bias"][None]
 
 
+def inputs(params: Any, x: jax.Array) -> dict[str, jax.Array]:
+    """What each layer of `mlp` gets, by its name, `[batch, fan_in]`."""
+    names = sorted(params)
+    found = {names[0]: x}
+    for i, name in enumerate(names[1:], 1):
+        found[name] = jax.nn.relu(mlp({n: params[n] for n in names[:i]}, x))
+    return found
+
+
 def loss(params: Any, images: jax.Array, labels: jax.Array) -> jax.Array:
     """Mean cross-entropy."""
     return optax.softmax_cross_entropy_with_integer_labels(mlp(params, images), labels).mean()

@@ -132,9 +132,7 @@ def over_width(
     lines = [
         Line("here", widths, ratios, "o-"),
         Line("published", [2048, 5120], [10, 10]),
-        Line(
-            "fit", [widths[0], 5120], np.exp(log_scale) * np.array([widths[0], 5120]) ** power, "--"
-        ),
+        Line("fit", far, np.exp(log_scale) * far**power, "--"),
     ]
     picture = Picture(
         "learning_rates_width", "best learning rate, LoRA over full", "width", "ratio", lines, "xy"

@@ -1,8 +1,8 @@
 """PiSSA against LoRA (https://arxiv.org/abs/2404.02948, figure 2): faster, and to a lower loss.
 
-The set-up of the figure: a two-layer MLP learns odd digits, then adapters tune it on even ones. The
-sizes are those of the authors' script: a hidden layer of 128, 8 × 8 inputs, Adam at 5e-4, 200 epochs
-before and 100 epochs of tuning. Their rank is 8, which for ten outputs is nearly full: lower ones too.
+The set-up of the figure: a two-layer MLP learns odd digits, then adapters tune it on even ones.
+The sizes are those of the authors' script: a hidden layer of 128, Adam at 5e-4, 200 epochs before
+and 100 epochs of tuning. Their rank is 8, which for ten outputs is nearly full: lower ones too.
 """
 
 from collections.abc import Sequence
@@ -19,6 +19,10 @@ RANKS = (8, 4, 2)
 RATES = tuple(5e-4 * 2.0**k for k in range(9))
 SOURCE = "2404.02948"
 WIDTHS = (128,)
+TURNS = (
+    "in the end, not at first: B starts along the few directions that tell odd digits apart and "
+    "has to turn, a zero B has not"
+)
 
 
 def configs(rank: int) -> dict[str, lora_jax.LoraConfig | None]:
@@ -65,19 +69,21 @@ def at_one_rate(ranks: Sequence[int], steps: int, every: int, seeds: int, epochs
             for name, config in configs(rank).items()
         }
         lora, pissa = losses["LoRA"], losses["PiSSA"]
+        agrees = all(pissa[i] < lora[i] for i in quarters(lora))
         rows.append(
             Row(
                 f"PiSSA against LoRA, r={rank}",
                 SOURCE,
                 f"digits, MLP 64-{WIDTHS[0]}-10, odd then even, Adam at 5e-4, {steps} steps, "
                 f"{seeds} seeds",
-                "lower loss at every step",
+                "a lower loss with the same number of steps",
                 f"after {steps // 4}, {steps // 2}, {steps} steps: PiSSA "
                 + ", ".join(f"{pissa[i]:.3g}" for i in quarters(lora))
                 + "; LoRA "
                 + ", ".join(f"{lora[i]:.3g}" for i in quarters(lora))
                 + f"; PiSSA has LoRA's last loss after {reached(pissa, lora[-1], every)}",
-                bool((pissa[1:] < lora[1:]).all()),
+                agrees,
+                "" if agrees else TURNS,
             )
         )
         times = np.arange(len(lora)) * every
@@ -95,9 +101,7 @@ def quarters(losses: np.ndarray) -> tuple[int, int, int]:
     return last // 4, last // 2, last
 
 
-def at_best_rates(
-    rank: int, rates: Sequence[float], steps: int, seeds: int, epochs: int
-) -> Row:
+def at_best_rates(rank: int, rates: Sequence[float], steps: int, seeds: int, epochs: int) -> Row:
     """Each at the learning rate that is best for it, which the figure does not look for."""
     final = {
         name: [curve(config, rate, steps, steps, seeds, epochs)[-1] for rate in rates]
@@ -105,13 +109,19 @@ def at_best_rates(
         if config
     }
     best = {name: (min(values), rates[int(np.nanargmin(values))]) for name, values in final.items()}
+    agrees = bool(best["PiSSA"][0] < best["LoRA"][0])
     return Row(
         f"PiSSA against LoRA, r={rank}, each at its best rate",
         SOURCE,
-        f"the same, rates from {rates[0]:.0e} to {rates[-1]:.0e} in factors of 2",
-        "not looked at",
+        f"the same, {steps} steps, {seeds} seeds, rates from {rates[0]:.0e} to {rates[-1]:.0e} in "
+        "factors of 2",
+        "not in the figure",
         "; ".join(f"{name} {loss:.2g} at {rate:.1e}" for name, (loss, rate) in best.items()),
-        best["PiSSA"][0] < best["LoRA"][0],
+        agrees,
+        ""
+        if agrees
+        else "with its best rate LoRA is ahead; 2602.04998 found rates to be most of "
+        "such gains in language models",
     )
 
 
