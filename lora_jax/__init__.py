@@ -1,8 +1,10 @@
 """LoRA for any JAX program: pure functions that put A and B beside the weights of a pytree."""
 
+from lora_jax import rounding, starts
 from lora_jax.adapt import init
 from lora_jax.checkpoint import load, read_metadata, save
 from lora_jax.config import LoraConfig, Override
+from lora_jax.conversion import on_original
 from lora_jax.custom_rules import Operand, Rule
 from lora_jax.errors import (
     AdapterFileError,
@@ -15,6 +17,7 @@ from lora_jax.errors import (
     StructureError,
     TargetError,
 )
+from lora_jax.extract import extract
 from lora_jax.forms import Forms
 from lora_jax.merging import merge, unmerge
 from lora_jax.optim import freeze, labels, mask
@@ -46,6 +49,7 @@ __all__ = [
     "TrainedLeaf",
     "count_params",
     "disable",
+    "extract",
     "freeze",
     "init",
     "join",
@@ -54,11 +58,14 @@ __all__ = [
     "lora",
     "mask",
     "merge",
+    "on_original",
     "read_metadata",
+    "rounding",
     "save",
     "save_sums",
     "set_scale",
     "split",
+    "starts",
     "summary",
     "unmerge",
     "with_dropout",

@@ -1,6 +1,7 @@
 """Key paths as strings ("block_0/attn/query/kernel"), and the patterns that select them."""
 
 import difflib
+import hashlib
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -26,6 +27,16 @@ def path_str(key_path: tuple) -> str:
     if len(key_path) > 1 and key_path[-1] == jax.tree_util.GetAttrKey("value"):
         key_path = key_path[:-1]
     return jax.tree_util.keystr(key_path, simple=True, separator="/")
+
+
+def path_key(key: jax.Array, path: str) -> jax.Array:
+    """A key of its own for each path, so that one more target changes no other's start.
+
+    Folded from the path's SHA-256, which is the same in every process.
+    """
+    return jax.random.fold_in(
+        key, int.from_bytes(hashlib.sha256(path.encode()).digest()[:4], "big")
+    )
 
 
 def flatten_with_paths(

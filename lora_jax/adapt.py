@@ -1,7 +1,7 @@
 """`init`: a parameter tree with A and B beside every targeted weight."""
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -13,7 +13,7 @@ from lora_jax.config import ALL_LINEAR, LoraConfig
 from lora_jax.context import Use
 from lora_jax.custom_rules import Rule, check_rules
 from lora_jax.errors import ConfigError, LayoutError, TargetError
-from lora_jax.initializers import INITIALIZERS, path_key
+from lora_jax.starts import STARTS
 from lora_jax.weights import Layout, LoraWeight, TrainedLeaf, is_adapted
 
 
@@ -28,10 +28,18 @@ def init(
 ) -> Any:
     """Put a `LoraWeight` where each targeted kernel stands; the function starts unchanged.
 
-    `W` becomes `W + scale · A · B` (https://arxiv.org/abs/2106.09685) with A uniform in ±1/√fan_in
-    and B zero: the update is exactly zero, and outputs are the same to the bit unless XLA fuses the
-    two programs differently. Which axes are in and out is read from the program
-    `fn(params, *args, **kwargs)`, traced on shapes alone.
+    `W` becomes `W + scale · A · B` (https://arxiv.org/abs/2106.09685). Which axes are in and out is
+    read from the program `fn(params, *args, **kwargs)`, traced on shapes alone.
+
+    How A and B start is `config.init`, and what that does to the base:
+
+    - "kaiming", "gaussian": one factor is zero, so the update is exactly zero, and outputs are the
+      same to the bit unless XLA fuses the two programs differently. The base is the same array.
+    - "orthogonal": A·B is zero to rounding. The base is the same array.
+    - "pissa", "pissa_fast", "olora": the base becomes `W − scale · A · B`, in its own dtype; the
+      outputs are the same to rounding. `on_original` makes the trained adapter one for `W`.
+    - "loftq": the base becomes a rounded W; outputs are closer to the original than those of the
+      rounded weight alone, and not equal.
 
     Args:
       key: a random key. Each weight's own key is folded from it and the weight's path.
@@ -52,7 +60,9 @@ def init(
       TargetError: a pattern matches nothing; a target is not floating, is adapted already, is
         never contracted with anything, or is smaller than the rank. All such are listed at once.
       LayoutError: a shape does not decide the layout and no function is given.
-      ConfigError: `config` is no `LoraConfig`, `fn` no function, or a rule no `Rule`.
+      ConfigError: `config` is no `LoraConfig`, `fn` no function, a rule no `Rule`, or the start
+        cannot be made: an odd rank for "orthogonal", a scale that is not positive where the start
+        divides by it, or a function of yours that returns other shapes.
 
     >>> import jax, jax.numpy as jnp
     >>> params = {"dense": {"kernel": jnp.ones((4, 3)), "bias": jnp.ones(3)}}
@@ -60,11 +70,44 @@ def init(
     >>> adapted["dense"]["kernel"].a.shape, adapted["dense"]["kernel"].b.shape
     ((4, 2), (2, 3))
     """
+    plan = make_plan("init", params, config, fn, args, kwargs, rules)
+    nodes = {
+        **_adapt_all(key, plan, config),
+        **{path: _train_whole(plan.leaves[path], config) for path in plan.whole},
+    }
+    return plan.rebuild([nodes.get(path, leaf) for path, leaf in plan.leaves.items()])
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What a configuration does to a parameter tree, before any factor is made."""
+
+    leaves: Mapping[str, Any]  # every leaf by path, in tree order
+    treedef: Any
+    layouts: Mapping[str, Layout]  # of the weights to adapt
+    whole: Collection[str]  # the paths to train whole
+
+    def rebuild(self, nodes: Sequence[Any]) -> Any:
+        """The tree with `nodes` for its leaves."""
+        return jax.tree_util.tree_unflatten(self.treedef, nodes)
+
+
+def make_plan(
+    caller: str,
+    params: Any,
+    config: LoraConfig,
+    fn: Callable | None,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    rules: Mapping[str, Rule] | None,
+) -> Plan:
+    """Which leaves of `params` get factors, in which layout; raises what `init` raises."""
     if not isinstance(config, LoraConfig):
-        raise ConfigError(f"init: config must be a LoraConfig, got {type(config).__name__}")
+        raise ConfigError(f"{caller}: config must be a LoraConfig, got {type(config).__name__}")
     if fn is not None and not callable(fn):
         raise ConfigError(
-            f"init: the function comes before its arguments, got {type(fn).__name__} in its place"
+            f"{caller}: the function comes before its arguments, got {type(fn).__name__} in its "
+            "place"
         )
     check_rules(rules)
     leaves, treedef = _paths.flatten_with_paths(params, is_leaf=is_adapted)
@@ -83,15 +126,7 @@ def init(
     _check_leaves({**targets, **dict.fromkeys(whole)}, leaves)
     chosen = _layouts(config, targets, leaves, uses)
     _check_ranks(config, chosen, leaves)
-    nodes = {
-        **{
-            path: _adapt(key, path, leaves[path], layout, config) for path, layout in chosen.items()
-        },
-        **{path: _train_whole(leaves[path], config) for path in whole},
-    }
-    return jax.tree_util.tree_unflatten(
-        treedef, [nodes.get(path, leaf) for path, leaf in leaves.items()]
-    )
+    return Plan(leaves, treedef, chosen, whole)
 
 
 Uses = Mapping[str, Sequence[Use]] | None
@@ -222,18 +257,62 @@ def _check_ranks(
         raise TargetError("\n".join(problems))
 
 
+def _adapt_all(key: jax.Array, plan: Plan, config: LoraConfig) -> dict[str, LoraWeight]:
+    """The adapted weights by path; all that no start could be made for are listed at once."""
+    nodes: dict[str, LoraWeight] = {}
+    problems: list[str] = []
+    for path, layout in plan.layouts.items():
+        try:
+            nodes[path] = _adapt(key, path, plan.leaves[path], layout, config)
+        except ConfigError as error:
+            problems.append(f"{path}: {error}")
+    if problems:
+        raise ConfigError("\n".join(problems))
+    return nodes
+
+
 def _adapt(key: jax.Array, path: str, w: Any, layout: Layout, config: LoraConfig) -> LoraWeight:
     rank, scale, _ = config.for_path(path)
-    shape = tuple(w.shape)
+    start = config.init if callable(config.init) else STARTS[config.init]
 
-    def factors(key: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        a, b = INITIALIZERS[config.init](path_key(key, path), layout, shape, rank, config.dtype)
-        return a, b, jnp.full(layout.select("b", shape), scale, accumulator(config.dtype))
+    def factors(key: jax.Array, w: Any) -> tuple[Any, ...]:
+        own = _paths.path_key(key, path)
+        base, a, b = start(own, w, layout, rank, scale, config.dtype)
+        scales = jnp.full(layout.select("b", w.shape), scale, accumulator(config.dtype))
+        return base, a, b, scales
 
     abstract = isinstance(w, jax.ShapeDtypeStruct)
-    a, b, scales = jax.eval_shape(factors, key) if abstract else factors(key)
-    node = LoraWeight(w, a, b, scales, layout=layout, dropout=float(config.dropout))
+    base, a, b, scales = jax.eval_shape(factors, key, w) if abstract else factors(key, w)
+    node = LoraWeight(base, a, b, scales, layout=layout, dropout=float(config.dropout))
+    _check_start(node, w, rank, config.dtype)
+    node = dataclasses.replace(node, w=_placed_as(w, base))
     return _with_magnitude(node, config.dtype) if config.dora else node
+
+
+def _check_start(node: LoraWeight, w: Any, rank: int, dtype: Any) -> None:
+    """Refuse what a start of the user's own made, where it does not fit the weight."""
+    shape = tuple(w.shape)
+    expected = {
+        "w'": (node.w, shape, w.dtype),
+        "a": (node.a, node.layout.a_shape(shape, rank), dtype),
+        "b": (node.b, node.layout.b_shape(shape, rank), dtype),
+    }
+    problems = [
+        f"{name} is {x.dtype}{list(x.shape)}, expected {dtype}{list(shape)}"
+        for name, (x, shape, dtype) in expected.items()
+        if (tuple(x.shape), x.dtype) != (shape, dtype)
+    ]
+    if problems:
+        raise ConfigError("the start does not fit the weight: " + ", ".join(problems))
+
+
+def _placed_as(w: Any, base: Any) -> Any:
+    """The base that a start made, where `w` lies: on its devices, sharded alike."""
+    if isinstance(w, jax.ShapeDtypeStruct):
+        return w
+    if base is w or not isinstance(w, jax.Array) or isinstance(w, jax.core.Tracer):
+        return base
+    return jax.device_put(base, w.sharding)
 
 
 def _with_magnitude(node: LoraWeight, dtype: Any) -> LoraWeight:

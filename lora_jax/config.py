@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from numbers import Integral, Real
 from typing import Any
 
@@ -13,7 +13,7 @@ from lora_jax.errors import ConfigError
 
 ALL_LINEAR = "all-linear"
 SCALINGS = ("standard", "rslora")
-INITS = ("kaiming",)
+INITS = ("kaiming", "gaussian", "orthogonal", "pissa", "pissa_fast", "olora", "loftq")
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
@@ -90,7 +90,11 @@ class LoraConfig:
       overrides: pattern -> `Override` (or a dict of its fields). An exact path wins, then the first
         key that matches as suffix, module name or regex.
       scaling: "standard" or "rslora".
-      init: "kaiming": A uniform in ±1/√fan_in, B zero, so that the function starts unchanged.
+      init: how A and B start. "kaiming" (A uniform in ±1/√fan_in, B zero), "gaussian" (A normal)
+        and "orthogonal" (A·B zero, neither factor) leave the base alone. "pissa", "pissa_fast" and
+        "olora" take A and B out of the weight, "loftq" rounds the weight to NF4 and fits A and B to
+        what that lost: they *change the base*, see `init` and `on_original`. Or a function of the
+        same signature, `(key, w, layout, rank, scale, dtype) -> (w', a, b)`: see `starts`.
       dora: whether each weight also gets a magnitude for every output, so that it means
         `m · V / ‖V‖` with `V = W + scale * A @ B` (https://arxiv.org/abs/2402.09353). It starts at
         ‖V‖, so that the function starts unchanged but for rounding.
@@ -112,7 +116,7 @@ class LoraConfig:
     exclude: _paths.Pattern = ()
     overrides: Mapping[str, Override] = dataclasses.field(default_factory=dict)
     scaling: str = "standard"
-    init: str = "kaiming"
+    init: str | Callable[..., Any] = "kaiming"
     dora: bool = False
     dropout: float = 0.0
     train: _paths.Pattern = ()
@@ -131,9 +135,10 @@ class LoraConfig:
         object.__setattr__(self, "overrides", overrides)
         for key in overrides:
             _paths.compile_regex("overrides", key)
-        for field, known in (("scaling", SCALINGS), ("init", INITS)):
-            if getattr(self, field) not in known:
-                raise ConfigError(f"{field} must be one of {known}, got {getattr(self, field)!r}")
+        if self.scaling not in SCALINGS:
+            raise ConfigError(f"scaling must be one of {SCALINGS}, got {self.scaling!r}")
+        if not callable(self.init) and self.init not in INITS:
+            raise ConfigError(f"init must be one of {INITS} or a function, got {self.init!r}")
         if not isinstance(self.dora, bool):
             raise ConfigError(f"dora must be True or False, got {self.dora!r}")
         _check_probability("dropout", self.dropout)
@@ -165,7 +170,7 @@ class LoraConfig:
             for key, override in self.overrides.items()
         }
         values["dtype"] = self.dtype.name
-        for field in ("targets", "exclude", "train"):
+        for field in ("targets", "exclude", "train", "init"):
             if callable(values[field]):
                 values[field] = f"<callable {getattr(values[field], '__qualname__', '?')}>"
             elif not isinstance(values[field], str):

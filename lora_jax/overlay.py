@@ -9,7 +9,6 @@ import jax.numpy as jnp
 
 from lora_jax import _paths
 from lora_jax.errors import StructureError
-from lora_jax.initializers import path_key
 from lora_jax.weights import Adapted, LoraWeight, check_fits, is_adapted, require_base
 
 
@@ -172,7 +171,7 @@ def with_dropout(params: Any, key: jax.Array | None) -> Any:
     def one(path: str, node: Adapted) -> Adapted:
         if not isinstance(node, LoraWeight) or key is None or not node.dropout:
             return dataclasses.replace(node, key=None) if isinstance(node, LoraWeight) else node
-        own = path_key(_typed(key), path)
+        own = _paths.path_key(_typed(key), path)
         shape = node.scale.shape
         return dataclasses.replace(node, key=jax.random.split(own, shape) if shape else own)
 

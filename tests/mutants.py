@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).parent.parent
 PYTEST = [sys.executable, "-m", "pytest", "-q", "-rf", "-p", "no:cacheprovider", "-n", "auto"]
-TESTS = [f"tests/test_{name}.py" for name in ("transform", "branches", "optim", "merging")]
+TESTS = [f"tests/test_{name}.py" for name in ("transform", "branches", "optim", "merging", "dora")]
 PROGRAMS = ["tests/test_programs.py", "-k", "merged_model and not float64 or sized"]
 
 
@@ -108,15 +108,33 @@ MUTANTS = [
     Mutant(
         "train the scale",
         "optim.py",
-        '("a", "b", "value")',
-        '("a", "b", "value", "scale")',
+        '("a", "b", "magnitude", "value")',
+        '("a", "b", "magnitude", "value", "scale")',
     ),
     Mutant(
         "merge without the scale",
-        "weights.py",
+        "algebra.py",
         "a, b, scale = (x.astype(dtype) for x in (weight.a, weight.b, weight.scale))",
         "a, b = (x.astype(dtype) for x in (weight.a, weight.b))\n"
         "    scale = jnp.ones_like(weight.scale, dtype)",
+    ),
+    Mutant(
+        "let gradients into DoRA's norms",
+        "algebra.py",
+        "scale, norms = jax.lax.stop_gradient((node.scale, norms))",
+        "scale = jax.lax.stop_gradient(node.scale)",
+    ),
+    Mutant(
+        "leave out the norm's cross term",
+        "algebra.py",
+        "(b * (2 * crossed + squared))",
+        "(b * squared)",
+    ),
+    Mutant(
+        "forget the gain where the outputs are contracted",
+        "contractions.py",
+        "x = with_gain(x, product.x_axes, lazy)",
+        "pass",
     ),
 ]
 

@@ -156,7 +156,7 @@ def test_files_that_are_not_whole_safetensors(file, how):
         ({"format": "lora_jax", "version": "1"}, "damaged"),
         ({"layouts": "[]"}, "damaged"),
         ({"layouts": "{"}, "damaged"),
-        ({"layouts": json.dumps({"up/kernel": {"kind": "dora"}})}, "unknown kind"),
+        ({"layouts": json.dumps({"up/kernel": {"kind": "vera"}})}, "unknown kind"),
         ({"layouts": json.dumps({"up/kernel": {"kind": "lora", "axes": "xx", "uses": []}})}, "xx"),
         ({"layouts": json.dumps({"up/kernel": {"kind": "lora"}})}, "axes"),
     ],

@@ -44,7 +44,7 @@ def some(case):
     return pytest.param(case, marks=[] if case.name in FEW else pytest.mark.slow)
 
 
-@pytest.mark.parametrize("case", map(some, CASES), ids=str)
+@pytest.mark.parametrize("case", [some(case) for case in CASES], ids=str)
 def test_equals_the_merged_model(case, x64, quick_compile):
     fn, params, args = case.build(jnp.float64)
     params = adapt((fn, params, args), case.layouts, jnp.float64, dora=True)

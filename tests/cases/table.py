@@ -73,7 +73,7 @@ def linen(module: nn.Module, *args: Any) -> tuple[Callable, Any, tuple]:
 def adapt(
     built: tuple[Callable, Any, tuple], layouts: dict[str, str], dtype: Any, **options: Any
 ) -> Any:
-    """The adapted parameters of a case, B random and the scale 1.5, so that nothing is a no-op."""
+    """The adapted parameters of a case, A, B random and the scale 1.5: nothing is a no-op."""
     fn, params, args = built
     rank = options.pop("rank", 2)
     config = lora_jax.LoraConfig(
@@ -84,14 +84,18 @@ def adapt(
 
 
 def randomize(params: Any) -> Any:
-    """Random B, in place of zero, of every adapted weight, and random magnitudes."""
+    """Random factors, where they start as zero, of every adapted weight, and random magnitudes."""
 
     def one(node: Any) -> Any:
         if not isinstance(node, lora_jax.LoraWeight):
             return node
+        zero = "a" if node.layout.uses == ("gather",) else "b"  # which factor starts as zero
+        factor = getattr(node, zero)
         m = node.magnitude
         m = None if m is None else m * (1 + 0.3 * normal(4, m.shape, m.dtype))
-        return dataclasses.replace(node, b=normal(3, node.b.shape, node.b.dtype), magnitude=m)
+        return dataclasses.replace(
+            node, **{zero: normal(3, factor.shape, factor.dtype)}, magnitude=m
+        )
 
     return jax.tree.map(one, params, is_leaf=is_node)
 

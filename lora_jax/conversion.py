@@ -1,0 +1,114 @@
+"""`on_original`: an adapter trained on a base that its start changed, for the base as it was."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lora_jax import _paths
+from lora_jax.algebra import accumulator, subscripts
+from lora_jax.errors import StructureError
+from lora_jax.overlay import adapted_nodes
+from lora_jax.weights import (
+    Adapted,
+    LoraWeight,
+    TrainedLeaf,
+    check_fits,
+    is_adapted,
+)
+
+
+def on_original(start: Any, trained: Any, base: Any) -> Any:
+    """The trained adapter as an ordinary one on the original base, of twice the rank.
+
+    "pissa", "pissa_fast" and "olora" take `scale₀·A₀·B₀` out of the base before training. What was
+    learnt is the difference, so that W + scale·A·B − scale₀·A₀·B₀ is the trained weight: factors
+    A' = [A, A₀] and B' = [scale·B; −scale₀·B₀], scale 1 (PiSSA, https://arxiv.org/abs/2404.02948,
+    appendix C). The result needs neither the changed base nor the start: it can be
+    saved, shipped and joined like any other adapter, and `disable` gives back the original.
+
+    Where `start` is a joined tree and its base leaf is still the original array ("kaiming" and all
+    that leave the base alone), the trained factors are returned as they are. Leaves trained whole
+    are too. Dropout is off in the converted factors, for what they subtract must not be dropped.
+
+    Args:
+      start: what `init` returned, or its overlay.
+      trained: the same after training, joined or an overlay.
+      base: the parameters that were given to `init`.
+
+    Returns:
+      An overlay of `base`. `merge(join(base, overlay))` is the merge of `trained` on its own base,
+      to what rounding the changed base to its dtype lost, and for "loftq" to what its start lost.
+
+    Raises:
+      StructureError: the three do not fit together; all differences are listed at once.
+
+    >>> import jax, jax.numpy as jnp, lora_jax
+    >>> base = {"kernel": jnp.arange(12.0).reshape(4, 3)}
+    >>> start = lora_jax.init(jax.random.key(0), base, lora_jax.LoraConfig(rank=1, init="pissa"))
+    >>> trained = jax.tree.map(lambda x: x + 1, lora_jax.split(start)[1])
+    >>> overlay = on_original(start, trained, base)
+    >>> want = lora_jax.merge(lora_jax.join(lora_jax.split(start)[0], trained))
+    >>> got = lora_jax.merge(lora_jax.join(base, overlay))
+    >>> overlay["kernel"].rank, bool(jnp.allclose(got["kernel"], want["kernel"], atol=1e-5))
+    (2, True)
+    """
+    before, after = adapted_nodes(start), adapted_nodes(trained)
+    leaves, treedef = _paths.flatten_with_paths(base, is_leaf=is_adapted)
+    problems = _differences(before, after, leaves)
+    if problems:
+        raise StructureError(
+            "on_original: start, trained and base do not fit:\n" + "\n".join(problems)
+        )
+    nodes = {path: _converted(before[path], node, leaves[path]) for path, node in after.items()}
+    return jax.tree_util.tree_unflatten(treedef, [nodes.get(path) for path in leaves])
+
+
+def _converted(before: Adapted, after: Adapted, w: Any) -> Adapted:
+    if isinstance(after, TrainedLeaf) or isinstance(before, TrainedLeaf) or before.w is w:
+        return dataclasses.replace(after, w=None)
+    scale = jnp.ones_like(after.scale)
+    return dataclasses.replace(
+        after,
+        w=None,
+        a=jnp.concatenate([after.a, before.a], axis=-1),
+        b=jnp.concatenate([_scaled(after, 1), _scaled(before, -1)], len(scale.shape)),
+        scale=scale,
+        key=None,
+        dropout=0.0,
+    )
+
+
+def _scaled(node: LoraWeight, sign: int) -> jax.Array:
+    """`sign · scale · B`, multiplied in float32 and rounded to B's dtype."""
+    _, sub_b, sub_scale, _ = subscripts(node.layout)
+    dtype = accumulator(node.b.dtype)
+    scaled = jnp.einsum(
+        f"{sub_b},{sub_scale}->{sub_b}", node.b.astype(dtype), sign * node.scale.astype(dtype)
+    )
+    return scaled.astype(node.b.dtype)
+
+
+def _differences(
+    before: dict[str, Adapted], after: dict[str, Adapted], leaves: dict[str, Any]
+) -> list[str]:
+    problems = [f"{path}: only in start" for path in before.keys() - after.keys()]
+    problems += [f"{path}: only in trained" for path in after.keys() - before.keys()]
+    for path, node in after.items():
+        if path not in leaves:
+            problems.append(f"{path}: not in the base; {_paths.nearest(path, leaves)}")
+        elif is_adapted(leaves[path]):
+            problems.append(f"{path}: the base is adapted itself; split(params) gives it")
+        else:
+            problems += check_fits(path, node, leaves[path])
+        if path in before and _kind(before[path]) != _kind(node):
+            problems.append(f"{path}: start has {_kind(before[path])}, trained {_kind(node)}")
+    return problems + ([] if after else ["trained holds no adapters"])
+
+
+def _kind(node: Adapted) -> str:
+    """What two nodes must agree in: the layout, the sizes and the rank, or the shape."""
+    if isinstance(node, LoraWeight):
+        return f"layout {node.layout.axes!r}, a {node.a.shape}, b {node.b.shape}"
+    return f"a leaf trained whole {node.shape}"
