@@ -56,7 +56,7 @@ def norms(
         grads = jax.grad(loss)(adapters, jax.random.normal(key, example.shape))
         updates, moments = tx.update(grads, moments, adapters)
         trained = [leaf for node in grads for leaf in (node.a, node.b)]
-        return (optax.apply_updates(adapters, updates), moments), optax.global_norm(trained)
+        return (optax.apply_updates(adapters, updates), moments), optax.tree.norm(trained)
 
     return jax.lax.scan(step, (adapters, tx.init(adapters)), jax.random.split(data_key, steps))[1]
 

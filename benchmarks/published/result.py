@@ -4,9 +4,21 @@ import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
+import lora_jax
+
 
 class Unavailable(Exception):
     """An experiment cannot run here; the message says what is missing."""
+
+
+def require(name: str) -> None:
+    """That the library has a public `name`.
+
+    Raises:
+      Unavailable: it has not.
+    """
+    if not hasattr(lora_jax, name):
+        raise Unavailable(f"lora_jax has no {name}")
 
 
 @dataclasses.dataclass(frozen=True)
