@@ -5,6 +5,7 @@ and makes A and B of the shapes that training would use. Nothing is allocated.
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -22,16 +23,12 @@ GPT3 = Size(layers=96, width=12288, heads=96, vocabulary=50257, batch=1, time=20
 GPT2_MEDIUM = Size(layers=24, width=1024, heads=16, vocabulary=50257, batch=1, time=1024)
 GPT2_LARGE = Size(layers=36, width=1280, heads=20, vocabulary=50257, batch=1, time=1024)
 # RoBERTa is BERT's encoder with other embeddings: positions start at 2, one token type.
-ROBERTA = {"vocab_size": 50265, "max_position_embeddings": 514, "type_vocab_size": 1}
-ROBERTA_BASE = BertConfig(
-    hidden_size=768, num_hidden_layers=12, num_attention_heads=12, intermediate_size=3072, **ROBERTA
+roberta = partial(BertConfig, vocab_size=50265, max_position_embeddings=514, type_vocab_size=1)
+ROBERTA_BASE = roberta(
+    hidden_size=768, num_hidden_layers=12, num_attention_heads=12, intermediate_size=3072
 )
-ROBERTA_LARGE = BertConfig(
-    hidden_size=1024,
-    num_hidden_layers=24,
-    num_attention_heads=16,
-    intermediate_size=4096,
-    **ROBERTA,
+ROBERTA_LARGE = roberta(
+    hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096
 )
 
 

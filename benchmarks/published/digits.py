@@ -71,7 +71,7 @@ def mlp(params: Any, x: jax.Array) -> jax.Array:
     return x @ params[last]["kernel"] + params[last]["bias"][None]
 
 
-def inputs(params: Any, x: jax.Array) -> dict[str, jax.Array]:
+def inputs(params: Any, x: Any) -> dict[str, jax.Array]:
     """What each layer of `mlp` gets, by its name, `[batch, fan_in]`."""
     names = sorted(params)
     found = {names[0]: x}
@@ -127,6 +127,7 @@ def train(
 
     keys = jax.random.split(key, (steps // every, every))
     before = fn(params, *watched)
+    after: jax.Array
     (params, _), after = jax.lax.scan(chunk, (params, tx.init(params)), keys)
     return params, jnp.concatenate([before[None], after])
 

@@ -25,7 +25,7 @@ def centred(base: Any, data: digits.Data) -> dict[str, np.ndarray]:
 def largest_angle(a: np.ndarray, b: np.ndarray) -> float:
     """The largest principal angle between two spans in degrees, from its sine."""
     a, b = (np.linalg.qr(m.astype(np.float64))[0] for m in (a, b))
-    return float(np.degrees(np.arcsin(min(1.0, np.linalg.norm(b - a @ (a.T @ b), 2)))))
+    return float(np.degrees(np.arcsin(min(1.0, float(np.linalg.norm(b - a @ (a.T @ b), 2))))))
 
 
 def explained(x: np.ndarray, a: np.ndarray) -> float:

@@ -14,7 +14,7 @@ import numpy as np
 import optax
 
 import lora_jax
-from benchmarks.published.result import Line, Picture, Result, Row
+from benchmarks.published.result import Line, Numbers, Picture, Result, Row
 
 RANKS = (4, 16, 64, 256, 1024)
 ALPHA = 16
@@ -61,7 +61,7 @@ def norms(
     return jax.lax.scan(step, (adapters, tx.init(adapters)), jax.random.split(data_key, steps))[1]
 
 
-def slope(ranks: Sequence[int], values: Sequence[float]) -> float:
+def slope(ranks: Numbers, values: Numbers) -> float:
     """The exponent p of values ∝ rᵖ, by least squares on logarithms."""
     return float(np.polyfit(np.log(ranks), np.log(values), 1)[0])
 

@@ -24,7 +24,9 @@ SETTING = (
 
 def config_of(rank: int, head: str) -> lora_jax.LoraConfig:
     """LoRA on every kernel; the last one has ten outputs, and no rank above eight."""
-    return lora_jax.LoraConfig(rank=rank, alpha=32, overrides={head: {"rank": min(rank, 8)}})
+    return lora_jax.LoraConfig(
+        rank=rank, alpha=32, overrides={head: lora_jax.Override(rank=min(rank, 8))}
+    )
 
 
 def sweep(

@@ -4,7 +4,11 @@ import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+
 import lora_jax
+
+Numbers = Sequence[float] | np.ndarray
 
 
 class Unavailable(Exception):
@@ -39,8 +43,8 @@ class Line:
     """One curve of a picture; with `style` "o" its points, with "--" broken."""
 
     label: str
-    x: Sequence[float]
-    y: Sequence[float]
+    x: Numbers
+    y: Numbers
     style: str = "-"
 
 
