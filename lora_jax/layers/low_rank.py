@@ -5,13 +5,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from lora_jax.algebra import accumulator, delta
 from lora_jax.branches import Product, adapted
 from lora_jax.config import LoraConfig
 from lora_jax.errors import StructureError
 from lora_jax.forms import Forms
 from lora_jax.layers.start import check_sizes
 from lora_jax.lazy import RANK, Axis, LazyWeight
-from lora_jax.weights import Layout, LoraWeight, accumulator, delta
+from lora_jax.weights import Layout, LoraWeight
 
 Params = dict[str, Any]
 
