@@ -73,7 +73,10 @@ CORE = [
 SUBPACKAGES = {
     "models": {"errors"},
     "demo": {"", "models"},
-    "layers": {"branches", "config", "errors", "forms", "lazy", "overlay", "transform", "weights"},
+    "layers": {
+        *("algebra", "branches", "config", "errors", "forms", "lazy", "overlay"),
+        *("transform", "weights"),
+    },
 }
 
 HEAVY = {"flax", "matplotlib", "orbax", "rich", "tokenizers", "torch", "transformers"}

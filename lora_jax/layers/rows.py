@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from lora_jax.errors import StructureError
-from lora_jax.weights import Adapted, LoraWeight, is_adapted
+from lora_jax.weights import LoraWeight, TrainedLeaf, is_adapted
 
 
 def looked_up(ids: jax.Array) -> jax.Array:
@@ -36,7 +36,8 @@ def take_rows(tree: Any, at: jax.Array) -> Any:
       at: sorted ids, as `looked_up` returns them; beyond the table rows are zero.
 
     Raises:
-      StructureError: the tree holds arrays of several lengths.
+      StructureError: the tree holds arrays of several lengths, or a weight with a magnitude (DoRA),
+        whose norms are over the whole table.
 
     >>> import jax.numpy as jnp
     >>> params, at = {"embedding": jnp.array([[1.0], [2.0], [3.0]])}, jnp.array([0, 2])
@@ -87,8 +88,14 @@ def _map_rows(fn: Any, node: Any) -> Any:
     return dataclasses.replace(node, **{name: fn(getattr(node, name)) for name in fields})
 
 
-def _trained_rows(node: Adapted) -> str:
-    return "a" if isinstance(node, LoraWeight) else "value"
+def _trained_rows(node: Any) -> str:
+    """The field with a trained row for every id."""
+    if isinstance(node, TrainedLeaf):
+        return "value"
+    if isinstance(node, LoraWeight) and node.magnitude is None:
+        return "a"
+    what = "a magnitude (DoRA)" if isinstance(node, LoraWeight) else type(node).__name__
+    raise StructureError(f"take_rows: a table with {what} cannot be had by some of its rows")
 
 
 def _is_table(x: Any) -> bool:

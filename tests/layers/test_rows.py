@@ -132,3 +132,12 @@ def test_trees_of_several_lengths_are_refused():
     model = {"embedding": jnp.ones((11, 4)), "head": {"kernel": jnp.ones((4, 3))}}
     with pytest.raises(StructureError, match=r"\[4, 11\] rows"):
         take_rows(model, jnp.array([1]))
+
+
+def test_a_table_with_a_magnitude_is_refused():
+    """Its rows alone do not tell the norms of its columns."""
+    config = lora_jax.LoraConfig(rank=2, targets=["embedding"], dora=True)
+    ids = jnp.array([1])
+    params = lora_jax.init(KEY, table("plain"), config, embedding.apply, ids)
+    with pytest.raises(StructureError, match="magnitude"):
+        take_rows(params, ids)
