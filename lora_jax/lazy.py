@@ -11,7 +11,7 @@ from jax import lax
 
 from lora_jax import _contract
 from lora_jax.algebra import accumulator, gain
-from lora_jax.weights import LoraWeight
+from lora_jax.weights import LoraWeight, TrainedRows
 
 
 class Axis(NamedTuple):
@@ -174,6 +174,33 @@ def lazy(node: LoraWeight, path: str, rank_first: bool = False) -> LazyWeight:
         path=path,
         dropout=node.dropout if node.key is not None else 0.0,
         ndim=node.w.ndim,
+    )
+
+
+def lazy_rows(node: TrainedRows, path: str) -> LazyWeight:
+    """The lazy form of `TrainedRows`: `W + onehot(rows) · (value − W[rows])`, of rank k.
+
+    The one-hot A `[k, rows of W]` is a constant, so that every rule for factors serves rows too.
+    """
+    axes = tuple(Axis((i,), i) for i in range(node.w.ndim))
+    batch, ins, outs = (tuple(axes[i] for i in node.layout.positions(kind)) for kind in "bio")
+    w = lax.stop_gradient(node.w)
+    dtype = accumulator(node.value.dtype, w.dtype)
+    update = node.value.astype(dtype) - node.select(w).astype(dtype)
+    size = node.layout.select("i", w.shape)[0]
+    one_hot = jax.nn.one_hot(jnp.asarray(node.rows), size, dtype=dtype)
+    return LazyWeight(
+        w,
+        jnp.broadcast_to(one_hot, (*node.layout.select("b", w.shape), *one_hot.shape)),
+        jnp.where(lax.stop_gradient(node.scale) != 0, update, jnp.zeros_like(update)),
+        None,
+        axes=axes,
+        a_axes=(*batch, RANK, *ins),
+        b_axes=(*batch, RANK, *outs),
+        shape=w.shape,
+        dtype=w.dtype,
+        path=path,
+        ndim=w.ndim,
     )
 
 

@@ -56,18 +56,25 @@ CORE = [
     "starts",
     "transform",
     "layouts",
+    "selection",
     "adapt",
     "overlay",
     "conversion",
     "extract",
     "merging",
     "optim",
+    "norms",
+    "memory",
     "summary",
     "fingerprint",
     "checkpoint",
 ]
 # Besides a sub-package's own modules; "" is the package itself, that is, its public names.
-SUBPACKAGES = {"models": {"errors"}, "demo": {"", "models"}}
+SUBPACKAGES = {
+    "models": {"errors"},
+    "demo": {"", "models"},
+    "layers": {"branches", "config", "errors", "forms", "lazy", "overlay", "transform", "weights"},
+}
 
 HEAVY = {"flax", "matplotlib", "orbax", "rich", "tokenizers", "torch", "transformers"}
 PRIVATE = "jax._" + "src"  # written so that this file does not hold it either
