@@ -11,7 +11,7 @@ import numpy as np
 
 import lora_jax
 from benchmarks.published import digits
-from benchmarks.published.result import Line, Picture, Result, Row, require
+from benchmarks.published.result import Line, Picture, Result, Row
 
 SOURCE = "2410.07170"
 
@@ -36,7 +36,6 @@ def explained(x: np.ndarray, a: np.ndarray) -> float:
 
 def run(width: int = 256, rank: int = 8, batch: int = 64, seeds: int = 3) -> Result:
     """Angles to the full SVD, and what A explains beside the default start and the optimum."""
-    require("eva")
     data = digits.even()
     parts = range(0, len(data.labels), batch)
     batches = [(data.images[i : i + batch],) for i in parts]

@@ -13,7 +13,7 @@ import optax
 
 import lora_jax
 from benchmarks.published import digits
-from benchmarks.published.result import Line, Picture, Result, Row, require
+from benchmarks.published.result import Line, Picture, Result, Row
 
 RATES = tuple(1e-5 * 2.0**k for k in range(3, 12))
 RATIO = 16
@@ -64,7 +64,6 @@ def run(
     seeds: int = 3,
 ) -> Result:
     """Steps to a loss of 0.1."""
-    require("lora_plus")
     both = {"LoRA": digits.adam, f"LoRA+, ratio {RATIO}": plus}
     counts = {
         name: steps_to(optimizer, rates, width, level, steps, every, seeds)

@@ -6,23 +6,11 @@ from pathlib import Path
 
 import numpy as np
 
-import lora_jax
-
 Numbers = Sequence[float] | np.ndarray
 
 
 class Unavailable(Exception):
     """An experiment cannot run here; the message says what is missing."""
-
-
-def require(name: str) -> None:
-    """That the library has a public `name`.
-
-    Raises:
-      Unavailable: it has not.
-    """
-    if not hasattr(lora_jax, name):
-        raise Unavailable(f"lora_jax has no {name}")
 
 
 @dataclasses.dataclass(frozen=True)
