@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lora_jax.algebra import accumulator
+from lora_jax.algebra import accumulator, column_products, gain
 from lora_jax.errors import StructureError
 from lora_jax.optim import TRAINED_FIELDS
 from lora_jax.overlay import adapted_nodes
@@ -28,8 +28,9 @@ def norms(params: Any, grads: Any = None) -> dict[str, dict[str, jax.Array]]:
     Returns:
       {path: {name: norm}}. Names: "a", "b" ("value" of a leaf or rows trained whole), "update"
       (‖ΔW‖), "relative" (‖ΔW‖/‖W‖, 0 where W is), and with `grads` "grad_a", "grad_b"
-      ("grad_value"). Shape `[*batch]`, one norm for each layer of stacked weights; of other leaves
-      a scalar. The update of trained rows is relative to those rows.
+      ("grad_value"). With DoRA also "magnitude", and an overlay's has no "update". Shape
+      `[*batch]`, one norm for each layer of stacked weights; of other leaves a scalar. The update
+      of trained rows is relative to those rows.
 
     Raises:
       StructureError: `params` holds no adapters, or `grads` none at a path that `params` has.
@@ -53,7 +54,10 @@ def norms(params: Any, grads: Any = None) -> dict[str, dict[str, jax.Array]]:
 def _norms(node: Adapted) -> dict[str, jax.Array]:
     found = _fields(node)
     if isinstance(node, LoraWeight):
-        found["update"] = _update_norm(node)
+        if node.magnitude is None:
+            found["update"] = _update_norm(node)
+        elif node.w is not None:
+            found["update"] = _directed_update_norm(node)
         base = None if node.w is None else _norm(node.w, node.layout.positions("b"))
     elif node.w is not None:
         w = node.select(node.w) if isinstance(node, TrainedRows) else node.w
@@ -96,6 +100,13 @@ def _update_norm(node: LoraWeight) -> jax.Array:
     # Of a product that cancels the sum of rounded terms can be less than 0.
     square = jnp.maximum(jnp.sum(gram_a * gram_b, (-2, -1)), 0)
     return jnp.abs(node.scale.astype(dtype)) * jnp.sqrt(square)
+
+
+def _directed_update_norm(node: LoraWeight) -> jax.Array:
+    """‖g·V − W‖ of DoRA, `[*batch]`: ΔW is (g − 1)·W + g·scale·A·B, g being `gain`."""
+    (own, crossed, squared), g = column_products(node), gain(node)
+    square = (g - 1) ** 2 * own + 2 * g * (g - 1) * crossed + g**2 * squared
+    return jnp.sqrt(jnp.maximum(square.sum(range(node.scale.ndim, square.ndim)), 0))
 
 
 def _gradients(node: Adapted | None) -> dict[str, jax.Array]:
