@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lora_jax.weights import Adapted, Layout, LoraWeight, TrainedLeaf
+from lora_jax.weights import Adapted, Layout, LoraWeight, TrainedLeaf, TrainedRows
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
@@ -55,6 +55,9 @@ def dense(node: Adapted, dtype: Any = None) -> jax.Array:
     dtype = dtype or node.w.dtype
     if isinstance(node, TrainedLeaf):
         return jnp.where(node.scale != 0, node.value.astype(dtype), node.w.astype(dtype))
+    if isinstance(node, TrainedRows):
+        w = node.w.astype(dtype)
+        return node.replace(w, jnp.where(node.scale != 0, node.value.astype(dtype), node.select(w)))
     update = delta(node)
     total = node.w.astype(accumulator(update.dtype, node.w.dtype)) + update
     if node.magnitude is not None:
@@ -96,8 +99,9 @@ def column_norms(node: LoraWeight) -> jax.Array:
     sub_a, sub_b, batch, sub_w = subscripts(node.layout)
     dtype = accumulator(w.dtype, a.dtype, b.dtype)
     # A base of 16 bits is multiplied as it stands: no float32 copy of it is made.
-    narrow = a.astype(w.dtype)
-    crossed = jnp.einsum(f"{sub_w},{sub_a}->{sub_b}", w, narrow, preferred_element_type=dtype)
+    narrow = w.dtype if w.dtype.itemsize <= 2 else dtype
+    pair = w.astype(narrow), a.astype(narrow)
+    crossed = jnp.einsum(f"{sub_w},{sub_a}->{sub_b}", *pair, preferred_element_type=dtype)
     a, b = _factors(node, dtype)
     gram = jnp.einsum(f"{sub_a},{sub_a.replace('Z', 'Y')}->{batch}ZY", a, a)
     squared = jnp.einsum(f"{batch}ZY,{sub_b.replace('Z', 'Y')}->{sub_b}", gram, b)
