@@ -1,5 +1,6 @@
 """The algebra of one adapted weight: its update, its dense form, and the norms of its outputs."""
 
+import functools
 from typing import Any
 
 import jax
@@ -110,10 +111,11 @@ def column_products(node: LoraWeight) -> tuple[jax.Array, jax.Array, jax.Array]:
     # A base of 16 bits is multiplied as it stands: no float32 copy of it is made.
     narrow = w.dtype if w.dtype.itemsize <= 2 else dtype
     pair = w.astype(narrow), a.astype(narrow)
-    crossed = jnp.einsum(f"{sub_w},{sub_a}->{sub_b}", *pair, preferred_element_type=dtype)
+    einsum = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
+    crossed = einsum(f"{sub_w},{sub_a}->{sub_b}", *pair, preferred_element_type=dtype)
     a, b = _factors(node, dtype)
-    gram = jnp.einsum(f"{sub_a},{sub_a.replace('Z', 'Y')}->{batch}ZY", a, a)
-    squared = jnp.einsum(f"{batch}ZY,{sub_b.replace('Z', 'Y')}->{sub_b}", gram, b)
+    gram = einsum(f"{sub_a},{sub_a.replace('Z', 'Y')}->{batch}ZY", a, a)
+    squared = einsum(f"{batch}ZY,{sub_b.replace('Z', 'Y')}->{sub_b}", gram, b)
     own = jnp.square(w.astype(dtype)).sum(node.layout.positions("i"))
     rank = len(batch)
     return _by_output(node.layout, own), (b * crossed).sum(rank), (b * squared).sum(rank)
