@@ -75,6 +75,17 @@ def test_quantized_base():
     close(jax.jit(lora_jax.lora(fn, on_dense="error"))(params, jnp.asarray(x)), want)
 
 
+def test_quantized_base_with_a_correcting_adapter():
+    """ "Support for quantization": LoftQ rounds the base to 4 bits; A·B takes up what that lost."""
+    w = np.asarray(normal(0, 64, 24))
+    params = {"w": jnp.asarray(w)}
+    params = jax.jit(lambda p: lora_jax.init(KEY, p, LoraConfig(rank=8, init="loftq")))(params)
+    rounded = np.asarray(params["w"].w)
+    assert all(len(np.unique(column)) <= 16 for column in rounded.T)
+    lost = np.linalg.norm(rounded - w)
+    assert np.linalg.norm(lora_jax.merge(params)["w"] - w) < 0.9 * lost
+
+
 # --- Regularization -------------------------------------------------------------------------------
 
 
@@ -100,6 +111,22 @@ def test_gradient_scaling():
     for path, step in steps.items():
         close(step.a, -0.1 * np.asarray(grads[path].a))
         close(step.b, -1.6 * np.asarray(grads[path].b))
+
+
+def test_weight_normalization():
+    """ "Weight normalization": DoRA's, every output a magnitude times a direction."""
+    config = LoraConfig(rank=2, dora=True)
+    params = jax.jit(lambda p: lora_jax.init(KEY, p, config, wide, X))(WIDE)
+    run = jax.jit(lora_jax.lora(wide, on_dense="error"))
+    close(run(params, X), jax.jit(wide)(WIDE, X))
+    params = with_b(params)
+    merged = {path: np.asarray(w) for path, w in lora_jax.merge(params).items()}
+    for path, node in params.items():
+        w, a, b, scale = factors(node)
+        direction = w + scale * (a @ b)
+        direction /= np.linalg.norm(direction, axis=0, keepdims=True)
+        close(merged[path], np.asarray(node.magnitude)[None] * direction)
+    close(run(params, X), run(merged, X), 1e-4)
 
 
 # --- Architecture support -------------------------------------------------------------------------
