@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lora_jax.weights import Adapted, Layout, LoraWeight, TrainedLeaf
+from lora_jax.weights import Adapted, Layout, LoraWeight, TrainedLeaf, TrainedRows
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
@@ -55,6 +55,9 @@ def dense(node: Adapted, dtype: Any = None) -> jax.Array:
     dtype = dtype or node.w.dtype
     if isinstance(node, TrainedLeaf):
         return jnp.where(node.scale != 0, node.value.astype(dtype), node.w.astype(dtype))
+    if isinstance(node, TrainedRows):
+        w = node.w.astype(dtype)
+        return node.replace(w, jnp.where(node.scale != 0, node.value.astype(dtype), node.select(w)))
     update = delta(node)
     total = node.w.astype(accumulator(update.dtype, node.w.dtype)) + update
     if node.magnitude is not None:

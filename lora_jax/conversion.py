@@ -13,7 +13,7 @@ from lora_jax.overlay import adapted_nodes
 from lora_jax.weights import (
     Adapted,
     LoraWeight,
-    TrainedLeaf,
+    TrainedRows,
     check_fits,
     is_adapted,
 )
@@ -66,7 +66,7 @@ def on_original(start: Any, trained: Any, base: Any) -> Any:
 
 
 def _converted(before: Adapted, after: Adapted, w: Any) -> Adapted:
-    if isinstance(after, TrainedLeaf) or isinstance(before, TrainedLeaf) or before.w is w:
+    if not isinstance(after, LoraWeight) or not isinstance(before, LoraWeight) or before.w is w:
         return dataclasses.replace(after, w=None)
     scale = jnp.ones_like(after.scale)
     return dataclasses.replace(
@@ -111,4 +111,6 @@ def _kind(node: Adapted) -> str:
     """What two nodes must agree in: the layout, the sizes and the rank, or the shape."""
     if isinstance(node, LoraWeight):
         return f"layout {node.layout.axes!r}, a {node.a.shape}, b {node.b.shape}"
+    if isinstance(node, TrainedRows):
+        return f"rows {node.rows} trained, {node.value.shape}"
     return f"a leaf trained whole {node.shape}"

@@ -11,7 +11,7 @@ from jax import lax
 
 from lora_jax import _contract
 from lora_jax.algebra import accumulator, gain
-from lora_jax.weights import LoraWeight
+from lora_jax.weights import LoraWeight, TrainedRows
 
 
 class Axis(NamedTuple):
@@ -63,6 +63,8 @@ class LazyWeight:
     dtype: Any = dataclasses.field(metadata=STATIC)
     path: str = dataclasses.field(metadata=STATIC)
     dropout: float = dataclasses.field(metadata=STATIC, default=0.0)
+    # what the factors stand for where they only observe the inputs: one of the names in `probes`
+    probe: str = dataclasses.field(metadata=STATIC, default="")
     # How the view came about, for the inference of layouts:
     ndim: int = dataclasses.field(metadata=STATIC)  # the parameter's number of axes
     # parameter axes that were indexed away, by a loop or by a number
@@ -177,6 +179,33 @@ def lazy(node: LoraWeight, path: str, rank_first: bool = False) -> LazyWeight:
     )
 
 
+def lazy_rows(node: TrainedRows, path: str) -> LazyWeight:
+    """The lazy form of `TrainedRows`: `W + onehot(rows) · (value − W[rows])`, of rank k.
+
+    The one-hot A `[k, rows of W]` is a constant, so that every rule for factors serves rows too.
+    """
+    axes = tuple(Axis((i,), i) for i in range(node.w.ndim))
+    batch, ins, outs = (tuple(axes[i] for i in node.layout.positions(kind)) for kind in "bio")
+    w = lax.stop_gradient(node.w)
+    dtype = accumulator(node.value.dtype, w.dtype)
+    update = node.value.astype(dtype) - node.select(w).astype(dtype)
+    size = node.layout.select("i", w.shape)[0]
+    one_hot = jax.nn.one_hot(jnp.asarray(node.rows), size, dtype=dtype)
+    return LazyWeight(
+        w,
+        jnp.broadcast_to(one_hot, (*node.layout.select("b", w.shape), *one_hot.shape)),
+        jnp.where(lax.stop_gradient(node.scale) != 0, update, jnp.zeros_like(update)),
+        None,
+        axes=axes,
+        a_axes=(*batch, RANK, *ins),
+        b_axes=(*batch, RANK, *outs),
+        shape=w.shape,
+        dtype=w.dtype,
+        path=path,
+        ndim=w.ndim,
+    )
+
+
 @functools.partial(jax.jit, static_argnames="rank_first")
 def _factors(
     a: jax.Array, b: jax.Array, scale: jax.Array, rank_first: bool
@@ -214,7 +243,7 @@ def is_lazy(x: Any) -> bool:
 
 def to_dense(lazy: LazyWeight) -> jax.Array:
     """The view as an ordinary array: added in float32, rounded once to the view's dtype."""
-    if lazy.a is None:
+    if lazy.a is None or lazy.probe:
         return lazy.w
     dtype = accumulator(lazy.a.dtype, lazy.b.dtype, lazy.dtype)
     update, names = _contract.contract(

@@ -14,8 +14,8 @@ from lora_jax.custom_rules import Rule, check_rules
 from lora_jax.errors import ConfigError
 from lora_jax.forms import Forms
 from lora_jax.interpreter import interpret
-from lora_jax.lazy import is_lazy, lazy
-from lora_jax.weights import LoraWeight, TrainedLeaf, is_adapted, require_base
+from lora_jax.lazy import is_lazy, lazy, lazy_rows
+from lora_jax.weights import LoraWeight, TrainedLeaf, TrainedRows, is_adapted, require_base
 
 
 def lora(
@@ -91,6 +91,8 @@ def _enter(path: str, leaf: Any, forms: Forms) -> Any:
         require_base(path, leaf)
     if isinstance(leaf, LoraWeight):
         return lazy(leaf, path, forms.rank_first)
+    if isinstance(leaf, TrainedRows):
+        return lazy_rows(leaf, path)
     if isinstance(leaf, TrainedLeaf):
         return dense(
             TrainedLeaf(lax.stop_gradient(leaf.w), leaf.value, lax.stop_gradient(leaf.scale))
