@@ -59,6 +59,15 @@ def test_the_product_of_a_and_b_is_zero_to_begin_with():
     assert float(params["kernel"].scale) == 6 / 2
 
 
+def test_a_is_gaussian():
+    """ "Initially A is initialized randomly using a Gaussian/normal distribution", B to 0."""
+    shape = {"w": jnp.ones((500, 60))}
+    node = lora_jax.init(KEY, shape, LoraConfig(rank=50, init="gaussian"))["w"]
+    a = np.asarray(node.a)
+    np.testing.assert_allclose([a.mean() / a.std(), (a**4).mean() / a.var() ** 2], [0, 3], atol=0.1)
+    assert not node.b.any()
+
+
 def test_the_forward_pass_is_the_base_and_the_update():
     """h = W₀x + ΔWx = W₀x + BAx."""
     b, a, x = normal(0, 3, 1), normal(1, 1, 3), normal(2, 3)
@@ -139,6 +148,8 @@ def test_svd_truncation():
     for r in (1, 2, 3):
         merged = lora_jax.merge(adapted(W, u[:, :r] * s[None, :r], vt[:r]))
         close(np.linalg.norm(merged - tuned), np.linalg.norm(s[r:]))
+        overlay, _ = lora_jax.extract({"w": W}, {"w": jnp.asarray(tuned)}, r, exact=True)
+        close(lora_jax.merge(lora_jax.join({"w": W}, overlay))["w"], merged, 1e-4)
 
 
 def test_adam_optimizes_the_adapter():

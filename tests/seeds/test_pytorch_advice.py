@@ -1,7 +1,5 @@
 """The PyTorch implementation's README: its advanced features and its advice on common issues."""
 
-import dataclasses
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -75,6 +73,17 @@ def test_quantized_base():
     close(jax.jit(lora_jax.lora(fn, on_dense="error"))(params, jnp.asarray(x)), want)
 
 
+def test_quantized_base_with_a_correcting_adapter():
+    """ "Support for quantization": LoftQ rounds the base to 4 bits; A·B takes up what that lost."""
+    w = np.asarray(normal(0, 64, 24))
+    params = {"w": jnp.asarray(w)}
+    params = jax.jit(lambda p: lora_jax.init(KEY, p, LoraConfig(rank=8, init="loftq")))(params)
+    rounded = np.asarray(params["w"].w)
+    assert all(len(np.unique(column)) <= 16 for column in rounded.T)
+    lost = np.linalg.norm(rounded - w)
+    assert np.linalg.norm(lora_jax.merge(params)["w"] - w) < 0.9 * lost
+
+
 # --- Regularization -------------------------------------------------------------------------------
 
 
@@ -82,24 +91,42 @@ def test_gradient_scaling():
     """ "Gradient scaling": clipped by the norm of what trains; rates of their own for A and B."""
     params = adapted_wide()
     clip = lora_jax.freeze(optax.clip_by_global_norm(0.5), params)
-    groups = jax.tree.map(
-        lambda n: dataclasses.replace(n, a="a", b="b") if is_node(n) else n,
-        lora_jax.labels(params),
-        is_leaf=is_node,
-    )
-    rates = {"a": optax.sgd(0.1), "b": optax.sgd(1.6), "freeze": optax.set_to_zero()}
-    grouped = optax.multi_transform(rates, groups)
+    plus = lora_jax.lora_plus(0.1, params, ratio=16, optimizer=optax.sgd)
+    rates = {r".*\.b": optax.sgd(1.0), "layer_1": optax.sgd(2.0)}
+    groups = lora_jax.groups(rates, params, default=optax.sgd(3.0))
 
     @jax.jit
     def run(params):
         grads = gradient(params)
-        return grads, *(tx.update(grads, tx.init(params), params)[0] for tx in (clip, grouped))
+        txs = clip, plus, groups
+        return grads, *(tx.update(grads, tx.init(params), params)[0] for tx in txs)
 
-    grads, clipped, steps = run(params)
+    grads, clipped, faster, grouped = run(params)
     close(np.sqrt(sum((np.asarray(x) ** 2).sum() for x in jax.tree.leaves(clipped))), 0.5)
-    for path, step in steps.items():
-        close(step.a, -0.1 * np.asarray(grads[path].a))
-        close(step.b, -1.6 * np.asarray(grads[path].b))
+    for path, node in grads.items():
+        a, b = np.asarray(node.a), np.asarray(node.b)
+        close(faster[path].a, -0.1 * a)
+        close(faster[path].b, -1.6 * b)
+        own = path == "layer_1"
+        close(grouped[path].a, -(2.0 if own else 3.0) * a)
+        close(grouped[path].b, -(2.0 if own else 1.0) * b)
+        assert not np.asarray(faster[path].w).any()
+
+
+def test_weight_normalization():
+    """ "Weight normalization": DoRA's, every output a magnitude times a direction."""
+    config = LoraConfig(rank=2, dora=True)
+    params = jax.jit(lambda p: lora_jax.init(KEY, p, config, wide, X))(WIDE)
+    run = jax.jit(lora_jax.lora(wide, on_dense="error"))
+    close(run(params, X), jax.jit(wide)(WIDE, X))
+    params = with_b(params)
+    merged = {path: np.asarray(w) for path, w in lora_jax.merge(params).items()}
+    for path, node in params.items():
+        w, a, b, scale = factors(node)
+        direction = w + scale * (a @ b)
+        direction /= np.linalg.norm(direction, axis=0, keepdims=True)
+        close(merged[path], np.asarray(node.magnitude)[None] * direction)
+    close(run(params, X), run(merged, X), 1e-4)
 
 
 # --- Architecture support -------------------------------------------------------------------------
@@ -167,14 +194,34 @@ def test_gradient_checkpointing():
     assert temporary[0] < 0.9 * temporary[1]
 
 
+def test_memory_can_be_watched():
+    """ "Monitor memory usage during training": here before it, for what a step will hold."""
+    shapes = jax.eval_shape(adapted_wide)
+    loss = lambda p, x: (lora_jax.lora(wide)(p, x) ** 2).mean()
+    report = lora_jax.memory_report(loss, shapes, X)
+    base, adapters = lora_jax.split(adapted_wide())
+    size = lambda tree: sum(x.nbytes for x in jax.tree.leaves(tree))
+    assert (report.adapted.base, report.adapted.adapters) == (size(base), size(adapters))
+    assert report.full.optimizer == 2 * size(base) + 4  # Adam's moments and its step counter
+    trained = lora_jax.count_params(adapted_wide()).trainable
+    assert report.adapted.optimizer == 2 * 4 * trained + 4
+    assert 0 < report.adapted.total < report.full.total / 2
+
+
 # --- Training stability ---------------------------------------------------------------------------
 
 
 def test_gradient_norms_can_be_watched():
-    """ "Monitor gradient norms": those of each adapter."""
-    norms = jax.jit(lambda p: {path: optax.tree.norm(g) for path, g in gradient(p).items()})
-    found = norms(adapted_wide())
-    assert set(found) == set(WIDE) and all(x > 0 for x in found.values())
+    """ "Monitor gradient norms": those of each adapter, and how far it has moved its weight."""
+    found = jax.jit(lambda p: lora_jax.norms(p, gradient(p)))(adapted_wide())
+    grads = jax.jit(gradient)(adapted_wide())
+    assert set(found) == set(WIDE)
+    for path, node in adapted_wide().items():
+        w, a, b, scale = factors(node)
+        update = np.linalg.norm(scale * (a @ b))
+        close(found[path]["grad_a"], np.linalg.norm(grads[path].a))
+        close(found[path]["grad_b"], np.linalg.norm(grads[path].b))
+        close(found[path]["relative"], update / np.linalg.norm(w))
 
 
 def test_ranks_and_alphas_can_be_tuned():
