@@ -332,7 +332,10 @@ def _placed_as(w: Any, base: Any) -> Any:
         return w
     if base is w or not isinstance(w, jax.Array) or isinstance(w, jax.core.Tracer):
         return base
-    return jax.device_put(base, w.sharding)
+    base = jnp.asarray(base)
+    # `device_put` would also tie to its device an array that may still go to any.
+    same = base.sharding.is_equivalent_to(w.sharding, w.ndim)
+    return base if same else jax.device_put(base, w.sharding)
 
 
 def _with_magnitude(node: LoraWeight, dtype: Any) -> LoraWeight:

@@ -30,7 +30,8 @@ def on_original(start: Any, trained: Any, base: Any) -> Any:
 
     Where `start` is a joined tree and its base leaf is still the original array ("kaiming" and all
     that leave the base alone), the trained factors are returned as they are. Leaves trained whole
-    are too. Dropout is off in the converted factors, for what they subtract must not be dropped.
+    are too, and DoRA's magnitudes come along, for the direction is the same matrix. Dropout is off
+    in the converted factors, for what they subtract must not be dropped.
 
     Args:
       start: what `init` returned, or its overlay.
@@ -68,7 +69,8 @@ def on_original(start: Any, trained: Any, base: Any) -> Any:
 def _converted(before: Adapted, after: Adapted, w: Any) -> Adapted:
     if not isinstance(after, LoraWeight) or not isinstance(before, LoraWeight) or before.w is w:
         return dataclasses.replace(after, w=None)
-    scale = jnp.ones_like(after.scale)
+    # Layers of a stack that are not adapted keep the scale 0.
+    scale = jnp.where((before.scale == 0) & (after.scale == 0), 0, jnp.ones_like(after.scale))
     return dataclasses.replace(
         after,
         w=None,

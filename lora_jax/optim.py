@@ -11,7 +11,7 @@ import optax
 from lora_jax import _paths
 from lora_jax.errors import ConfigError, StructureError, TargetError
 from lora_jax.overlay import adapted_nodes
-from lora_jax.weights import is_adapted
+from lora_jax.weights import LoraWeight, is_adapted
 
 TRAIN, FREEZE = "train", "freeze"
 TRAINED_FIELDS = ("a", "b", "magnitude", "value")
@@ -116,6 +116,7 @@ def lora_fa(tx: optax.GradientTransformation, params: Any) -> optax.GradientTran
 
     Raises:
       StructureError: nothing in `params` would be trained.
+      TargetError: an A is zero (of a weight that is only looked up, it starts so), and would stay.
 
     >>> import jax, jax.numpy as jnp, lora_jax
     >>> config = lora_jax.LoraConfig(rank=1)
@@ -125,7 +126,23 @@ def lora_fa(tx: optax.GradientTransformation, params: Any) -> optax.GradientTran
     >>> float(abs(updates["kernel"].a).max()), float(abs(updates["kernel"].b).max())
     (0.0, 1.0)
     """
+    stuck = [
+        path
+        for path, node in adapted_nodes(params).items()
+        if isinstance(node, LoraWeight) and isinstance(node.a, jax.Array) and _is_zero(node.a)
+    ]
+    if stuck:
+        raise TargetError(
+            f"lora_fa: A is zero and would stay so, and with it the update: {', '.join(stuck)}. "
+            "Weights that are only looked up start like this: leave them out with exclude=, train "
+            "them whole with train=, or some of their rows with rows="
+        )
     return freeze(tx, params, only=[field for field in TRAINED_FIELDS if field != "a"])
+
+
+def _is_zero(x: jax.Array) -> bool:
+    """Whether all of `x` is zero; of a traced array no one knows."""
+    return not isinstance(x, jax.core.Tracer) and not bool(x.any())
 
 
 def lora_plus(

@@ -171,6 +171,20 @@ def test_lora_fa_trains_b_alone(params):
     assert float(jnp.abs(updates_of(without, params)["up"]["bias"].value).max()) == 0
 
 
+def test_lora_fa_of_a_weight_whose_a_starts_as_zero():
+    """Nothing of a lookup would train; neither while tracing nor of shapes alone can one know."""
+    params, ids = {"table": jnp.ones((5, 4)), "w": jnp.ones((4, 3))}, jnp.arange(3)
+    fn = lambda params, ids: params["table"][ids] @ params["w"]
+    config = lora_jax.LoraConfig(rank=2, targets=["table", "w"])
+    adapted = lora_jax.init(jax.random.key(0), params, config, fn, ids)
+    with pytest.raises(TargetError, match=r"lora_fa: A is zero .*: table\. "):
+        lora_jax.lora_fa(optax.sgd(1.0), adapted)
+    lora_jax.lora_fa(optax.sgd(1.0), {"w": adapted["w"]})
+    shapes = jax.eval_shape(lambda x: x, adapted)
+    lora_jax.lora_fa(optax.sgd(1.0), shapes)
+    jax.eval_shape(lambda x: lora_jax.lora_fa(optax.sgd(1.0), x).init(x), adapted)
+
+
 def test_lora_fa_computes_no_gradient_of_a():
     """Measured by XLA on one wide layer: a third of the branch's products are those of dA."""
     params = {"kernel": jax.ShapeDtypeStruct((256, 256), jnp.float32)}

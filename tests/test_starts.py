@@ -257,6 +257,13 @@ def test_a_changed_base_keeps_its_sharding():
     assert lora_jax.init(KEY, {"w": struct}, stack)["w"].w is struct
 
 
+def test_a_changed_base_may_still_go_to_any_device():
+    node = init_linear("pissa")
+    mesh = jax.make_mesh((2,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+    x = jax.device_put(jnp.ones((2, 24)), NamedSharding(mesh, PartitionSpec("x")))
+    assert jax.jit(jnp.matmul)(x, node.w).shape == (2, 16)
+
+
 def test_a_start_of_the_users_own():
     def ones(key, w, layout, rank, scale, dtype):
         a = jnp.ones(layout.a_shape(w.shape, rank), dtype)
