@@ -17,6 +17,7 @@ from lora_jax.errors import (
     StructureError,
     TargetError,
 )
+from lora_jax.eva import eva
 from lora_jax.extract import extract
 from lora_jax.forms import Forms
 from lora_jax.memory import MemoryReport, StepMemory, memory_report
@@ -54,6 +55,7 @@ __all__ = [
     "TrainedRows",
     "count_params",
     "disable",
+    "eva",
     "extract",
     "freeze",
     "groups",

@@ -8,11 +8,13 @@ from collections.abc import Hashable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 
 from lora_jax import _contract
 from lora_jax.forms import Forms
 from lora_jax.lazy import RANK, STATIC, Axis, LazyWeight, add, branch_dtypes
+from lora_jax.probes import observe
 
 #: The one axis that several axes of an activation become in a flattened product.
 TOKENS = Axis((), -1_000_000)
@@ -135,6 +137,21 @@ def _second_half(hidden: Hidden) -> jax.Array:
         return y
     at = out_axes.index(TOKENS)
     return lax.reshape(y, (*y.shape[:at], *hidden.tokens, *y.shape[at + 1 :]))
+
+
+def observed(y: jax.Array | None, product: Product) -> jax.Array:
+    """`y` (zeros, where there is none), the activation tapped where it meets A of a probe."""
+    if y is None:
+        y = jnp.zeros([product.sizes[axis] for axis in product.out_axes], product.dtype)
+    flat, _ = flattened(product)
+    keep = {*flat.lazy.b_axes, *flat.out_axes}
+
+    def first(x: jax.Array, a: jax.Array) -> jax.Array:
+        # Nothing is to be lost to the fast reduced-precision modes of an accelerator.
+        options = {"precision": lax.Precision.HIGHEST}
+        return _contract.contract(x, flat.x_axes, a, flat.lazy.a_axes, keep, **options)[0]
+
+    return observe(y, flat.x, flat.lazy, first)
 
 
 def flattened(product: Product) -> tuple[Product, tuple[int, ...]]:

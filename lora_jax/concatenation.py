@@ -187,7 +187,7 @@ def _in_blocks(parts: Parts, sizes: Sequence[int], along: Axis) -> dict[str, Any
     one, other = ("a", "b") if along in weights[0].a_axes else ("b", "a")
     if all(getattr(x, other) is getattr(weights[0], other) for x in weights):
         return _along(parts, one, sizes, along)
-    if not _pays(weights, sum(sizes), along, other):
+    if not weights[0].probe and not _pays(weights, sum(sizes), along, other):
         return None
     total, before, blocks = sum(x.rank for x in weights), 0, []
     for x in parts:

@@ -41,7 +41,10 @@ def _dot_general(ctx: Context, eqn: Any, args: Sequence[Any]) -> Any:
     y = None if lazy.w is None else _jaxpr.bind(eqn, operands)[0]
     if lazy.a is None:
         return [y]
-    if set(summed) <= set(lazy.a_axes):
+    meets_a = set(summed) <= set(lazy.a_axes)
+    if lazy.probe:
+        return [branches.observed(y, product) if meets_a and summed else y]
+    if meets_a:
         product = dataclasses.replace(product, x=drop(x, lazy, ctx.next_site()))
     half = ctx.hidden.pop(id(eqn), product)
     total = branches.adapted(y, half, eqn.outvars[0].aval.dtype, ctx.forms)

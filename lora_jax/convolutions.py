@@ -22,6 +22,7 @@ from lora_jax.lazy import (
     is_lazy,
     with_gain,
 )
+from lora_jax.probes import observe
 from lora_jax.rules import Rule, rule
 
 RULES: dict[str, Rule] = {}
@@ -49,10 +50,14 @@ def _conv(ctx: Context, eqn: Any, args: Sequence[Any]) -> Any:
         return NotImplemented
     x = with_gain(x, x_axes, lazy) if takes_gain == "x" else x
     if b_axes <= {roles.outer} and a_axes <= {roles.inner, *roles.window}:
+        if lazy.probe:
+            return [_observed(eqn, lazy, x, roles)]
         if not _pays(lazy, roles):
             return NotImplemented
         update = _convolve_then_mix(eqn, lazy, drop(x, lazy, ctx.next_site()), roles)
     elif b_axes <= {roles.inner} and a_axes <= {roles.outer, *roles.window} and roles.groups == 1:
+        if lazy.probe:
+            return NotImplemented
         update = _mix_then_convolve(eqn, lazy, x, roles)
     else:
         return NotImplemented
@@ -119,6 +124,19 @@ def _convolve_then_mix(eqn: Any, lazy: LazyWeight, x: jax.Array, roles: _Roles) 
     if roles.groups == 1 or not roles.is_kernel:
         return _mix(eqn, lazy, h, roles.out, RANK, roles.outer)
     return _mix_in_groups(eqn, lazy, h, roles)
+
+
+def _observed(eqn: Any, lazy: LazyWeight, x: jax.Array, roles: _Roles) -> jax.Array:
+    """The convolution with the base, its windows tapped where the weight is the kernel."""
+    if not roles.is_kernel:
+        return _jaxpr.bind(eqn, (lazy.w, x))[0]
+    (y,) = _jaxpr.bind(eqn, (x, lazy.w))
+
+    def first(x: jax.Array, a: jax.Array) -> jax.Array:
+        return _convolve_with_a(eqn, dataclasses.replace(lazy, a=a), x, roles, roles.outer)
+
+    windows = y.size // y.shape[roles.out] * roles.groups
+    return observe(y, x, lazy, first, windows)
 
 
 def _mix_then_convolve(eqn: Any, lazy: LazyWeight, x: jax.Array, roles: _Roles) -> jax.Array:

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 
 from lora_jax import _contract, _jaxpr
-from lora_jax.branches import Product, adapted
+from lora_jax.branches import Product, adapted, observed
 from lora_jax.context import Context
 from lora_jax.errors import ConfigError, LayoutError
 from lora_jax.lazy import RANK, Axis, LazyWeight, drop, is_lazy
@@ -160,6 +160,8 @@ def _operand(ctx: Context, lazy: LazyWeight, grouped: dict[str, list[Axis]]) -> 
         if {*ins} <= {*lazy.a_axes}:
             x = drop(x, lazy, ctx.next_site())
         product = Product.of(lazy, x, (*batch, *free, *ins), (*batch, *free, *outs))
+        if lazy.probe:
+            return observed(None, product)
         return adapted(None, product, x.dtype, ctx.forms)
 
     return Operand(lazy.w, a.astype(lazy.dtype), b.astype(lazy.dtype), update)

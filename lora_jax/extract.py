@@ -73,6 +73,8 @@ def extract(
     plan = make_plan("extract", base, config, fn, args, kwargs, rules)
     pairs = _pairs(plan, tuned)
     _check_scales(plan, config)
+    if config.dora:
+        raise ConfigError("extract: dora has no meaning here; leave it out of the config")
     found = {
         path: _where_values_are(functools.partial(_extracted, path, plan, config, exact), *pair)
         for path, pair in pairs.items()

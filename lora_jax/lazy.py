@@ -63,6 +63,8 @@ class LazyWeight:
     dtype: Any = dataclasses.field(metadata=STATIC)
     path: str = dataclasses.field(metadata=STATIC)
     dropout: float = dataclasses.field(metadata=STATIC, default=0.0)
+    # what the factors stand for where they only observe the inputs: one of the names in `probes`
+    probe: str = dataclasses.field(metadata=STATIC, default="")
     # How the view came about, for the inference of layouts:
     ndim: int = dataclasses.field(metadata=STATIC)  # the parameter's number of axes
     # parameter axes that were indexed away, by a loop or by a number
@@ -241,7 +243,7 @@ def is_lazy(x: Any) -> bool:
 
 def to_dense(lazy: LazyWeight) -> jax.Array:
     """The view as an ordinary array: added in float32, rounded once to the view's dtype."""
-    if lazy.a is None:
+    if lazy.a is None or lazy.probe:
         return lazy.w
     dtype = accumulator(lazy.a.dtype, lazy.b.dtype, lazy.dtype)
     update, names = _contract.contract(

@@ -1,13 +1,12 @@
 """`norms`: how large each adapter, its gradient and its update are."""
 
-import functools
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from lora_jax.algebra import accumulator, gain, subscripts
+from lora_jax.algebra import accumulator, column_products, gain
 from lora_jax.errors import StructureError
 from lora_jax.optim import TRAINED_FIELDS
 from lora_jax.overlay import adapted_nodes
@@ -23,15 +22,15 @@ def norms(params: Any, grads: Any = None) -> dict[str, dict[str, jax.Array]]:
     once, so log every so many steps.
 
     Args:
-      params: a joined tree, or an overlay of adapters.
+      params: a joined tree, or an overlay of adapters, whose norms lack "relative".
       grads: gradients of the same structure (a joined tree's, or an overlay's), or None.
 
     Returns:
-      {path: {name: norm}}. Names: "a", "b" and with DoRA "magnitude", or "value" of a leaf or rows
-      trained whole; "update" (‖ΔW‖, with DoRA of all that moved the weight); "relative" (‖ΔW‖/‖W‖,
-      0 where W is); with `grads` also "grad_a", "grad_b" and so on. Shape `[*batch]`, one norm for
-      each layer of stacked weights, else a scalar. The update of trained rows is relative to the
-      rows they replace. An overlay has no W: no "relative", and "update" of plain LoRA alone.
+      {path: {name: norm}}. Names: "a", "b" ("value" of a leaf or rows trained whole), "update"
+      (‖ΔW‖), "relative" (‖ΔW‖/‖W‖, 0 where W is), and with `grads` "grad_a", "grad_b"
+      ("grad_value"). With DoRA also "magnitude", and an overlay's has no "update". Shape
+      `[*batch]`, one norm for each layer of stacked weights; of other leaves a scalar. The update
+      of trained rows is relative to those rows.
 
     Raises:
       StructureError: `params` holds no adapters, or `grads` none at a path that `params` has.
@@ -54,20 +53,20 @@ def norms(params: Any, grads: Any = None) -> dict[str, dict[str, jax.Array]]:
 
 def _norms(node: Adapted) -> dict[str, jax.Array]:
     found = _fields(node)
-    base = None
     if isinstance(node, LoraWeight):
         if node.magnitude is None:
             found["update"] = _update_norm(node)
         elif node.w is not None:
             found["update"] = _directed_update_norm(node)
-        if node.w is not None:
-            base = _norm(node.w, node.layout.positions("b"))
+        base = None if node.w is None else _norm(node.w, node.layout.positions("b"))
     elif node.w is not None:
         w = node.select(node.w) if isinstance(node, TrainedRows) else node.w
         wide = accumulator(w.dtype, node.value.dtype)
         change = node.value.astype(wide) - w.astype(wide)
         found["update"] = _norm(jnp.where(node.scale != 0, change, 0), range(_n_batch(node)))
         base = _norm(w, range(_n_batch(node)))
+    else:
+        base = None
     if base is not None:
         found["relative"] = jnp.where(base > 0, found["update"] / jnp.where(base > 0, base, 1), 0)
     return found
@@ -104,23 +103,10 @@ def _update_norm(node: LoraWeight) -> jax.Array:
 
 
 def _directed_update_norm(node: LoraWeight) -> jax.Array:
-    """‖g·(W + U) − W‖ with U = scale·A·B and DoRA's gain g of each output, `[*batch]`.
-
-    ‖(g − 1)·W + g·U‖² of each output, from ‖W‖², ⟨W, U⟩ and ‖U‖²: none of them needs U.
-    """
-    sub_a, sub_b, batch, sub_w = subscripts(node.layout)
-    dtype, at = accumulator(node.w.dtype, node.a.dtype, node.b.dtype), len(batch)
-    einsum = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
-    w, a, b, scale = (x.astype(dtype) for x in (node.w, node.a, node.b, node.scale))
-    b = einsum(f"{sub_b},{batch}->{sub_b}", b, scale)
-    crossed = einsum(f"{sub_w},{sub_a}->{sub_b}", w, a)
-    gram = einsum(f"{sub_a},{sub_a.replace('Z', 'Y')}->{batch}ZY", a, a)
-    own = einsum(f"{sub_w}->{sub_b.replace('Z', '')}", w * w)
-    squared = einsum(f"{batch}ZY,{sub_b.replace('Z', 'Y')}->{sub_b}", gram, b)
-    g = gain(node)
-    square = (g - 1) ** 2 * own + 2 * g * (g - 1) * (b * crossed).sum(at)
-    square = (square + g * g * (b * squared).sum(at)).sum(range(at, g.ndim))
-    return jnp.sqrt(jnp.maximum(square, 0))
+    """‖g·V − W‖ of DoRA, `[*batch]`: ΔW is (g − 1)·W + g·scale·A·B, g being `gain`."""
+    (own, crossed, squared), g = column_products(node), gain(node)
+    square = (g - 1) ** 2 * own + 2 * g * (g - 1) * crossed + g**2 * squared
+    return jnp.sqrt(jnp.maximum(square.sum(range(node.scale.ndim, square.ndim)), 0))
 
 
 def _gradients(node: Adapted | None) -> dict[str, jax.Array]:

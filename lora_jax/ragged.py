@@ -10,6 +10,7 @@ from jax import lax
 from lora_jax import _contract, _jaxpr
 from lora_jax.context import Context
 from lora_jax.lazy import RANK, Axis, LazyWeight, add, branch_dtypes, drop, is_lazy
+from lora_jax.probes import observe
 from lora_jax.rules import Rule, rule
 
 RULES: dict[str, Rule] = {}
@@ -42,6 +43,10 @@ def _ragged_dot(ctx: Context, eqn: Any, args: Sequence[Any]) -> Any:
     order = product.order(summed)
     if order is None:
         return NotImplemented
+    if lazy.probe:
+        (y,) = _jaxpr.bind(eqn, (x, lazy.w, group_sizes))
+        first = lambda x, a: product.with_a(a)(x, x_axes, "a", summed)[0]
+        return [observe(y, x, lazy, first) if order[0] == "a" else y]
     if order[0] == "a":
         x = drop(x, lazy, ctx.next_site())
     h, h_axes = product(x, x_axes, order[0], summed)
@@ -62,6 +67,10 @@ class _Product:
     group: Axis  # the weight's axis of groups
     batch: tuple[Axis, ...]
     lazy: LazyWeight
+
+    def with_a(self, a: jax.Array) -> "_Product":
+        """The same with other values of A."""
+        return dataclasses.replace(self, lazy=dataclasses.replace(self.lazy, a=a))
 
     def order(self, summed: Sequence[Axis]) -> tuple[str, str] | None:
         """Which factor meets the activation first; None where two products are not enough."""

@@ -25,6 +25,10 @@ def _shard_map(ctx: Context, eqn: Any, args: Sequence[Any], walk: Walk) -> Any:
     if any(is_lazy(x) and (s.unreduced or s.reduced) for x, s in zip(args, specs, strict=True)):
         return NotImplemented  # a sum of shards is no view of the weight
     jaxpr, consts = _jaxpr.open_jaxpr(eqn.params["jaxpr"])
+    args = [
+        ctx.make_dense(x, eqn) if is_lazy(x) and _parts_inputs(x, s) else x
+        for x, s in zip(args, specs, strict=True)
+    ]
     placed = [_specs(x, s) if is_lazy(x) else s for x, s in zip(args, specs, strict=True)]
     arrays, treedef = jax.tree.flatten(list(args))
     flat_specs = jax.tree.leaves(placed, is_leaf=_is_spec)
@@ -57,6 +61,12 @@ def _specs(lazy: LazyWeight, spec: PartitionSpec) -> LazyWeight:
         if getattr(lazy, name) is not None:
             specs[name] = PartitionSpec(*(where.get(axis) for axis in getattr(lazy, axes)))
     return dataclasses.replace(lazy, **specs)
+
+
+def _parts_inputs(lazy: LazyWeight, spec: PartitionSpec) -> bool:
+    """Whether each device would observe a part of every input, and none a whole one."""
+    parted = [axis for axis, entry in zip(lazy.axes, spec, strict=False) if entry is not None]
+    return bool(lazy.probe) and any(a in lazy.a_axes and a not in lazy.b_axes for a in parted)
 
 
 def _agreeing(x: Any, mesh: Any, spec: PartitionSpec) -> Any:

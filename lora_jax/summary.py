@@ -16,10 +16,22 @@ USE_NAMES = {
 
 
 class Counts(NamedTuple):
-    """Numbers of elements; scales are not weights and are not counted."""
+    """Numbers of elements; scales are not weights and are not counted.
+
+    >>> print(Counts(trainable=7, total=19))
+    trainable params: 7 || all params: 19 || trainable%: 36.8421052631579
+    """
 
     trainable: int
     total: int
+
+    def __str__(self) -> str:
+        """The line that Hugging Face PEFT prints, with every digit."""
+        percent = 100 * self.trainable / self.total if self.total else 0.0
+        return (
+            f"trainable params: {self.trainable} || all params: {self.total} || "
+            f"trainable%: {percent}"
+        )
 
 
 def count_params(params: Any) -> Counts:

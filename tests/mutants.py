@@ -127,8 +127,8 @@ MUTANTS = [
     Mutant(
         "leave out the norm's cross term",
         "algebra.py",
-        "(b * (2 * crossed + squared))",
-        "(b * squared)",
+        "own + 2 * crossed + squared",
+        "own + squared",
     ),
     Mutant(
         "forget the gain where the outputs are contracted",

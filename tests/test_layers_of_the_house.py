@@ -26,6 +26,7 @@ CORE = [
     "weights",
     "algebra",
     "lazy",
+    "probes",
     "forms",
     "branches",
     "context",
@@ -61,6 +62,10 @@ CORE = [
     "overlay",
     "conversion",
     "extract",
+    "batches",
+    "fresh",
+    "moments",
+    "eva",
     "merging",
     "optim",
     "norms",
@@ -70,7 +75,14 @@ CORE = [
     "checkpoint",
 ]
 # Besides a sub-package's own modules; "" is the package itself, that is, its public names.
-SUBPACKAGES = {"models": {"errors"}, "demo": {"", "models"}}
+SUBPACKAGES = {
+    "models": {"errors"},
+    "demo": {"", "models"},
+    "layers": {
+        *("algebra", "branches", "config", "errors", "forms", "lazy", "overlay"),
+        *("transform", "weights"),
+    },
+}
 
 HEAVY = {"flax", "matplotlib", "orbax", "rich", "tokenizers", "torch", "transformers"}
 PRIVATE = "jax._" + "src"  # written so that this file does not hold it either

@@ -1,5 +1,7 @@
 """norms: against the dense update in float64, layer by layer."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -156,3 +158,19 @@ def test_refusals():
     params = joined()
     with pytest.raises(StructureError, match="no gradients for dense"):
         lora_jax.norms(params, {**params, "dense": params["dense"].w})
+
+
+@pytest.mark.parametrize("path", LAYOUTS)
+def test_the_update_of_dora(path, x64, quick_compile):
+    """ΔW is the dense weight less the base; what the gain does to the base is part of it."""
+    node = joined(np.float64)[path]
+    shape = node.layout.magnitude_shape(node.w.shape)
+    magnitude = jnp.asarray(1 + np.random.default_rng(2).random(shape))
+    node = dataclasses.replace(node, magnitude=magnitude)
+    got = lora_jax.norms({path: node})[path]
+    update = lora_jax.merge({path: node})[path] - node.w
+    np.testing.assert_allclose(got["update"], frobenius(update, LAYOUTS[path]), rtol=1e-12)
+    batch = "b" * LAYOUTS[path].count("b")
+    np.testing.assert_allclose(got["magnitude"], frobenius(magnitude, batch), rtol=1e-12)
+    overlay = dataclasses.replace(node, w=None)
+    assert set(lora_jax.norms({path: overlay})[path]) == {"a", "b", "magnitude"}

@@ -1,0 +1,52 @@
+"""Weights that were adapted and not trained yet, for starts that come after `init`."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+
+from lora_jax import _paths
+from lora_jax.errors import StructureError
+from lora_jax.overlay import adapted_nodes, map_adapted
+from lora_jax.weights import LoraWeight, require_base
+
+
+def fresh_weights(
+    caller: str, params: Any, targets: _paths.Pattern | None
+) -> dict[str, LoraWeight]:
+    """The adapted weights of a joined tree that `targets` selects (None: all), by path.
+
+    Raises:
+      TargetError: an entry of `targets` matches no adapted weight.
+      StructureError: there is none, one has no base or no values, or one has an update.
+    """
+    nodes = {p: n for p, n in adapted_nodes(params).items() if isinstance(n, LoraWeight)}
+    if not nodes:
+        raise StructureError(f"{caller}: the tree holds no adapted weights; init(key, ...) first")
+    for path, node in nodes.items():
+        require_base(path, node)
+    chosen = nodes if targets is None else _paths.select("targets", targets, nodes)
+    nodes = {path: node for path, node in nodes.items() if path in chosen}
+    unknown = [path for path, node in nodes.items() if not _has_values(node)]
+    if unknown:
+        raise StructureError(
+            f"{caller}: looks at values, which these do not have (shapes alone, or traced): "
+            + ", ".join(unknown)
+        )
+    moved = [path for path, node in nodes.items() if node.a.any() and node.b.any()]
+    if moved:
+        raise StructureError(
+            f"{caller}: the update must be zero at the start, but neither A nor B is at "
+            f'{", ".join(moved)}; take what init returns with init="kaiming"'
+        )
+    return nodes
+
+
+def _has_values(node: LoraWeight) -> bool:
+    arrays = (node.w, node.a, node.b)
+    return not any(isinstance(x, jax.ShapeDtypeStruct | jax.core.Tracer) for x in arrays)
+
+
+def replaced(params: Any, nodes: Mapping[str, Any]) -> Any:
+    """`params` with other nodes at these paths, all else the same objects."""
+    return map_adapted(lambda path, node: nodes.get(path, node), params)

@@ -1,0 +1,119 @@
+"""First and second moments of the inputs that adapted weights meet over example batches."""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lora_jax import _paths
+from lora_jax.algebra import dense
+from lora_jax.batches import Batch, summed
+from lora_jax.context import Context
+from lora_jax.custom_rules import Rule
+from lora_jax.errors import ConfigError
+from lora_jax.forms import PLAIN
+from lora_jax.lazy import LazyWeight, lazy
+from lora_jax.linalg import matmul
+from lora_jax.probes import PRODUCTS, SUMS
+from lora_jax.transform import Program
+from lora_jax.weights import LoraWeight, TrainedLeaf, is_adapted
+
+Arrays = dict[str, jax.Array]  # by path
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Sums:
+    """Sums over all inputs x `[fan_in]` of one weight; apart for every stacked layer."""
+
+    count: jax.Array  # [*batch]: how many inputs there were
+    total: jax.Array  # [*batch, fan_in]: Σx
+    squares: jax.Array  # [*batch]: Σ‖x‖²
+
+    def variance(self) -> jax.Array:
+        """`Σ‖x − mean‖²`, `[*batch]`."""
+        return self.squares - (self.total**2).sum(-1) / jnp.maximum(self.count, 1)
+
+    def centered(self, products: jax.Array, sketch: jax.Array) -> jax.Array:
+        """`Σ(x − mean)(x − mean)ᵀ·Ω` from `Σxxᵀ·Ω` and Ω, all `[*batch, fan_in, columns]`."""
+        of_mean = matmul(self.total[..., None, :], sketch)  # Σxᵀ·Ω
+        count = jnp.maximum(self.count, 1)[..., None, None]
+        return products - matmul(self.total[..., :, None], of_mean) / count
+
+
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+    """What the adapted weights of `params` meet as `fn(params, *batch)` runs on the batches."""
+
+    fn: Callable
+    params: Any
+    batches: Sequence[Batch]
+    rules: Mapping[str, Rule] | None = None
+
+    def sums(self, nodes: Mapping[str, LoraWeight]) -> dict[str, Sums]:
+        """The sums over the inputs of each of these weights, by path."""
+        ones = {path: jnp.ones((*matrix_shape(node), 3)) for path, node in nodes.items()}
+        found = self._gradients(SUMS, ones)
+        # Where windows reach beyond the edge every entry has the same count all the same.
+        return {
+            path: Sums(x[..., 2].max(-1), x[..., 0], x[..., 1].sum(-1)) for path, x in found.items()
+        }
+
+    def products(self, sketches: Arrays) -> Arrays:
+        """`Σxxᵀ·Ω` by path, for any Ω `[*batch, fan_in, columns]` by path."""
+        return self._gradients(PRODUCTS, sketches)
+
+    def _gradients(self, probe: str, sketches: Arrays) -> Arrays:
+        def gradient(sketches: Arrays, params: Any, *batch: Any) -> Arrays:
+            return jax.grad(lambda s: _objective(self.fn, probe, self.rules, s, params, batch))(
+                sketches
+            )
+
+        return summed(gradient, (sketches, self.params), self.batches)
+
+
+def matrix_shape(node: LoraWeight) -> tuple[int, ...]:
+    """`[*batch, fan_in]` of a weight."""
+    return (*node.layout.select("b", node.shape), node.layout.fan_in(node.shape))
+
+
+def _objective(
+    fn: Callable,
+    probe: str,
+    rules: Mapping[str, Rule] | None,
+    sketches: Arrays,
+    params: Any,
+    batch: Batch,
+) -> jax.Array:
+    """A number that depends on all floating outputs of `fn`, the weights with sketches probing."""
+    flat, treedef = jax.tree_util.tree_flatten_with_path(((params, *batch), {}), is_leaf=is_adapted)
+    first = (jax.tree_util.SequenceKey(0),) * 2  # of ((params, *batch), {})
+
+    def entered(path: Any, leaf: Any) -> Any:
+        name = _paths.path_str(path[2:])
+        if isinstance(leaf, TrainedLeaf):
+            return dense(leaf)
+        if not isinstance(leaf, LoraWeight):
+            return leaf
+        if path[:2] == first and name in sketches:
+            return _probing(leaf, name, sketches[name], probe)
+        return lazy(leaf, name)
+
+    leaves = [entered(path, leaf) for path, leaf in flat]
+    # The weight is dense where no rule covers its use; its inputs are not seen there.
+    outs = Program(fn, treedef, leaves).evaluate(Context("allow", rules=rules, forms=PLAIN), leaves)
+    floats = [x for x in jax.tree.leaves(outs) if jnp.issubdtype(jnp.result_type(x), jnp.floating)]
+    if not floats:
+        raise ConfigError("the function returns no floating array, through which its inputs show")
+    return sum(x.sum().astype(jnp.float32) for x in floats)
+
+
+def _probing(node: LoraWeight, path: str, sketch: jax.Array, probe: str) -> LazyWeight:
+    """The weight with a sketch in place of A, its base in effect alone."""
+    columns, shape = sketch.shape[-1], node.shape
+    a = sketch.reshape(node.layout.a_shape(shape, columns))
+    b = jnp.zeros(node.layout.b_shape(shape, columns), a.dtype)
+    bare = LoraWeight(node.w, a, b, jnp.ones_like(node.scale), layout=node.layout)
+    return dataclasses.replace(lazy(bare, path), probe=probe)

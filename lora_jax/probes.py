@@ -1,0 +1,77 @@
+"""Reading the inputs of adapted weights by gradients: what a site does with a weight that probes.
+
+Where an activation x (a row for each token) meets the factor A, the gradient with respect to A of
+
+    ½·‖x·A‖²    is  xᵀ·x·A, the second moment of the inputs times A,
+    Σ x·A       is  Σx for every column of A,
+    Σ x²·A      is  Σx², entry by entry.
+
+So the site adds such a term to the program: `tap` lets it reach the gradient, whatever follows. The
+sums over tokens, steps of a loop, mapped examples and sites, apart for each stacked layer, are made
+by automatic differentiation, through every container that the engine knows.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from lora_jax.algebra import accumulator
+from lora_jax.lazy import RANK, LazyWeight
+
+#: The probe whose A is any matrix; its gradient is the second moment times that matrix.
+PRODUCTS = "products"
+#: The probe whose A is all ones, of rank three; its gradient is Σx, Σx² and the number of inputs.
+SUMS = "sums"
+
+
+@jax.custom_vjp
+def tap(y: Any, term: jax.Array) -> Any:
+    """`y`; to the scalar `term` comes the cotangent 1, whatever becomes of `y`."""
+    return y
+
+
+def _tap_forward(y: Any, term: jax.Array) -> tuple[Any, jax.Array]:
+    return y, term
+
+
+def _tap_backward(term: jax.Array, cotangent: Any) -> tuple[Any, jax.Array]:
+    return cotangent, one_like(term)
+
+
+tap.defvjp(_tap_forward, _tap_backward)
+
+
+def one_like(x: jax.Array) -> jax.Array:
+    """Ones of x's shape and dtype that, inside a `shard_map`, vary over the axes that x does."""
+    return jnp.where(jnp.isnan(x), jnp.ones_like(x), jnp.ones_like(x))
+
+
+def observe(
+    y: Any,
+    x: jax.Array,
+    lazy: LazyWeight,
+    first: Callable[[jax.Array, jax.Array], jax.Array],
+    count: int | None = None,
+) -> Any:
+    """`y` of a site where `x` meets a weight that probes, its inputs tapped.
+
+    `first(x, a)` is the site's product with the first factor. `count` is the number of inputs, to
+    be given where windows reach beyond the edge of `x`, so that ones in its place would not tell.
+    """
+    x = lax.stop_gradient(x).astype(accumulator(x.dtype, lazy.a.dtype))
+    if lazy.probe == PRODUCTS:
+        return tap(y, (first(x, lazy.a) ** 2).sum() / 2)
+    at = lazy.a_axes.index(RANK)
+    # One column for each sum; of weights in blocks there are as many triples as blocks.
+    a, a_squares, a_count = (lax.slice_in_dim(lazy.a, i, lazy.a.shape[at], 3, at) for i in range(3))
+    # Where the program scales the rows of A it scales the inputs: what was one says by how much.
+    scales = lax.stop_gradient(a_squares)
+    a_count = a_count / jnp.where(a_count == 0, 1, lax.stop_gradient(a_count))
+    if count is None:
+        counted = first(one_like(x), a_count).sum()
+    else:
+        counted = a_count.sum() * count * one_like(x.reshape(-1)[0])
+    return tap(y, first(x, a).sum() + first(x * x, a_squares * scales).sum() + counted)

@@ -1,0 +1,455 @@
+"""EVA against singular vectors of inputs that were kept, on programs that keep none."""
+
+import dataclasses
+import functools
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+from safetensors.numpy import load_file
+
+import lora_jax
+from lora_jax.errors import ConfigError, StructureError, TargetError
+from lora_jax.eva import redistribute
+from tests.cases import CASES, normal
+from tests.test_rules import matmul, toy
+
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
+FLAT = {"rho": 1.0}  # ranks stay as they are
+N, D = 40, 6  # inputs a batch, and of what size
+
+
+def kept(inputs):
+    """Directions [in, in] and what part of the variance each explains, of inputs [..., in]."""
+    x = np.concatenate(
+        [np.asarray(part, np.float64).reshape(-1, part.shape[-1]) for part in inputs]
+    )
+    _, s, vt = np.linalg.svd(x - x.mean(0), full_matrices=False)
+    return vt.T, s**2 / (s**2).sum()
+
+
+def assert_spans(a, inputs, tolerance=1e-3):
+    """A's columns are the top directions of the inputs, each up to its sign."""
+    a = np.asarray(a, np.float64).reshape(-1, a.shape[-1])
+    want = kept(inputs)[0][:, : a.shape[1]]
+    np.testing.assert_allclose(np.abs(a.T @ want), np.eye(a.shape[1]), atol=tolerance)
+
+
+def inputs_of_size(seed, *shape):
+    """Inputs whose variance falls from entry to entry, about a mean that is not zero."""
+    fall = 0.7 ** jnp.arange(shape[-1])
+    x = normal(seed, shape, jnp.float32) * jnp.broadcast_to(fall, shape)
+    return x + jnp.broadcast_to(jnp.sin(jnp.arange(shape[-1])), shape)
+
+
+def start(fn, params, *args, rank=2, **fields):
+    return lora_jax.init(
+        jax.random.key(0), params, lora_jax.LoraConfig(rank=rank, **fields), fn, *args
+    )
+
+
+# --- the directions -------------------------------------------------------------------------------
+
+
+def mlp(params, x):
+    return jnp.tanh(x @ params["up"]) @ params["down"] + params["bias"]
+
+
+def mlp_params(dtype=jnp.float32):
+    params = {"up": normal(1, (D, 9), dtype), "down": normal(2, (9, 5), dtype)}
+    return params | {"bias": jnp.ones((1, 5), dtype)}
+
+
+def test_a_is_the_top_of_the_inputs_svd_and_b_zero():
+    params, batches = mlp_params(), [(inputs_of_size(i, N, D),) for i in range(2)]
+    adapted = lora_jax.eva(mlp, start(mlp, params, *batches[0], alpha=6), batches, **FLAT)
+    hidden = [jnp.tanh(x @ params["up"]) for (x,) in batches]
+    assert_spans(adapted["up"].a, [x for (x,) in batches])
+    assert_spans(adapted["down"].a, hidden)
+    for name in ("up", "down"):
+        node = adapted[name]
+        assert node.w is params[name] and node.rank == 2 and float(node.scale) == 3.0
+        assert node.b.shape == (2, params[name].shape[1]) and not node.b.any()
+    (x,) = batches[0]
+    np.testing.assert_array_equal(lora_jax.lora(mlp)(adapted, x), mlp(params, x))
+
+
+def test_a_wide_weight_takes_a_sketch():
+    """More inputs than a second moment is formed for; the singular values fall by 0.6 each."""
+    n, wide = 30, 1100
+    directions = np.linalg.qr(np.asarray(normal(3, (wide, n), jnp.float32)))[0]
+    x = np.asarray(normal(4, (n, n), jnp.float32)) * 0.6 ** np.arange(n) @ directions.T
+    params = {"w": normal(5, (wide, 4), jnp.float32)}
+
+    def model(params, x):
+        return x @ params["w"]
+
+    adapted = start(model, params, x)
+    assert_spans(lora_jax.eva(model, adapted, [(x[:10],), (x[10:],)], **FLAT)["w"].a, [x])
+
+
+# --- programs of every kind, run as one -----------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """A function of (params, *args), and by path all that each weight meets, layer by layer."""
+
+    fn: Callable
+    params: Any
+    args: tuple
+    inputs: dict[str, list]
+
+
+PROGRAMS: dict[str, Callable[[], Program]] = {}
+
+
+def program(build):
+    PROGRAMS[build.__name__] = build
+    return build
+
+
+def layer(w, x):
+    return jnp.tanh(x @ w)
+
+
+def by_scan(body, stack, x):
+    return jax.lax.scan(lambda x, w: (body(w, x), None), x, stack)[0]
+
+
+@jax.custom_vjp
+def with_author_derivative(w, x):
+    return layer(w, x)
+
+
+with_author_derivative.defvjp(
+    lambda w, x: (layer(w, x), (w, x)), lambda saved, g: jax.vjp(layer, *saved)[1](g)
+)
+
+
+@jax.custom_jvp
+def with_author_tangent(w, x):
+    return layer(w, x)
+
+
+with_author_tangent.defjvp(lambda primals, tangents: jax.jvp(layer, primals, tangents))
+
+
+def in_shards(stack, x):
+    mesh = jax.make_mesh((2,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
+    specs = {"in_specs": (P(), P("d")), "out_specs": P("d")}
+    return jax.shard_map(functools.partial(by_scan, layer), mesh=mesh, **specs)(stack, x)
+
+
+def in_a_loop(stack, x):
+    body = lambda i, x: layer(jax.lax.dynamic_index_in_dim(stack, i, keepdims=False), x)
+    return jax.lax.fori_loop(0, len(stack), body, x)
+
+
+STACKED = {
+    "scan": functools.partial(by_scan, layer),
+    "remat": jax.checkpoint(functools.partial(by_scan, jax.checkpoint(layer))),
+    "vmap": jax.vmap(functools.partial(by_scan, layer), in_axes=(None, 0)),
+    "loop": in_a_loop,
+    "custom_vjp": functools.partial(by_scan, with_author_derivative),
+    "custom_jvp": functools.partial(by_scan, with_author_tangent),
+    "shard_map": in_shards,
+    "scaled": lambda stack, x: by_scan(layer, stack * -2 / 2, -x),
+}
+
+
+def stacked(run):
+    stack, x = normal(1, (3, D, D), jnp.float32) / 2, inputs_of_size(2, N, D)
+    inputs, h = [], x
+    for w in stack:
+        inputs.append(h)
+        h = layer(w, h) if run is not STACKED["scaled"] else layer(-w, -h if h is x else h)
+    return Program(lambda params, x: run(params["w"], x), {"w": stack}, (x,), {"w": inputs})
+
+
+PROGRAMS |= {name: functools.partial(stacked, run) for name, run in STACKED.items()}
+
+
+@program
+def attention_kernels_of_three_axes():
+    params = {
+        "query": normal(1, (D, 2, 3), jnp.float32),
+        "out": normal(2, (2, 3, D), jnp.float32),
+    }
+
+    def fn(params, x):
+        h = jnp.tanh(jnp.einsum("btd,dhk->bthk", x, params["query"]))
+        return jnp.einsum("bthk,hkd->btd", h, params["out"])
+
+    x = inputs_of_size(3, 8, 5, D)
+    h = jnp.tanh(jnp.einsum("btd,dhk->bthk", x, params["query"]))
+    return Program(fn, params, (x,), {"query": [x], "out": [h.reshape(8, 5, 6)]})
+
+
+def convolution(padding):
+    params = {"kernel": normal(1, (3, 2, 2, 4), jnp.float32)}
+    numbers = ("NHWC", "HWIO", "NHWC")
+
+    def fn(params, x):
+        return jax.lax.conv_general_dilated(
+            x, params["kernel"], (2, 1), padding, dimension_numbers=numbers
+        )
+
+    x = inputs_of_size(2, 5, 7, 6, 2)
+    windows = jax.lax.conv_general_dilated_patches(
+        x, (3, 2), (2, 1), padding, dimension_numbers=numbers
+    )  # channels first in each window
+    windows = windows.reshape(*windows.shape[:3], 2, 6).swapaxes(-1, -2).reshape(-1, 12)
+    return Program(fn, params, (x,), {"kernel": [windows]})
+
+
+@program
+def convolution_with_padding():
+    return convolution("SAME")
+
+
+@program
+def convolution_without_padding():
+    return convolution("VALID")
+
+
+@program
+def experts_meet_their_own_rows():
+    params = {"w": normal(1, (2, D, 4), jnp.float32)}
+
+    def fn(params, x, sizes):
+        return jax.lax.ragged_dot(x, params["w"], sizes)
+
+    x, sizes = inputs_of_size(2, N, D), jnp.array([15, 20])  # the last rows are no one's
+    return Program(fn, params, (x, sizes), {"w": [x[:15], x[15:35]]})
+
+
+@program
+def weights_in_blocks_and_scaled_along_their_rows():
+    """What scales the rows of a weight scales its inputs."""
+    params = {"q": normal(1, (D, 4), jnp.float32), "k": normal(2, (D, 3), jnp.float32)}
+    rows = jnp.arange(1.0, 1 + D)[:, None]
+
+    def fn(params, x):
+        return x @ jnp.concatenate([params["q"], params["k"] * rows], 1)
+
+    x = inputs_of_size(3, N, D)
+    return Program(fn, params, (x,), {"q": [x], "k": [x * rows.T]})
+
+
+@program
+def weights_one_below_the_other():
+    params = {"left": normal(1, (D, 4), jnp.float32), "right": normal(2, (5, 4), jnp.float32)}
+
+    def fn(params, x):
+        return x @ jnp.concatenate([params["left"], params["right"]], 0)
+
+    x = inputs_of_size(3, N, D + 5)
+    return Program(fn, params, (x,), {"left": [x[:, :D]], "right": [x[:, D:]]})
+
+
+@functools.cache
+def results():
+    """EVA on all programs at once, which compiles once."""
+    programs = {name: build() for name, build in PROGRAMS.items()}
+    params = {name: p.params for name, p in programs.items()}
+    batch = ({name: p.args for name, p in programs.items()},)
+
+    def everything(params, args):
+        return [p.fn(params[name], *args[name]) for name, p in programs.items()]
+
+    adapted = start(everything, params, *batch)
+    return programs, lora_jax.eva(everything, adapted, [batch], **FLAT)
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_every_program_shows_its_inputs(name):
+    programs, adapted = results()
+    for path, inputs in programs[name].inputs.items():
+        node = adapted[name][path]
+        assert node.a.shape == node.layout.a_shape(node.shape, 2)
+        if "b" not in node.layout.axes:
+            assert_spans(node.a, inputs)
+        for a, met in zip(node.a, inputs, strict=False) if "b" in node.layout.axes else ():
+            assert_spans(a, [met])
+
+
+# --- the ranks ------------------------------------------------------------------------------------
+
+
+def test_ranks_go_where_they_explain_most():
+    share = {"a": [0.5, 0.3, 0.1, 0.05], "b": [0.4, 0.2, 0.15, 0.05], "c": [0.1, 0.1, 0.1, 0.1]}
+    got = redistribute(share, dict.fromkeys(share, 2), dict.fromkeys(share, 1))
+    # 0.5 a, 0.4 b, 0.3 a, 0.2 b, 0.15 b, then of the three 0.1 the first in the tree
+    assert got == {"a": 3, "b": 3, "c": 0}
+
+
+def test_a_stack_pays_for_every_layer():
+    ratios = {"stack": [0.5, 0.3, 0.2], "head": [0.4, 0.25, 0.1]}
+    spread = lambda ranks, layers: redistribute(ratios, ranks, {"stack": layers, "head": 1})
+    # 8 to spend, 4 for each rank of the stack: 0.5, then 0.4, and what is left goes to the head
+    assert spread({"stack": 1, "head": 4}, 4) == {"stack": 1, "head": 3}
+    # as many as one weight each: by what they explain alone
+    assert spread({"stack": 1, "head": 1}, 1) == {"stack": 1, "head": 1}
+    assert spread({"stack": 2, "head": 1}, 1) == {"stack": 2, "head": 1}
+
+
+def test_ranks_of_a_model_follow_the_variance_and_none_grows_beyond_rho():
+    params, x = mlp_params(), inputs_of_size(1, N, D)
+    batches = [(x * jnp.array([[100.0, 1, 1, 1, 1, 1]]),)]  # one direction holds all
+    adapted = start(mlp, params, x)
+    got = {rho: lora_jax.eva(mlp, adapted, batches, rho=rho) for rho in (1.0, 1.5, 2.0)}
+    ranks = {rho: (tree["up"].rank, tree["down"].rank) for rho, tree in got.items()}
+    assert ranks == {1.0: (2, 2), 1.5: (1, 3), 2.0: (1, 3)}
+
+
+def test_a_weight_of_rank_zero_is_not_adapted():
+    """The inputs of `down` vary along two directions alone, and those of `up` along all."""
+    params, x = mlp_params(), normal(7, (N, D), jnp.float32)
+    mix = normal(8, (2, 9), jnp.float32) / 10
+
+    def model(params, x):
+        return x @ params["up"], jnp.sin(x[:, :2] @ mix) @ params["down"]
+
+    got = lora_jax.eva(model, start(model, params, x, rank=1), [(x,)])
+    assert got["down"].rank == 2 and got["up"] is params["up"]
+    jax.tree.map(np.testing.assert_array_equal, lora_jax.lora(model)(got, x), model(params, x))
+
+
+# --- PEFT -----------------------------------------------------------------------------------------
+
+RECORDED = load_file(pathlib.Path(__file__).parent / "peft" / "from_data.safetensors")
+
+
+def recorded_model(params, x):
+    return jax.nn.gelu(x @ params["up"] + params["bias"], approximate=False) @ params["down"]
+
+
+def recorded_params():
+    names = {"up": "up.w", "bias": "up.bias", "down": "down.w"}
+    params = {name: jnp.asarray(RECORDED[key]) for name, key in names.items()}
+    return params | {"bias": params["bias"][None]}
+
+
+def test_directions_ranks_and_scales_are_pefts():
+    x = jnp.asarray(RECORDED["x"])
+    adapted = start(recorded_model, recorded_params(), x, rank=3, alpha=6)
+    got = lora_jax.eva(recorded_model, adapted, [(x,)])
+    for name, rank in (("up", 2), ("down", 4)):
+        want = RECORDED[f"eva/{name}.a"]
+        assert got[name].rank == want.shape[1] == rank
+        assert got[name].scale == RECORDED[f"eva/{name}.scale"]
+        np.testing.assert_allclose(got[name].a, want, atol=1e-4)
+
+
+# --- what it takes --------------------------------------------------------------------------------
+
+
+def test_a_bfloat16_base_numpy_batches_and_flags():
+    params, x = mlp_params(jnp.bfloat16), inputs_of_size(1, N, D)
+
+    def model(params, x, train):
+        return mlp(params, x.astype(jnp.bfloat16)) if train else None
+
+    adapted = start(model, params, x, True)
+    got = lora_jax.eva(model, adapted, iter([(np.asarray(x), True)]), **FLAT)
+    assert got["up"].w is params["up"] and got["up"].a.dtype == jnp.float32
+    assert_spans(got["up"].a, [x.astype(jnp.bfloat16).astype(jnp.float32)])
+
+
+def test_trained_leaves_and_other_targets_are_left_alone():
+    params, x = mlp_params(), inputs_of_size(1, N, D)
+    adapted = start(mlp, params, x, train=["bias"])
+    got = lora_jax.eva(mlp, adapted, [(x,)], targets=["up"])
+    assert got["down"] is adapted["down"] and got["bias"] is adapted["bias"]
+    assert_spans(got["up"].a, [x])
+
+
+def test_a_rule_of_ones_own_is_observed():
+    params, x = {"w": normal(1, (D, 4), jnp.float32)}, inputs_of_size(2, N, D)
+    rules = {"toy_matmul": lora_jax.Rule(toy, {1: "io"})}
+
+    def model(params, x):
+        return matmul.bind(x, params["w"], factor=3.0)
+
+    config = lora_jax.LoraConfig(rank=2)
+    adapted = lora_jax.init(jax.random.key(0), params, config, model, x, rules=rules)
+    assert_spans(lora_jax.eva(model, adapted, [(x,)], rules=rules, **FLAT)["w"].a, [x])
+
+
+def looked_up(params, ids):
+    return params["table"][ids] @ params["w"]
+
+
+def test_what_has_no_inputs_is_an_error_that_names_it():
+    params = {"table": normal(1, (11, D), jnp.float32), "w": normal(2, (D, 4), jnp.float32)}
+    ids = jnp.arange(7)
+    adapted = start(looked_up, params, ids, targets=["table", "w"])
+    with pytest.raises(TargetError, match=r"no inputs seen of table.*targets="):
+        lora_jax.eva(looked_up, adapted, [(ids,)])
+    assert lora_jax.eva(looked_up, adapted, [(ids,)], targets=["w"])["table"] is adapted["table"]
+
+
+CUT = {
+    "outputs that do not depend": lambda p, x: jax.lax.stop_gradient(x @ p["w"]) + x[:, :4],
+    "made dense": lambda p, x: x @ jnp.where(p["w"] > 0, p["w"], 0),
+}
+
+
+@pytest.mark.parametrize("name", CUT)
+def test_inputs_that_cannot_be_seen_are_an_error(name):
+    params, x = {"w": normal(1, (D, 4), jnp.float32)}, inputs_of_size(2, N, D)
+    adapted = start(lambda p, x: x @ p["w"], params, x)
+    with pytest.raises(TargetError, match="no inputs seen of w"):
+        lora_jax.eva(CUT[name], adapted, [(x,)])
+
+
+@pytest.mark.parametrize("name", ["shard_map_tensor_parallel", "switch_chooses_a_weight_and_more"])
+def test_inputs_seen_in_part_are_an_error(name):
+    """Each device has a part of every input; or shapes decide whether a weight stays lazy."""
+    case = next(case for case in CASES if case.name == name)
+    fn, params, args = case.build(jnp.float32)
+    adapted = start(fn, params, *args, targets=list(case.layouts))
+    with pytest.raises(TargetError, match=r"no inputs seen of (down|third)"):
+        lora_jax.eva(fn, adapted, [args])
+
+
+X = jnp.ones((N, D))
+BAD = {
+    "no batch": (ConfigError, {"batches": []}, "batches is empty"),
+    "no tuple": (ConfigError, {"batches": [X]}, "must be a tuple"),
+    "no iterable": (ConfigError, {"batches": 3}, "must be an iterable"),
+    "a small rho": (ConfigError, {"rho": 0.5}, "rho must be"),
+    "no passes": (ConfigError, {"passes": 0}, "passes must be"),
+    "no outputs": (ConfigError, {"fn": lambda p, x: mlp(p, x).argmax(-1)}, "no floating array"),
+    "no target": (TargetError, {"targets": ["nope"]}, "nearest paths"),
+    "no adapters": (StructureError, {"params": mlp_params()}, "init"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_arguments_say_what_to_do(name):
+    error, changes, message = BAD[name]
+    given = {"fn": mlp, "params": start(mlp, mlp_params(), X), "batches": [(X,)]} | changes
+    with pytest.raises(error, match=message):
+        lora_jax.eva(given.pop("fn"), given.pop("params"), given.pop("batches"), **given)
+
+
+def test_only_a_fresh_tree_with_values_can_start():
+    params = mlp_params()
+    abstract = jax.eval_shape(lambda: params)
+    shapes = start(mlp, abstract, jax.ShapeDtypeStruct(X.shape, X.dtype))
+    with pytest.raises(StructureError, match="values"):
+        lora_jax.eva(mlp, shapes, [(X,)])
+    moved = jax.tree.map(lambda x: x + 1, start(mlp, params, X))
+    with pytest.raises(StructureError, match="neither A nor B is at down, up"):
+        lora_jax.eva(mlp, moved, [(X,)])
+    _, adapters = lora_jax.split(start(mlp, params, X))
+    with pytest.raises(StructureError, match="join"):
+        lora_jax.eva(mlp, adapters, [(X,)])
