@@ -292,3 +292,22 @@ def test_a_start_from_the_weight_leaves_the_other_layers_alone(start, quick_comp
     assert float(jnp.abs(node.b[2]).max()) > 0
     merged = lora_jax.merge({"layers": node})["layers"]
     np.testing.assert_array_equal(merged[:2], params["layers"][:2])
+
+
+def test_eva_heeds_layers_and_rows(quick_compile):
+    """A table of which rows train is a table to it, and a layer left out stays out."""
+    stack, params = scanned(0)
+    params |= {"embedding": normal(5, (11, 5), jnp.float32)}
+    fn = lambda params, ids: stack(params, params["embedding"][ids])
+    ids = jnp.arange(11)
+    fields = {"layers": [1, 2], "layers_pattern": "layers", "rows": {"embedding": [3]}}
+    start = lora_jax.init(KEY, params, LoraConfig(rank=2, **fields), fn, ids)
+    got = lora_jax.eva(fn, start, [(ids,)], rho=1.0)
+    for name in STACK:
+        node = got["layers"][name]["kernel"]
+        lives = np.asarray(jnp.abs(node.a).max((1, 2)) > 0)
+        np.testing.assert_array_equal(lives, [False, True, True, False])
+        np.testing.assert_array_equal(node.scale, start["layers"][name]["kernel"].scale)
+        gram = np.einsum("lir,lis->lrs", node.a[1:3], node.a[1:3])
+        np.testing.assert_allclose(gram, np.broadcast_to(np.eye(2), (2, 2, 2)), atol=1e-4)
+    np.testing.assert_array_equal(got["embedding"].value, params["embedding"][3:4])
