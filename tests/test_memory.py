@@ -6,7 +6,7 @@ import optax
 import pytest
 
 import lora_jax
-from lora_jax import LoraConfig, StructureError
+from lora_jax import LoraConfig, MemoryReport, StepMemory, StructureError
 
 KEY = jax.random.key(0)
 WIDTH, HIDDEN, TOKENS, RANK = 256, 512, 64, 4
@@ -95,11 +95,18 @@ def test_a_model_too_large_to_allocate():
 
 
 def test_the_table():
-    lines = str(lora_jax.memory_report(loss, adapt(), X)).splitlines()
-    names = ["MiB", "base", "adapters", "optimizer", "arguments", "temporaries", "total"]
-    assert [line.split()[0] for line in lines] == names
-    assert lines[0].split() == ["MiB", "adapted", "full"]
-    assert lines[1].split() == ["base", "1.0", "1.0"] and len({len(line) for line in lines}) == 1
+    mib = 2**20
+    ours = StepMemory(100 * mib, mib, 2 * mib, mib // 4, 1500 * mib)
+    full = StepMemory(100 * mib, 0, 200 * mib, mib // 4, 2000 * mib)
+    assert str(MemoryReport(ours, full)).splitlines() == [
+        "MiB          adapted     full",
+        "base           100.0    100.0",
+        "adapters         1.0      0.0",
+        "optimizer        2.0    200.0",
+        "arguments        0.2      0.2",
+        "temporaries  1,500.0  2,000.0",
+        "total        1,603.2  2,300.2",
+    ]
 
 
 def test_refusals():

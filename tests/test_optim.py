@@ -185,25 +185,45 @@ def test_lora_fa_of_a_weight_whose_a_starts_as_zero():
     jax.eval_shape(lambda x: lora_jax.lora_fa(optax.sgd(1.0), x).init(x), adapted)
 
 
+def step_of(freeze, depth, rank):
+    """One step on a chain of linear layers [256, 256] and 512 tokens, as XLA compiles it."""
+    shape = jax.ShapeDtypeStruct((256, 256), jnp.float32)
+    params = {f"kernel_{i}": shape for i in range(depth)}
+    params = lora_jax.init(KEY, params, LoraConfig(rank=rank))
+
+    def chain(params, x):
+        for kernel in params.values():
+            x = x + x @ kernel
+        return (x**2).mean()
+
+    base, adapters = lora_jax.split(params)
+    tx = freeze(optax.sgd(1e-3), adapters)
+
+    def step(adapters, base, x):
+        loss = lambda a: lora_jax.lora(chain)(lora_jax.join(base, a), x)
+        updates, _ = tx.update(jax.grad(loss)(adapters), tx.init(adapters), adapters)
+        return optax.apply_updates(adapters, updates)
+
+    x = jax.ShapeDtypeStruct((512, 256), jnp.float32)
+    return jax.jit(step, donate_argnums=0).lower(adapters, base, x).compile()
+
+
 def test_lora_fa_computes_no_gradient_of_a():
-    """Measured by XLA on one wide layer: a third of the branch's products are those of dA."""
-    params = {"kernel": jax.ShapeDtypeStruct((256, 256), jnp.float32)}
-    params = lora_jax.init(KEY, params, LoraConfig(rank=64))
-    fn = lora_jax.lora(lambda p, x: ((x @ p["kernel"]) ** 2).mean())
+    """dA = xᵀ·(dy·Bᵀ): two products, for x has no gradient of its own here."""
+    plain, fa = (
+        step_of(freeze, 1, 64).cost_analysis()["flops"]
+        for freeze in (lora_jax.freeze, lora_jax.lora_fa)
+    )
+    assert plain - fa == pytest.approx(2 * 2 * 512 * 256 * 64, rel=0.02)
 
-    def flops(freeze):
-        tx = freeze(optax.sgd(1e-3), params)
 
-        def step(params, x):
-            updates, _ = tx.update(jax.grad(fn)(params, x), tx.init(params), params)
-            return optax.apply_updates(params, updates)
-
-        compiled = jax.jit(step).lower(params, jax.ShapeDtypeStruct((512, 256), jnp.float32))
-        return compiled.compile().cost_analysis()["flops"]
-
-    # dA = xᵀ·(dy·Bᵀ): two products of 2·512·256·64, for x has no gradient of its own here
-    saved = flops(lora_jax.freeze) - flops(lora_jax.lora_fa)
-    assert saved == pytest.approx(2 * 2 * 512 * 256 * 64, rel=0.02)
+def test_lora_fa_keeps_no_inputs():
+    """Of six layers the inputs, 512 KiB each, are not kept for dA."""
+    plain, fa = (
+        step_of(freeze, 6, 2).memory_analysis().temp_size_in_bytes
+        for freeze in (lora_jax.freeze, lora_jax.lora_fa)
+    )
+    assert plain - fa >= 4 * 512 * 256 * 4
 
 
 @pytest.mark.parametrize("params", [JOINED, lora_jax.split(JOINED)[1]], ids=["joined", "split"])
