@@ -20,6 +20,7 @@ from lora_jax.errors import (
 from lora_jax.eva import eva
 from lora_jax.extract import extract
 from lora_jax.forms import Forms
+from lora_jax.lora_ga import lora_ga
 from lora_jax.memory import MemoryReport, StepMemory, memory_report
 from lora_jax.merging import merge, unmerge
 from lora_jax.norms import norms
@@ -65,6 +66,7 @@ __all__ = [
     "load",
     "lora",
     "lora_fa",
+    "lora_ga",
     "lora_plus",
     "mask",
     "memory_report",

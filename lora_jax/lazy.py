@@ -158,6 +158,8 @@ def lazy(node: LoraWeight, path: str, rank_first: bool = False) -> LazyWeight:
     """The lazy form of a `LoraWeight`; with `rank_first` A is `[*batch, rank, *in]`, as B is."""
     axes = tuple(Axis((i,), i) for i in range(node.w.ndim))
     batch, ins, outs = (tuple(axes[i] for i in node.layout.positions(kind)) for kind in "bio")
+    # An explicit mesh's shards cannot be flattened, which a transposed A has to be.
+    rank_first = rank_first and not any(jax.typeof(node.a).sharding.spec)
     a, b = _factors(node.a, node.b, node.scale, rank_first)
     return LazyWeight(
         # The base is frozen: no dW is formed, whatever the caller differentiates.
@@ -218,9 +220,11 @@ def _factors(
         scale = lax.broadcast_in_dim(scale, b.shape, range(n_batch))
     if rank_first:
         # Without the barrier XLA folds the transpose into the products, and into their gradients.
-        # One for each weight: inside a shard_map those of several may vary over different axes.
+        # Flat, or jaxlib 0.10 hands its layout on to batched products, and ends the process. One
+        # for each weight: inside a shard_map those of several may vary over different axes.
         order = (*range(n_batch), a.ndim - 1, *range(n_batch, a.ndim - 1))
-        a = lax.optimization_barrier(lax.transpose(a, order))
+        a = lax.transpose(a, order)
+        a = lax.optimization_barrier(a.reshape(-1)).reshape(a.shape)
     return a, lax.mul(b.astype(dtype), scale)
 
 

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lora_jax.algebra import accumulator
+from lora_jax.algebra import accumulator, column_products, gain
 from lora_jax.errors import StructureError
 from lora_jax.optim import TRAINED_FIELDS
 from lora_jax.overlay import adapted_nodes
@@ -22,14 +22,15 @@ def norms(params: Any, grads: Any = None) -> dict[str, dict[str, jax.Array]]:
     once, so log every so many steps.
 
     Args:
-      params: a joined tree, or an overlay of adapters, whose norms lack "relative".
+      params: a joined tree, or an overlay of adapters.
       grads: gradients of the same structure (a joined tree's, or an overlay's), or None.
 
     Returns:
-      {path: {name: norm}}. Names: "a", "b" ("value" of a leaf or rows trained whole), "update"
-      (‖ΔW‖), "relative" (‖ΔW‖/‖W‖, 0 where W is), and with `grads` "grad_a", "grad_b"
-      ("grad_value"). Shape `[*batch]`, one norm for each layer of stacked weights; of other leaves
-      a scalar. The update of trained rows is relative to those rows.
+      {path: {name: norm}}. Names: "a", "b" and with DoRA "magnitude", or "value" of a leaf or rows
+      trained whole; "update" (‖ΔW‖, with DoRA of all that moved the weight); "relative" (‖ΔW‖/‖W‖,
+      0 where W is); with `grads` also "grad_a", "grad_b" and so on. Shape `[*batch]`, one norm for
+      each layer of stacked weights, else a scalar. The update of trained rows is relative to the
+      rows they replace. An overlay has no W: no "relative", and "update" of plain LoRA alone.
 
     Raises:
       StructureError: `params` holds no adapters, or `grads` none at a path that `params` has.
@@ -52,17 +53,20 @@ def norms(params: Any, grads: Any = None) -> dict[str, dict[str, jax.Array]]:
 
 def _norms(node: Adapted) -> dict[str, jax.Array]:
     found = _fields(node)
+    base = None
     if isinstance(node, LoraWeight):
-        found["update"] = _update_norm(node)
-        base = None if node.w is None else _norm(node.w, node.layout.positions("b"))
+        if node.magnitude is None:
+            found["update"] = _update_norm(node)
+        elif node.w is not None:
+            found["update"] = _directed_update_norm(node)
+        if node.w is not None:
+            base = _norm(node.w, node.layout.positions("b"))
     elif node.w is not None:
         w = node.select(node.w) if isinstance(node, TrainedRows) else node.w
         wide = accumulator(w.dtype, node.value.dtype)
         change = node.value.astype(wide) - w.astype(wide)
         found["update"] = _norm(jnp.where(node.scale != 0, change, 0), range(_n_batch(node)))
         base = _norm(w, range(_n_batch(node)))
-    else:
-        base = None
     if base is not None:
         found["relative"] = jnp.where(base > 0, found["update"] / jnp.where(base > 0, base, 1), 0)
     return found
@@ -96,6 +100,13 @@ def _update_norm(node: LoraWeight) -> jax.Array:
     # Of a product that cancels the sum of rounded terms can be less than 0.
     square = jnp.maximum(jnp.sum(gram_a * gram_b, (-2, -1)), 0)
     return jnp.abs(node.scale.astype(dtype)) * jnp.sqrt(square)
+
+
+def _directed_update_norm(node: LoraWeight) -> jax.Array:
+    """‖g·V − W‖ of DoRA, `[*batch]`: ΔW is (g − 1)·W + g·scale·A·B, g being the gain."""
+    (own, crossed, squared), g = column_products(node), gain(node)
+    square = (g - 1) ** 2 * own + 2 * g * (g - 1) * crossed + g**2 * squared
+    return jnp.sqrt(jnp.maximum(square.sum(range(node.scale.ndim, square.ndim)), 0))
 
 
 def _gradients(node: Adapted | None) -> dict[str, jax.Array]:

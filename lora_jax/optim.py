@@ -83,8 +83,8 @@ def freeze(
     Args:
       tx: any optax gradient transformation.
       params: the tree whose structure the gradients will have.
-      only: names of the fields that train, among "a", "b" and "value" (of leaves trained whole and
-        of trained rows). `only=("b",)` is LoRA-FA, see `lora_fa`.
+      only: names of the fields that train, among "a", "b", "magnitude" (of DoRA) and "value" (of
+        leaves trained whole and of trained rows). LoRA-FA leaves out "a", see `lora_fa`.
 
     Raises:
       ConfigError: `only` names what does not train.
@@ -108,11 +108,11 @@ def freeze(
 
 
 def lora_fa(tx: optax.GradientTransformation, params: Any) -> optax.GradientTransformation:
-    """LoRA-FA: A stays at its start, and B (with leaves trained whole) trains by `tx`.
+    """LoRA-FA: A stays at its start, and B (with whatever else trains) trains by `tx`.
 
-    `freeze(tx, params, only=("b", "value"))`. A has no optimizer state, and in one jitted step its
-    gradient is never computed, nor are the inputs kept that it would need: of a layer `[K, N]` the
-    backward pass keeps `x·A`, not `x`. LoRA-FA, https://arxiv.org/abs/2308.03303.
+    It is `freeze(tx, params, only=("b", "magnitude", "value"))`. A has no optimizer state, and in
+    one jitted step its gradient is never computed, nor are the inputs kept that it would need: of a
+    layer the backward pass keeps `x·A`, not `x`. LoRA-FA, https://arxiv.org/abs/2308.03303.
 
     Raises:
       StructureError: nothing in `params` would be trained.
@@ -137,9 +137,9 @@ def lora_plus(
     """LoRA+: B learns at `ratio` times the rate of A; every frozen leaf gets a zero update.
 
     η_B = λ·η_A with λ ≫ 1, https://arxiv.org/abs/2402.12354: with one rate for both, A and B of a
-    wide model do not learn at the same pace. Leaves trained whole and trained rows learn at A's
-    rate. To clip a global norm, clip before: `optax.chain(optax.clip_by_global_norm(1.0),
-    lora_plus(1e-4, params))`, where the gradients come through `lora(fn)`.
+    wide model do not learn at the same pace. Whatever else trains learns at A's rate. To clip a
+    global norm where the gradients come through `lora(fn)`, clip before:
+    `optax.chain(optax.clip_by_global_norm(1.0), lora_plus(1e-4, params))`.
 
     Args:
       learning_rate: of A; a number or an optax schedule.

@@ -363,12 +363,14 @@ def test_a_bfloat16_base_numpy_batches_and_flags():
     assert_spans(got["up"].a, [x.astype(jnp.bfloat16).astype(jnp.float32)])
 
 
-def test_trained_leaves_and_other_targets_are_left_alone():
+def test_trained_leaves_magnitudes_and_other_targets_are_left_alone():
     params, x = mlp_params(), inputs_of_size(1, N, D)
-    adapted = start(mlp, params, x, train=["bias"])
+    adapted = start(mlp, params, x, train=["bias"], dora=True)
     got = lora_jax.eva(mlp, adapted, [(x,)], targets=["up"])
     assert got["down"] is adapted["down"] and got["bias"] is adapted["bias"]
     assert_spans(got["up"].a, [x])
+    np.testing.assert_array_equal(got["up"].magnitude, adapted["up"].magnitude)
+    np.testing.assert_allclose(lora_jax.lora(mlp)(got, x), mlp(params, x), atol=1e-5)
 
 
 def test_a_rule_of_ones_own_is_observed():

@@ -66,6 +66,7 @@ CORE = [
     "fresh",
     "moments",
     "eva",
+    "lora_ga",
     "merging",
     "optim",
     "norms",

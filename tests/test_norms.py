@@ -7,11 +7,18 @@ import pytest
 
 import lora_jax
 from lora_jax import Layout, LoraWeight, StructureError, TrainedLeaf, TrainedRows
-from tests.jaxprs import weight_sized
+from tests.jaxprs import equations, squeezed, weight_sized
 
-LAYOUTS = {"dense": "io", "query": "ioo", "stack": "bio", "inner": "ibo", "conv": "iiio"}
+DORA = {"dora": "io", "dora_stack": "oboi"}
+LAYOUTS = {"dense": "io", "query": "ioo", "stack": "bio", "inner": "ibo", "conv": "iiio"} | DORA
 SHAPES = {"dense": (7, 9), "query": (7, 3, 4), "stack": (3, 7, 9), "inner": (7, 3, 9)}
-SHAPES |= {"conv": (3, 3, 4, 5), "embedding": (11, 4), "bias": (9,)}
+SHAPES |= {
+    "dora": (7, 9),
+    "dora_stack": (4, 3, 5, 7),
+    "conv": (3, 3, 4, 5),
+    "embedding": (11, 4),
+    "bias": (9,),
+}
 
 
 def joined(dtype=np.float32, seed=0):
@@ -23,7 +30,8 @@ def joined(dtype=np.float32, seed=0):
         layout, shape = Layout(axes), SHAPES[name]
         a, b = array(layout.a_shape(shape, 2)), array(layout.b_shape(shape, 2))
         scale = jnp.asarray(np.full(layout.select("b", shape), 1.5, dtype))
-        params[name] = LoraWeight(array(shape), a, b, scale, layout=layout)
+        m = array(layout.magnitude_shape(shape)) if name in DORA else None
+        params[name] = LoraWeight(array(shape), a, b, scale, m, layout=layout)
     one = jnp.asarray(1, dtype)
     params["bias"] = TrainedLeaf(array((9,)), array((9,)), one)
     table, value = array(SHAPES["embedding"]), array((2, 4))
@@ -45,6 +53,18 @@ def scaled_product(node):
     return a @ b * node.scale[..., None, None]
 
 
+def directed(node):
+    """What DoRA adds to W: m·V/‖V‖ − W, one matrix for each layer."""
+    axes = node.layout.axes
+    order = [i for kind in "bio" for i, letter in enumerate(axes) if letter == kind]
+    stack = node.a.shape[: axes.count("b")]
+    product = scaled_product(node)
+    w = node.w.transpose(order).reshape(product.shape)
+    total = w + product
+    unit = total / np.sqrt((total**2).sum(-2, keepdims=True))
+    return node.magnitude.reshape(*stack, 1, -1) * unit - w
+
+
 @pytest.mark.parametrize("dtype", [np.float32, np.float64], ids=["float32", "float64"])
 def test_against_the_dense_update(dtype, x64, quick_compile):
     params = joined(dtype)
@@ -55,7 +75,7 @@ def test_against_the_dense_update(dtype, x64, quick_compile):
     wide = jax.tree.map(lambda x: np.asarray(x, np.float64), params)
     for path, axes in LAYOUTS.items():
         node, grad = params[path], grads[path]
-        update = scaled_product(wide[path])
+        update = directed(wide[path]) if path in DORA else scaled_product(wide[path])
         batch = "b" * axes.count("b")
         want = {
             "a": frobenius(node.a, batch),
@@ -65,6 +85,9 @@ def test_against_the_dense_update(dtype, x64, quick_compile):
             "update": frobenius(update, batch),
             "relative": frobenius(update, batch) / frobenius(node.w, axes),
         }
+        if path in DORA:
+            want |= {"magnitude": frobenius(node.magnitude, batch)}
+            want |= {"grad_magnitude": frobenius(grad.magnitude, batch)}
         assert set(got[path]) == set(want)
         for name, value in want.items():
             assert got[path][name].shape == value.shape == ((3,) if batch else ())
@@ -85,16 +108,26 @@ def test_against_the_dense_update(dtype, x64, quick_compile):
 
 
 def test_no_update_is_formed():
-    shapes = [(7, 9), (3, 7, 9), (7, 3, 4)]
-    made = weight_sized(jax.make_jaxpr(lora_jax.norms)(joined()).jaxpr, shapes)
+    """Squares of W are as large as W, and no product of two arrays is."""
+    params = joined()
+    shapes = {squeezed(SHAPES[name]) for name in LAYOUTS}
+    products = [
+        tuple(sorted(eqn.outvars[0].aval.shape))
+        for eqn in equations(jax.make_jaxpr(lora_jax.norms)(params).jaxpr)
+        if eqn.primitive.name == "dot_general"
+    ]
+    assert products and not shapes & set(products)
+    plain = {name: params[name] for name in LAYOUTS if name not in DORA}
+    made = weight_sized(jax.make_jaxpr(lora_jax.norms)(plain).jaxpr, shapes)
     squares = lambda tree: [jnp.sum(x * x) for x in jax.tree.leaves(tree)]
-    base, _ = lora_jax.split(joined())
+    base, _ = lora_jax.split(plain)
     assert made <= weight_sized(jax.make_jaxpr(squares)(base).jaxpr, shapes)
 
 
 def test_an_overlay_has_no_base_to_be_relative_to():
     got = jax.eval_shape(lora_jax.norms, lora_jax.split(joined())[1])
     assert set(got["dense"]) == {"a", "b", "update"} and set(got["bias"]) == {"value"}
+    assert set(got["dora"]) == {"a", "b", "magnitude"}
 
 
 def test_nothing_is_nan_at_the_start_or_where_the_base_is_zero():

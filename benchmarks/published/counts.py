@@ -66,7 +66,8 @@ def of_encoder(config: BertConfig, rank: int) -> Counts:
 
 
 QV, QKVO = ("q", "v"), ("q", "k", "v", "o")
-#: (model, rank, kernels, the paper's figure, exactly or in millions to so many digits)
+#: (model, rank, kernels, the paper's figure: in full by its formula, 2 · weights · width · r, or as
+#: printed, in millions to so many digits)
 DECODERS = (
     ("GPT-3 175B", GPT3, 1, QV, 4_718_592, 0),
     ("GPT-3 175B", GPT3, 4, QV, 18_874_368, 0),

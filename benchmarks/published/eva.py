@@ -62,11 +62,10 @@ def run(width: int = 256, rank: int = 8, batch: int = 64, seeds: int = 3) -> Res
         max(angles) < 0.1,
     )
     numbers = range(1, 1 + len(shares))
+    labels = {"default start": "o", "EVA": "o", "full SVD": "kx"}
     lines = [
-        Line(label, numbers, column, "o")
-        for label, column in zip(
-            ("default start", "EVA", "full SVD"), np.transpose(shares), strict=True
-        )
+        Line(label, numbers, column, style)
+        for (label, style), column in zip(labels.items(), np.transpose(shares), strict=True)
     ]
     title = f"variance of a layer's inputs that A keeps, r={rank}"
     return Result([row], [Picture("eva", title, "layer (of each seed)", "share", lines)])

@@ -20,8 +20,8 @@ RATES = tuple(5e-4 * 2.0**k for k in range(9))
 SOURCE = "2404.02948"
 WIDTHS = (128,)
 TURNS = (
-    "in the end, not at first: B starts along the few directions that tell odd digits apart and "
-    "has to turn, a zero B has not"
+    "in the end, not at first, probably because B starts along the few directions that tell odd "
+    "digits apart and has to turn"
 )
 
 

@@ -180,3 +180,13 @@ def custom_jvp_of_a_weight_that_is_made_varying(dtype):
     f.defjvp(lambda primals, dots: jax.jvp(f.fun, primals, dots))
     fn = on_two_devices(f, P(), P("d"), P("d"))
     return fn, {"w": normal(1, (7, 5), dtype)}, (normal(0, (4, 7), dtype),)
+
+
+@case(layouts={"w": "bio"})
+def few_rows_for_each_of_several_weights(dtype):
+    """jaxlib 0.10 ended the process: the layout of a transposed A reached a batched product."""
+    return (
+        lambda params, x: jnp.tanh(jnp.einsum("nti,nio->nto", x, params["w"])),
+        {"w": normal(1, (4, 7, 5), dtype)},
+        (normal(0, (4, 3, 7), dtype),),
+    )
