@@ -229,6 +229,14 @@ def require_base(path: str, node: Adapted) -> None:
         )
 
 
+def require_whole(path: str, node: Adapted) -> None:
+    """Raise where `node` has no base leaf, or its factors do not fit it."""
+    require_base(path, node)
+    problems = check_fits(path, node, node.w)
+    if problems:
+        raise StructureError("an adapter does not fit its weight: " + "; ".join(problems))
+
+
 def _register_for_export(node: Any) -> None:
     # jax.export can store a function of these nodes only when it can name and rebuild them.
     fields = dataclasses.fields(node)

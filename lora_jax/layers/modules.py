@@ -1,7 +1,8 @@
 """The layers as Flax Linen modules: fields are their settings, parameters those of `init`.
 
 A network of them runs by its own `apply`, adapted or merged, and inside `lora_jax.lora` as well.
-Under `nn.scan` or `nn.vmap` use plain layers and `lora_jax.init`, which sees the stacked axis.
+Under `nn.scan` or `nn.vmap` use plain layers and `lora_jax.init`, which sees the stacked axis; the
+rest of `lora_jax` refuses the stacked parameters of these.
 """
 
 from collections.abc import Callable

@@ -156,3 +156,25 @@ def test_parameters_of_functions_fit_the_modules():
     shapes = jax.eval_shape(module.init, KEY, x)["params"]
     assert jax.tree.structure(shapes) == jax.tree.structure(params)
     np.testing.assert_array_equal(module.apply({"params": params}, x), linear.apply(params, x))
+
+
+class Body(nn.Module):
+    @nn.compact
+    def __call__(self, x, _):
+        return layers.LinearWithLoRA(6, 6, rank=2, name="linear")(x), None
+
+
+class Stack(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        options = {"variable_axes": {"params": 0}, "split_rngs": {"params": True}, "length": 3}
+        return nn.scan(Body, **options)(name="body")(x, None)[0]
+
+
+def test_stacked_layers_run_and_are_otherwise_refused():
+    model, x = Stack(), jnp.ones((2, 6))
+    variables = jax.eval_shape(model.init, KEY, x)
+    assert jax.eval_shape(model.apply, variables, x).shape == (2, 6)
+    for fn in (lora_jax.merge, lambda v: lora_jax.lora(model.apply)(v, x)):
+        with pytest.raises(StructureError, match=r"body/linear/kernel: layout 'io' does not fit"):
+            jax.eval_shape(fn, variables)
