@@ -48,8 +48,13 @@ def summed(fn: Callable, fixed: Sequence[Any], batches: Sequence[Batch]) -> Any:
     total = None
     for batch in batches:
         value = one(*_parted(batch), fixed)
-        total = value if total is None else jax.tree.map(jnp.add, total, value)
+        total = value if total is None else _plus(total, value)
     return total
+
+
+@jax.jit
+def _plus(x: Any, y: Any) -> Any:
+    return jax.tree.map(jnp.add, x, y)
 
 
 @dataclasses.dataclass(frozen=True)

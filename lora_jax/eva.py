@@ -89,7 +89,8 @@ def eva(
     nodes = fresh_weights("eva", params, targets)
     inputs = Inputs(fn, params, as_batches("eva", batches), rules)
     sums = inputs.sums(nodes)
-    _check_seen({path: bool(found.count.any()) for path, found in sums.items()})
+    counts = jax.device_get({path: found.count for path, found in sums.items()})
+    _check_seen({path: bool(count.any()) for path, count in counts.items()})
     caps = {path: _cap(node, rho) for path, node in nodes.items()}
     vectors, ratios = _components(inputs, nodes, sums, caps, passes)
     layers = {path: node.scale.size for path, node in nodes.items()}
@@ -115,10 +116,21 @@ def _check_seen(seen: Mapping[str, bool]) -> None:
         )
 
 
-def _is_all(sums: Sums, sketch: jax.Array, products: jax.Array) -> bool:
-    """Whether the products see the inputs that the sums see; shapes may decide what stays lazy."""
-    seen, trace = float((sketch * products).sum()), float(sums.squares.sum())
-    return math.isclose(seen, trace, rel_tol=0.01) if _is_whole(sketch) else seen > 0 or trace == 0
+@jax.jit
+def _traces(
+    sums: Mapping[str, Sums], sketches: Arrays, products: Arrays
+) -> dict[str, tuple[jax.Array, jax.Array]]:
+    """tr(Ωᵀ·C·Ω) and tr(C) by path, all layers together."""
+    return {p: ((s * products[p]).sum(), sums[p].squares.sum()) for p, s in sketches.items()}
+
+
+def _check_all_seen(sums: Mapping[str, Sums], sketches: Arrays, products: Arrays) -> None:
+    """The products must see what the sums saw; shapes may decide whether a weight stays lazy."""
+    seen = {}
+    for path, (sketched, whole) in jax.device_get(_traces(sums, sketches, products)).items():
+        exact = math.isclose(sketched, whole, rel_tol=0.01)
+        seen[path] = exact or (not _is_whole(sketches[path]) and sketched > 0)
+    _check_seen(seen)
 
 
 def _cap(node: LoraWeight, rho: float) -> int:
@@ -135,8 +147,8 @@ def _components(
     passes: int,
 ) -> tuple[Arrays, dict[str, np.ndarray]]:
     """The top directions `[*batch, fan_in, cap]` by path, and the share of the variance of each."""
-    columns = {path: caps[path] + OVERSAMPLE for path in nodes}
-    sketches = {path: _sketch(path, matrix_shape(n), columns[path]) for path, n in nodes.items()}
+    shapes = {p: (*matrix_shape(node), caps[p] + OVERSAMPLE) for p, node in nodes.items()}
+    sketches = jax.jit(lambda: {path: _sketch(path, shape) for path, shape in shapes.items()})()
     found: dict[str, Pair] = {}
     for turn in range(passes):
         if turn:
@@ -147,7 +159,7 @@ def _components(
             }
         if sketches:
             products = inputs.products(sketches)
-            _check_seen({p: _is_all(sums[p], s, products[p]) for p, s in sketches.items()})
+            _check_all_seen(sums, sketches, products)
             found |= {path: (s, products[path]) for path, s in sketches.items()}
     vectors, ratios = {}, {}
     for path, pair in found.items():
@@ -169,13 +181,13 @@ def _analysed(
     return vectors, share.reshape(-1, number).mean(0)
 
 
-def _sketch(path: str, shape: tuple[int, ...], columns: int) -> jax.Array:
-    """The identity where the weight is narrow, else orthonormal columns at random."""
-    fan_in = shape[-1]
+def _sketch(path: str, shape: tuple[int, ...]) -> jax.Array:
+    """Orthonormal columns at random, of this shape; the identity where the weight is narrow."""
+    *batch, fan_in, columns = shape
     if fan_in <= max(columns, EXACT_UP_TO):
-        return jnp.broadcast_to(jnp.eye(fan_in), (*shape, fan_in))
+        return jnp.broadcast_to(jnp.eye(fan_in), (*batch, fan_in, fan_in))
     key = _paths.path_key(jax.random.key(0), path)
-    return jnp.linalg.qr(jax.random.normal(key, (*shape, columns)))[0]
+    return jnp.linalg.qr(jax.random.normal(key, shape))[0]
 
 
 def _is_whole(sketch: jax.Array) -> bool:

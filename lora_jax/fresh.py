@@ -34,13 +34,19 @@ def fresh_weights(
             f"{caller}: looks at values, which these do not have (shapes alone, or traced): "
             + ", ".join(unknown)
         )
-    moved = [path for path, node in nodes.items() if node.a.any() and node.b.any()]
+    updates = jax.device_get(_have_updates({path: (n.a, n.b) for path, n in nodes.items()}))
+    moved = [path for path in nodes if updates[path]]
     if moved:
         raise StructureError(
             f"{caller}: the update must be zero at the start, but neither A nor B is at "
             f'{", ".join(moved)}; take what init returns with init="kaiming"'
         )
     return nodes
+
+
+@jax.jit
+def _have_updates(factors: Mapping[str, tuple[jax.Array, jax.Array]]) -> dict[str, jax.Array]:
+    return {path: a.any() & b.any() for path, (a, b) in factors.items()}
 
 
 def _has_values(node: LoraWeight) -> bool:

@@ -54,24 +54,31 @@ class Inputs:
 
     def sums(self, nodes: Mapping[str, LoraWeight]) -> dict[str, Sums]:
         """The sums over the inputs of each of these weights, by path."""
-        ones = {path: jnp.ones((*matrix_shape(node), 3)) for path, node in nodes.items()}
-        found = self._gradients(SUMS, ones)
-        # Where windows reach beyond the edge every entry has the same count all the same.
-        return {
-            path: Sums(x[..., 2].max(-1), x[..., 0], x[..., 1].sum(-1)) for path, x in found.items()
-        }
+        shapes = {path: (*matrix_shape(node), 3) for path, node in nodes.items()}
+
+        def sums(params: Any, *batch: Any) -> dict[str, Sums]:
+            ones = {path: jnp.ones(shape) for path, shape in shapes.items()}
+            found = self._gradients(SUMS, ones, params, batch)
+            # Where windows reach beyond the edge every entry has the same count all the same.
+            return {
+                path: Sums(x[..., 2].max(-1), x[..., 0], x[..., 1].sum(-1))
+                for path, x in found.items()
+            }
+
+        return summed(sums, (self.params,), self.batches)
 
     def products(self, sketches: Arrays) -> Arrays:
         """`Σxxᵀ·Ω` by path, for any Ω `[*batch, fan_in, columns]` by path."""
-        return self._gradients(PRODUCTS, sketches)
 
-    def _gradients(self, probe: str, sketches: Arrays) -> Arrays:
-        def gradient(sketches: Arrays, params: Any, *batch: Any) -> Arrays:
-            return jax.grad(lambda s: _objective(self.fn, probe, self.rules, s, params, batch))(
-                sketches
-            )
+        def products(sketches: Arrays, params: Any, *batch: Any) -> Arrays:
+            return self._gradients(PRODUCTS, sketches, params, batch)
 
-        return summed(gradient, (sketches, self.params), self.batches)
+        return summed(products, (sketches, self.params), self.batches)
+
+    def _gradients(self, probe: str, sketches: Arrays, params: Any, batch: Batch) -> Arrays:
+        return jax.grad(lambda s: _objective(self.fn, probe, self.rules, s, params, batch))(
+            sketches
+        )
 
 
 def matrix_shape(node: LoraWeight) -> tuple[int, ...]:
