@@ -17,7 +17,7 @@ RUN := $(VENV)/bin/python -m
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help demo bench bench-run test test-all test-newest newest-python fuzz lint format clean
+.PHONY: help demo bench bench-run published test test-all test-newest newest-python fuzz lint format clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):[^#]*## /\1 \t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -30,6 +30,9 @@ bench: ## a training step beside other ways to do LoRA, in an environment of its
 
 bench-run: $(STAMP)-bench
 	@$(RUN) benchmarks.train_step $(ARGS)
+
+published: $(STAMP)-published ## results of papers, made again: a table and pictures in published/
+	@$(RUN) benchmarks.published $(ARGS)
 
 test: $(STAMP)-test ## the default suite: tests, doctests, README, notebooks
 	@$(RUN) pytest $(WORKERS) $(ARGS)
@@ -65,7 +68,7 @@ newest-python:
 	done
 
 clean: ## remove environments, caches and builds
-	rm -rf .venv* build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis demo_output
+	rm -rf .venv* build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis demo_output published
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(STAMP)-%: pyproject.toml | $(STAMP)

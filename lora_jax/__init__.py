@@ -21,13 +21,15 @@ from lora_jax.eva import eva
 from lora_jax.extract import extract
 from lora_jax.forms import Forms
 from lora_jax.lora_ga import lora_ga
+from lora_jax.memory import MemoryReport, StepMemory, memory_report
 from lora_jax.merging import merge, unmerge
-from lora_jax.optim import freeze, labels, mask
+from lora_jax.norms import norms
+from lora_jax.optim import freeze, groups, labels, lora_fa, lora_plus, mask
 from lora_jax.overlay import disable, join, set_scale, split, with_dropout
 from lora_jax.remat import save_sums
 from lora_jax.summary import count_params, summary
 from lora_jax.transform import lora
-from lora_jax.weights import Layout, LoraWeight, TrainedLeaf
+from lora_jax.weights import Layout, LoraWeight, TrainedLeaf, TrainedRows
 
 __version__ = "0.1.0"
 
@@ -42,26 +44,34 @@ __all__ = [
     "LoraConfig",
     "LoraError",
     "LoraWeight",
+    "MemoryReport",
     "MergeError",
     "Operand",
     "Override",
     "Rule",
+    "StepMemory",
     "StructureError",
     "TargetError",
     "TrainedLeaf",
+    "TrainedRows",
     "count_params",
     "disable",
     "eva",
     "extract",
     "freeze",
+    "groups",
     "init",
     "join",
     "labels",
     "load",
     "lora",
+    "lora_fa",
     "lora_ga",
+    "lora_plus",
     "mask",
+    "memory_report",
     "merge",
+    "norms",
     "on_original",
     "read_metadata",
     "rounding",

@@ -5,6 +5,8 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+from jax import lax
 from jax.extend import core, source_info_util
 
 Literal = core.Literal
@@ -123,6 +125,19 @@ def varies_over(x: Any, mesh_axes: Collection[Any]) -> bool:
     Inside a `shard_map` that does not check this no array is.
     """
     return bool(jax.typeof(x).manual_axis_type.varying & set(mesh_axes))
+
+
+def varying(x: jax.Array, mesh_axes: Collection[Any]) -> jax.Array:
+    """`x`, typed as different on the devices along these axes of the mesh too."""
+    missing = [n for n in mesh_axes if n not in jax.typeof(x).manual_axis_type.varying]
+    return lax.pcast(x, tuple(missing), to="varying")
+
+
+def zeros(aval: Any) -> jax.Array:
+    """Zeros of a type, sharded and varying over the mesh as it says."""
+    sharding = aval.sharding if any(aval.sharding.spec) else None
+    zeros = jnp.zeros(aval.shape, aval.dtype, device=sharding)
+    return varying(zeros, aval.manual_axis_type.varying)
 
 
 def restricted(

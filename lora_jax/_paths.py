@@ -125,13 +125,44 @@ def select(field: str, pattern: Pattern, leaves: Mapping[str, Any]) -> dict[str,
 
 
 def lookup(table: Mapping[str, Any], path: str) -> tuple[str, Any] | None:
-    """The (key, value) of the first key in `table` that matches `path`; an exact key wins.
+    """The (key, value) of the first key in `table` that matches `path`.
 
-    A key matches as a path suffix, a module above the leaf, or a regex for the whole path.
+    A key matches as a path suffix, a module above the leaf, or a regex for the whole path. The path
+    itself wins, then that of the module it is in.
     """
-    if path in table:
-        return path, table[path]
+    for exact in (path, path.rpartition("/")[0]):
+        if exact in table:
+            return exact, table[exact]
     for key, value in table.items():
         if names_module(key, path) or compile_regex("overrides", key).fullmatch(path):
             return key, value
+    return None
+
+
+def layer_number(path: str, pattern: str | None = None) -> tuple[str, int] | None:
+    """The stack of layers that a leaf belongs to, and its number in it; None where it has none.
+
+    The number is the first segment (between slashes or dots) that ends in one; with a pattern that
+    of the segment named so, or what the regex's group finds.
+
+    >>> layer_number("decoder/block_3/Dense_0/kernel")
+    ('decoder/block_', 3)
+    >>> layer_number("decoder/block_3/Dense_0/kernel", "Dense")
+    ('decoder/block_3/Dense_', 0)
+    >>> layer_number("model.layers.3.q_proj.weight", "layers")
+    ('model.layers.', 3)
+    """
+    regex = re.compile(pattern) if pattern is not None else None
+    if regex is not None and regex.groups:
+        found = regex.search(path)
+        is_number = found is not None and (found[1] or "").isdigit()
+        return (path[: found.start(1)], int(found[1])) if found and is_number else None
+    before = ""  # the name in front of a segment that is a number and nothing else
+    for segment in re.finditer(r"[^/.]+", path):
+        numbered = re.fullmatch(r"(.*?)[_-]?(\d+)", segment[0])
+        if numbered:
+            name = numbered[1] or before
+            if pattern is None or name == pattern:
+                return path[: segment.start() + numbered.start(2)], int(numbered[2])
+        before = segment[0]
     return None

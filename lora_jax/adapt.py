@@ -7,14 +7,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lora_jax import _paths, layouts
+from lora_jax import _paths, layouts, selection
 from lora_jax.algebra import accumulator, column_norms
 from lora_jax.config import ALL_LINEAR, LoraConfig
 from lora_jax.context import Use
 from lora_jax.custom_rules import Rule, check_rules
 from lora_jax.errors import ConfigError, LayoutError, TargetError
+from lora_jax.selection import Uses
 from lora_jax.starts import STARTS
-from lora_jax.weights import Layout, LoraWeight, TrainedLeaf, is_adapted
+from lora_jax.weights import Adapted, Layout, LoraWeight, TrainedLeaf, TrainedRows, is_adapted
 
 
 def init(
@@ -52,9 +53,9 @@ def init(
       **kwargs: example keyword arguments.
 
     Returns:
-      The same tree, every other leaf the same object, with a `LoraWeight` for each target and a
-      `TrainedLeaf` for each leaf trained whole. Where a weight is a `ShapeDtypeStruct` its factors
-      are too, and nothing is allocated.
+      The same tree, every other leaf the same object, with a `LoraWeight` for each target, a
+      `TrainedLeaf` for each leaf trained whole and `TrainedRows` for each that trains in rows.
+      Where a weight is a `ShapeDtypeStruct` its factors are too, and nothing is allocated.
 
     Raises:
       TargetError: a pattern matches nothing; a target is not floating, is adapted already, is
@@ -71,10 +72,18 @@ def init(
     ((4, 2), (2, 3))
     """
     plan = make_plan("init", params, config, fn, args, kwargs, rules)
-    nodes = {
-        **_adapt_all(key, plan, config),
-        **{path: _train_whole(plan.leaves[path], config) for path in plan.whole},
+    return finish(plan, _adapt_all(key, plan, config), config)
+
+
+def finish(plan: "Plan", weights: Mapping[str, LoraWeight], config: LoraConfig) -> Any:
+    """The adapted tree: these weights in the layers chosen, and all that trains besides."""
+    nodes: dict[str, Adapted] = {
+        **weights,
+        **{path: train_whole(plan.leaves[path], config) for path in plan.whole},
+        **{path: train_rows(plan.leaves[path], *rows, config) for path, rows in plan.rows.items()},
     }
+    for path, mask in plan.masks.items():
+        nodes[path] = selection.restrict(nodes[path], plan.leaves[path], mask)
     return plan.rebuild([nodes.get(path, leaf) for path, leaf in plan.leaves.items()])
 
 
@@ -85,7 +94,9 @@ class Plan:
     leaves: Mapping[str, Any]  # every leaf by path, in tree order
     treedef: Any
     layouts: Mapping[str, Layout]  # of the weights to adapt
-    whole: Collection[str]  # the paths to train whole
+    whole: Collection[str]  # the paths to train whole, biases among them
+    rows: Mapping[str, tuple[tuple[int, ...], Layout]]  # those that train in rows: which, and where
+    masks: selection.Masks  # of leaves that stack layers, where not all are adapted
 
     def rebuild(self, nodes: Sequence[Any]) -> Any:
         """The tree with `nodes` for its leaves."""
@@ -119,29 +130,32 @@ def make_plan(
         )
     uses = None if fn is None else layouts.infer_uses(fn, params, args, kwargs, rules)
     whole = _paths.select("train", config.train, leaves)
-    targets = _targets(config, leaves, uses, whole)
-    if not targets and not whole:
+    rows = selection.select_rows(config, leaves, uses)
+    _check_once(whole, rows, "in train and in rows")
+    taken = dict.fromkeys(whole, "train") | dict.fromkeys(rows, "rows")
+    targets = _targets(config, leaves, uses, taken)
+    if not targets and not taken and config.bias != "all":
         raise TargetError("exclude leaves no target, and train names no leaf: nothing would train")
-    _check_overrides(config, targets)
+    _check_overrides(config, {**targets, **dict.fromkeys(rows, "rows")})
     _check_leaves({**targets, **dict.fromkeys(whole)}, leaves)
     chosen = _layouts(config, targets, leaves, uses)
+    chosen, masks = selection.select_layers(config, targets, chosen, leaves)
     _check_ranks(config, chosen, leaves)
-    return Plan(leaves, treedef, chosen, whole)
-
-
-Uses = Mapping[str, Sequence[Use]] | None
+    biases = selection.select_biases(config, chosen, leaves, uses)
+    masks |= {bias: masks[kernel] for bias, kernel in biases.items() if kernel in masks}
+    return Plan(leaves, treedef, chosen, list(whole | biases), rows, masks)
 
 
 def _targets(
-    config: LoraConfig, leaves: Mapping[str, Any], uses: Uses, whole: Mapping[str, str]
+    config: LoraConfig, leaves: Mapping[str, Any], uses: Uses, taken: Mapping[str, str]
 ) -> dict[str, str]:
-    """The paths to adapt, each with the entry that selected it."""
+    """The paths to adapt, each with the entry that selected it; `taken` ones train otherwise."""
     excluded = _paths.select("exclude", config.exclude, leaves)
     if isinstance(config.targets, str) and config.targets == ALL_LINEAR:
         found = {p: ALL_LINEAR for p, leaf in leaves.items() if _is_linear(p, leaf, uses)}
         if not found:
             raise TargetError("targets: no leaf is contracted with an activation")
-        return {p: e for p, e in found.items() if p not in excluded and p not in whole}
+        return {p: e for p, e in found.items() if p not in excluded and p not in taken}
     found = _paths.select("targets", config.targets, leaves)
     # An entry that names a module stands for the linear weights in it, not for its biases.
     others = {
@@ -156,10 +170,16 @@ def _targets(
         raise TargetError(
             "\n".join(f"targets: {e!r} names a module without linear weights" for e in empty)
         )
-    both = sorted(path for path in found if path in whole)
-    if both:
-        raise TargetError(f"{', '.join(both)}: in targets and in train; choose one")
+    for field in ("train", "rows"):
+        trained = [path for path in taken if taken[path] == field]
+        _check_once(found, trained, f"in targets and in {field}")
     return {path: entry for path, entry in found.items() if path not in excluded}
+
+
+def _check_once(some: Collection[str], others: Collection[str], where: str) -> None:
+    both = sorted({*some} & {*others})
+    if both:
+        raise TargetError(f"{', '.join(both)}: {where}; choose one")
 
 
 def _names_module_only(entry: str, path: str) -> bool:
@@ -312,7 +332,10 @@ def _placed_as(w: Any, base: Any) -> Any:
         return w
     if base is w or not isinstance(w, jax.Array) or isinstance(w, jax.core.Tracer):
         return base
-    return jax.device_put(base, w.sharding)
+    base = jnp.asarray(base)
+    # `device_put` would also tie to its device an array that may still go to any.
+    same = base.sharding.is_equivalent_to(w.sharding, w.ndim)
+    return base if same else jax.device_put(base, w.sharding)
 
 
 def _with_magnitude(node: LoraWeight, dtype: Any) -> LoraWeight:
@@ -325,10 +348,24 @@ def _with_magnitude(node: LoraWeight, dtype: Any) -> LoraWeight:
     )
 
 
-def _train_whole(w: Any, config: LoraConfig) -> TrainedLeaf:
+def train_whole(w: Any, config: LoraConfig) -> TrainedLeaf:
+    """The node of a leaf that trains whole, its value at the start `w` itself."""
+
     def start(w: Any) -> tuple[jax.Array, jax.Array]:
         return jnp.array(w, config.dtype), jnp.ones((), accumulator(config.dtype))
 
     abstract = isinstance(w, jax.ShapeDtypeStruct)
     value, scale = jax.eval_shape(start, w) if abstract else start(w)
     return TrainedLeaf(w, value, scale)
+
+
+def train_rows(w: Any, rows: tuple[int, ...], layout: Layout, config: LoraConfig) -> TrainedRows:
+    """The node of a weight that trains in some rows, their values at the start those of `w`."""
+
+    def start(w: Any) -> tuple[jax.Array, jax.Array]:
+        whole = TrainedRows(w, None, None, rows=rows, layout=layout)
+        return whole.select(w).astype(config.dtype), jnp.ones((), accumulator(config.dtype))
+
+    abstract = isinstance(w, jax.ShapeDtypeStruct)
+    value, scale = jax.eval_shape(start, w) if abstract else start(w)
+    return TrainedRows(w, value, scale, rows=rows, layout=layout)

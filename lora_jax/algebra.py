@@ -1,11 +1,12 @@
 """The algebra of one adapted weight: its update, its dense form, and the norms of its outputs."""
 
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from lora_jax.weights import Adapted, Layout, LoraWeight, TrainedLeaf
+from lora_jax.weights import Adapted, Layout, LoraWeight, TrainedLeaf, TrainedRows
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
@@ -55,6 +56,9 @@ def dense(node: Adapted, dtype: Any = None) -> jax.Array:
     dtype = dtype or node.w.dtype
     if isinstance(node, TrainedLeaf):
         return jnp.where(node.scale != 0, node.value.astype(dtype), node.w.astype(dtype))
+    if isinstance(node, TrainedRows):
+        w = node.w.astype(dtype)
+        return node.replace(w, jnp.where(node.scale != 0, node.value.astype(dtype), node.select(w)))
     update = delta(node)
     total = node.w.astype(accumulator(update.dtype, node.w.dtype)) + update
     if node.magnitude is not None:
@@ -88,22 +92,33 @@ def gain(node: LoraWeight) -> jax.Array:
 def column_norms(node: LoraWeight) -> jax.Array:
     """`‖W + scale·A·B‖` over the in axes, `[*batch, *out]`: where a magnitude starts.
 
-    With `B' = scale·B`, `‖V‖² = ‖W‖² + ⟨B', 2·Aᵀ·W + AᵀA·B'⟩` for each output: neither `A·B`
-    nor V is formed. A constant to the derivative.
+    A constant to the derivative.
+    """
+    own, crossed, squared = column_products(node)
+    return jnp.sqrt(jnp.maximum(own + 2 * crossed + squared, 0))  # rounding can go below zero
+
+
+def column_products(node: LoraWeight) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """⟨W, W⟩, ⟨W, ΔV⟩ and ⟨ΔV, ΔV⟩ over the in axes, `[*batch, *out]`, with ΔV = scale·A·B.
+
+    With `B' = scale·B` they are Σ W², ⟨B', Aᵀ·W⟩ and ⟨B', AᵀA·B'⟩: no array of the weight's size is
+    formed. Constants to the derivative.
     """
     w, a, b, scale = jax.lax.stop_gradient((node.w, node.a, node.b, node.scale))
     node = LoraWeight(w, a, b, scale, layout=node.layout)
     sub_a, sub_b, batch, sub_w = subscripts(node.layout)
     dtype = accumulator(w.dtype, a.dtype, b.dtype)
     # A base of 16 bits is multiplied as it stands: no float32 copy of it is made.
-    narrow = a.astype(w.dtype)
-    crossed = jnp.einsum(f"{sub_w},{sub_a}->{sub_b}", w, narrow, preferred_element_type=dtype)
+    narrow = w.dtype if w.dtype.itemsize <= 2 else dtype
+    pair = w.astype(narrow), a.astype(narrow)
+    einsum = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
+    crossed = einsum(f"{sub_w},{sub_a}->{sub_b}", *pair, preferred_element_type=dtype)
     a, b = _factors(node, dtype)
-    gram = jnp.einsum(f"{sub_a},{sub_a.replace('Z', 'Y')}->{batch}ZY", a, a)
-    squared = jnp.einsum(f"{batch}ZY,{sub_b.replace('Z', 'Y')}->{sub_b}", gram, b)
+    gram = einsum(f"{sub_a},{sub_a.replace('Z', 'Y')}->{batch}ZY", a, a)
+    squared = einsum(f"{batch}ZY,{sub_b.replace('Z', 'Y')}->{sub_b}", gram, b)
     own = jnp.square(w.astype(dtype)).sum(node.layout.positions("i"))
-    total = _by_output(node.layout, own) + (b * (2 * crossed + squared)).sum(len(batch))
-    return jnp.sqrt(jnp.maximum(total, 0))  # which rounding can bring below zero
+    rank = len(batch)
+    return _by_output(node.layout, own), (b * crossed).sum(rank), (b * squared).sum(rank)
 
 
 def _gain(node: LoraWeight, norms: jax.Array) -> jax.Array:

@@ -22,6 +22,7 @@ from lora_jax.weights import (
     Layout,
     LoraWeight,
     TrainedLeaf,
+    TrainedRows,
     check_fits,
     is_adapted,
 )
@@ -40,7 +41,7 @@ def save(
     """Write adapters to one safetensors file, beside `path` and then renamed into place.
 
     Tensors are named by path and field: "block_0/attn/query/kernel.a", ".b", ".scale", ".magnitude"
-    with DoRA, and ".value" for a leaf trained whole. The header holds the layouts, the
+    with DoRA, and ".value" for a leaf trained whole or in rows. The header holds the layouts, the
     configuration, `metadata`, and a fingerprint of the base, by which `load` refuses another one.
 
     Args:
@@ -98,6 +99,8 @@ def _layout_record(node: Adapted) -> dict[str, Any]:
     if isinstance(node, TrainedLeaf):
         return {"kind": "whole"}
     record = {"kind": _kind(node), "axes": node.layout.axes, "uses": list(node.layout.uses)}
+    if isinstance(node, TrainedRows):
+        return record | {"rows": list(node.rows)}
     return record | ({"dropout": node.dropout} if node.dropout else {})
 
 
@@ -105,12 +108,13 @@ _FIELDS = {
     "lora": ("a", "b", "scale"),
     "dora": ("a", "b", "scale", "magnitude"),
     "whole": ("value", "scale"),
+    "rows": ("value", "scale"),
 }
 
 
 def _kind(node: Adapted) -> str:
-    if isinstance(node, TrainedLeaf):
-        return "whole"
+    if isinstance(node, TrainedLeaf | TrainedRows):
+        return "whole" if isinstance(node, TrainedLeaf) else "rows"
     return "lora" if node.magnitude is None else "dora"
 
 
@@ -240,4 +244,6 @@ def _node(record: Mapping[str, Any], arrays: Mapping[str, jax.Array]) -> Adapted
     if record["kind"] == "whole":
         return TrainedLeaf(None, **arrays)
     layout = Layout(record["axes"], tuple(record["uses"]))
+    if record["kind"] == "rows":
+        return TrainedRows(None, **arrays, rows=tuple(map(int, record["rows"])), layout=layout)
     return LoraWeight(None, **arrays, layout=layout, dropout=float(record.get("dropout", 0.0)))

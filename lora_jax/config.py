@@ -13,6 +13,7 @@ from lora_jax.errors import ConfigError
 
 ALL_LINEAR = "all-linear"
 SCALINGS = ("standard", "rslora")
+BIASES = ("none", "all", "adapted")
 INITS = ("kaiming", "gaussian", "orthogonal", "pissa", "pissa_fast", "olora", "loftq")
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
@@ -87,8 +88,8 @@ class LoraConfig:
         string is a regex for the whole path; a sequence holds path suffixes ("query/kernel") or
         module names ("query"); a callable gets the path and the leaf.
       exclude: what to leave out of `targets`, in the same forms. It wins.
-      overrides: pattern -> `Override` (or a dict of its fields). An exact path wins, then the first
-        key that matches as suffix, module name or regex.
+      overrides: pattern -> `Override` (or a dict of its fields). The leaf's whole path wins, then
+        its module's, then the first key that matches as suffix, module name or regex.
       scaling: "standard" or "rslora".
       init: how A and B start. "kaiming" (A uniform in ±1/√fan_in, B zero), "gaussian" (A normal)
         and "orthogonal" (A·B zero, neither factor) leave the base alone. "pissa", "pissa_fast" and
@@ -101,6 +102,22 @@ class LoraConfig:
       dropout: probability of dropping an input of the branch, in effect only on parameters that
         went through `lora_jax.with_dropout`.
       train: leaves to train whole (a bias, a norm, a new head), in the same forms as `targets`.
+      bias: biases to train whole besides: "none", "all", or "adapted" for those beside an adapted
+        kernel. A bias is a leaf named "bias", or "b" where no product takes it for a kernel.
+      layers: which of the targets' layers to adapt: their numbers (negative ones count from the
+        end), or a slice, `slice(-4, None)` for the last four; None for all. The number of a layer
+        is the first in its path: 3 in "block_3/attn/query/kernel", "layers/3/kernel" and
+        "h.3.kernel"; every stack of layers ("encoder/block_", "decoder/block_") is counted by
+        itself. A target without a number is left out. A leaf that stacks the layers of a scan has
+        factors for all, which are zero and stay zero, as is the scale, at the layers left out.
+      layers_pattern: which number of a path it is, where there are several: the name before it
+        ("block", "layers", "h"), or a regex in which a group holds the number,
+        `r"h(\\d+)_attn"`; None for the first. Of stacked layers, a module's name in the path.
+      rows: pattern -> numbers of the rows of an embedding that train, {"embedding": [3, 17]}; of a
+        tied one these outputs of the head do too. All other rows stay as they are, and no low-rank
+        update is made there. Patterns as in `overrides`. The axis that holds the rows is the one
+        looked up; of a weight that is never looked up the override's `layout` says it, with an "i":
+        "oi" for a head `[embed, vocabulary]`.
       dtype: of A, B and of the leaves trained whole: float32, bfloat16, float16 or float64.
 
     Raises:
@@ -120,6 +137,10 @@ class LoraConfig:
     dora: bool = False
     dropout: float = 0.0
     train: _paths.Pattern = ()
+    bias: str = "none"
+    layers: slice | Sequence[int] | None = None
+    layers_pattern: str | None = None
+    rows: Mapping[str, Sequence[int]] = dataclasses.field(default_factory=dict)
     dtype: Any = jnp.float32
 
     def __post_init__(self) -> None:
@@ -127,7 +148,8 @@ class LoraConfig:
         _check_alpha("alpha", self.alpha)
         for field in ("targets", "exclude", "train"):
             object.__setattr__(self, field, _check_pattern(field, getattr(self, field)))
-        if not self.targets and not self.train:
+        object.__setattr__(self, "rows", _check_rows(self.rows))
+        if not self.targets and not self.train and not self.rows and self.bias != "all":
             raise ConfigError("targets and train are both empty: nothing would be trained")
         if not isinstance(self.overrides, Mapping):
             raise ConfigError(f"overrides must be a mapping, got {self.overrides!r}")
@@ -135,18 +157,23 @@ class LoraConfig:
         object.__setattr__(self, "overrides", overrides)
         for key in overrides:
             _paths.compile_regex("overrides", key)
-        if self.scaling not in SCALINGS:
-            raise ConfigError(f"scaling must be one of {SCALINGS}, got {self.scaling!r}")
+        for field, known in (("scaling", SCALINGS), ("bias", BIASES)):
+            if getattr(self, field) not in known:
+                raise ConfigError(f"{field} must be one of {known}, got {getattr(self, field)!r}")
         if not callable(self.init) and self.init not in INITS:
             raise ConfigError(f"init must be one of {INITS} or a function, got {self.init!r}")
         if not isinstance(self.dora, bool):
             raise ConfigError(f"dora must be True or False, got {self.dora!r}")
         _check_probability("dropout", self.dropout)
+        object.__setattr__(self, "layers", _check_layers(self.layers))
+        _check_layers_pattern(self.layers_pattern, self.layers)
         object.__setattr__(self, "dtype", _check_dtype(self.dtype))
 
     def __hash__(self) -> int:
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        return hash(tuple({**fields, "overrides": tuple(self.overrides.items())}.values()))
+        fields |= {name: tuple(fields[name].items()) for name in ("overrides", "rows")}
+        fields |= {"layers": str(self.layers)}  # Python 3.11 cannot hash a slice
+        return hash(tuple(fields.values()))
 
     def scale(self, rank: int, alpha: float | None) -> float:
         """`alpha/rank` or `alpha/sqrt(rank)`; an alpha of None stands for `rank`."""
@@ -169,7 +196,12 @@ class LoraConfig:
             key: {name: _plain(value) for name, value in dataclasses.asdict(override).items()}
             for key, override in self.overrides.items()
         }
+        values["rows"] = {key: list(rows) for key, rows in self.rows.items()}
         values["dtype"] = self.dtype.name
+        if isinstance(self.layers, slice):
+            values["layers"] = {k: getattr(self.layers, k) for k in ("start", "stop", "step")}
+        elif self.layers is not None:
+            values["layers"] = list(self.layers)
         for field in ("targets", "exclude", "train", "init"):
             if callable(values[field]):
                 values[field] = f"<callable {getattr(values[field], '__qualname__', '?')}>"
@@ -194,6 +226,55 @@ def _check_pattern(field: str, pattern: Any) -> _paths.Pattern:
     raise ConfigError(
         f"{field} must be a regex, a sequence of path suffixes or a callable, got {pattern!r}"
     )
+
+
+def _check_layers(layers: Any) -> slice | tuple[int, ...] | None:
+    if layers is None:
+        return None
+    if isinstance(layers, slice):
+        ends = [layers.start, layers.stop, layers.step]
+        if all(end is None or _is_integer(end) for end in ends) and layers.step != 0:
+            return slice(*(None if end is None else int(end) for end in ends))
+        raise ConfigError(f"layers: a slice of integers, its step not 0, got {layers!r}")
+    if not isinstance(layers, Sequence) or not all(map(_is_integer, layers)):
+        raise ConfigError(f"layers must be a sequence of integers or a slice, got {layers!r}")
+    if not layers:
+        raise ConfigError("layers is empty: nothing would be adapted; None takes all")
+    return tuple(int(number) for number in layers)
+
+
+def _check_rows(rows: Any) -> dict[str, tuple[int, ...]]:
+    if not isinstance(rows, Mapping):
+        raise ConfigError(f"rows must be a mapping from patterns to row numbers, got {rows!r}")
+    checked = {}
+    for key, numbers in rows.items():
+        _paths.compile_regex("rows", key)
+        if isinstance(numbers, str) or not hasattr(numbers, "__iter__"):
+            raise ConfigError(f"rows[{key!r}] must be a sequence of row numbers, got {numbers!r}")
+        found = tuple(numbers)
+        wrong = [number for number in found if not _is_integer(number) or number < 0]
+        if wrong or not found:
+            raise ConfigError(f"rows[{key!r}] must be integers from 0 on, got {wrong or found}")
+        twice = sorted({int(number) for number in found if found.count(number) > 1})
+        if twice:
+            raise ConfigError(f"rows[{key!r}] names rows twice: {twice}")
+        checked[key] = tuple(int(number) for number in found)
+    return checked
+
+
+def _is_integer(x: Any) -> bool:
+    return isinstance(x, Integral) and not isinstance(x, bool)
+
+
+def _check_layers_pattern(pattern: Any, layers: Any) -> None:
+    if pattern is None:
+        return
+    if not isinstance(pattern, str) or not pattern:
+        raise ConfigError(f"layers_pattern must be a name or a regex, got {pattern!r}")
+    if _paths.compile_regex("layers_pattern", pattern).groups > 1:
+        raise ConfigError(f"layers_pattern: {pattern!r} has several groups; one holds the number")
+    if layers is None:
+        raise ConfigError("layers_pattern says where the numbers of layers= are; give layers too")
 
 
 def _check_dtype(dtype: Any) -> Any:

@@ -64,7 +64,7 @@ def _remat(ctx: Context, eqn: Any, args: Sequence[Any], walk: Walk) -> list[Any]
     if params["differentiated"] and params["prevent_cse"]:
         # This is the recomputation in a backward pass: without the barrier, which JAX adds when it
         # lowers the equation, the compiler would merge it with the forward pass again.
-        args = lax.optimization_barrier(list(args))
+        args = _behind_a_barrier(ctx, args)
 
     def call(*args: Any) -> list[Any]:
         before, ctx.rematerialised = ctx.rematerialised, True
@@ -77,4 +77,15 @@ def _remat(ctx: Context, eqn: Any, args: Sequence[Any], walk: Walk) -> list[Any]
 
 @rule(CONTAINERS, "optimization_barrier")
 def _optimization_barrier(ctx: Context, eqn: Any, args: Sequence[Any], walk: Walk) -> list[Any]:
-    return lax.optimization_barrier(list(args))
+    return _behind_a_barrier(ctx, args)
+
+
+def _behind_a_barrier(ctx: Context, values: Sequence[Any]) -> list[Any]:
+    """All values behind one barrier, arrays and members of weights.
+
+    Among tangents each is behind its own. A tangent of a weight holds a factor that moves and one
+    that stands still; JAX takes all that shares a barrier with what moves for moving.
+    """
+    if ctx.in_derivative:
+        return jax.tree.map(lax.optimization_barrier, list(values))
+    return lax.optimization_barrier(list(values))

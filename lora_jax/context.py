@@ -60,7 +60,7 @@ class Context:
         self.hidden: dict[int, Hidden] = {}  # id of an equation -> its x·A, had with another's
         self.rematerialised = False  # whether the walk is inside a `remat`
         self.enclosing: Any = None  # the innermost equation around this one that has a source line
-        self._names = True
+        self.in_derivative = False  # whether it is inside an author's rule for tangents
         self._sites = 0
         self._told: set[tuple[str, str, str]] = set()
 
@@ -72,14 +72,15 @@ class Context:
     def named(self, total: jax.Array) -> jax.Array:
         """The sum of an adapted product, under its name where a `remat` policy may look for it."""
         # Elsewhere no name: JAX cannot transpose one, and a linear function may be transposed.
-        return checkpoint_name(total, SUM) if self.rematerialised and self._names else total
+        named = self.rematerialised and not self.in_derivative
+        return checkpoint_name(total, SUM) if named else total
 
     @contextlib.contextmanager
-    def unnamed(self) -> Iterator[None]:
-        """Inside it no sum gets a name, whatever is rematerialised."""
-        before, self._names = self._names, False
+    def derivative(self) -> Iterator[None]:
+        """Inside it the walk is through an author's rule, in which tangents are transposed."""
+        before, self.in_derivative = self.in_derivative, True
         yield
-        self._names = before
+        self.in_derivative = before
 
     def next_site(self) -> int:
         """A number that no other contraction of this walk has."""

@@ -13,7 +13,7 @@ from lora_jax.overlay import adapted_nodes
 from lora_jax.weights import (
     Adapted,
     LoraWeight,
-    TrainedLeaf,
+    TrainedRows,
     check_fits,
     is_adapted,
 )
@@ -30,7 +30,8 @@ def on_original(start: Any, trained: Any, base: Any) -> Any:
 
     Where `start` is a joined tree and its base leaf is still the original array ("kaiming" and all
     that leave the base alone), the trained factors are returned as they are. Leaves trained whole
-    are too. Dropout is off in the converted factors, for what they subtract must not be dropped.
+    are too, and DoRA's magnitudes come along, for the direction is the same matrix. Dropout is off
+    in the converted factors, for what they subtract must not be dropped.
 
     Args:
       start: what `init` returned, or its overlay.
@@ -66,9 +67,10 @@ def on_original(start: Any, trained: Any, base: Any) -> Any:
 
 
 def _converted(before: Adapted, after: Adapted, w: Any) -> Adapted:
-    if isinstance(after, TrainedLeaf) or isinstance(before, TrainedLeaf) or before.w is w:
+    if not isinstance(after, LoraWeight) or not isinstance(before, LoraWeight) or before.w is w:
         return dataclasses.replace(after, w=None)
-    scale = jnp.ones_like(after.scale)
+    # Layers of a stack that are not adapted keep the scale 0.
+    scale = jnp.where((before.scale == 0) & (after.scale == 0), 0, jnp.ones_like(after.scale))
     return dataclasses.replace(
         after,
         w=None,
@@ -111,4 +113,6 @@ def _kind(node: Adapted) -> str:
     """What two nodes must agree in: the layout, the sizes and the rank, or the shape."""
     if isinstance(node, LoraWeight):
         return f"layout {node.layout.axes!r}, a {node.a.shape}, b {node.b.shape}"
+    if isinstance(node, TrainedRows):
+        return f"rows {node.rows} trained, {node.value.shape}"
     return f"a leaf trained whole {node.shape}"

@@ -10,7 +10,7 @@ from jax.custom_derivatives import SymbolicZero
 
 from lora_jax import _jaxpr
 from lora_jax.context import Context
-from lora_jax.lazy import is_lazy, tangents
+from lora_jax.lazy import is_lazy, tangents, to_dense
 from lora_jax.rules import Container, Walk, rule
 
 CONTAINERS: dict[str, Container] = {}
@@ -55,7 +55,7 @@ def _apply_rule(
     zeros_in = [type(t) is SymbolicZero for t in tangents]
     jaxpr, consts, first, zeros_out = _jaxpr.jvp_rule(eqn, zeros_in)
     nonzero = [t for t, zero in zip(tangents, zeros_in, strict=True) if not zero]
-    with ctx.unnamed():  # a tangent is transposed, and JAX cannot transpose a name
+    with ctx.derivative():
         outs = walk(jaxpr, consts, [*first, *primals, *nonzero])
     outs = [ctx.make_dense(x, eqn) if is_lazy(x) else x for x in outs]
     out, dots = outs[: len(zeros_out)], iter(outs[len(zeros_out) :])
@@ -69,8 +69,9 @@ def _plus(a: Any, b: Any) -> Any:
 
 
 def _zero(x: Any) -> SymbolicZero:
-    aval = jax.core.ShapedArray(x.shape, x.dtype) if is_lazy(x) else jax.typeof(x)
-    return SymbolicZero(aval.to_tangent_aval())
+    if is_lazy(x):
+        x = to_dense(x) if x.w is None else x.w
+    return SymbolicZero(jax.typeof(x).to_tangent_aval())
 
 
 def _base_moves(primal: Any, t: Any) -> bool:
@@ -83,8 +84,7 @@ def instantiate(t: Any) -> Any:
     if type(t) is not SymbolicZero:
         return t
     # float0, the tangent dtype of integers and keys, is no dtype of jax.numpy
-    module = np if t.dtype == dtypes.float0 else jax.numpy
-    return module.zeros(t.shape, t.dtype)
+    return np.zeros(t.shape, t.dtype) if t.dtype == dtypes.float0 else _jaxpr.zeros(t.aval)
 
 
 def _terms(primal: Any, t: Any) -> tuple[Any, Any]:

@@ -1,5 +1,6 @@
 """`extract`: a full fine-tune as the base and the best adapter of a given rank."""
 
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -7,15 +8,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lora_jax import _paths
-from lora_jax.adapt import Plan, make_plan
-from lora_jax.algebra import accumulator
+from lora_jax import _paths, selection
+from lora_jax.adapt import Plan, make_plan, train_rows, train_whole
+from lora_jax.algebra import accumulator, dense
 from lora_jax.config import LoraConfig
 from lora_jax.custom_rules import Rule
 from lora_jax.errors import ConfigError, StructureError
 from lora_jax.linalg import balanced, matmul, randomized_svd, truncated_svd
 from lora_jax.matrices import as_factors, map_matrices
-from lora_jax.weights import Layout, LoraWeight, TrainedLeaf, is_adapted
+from lora_jax.weights import Adapted, Layout, LoraWeight, is_adapted
 
 
 def extract(
@@ -38,8 +39,8 @@ def extract(
     Args:
       base: the parameters before fine-tuning.
       tuned: the same tree after it.
-      config: which weights, ranks and scales, as for `init`, or a rank alone. Leaves that `train`
-        names come out as they are in `tuned`. `init` is not used.
+      config: which weights, layers, ranks and scales, as for `init`, or a rank alone. What `train`,
+        `bias` and `rows` name comes out as it is in `tuned`. `init` is not used.
       fn: the function of the parameters, and
       *args: its example arguments, from which layouts are inferred as by `init`.
       exact: use the exact SVD.
@@ -72,6 +73,8 @@ def extract(
     plan = make_plan("extract", base, config, fn, args, kwargs, rules)
     pairs = _pairs(plan, tuned)
     _check_scales(plan, config)
+    if config.dora:
+        raise ConfigError("extract: dora has no meaning here; leave it out of the config")
     found = {
         path: _where_values_are(functools.partial(_extracted, path, plan, config, exact), *pair)
         for path, pair in pairs.items()
@@ -80,25 +83,38 @@ def extract(
     return overlay, {path: _as_float(missed) for path, (_, missed) in found.items()}
 
 
-Extracted = tuple[LoraWeight | TrainedLeaf | None, Any]
+Extracted = tuple[Adapted | None, Any]
 
 
 def _extracted(
     path: str, plan: Plan, config: LoraConfig, exact: bool, before: Any, after: Any
 ) -> Extracted:
     """What the overlay holds at `path`, and the part of the change that it misses."""
+    mask = plan.masks.get(path)
     if path in plan.layouts:
         rank, scale, _ = config.for_path(path)
         layout, key = plan.layouts[path], _paths.path_key(jax.random.key(0), path)
-        a, b, missed = _best(layout, rank, config.dtype, exact, key, before, after, scale)
+        a, b, lost, total = _best(layout, rank, config.dtype, exact, key, before, after, scale)
         scales = jnp.full(layout.select("b", before.shape), scale, accumulator(config.dtype))
-        dropout = float(config.dropout)
-        return LoraWeight(None, a, b, scales, layout=layout, dropout=dropout), missed
-    if path in plan.whole:
-        value = jnp.asarray(after, config.dtype)
-        missed = _relative(_squares(after, value), _squares(after, before))
-        return TrainedLeaf(None, value, jnp.ones((), accumulator(config.dtype))), missed
+        node = LoraWeight(None, a, b, scales, layout=layout, dropout=float(config.dropout))
+        if mask is None:
+            return node, _relative(lost.sum(), total.sum())
+        missed = _relative(jnp.where(mask, lost, total).sum(), total.sum())
+        return selection.restrict(node, None, mask), missed
+    if path in plan.whole or path in plan.rows:
+        trained = dataclasses.replace(_as_tuned(path, plan, config, after), w=before)
+        got = dense(trained, accumulator(before.dtype, after.dtype))
+        missed = _relative(_squares(after, got), _squares(after, before))
+        return dataclasses.replace(trained, w=None), missed
     return None, jnp.any(before != after).astype(jnp.float32)
+
+
+def _as_tuned(path: str, plan: Plan, config: LoraConfig, after: Any) -> Adapted:
+    """The node of what trains whole or in rows, with the tuned values."""
+    if path in plan.rows:
+        return train_rows(after, *plan.rows[path], config)
+    whole, mask = train_whole(after, config), plan.masks.get(path)
+    return whole if mask is None else selection.restrict(whole, after, mask)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
@@ -111,8 +127,8 @@ def _best(
     before: jax.Array,
     after: jax.Array,
     scale: jax.Array,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """A and B of one weight, and ‖ΔW − scale·A·B‖/‖ΔW‖."""
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """A and B of one weight, and of each of its matrices ‖ΔW − scale·A·B‖² and ‖ΔW‖²."""
 
     def one(key: jax.Array, before: jax.Array, after: jax.Array) -> tuple[jax.Array, ...]:
         change = _difference(after, before)
@@ -122,7 +138,7 @@ def _best(
         return a, b, _squares(change, update), _squares(after, before)
 
     a, b, lost, total = map_matrices(one, key, layout, before, after)
-    return *as_factors(a, b, layout, before.shape), _relative(lost.sum(), total.sum())
+    return *as_factors(a, b, layout, before.shape), lost, total
 
 
 def _difference(x: jax.Array, y: jax.Array) -> jax.Array:

@@ -4,8 +4,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import numpy as np
 
-from lora_jax import _paths
+from lora_jax import _paths, selection
 from lora_jax.errors import StructureError
 from lora_jax.overlay import adapted_nodes, map_adapted
 from lora_jax.weights import LoraWeight, require_base
@@ -55,4 +56,12 @@ def _has_values(node: LoraWeight) -> bool:
 
 def replaced(params: Any, nodes: Mapping[str, Any]) -> Any:
     """`params` with other nodes at these paths, all else the same objects."""
-    return map_adapted(lambda path, node: nodes.get(path, node), params)
+    return map_adapted(lambda path, n: _replaced(n, nodes[path]) if path in nodes else n, params)
+
+
+def _replaced(before: Any, after: Any) -> Any:
+    """`after`; layers of a stack that the configuration left out stay out of it."""
+    if not isinstance(after, LoraWeight) or not after.layout.axes.count("b"):
+        return after
+    mask = np.asarray(before.scale) != 0
+    return after if mask.all() or not mask.any() else selection.restrict(after, before.w, mask)

@@ -11,7 +11,7 @@ from jax import lax
 
 from lora_jax import _contract
 from lora_jax.algebra import accumulator, gain
-from lora_jax.weights import LoraWeight
+from lora_jax.weights import LoraWeight, TrainedRows
 
 
 class Axis(NamedTuple):
@@ -158,6 +158,8 @@ def lazy(node: LoraWeight, path: str, rank_first: bool = False) -> LazyWeight:
     """The lazy form of a `LoraWeight`; with `rank_first` A is `[*batch, rank, *in]`, as B is."""
     axes = tuple(Axis((i,), i) for i in range(node.w.ndim))
     batch, ins, outs = (tuple(axes[i] for i in node.layout.positions(kind)) for kind in "bio")
+    # An explicit mesh's shards cannot be flattened, which a transposed A has to be.
+    rank_first = rank_first and not any(jax.typeof(node.a).sharding.spec)
     a, b = _factors(node.a, node.b, node.scale, rank_first)
     return LazyWeight(
         # The base is frozen: no dW is formed, whatever the caller differentiates.
@@ -179,6 +181,33 @@ def lazy(node: LoraWeight, path: str, rank_first: bool = False) -> LazyWeight:
     )
 
 
+def lazy_rows(node: TrainedRows, path: str) -> LazyWeight:
+    """The lazy form of `TrainedRows`: `W + onehot(rows) · (value − W[rows])`, of rank k.
+
+    The one-hot A `[k, rows of W]` is a constant, so that every rule for factors serves rows too.
+    """
+    axes = tuple(Axis((i,), i) for i in range(node.w.ndim))
+    batch, ins, outs = (tuple(axes[i] for i in node.layout.positions(kind)) for kind in "bio")
+    w = lax.stop_gradient(node.w)
+    dtype = accumulator(node.value.dtype, w.dtype)
+    update = node.value.astype(dtype) - node.select(w).astype(dtype)
+    size = node.layout.select("i", w.shape)[0]
+    one_hot = jax.nn.one_hot(jnp.asarray(node.rows), size, dtype=dtype)
+    return LazyWeight(
+        w,
+        jnp.broadcast_to(one_hot, (*node.layout.select("b", w.shape), *one_hot.shape)),
+        jnp.where(lax.stop_gradient(node.scale) != 0, update, jnp.zeros_like(update)),
+        None,
+        axes=axes,
+        a_axes=(*batch, RANK, *ins),
+        b_axes=(*batch, RANK, *outs),
+        shape=w.shape,
+        dtype=w.dtype,
+        path=path,
+        ndim=w.ndim,
+    )
+
+
 @functools.partial(jax.jit, static_argnames="rank_first")
 def _factors(
     a: jax.Array, b: jax.Array, scale: jax.Array, rank_first: bool
@@ -191,9 +220,11 @@ def _factors(
         scale = lax.broadcast_in_dim(scale, b.shape, range(n_batch))
     if rank_first:
         # Without the barrier XLA folds the transpose into the products, and into their gradients.
-        # One for each weight: inside a shard_map those of several may vary over different axes.
+        # Flat, or jaxlib 0.10 hands its layout on to batched products, and ends the process. One
+        # for each weight: inside a shard_map those of several may vary over different axes.
         order = (*range(n_batch), a.ndim - 1, *range(n_batch, a.ndim - 1))
-        a = lax.optimization_barrier(lax.transpose(a, order))
+        a = lax.transpose(a, order)
+        a = lax.optimization_barrier(a.reshape(-1)).reshape(a.shape)
     return a, lax.mul(b.astype(dtype), scale)
 
 

@@ -13,7 +13,7 @@ from jax import lax
 from lora_jax.algebra import accumulator, dense
 from lora_jax.errors import ConfigError, MergeError, StructureError
 from lora_jax.overlay import adapted_nodes, join, map_adapted, split
-from lora_jax.weights import Adapted, LoraWeight, require_base
+from lora_jax.weights import Adapted, LoraWeight, require_whole
 
 
 def merge(
@@ -38,7 +38,8 @@ def merge(
     Raises:
       MergeError: an A, B, scale or trained leaf holds NaN or infinity; nothing is donated then.
         Not checked while tracing.
-      StructureError: these are adapters without their base, or shapes without values.
+      StructureError: these are adapters without their base or of another shape, or shapes without
+        values.
       ConfigError: `dtype` is not a floating dtype.
 
     >>> import jax.numpy as jnp, lora_jax
@@ -50,7 +51,7 @@ def merge(
         raise ConfigError(f"merge: dtype must be a floating dtype, got {jnp.dtype(dtype)}")
     nodes = adapted_nodes(params)
     for path, node in nodes.items():
-        require_base(path, node)
+        require_whole(path, node)
     _check_finite(nodes)
     errors: dict[str, Any] = {}
     owners = _owners(nodes)

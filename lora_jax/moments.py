@@ -14,11 +14,11 @@ from lora_jax.context import Context
 from lora_jax.custom_rules import Rule
 from lora_jax.errors import ConfigError
 from lora_jax.forms import PLAIN
-from lora_jax.lazy import LazyWeight, lazy
+from lora_jax.lazy import LazyWeight, lazy, lazy_rows
 from lora_jax.linalg import matmul
 from lora_jax.probes import PRODUCTS, SUMS
 from lora_jax.transform import Program
-from lora_jax.weights import LoraWeight, TrainedLeaf, is_adapted
+from lora_jax.weights import LoraWeight, TrainedLeaf, TrainedRows, is_adapted
 
 Arrays = dict[str, jax.Array]  # by path
 
@@ -102,6 +102,8 @@ def _objective(
         name = _paths.path_str(path[2:])
         if isinstance(leaf, TrainedLeaf):
             return dense(leaf)
+        if isinstance(leaf, TrainedRows):
+            return lazy_rows(leaf, name)
         if not isinstance(leaf, LoraWeight):
             return leaf
         if path[:2] == first and name in sketches:

@@ -1,13 +1,17 @@
-"""Which leaves an optimizer may touch: optax masks, labels, and `freeze`."""
+"""Which leaves an optimizer may touch, and how fast: masks, labels, `freeze`, groups, LoRA+."""
 
 import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import optax
 
-from lora_jax.errors import StructureError
-from lora_jax.weights import is_adapted
+from lora_jax import _paths
+from lora_jax.errors import ConfigError, StructureError, TargetError
+from lora_jax.overlay import adapted_nodes
+from lora_jax.weights import LoraWeight, is_adapted
 
 TRAIN, FREEZE = "train", "freeze"
 TRAINED_FIELDS = ("a", "b", "magnitude", "value")
@@ -26,25 +30,30 @@ def labels(params: Any) -> Any:
     ('freeze', 'train', 'train', 'freeze')
     """
 
-    def one(node: Any) -> Any:
+    return _map_fields(lambda path, field: TRAIN if field in TRAINED_FIELDS else FREEZE, params)
+
+
+def _map_fields(label: Callable[[str, str], str], params: Any) -> Any:
+    """`label(path, field)` at the leaves of adapted nodes, "freeze" at all others."""
+
+    def one(path: str, node: Any) -> Any:
         if not is_adapted(node):
             return FREEZE
-        return dataclasses.replace(
-            node,
-            **{
-                field.name: jax.tree.map(
-                    lambda _, name=field.name: _label(name), getattr(node, field.name)
-                )
-                for field in dataclasses.fields(node)
-                if "static" not in field.metadata
-            },
-        )
+        fields = [f.name for f in dataclasses.fields(node) if "static" not in f.metadata]
+        named = {
+            field: jax.tree.map(lambda _, f=field: label(path, f), getattr(node, field))
+            for field in fields
+        }
+        return dataclasses.replace(node, **named)
 
-    return jax.tree.map(one, params, is_leaf=is_adapted)
+    nodes, treedef = _paths.flatten_with_paths(params, is_leaf=is_adapted)
+    return jax.tree_util.tree_unflatten(treedef, [one(path, node) for path, node in nodes.items()])
 
 
-def _label(field: str) -> str:
-    return TRAIN if field in TRAINED_FIELDS else FREEZE
+def _by_label(transforms: Mapping[str, optax.GradientTransformation], tree: Any) -> Any:
+    """Each transformation on the leaves with its label in `tree`; "freeze" stands for no update."""
+    # As a function of it: a tree that can itself be called (an Equinox module) optax would call.
+    return optax.multi_transform({**transforms, FREEZE: optax.set_to_zero()}, lambda _: tree)
 
 
 def mask(params: Any) -> Any:
@@ -62,7 +71,9 @@ def mask(params: Any) -> Any:
     return jax.tree.map(lambda label: label == TRAIN, labels(params))
 
 
-def freeze(tx: optax.GradientTransformation, params: Any) -> optax.GradientTransformation:
+def freeze(
+    tx: optax.GradientTransformation, params: Any, only: Sequence[str] = TRAINED_FIELDS
+) -> optax.GradientTransformation:
     """`tx` on A, B and the leaves trained whole; every other leaf gets a zero update.
 
     Frozen leaves have no optimizer state, and are not counted by what `tx` measures (a clipped
@@ -72,8 +83,11 @@ def freeze(tx: optax.GradientTransformation, params: Any) -> optax.GradientTrans
     Args:
       tx: any optax gradient transformation.
       params: the tree whose structure the gradients will have.
+      only: names of the fields that train, among "a", "b", "magnitude" (of DoRA) and "value" (of
+        leaves trained whole and of trained rows). LoRA-FA leaves out "a", see `lora_fa`.
 
     Raises:
+      ConfigError: `only` names what does not train.
       StructureError: nothing in `params` would be trained.
 
     >>> import jax, jax.numpy as jnp, lora_jax
@@ -84,8 +98,164 @@ def freeze(tx: optax.GradientTransformation, params: Any) -> optax.GradientTrans
     >>> float(abs(updates["kernel"].w).max()), float(abs(updates["kernel"].a).max()) > 0
     (0.0, True)
     """
-    tree = labels(params)
+    unknown = [field for field in only if field not in TRAINED_FIELDS]
+    if isinstance(only, str) or unknown or not only:
+        raise ConfigError(f"freeze: only must hold names among {TRAINED_FIELDS}, got {only!r}")
+    tree = _map_fields(lambda path, field: TRAIN if field in only else FREEZE, params)
     if TRAIN not in jax.tree.leaves(tree):
         raise StructureError("freeze: the tree holds no adapters, so nothing would be trained")
-    # As a function of it: a tree that can itself be called (an Equinox module) optax would call.
-    return optax.multi_transform({TRAIN: tx, FREEZE: optax.set_to_zero()}, lambda _: tree)
+    return _by_label({TRAIN: tx}, tree)
+
+
+def lora_fa(tx: optax.GradientTransformation, params: Any) -> optax.GradientTransformation:
+    """LoRA-FA: A stays at its start, and B (with whatever else trains) trains by `tx`.
+
+    It is `freeze(tx, params, only=("b", "magnitude", "value"))`. A has no optimizer state, and in
+    one jitted step its gradient is never computed, nor are the inputs kept that it would need: of a
+    layer the backward pass keeps `x·A`, not `x`. LoRA-FA, https://arxiv.org/abs/2308.03303.
+
+    Raises:
+      StructureError: nothing in `params` would be trained.
+      TargetError: an A is zero (of a weight that is only looked up, it starts so), and would stay.
+
+    >>> import jax, jax.numpy as jnp, lora_jax
+    >>> config = lora_jax.LoraConfig(rank=1)
+    >>> params = lora_jax.init(jax.random.key(0), {"kernel": jnp.ones((4, 3))}, config)
+    >>> tx = lora_fa(optax.sgd(1.0), params)
+    >>> updates, _ = tx.update(jax.tree.map(jnp.ones_like, params), tx.init(params), params)
+    >>> float(abs(updates["kernel"].a).max()), float(abs(updates["kernel"].b).max())
+    (0.0, 1.0)
+    """
+    stuck = [
+        path
+        for path, node in adapted_nodes(params).items()
+        if isinstance(node, LoraWeight) and isinstance(node.a, jax.Array) and _is_zero(node.a)
+    ]
+    if stuck:
+        raise TargetError(
+            f"lora_fa: A is zero and would stay so, and with it the update: {', '.join(stuck)}. "
+            "Weights that are only looked up start like this: leave them out with exclude=, train "
+            "them whole with train=, or some of their rows with rows="
+        )
+    return freeze(tx, params, only=[field for field in TRAINED_FIELDS if field != "a"])
+
+
+def _is_zero(x: jax.Array) -> bool:
+    """Whether all of `x` is zero; of a traced array no one knows."""
+    return not isinstance(x, jax.core.Tracer) and not bool(x.any())
+
+
+def lora_plus(
+    learning_rate: Any,
+    params: Any,
+    ratio: float = 16.0,
+    optimizer: Callable[[Any], optax.GradientTransformation] = optax.adamw,
+) -> optax.GradientTransformation:
+    """LoRA+: B learns at `ratio` times the rate of A; every frozen leaf gets a zero update.
+
+    η_B = λ·η_A with λ ≫ 1, https://arxiv.org/abs/2402.12354: with one rate for both, A and B of a
+    wide model do not learn at the same pace. Whatever else trains learns at A's rate. To clip a
+    global norm where the gradients come through `lora(fn)`, clip before:
+    `optax.chain(optax.clip_by_global_norm(1.0), lora_plus(1e-4, params))`.
+
+    Args:
+      learning_rate: of A; a number or an optax schedule.
+      params: the tree whose structure the gradients will have, joined or an overlay.
+      ratio: λ, a positive number; the paper uses 16.
+      optimizer: makes a transformation from a learning rate;
+        `lambda rate: optax.adamw(rate, weight_decay=0.1)` to set more.
+
+    Raises:
+      ConfigError: `ratio` is not positive.
+      StructureError: nothing in `params` would be trained.
+
+    >>> import jax, jax.numpy as jnp, lora_jax
+    >>> config = lora_jax.LoraConfig(rank=1)
+    >>> params = lora_jax.init(jax.random.key(0), {"kernel": jnp.ones((4, 3))}, config)
+    >>> tx = lora_plus(0.5, params, ratio=4, optimizer=optax.sgd)
+    >>> updates, _ = tx.update(jax.tree.map(jnp.ones_like, params), tx.init(params), params)
+    >>> float(updates["kernel"].a[0, 0]), float(updates["kernel"].b[0, 0])
+    (-0.5, -2.0)
+    """
+    if not 0 < ratio < math.inf:
+        raise ConfigError(f"lora_plus: ratio must be a positive number, got {ratio!r}")
+    faster = (lambda step: ratio * learning_rate(step)) if callable(learning_rate) else None
+    rates = {TRAIN: learning_rate, "b": faster or ratio * learning_rate}
+    tree = _map_fields(
+        lambda path, field: "b" if field == "b" else TRAIN if field in TRAINED_FIELDS else FREEZE,
+        params,
+    )
+    if not {TRAIN, "b"} & set(jax.tree.leaves(tree)):
+        raise StructureError("lora_plus: the tree holds no adapters, so nothing would be trained")
+    return _by_label({label: optimizer(rate) for label, rate in rates.items()}, tree)
+
+
+def groups(
+    transforms: Mapping[str, optax.GradientTransformation],
+    params: Any,
+    default: optax.GradientTransformation | None = None,
+) -> optax.GradientTransformation:
+    """A transformation of its own for each group of adapters; every frozen leaf gets none.
+
+    Args:
+      transforms: pattern -> transformation. A pattern is a path suffix, a module's name or a regex
+        for the whole path, as in `LoraConfig.overrides`; with a field behind a dot it is for that
+        field alone: "query" or "query/kernel", `r".*\\.b"` for every B. The leaf's own path wins,
+        then the first pattern that matches.
+      params: the tree whose structure the gradients will have, joined or an overlay.
+      default: for what no pattern matches; None makes such a leaf an error.
+
+    Raises:
+      TargetError: a pattern matches nothing that trains; a leaf has no group and no default.
+      StructureError: nothing in `params` would be trained.
+
+    >>> import jax, jax.numpy as jnp, lora_jax
+    >>> params = {"up": {"kernel": jnp.ones((4, 3))}, "down": {"kernel": jnp.ones((3, 4))}}
+    >>> params = lora_jax.init(jax.random.key(0), params, lora_jax.LoraConfig(rank=1))
+    >>> tx = groups({"up": optax.sgd(2.0)}, params, default=optax.sgd(1.0))
+    >>> updates, _ = tx.update(jax.tree.map(jnp.ones_like, params), tx.init(params), params)
+    >>> float(updates["up"]["kernel"].b[0, 0]), float(updates["down"]["kernel"].b[0, 0])
+    (-2.0, -1.0)
+    """
+    for key in transforms:
+        _paths.compile_regex("groups", key)
+    names = [
+        (path, field)
+        for path, node in adapted_nodes(params).items()
+        for field in TRAINED_FIELDS
+        if getattr(node, field, None) is not None
+    ]
+    if not names:
+        raise StructureError("groups: the tree holds no adapters, so nothing would be trained")
+    found = {name: _group(transforms, *name) for name in names}
+    paths = dict.fromkeys(path for path, _ in names)
+    problems = [
+        f"groups: {key!r} matches nothing that trains; {_paths.nearest(key, paths)}"
+        for key in transforms
+        if not any(_group({key: None}, *name) for name in names)
+    ]
+    problems += [
+        f"groups: {path}.{field} has no group; give it one, or all the rest a default="
+        for (path, field), group in found.items()
+        if group is None and default is None
+    ]
+    if problems:
+        raise TargetError("\n".join(problems))
+
+    def label(path: str, field: str) -> str:
+        if (path, field) not in found:
+            return FREEZE
+        group = found[path, field]
+        return TRAIN if group is None else f"group {group}"
+
+    named = {f"group {key}": tx for key, tx in transforms.items()}
+    rest = {} if default is None else {TRAIN: default}
+    return _by_label({**named, **rest}, _map_fields(label, params))
+
+
+def _group(table: Mapping[str, Any], path: str, field: str) -> str | None:
+    """The key of the group that a field of the leaf at `path` is in."""
+    named = f"{path}.{field}"
+    exact = [key for key in (named, path, path.rpartition("/")[0]) if key in table]
+    keys = (key for key in table if any(_paths.lookup({key: 0}, p) for p in (named, path)))
+    return exact[0] if exact else next(keys, None)

@@ -29,10 +29,11 @@ def adapted_nodes(params: Any) -> dict[str, Adapted]:
 def split(params: Any) -> tuple[Any, Any]:
     """(base, adapters): the original tree, and an overlay that is None but at the adapted leaves.
 
-    `base` holds the very same arrays that were given to `init`; `adapters` holds A, B and scale of
-    each adapted weight and the leaves trained whole. One base serves many overlays, which can be
-    stacked, vmapped over, checkpointed and shipped. `join` is the inverse. The scale is a leaf of
-    the overlay, so an optimizer for it needs `freeze` too: weight decay would shrink it.
+    `base` holds the very same arrays that were given to `init` (but for those that its start
+    changed); `adapters` holds A, B and scale of each adapted weight and the leaves trained whole.
+    One base serves many overlays, which can be stacked, vmapped over, checkpointed and shipped.
+    `join` is the inverse. The scale is a leaf of the overlay, so an optimizer for it needs `freeze`
+    too: weight decay would shrink it.
 
     Raises:
       StructureError: `params` holds no adapters, or is an overlay itself.

@@ -75,6 +75,16 @@ def _agreeing(x: Any, mesh: Any, spec: PartitionSpec) -> Any:
     return jax.sharding.reshard(x, NamedSharding(mesh, spec)) if explicit else x
 
 
+@rule(RULES, "pvary")
+def _pvary(ctx: Context, eqn: Any, args: Sequence[Any]) -> Any:
+    """The factors vary as the base does: of a tangent there is no base to tell."""
+    (lazy,) = args
+    mesh_axes = eqn.params["axes"]
+    return viewed(
+        eqn, lazy.map_members(lambda x, axes: (_jaxpr.varying(x, mesh_axes), axes)), lazy.axes
+    )
+
+
 @rule(RULES, "all_gather", "all_gather_invariant")
 def _all_gather(ctx: Context, eqn: Any, args: Sequence[Any]) -> Any:
     """A weight whose shards are gathered along one of its axes: so are the factors that have it.

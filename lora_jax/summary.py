@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 
 from lora_jax import _paths
-from lora_jax.weights import Adapted, LoraWeight, is_adapted
+from lora_jax.weights import Adapted, LoraWeight, TrainedLeaf, TrainedRows, is_adapted
 
 USE_NAMES = {
     "dot_general": "matmul",
@@ -16,10 +16,22 @@ USE_NAMES = {
 
 
 class Counts(NamedTuple):
-    """Numbers of elements; scales are not weights and are not counted."""
+    """Numbers of elements; scales are not weights and are not counted.
+
+    >>> print(Counts(trainable=7, total=19))
+    trainable params: 7 || all params: 19 || trainable%: 36.8421052631579
+    """
 
     trainable: int
     total: int
+
+    def __str__(self) -> str:
+        """The line that Hugging Face PEFT prints, with every digit."""
+        percent = 100 * self.trainable / self.total if self.total else 0.0
+        return (
+            f"trainable params: {self.trainable} || all params: {self.total} || "
+            f"trainable%: {percent}"
+        )
 
 
 def count_params(params: Any) -> Counts:
@@ -35,9 +47,10 @@ def count_params(params: Any) -> Counts:
         if not is_adapted(leaf):
             total += _size(leaf)
             continue
-        trainable += _trained(leaf)
-        # A leaf trained whole takes the place of its base leaf: it counts once.
-        total += _trained(leaf) + (_size(leaf.w) if isinstance(leaf, LoraWeight) else 0)
+        trained, base = _trained(leaf), _size(leaf.w)
+        trainable += trained
+        # What trains whole takes the place of its base leaf or its rows: it counts once.
+        total += trained + base if isinstance(leaf, LoraWeight) else max(trained, base)
     return Counts(trainable, total)
 
 
@@ -86,7 +99,10 @@ def summary(params: Any) -> str:
 
 def _row(path: str, node: Adapted) -> tuple[str, ...]:
     shape = str(list(node.shape))
-    if not isinstance(node, LoraWeight):
+    if isinstance(node, TrainedLeaf):
         return path, shape, "-", "trained whole", "-", f"{_trained(node):,}"
     uses = ", ".join(USE_NAMES.get(use, use) for use in node.layout.uses) or "-"
+    if isinstance(node, TrainedRows):
+        rows = f"{uses}; {len(node.rows)} rows trained"
+        return path, shape, node.layout.axes, rows, "-", f"{_trained(node):,}"
     return path, shape, node.layout.axes, uses, str(node.rank), f"{_trained(node):,}"

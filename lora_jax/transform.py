@@ -14,8 +14,8 @@ from lora_jax.custom_rules import Rule, check_rules
 from lora_jax.errors import ConfigError
 from lora_jax.forms import Forms
 from lora_jax.interpreter import interpret
-from lora_jax.lazy import is_lazy, lazy
-from lora_jax.weights import LoraWeight, TrainedLeaf, is_adapted, require_base
+from lora_jax.lazy import is_lazy, lazy, lazy_rows
+from lora_jax.weights import LoraWeight, TrainedLeaf, TrainedRows, is_adapted, require_whole
 
 
 def lora(
@@ -49,7 +49,7 @@ def lora(
     Raises:
       ConfigError: `on_dense` is none of the three, or a rule is no `Rule`.
       DenseError: a weight would be made dense and `on_dense` is "error".
-      StructureError: adapters were passed without their base.
+      StructureError: adapters were passed without their base, or do not fit it.
 
     >>> import jax, jax.numpy as jnp, lora_jax
     >>> params = {"kernel": jnp.array([[2.0, 4.0], [3.0, 6.0]])}
@@ -88,9 +88,11 @@ def lora(
 def _enter(path: str, leaf: Any, forms: Forms) -> Any:
     """What stands in the program for a leaf of an argument that holds adapted weights."""
     if is_adapted(leaf):
-        require_base(path, leaf)
+        require_whole(path, leaf)
     if isinstance(leaf, LoraWeight):
         return lazy(leaf, path, forms.rank_first)
+    if isinstance(leaf, TrainedRows):
+        return lazy_rows(leaf, path)
     if isinstance(leaf, TrainedLeaf):
         return dense(
             TrainedLeaf(lax.stop_gradient(leaf.w), leaf.value, lax.stop_gradient(leaf.scale))

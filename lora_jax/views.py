@@ -38,7 +38,7 @@ def viewed(eqn: Any, lazy: LazyWeight, axes: Sequence[Axis], *others: Any) -> li
 _SAME_AXES = ("copy", "copy_p", "name", "sharding_constraint", "convert_element_type")
 
 
-@rule(RULES, *_SAME_AXES, "pvary", "pcast")
+@rule(RULES, *_SAME_AXES)
 def _same_axes(ctx: Context, eqn: Any, args: Sequence[Any]) -> Any:
     """The factors keep their own dtype; they are cast where they are multiplied."""
     lazy = args[0]

@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import export
 
 from lora_jax.errors import LayoutError, StructureError
@@ -128,7 +129,7 @@ class TrainedLeaf:
 
     w: Any  # the base leaf; frozen
     value: Any  # same shape; trained
-    scale: Any  # []; 0 switches back to the base
+    scale: Any  # [], or the sizes of stacked layers with ones behind; 0 switches to the base
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -136,12 +137,54 @@ class TrainedLeaf:
         return self.value.shape
 
 
-Adapted = LoraWeight | TrainedLeaf
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainedRows:
+    """Stands where an embedding `W` stood of which some rows train: new tokens, say.
+
+    It means `W` with `value` in place of its rows `rows` while `scale` is not 0, else `W`. The rows
+    lie along the layout's in axis, the axis that is looked up. In an overlay `w` is None.
+
+    >>> import jax.numpy as jnp
+    >>> w, value = jnp.zeros((3, 2)), jnp.ones((1, 2))
+    >>> node = TrainedRows(w, value, jnp.float32(1.0), rows=(2,), layout=Layout("io"))
+    >>> node.replace(w, value)
+    Array([[0., 0.],
+           [0., 0.],
+           [1., 1.]], dtype=float32)
+    """
+
+    w: Any  # the base weight; frozen
+    value: Any  # [*batch, rows, *out]; trained
+    scale: Any  # []; 0 switches back to the base
+    rows: tuple[int, ...] = dataclasses.field(metadata={"static": True}, kw_only=True)
+    layout: Layout = dataclasses.field(metadata={"static": True}, kw_only=True)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the weight; in an overlay, which does not know it, that of its rows."""
+        return self.value.shape if self.w is None else self.w.shape
+
+    def select(self, w: jax.Array) -> jax.Array:
+        """The trained rows of `w`, laid out as `value` is."""
+        (axis,), layout = self.layout.positions("i"), self.layout
+        picked = jnp.take(w, jnp.asarray(self.rows), axis)
+        return picked.transpose(*layout.positions("b"), axis, *layout.positions("o"))
+
+    def replace(self, w: jax.Array, value: jax.Array) -> jax.Array:
+        """`w` with `value` in place of the trained rows, every other row the same to the bit."""
+        (axis,), layout = self.layout.positions("i"), self.layout
+        order = [*layout.positions("b"), axis, *layout.positions("o")]
+        value = value.transpose([order.index(i) for i in range(w.ndim)])
+        return w.at[(slice(None),) * axis + (jnp.asarray(self.rows),)].set(value)
+
+
+Adapted = LoraWeight | TrainedLeaf | TrainedRows
 
 
 def is_adapted(node: Any) -> bool:
-    """Whether a node is one of the two that stand for an adapted leaf."""
-    return isinstance(node, LoraWeight | TrainedLeaf)
+    """Whether a node is one of those that stand for an adapted leaf."""
+    return isinstance(node, LoraWeight | TrainedLeaf | TrainedRows)
 
 
 def check_fits(path: str, node: Adapted, w: Any) -> list[str]:
@@ -153,6 +196,8 @@ def check_fits(path: str, node: Adapted, w: Any) -> list[str]:
         return [] if same else [f"{path}: trained {node.value.shape}, base {w.shape}"]
     if len(node.layout.axes) != len(w.shape):
         return [f"{path}: layout {node.layout.axes!r} does not fit the base's shape {w.shape}"]
+    if isinstance(node, TrainedRows):
+        return _check_rows_fit(path, node, w)
     wanted = {
         "a": node.layout.a_shape(w.shape, node.rank),
         "b": node.layout.b_shape(w.shape, node.rank),
@@ -167,6 +212,15 @@ def check_fits(path: str, node: Adapted, w: Any) -> list[str]:
     ]
 
 
+def _check_rows_fit(path: str, node: TrainedRows, w: Any) -> list[str]:
+    size = node.layout.select("i", w.shape)[0]
+    want = node.layout.b_shape(w.shape, len(node.rows))
+    if node.value.shape != want:
+        return [f"{path}: trained rows {node.value.shape}, the base {w.shape} needs {want}"]
+    beyond = [row for row in node.rows if row >= size]
+    return [f"{path}: trained rows {beyond} are beyond the base's {size}"] if beyond else []
+
+
 def require_base(path: str, node: Adapted) -> None:
     """Raise where `node` comes from an overlay and has no base leaf."""
     if node.w is None:
@@ -175,41 +229,44 @@ def require_base(path: str, node: Adapted) -> None:
         )
 
 
-def _serialize(aux: Any) -> bytes:
-    if not aux:
-        return b"{}"
-    layout, dropout = aux
-    return json.dumps({"axes": layout.axes, "uses": layout.uses, "dropout": dropout}).encode()
+def require_whole(path: str, node: Adapted) -> None:
+    """Raise where `node` has no base leaf, or its factors do not fit it."""
+    require_base(path, node)
+    problems = check_fits(path, node, node.w)
+    if problems:
+        raise StructureError("an adapter does not fit its weight: " + "; ".join(problems))
 
 
-def _deserialize(data: bytes) -> Any:
-    fields = json.loads(data)
-    if not fields:
-        return ()
-    return (Layout(fields["axes"], tuple(fields["uses"])), fields["dropout"])
-
-
-def _register_for_export() -> None:
+def _register_for_export(node: Any) -> None:
     # jax.export can store a function of these nodes only when it can name and rebuild them.
-    for node, fields in (
-        (LoraWeight, ("w", "a", "b", "scale", "magnitude", "key")),
-        (TrainedLeaf, ("w", "value", "scale")),
-    ):
-        export.register_pytree_node_serialization(
-            node,
-            serialized_name=f"lora_jax.{node.__name__}",
-            serialize_auxdata=_serialize,
-            deserialize_auxdata=_deserialize,
-            from_children=_rebuild(node, fields),
-        )
+    fields = dataclasses.fields(node)
+    static = [field.name for field in fields if "static" in field.metadata]
+    leaves = [field.name for field in fields if "static" not in field.metadata]
+
+    def serialize(aux: Any) -> bytes:
+        values = dict(zip(static, aux, strict=True))
+        if "layout" in values:
+            values["layout"] = [values["layout"].axes, values["layout"].uses]
+        return json.dumps(values).encode()
+
+    def deserialize(data: bytes) -> Any:
+        values = json.loads(data)
+        if "layout" in values:
+            values["layout"] = Layout(values["layout"][0], tuple(values["layout"][1]))
+        return tuple(tuple(x) if isinstance(x, list) else x for x in values.values())
+
+    from_children: Any = lambda aux, children: node(
+        **dict(zip(leaves + static, (*children, *aux), strict=True))
+    )
+
+    export.register_pytree_node_serialization(
+        node,
+        serialized_name=f"lora_jax.{node.__name__}",
+        serialize_auxdata=serialize,
+        deserialize_auxdata=deserialize,
+        from_children=from_children,
+    )
 
 
-def _rebuild(node: type, fields: tuple[str, ...]) -> Any:
-    def from_children(aux: Any, children: Any) -> Adapted:
-        static = dict(zip(("layout", "dropout"), aux, strict=True)) if aux else {}
-        return node(**dict(zip(fields, children, strict=True)), **static)
-
-    return from_children
-
-
-_register_for_export()
+for _node in (LoraWeight, TrainedLeaf, TrainedRows):
+    _register_for_export(_node)

@@ -70,8 +70,8 @@ MUTANTS = [
     Mutant(
         "let XLA fold the transpose of A",
         "lazy.py",
-        "a = lax.optimization_barrier(lax.transpose(a, order))",
-        "a = lax.transpose(a, order)",
+        "a = lax.optimization_barrier(a.reshape(-1)).reshape(a.shape)",
+        "pass",
     ),
     Mutant(
         "let gradients into the base",
@@ -127,8 +127,8 @@ MUTANTS = [
     Mutant(
         "leave out the norm's cross term",
         "algebra.py",
-        "(b * (2 * crossed + squared))",
-        "(b * squared)",
+        "own + 2 * crossed + squared",
+        "own + squared",
     ),
     Mutant(
         "forget the gain where the outputs are contracted",

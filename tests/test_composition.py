@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import lora_jax
-from tests.cases import merged, normal, randomize
+from tests.cases import adapt, merged, normal, randomize
 
 KEY = jax.random.key(0)
 TOKENS, WIDTH, HIDDEN, ADAPTERS, RANK = 32, 64, 48, 3, 2
@@ -150,3 +150,32 @@ def test_many_adapters_of_a_deep_model_share_every_base_product():
     assert {e.params["dimension_numbers"][1] for e in of_base} == {((), ())}
     want = [(model(merged(lora_jax.join(base, a)), X) ** 2).sum() for a in several]
     np.testing.assert_allclose(losses(stacked), jnp.stack(want), rtol=1e-3)
+
+
+def test_gradients_of_adapters_mapped_with_their_few_rows():
+    """An adapter for each example: jaxlib 0.10 ended the process at two or three rows each."""
+
+    def fn(params, x):
+        return jnp.tanh(x @ params["w"])
+
+    x = normal(0, (4, 3, 7), jnp.float32)
+    params = adapt((fn, {"w": normal(1, (7, 5), jnp.float32)}, (x[0],)), {"w": "io"}, jnp.float32)
+    base, adapters = lora_jax.split(params)
+    stacked = jax.tree.map(lambda leaf: jnp.stack([leaf, 2 * leaf, 3 * leaf, leaf]), adapters)
+
+    def ours(adapters, x):
+        return lora_jax.lora(fn)(lora_jax.join(base, adapters), x)
+
+    def oracle(adapters, x):
+        return fn(merged(lora_jax.join(base, adapters)), x)
+
+    def grads(one):
+        loss = lambda adapters, x: jnp.sin(jax.vmap(one)(adapters, x)).sum()
+        return jax.jit(jax.grad(loss, (0, 1)))(stacked, x)
+
+    got, want = grads(ours), grads(oracle)
+    for name in ("a", "b"):
+        np.testing.assert_allclose(
+            getattr(got[0]["w"], name), getattr(want[0]["w"], name), atol=1e-4
+        )
+    np.testing.assert_allclose(got[1], want[1], atol=1e-4)

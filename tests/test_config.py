@@ -38,6 +38,17 @@ from lora_jax import ConfigError, LoraConfig, Override
         ({"init": "zeros"}, "init"),
         ({"dropout": 1.0}, "dropout"),
         ({"dropout": -0.1}, "dropout"),
+        ({"bias": "lora_only"}, "bias must be one of .*adapted"),
+        ({"layers": []}, "layers is empty"),
+        ({"layers": 3}, "layers must be"),
+        ({"layers": [True]}, "layers must be"),
+        ({"layers": "12"}, "layers must be"),
+        ({"layers": slice(0, 4, 0)}, "step not 0"),
+        ({"layers": slice("a")}, "layers: a slice of integers"),
+        ({"layers_pattern": "block"}, "give layers too"),
+        ({"layers": [0], "layers_pattern": ""}, "layers_pattern"),
+        ({"layers": [0], "layers_pattern": "("}, "layers_pattern.*regular expression"),
+        ({"layers": [0], "layers_pattern": r"(a)(\d)"}, "several groups"),
         ({"dtype": None}, "dtype"),
         ({"dtype": "float33"}, "dtype"),
         ({"dtype": jnp.int32}, "dtype"),
@@ -88,6 +99,12 @@ def test_overrides_exact_path_wins_then_the_first_match():
     assert config.for_path("a/key/kernel")[:2] == (8, 0.5)
 
 
+def test_overrides_of_a_module_by_its_whole_path_win_over_a_suffix():
+    config = LoraConfig(overrides={"query": {"rank": 2}, "b/query": {"rank": 5}, "b": {"rank": 3}})
+    ranks = {p: config.for_path(p)[0] for p in ("b/query/kernel", "a/query/kernel", "b/key/kernel")}
+    assert ranks == {"b/query/kernel": 5, "a/query/kernel": 2, "b/key/kernel": 3}
+
+
 def test_numpy_numbers_will_do_and_it_can_be_hashed():
     config = LoraConfig(rank=np.int64(4), alpha=np.float32(2), overrides={"a": {"rank": 1}})
     assert config.for_path("b")[:2] == (4, 0.5)
@@ -101,3 +118,12 @@ def test_to_dict_is_json():
     assert values["targets"].startswith("<callable")
     assert values["overrides"] == {"a": {"rank": 1, "alpha": None, "layout": None}}
     assert values["dtype"] == "float32" and values["train"] == ["b"]
+
+
+def test_layers_are_plain_data():
+    config = LoraConfig(layers=[np.int64(0), -1], layers_pattern="h")
+    assert config.layers == (0, -1)
+    assert json.loads(json.dumps(config.to_dict()))["layers"] == [0, -1]
+    last = LoraConfig(layers=slice(-4, None))
+    assert last.to_dict()["layers"] == {"start": -4, "stop": None, "step": None}
+    assert hash(last) == hash(LoraConfig(layers=slice(-4, None))) and last != config

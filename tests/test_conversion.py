@@ -11,6 +11,7 @@ import lora_jax
 from lora_jax import LoraConfig, StructureError
 from tests.kinds import INPUTS, PARAMS, RANK, ROWS, normal, program, start
 
+STACKED = next(row.fn for row in ROWS if row.name == "stacked")
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
 
@@ -42,6 +43,24 @@ def test_merges_to_the_same_weights(name, scale):
         # A base in bfloat16 lost digits when it was changed.
         atol = 2e-2 if row.dtype == jnp.bfloat16 else 1e-5
         np.testing.assert_allclose(got[row.name], want[row.name], atol=atol, err_msg=row.name)
+
+
+@pytest.mark.parametrize(
+    "fields", [{"dora": True}, {"layers": [0, 2]}, {"dora": True, "layers": [1]}]
+)
+def test_magnitudes_and_layers_come_along(fields):
+    params, x = {"w": PARAMS["stacked"]}, INPUTS["stacked"]
+    config = LoraConfig(rank=2, alpha=3, init="pissa", **fields)
+    adapted = lora_jax.init(jax.random.key(0), params, config, lambda p, x: STACKED(p["w"], x), x)
+    changed, after = lora_jax.split(adapted)
+    on = np.asarray(after["w"].scale != 0)
+    after = jax.tree.map(lambda x: x * 1.1, after)
+    overlay = lora_jax.on_original(adapted, after, params)
+    np.testing.assert_array_equal(overlay["w"].scale, on.astype(np.float32))
+    got = lora_jax.merge(lora_jax.join(params, overlay))["w"]
+    np.testing.assert_allclose(got, lora_jax.merge(lora_jax.join(changed, after))["w"], atol=1e-5)
+    np.testing.assert_array_equal(got[~on], params["w"][~on])
+    assert np.abs(got[on] - params["w"][on]).max() > 0.01
 
 
 def test_overlays_and_joined_trees_convert_alike_and_run():

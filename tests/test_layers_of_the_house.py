@@ -57,6 +57,7 @@ CORE = [
     "starts",
     "transform",
     "layouts",
+    "selection",
     "adapt",
     "overlay",
     "conversion",
@@ -68,12 +69,21 @@ CORE = [
     "lora_ga",
     "merging",
     "optim",
+    "norms",
+    "memory",
     "summary",
     "fingerprint",
     "checkpoint",
 ]
 # Besides a sub-package's own modules; "" is the package itself, that is, its public names.
-SUBPACKAGES = {"models": {"errors"}, "demo": {"", "models"}}
+SUBPACKAGES = {
+    "models": {"errors"},
+    "demo": {"", "models"},
+    "layers": {
+        *("algebra", "branches", "config", "errors", "forms", "lazy", "overlay"),
+        *("transform", "weights"),
+    },
+}
 
 HEAVY = {"flax", "matplotlib", "orbax", "rich", "tokenizers", "torch", "transformers"}
 PRIVATE = "jax._" + "src"  # written so that this file does not hold it either

@@ -12,6 +12,7 @@ import lora_jax
 from lora_jax import ConfigError, Layout, LoraConfig, starts
 from lora_jax.config import INITS
 from lora_jax.linalg import randomized_svd, truncated_svd
+from tests.cases import CASES
 from tests.kinds import (
     INPUTS,
     KEY,
@@ -217,6 +218,19 @@ def test_a_tied_weight_keeps_its_function():
     np.testing.assert_allclose(lora_jax.lora(fn)(adapted, ids), fn(params, ids), atol=1e-5)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["pissa", "olora", "orthogonal"])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_every_program_of_the_table_starts_as_the_original(case, name):
+    fn, params, args = case.build(jnp.float32)
+    fields = LoraConfig(rank=2, alpha=3, targets=list(case.layouts), init=name)
+    adapted = lora_jax.init(KEY, params, fields, fn, *args)
+    got = jax.jit(lora_jax.lora(fn, on_dense="error"))(adapted, *args)
+    for g, w in zip(jax.tree.leaves(got), jax.tree.leaves(fn(params, *args)), strict=True):
+        size = max(1.0, float(np.abs(w).max()))
+        np.testing.assert_allclose(np.asarray(g) / size, np.asarray(w) / size, atol=1e-5)
+
+
 # --- in use ---------------------------------------------------------------------------------------
 
 
@@ -232,12 +246,22 @@ def test_both_factors_get_gradients_from_the_first_step(name):
 def test_a_changed_base_keeps_its_sharding():
     mesh = jax.make_mesh((2,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
     sharding = NamedSharding(mesh, PartitionSpec("x"))
-    params = {"w": jax.device_put(LINEAR.w, sharding)}
-    node = lora_jax.init(KEY, params, config("pissa"))["w"]
+    params = {
+        "w": jax.device_put(normal(1, 4, 16, 16), sharding)
+    }  # the layers, one after the other
+    stack = config("pissa", overrides={"w": {"layout": "bio"}})
+    node = lora_jax.init(KEY, params, stack)["w"]
     assert node.w.sharding == sharding
-    np.testing.assert_allclose(node.w + 1.5 * node.a @ node.b, params["w"], atol=1e-5)
-    struct = jax.ShapeDtypeStruct((24, 16), jnp.float32, sharding=sharding)
-    assert lora_jax.init(KEY, {"w": struct}, config("pissa"))["w"].w is struct
+    np.testing.assert_allclose(lora_jax.merge(node), params["w"], atol=1e-5)
+    struct = jax.ShapeDtypeStruct((4, 16, 16), jnp.float32, sharding=sharding)
+    assert lora_jax.init(KEY, {"w": struct}, stack)["w"].w is struct
+
+
+def test_a_changed_base_may_still_go_to_any_device():
+    node = init_linear("pissa")
+    mesh = jax.make_mesh((2,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+    x = jax.device_put(jnp.ones((2, 24)), NamedSharding(mesh, PartitionSpec("x")))
+    assert jax.jit(jnp.matmul)(x, node.w).shape == (2, 16)
 
 
 def test_a_start_of_the_users_own():

@@ -61,13 +61,15 @@ def _run(
     """(ours, the oracle's, what each leaf may be off by)."""
     params, inputs, numbers = values(program)
     nodes = _adapt(program, params, inputs, numbers, outcome)
-    factors = {path: (node.a, node.b) for path, node in nodes.items()}
+    factors = {path: (node.a, node.b, node.magnitude) for path, node in nodes.items()}
     scales = {path: node.scale for path, node in nodes.items()}
 
     def joined(factors: Any, params: Any, scales: Any) -> Any:
         return params | {
-            path: dataclasses.replace(nodes[path], w=params[path], a=a, b=b, scale=scales[path])
-            for path, (a, b) in factors.items()
+            path: dataclasses.replace(
+                nodes[path], w=params[path], a=a, b=b, magnitude=m, scale=scales[path]
+            )
+            for path, (a, b, m) in factors.items()
         }
 
     exact = dataclasses.replace(program, compute="float64")
@@ -107,7 +109,10 @@ def values(program: Program) -> tuple[dict[str, Any], list[Any], Any]:
 
 
 def _adapt(program: Program, params: Any, inputs: Any, numbers: Any, outcome: Outcome) -> Any:
-    """The adapted weights, with random factors; where `init` declines one its layout is named."""
+    """The adapted weights, with random factors; where `init` declines one its layout is named.
+
+    In every third program they have magnitudes (DoRA) too.
+    """
     weights = {f"w{i}": w for i, w in enumerate(program.weights) if w.adapted}
     overrides = {path: {"layout": w.layout} for path, w in weights.items() if w.layout}
     while True:
@@ -117,6 +122,7 @@ def _adapt(program: Program, params: Any, inputs: Any, numbers: Any, outcome: Ou
             targets=list(weights),
             overrides=overrides,
             dtype="float64",
+            dora=program.seed % 3 == 0,
         )
         try:
             tree = _on_shapes(config, function(program), params, inputs, numbers)
@@ -126,8 +132,8 @@ def _adapt(program: Program, params: Any, inputs: Any, numbers: Any, outcome: Ou
     rng = np.random.default_rng(program.seed + 1)
 
     def one(node: Any) -> Any:
-        a, b, scale = (rng.normal(size=x.shape) for x in (node.a, node.b, node.scale))
-        return lora_jax.LoraWeight(None, a, b, scale, layout=node.layout)
+        leaves, treedef = jax.tree.flatten(dataclasses.replace(node, w=None))
+        return jax.tree.unflatten(treedef, [rng.normal(size=x.shape) for x in leaves])
 
     return {path: one(tree[path]) for path in weights}
 

@@ -252,7 +252,7 @@ def _convolution(p: Any, x: np.ndarray, w: np.ndarray) -> np.ndarray:
     groups = max(n_batch, n_feature)
     per_in, per_out = w.shape[1], w.shape[0] // groups
     space = [
-        (a - b) // s + 1
+        max(0, (a - b) // s + 1)  # a window that is wider than what it slides over fits nowhere
         for a, b, s in zip(x.shape[2:], w.shape[2:], p["window_strides"], strict=True)
     ]
     rows = x.shape[0] // n_batch

@@ -204,6 +204,7 @@ def main() -> None:
         for variant in VARIANTS:
             numbers |= run(name, variant)
     save_file({key: np.array(x, order="C") for key, x in numbers.items()}, FILE)
+    FILE.chmod(0o644)
     print(f"{FILE.name}: {len(numbers)} arrays, {FILE.stat().st_size:,} bytes")
 
 

@@ -1,0 +1,1 @@
+"""Results of papers, made again: `python -m benchmarks.published`; see ../README.md."""

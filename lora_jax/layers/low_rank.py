@@ -1,0 +1,116 @@
+"""A linear map of low rank with no base: y = x · A · B · alpha/r, as pure functions."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lora_jax.algebra import accumulator, delta
+from lora_jax.branches import Product, adapted
+from lora_jax.config import LoraConfig
+from lora_jax.errors import StructureError
+from lora_jax.forms import Forms
+from lora_jax.layers.start import check_sizes
+from lora_jax.lazy import RANK, Axis, LazyWeight
+from lora_jax.weights import Layout, LoraWeight
+
+Params = dict[str, Any]
+
+
+def init(
+    key: jax.Array,
+    dim: int,
+    dim_out: int,
+    r: int = 8,
+    alpha: float | None = None,
+    *,
+    train_alpha: bool = False,
+    dtype: Any = jnp.float32,
+) -> Params:
+    """`{"a": [dim, r], "b": [r, dim_out]}`, both standard normal, as in Zeta's `Lora`.
+
+    Args:
+      key: a random key.
+      dim: features in; dim_out: features out.
+      r: the rank.
+      alpha: numerator of the scale, 1 where None. Needed here only with `train_alpha`.
+      train_alpha: hold alpha as a parameter too, a float32 scalar, so that it is learned.
+      dtype: of A and B.
+
+    Raises:
+      ConfigError: a size, r or alpha cannot be used.
+
+    >>> import jax
+    >>> params = init(jax.random.key(0), dim=128, dim_out=64)
+    >>> params["a"].shape, params["b"].shape
+    ((128, 8), (8, 64))
+    """
+    check_sizes((dim, dim_out))
+    LoraConfig(rank=r, alpha=alpha)  # which checks both
+    a_key, b_key = jax.random.split(key)
+    a = jax.random.normal(a_key, (dim, r), dtype)
+    b = jax.random.normal(b_key, (r, dim_out), dtype)
+    params = {"a": a, "b": b}
+    return params | {"alpha": jnp.float32(1 if alpha is None else alpha)} if train_alpha else params
+
+
+def apply(params: Params, x: jax.Array, alpha: Any = None) -> jax.Array:
+    """y = x · A · B · alpha/r, multiplied as (x·A)·(alpha/r·B): A·B is never formed.
+
+    Args:
+      params: as `init` returns them. An alpha among them takes the place of the argument.
+      x: `[..., dim]`.
+      alpha: a number, or a scalar array that gradients flow to; 1 where None.
+
+    Returns:
+      `[..., dim_out]`, in the wider dtype of x and the factors.
+
+    Raises:
+      StructureError: x has another number of features than A takes.
+
+    >>> import jax.numpy as jnp
+    >>> params = {"a": jnp.array([[1.0], [2.0]]), "b": jnp.array([[1.0, 10.0, 100.0]])}
+    >>> apply(params, jnp.ones((1, 2)))
+    Array([[  3.,  30., 300.]], dtype=float32)
+    """
+    a, b = params["a"], _scaled_b(params, alpha)
+    if x.ndim == 0 or x.shape[-1] != a.shape[0]:
+        raise StructureError(f"low_rank: x {x.shape} must end in the features of A {a.shape}")
+    inner, outer = Axis((0,), 0), Axis((1,), 1)
+    # A weight whose base is zero: the engine's product of it is the branch alone.
+    lazy = LazyWeight(
+        None,
+        a,
+        b,
+        None,
+        axes=(inner, outer),
+        a_axes=(inner, RANK),
+        b_axes=(RANK, outer),
+        shape=(a.shape[0], b.shape[1]),
+        dtype=jnp.result_type(a.dtype, params["b"].dtype),
+        path="",
+        ndim=2,
+    )
+    free = [Axis((), -2 - i) for i in range(x.ndim - 1)]
+    product = Product.of(lazy, x, (*free, inner), (*free, outer))
+    return adapted(None, product, jnp.result_type(x.dtype, lazy.dtype), Forms.for_backend())
+
+
+def weight(params: Params, alpha: Any = None) -> jax.Array:
+    """`A · B · alpha/r`, the dense matrix `[dim, dim_out]` that the map stands for, in float32.
+
+    >>> import jax.numpy as jnp
+    >>> weight({"a": jnp.array([[1.0], [2.0]]), "b": jnp.array([[1.0, 10.0]])}, alpha=2)
+    Array([[ 2., 20.],
+           [ 4., 40.]], dtype=float32)
+    """
+    b = _scaled_b(params, alpha)
+    return delta(LoraWeight(None, params["a"], b, jnp.ones((), b.dtype), layout=Layout("io")))
+
+
+def _scaled_b(params: Params, alpha: Any) -> jax.Array:
+    """alpha/r · B, in the dtype that the branch adds in."""
+    a, b = params["a"], params["b"]
+    alpha = params.get("alpha", 1 if alpha is None else alpha)
+    dtype = accumulator(a.dtype, b.dtype)
+    return b.astype(dtype) * (jnp.asarray(alpha, dtype) / a.shape[-1])

@@ -1,0 +1,119 @@
+"""Row-sparse training of an embedding: work on the rows that a batch looks up, and no others."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lora_jax.errors import StructureError
+from lora_jax.weights import LoraWeight, TrainedLeaf, is_adapted
+
+
+def looked_up(ids: jax.Array) -> jax.Array:
+    """The distinct ids, sorted, `[ids.size]`; the places that are left hold the largest integer.
+
+    >>> import jax.numpy as jnp
+    >>> looked_up(jnp.array([[7, 2], [7, 7]])).tolist()
+    [2, 7, 2147483647, 2147483647]
+    """
+    return jnp.unique(ids, size=ids.size, fill_value=jnp.iinfo(ids.dtype).max)
+
+
+def take_rows(tree: Any, at: jax.Array) -> Any:
+    """The rows `at` of everything in `tree` that has a row for every id.
+
+    In place of the whole table take the rows: `embedding.apply(rows, ids, at=at)` is the same as
+    `embedding.apply(params, ids)`, and its gradient with respect to `rows` has the size of the
+    batch, whatever the vocabulary. Take those of the optimizer's state too, step, and `put_rows`
+    both back: that is torch's `sparse=True` with `SparseAdam`. Rows that the batch does not look up
+    keep their moments, and no weight decay reaches them.
+
+    Args:
+      tree: the embedding's own parameters, or the state of an optimizer that works element by
+        element (SGD, momentum, Adam) on them. Of a `LoraWeight` W and A are taken and B and scale
+        are whole; scalars stay as they are; everything else must be tables of the same length.
+      at: sorted ids, as `looked_up` returns them; beyond the table rows are zero.
+
+    Raises:
+      StructureError: the tree holds arrays of several lengths, or a weight with a magnitude (DoRA),
+        whose norms are over the whole table.
+
+    >>> import jax.numpy as jnp
+    >>> params, at = {"embedding": jnp.array([[1.0], [2.0], [3.0]])}, jnp.array([0, 2])
+    >>> take_rows(params, at)["embedding"].tolist()
+    [[1.0], [3.0]]
+    """
+    _check_lengths(tree)
+
+    def take(x: Any) -> Any:
+        if not _is_table(x):
+            return x
+        return jnp.take(x, at, axis=0, mode="fill", fill_value=0)
+
+    return jax.tree.map(lambda node: _map_rows(take, node), tree, is_leaf=is_adapted)
+
+
+def put_rows(tree: Any, at: jax.Array, rows: Any) -> Any:
+    """`tree` with the rows `at` replaced; the inverse of `take_rows`.
+
+    Donate `tree` (`jax.jit(..., donate_argnums=...)`), and the rows are written in place. The W of
+    a `LoraWeight` is frozen and stays the same array; B is that of `rows`.
+
+    >>> import jax.numpy as jnp
+    >>> params, at = {"embedding": jnp.array([[1.0], [2.0], [3.0]])}, jnp.array([0, 2])
+    >>> put_rows(params, at, {"embedding": jnp.array([[10.0], [30.0]])})["embedding"].tolist()
+    [[10.0], [2.0], [30.0]]
+    """
+
+    def put(x: Any, new: Any) -> Any:
+        return x.at[at].set(new, mode="drop") if _is_table(x) else new
+
+    def one(node: Any, new: Any) -> Any:
+        if not is_adapted(node):
+            return put(node, new)
+        trained = _trained_rows(node)
+        return dataclasses.replace(
+            new, w=node.w, **{trained: put(getattr(node, trained), getattr(new, trained))}
+        )
+
+    return jax.tree.map(one, tree, rows, is_leaf=is_adapted)
+
+
+def _map_rows(fn: Any, node: Any) -> Any:
+    """`fn` on an array, or on those of an adapted node that have a row for every id."""
+    if not is_adapted(node):
+        return fn(node)
+    fields = ("w", _trained_rows(node))
+    return dataclasses.replace(node, **{name: fn(getattr(node, name)) for name in fields})
+
+
+def _trained_rows(node: Any) -> str:
+    """The field with a trained row for every id."""
+    if isinstance(node, TrainedLeaf):
+        return "value"
+    if isinstance(node, LoraWeight) and node.magnitude is None:
+        return "a"
+    what = "a magnitude (DoRA)" if isinstance(node, LoraWeight) else type(node).__name__
+    raise StructureError(f"take_rows: a table with {what} cannot be had by some of its rows")
+
+
+def _is_table(x: Any) -> bool:
+    """Whether it is an array with rows; where an optimizer holds no state, there is none."""
+    return isinstance(x, jax.Array) and x.ndim > 0
+
+
+def _check_lengths(tree: Any) -> None:
+    lengths = set()
+
+    def note(x: Any) -> Any:
+        if _is_table(x):
+            lengths.add(x.shape[0])
+        return x
+
+    jax.tree.map(lambda node: _map_rows(note, node), tree, is_leaf=is_adapted)
+    if len(lengths) > 1:
+        raise StructureError(
+            f"take_rows: the tree holds arrays of {sorted(lengths)} rows; pass the embedding's own "
+            "parameters, and the state of an optimizer of these alone"
+        )

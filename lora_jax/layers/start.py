@@ -1,0 +1,60 @@
+"""Starting values of the layers: a plain weight, or one with A and B beside it."""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lora_jax.config import LoraConfig
+from lora_jax.errors import ConfigError
+from lora_jax.weights import Layout, LoraWeight
+
+#: Standard deviation of A.
+A_STD = 0.02
+
+
+def weight(
+    key: jax.Array,
+    shape: tuple[int, int],
+    rank: int,
+    alpha: float | None,
+    *,
+    use: str,
+    dropout: float = 0.0,
+    dtype: Any = jnp.float32,
+) -> jax.Array | LoraWeight:
+    """W ~ N(0, 1/√in) of shape `[in, out]`; with rank > 0 beside it A ~ N(0, 0.02) and B = 0.
+
+    W is in `dtype`, A and B are in float32.
+
+    Raises:
+      ConfigError: a size, the rank, alpha or dropout cannot be used.
+    """
+    check_sizes(shape)
+    _check_rank(rank, shape)
+    w_key, a_key = jax.random.split(key)
+    w = (jax.random.normal(w_key, shape) / math.sqrt(shape[0])).astype(dtype)
+    if rank == 0:
+        return w
+    config = LoraConfig(rank=rank, alpha=alpha, dropout=dropout)
+    a = A_STD * jax.random.normal(a_key, (shape[0], rank))
+    scale = jnp.full((), config.scale(rank, alpha))
+    layout = Layout("io", uses=(use,))
+    return LoraWeight(
+        w, a, jnp.zeros((rank, shape[1])), scale, layout=layout, dropout=float(dropout)
+    )
+
+
+def check_sizes(sizes: tuple[int, ...]) -> None:
+    """Raise a ConfigError unless all are positive integers."""
+    if not all(isinstance(size, int) and size > 0 for size in sizes):
+        raise ConfigError(f"sizes must be positive integers, got {sizes}")
+
+
+def _check_rank(rank: Any, shape: tuple[int, int]) -> None:
+    if isinstance(rank, bool) or not isinstance(rank, int) or not 0 <= rank <= min(shape):
+        raise ConfigError(
+            f"rank must be an integer from 0 (a plain layer) to {min(shape)}, which is what a "
+            f"weight {shape} can hold; got {rank!r}"
+        )

@@ -1,0 +1,146 @@
+"""`memory_report`: what one training step takes, before it runs, beside full fine-tuning."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from lora_jax.errors import StructureError
+from lora_jax.optim import TRAIN, labels
+from lora_jax.overlay import adapted_nodes, split
+from lora_jax.weights import require_base
+
+
+@dataclasses.dataclass(frozen=True)
+class StepMemory:
+    """Bytes that one training step needs at the same time."""
+
+    base: int  # the parameters without adapters
+    adapters: int  # A, B, scales, and what trains in place of a leaf or of its rows
+    optimizer: int  # the optimizer's state
+    arguments: int  # the batch, and whatever else the loss is given
+    temporaries: int  # activations and gradients, as the compiler has laid them out
+
+    @property
+    def total(self) -> int:
+        """The sum."""
+        return sum(dataclasses.astuple(self))
+
+
+@dataclasses.dataclass(frozen=True)
+class MemoryReport:
+    """The memory of a step that trains adapters, and of one that trains the base whole.
+
+    Printed as a table, in MiB.
+    """
+
+    adapted: StepMemory
+    full: StepMemory
+
+    def __str__(self) -> str:
+        rows = [("MiB", "adapted", "full")]
+        for name in [field.name for field in dataclasses.fields(StepMemory)] + ["total"]:
+            rows.append((name, _mib(getattr(self.adapted, name)), _mib(getattr(self.full, name))))
+        widths = [max(len(row[i]) for row in rows) for i in range(3)]
+        return "\n".join(
+            f"{name:{widths[0]}}  {adapted:>{widths[1]}}  {full:>{widths[2]}}"
+            for name, adapted, full in rows
+        )
+
+
+def memory_report(
+    fn: Callable, params: Any, *args: Any, tx: optax.GradientTransformation | None = None
+) -> MemoryReport:
+    """The memory of one training step, from shapes and the compiler, and of full fine-tuning.
+
+    Compiles the two steps for the default device and runs neither: the gradient of the loss, the
+    optimizer, and the new parameters and state in the place of the old ones. Temporaries are the
+    compiler's own figure (`memory_analysis` of the compiled step).
+
+    Args:
+      fn: a scalar loss of `(params, *args)` that understands adapted parameters, as one that calls
+        a function made by `lora` does; of a tree without adapters it must be the loss too.
+      params: a joined tree; arrays or `ShapeDtypeStruct`s, and then nothing is allocated.
+      *args: the other arguments of `fn`; arrays or `ShapeDtypeStruct`s.
+      tx: the optimizer, not frozen, for what trains: A, B and leaves trained whole in one step,
+        every floating leaf of the base in the other. None for Adam.
+
+    Returns:
+      A `MemoryReport`; `print` shows a table, its fields are bytes.
+
+    Raises:
+      StructureError: `params` holds no adapters, or these are without their base.
+      NotImplementedError: the default backend's compiler does not tell its memory.
+
+    >>> import jax, jax.numpy as jnp, lora_jax
+    >>> params = {"kernel": jax.ShapeDtypeStruct((1024, 1024), jnp.float32)}
+    >>> params = lora_jax.init(jax.random.key(0), params, lora_jax.LoraConfig(rank=8))
+    >>> apply = lora_jax.lora(lambda params, x: x @ params["kernel"])
+    >>> x = jax.ShapeDtypeStruct((64, 1024), jnp.float32)
+    >>> report = memory_report(lambda params, x: (apply(params, x) ** 2).mean(), params, x)
+    >>> report.adapted.base, report.adapted.optimizer, report.full.optimizer
+    (4194304, 131076, 8388612)
+    """
+    nodes = adapted_nodes(params)
+    if not nodes:
+        raise StructureError("memory_report: the tree holds no adapted weights")
+    for path, node in nodes.items():
+        require_base(path, node)
+    tx = optax.adam(1e-3) if tx is None else tx
+    base, adapters = split(params)
+    is_trained = [label == TRAIN for label in jax.tree.leaves(labels(params))]
+    is_floating = [
+        _is_array(x) and jnp.issubdtype(x.dtype, jnp.floating) for x in jax.tree.leaves(base)
+    ]
+    return MemoryReport(
+        adapted=StepMemory(
+            _bytes(base), _bytes(adapters), *_step_memory(fn, tx, params, is_trained, args)
+        ),
+        full=StepMemory(_bytes(base), 0, *_step_memory(fn, tx, base, is_floating, args)),
+    )
+
+
+def _step_memory(
+    fn: Callable,
+    tx: optax.GradientTransformation,
+    params: Any,
+    trains: Sequence[bool],
+    args: tuple,
+) -> tuple[int, int, int]:
+    """Bytes of the optimizer's state, of the arguments and of the temporaries."""
+    leaves, treedef = jax.tree.flatten(params)
+    trained = [leaf for leaf, train in zip(leaves, trains, strict=True) if train]
+    frozen = [leaf for leaf, train in zip(leaves, trains, strict=True) if not train]
+    state = jax.eval_shape(tx.init, trained)
+
+    def step(trained: Any, state: Any, frozen: Any, args: Any) -> Any:
+        def loss(trained: Any) -> Any:
+            each = {True: iter(trained), False: iter(frozen)}
+            return fn(jax.tree.unflatten(treedef, [next(each[train]) for train in trains]), *args)
+
+        value, grads = jax.value_and_grad(loss)(trained)
+        updates, state = tx.update(grads, state, trained)
+        return optax.apply_updates(trained, updates), state, value
+
+    compiled = jax.jit(step, donate_argnums=(0, 1)).lower(trained, state, frozen, args).compile()
+    found = compiled.memory_analysis()
+    if found is None:
+        raise NotImplementedError("memory_report: this backend's compiler does not tell its memory")
+    return _bytes(state), _bytes(args), found.temp_size_in_bytes
+
+
+def _is_array(x: Any) -> bool:
+    return hasattr(x, "shape") and hasattr(x, "dtype")
+
+
+def _bytes(tree: Any) -> int:
+    arrays = [x for x in jax.tree.leaves(tree) if _is_array(x)]
+    return sum(math.prod(x.shape) * x.dtype.itemsize for x in arrays)
+
+
+def _mib(n: int) -> str:
+    return f"{n / 2**20:,.1f}"

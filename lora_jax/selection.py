@@ -1,0 +1,273 @@
+"""What a configuration selects besides its targets: some of the layers, and the biases."""
+
+import dataclasses
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lora_jax import _paths, layouts
+from lora_jax.config import LoraConfig
+from lora_jax.context import Use
+from lora_jax.errors import LayoutError, TargetError
+from lora_jax.weights import Adapted, Layout, TrainedLeaf
+
+#: What a bias is called: by most libraries, and by Haiku.
+BIAS_NAMES = ("bias", "b")
+
+#: What an embedding is called where no lookup shows that it is one.
+EMBEDDING_NAMES = ("embedding", "embeddings")
+
+#: The last name in a path.
+LEAF = re.compile(r"[^/.]*\Z")
+
+Uses = Mapping[str, Sequence[Use]] | None
+
+#: For each leaf that stacks layers, which of them are adapted: [*batch] booleans.
+Masks = dict[str, np.ndarray]
+
+
+def select_layers(
+    config: LoraConfig, targets: Mapping[str, str], chosen: Mapping[str, Layout], leaves: Any
+) -> tuple[dict[str, Layout], Masks]:
+    """The targets that lie in the layers of `config.layers`, and the masks of the stacked ones.
+
+    A target whose path holds no number is taken for stacked where it has batch axes, the first of
+    which counts the layers.
+
+    Raises:
+      TargetError: a number or the slice selects no target; an entry of `targets` names leaves
+        without a layer; a leaf has a number and batch axes, and no pattern says which counts.
+    """
+    if config.layers is None:
+        return dict(chosen), {}
+    _check_ambiguous(config, chosen)
+    sizes = _stack_sizes(config, leaves)
+    kept: dict[str, Layout] = {}
+    masks: Masks = {}
+    lying: dict[str, tuple[range | list[int], int]] = {}  # the layers in a leaf, and of how many
+    for path, layout in chosen.items():
+        place = _paths.layer_number(path, config.layers_pattern)
+        if place is not None:
+            lying[path] = [place[1]], sizes[place[0]]
+        elif _is_stack(config, path, layout):
+            size = layout.select("b", leaves[path].shape)[0]
+            lying[path] = range(size), size
+        else:
+            continue
+        wanted = np.isin(lying[path][0], _numbers(config.layers, lying[path][1]))
+        if wanted.any():
+            kept[path] = layout
+        if place is None:
+            batch = layout.select("b", leaves[path].shape)
+            masks[path] = np.broadcast_to(wanted.reshape(-1, *(1 for _ in batch[1:])), batch)
+    _check_layers(config, targets, lying, kept)
+    return kept, {path: mask for path, mask in masks.items() if path in kept}
+
+
+def _check_ambiguous(config: LoraConfig, chosen: Mapping[str, Layout]) -> None:
+    """A number and batch axes: experts of a numbered block, or a module of stacked blocks?"""
+    unclear = [
+        f"layers: {path} has a number in its path and batch axes ({layout.axes}), of which either "
+        "may count the layers; layers_pattern= says which: the name before the number, or that of "
+        "the module that is stacked"
+        for path, layout in chosen.items()
+        if config.layers_pattern is None and "b" in layout.axes and _paths.layer_number(path)
+    ]
+    if unclear:
+        raise TargetError("\n".join(unclear))
+
+
+def _stack_sizes(config: LoraConfig, leaves: Mapping[str, Any]) -> dict[str, int]:
+    """How many layers each stack has: one more than its highest number."""
+    sizes: dict[str, int] = {}
+    for path in leaves:
+        place = _paths.layer_number(path, config.layers_pattern)
+        if place is not None:
+            sizes[place[0]] = max(sizes.get(place[0], 0), place[1] + 1)
+    return sizes
+
+
+def _is_stack(config: LoraConfig, path: str, layout: Layout) -> bool:
+    pattern = config.layers_pattern
+    return "b" in layout.axes and (pattern is None or pattern in re.split(r"[/.]", path))
+
+
+def _numbers(layers: Any, size: int) -> list[int]:
+    """The layers meant, of a stack of `size`; numbers that it has not are left out."""
+    if isinstance(layers, slice):
+        return list(range(size)[layers])
+    return [range(size)[number] for number in layers if -size <= number < size]
+
+
+def _check_layers(
+    config: LoraConfig,
+    targets: Mapping[str, str],
+    lying: Mapping[str, tuple[Sequence[int], int]],
+    kept: Mapping[str, Layout],
+) -> None:
+    if not lying:
+        some = ", ".join(list(targets)[:3])
+        raise TargetError(
+            f"layers: no target has a number in its path, or layers stacked in it ({some}); "
+            "layers_pattern= says where the numbers are"
+        )
+    numbers = sorted({number for at, _ in lying.values() for number in at})
+    where = f"the targets are in layers {', '.join(map(str, numbers))}"
+    problems = []
+    if not kept:
+        problems.append(f"layers: {config.layers} selects no target; {where}")
+    elif not isinstance(config.layers, slice):
+        problems += [
+            f"layers: {number} selects no target; {where}"
+            for number in config.layers or ()
+            if not any(set(_numbers((number,), size)) & {*at} for at, size in lying.values())
+        ]
+    if isinstance(config.targets, tuple):
+        named = {entry for path, entry in targets.items() if path in lying}
+        problems += [
+            f"targets: {entry!r} has no number of a layer in its path, so layers= leaves it out; "
+            "take it from targets, or say where the numbers are with layers_pattern="
+            for entry in dict.fromkeys(targets.values())
+            if entry not in named
+        ]
+    if problems:
+        raise TargetError("\n".join(problems))
+
+
+def select_biases(
+    config: LoraConfig, adapted: Mapping[str, Layout], leaves: Mapping[str, Any], uses: Uses
+) -> dict[str, str]:
+    """The biases that `config.bias` lets train: each path with that of its kernel, or "" for all.
+
+    Beside an adapted kernel it is the leaf that has the kernel's batch and out axes.
+
+    Raises:
+      TargetError: there are none.
+    """
+    if config.bias == "none":
+        return {}
+    found = {}
+    for path, leaf in leaves.items():
+        if path not in adapted and _is_bias(path, leaf, uses):
+            kernel = "" if config.bias == "all" else _kernel_of(path, leaf, adapted, leaves)
+            if kernel is not None:
+                found[path] = kernel
+    if not found:
+        beside = "beside an adapted kernel " if config.bias == "adapted" else ""
+        names = " or ".join(BIAS_NAMES)
+        raise TargetError(
+            f'bias="{config.bias}": no leaf named {names} {beside}is a bias; name it with train='
+        )
+    return found
+
+
+def _is_bias(path: str, leaf: Any, uses: Uses) -> bool:
+    name = re.split(r"[/.]", path)[-1]
+    if name not in BIAS_NAMES or not layouts.is_floating(leaf) or not leaf.shape:
+        return False
+    if name == "bias":
+        return True
+    # "b" is short for many things
+    return len(leaf.shape) == 1 if uses is None else not layouts.contractions(uses.get(path, ()))
+
+
+def _kernel_of(
+    path: str, bias: Any, adapted: Mapping[str, Layout], leaves: Mapping[str, Any]
+) -> str | None:
+    """The adapted kernel in a bias's own module whose outputs it is added to."""
+    for kernel, layout in adapted.items():
+        beside = LEAF.sub("", kernel) == LEAF.sub("", path)
+        if beside and layout.select("bo", leaves[kernel].shape) == tuple(bias.shape):
+            return kernel
+    return None
+
+
+def select_rows(
+    config: LoraConfig, leaves: Mapping[str, Any], uses: Uses
+) -> dict[str, tuple[tuple[int, ...], Layout]]:
+    """The weights of which single rows train: the rows' numbers, and a layout, "i" their axis.
+
+    Raises:
+      TargetError: a key of `config.rows` matches no weight, or a row is beyond the weight.
+      LayoutError: nothing says which axis holds the rows.
+    """
+    weights = {p: x for p, x in leaves.items() if layouts.is_floating(x) and len(x.shape) > 1}
+    unused = [key for key in config.rows if not any(_paths.lookup({key: 0}, p) for p in weights)]
+    if unused:
+        raise TargetError(
+            "\n".join(
+                f"rows: {key!r} matches no weight; {_paths.nearest(key, weights)}" for key in unused
+            )
+        )
+    found = {}
+    for path, w in weights.items():
+        match = _paths.lookup(config.rows, path)
+        if match is None:
+            continue
+        layout = _row_layout(config, path, w, uses)
+        size = layout.select("i", w.shape)[0]
+        beyond = [row for row in match[1] if row >= size]
+        if beyond:
+            raise TargetError(f"{path}: rows {beyond} are beyond the {size} of {tuple(w.shape)}")
+        found[path] = match[1], layout
+    return found
+
+
+def _row_layout(config: LoraConfig, path: str, w: Any, uses: Uses) -> Layout:
+    """The layout whose one in axis holds the rows: as configured, looked up, or by its name."""
+    named = config.for_path(path)[2]
+    own = () if uses is None else uses.get(path, ())
+    lookups = [use for use in own if use.primitive == "gather"]
+    layout = layouts.layout_from_uses(len(w.shape), lookups)
+    if named is not None and len(named) == len(w.shape):
+        layout = Layout(named)
+    elif layout is None and len(w.shape) == 2 and LEAF.findall(path)[0] in EMBEDDING_NAMES:
+        layout = Layout("io", tuple(dict.fromkeys(use.primitive for use in own)))
+    elif layout is not None:  # of a tied embedding, all that it is used for
+        primitives = dict.fromkeys(use.primitive for use in layouts.contractions(own))
+        layout = Layout(layout.axes, tuple(primitives))
+    if layout is None or layout.axes.count("i") != 1:
+        raise LayoutError(
+            f"{path}: nothing says along which axis of {tuple(w.shape)} its rows lie, for no "
+            "lookup of it is seen; name the layout, with one i for them, "
+            f'overrides={{"{path}": Override(layout="{"i" + "o" * (len(w.shape) - 1)}")}}'
+        )
+    return layout
+
+
+def restrict(node: Adapted, base: Any, mask: np.ndarray) -> Adapted:
+    """`node` of a leaf that stacks layers, without effect at those that `mask` leaves out.
+
+    There A, B and the scale are zero, so all their gradients are, whatever the scale is set to
+    later; of a leaf trained whole the scale chooses the layers. `base` is the leaf as it was.
+    """
+
+    def one(node: Any, base: Any) -> Any:
+        if isinstance(node, TrainedLeaf):
+            scale = _along(mask, range(mask.ndim), node.value.ndim).astype(node.scale.dtype)
+            return dataclasses.replace(node, scale=scale)
+        w = node.w
+        if (
+            w is not None and w is not base
+        ):  # a start that changes the base changes it in the layers chosen alone
+            w = jnp.where(_along(mask, node.layout.positions("b"), w.ndim), w, base)
+        a, b, scale = (
+            jnp.where(_along(mask, range(mask.ndim), x.ndim), x, jnp.zeros_like(x))
+            for x in (node.a, node.b, node.scale)
+        )
+        return dataclasses.replace(node, w=w, a=a, b=b, scale=scale)
+
+    if isinstance(node.w, jax.ShapeDtypeStruct):
+        shapes = jax.eval_shape(one, node, base)
+        return dataclasses.replace(shapes, w=node.w)
+    return one(node, base)
+
+
+def _along(mask: np.ndarray, positions: Sequence[int], ndim: int) -> jax.Array:
+    """`mask`, its axes at these places among `ndim`."""
+    where = dict(zip(positions, mask.shape, strict=True))
+    return jnp.asarray(mask.reshape([where.get(i, 1) for i in range(ndim)]))

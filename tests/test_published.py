@@ -1,0 +1,176 @@
+"""The experiments of `benchmarks.published` at small sizes; the counts at full size."""
+
+import json
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import lora_jax
+from benchmarks.decoder import Size
+from benchmarks.published import (
+    __main__,
+    cost,
+    counts,
+    digits,
+    eckart_young,
+    eva,
+    gradient_norms,
+    lora_plus,
+)
+from benchmarks.published.result import Line, Picture, Result, Row, Unavailable
+
+SMALL = Size(layers=1, width=256, heads=4, vocabulary=64, batch=1, time=32)
+
+
+@pytest.fixture(autouse=True)
+def promotion():
+    """The decoder is written as users write one: a norm's weight meets three axes."""
+    with jax.numpy_rank_promotion("allow"):
+        yield
+
+
+@pytest.mark.parametrize(
+    ("size", "rank", "targets", "trained"),
+    [
+        (counts.GPT3, 1, counts.QV, 4_718_592),
+        (counts.GPT3, 4, counts.QV, 18_874_368),
+        (counts.GPT3, 8, counts.QV, 37_748_736),
+        (counts.GPT3, 2, counts.QKVO, 18_874_368),
+        (counts.GPT2_MEDIUM, 4, counts.QV, 393_216),
+    ],
+)
+def test_counts_of_decoders(size, rank, targets, trained):
+    assert counts.of_decoder(size, rank, targets).trainable == trained
+
+
+def test_counts_of_roberta():
+    assert counts.of_encoder(counts.ROBERTA_BASE, 8) == (294_912, 294_912 + 124_055_040)
+
+
+@pytest.mark.parametrize(
+    ("published", "digits", "agrees"),
+    [(393_216, 0, True), (393_217, 0, False), (0.39, 2, True), (0.35, 2, False), (0.4, 1, True)],
+)
+def test_a_count_agrees_to_the_digits_that_the_paper_gives(published, digits, agrees):
+    row = counts.row("", counts.of_decoder(counts.GPT2_MEDIUM, 4, counts.QV), published, digits)
+    assert row.agrees is agrees and bool(row.note) is not agrees
+
+
+def test_memory_and_flops_of_a_small_model(quick_compile):
+    full, lora = cost.compiled_pair(SMALL, "unrolled", 2, counts.QV)
+    weights = 4 * counts.of_decoder(SMALL, 2, counts.QV).total
+    # weights, two moments and gradients against weights, and the activations of both
+    assert 2.5 < cost.memory(full) / cost.memory(lora) < 4
+    assert 1 < cost.memory(lora) / weights < 1.5
+    # nothing goes back beyond q and v of the only layer, and Adam counts for full fine-tuning
+    assert 1 / 2 < cost.flops(lora) / cost.flops(full) < 2 / 3
+
+
+def test_the_derived_share_of_flops():
+    size = Size(layers=3, width=64, vocabulary=0)
+    # (2N² + 6Nr) / 3N² where all kernels are square
+    share = cost.derived_share(size, 4, counts.QKVO)
+    square, all_kernels = 4 * 64**2, 12 * 64**2
+    assert share == pytest.approx(2 / 3 + 6 * 64 * 4 / (3 * 64**2) * square / all_kernels)
+
+
+def test_gradients_over_the_rank(quick_compile):
+    assert gradient_norms.slope([1, 2, 4], [3.0, 6.0, 12.0]) == pytest.approx(1)
+    found = gradient_norms.measure(ranks=(4, 64), width=64, steps=1, seeds=1)
+    slopes = {name: gradient_norms.slope((4, 64), norms[:, 0]) for name, norms in found.items()}
+    assert abs(slopes["rslora"]) < 0.1 and abs(slopes["standard"] + 0.5) < 0.1
+
+
+def test_eckart_young(quick_compile):
+    least, enough = eckart_young.run(ranks=(2, 4), width=8, steps=600, seeds=1).rows
+    assert least.agrees and enough.agrees
+
+
+def test_a_task_has_the_singular_values_that_are_asked_for():
+    values = np.array([3.0, 2.0, 0.5])
+    _, delta, x = eckart_young.task(0, 3, values)
+    np.testing.assert_allclose(np.linalg.svd(delta)[1], values, rtol=1e-5)
+    np.testing.assert_allclose(x.T @ x, np.eye(3), atol=1e-6)
+
+
+BLOBS = digits.Data(
+    np.repeat(np.eye(10, 64, dtype=np.float32), 8, 0), np.repeat(np.arange(10, dtype=np.int32), 8)
+)
+
+
+@pytest.mark.parametrize("config", [None, lora_jax.LoraConfig(rank=2)], ids=["full", "lora"])
+def test_tuning_lowers_the_loss_that_is_watched(config, quick_compile):
+    base = digits.fresh((16,), seed=0)
+    key = jax.random.key(0)
+    losses = digits.tune(base, BLOBS, BLOBS, key, 0.01, config=config, steps=40, every=20)
+    assert losses.shape == (3,) and losses[2] < losses[1] < losses[0]
+    np.testing.assert_allclose(losses[0], digits.loss(base, *BLOBS), rtol=1e-6)
+
+
+def test_what_each_layer_gets():
+    base = digits.fresh((16, 12), seed=0)
+    found = digits.inputs(base, BLOBS.images)
+    assert {name: x.shape[1] for name, x in found.items()} == {
+        "layer_0": 64,
+        "layer_1": 16,
+        "layer_2": 12,
+    }
+    last = found["layer_2"] @ base["layer_2"]["kernel"] + base["layer_2"]["bias"]
+    np.testing.assert_allclose(last, digits.mlp(base, BLOBS.images), rtol=1e-5)
+
+
+def test_each_fourth_example_is_held_out():
+    train, test = digits.held_out(BLOBS)
+    assert (len(train.labels), len(test.labels)) == (60, 20)
+    np.testing.assert_array_equal(test.labels, BLOBS.labels[::4])
+
+
+def test_the_real_digits():
+    try:
+        data = digits.read()
+    except Unavailable:
+        pytest.skip("scikit-learn is not installed")
+    assert data.images.shape == (1797, 64) and data.images.max() == 1
+    assert len(digits.odd().labels) == 906 and set(digits.even().labels) == {0, 2, 4, 6, 8}
+
+
+def test_steps_to_a_level(monkeypatch):
+    curves = {0.1: [3.0, 2.0, 1.0, 0.5], 0.2: [3.0, 1.0, 0.5, 0.2], 0.4: [3.0, 4.0, 5.0, np.nan]}
+    monkeypatch.setattr(digits, "tune", lambda *args, **options: jnp.array(curves[args[-1]]))
+    monkeypatch.setattr(digits, "even", lambda: BLOBS)
+    monkeypatch.setattr(digits, "pretrained", lambda *args: None)
+    found = lora_plus.steps_to(optax.adam, tuple(curves), 8, 1.0, steps=6, every=2, seeds=2)
+    np.testing.assert_array_equal(found, [4, 2, np.inf])
+
+
+def test_angles_and_explained_variance():
+    x, y = np.eye(3)[:, :1], np.array([[np.sqrt(3) / 2], [0.5], [0]])
+    assert eva.largest_angle(x, y) == pytest.approx(30)
+    assert eva.largest_angle(2 * x, -x) == pytest.approx(0, abs=1e-6)
+    assert eva.explained(np.diag([2.0, 1.0, 1.0]), 5 * x) == pytest.approx(4 / 6)
+
+
+def test_the_command_writes_rows_and_pictures(monkeypatch, tmp_path, capsys):
+    row = Row("a", "2106.09685", "small", "1", "2", False, "because")
+    line = Line("l", [1, 2], [1, 10])
+    result = Result([row], [Picture("p", "t", "x", "y", [line], "xy")])
+    monkeypatch.setattr(counts, "run", lambda: result)
+
+    def unavailable():
+        raise Unavailable("nothing there")
+
+    monkeypatch.setattr(cost, "run", unavailable)
+    names = ["--only", "counts,cost", "--out", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["published", *names])
+    __main__.main()
+    assert (tmp_path / "p.png").stat().st_size > 1000
+    lines = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    assert [line["agrees"] for line in lines] == [False, None]
+    assert "not run: nothing there" in capsys.readouterr().out
+    assert __main__.markdown(lines[:1]).splitlines()[2] == (
+        "| [a](https://arxiv.org/abs/2106.09685) | small | 1 | 2 | no: because |"
+    )
