@@ -44,7 +44,7 @@ def eva(
     they explain most. Every component of every weight counts by the part of the variance it
     explains, λ/Σλ; the largest are kept, within the budget of the ranks in `params`, and no weight
     gets more than ρ times its own. A stack of layers has one rank, counted by the mean over its
-    layers, and pays for it in each. The scale of each weight stays what it was, as PEFT's does.
+    adapted layers, and pays for it in each. The scale of each weight stays what it was, as PEFT's does.
 
     The inputs are never gathered, also not from `scan`, `vmap` and `remat`: the gradient of ½‖x·Ω‖²
     with respect to Ω is their second moment times Ω. Of a weight with up to 1,024 inputs that is
@@ -93,7 +93,7 @@ def eva(
     _check_seen({path: bool(count.any()) for path, count in counts.items()})
     caps = {path: _cap(node, rho) for path, node in nodes.items()}
     vectors, ratios = _components(inputs, nodes, sums, caps, passes)
-    layers = {path: node.scale.size for path, node in nodes.items()}
+    layers = {path: int(_adapted_layers(node).sum()) for path, node in nodes.items()}
     ranks = redistribute(ratios, {path: node.rank for path, node in nodes.items()}, layers)
     return replaced(params, {p: _started(n, vectors[p], ranks[p]) for p, n in nodes.items()})
 
@@ -133,6 +133,12 @@ def _check_all_seen(sums: Mapping[str, Sums], sketches: Arrays, products: Arrays
     _check_seen(seen)
 
 
+def _adapted_layers(node: LoraWeight) -> np.ndarray:
+    """Which layers of a stack are adapted, `[*batch]`; all of them where the tree is disabled."""
+    on = np.asarray(node.scale) != 0
+    return on if on.any() else np.ones_like(on)
+
+
 def _cap(node: LoraWeight, rho: float) -> int:
     """The largest rank that a weight may get."""
     shape = node.shape
@@ -163,7 +169,8 @@ def _components(
             found |= {path: (s, products[path]) for path, s in sketches.items()}
     vectors, ratios = {}, {}
     for path, pair in found.items():
-        vectors[path], ratios[path] = _analysed(sums[path], *pair, caps[path])
+        on = _adapted_layers(nodes[path])
+        vectors[path], ratios[path] = _analysed(sums[path], *pair, on, caps[path])
     return vectors, jax.device_get(ratios)
 
 
@@ -172,13 +179,13 @@ Pair = tuple[jax.Array, jax.Array]  # a sketch, and the second moment times it
 
 @functools.partial(jax.jit, static_argnames="number")
 def _analysed(
-    sums: Sums, sketch: jax.Array, products: jax.Array, number: int
+    sums: Sums, sketch: jax.Array, products: jax.Array, on: jax.Array, number: int
 ) -> tuple[jax.Array, jax.Array]:
-    """The top directions of the centred inputs, and the share of each, the mean over layers."""
+    """The top directions of the centred inputs; the share of each, its mean over layers `on`."""
     values, vectors = top_components(sketch, sums.centered(products, sketch), number)
     variance = sums.variance()[..., None]
     share = jnp.where(variance > 0, values / jnp.where(variance > 0, variance, 1), 0)
-    return vectors, share.reshape(-1, number).mean(0)
+    return vectors, share.reshape(-1, number).mean(0, where=on.reshape(-1, 1))
 
 
 def _sketch(path: str, shape: tuple[int, ...]) -> jax.Array:

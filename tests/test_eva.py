@@ -317,6 +317,28 @@ def test_a_stack_pays_for_every_layer():
     assert spread({"stack": 2, "head": 1}, 1) == {"stack": 2, "head": 1}
 
 
+def test_layers_that_are_left_out_neither_count_nor_pay():
+    """Of the stack the first layer's inputs vary in all directions, the second one's along one."""
+    params = {"stack": normal(1, 2, D, D), "head": normal(2, D, 4)}
+    x = normal(3, N, D)
+    along = lambda n: x * (np.arange(D) < n).astype(np.float32)
+
+    def model(params, x, line, plane):
+        first, second = params["stack"]
+        return x @ first, line @ second, plane @ params["head"]
+
+    batch = (x, along(1), along(2))
+    adapted = start(model, params, *batch, rank=1)
+    stack = adapted["stack"]
+    # The stack's layers explain 0.6 in the mean, the head's two directions 0.5 each.
+    both = lora_jax.eva(model, adapted, [batch])
+    assert both["stack"].rank == both["head"].rank == 1
+    # The first layer alone explains 0.2, so both ranks are the head's.
+    first = dataclasses.replace(stack, scale=stack.scale.at[1].set(0))
+    only = lora_jax.eva(model, adapted | {"stack": first}, [batch])
+    assert only["stack"] is stack.w and only["head"].rank == 2
+
+
 def test_ranks_of_a_model_follow_the_variance_and_none_grows_beyond_rho():
     params, x = mlp_params(), inputs_of_size(1, N, D)
     batches = [(x * jnp.array([[100.0, 1, 1, 1, 1, 1]]),)]  # one direction holds all
