@@ -44,7 +44,8 @@ def eva(
     they explain most. Every component of every weight counts by the part of the variance it
     explains, λ/Σλ; the largest are kept, within the budget of the ranks in `params`, and no weight
     gets more than ρ times its own. A stack of layers has one rank, counted by the mean over its
-    adapted layers, and pays for it in each. The scale of each weight stays what it was, as PEFT's does.
+    adapted layers, and pays for it in each. The scale of each weight stays what it was, as PEFT's
+    does.
 
     The inputs are never gathered, also not from `scan`, `vmap` and `remat`: the gradient of ½‖x·Ω‖²
     with respect to Ω is their second moment times Ω. Of a weight with up to 1,024 inputs that is
