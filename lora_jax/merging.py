@@ -244,9 +244,10 @@ def _check_finite(nodes: dict[str, Adapted]) -> None:
     abstract = [name for name, x in parts.items() if isinstance(x, jax.ShapeDtypeStruct)]
     if abstract:
         raise StructureError("merge: no values yet, only shapes: " + ", ".join(abstract))
-    if any(map(_is_traced, parts.values())):
+    finite = _all_finite(list(parts.values()))
+    if any(map(_is_traced, finite)):  # of constants too, where the caller is being traced
         return
-    finite = jax.device_get(_all_finite(list(parts.values())))
+    finite = jax.device_get(finite)
     wrong = [name for name, ok in zip(parts, finite, strict=True) if not ok]
     if wrong:
         raise MergeError(

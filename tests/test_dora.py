@@ -7,7 +7,7 @@ import optax
 import pytest
 
 import lora_jax
-from tests.cases import CASES, adapt, merged, normal, randomize
+from tests.cases import CASES, a_few, adapt, merged, normal, randomize
 from tests.test_programs import TOLERANCE, check_equal
 
 # Where a magnitude cannot stay apart from its weight.
@@ -22,29 +22,7 @@ DENSE = {
 DENSE |= {case.name for case in CASES if case.name.startswith("custom_") or "ragged" in case.name}
 
 
-# One of every kind for the default run; the others are in `make test-all`.
-FEW = {
-    "dense",
-    "attention",
-    "flax_scan_remat",
-    "matmul_transposed",
-    "reshaped_and_scaled",
-    "concatenated_qkv",
-    "conv_2d_strided",
-    "function_that_is_a_grad",
-    "shard_map_tensor_parallel",
-    "tied_attend",
-    "embed_lookup",
-    "custom_jvp",
-    "ragged_experts",
-}
-
-
-def some(case):
-    return pytest.param(case, marks=[] if case.name in FEW else pytest.mark.slow)
-
-
-@pytest.mark.parametrize("case", [some(case) for case in CASES], ids=str)
+@pytest.mark.parametrize("case", a_few(CASES), ids=str)
 def test_equals_the_merged_model(case, x64, quick_compile):
     fn, params, args = case.build(jnp.float64)
     params = adapt((fn, params, args), case.layouts, jnp.float64, dora=True)

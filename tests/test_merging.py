@@ -261,3 +261,10 @@ def test_a_base_of_numpy():
     node = stacked("bio", jnp.float32)
     got = lora_jax.merge(dataclasses.replace(node, w=np.asarray(node.w)))
     np.testing.assert_array_equal(got, lora_jax.merge(node))
+
+
+def test_merges_what_a_jitted_function_closes_over():
+    params = lora_jax.LoraWeight(
+        jnp.ones((3, 2)), jnp.ones((3, 1)), jnp.ones((1, 2)), jnp.float32(2), layout=Layout("io")
+    )
+    np.testing.assert_array_equal(jax.jit(lambda: lora_jax.merge(params))(), jnp.full((3, 2), 3.0))

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import lora_jax
-from tests.cases import CASES, DENSE_CASES, Case, adapt, is_node, merged
+from tests.cases import CASES, DENSE_CASES, Case, a_few, adapt, is_node, merged
 from tests.jaxprs import squeezed, weight_sized
 
 ALL = CASES + DENSE_CASES
@@ -86,7 +86,8 @@ def check_equal(case: Case, fn, adapted, params, args, tolerance):
         assert_close(got, want, tolerance)
 
 
-@pytest.mark.parametrize("case", ALL, ids=str)
+# In float64 the comparison is the sharper one, so there it is of all programs.
+@pytest.mark.parametrize("case", a_few(ALL), ids=str)
 def test_equals_the_merged_model(case, quick_compile):
     check_equal_to_merged(case, jnp.float32)
 
@@ -195,7 +196,7 @@ def test_dense_fallback_can_be_refused(case):
 # --- composition ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("case", [c for c in CASES if c.reverse and c.vmappable], ids=str)
+@pytest.mark.parametrize("case", a_few([c for c in CASES if c.reverse and c.vmappable]), ids=str)
 def test_composes_with_remat_vmap_and_scan(case, quick_compile):
     fn, adapted, params, args = prepare(case, jnp.float32)
 

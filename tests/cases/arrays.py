@@ -156,4 +156,4 @@ def padded_weight(dtype):
         ones = jnp.pad(params["w"][::-1], ((0, 1), (0, 0)), constant_values=1.5)
         return (x @ zeros) @ zeros[:7].T, x @ ones
 
-    return fn, {"w": normal(1, (7, 5), dtype)}, (normal(0, (4, 8), dtype),)
+    return fn, {"w": normal(1, (7, 5), dtype) / 4}, (normal(0, (4, 8), dtype) / 4,)

@@ -7,6 +7,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import pytest
 
 import lora_jax
 
@@ -52,6 +53,33 @@ def case(**fields: Any) -> Callable[[Callable], Callable]:
         return build
 
     return register
+
+
+#: One program of every kind.
+FEW = {
+    "attention",
+    "concatenated_qkv",
+    "cond",
+    "conv_2d_strided",
+    "custom_jvp",
+    "custom_vjp",
+    "dense",
+    "embed_lookup",
+    "experts",
+    "flax_scan_remat",
+    "function_that_is_a_grad",
+    "matmul_transposed",
+    "ragged_experts",
+    "reshaped_and_scaled",
+    "shard_map_tensor_parallel",
+    "tied_attend",
+}
+
+
+def a_few(cases: list[Case]) -> list[Any]:
+    """The cases as parameters of a test: one of every kind, and the others as slow ones."""
+    slow = pytest.mark.slow
+    return [pytest.param(case, marks=[] if case.name in FEW else slow) for case in cases]
 
 
 def normal(seed: int, shape: tuple[int, ...], dtype: Any) -> jax.Array:
