@@ -70,6 +70,18 @@ def test_equals_the_dense_formula_and_its_gradient():
     assert not grads["kernel"].w.any()
 
 
+def test_the_merged_weight_has_the_gradient_of_the_formula():
+    """The norm is a constant there as well."""
+    node = randomize(dense()[1])["kernel"]
+
+    def grads(fn):
+        return jax.grad(lambda node: jnp.sin(fn(node)).sum())(node)
+
+    got, want = grads(lambda node: lora_jax.merge({"kernel": node})["kernel"]), grads(formula)
+    for name in ("a", "b", "magnitude"):
+        np.testing.assert_allclose(getattr(got, name), getattr(want, name), rtol=1e-4, atol=1e-4)
+
+
 def test_starts_at_the_base_and_disabled_is_the_base_to_the_bit():
     fn, params, x = dense()
     base, _ = lora_jax.split(params)
