@@ -108,17 +108,25 @@ def column_products(node: LoraWeight) -> tuple[jax.Array, jax.Array, jax.Array]:
     node = LoraWeight(w, a, b, scale, layout=node.layout)
     sub_a, sub_b, batch, sub_w = subscripts(node.layout)
     dtype = accumulator(w.dtype, a.dtype, b.dtype)
-    # A base of 16 bits is multiplied as it stands: no float32 copy of it is made.
-    narrow = w.dtype if w.dtype.itemsize <= 2 else dtype
-    pair = w.astype(narrow), a.astype(narrow)
     einsum = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
-    crossed = einsum(f"{sub_w},{sub_a}->{sub_b}", *pair, preferred_element_type=dtype)
+    narrow = w.dtype if w.dtype.itemsize <= 2 else dtype
+    pair = _rank_first(a.astype(narrow), len(batch)), w.astype(narrow)
+    sub_rank_first = f"{batch}Z{sub_a[len(batch) : -1]}"
+    crossed = einsum(f"{sub_rank_first},{sub_w}->{sub_b}", *pair, preferred_element_type=dtype)
     a, b = _factors(node, dtype)
     gram = einsum(f"{sub_a},{sub_a.replace('Z', 'Y')}->{batch}ZY", a, a)
     squared = einsum(f"{batch}ZY,{sub_b.replace('Z', 'Y')}->{sub_b}", gram, b)
     own = jnp.square(w.astype(dtype)).sum(node.layout.positions("i"))
     rank = len(batch)
     return _by_output(node.layout, own), (b * crossed).sum(rank), (b * squared).sum(rank)
+
+
+def _rank_first(a: jax.Array, n_batch: int) -> jax.Array:
+    """A as `[*batch, rank, *in]`; one of 16 bits laid out so, or the CPU widens all of W for it."""
+    moved = jnp.moveaxis(a, -1, n_batch)
+    if a.dtype.itemsize > 2 or any(jax.typeof(a).sharding.spec):
+        return moved
+    return jax.lax.optimization_barrier(moved.reshape(-1)).reshape(moved.shape)
 
 
 def _gain(node: LoraWeight, norms: jax.Array) -> jax.Array:
