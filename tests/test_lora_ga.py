@@ -1,19 +1,18 @@
 """LoRA-GA: the same function at the start, and a first step along the gradient."""
 
 import functools
-import pathlib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
 
 import lora_jax
 from lora_jax.algebra import delta
 from lora_jax.errors import ConfigError, StructureError, TargetError
 from tests import kinds
 from tests.kinds import INPUTS, PARAMS, RANK, ROWS
+from tests.peft.from_data import RECORDED, recorded_model, recorded_params
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 SCALE = kinds.ALPHA / RANK
@@ -166,18 +165,10 @@ def test_targets_are_started_in_several_calls():
 
 # --- PEFT -----------------------------------------------------------------------------------------
 
-RECORDED = load_file(pathlib.Path(__file__).parent / "peft" / "from_data.safetensors")
-
-
-def recorded_model(params, x):
-    return jax.nn.gelu(x @ params["up"] + params["bias"], approximate=False) @ params["down"]
-
 
 def test_factors_and_bases_are_pefts():
     """Singular vectors have no sign of their own: every column and row is turned to PEFT's."""
-    names = {"up": "up.w", "bias": "up.bias", "down": "down.w"}
-    params = {name: jnp.asarray(RECORDED[key]) for name, key in names.items()}
-    params["bias"] = params["bias"][None]
+    params = recorded_params()
     x, target = jnp.asarray(RECORDED["x"]), jnp.asarray(RECORDED["target"])
 
     def loss(params, x, target):

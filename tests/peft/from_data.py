@@ -1,0 +1,19 @@
+"""What `record_from_data.py` recorded, and the model that it was recorded on."""
+
+import pathlib
+
+import jax
+import jax.numpy as jnp
+from safetensors.numpy import load_file
+
+RECORDED = load_file(pathlib.Path(__file__).parent / "from_data.safetensors")
+
+
+def recorded_model(params, x):
+    return jax.nn.gelu(x @ params["up"] + params["bias"], approximate=False) @ params["down"]
+
+
+def recorded_params():
+    names = {"up": "up.w", "bias": "up.bias", "down": "down.w"}
+    params = {name: jnp.asarray(RECORDED[key]) for name, key in names.items()}
+    return params | {"bias": params["bias"][None]}
