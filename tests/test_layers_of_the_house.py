@@ -73,19 +73,36 @@ CORE = [
     "memory",
     "summary",
     "fingerprint",
+    "tensorfile",
     "checkpoint",
+    "naming",
+    "assets",
 ]
 # Besides a sub-package's own modules; "" is the package itself, that is, its public names.
 SUBPACKAGES = {
-    "models": {"errors"},
-    "demo": {"", "models"},
+    "models": {"errors", "naming", "tensorfile"},
+    "peft": {
+        *("algebra", "config", "errors", "naming", "overlay", "_paths", "tensorfile", "weights"),
+    },
+    "mlx": {"config", "errors", "naming", "overlay", "_paths", "tensorfile", "weights", "peft"},
+    "loralib": {"config", "errors", "naming", "overlay", "_paths", "tensorfile", "weights", "peft"},
+    "text": {"errors"},
+    "training": {"", "errors", "text", "tensorfile"},
+    "demo": {"", "assets", "models", "text"},
+    "cli": {
+        *("", "assets", "errors", "models", "naming", "peft", "mlx", "loralib"),
+        *("text", "training", "tensorfile"),
+    },
     "layers": {
         *("algebra", "branches", "config", "errors", "forms", "lazy", "overlay"),
         *("transform", "weights"),
     },
 }
 
-HEAVY = {"flax", "matplotlib", "orbax", "rich", "tokenizers", "torch", "transformers"}
+HEAVY = {
+    *("flax", "gguf", "jinja2", "matplotlib", "orbax", "rich", "tokenizers", "torch"),
+    *("transformers", "typer"),
+}
 PRIVATE = "jax._" + "src"  # written so that this file does not hold it either
 
 

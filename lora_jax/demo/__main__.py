@@ -10,7 +10,8 @@ from pathlib import Path
 from rich.console import Console
 
 import lora_jax as lora
-from lora_jax.demo import assets, reviews, sentiment
+from lora_jax import assets
+from lora_jax.demo import reviews, sentiment
 from lora_jax.demo.report import Report
 
 

@@ -13,7 +13,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 import lora_jax as lora
 from lora_jax.demo import __main__ as command
-from lora_jax.demo import assets, classifier, reviews, sentiment
+from lora_jax import assets
+from lora_jax.demo import classifier, reviews, sentiment
 from lora_jax.demo.report import Report
 from lora_jax.models.bert import Bert, BertConfig
 from tests.models.test_bert import shapes

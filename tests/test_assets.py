@@ -11,8 +11,8 @@ import zipfile
 
 import pytest
 
-from lora_jax.demo import assets
-from lora_jax.demo.assets import Asset, AssetError
+from lora_jax import assets
+from lora_jax.assets import Asset, AssetError
 
 ROOT = pathlib.Path(__file__).parents[2]
 
