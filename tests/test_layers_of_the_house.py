@@ -75,6 +75,11 @@ CORE = [
     "fingerprint",
     "tensorfile",
     "checkpoint",
+    "naming.patterns",
+    "naming.entry",
+    "naming.place",
+    "naming.table",
+    "naming.translation",
     "naming",
     "assets",
 ]
