@@ -1,1 +1,5 @@
-"""Text as models read it: token ids, chat templates, rows of packed texts."""
+"""Text to token ids and back: tokenizers of published models, and their chat templates."""
+
+from lora_jax.text.tokenizer import Tokenizer
+
+__all__ = ["Tokenizer"]
