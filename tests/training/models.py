@@ -84,11 +84,12 @@ def job(directory, steps=6, data: Data | None = None, held_out: Data | None = No
 class Letters:
     """A tokenizer of single letters, `a` being 3; a template of <role>content| for a turn."""
 
-    bos_id, eos_id = 1, 2
+    eos_id = 2
 
-    def encode(self, text):
-        return [3 + ord(letter) - ord("a") if letter.isalpha() else ord(letter) for letter in text]
+    def encode(self, text, special=False):
+        ids = [3 + ord(letter) - ord("a") if letter.isalpha() else ord(letter) for letter in text]
+        return [1, *ids] if special else ids
 
-    def render(self, messages, add_generation_prompt):
+    def chat(self, messages, add_generation_prompt=False):
         turns = [f"<{m['role']}>{m['content']}|" for m in messages]
         return "".join(turns) + ("<assistant>" if add_generation_prompt else "")

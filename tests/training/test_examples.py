@@ -25,7 +25,10 @@ def test_text():
 
 def test_a_tokenizer_without_bos_and_eos():
     class Plain(Letters):
-        bos_id = eos_id = None
+        eos_id = None
+
+        def encode(self, text, special=False):
+            return super().encode(text)
 
     (example,) = encode("text", {"text": "abc"}, tokenizer=Plain()).examples
     np.testing.assert_array_equal(example.ids, [A, B, C])
@@ -61,8 +64,8 @@ def test_an_assistant_that_opens():
 
 def test_a_template_that_rewrites_earlier_turns():
     class Forgetful(Letters):
-        def render(self, messages, add_generation_prompt):
-            return super().render(messages[-2:], add_generation_prompt)
+        def chat(self, messages, add_generation_prompt=False):
+            return super().chat(messages[-2:], add_generation_prompt)
 
     with pytest.raises(DataError, match=r"line 1: the chat template does not .* at messages\[2\]"):
         encode("chat", chat(TURNS), tokenizer=Forgetful())
@@ -70,7 +73,7 @@ def test_a_template_that_rewrites_earlier_turns():
 
 def test_a_tokenizer_without_a_template():
     class Bare(Letters):
-        def render(self, messages, add_generation_prompt):
+        def chat(self, messages, add_generation_prompt=False):
             raise ValueError("there is no chat template")
 
     with pytest.raises(DataError, match="line 1: there is no chat template"):
