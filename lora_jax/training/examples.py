@@ -123,18 +123,23 @@ def _join(tokenizer: Encoder, pieces: Sequence[tuple[str, bool]], ended: bool) -
     """Pieces of text, each with whether it trains, encoded one by one."""
     parts = [(list(tokenizer.encode(text)), trains) for text, trains in pieces]
     if ended:
-        parts.insert(0, (opening(tokenizer), False))
+        parts.insert(0, (surrounding(tokenizer)[0], False))
         parts.append(([] if tokenizer.eos_id is None else [tokenizer.eos_id], True))
     ids = np.array([i for part, _ in parts for i in part], np.int32)
     trains = np.array([trains for part, trains in parts for _ in part], bool)
     return Example(ids, trains)
 
 
-def opening(tokenizer: Encoder) -> list[int]:
-    """The ids that a tokenizer puts before a text: BOS, or nothing, though there may be a BOS."""
+def surrounding(tokenizer: Encoder) -> tuple[list[int], list[int]]:
+    """The ids that a tokenizer puts before and behind a text, as BERT's [CLS] and [SEP].
+
+    Not all that have a BOS put it there.
+    """
     whole, plain = (list(tokenizer.encode("a", special=special)) for special in (True, False))
-    starts = range(len(whole) - len(plain) + 1)
-    return next((whole[:i] for i in starts if whole[i : i + len(plain)] == plain), [])
+    for i in range(len(whole) - len(plain) + 1):
+        if whole[i : i + len(plain)] == plain:
+            return whole[:i], whole[i + len(plain) :]
+    return [], []
 
 
 def chat_pieces(
