@@ -1,6 +1,6 @@
 """Adapted leaves of a tree as `Contents` of a file."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -89,10 +89,20 @@ def _take_factors(place: Place, node: LoraWeight, into: _Parts) -> None:
             float(scale[where]),
             None if magnitude is None else place.out_to_torch(np.asarray(magnitude)[where]),
         ).without_padding()
-        stops = np.cumsum(place.widths)
-        for name, stop, width in zip(names, stops, place.widths, strict=True):
-            part = one if len(names) == 1 else one.cut(stop - width, stop).without_unused()
-            into.setdefault(name, {})[place.start] = part
+        for name, part in zip(names, _cut(one, place.widths), strict=True):
+            if part is not None:
+                into.setdefault(name, {})[place.start] = part
+
+
+def _cut(one: Factors, widths: Sequence[int]) -> list[Factors | None]:
+    """The factors of each of the modules that are joined; None where only others are adapted."""
+    if len(widths) == 1:
+        return [one]
+    stops = np.cumsum(widths)
+    parts = [one.cut(stop - width, stop) for stop, width in zip(stops, widths, strict=True)]
+    if one.magnitude is not None or not one.b.any():
+        return [part.without_unused() for part in parts]
+    return [part.without_unused() if part.b.any() else None for part in parts]
 
 
 def _take_whole(place: Place, node: TrainedLeaf, into: _Parts) -> None:

@@ -1,12 +1,14 @@
 """The model of `record_files.py` in JAX, and the namings of trees that hold it."""
 
 import pathlib
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from lora_jax.naming import Entry, Naming, to_tree
+from lora_jax.weights import TrainedLeaf, TrainedRows
 
 RECORDED = np.load(pathlib.Path(__file__).parent / "files.npz")
 BASE = {name[5:]: RECORDED[name] for name in RECORDED.files if name.startswith("base/")}
@@ -137,6 +139,28 @@ def _layer(p: dict[str, jax.Array], x: jax.Array) -> jax.Array:
     query, key, value = jnp.split(_dense(p, "c_attn", normed), 3, -1)
     x = x + query * jax.nn.sigmoid(key) + value
     return x + jnp.tanh(_dense(p, "up", x)) @ p["down/kernel"]
+
+
+def meaning(node: Any, w: np.ndarray) -> np.ndarray:
+    """The weight that a node stands for, in numpy: the oracle of what is merged."""
+    if isinstance(node, TrainedLeaf):
+        return np.where(np.asarray(node.scale) != 0, np.asarray(node.value), w)
+    if isinstance(node, TrainedRows):
+        replaced = np.array(w)
+        replaced[list(node.rows)] = np.asarray(node.value)
+        return replaced
+    axes = node.layout.axes
+    names = {kind: [c for c, k in zip("abcde", axes, strict=False) if k == kind] for kind in "bio"}
+    batch, ins, outs = ("".join(names[kind]) for kind in "bio")
+    every = "abcde"[: len(axes)]
+    factors = [np.asarray(x, np.float64) for x in (node.a, node.b, node.scale)]
+    total = w + np.einsum(f"{batch}{ins}r,{batch}r{outs},{batch}->{every}", *factors)
+    if node.magnitude is not None:
+        norms = np.sqrt(np.einsum(f"{every},{every}->{batch}{outs}", total, total))
+        gain = np.asarray(node.magnitude) / norms
+        gain[factors[2] == 0] = 1
+        total = np.einsum(f"{every},{batch}{outs}->{every}", total, gain)
+    return total.astype(w.dtype)
 
 
 def unpack(case: str, folder: pathlib.Path) -> pathlib.Path:
