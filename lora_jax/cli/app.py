@@ -10,9 +10,10 @@ from typing import Annotated
 import typer
 
 from lora_jax import __version__
+from lora_jax.cli import train
 
 #: The commands in the help's order: name -> the module whose `command` it runs.
-COMMANDS: dict[str, ModuleType] = {}
+COMMANDS: dict[str, ModuleType] = {"train": train}
 
 EXIT_CODES = """\b
 Exit codes:
