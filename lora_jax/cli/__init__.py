@@ -1,0 +1,20 @@
+"""The command line, `lora-jax`: train, merge, inspect, generate and convert without a line of Python.
+
+It needs the packages of the extra "cli": `pip install "lora-jax[cli]"`.
+"""
+
+from collections.abc import Sequence
+
+from lora_jax.cli import boundary
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run `lora-jax` with these arguments (None: the process's) and return its exit status.
+
+    Whatever goes wrong is one line on stderr, see `boundary`; nothing is raised.
+
+    >>> main(["--version"])
+    lora-jax 0.1.0
+    0
+    """
+    return boundary.run(arguments)

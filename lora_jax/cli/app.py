@@ -1,0 +1,64 @@
+"""The `lora-jax` application: its commands, and the help that they share.
+
+A command's module holds its signature and EXAMPLES, and imports what it runs on only when it runs:
+`--help` loads neither Flax nor a tokenizer.
+"""
+
+from types import ModuleType
+from typing import Annotated
+
+import typer
+
+from lora_jax import __version__
+
+#: The commands in the help's order: name -> the module whose `command` it runs.
+COMMANDS: dict[str, ModuleType] = {}
+
+EXIT_CODES = """\b
+Exit codes:
+  0    done
+  1    failed: one line on stderr says why, and what to do
+  2    a mistake on the command line
+  130  interrupted (Ctrl-C)
+  141  the reader of a pipe went away
+LORA_JAX_DEBUG=1 shows the traceback of a failure."""
+
+
+def examples(commands: tuple[str, ...]) -> str:
+    """The part of a help that shows commands to copy; never wrapped, however narrow the terminal."""
+    return "\b\nExamples:\n" + "\n".join(f"  {command}" for command in commands)
+
+
+app = typer.Typer(
+    name="lora-jax",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # rich would wrap the examples, which must stay lines to copy
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog="\n\n".join(
+        [examples(tuple(module.EXAMPLES[0] for module in COMMANDS.values())), EXIT_CODES]
+    ),
+)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"lora-jax {__version__}")
+        raise typer.Exit()
+
+
+@app.callback(invoke_without_command=True)
+def _lora_jax(
+    context: typer.Context,
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version."),
+    ] = False,
+) -> None:
+    """Train, look at, merge, run and convert LoRA adapters of JAX models."""
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+
+
+for _name, _module in COMMANDS.items():
+    app.command(_name, epilog=examples(_module.EXAMPLES))(_module.command)

@@ -1,0 +1,148 @@
+"""Where every failure of the command line becomes one line on stderr and an exit status."""
+
+import errno
+import json
+import os
+import sys
+import traceback
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+from lora_jax.assets import AssetError
+from lora_jax.errors import LoraError
+
+OK, FAILED, USAGE, INTERRUPTED, PIPE_CLOSED = 0, 1, 2, 130, 141
+DEBUG = "LORA_JAX_DEBUG"
+#: Packages that a bare `pip install lora-jax` does not bring: all are in the extra "cli".
+OPTIONAL = ("gguf", "jinja2", "matplotlib", "orbax", "rich", "tokenizers", "typer")
+SHOWN = 12  # problems of a long list
+
+_ADVICE = {
+    errno.ENOENT: "there is no such file or directory",
+    errno.EACCES: "permission denied; choose a place that you may read and write",
+    errno.EPERM: "permission denied; choose a place that you may read and write",
+    errno.EROFS: "the disk is read-only; choose another place",
+    errno.ENOSPC: "the disk is full; free some space or choose another place",
+    errno.EDQUOT: "the disk quota is used up; free some space or choose another place",
+    errno.EISDIR: "is a directory, and a file is needed",
+    errno.ENOTDIR: "is no directory, and one is needed",
+    errno.EEXIST: "exists already",
+}
+
+
+def run(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; the exit status is that of the application's help."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            return _run(words)
+    except SystemExit:
+        raise
+    except BrokenPipeError:
+        _discard_output()
+        return PIPE_CLOSED
+    except BaseException as error:
+        if os.environ.get(DEBUG):
+            traceback.print_exc()
+        line, status = explain(error)
+        print(f"error: {line}", file=sys.stderr)
+        return status
+
+
+def _run(words: list[str]) -> int:
+    import typer
+    from typer.main import get_command
+
+    from lora_jax.cli.app import app
+
+    command = get_command(app)
+    try:
+        with command.make_context("lora-jax", words) as context:
+            command.invoke(context)
+        sys.stdout.flush()  # a closed pipe must be noticed here, not at the interpreter's end
+    except typer.Exit as ended:
+        sys.stdout.flush()
+        return ended.exit_code
+    return OK
+
+
+def explain(error: BaseException) -> tuple[str, int]:
+    """What was wrong and what to do, in one line, and the exit status.
+
+    >>> explain(LoraError("the base does not fit:\\nq: missing\\nk: missing"))
+    ('the base does not fit: q: missing; k: missing', 1)
+    """
+    if isinstance(error, KeyboardInterrupt):
+        return one_line(f"interrupted: {error}" if str(error) else "interrupted"), INTERRUPTED
+    if hasattr(error, "format_message") and hasattr(error, "exit_code"):
+        return _usage(error), error.exit_code
+    return one_line(_message(error)), FAILED
+
+
+def _message(error: BaseException) -> str:
+    if isinstance(error, LoraError | AssetError):
+        return str(error)
+    if isinstance(error, ModuleNotFoundError):
+        package = (error.name or "").split(".")[0]
+        if package in OPTIONAL:
+            return (
+                f"this needs the package {package}, which is not installed: "
+                'pip install "lora-jax[cli]"'
+            )
+    if isinstance(error, OSError):
+        return _os_message(error)
+    if isinstance(error, json.JSONDecodeError):
+        return f"not valid JSON: {error}"
+    if isinstance(error, UnicodeDecodeError):
+        return f"not UTF-8 text: {error}; save the file as UTF-8"
+    if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
+        return "out of memory; use a smaller batch, a shorter length or --dtype bfloat16"
+    return (
+        f"unexpected {type(error).__name__}: {error}; a defect of lora-jax, "
+        f"{DEBUG}=1 shows where it happened"
+    )
+
+
+def _os_message(error: OSError) -> str:
+    what = _ADVICE.get(error.errno or 0) or error.strerror or str(error)
+    place = error.filename2 or error.filename
+    place = os.fsdecode(place) if isinstance(place, bytes) else place
+    return f"{place}: {what}" if place is not None else what
+
+
+def _usage(error: Any) -> str:
+    """A mistake on the command line, and where to read what is right."""
+    context = getattr(error, "ctx", None)
+    path = context.command_path if context is not None else "lora-jax"
+    message = one_line(error.format_message()).rstrip(".")
+    return f"{message}; '{path} --help' shows what it takes"
+
+
+def one_line(text: str) -> str:
+    """The lines of a message as one: a list behind its heading, its items after one another.
+
+    >>> one_line("two are missing:\\n  q\\n  k")
+    'two are missing: q; k'
+    """
+    lines = [" ".join(line.split()) for line in text.splitlines() if line.strip()]
+    if len(lines) > SHOWN + 1:
+        left = len(lines) - SHOWN
+        lines = [*lines[:SHOWN], f"and {left} more ({DEBUG}=1 shows all)"]
+    joined = ""
+    for line in lines:
+        joined += ("" if not joined else " " if joined.endswith((":", ";", ",")) else "; ") + line
+    return joined
+
+
+def _show_warning(message: Any, category: type, *_: Any, **__: Any) -> None:
+    print(f"warning: {one_line(str(message))}", file=sys.stderr)
+
+
+def _discard_output() -> None:
+    """Nobody reads stdout any more: keep the interpreter from failing when it flushes it."""
+    try:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (OSError, ValueError):  # stdout is no file
+        pass

@@ -1,0 +1,15 @@
+"""Which tensor of a published file is which leaf of a parameter tree: plain data, one row a kind.
+
+Files of the PyTorch world name tensors by module ("model.layers.0.self_attn.q_proj.weight") and
+keep a linear layer's weight `[out, in]`; a JAX tree has paths ("layer_0/attention/query/kernel"),
+kernels `[in, heads, head_dim]`, and often one array for all layers. A `Naming` says how one becomes
+the other, and the same rows serve whole weights (`to_tree`, `to_torch`) and adapters
+(`lora_jax.peft`).
+"""
+
+from lora_jax.naming.entry import KINDS, Entry
+from lora_jax.naming.place import Place
+from lora_jax.naming.table import Naming
+from lora_jax.naming.translation import index, to_torch, to_tree
+
+__all__ = ["KINDS", "Entry", "Naming", "Place", "index", "to_torch", "to_tree"]

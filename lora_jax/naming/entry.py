@@ -1,0 +1,135 @@
+"""One row of a naming: a name in torch's files, a path in the tree, and how their axes relate."""
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+
+from lora_jax.errors import ConfigError
+from lora_jax.naming.patterns import Groups, parse, placeholders
+
+#: What a torch module is: how its weight's axes are used, and the pattern where a row gives none.
+KINDS: dict[str, tuple[str, str]] = {
+    "linear": ("oi", "o i -> i o"),
+    "conv1d": ("io", "i o -> i o"),  # GPT-2's layer, which keeps its weight [in, out]
+    "embedding": ("io", "n d -> n d"),
+    "conv": ("oiiii", "o i h w -> h w i o"),
+    "": ("", ""),
+}
+RANK = "rank"  # the letter of a factor's rank, which no pattern may use
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """One row of a `Naming`: tensors with such a name are leaves with such a path.
+
+    In names, `{n}` stands for one segment and `{*m}` for several (dots on one side are slashes on
+    the other); both sides share them. A placeholder of `torch` that `path` lacks is a number, and
+    counts along an axis of the leaf: `axes` has its letter on the right (stacked layers, experts).
+
+    Attributes:
+      torch: the tensor's name. Several names: their tensors joined along the out axis (the first
+        axis, where `kind` is "") are one leaf, as a fused q, k, v in the tree.
+      path: the leaf's path. Several paths: one tensor holds these leaves along its out axis, as
+        GPT-2's c_attn.
+      kind: "linear" (`[out, in]` in torch), "conv1d" (`[in, out]`, GPT-2's), "embedding"
+        (`[num, dim]`), "conv" (`[out, in, *kernel]`), or "" for what takes no adapter (a norm, a
+        bias).
+      axes: torch's axes to the leaf's as an einops pattern, "(h d) i -> i h d". A rotary embedding
+        in another order is a pattern too: "(h two d) i -> i (h d two)".
+      sizes: sizes of letters in `axes` that the leaf's shape does not tell.
+      split: sizes along the out axis of what is joined; otherwise from the shapes, or equal.
+
+    Raises:
+      ConfigError: a field has a value that cannot be used; the message names the row.
+
+    >>> Entry("layers.{n}.q.weight", "layers/query", "linear", "(h d) i -> n i h d").layout
+    'bioo'
+    """
+
+    torch: str | tuple[str, ...]
+    path: str | tuple[str, ...]
+    kind: str = ""
+    axes: str = ""
+    sizes: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    split: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "split", tuple(self.split))
+        for field in ("torch", "path"):
+            value = getattr(self, field)
+            if not isinstance(value, str):
+                object.__setattr__(self, field, tuple(value))
+        problem = self._problem()
+        if problem:
+            raise ConfigError(f"Entry({self.torch!r}, {self.path!r}): {problem}")
+
+    def _problem(self) -> str | None:
+        if self.kind not in KINDS:
+            return f"kind {self.kind!r} is not one of {', '.join(map(repr, KINDS))}"
+        if len(self.torch_names) > 1 and len(self.paths) > 1:
+            return "several names and several paths; one of the two must be one"
+        marks = [placeholders(name) for name in (*self.torch_names, *self.paths)]
+        torch, path = marks[0], marks[-1]
+        if any(m != torch for m in marks[: len(self.torch_names)]) or any(
+            m != path for m in marks[len(self.torch_names) :]
+        ):
+            return "all names, and all paths, need the same placeholders"
+        if not path <= torch:
+            return f"the path's {', '.join(sorted(path - torch))} is in no torch name"
+        if not self.axes and not self.kind:
+            return "a stacked leaf needs axes, as in 'd -> n d'" if torch - path else None
+        left, right = parse(self.axes or KINDS[self.kind][1])
+        names = [x for group in left for x in group] + sorted(torch - path)
+        if sorted(names) != sorted(x for group in right for x in group) or RANK in names:
+            return f"the two sides of {self.axes!r} do not have the same letters"
+        if any((x,) not in right for x in torch - path):
+            return f"an axis of its own is needed for each of {sorted(torch - path)} on the right"
+        roles = KINDS[self.kind][0]
+        if self.kind and not (len(left) == len(roles) or (self.kind == "conv" and len(left) > 2)):
+            return f"a {self.kind} weight has {len(roles)} axes, {self.axes!r} names {len(left)}"
+        if self.kind and any(len({self.roles[x] for x in group}) != 1 for group in right):
+            return f"{self.axes!r} mixes axes of in and of out in one axis of the leaf"
+        return None
+
+    @property
+    def torch_names(self) -> tuple[str, ...]:
+        """`torch` as a tuple."""
+        return (self.torch,) if isinstance(self.torch, str) else self.torch
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """`path` as a tuple."""
+        return (self.path,) if isinstance(self.path, str) else self.path
+
+    @property
+    def stacked(self) -> tuple[str, ...]:
+        """The placeholders that count along an axis of the leaf, in the order of its axes."""
+        marks = placeholders(self.torch_names[0]) - placeholders(self.paths[0])
+        return tuple(group[0] for group in self.groups(0)[1] if group and group[0] in marks)
+
+    def groups(self, ndim: int) -> tuple[Groups, Groups]:
+        """Letters of torch's axes, and of the leaf's; a row without a pattern has `ndim` axes."""
+        pattern = self.axes or KINDS[self.kind][1]
+        if pattern:
+            return parse(pattern)
+        same = tuple((f"x{i}",) for i in range(ndim))
+        return same, same
+
+    @functools.cached_property
+    def roles(self) -> dict[str, str]:
+        """What each letter of an adaptable weight is: "i", "o" or "b"."""
+        left, right = self.groups(0)
+        found = dict.fromkeys((x for group in right for x in group), "b")
+        for role, group in zip(KINDS[self.kind][0], left, strict=False):
+            found.update(dict.fromkeys(group, role))
+        return found
+
+    @property
+    def layout(self) -> str:
+        """The `Layout.axes` of an adaptable leaf: "b", "i" or "o" for each of its axes."""
+        return "".join(self.roles[group[0]] for group in self.groups(0)[1])
+
+    @property
+    def out_axis(self) -> int:
+        """The torch axis along which tensors are joined."""
+        return KINDS[self.kind][0].index("o") if self.kind else 0

@@ -1,0 +1,63 @@
+"""The two small languages of a naming: einops patterns for axes, placeholders for names."""
+
+import functools
+import re
+from collections.abc import Mapping
+
+from lora_jax.errors import ConfigError
+
+#: The letters of each axis of an array.
+Groups = tuple[tuple[str, ...], ...]
+
+
+def parse(pattern: str) -> tuple[Groups, Groups]:
+    """The letters of each axis on both sides of an einops pattern.
+
+    >>> parse("(h d) i -> i h d")
+    ((('h', 'd'), ('i',)), (('i',), ('h',), ('d',)))
+
+    Raises:
+      ConfigError: it is no pattern of letters and groups in brackets, or a letter comes twice.
+    """
+    sides = pattern.split("->")
+    if len(sides) != 2 or not all(_SIDE.fullmatch(side) for side in sides):
+        raise ConfigError(f"axes: {pattern!r} is not a pattern like '(h d) i -> i h d'")
+    both = tuple(
+        tuple(tuple(found[0].strip("()").split()) for found in _AXIS.finditer(side))
+        for side in sides
+    )
+    for side in both:
+        letters = [x for group in side for x in group]
+        if len(letters) != len(set(letters)):
+            raise ConfigError(f"axes: {pattern!r} names an axis twice on one side")
+    return both  # type: ignore[return-value]
+
+
+_AXIS = re.compile(r"\([\w\s]*\)|\w+")
+_SIDE = re.compile(rf"\s*(?:(?:{_AXIS.pattern})\s*)*")
+
+
+def text(groups: Groups) -> str:
+    return " ".join(g[0] if len(g) == 1 else f"({' '.join(g)})" for g in groups)
+
+
+_MARK = re.compile(r"\{(\*?)(\w+)\}")
+
+
+def placeholders(name: str) -> set[str]:
+    return {mark[2] for mark in _MARK.finditer(name)}
+
+
+def fill(template: str, values: Mapping[str, str]) -> str:
+    return _MARK.sub(lambda mark: values[mark[2]], template)
+
+
+@functools.cache
+def path_regex(template: str) -> re.Pattern[str]:
+    """A regex with a group for each placeholder of a path."""
+    parts, end = [], 0
+    for mark in _MARK.finditer(template):
+        inner = "[^/]+(?:/[^/]+)*" if mark[1] else "[^/]+"
+        parts.append(re.escape(template[end : mark.start()]) + f"(?P<{mark[2]}>{inner})")
+        end = mark.end()
+    return re.compile("".join(parts) + re.escape(template[end:]))

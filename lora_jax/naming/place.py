@@ -1,0 +1,173 @@
+"""Where one leaf of a tree lies in torch's files, and its arrays there and here."""
+
+import dataclasses
+import functools
+import itertools
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+from einops import rearrange
+
+from lora_jax.errors import StructureError
+from lora_jax.naming.entry import KINDS, RANK, Entry
+from lora_jax.naming.patterns import Groups, fill, text
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """Where one leaf lies in torch's files.
+
+    All arrays here are one layer's, stacked axes taken away: `layers` goes through them. Where
+    several leaves share a tensor, "torch's" shape is that of the leaf's own part of it, which is
+    `[start, stop)` of `total` along the out axis.
+    """
+
+    path: str
+    shape: tuple[int, ...]
+    entry: Entry
+    filled: Mapping[str, str]
+    part: int = 0  # which of the entry's paths this leaf has
+    start: int = 0
+    total: int = 0
+
+    def problem(self) -> str | None:
+        """Why the leaf's shape does not fit its row; None where it does."""
+        groups = self.entry.groups(len(self.shape))[1]
+        if len(groups) != len(self.shape):
+            axes = self.entry.axes or KINDS[self.entry.kind][1]
+            return f"{self.path}: has shape {self.shape}, its row says {axes!r}"
+        for group, size in zip(groups, self.shape, strict=True):
+            unknown = [x for x in group if x not in self.entry.sizes]
+            if len(unknown) > 1 or size != math.prod(self.sizes[x] for x in group):
+                return (
+                    f"{self.path}: axis ({' '.join(group)}) has size {size}, which does not fit "
+                    f"the row's sizes {dict(self.entry.sizes)}"
+                )
+        return None
+
+    @functools.cached_property
+    def sizes(self) -> dict[str, int]:
+        """The size of every letter, from the leaf's shape and the row's `sizes`."""
+        sizes = dict(self.entry.sizes)
+        for group, size in zip(self.entry.groups(len(self.shape))[1], self.shape, strict=True):
+            known = math.prod(sizes.get(x, 1) for x in group)
+            sizes.update({x: size // known for x in group if x not in sizes})
+        return sizes
+
+    def among(self, places: Mapping[str, "Place"]) -> "Place":
+        """The same place, its part of a shared tensor found from the other leaves' shapes."""
+        own, axis = self.torch_shape, self.entry.out_axis
+        if len(self.entry.paths) == 1:
+            return dataclasses.replace(self, total=own[axis] if own else 0)
+        widths = []
+        for i, template in enumerate(self.entry.paths):
+            other = places.get(fill(template, self.filled))
+            known = self.entry.split[i] if self.entry.split else own[axis]
+            widths.append(other.torch_shape[axis] if other else known)
+        start = sum(widths[: self.part])
+        return dataclasses.replace(self, start=start, total=sum(widths))
+
+    @property
+    def stop(self) -> int:
+        """Where the leaf's part of torch's out axis ends."""
+        shape = self.torch_shape
+        return self.start + (shape[self.entry.out_axis] if shape else 0)
+
+    @property
+    def torch_shape(self) -> tuple[int, ...]:
+        """One layer's shape in torch, several tensors joined (see the class)."""
+        left = self.entry.groups(len(self.shape))[0]
+        return tuple(math.prod(self.sizes[x] for x in group) for group in left)
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Sizes along torch's out axis of the tensors that are joined in this leaf."""
+        count, shape = len(self.entry.torch_names), self.torch_shape
+        if count == 1:
+            return (shape[self.entry.out_axis],) if shape else (0,)
+        size = shape[self.entry.out_axis]
+        widths = self.entry.split or (size // count,) * count
+        if sum(widths) != size or len(widths) != count:
+            raise StructureError(
+                f"{self.path}: {size} outputs are not {' + '.join(map(str, widths))}: say in the "
+                f"naming's row how {', '.join(self.entry.torch_names)} share them, split=(...)"
+            )
+        return widths
+
+    @property
+    def shared_with(self) -> tuple[str, ...]:
+        """The paths of all leaves in the tensor, this one's among them."""
+        return tuple(fill(path, self.filled) for path in self.entry.paths)
+
+    def layers(self) -> list[tuple[tuple[int, ...], tuple[str, ...]]]:
+        """For every layer its index along the stacked axes, and the names of its tensors."""
+        counts = [range(self.sizes[x]) for x in self.entry.stacked]
+        return [(index, tuple(self._names(index))) for index in itertools.product(*counts)]
+
+    def _names(self, index: tuple[int, ...]) -> Iterator[str]:
+        numbers = dict(zip(self.entry.stacked, map(str, index), strict=True))
+        for name in self.entry.torch_names:
+            yield fill(name, {k: v.replace("/", ".") for k, v in self.filled.items()} | numbers)
+
+    def at(self, index: tuple[int, ...]) -> tuple[Any, ...]:
+        """The indices into the leaf that give one layer."""
+        numbers = dict(zip(self.entry.stacked, index, strict=True))
+        groups = self.entry.groups(len(self.shape))[1]
+        return tuple(numbers.get(g[0], slice(None)) if g else slice(None) for g in groups)
+
+    def weight_to_tree(self, weight: Any) -> Any:
+        """One layer's weight, torch's axes to the leaf's."""
+        left, right = self._sides("iob")
+        return self._rearrange(weight, left, right)
+
+    def weight_to_torch(self, weight: Any) -> Any:
+        """One layer's weight, the leaf's axes to torch's."""
+        left, right = self._sides("iob")
+        return self._rearrange(weight, right, left)
+
+    def a_to_tree(self, a: Any) -> Any:
+        """`[rank, *torch's in axes]` to `[*in, rank]`."""
+        left, right = self._sides("i")
+        return self._rearrange(a, ((RANK,), *left), (*right, (RANK,)))
+
+    def a_to_torch(self, a: Any) -> Any:
+        """`[*in, rank]` to `[rank, *torch's in axes]`."""
+        left, right = self._sides("i")
+        return self._rearrange(a, (*right, (RANK,)), ((RANK,), *left))
+
+    def b_to_tree(self, b: Any) -> Any:
+        """`[torch's out, rank]` to `[rank, *out]`."""
+        left, right = self._sides("o")
+        return self._rearrange(b, (*left, (RANK,)), ((RANK,), *right))
+
+    def b_to_torch(self, b: Any) -> Any:
+        """`[rank, *out]` to `[torch's out, rank]`."""
+        left, right = self._sides("o")
+        return self._rearrange(b, ((RANK,), *right), (*left, (RANK,)))
+
+    def out_to_tree(self, values: Any) -> Any:
+        """A number for each output, as DoRA's magnitude: `[torch's out]` to `[*out]`."""
+        left, right = self._sides("o")
+        return self._rearrange(values, left, right)
+
+    def out_to_torch(self, values: Any) -> Any:
+        """`[*out]` to `[torch's out]`."""
+        left, right = self._sides("o")
+        return self._rearrange(values, right, left)
+
+    def _sides(self, roles: str) -> tuple[Groups, Groups]:
+        """The axes with these roles on both sides, without stacked ones."""
+        left, right = self.entry.groups(len(self.shape))
+        stacked = self.entry.stacked
+        if self.entry.kind:
+            known = self.entry.roles
+            left = tuple(g for g in left if not g or known[g[0]] in roles)
+            right = tuple(g for g in right if not g or known[g[0]] in roles)
+        return left, tuple(g for g in right if not g or g[0] not in stacked)
+
+    def _rearrange(self, array: Any, left: Groups, right: Groups) -> Any:
+        used = {x for group in left for x in group if x != RANK}
+        sizes = {x: size for x, size in self.sizes.items() if x in used}
+        return rearrange(np.asarray(array), f"{text(left)} -> {text(right)}", **sizes)

@@ -1,0 +1,112 @@
+"""A naming: rows that say which tensor of a published file is which leaf of a tree."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from lora_jax.errors import ConfigError, StructureError
+from lora_jax.naming.entry import Entry
+from lora_jax.naming.patterns import path_regex
+from lora_jax.naming.place import Place
+
+
+@dataclasses.dataclass(frozen=True)
+class Naming:
+    """Rows that are tried from the first to the last: the first that matches a leaf is used.
+
+    >>> naming = Naming((
+    ...     Entry("{*m}.weight", "{*m}/kernel", "linear"),
+    ...     Entry("{*m}.bias", "{*m}/bias"),
+    ... ))
+    >>> place = naming.places({"mlp/up/kernel": (4, 16)})["mlp/up/kernel"]
+    >>> place.layers(), place.torch_shape
+    ([((), ('mlp.up.weight',))], (16, 4))
+    """
+
+    entries: tuple[Entry, ...]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "entries", tuple(self.entries))
+
+    def with_prefix(self, prefix: str) -> "Naming":
+        """The same rows, every torch name behind `prefix`: "bert.", "model."."""
+        add = lambda e: tuple(prefix + name for name in e.torch_names)
+        return Naming(
+            tuple(
+                dataclasses.replace(e, torch=add(e)[0] if isinstance(e.torch, str) else add(e))
+                for e in self.entries
+            )
+        )
+
+    def places(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, "Place"]:
+        """Where each leaf lies in torch's files; a path that no row names is left out.
+
+        Args:
+          shapes: the shapes of a tree's leaves by path.
+
+        Raises:
+          StructureError: leaves do not have the axes that their rows say; all are listed.
+        """
+        found, problems = {}, []
+        for path, shape in shapes.items():
+            for entry in self.entries:
+                matches = [path_regex(p).fullmatch(path) for p in entry.paths]
+                match = next(filter(None, matches), None)
+                if match is not None:
+                    place = Place(
+                        path, tuple(shape), entry, match.groupdict(), matches.index(match)
+                    )
+                    problem = place.problem()
+                    problems += [problem] if problem else []
+                    found[path] = place
+                    break
+        if problems:
+            raise StructureError("the naming does not fit these leaves:\n" + "\n".join(problems))
+        return {path: place.among(found) for path, place in found.items()}
+
+    def to_json(self) -> list[dict[str, Any]]:
+        """The rows as JSON values, fields at their defaults left out."""
+        blank = Entry("x", "x")
+        fields = [field.name for field in dataclasses.fields(Entry)]
+        return [
+            {f: getattr(e, f) for f in fields if getattr(e, f) != getattr(blank, f)}
+            for e in self.entries
+        ]
+
+    @classmethod
+    def from_json(cls, rows: Any) -> "Naming":
+        """The naming that `to_json` gave.
+
+        Raises:
+          ConfigError: it is no list of objects with `Entry`'s fields; the message names the row.
+        """
+        if not isinstance(rows, list) or not rows:
+            raise ConfigError("a naming is a list of objects with torch, path, kind, ...")
+        fields = {field.name for field in dataclasses.fields(Entry)}
+        for i, row in enumerate(rows):
+            if not isinstance(row, dict) or not {"torch", "path"} <= row.keys() <= fields:
+                raise ConfigError(
+                    f"row {i} of the naming: {row!r} is no object with torch and path, and at most "
+                    f"{', '.join(sorted(fields - {'torch', 'path'}))} besides"
+                )
+            for field, kind in _JSON_TYPES.items():
+                if field in row and not _is_json(row[field], kind):
+                    raise ConfigError(f"row {i} of the naming: {field} is {row[field]!r}")
+        return cls(tuple(Entry(**row) for row in rows))
+
+
+_JSON_TYPES = {"torch": "names", "path": "names", "kind": "str", "axes": "str"} | {
+    "sizes": "sizes",
+    "split": "ints",
+}
+
+
+def _is_json(value: Any, kind: str) -> bool:
+    is_int = lambda x: isinstance(x, int) and not isinstance(x, bool) and x > 0
+    if kind == "sizes":
+        return isinstance(value, dict) and all(map(is_int, value.values()))
+    if kind == "ints":
+        return isinstance(value, list) and all(map(is_int, value))
+    if kind == "names" and isinstance(value, list):
+        return bool(value) and all(isinstance(x, str) for x in value)
+    return isinstance(value, str)

@@ -1,0 +1,157 @@
+"""Whole weights from torch's files to a tree and back, by a naming."""
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lora_jax import _paths
+from lora_jax.errors import StructureError
+from lora_jax.naming.place import Place
+from lora_jax.naming.table import Naming
+
+
+def to_tree(
+    naming: Naming, tensors: Mapping[str, Any], like: Any, *, ignore: Iterable[str] = ()
+) -> Any:
+    """A tree of the values in `tensors`, which have torch's names and axes.
+
+    Args:
+      naming: which tensor is which leaf.
+      tensors: arrays by name; looked up one at a time, so a mapping may read them from a file.
+      like: a tree of arrays or `ShapeDtypeStruct`s: the structure, shapes and dtypes of the result.
+      ignore: regexes for whole names of tensors that may be there and are left out.
+
+    Raises:
+      StructureError: tensors are missing, unexpected, or of another shape or kind of dtype, or a
+        leaf is in no row of the naming: all of them are listed.
+
+    >>> import numpy as np
+    >>> from lora_jax.naming import Entry
+    >>> naming = Naming((Entry("{*m}.weight", "{*m}/kernel", "linear"),))
+    >>> like = {"up": {"kernel": jax.ShapeDtypeStruct((2, 3), "float32")}}
+    >>> to_tree(naming, {"up.weight": np.ones((3, 2), "float32")}, like)["up"]["kernel"].shape
+    (2, 3)
+    """
+    leaves, treedef = _paths.flatten_with_paths(like)
+    places = naming.places({path: leaf.shape for path, leaf in leaves.items()})
+    problems = [f"{path}: no row of the naming has this path" for path in leaves.keys() - places]
+    wanted: set[str] = set()
+    values: dict[str, Any] = {}
+    for path, place in places.items():
+        values[path], found = _gather(place, tensors, leaves[path].dtype)
+        wanted |= {name for _, names in place.layers() for name in names}
+        problems += found
+    ignored = [re.compile(pattern) for pattern in ignore]
+    problems += [
+        f"{name}: unexpected"
+        for name in tensors
+        if name not in wanted and not any(regex.fullmatch(name) for regex in ignored)
+    ]
+    if problems:
+        raise StructureError("\n".join(sorted(set(problems))))
+    return jax.tree_util.tree_unflatten(treedef, [values[path] for path in leaves])
+
+
+def _gather(place: Place, tensors: Mapping[str, Any], dtype: Any) -> tuple[Any, list[str]]:
+    """One leaf, and what is wrong with its tensors."""
+    value, problems = np.empty(place.shape, dtype), []
+    for where, names in place.layers():
+        parts = []
+        for name, shape in zip(names, shapes(place), strict=True):
+            problem = _problem(place, name, shape, tensors, dtype)
+            problems += [problem] if problem else []
+            parts += [] if problem else [np.asarray(tensors[name])]
+        if not problems:
+            joined = np.concatenate(parts, place.entry.out_axis) if len(parts) > 1 else parts[0]
+            value[place.at(where)] = place.weight_to_tree(_part(place, joined))
+    return (jnp.asarray(value) if not problems else None), problems
+
+
+def shapes(place: Place) -> list[tuple[int, ...]]:
+    """The shapes in torch of one layer's tensors: several are joined, or one is shared."""
+    shape, axis = place.torch_shape, place.entry.out_axis
+    if not shape:
+        return [()]
+    widths = (place.total,) if len(place.entry.torch_names) == 1 else place.widths
+    return [(*shape[:axis], width, *shape[axis + 1 :]) for width in widths]
+
+
+def _part(place: Place, joined: np.ndarray) -> np.ndarray:
+    """The leaf's part of a tensor that it shares; the whole where it does not."""
+    if len(place.entry.paths) == 1:
+        return joined
+    return joined[(slice(None),) * place.entry.out_axis + (slice(place.start, place.stop),)]
+
+
+def _problem(
+    place: Place, name: str, shape: tuple[int, ...], tensors: Mapping[str, Any], dtype: Any
+) -> str | None:
+    if name not in tensors:
+        return f"{name}: missing, {shape} for {place.path}"
+    tensor = tensors[name]
+    if tuple(tensor.shape) != shape:
+        return f"{name}: has shape {tuple(tensor.shape)}, {place.path} needs {shape}"
+    if jnp.issubdtype(tensor.dtype, jnp.floating) != jnp.issubdtype(dtype, jnp.floating):
+        return f"{name}: is {tensor.dtype}, {place.path} is {jnp.dtype(dtype)}"
+    return None
+
+
+def to_torch(naming: Naming, tree: Any) -> dict[str, np.ndarray]:
+    """The leaves of a tree as tensors with torch's names and axes: what `to_tree` reads.
+
+    Raises:
+      StructureError: leaves are in no row of the naming, or one that shares a tensor with others
+        is there without them: all are listed.
+
+    >>> import numpy as np
+    >>> from lora_jax.naming import Entry
+    >>> naming = Naming((Entry("{*m}.weight", "{*m}/kernel", "linear"),))
+    >>> to_torch(naming, {"up": {"kernel": np.ones((2, 3))}})["up.weight"].shape
+    (3, 2)
+    """
+    leaves, _ = _paths.flatten_with_paths(tree)
+    places = naming.places({path: leaf.shape for path, leaf in leaves.items()})
+    problems = [f"{path}: no row of the naming has this path" for path in leaves.keys() - places]
+    problems += [
+        f"{path}: shares {place.entry.torch} with {other}, which is not in the tree"
+        for path, place in places.items()
+        for other in place.shared_with
+        if other not in places
+    ]
+    if problems:
+        raise StructureError("\n".join(sorted(problems)))
+    tensors: dict[str, np.ndarray] = {}
+    for path, place in places.items():
+        leaf, axis = np.asarray(leaves[path]), place.entry.out_axis
+        for where, names in place.layers():
+            weight = place.weight_to_torch(leaf[place.at(where)])
+            if len(place.entry.paths) > 1:
+                (shape,) = shapes(place)
+                shared = tensors.setdefault(names[0], np.empty(shape, leaf.dtype))
+                _part(place, shared)[...] = weight
+            elif len(names) > 1:
+                ends = np.cumsum(place.widths)[:-1]
+                tensors.update(zip(names, np.split(weight, ends, axis), strict=True))
+            else:
+                tensors[names[0]] = weight
+    return {name: np.asarray(tensor, order="C") for name, tensor in tensors.items()}
+
+
+def index(places: Mapping[str, Place]) -> dict[str, list[tuple[Place, tuple[int, ...], int]]]:
+    """For every tensor the leaves in it: the place, which layer, and which of the joined tensors.
+
+    >>> from lora_jax.naming import Entry
+    >>> rows = Naming((Entry("h.{n}.w", "h/w", "linear", "o i -> n i o"),))
+    >>> [(name, where) for name, [(_, where, _)] in index(rows.places({"h/w": (2, 3, 4)})).items()]
+    [('h.0.w', (0,)), ('h.1.w', (1,))]
+    """
+    found: dict[str, list[tuple[Place, tuple[int, ...], int]]] = {}
+    for place in places.values():
+        for where, names in place.layers():
+            for i, name in enumerate(names):
+                found.setdefault(name, []).append((place, where, i))
+    return found
