@@ -73,6 +73,7 @@ CORE = [
     "memory",
     "summary",
     "fingerprint",
+    "atomic",
     "tensorfile",
     "checkpoint",
     "naming.patterns",

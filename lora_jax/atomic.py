@@ -1,0 +1,279 @@
+"""Files that are written whole or not at all, whenever the writer is killed."""
+
+import contextlib
+import os
+import re
+import secrets
+import shutil
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+if sys.platform != "win32":  # there nothing is locked, and nothing stale is removed
+    import fcntl
+
+#: Where a set of files stands from the moment it is whole until each is in its place.
+COMMIT = ".lora_jax-commit"
+_STALE = re.compile(r"\.lora_jax-[0-9a-f]{16}\.tmp")
+#: How long to wait for another process that writes to the same directory, in seconds.
+PATIENCE = 30.0
+
+
+def write_atomically(path: str | os.PathLike, data: bytes) -> None:
+    """Write a file so that, whatever happens, the old one or the new one is there whole.
+
+    The bytes go to a file beside it, reach the disk, and are renamed into place. What a killed
+    process left beside it is removed by the next one that writes to the directory, under a lock, so
+    never while its writer lives. A link is followed.
+
+    Args:
+      path: the file; its directory is made where it is missing.
+      data: the whole content.
+
+    Raises:
+      OSError: the disk is full, the directory cannot be written to, ...; the old file stands.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     write_atomically(f"{folder}/notes/a.txt", b"whole")
+    ...     Path(f"{folder}/notes/a.txt").read_bytes(), os.listdir(f"{folder}/notes")
+    (b'whole', ['a.txt'])
+    """
+    path = Path(os.path.realpath(path))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _remove_stale(path.parent)
+    with _lock(path.parent, exclusive=False):
+        _replace(path, data)
+        _sync(path.parent)
+
+
+def write_directory(path: str | os.PathLike, files: Mapping[str, bytes]) -> None:
+    """Write a set of files that belong together: all of the old ones or all of the new ones.
+
+    How that holds, whenever the process is killed:
+
+    1. A directory that does not exist is written whole under another name, and renamed.
+    2. In one that does, other files are never touched. If one file of the set differs from what is
+       there, it is replaced by one rename (a training run that saves again: its configuration stays
+       the same).
+    3. If more differ, the new ones are written to a directory inside it, which is renamed to
+       `.lora_jax-commit` once they are all on the disk. Then the *first* file of the set is
+       removed, the others are renamed into place, and last the first one. So nobody ever sees a
+       mixture: a reader who knows nothing of this finds the old set, the new set, or the first file
+       missing. `read_directory` finds the missing ones in `.lora_jax-commit`, hence always a whole
+       set, and the next `write_directory` completes what was begun.
+
+    Args:
+      path: the directory; made where it is missing.
+      files: content by file name; put first the file without which nobody takes the others for
+        valid.
+
+    Raises:
+      ValueError: a name that is no plain file name.
+      OSError: the disk is full, another process writes there for longer than half a minute, ...
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     write_directory(f"{folder}/adapter", {"config": b"{}", "weights": b"old"})
+    ...     write_directory(f"{folder}/adapter", {"config": b"{}", "weights": b"new"})
+    ...     read_directory(f"{folder}/adapter", ["config", "weights", "notes"])
+    {'config': b'{}', 'weights': b'new'}
+    """
+    path = Path(os.path.realpath(path))
+    for name in files:
+        _check_name(name)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not path.exists():
+        _remove_stale(path.parent)
+        with _lock(path.parent, exclusive=False):
+            staged = _stage(path.parent, files)
+            try:
+                os.rename(staged, path)
+            except OSError:  # someone else made it meanwhile
+                shutil.rmtree(staged)
+                if not path.is_dir():
+                    raise
+            else:
+                _sync(path.parent)
+                return
+    with _lock(path, exclusive=True) as locked:
+        if locked:
+            _sweep(path)
+        _complete(path)
+        _replace_set(path, files)
+        _sync(path)
+
+
+def read_directory(path: str | os.PathLike, names: Sequence[str]) -> dict[str, bytes]:
+    """The files of a set that `write_directory` wrote, or anyone: all old ones or all new ones.
+
+    Nothing is written. Files that are not there are left out of the result.
+
+    Args:
+      path: the directory.
+      names: the names of the files.
+    """
+    path = Path(path)
+    with _lock(path, exclusive=False):
+        staged = _unfinished(path)
+        found = {name: path / COMMIT / name if name in staged else path / name for name in names}
+        return {name: file.read_bytes() for name, file in found.items() if file.is_file()}
+
+
+def _replace(path: Path, data: bytes) -> None:
+    """Write beside `path`, and rename into place."""
+    temporary = path.with_name(_temporary_name())
+    try:
+        _write(temporary, data)
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def _replace_set(path: Path, files: Mapping[str, bytes]) -> None:
+    """The third step of `write_directory`, or the second where that is enough."""
+    new = {name: data for name, data in files.items() if not _holds(path / name, data)}
+    if len(new) == 1:
+        for name, data in new.items():
+            _replace(path / name, data)
+    elif new:
+        os.rename(_stage(path, new), path / COMMIT)
+        _sync(path)
+        first, *others = new
+        (path / first).unlink(missing_ok=True)
+        _move_into_place(path, [*others, first])
+
+
+def _move_into_place(path: Path, names: Sequence[str]) -> None:
+    for name in names:
+        os.replace(path / COMMIT / name, path / name)
+    _sync(path)
+    shutil.rmtree(path / COMMIT)
+
+
+def _unfinished(path: Path) -> list[str]:
+    """Files of a set that is whole but not yet in place: they count instead of those in place."""
+    commit = path / COMMIT
+    if commit.is_symlink() or not commit.is_dir():
+        return []
+    names = sorted(file.name for file in commit.iterdir() if file.is_file())
+    # Where none is missing, the first was not removed yet, or someone has written the set since.
+    return names if any(not (path / name).exists() for name in names) else []
+
+
+def _complete(path: Path) -> None:
+    """Finish, or undo, what a killed `write_directory` had begun."""
+    commit = path / COMMIT
+    if commit.is_symlink():
+        commit.unlink()
+    elif commit.is_dir():
+        # The one that is missing comes last, as it would have.
+        names = sorted(_unfinished(path), key=lambda name: not (path / name).exists())
+        _move_into_place(path, names)
+
+
+def _stage(parent: Path, files: Mapping[str, bytes]) -> Path:
+    """A new directory with the files, on the disk."""
+    staged = parent / _temporary_name()
+    try:
+        staged.mkdir()
+        for name, data in files.items():
+            _write(staged / name, data)
+        _sync(staged)
+    except BaseException:
+        shutil.rmtree(staged, ignore_errors=True)
+        raise
+    return staged
+
+
+def _write(path: Path, data: bytes) -> None:
+    with path.open("xb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _holds(path: Path, data: bytes) -> bool:
+    return path.is_file() and path.stat().st_size == len(data) and path.read_bytes() == data
+
+
+def _temporary_name() -> str:
+    return f".lora_jax-{secrets.token_hex(8)}.tmp"
+
+
+def _check_name(name: str) -> None:
+    special = name in ("", ".", "..", COMMIT) or bool(_STALE.fullmatch(name))
+    if special or re.search(r"[/\\\0:]", name):
+        raise ValueError(f"{name!r} is not the name of a file within a directory")
+
+
+def _remove_stale(directory: Path) -> None:
+    """Remove what killed processes left, unless someone is writing there just now."""
+    with _lock(directory, exclusive=True, patience=0.0) as locked:
+        if locked:
+            _sweep(directory)
+
+
+def _sweep(directory: Path) -> None:
+    # Every writer holds the directory's lock while its temporary file exists, and we hold it alone.
+    for name in filter(_STALE.fullmatch, os.listdir(directory)):
+        stale = directory / name
+        if stale.is_dir() and not stale.is_symlink():
+            shutil.rmtree(stale, ignore_errors=True)
+        else:
+            stale.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _lock(directory: Path, exclusive: bool, patience: float = PATIENCE) -> Iterator[bool]:
+    """Hold the directory's lock; False where there is none to be had. It dies with its holder.
+
+    Readers go on without it. A writer of sets (`exclusive`, with patience) gives up.
+    """
+    if sys.platform == "win32":
+        yield False
+        return
+    try:
+        handle = os.open(directory, os.O_RDONLY)
+    except OSError:
+        yield False
+        return
+    try:
+        yield _acquire(handle, directory, exclusive, patience)
+    finally:
+        os.close(handle)
+
+
+def _acquire(handle: int, directory: Path, exclusive: bool, patience: float) -> bool:
+    mode = (fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH) | fcntl.LOCK_NB
+    deadline = time.monotonic() + patience
+    while True:
+        try:
+            fcntl.flock(handle, mode)
+            return True
+        except BlockingIOError:
+            if time.monotonic() < deadline:
+                time.sleep(0.005)
+            elif exclusive and patience:
+                message = f"{directory}: another process has been writing here for {patience:.0f} s"
+                raise TimeoutError(message) from None
+            else:
+                return False
+        except OSError:  # a file system without locks
+            return False
+
+
+def _sync(directory: Path) -> None:
+    """Bring renames to the disk; some systems cannot, and need not."""
+    try:
+        handle = os.open(directory, os.O_RDONLY)
+    except OSError:
+        return
+    try:
+        os.fsync(handle)
+    except OSError:
+        pass
+    finally:
+        os.close(handle)

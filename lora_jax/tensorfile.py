@@ -1,0 +1,362 @@
+"""The one place that reads and writes safetensors files: strict about them, and never pickle."""
+
+import dataclasses
+import io
+import json
+import math
+import os
+import re
+import reprlib
+import stat
+import sys
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from safetensors.numpy import save as serialize
+
+from lora_jax.atomic import read_directory, write_atomically, write_directory
+from lora_jax.errors import AdapterFileError
+
+__all__ = [
+    "Header",
+    "TensorInfo",
+    "decode",
+    "encode",
+    "headers",
+    "parse_json",
+    "read",
+    "read_directory",
+    "write",
+    "write_atomically",
+    "write_directory",
+]
+
+#: The safetensors name of every dtype that is read and written.
+DTYPES = {
+    "BOOL": np.dtype(np.bool_),
+    **{
+        f"{kind}{bits}": np.dtype(f"{kind.lower()}{bits // 8}")
+        for kind in "IU"
+        for bits in (8, 16, 32, 64)
+    },
+    **{f"F{bits}": np.dtype(f"f{bits // 8}") for bits in (16, 32, 64)},
+    "C64": np.dtype(np.complex64),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
+}
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+#: Bytes of header that are read; a quarter of a million tensors fit.
+MAX_HEADER = 2**25
+MAX_NAME = 1024
+_MAX_LINES = 20  # of one message
+_REPR = reprlib.Repr()  # of values of any depth and size
+_REPR.maxstring = _REPR.maxlong = _REPR.maxother = 120
+_FIELDS = ("dtype", "shape", "data_offsets")
+_FOREIGN = {
+    rb"PK\x03\x04|\x80[\x00-\x05]": "a pickle of PyTorch, which can run any code when it is read: "
+    "convert it to safetensors first (in PyTorch, if you trust who made it: "
+    "safetensors.torch.save_file(torch.load(file), ...))",
+    rb"GGUF": "a GGUF file",
+    rb"version https://git-lfs": "a Git LFS pointer to it: fetch the file with `git lfs pull`",
+    rb"\s*<(!DOCTYPE|!doctype|html)": "a web page",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorInfo:
+    """What the header of a file says of one tensor."""
+
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    start: int  # of its bytes, counted from the end of the header
+    stop: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Header:
+    """What a file holds, without its values."""
+
+    tensors: dict[str, TensorInfo]
+    metadata: dict[str, str]
+
+
+def read(
+    path: str | os.PathLike, *, finite: bool = False
+) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """The tensors of a safetensors file by name, and its metadata.
+
+    The header is checked before anything else is read: the file can be truncated, damaged or
+    hostile, and the only thing that happens is the error below. What may not be: a header beyond
+    the file or over 32 MiB, that is no JSON object, or names a thing twice; offsets that are out of
+    order, overlap, leave gaps, or do not end where the file ends; shapes that do not multiply to
+    the size; unknown dtypes; metadata that is not strings; names that could be mistaken for paths
+    out of a directory, that hold control characters, or are longer than 1,024 characters.
+
+    Args:
+      path: the file.
+      finite: refuse files with NaN or infinite values.
+
+    Returns:
+      Arrays of the file's dtypes, 16-bit ones too (`ml_dtypes.bfloat16`), and the metadata.
+
+    Raises:
+      AdapterFileError: any of the above, each tensor's problem in a line of its own; or there is no
+        such file, or it is something else (a pickle, which is never read).
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     write(f"{folder}/a.safetensors", {"x": np.arange(3)}, {"note": "mine"})
+    ...     read(f"{folder}/a.safetensors")
+    ({'x': array([0, 1, 2])}, {'note': 'mine'})
+    """
+    with _open(path) as file:
+        return _read(file, str(path), finite)
+
+
+def decode(
+    data: bytes, source: str, *, finite: bool = False
+) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """What `read` returns, of the bytes of a file; `source` names it in errors."""
+    return _read(io.BytesIO(data), source, finite)
+
+
+def headers(path: str | os.PathLike) -> Header:
+    """Names, dtypes and shapes of a file's tensors, and its metadata; no values are read.
+
+    Raises:
+      AdapterFileError: as `read`.
+    """
+    with _open(path) as file:
+        return _header(file, str(path))[0]
+
+
+def write(
+    path: str | os.PathLike,
+    tensors: Mapping[str, np.ndarray],
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Write a safetensors file, atomically (see `write_atomically`).
+
+    Args:
+      path: the file.
+      tensors: arrays by name, of any strides, of a dtype that safetensors has.
+      metadata: strings by name.
+
+    Raises:
+      AdapterFileError: something that `read` would not take; nothing is written.
+    """
+    write_atomically(path, encode(tensors, metadata, source=str(path)))
+
+
+def encode(
+    tensors: Mapping[str, np.ndarray],
+    metadata: Mapping[str, str] | None = None,
+    *,
+    source: str = "safetensors",
+) -> bytes:
+    """The bytes that `write` writes."""
+    problems = [
+        f"tensor {_show(name)}: {problem}"
+        for name, x in tensors.items()
+        for problem in (
+            *_name_problems(name),
+            *([] if x.dtype in _NAMES else [f"safetensors has no dtype {x.dtype}"]),
+        )
+    ]
+    problems += _metadata_problems(dict(metadata or {}))
+    if problems:
+        raise AdapterFileError(f"{source}: cannot be written:\n" + _lines(problems))
+    data = serialize(
+        {name: np.asarray(x, order="C") for name, x in tensors.items()},
+        dict(metadata) if metadata else None,
+    )
+    if int.from_bytes(data[:8], "little") > MAX_HEADER:
+        raise AdapterFileError(f"{source}: cannot be written: the header would exceed 32 MiB")
+    return data
+
+
+def parse_json(text: str | bytes, source: str) -> Any:
+    """A JSON value, strictly: no key twice, no NaN or infinity, UTF-8, of a sane depth.
+
+    Raises:
+      AdapterFileError: it is not that; the message begins with `source`.
+
+    >>> parse_json('{"r": 8}', "adapter_config.json")
+    {'r': 8}
+    """
+    try:
+        text = text.decode("utf-8") if isinstance(text, bytes) else text
+        value = json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant)
+        json.dumps(value, ensure_ascii=False).encode("utf-8")  # no half of a surrogate pair
+    except RecursionError:
+        raise AdapterFileError(f"{source}: JSON that is nested too deep") from None
+    except ValueError as error:
+        raise AdapterFileError(f"{source}: not valid JSON: {_short(str(error))}") from None
+    return value
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) != len(pairs):
+        ((twice, _),) = Counter(key for key, _ in pairs).most_common(1)
+        raise ValueError(f"{_show(twice)} is there twice")
+    return value
+
+
+def _no_constant(name: str) -> Any:
+    raise ValueError(f"{name} is no JSON number")
+
+
+def _open(path: str | os.PathLike) -> io.BufferedIOBase:
+    try:
+        # A pipe would block, a device never end.
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise AdapterFileError(f"{path}: not a file")
+        return Path(path).open("rb")
+    except FileNotFoundError:
+        raise AdapterFileError(f"{path}: there is no such file") from None
+    except OSError as error:
+        raise AdapterFileError(f"{path}: cannot be read: {error.strerror}") from None
+
+
+def _read(
+    file: io.BufferedIOBase, source: str, finite: bool
+) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    header, start = _header(file, source)
+    tensors = {}
+    for name, info in header.tensors.items():
+        array = np.empty(info.shape, info.dtype)
+        file.seek(start + info.start)
+        if file.readinto(array.reshape(-1).view(np.uint8).data) != info.stop - info.start:
+            raise AdapterFileError(f"{source}: became shorter while it was read")
+        if info.dtype == np.bool_ and (array.view(np.uint8) > 1).any():
+            raise AdapterFileError(f"{source}: tensor {_show(name)} holds bools other than 0 and 1")
+        tensors[name] = array
+    if finite:
+        bad = [_show(name) for name, x in tensors.items() if not _is_finite(x)]
+        if bad:
+            raise AdapterFileError(f"{source}: NaN or infinite values in:\n" + _lines(bad))
+    return tensors, header.metadata
+
+
+def _is_finite(x: np.ndarray) -> bool:
+    return x.dtype.kind in "biu" or bool(np.isfinite(x).all())
+
+
+def _header(file: io.BufferedIOBase, source: str) -> tuple[Header, int]:
+    """The checked header, and where the data begins."""
+    size = file.seek(0, os.SEEK_END)
+    file.seek(0)
+    begin = file.read(64)
+    length = int.from_bytes(begin[:8], "little")
+    if size < 10 or length > size - 8 or length < 2 or begin[8:9] != b"{":
+        raise AdapterFileError(f"{source}: {_what_else(begin, size, length)}")
+    if length > MAX_HEADER:
+        raise AdapterFileError(
+            f"{source}: a header of {length:,} bytes; no more than {MAX_HEADER:,} are read"
+        )
+    file.seek(8)
+    value = parse_json(file.read(length), f"{source}: not a whole safetensors file: its header")
+    metadata = value.pop("__metadata__", {})
+    problems = _metadata_problems(metadata)
+    tensors = {}
+    for name, record in value.items():
+        found = [*_name_problems(name), *_record_problems(record)]
+        problems += [f"tensor {_show(name)}: {problem}" for problem in found]
+        if not found:
+            tensors[name] = TensorInfo(
+                DTYPES[record["dtype"]], tuple(record["shape"]), *record["data_offsets"]
+            )
+    problems = problems or _offset_problems(tensors, size - 8 - length)
+    if problems:
+        raise AdapterFileError(f"{source}: not a whole safetensors file:\n" + _lines(problems))
+    return Header(tensors, metadata), 8 + length
+
+
+def _what_else(begin: bytes, size: int, length: int) -> str:
+    if begin[8:9] == b"{":
+        why = f"its header should have {length:,} bytes, the file has {size:,}"
+        return f"not a whole safetensors file: {why}"
+    for pattern, what in _FOREIGN.items():
+        if re.match(pattern, begin):
+            return f"not a safetensors file, but {what}"
+    why = "it does not begin with the size of a header and a JSON object"
+    return f"not a whole safetensors file: {f'it has {size} bytes' if size < 10 else why}"
+
+
+def _name_problems(name: str) -> list[str]:
+    if not name or len(name) > MAX_NAME:
+        return [f"a name of {len(name)} characters"]
+    if not name.isprintable():
+        return ["a name with control characters"]
+    parts = re.split(r"[/\\]", name)
+    if ".." in parts or name[0] in "/\\" or re.match(r"[A-Za-z]:[/\\]", name):
+        return ["a name that leads out of a directory"]
+    return []
+
+
+def _metadata_problems(metadata: Any) -> list[str]:
+    if not isinstance(metadata, dict):
+        return [f"metadata is no mapping, but {_show(metadata)}"]
+    return [
+        f"metadata {_show(str(key))} is no string, but {_show(x)}"
+        for key, x in metadata.items()
+        if not (isinstance(x, str) and isinstance(key, str))
+    ]
+
+
+def _record_problems(record: Any) -> list[str]:
+    """What is wrong with a tensor's entry on its own."""
+    if not isinstance(record, dict) or sorted(record) != sorted(_FIELDS):
+        return [f"must have dtype, shape and data_offsets, is {_show(record)}"]
+    dtype, shape, offsets = (record[field] for field in _FIELDS)
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        return [f"unknown dtype {_show(dtype)}"]
+    if not _are_sizes(shape) or len(shape) > 32:
+        return [f"shape {_show(shape)} is no list of sizes"]
+    if not _are_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
+        return [f"data_offsets {_show(offsets)} are no begin and end"]
+    itemsize = DTYPES[dtype].itemsize
+    if math.prod(n or 1 for n in shape) * itemsize > sys.maxsize:
+        return [f"shape {shape} is beyond any memory"]
+    needed, got = math.prod(shape) * itemsize, offsets[1] - offsets[0]
+    return [] if needed == got else [f"{dtype} {shape} needs {needed:,} bytes, has {got:,}"]
+
+
+def _are_sizes(values: Any) -> bool:
+    # type(), as a bool is an int
+    return isinstance(values, list) and all(type(n) is int and 0 <= n < 2**63 for n in values)
+
+
+def _offset_problems(tensors: Mapping[str, TensorInfo], size: int) -> list[str]:
+    """Where the tensors, each fine on its own, do not fill the data one after another."""
+    at, problems = 0, []
+    for name, info in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].stop)):
+        if info.start != at:
+            what = "overlaps the one before" if info.start < at else "leaves a gap before it"
+            problems.append(f"tensor {_show(name)}: {what} ({info.start:,}, not {at:,})")
+        at = max(at, info.stop)
+    if at != size:
+        problems.append(f"the tensors need {at:,} bytes, the file holds {size:,}")
+    return problems
+
+
+def _lines(problems: Sequence[str]) -> str:
+    more = len(problems) - _MAX_LINES
+    return "\n".join([*problems[:_MAX_LINES], *([f"and {more} more"] if more > 0 else [])])
+
+
+def _show(value: Any) -> str:
+    return _short(_REPR.repr(value))
+
+
+def _short(text: str) -> str:
+    # A hostile header ends up in a terminal: neither long nor with control characters.
+    text = text if len(text) <= 160 else text[:140] + f"... ({len(text):,} characters)"
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
