@@ -14,7 +14,7 @@ import pytest
 from lora_jax import assets
 from lora_jax.assets import Asset, AssetError
 
-ROOT = pathlib.Path(__file__).parents[2]
+ROOT = pathlib.Path(__file__).parents[1]
 
 
 def make_zip(files: dict[str, bytes]) -> bytes:
