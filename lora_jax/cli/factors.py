@@ -12,7 +12,7 @@ import numpy as np
 from lora_jax import AdapterFileError, read_metadata
 from lora_jax.cli import kinds
 from lora_jax.peft import PeftConfig, read_config
-from lora_jax.tensorfile import read
+from lora_jax.tensorfile import decode, read, read_directory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +67,7 @@ _PEFT_FACTOR = re.compile(
 
 def _peft(path: Path) -> AdapterFile:
     config = read_config(path)
-    tensors, _ = read(path / kinds.PEFT_WEIGHTS)
+    tensors = _weights(path, kinds.PEFT_WEIGHTS)
     pairs: dict[str, dict[str, np.ndarray]] = {}
     whole = {}
     for name, tensor in tensors.items():
@@ -134,7 +134,7 @@ def _mlx(path: Path) -> AdapterFile:
         raise AdapterFileError(
             f"{path / kinds.CONFIG}: lora_parameters must hold a number named scale, got {scale!r}"
         )
-    tensors, _ = read(path / kinds.MLX_WEIGHTS)
+    tensors = _weights(path, kinds.MLX_WEIGHTS)
     pairs: dict[str, dict[str, np.ndarray]] = {}
     whole = {}
     for name, tensor in tensors.items():
@@ -232,6 +232,13 @@ def _layers(
 
 
 # --- what they share ------------------------------------------------------------------------------
+
+
+def _weights(directory: Path, name: str) -> dict[str, np.ndarray]:
+    files = read_directory(directory, [name])  # also where a save was killed between two files
+    if name not in files:
+        raise AdapterFileError(f"{directory / name}: there is no such file")
+    return decode(files[name], str(directory / name))[0]
 
 
 def _alpha(scale: float, rank: int, rslora: bool) -> float:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_jax import AdapterFileError
-from lora_jax.tensorfile import headers, parse_json
+from lora_jax.tensorfile import headers, parse_json, read_directory
 
 PEFT, MLX, NATIVE = "peft", "mlx", "native"  # kinds of adapters
 CHECKPOINT, GGUF = "checkpoint", "gguf"  # kinds of models
@@ -77,8 +77,9 @@ def detect(path: Path) -> Found:
 
 
 def _directory(path: Path) -> str:
-    if (path / CONFIG).is_file():
-        config = read_json(path / CONFIG)
+    files = read_directory(path, [CONFIG])
+    if CONFIG in files:
+        config = parse_json(files[CONFIG], str(path / CONFIG))
         if not isinstance(config, dict):
             raise AdapterFileError(f"{path / CONFIG}: holds no JSON object")
         if "peft_type" in config:
