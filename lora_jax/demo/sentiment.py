@@ -14,10 +14,10 @@ import optax
 
 import lora_jax as lora
 from lora_jax.demo import classifier, probe
-from lora_jax.demo.packing import Packed, pack, shuffled_batches
 from lora_jax.demo.report import Report
 from lora_jax.demo.reviews import Reviews, tokenize
 from lora_jax.models import bert
+from lora_jax.text.packing import Packed, pack, shuffled_batches
 
 # Float32 sums taken in another order; a prediction can differ only where the logits all but tie.
 TOLERANCE = 1e-3

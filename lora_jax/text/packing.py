@@ -1,7 +1,8 @@
 """Packing texts of different lengths into rows of one length.
 
-Rows hold several texts, one behind the other, as `lora_jax.models.bert` takes them. Compared with
-a padded row for each text this wastes next to nothing, and there is one shape to compile.
+Rows hold several texts, one behind the other, as the models of `lora_jax.models` take them.
+Compared with a padded row for each text this wastes next to nothing, and there is one shape to
+compile.
 """
 
 from __future__ import annotations
@@ -67,19 +68,48 @@ def assign(lengths: Sequence[int], capacity: int, slots: int) -> list[list[int]]
     return rows
 
 
+def lay_out(
+    rows: Sequence[Sequence[int]], texts: Sequence[np.ndarray], capacity: int
+) -> np.ndarray:
+    """One value for each token, laid into rows as `assign` shares them out.
+
+    Args:
+      rows: for each row, the indices of its texts.
+      texts: the values of each text, `[length]`, all of one dtype.
+      capacity: tokens a row holds.
+
+    Returns:
+      `[rows, capacity]` of the texts' dtype, 0 behind the last text of a row.
+    """
+    laid = np.zeros((len(rows), capacity), texts[0].dtype if len(texts) else np.int32)
+    for row, indices in zip(laid, rows, strict=True):
+        flat = np.concatenate([texts[i] for i in indices])
+        row[: len(flat)] = flat
+    return laid
+
+
+def number_segments(
+    rows: Sequence[Sequence[int]], lengths: Sequence[int], capacity: int
+) -> np.ndarray:
+    """int32 `[rows, capacity]`: 1, 2, ... for the texts of each row, 0 at padding.
+
+    >>> number_segments([[0, 2], [1]], [2, 4, 1], capacity=4)
+    array([[1, 1, 2, 0],
+           [1, 1, 1, 1]], dtype=int32)
+    """
+    place = {text: slot for row in rows for slot, text in enumerate(row)}
+    numbers = [np.full(length, place[i] + 1, np.int32) for i, length in enumerate(lengths)]
+    return lay_out(rows, numbers, capacity)
+
+
 def pack(tokens: Sequence[np.ndarray], capacity: int, slots: int) -> Packed:
-    """Packs texts, given as token ids `[length]` each, into rows of `capacity` tokens."""
-    rows = assign([len(text) for text in tokens], capacity, slots)
-    ids = np.zeros((len(rows), capacity), np.int32)
-    segments = np.zeros_like(ids)
+    """Packs texts, given as int32 token ids `[length]` each, into rows of `capacity` tokens."""
+    lengths = [len(text) for text in tokens]
+    rows = assign(lengths, capacity, slots)
     source = np.full((len(rows), slots), -1, np.int32)
-    for row, texts in enumerate(rows):
-        source[row, : len(texts)] = texts
-        flat = np.concatenate([tokens[text] for text in texts])
-        ids[row, : len(flat)] = flat
-        numbers = [np.full(len(tokens[text]), slot + 1) for slot, text in enumerate(texts)]
-        segments[row, : len(flat)] = np.concatenate(numbers)
-    return Packed(ids, segments, source)
+    for row, texts in zip(source, rows, strict=True):
+        row[: len(texts)] = texts
+    return Packed(lay_out(rows, tokens, capacity), number_segments(rows, lengths, capacity), source)
 
 
 def batches(packed: Packed, size: int) -> Iterator[Packed]:

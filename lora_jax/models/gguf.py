@@ -1,0 +1,171 @@
+"""Models of the Llama family in GGUF files: sizes under config.json's names, tensors, a naming.
+
+What llama.cpp's convert_hf_to_gguf.py writes, read the other way round.
+"""
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lora_jax import gguf_file
+from lora_jax.errors import ModelFileError
+from lora_jax.naming import KINDS, Entry, Naming
+
+# llama.cpp's architectures that are read; Mistral's models are "llama" there as well.
+ARCHITECTURES = ("llama", "qwen2")
+_SIZES = {
+    "hidden_size": "embedding_length",
+    "intermediate_size": "feed_forward_length",
+    "num_hidden_layers": "block_count",
+    "num_attention_heads": "attention.head_count",
+}
+_OPTIONAL = {
+    "num_key_value_heads": "attention.head_count_kv",
+    "head_dim": "attention.key_length",
+    "max_position_embeddings": "context_length",
+    "rms_norm_eps": "attention.layer_norm_rms_epsilon",
+    "rope_theta": "rope.freq_base",
+}
+_IDS = {"bos_token_id": "bos", "eos_token_id": "eos", "pad_token_id": "padding"}
+
+# Hugging Face's modules -> llama.cpp's.
+_MODULES = {
+    "model.embed_tokens": "token_embd",
+    "model.norm": "output_norm",
+    "lm_head": "output",
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
+#: Tensors beside the weights, whose content `load` has put into the settings.
+IGNORED = (r"rope_freqs\.weight",)
+
+
+def load(path: str | Path) -> tuple[dict[str, Any], Mapping[str, gguf_file.GgufTensor]]:
+    """Reads a model of the Llama family from a GGUF file.
+
+    Args:
+      path: of the file. Its numbers may be float32, float16, bfloat16 or quantized in any way
+        that the package `gguf` can undo.
+
+    Returns:
+      Settings under config.json's names, and the tensors by llama.cpp's names. A tensor has its
+      `shape`; `np.asarray` reads it, to float32. Which leaf it is, `naming` says.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      ModelFileError: it is no whole GGUF file, holds a model of another architecture, or lacks
+        one of the sizes.
+    """
+    file = gguf_file.read(path)
+    try:
+        return _settings(file), file.tensors
+    except ModelFileError as error:
+        raise ModelFileError(f"{path}: {error}") from error
+
+
+def _settings(file: gguf_file.GgufFile) -> dict[str, Any]:
+    kind = file.metadata.get("general.architecture")
+    if kind not in ARCHITECTURES:
+        raise ModelFileError(
+            f"its architecture is {kind!r}, only {' and '.join(ARCHITECTURES)} can be read"
+        )
+    known = {
+        key.removeprefix(f"{kind}."): _shortest(value)
+        for key, value in file.metadata.items()
+        if key.startswith(f"{kind}.")
+    }
+    if missing := [name for name in _SIZES.values() if name not in known]:
+        raise ModelFileError(f"it does not say {', '.join(f'{kind}.{x}' for x in missing)}")
+    if "token_embd.weight" not in file.tensors:
+        raise ModelFileError("it has no token_embd.weight")
+    if known.get("expert_count"):
+        raise ModelFileError("mixtures of experts cannot be read")
+    names = _SIZES | {ours: name for ours, name in _OPTIONAL.items() if name in known}
+    settings = {"model_type": kind, "vocab_size": file.tensors["token_embd.weight"].shape[0]}
+    settings |= {ours: known[name] for ours, name in names.items()}
+    settings |= {"hidden_act": "silu", "tie_word_embeddings": "output.weight" not in file.tensors}
+    if kind == "llama":
+        settings["attention_bias"] = "blk.0.attn_q.bias" in file.tensors
+    ids = {ours: file.metadata.get(f"tokenizer.ggml.{x}_token_id") for ours, x in _IDS.items()}
+    settings |= {ours: number for ours, number in ids.items() if number is not None}
+    scaling = _scaling(known, file.tensors.get("rope_freqs.weight"))
+    return settings | ({"rope_scaling": scaling} if scaling else {})
+
+
+def _shortest(value: Any) -> Any:
+    """A float as it was before it became a float32: 1e-05, not 9.999999747378752e-06."""
+    return float(str(np.float32(value))) if isinstance(value, float) else value
+
+
+def _scaling(known: Mapping[str, Any], factors: Any) -> dict[str, Any] | None:
+    """config.json's `rope_scaling`."""
+    kind, factor = known.get("rope.scaling.type", "none"), known.get("rope.scaling.factor", 1.0)
+    if kind not in ("none", "linear"):
+        raise ModelFileError(f"rotations of the kind {kind!r} cannot be read")
+    size = known.get("attention.key_length")
+    size = size or known["embedding_length"] // known["attention.head_count"]
+    if known.get("rope.dimension_count", size) != size:
+        raise ModelFileError(f"rotations of a part of the {size} numbers of a head cannot be read")
+    if factors is None:
+        return {"rope_type": "linear", "factor": factor} if kind == "linear" else None
+    # Llama 3.1's, of which the file keeps only the divisor of every frequency
+    divisors = np.asarray(factors)
+    found = {"factor": float(divisors.max()), "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    original = 8192
+    theta = known.get("rope.freq_base", 10000.0)
+    turns = original / (2 * np.pi * theta ** (np.arange(0, size, 2) / size))
+    kept = np.clip((turns - 1) / (4 - 1), 0, 1)
+    expected = 1 / (kept + (1 - kept) / found["factor"])
+    if divisors.shape != expected.shape or not np.allclose(divisors, expected, rtol=1e-3):
+        raise ModelFileError("rope_freqs.weight: these divisors are not those of Llama 3.1")
+    return {"rope_type": "llama3", **found, "original_max_position_embeddings": original}
+
+
+def naming(torch: Naming, settings: Mapping[str, Any]) -> Naming:
+    """The rows of a model's `Naming` with llama.cpp's names in the place of Hugging Face's.
+
+    Args:
+      torch: Hugging Face's names of the same model's leaves.
+      settings: of `load`. llama.cpp's rotations pair the neighbours (0, 1), (2, 3), ... of a head
+        in the architecture "llama", where Hugging Face's pair the halves: rows of q and k are in
+        another order there.
+    """
+    heads = settings["num_attention_heads"]
+    sizes = {"q_proj": heads, "k_proj": settings.get("num_key_value_heads", heads)}
+    rows = []
+    for entry in torch.entries:
+        name = entry.torch_names[0]
+        found = re.search("q_proj|k_proj", name)
+        if settings["model_type"] == "llama" and found:
+            entry = _interleaved(entry, sizes[found[0]])
+        names = tuple(map(_rename, entry.torch_names))
+        rows.append(dataclasses.replace(entry, torch=names if len(names) > 1 else names[0]))
+    return Naming(tuple(rows))
+
+
+def _rename(name: str) -> str:
+    layer = re.fullmatch(r"model\.layers\.(\{?\w+\}?)\.(.*)\.(\w+)", name)
+    prefix, module, leaf = (
+        (f"blk.{layer[1]}.", layer[2], layer[3]) if layer else ("", *name.rsplit(".", 1))
+    )
+    return f"{prefix}{_MODULES[module]}.{leaf}"
+
+
+def _interleaved(entry: Entry, heads: int) -> Entry:
+    """The row with the pairs of a rotation side by side in the file: torch's out axis is split."""
+    left, right = (entry.axes or KINDS[entry.kind][1] or "o -> o").split("->")
+    out = left.split()[0]
+    turn = lambda side, pair: re.sub(rf"\b{out}\b", f"(heads {pair})", side)
+    axes = f"{turn(left, 'half two')}->{turn(right, 'two half')}"
+    return dataclasses.replace(entry, axes=axes, sizes={"heads": heads, "two": 2})

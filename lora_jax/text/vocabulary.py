@@ -1,0 +1,112 @@
+"""A byte-level BPE tokenizer (https://arxiv.org/abs/1508.07909) from GGUF metadata."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
+
+from lora_jax.errors import ModelFileError
+
+# How text is cut before merges, by the names of llama.cpp's src/llama-vocab.cpp.
+_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|%s| ?[^\s\p{L}\p{N}]+[\r\n]*"
+_SPACES = r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+_CUTS = {
+    "llama-bpe": _WORDS % r"\p{N}{1,3}" + _SPACES,
+    "qwen2": _WORDS % r"\p{N}" + _SPACES,
+}
+_DIGITS = ("smollm", "starcoder", "refact", "command-r")  # each digit alone, then as GPT-2
+_GPT2 = ("gpt-2", "default")
+_CONTROL, _USER_DEFINED = 3, 4
+
+
+def from_metadata(metadata: Mapping[str, Any]) -> Tokenizer:
+    """The tokenizer that `tokenizer.ggml.*` describes.
+
+    Raises:
+      ModelFileError: it is of another kind than byte-level BPE, cuts text in an unknown way, or
+        its parts do not fit together.
+    """
+    kind = metadata.get("tokenizer.ggml.model")
+    if kind != "gpt2":
+        raise ModelFileError(
+            f"tokenizer.ggml.model is {kind!r}, only 'gpt2' (byte-level BPE) can be read: put the "
+            "model's tokenizer.json beside it"
+        )
+    tokens, merges = (_strings(metadata, f"tokenizer.ggml.{x}") for x in ("tokens", "merges"))
+    types = list(metadata.get("tokenizer.ggml.token_type", [1] * len(tokens)))
+    if len(types) != len(tokens) or len(set(tokens)) != len(tokens):
+        raise ModelFileError(
+            f"{len(types)} token types for {len(set(tokens))} different of {len(tokens)} tokens"
+        )
+    pairs = [_pair(merge) for merge in merges]
+    cut = metadata.get("tokenizer.ggml.pre", "default")
+    vocabulary = {token: i for i, token in enumerate(tokens)}
+    try:
+        model = models.BPE(vocabulary, pairs, ignore_merges=cut == "llama-bpe")
+    except Exception as error:  # tokenizers raises nothing more precise
+        raise ModelFileError(f"no BPE of tokenizer.ggml's tokens and merges: {error}") from error
+    tokenizer = Tokenizer(model)
+    tokenizer.pre_tokenizer = _pre_tokenizer(cut)
+    tokenizer.decoder = decoders.ByteLevel()
+    of_kind = lambda kind: [
+        AddedToken(token, normalized=False)
+        for token, its in zip(tokens, types, strict=True)
+        if its == kind
+    ]
+    tokenizer.add_special_tokens(of_kind(_CONTROL))
+    tokenizer.add_tokens(of_kind(_USER_DEFINED))
+    _add_ends(tokenizer, metadata, tokens)
+    return tokenizer
+
+
+def token(metadata: Mapping[str, Any], name: str) -> str | None:
+    """The token that `tokenizer.ggml.{name}_token_id` counts to; None where there is none."""
+    number = metadata.get(f"tokenizer.ggml.{name}_token_id")
+    tokens = _strings(metadata, "tokenizer.ggml.tokens")
+    return tokens[number] if isinstance(number, int) and 0 <= number < len(tokens) else None
+
+
+def _strings(metadata: Mapping[str, Any], key: str) -> list[str]:
+    value = metadata.get(key)
+    if not isinstance(value, list):
+        raise ModelFileError(f"{key} is no list of strings")
+    return value
+
+
+def _pair(merge: str) -> tuple[str, str]:
+    first, _, second = merge.partition(" ")
+    if not first or not second or " " in second:
+        raise ModelFileError(f"{merge!r} in tokenizer.ggml.merges does not name two tokens")
+    return first, second
+
+
+def _pre_tokenizer(cut: Any) -> Any:
+    if cut in _GPT2:
+        return pre_tokenizers.ByteLevel(add_prefix_space=False)
+    first: Any
+    if cut in _DIGITS:
+        first, rest = pre_tokenizers.Digits(individual_digits=True), True
+    elif cut in _CUTS:
+        first, rest = pre_tokenizers.Split(Regex(_CUTS[cut]), "isolated"), False
+    else:
+        known = ", ".join((*_GPT2, *_DIGITS, *_CUTS))
+        raise ModelFileError(f"tokenizer.ggml.pre is {cut!r}, only {known} can be read")
+    return pre_tokenizers.Sequence(
+        [first, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=rest)]
+    )
+
+
+def _add_ends(tokenizer: Tokenizer, metadata: Mapping[str, Any], tokens: list[str]) -> None:
+    """Has `encode` put the tokens before and behind a text that the file asks for."""
+    ends = {
+        name: content
+        for name in ("bos", "eos")
+        if metadata.get(f"tokenizer.ggml.add_{name}_token")
+        and (content := token(metadata, name)) is not None
+    }
+    if ends:
+        parts = [ends.get("bos"), "$A", ends.get("eos")]
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=[part for part in parts if part],
+            special_tokens=[(content, tokens.index(content)) for content in ends.values()],
+        )

@@ -1,0 +1,154 @@
+"""Batches: arrays of rows, held out or in an order that a seed and a step alone decide."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from lora_jax.text.packing import assign, lay_out, number_segments, pack
+from lora_jax.training.examples import Example
+
+Batch = Mapping[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class Data:
+    """Rows as arrays; a row of zeros is an empty one, which counts for nothing."""
+
+    arrays: Batch  # each [rows, ...]
+
+    def __len__(self) -> int:
+        return len(next(iter(self.arrays.values())))
+
+    def take(self, rows: np.ndarray) -> Batch:
+        """The rows at integer indices `[m]`; an index of -1 gives an empty row."""
+        there = rows >= 0
+        taken = {name: x[rows] for name, x in self.arrays.items()}
+        return {
+            name: np.where(there.reshape(-1, *[1] * (x.ndim - 1)), x, np.zeros((), x.dtype))
+            for name, x in taken.items()
+        }
+
+
+def pack_examples(examples: Sequence[Example], length: int) -> Data:
+    """Examples packed into rows of `length` tokens, for a language model.
+
+    Returns:
+      Data of int32 "ids" and "segments" `[rows, length]` (1, 2, ... for a row's texts, 0 at
+      padding) and float32 "weights" `[rows, length]`: 1 where the token is to be predicted from
+      those before it in its segment. The first of a segment never is.
+    """
+    lengths = [len(example) for example in examples]
+    rows = assign(lengths, length, length)
+    weights = [example.trains.astype(np.float32) for example in examples]
+    for weight in weights:
+        weight[0] = 0
+    return Data(
+        {
+            "ids": lay_out(rows, [example.ids for example in examples], length),
+            "segments": number_segments(rows, lengths, length),
+            "weights": lay_out(rows, weights, length),
+        }
+    )
+
+
+def cut_stream(ids: np.ndarray, length: int) -> Data:
+    """One stream of token ids in full rows of `length` tokens.
+
+    Each row begins with the token that the row before it ends with, so that every token but the
+    first is predicted once. The last row is padded.
+
+    Args:
+      ids: int32 `[n]`, n at least 2.
+
+    Returns:
+      Data as `pack_examples` gives it.
+
+    >>> cut_stream(np.arange(1, 7, dtype=np.int32), length=3).arrays["ids"]
+    array([[1, 2, 3],
+           [3, 4, 5],
+           [5, 6, 0]], dtype=int32)
+    """
+    starts = range(0, len(ids) - 1, length - 1)
+    pieces = [ids[start : start + length] for start in starts]
+    every = [np.ones(len(piece), bool) for piece in pieces]
+    laid = {"ids": pieces, "segments": [e.astype(np.int32) for e in every]}
+    rows = [[i] for i in range(len(pieces))]
+    weights = lay_out(rows, [e.astype(np.float32) for e in every], length)
+    weights[:, 0] = 0
+    return Data(
+        {**{name: lay_out(rows, x, length) for name, x in laid.items()}, "weights": weights}
+    )
+
+
+def pack_labelled(
+    texts: Sequence[np.ndarray], labels: Sequence[int], length: int, slots: int
+) -> Data:
+    """Labelled texts packed into rows of `length` tokens, for a classifier.
+
+    Args:
+      texts: int32 token ids `[n]` of each text, n at most `length`.
+      labels: the class of each.
+      slots: texts a row holds at most.
+
+    Returns:
+      Data of int32 "ids" and "segments" `[rows, length]`, int32 "labels" `[rows, slots]` and
+      float32 "weights" `[rows, slots]`, 1 where the row has such a segment.
+    """
+    packed = pack(texts, length, slots)
+    there = packed.source >= 0
+    return Data(
+        {
+            "ids": packed.ids,
+            "segments": packed.segments,
+            "labels": np.where(there, np.asarray(labels, np.int32)[packed.source], 0),
+            "weights": there.astype(np.float32),
+        }
+    )
+
+
+def steps_per_epoch(rows: int, size: int) -> int:
+    """Batches of `size` rows that hold all `rows`."""
+    return math.ceil(rows / size)
+
+
+def batch_of_step(data: Data, size: int, seed: int, step: int) -> Batch:
+    """The `size` rows of one training step, a function of seed and step alone.
+
+    Each epoch goes through all rows once, in an order of its own; empty rows fill its last batch.
+
+    Args:
+      step: from 0.
+    """
+    epoch, place = divmod(step, steps_per_epoch(len(data), size))
+    order = np.random.default_rng([seed, epoch]).permutation(len(data))
+    return data.take(_filled(order[place * size : (place + 1) * size], size))
+
+
+def batches(data: Data, size: int) -> Iterator[Batch]:
+    """All rows in order, `size` at a time; empty rows fill the last batch up."""
+    for start in range(0, len(data), size):
+        yield data.take(_filled(np.arange(start, min(start + size, len(data))), size))
+
+
+def _filled(rows: np.ndarray, size: int) -> np.ndarray:
+    return np.concatenate([rows, np.full(size - len(rows), -1, rows.dtype)])
+
+
+def hold_out(count: int, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Indices of the examples to train on and of those held out, drawn by `seed`, ascending.
+
+    Raises:
+      ValueError: one of the two parts would be empty.
+
+    >>> [part.tolist() for part in hold_out(5, 0.4, seed=0)]
+    [[1, 2, 4], [0, 3]]
+    """
+    held = round(count * share)
+    if not 0 < held < count:
+        raise ValueError(f"a share of {share} of {count} examples leaves one part empty")
+    order = np.random.default_rng([seed, count]).permutation(count)
+    return np.sort(order[held:]), np.sort(order[:held])

@@ -1,0 +1,53 @@
+"""The log of a run: one JSON object a line, of a step or of an evaluation."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lora_jax.atomic import write_atomically
+
+Record = Mapping[str, Any]
+
+
+def append(path: Path, record: Record) -> None:
+    """Writes one line; what is written stays, even if the process is killed."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(record) + "\n")
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """The records of a log, without a last line that was cut short; none if there is no file."""
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8").split("\n")
+    records = []
+    for line in lines:
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if isinstance(record, dict) and "step" in record:
+            records.append(record)
+    return records
+
+
+def rewind(path: Path, step: int) -> list[dict[str, Any]]:
+    """Drops all records behind `step`, as a resumed run writes them anew; returns what is left."""
+    kept = [record for record in read(path) if record["step"] <= step]
+    if path.exists():
+        write_atomically(path, "".join(json.dumps(r) + "\n" for r in kept).encode())
+    return kept
+
+
+def losses(records: list[dict[str, Any]]) -> tuple[list[int], list[float]]:
+    """Steps and training losses."""
+    found = [(r["step"], r["loss"]) for r in records if "loss" in r]
+    return [step for step, _ in found], [loss for _, loss in found]
+
+
+def evaluations(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The records of held-out rows."""
+    return [record for record in records if "eval_loss" in record]

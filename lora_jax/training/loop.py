@@ -1,0 +1,214 @@
+"""The loop: steps, evaluations, checkpoints and a log; to the bit the same when resumed."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import optax
+
+from lora_jax.training import log
+from lora_jax.training.checkpoints import Checkpoints
+from lora_jax.training.data import Data, batch_of_step, batches, steps_per_epoch
+from lora_jax.training.errors import TrainingError
+from lora_jax.training.step import Loss, State, make_evaluation, make_step, start
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How long and how often; rows are those of `Data`.
+
+    Raises:
+      TrainingError: a field is not what it should be; the message names it.
+    """
+
+    steps: int
+    rows: int = 4  # of a micro-batch
+    accumulate: int = 1  # micro-batches of a step
+    seed: int = 0  # of the order and of dropout
+    eval_every: int = 0  # steps; 0 evaluates before the first step and after the last alone
+    save_every: int = 0  # steps; 0 saves after the last alone
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "rows", "accumulate"):
+            if getattr(self, name) < 1:
+                raise TrainingError(f"{name} must be positive, got {getattr(self, name)}")
+        for name in ("seed", "eval_every", "save_every"):
+            if getattr(self, name) < 0:
+                raise TrainingError(f"{name} must not be negative, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True)
+class Job:
+    """What to train on what, and where the traces go."""
+
+    loss: Loss  # of the model as it was before `lora`
+    base: Any  # its parameters
+    tx: optax.GradientTransformation
+    rates: Callable[[int], Any]  # the learning rate of each step, for the log
+    data: Data
+    held_out: Data | None
+    settings: Settings
+    directory: Path  # for the checkpoints and `log.jsonl`
+
+
+@dataclass(frozen=True)
+class Watcher:
+    """What happens besides; each may be left out."""
+
+    stop: Callable[[], bool] = lambda: False  # looked at between steps
+    step: Callable[[log.Record], None] = lambda record: None  # told every record of the log
+    best: Callable[[Any, log.Record], None] = lambda adapters, record: None  # the lowest loss yet
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Where a run ended."""
+
+    adapters: Any
+    step: int  # steps done; fewer than asked for where it was stopped
+    records: list[dict[str, Any]]  # the whole log
+
+
+def train(job: Job, adapters: Any, watcher: Watcher = Watcher()) -> Outcome:
+    """Trains `adapters`, from the last checkpoint in the job's directory if there is one.
+
+    The order of the rows and the dropout are functions of seed and step, so a resumed run takes
+    the same steps to the bit as one that was never interrupted.
+
+    Args:
+      job: the loss, the data, the settings.
+      adapters: the overlay to start with; its arrays are left alone.
+      watcher: what is told about it, and what may stop it.
+
+    Raises:
+      TrainingError: the loss or the gradient is not finite (the state before that step is saved
+        and resuming goes on there), or checkpoints cannot be written or read.
+    """
+    settings, log_file = job.settings, job.directory / "log.jsonl"
+    job.directory.mkdir(parents=True, exist_ok=True)
+    with Checkpoints(job.directory / "checkpoints") as checkpoints:
+        state = start(adapters, job.tx)
+        restored = checkpoints.restore(state)
+        done, state = restored or (0, state)
+        records = log.rewind(log_file, done)
+
+        def note(record: dict[str, Any]) -> None:
+            log.append(log_file, record)
+            records.append(record)
+            watcher.step(record)
+
+        evaluate = _evaluator(job, watcher, records, note)
+        step = make_step(job.loss, job.tx, settings.accumulate, settings.seed)
+        evaluate(done, state)
+        while done < settings.steps and not watcher.stop():
+            state = _one(job, step, done, state, note, checkpoints)
+            done += 1
+            if not watcher.stop():
+                evaluate(done, state)
+            if _due(done, settings.save_every, settings.steps):
+                checkpoints.save(done, state)
+        checkpoints.save(done, state)
+    return Outcome(state.adapters, done, records)
+
+
+def _one(
+    job: Job,
+    step: Callable[..., Any],
+    done: int,
+    state: State,
+    note: Callable[[dict[str, Any]], None],
+    checkpoints: Checkpoints,
+) -> State:
+    """One step and its record."""
+    began = time.perf_counter()
+    size = job.settings.rows * job.settings.accumulate
+    batch = batch_of_step(job.data, size, job.settings.seed, done)
+    state, measured = step(state, job.base, batch)
+    values = {name: float(x) for name, x in jax.device_get(measured).items()}
+    if not math.isfinite(values["loss"]) or not math.isfinite(values["gradient_norm"]):
+        checkpoints.save(done, state)  # the step left it as it was
+        what = "loss" if not math.isfinite(values["loss"]) else "gradient_norm"
+        raise TrainingError(
+            f"step {done + 1}: the {what.replace('_', ' ')} is {values[what]}; try a lower --lr, a "
+            f"longer --warmup or --dtype float32. The state before it is in {checkpoints.directory}"
+        )
+    note(
+        {
+            "step": done + 1,
+            "loss": values["loss"],
+            "tokens": round(values["weight"]),
+            "lr": float(job.rates(done)),
+            "gradient_norm": values["gradient_norm"],
+            "seconds": round(time.perf_counter() - began, 4),
+            **({"accuracy": values["right"] / values["weight"]} if "right" in values else {}),
+        }
+    )
+    return state
+
+
+def _evaluator(
+    job: Job,
+    watcher: Watcher,
+    records: list[dict[str, Any]],
+    note: Callable[[dict[str, Any]], None],
+) -> Callable[[int, State], None]:
+    """A function that evaluates after the steps at which that is due, unless the log has it."""
+    run = make_evaluation(job.loss)
+    held_out = job.held_out
+
+    def evaluate(done: int, state: State) -> None:
+        due = done == 0 or _due(done, job.settings.eval_every, job.settings.steps)
+        known = log.evaluations(records)
+        if held_out is None or not due or any(r["step"] == done for r in known):
+            return
+        began = time.perf_counter()
+        found = measure(run, state.adapters, job.base, held_out, job.settings.rows)
+        record = {"step": done, **found, "eval_seconds": round(time.perf_counter() - began, 4)}
+        if all(found["eval_loss"] < r["eval_loss"] for r in known):
+            watcher.best(state.adapters, record)
+        note(record)
+
+    return evaluate
+
+
+def measure(
+    run: Callable[..., Any], adapters: Any, base: Any, data: Data, rows: int
+) -> dict[str, float]:
+    """Loss over all of `data`, each token or text counted once.
+
+    Args:
+      run: as `make_evaluation` returns it.
+      rows: in a batch.
+
+    Returns:
+      "eval_loss", with "perplexity" (its exponential) of a language model, "eval_accuracy" of a
+      classifier.
+    """
+    total: dict[str, float] = {}
+    for batch in batches(data, rows):
+        for name, value in jax.device_get(run(adapters, base, batch)).items():
+            total[name] = total.get(name, 0.0) + float(value)
+    loss = total["loss"] / total["weight"]
+    if "right" in total:
+        return {"eval_loss": loss, "eval_accuracy": total["right"] / total["weight"]}
+    return {"eval_loss": loss, "perplexity": math.exp(min(loss, 700.0))}
+
+
+def _due(done: int, every: int, steps: int) -> bool:
+    return done == steps or (every > 0 and done % every == 0)
+
+
+def steps_of_epochs(epochs: float, data: Data, rows: int, accumulate: int) -> int:
+    """Steps that go through `data` so many times.
+
+    >>> import numpy as np
+    >>> steps_of_epochs(2, Data({"ids": np.zeros((10, 3))}), rows=2, accumulate=2)
+    6
+    """
+    return max(1, round(epochs * steps_per_epoch(len(data), rows * accumulate)))

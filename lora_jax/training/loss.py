@@ -1,0 +1,133 @@
+"""Cross-entropy of tokens and of classes: sums over a batch, which add up across batches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+# "loss": of all that counts, "weight": how much counts; a classifier's also "right".
+Sums = dict[str, jax.Array]
+Batch = Mapping[str, jax.Array]
+
+
+def cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
+    """-log softmax(logits)[target], in float32 or wider.
+
+    Args:
+      logits: floating `[..., classes]`.
+      targets: integers `[...]`, in 0 .. classes - 1.
+
+    Returns:
+      `[...]`, float32 unless the logits are float64.
+
+    >>> cross_entropy(jnp.log(jnp.array([0.25, 0.75])), jnp.array(1)).round(4).item()
+    0.2877
+    """
+    logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+    classes = jax.lax.broadcasted_iota(targets.dtype, logits.shape, logits.ndim - 1)
+    # A comparison and a sum, not a gather, whose gradient would scatter; this one fuses.
+    picked = jnp.where(classes == targets[..., None], logits, 0).sum(axis=-1)
+    return jax.nn.logsumexp(logits, axis=-1) - picked
+
+
+def shifted(batch: Batch) -> tuple[jax.Array, jax.Array]:
+    """What each position predicts and how much that counts: ids and weights, one to the left.
+
+    Logits are as large as the vocabulary, so they stay where they are.
+    """
+    targets = jnp.roll(batch["ids"], -1, axis=1)
+    weights = jnp.roll(batch["weights"], -1, axis=1).at[:, -1].set(0)
+    return targets, weights
+
+
+def language_sums(
+    apply: Callable[[Any, jax.Array, jax.Array], jax.Array],
+) -> Callable[[Any, Batch], Sums]:
+    """The loss of a language model, as a function of its parameters and a batch.
+
+    Args:
+      apply: `(params, ids, segments) -> logits` `[rows, length, vocabulary]`.
+
+    Returns:
+      `(params, batch) -> Sums`: "loss", the sum of weighted cross-entropies of the tokens, and
+      "weight", the sum of weights. The batch is one of `data.pack_examples` or `cut_stream`.
+    """
+
+    def sums(params: Any, batch: Batch) -> Sums:
+        targets, weights = shifted(batch)
+        losses = cross_entropy(apply(params, batch["ids"], batch["segments"]), targets)
+        return _sums(losses, weights)
+
+    return sums
+
+
+def language_sums_in_chunks(
+    hidden: Callable[[Any, jax.Array, jax.Array], jax.Array],
+    head: Callable[[Any, jax.Array], jax.Array],
+    chunk: int,
+) -> Callable[[Any, Batch], Sums]:
+    """`language_sums` that holds the logits of `chunk` tokens at a time, forward and back.
+
+    For vocabularies whose logits do not fit: they are computed twice.
+
+    Args:
+      hidden: `(params, ids, segments) -> [rows, length, width]`.
+      head: `(params, [n, width]) -> logits [n, vocabulary]`.
+      chunk: tokens, static.
+    """
+
+    def sums(params: Any, batch: Batch) -> Sums:
+        targets, weights = shifted(batch)
+        states = hidden(params, batch["ids"], batch["segments"])
+        flat = [states.reshape(-1, states.shape[-1]), targets.ravel(), weights.ravel()]
+        pieces = [_in_chunks(x, chunk) for x in flat]
+
+        @jax.checkpoint
+        def one(total: Sums, piece: Any) -> tuple[Sums, None]:
+            state, target, weight = piece
+            part = _sums(cross_entropy(head(params, state), target), weight)
+            return {name: total[name] + part[name] for name in total}, None
+
+        dtype = jnp.promote_types(states.dtype, jnp.float32)
+        zeros = {"loss": jnp.zeros((), dtype), "weight": jnp.zeros((), weights.dtype)}
+        return jax.lax.scan(one, zeros, tuple(pieces))[0]
+
+    return sums
+
+
+def _in_chunks(x: jax.Array, chunk: int) -> jax.Array:
+    """`[n, ...] -> [chunks, chunk, ...]`, zeros behind: targets of weight 0."""
+    missing = -len(x) % chunk
+    padded = jnp.pad(x, [(0, missing), *[(0, 0)] * (x.ndim - 1)])
+    return padded.reshape(-1, chunk, *x.shape[1:])
+
+
+def class_sums(
+    apply: Callable[[Any, jax.Array, jax.Array], jax.Array],
+) -> Callable[[Any, Batch], Sums]:
+    """The loss of a classifier of packed texts, as a function of its parameters and a batch.
+
+    Args:
+      apply: `(params, ids, segments) -> logits` `[rows, slots, classes]`.
+
+    Returns:
+      `(params, batch) -> Sums`, with "right", the number of texts whose class has the highest
+      logit. The batch is one of `data.pack_labelled`.
+    """
+
+    def sums(params: Any, batch: Batch) -> Sums:
+        logits = apply(params, batch["ids"], batch["segments"])
+        found = _sums(cross_entropy(logits, batch["labels"]), batch["weights"])
+        hits = (logits.argmax(axis=-1) == batch["labels"]) * batch["weights"]
+        return {**found, "right": hits.sum()}
+
+    return sums
+
+
+def _sums(losses: jax.Array, weights: jax.Array) -> Sums:
+    # Chosen, not multiplied: what stands at padding may be infinite.
+    counted = jnp.where(weights > 0, losses * weights.astype(losses.dtype), 0)
+    return {"loss": counted.sum(), "weight": weights.sum()}
