@@ -10,10 +10,13 @@ from typing import Annotated
 import typer
 
 from lora_jax import __version__
-from lora_jax.cli import train
+from lora_jax.cli import inspect, train
 
 #: The commands in the help's order: name -> the module whose `command` it runs.
-COMMANDS: dict[str, ModuleType] = {"train": train}
+COMMANDS: dict[str, ModuleType] = {
+    "train": train,
+    "inspect": inspect,
+}
 
 EXIT_CODES = """\b
 Exit codes:
@@ -26,7 +29,7 @@ LORA_JAX_DEBUG=1 shows the traceback of a failure."""
 
 
 def examples(commands: tuple[str, ...]) -> str:
-    """The part of a help that shows commands to copy; never wrapped, however narrow the terminal."""
+    """The part of a help that shows commands to copy; no terminal is too narrow for them."""
     return "\b\nExamples:\n" + "\n".join(f"  {command}" for command in commands)
 
 
