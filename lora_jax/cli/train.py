@@ -44,17 +44,19 @@ class Schedule(enum.StrEnum):
 
 _MODEL = "A directory in Hugging Face's layout, a .gguf file, or a name: smollm2, tiny."
 _DATA = "A .jsonl file of rows, or a .txt file; may be given several times."
+_OUT = "The run's directory: adapter, checkpoints, log."
 _TARGETS = "What to adapt, by commas: torch's names, paths of the tree, or all-linear."
 
 
 def command(
     context: typer.Context,
-    model: Annotated[str, typer.Option(help=_MODEL)],
-    data: Annotated[list[Path], typer.Option(help=_DATA)],
-    out: Annotated[Path, typer.Option(help="The run's directory: adapter, checkpoints, log.")],
+    model: Annotated[str, typer.Option(metavar="MODEL", help=_MODEL)],
+    data: Annotated[list[Path], typer.Option(metavar="FILE", help=_DATA)],
+    out: Annotated[Path, typer.Option(metavar="DIR", help=_OUT)],
     task: Annotated[Task, typer.Option(help="What to learn.")] = Task.CAUSAL_LM,
     held_out: Annotated[
-        list[Path] | None, typer.Option("--eval", help="Files to judge by, of the same kind.")
+        list[Path] | None,
+        typer.Option("--eval", metavar="FILE", help="Files to judge by, of the same kind."),
     ] = None,
     eval_split: Annotated[
         float, typer.Option(min=0, max=0.9, help="Or the share of the data to judge by.")
@@ -62,7 +64,9 @@ def command(
     encoding: Annotated[str, typer.Option(help="Of the data files.")] = "utf-8",
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
     rank: Annotated[int, typer.Option(min=1)] = 8,
-    alpha: Annotated[float | None, typer.Option(help="The scale is alpha / rank.")] = None,
+    alpha: Annotated[
+        float | None, typer.Option(help="The scale is alpha / rank; without it, 1.")
+    ] = None,
     targets: Annotated[str, typer.Option(help=_TARGETS)] = "all-linear",
     init: Annotated[Init, typer.Option(help="How A and B start.")] = Init.KAIMING,
     dora: Annotated[bool, typer.Option("--dora", help="A magnitude for every output.")] = False,
