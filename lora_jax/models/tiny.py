@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 
 from lora_jax.models import tables
-from lora_jax.models.llama import Llama, LlamaConfig
+from lora_jax.models.llama import Llama
+from lora_jax.models.llama_config import LlamaConfig
 from lora_jax.models.pretrained import Pretrained
 
 
