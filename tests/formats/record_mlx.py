@@ -10,7 +10,7 @@ writes `mlx.npz`:
     <case>/merged/<name>           the weights that mlx-lm fuses it to
 
 With folders it loads the adapters in them onto the same model instead, and writes the fused weights
-to `merged.npz` in each: `check_mlx.py` compares.
+to `merged.npz` in each: test_mlx.py's `check` compares.
 """
 
 import json
@@ -74,7 +74,7 @@ def fused(model: nn.Module) -> dict[str, np.ndarray]:
 def record(case: str) -> dict[str, np.ndarray]:
     rank, scale, dora = CASES[case]
     model, layers = build(), 2 if case == "last layers" else -1
-    keys = KEYS[:2] if case == "last layers" else KEYS
+    keys = KEYS if case == "lora" else KEYS[:2]
     parameters = {"rank": rank, "scale": scale, "dropout": 0.0, "keys": keys}
     linear_to_lora_layers(model, layers, parameters, use_dora=dora)
     moved = nn.utils.tree_map(
