@@ -1,0 +1,109 @@
+"""Rotary position embeddings (Su et al., 2021, https://arxiv.org/abs/2104.09864)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+KINDS = ("default", "linear", "llama3")
+
+
+@dataclass(frozen=True)
+class Rope:
+    """How positions turn into angles, under the names that `config.json` uses.
+
+    `linear` divides every frequency by `factor`. `llama3` divides those of long waves alone
+    (Llama 3.1): waves longer than `original_max_position_embeddings / low_freq_factor`, with a
+    smooth passage up to `original_max_position_embeddings / high_freq_factor`.
+
+    Raises `ValueError` for a kind that is not in `KINDS` and for numbers that are not positive.
+    """
+
+    theta: float = 10000.0
+    kind: str = "default"
+    factor: float = 1.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_position_embeddings: int = 8192
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise ValueError(f"rope_type {self.kind!r} is not supported, only {', '.join(KINDS)}")
+        for name in (
+            *("theta", "factor", "low_freq_factor", "high_freq_factor"),
+            "original_max_position_embeddings",
+        ):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+                raise ValueError(f"rope: {name} must be a positive number, got {value!r}")
+        if self.kind == "llama3" and self.high_freq_factor <= self.low_freq_factor:
+            raise ValueError(
+                f"rope: high_freq_factor {self.high_freq_factor} must be above "
+                f"low_freq_factor {self.low_freq_factor}"
+            )
+
+    @classmethod
+    def from_json(cls, settings: Mapping[str, Any]) -> Rope:
+        """Reads a parsed `config.json`, of transformers 4 (`rope_theta`, `rope_scaling`) or 5.
+
+        Raises `ValueError` for what `Rope` refuses, for a part of the width rotated, and for a
+        scaled kind without its numbers.
+        """
+        given = settings.get("rope_parameters") or settings.get("rope_scaling") or {}
+        if not isinstance(given, Mapping):
+            raise ValueError(f"rope_scaling must be a mapping, got {given!r}")
+        partial = given.get("partial_rotary_factor", settings.get("partial_rotary_factor")) or 1.0
+        if partial != 1.0:
+            raise ValueError(f"partial_rotary_factor {partial!r} is not supported")
+        kind = given.get("rope_type", given.get("type")) or "default"
+        theta = given.get("rope_theta", settings.get("rope_theta", cls.theta))
+        numbers = {"default": (), "linear": ("factor",), "llama3": SCALED}.get(kind, ())
+        if missing := [name for name in numbers if name not in given]:
+            raise ValueError(f"rope_type {kind!r} needs {', '.join(missing)}")
+        return cls(theta, kind, **{name: given[name] for name in numbers})
+
+    def frequencies(self, size: int) -> np.ndarray:
+        """Angle per position of each pair of a head's numbers: `[size / 2]` float32."""
+        frequency = 1 / self.theta ** (np.arange(0, size, 2, dtype=np.float64) / size)
+        if self.kind == "linear":
+            frequency /= self.factor
+        if self.kind == "llama3":
+            turns = self.original_max_position_embeddings * frequency / (2 * np.pi)
+            low, high = self.low_freq_factor, self.high_freq_factor
+            kept = np.clip((turns - low) / (high - low), 0, 1)  # 1: a short wave, left as it is
+            frequency *= kept + (1 - kept) / self.factor
+        return frequency.astype(np.float32)
+
+    def angles(self, positions: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:
+        """Cosine and sine for `rotate`: `[...]` integers -> `[..., size / 2]` float32, twice."""
+        angle = positions[..., None].astype(jnp.float32) * self.frequencies(size)
+        return jnp.cos(angle), jnp.sin(angle)
+
+
+#: What the kind `llama3` needs besides theta.
+SCALED = (
+    *("factor", "low_freq_factor", "high_freq_factor"),
+    "original_max_position_embeddings",
+)
+
+
+def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """Turns pairs of numbers: the first and second half of a head, as Hugging Face lays them out.
+
+    Args:
+      x: `[batch, length, ..., size]`.
+      cos, sin: `[batch or 1, length, size / 2]`, of `Rope.angles`.
+
+    Returns:
+      The same shape and dtype as `x`; the arithmetic is in float32.
+    """
+    middle = (1,) * (x.ndim - cos.ndim)
+    cos, sin = (t.reshape(*t.shape[:2], *middle, t.shape[-1]) for t in (cos, sin))
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    turned = (first * cos - second * sin, second * cos + first * sin)
+    return jnp.concatenate(turned, axis=-1).astype(x.dtype)

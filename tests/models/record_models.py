@@ -1,0 +1,110 @@
+"""Records tiny random models of `transformers` with their logits: tests/models/fixtures.
+
+Run it in an environment with torch and transformers (recorded with 2.13 and 5.23):
+`python tests/models/record_models.py`. Every directory holds what `save_pretrained` writes, and
+`expected.npz`: token ids and mask (one row padded on the left), logits in float32, those that
+torch gives in bfloat16, and what greedy generation appends to the first row.
+"""
+
+import pathlib
+import shutil
+
+import numpy as np
+import torch
+import transformers
+
+FIXTURES = pathlib.Path(__file__).parent / "fixtures"
+SIZES = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.25,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "pad_token_id": 0,
+}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 100.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+LINEAR = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}
+
+
+def causal(config: transformers.PretrainedConfig) -> transformers.PreTrainedModel:
+    """A causal language model with random values in its biases and norms too."""
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter += 0.2 * torch.randn_like(parameter)
+    return model.eval()
+
+
+def models() -> dict[str, tuple[transformers.PreTrainedModel, str]]:
+    """{name: (model, shard size)}."""
+    c = transformers
+    llama = c.LlamaConfig(**SIZES, rope_parameters=LLAMA3, tie_word_embeddings=False)
+    tied = c.LlamaConfig(
+        **SIZES, rope_parameters=LINEAR, tie_word_embeddings=True, attention_bias=True,
+        mlp_bias=True, head_dim=12,
+    )  # fmt: skip
+    mistral = c.MistralConfig(**SIZES, sliding_window=4, tie_word_embeddings=False)
+    qwen2 = c.Qwen2Config(**SIZES, tie_word_embeddings=True, use_sliding_window=False)
+    return {
+        "llama": (causal(llama), "1GB"),
+        "llama_tied": (causal(tied), "30KB"),
+        "mistral": (causal(mistral), "1GB"),
+        "qwen2": (causal(qwen2), "1GB"),
+    }
+
+
+def record(name: str, model: transformers.PreTrainedModel, shard: str) -> None:
+    directory = FIXTURES / name
+    shutil.rmtree(directory, ignore_errors=True)
+    model.save_pretrained(directory, max_shard_size=shard)
+    (directory / "generation_config.json").unlink(missing_ok=True)
+    ids = torch.randint(1, 64, (2, 11))
+    mask = torch.ones_like(ids)
+    mask[1, :4] = 0
+    inputs = {"input_ids": ids, "attention_mask": mask}
+    inputs["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)
+    with torch.no_grad():
+        greedy = model.generate(ids[:1], max_new_tokens=9, do_sample=False)[:, ids.shape[1] :]
+        logits = model(**inputs).logits
+        half = model.to(torch.bfloat16)(**inputs).logits.float()
+    np.savez_compressed(
+        directory / "expected.npz",
+        **{"ids": ids, "mask": mask, "logits": logits, "bfloat16": half, "greedy": greedy},
+    )
+
+
+def record_bert() -> None:
+    sizes = {name: SIZES[name] for name in SIZES if "token" not in name and "key_value" not in name}
+    config = transformers.BertConfig(**sizes, hidden_act="gelu")
+    model = transformers.AutoModel.from_config(config, attn_implementation="eager").eval()
+    directory = FIXTURES / "bert"
+    shutil.rmtree(directory, ignore_errors=True)
+    model.save_pretrained(directory)
+    ids = torch.randint(1, 64, (2, 11))
+    mask = torch.ones_like(ids)
+    mask[1, 7:] = 0
+    types = torch.randint(0, 2, (2, 11))
+    with torch.no_grad():
+        hidden = model(ids, attention_mask=mask, token_type_ids=types).last_hidden_state
+    arrays = {"ids": ids, "mask": mask, "types": types, "hidden": hidden}
+    np.savez_compressed(directory / "expected.npz", **arrays)
+
+
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    for name, (model, shard) in models().items():
+        record(name, model, shard)
+    record_bert()
