@@ -227,7 +227,7 @@ def _sweep(directory: Path) -> None:
 
 
 @contextlib.contextmanager
-def _lock(directory: Path, exclusive: bool, patience: float = PATIENCE) -> Iterator[bool]:
+def _lock(directory: Path, exclusive: bool, patience: float | None = None) -> Iterator[bool]:
     """Hold the directory's lock; False where there is none to be had. It dies with its holder.
 
     Readers go on without it. A writer of sets (`exclusive`, with patience) gives up.
@@ -241,7 +241,7 @@ def _lock(directory: Path, exclusive: bool, patience: float = PATIENCE) -> Itera
         yield False
         return
     try:
-        yield _acquire(handle, directory, exclusive, patience)
+        yield _acquire(handle, directory, exclusive, PATIENCE if patience is None else patience)
     finally:
         os.close(handle)
 

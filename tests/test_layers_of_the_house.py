@@ -94,7 +94,7 @@ SUBPACKAGES = {
     "mlx": {"config", "errors", "naming", "overlay", "_paths", "tensorfile", "weights", "peft"},
     "loralib": {"config", "errors", "naming", "overlay", "_paths", "tensorfile", "weights", "peft"},
     "text": {"errors", "gguf_file"},
-    "training": {"", "errors", "text", "tensorfile"},
+    "training": {"", "atomic", "errors", "fingerprint", "text"},
     "demo": {"", "assets", "models", "text"},
     "cli": {
         *("", "assets", "errors", "models", "naming", "peft", "mlx", "loralib"),

@@ -1,4 +1,4 @@
-"""The command line, `lora-jax`: train, merge, inspect, generate and convert without a line of Python.
+"""The command line, `lora-jax`: the everyday jobs without a line of Python.
 
 It needs the packages of the extra "cli": `pip install "lora-jax[cli]"`.
 """

@@ -10,9 +10,12 @@ from typing import Annotated
 import typer
 
 from lora_jax import __version__
+from lora_jax.cli import inspect
 
 #: The commands in the help's order: name -> the module whose `command` it runs.
-COMMANDS: dict[str, ModuleType] = {}
+COMMANDS: dict[str, ModuleType] = {
+    "inspect": inspect,
+}
 
 EXIT_CODES = """\b
 Exit codes:
@@ -25,7 +28,7 @@ LORA_JAX_DEBUG=1 shows the traceback of a failure."""
 
 
 def examples(commands: tuple[str, ...]) -> str:
-    """The part of a help that shows commands to copy; never wrapped, however narrow the terminal."""
+    """The part of a help that shows commands to copy; no terminal is too narrow for them."""
     return "\b\nExamples:\n" + "\n".join(f"  {command}" for command in commands)
 
 

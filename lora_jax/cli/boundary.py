@@ -1,5 +1,6 @@
 """Where every failure of the command line becomes one line on stderr and an exit status."""
 
+import contextlib
 import errno
 import json
 import os
@@ -142,7 +143,5 @@ def _show_warning(message: Any, category: type, *_: Any, **__: Any) -> None:
 
 def _discard_output() -> None:
     """Nobody reads stdout any more: keep the interpreter from failing when it flushes it."""
-    try:
+    with contextlib.suppress(OSError, ValueError):  # where stdout is no file
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (OSError, ValueError):  # stdout is no file
-        pass

@@ -13,20 +13,18 @@ from lora_jax.training.rows import STREAM, Row, Rows
 
 
 class Encoder(Protocol):
-    """What is asked of a tokenizer; `lora_jax.text.tokenizer.Tokenizer` is one."""
-
-    @property
-    def bos_id(self) -> int | None:
-        """The id that opens a text, or None where texts open without one."""
+    """What is asked of a tokenizer; `lora_jax.text.Tokenizer` is one."""
 
     @property
     def eos_id(self) -> int | None:
-        """The id that ends a text."""
+        """The id that ends a text, where there is one."""
 
-    def encode(self, text: str) -> Sequence[int]:
-        """The ids of a text, without any that open or end it."""
+    def encode(self, text: str, special: bool = False) -> Sequence[int]:
+        """The ids of a text, with `special` also those that the model expects around it."""
 
-    def render(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool) -> str:
+    def chat(
+        self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = False
+    ) -> str:
         """A conversation in the model's chat template; raises `ValueError` without one."""
 
 
@@ -52,8 +50,8 @@ class Examples:
 def encode(rows: Rows, tokenizer: Encoder, length: int) -> Examples:
     """Token ids and masks of the rows of a language model's data.
 
-    - text: BOS (where the tokenizer has one), the text, EOS; all of it trains. One that is longer
-      than `length` is cut into pieces that train as texts of their own.
+    - text: BOS (where the tokenizer itself puts one before a text), the text, EOS; all of it
+      trains. One that is longer than `length` is cut into pieces that train as texts of their own.
     - prompt and completion: encoded one by one, as they meet when the model generates; BOS stands
       before, EOS behind, the completion and EOS train. What is beyond `length` is cut off.
     - chat: rendered by the tokenizer's template; what the assistant says trains, to the end of its
@@ -109,7 +107,7 @@ def _completion(row: Row, tokenizer: Encoder) -> Example:
 
 
 def _chat(row: Row, tokenizer: Encoder) -> Example:
-    pieces = chat_pieces(row.values["messages"], tokenizer.render)
+    pieces = chat_pieces(row.values["messages"], tokenizer.chat)
     # A template writes BOS and the ends of turns itself.
     return _join(tokenizer, pieces, ended=False)
 
@@ -124,13 +122,24 @@ _ENCODERS: Mapping[str, Callable[[Row, Encoder], Example]] = {
 def _join(tokenizer: Encoder, pieces: Sequence[tuple[str, bool]], ended: bool) -> Example:
     """Pieces of text, each with whether it trains, encoded one by one."""
     parts = [(list(tokenizer.encode(text)), trains) for text, trains in pieces]
-    if ended and tokenizer.bos_id is not None:
-        parts.insert(0, ([tokenizer.bos_id], False))
-    if ended and tokenizer.eos_id is not None:
-        parts.append(([tokenizer.eos_id], True))
+    if ended:
+        parts.insert(0, (surrounding(tokenizer)[0], False))
+        parts.append(([] if tokenizer.eos_id is None else [tokenizer.eos_id], True))
     ids = np.array([i for part, _ in parts for i in part], np.int32)
     trains = np.array([trains for part, trains in parts for _ in part], bool)
     return Example(ids, trains)
+
+
+def surrounding(tokenizer: Encoder) -> tuple[list[int], list[int]]:
+    """The ids that a tokenizer puts before and behind a text, as BERT's [CLS] and [SEP].
+
+    Not all that have a BOS put it there.
+    """
+    whole, plain = (list(tokenizer.encode("a", special=special)) for special in (True, False))
+    for i in range(len(whole) - len(plain) + 1):
+        if whole[i : i + len(plain)] == plain:
+            return whole[:i], whole[i + len(plain) :]
+    return [], []
 
 
 def chat_pieces(

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from lora_jax.atomic import write_atomically
 
 Record = Mapping[str, Any]
 
@@ -37,9 +38,7 @@ def rewind(path: Path, step: int) -> list[dict[str, Any]]:
     """Drops all records behind `step`, as a resumed run writes them anew; returns what is left."""
     kept = [record for record in read(path) if record["step"] <= step]
     if path.exists():
-        temporary = path.with_name(f".{path.name}.tmp")
-        temporary.write_text("".join(json.dumps(r) + "\n" for r in kept), encoding="utf-8")
-        os.replace(temporary, path)
+        write_atomically(path, "".join(json.dumps(r) + "\n" for r in kept).encode())
     return kept
 
 

@@ -66,5 +66,10 @@ class Optimizer:
             inner = lora.freeze(adamw(rates), adapters)
         else:
             inner = lora.lora_plus(rates, adapters, self.b_ratio, adamw)
-        clip = [lora.freeze(optax.clip_by_global_norm(self.clip), adapters)] if self.clip else []
-        return optax.chain(*clip, inner)
+        return optax.chain(self.clipping(adapters), inner)
+
+    def clipping(self, adapters: Any) -> optax.GradientTransformation:
+        """What bounds the global norm of all that trains, whatever groups it is in."""
+        if not self.clip:
+            return optax.identity()
+        return lora.freeze(optax.clip_by_global_norm(self.clip), adapters)

@@ -107,7 +107,7 @@ def _widened(x: jax.Array) -> jax.Array:
 def _norm(gradients: Any, adapters: Any) -> jax.Array:
     """The global norm over what trains."""
     trains = jax.tree.leaves(lora.mask(adapters))
-    return optax.global_norm(
+    return optax.tree.norm(
         [g for g, t in zip(jax.tree.leaves(gradients), trains, strict=True) if t]
     )
 

@@ -14,15 +14,15 @@ VOCABULARY, WIDTH = 17, 8
 
 
 def params(seed=0, dtype=jnp.float32):
-    keys = jax.random.split(jax.random.key(seed), 5)
     shapes = {
         "embedding": (VOCABULARY, WIDTH),
         **dict.fromkeys(("query", "key", "value"), (WIDTH, WIDTH)),
         "head": (WIDTH, VOCABULARY),
     }
+    rng = np.random.default_rng(seed)
     return {
-        name: jax.random.normal(k, shape, dtype) / shape[0] ** 0.5
-        for (name, shape), k in zip(shapes.items(), keys, strict=True)
+        name: jnp.asarray(rng.normal(size=shape, scale=shape[0] ** -0.5), dtype)
+        for name, shape in shapes.items()
     }
 
 
@@ -30,8 +30,8 @@ def hidden(params, ids, segments):
     """One causal attention in which segments see themselves alone."""
     x = params["embedding"][ids]
     q, k, v = (x @ params[name] for name in ("query", "key", "value"))
-    place = jnp.arange(ids.shape[1])
-    visible = (segments[:, :, None] == segments[:, None, :]) & (place[:, None] >= place[None, :])
+    same = segments[:, :, None] == segments[:, None, :]
+    visible = same & jnp.tril(jnp.ones_like(same))
     scores = jnp.where(visible, jnp.einsum("bqd,bkd->bqk", q, k), -1e9)
     return x + jnp.einsum("bqk,bkd->bqd", jax.nn.softmax(scores), v)
 
@@ -84,11 +84,12 @@ def job(directory, steps=6, data: Data | None = None, held_out: Data | None = No
 class Letters:
     """A tokenizer of single letters, `a` being 3; a template of <role>content| for a turn."""
 
-    bos_id, eos_id = 1, 2
+    eos_id = 2
 
-    def encode(self, text):
-        return [3 + ord(letter) - ord("a") if letter.isalpha() else ord(letter) for letter in text]
+    def encode(self, text, special=False):
+        ids = [3 + ord(letter) - ord("a") if letter.isalpha() else ord(letter) for letter in text]
+        return [1, *ids] if special else ids
 
-    def render(self, messages, add_generation_prompt):
+    def chat(self, messages, add_generation_prompt=False):
         turns = [f"<{m['role']}>{m['content']}|" for m in messages]
         return "".join(turns) + ("<assistant>" if add_generation_prompt else "")

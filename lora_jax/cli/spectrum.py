@@ -1,0 +1,65 @@
+"""Numbers of an update ΔW = scale · A · B from its factors alone: norms and singular values."""
+
+import dataclasses
+
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True)
+class Spectrum:
+    """What one update holds.
+
+    Attributes:
+      norm_a, norm_b: Frobenius norms of the factors.
+      singular_values: of ΔW, `[min(rank, in, out)]`, the largest first; NaN where a factor is not
+        finite.
+    """
+
+    norm_a: float
+    norm_b: float
+    singular_values: np.ndarray
+
+    @property
+    def norm(self) -> float:
+        """‖ΔW‖, its Frobenius norm: √Σσ²."""
+        return float(np.linalg.norm(self.singular_values))
+
+    @property
+    def largest(self) -> float:
+        """The spectral norm, the largest singular value."""
+        return float(self.singular_values[0]) if self.singular_values.size else 0.0
+
+    @property
+    def stable_rank(self) -> float:
+        """‖ΔW‖² / σ₁²: how many directions as large as the largest would give this norm."""
+        return (self.norm / self.largest) ** 2 if self.largest != 0 else 0.0
+
+    def directions(self, share: float) -> int:
+        """How few singular directions hold this share of the energy Σσ²; 0 where ΔW is.
+
+        >>> Spectrum(1, 1, np.array([3.0, 1.0, 0.0])).directions(0.9)
+        1
+        """
+        energy = np.cumsum(self.singular_values**2)
+        if not energy.size or not energy[-1] > 0:
+            return 0
+        return int(np.searchsorted(energy, share * energy[-1] * (1 - 1e-12))) + 1
+
+
+def spectrum(a: np.ndarray, b: np.ndarray, scale: float) -> Spectrum:
+    """Norms and singular values of `scale · A · B` for A `[in, rank]` and B `[rank, out]`.
+
+    With A = Q₁R₁ and Bᵀ = Q₂R₂ they are those of the rank × rank matrix `scale · R₁ · R₂ᵀ`: the
+    update itself is never formed. In float64.
+
+    >>> found = spectrum(np.array([[3.0], [4.0]]), np.array([[0.6, 0.8]]), 2.0)
+    >>> found.norm_a, found.norm_b, round(found.norm, 6), round(found.stable_rank, 6)
+    (5.0, 1.0, 10.0, 1.0)
+    """
+    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    norms = float(np.linalg.norm(a)), float(np.linalg.norm(b))
+    if not (np.isfinite(a).all() and np.isfinite(b).all() and np.isfinite(scale)):
+        return Spectrum(*norms, np.full(min(a.shape[0], *b.shape), np.nan))
+    (_, left), (_, right) = np.linalg.qr(a), np.linalg.qr(b.T)
+    inner = left @ right.T
+    return Spectrum(*norms, abs(scale) * np.linalg.svd(inner, compute_uv=False))

@@ -1,0 +1,299 @@
+"""`PeftConfig`: an `adapter_config.json`, every key checked; nothing but data and its rules."""
+
+import dataclasses
+import json
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from lora_jax import tensorfile
+from lora_jax.errors import AdapterFileError, ConfigError
+
+FILE = "adapter_config.json"
+BIASES = ("none", "all", "lora_only")
+# Starts that change the base: A and B say nothing without it.
+CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+# Keys that change what A and B mean, with what each does; read only where they are off.
+REFUSED = {
+    "alora_invocation_tokens": "the adapter acts behind these tokens only",
+    "arrow_config": "adapters are mixed by a router",
+    "kasa_config": "the base is truncated to its largest singular values",
+    "layer_replication": "layers of the base are repeated",
+    "megatron_config": "the tensors are shards",
+    "monteclora_config": "the factors are samples",
+    "use_bdlora": "the factors are block-diagonal",
+    "use_qalora": "A reads averages of its inputs",
+}
+
+
+def _is_number(x: Any) -> bool:
+    if isinstance(x, bool) or not isinstance(x, int | float):
+        return False
+    return abs(x) <= 1e30  # false for nan and inf, and for integers that no float holds
+
+
+def _is_int(x: Any) -> bool:
+    return isinstance(x, int) and not isinstance(x, bool)
+
+
+def _is_rank(x: Any) -> bool:
+    return _is_int(x) and 0 < x < 2**31
+
+
+def _is_names(x: Any) -> bool:
+    return isinstance(x, tuple) and all(isinstance(name, str) for name in x)
+
+
+def _is_numbers(x: Any) -> bool:
+    return isinstance(x, tuple) and all(_is_int(i) and 0 <= i < 2**63 for i in x)
+
+
+def _is_mapping(x: Any, is_value: Callable[[Any], bool]) -> bool:
+    return isinstance(x, Mapping) and all(isinstance(k, str) and is_value(x[k]) for k in x)
+
+
+def _or_none(check: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda x: x is None or check(x)
+
+
+_FLAG = (lambda x: isinstance(x, bool), "true or false")
+_TEXT = (_or_none(lambda x: isinstance(x, str)), "a string or null")
+_TARGETS = (
+    _or_none(lambda x: isinstance(x, str) or _is_names(x)),
+    "a regular expression, a list of module names or null",
+)
+_CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "r": (_is_rank, "a positive integer"),
+    "lora_alpha": (_is_number, "a finite number"),
+    "target_modules": _TARGETS,
+    "exclude_modules": _TARGETS,
+    "rank_pattern": (lambda x: _is_mapping(x, _is_rank), "a mapping from names to ranks"),
+    "alpha_pattern": (lambda x: _is_mapping(x, _is_number), "a mapping from names to numbers"),
+    "use_rslora": _FLAG,
+    "use_dora": _FLAG,
+    "lora_bias": _FLAG,
+    "fan_in_fan_out": _FLAG,
+    "inference_mode": _FLAG,
+    "ensure_weight_tying": _FLAG,
+    "bias": (lambda x: x in BIASES, f"one of {', '.join(BIASES)}"),
+    "lora_dropout": (lambda x: _is_number(x) and 0 <= x <= 1, "a probability"),
+    "init_lora_weights": (lambda x: isinstance(x, bool | str), "true, false or a name"),
+    "modules_to_save": (_or_none(_is_names), "a list of module names or null"),
+    "layers_to_transform": (
+        _or_none(lambda x: _is_int(x) or _is_numbers(x)),
+        "a list of layer numbers, a number or null",
+    ),
+    "layers_pattern": (
+        _or_none(lambda x: isinstance(x, str) or _is_names(x)),
+        "a name, a list of names or null",
+    ),
+    "trainable_token_indices": (
+        _or_none(lambda x: _is_numbers(x) or _is_mapping(x, _is_numbers)),
+        "a list of token numbers, a mapping from module names to such lists, or null",
+    ),
+    "target_parameters": (_or_none(_is_names), "a list of parameter names or null"),
+    "task_type": _TEXT,
+    "base_model_name_or_path": _TEXT,
+    "peft_version": _TEXT,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class PeftConfig:
+    """What an `adapter_config.json` of Hugging Face PEFT says, checked key by key.
+
+    The fields have PEFT's names and defaults; lists become tuples. A key that is none of the fields
+    is kept in `others` and written again, unless it changes what the tensors mean: then it is
+    refused by name. See https://huggingface.co/docs/peft/package_reference/lora.
+
+    Raises:
+      ConfigError: keys with values that cannot be; all are listed, each with its value.
+
+    >>> config = PeftConfig(r=8, lora_alpha=16, target_modules=["q_proj"], alpha_pattern={"0.q": 4})
+    >>> config.scale("layers.1.q_proj"), config.scale("layers.0.q")
+    (2.0, 0.5)
+    >>> config.targets("model.layers.1.q_proj"), config.targets("model.layers.1.k_proj")
+    (True, False)
+    """
+
+    r: int = 8
+    lora_alpha: float = 8
+    target_modules: Any = None
+    exclude_modules: Any = None
+    rank_pattern: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    alpha_pattern: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    use_rslora: bool = False
+    use_dora: bool = False
+    lora_bias: bool = False
+    fan_in_fan_out: bool = False
+    bias: str = "none"
+    lora_dropout: float = 0.0
+    init_lora_weights: bool | str = True
+    modules_to_save: tuple[str, ...] | None = None
+    layers_to_transform: Any = None
+    layers_pattern: Any = None
+    trainable_token_indices: Any = None
+    target_parameters: tuple[str, ...] | None = None
+    ensure_weight_tying: bool = False
+    inference_mode: bool = True
+    task_type: str | None = None
+    base_model_name_or_path: str | None = None
+    peft_version: str | None = None
+    others: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in _CHECKS:
+            object.__setattr__(self, name, _frozen(getattr(self, name)))
+        problems = [
+            f"{name} must be {what}, got {_shown(getattr(self, name))}"
+            for name, (check, what) in _CHECKS.items()
+            if not check(getattr(self, name))
+        ]
+        if not problems:  # what follows reads the values
+            problems = [*_bad_patterns(self), *_refused(self)]
+        if problems:
+            raise ConfigError("; ".join(problems))
+
+    def rank(self, module: str) -> int:
+        """The rank of a module: that of the first key of `rank_pattern` that matches, else `r`."""
+        key = _first(self.rank_pattern, module)
+        return self.r if key is None else self.rank_pattern[key]
+
+    def scale(self, module: str, rank: int | None = None) -> float:
+        """α/r of a module, or α/√r with `use_rslora`; `rank` in place of the configured one."""
+        key = _first(self.alpha_pattern, module)
+        alpha = self.lora_alpha if key is None else self.alpha_pattern[key]
+        rank = self.rank(module) if rank is None else rank
+        return alpha / (math.sqrt(rank) if self.use_rslora else rank)
+
+    def targets(self, module: str) -> bool:
+        """Whether PEFT adapts the module of this name, were it one that can be adapted."""
+        if _in(self.exclude_modules, module) or self._saves(module):
+            return False
+        if not _in(self.target_modules, module):
+            return False
+        if self.layers_to_transform in (None, ()) or isinstance(self.target_modules, str):
+            return True
+        number, chosen = self._layer(module), self.layers_to_transform
+        return number is not None and number in (chosen if isinstance(chosen, tuple) else (chosen,))
+
+    def _saves(self, module: str) -> bool:
+        names = self.modules_to_save or ()
+        return any(re.match(rf"(^|.*\.){name}($|\..*)", module) for name in names)
+
+    def _layer(self, module: str) -> int | None:
+        """The number of the layer that a module is in, as PEFT reads names."""
+        if not self.layers_pattern:
+            found = re.match(r".*?\.[^.]*\.(\d+)\.", module)
+            return int(found[1]) if found else None
+        patterns = self.layers_pattern
+        for pattern in (patterns,) if isinstance(patterns, str) else patterns:
+            found = re.match(rf"(?:^|.*?\.)(?:{pattern})\.(?P<number>\d+)\.", module)
+            if found:
+                return int(found["number"])
+        return None
+
+    def to_json(self) -> str:
+        """The text of the file."""
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        others = fields.pop("others")
+        return json.dumps({**others, "peft_type": "LORA", **fields}, indent=2, sort_keys=True)
+
+
+def parse_config(text: str | bytes) -> PeftConfig:
+    """The configuration in the text of an `adapter_config.json`.
+
+    Raises:
+      ConfigError: no JSON mapping, an adapter of another type than LORA, or what `PeftConfig`
+        refuses.
+    """
+    try:
+        values = tensorfile.parse_json(text, FILE)
+    except AdapterFileError as error:
+        raise ConfigError(str(error).removeprefix(f"{FILE}: ")) from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"must be a mapping, got {_shown(values)}")
+    kind = values.pop("peft_type", None)
+    if kind != "LORA":
+        raise ConfigError(f"peft_type must be LORA, the kind read here, got {_shown(kind)}")
+    # PEFT writes null for a key that was never set
+    unset = {"rank_pattern", "alpha_pattern", "init_lora_weights", "lora_bias"}
+    values = {k: v for k, v in values.items() if not (v is None and k in unset)}
+    known = {name: values.pop(name) for name in _CHECKS if name in values}
+    values.pop("runtime_config", None)
+    return PeftConfig(**known, others=values)
+
+
+def _frozen(value: Any) -> Any:
+    """Lists as tuples, mappings as plain dicts of such."""
+    if isinstance(value, list | set | frozenset):
+        return tuple(sorted(value) if isinstance(value, set | frozenset) else value)
+    if isinstance(value, Mapping):
+        return {key: _frozen(inner) for key, inner in value.items()}
+    return value
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _bad_patterns(config: PeftConfig) -> Iterable[str]:
+    """Strings that are read as regular expressions and are none."""
+    layers = config.layers_pattern or ()
+    patterns = {
+        "target_modules": [config.target_modules],
+        "exclude_modules": [config.exclude_modules],
+        "rank_pattern": list(config.rank_pattern),
+        "alpha_pattern": list(config.alpha_pattern),
+        "modules_to_save": config.modules_to_save or (),
+        "layers_pattern": (layers,) if isinstance(layers, str) else layers,
+    }
+    for name, entries in patterns.items():
+        for entry in entries:
+            if isinstance(entry, str):
+                try:
+                    re.compile(entry)
+                except (re.error, RecursionError, OverflowError) as error:
+                    yield f"{name}: {_shown(entry)} is not a regular expression ({error})"
+
+
+def _refused(config: PeftConfig) -> Iterable[str]:
+    for name, why in REFUSED.items():
+        if config.others.get(name):
+            yield f"{name} is {_shown(config.others[name])}: {why}, which is not supported"
+    start = config.init_lora_weights
+    if isinstance(start, str) and start.startswith(CHANGES_BASE):
+        yield (
+            f"init_lora_weights is {start!r}, a start that changes the base: convert the adapter "
+            "to one for the original base first (save_pretrained's "
+            "path_initial_model_for_weight_conversion)"
+        )
+
+
+def _in(targets: Any, module: str) -> bool:
+    """PEFT's rule: a string is a regex for the whole name, a list holds names and their ends."""
+    if isinstance(targets, str):
+        return re.fullmatch(targets, module) is not None
+    names = targets or ()
+    return any(module == name or module.endswith("." + name) for name in names)
+
+
+def _first(patterns: Iterable[str], module: str) -> str | None:
+    """The first pattern that matches a module, by PEFT's rule."""
+    matches = (p for p in patterns if re.match(rf"(.*\.)?({p})$", module))
+    return next(matches, None)
+
+
+def exact_pattern(module: str, modules: Iterable[str]) -> str:
+    """A key for `rank_pattern` that matches `module` and no other of `modules`.
+
+    >>> exact_pattern("h.0.q", ["h.0.q", "h.1.q"]), exact_pattern("h.0.q", ["h.0.q", "x.h.0.q"])
+    ('h.0.q', '^h\\\\.0\\\\.q')
+    """
+    others = [name for name in modules if name != module]
+    for pattern in (module, re.escape(module)):
+        if _first([pattern], module) and all(_first([pattern], x) is None for x in others):
+            return pattern
+    return "^" + re.escape(module)

@@ -1,0 +1,98 @@
+"""What an adapter file holds, by torch's names and with torch's axes, whatever the format."""
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from lora_jax import _paths
+from lora_jax.naming import Naming, Place, index
+from lora_jax.naming.translation import shapes
+from lora_jax.peft.factors import Factors
+from lora_jax.weights import is_adapted
+
+
+@dataclasses.dataclass
+class Contents:
+    """Adapters as files have them. Every key is a tensor's name in torch ("h.0.up.weight")."""
+
+    factors: dict[str, Factors] = dataclasses.field(default_factory=dict)
+    whole: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)  # trained whole
+    rows: dict[str, tuple[tuple[int, ...], np.ndarray]] = dataclasses.field(default_factory=dict)
+    #: What is added to a bias; here already times the scale.
+    added: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    #: Copies of base weights that were not trained.
+    untrained: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
+
+
+class Model:
+    """A base through its naming: the tensors that torch's model has, their shapes and values."""
+
+    def __init__(self, base: Any, naming: Naming):
+        """`base` holds arrays or `ShapeDtypeStruct`s."""
+        self.leaves, self.treedef = _paths.flatten_with_paths(base, is_leaf=is_adapted)
+        shaped = {path: tuple(x.shape) for path, x in self.leaves.items() if hasattr(x, "shape")}
+        self.places = naming.places(shaped)
+        self.index = index(self.places)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape in torch of a tensor in the index."""
+        place, _, part = self.index[name][0]
+        return shapes(place)[part]
+
+    def kind(self, name: str) -> str:
+        """What the module of a tensor is: "linear", "conv", ..., or ""."""
+        return self.index[name][0][0].entry.kind
+
+    def outputs(self, name: str) -> int:
+        """How many outputs the module of this weight has."""
+        return self.shape(name)[self.index[name][0][0].entry.out_axis]
+
+    def adaptable(self) -> list[str]:
+        """The names of the weights that can have factors."""
+        return [name for name in self.index if self.kind(name)]
+
+    def value(self, name: str) -> np.ndarray | None:
+        """A tensor of the base, None where it has no values (or not all of its leaves)."""
+        found = []
+        for place, where, part in self.index[name]:
+            leaf = self.leaves[place.path]
+            if isinstance(leaf, jax.ShapeDtypeStruct):
+                return None
+            found.append((place.start, part_of(place, np.asarray(leaf), where, part)))
+        found.sort(key=lambda item: item[0])
+        place = self.index[name][0][0]
+        if len(found) < len(place.entry.paths):
+            return None
+        parts = [x for _, x in found]
+        return np.concatenate(parts, place.entry.out_axis) if len(parts) > 1 else parts[0]
+
+
+def part_of(place: Place, leaf: np.ndarray, where: tuple[int, ...], part: int) -> np.ndarray:
+    """One layer's tensor of a leaf: of several that the leaf joins the one numbered `part`."""
+    weight = place.weight_to_torch(leaf[place.at(where)])
+    if len(place.entry.torch_names) == 1:
+        return weight
+    return np.split(weight, np.cumsum(place.widths)[:-1], place.entry.out_axis)[part]
+
+
+def module_of(name: str) -> str:
+    """`"h.0.up.weight"` is in the module `"h.0.up"`."""
+    return name.rpartition(".")[0]
+
+
+def unknown(name: str, names: Iterable[str]) -> str:
+    """The end of a message on a name that the base does not have."""
+    return f"not in this base; {_paths.nearest(name, names)}"
+
+
+def is_floating(x: Any) -> bool:
+    """Whether a tensor has a dtype that can be trained."""
+    return x.dtype.name in ("float32", "float16", "bfloat16", "float64")
+
+
+def by_leaf(names: Mapping[str, Any], model: Model) -> dict[str, None]:
+    """The paths of the leaves that these tensors are in."""
+    return {place.path: None for name in names for place, _, _ in model.index[name]}

@@ -1,0 +1,155 @@
+"""Adapted leaves of a tree as `Contents` of a file."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from lora_jax.naming import Place
+from lora_jax.peft.contents import Contents, Model, part_of
+from lora_jax.peft.factors import Factors, join
+from lora_jax.weights import Adapted, LoraWeight, TrainedLeaf, TrainedRows
+
+_SWAP = str.maketrans("io", "oi")
+#: The parts of one torch tensor that leaves share, by where along its out axis each begins.
+_Parts = dict[str, dict[int, Any]]
+
+
+def contents(nodes: Mapping[str, Adapted], model: Model) -> tuple[Contents, list[str]]:
+    """What a file of these nodes holds, and why the rest cannot be in one.
+
+    Layers with the scale 0 are left out, and components of the factors that are padding.
+    """
+    found, problems = Contents(), []
+    factors: _Parts = {}
+    whole: _Parts = {}
+    for path, node in nodes.items():
+        problem = _problem(path, node, model)
+        if problem:
+            problems.append(problem)
+            continue
+        place, node = model.places[path], jax.device_get(node)
+        if isinstance(node, LoraWeight):
+            _take_factors(place, node, factors)
+        elif isinstance(node, TrainedLeaf):
+            _take_whole(place, node, whole)
+        elif node.scale != 0:
+            (name,) = place.layers()[0][1]
+            found.rows[name] = node.rows, _rows(place, np.asarray(node.value))
+    for name, parts in factors.items():
+        try:
+            joined = join(*_in_order(name, parts, model))
+        except ValueError:
+            problems.append(f"{name}: DoRA on a part of it, and not on the rest")
+            continue
+        assert joined is not None
+        found.factors[name] = joined
+    for name, values in whole.items():
+        value = _whole(name, values, model)
+        if value is None:
+            problems.append(f"{name}: only a part of it is trained; the rest needs base=")
+        else:
+            found.whole[name] = value
+    return found, problems
+
+
+def _problem(path: str, node: Adapted, model: Model) -> str | None:
+    place = model.places.get(path)
+    if place is None:
+        return f"{path}: no row of the naming has this path"
+    if isinstance(node, TrainedLeaf):
+        return None
+    axes = place.entry.layout if place.entry.kind else ""
+    if isinstance(node, TrainedRows):
+        alone = len(place.shared_with) == len(place.entry.torch_names) == 1
+        fits = node.layout.axes == (axes if place.entry.kind == "embedding" else _swapped(axes))
+        if alone and fits and place.entry.kind in ("embedding", "linear"):
+            return None
+        return f"{path}: rows can be written of an embedding or a head, a torch tensor of its own"
+    if node.layout.axes != axes:
+        kind = f"of kind {place.entry.kind!r} {axes!r}" if axes else "without a kind"
+        return f"{path}: has the layout {node.layout.axes!r}, its row in the naming is {kind}"
+    return None
+
+
+def _swapped(axes: str) -> str:
+    return axes.translate(_SWAP)
+
+
+def _take_factors(place: Place, node: LoraWeight, into: _Parts) -> None:
+    a, b, scale = (np.asarray(x) for x in (node.a, node.b, node.scale))
+    for where, names in place.layers():
+        if scale[where] == 0:
+            continue
+        magnitude = node.magnitude
+        one = Factors(
+            place.a_to_torch(a[where]),
+            place.b_to_torch(b[where]),
+            float(scale[where]),
+            None if magnitude is None else place.out_to_torch(np.asarray(magnitude)[where]),
+        ).without_padding()
+        for name, part in zip(names, _cut(one, place.widths), strict=True):
+            if part is not None:
+                into.setdefault(name, {})[place.start] = part
+
+
+def _cut(one: Factors, widths: Sequence[int]) -> list[Factors | None]:
+    """The factors of each of the modules that are joined; None where only others are adapted."""
+    if len(widths) == 1:
+        return [one]
+    stops = np.cumsum(widths)
+    parts = [one.cut(stop - width, stop) for stop, width in zip(stops, widths, strict=True)]
+    if one.magnitude is not None or not one.b.any():
+        return [part.without_unused() for part in parts]
+    return [part.without_unused() if part.b.any() else None for part in parts]
+
+
+def _take_whole(place: Place, node: TrainedLeaf, into: _Parts) -> None:
+    value = np.asarray(node.value)
+    scale = np.broadcast_to(np.asarray(node.scale), value.shape)
+    for where, names in place.layers():
+        if np.any(scale[place.at(where)]):
+            for i, name in enumerate(names):
+                into.setdefault(name, {})[place.start] = part_of(place, value, where, i)
+
+
+def _in_order(
+    name: str, parts: Mapping[int, Factors], model: Model
+) -> tuple[list[Factors | None], list[int]]:
+    """The parts of a tensor along its outputs and their widths; None where nothing is adapted."""
+    ordered: list[Factors | None] = []
+    widths: list[int] = []
+    for start in sorted(parts):
+        if start > sum(widths):
+            ordered.append(None)
+            widths.append(start - sum(widths))
+        ordered.append(parts[start])
+        widths.append(parts[start].outputs)
+    rest = model.outputs(name) - sum(widths)
+    return (ordered + [None], widths + [rest]) if rest else (ordered, widths)
+
+
+def _whole(name: str, parts: Mapping[int, np.ndarray], model: Model) -> np.ndarray | None:
+    """A tensor of which these parts are trained; None where the rest is not known."""
+    axis = model.index[name][0][0].entry.out_axis
+    first = next(iter(parts.values()))
+    shape = model.shape(name)
+    if first.shape == shape:
+        return first
+    if sum(part.shape[axis] for part in parts.values()) == shape[axis]:
+        return np.concatenate([parts[start] for start in sorted(parts)], axis)
+    base = model.value(name)
+    if base is None:
+        return None
+    value = np.array(base, first.dtype)
+    for start, part in parts.items():
+        value[(slice(None),) * axis + (slice(start, start + part.shape[axis]),)] = part
+    return value
+
+
+def _rows(place: Place, value: np.ndarray) -> np.ndarray:
+    """`[rows, *out]` of the leaf as `[rows, dim]` of torch's embedding or head."""
+    if place.entry.kind == "embedding":
+        return place.b_to_torch(value).T
+    return place.a_to_torch(np.moveaxis(value, 0, -1))

@@ -1,0 +1,131 @@
+"""PEFT's names and shapes of tensors, for each kind of module."""
+
+import math
+from collections.abc import Container, Mapping
+from typing import NamedTuple
+
+import numpy as np
+
+from lora_jax.peft.factors import Factors
+
+PREFIX = "base_model.model."
+ROWS = "token_adapter.trainable_tokens_delta"  # its name: it holds the rows' values, no difference
+LORA_BIAS = "lora_B.bias"
+MAGNITUDE = "lora_magnitude_vector"
+_FACTORS = {"embedding": ("lora_embedding_A", "lora_embedding_B")}
+_OTHERS = ("lora_A.weight", "lora_B.weight")
+_ENDINGS = (*_OTHERS, *_FACTORS["embedding"], LORA_BIAS, MAGNITUDE, ROWS)
+_BASE = "base_layer."
+
+
+class Part(NamedTuple):
+    """What one tensor of a file is."""
+
+    module: str  # the module's name in torch; of a tensor trained whole its whole name
+    field: str  # an ending of PEFT's names, or "" for a tensor trained whole
+
+
+def part_of_name(name: str, names: Container[str], known: Container[str]) -> Part | None:
+    """What a tensor of this name is; None for none of PEFT's names.
+
+    A module may be called "lora_A", "weight" or "base_layer" itself. So a name that the base has is
+    that tensor, unless the file's other tensors say that it is a factor.
+
+    Args:
+      name: the tensor's name.
+      names: all names in the file.
+      known: the names of the base's tensors.
+
+    >>> part_of_name("base_model.model.h.0.up.lora_A.weight", (), {"h.0.up.weight"})
+    Part(module='h.0.up', field='lora_A.weight')
+    >>> part_of_name("base_model.model.x.lora_A.weight", (), {"x.lora_A.weight"})
+    Part(module='x.lora_A.weight', field='')
+    """
+    if not name.startswith(PREFIX):
+        return None
+    inner = name.removeprefix(PREFIX)
+    if inner.endswith(f".{MAGNITUDE}.weight"):  # as diffusers has it
+        inner = inner.removesuffix(".weight")
+    for ending in _ENDINGS:
+        module = inner.removesuffix("." + ending)
+        if module != inner and (inner not in known or _is_factor(module, names, known)):
+            return Part(module, ending)
+    module, _, leaf = inner.rpartition(".")
+    if module.endswith("." + _BASE[:-1]) and inner not in known:
+        return Part(module.removesuffix(_BASE[:-1]) + leaf, "")
+    return Part(inner, "")
+
+
+def _is_factor(module: str, names: Container[str], known: Container[str]) -> bool:
+    """Whether `module` has both factors in the file, though one of them is called like a weight."""
+    pairs = [f"{PREFIX}{module}.{ending}" for ending in _OTHERS]
+    weights = [f"{module}.{ending}" for ending in _OTHERS]
+    is_pair = all(pair in names for pair in pairs) and not all(w in known for w in weights)
+    return f"{module}.weight" in known and is_pair
+
+
+def is_base_weight(name: str) -> bool:
+    """Whether a tensor is an adapted module's own weight, which PEFT saves of resized embeddings.
+
+    >>> is_base_weight("base_model.model.emb.base_layer.weight")
+    True
+    """
+    return name.endswith("." + _BASE + "weight")
+
+
+def endings(kind: str) -> tuple[str, str]:
+    """The endings of A's and B's names."""
+    return _FACTORS.get(kind, _OTHERS)
+
+
+def shapes(kind: str, shape: tuple[int, ...], rank: int) -> dict[str, tuple[int, ...]]:
+    """The shapes of a module's tensors, by the endings of their names.
+
+    Args:
+      kind: as in a naming's rows.
+      shape: of the module's weight in torch.
+      rank: of its factors.
+
+    >>> shapes("conv", (8, 6, 3, 5), 4)["lora_A.weight"]
+    (4, 6, 3, 5)
+    """
+    a, b = endings(kind)
+    out, ins = outputs(kind, shape)
+    ones = (1,) * (len(shape) - 2)
+    return {
+        a: (rank, *ins),
+        b: (out, rank, *ones),
+        LORA_BIAS: (out,),
+        MAGNITUDE: (1, out, *ones) if kind == "conv" else (out,),
+    }
+
+
+def outputs(kind: str, shape: tuple[int, ...]) -> tuple[int, tuple[int, ...]]:
+    """How many outputs a module has, and the sizes of its in axes."""
+    return (shape[1], shape[:1]) if kind in ("conv1d", "embedding") else (shape[0], shape[1:])
+
+
+def to_tensors(module: str, kind: str, factors: Factors) -> dict[str, np.ndarray]:
+    """A module's factors under PEFT's names and in its shapes."""
+    shape = (factors.outputs, *factors.a.shape[1:])  # only the number of axes matters for "conv"
+    a, b = endings(kind)
+    arrays = {a: factors.a, b: factors.b}
+    if factors.magnitude is not None:
+        arrays[MAGNITUDE] = factors.magnitude
+    if kind == "conv":
+        wanted = shapes(kind, shape, factors.rank)
+        arrays = {ending: x.reshape(wanted[ending]) for ending, x in arrays.items()}
+    return {f"{PREFIX}{module}.{ending}": x for ending, x in arrays.items()}
+
+
+def to_factors(kind: str, tensors: Mapping[str, np.ndarray], scale: float) -> Factors:
+    """Factors of tensors by ending, of the shapes that `shapes` gives."""
+    a, b = (tensors[ending] for ending in endings(kind))
+    magnitude = tensors.get(MAGNITUDE)
+    rank = a.shape[0]
+    return Factors(
+        a,
+        b.reshape(math.prod(b.shape) // rank, rank),
+        scale,
+        None if magnitude is None else magnitude.reshape(-1),
+    )

@@ -1,0 +1,135 @@
+"""The tensors of a PEFT file as `Contents`: every name, shape and dtype checked."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from lora_jax.peft import modules
+from lora_jax.peft.config import PeftConfig
+from lora_jax.peft.contents import Contents, Model, is_floating, unknown
+
+
+def contents(
+    tensors: Mapping[str, np.ndarray], config: PeftConfig, model: Model
+) -> tuple[Contents, list[str]]:
+    """What the tensors are, and what is wrong with them; wrong modules are left out."""
+    found, problems = Contents(), []
+    by_module: dict[str, dict[str, np.ndarray]] = {}
+    for name, tensor in tensors.items():
+        part = modules.part_of_name(name, tensors, model.index)
+        if part is None:
+            problems.append(f"{name}: unexpected: PEFT's names begin with {modules.PREFIX}")
+        elif not is_floating(tensor):
+            problems.append(f"{name}: is {tensor.dtype}, only floating tensors are trained")
+        elif part.field:
+            by_module.setdefault(part.module, {})[part.field] = tensor
+        elif part.module not in model.index:
+            problems.append(f"{name}: {unknown(part.module, model.index)}")
+        elif tensor.shape != model.shape(part.module):
+            problems.append(_misshaped(name, tensor.shape, model.shape(part.module)))
+        elif modules.is_base_weight(name):
+            found.untrained[part.module] = tensor
+        else:
+            found.whole[part.module] = tensor
+    for module, parts in by_module.items():
+        problems += _add(found, module, parts, config, model)
+    problems += _missing(by_module, config, model)
+    return found, problems
+
+
+def _misshaped(name: str, got: tuple[int, ...], wanted: tuple[int, ...]) -> str:
+    return f"{name}: has shape {got}, needs {wanted}"
+
+
+def _add(
+    found: Contents,
+    module: str,
+    parts: dict[str, np.ndarray],
+    config: PeftConfig,
+    model: Model,
+) -> list[str]:
+    """Put one module's tensors into `found`, or say what is wrong with them."""
+    weight, full = f"{module}.weight", f"{modules.PREFIX}{module}"
+    if weight not in model.index:
+        return [f"{full}.{ending}: {unknown(weight, model.index)}" for ending in parts]
+    kind = model.kind(weight)
+    if not kind:
+        return [f"{full}.{ending}: {weight} is no module that has factors" for ending in parts]
+    problems = []
+    if modules.ROWS in parts:
+        problems += _add_rows(found, module, parts.pop(modules.ROWS), config, model)
+        if not parts:
+            return problems
+    problems += _check_factors(full, parts, config, kind, model.shape(weight), module)
+    if problems:
+        return problems
+    added = parts.pop(modules.LORA_BIAS, None)
+    factors = modules.to_factors(kind, parts, config.scale(module))
+    found.factors[weight] = factors
+    if added is not None:
+        if f"{module}.bias" not in model.index:
+            return [f"{full}.{modules.LORA_BIAS}: the base has no {module}.bias to add it to"]
+        found.added[f"{module}.bias"] = added.astype("float64") * factors.scale
+    return []
+
+
+def _check_factors(
+    full: str,
+    parts: Mapping[str, np.ndarray],
+    config: PeftConfig,
+    kind: str,
+    shape: tuple[int, ...],
+    module: str,
+) -> list[str]:
+    rank = config.rank(module)
+    wanted = modules.shapes(kind, shape, rank)
+    needed = [*modules.endings(kind), *([modules.MAGNITUDE] if config.use_dora else [])]
+    allowed = [*needed, *([modules.LORA_BIAS] if config.lora_bias else [])]
+    problems = [f"{full}.{ending}: missing, {wanted[ending]}" for ending in needed]
+    problems = [line for line, ending in zip(problems, needed, strict=True) if ending not in parts]
+    for ending, tensor in parts.items():
+        if ending not in allowed:
+            problems.append(f"{full}.{ending}: unexpected for a module of kind {kind}")
+        elif tensor.shape != wanted[ending]:
+            line = _misshaped(f"{full}.{ending}", tensor.shape, wanted[ending])
+            problems.append(f"{line} at rank {rank}")
+    return problems
+
+
+def _add_rows(
+    found: Contents, module: str, values: np.ndarray, config: PeftConfig, model: Model
+) -> list[str]:
+    name, weight = f"{modules.PREFIX}{module}.{modules.ROWS}", f"{module}.weight"
+    numbers = _row_numbers(module, config.trainable_token_indices)
+    if numbers is None:
+        return [f"{name}: trainable_token_indices does not say which rows these are"]
+    shape, kind = model.shape(weight), model.kind(weight)
+    problems = []
+    if kind not in ("embedding", "linear"):
+        problems.append(f"{name}: {weight} is no embedding")
+    elif values.shape != (len(numbers), shape[1]):
+        problems.append(_misshaped(name, values.shape, (len(numbers), shape[1])))
+    elif len(set(numbers)) < len(numbers) or max(numbers, default=-1) >= shape[0]:
+        problems.append(f"{name}: trainable_token_indices has rows twice, or beyond {shape[0]}")
+    else:
+        found.rows[weight] = numbers, values
+    return problems
+
+
+def _row_numbers(module: str, indices: Any) -> tuple[int, ...] | None:
+    if isinstance(indices, Mapping):
+        return next((rows for key, rows in indices.items() if module.endswith(key)), None)
+    return indices
+
+
+def _missing(by_module: Mapping[str, Any], config: PeftConfig, model: Model) -> list[str]:
+    """Modules that the configuration targets and the file does not have."""
+    targeted = [name.removesuffix(".weight") for name in model.adaptable()]
+    return [
+        f"{modules.PREFIX}{module}.{modules.endings(model.kind(module + '.weight'))[0]}: missing, "
+        "though target_modules names the module"
+        for module in targeted
+        if module not in by_module and config.target_modules != "all-linear"
+        if config.targets(module)
+    ]

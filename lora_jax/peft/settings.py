@@ -1,0 +1,142 @@
+"""The configuration that makes PEFT build just what a file holds."""
+
+import dataclasses
+import math
+import re
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from lora_jax.config import LoraConfig
+from lora_jax.peft.config import PeftConfig, exact_pattern
+from lora_jax.peft.contents import Contents, Model, module_of
+from lora_jax.peft.factors import Factors
+
+
+def settings(
+    contents: Contents, saved: Sequence[str], model: Model, given: LoraConfig | PeftConfig | None
+) -> PeftConfig:
+    """The configuration of these contents.
+
+    What `given` says of ranks, scales and targets is kept where it gives exactly these modules.
+
+    Args:
+      contents: what the file holds.
+      saved: the modules to save whole.
+      model: all modules that there are.
+      given: what the adapters were made with, if it is known.
+    """
+    modules = {module_of(name): factors for name, factors in contents.factors.items()}
+    kinds = {model.kind(name) for name in contents.factors}
+    start = _start(given)
+    config = dataclasses.replace(
+        start,
+        use_dora=any(factors.magnitude is not None for factors in modules.values()),
+        fan_in_fan_out="conv1d" in kinds,
+        bias=_bias(contents, saved),
+        modules_to_save=tuple(saved) or None,
+        trainable_token_indices={module_of(name): rows for name, (rows, _) in contents.rows.items()}
+        or None,
+    )
+    if not all(_agrees(config, name, factors) for name, factors in modules.items()):
+        config = dataclasses.replace(config, **_ranks(modules, start))
+    adaptable = [module_of(name) for name in model.adaptable()]
+    if wrong_targets(config, modules, adaptable):
+        fresh = dataclasses.replace(config, exclude_modules=None, layers_to_transform=None)
+        fresh = dataclasses.replace(fresh, layers_pattern=None)
+        return dataclasses.replace(fresh, target_modules=_targets(modules, adaptable))
+    return config
+
+
+def _start(given: LoraConfig | PeftConfig | None) -> PeftConfig:
+    if isinstance(given, PeftConfig):
+        return dataclasses.replace(given, lora_bias=False, inference_mode=True)
+    if given is None:
+        return PeftConfig()
+    return PeftConfig(
+        r=given.rank,
+        lora_alpha=float(given.rank if given.alpha is None else given.alpha),
+        lora_dropout=float(given.dropout),
+        use_rslora=given.scaling == "rslora",
+    )
+
+
+def _agrees(config: PeftConfig, module: str, factors: Factors) -> bool:
+    # the leaf that holds the scale is float32
+    same_scale = np.float32(config.scale(module)) == np.float32(factors.scale)
+    return config.rank(module) == factors.rank and bool(same_scale)
+
+
+def _ranks(modules: Mapping[str, Factors], start: PeftConfig) -> dict[str, Any]:
+    """Rank and alpha: the most common, and patterns for the modules that have others."""
+    ranks = {module: factors.rank for module, factors in modules.items()}
+    alphas = {m: alpha_of(f.scale, f.rank, start.use_rslora) for m, f in modules.items()}
+    rank, alpha = _most_common(ranks, start.r), _most_common(alphas, start.lora_alpha)
+    return {
+        "r": rank,
+        "lora_alpha": alpha,
+        "rank_pattern": {exact_pattern(m, modules): r for m, r in ranks.items() if r != rank},
+        "alpha_pattern": {exact_pattern(m, modules): x for m, x in alphas.items() if x != alpha},
+    }
+
+
+def _most_common(values: Mapping[str, Any], wanted: Any) -> Any:
+    """The most common value; among equals `wanted`."""
+    counts = Counter(values.values())
+    return max(counts, key=lambda x: (counts[x], x == wanted)) if counts else wanted
+
+
+def alpha_of(scale: float, rank: int, use_rslora: bool) -> float:
+    """The alpha that gives this scale, to float32: the roundest number that does.
+
+    >>> alpha_of(float(np.float32(4 / 3)), 3, False), alpha_of(0.5, 8, False)
+    (4, 4)
+    """
+    divisor = math.sqrt(rank) if use_rslora else rank
+    for digits in range(16):
+        alpha = round(scale * divisor, digits)
+        if np.float32(alpha / divisor) == np.float32(scale):
+            return int(alpha) if alpha == int(alpha) else alpha
+    return scale * divisor
+
+
+def wrong_targets(
+    config: PeftConfig, modules: Collection[str], adaptable: Collection[str]
+) -> list[str]:
+    """Modules that the configuration targets and should not, or the other way round."""
+    return [m for m in adaptable if config.targets(m) != (m in modules)]
+
+
+def _targets(modules: Collection[str], adaptable: Sequence[str]) -> Any:
+    """`target_modules` for just these: ends of names, whole names, or a regular expression."""
+    ends = {_end(module): None for module in modules}
+    for names in (tuple(ends), tuple(modules)):
+        if not wrong_targets(PeftConfig(target_modules=names), modules, adaptable):
+            return tuple(sorted(names))
+    return "|".join(re.escape(name) for name in sorted(modules))
+
+
+def _end(module: str) -> str:
+    """What is behind the last number of a name: "self_attn.q_proj" of "layers.0.self_attn.q_proj".
+
+    Not the last segment alone: a module that the naming does not know may be called the same.
+    """
+    segments = module.split(".")
+    numbers = [i for i, segment in enumerate(segments) if segment.isdigit()]
+    return ".".join(segments[numbers[-1] + 1 :] if numbers else segments) or module
+
+
+def _bias(contents: Contents, saved: Sequence[str]) -> str:
+    """PEFT's word for which biases are trained."""
+    biases = [name for name in contents.whole if not in_modules(name, saved)]
+    if not biases:
+        return "none"
+    adapted = {module_of(name) for name in contents.factors}
+    return "lora_only" if all(module_of(name) in adapted for name in biases) else "all"
+
+
+def in_modules(name: str, modules: Sequence[str]) -> bool:
+    """Whether a tensor is in one of the modules, or in a module within one."""
+    return any(name.startswith(module + ".") for module in modules)

@@ -1,0 +1,198 @@
+"""`Contents` of a file as an overlay of a tree."""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lora_jax.algebra import accumulator, column_norms
+from lora_jax.naming import Place
+from lora_jax.peft.contents import Contents, Model, by_leaf
+from lora_jax.peft.factors import Factors, join
+from lora_jax.weights import Adapted, Layout, LoraWeight, TrainedLeaf, TrainedRows
+
+
+def overlay(contents: Contents, model: Model, dtype: Any = None) -> tuple[Any, list[str]]:
+    """The overlay of what a file holds, and what of it could not be put in; that is left out.
+
+    Layers of a stack that the file does not have get zero factors and the scale 0. Ranks that
+    differ within a stack are padded with zeros.
+
+    Args:
+      contents: names that are all in the model.
+      model: the base.
+      dtype: of the factors and the trained values; None for the file's.
+    """
+    nodes: dict[str, Adapted] = {}
+    problems = _compare(contents, model)
+    whole = dict(contents.whole)
+    for name, added in contents.added.items():
+        value = whole.get(name, model.value(name))
+        if value is None:
+            problems.append(f"{name}: lora_bias adds to it, and the base given has no values")
+        else:
+            whole[name] = (value.astype("float64") + added).astype(value.dtype)
+    made: list[_Made] = [
+        _lora_weight(model.places[path], contents.factors, model)
+        for path in by_leaf(contents.factors, model)
+    ]
+    made += [_trained_leaf(model.places[path], whole, model) for path in by_leaf(whole, model)]
+    for name, (rows, values) in contents.rows.items():
+        made += [_trained_rows(place, at, rows, values) for place, at, _ in model.index[name]]
+    for path, node in made:
+        if isinstance(node, str):
+            problems.append(f"{path}: {node}")
+        elif path in nodes:
+            problems.append(f"{path}: has factors and is trained otherwise too")
+        else:
+            nodes[path] = node
+    leaves = [_in_jax(nodes.get(path), dtype) for path in model.leaves]
+    return jax.tree_util.tree_unflatten(model.treedef, leaves), problems
+
+
+#: A leaf's path, and its node, or why it has none.
+_Made = tuple[str, Adapted | str]
+
+
+def _compare(contents: Contents, model: Model) -> list[str]:
+    """Copies of base weights that are not the base's: it was resized, or trained."""
+    problems = []
+    for name, tensor in contents.untrained.items():
+        value = model.value(name)
+        if value is None:
+            continue
+        coarse = max(float(jnp.finfo(x.dtype).eps) for x in (tensor, value))
+        pair = tensor.astype("float32"), value.astype("float32")
+        if not np.allclose(*pair, rtol=2 * coarse, atol=1e-6):
+            problems.append(f"{name}: the file brings its own base weight, not this base's")
+    return problems
+
+
+def _lora_weight(place: Place, factors: Mapping[str, Factors], model: Model) -> _Made:
+    layers: dict[tuple[int, ...], Factors] = {}
+    for where, names in place.layers():
+        parts = [factors.get(name) for name in names]
+        if len(place.entry.paths) > 1:
+            parts = [part and part.cut(place.start, place.stop) for part in parts]
+        try:
+            joined = join(parts, place.widths)
+        except ValueError:
+            return place.path, f"DoRA on a part of {', '.join(names)} cannot be joined"
+        if joined is not None:
+            layers[where] = joined
+    rank = max(layer.rank for layer in layers.values())
+    padded = {where: layer.padded(rank) for where, layer in layers.items()}
+    layout, batch = Layout(place.entry.layout), _stack_sizes(place)
+    node = LoraWeight(
+        None,
+        _stacked({w: place.a_to_tree(x.a) for w, x in padded.items()}, batch),
+        _stacked({w: place.b_to_tree(x.b) for w, x in padded.items()}, batch),
+        _stacked({w: np.float32(x.scale) for w, x in padded.items()}, batch),
+        layout=layout,
+    )
+    with_magnitude = [x.magnitude is not None for x in padded.values()]
+    if any(with_magnitude):
+        magnitudes = {w: place.out_to_tree(x.magnitude) for w, x in padded.items()}
+        node = dataclasses.replace(node, magnitude=_magnitudes(node, magnitudes, place, model))
+    return place.path, node
+
+
+def _stack_sizes(place: Place) -> tuple[int, ...]:
+    return tuple(place.sizes[letter] for letter in place.entry.stacked)
+
+
+def _stacked(layers: Mapping[tuple[int, ...], Any], batch: tuple[int, ...]) -> np.ndarray:
+    """One array of the layers' arrays, zero where a layer is missing."""
+    first = np.asarray(next(iter(layers.values())))
+    whole = np.zeros((*batch, *first.shape), _dtype(layers))
+    for where, layer in layers.items():
+        whole[where] = layer
+    return whole
+
+
+def _dtype(layers: Mapping[tuple[int, ...], Any]) -> Any:
+    dtypes = {np.asarray(layer).dtype for layer in layers.values()}
+    return dtypes.pop() if len(dtypes) == 1 else np.dtype("float32")
+
+
+def _magnitudes(
+    node: LoraWeight, layers: Mapping[tuple[int, ...], Any], place: Place, model: Model
+) -> np.ndarray:
+    """The magnitudes of a stack; ‖W‖ at layers without one, so that those stay the base."""
+    batch = _stack_sizes(place)
+    stacked = _stacked(layers, batch)
+    base = model.leaves[place.path]
+    if len(layers) < math.prod(batch):
+        norms = np.ones_like(stacked)
+        if not isinstance(base, jax.ShapeDtypeStruct):
+            norms = np.asarray(column_norms(dataclasses.replace(node, w=jnp.asarray(base))))
+        for where in np.ndindex(*batch):
+            if where not in layers:
+                stacked[where] = norms[where]
+    return stacked
+
+
+def _trained_leaf(place: Place, whole: Mapping[str, np.ndarray], model: Model) -> _Made:
+    base, found = model.leaves[place.path], {}
+    for where, names in place.layers():
+        parts = [whole.get(name) for name in names]
+        if all(part is None for part in parts):
+            continue
+        known = [model.value(n) if x is None else x for n, x in zip(names, parts, strict=True)]
+        values = [value for value in known if value is not None]
+        if len(values) < len(names):
+            return place.path, "only a part of it is in the file, and the base has no values"
+        joined = np.concatenate(values, place.entry.out_axis) if len(values) > 1 else values[0]
+        if len(place.entry.paths) > 1:
+            axis = (slice(None),) * place.entry.out_axis
+            joined = joined[(*axis, slice(place.start, place.stop))]
+        found[where] = place.weight_to_tree(joined)
+    value = np.zeros(place.shape, _dtype(found))
+    if not isinstance(base, jax.ShapeDtypeStruct):
+        value = np.array(base).astype(value.dtype)
+    for where, layer in found.items():
+        value[place.at(where)] = layer
+    return place.path, TrainedLeaf(None, value, _mask(place, found))
+
+
+def _mask(place: Place, found: Mapping[tuple[int, ...], Any]) -> np.ndarray:
+    """1 at the layers found; a single number where that is all of them."""
+    if len(found) == len(place.layers()):
+        return np.ones((), "float32")
+    stacked = {(letter,) for letter in place.entry.stacked}
+    groups = place.entry.groups(len(place.shape))[1]
+    mask = np.zeros([n if g in stacked else 1 for g, n in zip(groups, place.shape, strict=True)])
+    for where in found:
+        mask[place.at(where)] = 1
+    return mask.astype("float32")
+
+
+def _trained_rows(
+    place: Place, where: tuple[int, ...], rows: tuple[int, ...], values: np.ndarray
+) -> _Made:
+    is_lookup = place.entry.kind == "embedding"
+    letters = place.entry.layout
+    # the rows lie along "i": of a head [in, vocabulary] that is the axis of its outputs
+    axes = letters if is_lookup else letters.translate({ord("i"): "o", ord("o"): "i"})
+    if where or axes.count("i") != 1:
+        return place.path, "rows can be trained along one axis of one weight"
+    value = place.b_to_tree(values.T) if is_lookup else np.moveaxis(place.a_to_tree(values), -1, 0)
+    one = np.ones((), "float32")
+    return place.path, TrainedRows(None, value, one, rows=rows, layout=Layout(axes))
+
+
+def _in_jax(node: Adapted | None, dtype: Any) -> Adapted | None:
+    """The node's arrays as JAX's, trained ones in `dtype`, the scale in the dtype to add in."""
+    if node is None:
+        return None
+    trained: dict[str, Any] = {
+        field: jnp.asarray(getattr(node, field), dtype)
+        for field in ("a", "b", "magnitude", "value")
+        if getattr(node, field, None) is not None
+    }
+    scale = jnp.asarray(node.scale, accumulator(*(x.dtype for x in trained.values())))
+    return dataclasses.replace(node, scale=scale, **trained)

@@ -1,0 +1,172 @@
+"""`save`: adapters as the two files of PEFT."""
+
+import dataclasses
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from lora_jax import _paths, tensorfile
+from lora_jax.config import LoraConfig
+from lora_jax.errors import StructureError
+from lora_jax.naming import Naming
+from lora_jax.overlay import adapted_nodes, split
+from lora_jax.peft import from_tree, modules
+from lora_jax.peft.config import PeftConfig
+from lora_jax.peft.contents import Contents, Model, module_of
+from lora_jax.peft.settings import in_modules, settings, wrong_targets
+from lora_jax.weights import Adapted, TrainedRows, check_fits
+
+CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
+
+
+def save(
+    directory: str | os.PathLike,
+    adapters: Any,
+    naming: Naming,
+    *,
+    base: Any = None,
+    config: LoraConfig | PeftConfig | None = None,
+    fold: bool = False,
+    base_model: str | None = None,
+    task_type: str | None = None,
+) -> None:
+    """Write adapters as Hugging Face PEFT does, so that it loads them on torch's model.
+
+    The function that they make is the same there. Layers of a stack become modules of their own,
+    those with the scale 0 are left out; a leaf that joins q, k and v becomes three modules, and
+    leaves that share a module get one, its rank the sum of theirs unless they share A. Ranks and
+    scales that differ from the most common go to `rank_pattern` and `alpha_pattern`, under keys
+    that match one module each. A leaf trained whole is its module saved whole, or, a bias, `bias`.
+
+    The files replace an older pair as a whole, see `tensorfile.write_directory`.
+
+    Args:
+      directory: made where it is missing.
+      adapters: an overlay, or a joined tree, which brings its base along.
+      naming: which torch tensor is which leaf.
+      base: the base of an overlay, arrays or `ShapeDtypeStruct`s. With it `target_modules` is short
+        where the ends of names are enough. Its values are needed where a module is saved whole of
+        which only a part was trained; its shapes, for rows of an embedding.
+      config: what the adapters were made with, for the dropout, rsLoRA, and the words in which
+        ranks and targets are told.
+      fold: multiply the scales into B, set alpha to the rank, pad all factors to the largest rank:
+        right for readers that know no patterns, as vLLM and llama.cpp.
+      base_model: the name or path of the base, which PEFT's `AutoPeftModel` looks for.
+      task_type: PEFT's, as "CAUSAL_LM" or "SEQ_CLS".
+
+    Raises:
+      StructureError: what cannot be in such a file, all at once: paths that the naming does not
+        have, DoRA on some modules alone, no factors at all, values that are not there; with `fold`
+        also whatever but factors, which those readers reject.
+      OSError: the files cannot be written; the old ones stand.
+    """
+    nodes = adapted_nodes(adapters)
+    if not nodes:
+        raise StructureError("save: the tree holds no adapters")
+    if base is None and all(node.w is not None for node in nodes.values()):
+        base, _ = split(adapters)
+    model = Model(_shapes(nodes) if base is None else base, naming)
+    _check(_misfits(nodes, model))
+    contents, problems = from_tree.contents(nodes, model)
+    saved, more = _modules_to_save(contents, model)
+    problems += more + _refused(contents, saved, fold)
+    _check(problems)
+    if fold:
+        contents.factors = _folded(contents)
+    written = settings(contents, saved, model, None if fold else config)
+    written = dataclasses.replace(
+        written,
+        base_model_name_or_path=base_model or written.base_model_name_or_path,
+        task_type=task_type or written.task_type,
+    )
+    adapted = {module_of(name) for name in contents.factors}
+    wrong = wrong_targets(written, adapted, [module_of(name) for name in model.adaptable()])
+    _check([f"{module}: PEFT's configuration cannot tell it from others" for module in wrong])
+    files = {CONFIG: written.to_json().encode(), TENSORS: _encode(contents, model)}
+    tensorfile.write_directory(directory, files)
+
+
+def _check(problems: list[str]) -> None:
+    if problems:
+        lines = "\n".join(sorted(problems))
+        raise StructureError(f"save: a PEFT file cannot hold these adapters:\n{lines}")
+
+
+def _shapes(nodes: Mapping[str, Adapted]) -> dict[str, jax.ShapeDtypeStruct]:
+    """What is known of a base from the adapters alone, by path."""
+    of_rows = [path for path, node in nodes.items() if isinstance(node, TrainedRows)]
+    _check([f"{path}: rows of an embedding need base=, for its shape" for path in of_rows])
+    return {path: jax.ShapeDtypeStruct(node.shape, "float32") for path, node in nodes.items()}
+
+
+def _misfits(nodes: Mapping[str, Adapted], model: Model) -> list[str]:
+    problems = []
+    for path, node in nodes.items():
+        if path not in model.leaves:
+            problems.append(f"{path}: not in the base; {_paths.nearest(path, model.leaves)}")
+        else:
+            problems += check_fits(path, node, model.leaves[path])
+        if any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(node)):
+            problems.append(f"{path}: no values yet, only shapes")
+    return problems
+
+
+def _modules_to_save(contents: Contents, model: Model) -> tuple[list[str], list[str]]:
+    """The modules that are saved whole; adds to the contents what of them was not trained.
+
+    PEFT saves every module whose name ends in a name that is given, and needs all its tensors.
+    """
+    every = {module_of(name) for name in model.index}
+    for module in tuple(every):
+        parts = module.split(".")
+        every |= {".".join(parts[:i]) for i in range(1, len(parts))}
+    chosen = {module_of(name) for name in contents.whole if name.rpartition(".")[2] != "bias"}
+    problems = [f"{name}: is in no module" for name in contents.whole if "." not in name]
+    saved = sorted(module for module in every if any(module.endswith(m) for m in chosen if m))
+    for name in model.index:
+        if not in_modules(name, saved) or name in contents.whole:
+            continue
+        value = model.value(name)
+        if name in contents.factors or name in contents.rows:
+            problems.append(f"{name}: has an adapter, and is in a module that is saved whole")
+        elif value is None:
+            problems.append(f"{name}: is in a module that is saved whole; its value needs base=")
+        else:
+            contents.whole[name] = value
+    return saved, problems
+
+
+def _refused(contents: Contents, saved: list[str], fold: bool) -> list[str]:
+    """What PEFT, or with `fold` the readers that it is for, cannot have."""
+    with_magnitude = [name for name, f in contents.factors.items() if f.magnitude is not None]
+    problems = [] if contents.factors else ["no module has factors, and PEFT needs one"]
+    if with_magnitude and len(with_magnitude) < len(contents.factors):
+        without = sorted(contents.factors.keys() - set(with_magnitude))
+        problems.append(f"DoRA on some modules alone; without it: {', '.join(without)}")
+    if fold:
+        problems += [f"{name}: DoRA cannot be folded into the factors" for name in with_magnitude]
+        others = [*contents.whole, *contents.rows]
+        problems += [f"{name}: is trained itself, and fold=True is for factors" for name in others]
+    return problems
+
+
+def _folded(contents: Contents) -> dict[str, Any]:
+    rank = max(factors.rank for factors in contents.factors.values())
+    return {name: f.folded().padded(rank) for name, f in contents.factors.items()}
+
+
+def _encode(contents: Contents, model: Model) -> bytes:
+    tensors: dict[str, np.ndarray] = {}
+    adapted = {module_of(name) for name in contents.factors}
+    for name, factors in contents.factors.items():
+        tensors |= modules.to_tensors(module_of(name), model.kind(name), factors)
+    for name, value in contents.whole.items():
+        module, _, leaf = name.rpartition(".")
+        inner = f"{module}.base_layer.{leaf}" if module in adapted else name
+        tensors[modules.PREFIX + inner] = value
+    for name, (_, values) in contents.rows.items():
+        tensors[f"{modules.PREFIX}{module_of(name)}.{modules.ROWS}"] = values
+    return tensorfile.encode(tensors, {"format": "pt"})

@@ -1,0 +1,42 @@
+"""The command line in this process: what it prints, and its exit status."""
+
+import dataclasses
+
+import pytest
+
+pytest.importorskip("typer")
+
+from lora_jax.cli import main
+
+
+@dataclasses.dataclass(frozen=True)
+class Done:
+    status: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def run(capfd):
+    """`run("inspect", path)`: the command in this process."""
+
+    def call(*words):
+        capfd.readouterr()
+        status = main([str(word) for word in words])
+        return Done(status, *capfd.readouterr())
+
+    return call
+
+
+@pytest.fixture
+def fails(run):
+    """A command that must fail in one line on stderr, which is given back."""
+
+    def call(*words, status=1):
+        done = run(*words)
+        assert done.status == status, done
+        assert done.err.startswith("error: ") and done.err.count("\n") == 1, done.err
+        assert "unexpected" not in done.err and "Traceback" not in done.err, done.err
+        return done.err
+
+    return call

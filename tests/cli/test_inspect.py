@@ -1,0 +1,167 @@
+"""`inspect` against the dense update and numpy's SVD of it."""
+
+import json
+
+import numpy as np
+import pytest
+
+from lora_jax.cli.factors import read_factors
+from lora_jax.cli.spectrum import spectrum
+from tests.cli import files
+
+KINDS = {
+    "peft": lambda folder: files.peft(folder / "adapter"),
+    "mlx": lambda folder: files.mlx(folder / "adapter"),
+    "native": lambda folder: files.native(folder / "adapter.safetensors"),
+}
+RNG = np.random.default_rng(0)
+
+
+@pytest.mark.parametrize(
+    "sizes", [(12, 4, 8), (3, 5, 8), (8, 5, 3), (6, 1, 6)], ids="{0[0]}-{0[1]}-{0[2]}".format
+)
+def test_the_spectrum_is_that_of_the_dense_update(sizes):
+    n_in, rank, n_out = sizes
+    a, b = RNG.normal(size=(n_in, rank)), RNG.normal(size=(rank, n_out))
+    update = -0.7 * a @ b
+    found, s = spectrum(a, b, -0.7), np.linalg.svd(update, compute_uv=False)
+    np.testing.assert_allclose(found.singular_values, s[: min(sizes)], rtol=1e-10)
+    np.testing.assert_allclose(found.norm, np.linalg.norm(update), rtol=1e-12)
+    np.testing.assert_allclose(found.stable_rank, np.sum(s**2) / s[0] ** 2, rtol=1e-10)
+    for share in (0.5, 0.9, 0.99):
+        energies = [np.sum(s[:k] ** 2) / np.sum(s**2) for k in range(len(s) + 1)]
+        assert found.directions(share) == next(k for k, e in enumerate(energies) if e >= share)
+    assert found.norm_a == pytest.approx(np.linalg.norm(a), rel=1e-12)
+    assert found.norm_b == pytest.approx(np.linalg.norm(b), rel=1e-12)
+
+
+def test_the_spectrum_by_hand():
+    found = spectrum(np.diag([1.0, 2.0]), np.diag([3.0, 2.0]), 0.5)  # ΔW = diag(1.5, 2)
+    np.testing.assert_allclose(found.singular_values, [2, 1.5], rtol=1e-12)
+    assert found.norm == pytest.approx(2.5)
+    assert found.stable_rank == pytest.approx(6.25 / 4)
+    assert [found.directions(share) for share in (0.64, 0.65, 1.0)] == [1, 2, 2]
+
+
+def test_an_update_of_zero_and_one_that_is_not_finite():
+    still = spectrum(np.ones((3, 2)), np.zeros((2, 4)), 1.0)
+    assert (still.norm, still.stable_rank, still.directions(0.9)) == (0, 0, 0)
+    broken = spectrum(np.full((3, 2), np.nan), np.ones((2, 4)), 1.0)
+    assert np.isnan(broken.norm) and np.isnan(broken.stable_rank) and broken.directions(0.9) == 0
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_json_holds_every_module(kind, run, tmp_path):
+    done = run("inspect", KINDS[kind](tmp_path), "--json")
+    assert (done.status, done.err) == (0, "")
+    record = json.loads(done.out)
+    assert (record["kind"], record["base"], record["variant"]) == (kind, "tiny", "LoRA")
+    assert record["targets"] == ["q_proj", "v_proj"] and record["dtypes"] == ["float32"]
+    assert record["parameters"] == 4 * (files.WIDTH + files.OUT) * files.RANK
+    updates = [2.0 * a @ b for a, b in files.factors().values()]
+    got = sorted(record["modules"], key=lambda module: module["norm_update"])
+    for module, update in zip(got, sorted(updates, key=np.linalg.norm), strict=True):
+        assert (module["rank"], module["alpha"], module["scale"]) == (4, 8, 2)
+        assert (module["in"], module["out"]) == update.shape
+        s = np.linalg.svd(update, compute_uv=False)[:4]
+        np.testing.assert_allclose(module["singular_values"], s, rtol=1e-5)
+
+
+def test_names_of_stacked_layers(tmp_path):
+    file = read_factors(files.native(tmp_path / "a.safetensors"))
+    names = [f"{p}_proj/kernel[{n}]" for p in "qv" for n in range(2)]
+    assert [one.module for one in file.factors] == names
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("columns", [40, 60, 80, 200])
+def test_the_table_fits_the_terminal(kind, columns, run, tmp_path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    done = run("inspect", KINDS[kind](tmp_path))
+    assert done.status == 0 and max(map(len, done.out.splitlines())) <= columns
+    joined = "".join(done.out.split())
+    assert "320infloat32" in joined and ("stablerank" in joined) == (columns == 200)
+
+
+def test_one_line_for_each_module(run, tmp_path):
+    adapter = files.peft(tmp_path / "adapter")
+    grouped, single = run("inspect", adapter).out, run("inspect", adapter, "--all").out
+    assert "model.layers.*.self_attn.q_proj" in grouped
+    assert all(module in single for module in files.MODULES) and files.MODULES[0] not in grouped
+
+
+def test_ranks_and_alphas_of_patterns(tmp_path, run):
+    narrow = {f"base_model.model.{files.MODULES[0]}.lora_A.weight": np.ones((2, 12), np.float32)}
+    narrow |= {f"base_model.model.{files.MODULES[0]}.lora_B.weight": np.ones((8, 2), np.float32)}
+    config = {
+        "rank_pattern": {"layers.0.self_attn.q_proj": 2},
+        "alpha_pattern": {"layers.1.self_attn.v_proj": 3},
+        "use_rslora": True,
+    }
+    file = read_factors(files.peft(tmp_path / "adapter", config=config, extra=narrow))
+    assert file.variant == "rsLoRA"
+    got = {one.module: (one.a.shape[1], one.alpha, one.scale) for one in file.factors}
+    wanted = [(2, 8, 8 / 2**0.5), (4, 8, 4), (4, 8, 4), (4, 3, 1.5)]
+    for module, numbers in zip(files.MODULES, wanted, strict=True):
+        np.testing.assert_allclose(got[module], numbers, rtol=1e-12)
+
+
+def test_tensors_that_are_no_factors_are_named(tmp_path, run):
+    head = {"base_model.model.head.weight": np.ones((3, 8), np.float32)}
+    done = run("inspect", files.peft(tmp_path / "adapter", extra=head))
+    assert "head.weight [3, 8]" in done.out and "344 in float32" in done.out
+
+
+def test_values_that_are_not_finite_are_said(tmp_path, run):
+    name = f"base_model.model.{files.MODULES[0]}.lora_B.weight"
+    broken = {name: np.full((8, 4), np.nan, np.float32)}
+    adapter = files.peft(tmp_path / "adapter", extra=broken)
+    done = run("inspect", adapter)
+    assert done.status == 0 and f"NaN or infinite values in {files.MODULES[0]}\n" in done.out
+    record = json.loads(run("inspect", adapter, "--json").out)
+    assert record["modules"][0]["norm_update"] is None
+
+
+def test_failures(tmp_path, fails):
+    adapter = files.peft(tmp_path / "adapter")
+    assert "no such file or directory" in fails("inspect", tmp_path / "none")
+    assert "is empty" in fails("inspect", _made(tmp_path / "empty"))
+    assert "shows what it takes" in fails("inspect", status=2)
+    assert "No such option" in fails("inspect", adapter, "--colour", status=2)
+    (adapter / "adapter_config.json").write_text('{"peft_type": "LORA", "r": -1}')
+    assert "r must be a positive integer" in fails("inspect", adapter)
+    (adapter / "adapter_config.json").write_text('{"peft_type": ')
+    assert "not valid JSON" in fails("inspect", adapter)
+    (adapter / "adapter_config.json").write_text('{"rank": 3}')
+    assert "it has rank" in fails("inspect", adapter)
+    (adapter / "adapter_config.json").unlink()
+    assert "it holds adapter_model.safetensors" in fails("inspect", adapter)
+    assert "without its adapter_config.json" in fails(
+        "inspect", adapter / "adapter_model.safetensors"
+    )
+
+
+def test_a_truncated_file_and_one_without_its_other_half(tmp_path, fails):
+    adapter = files.peft(tmp_path / "adapter")
+    path = adapter / "adapter_model.safetensors"
+    data = path.read_bytes()
+    for size in (0, 5, 100, len(data) - 1):
+        path.write_bytes(data[:size])
+        assert str(path) in fails("inspect", adapter)
+    path.unlink()
+    assert "there is no such file" in fails("inspect", adapter)
+    extra = {"base_model.model.x.lora_A.weight": np.ones((4, 8), np.float32)}
+    half = files.peft(tmp_path / "half", extra=extra)
+    assert "x: has A and no B" in fails("inspect", half)
+
+
+def test_a_model_is_no_adapter(tmp_path, fails):
+    (_made(tmp_path / "model") / "config.json").write_text("{}")
+    assert "a model checkpoint, not an adapter" in fails("inspect", tmp_path / "model")
+    (tmp_path / "m.gguf").write_bytes(b"GGUF0000")
+    assert "a GGUF model, not an adapter" in fails("inspect", tmp_path / "m.gguf")
+
+
+def _made(directory):
+    directory.mkdir()
+    return directory

@@ -1,0 +1,43 @@
+"""Orbax takes adapters, optimizer state, step and keys as they are; a resumed run is the same."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+from tests import resumed
+
+
+def bits(x):
+    return np.asarray(jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x)
+
+
+@pytest.mark.parametrize("form", ["split", pytest.param("joined", marks=pytest.mark.slow)])
+def test_interrupted_and_resumed_in_another_process(form, tmp_path, quick_compile):
+    frozen, tx, state = resumed.start(form)
+    run = list(resumed.losses(frozen, tx, state, 6))
+    whole = [loss for _, loss in run]
+    assert len(set(whole)) == 6
+    half = run[2][0]
+    with resumed.manager(tmp_path / "run") as checkpoints:
+        checkpoints.save(3, args=ocp.args.StandardSave(half))
+    back = resumed.restore(tmp_path / "run", state)
+    assert jax.tree.structure(back) == jax.tree.structure(half)
+    for got, want in zip(jax.tree.leaves(back), jax.tree.leaves(half), strict=True):
+        assert got.dtype == want.dtype and got.shape == want.shape
+        assert bits(got).tobytes() == bits(want).tobytes()
+    assert {x.dtype.name for x in jax.tree.leaves(back)} >= {"bfloat16", "float32", "key<fry>"}
+    command = [sys.executable, "-W", "error", "-m", "tests.resumed", form, tmp_path / "run", "6"]
+    quick = {**os.environ, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}  # in both, so the same bits
+    folder = Path(__file__).parent.parent
+    other = subprocess.run(
+        command, capture_output=True, text=True, timeout=300, cwd=folder, env=quick
+    )
+    assert other.stderr == "" and other.returncode == 0, other.stderr
+    assert other.stdout.split() == whole[3:]

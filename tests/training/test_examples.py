@@ -1,0 +1,120 @@
+"""Token ids and masks of each kind of row, by hand."""
+
+import numpy as np
+import pytest
+
+from lora_jax.training import examples, rows
+from lora_jax.training.errors import DataError
+from lora_jax.training.rows import Row, Rows
+from tests.training.models import Letters
+
+A, B, C = 3, 4, 5  # the ids of the letters
+BOS, EOS = 1, 2
+
+
+def encode(kind, *values, length=12, tokenizer=None):
+    numbered = tuple(Row(i, value) for i, value in enumerate(values, start=1))
+    return examples.encode(Rows("d.jsonl", kind, numbered), tokenizer or Letters(), length)
+
+
+def test_text():
+    (example,) = encode("text", {"text": "abc"}).examples
+    np.testing.assert_array_equal(example.ids, [BOS, A, B, C, EOS])
+    np.testing.assert_array_equal(example.trains, [False, True, True, True, True])
+
+
+def test_a_tokenizer_without_bos_and_eos():
+    class Plain(Letters):
+        eos_id = None
+
+        def encode(self, text, special=False):
+            return super().encode(text)
+
+    (example,) = encode("text", {"text": "abc"}, tokenizer=Plain()).examples
+    np.testing.assert_array_equal(example.ids, [A, B, C])
+    assert example.trains.all()
+
+
+def test_the_prompt_does_not_train():
+    (example,) = encode("completion", {"prompt": "ab", "completion": "c"}).examples
+    np.testing.assert_array_equal(example.ids, [BOS, A, B, C, EOS])
+    np.testing.assert_array_equal(example.trains, [False, False, False, True, True])
+
+
+TURNS = [("system", "s"), ("user", "u"), ("assistant", "a"), ("user", "v"), ("assistant", "bb")]
+
+
+def chat(turns):
+    return {"messages": [{"role": role, "content": content} for role, content in turns]}
+
+
+def test_only_the_assistant_trains():
+    turns = [*TURNS, ("user", "left out")]
+    (example,) = encode("chat", chat(turns), length=99).examples
+    whole = "<system>s|<user>u|<assistant>a|<user>v|<assistant>bb|"
+    assert list(example.ids) == list(Letters().encode(whole))
+    trained = "".join(letter for letter, t in zip(whole, example.trains, strict=True) if t)
+    assert trained == "a|bb|"
+
+
+def test_an_assistant_that_opens():
+    (example,) = encode("chat", chat([("assistant", "a")]), length=99).examples
+    assert example.trains.all() and len(example) == len("<assistant>a|")
+
+
+def test_a_template_that_rewrites_earlier_turns():
+    class Forgetful(Letters):
+        def chat(self, messages, add_generation_prompt=False):
+            return super().chat(messages[-2:], add_generation_prompt)
+
+    with pytest.raises(DataError, match=r"line 1: the chat template does not .* at messages\[2\]"):
+        encode("chat", chat(TURNS), tokenizer=Forgetful())
+
+
+def test_a_tokenizer_without_a_template():
+    class Bare(Letters):
+        def chat(self, messages, add_generation_prompt=False):
+            raise ValueError("there is no chat template")
+
+    with pytest.raises(DataError, match="line 1: there is no chat template"):
+        encode("chat", chat(TURNS), tokenizer=Bare())
+
+
+def test_long_texts_are_cut_into_pieces_that_overlap_by_one():
+    found = encode("text", {"text": "abcabc"}, {"text": "ab"}, length=4)
+    pieces = [list(example.ids) for example in found.examples]
+    assert pieces == [[BOS, A, B, C], [C, A, B, C], [C, EOS], [BOS, A, B, EOS]]
+    # every token but BOS is predicted once
+    assert sum(int(e.trains[1:].sum()) for e in found.examples) == 7 + 3
+    assert found.notes == ("1 of 2 texts exceed 4 tokens: cut into pieces",)
+
+
+def test_long_rows_are_cut_off_and_told():
+    found = encode(
+        "completion",
+        {"prompt": "ab", "completion": "abc"},
+        {"prompt": "abcabc", "completion": "a"},
+        {"prompt": "a", "completion": "b"},
+        length=4,
+    )
+    assert [list(e.ids) for e in found.examples] == [[BOS, A, B, A], [BOS, A, B, EOS]]
+    assert found.notes == (
+        "2 of 3 rows exceed 4 tokens: cut off, and with them 5 of 8 tokens to learn (see --length)",
+        "1 rows left out: nothing to learn in 4 tokens",
+    )
+    with pytest.raises(DataError, match="no token to learn is left in rows of 3 tokens; raise"):
+        encode("completion", {"prompt": "abcabc", "completion": "a"}, length=3)
+
+
+def test_labelled_rows_are_not_for_a_language_model():
+    with pytest.raises(DataError, match="use --task classification"):
+        encode("label", {"text": "x", "label": 1})
+
+
+def test_a_stream(tmp_path):
+    (tmp_path / "d.txt").write_text("abc")
+    ids = examples.encode_stream(rows.read(tmp_path / "d.txt"), Letters())
+    assert ids.dtype == np.int32 and list(ids) == [A, B, C]
+    (tmp_path / "d.txt").write_text("a")
+    with pytest.raises(DataError, match="the text is one token"):
+        examples.encode_stream(rows.read(tmp_path / "d.txt"), Letters())

@@ -1,0 +1,228 @@
+"""The loop: what it writes, that resuming is exact, and what stops it."""
+
+import dataclasses
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import lora_jax as lora
+from lora_jax.training import data, log, loop, picture
+from lora_jax.training.checkpoints import Checkpoints
+from lora_jax.training.errors import TrainingError
+from lora_jax.training.interrupt import interruptible
+from lora_jax.training.loop import Watcher, train
+from tests.training import models
+from tests.training.test_loss import by_hand
+
+HELD_OUT = data.cut_stream(models.stream(40, seed=9), 9)
+
+
+def leaves(tree):
+    return [np.asarray(x) for x in jax.tree.leaves(tree)]
+
+
+def without_seconds(records):
+    return [{k: v for k, v in r.items() if not k.endswith("seconds")} for r in records]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A run that is not interrupted: its directory, its outcome and the best adapters told of."""
+    directory = tmp_path_factory.mktemp("whole")
+    job, start = models.job(directory, steps=7, held_out=HELD_OUT, eval_every=3, accumulate=2)
+    best = []
+    outcome = train(job, start, Watcher(best=lambda a, r: best.append((jax.device_get(a), r))))
+    return job, start, outcome, best
+
+
+def test_the_log(whole):
+    job, _, outcome, _ = whole
+    records = log.read(job.directory / "log.jsonl")
+    assert records == outcome.records and outcome.step == 7
+    order = [(r["step"], "eval_loss" in r) for r in records]
+    steps = [(step, False) for step in range(1, 8)]
+    assert order == sorted([*steps, *((step, True) for step in (0, 3, 6, 7))])
+    step = next(r for r in records if "loss" in r)
+    assert step.keys() == {"step", "loss", "tokens", "lr", "gradient_norm", "seconds"}
+    assert step["lr"] == pytest.approx(1e-2)  # the first of two steps of warm-up to 3e-2
+    evaluation = log.evaluations(records)[-1]
+    assert evaluation["perplexity"] == pytest.approx(math.exp(evaluation["eval_loss"]))
+    losses = log.losses(records)[1]
+    assert losses[-1] < losses[0]
+    # 119 tokens to predict in 15 rows, 6 a step: an epoch of 3 steps
+    assert sum(r["tokens"] for r in records if "loss" in r and r["step"] <= 3) == 119
+
+
+def test_the_evaluation_by_hand(whole):
+    job, _, outcome, _ = whole
+    merged = lora.merge(lora.join(job.base, outcome.adapters))
+    x = HELD_OUT.arrays
+    logits = jax.jit(models.apply)(merged, x["ids"], x["segments"])
+    expected = by_hand(logits, x["ids"], x["segments"], x["weights"]) / x["weights"].sum()
+    assert log.evaluations(outcome.records)[-1]["eval_loss"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_best_is_told_of(whole):
+    _, _, outcome, best = whole
+    evaluated = [r["eval_loss"] for r in log.evaluations(outcome.records)]
+    lowest = [r for i, r in enumerate(evaluated) if r < min(evaluated[:i], default=math.inf)]
+    assert [r["eval_loss"] for _, r in best] == lowest and len(lowest) > 1
+
+
+def test_the_start_and_the_base_stay(whole):
+    job, start, outcome, _ = whole
+    base, adapters = models.adapters()
+    for a, b in zip(leaves((job.base, start)), leaves((base, adapters)), strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert any((a != b).any() for a, b in zip(*map(leaves, (start, outcome.adapters)), strict=True))
+
+
+def stopping_at(step):
+    """A watcher that wishes to stop once a step is done."""
+    seen = []
+    return Watcher(stop=lambda: step in seen, step=lambda record: seen.append(record["step"]))
+
+
+def test_resuming_is_exact(whole, tmp_path):
+    """Losses, evaluations and adapters to the bit, where a stop falls on an evaluation or not."""
+    _, start, outcome, _ = whole
+    job, _ = models.job(tmp_path, steps=7, held_out=HELD_OUT, eval_every=3, accumulate=2)
+    for stop in (3, 5):
+        assert train(job, start, stopping_at(stop)).step == stop
+    resumed = train(job, start)
+    assert without_seconds(resumed.records) == without_seconds(outcome.records)
+    assert log.read(tmp_path / "log.jsonl") == resumed.records
+    for a, b in zip(*map(leaves, (resumed.adapters, outcome.adapters)), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_a_finished_run_stays_as_it_is(whole):
+    job, start, outcome, _ = whole
+    again = train(job, start)
+    assert again.records == outcome.records
+    for a, b in zip(*map(leaves, (again.adapters, outcome.adapters)), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_a_loss_that_is_not_finite(tmp_path):
+    """The state before it is saved, and a run without the trouble goes on from there."""
+    job, start = models.job(tmp_path, steps=4)
+
+    def broken(params, batch):
+        sums = job.loss(params, batch)
+        bad = (batch["ids"] == 999).any()
+        return {**sums, "loss": jnp.where(bad, jnp.nan, sums["loss"])}
+
+    poisoned = job.data.arrays["ids"].copy()
+    poisoned[np.random.default_rng([5, 0]).permutation(len(poisoned))[6]] = 999  # of the third step
+    bad = dataclasses.replace(
+        job, loss=broken, data=data.Data({**job.data.arrays, "ids": poisoned})
+    )
+    with pytest.raises(TrainingError, match="step 3: the loss is nan; try a lower --lr") as error:
+        train(bad, start)
+    assert str(tmp_path / "checkpoints") in str(error.value)
+    assert [r["step"] for r in log.read(tmp_path / "log.jsonl")] == [1, 2]
+    resumed = train(job, start)
+    directory = tmp_path / "other"
+    unharmed = train(dataclasses.replace(job, directory=directory), start)
+    assert without_seconds(resumed.records) == without_seconds(unharmed.records)
+
+
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path):
+    state = {"x": jnp.arange(3.0)}
+    with Checkpoints(tmp_path) as checkpoints:
+        assert checkpoints.restore(state) is None
+        for step in (1, 2, 3):
+            checkpoints.save(step, {"x": state["x"] + step})
+        assert checkpoints.steps() == [2, 3]
+        step, found = checkpoints.restore(state)
+        assert step == 3 and found["x"].tolist() == [3, 4, 5]
+    for file in (tmp_path / "3").rglob("*"):
+        if file.is_file() and file.name not in ("commit_success.txt", "_CHECKPOINT_METADATA"):
+            file.write_bytes(file.read_bytes()[:3])
+    with Checkpoints(tmp_path) as checkpoints:
+        assert checkpoints.restore(state)[0] == 2
+        with pytest.raises(TrainingError, match="no checkpoint can be read"):
+            checkpoints.restore({"y": state["x"]})
+
+
+def test_a_torn_line_of_the_log(tmp_path):
+    file = tmp_path / "log.jsonl"
+    for step in (1, 2, 3):
+        log.append(file, {"step": step, "loss": 1.0})
+    file.write_text(file.read_text()[:-9])
+    assert [r["step"] for r in log.rewind(file, 2)] == [1, 2]
+    log.append(file, {"step": 3, "loss": 0.5})
+    assert log.losses(log.read(file)) == ([1, 2, 3], [1.0, 1.0, 0.5])
+
+
+def test_the_picture(whole, tmp_path):
+    _, _, outcome, _ = whole
+    picture.draw(outcome.records, tmp_path / "loss.png")
+    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+    picture.draw([], tmp_path / "empty.png")
+
+
+def test_a_first_signal_is_a_wish_and_a_second_one_is_not():
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt), interruptible() as interrupt:
+        assert not interrupt()
+        os.kill(os.getpid(), signal.SIGINT)
+        assert interrupt() and interrupt.signal == signal.SIGINT
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(1)
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+SCRIPT = """
+import sys, pathlib
+from tests.training import models
+from lora_jax.training.interrupt import interruptible
+from lora_jax.training.loop import Watcher, train
+job, start = models.job(pathlib.Path(sys.argv[1]), steps=100_000)
+with interruptible() as stop:
+    def told(record):
+        if record["step"] == 3:
+            print("running", flush=True)
+    outcome = train(job, start, Watcher(stop=stop, step=told))
+print("stopped", outcome.step, stop.signal)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves(tmp_path, number):
+    command = [sys.executable, "-c", textwrap.dedent(SCRIPT), str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as run:
+        assert run.stdout.readline() == "running\n"
+        run.send_signal(number)
+        said = run.stdout.read().split()
+    assert run.returncode == 0 and said[0] == "stopped" and int(said[2]) == number
+    with Checkpoints(tmp_path / "checkpoints") as checkpoints:
+        assert checkpoints.steps() == [int(said[1])]
+    assert log.read(tmp_path / "log.jsonl")[-1]["step"] == int(said[1])
+
+
+def test_settings_that_are_refused():
+    for field in ("steps", "rows", "accumulate"):
+        with pytest.raises(TrainingError, match=f"{field} must be positive"):
+            loop.Settings(**{"steps": 1, field: 0})
+    for field in ("seed", "eval_every", "save_every"):
+        with pytest.raises(TrainingError, match=f"{field} must not be negative"):
+            loop.Settings(**{"steps": 1, field: -1})
+
+
+def test_the_log_is_json_lines(whole):
+    job, *_ = whole
+    lines = (job.directory / "log.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [0, 1, 2, 3, 3, 4, 5, 6, 6, 7, 7]

@@ -1,0 +1,111 @@
+"""Losses against numbers computed by hand, and what packing must not change."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import lora_jax as lora
+from lora_jax.training import data, loss
+from lora_jax.training.examples import Example
+from tests.training import models
+
+# Compiled as a whole: of single operations each would be compiled by itself.
+LANGUAGE = jax.jit(loss.language_sums(models.apply))
+
+
+def by_hand(logits, ids, segments, weights):
+    """Σ -log p(next token), in float64, token by token."""
+    total = 0.0
+    for row in range(ids.shape[0]):
+        for place in range(1, ids.shape[1]):
+            if weights[row, place]:
+                assert segments[row, place] == segments[row, place - 1] > 0
+                x = np.asarray(logits[row, place - 1], np.float64)
+                total += np.log(np.exp(x - x.max()).sum()) + x.max() - x[ids[row, place]]
+    return total
+
+
+def example(seed, length, prompt=1):
+    ids = np.random.default_rng(seed).integers(1, models.VOCABULARY, length).astype(np.int32)
+    return Example(ids, np.arange(length) >= prompt)
+
+
+EXAMPLES = [example(0, 5, 2), example(1, 3), example(2, 6, 5), example(3, 4), example(4, 2)]
+
+
+def test_masks_by_hand():
+    batch = data.pack_examples(EXAMPLES, 8).arrays
+    params = models.params()
+    logits = jax.jit(models.apply)(params, batch["ids"], batch["segments"])
+    sums = LANGUAGE(params, batch)
+    expected = by_hand(logits, batch["ids"], batch["segments"], batch["weights"])
+    assert sums["weight"] == 3 + 2 + 1 + 3 + 1
+    np.testing.assert_allclose(sums["loss"], expected, rtol=1e-6)
+
+
+def test_packed_texts_have_the_loss_they_have_alone(x64):
+    params = models.params(dtype=jnp.float64)
+    packed = LANGUAGE(params, data.pack_examples(EXAMPLES, 8).arrays)
+    alone = [LANGUAGE(params, data.pack_examples([e], 8).arrays) for e in EXAMPLES]
+    for name in ("loss", "weight"):
+        np.testing.assert_allclose(packed[name], sum(s[name] for s in alone), rtol=1e-12)
+
+
+def test_padding_counts_for_nothing():
+    """Not even where the model is not finite there."""
+
+    def broken(params, ids, segments):
+        return jnp.where(segments[..., None] > 0, models.apply(params, ids, segments), jnp.nan)
+
+    batch = data.pack_examples(EXAMPLES, 9).arrays
+    assert (batch["segments"] == 0).any()
+    found = jax.jit(loss.language_sums(broken))(models.params(), batch)
+    np.testing.assert_allclose(found["loss"], LANGUAGE(models.params(), batch)["loss"], rtol=1e-6)
+
+
+@pytest.mark.parametrize("chunk", [1, 5, 64])
+def test_chunks(x64, chunk):
+    """Values and gradients, of an adapted head too, to the last digits."""
+    base, adapters = models.adapters(dtype=jnp.float64)
+    adapters = jax.tree.map(lambda x: x + 0.1, adapters)
+    batch = data.pack_examples(EXAMPLES, 8).arrays
+    whole = lora.lora(loss.language_sums(models.apply))
+    cut = lora.lora(loss.language_sums_in_chunks(models.hidden, models.head, chunk))
+    results = []
+    for sums in (whole, cut):
+        of = lambda a, sums=sums: sums(lora.join(base, a), batch)["loss"]
+        results.append(jax.jit(jax.value_and_grad(of))(adapters))
+    for a, b in zip(*map(jax.tree.leaves, results), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-11, atol=1e-13)
+
+
+def test_chunks_hold_no_logits_of_all_tokens():
+    """The point of them: no array as large as the vocabulary times the tokens."""
+    batch = data.pack_examples(EXAMPLES * 8, 8).arrays
+    tokens = batch["ids"].size
+    sums = loss.language_sums_in_chunks(models.hidden, models.head, 4)
+    grad = jax.grad(lambda p: sums(p, batch)["loss"])
+    text = str(jax.make_jaxpr(grad)(models.params()))
+    assert f"[{tokens},{models.VOCABULARY}]" not in text and f"[4,{models.VOCABULARY}]" in text
+    assert f",{models.VOCABULARY}]" in text and f",8,{models.VOCABULARY}]" not in text
+
+
+def test_half_precision_is_summed_in_single():
+    logits = jnp.asarray([[8.0, 0.0, -8.0]], jnp.bfloat16)
+    found = loss.cross_entropy(logits, jnp.array([1]))
+    assert found.dtype == jnp.float32
+    np.testing.assert_allclose(found, [8 + np.log(1 + np.exp(-8) + np.exp(-16))], rtol=1e-6)
+
+
+def test_classes():
+    logits = np.array([[[0.0, np.log(3)], [9.0, -9.0]], [[0.0, np.log(3)], [1.0, 0.0]]], np.float32)
+    batch = {
+        "ids": np.zeros((2, 1), np.int32),
+        "segments": np.zeros((2, 1), np.int32),
+        "labels": np.array([[1, 0], [0, 0]], np.int32),
+        "weights": np.array([[1, 0], [1, 0]], np.float32),
+    }
+    sums = loss.class_sums(lambda params, ids, segments: jnp.asarray(logits))({}, batch)
+    np.testing.assert_allclose(sums["loss"], np.log(4 / 3) + np.log(4), rtol=1e-6)
+    assert (sums["weight"], sums["right"]) == (2, 1)

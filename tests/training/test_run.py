@@ -1,0 +1,67 @@
+"""The directory of a run: what is refused when it is resumed."""
+
+import json
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lora_jax.training import run
+from lora_jax.training.data import Data
+from lora_jax.training.errors import TrainingError
+
+SETTINGS = {"rank": 8, "learning_rate": 1e-3, "targets": ["q_proj", "v_proj"]}
+
+
+def data(first=1):
+    return Data({"ids": np.array([[first, 2]], np.int32), "weights": np.ones((1, 2), np.float32)})
+
+
+def identity(settings=None, base=1.0, first=1, held_out=None):
+    tree = {"a": jnp.full(3, base), "b": jnp.zeros(2)}
+    return run.identity(SETTINGS | (settings or {}), tree, data(first), held_out)
+
+
+def test_the_same_run_is_resumed(tmp_path):
+    assert not run.begin(tmp_path / "out", identity(), resume=False)
+    assert run.begin(tmp_path / "out", identity(), resume=True)
+    with pytest.raises(TrainingError, match="holds a run already: add --resume"):
+        run.begin(tmp_path / "out", identity(), resume=False)
+
+
+def test_nothing_to_resume_is_a_beginning(tmp_path):
+    assert not run.begin(tmp_path, identity(), resume=True)
+    assert run.begin(tmp_path, identity(), resume=True)
+
+
+@pytest.mark.parametrize(
+    "other, said",
+    [
+        ({"settings": {"rank": 4}}, ["rank was 8, is 4"]),
+        ({"settings": {"new": None, "rank": 2}}, ["rank was 8, is 2"]),
+        ({"settings": {"new": "x"}}, ['new was not given, is "x"']),
+        ({"base": 2.0}, ["the model is another: 1 of 2 arrays differ, a first"]),
+        ({"first": 9}, ["the training data are others"]),
+        ({"held_out": data()}, ["the held-out data are others"]),
+        (
+            {"settings": {"rank": 4}, "first": 9, "base": 0.5},
+            [
+                "rank was 8, is 4",
+                "the training data are others",
+                "the model is another: 1 of 2 arrays differ, a first",
+            ],
+        ),
+    ],
+)
+def test_another_run_is_refused(tmp_path, other, said):
+    run.begin(tmp_path, identity(), resume=False)
+    with pytest.raises(TrainingError, match="was begun otherwise") as error:
+        run.begin(tmp_path, identity(**other), resume=True)
+    assert str(error.value).split("\n")[1:] == said
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "{}", json.dumps({"settings": 1})])
+def test_a_damaged_file(tmp_path, content):
+    (tmp_path / run.FILE).write_text(content)
+    with pytest.raises(TrainingError, match=r"run\.json is damaged .* start anew in another --out"):
+        run.begin(tmp_path, identity(), resume=True)
