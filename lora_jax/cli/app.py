@@ -10,11 +10,14 @@ from typing import Annotated
 import typer
 
 from lora_jax import __version__
-from lora_jax.cli import inspect
+from lora_jax.cli import convert, generate, inspect, merge
 
 #: The commands in the help's order: name -> the module whose `command` it runs.
 COMMANDS: dict[str, ModuleType] = {
     "inspect": inspect,
+    "generate": generate,
+    "merge": merge,
+    "convert": convert,
 }
 
 EXIT_CODES = """\b
