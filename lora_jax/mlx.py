@@ -147,7 +147,14 @@ def _unsupported(kind: str, dora: bool) -> str | None:
     return None
 
 
-def save(directory: str | os.PathLike, adapters: Any, naming: Naming, *, base: Any = None) -> None:
+def save(
+    directory: str | os.PathLike,
+    adapters: Any,
+    naming: Naming,
+    *,
+    base: Any = None,
+    base_model: str | None = None,
+) -> None:
     """Write adapters as mlx-lm does, so that its `--adapter-path` takes them.
 
     mlx-lm knows one rank and one scale: factors are padded with zeros to the largest rank, and
@@ -158,6 +165,7 @@ def save(directory: str | os.PathLike, adapters: Any, naming: Naming, *, base: A
       adapters: an overlay, or a joined tree, which brings its base along.
       naming: which torch tensor is which leaf.
       base: the base of an overlay, arrays or `ShapeDtypeStruct`s.
+      base_model: the name or path of the base, to keep with the file.
 
     Raises:
       StructureError: what cannot be in such a file, all at once: leaves trained whole or in rows,
@@ -187,6 +195,7 @@ def save(directory: str | os.PathLike, adapters: Any, naming: Naming, *, base: A
             "keys": sorted({_key(module_of(name)) for name in factors}),
         },
     }
+    settings |= {} if base_model is None else {"model": base_model}
     tensors: dict[str, np.ndarray] = {}
     for name, one in factors.items():
         arrays = {"lora_a": one.a.T, "lora_b": one.b.T, "m": one.magnitude}
