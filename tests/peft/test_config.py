@@ -90,6 +90,12 @@ def test_starts_that_change_the_base_are_refused(start):
     assert parse(init_lora_weights="gaussian").init_lora_weights == "gaussian"
 
 
+def test_target_parameters_are_refused():
+    with pytest.raises(ConfigError, match=r'^target_parameters is \["experts.w"\]: .* supported$'):
+        parse(target_parameters=["experts.w"])
+    assert parse(target_parameters=[]).target_parameters == ()
+
+
 def test_unknown_keys_are_kept():
     config = parse(corda_config=None, new_in_another_version={"deep": [1, {"x": "y"}]})
     again = json.loads(config.to_json())
