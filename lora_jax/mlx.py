@@ -23,7 +23,6 @@ __all__ = ["CONFIG", "TENSORS", "load", "save"]
 
 CONFIG, TENSORS = "adapter_config.json", "adapters.safetensors"
 _FIELDS = {"lora_a": "a", "lora_b": "b", "m": "magnitude"}
-_KINDS = ("linear", "embedding")
 
 
 def load(
@@ -127,8 +126,9 @@ def _contents(
 
 
 def _misshaped(arrays: Mapping[str, np.ndarray], kind: str, shape: tuple[int, ...]) -> str | None:
-    if kind not in _KINDS:
-        return "is no linear layer and no embedding"
+    problem = _unsupported(kind, "magnitude" in arrays)
+    if problem:
+        return problem
     ins, out = shape if kind == "embedding" else shape[::-1]
     rank = arrays["a"].shape[-1] if arrays["a"].ndim else 0
     wanted = {"a": (ins, rank), "b": (rank, out), "magnitude": (out,)}
@@ -138,7 +138,23 @@ def _misshaped(arrays: Mapping[str, np.ndarray], kind: str, shape: tuple[int, ..
     return f"has shapes {sorted(got.values())}, the weight {shape} needs (in, rank), (rank, out)"
 
 
-def save(directory: str | os.PathLike, adapters: Any, naming: Naming, *, base: Any = None) -> None:
+def _unsupported(kind: str, dora: bool) -> str | None:
+    """What keeps a module of this kind out of these files."""
+    if kind not in ("linear", "embedding"):
+        return "is no linear layer and no embedding"
+    if dora and kind == "embedding":
+        return "is an embedding, whose DoRA has a number for each row in mlx-lm, not each output"
+    return None
+
+
+def save(
+    directory: str | os.PathLike,
+    adapters: Any,
+    naming: Naming,
+    *,
+    base: Any = None,
+    base_model: str | None = None,
+) -> None:
     """Write adapters as mlx-lm does, so that its `--adapter-path` takes them.
 
     mlx-lm knows one rank and one scale: factors are padded with zeros to the largest rank, and
@@ -149,20 +165,19 @@ def save(directory: str | os.PathLike, adapters: Any, naming: Naming, *, base: A
       adapters: an overlay, or a joined tree, which brings its base along.
       naming: which torch tensor is which leaf.
       base: the base of an overlay, arrays or `ShapeDtypeStruct`s.
+      base_model: the name or path of the base, to keep with the file.
 
     Raises:
       StructureError: what cannot be in such a file, all at once: leaves trained whole or in rows,
-        convolutions, paths that the naming does not have.
+        convolutions, DoRA of an embedding, paths that the naming does not have.
       OSError: the files cannot be written; the old ones stand.
     """
     contents, model = taken(adapters, naming, base)
     others = [*contents.whole, *contents.rows]
     problems = [f"{name}: is trained itself; mlx-lm's files hold factors" for name in others]
-    problems += [
-        f"{name}: is no linear layer and no embedding"
-        for name in contents.factors
-        if model.kind(name) not in _KINDS
-    ]
+    for name, one in contents.factors.items():
+        problem = _unsupported(model.kind(name), one.magnitude is not None)
+        problems += [f"{name}: {problem}"] if problem else []
     dora = {factors.magnitude is not None for factors in contents.factors.values()}
     problems += ["DoRA on some modules alone"] if len(dora) > 1 else []
     if problems or not dora:
@@ -180,6 +195,7 @@ def save(directory: str | os.PathLike, adapters: Any, naming: Naming, *, base: A
             "keys": sorted({_key(module_of(name)) for name in factors}),
         },
     }
+    settings |= {} if base_model is None else {"model": base_model}
     tensors: dict[str, np.ndarray] = {}
     for name, one in factors.items():
         arrays = {"lora_a": one.a.T, "lora_b": one.b.T, "m": one.magnitude}

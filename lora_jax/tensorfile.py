@@ -264,7 +264,8 @@ def _header(file: io.BufferedIOBase, source: str) -> tuple[Header, int]:
         )
     file.seek(8)
     value = parse_json(file.read(length), f"{source}: not a whole safetensors file: its header")
-    metadata = value.pop("__metadata__", {})
+    metadata = value.pop("__metadata__", None)
+    metadata = {} if metadata is None else metadata  # mlx writes null
     problems = _metadata_problems(metadata)
     tensors = {}
     for name, record in value.items():

@@ -1,25 +1,20 @@
 """BERT (Devlin et al., 2018, https://arxiv.org/abs/1810.04805) as an ordinary Flax Linen encoder.
 
-`Bert` maps token ids to hidden states, `mean_pool` maps hidden states to one sentence embedding,
-and `load` reads a published checkpoint in Hugging Face's layout.
+`Bert` maps token ids to hidden states, `mean_pool` maps hidden states to one sentence embedding;
+`lora_jax.models.load` reads a published checkpoint.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
-from flax.traverse_util import flatten_dict, unflatten_dict
-from safetensors import SafetensorError
-from safetensors.flax import load_file
 
 
 def _gelu(x: jax.Array) -> jax.Array:
@@ -216,93 +211,3 @@ def mean_pool(
         return mean
     # The floor is under the square root, so that an absent segment has a gradient of zero, not NaN.
     return mean * jax.lax.rsqrt(jnp.maximum((mean**2).sum(axis=-1, keepdims=True), 1e-24))
-
-
-def load(directory: str | Path) -> tuple[Bert, dict[str, Any]]:
-    """Reads a published BERT encoder: `config.json` and `model.safetensors`.
-
-    Args:
-      directory: where the two files are, as Hugging Face lays them out. A `bert.` before every
-        name is understood; the pooler, which `Bert` does not have, is left out.
-
-    Returns:
-      The model, and its float32 parameters on the default device (kernels `[in, out]`), to call
-      as `model.apply({"params": params}, ids, segments)`.
-
-    Raises:
-      FileNotFoundError: when one of the files is missing.
-      ValueError: for a configuration that `BertConfig` refuses, or when tensors are missing,
-        unexpected or of another shape: all of them are listed. Also for a file that is cut short.
-    """
-    directory = Path(directory)
-    config = BertConfig.from_json(json.loads((directory / "config.json").read_text("utf-8")))
-    model = Bert(config)
-    ids = jax.ShapeDtypeStruct((1, 1), jnp.int32)
-    expected = flatten_dict(jax.eval_shape(model.init, jax.random.key(0), ids, ids)["params"])
-    source = directory / "model.safetensors"
-    try:
-        stored = load_file(source)
-    except SafetensorError as error:
-        raise ValueError(f"{source} is no whole safetensors file: {error}") from error
-    stored = {name.removeprefix("bert."): tensor for name, tensor in stored.items()}
-    shapes = {name: tensor.shape for name, tensor in stored.items()}
-    _check({path: leaf.shape for path, leaf in expected.items()}, shapes, source)
-    flat = {
-        path: _orient(path, stored[_torch_name(path)]).astype(leaf.dtype)
-        for path, leaf in expected.items()
-    }
-    return model, unflatten_dict(flat)
-
-
-_LEAVES = {"kernel": "weight", "embedding": "weight", "scale": "weight", "bias": "bias"}
-_MODULES = {
-    ("embeddings", "word"): "embeddings.word_embeddings",
-    ("embeddings", "position"): "embeddings.position_embeddings",
-    ("embeddings", "type"): "embeddings.token_type_embeddings",
-    ("embeddings", "norm"): "embeddings.LayerNorm",
-    ("attention", "query"): "attention.self.query",
-    ("attention", "key"): "attention.self.key",
-    ("attention", "value"): "attention.self.value",
-    ("attention", "output"): "attention.output.dense",
-    ("attention_norm",): "attention.output.LayerNorm",
-    ("intermediate",): "intermediate.dense",
-    ("output",): "output.dense",
-    ("output_norm",): "output.LayerNorm",
-}
-# Stored in some checkpoints, but no parameters of the encoder.
-_IGNORED = ("embeddings.position_ids", "pooler.dense.weight", "pooler.dense.bias")
-
-
-def _torch_name(path: tuple[str, ...]) -> str:
-    """`("layer_0", "attention", "query", "kernel")` -> the name in a Hugging Face file."""
-    *module, leaf = path
-    prefix = ""
-    if module[0].startswith("layer_"):
-        prefix = f"encoder.layer.{module.pop(0).removeprefix('layer_')}."
-    return f"{prefix}{_MODULES[tuple(module)]}.{_LEAVES[leaf]}"
-
-
-def _orient(path: tuple[str, ...], tensor: jax.Array) -> jax.Array:
-    """PyTorch keeps kernels `[out, in]`, Flax `[in, out]`; nothing else differs."""
-    return tensor.T if path[-1] == "kernel" else tensor
-
-
-def _check(
-    expected: Mapping[tuple[str, ...], tuple[int, ...]],
-    stored: Mapping[str, tuple[int, ...]],
-    source: Path,
-) -> None:
-    """Raises one `ValueError` that lists every tensor that does not fit the model."""
-    wanted = {
-        _torch_name(path): shape[::-1] if path[-1] == "kernel" else shape
-        for path, shape in expected.items()
-    }
-    problems = [f"missing: {name} {shape}" for name, shape in wanted.items() if name not in stored]
-    for name, shape in stored.items():
-        if name not in wanted and name not in _IGNORED:
-            problems.append(f"unexpected: {name} {shape}")
-        elif name in wanted and shape != wanted[name]:
-            problems.append(f"wrong shape: {name} is {shape}, not {wanted[name]}")
-    if problems:
-        lines = "\n  ".join(sorted(problems))
-        raise ValueError(f"{source} does not hold what its config.json asks for:\n  {lines}")

@@ -1,169 +1,21 @@
 """The Llama family (https://arxiv.org/abs/2302.13971) as an ordinary Flax Linen decoder.
 
-`LlamaConfig` covers Llama, Mistral, Qwen2 and SmolLM2; `Llama` maps token ids to logits, with or
-without a cache of keys and values.
+`Llama` maps token ids to logits, with or without a cache of keys and values; `LlamaConfig` makes
+it Llama, Mistral, Qwen2 or SmolLM2.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from lora_jax.models.rope import Rope, rotate
-
-#: For each model type: what its config.json means where it is silent.
-MODEL_TYPES: dict[str, dict[str, Any]] = {
-    "llama": {},
-    "mistral": {"sliding_window": 4096, "max_position_embeddings": 131072},
-    "qwen2": {"attention_bias": True, "max_position_embeddings": 32768},
-}
-DTYPES = ("float32", "bfloat16", "float16")
-
-
-@dataclass(frozen=True)
-class LlamaConfig:
-    """Sizes and kinds of a decoder of the Llama family, under the names that `config.json` uses.
-
-    Attributes:
-      num_key_value_heads: keys and values are shared by groups of query heads; by default there
-        is one for each.
-      head_dim: width of a head, by default `hidden_size / num_attention_heads`.
-      attention_bias, output_bias: whether the projections to q, k and v, and the one of the
-        attention's output, have a bias.
-      sliding_window: how many tokens back a token sees, itself included; None is all of them.
-      scan: keep the layers' parameters stacked and run them in one `lax.scan`.
-      remat: compute each layer again in the backward pass instead of keeping its activations.
-      dtype: what is computed in; norms, rotations and the softmax are in float32 whatever it is.
-      param_dtype: what `init` makes parameters in.
-
-    Raises `ValueError` at construction for a size below one, heads that do not divide, an odd
-    width of a head, an activation other than `silu` or a dtype that is not in `DTYPES`.
-    """
-
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int = 0
-    head_dim: int = 0
-    max_position_embeddings: int = 2048
-    rms_norm_eps: float = 1e-6
-    rope: Rope = field(default_factory=Rope)
-    hidden_act: str = "silu"
-    tie_word_embeddings: bool = False
-    attention_bias: bool = False
-    output_bias: bool = False
-    mlp_bias: bool = False
-    sliding_window: int | None = None
-    scan: bool = False
-    remat: bool = False
-    dtype: str = "float32"
-    param_dtype: str = "float32"
-
-    REQUIRED: ClassVar = (
-        *("vocab_size", "hidden_size", "intermediate_size"),
-        *("num_hidden_layers", "num_attention_heads"),
-    )
-
-    def __post_init__(self) -> None:
-        fill = partial(object.__setattr__, self)
-        if self.num_key_value_heads == 0:
-            fill("num_key_value_heads", self.num_attention_heads)
-        if self.head_dim == 0 and isinstance(self.num_attention_heads, int):
-            fill("head_dim", self.hidden_size // max(self.num_attention_heads, 1))
-        self._check_types()
-        if self.num_attention_heads % self.num_key_value_heads:
-            raise ValueError(
-                f"LlamaConfig: num_attention_heads {self.num_attention_heads} is not a multiple "
-                f"of num_key_value_heads {self.num_key_value_heads}"
-            )
-        if self.head_dim % 2:
-            raise ValueError(f"LlamaConfig: rotations need an even head_dim, got {self.head_dim}")
-        for name, allowed in (
-            ("hidden_act", ("silu",)),
-            ("dtype", DTYPES),
-            ("param_dtype", DTYPES),
-        ):
-            if getattr(self, name) not in allowed:
-                raise ValueError(
-                    f"LlamaConfig.{name} {getattr(self, name)!r} is not one of {list(allowed)}"
-                )
-
-    def _check_types(self) -> None:
-        for f in fields(self):
-            value = getattr(self, f.name)
-            is_int = isinstance(value, int) and not isinstance(value, bool) and value > 0
-            if f.type == "int" and not is_int:
-                raise ValueError(f"LlamaConfig.{f.name} must be a positive int, got {value!r}")
-            if f.type == "bool" and not isinstance(value, bool):
-                raise ValueError(f"LlamaConfig.{f.name} must be true or false, got {value!r}")
-        if not isinstance(self.rms_norm_eps, float) or not self.rms_norm_eps > 0:
-            raise ValueError(
-                f"LlamaConfig.rms_norm_eps must be a positive float, got {self.rms_norm_eps!r}"
-            )
-        window = self.sliding_window
-        if window is not None and (not isinstance(window, int) or window < 1):
-            raise ValueError(
-                f"LlamaConfig.sliding_window must be a positive int or None, got {window!r}"
-            )
-
-    @classmethod
-    def from_json(cls, settings: Mapping[str, Any], **fields_of_ours: Any) -> LlamaConfig:
-        """Reads a parsed `config.json` of Llama, Mistral or Qwen2.
-
-        Args:
-          settings: the parsed file.
-          **fields_of_ours: `scan`, `remat`, `dtype` and `param_dtype`, which the file does not
-            decide.
-
-        Raises:
-          ValueError: for another `model_type`, for sizes that are missing (all are listed), for
-            what `Rope` and `LlamaConfig` refuse, for windows in some of the layers only, and for
-            quantized weights.
-        """
-        model_type = settings.get("model_type", "llama")
-        if model_type not in MODEL_TYPES:
-            raise ValueError(f"model_type {model_type!r} is not one of {sorted(MODEL_TYPES)}")
-        if settings.get("quantization_config"):
-            raise ValueError("config.json: a quantization_config: such weights are not supported")
-        if missing := [name for name in cls.REQUIRED if settings.get(name) is None]:
-            raise ValueError(f"config.json does not say {', '.join(missing)}")
-        settings = MODEL_TYPES[model_type] | dict(settings)
-        # `rope` and ours are no keys of the file, and `dtype` there is that of the weights
-        own = {"rope", "scan", "remat", "dtype", "param_dtype", "output_bias", "sliding_window"}
-        known = {f.name for f in fields(cls)} - own
-        given = {name: settings[name] for name in known if settings.get(name) is not None}
-        return cls(
-            **given,
-            rope=Rope.from_json(settings),
-            output_bias=model_type == "llama" and given.get("attention_bias", False),
-            sliding_window=_window(settings, model_type),
-            **fields_of_ours,
-        )
-
-
-def _window(settings: Mapping[str, Any], model_type: str) -> int | None:
-    """The sliding window that all layers have, or None."""
-    window, layers = settings.get("sliding_window"), settings["num_hidden_layers"]
-    if model_type == "llama" or window is None:
-        return None
-    slides = ["sliding_attention"] * layers
-    if model_type == "qwen2":
-        first = (
-            settings.get("max_window_layers", 28) if settings.get("use_sliding_window") else layers
-        )
-        slides = ["full_attention" if i < first else "sliding_attention" for i in range(layers)]
-    slides = settings.get("layer_types") or slides
-    if len(set(slides)) > 1:
-        raise ValueError("config.json: a sliding window in some of the layers is not supported")
-    return window if slides[0] == "sliding_attention" else None
+from lora_jax.models.llama_config import LlamaConfig
+from lora_jax.models.rope import rotate
 
 
 @jax.tree_util.register_dataclass
@@ -203,7 +55,7 @@ class _Places:
     cos: jax.Array  # [batch or 1, length, head_dim / 2]
     sin: jax.Array
     visible: jax.Array  # bool [batch or 1, length, slots]
-    filled: jax.Array | None  # the first slot of a cache to write to
+    filled: jax.Array  # the slot of the first of them, in the cache if there is one
 
 
 class Attention(nn.Module):
@@ -417,21 +269,20 @@ def _places(
     _check_length(c, length)
     if cache is not None and length > cache.length:
         raise ValueError(f"{length} tokens do not fit into a cache of {cache.length}")
-    filled = None if cache is None else cache.filled
+    filled = jnp.zeros((), jnp.int32) if cache is None else cache.filled
     slots = length if cache is None else cache.length
-    at = jnp.arange(length)[:, None] + (0 if filled is None else filled)
-    back = at - jnp.arange(slots)
-    visible = (back >= 0)[None]
+    back = jnp.arange(length)[None, :, None] + filled - jnp.arange(slots)[None, None, :]
+    visible = back >= 0
     if segments is None and cache is None:
         positions = jnp.arange(length)[None]
     else:
-        segments = jnp.ones(ids.shape, jnp.int32) if segments is None else segments
-        segments = own = segments.astype(jnp.int32)
+        own = jnp.ones(ids.shape, jnp.int32) if segments is None else segments.astype(jnp.int32)
+        segments = own
         if cache is not None:
             segments = jax.lax.dynamic_update_slice(cache.segments, own, (0, filled))
-        visible &= own[:, :, None] == segments[:, None, :]
+        visible = visible & (own[:, :, None] == segments[:, None, :])
         positions = visible.sum(-1) - 1  # of a token in its own text
     if c.sliding_window is not None:
-        visible &= back < c.sliding_window
+        visible = visible & (back < c.sliding_window)
     cos, sin = c.rope.angles(positions, c.head_dim)
     return _Places(cos, sin, visible, filled), segments

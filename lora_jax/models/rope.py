@@ -81,7 +81,8 @@ class Rope:
 
     def angles(self, positions: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:
         """Cosine and sine for `rotate`: `[...]` integers -> `[..., size / 2]` float32, twice."""
-        angle = positions[..., None].astype(jnp.float32) * self.frequencies(size)
+        frequencies = jnp.expand_dims(self.frequencies(size), range(positions.ndim))
+        angle = positions[..., None].astype(jnp.float32) * frequencies
         return jnp.cos(angle), jnp.sin(angle)
 
 

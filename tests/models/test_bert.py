@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from lora_jax.models.bert import Bert, BertConfig, load, mean_pool
+from lora_jax import models
+from lora_jax.models.bert import Bert, BertConfig, mean_pool
 
 TINY = BertConfig(
     vocab_size=23,
@@ -105,8 +106,8 @@ def oracle(tensors, ids, types=None) -> np.ndarray:
 
 
 def encode(directory, *inputs) -> jax.Array:
-    model, params = load(directory)
-    return jax.jit(model.apply)({"params": params}, *map(jnp.asarray, inputs))
+    model = models.load(directory)
+    return jax.jit(model.apply)(model.params, *map(jnp.asarray, inputs))
 
 
 def test_matches_the_oracle(directory, strict):
@@ -151,10 +152,25 @@ def test_names_with_a_prefix_and_what_the_encoder_does_not_use(tmp_path):
         "bert.pooler.dense.bias": np.zeros(12, np.float32),
     }
     write(tmp_path, tensors | extra)
-    _, params = load(tmp_path)
+    loaded = models.load(tmp_path)
+    params = loaded.params
     expected = random_tensors()["encoder.layer.1.output.dense.weight"].T
     np.testing.assert_array_equal(params["layer_1"]["output"]["kernel"], expected)
     assert len(jax.tree.leaves(params)) == len(tensors)
+    assert loaded.rest.keys() == extra.keys()
+
+
+def test_the_names_of_the_first_published_files(tmp_path):
+    renamed = {
+        f"bert.{name}".replace("LayerNorm.weight", "LayerNorm.gamma").replace(
+            "LayerNorm.bias", "LayerNorm.beta"
+        ): tensor
+        for name, tensor in random_tensors().items()
+    }
+    write(tmp_path, renamed | {"cls.predictions.bias": np.zeros(23, np.float32)})
+    params = models.load(tmp_path).params
+    expected = random_tensors()["encoder.layer.1.output.LayerNorm.bias"]
+    np.testing.assert_array_equal(params["layer_1"]["output_norm"]["bias"], expected)
 
 
 def test_all_differences_are_listed_at_once(directory):
@@ -165,26 +181,27 @@ def test_all_differences_are_listed_at_once(directory):
     tensors["encoder.layer.1.intermediate.dense.weight"] = np.zeros((12, 20), np.float32)
     write(directory, tensors)
     with pytest.raises(ValueError) as error:
-        load(directory)
+        models.load(directory)
     assert str(error.value).splitlines()[1:] == [
-        "  missing: embeddings.LayerNorm.weight (12,)",
-        "  missing: encoder.layer.0.output.dense.bias (12,)",
-        "  unexpected: classifier.weight (2, 12)",
-        "  wrong shape: encoder.layer.1.intermediate.dense.weight is (12, 20), not (20, 12)",
+        "  classifier.weight: unexpected",
+        "  embeddings.LayerNorm.weight: missing, (12,) for embeddings/norm/scale",
+        "  encoder.layer.0.output.dense.bias: missing, (12,) for layer_0/output/bias",
+        "  encoder.layer.1.intermediate.dense.weight: has shape (12, 20), "
+        "layer_1/intermediate/kernel needs (20, 12)",
     ]
 
 
 def test_a_file_cut_short(directory):
     file = directory / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-7])
-    with pytest.raises(ValueError, match=r"model\.safetensors is no whole safetensors file"):
-        load(directory)
+    with pytest.raises(ValueError, match=r"model\.safetensors: not a whole safetensors file"):
+        models.load(directory)
 
 
 def test_a_missing_file(directory):
     (directory / "model.safetensors").unlink()
     with pytest.raises(FileNotFoundError):
-        load(directory)
+        models.load(directory)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,149 @@
+"""Directories in Hugging Face's layout: config.json, and safetensors in one file or several."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lora_jax import tensorfile
+from lora_jax.errors import AdapterFileError, ModelFileError
+
+CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """One tensor, which stays in its file until `np.asarray` asks for its values."""
+
+    file: Path
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    offset: int  # of its bytes in the file
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        size = math.prod(self.shape) * self.dtype.itemsize
+        stored = np.fromfile(self.file, np.uint8, size, offset=self.offset)
+        if stored.size != size:
+            raise ModelFileError(f"{self.file}: became shorter while it was read")
+        values = stored.view(self.dtype).reshape(self.shape)
+        return values if dtype is None else values.astype(dtype, copy=False)
+
+
+def read_config(directory: str | Path) -> dict[str, Any]:
+    """The settings in a directory's config.json.
+
+    Raises:
+      FileNotFoundError: there is none.
+      ModelFileError: it is no JSON object.
+    """
+    path = Path(directory) / CONFIG
+    try:
+        settings = tensorfile.parse_json(path.read_bytes(), str(path))
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path}: there is no such file") from None
+    except (AdapterFileError, OSError) as error:
+        raise ModelFileError(str(error)) from None
+    if not isinstance(settings, dict):
+        raise ModelFileError(f"{path}: is no JSON object")
+    return settings
+
+
+def tensors(directory: str | Path) -> dict[str, StoredTensor]:
+    """The tensors of a directory by name, in float32, bfloat16, float16 or any other dtype.
+
+    Only headers are read; a tensor's values are read when `np.asarray` asks for them, so that no
+    more than one of them needs to be in memory.
+
+    Args:
+      directory: with `model.safetensors`, or with `model.safetensors.index.json` and the files
+        that it names.
+
+    Raises:
+      FileNotFoundError: it has neither.
+      ModelFileError: a file is damaged, or index and files do not agree: all that is missing or
+        in the wrong place is listed.
+    """
+    directory = Path(directory)
+    if (directory / WEIGHTS).exists() or not (directory / INDEX).exists():
+        return _stored(directory / WEIGHTS)
+    index = _index(directory / INDEX)
+    found: dict[str, StoredTensor] = {}
+    problems = []
+    for shard in sorted(set(index.values())):
+        if not (directory / shard).is_file():
+            count = sum(file == shard for file in index.values())
+            problems.append(f"{shard}: missing, with {count} tensors")
+            continue
+        stored = _stored(directory / shard)
+        wanted = {name for name, file in index.items() if file == shard}
+        problems += [f"{name}: not in {shard}" for name in wanted - stored.keys()]
+        problems += [
+            f"{name}: in {shard}, where the index does not name it"
+            for name in stored.keys() - wanted
+        ]
+        found |= stored
+    if problems:
+        raise ModelFileError(
+            f"{directory / INDEX} does not agree with its files:\n  "
+            + "\n  ".join(sorted(problems))
+        )
+    return found
+
+
+def _stored(path: Path) -> dict[str, StoredTensor]:
+    """The tensors of one file."""
+    if not path.exists():
+        pickles = sorted(path.parent.glob("pytorch_model*.bin"))
+        hint = f", and {pickles[0].name}, a pickle, is never read" if pickles else ""
+        raise FileNotFoundError(f"{path}: there is no such file{hint}")
+    try:
+        header = tensorfile.headers(path).tensors
+    except AdapterFileError as error:
+        raise ModelFileError(str(error)) from None
+    # the values end where the file ends
+    start = path.stat().st_size - max((info.stop for info in header.values()), default=0)
+    return {
+        name: StoredTensor(path, info.shape, info.dtype, start + info.start)
+        for name, info in header.items()
+    }
+
+
+def _index(path: Path) -> dict[str, str]:
+    """{tensor: file} of an index."""
+    try:
+        index = tensorfile.parse_json(path.read_bytes(), str(path))
+    except (AdapterFileError, OSError) as error:
+        raise ModelFileError(str(error)) from None
+    files = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(files, dict) or not files:
+        raise ModelFileError(f"{path}: has no weight_map of tensors and their files")
+    if wrong := [x for x in files.values() if not isinstance(x, str) or Path(x).name != x]:
+        raise ModelFileError(f"{path}: {wrong[0]!r} is no name of a file beside it")
+    return files
+
+
+def write(
+    directory: str | Path, settings: Mapping[str, Any], values: Mapping[str, np.ndarray]
+) -> None:
+    """Writes config.json and model.safetensors, each whole or not at all.
+
+    Raises:
+      ModelFileError: the directory holds a model in several files, which would stay beside it.
+    """
+    directory = Path(directory)
+    if (directory / INDEX).exists():
+        raise ModelFileError(f"{directory} holds a model in several files: write to another place")
+    tensorfile.write_directory(directory, files(settings, values))
+
+
+def files(settings: Mapping[str, Any], values: Mapping[str, np.ndarray]) -> dict[str, bytes]:
+    """The files that `write` writes, by name."""
+    config = json.dumps(settings, indent=2, sort_keys=True) + "\n"
+    data = tensorfile.encode(values, {"format": "pt"}, source=WEIGHTS)
+    return {CONFIG: config.encode(), WEIGHTS: data}

@@ -1,0 +1,168 @@
+"""Continuing texts with a language model that keeps its keys and values."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a token is chosen from logits.
+
+    Attributes:
+      temperature: logits are divided by it; 0 takes the largest, whatever the rest says.
+      top_k: only this many of the likeliest tokens; 0 for all.
+      top_p: only the likeliest tokens that have this much probability together
+        (https://arxiv.org/abs/1904.09751).
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.temperature < float("inf"):
+            raise ValueError(f"temperature must be 0 or above, got {self.temperature}")
+        if self.top_k < 0:
+            raise ValueError(f"top_k must be 0 or above, got {self.top_k}")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p must be above 0 and at most 1, got {self.top_p}")
+
+
+@partial(jax.jit, static_argnames="sampling")
+def choose(logits: jax.Array, key: jax.Array, sampling: Sampling) -> jax.Array:
+    """One token a row: `[batch, vocabulary]` -> int32 `[batch]`.
+
+    >>> logits = jnp.log(jnp.array([[0.5, 0.3, 0.2]]))
+    >>> int(choose(logits, jax.random.key(0), Sampling())[0])
+    0
+    """
+    if sampling.temperature == 0:
+        return logits.argmax(-1).astype(jnp.int32)
+    logits, order = jax.lax.top_k(
+        logits.astype(jnp.float32) / sampling.temperature,
+        min(sampling.top_k or logits.shape[-1], logits.shape[-1]),
+    )
+    before = jnp.cumsum(jax.nn.softmax(logits), -1) - jax.nn.softmax(logits)
+    kept = (before < sampling.top_p).at[:, 0].set(True)  # whatever the rounding, one is left
+    rank = jax.random.categorical(key, jnp.where(kept, logits, -jnp.inf))
+    return jnp.take_along_axis(order, rank[:, None], -1)[:, 0].astype(jnp.int32)
+
+
+@partial(jax.jit, static_argnums=0, donate_argnames="cache")
+def _advance(
+    apply: Callable, params: Any, ids: jax.Array, segments: jax.Array, cache: Any
+) -> tuple[jax.Array, Any]:
+    """The logits behind the last token of each row."""
+    logits, cache = apply(params, ids, segments, cache=cache)
+    return logits[:, -1], cache
+
+
+def stream(
+    apply: Callable,
+    params: Any,
+    ids: Any,
+    cache: Any,
+    *,
+    steps: int,
+    segments: Any = None,
+    temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    key: jax.Array | None = None,
+    stop: Collection[int] = (),
+) -> Iterator[np.ndarray]:
+    """Tokens that continue each row, one step at a time.
+
+    The model is compiled twice, for the prompt and for one token; again only for another length of
+    the prompt or another size of the cache.
+
+    Args:
+      apply: `apply(params, ids, segments, cache=cache) -> (logits, cache)`: `pretrained.apply`,
+        or `lora(pretrained.apply)` for parameters with adapters. Keep it: another function is
+        compiled again.
+      params: of the model.
+      ids: integers `[batch, length]`: prompts. Pad shorter ones on the left (`left_pad`).
+      cache: `module.init_cache(batch, ...)` for at least `length + steps` tokens; its memory is
+        used up.
+      steps: how many tokens at most.
+      segments: integers `[batch, length]`, 0 at padding; ones by default.
+      temperature, top_k, top_p: as `Sampling` has them; by default the likeliest token.
+      key: of the draws; needed where `temperature` is above 0.
+      stop: tokens that end a row.
+
+    Yields:
+      int32 `[batch]`, at most `steps` times; the last time when every row has met a `stop`. A row
+      that has ended repeats the token that ended it.
+
+    Raises:
+      ValueError: a cache that is too short, `Sampling`'s, or a key that is missing.
+    """
+    sampling = Sampling(temperature, top_k, top_p)
+    if sampling.temperature > 0 and key is None:
+        raise ValueError("a temperature above 0 needs a key")
+    ids = jnp.asarray(ids, jnp.int32)
+    needed, room = ids.shape[1] + steps, cache.length - int(cache.filled)
+    if needed > room:
+        raise ValueError(
+            f"{ids.shape[1]} tokens and {steps} steps do not fit into a cache with {room} free"
+        )
+    segments = jnp.ones_like(ids) if segments is None else jnp.asarray(segments, jnp.int32)
+    return _stream(apply, params, ids, segments, cache, steps, sampling, key, stop)
+
+
+def _stream(
+    apply: Callable,
+    params: Any,
+    ids: jax.Array,
+    segments: jax.Array,
+    cache: Any,
+    steps: int,
+    sampling: Sampling,
+    key: jax.Array | None,
+    stop: Collection[int],
+) -> Iterator[np.ndarray]:
+    key = jax.random.key(0) if key is None else key  # a greedy choice draws nothing
+    ended = np.zeros(len(ids), bool)
+    tokens = np.zeros(len(ids), np.int32)
+    for step in range(steps):
+        logits, cache = _advance(apply, params, ids, segments, cache)
+        chosen = np.asarray(choose(logits, jax.random.fold_in(key, step), sampling))
+        tokens = np.where(ended, tokens, chosen)
+        ended |= np.isin(tokens, list(stop))
+        yield tokens
+        if ended.all():
+            return
+        ids = jnp.asarray(tokens)[:, None]
+        segments = jnp.ones_like(ids)
+
+
+def generate(apply: Callable, params: Any, ids: Any, cache: Any, **options: Any) -> np.ndarray:
+    """What `stream` yields with these arguments, as int32 `[batch, at most steps]`."""
+    return np.stack(list(stream(apply, params, ids, cache, **options)), axis=1)
+
+
+def left_pad(rows: Sequence[Sequence[int]], pad: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Prompts of any lengths as one array.
+
+    Returns:
+      ids and segments for `stream`, int32 `[batch, length of the longest]`.
+
+    >>> ids, segments = left_pad([[5, 6, 7], [8]])
+    >>> ids.tolist(), segments.tolist()
+    ([[5, 6, 7], [0, 0, 8]], [[1, 1, 1], [0, 0, 1]])
+    """
+    length = max(map(len, rows))
+    ids = np.full((len(rows), length), pad, np.int32)
+    segments = np.zeros((len(rows), length), np.int32)
+    for i, row in enumerate(rows):
+        ids[i, length - len(row) :] = row
+        segments[i, length - len(row) :] = 1
+    return ids, segments
