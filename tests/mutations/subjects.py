@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import lora_jax
-from lora_jax import mlx, peft
+from lora_jax import loralib, mlx, peft, tensorfile
 from lora_jax.naming import Entry, Naming
 from tests.cases import normal, randomize
 from tests.mutations.edits import Files
@@ -88,11 +88,44 @@ def _peft_base() -> Any:
     return jax.tree.map(np.asarray, models.base("plain"))
 
 
+def of_loralib() -> Subject:
+    """A `MergedLinear` with two of three parts, a bias, and a plain layer."""
+    base = {
+        "c_attn": {"kernel": np.ones((4, 6), np.float32), "bias": np.zeros(6, np.float32)},
+        "up": {"kernel": np.ones((4, 3), np.float32)},
+    }
+    entries = Entry("{*m}.weight", "{*m}/kernel", "linear"), Entry("{*m}.bias", "{*m}/bias")
+    shapes = {
+        "c_attn.lora_A": (4, 4),
+        "c_attn.lora_B": (4, 2),
+        "c_attn.bias": (6,),
+        "up.lora_A": (2, 4),
+        "up.lora_B": (3, 2),
+    }
+    tensors = {
+        name: np.asarray(normal(i, shape, jnp.float32))
+        for i, (name, shape) in enumerate(shapes.items())
+    }
+    return Subject(
+        "loralib",
+        {"lora.safetensors": tensorfile.encode(tensors)},
+        base,
+        lambda folder: loralib.load(
+            folder / "lora.safetensors",
+            base,
+            Naming(entries),
+            alpha=2,
+            enabled={"c_attn": [True, False, True]},
+        ),
+    )
+
+
 #: In turn: each format as often as the others, whatever the number of its files.
 FORMATS = {
     "native": ["native", "native DoRA"],
     "PEFT": [f"PEFT {case}" for case in models.CASES],
     "mlx-lm": ["mlx-lm"],
+    "loralib": ["loralib"],
 }
 
 
@@ -108,4 +141,5 @@ def subject(name: str) -> Subject:
     """The subject of a name in `FORMATS`."""
     if name.startswith("native"):
         return native(name.endswith("DoRA"))
-    return of_mlx() if name == "mlx-lm" else of_peft(name.removeprefix("PEFT "))
+    others = {"mlx-lm": of_mlx, "loralib": of_loralib}
+    return others[name]() if name in others else of_peft(name.removeprefix("PEFT "))
