@@ -8,20 +8,25 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import jax
-import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 
 import lora_jax
 from lora_jax import loralib, mlx, peft, tensorfile
 from lora_jax.naming import Entry, Naming
-from tests.cases import normal, randomize
+from lora_jax.weights import Layout, LoraWeight, TrainedLeaf, TrainedRows
 from tests.mutations.edits import Files
 from tests.peft import models
 
+
+def values(shape: tuple[int, ...]) -> np.ndarray:
+    return np.random.default_rng(sum(shape)).normal(size=shape).astype(np.float32)
+
+
 BASE = {
-    "up": {"kernel": normal(1, (7, 9), jnp.float32), "bias": jnp.zeros(9)},
-    "stack": normal(2, (3, 9, 5), jnp.bfloat16),
-    "tokens": normal(3, (11, 4), jnp.float32),
+    "up": {"kernel": values((7, 9)), "bias": values((9,))},
+    "stack": values((3, 9, 5)).astype(ml_dtypes.bfloat16),
+    "tokens": values((11, 4)),
 }
 
 
@@ -39,21 +44,31 @@ def read_files(folder: Path) -> Files:
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
 
+def lora_node(
+    a: tuple[int, ...], b: tuple[int, ...], axes: str, magnitude: tuple[int, ...] | None = None
+) -> LoraWeight:
+    """Made of numpy arrays, without a compilation."""
+    scale = np.full(a[: axes.count("b")], 1.5, np.float32)
+    norms = None if magnitude is None else values(magnitude)
+    layout = Layout(axes, ("dot_general",))
+    return LoraWeight(None, values(a), values(b), scale, norms, layout=layout, dropout=0.1)
+
+
 def native(dora: bool) -> Subject:
-    config = lora_jax.LoraConfig(
-        rank=2,
-        alpha=3,
-        targets=["up/kernel", "stack"],
-        train=["bias"],
-        rows={"tokens": [1, 4]},
-        dropout=0.1,
-        dora=dora,
-        overrides={"stack": {"layout": "bio"}, "tokens": {"layout": "io"}},
-    )
-    joined = randomize(lora_jax.init(jax.random.key(0), BASE, config))
+    one = np.float32(1)
+    adapters = {
+        "up": {
+            "kernel": lora_node((7, 2), (2, 9), "io", (9,) if dora else None),
+            "bias": TrainedLeaf(None, values((9,)), one),
+        },
+        "stack": lora_node((3, 9, 2), (3, 2, 5), "bio", (3, 5) if dora else None),
+        "tokens": TrainedRows(None, values((2, 4)), one, rows=(1, 4), layout=Layout("io")),
+    }
+    config = lora_jax.LoraConfig(rank=2, alpha=3, targets=["up/kernel", "stack"], dropout=0.1)
     with TemporaryDirectory() as folder:
         file = Path(folder) / "adapter.safetensors"
-        lora_jax.save(file, joined, {"note": ["mine", {"n": 1}]}, config=config)
+        note = {"note": ["mine", {"n": 1}]}
+        lora_jax.save(file, adapters, note, base=BASE, config=config)
         files = read_files(Path(folder))
     return Subject(
         "native DoRA" if dora else "native",
@@ -73,12 +88,14 @@ def of_peft(case: str) -> Subject:
 
 
 def of_mlx() -> Subject:
-    base = {"up": {"kernel": jnp.ones((4, 3))}, "down": {"kernel": jnp.ones((3, 5))}}
+    base = {"up": {"kernel": values((4, 3))}, "down": {"kernel": values((3, 5))}}
     naming = Naming((Entry("{*m}.weight", "{*m}/kernel", "linear"),))
-    config = lora_jax.LoraConfig(rank=2, alpha=4)
-    params = randomize(lora_jax.init(jax.random.key(0), base, config))
+    adapters = {
+        "up": {"kernel": lora_node((4, 2), (2, 3), "io")},
+        "down": {"kernel": lora_node((3, 2), (2, 5), "io")},
+    }
     with TemporaryDirectory() as folder:
-        mlx.save(folder, params, naming)
+        mlx.save(folder, adapters, naming, base=base)
         files = read_files(Path(folder))
     return Subject("mlx-lm", files, base, lambda folder: mlx.load(folder, base, naming))
 
@@ -91,8 +108,8 @@ def _peft_base() -> Any:
 def of_loralib() -> Subject:
     """A `MergedLinear` with two of three parts, a bias, and a plain layer."""
     base = {
-        "c_attn": {"kernel": np.ones((4, 6), np.float32), "bias": np.zeros(6, np.float32)},
-        "up": {"kernel": np.ones((4, 3), np.float32)},
+        "c_attn": {"kernel": values((4, 6)), "bias": values((6,))},
+        "up": {"kernel": values((4, 3))},
     }
     entries = Entry("{*m}.weight", "{*m}/kernel", "linear"), Entry("{*m}.bias", "{*m}/bias")
     shapes = {
@@ -102,10 +119,7 @@ def of_loralib() -> Subject:
         "up.lora_A": (2, 4),
         "up.lora_B": (3, 2),
     }
-    tensors = {
-        name: np.asarray(normal(i, shape, jnp.float32))
-        for i, (name, shape) in enumerate(shapes.items())
-    }
+    tensors = {name: values(shape) for name, shape in shapes.items()}
     return Subject(
         "loralib",
         {"lora.safetensors": tensorfile.encode(tensors)},
