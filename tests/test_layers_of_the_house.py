@@ -75,6 +75,7 @@ CORE = [
     "fingerprint",
     "atomic",
     "tensorfile",
+    "records",
     "gguf_file",
     "checkpoint",
     "naming.patterns",
@@ -97,7 +98,7 @@ SUBPACKAGES = {
     "training": {"", "atomic", "errors", "fingerprint", "text"},
     "demo": {"", "assets", "models", "text"},
     "cli": {
-        *("", "assets", "errors", "models", "naming", "peft", "mlx", "loralib"),
+        *("", "assets", "errors", "models", "naming", "overlay", "peft", "mlx", "loralib"),
         *("text", "training", "tensorfile"),
     },
     "layers": {

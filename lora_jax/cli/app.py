@@ -10,11 +10,15 @@ from typing import Annotated
 import typer
 
 from lora_jax import __version__
-from lora_jax.cli import inspect
+from lora_jax.cli import convert, generate, inspect, merge, train
 
 #: The commands in the help's order: name -> the module whose `command` it runs.
 COMMANDS: dict[str, ModuleType] = {
+    "train": train,
+    "generate": generate,
     "inspect": inspect,
+    "merge": merge,
+    "convert": convert,
 }
 
 EXIT_CODES = """\b

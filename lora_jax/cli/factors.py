@@ -11,7 +11,7 @@ import numpy as np
 
 from lora_jax import AdapterFileError, read_metadata
 from lora_jax.cli import kinds
-from lora_jax.peft import PeftConfig, read_config
+from lora_jax.peft import PeftConfig, modules, read_config
 from lora_jax.tensorfile import decode, read, read_directory
 
 
@@ -60,23 +60,37 @@ def read_factors(path: Path) -> AdapterFile:
 
 # --- Hugging Face PEFT ----------------------------------------------------------------------------
 
-_PEFT_FACTOR = re.compile(
-    r"(?P<module>.+)\.(?:lora_(?P<linear>[AB])\.weight|lora_embedding_(?P<embedding>[AB]))"
-)
+_SIDES = {
+    **{"lora_A.weight": "A", "lora_embedding_A": "A"},
+    **{"lora_B.weight": "B", "lora_embedding_B": "B"},
+}
+
+
+def saved_whole(names: Iterable[str], config: PeftConfig) -> set[str]:
+    """The tensors of modules that are saved whole, which may themselves be called "lora_A"."""
+    found = set()
+    for name in names:
+        inner = name.removeprefix(modules.PREFIX)
+        module = "." + inner.rpartition(".")[0]
+        if any(module.endswith("." + saved) for saved in config.modules_to_save or ()):
+            found.add(inner)
+    return found
 
 
 def _peft(path: Path) -> AdapterFile:
     config = read_config(path)
     tensors = _weights(path, kinds.PEFT_WEIGHTS)
+    known = saved_whole(tensors, config)
     pairs: dict[str, dict[str, np.ndarray]] = {}
     whole = {}
     for name, tensor in tensors.items():
-        match = _PEFT_FACTOR.fullmatch(name.removeprefix("base_model.model."))
-        if match is None:
-            whole[name.removeprefix("base_model.model.")] = tensor.shape
+        part = modules.part_of_name(name, tensors, known)
+        if part is None:
+            whole[name] = tensor.shape
+        elif part.field in _SIDES:
+            pairs.setdefault(part.module, {})[_SIDES[part.field]] = tensor
         else:
-            side = match["linear"] or match["embedding"]
-            pairs.setdefault(match["module"], {})[side] = tensor
+            whole[f"{part.module}.{part.field}" if part.field else part.module] = tensor.shape
     problems = _unpaired(pairs, "AB")
     factors = []
     for module, pair in pairs.items():

@@ -6,12 +6,13 @@
 """
 
 from lora_jax.models.generation import generate, left_pad, stream
-from lora_jax.models.pretrained import Apply, Pretrained, load, naming_of, save
+from lora_jax.models.pretrained import Apply, Pretrained, files, load, naming_of, save
 from lora_jax.models.tables import naming
 
 __all__ = [
     "Apply",
     "Pretrained",
+    "files",
     "generate",
     "left_pad",
     "load",

@@ -139,6 +139,11 @@ def write(
     directory = Path(directory)
     if (directory / INDEX).exists():
         raise ModelFileError(f"{directory} holds a model in several files: write to another place")
+    tensorfile.write_directory(directory, files(settings, values))
+
+
+def files(settings: Mapping[str, Any], values: Mapping[str, np.ndarray]) -> dict[str, bytes]:
+    """The files that `write` writes, by name."""
     config = json.dumps(settings, indent=2, sort_keys=True) + "\n"
-    data = tensorfile.encode(values, {"format": "pt"}, source=str(directory / WEIGHTS))
-    tensorfile.write_directory(directory, {CONFIG: config.encode(), WEIGHTS: data})
+    data = tensorfile.encode(values, {"format": "pt"}, source=WEIGHTS)
+    return {CONFIG: config.encode(), WEIGHTS: data}

@@ -141,6 +141,20 @@ def save(directory: str | Path, pretrained: Pretrained) -> None:
       StructureError: leaves that the model does not have, such as adapters: all are listed.
       ModelFileError: the directory holds a model in several files.
     """
+    checkpoints.write(directory, *_written(pretrained))
+
+
+def files(pretrained: Pretrained) -> dict[str, bytes]:
+    """The files that `save` writes, by name, to write with others in one step.
+
+    Raises:
+      StructureError: as `save`.
+    """
+    return checkpoints.files(*_written(pretrained))
+
+
+def _written(pretrained: Pretrained) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """What config.json says, and the tensors."""
     params, kind = pretrained.params, pretrained.kind
     tensors = names.to_torch(pretrained.naming, params) | {
         name: np.asarray(tensor) for name, tensor in pretrained.rest.items()
@@ -150,7 +164,7 @@ def save(directory: str | Path, pretrained: Pretrained) -> None:
     # "torch_dtype" until transformers 4.55, which later ones read too
     key = "torch_dtype" if "torch_dtype" in settings else "dtype"
     settings[key] = str(jnp.result_type(*jax.tree.leaves(params)))
-    checkpoints.write(directory, settings, tensors)
+    return settings, tensors
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,6 @@
 """Adapter files of Hugging Face PEFT, read and written, for any tree that a `Naming` describes."""
 
 import os
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ from lora_jax.overlay import adapted_nodes, split
 from lora_jax.peft import read
 from lora_jax.peft.config import PeftConfig, parse_config
 from lora_jax.peft.contents import Model
-from lora_jax.peft.to_tree import overlay
+from lora_jax.peft.to_tree import fitted
 from lora_jax.peft.write import CONFIG, TENSORS, save
 
 __all__ = ["CONFIG", "TENSORS", "PeftConfig", "load", "read_config", "save"]
@@ -65,23 +64,13 @@ def load(
     >>> adapters["up"]["kernel"].a.shape, float(adapters["up"]["kernel"].scale)
     ((4, 2), 2.0)
     """
-    if adapted_nodes(base):
-        base, _ = split(base)
+    base = split(base)[0] if adapted_nodes(base) else base
     config, data = _read_files(directory)
     source = Path(directory) / TENSORS
     tensors, _ = tensorfile.decode(data, str(source), finite=True)
     model = Model(base, naming)
     contents, problems = read.contents(tensors, config, model)
-    adapters, more = overlay(contents, model, dtype)
-    problems = sorted(problems + more)
-    if problems and strict:
-        raise AdapterFileError(f"{source} does not fit the base:\n" + "\n".join(problems))
-    if not adapted_nodes(adapters):
-        lines = problems or ["it holds no adapters"]
-        raise AdapterFileError(f"{source}: nothing in it fits the base:\n" + "\n".join(lines))
-    if problems:
-        warnings.warn(f"{source}: left out:\n" + "\n".join(problems), UserWarning, stacklevel=2)
-    return adapters
+    return fitted(source, contents, problems, model, strict=strict, dtype=dtype)
 
 
 def read_config(directory: str | os.PathLike) -> PeftConfig:
@@ -106,7 +95,9 @@ def _files(directory: str | os.PathLike, names: list[str]) -> dict[str, bytes]:
         raise AdapterFileError(f"{directory}: cannot be read: {error.strerror}") from None
     for name in names:
         if name not in files:
-            raise AdapterFileError(f"{Path(directory) / name}: there is no such file")
+            pickled = Path(directory) / "adapter_model.bin"
+            why = f"; {pickled.name} is a pickle, and not read" if pickled.exists() else ""
+            raise AdapterFileError(f"{Path(directory) / name}: there is no such file{why}")
     return files
 
 

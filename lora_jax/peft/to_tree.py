@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,10 +11,37 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_jax.algebra import accumulator, column_norms
+from lora_jax.errors import AdapterFileError
 from lora_jax.naming import Place
+from lora_jax.overlay import adapted_nodes
 from lora_jax.peft.contents import Contents, Model, by_leaf
 from lora_jax.peft.factors import Factors, join
 from lora_jax.weights import Adapted, Layout, LoraWeight, TrainedLeaf, TrainedRows
+
+
+def fitted(
+    source: object,
+    contents: Contents,
+    problems: list[str],
+    model: Model,
+    *,
+    strict: bool,
+    dtype: Any,
+) -> Any:
+    """`overlay`, all problems told at once: an error, or with `strict=False` a warning.
+
+    Raises:
+      AdapterFileError: there are problems and `strict` is true, or nothing is left.
+    """
+    adapters, more = overlay(contents, model, dtype)
+    lines = "\n".join(sorted({*problems, *more})) or "it holds no adapters"
+    if strict and (problems or more):
+        raise AdapterFileError(f"{source} does not fit the base:\n{lines}")
+    if not adapted_nodes(adapters):
+        raise AdapterFileError(f"{source}: nothing in it fits the base:\n{lines}")
+    if problems or more:
+        warnings.warn(f"{source}: left out:\n{lines}", UserWarning, stacklevel=3)
+    return adapters
 
 
 def overlay(contents: Contents, model: Model, dtype: Any = None) -> tuple[Any, list[str]]:

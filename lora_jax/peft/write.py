@@ -63,17 +63,9 @@ def save(
         also whatever but factors, which those readers reject.
       OSError: the files cannot be written; the old ones stand.
     """
-    nodes = adapted_nodes(adapters)
-    if not nodes:
-        raise StructureError("save: the tree holds no adapters")
-    if base is None and all(node.w is not None for node in nodes.values()):
-        base, _ = split(adapters)
-    model = Model(_shapes(nodes) if base is None else base, naming)
-    _check(_misfits(nodes, model))
-    contents, problems = from_tree.contents(nodes, model)
-    saved, more = _modules_to_save(contents, model)
-    problems += more + _refused(contents, saved, fold)
-    _check(problems)
+    contents, model = taken(adapters, naming, base)
+    saved, problems = _modules_to_save(contents, model)
+    _check(problems + _refused(contents, fold))
     if fold:
         contents.factors = _folded(contents)
     written = settings(contents, saved, model, None if fold else config)
@@ -89,10 +81,28 @@ def save(
     tensorfile.write_directory(directory, files)
 
 
+def taken(adapters: Any, naming: Naming, base: Any) -> tuple[Contents, Model]:
+    """What a file of these adapters holds, and the base through its naming.
+
+    Raises:
+      StructureError: what cannot be taken, all at once.
+    """
+    nodes = adapted_nodes(adapters)
+    if not nodes:
+        raise StructureError("save: the tree holds no adapters")
+    if base is None and all(node.w is not None for node in nodes.values()):
+        base, _ = split(adapters)
+    model = Model(_shapes(nodes) if base is None else base, naming)
+    _check(_misfits(nodes, model))
+    contents, problems = from_tree.contents(nodes, model)
+    _check(problems)
+    return contents, model
+
+
 def _check(problems: list[str]) -> None:
     if problems:
         lines = "\n".join(sorted(problems))
-        raise StructureError(f"save: a PEFT file cannot hold these adapters:\n{lines}")
+        raise StructureError(f"save: the file cannot hold these adapters:\n{lines}")
 
 
 def _shapes(nodes: Mapping[str, Adapted]) -> dict[str, jax.ShapeDtypeStruct]:
@@ -139,7 +149,7 @@ def _modules_to_save(contents: Contents, model: Model) -> tuple[list[str], list[
     return saved, problems
 
 
-def _refused(contents: Contents, saved: list[str], fold: bool) -> list[str]:
+def _refused(contents: Contents, fold: bool) -> list[str]:
     """What PEFT, or with `fold` the readers that it is for, cannot have."""
     with_magnitude = [name for name, f in contents.factors.items() if f.magnitude is not None]
     problems = [] if contents.factors else ["no module has factors, and PEFT needs one"]

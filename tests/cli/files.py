@@ -5,6 +5,8 @@ import json
 import jax
 import jax.numpy as jnp
 import numpy as np
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers
 
 import lora_jax as lora
 from lora_jax import tensorfile
@@ -64,3 +66,77 @@ def native(path, seed=0):
         adapters[name]["kernel"] = lora.LoraWeight(None, a, b, scale, layout=node.layout)
     lora.save(path, adapters, {"model": "tiny"}, config=config)
     return path
+
+
+SETTINGS = {
+    **{"model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 260},
+    **{"hidden_size": WIDTH, "intermediate_size": 16, "num_hidden_layers": 2},
+    **{"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": OUT // 2},
+    **{"max_position_embeddings": 64, "rms_norm_eps": 1e-5, "tie_word_embeddings": False},
+    **{"bos_token_id": 257, "eos_token_id": 258, "torch_dtype": "float32"},
+}
+
+
+def weights(seed=1):
+    """A small Llama's tensors, as transformers names and shapes them."""
+    rng = np.random.default_rng(seed)
+    shapes = {"model.embed_tokens": (260, WIDTH), "lm_head": (260, WIDTH), "model.norm": (WIDTH,)}
+    for n in range(2):
+        shapes |= {
+            f"model.layers.{n}.{name}": shape
+            for name, shape in {
+                **{f"self_attn.{p}_proj": (OUT, WIDTH) for p in "qkv"},
+                "self_attn.o_proj": (WIDTH, OUT),
+                **{f"mlp.{p}_proj": (16, WIDTH) for p in ("gate", "up")},
+                "mlp.down_proj": (WIDTH, 16),
+                **dict.fromkeys(["input_layernorm", "post_attention_layernorm"], (WIDTH,)),
+            }.items()
+        }
+    return {
+        f"{name}.weight": (rng.normal(size=shape) * 0.3 + (len(shape) == 1)).astype(np.float32)
+        for name, shape in shapes.items()
+    }
+
+
+def model(directory, dtype=np.float32):
+    """A directory in Hugging Face's layout, with a tokenizer of bytes and a chat template."""
+    directory.mkdir(parents=True, exist_ok=True)
+    tensors = {name: x.astype(dtype) for name, x in weights().items()}
+    tensorfile.write(directory / "model.safetensors", tensors, {"format": "pt"})
+    (directory / "config.json").write_text(json.dumps(SETTINGS))
+    letters = {x: i for i, x in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    backend = tokenizers.Tokenizer(models.BPE(letters, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens(["<pad>", "<s>", "</s>"])
+    backend.save(str(directory / "tokenizer.json"))
+    special = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
+    template = "{% for m in messages %}<s>{{ m.content }}</s>{% endfor %}"
+    settings = special | {"chat_template": template}
+    (directory / "tokenizer_config.json").write_text(json.dumps(settings))
+    return directory
+
+
+def naming(path):
+    """The rows that name the modules of `native`'s tree, as a user would write them."""
+    rows = [
+        {
+            "torch": f"model.layers.{{n}}.self_attn.{p}_proj.weight",
+            "path": f"{p}_proj/kernel",
+            "kind": "linear",
+            "axes": "o i -> n i o",
+        }
+        for p in "qv"
+    ]
+    path.write_text(json.dumps(rows))
+    return path
+
+
+def everything(folder):
+    """All files that the helps' examples name."""
+    model(folder / "my-model")
+    peft(folder / "my-adapter")
+    mlx(folder / "my-mlx-adapter")
+    native(folder / "adapter.safetensors")
+    naming(folder / "naming.json")
+    (folder / "prompt.txt").write_text("Hello there\n")

@@ -1,0 +1,92 @@
+"""What `lora-jax convert` does: read onto a tree of shapes, and write from it."""
+
+import dataclasses
+from pathlib import Path
+
+import lora_jax as lora
+from lora_jax import LoraError, mlx, peft
+from lora_jax.cli import kinds, tree_of_file
+from lora_jax.cli.options import refuse_existing
+from lora_jax.cli.tree_of_file import Source
+from lora_jax.naming import Naming
+
+_KIND_OF = {"peft": kinds.PEFT, "folded": kinds.PEFT, "mlx": kinds.MLX, "native": kinds.NATIVE}
+
+
+class ConversionError(LoraError):
+    """An adapter cannot become what it was asked to become."""
+
+
+def run(
+    adapter: Path, to: str, out: Path, *, model: str | None, naming: Path | None, force: bool
+) -> None:
+    """Read `adapter` and write it to `out` as `to`; see the command's help.
+
+    Raises:
+      ConversionError: names and shapes are needed and not given.
+      OutputError: something is at `out`, without `force`.
+    """
+    found = kinds.adapter(adapter)
+    _check(found, to, model, naming)
+    refuse_existing(out, force)
+    source = _read(found, to, model, naming)
+    _write(source, to, out)
+    kind = "folded PEFT adapter" if to == "folded" else kinds.DESCRIPTIONS[_KIND_OF[to]]
+    print(f"wrote {out}: {kind}")
+
+
+def _check(found: kinds.Found, to: str, model: str | None, naming: Path | None) -> None:
+    own = found.kind == kinds.NATIVE
+    if to != "folded" and found.kind == _KIND_OF[to]:
+        raise ConversionError(f"{found.path}: is a {kinds.DESCRIPTIONS[found.kind]} already")
+    if model and naming:
+        raise ConversionError("--model has a naming of its own: give it or --naming, not both")
+    if own and not (model or naming):
+        raise ConversionError(
+            f"{found.path}: a lora_jax adapter has the paths of a JAX tree: give --model, or "
+            "--naming FILE.json for a model of your own"
+        )
+    if to == "native" and not model:
+        raise ConversionError(
+            "a lora_jax adapter has the paths and axes of a JAX tree: give the base with --model"
+        )
+    if naming and not own:
+        raise ConversionError("--naming is for adapters of lora_jax: others have torch's names")
+
+
+def _read(found: kinds.Found, to: str, model: str | None, naming: Path | None) -> Source:
+    if naming is not None:
+        return tree_of_file.native(found.path, Naming.from_json(kinds.read_json(naming)))
+    if model is not None:
+        from lora_jax import models
+        from lora_jax.cli import sources
+
+        base = sources.find_model(model)
+        if found.kind == kinds.NATIVE:
+            source = tree_of_file.native(found.path, models.naming_of(base.path))
+            return dataclasses.replace(source, base_name=source.base_name or model)
+        if to == "native":
+            loaded = sources.load(base, found.path)
+            name = tree_of_file.base_name(found) or model
+            return Source(loaded.adapters, loaded.model.params, loaded.model.naming, name)
+    return (tree_of_file.peft if found.kind == kinds.PEFT else tree_of_file.mlx)(found.path)
+
+
+def _write(source: Source, to: str, out: Path) -> None:
+    if to == "native":
+        metadata = {"model": source.base_name} if source.base_name else {}
+        lora.save(out, source.adapters, metadata, base=source.base)
+    elif to == "mlx":
+        base, name = source.base, source.base_name
+        mlx.save(out, source.adapters, source.naming, base=base, base_model=name)
+    else:
+        peft.save(
+            out,
+            source.adapters,
+            source.naming,
+            base=source.base,
+            config=source.config,
+            fold=to == "folded",
+            base_model=source.base_name,
+            task_type=source.config.task_type if source.config else None,
+        )

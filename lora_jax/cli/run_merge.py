@@ -1,0 +1,81 @@
+"""What `lora-jax merge` does."""
+
+import dataclasses
+import statistics
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+
+import lora_jax as lora
+from lora_jax import models, tensorfile
+from lora_jax.cli import kinds, sources
+from lora_jax.cli.options import OutputError, refuse_existing
+from lora_jax.models import checkpoints
+
+NOTABLE = 0.1  # share of an update lost to rounding that is worth a warning
+_WEIGHTS = (
+    *(".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".onnx", ".gguf", ".ot"),
+    *(".index.json", "/config.json"),
+)
+
+
+def run(model: str, adapter: Path, out: Path, *, dtype: str | None, force: bool) -> None:
+    """Write `out`; the arguments are the command's options.
+
+    Raises:
+      OutputError: something is at `out`, without `force`, or the base itself.
+      LoraError: model or adapter cannot be read, or they do not fit.
+    """
+    base = sources.find_model(model)
+    if out.exists() and base.path.exists() and out.samefile(base.path):
+        raise OutputError(
+            f"{out}: is the base itself, which is never changed; choose another --out"
+        )
+    if (out / checkpoints.INDEX).exists():
+        raise OutputError(f"{out}: holds a model in several files; choose another --out")
+    refuse_existing(out, force)
+    loaded = sources.load(base, adapter)
+    # every leaf, for one that no adapter touches is rounded too
+    params, errors = lora.merge(loaded.params, dtype, donate=True, return_error=True)
+    if dtype is not None:
+        params = jax.tree.map(lambda x: x.astype(dtype), params)
+    merged = dataclasses.replace(loaded.model, params=params)
+    beside = _beside(base)
+    tensorfile.write_directory(out, beside | models.files(merged))
+    name = str(jnp.result_type(*jax.tree.leaves(params)))
+    print(f"wrote {out}: {len(errors)} merged weights in {name}, {len(beside)} other files")
+    _report(errors, name)
+
+
+def _beside(base: kinds.Found) -> dict[str, bytes]:
+    """The tokenizer's files, and what else stands beside the weights."""
+    if base.kind == kinds.GGUF:
+        return sources.tokenizer_of(base).files()
+    return {
+        file.name: file.read_bytes()
+        for file in sorted(base.path.iterdir())
+        if file.is_file() and not file.name.startswith(".")
+        if not f"/{file.name}".endswith(_WEIGHTS)
+    }
+
+
+def _report(errors: Mapping[str, float], dtype: str) -> None:
+    """How much of the updates the rounding lost."""
+    if not errors:
+        return
+    worst = max(errors, key=lambda path: errors[path])
+    if errors[worst] == 0:
+        print(f"rounding to {dtype} lost nothing of an update")
+        return
+    print(
+        f"rounding to {dtype} lost {statistics.median(errors.values()):.2g} of an update in the "
+        f"median, at most {errors[worst]:.2g} ({worst})"
+    )
+    if errors[worst] > NOTABLE:
+        print(
+            f"warning: {dtype} is too coarse for this update; --dtype float32 keeps it",
+            file=sys.stderr,
+        )

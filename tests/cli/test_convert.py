@@ -1,0 +1,145 @@
+"""`convert`: the updates of every module are the same in every kind of file."""
+
+import json
+
+import numpy as np
+import pytest
+
+import lora_jax
+from lora_jax import models, tensorfile
+from lora_jax.cli.factors import read_factors
+from tests.cli import files
+
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
+
+@pytest.fixture
+def world(tmp_path, monkeypatch):
+    files.everything(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def updates(path):
+    """{module: ΔW [in, out]} of a file, in float64."""
+    return {
+        one.module: one.scale * one.a.astype(np.float64) @ one.b.astype(np.float64)
+        for one in read_factors(path).factors
+    }
+
+
+def assert_same(path, wanted=None):
+    got = updates(path)
+    wanted = wanted or {
+        module: files.ALPHA / files.RANK * a.astype(np.float64) @ b
+        for module, (a, b) in files.factors().items()
+    }
+    assert got.keys() == wanted.keys()
+    for module, update in wanted.items():
+        np.testing.assert_allclose(got[module], update, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("adapter", "to"),
+    [("my-adapter", "folded"), ("my-adapter", "mlx"), ("my-mlx-adapter", "peft")]
+    + [("my-mlx-adapter", "folded"), ("adapter.safetensors", "peft")]
+    + [("adapter.safetensors", "mlx"), ("adapter.safetensors", "folded")],
+)
+def test_without_the_base(adapter, to, world, run):
+    own = ["--naming", "naming.json"] if adapter.endswith(".safetensors") else []
+    done = run("convert", adapter, "--to", to, "--out", "made", *own)
+    assert (done.status, done.err) == (0, "") and done.out.startswith("wrote made: ")
+    assert_same(world / "made")
+    file = read_factors(world / "made")
+    assert file.kind == ("mlx" if to == "mlx" else "peft") and file.base == "tiny"
+    if to == "folded":
+        assert {one.scale for one in file.factors} == {1.0}
+
+
+@pytest.mark.parametrize("adapter", ["my-adapter", "my-mlx-adapter"])
+def test_to_a_file_of_lora_jax_and_back(adapter, world, run):
+    model = ["--model", "my-model"]
+    assert run("convert", adapter, "--to", "native", "--out", "a.safetensors", *model).status == 0
+    pretrained = models.load("my-model")
+    adapters = lora_jax.load("a.safetensors", pretrained.params)
+    assert lora_jax.count_params(adapters).trainable == 4 * (files.WIDTH + files.OUT) * files.RANK
+    assert lora_jax.read_metadata("a.safetensors")["metadata"] == {"model": "tiny"}
+    assert run("convert", "a.safetensors", "--to", "peft", "--out", "back", *model).status == 0
+    assert_same(world / "back")
+
+
+def test_ranks_and_scales_that_differ_are_folded(world, run):
+    narrow = {f"base_model.model.{files.MODULES[0]}.lora_A.weight": np.ones((2, 12), np.float32)}
+    narrow |= {f"base_model.model.{files.MODULES[0]}.lora_B.weight": np.ones((8, 2), np.float32)}
+    name = "layers.0.self_attn.q_proj"
+    config = {"rank_pattern": {name: 2}, "alpha_pattern": {name: 3}, "task_type": "CAUSAL_LM"}
+    wanted = updates(files.peft(world / "mixed", config=config, extra=narrow))
+    for to in ("folded", "mlx"):
+        assert run("convert", "mixed", "--to", to, "--out", to).status == 0
+        assert_same(world / to, wanted)
+        assert {one.a.shape[1] for one in read_factors(world / to).factors} == {4}
+    written = json.loads((world / "folded" / "adapter_config.json").read_text())
+    assert (written["r"], written["lora_alpha"]) == (4, 4)
+    assert written["rank_pattern"] == written["alpha_pattern"] == {}
+    assert written["task_type"] == "CAUSAL_LM"
+    written = json.loads((world / "mlx" / "adapter_config.json").read_text())
+    assert written["lora_parameters"]["keys"] == ["self_attn.q_proj", "self_attn.v_proj"]
+
+
+def test_every_name_of_an_mlx_file_is_kept_apart(world, run):
+    """Only the second layer is adapted: PEFT must not put an adapter on the first."""
+    path = world / "my-mlx-adapter" / "adapters.safetensors"
+    tensors, _ = tensorfile.read(path)
+    tensorfile.write(path, {k: x for k, x in tensors.items() if ".1." in k})
+    assert run("convert", "my-mlx-adapter", "--to", "peft", "--out", "made").status == 0
+    config = json.loads((world / "made" / "adapter_config.json").read_text())
+    assert config["target_modules"] == [m for m in files.MODULES if ".1." in m]
+
+
+def test_files_of_peft_itself(tmp_path, run, fails):
+    """peft 0.21.2's files (tests/peft/record_files.py), without their base."""
+    recorded = np.load("tests/peft/files.npz")
+    can = {"linear", "patterns", "rslora", "some layers", "regex", "all-linear", "embedding"}
+    can |= {"conv1d", "convolutions", "one module"}
+    names = {key.split("/")[0] for key in recorded if key.endswith("adapter_config.json")}
+    assert len(can & names) > 7
+    for name in sorted(can & names):
+        directory = tmp_path / name
+        directory.mkdir()
+        for file in ("adapter_config.json", "adapter_model.safetensors"):
+            (directory / file).write_bytes(recorded[f"{name}/{file}"].tobytes())
+        done = run("convert", directory, "--to", "folded", "--out", tmp_path / f"{name} folded")
+        assert done.status == 0, done
+        assert_same(tmp_path / f"{name} folded", updates(directory))
+    directory = tmp_path / "bias all"
+    directory.mkdir()
+    for file in ("adapter_config.json", "adapter_model.safetensors"):
+        (directory / file).write_bytes(recorded[f"bias all/{file}"].tobytes())
+    assert "is trained itself" in fails("convert", directory, "--to", "folded", "--out", "x")
+
+
+def test_failures(world, fails):
+    words = ["convert", "my-adapter", "--out", "made", "--to"]
+    own = ["convert", "adapter.safetensors", "--out", "made", "--to", "peft"]
+    assert "give the base with --model" in fails(*words, "native")
+    assert "is a PEFT adapter already" in fails(*words, "peft")
+    assert "'gguf' is not one of" in fails(*words, "gguf", status=2)
+    assert "Missing option '--to'" in fails("convert", "my-adapter", "--out", "x", status=2)
+    assert "give --model, or --naming" in fails(*own)
+    both = ["--model", "my-model", "--naming", "naming.json"]
+    assert "not both" in fails(*own, *both)
+    assert "others have torch's names" in fails(*words, "folded", "--naming", "naming.json")
+    assert "none.json: there is no such file" in fails(*own, "--naming", "none.json")
+    (world / "bad.json").write_text('[{"torch": "x"}]')
+    assert "row 0 of the naming" in fails(*own, "--naming", "bad.json")
+    (world / "bad.json").write_text('[{"torch": "x.weight", "path": "x", "kind": "linear"}]')
+    assert "no row of the naming has this path" in fails(*own, "--naming", "bad.json")
+    assert "is a lora_jax adapter already" in fails(*own[:-1], "native", "--model", "my-model")
+    paths = fails(*own, "--model", "my-model")
+    assert "q_proj/kernel: no row of the naming has this path" in paths
+    (world / "made").mkdir()
+    (world / "made" / "x").touch()
+    assert "exists already" in fails(*words, "folded")
+    adapter = world / "my-adapter" / "adapter_model.safetensors"
+    adapter.write_bytes(adapter.read_bytes()[:50])
+    assert "adapter_model.safetensors" in fails(*words, "folded", "--force")

@@ -1,0 +1,41 @@
+"""What the helps show as examples is run, on small files of the names that they use."""
+
+import shlex
+
+import pytest
+
+from lora_jax.cli import app
+from tests.cli import files
+
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
+
+def shown_in_help(run, command):
+    """The lines under "Examples:", parsed from what the terminal shows."""
+    lines = iter(run(command, "--help").out.splitlines())
+    assert any(line.strip() == "Examples:" for line in lines)
+    found = []
+    for line in lines:
+        if not line.strip().startswith("lora-jax "):
+            break
+        found.append(line.strip())
+    return found
+
+
+@pytest.mark.parametrize("command", app.COMMANDS)
+def test_the_examples_run(command, run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    files.everything(tmp_path)
+    examples = shown_in_help(run, command)
+    assert examples == list(app.COMMANDS[command].EXAMPLES)
+    for example in examples:
+        words = shlex.split(example)
+        assert words[:2] == ["lora-jax", command]
+        words, into = (words[:-2], words[-1]) if words[-2] == ">" else (words, None)
+        done = run(*words[1:])
+        assert done.status == 0 and "error" not in done.err, (example, done)
+        assert done.out
+        if into:
+            (tmp_path / into).write_text(done.out)
+        if "--out" in words:
+            assert (tmp_path / words[words.index("--out") + 1]).exists()

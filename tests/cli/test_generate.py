@@ -1,0 +1,104 @@
+"""`generate` against tokens chosen from the whole text's logits, without a cache."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import lora_jax
+from lora_jax import models, peft, tensorfile
+from lora_jax.text.tokenizer import Tokenizer
+from tests.cli import files
+
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
+
+@pytest.fixture
+def world(tmp_path, monkeypatch):
+    files.everything(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def greedy(folder, text, steps, adapter=None):
+    """The likeliest tokens, from the logits of everything so far."""
+    pretrained, tokenizer = models.load(folder / "my-model"), Tokenizer.load(folder / "my-model")
+    params = pretrained.params
+    if adapter:
+        params = lora_jax.merge(
+            lora_jax.join(params, peft.load(adapter, params, pretrained.naming))
+        )
+    ids = tokenizer.encode(text)
+    prompt = len(ids)
+    apply = jax.jit(pretrained.apply)
+    for _ in range(steps):
+        padded = ids + [0] * (64 - len(ids))  # no token sees those behind it
+        ids.append(int(apply(params, jnp.asarray([padded]))[0, len(ids) - 1].argmax()))
+        if ids[-1] == tokenizer.eos_id:
+            ids.pop()
+            break
+    return tokenizer.decode(ids[prompt:]) + "\n"
+
+
+@pytest.mark.parametrize("adapter", [None, "my-adapter"])
+def test_the_likeliest_tokens(world, run, adapter):
+    more = ["--adapter", adapter] if adapter else []
+    done = run("generate", "--model", "my-model", "--prompt", "Hi", "--max-tokens", 5, *more)
+    assert (done.status, done.err) == (0, "")
+    assert done.out == greedy(world, "Hi", 5, adapter and world / adapter)
+
+
+def test_draws_follow_the_seed(world, run):
+    words = ["generate", "--model", "my-model", "--prompt", "Hi", "--max-tokens", 6]
+    drawn = [*words, "--temperature", 1.5, "--seed"]
+    assert run(*drawn, 1).out == run(*drawn, 1).out != run(*drawn, 2).out
+    assert run(*drawn, 1, "--top-k", 1).out == run(*words).out
+    assert run(*drawn, 1, "--top-p", 1e-6).out == run(*words).out
+
+
+def test_a_file_standard_input_and_a_chat(world, run, monkeypatch):
+    words = ["generate", "--model", "my-model", "--max-tokens", 3]
+    plain = run(*words, "--prompt", "Hello there").out
+    assert run(*words, "--prompt-file", "prompt.txt").out == plain
+    assert (
+        run(*words, "--prompt", "Hello there", "--chat").out
+        == run(*words, "--prompt", "<s>Hello there</s>").out
+    )
+
+
+def test_it_ends_where_the_text_does(world, run, monkeypatch):
+    """A head that always says the end-of-text token gives nothing but the line's end."""
+    tensors = files.weights()
+    tensors["lm_head.weight"][:] = 0
+    tensors["model.norm.weight"][:] = 0
+    tensors["lm_head.weight"][files.SETTINGS["eos_token_id"]] = 1
+    tensors["model.norm.weight"][:] = 1
+    tensors["model.embed_tokens.weight"][:] = np.abs(tensors["model.embed_tokens.weight"]) + 9
+    tensorfile.write(world / "my-model" / "model.safetensors", tensors)
+    done = run("generate", "--model", "my-model", "--prompt", "Hi")
+    assert (done.status, done.out) == (0, "\n")
+
+
+def test_a_long_prompt_leaves_fewer_tokens_or_none(world, run, fails):
+    words = ["generate", "--model", "my-model", "--prompt"]
+    assert run(*words, "x" * 62, "--max-tokens", 9).out == greedy(world, "x" * 62, 2)
+    assert "the prompt has 64 tokens, and the model 64 positions" in fails(*words, "x" * 64)
+
+
+def test_failures(world, fails):
+    words = ["generate", "--model", "my-model"]
+    assert "give one of --prompt and --prompt-file" in fails(*words, status=2)
+    both = ["--prompt", "x", "--prompt-file", "prompt.txt"]
+    assert "give one of" in fails(*words, *both, status=2)
+    assert "prompt is empty" in fails(*words, "--prompt", "")
+    assert "none.txt: there is no such file" in fails(*words, "--prompt-file", "none.txt")
+    (world / "latin.txt").write_bytes(b"caf\xe9")
+    assert "not UTF-8 text" in fails(*words, "--prompt-file", "latin.txt")
+    good = [*words, "--prompt", "x"]
+    for option in (["--temperature", -1], ["--max-tokens", 0], ["--top-p", 0], ["--top-k", "x"]):
+        assert f"Invalid value for '{option[0]}'" in fails(*good, *option, status=2)
+    config = world / "my-model" / "tokenizer_config.json"
+    config.write_text('{"eos_token": "</s>"}')
+    assert "no chat template" in fails(*good, "--chat")
+    (world / "my-model" / "tokenizer.json").unlink()
+    assert "tokenizer.json is missing" in fails(*good)

@@ -1,0 +1,136 @@
+"""`merge` against W + scale·B·A in numpy, on the tensors that it writes."""
+
+import json
+import os
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+import lora_jax
+from lora_jax import models, peft, tensorfile
+from tests.cli import files
+
+SCALE = files.ALPHA / files.RANK
+
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
+
+def merged_weights(seed=0):
+    """All tensors of the merged model, in float64."""
+    tensors = {name: x.astype(np.float64) for name, x in files.weights().items()}
+    for module, (a, b) in files.factors(seed).items():
+        tensors[f"{module}.weight"] += SCALE * (a.astype(np.float64) @ b).T
+    return tensors
+
+
+@pytest.fixture
+def world(tmp_path, monkeypatch):
+    """The examples' files, in the working directory."""
+    files.everything(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("adapter", ["my-adapter", "my-mlx-adapter"])
+def test_the_tensors_are_the_sums(world, run, adapter):
+    before = {path: path.read_bytes() for path in (world / "my-model").iterdir()}
+    done = run("merge", "--model", "my-model", "--adapter", adapter, "--out", "merged")
+    assert (done.status, done.err) == (0, "")
+    assert "wrote merged: 4 merged weights in float32, 2 other files" in done.out
+    tensors, metadata = tensorfile.read(world / "merged" / "model.safetensors")
+    wanted = merged_weights()
+    assert tensors.keys() == wanted.keys() and metadata == {"format": "pt"}
+    for name, value in wanted.items():
+        np.testing.assert_allclose(tensors[name], value, rtol=1e-5, atol=1e-5)
+        if name.removesuffix(".weight") not in files.MODULES:
+            np.testing.assert_array_equal(tensors[name], files.weights()[name])
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        assert (world / "merged" / name).read_bytes() == (world / "my-model" / name).read_bytes()
+    config = json.loads((world / "merged" / "config.json").read_text())
+    assert files.SETTINGS.items() <= config.items()
+    assert {path: path.read_bytes() for path in (world / "my-model").iterdir()} == before
+
+
+def test_a_dtype_rounds_every_tensor_and_the_loss_is_told(world, run):
+    words = ["merge", "-m", "my-model", "--adapter", "my-adapter", "--out", "merged"]
+    done = run(*words, "--dtype", "bfloat16")
+    assert done.status == 0 and "rounding to bfloat16 lost 0.00" in done.out
+    tensors, _ = tensorfile.read(world / "merged" / "model.safetensors")
+    for name, value in merged_weights().items():
+        assert tensors[name].dtype == ml_dtypes.bfloat16
+        np.testing.assert_allclose(tensors[name].astype(float), value, rtol=2**-8, atol=1e-6)
+    assert json.loads((world / "merged" / "config.json").read_text())["torch_dtype"] == "bfloat16"
+
+
+def test_a_base_in_sixteen_bits_keeps_its_dtype_and_warns_of_a_small_update(world, run):
+    files.model(world / "small", ml_dtypes.bfloat16)
+    files.peft(world / "faint", config={"lora_alpha": 1e-3})
+    done = run("merge", "--model", "small", "--adapter", "faint", "--out", "merged")
+    assert done.status == 0
+    assert done.err.startswith("warning: bfloat16 is too coarse") and done.err.count("\n") == 1
+    tensors, _ = tensorfile.read(world / "merged" / "model.safetensors")
+    assert {x.dtype for x in tensors.values()} == {np.dtype(ml_dtypes.bfloat16)}
+
+
+def test_existing_output_stands(world, run, fails):
+    words = ["merge", "--model", "my-model", "--adapter", "my-adapter", "--out"]
+    (world / "taken").mkdir()
+    (world / "taken" / "mine.txt").write_text("mine")
+    assert "taken: exists already" in fails(*words, "taken")
+    assert os.listdir(world / "taken") == ["mine.txt"]
+    assert run(*words, "taken", "--force").status == 0
+    assert (world / "taken" / "mine.txt").read_text() == "mine"
+    assert "is the base itself" in fails(*words, "my-model", "--force")
+
+
+def test_nothing_is_written_on_failure(world, fails, monkeypatch):
+    words = ["merge", "--model", "my-model", "--adapter", "my-adapter", "--out", "merged"]
+    monkeypatch.setattr(os, "fsync", _disk_full)
+    assert "the disk is full" in fails(*words)
+    assert not [path for path in world.rglob("*") if "merged" in str(path)]
+
+
+def _disk_full(_):
+    raise OSError(28, "No space left on device", "merged")
+
+
+def test_failures(world, fails, run):
+    words = ["merge", "--out", "merged", "--adapter"]
+    model = ["--model", "my-model"]
+    assert "no such file or directory" in fails(*words, "none", *model)
+    assert "smollm2" in fails(*words, "my-adapter", "--model", "none")
+    assert "not a model: give it with --adapter" in fails(
+        *words, "my-adapter", "--model", "my-adapter"
+    )
+    assert "not an adapter" in fails(*words, "my-model", *model)
+    assert "'int8' is not one of" in fails(*words, "x", *model, "--dtype", "int8", status=2)
+    assert "Missing option '--model'" in fails(*words, "my-adapter", status=2)
+    other = files.peft(world / "wide")
+    tensors, _ = tensorfile.read(other / "adapter_model.safetensors")
+    wide = {name: np.tile(x, (1, 2)) if "lora_A" in name else x for name, x in tensors.items()}
+    tensorfile.write(other / "adapter_model.safetensors", wide)
+    assert "has shape (4, 24), needs (4, 12)" in fails(*words, other, *model)
+    (world / "my-model" / "config.json").write_text("{")
+    assert "not valid JSON" in fails(*words, "my-adapter", *model)
+    (world / "my-model" / "config.json").write_text('{"model_type": "mamba"}')
+    assert "'mamba' is not one of" in fails(*words, "my-adapter", *model)
+    (world / "my-model" / "config.json").write_text(json.dumps(files.SETTINGS))
+    weights = world / "my-model" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-10])
+    assert "model.safetensors" in fails(*words, "my-adapter", *model)
+    weights.unlink()
+    assert "there is no such file" in fails(*words, "my-adapter", *model)
+    assert not (world / "merged").exists()
+
+
+def test_an_adapter_of_lora_jax_over_stacked_layers(world, run):
+    """The file's paths say that the layers are stacked, and the base is read so."""
+    pretrained = models.load(world / "my-model", scan=True)
+    adapters = peft.load(world / "my-adapter", pretrained.params, pretrained.naming)
+    lora_jax.save(world / "stacked.safetensors", adapters, base=pretrained.params)
+    words = ["merge", "--model", "my-model", "--adapter", "stacked.safetensors", "--out", "merged"]
+    assert run(*words).status == 0
+    tensors, _ = tensorfile.read(world / "merged" / "model.safetensors")
+    for name, value in merged_weights().items():
+        np.testing.assert_allclose(tensors[name], value, rtol=1e-5, atol=1e-5)
