@@ -204,11 +204,11 @@ def _due(done: int, every: int, steps: int) -> bool:
     return done == steps or (every > 0 and done % every == 0)
 
 
-def steps_of_epochs(epochs: float, data: Data, rows: int, accumulate: int) -> int:
-    """Steps that go through `data` so many times.
+def steps_of_epochs(epochs: float, data: Data, size: int) -> int:
+    """Steps of `size` rows that go through `data` so many times.
 
     >>> import numpy as np
-    >>> steps_of_epochs(2, Data({"ids": np.zeros((10, 3))}), rows=2, accumulate=2)
+    >>> steps_of_epochs(2, Data({"ids": np.zeros((10, 3))}), size=4)
     6
     """
-    return max(1, round(epochs * steps_per_epoch(len(data), rows * accumulate)))
+    return max(1, round(epochs * steps_per_epoch(len(data), size)))

@@ -1,0 +1,136 @@
+"""What `lora-jax train` does: a model and files in, a trained adapter out."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from rich.console import Console
+
+import lora_jax as lora
+from lora_jax.cli import train_results
+from lora_jax.cli.base_model import Model, open_model
+from lora_jax.cli.targets import resolve
+from lora_jax.cli.train_data import Task, read_task
+from lora_jax.cli.train_options import Options
+from lora_jax.training import log, picture, progress, run
+from lora_jax.training.errors import TrainingError
+from lora_jax.training.interrupt import interruptible
+from lora_jax.training.loop import Job, Outcome, Settings, Watcher, steps_of_epochs, train
+
+
+def main(options: Options, command: str) -> None:
+    """Trains, writes the adapter, the log and the picture, and prints what came of it.
+
+    Args:
+      options: of the command line.
+      command: the command that would go on with this run.
+
+    Raises:
+      KeyboardInterrupt: after Ctrl-C or SIGTERM, once all is saved; it says how to go on.
+    """
+    console = Console(stderr=True, highlight=False)
+    say = lambda text: console.print(text, markup=False, soft_wrap=True)
+    model = open_model(options.model, options.dtype, options.scan)
+    if not 2 <= options.length <= model.longest:
+        raise TrainingError(f"--length {options.length}: this model takes 2 to {model.longest}")
+    task = read_task(options, model)
+    for note in task.notes:
+        say(f"note: {note}")
+    config = _config(options, model, task)
+    ids = jax.ShapeDtypeStruct((1, options.length), jnp.int32)
+    start = lora.init(jax.random.key(options.seed), task.params, config, task.apply, ids, ids)
+    job, adapters = _job(options, task, start)
+    steps = job.settings.steps
+    this = run.identity(_recorded(options, config, steps), task.params, task.data, task.held_out)
+    if not run.begin(options.out, this, options.resume) and options.resume:
+        say(f"nothing to resume in {options.out}: starting at the beginning")
+    counts = lora.count_params(start)
+    say(
+        f"{len(task.data):,} rows of {options.length} tokens, {steps:,} steps of "
+        f"{options.rows * options.accumulate} rows; {counts.trainable:,} parameters train, "
+        f"{counts.trainable / counts.total:.2%} of all"
+    )
+    results = train_results.Results(options, task, model.naming, config, start)
+    outcome = _watched(job, adapters, results, console, say)
+    picture.draw(outcome.records, options.out / "loss.png")
+    if outcome.step < steps:
+        raise KeyboardInterrupt(f"step {outcome.step} of {steps} is saved; to go on: {command}")
+    path = results.write("adapter", outcome.adapters, {"step": outcome.step})
+    train_results.show(outcome.records, [path, options.out / "log.jsonl", options.out / "loss.png"])
+
+
+def _config(options: Options, model: Model, task: Task) -> lora.LoraConfig:
+    paths = resolve(options.targets, model.params, model.naming)
+    targets = [f"{task.prefix}{path}" for path in paths]
+    return lora.LoraConfig(targets=targets, train=task.whole, **options.config)
+
+
+def _job(options: Options, task: Task, start: Any) -> tuple[Job, Any]:
+    """What to train, and the adapters to start with."""
+    base, adapters = lora.split(start)
+    size = options.rows * options.accumulate
+    steps = options.steps or steps_of_epochs(options.epochs, task.data, size)
+    settings = Settings(
+        steps=steps,
+        rows=options.rows,
+        accumulate=options.accumulate,
+        seed=options.seed,
+        eval_every=options.eval_every,
+        save_every=options.save_every,
+    )
+    job = Job(
+        loss=task.loss,
+        base=base,
+        tx=options.optimizer.transformation(adapters, steps),
+        rates=options.optimizer.rates(steps),
+        data=task.data,
+        held_out=task.held_out,
+        settings=settings,
+        directory=options.out,
+    )
+    return job, adapters
+
+
+def _recorded(options: Options, config: lora.LoraConfig, steps: int) -> dict[str, Any]:
+    """All that decides what a step computes, under the names of the command line."""
+    kept = {
+        "task": options.task,
+        "length": options.length,
+        "batch": options.rows,
+        "accumulate": options.accumulate,
+        "seed": options.seed,
+        "steps": steps,
+        "scan": options.scan,
+    }
+    optimizer = dataclasses.asdict(options.optimizer)
+    renamed = {"learning_rate": "lr", "b_ratio": "lora_plus"}
+    return {
+        **kept,
+        **{renamed.get(name, name): value for name, value in optimizer.items()},
+        **{name: value for name, value in config.to_dict().items() if name != "dtype"},
+    }
+
+
+def _watched(
+    job: Job,
+    adapters: Any,
+    results: train_results.Results,
+    console: Console,
+    say: Callable[[str], None],
+) -> Outcome:
+    """Trains under a progress bar, until it is done or the process is asked to stop."""
+    with interruptible() as interrupt, progress.bar(console, job.settings.steps) as told:
+
+        def watch(record: log.Record) -> None:
+            told(record)
+            if "eval_loss" in record:
+                say(f"step {record['step']}, {progress.describe(record)}")
+
+        def best(adapters: Any, record: log.Record) -> None:
+            results.write("best", adapters, record)
+
+        return train(job, adapters, Watcher(interrupt, watch, best))

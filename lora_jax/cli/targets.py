@@ -1,0 +1,66 @@
+"""Names of what to adapt, as people know them from torch, to paths of the tree."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+
+from lora_jax import TargetError
+from lora_jax.naming import Naming
+
+ALL_LINEAR = "all-linear"
+HEADS = ("lm_head",)  # the output embedding, which "all-linear" leaves alone as PEFT does
+
+
+def resolve(targets: Sequence[str], params: Any, naming: Naming) -> list[str]:
+    """The paths of the leaves that `targets` name.
+
+    A target is the end of a torch module's name ("q_proj", "self_attn.q_proj", or the whole of it),
+    the end of a path in the tree or a module there ("query/kernel", "query", "layer_0"), or
+    "all-linear": every linear layer but the output embedding.
+
+    Args:
+      targets: at least one.
+      params: the tree, arrays or `ShapeDtypeStruct`s.
+      naming: of the tree's leaves.
+
+    Raises:
+      TargetError: targets that name nothing; each with the names most like it.
+    """
+    flat = jax.tree_util.tree_leaves_with_path(params)
+    shapes = {jax.tree_util.keystr(p, simple=True, separator="/"): x.shape for p, x in flat}
+    modules = {
+        path: [name.removesuffix(".weight") for _, names in place.layers() for name in names]
+        for path, place in naming.places(shapes).items()
+        if place.entry.kind
+    }
+    linear = [
+        path
+        for path, place in naming.places(shapes).items()
+        if place.entry.kind not in ("", "embedding") and modules[path][0] not in HEADS
+    ]
+    found: dict[str, None] = {}
+    problems = []
+    for target in targets:
+        paths = linear if target == ALL_LINEAR else _named(target, modules)
+        if not paths:
+            problems.append(_unknown(target, modules))
+        found |= dict.fromkeys(paths)
+    if problems:
+        raise TargetError("\n".join(problems))
+    return list(found)
+
+
+def _named(target: str, modules: dict[str, list[str]]) -> list[str]:
+    in_torch = lambda path: any(f".{name}".endswith(f".{target}") for name in modules[path])
+    in_tree = lambda path: f"/{path}".endswith(f"/{target}") or f"/{target}/" in f"/{path}/"
+    return [path for path in modules if in_torch(path)] or [p for p in modules if in_tree(p)]
+
+
+def _unknown(target: str, modules: dict[str, list[str]]) -> str:
+    known = sorted({name.rpartition(".")[2] for names in modules.values() for name in names})
+    close = difflib.get_close_matches(target.rpartition(".")[2], known, n=3, cutoff=0.3) or known
+    return f"--targets: nothing is called {target!r}; there are {', '.join(close)} and all-linear"

@@ -1,0 +1,147 @@
+"""The data of `lora-jax train`: files to batches, and the loss that they are for."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from lora_jax.cli.base_model import Model
+from lora_jax.cli.classifier import with_head
+from lora_jax.cli.train_options import CLASSIFICATION, Options
+from lora_jax.training import labels
+from lora_jax.training.data import Data, cut_stream, hold_out, pack_examples, pack_labelled
+from lora_jax.training.errors import DataError, TrainingError
+from lora_jax.training.examples import encode, encode_stream
+from lora_jax.training.loss import class_sums, language_sums
+from lora_jax.training.rows import STREAM, Row, Rows, read
+
+SLOTS = 16  # texts that a row of a classifier holds at most
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """A model's function for one task, and the data for it."""
+
+    apply: Callable[[Any, Any, Any], Any]
+    params: Any
+    loss: Callable[[Any, Any], Any]
+    data: Data
+    held_out: Data | None
+    notes: tuple[str, ...]
+    prefix: str = ""  # before the model's own paths
+    whole: tuple[str, ...] = ()  # leaves that train whole
+    metadata: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+def read_task(options: Options, model: Model) -> Task:
+    """Reads the data and makes batches of them.
+
+    Raises:
+      DataError: files that cannot be read or encoded, or of several kinds.
+      TrainingError: the model cannot do the task.
+    """
+    files = [read(path, options.encoding) for path in options.data]
+    others = [read(path, options.encoding) for path in options.held_out]
+    kinds = {rows.kind: rows.source for rows in [*files, *others]}
+    if len(kinds) > 1:
+        named = ", ".join(f"{source} holds {kind} rows" for kind, source in kinds.items())
+        raise DataError(f"files of several kinds: {named}; give files of one kind")
+    ignored = sorted({key for rows in [*files, *others] for key in rows.ignored})
+    notes = (f"keys without a meaning here: {', '.join(ignored)}",) if ignored else ()
+    if options.task == CLASSIFICATION:
+        task = _classification(options, model, files, others)
+    elif model.apply is None:
+        raise TrainingError(
+            f"{options.model} is an encoder, which predicts no next token: --task classification"
+        )
+    else:
+        make = _streams if files[0].kind == STREAM else _examples
+        data, held_out, more = make(options, model, files, others)
+        loss = language_sums(model.apply)
+        task = Task(model.apply, model.params, loss, data, held_out, more)
+    return dataclasses.replace(task, notes=(*notes, *task.notes))
+
+
+def _streams(
+    options: Options, model: Model, files: Sequence[Rows], others: Sequence[Rows]
+) -> tuple[Data, Data | None, tuple[str, ...]]:
+    """Texts as streams of tokens; a share is held out at the end of each."""
+    trained: list[np.ndarray] = [encode_stream(rows, model.tokenizer) for rows in files]
+    held_out = [encode_stream(rows, model.tokenizer) for rows in others]
+    if options.eval_split:
+        cuts = [len(ids) - round(len(ids) * options.eval_split) for ids in trained]
+        held_out = [ids[cut:] for ids, cut in zip(trained, cuts, strict=True)]
+        trained = [ids[:cut] for ids, cut in zip(trained, cuts, strict=True)]
+        if any(len(ids) < 2 for ids in [*trained, *held_out]):
+            raise DataError(
+                f"--eval-split {options.eval_split} leaves a part with nothing to predict; "
+                "choose another share, or give --eval a file"
+            )
+    judged = _rows_of(held_out, options.length) if held_out else None
+    return _rows_of(trained, options.length), judged, ()
+
+
+def _rows_of(streams: Sequence[np.ndarray], length: int) -> Data:
+    parts = [cut_stream(ids, length).arrays for ids in streams]
+    return Data({name: np.concatenate([part[name] for part in parts]) for name in parts[0]})
+
+
+def _examples(
+    options: Options, model: Model, files: Sequence[Rows], others: Sequence[Rows]
+) -> tuple[Data, Data | None, tuple[str, ...]]:
+    """Rows of text, prompts and completions, or conversations, packed."""
+    trained, held_out = _split(options, files, others)
+    parts = [encode(rows, model.tokenizer, options.length) for rows in (trained, held_out) if rows]
+    packed = [pack_examples(part.examples, options.length) for part in parts]
+    notes = tuple(note for part in parts for note in part.notes)
+    return packed[0], packed[1] if held_out else None, notes
+
+
+def _split(
+    options: Options, files: Sequence[Rows], others: Sequence[Rows]
+) -> tuple[Rows, Rows | None]:
+    """Rows to train on and rows held out, of files of one kind."""
+    trained, held_out = _joined(files), _joined(others) if others else None
+    if not options.eval_split:
+        return trained, held_out
+    try:
+        parts = hold_out(len(trained), options.eval_split, options.seed)
+    except ValueError as error:
+        raise DataError(f"--eval-split: {error}; choose another share") from None
+    one, other = (tuple(trained.rows[i] for i in part) for part in parts)
+    return dataclasses.replace(trained, rows=one), dataclasses.replace(trained, rows=other)
+
+
+def _joined(files: Sequence[Rows]) -> Rows:
+    rows: tuple[Row, ...] = tuple(row for file in files for row in file.rows)
+    return Rows(", ".join(file.source for file in files), files[0].kind, rows)
+
+
+def _classification(
+    options: Options, model: Model, files: Sequence[Rows], others: Sequence[Rows]
+) -> Task:
+    """A pooled head on the model's hidden states, trained whole."""
+    trained, held_out = _split(options, files, others)
+    known = labels.classes(trained)
+    parts = [
+        labels.encode(rows, model.tokenizer, known, options.length)
+        for rows in (trained, held_out)
+        if rows
+    ]
+    slots = min(SLOTS, options.length)
+    packed = [pack_labelled(p.texts, p.labels.tolist(), options.length, slots) for p in parts]
+    apply, params = with_head(model, len(known), slots, options.seed)
+    return Task(
+        apply,
+        params,
+        class_sums(apply),
+        packed[0],
+        packed[1] if held_out else None,
+        tuple(note for part in parts for note in part.notes),
+        prefix="encoder/",
+        whole=("head/kernel", "head/bias"),
+        metadata={"labels": list(known)},
+    )

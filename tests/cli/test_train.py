@@ -1,0 +1,206 @@
+"""`lora-jax train` on a random model of a hundred thousand parameters."""
+
+import json
+import signal
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+pytest.importorskip("typer")
+
+import lora_jax as lora
+from lora_jax import peft
+from lora_jax.cli import main
+from lora_jax.cli.base_model import open_model
+from lora_jax.training import log
+from lora_jax.training.data import cut_stream
+from lora_jax.training.loop import measure
+from lora_jax.training.loss import language_sums
+from lora_jax.training.rows import KEYS
+
+TEXT = "To be, or not to be, that is the question.\n" * 40
+SMALL = ("--length", 32, "--batch", 2, "--rank", 2, "--lr", "3e-2", "--targets", "q_proj,v_proj")
+
+
+@pytest.fixture(scope="module")
+def play(tmp_path_factory):
+    path = tmp_path_factory.mktemp("data") / "play.txt"
+    path.write_text(TEXT)
+    return path
+
+
+def words(data, out, *more):
+    given = ["train", "--model", "tiny", "--data", data, "--out", out, *SMALL, *more]
+    return [str(word) for word in given]
+
+
+@pytest.fixture(scope="module")
+def trained(play, tmp_path_factory):
+    """The directory of a whole run, and the words that made it."""
+    out = tmp_path_factory.mktemp("runs") / "whole"
+    command = words(play, out, "--eval-split", 0.25, "--steps", 5, "--eval-every", 2)
+    jax.config.update("jax_disable_most_optimizations", True)
+    try:
+        assert main(command) == 0
+    finally:
+        jax.config.update("jax_disable_most_optimizations", False)
+    return out, command
+
+
+def test_what_a_run_leaves(trained):
+    out, _ = trained
+    records = log.read(out / "log.jsonl")
+    assert [r["step"] for r in log.evaluations(records)] == [0, 2, 4, 5]
+    perplexities = [r["perplexity"] for r in log.evaluations(records)]
+    assert perplexities[-1] < 0.8 * perplexities[0]
+    assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
+    config = json.loads((out / "adapter" / "adapter_config.json").read_text())
+    assert (config["r"], config["task_type"]) == (2, "CAUSAL_LM")
+    assert sorted(config["target_modules"]) == ["q_proj", "v_proj"]
+    assert (out / "best" / "adapter_model.safetensors").exists()
+
+
+def test_the_adapter_is_what_was_measured(trained):
+    """Read back from PEFT's files, adapted and merged, on a base that is not scanned."""
+    out, _ = trained
+    model = open_model("tiny", "float32", scan=False)
+    adapters = peft.load(out / "adapter", model.params, model.naming)
+    merged = lora.merge(lora.join(model.params, adapters))
+    ids = np.asarray(model.tokenizer.encode(TEXT), np.int32)
+    held_out = cut_stream(ids[len(ids) - round(len(ids) / 4) :], 32)
+    loss = jax.jit(language_sums(model.apply))
+    found = measure(lambda a, base, batch: loss(a, batch), merged, None, held_out, 2)
+    last = log.evaluations(log.read(out / "log.jsonl"))[-1]
+    assert found["perplexity"] == pytest.approx(last["perplexity"], rel=1e-4)
+
+
+def test_the_table(trained, run, tmp_path):
+    """A finished run is resumed without a step, so what is printed is that of the log."""
+    out, command = trained
+    done = run(*command, "--resume")
+    assert done.status == 0
+    first, *_, last = (r["perplexity"] for r in log.evaluations(log.read(out / "log.jsonl")))
+    assert f"{first:.2f} → {last:.2f}" in done.out and str(out / "adapter") in done.out
+    assert "5 steps of 2 rows" in done.err
+
+
+def test_another_run_in_its_place(trained, fails):
+    _, command = trained
+    assert "holds a run already: add --resume" in fails(*command)
+    changed = [word if word != "3e-2" else "1e-2" for word in command]
+    assert "was begun otherwise" in fails(*changed, "--resume")
+    assert "lr was 0.03, is 0.01" in fails(*changed, "--resume")
+
+
+def jsonl(path, kind, count=6):
+    made = {
+        "text": lambda i: {"text": f"line {i}"},
+        "completion": lambda i: {"prompt": f"{i} + 1 =", "completion": f" {i + 1}"},
+        "chat": lambda i: {
+            "messages": [
+                {"role": "user", "content": f"Say {i}"},
+                {"role": "assistant", "content": str(i)},
+            ]
+        },
+        "label": lambda i: {"text": f"good {i}" if i % 2 else f"bad {i}", "label": i % 2},
+    }
+    assert made.keys() == KEYS.keys()
+    path.write_text("".join(json.dumps(made[kind](i)) + "\n" for i in range(count)))
+    return path
+
+
+def test_a_classifier(tmp_path, run, quick_compile):
+    data = jsonl(tmp_path / "d.jsonl", "label", count=40)
+    command = words(data, tmp_path / "out", "--task", "classification", "--eval-split", 0.2)
+    done = run(*command, "--epochs", 4)
+    assert done.status == 0, done.err
+    evaluated = log.evaluations(log.read(tmp_path / "out" / "log.jsonl"))
+    assert evaluated[-1]["eval_accuracy"] == 1.0
+    header = lora.read_metadata(tmp_path / "out" / "adapter.safetensors")
+    assert header["metadata"]["labels"] == [0, 1]
+    assert header["layouts"]["head/kernel"] == {"kind": "whole"}
+
+
+ERRORS = {
+    "no model": (["--model", "nowhere"], "nowhere: there is no such directory or file; give"),
+    "no target": (["--targets", "q_prj"], "nothing is called 'q_prj'; there are q_proj"),
+    "no rows": (["--length", 4096], "--length 4096: this model takes 2 to 1024"),
+    "no encoding": (["--encoding", "x"], "no encoding is called 'x'"),
+    "a share": (["--eval-split", 0.0001], "--eval-split 0.0001 leaves a part with nothing"),
+    "rate": (["--lr", -1], "learning_rate must be positive, got -1"),
+    "labels": (["--task", "classification"], "stream rows; --task classification needs"),
+    "rank": (["--rank", 100], "rank 100 is above what the weight"),
+    "missing": (["--eval", "none.txt"], "none.txt: cannot be read"),
+}
+
+
+@pytest.mark.parametrize("name", ERRORS)
+def test_failures_are_one_line_and_leave_nothing(name, play, tmp_path, fails):
+    more, said = ERRORS[name]
+    assert said in fails(*words(play, tmp_path / "out", *more))
+    assert not (tmp_path / "out").exists()
+
+
+def test_files_of_several_kinds(play, tmp_path, fails):
+    data = jsonl(tmp_path / "d.jsonl", "chat")
+    error = fails(*words(data, tmp_path / "out", "--eval", play))
+    assert f"files of several kinds: {data} holds chat rows, {play} holds stream rows" in error
+
+
+def test_mistakes_on_the_command_line(play, tmp_path, fails):
+    both = ["--eval", play, "--eval-split", 0.1]
+    assert "--eval or --eval-split" in fails(*words(play, tmp_path, *both), status=2)
+    assert "--task" in fails(*words(play, tmp_path, "--task", "poetry"), status=2)
+
+
+SIGNALLED = """
+import sys
+from lora_jax.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["text", "completion", "chat"])
+def test_rows_of_every_kind(kind, tmp_path, run):
+    data = jsonl(tmp_path / "d.jsonl", kind)
+    done = run(*words(data, tmp_path / "out", "--steps", 2, "--dora", "--accumulate", 2))
+    assert done.status == 0, done.err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("init", ["pissa", "loftq"])
+def test_a_start_that_changes_the_base(init, play, tmp_path, run):
+    """The adapter that is written is one for the base as it was."""
+    out = tmp_path / "out"
+    command = words(play, out, "--eval-split", 0.25, "--steps", 3, "--init", init)
+    assert run(*command).status == 0
+    test_the_adapter_is_what_was_measured((out, command))
+
+
+@pytest.mark.slow
+def test_ctrl_c_says_how_to_go_on(play, tmp_path):
+    """And going on, by the very words, ends as a run that was never interrupted."""
+    out = tmp_path / "out"
+    command = words(play, out, "--steps", 400, "--eval-split", 0.25, "--dropout", 0.1)
+    with subprocess.Popen(
+        [sys.executable, "-c", SIGNALLED, *command], stderr=subprocess.PIPE, text=True
+    ) as process:
+        while not (out / "log.jsonl").exists() or len(log.read(out / "log.jsonl")) < 4:
+            assert process.poll() is None
+        process.send_signal(signal.SIGINT)
+        *_, said = process.communicate()[1].splitlines()
+    assert process.returncode == 130
+    step = log.read(out / "log.jsonl")[-1]["step"]
+    assert 3 <= step < 400
+    head, _, again = said.partition("to go on: lora-jax ")
+    assert head == f"error: interrupted: step {step} of 400 is saved; "
+    assert again.endswith("--resume")
+    whole = [str(tmp_path / "whole") if word == str(out) else word for word in command]
+    assert main(again.split()) == 0 and main(whole) == 0
+    one, other = (log.read(path / "log.jsonl") for path in (out, tmp_path / "whole"))
+    bare = lambda r: {k: v for k, v in r.items() if not k.endswith("seconds")}
+    assert [bare(r) for r in one] == [bare(r) for r in other]
