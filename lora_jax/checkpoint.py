@@ -3,31 +3,21 @@
 import json
 import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save as serialize
 
-from lora_jax import _paths
+from lora_jax import _paths, records, tensorfile
 from lora_jax.config import LoraConfig
-from lora_jax.errors import AdapterFileError, LayoutError, StructureError
+from lora_jax.errors import AdapterFileError, StructureError
 from lora_jax.fingerprint import differences, fingerprint
 from lora_jax.overlay import adapted_nodes, split
-from lora_jax.weights import (
-    Adapted,
-    Layout,
-    LoraWeight,
-    TrainedLeaf,
-    TrainedRows,
-    check_fits,
-    is_adapted,
-)
+from lora_jax.weights import Adapted, TrainedLeaf, check_fits, is_adapted
 
 FORMAT, VERSION = "lora_jax", 1
+_SUGGESTED = 5  # paths of a file that get the base's nearest; finding them takes a while
 
 
 def save(
@@ -53,7 +43,8 @@ def save(
       config: the configuration, to keep with the file.
 
     Raises:
-      StructureError: there are no adapters, a value is still abstract, or `base` does not fit.
+      StructureError: there are no adapters, a value is still abstract, NaN or infinite, or `base`
+        does not fit.
       TypeError: `metadata` holds what JSON cannot.
 
     >>> import tempfile, jax, jax.numpy as jnp, lora_jax
@@ -87,62 +78,28 @@ def save(
     header = {
         "format": FORMAT,
         "version": str(VERSION),
-        "layouts": json.dumps({p: _layout_record(node) for p, node in nodes.items()}),
+        "layouts": json.dumps({p: records.record(node) for p, node in nodes.items()}),
         "base": json.dumps({} if base is None else fingerprint(base, skip=whole)),
         "config": json.dumps(config.to_dict() if config is not None else None),
         "metadata": json.dumps(dict(metadata or {})),
     }
-    write_atomically(Path(path), serialize(_tensors(nodes), header))
-
-
-def _layout_record(node: Adapted) -> dict[str, Any]:
-    if isinstance(node, TrainedLeaf):
-        return {"kind": "whole"}
-    record = {"kind": _kind(node), "axes": node.layout.axes, "uses": list(node.layout.uses)}
-    if isinstance(node, TrainedRows):
-        return record | {"rows": list(node.rows)}
-    return record | ({"dropout": node.dropout} if node.dropout else {})
-
-
-_FIELDS = {
-    "lora": ("a", "b", "scale"),
-    "dora": ("a", "b", "scale", "magnitude"),
-    "whole": ("value", "scale"),
-    "rows": ("value", "scale"),
-}
-
-
-def _kind(node: Adapted) -> str:
-    if isinstance(node, TrainedLeaf | TrainedRows):
-        return "whole" if isinstance(node, TrainedLeaf) else "rows"
-    return "lora" if node.magnitude is None else "dora"
+    tensorfile.write(path, _tensors(nodes), header)
 
 
 def _tensors(nodes: Mapping[str, Adapted]) -> dict[str, np.ndarray]:
     arrays = {
         f"{path}.{field}": getattr(node, field)
         for path, node in nodes.items()
-        for field in _FIELDS[_kind(node)]
+        for field in records.FIELDS[records.kind(node)]
     }
     abstract = [name for name, x in arrays.items() if isinstance(x, jax.ShapeDtypeStruct)]
     if abstract:
         raise StructureError("save: no values yet, only shapes: " + ", ".join(abstract))
-    return {name: np.asarray(x, order="C") for name, x in jax.device_get(arrays).items()}
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file so that, whatever happens, the old one or the new one is there whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    values: dict[str, np.ndarray] = jax.device_get(arrays)
+    bad = [name for name, x in values.items() if not np.isfinite(x).all()]
+    if bad:  # `load` would refuse them
+        raise StructureError("save: NaN or infinite values: " + ", ".join(bad))
+    return values
 
 
 def read_metadata(path: str | os.PathLike) -> dict[str, Any]:
@@ -151,7 +108,7 @@ def read_metadata(path: str | os.PathLike) -> dict[str, Any]:
     Raises:
       AdapterFileError: the file is missing, truncated, not safetensors, or not lora_jax's.
     """
-    return _read(path)[0]
+    return _header(path, tensorfile.headers(path).metadata)
 
 
 def load(path: str | os.PathLike, base: Any) -> Any:
@@ -163,87 +120,86 @@ def load(path: str | os.PathLike, base: Any) -> Any:
         counts). Where its leaves have values they must be those the file was made with.
 
     Raises:
-      AdapterFileError: the file is missing, truncated, not safetensors, not lora_jax's, or made for
-        another base. All differences are listed at once.
+      AdapterFileError: the file is missing, damaged (see `tensorfile.read`; NaN and infinite values
+        count as damage), not lora_jax's, or made for another base. All differences are listed at
+        once.
     """
     if adapted_nodes(base):
         base, _ = split(base)
-    header, tensors = _read(path)
+    tensors, metadata = tensorfile.read(path, finite=True)
+    header = _header(path, metadata)
     nodes, problems = _nodes(header["layouts"], tensors)
     leaves, treedef = _paths.flatten_with_paths(base, is_leaf=is_adapted)
-    for name, node in nodes.items():
-        if name not in leaves:
-            problems.append(f"{name}: not in this base; {_paths.nearest(name, leaves)}")
-        else:
-            problems += check_fits(name, node, leaves[name])
+    unknown = [name for name in nodes if name not in leaves]
+    for name in unknown:
+        near = f"; {_paths.nearest(name, leaves)}" if name in unknown[:_SUGGESTED] else ""
+        problems.append(f"{name}: not in this base{near}")
+    for name in nodes.keys() - set(unknown):
+        problems += check_fits(name, nodes[name], leaves[name])
     if header["base"] and not problems:
         whole = {name for name, node in nodes.items() if isinstance(node, TrainedLeaf)}
         problems += differences(header["base"], fingerprint(base, skip=whole))
     if problems:
         raise AdapterFileError(
-            f"{path}: the adapters in this file do not fit this base:\n" + "\n".join(problems)
+            f"{path}: the adapters in this file do not fit this base:\n"
+            + tensorfile.lines(problems)
         )
     return jax.tree_util.tree_unflatten(treedef, [nodes.get(name) for name in leaves])
 
 
-def _read(path: str | os.PathLike) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    try:
-        with safe_open(os.fspath(path), framework="np") as file:
-            header = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except FileNotFoundError:
-        raise AdapterFileError(f"{path}: there is no such file") from None
-    except (SafetensorError, OSError, ValueError) as error:
-        raise AdapterFileError(f"{path}: not a whole safetensors file ({error})") from None
+def _header(path: str | os.PathLike, header: Mapping[str, str]) -> dict[str, Any]:
+    """The metadata of a file, parsed and checked."""
     if header.get("format") != FORMAT:
         raise AdapterFileError(
             f"{path}: a safetensors file, but not one that lora_jax.save wrote (its header says "
-            f"format={header.get('format')!r})"
+            f"format={header.get('format')!r:.40})"
         )
     if header.get("version") != str(VERSION):
         raise AdapterFileError(
-            f"{path}: version {header.get('version')!r} of the format; this release reads {VERSION}"
+            f"{path}: version {header.get('version')!r:.40} of the format; this release reads "
+            f"{VERSION}"
         )
-    try:
-        parsed = {k: json.loads(header[k]) for k in ("layouts", "base", "config", "metadata")}
-    except (KeyError, json.JSONDecodeError) as error:
-        raise AdapterFileError(f"{path}: the header is damaged ({error!r})") from None
-    if not isinstance(parsed["layouts"], dict) or not isinstance(parsed["base"], dict):
-        raise AdapterFileError(f"{path}: the header is damaged (layouts or base is no mapping)")
-    return parsed, tensors
+    fields: dict[str, tuple[type, ...]] = {
+        "layouts": (dict,),
+        "base": (dict,),
+        "config": (dict, type(None)),
+        "metadata": (dict,),
+    }
+    damaged = f"{path}: the header is damaged"
+    missing = [field for field in fields if field not in header]
+    if missing:
+        raise AdapterFileError(f"{damaged}: there is no {', '.join(missing)}")
+    parsed = {
+        field: tensorfile.parse_json(header[field], f"{damaged}: {field}") for field in fields
+    }
+    wrong = [field for field, types in fields.items() if not isinstance(parsed[field], types)]
+    if wrong:
+        raise AdapterFileError(f"{damaged}: no mapping in {', '.join(wrong)}")
+    if not all(isinstance(checksum, str) for checksum in parsed["base"].values()):
+        raise AdapterFileError(f"{damaged}: a fingerprint in base is no string")
+    return parsed
 
 
 def _nodes(
     layouts: Mapping[str, Any], tensors: dict[str, np.ndarray]
 ) -> tuple[dict[str, Adapted], list[str]]:
-    """The overlay's nodes by path, and what is wrong with the tensors."""
+    """The overlay's nodes by path, and what is wrong with the file."""
     nodes: dict[str, Adapted] = {}
     problems: list[str] = []
     left = set(tensors)
     for path, record in layouts.items():
-        kind = record.get("kind") if isinstance(record, dict) else None
-        if kind not in _FIELDS:
-            problems.append(f"{path}: unknown kind of adapter {kind!r}")
-            continue
-        names = {field: f"{path}.{field}" for field in _FIELDS[kind]}
-        missing = [name for name in names.values() if name not in tensors]
-        left -= set(names.values())
-        if missing:
-            problems.append(f"{path}: tensors missing: {', '.join(missing)}")
-            continue
-        arrays = {field: jnp.asarray(tensors[name]) for field, name in names.items()}
-        try:
-            nodes[path] = _node(record, arrays)
-        except (LayoutError, TypeError, KeyError) as error:
-            problems.append(f"{path}: {error}")
+        found = records.record_problems(record)
+        if not found:
+            names = {field: f"{path}.{field}" for field in records.FIELDS[record["kind"]]}
+            missing = [name for name in names.values() if name not in tensors]
+            left -= set(names.values())
+            found = [f"tensors missing: {', '.join(missing)}"] if missing else []
+        if not found:
+            arrays = {field: tensors[name] for field, name in names.items()}
+            found = records.array_problems(record, arrays)
+        if not found:
+            jax_arrays = {field: jnp.asarray(x) for field, x in arrays.items()}
+            nodes[path] = records.make(record, jax_arrays)
+        problems += [f"{path}: {problem}" for problem in found]
     problems += [f"{name}: a tensor that no layout names" for name in sorted(left)]
     return nodes, problems
-
-
-def _node(record: Mapping[str, Any], arrays: Mapping[str, jax.Array]) -> Adapted:
-    if record["kind"] == "whole":
-        return TrainedLeaf(None, **arrays)
-    layout = Layout(record["axes"], tuple(record["uses"]))
-    if record["kind"] == "rows":
-        return TrainedRows(None, **arrays, rows=tuple(map(int, record["rows"])), layout=layout)
-    return LoraWeight(None, **arrays, layout=layout, dropout=float(record.get("dropout", 0.0)))

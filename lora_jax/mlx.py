@@ -23,7 +23,6 @@ __all__ = ["CONFIG", "TENSORS", "load", "save"]
 
 CONFIG, TENSORS = "adapter_config.json", "adapters.safetensors"
 _FIELDS = {"lora_a": "a", "lora_b": "b", "m": "magnitude"}
-_KINDS = ("linear", "embedding")
 
 
 def load(
@@ -127,8 +126,9 @@ def _contents(
 
 
 def _misshaped(arrays: Mapping[str, np.ndarray], kind: str, shape: tuple[int, ...]) -> str | None:
-    if kind not in _KINDS:
-        return "is no linear layer and no embedding"
+    problem = _unsupported(kind, "magnitude" in arrays)
+    if problem:
+        return problem
     ins, out = shape if kind == "embedding" else shape[::-1]
     rank = arrays["a"].shape[-1] if arrays["a"].ndim else 0
     wanted = {"a": (ins, rank), "b": (rank, out), "magnitude": (out,)}
@@ -136,6 +136,15 @@ def _misshaped(arrays: Mapping[str, np.ndarray], kind: str, shape: tuple[int, ..
     if rank and all(got[field] == wanted[field] for field in got):
         return None
     return f"has shapes {sorted(got.values())}, the weight {shape} needs (in, rank), (rank, out)"
+
+
+def _unsupported(kind: str, dora: bool) -> str | None:
+    """What keeps a module of this kind out of these files."""
+    if kind not in ("linear", "embedding"):
+        return "is no linear layer and no embedding"
+    if dora and kind == "embedding":
+        return "is an embedding, whose DoRA has a number for each row in mlx-lm, not each output"
+    return None
 
 
 def save(
@@ -160,17 +169,15 @@ def save(
 
     Raises:
       StructureError: what cannot be in such a file, all at once: leaves trained whole or in rows,
-        convolutions, paths that the naming does not have.
+        convolutions, DoRA of an embedding, paths that the naming does not have.
       OSError: the files cannot be written; the old ones stand.
     """
     contents, model = taken(adapters, naming, base)
     others = [*contents.whole, *contents.rows]
     problems = [f"{name}: is trained itself; mlx-lm's files hold factors" for name in others]
-    problems += [
-        f"{name}: is no linear layer and no embedding"
-        for name in contents.factors
-        if model.kind(name) not in _KINDS
-    ]
+    for name, one in contents.factors.items():
+        problem = _unsupported(model.kind(name), one.magnitude is not None)
+        problems += [f"{name}: {problem}"] if problem else []
     dora = {factors.magnitude is not None for factors in contents.factors.values()}
     problems += ["DoRA on some modules alone"] if len(dora) > 1 else []
     if problems or not dora:

@@ -27,6 +27,7 @@ __all__ = [
     "decode",
     "encode",
     "headers",
+    "lines",
     "parse_json",
     "read",
     "read_directory",
@@ -54,7 +55,7 @@ _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 #: Bytes of header that are read; a quarter of a million tensors fit.
 MAX_HEADER = 2**25
 MAX_NAME = 1024
-_MAX_LINES = 20  # of one message
+_MAX_LINES = 200  # of one message
 _REPR = reprlib.Repr()  # of values of any depth and size
 _REPR.maxstring = _REPR.maxlong = _REPR.maxother = 120
 _FIELDS = ("dtype", "shape", "data_offsets")
@@ -171,7 +172,7 @@ def encode(
     ]
     problems += _metadata_problems(dict(metadata or {}))
     if problems:
-        raise AdapterFileError(f"{source}: cannot be written:\n" + _lines(problems))
+        raise AdapterFileError(f"{source}: cannot be written:\n" + lines(problems))
     data = serialize(
         {name: np.asarray(x, order="C") for name, x in tensors.items()},
         dict(metadata) if metadata else None,
@@ -241,7 +242,7 @@ def _read(
     if finite:
         bad = [_show(name) for name, x in tensors.items() if not _is_finite(x)]
         if bad:
-            raise AdapterFileError(f"{source}: NaN or infinite values in:\n" + _lines(bad))
+            raise AdapterFileError(f"{source}: NaN or infinite values in:\n" + lines(bad))
     return tensors, header.metadata
 
 
@@ -263,7 +264,8 @@ def _header(file: io.BufferedIOBase, source: str) -> tuple[Header, int]:
         )
     file.seek(8)
     value = parse_json(file.read(length), f"{source}: not a whole safetensors file: its header")
-    metadata = value.pop("__metadata__", {})
+    metadata = value.pop("__metadata__", None)
+    metadata = {} if metadata is None else metadata  # mlx writes null
     problems = _metadata_problems(metadata)
     tensors = {}
     for name, record in value.items():
@@ -275,7 +277,7 @@ def _header(file: io.BufferedIOBase, source: str) -> tuple[Header, int]:
             )
     problems = problems or _offset_problems(tensors, size - 8 - length)
     if problems:
-        raise AdapterFileError(f"{source}: not a whole safetensors file:\n" + _lines(problems))
+        raise AdapterFileError(f"{source}: not a whole safetensors file:\n" + lines(problems))
     return Header(tensors, metadata), 8 + length
 
 
@@ -347,9 +349,11 @@ def _offset_problems(tensors: Mapping[str, TensorInfo], size: int) -> list[str]:
     return problems
 
 
-def _lines(problems: Sequence[str]) -> str:
+def lines(problems: Sequence[str]) -> str:
+    """Problems with what a file holds, fit for a terminal: not endless, no control characters."""
     more = len(problems) - _MAX_LINES
-    return "\n".join([*problems[:_MAX_LINES], *([f"and {more} more"] if more > 0 else [])])
+    shown = [_short(problem) for problem in problems[:_MAX_LINES]]
+    return "\n".join([*shown, *([f"and {more} more"] if more > 0 else [])])
 
 
 def _show(value: Any) -> str:
@@ -357,6 +361,5 @@ def _show(value: Any) -> str:
 
 
 def _short(text: str) -> str:
-    # A hostile header ends up in a terminal: neither long nor with control characters.
-    text = text if len(text) <= 160 else text[:140] + f"... ({len(text):,} characters)"
+    text = text if len(text) <= 300 else text[:200] + f"... ({len(text):,} characters)"
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)

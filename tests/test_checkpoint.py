@@ -1,5 +1,6 @@
 """Native adapter files: whole or absent, strict about the base, and hard to fool."""
 
+import dataclasses
 import json
 import os
 
@@ -10,7 +11,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import lora_jax
-from lora_jax import AdapterFileError, LoraConfig, StructureError, checkpoint
+from lora_jax import AdapterFileError, LoraConfig, StructureError, tensorfile
 from lora_jax.fingerprint import fingerprint
 from tests.cases import normal, randomize
 
@@ -115,8 +116,7 @@ def test_an_abstract_base_is_compared_by_shape(file):
 
 
 def test_missing_and_surplus_tensors_are_listed_together(file):
-    with checkpoint.safe_open(file, framework="np") as opened:
-        header = opened.metadata()
+    _, header = tensorfile.read(file)
     tensors = load_file(file)
     del tensors["up/kernel.a"]
     tensors["up/kernel.c"] = np.zeros(3)
@@ -162,13 +162,113 @@ def test_files_that_are_not_whole_safetensors(file, how):
     ],
 )
 def test_foreign_and_damaged_headers(file, header, match):
-    with checkpoint.safe_open(file, framework="np") as opened:
-        good = opened.metadata()
+    _, good = tensorfile.read(file)
     if header and "format" not in header:
         header = {**good, **header}
     save_file(load_file(file), file, header)
     with pytest.raises(AdapterFileError, match=match):
         lora_jax.load(file, BASE)
+
+
+def edited(file, path, **fields):
+    """The file with fields of one layout replaced; None takes a field away."""
+    tensors, header = tensorfile.read(file)
+    layouts = json.loads(header["layouts"])
+    record = {**layouts[path], **fields}
+    layouts[path] = {key: value for key, value in record.items() if value is not None}
+    tensorfile.write(file, tensors, {**header, "layouts": json.dumps(layouts)})
+
+
+@pytest.mark.parametrize(
+    ("path", "field", "values", "match"),
+    [
+        ("stack", "kind", ["x", 3, [], {}, True], "unknown kind"),
+        ("stack", "kind", ["dora"], r"missing: stack\.magnitude"),
+        ("stack", "kind", ["whole"], r"missing: stack\.value"),
+        ("stack", "axes", ["", "xyz", "bii", "i" * 99, 3, ["b", "i", "o"], None], "layout|axes"),
+        ("stack", "axes", ["io", "bbio", "ooii"], "axes, layout|does not fit"),
+        ("stack", "uses", ["dot", 3, [3], [[]], None], "uses must be"),
+        ("stack", "dropout", [1, -0.5, "0.1", True, 1e300, [], {}], "dropout must be"),
+        ("rows", "rows", [3, "1", [], [-1], [1.0], [True], [1, 1], [2**40], None], "rows must be"),
+        ("rows", "rows", [[1], [1, 2, 3]], "the base .* needs"),
+        ("rows", "rows", [[1, 99]], "beyond the base"),
+        ("rows", "axes", ["ii", "oo", "iio", "biio"], "one in axis|layout"),
+    ],
+)
+def test_layouts_of_the_wrong_type_or_value(tmp_path, path, field, values, match):
+    base = {**BASE, "rows": jnp.ones((7, 3))}
+    config = LoraConfig(
+        rank=2,
+        targets=["stack"],
+        rows={"rows": [1, 4]},
+        dropout=0.1,
+        overrides={"stack": {"layout": "bio"}, "rows": {"layout": "io"}},
+    )
+    joined = lora_jax.init(KEY, base, config)
+    for value in values:
+        lora_jax.save(tmp_path / "a", joined)
+        edited(tmp_path / "a", path, **{field: value})
+        with pytest.raises(AdapterFileError, match=rf"{path}.*({match})"):
+            lora_jax.load(tmp_path / "a", base)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "match"),
+    [
+        ("layouts", '{"up/kernel": NaN}', "layouts: not valid JSON"),
+        ("layouts", '{"stack": 1, "stack": 2}', "'stack' is there twice"),
+        ("layouts", "[" * 100_000, "layouts: JSON that is nested too deep"),
+        ("base", '{"stack": 3}', "fingerprint in base"),
+        ("base", "[]", "no mapping in base"),
+        ("config", "3", "no mapping in config"),
+        ("metadata", "null", "no mapping in metadata"),
+    ],
+)
+def test_header_values_of_the_wrong_type(file, field, value, match):
+    tensors, header = tensorfile.read(file)
+    tensorfile.write(file, tensors, {**header, field: value})
+    for read in (lora_jax.read_metadata, lambda file: lora_jax.load(file, BASE)):
+        with pytest.raises(AdapterFileError, match=rf"the header is damaged: .*{match}"):
+            read(file)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "match"),
+    [
+        ("stack.a", lambda x: x.astype(np.int32), "stack: a is int32, not floating"),
+        ("stack.a", lambda x: x.astype(np.float64), "a is float64, which JAX holds only with"),
+        ("stack.a", lambda x: x[..., :0], "the rank is 0"),
+        ("stack.a", lambda x: x[0, 0, 0], "a has 0 axes"),
+        ("stack.b", lambda x: x[:, :1], "b is .* needs"),
+        ("stack.scale", lambda x: x[:1], "scale is .* needs"),
+        ("up/bias.scale", lambda x: x.reshape(1, 1), "scale is"),
+        ("up/bias.value", lambda x: x[:3], "trained .*, base"),
+        ("up/kernel.a", lambda x: x * np.nan, r"NaN or infinite values in:\n'up/kernel\.a'$"),
+        ("stack.scale", lambda x: x * np.inf, r"NaN or infinite values in:\n'stack\.scale'$"),
+    ],
+)
+def test_tensors_of_the_wrong_dtype_shape_or_value(file, name, change, match):
+    tensors, header = tensorfile.read(file)
+    tensorfile.write(file, {**tensors, name: change(tensors[name])}, header)
+    with pytest.raises(AdapterFileError, match=match):
+        lora_jax.load(file, BASE)
+
+
+def test_a_message_is_neither_endless_nor_able_to_steer_a_terminal(file):
+    tensors, header = tensorfile.read(file)
+    layouts = {f"\x1b[31m{'x' * 5000}{i}": {"kind": "lora"} for i in range(3000)}
+    tensorfile.write(file, tensors, {**header, "layouts": json.dumps(layouts)})
+    with pytest.raises(AdapterFileError, match=r"and \d+ more") as error:
+        lora_jax.load(file, BASE)
+    assert len(str(error.value)) < 100_000 and "\x1b" not in str(error.value)
+
+
+def test_values_that_could_not_be_loaded_are_not_saved(tmp_path):
+    bad = jax.tree.map(lambda x: x, ADAPTERS)
+    bad["up"]["kernel"] = dataclasses.replace(bad["up"]["kernel"], a=jnp.full((7, 2), jnp.nan))
+    with pytest.raises(StructureError, match=r"save: NaN or infinite values: up/kernel\.a$"):
+        lora_jax.save(tmp_path / "a", bad)
+    assert not os.listdir(tmp_path)
 
 
 def test_no_such_file_and_a_directory(tmp_path):

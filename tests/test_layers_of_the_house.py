@@ -75,6 +75,7 @@ CORE = [
     "fingerprint",
     "atomic",
     "tensorfile",
+    "records",
     "gguf_file",
     "checkpoint",
     "naming.patterns",

@@ -15,8 +15,8 @@ from lora_jax.cli import convert, generate, inspect, merge, train
 #: The commands in the help's order: name -> the module whose `command` it runs.
 COMMANDS: dict[str, ModuleType] = {
     "train": train,
-    "inspect": inspect,
     "generate": generate,
+    "inspect": inspect,
     "merge": merge,
     "convert": convert,
 }

@@ -97,6 +97,7 @@ def _settings(file: gguf_file.GgufFile) -> dict[str, Any]:
     settings |= {"hidden_act": "silu", "tie_word_embeddings": "output.weight" not in file.tensors}
     if kind == "llama":
         settings["attention_bias"] = "blk.0.attn_q.bias" in file.tensors
+        settings["mlp_bias"] = "blk.0.ffn_gate.bias" in file.tensors
     ids = {ours: file.metadata.get(f"tokenizer.ggml.{x}_token_id") for ours, x in _IDS.items()}
     settings |= {ours: number for ours, number in ids.items() if number is not None}
     scaling = _scaling(known, file.tensors.get("rope_freqs.weight"))
@@ -119,17 +120,27 @@ def _scaling(known: Mapping[str, Any], factors: Any) -> dict[str, Any] | None:
         raise ModelFileError(f"rotations of a part of the {size} numbers of a head cannot be read")
     if factors is None:
         return {"rope_type": "linear", "factor": factor} if kind == "linear" else None
-    # Llama 3.1's, of which the file keeps only the divisor of every frequency
-    divisors = np.asarray(factors)
-    found = {"factor": float(divisors.max()), "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    return _llama3(np.asarray(factors), theta=known.get("rope.freq_base", 10000.0), size=size)
+
+
+def _llama3(divisors: np.ndarray, theta: float, size: int) -> dict[str, Any]:
+    """Llama 3.1's scaling, of which the file keeps only what it divides every frequency by.
+
+    With its usual limits of one and four turns, waves between them tell the original length.
+    """
+    low, high, factor = 1.0, 4.0, float(divisors.max())
+    turns_of_one = theta ** (-np.arange(0, size, 2) / size) / (2 * np.pi)  # a token's
+    kept = (factor / divisors - 1) / max(factor - 1, 1e-9)
+    between = (kept > 0.01) & (kept < 0.99)
     original = 8192
-    theta = known.get("rope.freq_base", 10000.0)
-    turns = original / (2 * np.pi * theta ** (np.arange(0, size, 2) / size))
-    kept = np.clip((turns - 1) / (4 - 1), 0, 1)
-    expected = 1 / (kept + (1 - kept) / found["factor"])
+    if divisors.shape == turns_of_one.shape and between.any():
+        original = round(float(np.median(((low + (high - low) * kept) / turns_of_one)[between])))
+    kept = np.clip((original * turns_of_one - low) / (high - low), 0, 1)
+    expected = 1 / (kept + (1 - kept) / factor)
     if divisors.shape != expected.shape or not np.allclose(divisors, expected, rtol=1e-3):
         raise ModelFileError("rope_freqs.weight: these divisors are not those of Llama 3.1")
-    return {"rope_type": "llama3", **found, "original_max_position_embeddings": original}
+    limits = {"factor": factor, "low_freq_factor": low, "high_freq_factor": high}
+    return {"rope_type": "llama3", **limits, "original_max_position_embeddings": original}
 
 
 def naming(torch: Naming, settings: Mapping[str, Any]) -> Naming:

@@ -96,9 +96,9 @@ class LlamaConfig:
                 raise ValueError(f"LlamaConfig.{f.name} must be a positive int, got {value!r}")
             if f.type == "bool" and not isinstance(value, bool):
                 raise ValueError(f"LlamaConfig.{f.name} must be true or false, got {value!r}")
-        if not isinstance(self.rms_norm_eps, float) or not self.rms_norm_eps > 0:
+        if not isinstance(self.rms_norm_eps, int | float) or not self.rms_norm_eps > 0:
             raise ValueError(
-                f"LlamaConfig.rms_norm_eps must be a positive float, got {self.rms_norm_eps!r}"
+                f"LlamaConfig.rms_norm_eps must be a positive number, got {self.rms_norm_eps!r}"
             )
         window = self.sliding_window
         if window is not None and (not isinstance(window, int) or window < 1):

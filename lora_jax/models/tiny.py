@@ -7,14 +7,17 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from lora_jax.models import tables
-from lora_jax.models.llama import Llama, LlamaConfig
+from lora_jax.models.llama import Llama
+from lora_jax.models.llama_config import LlamaConfig
 from lora_jax.models.pretrained import Pretrained
+from lora_jax.naming import to_torch, to_tree
 
 
 def tiny(vocabulary: int, dtype: Any = "float32", *, scan: bool = False) -> Pretrained:
-    """Two layers of width 64 with a tied head, the same parameters every time.
+    """Two layers of width 64 with a tied head, the same parameters every time, stacked or not.
 
     Args:
       vocabulary: how many ids there are.
@@ -24,6 +27,7 @@ def tiny(vocabulary: int, dtype: Any = "float32", *, scan: bool = False) -> Pret
     >>> model.apply(model.params, jnp.array([[3, 1, 4]])).shape
     (1, 3, 11)
     """
+    name = str(jnp.dtype(dtype))
     config = LlamaConfig(
         vocab_size=vocabulary,
         hidden_size=64,
@@ -33,15 +37,31 @@ def tiny(vocabulary: int, dtype: Any = "float32", *, scan: bool = False) -> Pret
         num_key_value_heads=2,
         max_position_embeddings=1024,
         tie_word_embeddings=True,
-        dtype=str(jnp.dtype(dtype)),
-        param_dtype=str(jnp.dtype(dtype)),
-        scan=scan,
+        dtype=name,
+        param_dtype=name,
     )
-    module = Llama(config)
-    params = jax.jit(module.init)(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
-    kept = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
-    settings = {k: v for k, v in kept.items() if k in _SETTINGS} | {"model_type": "llama"}
-    return Pretrained("llama", config, module, params, tables.naming("llama"), settings)
+    naming, module = tables.naming("llama"), Llama(dataclasses.replace(config, scan=scan))
+    tensors = to_torch(naming, _random(_shapes(Llama(config))))
+    params = to_tree(naming, tensors, _shapes(module))
+    settings = {key: getattr(config, key) for key in _SETTINGS} | {"model_type": "llama"}
+    return Pretrained("llama", module.config, module, params, naming, settings)
+
+
+def _shapes(module: Llama) -> Any:
+    ids = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+    return jax.eval_shape(module.init, jax.random.key(0), ids)["params"]
+
+
+def _random(shapes: Any) -> Any:
+    """Numbers of numpy's, which no compiler changes: norms of one, all else N(0, 0.1²)."""
+    rng = np.random.default_rng(0)
+
+    def draw(leaf: jax.ShapeDtypeStruct) -> np.ndarray:
+        if len(leaf.shape) == 1:
+            return np.ones(leaf.shape, leaf.dtype)
+        return (rng.normal(size=leaf.shape) * 0.1).astype(leaf.dtype)
+
+    return jax.tree.map(draw, shapes)
 
 
 _SETTINGS = (

@@ -235,7 +235,7 @@ def _frozen(value: Any) -> Any:
 
 
 def _shown(value: Any) -> str:
-    text = repr(value)
+    text = json.dumps(value, default=repr)
     return text if len(text) <= 80 else text[:77] + "..."
 
 
@@ -266,8 +266,8 @@ def _refused(config: PeftConfig) -> Iterable[str]:
     start = config.init_lora_weights
     if isinstance(start, str) and start.startswith(CHANGES_BASE):
         yield (
-            f"init_lora_weights is {start!r}, a start that changes the base: convert the adapter "
-            "to one for the original base first (save_pretrained's "
+            f"init_lora_weights is {_shown(start)}, a start that changes the base: convert the "
+            "adapter to one for the original base first (save_pretrained's "
             "path_initial_model_for_weight_conversion)"
         )
 

@@ -1,0 +1,154 @@
+"""Adapters of loralib, the LoRA paper's own package, from a safetensors file."""
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from lora_jax import tensorfile
+from lora_jax.config import LoraConfig
+from lora_jax.errors import ConfigError
+from lora_jax.naming import Naming
+from lora_jax.overlay import adapted_nodes, split
+from lora_jax.peft.contents import Contents, Model, is_floating, unknown
+from lora_jax.peft.factors import Factors, join
+from lora_jax.peft.to_tree import fitted
+
+__all__ = ["load"]
+
+_ENDINGS = ("lora_A", "lora_B")
+
+
+def load(
+    path: str | os.PathLike,
+    base: Any,
+    naming: Naming,
+    *,
+    alpha: float,
+    enabled: Mapping[str, Sequence[bool]] | None = None,
+    strict: bool = True,
+    dtype: Any = None,
+) -> Any:
+    """What loralib's `lora_state_dict` gave, as an overlay of `base`.
+
+    Its files hold neither α nor which outputs of a `MergedLinear` are adapted, so those are
+    arguments. The scale is α/r. A `MergedLinear` (GPT-2's fused q, k, v) keeps A
+    `[r·k, in]` and B `[k·out/n, r]` of its k enabled parts among n, each with a block of its own
+    (https://github.com/microsoft/LoRA/blob/main/loralib/layers.py): here a block-diagonal B of rank
+    r·k. Biases come along, trained whole. loralib's convolutions are of low rank in another shape
+    of the weight, and are refused. `torch.save` writes pickles, which are never read; save the
+    dictionary with `safetensors.torch.save_file`.
+
+    Args:
+      path: a safetensors file with names like "h.0.attn.c_attn.lora_A".
+      base, naming, strict, dtype: as for `lora_jax.peft.load`.
+      alpha: loralib's `lora_alpha`.
+      enabled: of each `MergedLinear` its `enable_lora`, by the end of the module's name:
+        {"c_attn": [True, False, True]}. Without it all outputs are taken to be adapted.
+
+    Raises:
+      ConfigError: `alpha` is no finite number, or `enabled` no mapping to flags.
+      AdapterFileError: the file is missing or damaged, or its tensors do not fit the base: all at
+        once.
+
+    >>> import tempfile, jax.numpy as jnp
+    >>> from lora_jax.naming import Entry
+    >>> base = {"c_attn": {"kernel": jnp.ones((4, 6))}}
+    >>> naming = Naming((Entry("{*m}.weight", "{*m}/kernel", "conv1d"),))
+    >>> tensors = {"c_attn.lora_A": np.eye(4, dtype="f4"), "c_attn.lora_B": np.ones((4, 2), "f4")}
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     tensorfile.write(f"{folder}/lora.safetensors", tensors)
+    ...     adapters = load(f"{folder}/lora.safetensors", base, naming, alpha=2,
+    ...                     enabled={"c_attn": [True, False, True]})
+    >>> adapters["c_attn"]["kernel"].a.shape, adapters["c_attn"]["kernel"].b[:, 0]
+    ((4, 4), Array([1., 1., 0., 0.], dtype=float32))
+    """
+    if alpha is None:
+        raise ConfigError("alpha must be a number: loralib's files do not hold it")
+    LoraConfig(alpha=alpha)  # raises where it is no number
+    parts = _check_enabled(enabled or {})
+    base = split(base)[0] if adapted_nodes(base) else base
+    tensors, _ = tensorfile.read(path, finite=True)
+    model = Model(base, naming)
+    contents, problems = _contents(tensors, float(alpha), parts, model)
+    return fitted(path, contents, problems, model, strict=strict, dtype=dtype)
+
+
+def _check_enabled(enabled: Any) -> dict[str, tuple[bool, ...]]:
+    if isinstance(enabled, Mapping) and all(
+        isinstance(flags, Sequence) and set(flags) <= {True, False} and any(flags)
+        for flags in enabled.values()
+    ):
+        return {name: tuple(map(bool, flags)) for name, flags in enabled.items()}
+    raise ConfigError(f"enabled must map names of modules to lists of flags, got {enabled!r}")
+
+
+def _contents(
+    tensors: Mapping[str, np.ndarray],
+    alpha: float,
+    enabled: Mapping[str, tuple[bool, ...]],
+    model: Model,
+) -> tuple[Contents, list[str]]:
+    found, problems = Contents(), []
+    by_module: dict[str, dict[str, np.ndarray]] = {}
+    for name, tensor in tensors.items():
+        module, _, ending = name.rpartition(".")
+        if not is_floating(tensor):
+            problems.append(f"{name}: is {tensor.dtype}, only floating tensors are trained")
+        elif ending in _ENDINGS:
+            by_module.setdefault(module, {})[ending] = tensor
+        elif name not in model.index or ending != "bias":
+            problems.append(f"{name}: {unknown(name, model.index)}")
+        elif tensor.shape != model.shape(name):
+            problems.append(f"{name}: has shape {tensor.shape}, needs {model.shape(name)}")
+        else:
+            found.whole[name] = tensor
+    for module, arrays in by_module.items():
+        weight = f"{module}.weight"
+        flags = next((x for name, x in enabled.items() if _ends(module, name)), (True,))
+        if weight not in model.index:
+            problems.append(f"{module}: {unknown(weight, model.index)}")
+            continue
+        factors = _factors(arrays, alpha, flags, model, weight)
+        if isinstance(factors, str):
+            problems.append(f"{module}: {factors}")
+        else:
+            found.factors[weight] = factors
+    unused = [name for name in enabled if not any(_ends(m, name) for m in by_module)]
+    problems += [f"enabled: {name!r} is the end of no module in the file" for name in unused]
+    return found, problems
+
+
+def _ends(module: str, name: str) -> bool:
+    return module == name or module.endswith("." + name)
+
+
+def _factors(
+    arrays: Mapping[str, np.ndarray],
+    alpha: float,
+    flags: tuple[bool, ...],
+    model: Model,
+    weight: str,
+) -> Factors | str:
+    """The factors of one module, or what is wrong with its tensors."""
+    kind, shape, outputs = model.kind(weight), model.shape(weight), model.outputs(weight)
+    missing = [ending for ending in _ENDINGS if ending not in arrays]
+    if missing:
+        return f"{', '.join(missing)} missing"
+    if kind not in ("linear", "conv1d", "embedding"):
+        return "is no linear layer and no embedding"
+    a, b = (arrays[ending] for ending in _ENDINGS)
+    ins = shape[1] if kind == "linear" else shape[0]
+    count, rank = sum(flags), b.shape[-1] if b.ndim else 0
+    needed = (count * rank, ins), (outputs // len(flags) * count, rank)
+    if not rank or outputs % len(flags) or (a.shape, b.shape) != needed:
+        return (
+            f"lora_A {a.shape} and lora_B {b.shape} do not fit the weight {shape} with "
+            f"{count} of {len(flags)} parts adapted (see enabled=)"
+        )
+    blocks = zip(np.split(a, count), np.split(b, count), strict=True)
+    parts = [Factors(*next(blocks), alpha / rank) if flag else None for flag in flags]
+    joined = join(parts, [outputs // len(flags)] * len(flags))
+    assert joined is not None
+    return joined

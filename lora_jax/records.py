@@ -1,0 +1,111 @@
+"""What a native adapter file says of each node, and whether a node can be made of it."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lora_jax.errors import LayoutError
+from lora_jax.weights import Adapted, Layout, LoraWeight, TrainedLeaf, TrainedRows
+
+#: The tensors of each kind of node.
+FIELDS = {
+    "lora": ("a", "b", "scale"),
+    "dora": ("a", "b", "scale", "magnitude"),
+    "whole": ("value", "scale"),
+    "rows": ("value", "scale"),
+}
+
+
+def kind(node: Adapted) -> str:
+    """The key of `FIELDS` for a node."""
+    if isinstance(node, TrainedLeaf | TrainedRows):
+        return "whole" if isinstance(node, TrainedLeaf) else "rows"
+    return "lora" if node.magnitude is None else "dora"
+
+
+def record(node: Adapted) -> dict[str, Any]:
+    """A node without its tensors, as JSON."""
+    if isinstance(node, TrainedLeaf):
+        return {"kind": "whole"}
+    common = {"kind": kind(node), "axes": node.layout.axes, "uses": list(node.layout.uses)}
+    if isinstance(node, TrainedRows):
+        return common | {"rows": list(node.rows)}
+    return common | ({"dropout": node.dropout} if node.dropout else {})
+
+
+def make(record: Mapping[str, Any], arrays: Mapping[str, jax.Array]) -> Adapted:
+    """The node again, of a record and tensors in which no problems were found."""
+    if record["kind"] == "whole":
+        return TrainedLeaf(None, **arrays)
+    layout = Layout(record["axes"], tuple(record["uses"]))
+    if record["kind"] == "rows":
+        return TrainedRows(None, **arrays, rows=tuple(record["rows"]), layout=layout)
+    return LoraWeight(None, **arrays, layout=layout, dropout=float(record.get("dropout", 0.0)))
+
+
+def record_problems(record: Any) -> list[str]:
+    """What is wrong with the JSON that describes a node: any value may be of any type."""
+    found = record.get("kind") if isinstance(record, dict) else None
+    if not isinstance(found, str) or found not in FIELDS:
+        return [f"unknown kind of adapter {found!r:.40}"]
+    if found == "whole":
+        return []
+    problems = _layout_problems(record.get("axes"), found)
+    uses = record.get("uses")
+    if not isinstance(uses, list) or not all(isinstance(use, str) for use in uses):
+        problems.append(f"uses must be a list of names, not {uses!r:.40}")
+    if found == "rows" and not _are_rows(record.get("rows")):
+        problems.append(f"rows must be different numbers from 0 on: {record.get('rows')!r:.40}")
+    if found != "rows" and not _is_probability(record.get("dropout", 0.0)):
+        problems.append(f"dropout must be from 0 to below 1, not {record['dropout']!r:.40}")
+    return problems
+
+
+def _layout_problems(axes: Any, kind: str) -> list[str]:
+    if not isinstance(axes, str):
+        return [f"axes must be a string of letters, not {axes!r:.40}"]
+    try:
+        Layout(axes)
+    except LayoutError as error:
+        return [str(error)]
+    if kind == "rows" and axes.count("i") != 1:
+        return [f"rows lie along one in axis, and the layout is {axes!r:.40}"]
+    return []
+
+
+def _are_rows(rows: Any) -> bool:
+    numbers = isinstance(rows, list) and all(type(n) is int and 0 <= n < 2**31 for n in rows)
+    return numbers and bool(rows) and len(set(rows)) == len(rows)
+
+
+def _is_probability(x: Any) -> bool:
+    return type(x) in (int, float) and 0 <= x < 1
+
+
+def array_problems(record: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> list[str]:
+    """What is wrong with a node's tensors, apart from what `check_fits` compares with the base."""
+    problems = []
+    for field, x in arrays.items():
+        if not jnp.issubdtype(x.dtype, jnp.floating):
+            problems.append(f"{field} is {x.dtype}, not floating")
+        elif jax.dtypes.canonicalize_dtype(x.dtype) != x.dtype:
+            problems.append(f"{field} is {x.dtype}, which JAX holds only with jax_enable_x64")
+    if "a" in arrays:
+        return problems + _factor_problems(Layout(record["axes"]), arrays["a"], arrays["b"])
+    value, scale = arrays["value"].shape, arrays["scale"].shape
+    ones = (*value[:1], *(1 for _ in value[1:]))
+    if scale != () and not (record["kind"] == "whole" and scale == ones):
+        problems.append(f"scale is {scale}, the value {value}")
+    return problems
+
+
+def _factor_problems(layout: Layout, a: np.ndarray, b: np.ndarray) -> list[str]:
+    problems = []
+    for name, x, kinds in (("a", a, "bi"), ("b", b, "bo")):
+        needed = len(layout.positions(kinds)) + 1
+        if x.ndim != needed:
+            problems.append(f"{name} has {x.ndim} axes, layout {layout.axes!r} needs {needed}")
+    return problems or (["the rank is 0"] if a.shape[-1] == 0 else [])

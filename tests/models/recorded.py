@@ -1,0 +1,22 @@
+"""The models of `transformers` that record_models.py recorded."""
+
+import functools
+import pathlib
+
+import numpy as np
+
+from lora_jax import models
+
+FIXTURES = pathlib.Path(__file__).parent / "fixtures"
+CAUSAL = ("llama", "llama_tied", "mistral", "qwen2")  # llama_tied is in three files
+
+
+@functools.cache
+def load(name: str, **options) -> models.Pretrained:
+    return models.load(FIXTURES / name, **options)
+
+
+@functools.cache
+def expected(name: str) -> dict[str, np.ndarray]:
+    with np.load(FIXTURES / name / "expected.npz") as file:
+        return dict(file)

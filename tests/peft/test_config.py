@@ -1,0 +1,176 @@
+"""adapter_config.json: what is refused and by which words, and PEFT's rules for names."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+
+from lora_jax import AdapterFileError, peft
+from lora_jax.errors import ConfigError
+from lora_jax.peft.config import REFUSED, PeftConfig, exact_pattern, parse_config
+from lora_jax.peft.settings import alpha_of
+
+MINIMAL = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q"]}
+
+WRONG = [
+    ("r", 0),
+    ("r", -3),
+    ("r", "8"),
+    ("r", 8.0),
+    ("r", True),
+    ("r", None),
+    ("r", 10**40),
+    ("lora_alpha", "16"),
+    ("lora_alpha", 10**400),
+    ("lora_alpha", False),
+    ("target_modules", 3),
+    ("target_modules", ["q", 3]),
+    ("target_modules", {"q": 1}),
+    ("exclude_modules", [None]),
+    ("rank_pattern", {"q": 0}),
+    ("rank_pattern", ["q"]),
+    ("alpha_pattern", {"q": "1"}),
+    ("use_rslora", 1),
+    ("use_dora", "yes"),
+    ("lora_bias", "false"),
+    ("bias", "some"),
+    ("bias", ["all"]),
+    ("lora_dropout", 2),
+    ("init_lora_weights", 1),
+    ("modules_to_save", "head"),
+    ("layers_to_transform", [-1]),
+    ("layers_to_transform", "1"),
+    ("layers_pattern", 4),
+    ("trainable_token_indices", [1.5]),
+    ("trainable_token_indices", {"emb": [True]}),
+    ("task_type", 7),
+    ("base_model_name_or_path", ["x"]),
+]
+
+
+def parse(**fields):
+    return parse_config(json.dumps(MINIMAL | fields))
+
+
+@pytest.mark.parametrize(("key", "value"), WRONG, ids=str)
+def test_a_value_of_the_wrong_type_is_named(key, value):
+    with pytest.raises(ConfigError) as caught:
+        parse(**{key: value})
+    message = str(caught.value)
+    assert message.startswith(f"{key} must be ") and len(message) < 300
+    assert f", got {json.dumps(value)[:70]}" in message
+
+
+def test_all_wrong_keys_are_told_at_once():
+    with pytest.raises(ConfigError) as caught:
+        parse(r="8", bias="some", use_dora=2)
+    assert [part.split()[0] for part in str(caught.value).split("; ")] == ["r", "use_dora", "bias"]
+
+
+@pytest.mark.parametrize("key", ["target_modules", "exclude_modules"])
+def test_a_regular_expression_that_is_none(key):
+    with pytest.raises(ConfigError, match=f'{key}: "\\(q" is not a regular expression'):
+        parse(**{key: "(q"})
+    with pytest.raises(ConfigError, match=r'rank_pattern: "\*\*" is not a regular expression'):
+        parse(rank_pattern={"**": 2})
+
+
+@pytest.mark.parametrize("key", REFUSED)
+def test_what_changes_the_meaning_is_refused_by_name(key):
+    with pytest.raises(ConfigError, match=f"^{key} is .* not supported$"):
+        parse(**{key: [[0, 4]]})
+    assert parse(**{key: None}).others == {key: None}
+
+
+@pytest.mark.parametrize("start", ["pissa", "pissa_niter_4", "olora", "corda", "loftq", "lora_ga"])
+def test_starts_that_change_the_base_are_refused(start):
+    with pytest.raises(ConfigError, match=f'init_lora_weights is "{start}", a start that changes'):
+        parse(init_lora_weights=start)
+    assert parse(init_lora_weights="gaussian").init_lora_weights == "gaussian"
+
+
+def test_unknown_keys_are_kept():
+    config = parse(corda_config=None, new_in_another_version={"deep": [1, {"x": "y"}]})
+    again = json.loads(config.to_json())
+    assert again["new_in_another_version"] == {"deep": [1, {"x": "y"}]}
+    assert again["corda_config"] is None and again["peft_type"] == "LORA"
+    assert parse_config(config.to_json()) == config
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (b"", "not valid JSON"),
+        (b"[1]", "must be a mapping, got [1]"),
+        (b"{}", "peft_type must be LORA, the kind read here, got null"),
+        (b'{"peft_type": "LOHA"}', 'got "LOHA"'),
+        (b'{"peft_type": ["LORA"]}', 'got ["LORA"]'),
+        (b'{"peft_type": "LORA", "lora_alpha": NaN}', "NaN"),
+        (b'{"peft_type": "LORA", "r": 1, "r": 2}', "'r' is there twice"),
+        (b"\xff\xfe{}", "not valid JSON"),
+        (b"[" * 100_000, "nested too deep"),
+    ],
+)
+def test_what_is_no_configuration(text, message, tmp_path):
+    (tmp_path / peft.CONFIG).write_bytes(text)
+    with pytest.raises(AdapterFileError, match=re.escape(message)) as caught:
+        peft.read_config(tmp_path)
+    assert str(caught.value).startswith(f"{tmp_path / peft.CONFIG}: ")
+
+
+def test_missing_files(tmp_path):
+    for folder in (tmp_path, tmp_path / "none"):
+        with pytest.raises(AdapterFileError, match=r"adapter_config\.json: there is no such file"):
+            peft.read_config(folder)
+
+
+# --- PEFT's rules: the results are those of its own functions -------------------------------------
+
+
+def test_ranks_and_scales_by_the_first_pattern_that_matches():
+    config = parse(
+        rank_pattern={"q": 2, "layers.0.q": 3, r"layers\.\d+\.up": 6},
+        alpha_pattern={"^q": 1, "x.q": 3},
+    )
+    ranks = {name: config.rank(name) for name in ("q", "layers.0.q", "layers.1.up", "layers.1.aq")}
+    assert ranks == {"q": 2, "layers.0.q": 2, "layers.1.up": 6, "layers.1.aq": 4}
+    assert [config.scale(name) for name in ("q", "a.q", "x.q", "layers.2.up")] == [
+        0.5,
+        4,
+        1.5,
+        8 / 6,
+    ]
+    assert parse(use_rslora=True).scale("q") == 4.0
+
+
+def test_targets():
+    config = parse(target_modules=["q", "up"], exclude_modules=["1.q"], modules_to_save=["head"])
+    found = [config.targets(x) for x in ("q", "a.q", "aq", "h.1.q", "h.11.q", "head.up", "a.up")]
+    assert found == [True, True, False, False, True, False, True]
+    assert [parse(target_modules=r"h\.\d\.q").targets(x) for x in ("h.1.q", "a.h.1.q")] == [1, 0]
+    layers = parse(target_modules=["q"], layers_to_transform=[0, 2])
+    assert [layers.targets(f"m.h.{n}.x.3.q") for n in range(3)] == [True, False, True]
+    assert not layers.targets("m.q") and not layers.targets("h.0.q")
+    named = parse(target_modules=["q"], layers_to_transform=3, layers_pattern="x")
+    assert named.targets("m.h.1.x.3.q") and not named.targets("m.h.3.x.1.q")
+
+
+def test_an_exact_pattern_matches_one_module():
+    rng = np.random.default_rng(0)
+    names = ["q", "a.q", "b.a.q", "a+b.q", "x[0].q", "a_q", "q.a", "axq", "b.axq", "layers.1.q"]
+    for _ in range(20):
+        some = list(rng.choice(names, 5, replace=False))
+        for name in some:
+            config = PeftConfig(rank_pattern={exact_pattern(name, some): 99})
+            assert [x for x in some if config.rank(x) == 99] == [name]
+
+
+@pytest.mark.parametrize("rank", [1, 3, 8, 48])
+@pytest.mark.parametrize("rslora", [False, True])
+def test_alpha_is_the_number_that_was_meant(rank, rslora):
+    for alpha in (1, 16, 0.1, 1 / 3, 1e-4, -2.5, 12345.678):
+        scale = np.float32(alpha / (np.sqrt(rank) if rslora else rank))
+        found = alpha_of(float(scale), rank, rslora)
+        assert np.float32(found / (np.sqrt(rank) if rslora else rank)) == scale
+        assert abs(found - alpha) < 1e-6 * abs(alpha) and (alpha == 1 / 3 or found == alpha)
