@@ -8,6 +8,7 @@ from typing import Any
 
 from lora_jax.cli import kinds, sources
 from lora_jax.models import checkpoints
+from lora_jax.models.llama_config import LlamaConfig
 from lora_jax.models.pretrained import Pretrained
 from lora_jax.naming import Naming
 from lora_jax.text import Tokenizer
@@ -22,6 +23,8 @@ class Model:
     tokenizer: Tokenizer
     apply: Callable[[Any, Any, Any], Any] | None  # (params, ids, segments) -> logits; not of BERT
     hidden: Callable[[Any, Any, Any], Any]  # (params, ids, segments) -> [rows, length, width]
+    head_path: str  # of the leaf that makes logits of hidden states; "" where there is none
+    head: Callable[[Any], Any]  # params -> that leaf as [width, vocabulary]
     width: int
     longest: int  # tokens of a row
 
@@ -49,12 +52,18 @@ def open_model(name: str, dtype: str, scan: bool) -> Model:
 
 def _model(found: Pretrained, tokenizer: Tokenizer) -> Model:
     run, is_bert = found.apply, found.kind == "bert"
+    tied = isinstance(found.config, LlamaConfig) and found.config.tie_word_embeddings
+    untied = "" if is_bert else "head/kernel"
     return Model(
         params=found.params,
         naming=found.naming,
         tokenizer=tokenizer,
         apply=None if is_bert else run,
         hidden=run if is_bert else lambda *inputs: run(*inputs, method="hidden"),
+        head_path="embedding/embedding" if tied else untied,
+        head=lambda params: (
+            params["embedding"]["embedding"].T if tied else params["head"]["kernel"]
+        ),
         width=found.config.hidden_size,
         longest=found.config.max_position_embeddings,
     )

@@ -11,7 +11,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import lora_jax as lora
-from lora_jax import models, naming, tensorfile
+from lora_jax import models, naming
 from lora_jax.errors import ModelFileError, StructureError
 from lora_jax.models import checkpoints
 from tests.models.recorded import FIXTURES, load
