@@ -1,6 +1,6 @@
 """Adapters both ways between lora_jax.models and transformers with peft: equal logits.
 
-    python -m tests.peft.check_models
+    python -m tests.peft.check_models [llama | "llama tied" | qwen2 | bert ...]
 
 needs torch, peft 0.21.2 and transformers. Tiny random Llamas (head tied or not), a Qwen2 and a
 BERT. Adapters that peft makes are read onto the Flax models, layers scanned or not; adapters made
@@ -8,6 +8,7 @@ here are loaded by peft, which must not warn.
 """
 
 import pathlib
+import sys
 import tempfile
 import warnings
 from typing import Any
@@ -136,7 +137,7 @@ def main() -> None:
     for harmless in (".*is_gradient_checkpointing", ".*save_embedding_layers"):
         warnings.filterwarnings("ignore", harmless)
     worst, counts = 0.0, [0, 0]
-    for name in CONFIGS:
+    for name in sys.argv[1:] or CONFIGS:
         with tempfile.TemporaryDirectory() as folder:
             torch_model(name).save_pretrained(folder)
             scans = (False,) if name == "bert" else (False, True)
