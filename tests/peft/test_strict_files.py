@@ -550,3 +550,13 @@ def test_modules_whose_names_end_alike_are_saved_along(tmp_path):
     tensors, _ = tensorfile.read(tmp_path / peft.TENSORS)
     assert peft.read_config(tmp_path).modules_to_save == ("h.0.input_norm", "norm")
     np.testing.assert_array_equal(tensors[f"{PREFIX}h.0.input_norm.weight"], np.full(3, 2.0))
+
+
+def test_rows_that_are_off_are_not_written(edited, tmp_path):
+    adapters = peft.load(edited("tokens"), BASE, PLAIN)
+    rows = adapters["model/emb/embedding"]
+    off = {"model/emb/embedding": dataclasses.replace(rows, scale=jnp.zeros(()))}
+    peft.save(tmp_path, adapters | off, PLAIN, base=BASE)
+    names = tensorfile.headers(tmp_path / peft.TENSORS).tensors
+    assert names and not any("token_adapter" in name for name in names)
+    assert peft.read_config(tmp_path).trainable_token_indices is None
