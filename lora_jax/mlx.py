@@ -171,6 +171,16 @@ def save(
       StructureError: what cannot be in such a file, all at once: leaves trained whole or in rows,
         convolutions, DoRA of an embedding, paths that the naming does not have.
       OSError: the files cannot be written; the old ones stand.
+
+    >>> import tempfile, jax, jax.numpy as jnp, lora_jax
+    >>> from lora_jax.naming import Entry
+    >>> naming = Naming((Entry("{*m}.weight", "{*m}/kernel", "linear"),))
+    >>> config = lora_jax.LoraConfig(rank=2, alpha=4)
+    >>> params = lora_jax.init(jax.random.key(0), {"up": {"kernel": jnp.ones((4, 3))}}, config)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     save(folder, params, naming)
+    ...     json.loads((Path(folder) / CONFIG).read_text())["lora_parameters"]["scale"]
+    2.0
     """
     contents, model = taken(adapters, naming, base)
     others = [*contents.whole, *contents.rows]

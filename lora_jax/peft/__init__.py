@@ -78,6 +78,12 @@ def read_config(directory: str | os.PathLike) -> PeftConfig:
 
     Raises:
       AdapterFileError: there is none, or it cannot be read as one; keys and values are named.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     _ = (Path(folder) / CONFIG).write_text('{"peft_type": "LORA", "r": 4, "lora_alpha": 8}')
+    ...     read_config(folder).scale("h.0.up")
+    2.0
     """
     path = Path(directory) / CONFIG
     return _parse(path, _files(directory, [CONFIG])[CONFIG])

@@ -62,6 +62,17 @@ def save(
         have, DoRA on some modules alone, no factors at all, values that are not there; with `fold`
         also whatever but factors, which those readers reject.
       OSError: the files cannot be written; the old ones stand.
+
+    >>> import tempfile, jax, jax.numpy as jnp, lora_jax
+    >>> from lora_jax.naming import Entry
+    >>> naming = Naming((Entry("{*m}.weight", "{*m}/kernel", "linear"),))
+    >>> config = lora_jax.LoraConfig(rank=2, alpha=4)
+    >>> params = lora_jax.init(jax.random.key(0), {"up": {"kernel": jnp.ones((4, 3))}}, config)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     save(folder, params, naming, config=config, base_model="me/model")
+    ...     tensors, _ = tensorfile.read(f"{folder}/{TENSORS}")
+    >>> {name.removeprefix("base_model.model."): x.shape for name, x in sorted(tensors.items())}
+    {'up.lora_A.weight': (2, 4), 'up.lora_B.weight': (3, 2)}
     """
     base = _own_base(adapters) if base is None else base
     contents, model = taken(adapters, naming, base)

@@ -531,3 +531,32 @@ def test_a_tied_embedding_saved_whole(tmp_path):
     head, own = (tensors[f"{PREFIX}{x}.weight"] for x in ("lm_head", "model.embed_tokens"))
     np.testing.assert_array_equal(head, own)
     equal(peft.load(tmp_path, TIED_BASE, TIED), adapters)
+
+
+def test_modules_whose_names_end_alike_are_saved_along(tmp_path):
+    """PEFT takes modules_to_save for ends of names, dots or no dots: "norm" is "input_norm" too."""
+    entries = (("norm", "norm"), ("h.0.input_norm", "h/input_norm"))
+    naming = lora_jax.naming.Naming(
+        (
+            *(lora_jax.naming.Entry(f"{a}.weight", f"{b}/scale") for a, b in entries),
+            lora_jax.naming.Entry("h.0.up.weight", "h/up/kernel", "linear"),
+        )
+    )
+    base = {"norm/scale": jnp.ones(3), "h/input_norm/scale": jnp.full(3, 2.0)}
+    base["h/up/kernel"] = jnp.ones((3, 4))
+    config = lora_jax.LoraConfig(rank=1, targets=["up/kernel"], train="norm/scale")
+    params = lora_jax.init(jax.random.key(0), base, config)
+    peft.save(tmp_path, params, naming)
+    tensors, _ = tensorfile.read(tmp_path / peft.TENSORS)
+    assert peft.read_config(tmp_path).modules_to_save == ("h.0.input_norm", "norm")
+    np.testing.assert_array_equal(tensors[f"{PREFIX}h.0.input_norm.weight"], np.full(3, 2.0))
+
+
+def test_rows_that_are_off_are_not_written(edited, tmp_path):
+    adapters = peft.load(edited("tokens"), BASE, PLAIN)
+    rows = adapters["model/emb/embedding"]
+    off = {"model/emb/embedding": dataclasses.replace(rows, scale=jnp.zeros(()))}
+    peft.save(tmp_path, adapters | off, PLAIN, base=BASE)
+    names = tensorfile.headers(tmp_path / peft.TENSORS).tensors
+    assert names and not any("token_adapter" in name for name in names)
+    assert peft.read_config(tmp_path).trainable_token_indices is None
