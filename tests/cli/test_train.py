@@ -25,6 +25,14 @@ TEXT = "To be, or not to be, that is the question.\n" * 40
 SMALL = ("--length", 32, "--batch", 2, "--rank", 2, "--lr", "3e-2", "--targets", "q_proj,v_proj")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory):
+    """Where the tiny model is made."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LORA_JAX_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture(scope="module")
 def play(tmp_path_factory):
     path = tmp_path_factory.mktemp("data") / "play.txt"
@@ -66,7 +74,7 @@ def test_what_a_run_leaves(trained):
 def test_the_adapter_is_what_was_measured(trained):
     """Read back from PEFT's files, adapted and merged, on a base that is not scanned."""
     out, _ = trained
-    model = open_model("tiny", "float32", scan=False)
+    model = open_model("tiny", None, scan=False)
     adapters = peft.load(out / "adapter", model.params, model.naming)
     merged = lora.merge(lora.join(model.params, adapters))
     ids = np.asarray(model.tokenizer.encode(TEXT), np.int32)
@@ -125,7 +133,10 @@ def test_a_classifier(tmp_path, run, quick_compile):
 
 
 ERRORS = {
-    "no model": (["--model", "nowhere"], "nowhere: there is no such directory or file; give"),
+    "no model": (
+        ["--model", "nowhere"],
+        "nowhere: there is no such file or directory",
+    ),
     "no target": (["--targets", "q_prj"], "nothing is called 'q_prj'; there are q_proj"),
     "no rows": (["--length", 4096], "--length 4096: this model takes 2 to 1024"),
     "no encoding": (["--encoding", "x"], "no encoding is called 'x'"),
@@ -172,7 +183,7 @@ def test_rows_of_every_kind(kind, tmp_path, run):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("init", ["pissa", "loftq"])
+@pytest.mark.parametrize("init", ["pissa", "olora"])
 def test_a_start_that_changes_the_base(init, play, tmp_path, run):
     """The adapter that is written is one for the base as it was."""
     out = tmp_path / "out"
