@@ -1,9 +1,13 @@
 """A few damaged files; `python -m tests.mutations` damages as many as one likes."""
 
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
+from lora_jax import AdapterFileError, peft, tensorfile
 from tests.mutations import check
-from tests.mutations.subjects import FORMATS
+from tests.mutations.subjects import FORMATS, subject
+from tests.peft.models import PLAIN
 
 
 @pytest.mark.parametrize("format", FORMATS)
@@ -12,3 +16,21 @@ def test_damaged_files_give_clear_errors_or_finite_values(format, quick_compile)
     assert tally.problems == []
     assert tally.outcomes[format, "clear error"] > 30
     assert sum(tally.outcomes.values()) == 60 > tally.outcomes[format, "clear error"]
+
+
+@pytest.mark.parametrize(
+    ("case", "value", "dtype", "match"),
+    [("lora_bias", 3e38, None, "their dtype holds"), ("linear", 1e6, jnp.float16, "what float16")],
+)
+def test_values_that_overflow_on_the_way(tmp_path, case, value, dtype, match):
+    """Found by the command: a bias that is the base's and what is added to it, beyond float32."""
+    chosen = subject(f"PEFT {case}")
+    ending = "lora_B.bias" if case == "lora_bias" else "lora_B.weight"
+    for name, data in chosen.files.items():
+        (tmp_path / name).write_bytes(data)
+    tensors, metadata = tensorfile.read(tmp_path / peft.TENSORS)
+    name = next(name for name in tensors if name.endswith(ending))
+    tensors[name] = np.full_like(tensors[name], value)
+    tensorfile.write(tmp_path / peft.TENSORS, tensors, metadata)
+    with pytest.raises(AdapterFileError, match=f"values beyond .*{match}"):
+        peft.load(tmp_path, chosen.base, PLAIN, dtype=dtype)

@@ -63,7 +63,8 @@ def overlay(contents: Contents, model: Model, dtype: Any = None) -> tuple[Any, l
         if value is None:
             problems.append(f"{name}: lora_bias adds to it, and the base given has no values")
         else:
-            whole[name] = (value.astype("float64") + added).astype(value.dtype)
+            with np.errstate(over="ignore"):  # told of below
+                whole[name] = (value.astype("float64") + added).astype(value.dtype)
     made: list[_Made] = [
         _lora_weight(model.places[path], contents.factors, model)
         for path in by_leaf(contents.factors, model)
@@ -76,6 +77,9 @@ def overlay(contents: Contents, model: Model, dtype: Any = None) -> tuple[Any, l
             problems.append(f"{path}: {node}")
         elif path in nodes:
             problems.append(f"{path}: has factors and is trained otherwise too")
+        elif not _is_finite(node, dtype):
+            held = jnp.dtype(dtype).name if dtype else "their dtype"
+            problems.append(f"{path}: values beyond what {held} holds")
         else:
             nodes[path] = node
     leaves = [_in_jax(nodes.get(path), dtype) for path in model.leaves]
@@ -213,14 +217,22 @@ def _trained_rows(
     return place.path, TrainedRows(None, value, one, rows=rows, layout=Layout(axes))
 
 
+def _trained(node: Adapted) -> dict[str, Any]:
+    fields = {field: getattr(node, field, None) for field in ("a", "b", "magnitude", "value")}
+    return {field: x for field, x in fields.items() if x is not None}
+
+
+def _is_finite(node: Adapted, dtype: Any) -> bool:
+    """Whether the trained values stay finite in `dtype`."""
+    with np.errstate(over="ignore"):
+        arrays = [np.asarray(x).astype(dtype or x.dtype) for x in _trained(node).values()]
+    return all(np.isfinite(x).all() for x in arrays)
+
+
 def _in_jax(node: Adapted | None, dtype: Any) -> Adapted | None:
     """The node's arrays as JAX's, trained ones in `dtype`, the scale in the dtype to add in."""
     if node is None:
         return None
-    trained: dict[str, Any] = {
-        field: jnp.asarray(getattr(node, field), dtype)
-        for field in ("a", "b", "magnitude", "value")
-        if getattr(node, field, None) is not None
-    }
+    trained: dict[str, Any] = {f: jnp.asarray(x, dtype) for f, x in _trained(node).items()}
     scale = jnp.asarray(node.scale, accumulator(*(x.dtype for x in trained.values())))
     return dataclasses.replace(node, scale=scale, **trained)

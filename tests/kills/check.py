@@ -141,7 +141,7 @@ def command(words: Sequence[str], folder: Path, count: int, seed: int) -> tuple[
     rng, problems, kills, runs = Random(f"{seed} command"), [], 0, 0
 
     def words_for(out: Path) -> list[str]:
-        resume = ["--resume"] if (out / "log.jsonl").exists() else []
+        resume = ["--resume"] if out.exists() else []
         return [*(word.replace("{out}", str(out)) for word in words), *resume]
 
     began = time.monotonic()
