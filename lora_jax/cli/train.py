@@ -29,7 +29,6 @@ class Init(enum.StrEnum):
     PISSA = "pissa"
     PISSA_FAST = "pissa_fast"
     OLORA = "olora"
-    LOFTQ = "loftq"
 
 
 class Dtype(enum.StrEnum):
@@ -86,7 +85,9 @@ def command(
     eval_every: Annotated[int, typer.Option(min=0, help="Steps; 0: first and last.")] = 0,
     save_every: Annotated[int, typer.Option(min=0, help="Steps; 0: the last alone.")] = 100,
     seed: Annotated[int, typer.Option(min=0, help="Of start, order and dropout.")] = 0,
-    dtype: Annotated[Dtype, typer.Option(help="Of the frozen model.")] = Dtype.FLOAT32,
+    dtype: Annotated[
+        Dtype | None, typer.Option(help="Of the frozen model; without it, the file's.")
+    ] = None,
     scan: Annotated[bool, typer.Option(help="Layers in a loop: compiles faster.")] = True,
 ) -> None:
     """Fine-tune a model on a file with LoRA.
@@ -133,7 +134,7 @@ def command(
         eval_every=eval_every,
         save_every=save_every,
         seed=seed,
-        dtype=dtype.value,
+        dtype=dtype.value if dtype else None,
         scan=scan,
     )
     run_train.main(options, _again(context))

@@ -34,5 +34,5 @@ class Options:
     eval_every: int
     save_every: int
     seed: int
-    dtype: str
+    dtype: str | None
     scan: bool

@@ -19,7 +19,7 @@ from lora_jax.cli.train_options import Options
 from lora_jax.naming import Naming
 from lora_jax.training import log
 
-CHANGES_BASE = ("pissa", "pissa_fast", "olora", "loftq")  # starts after which the base is another
+CHANGES_BASE = ("pissa", "pissa_fast", "olora")  # starts after which the base is another
 
 
 @dataclass(frozen=True)

@@ -125,7 +125,7 @@ def test_a_classifier(tmp_path, run, quick_compile):
 
 
 ERRORS = {
-    "no model": (["--model", "nowhere"], "nowhere: there is no such directory or file; give"),
+    "no model": (["--model", "nowhere"], "nowhere: there is no such file or directory; give"),
     "no target": (["--targets", "q_prj"], "nothing is called 'q_prj'; there are q_proj"),
     "no rows": (["--length", 4096], "--length 4096: this model takes 2 to 1024"),
     "no encoding": (["--encoding", "x"], "no encoding is called 'x'"),
@@ -172,7 +172,7 @@ def test_rows_of_every_kind(kind, tmp_path, run):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("init", ["pissa", "loftq"])
+@pytest.mark.parametrize("init", ["pissa", "olora"])
 def test_a_start_that_changes_the_base(init, play, tmp_path, run):
     """The adapter that is written is one for the base as it was."""
     out = tmp_path / "out"
