@@ -195,3 +195,8 @@ def test_equal_models_are_one_static_argument():
     assert first.apply == second.apply
     assert hash(first.apply) == hash(second.apply)
     assert first.apply != load("llama", scan=True).apply
+
+
+def test_bert_has_no_scan():
+    with pytest.raises(ModelFileError, match="scan and remat: bert has neither"):
+        models.load(FIXTURES / "bert", scan=True)

@@ -28,8 +28,7 @@ from tests.models.recorded import FIXTURES
 
 LIMIT = 1e-4
 LINEAR = r".*(query|key|value|output|gate|up|down|intermediate)/kernel"
-#: Name, stacked or not, and the configuration of the adapters. A tied embedding is left out: `peft`
-#: adapts the lookup and not the head, here both uses of the leaf are adapted.
+#: Name, stacked or not, and the configuration of the adapters.
 CASES = (
     ("llama", False, lora.LoraConfig(rank=4, alpha=8)),
     ("llama", True, lora.LoraConfig(rank=4, alpha=8)),
@@ -37,7 +36,7 @@ CASES = (
     ("llama", False, lora.LoraConfig(rank=3, targets=["query", "value"], scaling="rslora")),
     ("llama", True, lora.LoraConfig(rank=4, targets=LINEAR + "|(embedding|head)/.*")),
     ("llama_tied", False, lora.LoraConfig(rank=4, targets=LINEAR, bias="all")),
-    ("llama_tied", True, lora.LoraConfig(rank=4, targets=LINEAR)),
+    ("llama_tied", True, lora.LoraConfig(rank=4, targets=LINEAR + "|embedding/.*")),
     ("mistral", True, lora.LoraConfig(rank=4, overrides={"query": {"rank": 2, "alpha": 3}})),
     ("qwen2", False, lora.LoraConfig(rank=4)),
     ("qwen2", True, lora.LoraConfig(rank=4, layers=[1])),
