@@ -22,7 +22,9 @@ class Model:
     tokenizer: Tokenizer
     apply: Callable[[Any, Any, Any], Any] | None  # (params, ids, segments) -> logits; not of BERT
     hidden: Callable[[Any, Any, Any], Any]  # (params, ids, segments) -> [rows, length, width]
+    head: Callable[[Any, Any], Any]  # (params, hidden) -> logits; not of BERT
     width: int
+    vocabulary: int
     longest: int  # tokens of a row
 
 
@@ -51,6 +53,8 @@ def open_model(name: str, dtype: str | None, scan: bool) -> Model:
         tokenizer=tokenizer,
         apply=None if is_bert else apply,
         hidden=apply if is_bert else lambda *inputs: apply(*inputs, method="hidden"),
+        head=lambda params, hidden: apply(params, hidden, method="logits"),
         width=model.config.hidden_size,
+        vocabulary=model.config.vocab_size,
         longest=model.config.max_position_embeddings,
     )

@@ -15,10 +15,11 @@ from lora_jax.training import labels
 from lora_jax.training.data import Data, cut_stream, hold_out, pack_examples, pack_labelled
 from lora_jax.training.errors import DataError, TrainingError
 from lora_jax.training.examples import encode, encode_stream
-from lora_jax.training.loss import class_sums, language_sums
+from lora_jax.training.loss import class_sums, language_sums, language_sums_in_chunks
 from lora_jax.training.rows import STREAM, Row, Rows, read
 
 SLOTS = 16  # texts that a row of a classifier holds at most
+LARGEST = 2**27  # logits at a time: half a gigabyte
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,9 +61,19 @@ def read_task(options: Options, model: Model) -> Task:
     else:
         make = _streams if files[0].kind == STREAM else _examples
         data, held_out, more = make(options, model, files, others)
-        loss = language_sums(model.apply)
+        loss = language_loss(model, options.rows * options.length)
         task = Task(model.apply, model.params, loss, data, held_out, more)
     return dataclasses.replace(task, notes=(*notes, *task.notes))
+
+
+def language_loss(model: Model, tokens: int) -> Callable[[Any, Any], Any]:
+    """The loss of a language model; in chunks where the logits of all tokens are too large.
+
+    They are float32, and as large again in the backward pass.
+    """
+    if tokens * model.vocabulary <= LARGEST:
+        return language_sums(model.apply)
+    return language_sums_in_chunks(model.hidden, model.head, max(1, LARGEST // model.vocabulary))
 
 
 def _streams(
