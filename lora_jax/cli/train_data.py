@@ -71,6 +71,7 @@ def language_loss(model: Model, tokens: int) -> Callable[[Any, Any], Any]:
 
     They are float32, and as large again in the backward pass.
     """
+    assert model.apply is not None
     if tokens * model.vocabulary <= LARGEST:
         return language_sums(model.apply)
     return language_sums_in_chunks(model.hidden, model.head, max(1, LARGEST // model.vocabulary))
