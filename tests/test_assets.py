@@ -129,7 +129,7 @@ def test_published_assets_are_whole(published):
     assert len(published.sha256) == 64 and published.version in published.archive
     cache = assets.cache_directory()
     if not published.is_cached(cache):
-        pytest.skip(f"{published} is not in the cache: run make demo")
+        pytest.skip(f"{published} is not in the cache: run lora_jax.assets.fetch with a network")
     sizes = [(published.directory(cache) / name).stat().st_size for name in published.members]
     assert min(sizes) > 100_000
 

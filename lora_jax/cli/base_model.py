@@ -9,6 +9,7 @@ from typing import Any
 from lora_jax import models
 from lora_jax.cli import kinds, sources
 from lora_jax.models import checkpoints
+from lora_jax.models.llama_config import LlamaConfig
 from lora_jax.naming import Naming
 from lora_jax.text import Tokenizer
 
@@ -22,9 +23,9 @@ class Model:
     tokenizer: Tokenizer
     apply: Callable[[Any, Any, Any], Any] | None  # (params, ids, segments) -> logits; not of BERT
     hidden: Callable[[Any, Any, Any], Any]  # (params, ids, segments) -> [rows, length, width]
-    head: Callable[[Any, Any], Any]  # (params, hidden) -> logits; not of BERT
+    head_path: str  # of the leaf that makes logits of hidden states; "" where there is none
+    head: Callable[[Any], Any]  # params -> that leaf as [width, vocabulary]
     width: int
-    vocabulary: int
     longest: int  # tokens of a row
 
 
@@ -47,14 +48,18 @@ def open_model(name: str, dtype: str | None, scan: bool) -> Model:
     )
     model = models.load(found.path, dtype, scan=scan and not is_bert)
     apply = model.apply
+    tied = isinstance(model.config, LlamaConfig) and model.config.tie_word_embeddings
+    untied = "" if is_bert else "head/kernel"
     return Model(
         params=model.params,
         naming=model.naming,
         tokenizer=tokenizer,
         apply=None if is_bert else apply,
         hidden=apply if is_bert else lambda *inputs: apply(*inputs, method="hidden"),
-        head=lambda params, hidden: apply(params, hidden, method="logits"),
+        head_path="embedding/embedding" if tied else untied,
+        head=lambda params: (
+            params["embedding"]["embedding"].T if tied else params["head"]["kernel"]
+        ),
         width=model.config.hidden_size,
-        vocabulary=model.config.vocab_size,
         longest=model.config.max_position_embeddings,
     )

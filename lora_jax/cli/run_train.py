@@ -12,7 +12,7 @@ from rich.console import Console
 
 import lora_jax as lora
 from lora_jax.cli import train_results
-from lora_jax.cli.base_model import Model, open_model
+from lora_jax.cli.base_model import open_model
 from lora_jax.cli.targets import resolve
 from lora_jax.cli.train_data import Task, read_task
 from lora_jax.cli.train_options import Options
@@ -40,10 +40,11 @@ def main(options: Options, command: str) -> None:
     task = read_task(options, model)
     for note in task.notes:
         say(f"note: {note}")
-    config = _config(options, model, task)
+    targets = [task.prefix + path for path in resolve(options.targets, model.params, model.naming)]
+    config = lora.LoraConfig(targets=targets, train=task.whole, **options.config)
     ids = jax.ShapeDtypeStruct((1, options.length), jnp.int32)
     start = lora.init(jax.random.key(options.seed), task.params, config, task.apply, ids, ids)
-    job, adapters = _job(options, task, start)
+    job, adapters = _job(options, task, targets, start)
     steps = job.settings.steps
     this = run.identity(_recorded(options, config, steps), task.params, task.data, task.held_out)
     if not run.begin(options.out, this, options.resume) and options.resume:
@@ -63,13 +64,7 @@ def main(options: Options, command: str) -> None:
     train_results.show(outcome.records, [path, options.out / "log.jsonl", options.out / "loss.png"])
 
 
-def _config(options: Options, model: Model, task: Task) -> lora.LoraConfig:
-    paths = resolve(options.targets, model.params, model.naming)
-    targets = [f"{task.prefix}{path}" for path in paths]
-    return lora.LoraConfig(targets=targets, train=task.whole, **options.config)
-
-
-def _job(options: Options, task: Task, start: Any) -> tuple[Job, Any]:
+def _job(options: Options, task: Task, targets: list[str], start: Any) -> tuple[Job, Any]:
     """What to train, and the adapters to start with."""
     base, adapters = lora.split(start)
     size = options.rows * options.accumulate
@@ -83,7 +78,7 @@ def _job(options: Options, task: Task, start: Any) -> tuple[Job, Any]:
         save_every=options.save_every,
     )
     job = Job(
-        loss=task.loss,
+        loss=task.loss(targets),
         base=base,
         tx=options.optimizer.transformation(adapters, steps),
         rates=options.optimizer.rates(steps),

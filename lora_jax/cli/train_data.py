@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,20 +16,23 @@ from lora_jax.training import labels
 from lora_jax.training.data import Data, cut_stream, hold_out, pack_examples, pack_labelled
 from lora_jax.training.errors import DataError, TrainingError
 from lora_jax.training.examples import encode, encode_stream
-from lora_jax.training.loss import class_sums, language_sums, language_sums_in_chunks
+from lora_jax.training.loss import class_sums, language_sums, language_sums_of_frozen_head
 from lora_jax.training.rows import STREAM, Row, Rows, read
+from lora_jax.training.step import Loss
 
 SLOTS = 16  # texts that a row of a classifier holds at most
-LARGEST = 2**27  # logits at a time: half a gigabyte
+
+
+Apply = Callable[[Any, Any, Any], Any]
 
 
 @dataclasses.dataclass(frozen=True)
 class Task:
     """A model's function for one task, and the data for it."""
 
-    apply: Callable[[Any, Any, Any], Any]
+    apply: Apply
     params: Any
-    loss: Callable[[Any, Any], Any]
+    loss: Callable[[Collection[str]], Loss]  # given the paths that are adapted
     data: Data
     held_out: Data | None
     notes: tuple[str, ...]
@@ -61,20 +65,15 @@ def read_task(options: Options, model: Model) -> Task:
     else:
         make = _streams if files[0].kind == STREAM else _examples
         data, held_out, more = make(options, model, files, others)
-        loss = language_loss(model, options.rows * options.length)
+        loss = partial(_language_loss, model, model.apply)
         task = Task(model.apply, model.params, loss, data, held_out, more)
     return dataclasses.replace(task, notes=(*notes, *task.notes))
 
 
-def language_loss(model: Model, tokens: int) -> Callable[[Any, Any], Any]:
-    """The loss of a language model; in chunks where the logits of all tokens are too large.
-
-    They are float32, and as large again in the backward pass.
-    """
-    assert model.apply is not None
-    if tokens * model.vocabulary <= LARGEST:
-        return language_sums(model.apply)
-    return language_sums_in_chunks(model.hidden, model.head, max(1, LARGEST // model.vocabulary))
+def _language_loss(model: Model, apply: Apply, adapted: Collection[str]) -> Loss:
+    if model.head_path in adapted:
+        return language_sums(apply)
+    return language_sums_of_frozen_head(model.hidden, model.head)
 
 
 def _streams(
@@ -149,7 +148,7 @@ def _classification(
     return Task(
         apply,
         params,
-        class_sums(apply),
+        lambda adapted: class_sums(apply),
         packed[0],
         packed[1] if held_out else None,
         tuple(note for part in parts for note in part.notes),

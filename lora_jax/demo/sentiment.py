@@ -17,6 +17,7 @@ from lora_jax import models
 from lora_jax.demo import classifier, probe
 from lora_jax.demo.report import Report
 from lora_jax.demo.reviews import Reviews, tokenize
+from lora_jax.models.bert import Bert
 from lora_jax.text.packing import Packed, pack, shuffled_batches
 
 # Float32 sums taken in another order; a prediction can differ only where the logits all but tie.
@@ -119,6 +120,7 @@ def run(
     with report.phase("load"):
         pretrained = models.load(encoder)
         model, encoder_params = pretrained.module, pretrained.params
+        assert isinstance(model, Bert), f"{encoder} holds no BERT"
         train_data, held_data = (_data(part, encoder, settings) for part in (train, held_out))
         apply, params = classifier.build(model, encoder_params, settings.slots, settings.seed)
         forward = jax.jit(lora.lora(apply))

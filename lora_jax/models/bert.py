@@ -57,7 +57,11 @@ class BertConfig:
                 f"BertConfig: hidden_size {self.hidden_size} is not a multiple of "
                 f"num_attention_heads {self.num_attention_heads}"
             )
-        if self.hidden_act not in ACTIVATIONS:
+        if not isinstance(self.layer_norm_eps, int | float) or not self.layer_norm_eps > 0:
+            raise ValueError(
+                f"BertConfig.layer_norm_eps must be a positive number, got {self.layer_norm_eps!r}"
+            )
+        if not isinstance(self.hidden_act, str) or self.hidden_act not in ACTIVATIONS:
             raise ValueError(
                 f"BertConfig.hidden_act {self.hidden_act!r} is not one of {sorted(ACTIVATIONS)}"
             )

@@ -68,8 +68,9 @@ class LlamaConfig:
         fill = partial(object.__setattr__, self)
         if self.num_key_value_heads == 0:
             fill("num_key_value_heads", self.num_attention_heads)
-        if self.head_dim == 0 and isinstance(self.num_attention_heads, int):
-            fill("head_dim", self.hidden_size // max(self.num_attention_heads, 1))
+        if self.head_dim == 0:
+            self._check_types(but="head_dim")
+            fill("head_dim", self.hidden_size // self.num_attention_heads)
         self._check_types()
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
@@ -88,9 +89,11 @@ class LlamaConfig:
                     f"LlamaConfig.{name} {getattr(self, name)!r} is not one of {list(allowed)}"
                 )
 
-    def _check_types(self) -> None:
+    def _check_types(self, but: str = "") -> None:
         for f in fields(self):
             value = getattr(self, f.name)
+            if f.name == but:
+                continue
             is_int = isinstance(value, int) and not isinstance(value, bool) and value > 0
             if f.type == "int" and not is_int:
                 raise ValueError(f"LlamaConfig.{f.name} must be a positive int, got {value!r}")
@@ -121,7 +124,7 @@ class LlamaConfig:
             quantized weights.
         """
         model_type = settings.get("model_type", "llama")
-        if model_type not in MODEL_TYPES:
+        if not isinstance(model_type, str) or model_type not in MODEL_TYPES:
             raise ValueError(f"model_type {model_type!r} is not one of {sorted(MODEL_TYPES)}")
         if settings.get("quantization_config"):
             raise ValueError("config.json: a quantization_config: such weights are not supported")
@@ -143,16 +146,21 @@ class LlamaConfig:
 
 def _window(settings: Mapping[str, Any], model_type: str) -> int | None:
     """The sliding window that all layers have, or None."""
-    window, layers = settings.get("sliding_window"), settings["num_hidden_layers"]
+    window = settings.get("sliding_window")
     if model_type == "llama" or window is None:
         return None
-    slides = ["sliding_attention"] * layers
-    if model_type == "qwen2":
-        first = (
-            settings.get("max_window_layers", 28) if settings.get("use_sliding_window") else layers
-        )
-        slides = ["full_attention" if i < first else "sliding_attention" for i in range(layers)]
-    slides = settings.get("layer_types") or slides
-    if len(set(slides)) > 1:
+    types = settings.get("layer_types")
+    if model_type == "qwen2" and not settings.get("use_sliding_window"):
+        kinds = {"full_attention"}
+    elif isinstance(types, list) and types:
+        kinds = set(map(str, types))
+    else:
+        first, layers = settings.get("max_window_layers", 28), settings["num_hidden_layers"]
+        if not isinstance(first, int) or not isinstance(layers, int):
+            raise ValueError("config.json: max_window_layers and num_hidden_layers must be ints")
+        first = first if model_type == "qwen2" else 0
+        kinds = {"full_attention"} if first > 0 else set()
+        kinds |= {"sliding_attention"} if first < layers else set()
+    if len(kinds) > 1:
         raise ValueError("config.json: a sliding window in some of the layers is not supported")
-    return window if slides[0] == "sliding_attention" else None
+    return window if "sliding_attention" in kinds else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -101,6 +102,7 @@ def load(
     dtype = _dtype(dtype, source.tensors)
     kept, ignored = tables.KEPT[source.kind], source.ignored
     try:
+        _check_sizes(source)
         module = _module(source, dtype, scan=scan, remat=remat)
         like = _like(module, dtype)
         params = names.to_tree(source.naming, source.tensors, like, ignore=(*ignored, *kept))
@@ -199,6 +201,16 @@ def _kind(settings: Mapping[str, Any], path: Path) -> str:
     if not isinstance(model_type, str) or model_type not in KINDS:
         raise ModelFileError(f"{path}: model_type {model_type!r} is not one of {sorted(KINDS)}")
     return KINDS[model_type]
+
+
+def _check_sizes(source: _Source) -> None:
+    """Refuses sizes beyond the file's before anything is made of them."""
+    numbers = sum(math.prod(tensor.shape) for tensor in source.tensors.values())
+    limits = dict.fromkeys(("vocab_size", "hidden_size", "intermediate_size"), numbers)
+    for name, limit in (limits | {"num_hidden_layers": len(source.tensors)}).items():
+        size = source.settings.get(name)
+        if isinstance(size, int) and size > limit:
+            raise ModelFileError(f"{name} is {size}, the files hold no more than {limit}")
 
 
 def _dtype(dtype: Any, tensors: Mapping[str, Any]) -> str:

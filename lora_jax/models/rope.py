@@ -60,7 +60,7 @@ class Rope:
         partial = given.get("partial_rotary_factor", settings.get("partial_rotary_factor")) or 1.0
         if partial != 1.0:
             raise ValueError(f"partial_rotary_factor {partial!r} is not supported")
-        kind = given.get("rope_type", given.get("type")) or "default"
+        kind = str(given.get("rope_type", given.get("type")) or "default")
         theta = given.get("rope_theta", settings.get("rope_theta", cls.theta))
         numbers = {"default": (), "linear": ("factor",), "llama3": SCALED}.get(kind, ())
         if missing := [name for name in numbers if name not in given]:

@@ -58,14 +58,16 @@ def to_tree(
 
 def _gather(place: Place, tensors: Mapping[str, Any], dtype: Any) -> tuple[Any, list[str]]:
     """One leaf, and what is wrong with its tensors."""
-    value, problems = np.empty(place.shape, dtype), []
+    value, problems = None, []
     for where, names in place.layers():
-        parts = []
+        parts: list[np.ndarray] = []
         for name, shape in zip(names, shapes(place), strict=True):
             problem = _problem(place, name, shape, tensors, dtype)
             problems += [problem] if problem else []
             parts += [] if problem else [np.asarray(tensors[name])]
         if not problems:
+            # not before the first tensor fits: a foreign file may ask for any size
+            value = np.empty(place.shape, dtype) if value is None else value
             joined = np.concatenate(parts, place.entry.out_axis) if len(parts) > 1 else parts[0]
             value[place.at(where)] = place.weight_to_tree(_part(place, joined))
     return (jnp.asarray(value) if not problems else None), problems

@@ -263,6 +263,10 @@ def _refused(config: PeftConfig) -> Iterable[str]:
     for name, why in REFUSED.items():
         if config.others.get(name):
             yield f"{name} is {_shown(config.others[name])}: {why}, which is not supported"
+    if config.target_parameters:
+        names = _shown(config.target_parameters)
+        why = "factors of parameters that are no module's weight, which is not supported"
+        yield f"target_parameters is {names}: {why}"
     start = config.init_lora_weights
     if isinstance(start, str) and start.startswith(CHANGES_BASE):
         yield (

@@ -32,6 +32,7 @@ class Model:
 
     def __init__(self, base: Any, naming: Naming):
         """`base` holds arrays or `ShapeDtypeStruct`s."""
+        self.naming = naming
         self.leaves, self.treedef = _paths.flatten_with_paths(base, is_leaf=is_adapted)
         shaped = {path: tuple(x.shape) for path, x in self.leaves.items() if hasattr(x, "shape")}
         self.places = naming.places(shaped)

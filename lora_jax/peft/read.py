@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from lora_jax.peft import modules
+from lora_jax.peft import modules, tied
 from lora_jax.peft.config import PeftConfig
 from lora_jax.peft.contents import Contents, Model, is_floating, unknown
 
@@ -14,7 +14,8 @@ def contents(
     tensors: Mapping[str, np.ndarray], config: PeftConfig, model: Model
 ) -> tuple[Contents, list[str]]:
     """What the tensors are, and what is wrong with them; wrong modules are left out."""
-    found, problems = Contents(), []
+    tensors, problems = tied.without_copies(tensors, config, model)
+    found = Contents()
     by_module: dict[str, dict[str, np.ndarray]] = {}
     for name, tensor in tensors.items():
         part = modules.part_of_name(name, tensors, model.index)
@@ -35,6 +36,7 @@ def contents(
     for module, parts in by_module.items():
         problems += _add(found, module, parts, config, model)
     problems += _missing(by_module, config, model)
+    problems += tied.lookup_alone(found, config, model)
     return found, problems
 
 

@@ -10,13 +10,19 @@ from typing import Any
 import numpy as np
 
 from lora_jax.config import LoraConfig
+from lora_jax.peft import tied
 from lora_jax.peft.config import PeftConfig, exact_pattern
 from lora_jax.peft.contents import Contents, Model, module_of
 from lora_jax.peft.factors import Factors
 
 
 def settings(
-    contents: Contents, saved: Sequence[str], model: Model, given: LoraConfig | PeftConfig | None
+    contents: Contents,
+    saved: Sequence[str],
+    model: Model,
+    given: LoraConfig | PeftConfig | None,
+    *,
+    complete: bool,
 ) -> PeftConfig:
     """The configuration of these contents.
 
@@ -25,28 +31,34 @@ def settings(
     Args:
       contents: what the file holds.
       saved: the modules to save whole.
-      model: all modules that there are.
+      model: the modules that there are.
       given: what the adapters were made with, if it is known.
+      complete: whether `model` has all modules, so that ends of names can be told apart.
     """
     modules = {module_of(name): factors for name, factors in contents.factors.items()}
+    pair = tied.head_of(contents, model)
+    ranked = dict(modules)
+    if pair is not None and pair.embedding in contents.factors:
+        ranked[module_of(pair.head)] = contents.factors[pair.embedding]
     kinds = {model.kind(name) for name in contents.factors}
     start = _start(given)
     config = dataclasses.replace(
         start,
         use_dora=any(factors.magnitude is not None for factors in modules.values()),
         fan_in_fan_out="conv1d" in kinds,
+        ensure_weight_tying=pair is not None,
         bias=_bias(contents, saved),
         modules_to_save=tuple(saved) or None,
         trainable_token_indices={module_of(name): rows for name, (rows, _) in contents.rows.items()}
         or None,
     )
-    if not all(_agrees(config, name, factors) for name, factors in modules.items()):
-        config = dataclasses.replace(config, **_ranks(modules, start))
+    if not all(_agrees(config, name, factors) for name, factors in ranked.items()):
+        config = dataclasses.replace(config, **_ranks(ranked, start))
     adaptable = [module_of(name) for name in model.adaptable()]
     if wrong_targets(config, modules, adaptable):
         fresh = dataclasses.replace(config, exclude_modules=None, layers_to_transform=None)
         fresh = dataclasses.replace(fresh, layers_pattern=None)
-        return dataclasses.replace(fresh, target_modules=_targets(modules, adaptable))
+        return dataclasses.replace(fresh, target_modules=_targets(modules, adaptable, complete))
     return config
 
 
@@ -109,10 +121,10 @@ def wrong_targets(
     return [m for m in adaptable if config.targets(m) != (m in modules)]
 
 
-def _targets(modules: Collection[str], adaptable: Sequence[str]) -> Any:
+def _targets(modules: Collection[str], adaptable: Sequence[str], complete: bool) -> Any:
     """`target_modules` for just these: ends of names, whole names, or a regular expression."""
     ends = {_end(module): None for module in modules}
-    for names in (tuple(ends), tuple(modules)):
+    for names in (tuple(ends), tuple(modules)) if complete else (tuple(modules),):
         if not wrong_targets(PeftConfig(target_modules=names), modules, adaptable):
             return tuple(sorted(names))
     return "|".join(re.escape(name) for name in sorted(modules))

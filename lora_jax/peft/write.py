@@ -13,7 +13,7 @@ from lora_jax.config import LoraConfig
 from lora_jax.errors import StructureError
 from lora_jax.naming import Naming
 from lora_jax.overlay import adapted_nodes, split
-from lora_jax.peft import from_tree, modules
+from lora_jax.peft import from_tree, modules, tied
 from lora_jax.peft.config import PeftConfig
 from lora_jax.peft.contents import Contents, Model, module_of
 from lora_jax.peft.settings import in_modules, settings, wrong_targets
@@ -63,12 +63,13 @@ def save(
         also whatever but factors, which those readers reject.
       OSError: the files cannot be written; the old ones stand.
     """
+    base = _own_base(adapters) if base is None else base
     contents, model = taken(adapters, naming, base)
     saved, problems = _modules_to_save(contents, model)
-    _check(problems + _refused(contents, fold))
+    _check(problems + _refused(contents, fold) + _tied_problems(contents, model, base is None))
     if fold:
         contents.factors = _folded(contents)
-    written = settings(contents, saved, model, None if fold else config)
+    written = settings(contents, saved, model, None if fold else config, complete=base is not None)
     written = dataclasses.replace(
         written,
         base_model_name_or_path=base_model or written.base_model_name_or_path,
@@ -90,13 +91,18 @@ def taken(adapters: Any, naming: Naming, base: Any) -> tuple[Contents, Model]:
     nodes = adapted_nodes(adapters)
     if not nodes:
         raise StructureError("save: the tree holds no adapters")
-    if base is None and all(node.w is not None for node in nodes.values()):
-        base, _ = split(adapters)
+    base = _own_base(adapters) if base is None else base
     model = Model(_shapes(nodes) if base is None else base, naming)
     _check(_misfits(nodes, model))
     contents, problems = from_tree.contents(nodes, model)
     _check(problems)
     return contents, model
+
+
+def _own_base(adapters: Any) -> Any:
+    """The base of a joined tree; None of an overlay."""
+    nodes = adapted_nodes(adapters).values()
+    return split(adapters)[0] if nodes and all(node.w is not None for node in nodes) else None
 
 
 def _check(problems: list[str]) -> None:
@@ -163,6 +169,16 @@ def _refused(contents: Contents, fold: bool) -> list[str]:
     return problems
 
 
+def _tied_problems(contents: Contents, model: Model, unknown: bool) -> list[str]:
+    pair = tied.head_of(contents, model)
+    if pair is None:
+        return []
+    factors = contents.factors.get(pair.embedding)
+    if factors is not None and factors.magnitude is not None:
+        return [f"{pair.embedding}: is the head too, where DoRA has other magnitudes"]
+    return [f"{pair.embedding}: whether it is the head too needs base="] if unknown else []
+
+
 def _folded(contents: Contents) -> dict[str, Any]:
     rank = max(factors.rank for factors in contents.factors.values())
     return {name: f.folded().padded(rank) for name, f in contents.factors.items()}
@@ -177,6 +193,12 @@ def _encode(contents: Contents, model: Model) -> bytes:
         module, _, leaf = name.rpartition(".")
         inner = f"{module}.base_layer.{leaf}" if module in adapted else name
         tensors[modules.PREFIX + inner] = value
+    pair = tied.head_of(contents, model)
+    if pair is not None and pair.embedding in contents.factors:
+        copy = tied.of_head(contents.factors[pair.embedding])
+        tensors |= modules.to_tensors(module_of(pair.head), "linear", copy)
+    elif pair is not None:
+        tensors[modules.PREFIX + pair.head] = contents.whole[pair.embedding]
     for name, (_, values) in contents.rows.items():
         tensors[f"{modules.PREFIX}{module_of(name)}.{modules.ROWS}"] = values
     return tensorfile.encode(tensors, {"format": "pt"})

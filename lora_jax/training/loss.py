@@ -64,38 +64,69 @@ def language_sums(
     return sums
 
 
-def language_sums_in_chunks(
+def language_sums_of_frozen_head(
     hidden: Callable[[Any, jax.Array, jax.Array], jax.Array],
-    head: Callable[[Any, jax.Array], jax.Array],
-    chunk: int,
+    head: Callable[[Any], jax.Array],
+    chunk: int = 128,
 ) -> Callable[[Any, Batch], Sums]:
-    """`language_sums` that holds the logits of `chunk` tokens at a time, forward and back.
+    """`language_sums` of a model whose head does not train, `chunk` tokens at a time.
 
-    For vocabularies whose logits do not fit: they are computed twice.
+    The gradient of the hidden states is computed beside the loss, so that logits live no longer
+    than their chunk and are computed once. No gradient goes to the head.
 
     Args:
       hidden: `(params, ids, segments) -> [rows, length, width]`.
-      head: `(params, [n, width]) -> logits [n, vocabulary]`.
+      head: `params -> [width, vocabulary]`, a plain array.
       chunk: tokens, static.
     """
 
     def sums(params: Any, batch: Batch) -> Sums:
         targets, weights = shifted(batch)
         states = hidden(params, batch["ids"], batch["segments"])
-        flat = [states.reshape(-1, states.shape[-1]), targets.ravel(), weights.ravel()]
-        pieces = [_in_chunks(x, chunk) for x in flat]
-
-        @jax.checkpoint
-        def one(total: Sums, piece: Any) -> tuple[Sums, None]:
-            state, target, weight = piece
-            part = _sums(cross_entropy(head(params, state), target), weight)
-            return {name: total[name] + part[name] for name in total}, None
-
-        dtype = jnp.promote_types(states.dtype, jnp.float32)
-        zeros = {"loss": jnp.zeros((), dtype), "weight": jnp.zeros((), weights.dtype)}
-        return jax.lax.scan(one, zeros, tuple(pieces))[0]
+        flat = (states.reshape(-1, states.shape[-1]), targets.ravel(), weights.ravel())
+        pieces = tuple(_in_chunks(x, chunk) for x in flat)
+        return {"loss": _total(pieces[0], head(params), *pieces[1:]), "weight": weights.sum()}
 
     return sums
+
+
+@jax.custom_vjp
+def _total(
+    states: jax.Array, kernel: jax.Array, targets: jax.Array, weights: jax.Array
+) -> jax.Array:
+    """The summed loss of states in chunks `[chunks, chunk, width]`."""
+
+    def one(total: jax.Array, piece: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
+        return total + _of_chunk(piece[0], kernel, *piece[1:]), None
+
+    zero = jnp.zeros((), jnp.promote_types(states.dtype, jnp.float32))
+    return jax.lax.scan(one, zero, (states, targets, weights))[0]
+
+
+def _of_chunk(
+    states: jax.Array, kernel: jax.Array, targets: jax.Array, weights: jax.Array
+) -> jax.Array:
+    return _sums(cross_entropy(states @ kernel, targets), weights)["loss"]
+
+
+def _total_and_slopes(
+    states: jax.Array, kernel: jax.Array, targets: jax.Array, weights: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """The same, and its gradient with respect to the states."""
+
+    def one(total: jax.Array, piece: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
+        loss, slope = jax.value_and_grad(_of_chunk)(piece[0], kernel, *piece[1:])
+        return total + loss, slope
+
+    zero = jnp.zeros((), jnp.promote_types(states.dtype, jnp.float32))
+    return jax.lax.scan(one, zero, (states, targets, weights))
+
+
+def _scaled(slopes: jax.Array, outer: jax.Array) -> tuple[jax.Array, None, None, None]:
+    return (slopes * outer).astype(slopes.dtype), None, None, None
+
+
+_total.defvjp(_total_and_slopes, _scaled)
 
 
 def _in_chunks(x: jax.Array, chunk: int) -> jax.Array:

@@ -13,7 +13,7 @@ pytest.importorskip("typer")
 
 import lora_jax as lora
 from lora_jax import peft
-from lora_jax.cli import main, train_data
+from lora_jax.cli import main
 from lora_jax.cli.base_model import open_model
 from lora_jax.training import log
 from lora_jax.training.data import cut_stream
@@ -103,18 +103,6 @@ def test_another_run_in_its_place(trained, fails):
     assert "lr was 0.03, is 0.01" in fails(*changed, "--resume")
 
 
-def test_large_logits_come_in_chunks(monkeypatch):
-    model = open_model("tiny", None, scan=True)
-    batch = cut_stream(np.arange(40, dtype=np.int32), 8).arrays
-    whole = train_data.language_loss(model, batch["ids"].size)
-    monkeypatch.setattr(train_data, "LARGEST", 5 * model.vocabulary)
-    chunked = train_data.language_loss(model, batch["ids"].size)
-    found = [jax.jit(loss)(model.params, batch) for loss in (whole, chunked)]
-    assert whole.__qualname__ != chunked.__qualname__
-    assert found[0]["weight"] == found[1]["weight"] == 39
-    np.testing.assert_allclose(found[0]["loss"], found[1]["loss"], rtol=1e-5)
-
-
 def jsonl(path, kind, count=6):
     made = {
         "text": lambda i: {"text": f"line {i}"},
@@ -181,7 +169,7 @@ def test_mistakes_on_the_command_line(play, tmp_path, fails):
 
 SIGNALLED = """
 import sys
-from lora_jax.cli import main, train_data
+from lora_jax.cli import main
 sys.exit(main(sys.argv[1:]))
 """
 

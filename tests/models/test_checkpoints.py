@@ -107,6 +107,14 @@ def test_settings_that_are_refused(sharded, text, message):
         models.load(sharded)
 
 
+@pytest.mark.parametrize("name", ["num_hidden_layers", "vocab_size", "hidden_size"])
+def test_sizes_beyond_the_files(sharded, name):
+    """Refused before a model of that size is made."""
+    edit(sharded / "config.json", lambda settings: settings.update({name: 10**9}))
+    with pytest.raises(ModelFileError, match=f"{name} is 1000000000, the files hold no more than"):
+        models.load(sharded)
+
+
 def test_what_is_not_there(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"config\.json: there is no such file"):
         models.load(tmp_path)
@@ -136,9 +144,8 @@ def test_saved_files_hold_the_tensors_of_transformers(name, tmp_path):
     model = load(name, scan=name == "qwen2")
     models.save(tmp_path, model)
     given, found = tensors(FIXTURES / name), tensors(tmp_path)
-    assert models.pretrained.checkpoints.tensorfile.headers(
-        tmp_path / "model.safetensors"
-    ).metadata == {"format": "pt"}
+    header = tensorfile.headers(tmp_path / "model.safetensors")
+    assert header.metadata == {"format": "pt"}
     assert given.keys() == found.keys()
     for key, tensor in given.items():
         np.testing.assert_array_equal(found[key], tensor, strict=True)

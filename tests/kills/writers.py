@@ -1,0 +1,135 @@
+"""What a killed process was doing: saving one version after another, or training.
+
+Nothing here runs JAX when it is imported: the server that forks the processes imports it once.
+"""
+
+import itertools
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from safetensors.numpy import load_file
+
+import lora_jax
+from lora_jax import peft
+from lora_jax.naming import Entry, Naming
+from lora_jax.training.checkpoints import Checkpoints
+from lora_jax.training.loop import train
+from lora_jax.weights import Layout, LoraWeight
+from tests.training import models
+
+SHAPE, RANK = (400, 300), 128  # 360 kB: writing takes a while
+NAMING = Naming((Entry("up.weight", "up/kernel", "linear"),))
+
+
+def base() -> Any:
+    return {"up": {"kernel": jax.ShapeDtypeStruct(SHAPE, jnp.float32)}}
+
+
+def scale(version: int) -> float:
+    """The same for two versions in a row: sometimes one file of a set changes, sometimes all."""
+    return 2.0 ** (version // 2 % 7)
+
+
+def adapters(version: int) -> Any:
+    """Every value of A and B is the version."""
+    a, b = (np.full(s, version, np.float32) for s in ((SHAPE[0], RANK), (RANK, SHAPE[1])))
+    node = LoraWeight(None, a, b, np.float32(scale(version)), layout=Layout("io"))
+    return {"up": {"kernel": node}}
+
+
+def version_of(found: Any) -> int:
+    """The version of adapters that are of one version.
+
+    Raises:
+      AssertionError: they are not.
+    """
+    node = found["up"]["kernel"]
+    versions = {float(x) for leaf in (node.a, node.b) for x in np.unique(np.asarray(leaf))}
+    assert len(versions) == 1, f"torn: values of versions {versions}"
+    (version,) = versions
+    assert float(node.scale) == scale(int(version)), f"torn: the scale of another than {version}"
+    return int(version)
+
+
+# Each kind: how a version is saved, how the newest is read.
+
+
+def save_native(folder: Path, version: int) -> None:
+    lora_jax.save(folder / "adapter.safetensors", adapters(version))
+
+
+def read_native(folder: Path) -> int:
+    return version_of(lora_jax.load(folder / "adapter.safetensors", base()))
+
+
+def save_peft(folder: Path, version: int) -> None:
+    peft.save(folder / "adapter", adapters(version), NAMING, base=base())
+
+
+def read_peft(folder: Path) -> int:
+    _foreign_peft(folder / "adapter")
+    return version_of(peft.load(folder / "adapter", base(), NAMING))
+
+
+def _foreign_peft(folder: Path) -> None:
+    """What peft would see, where there is a configuration: files of one version."""
+    if (folder / peft.CONFIG).exists():
+        config = json.loads((folder / peft.CONFIG).read_bytes())
+        tensors = load_file(folder / peft.TENSORS)
+        versions = {float(x) for tensor in tensors.values() for x in np.unique(tensor)}
+        assert len(versions) == 1, f"torn: values of versions {versions}"
+        (version,) = versions
+        assert config["lora_alpha"] / config["r"] == scale(int(version)), "torn: two versions"
+
+
+def state(version: int) -> Any:
+    node = adapters(version)
+    return {"adapters": node, "opt": jax.tree.map(np.array, node), "step": np.int32(version)}
+
+
+def save_state(folder: Path, version: int) -> None:
+    with Checkpoints(folder / "checkpoints") as checkpoints:
+        checkpoints.save(version, jax.tree.map(jnp.asarray, state(version)))
+
+
+def read_state(folder: Path) -> int:
+    with Checkpoints(folder / "checkpoints") as checkpoints:
+        found = checkpoints.restore(jax.tree.map(jnp.asarray, state(0)))
+    assert found is not None, "no checkpoint is left"
+    version, tree = found
+    versions = {version, version_of(tree["adapters"]), version_of(tree["opt"]), int(tree["step"])}
+    assert len(versions) == 1, f"torn: versions {versions}"
+    return version
+
+
+KINDS: dict[str, tuple[Callable[[Path, int], None], Callable[[Path], int]]] = {
+    "native file": (save_native, read_native),
+    "PEFT directory": (save_peft, read_peft),
+    "training state": (save_state, read_state),
+}
+
+
+def save_forever(kind: str, folder: Path, done: Any) -> None:
+    """Saves version after version, `done.value` being the last that is finished."""
+    save, _ = KINDS[kind]
+    for version in itertools.count(done.value + 1):
+        save(folder, version)
+        done.value = version
+
+
+STEPS = 60
+
+
+def train_on(folder: Path, done: Any) -> None:
+    """A run of the loop, from its last checkpoint if there is one."""
+    jax.config.update("jax_compilation_cache_dir", str(folder.parent / "compiled"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    job, start = models.job(folder, steps=STEPS, save_every=2, eval_every=10)
+    train(job, start)
+    done.value = 1

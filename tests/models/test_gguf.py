@@ -1,0 +1,144 @@
+"""Models in GGUF files: transformers' tiny ones, written here the way llama.cpp converts them."""
+
+import json
+import pathlib
+
+import jax
+import numpy as np
+import pytest
+from gguf import GGUFWriter
+
+from lora_jax import tensorfile
+from lora_jax.errors import ModelFileError
+from lora_jax.models import gguf
+from lora_jax.models.llama import Llama
+from lora_jax.models.llama_config import LlamaConfig
+from lora_jax.models.tables import LLAMA
+from lora_jax.naming import to_tree
+
+FIXTURES = pathlib.Path(__file__).parent / "fixtures"
+
+
+def stored(name):
+    """A fixture's config.json and its tensors."""
+    settings = json.loads((FIXTURES / name / "config.json").read_text())
+    tensors = {}
+    for path in sorted((FIXTURES / name).glob("*.safetensors")):
+        tensors |= tensorfile.read(path)[0]
+    return settings, tensors
+
+
+def permuted(rows, heads):
+    """llama.cpp's LlamaModel.permute: the halves of each head side by side."""
+    rest = rows.shape[1:]
+    return rows.reshape(heads, 2, -1, *rest).swapaxes(1, 2).reshape(-1, *rest)
+
+
+def llama_cpp_name(name):
+    for theirs, its in [
+        ("model.embed_tokens", "token_embd"),
+        ("model.norm", "output_norm"),
+        ("lm_head", "output"),
+        ("model.layers", "blk"),
+        ("input_layernorm", "attn_norm"),
+        ("post_attention_layernorm", "ffn_norm"),
+        ("self_attn.o_proj", "attn_output"),
+        ("self_attn.", "attn_"),
+        ("mlp.", "ffn_"),
+        ("_proj", ""),
+    ]:
+        name = name.replace(theirs, its)
+    return name
+
+
+def write_gguf(path, name, kind="llama", extra=(), changes=None, divisors=None):
+    """A fixture as a GGUF file of float32."""
+    settings, tensors = stored(name)
+    heads = {"q_proj": settings["num_attention_heads"], "k_proj": settings["num_key_value_heads"]}
+    rope = settings["rope_parameters"]
+    fields = {
+        "embedding_length": settings["hidden_size"],
+        "feed_forward_length": settings["intermediate_size"],
+        "block_count": settings["num_hidden_layers"],
+        "attention.head_count": settings["num_attention_heads"],
+        "attention.head_count_kv": settings["num_key_value_heads"],
+        "attention.key_length": settings.get("head_dim"),
+        "context_length": settings["max_position_embeddings"],
+        "attention.layer_norm_rms_epsilon": settings["rms_norm_eps"],
+        "rope.freq_base": rope["rope_theta"],
+        "rope.scaling.type": "linear" if rope["rope_type"] == "linear" else None,
+        "rope.scaling.factor": rope["factor"] if rope["rope_type"] == "linear" else None,
+    } | (changes or {})
+    writer = GGUFWriter(path, kind)
+    adds = {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
+    for key, value in fields.items():
+        if value is not None:
+            adds[type(value)](f"{kind}.{key}", value)
+    for key, value in tensors.items():
+        turned = [permuted(value, heads[x]) for x in heads if x in key and kind == "llama"]
+        writer.add_tensor(llama_cpp_name(key), np.ascontiguousarray((turned or [value])[0]))
+    if divisors is not None:
+        writer.add_tensor("rope_freqs.weight", np.asarray(divisors, "float32"))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def llama3_divisors(settings):
+    """The formula of Hugging Face's `_compute_llama3_parameters`, its frequencies' reciprocals."""
+    rope, size = settings["rope_parameters"], settings["head_dim"]
+    waves = 2 * np.pi * rope["rope_theta"] ** (np.arange(0, size, 2) / size)
+    original, factor = rope["original_max_position_embeddings"], rope["factor"]
+    smooth = (original / waves - 1) / 3
+    middle = 1 / ((1 - smooth) / factor + smooth)
+    return np.where(waves > original, factor, np.where(waves < original / 4, 1, middle))
+
+
+@pytest.fixture(params=["llama", "llama_tied", "qwen2"], scope="module")
+def written(request, tmp_path_factory):
+    name = request.param
+    settings, _ = stored(name)
+    path = tmp_path_factory.mktemp(name) / "model.gguf"
+    divisors = llama3_divisors(settings) if name == "llama" else None
+    return name, write_gguf(path, name, "qwen2" if name == "qwen2" else "llama", divisors=divisors)
+
+
+@pytest.mark.parametrize("scan", [False, True])
+def test_the_same_model_as_in_safetensors(written, scan):
+    name, path = written
+    settings, tensors = gguf.load(path)
+    theirs, expected = stored(name)
+    config = LlamaConfig.from_json(settings, scan=scan)
+    assert config == LlamaConfig.from_json(theirs, scan=scan)
+    model, ids = Llama(config), jax.ShapeDtypeStruct((1, 1), "int32")
+    like = jax.eval_shape(model.init, jax.random.key(0), ids)["params"]
+    want = to_tree(LLAMA, expected, like)
+    got = to_tree(gguf.naming(LLAMA, settings), tensors, like, ignore=gguf.IGNORED)
+    jax.tree.map(np.testing.assert_array_equal, got, want)
+
+
+def test_settings_are_those_of_config_json(tmp_path):
+    settings, _ = gguf.load(write_gguf(tmp_path / "x.gguf", "qwen2", "qwen2"))
+    theirs, _ = stored("qwen2")
+    assert settings == {key: 10000.0 if key == "rope_theta" else theirs[key] for key in settings}
+    assert settings["rms_norm_eps"] == 1e-6  # not what float32 makes of it
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "divisors", "message"),
+    [
+        ("gemma", {}, None, "architecture is 'gemma', only llama and qwen2 can be read"),
+        ("llama", {"block_count": None}, None, r"does not say llama\.block_count"),
+        ("llama", {"expert_count": 8}, None, "mixtures of experts"),
+        ("llama", {"rope.dimension_count": 4}, None, "a part of the 8 numbers"),
+        ("llama", {"rope.scaling.type": "yarn"}, None, "rotations of the kind 'yarn'"),
+        ("llama", {}, [1, 2, 3, 9], "not those of Llama 3.1"),
+        ("llama", {}, [1, 8], "not those of Llama 3.1"),
+    ],
+)
+def test_models_that_cannot_be_read(tmp_path, kind, changes, divisors, message):
+    path = write_gguf(tmp_path / "x.gguf", "llama", kind, changes=changes, divisors=divisors)
+    with pytest.raises(ModelFileError, match=rf"x\.gguf: .*{message}"):
+        gguf.load(path)

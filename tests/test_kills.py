@@ -1,0 +1,23 @@
+"""A few writers killed at random moments; `python -m tests.kills` kills as many as one likes."""
+
+import sys
+
+import pytest
+
+from tests.kills import check, writers
+
+pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="there is no SIGKILL")
+
+
+@pytest.mark.parametrize(
+    "kind",
+    ["native file", "PEFT directory", pytest.param("training state", marks=pytest.mark.slow)],
+)
+def test_killed_while_saving(kind, tmp_path):
+    assert kind in writers.KINDS
+    assert check.saves(kind, tmp_path / "saved", count=6, seed=1) == []
+
+
+@pytest.mark.slow
+def test_killed_while_training(tmp_path):
+    assert check.training(tmp_path, count=5, seed=1) == ([], 5)
