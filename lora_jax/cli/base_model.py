@@ -1,4 +1,4 @@
-"""The model that `lora-jax train` trains on, with its tokenizer."""
+"""The model that `--model` names, with its tokenizer."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from lora_jax import models
 from lora_jax.cli import kinds, sources
 from lora_jax.models import checkpoints
 from lora_jax.models.llama_config import LlamaConfig
+from lora_jax.models.pretrained import Pretrained
 from lora_jax.naming import Naming
 from lora_jax.text import Tokenizer
 
@@ -33,12 +33,13 @@ def open_model(name: str, dtype: str | None, scan: bool) -> Model:
     """Loads a model and its tokenizer.
 
     Args:
-      name: see `sources.find_model`.
+      name: a directory in Hugging Face's layout, a GGUF file, "smollm2" (fetched and cached), or
+        "tiny" (random, made here).
       dtype: of parameters and arithmetic; None for the file's.
       scan: whether layers are stacked, where the model can.
 
     Raises:
-      LoraError, FileNotFoundError: there is no such model, or it cannot be read.
+      LoraError, OSError: there is no such model, or it cannot be read.
     """
     found = sources.find_model(name)
     tokenizer = sources.tokenizer_of(found)
@@ -46,20 +47,23 @@ def open_model(name: str, dtype: str | None, scan: bool) -> Model:
         found.kind == kinds.CHECKPOINT
         and checkpoints.read_config(found.path).get("model_type") == "bert"
     )
-    model = models.load(found.path, dtype, scan=scan and not is_bert)
-    apply = model.apply
-    tied = isinstance(model.config, LlamaConfig) and model.config.tie_word_embeddings
+    return _model(sources.load_model(found, dtype, scan=scan and not is_bert), tokenizer)
+
+
+def _model(found: Pretrained, tokenizer: Tokenizer) -> Model:
+    run, is_bert = found.apply, found.kind == "bert"
+    tied = isinstance(found.config, LlamaConfig) and found.config.tie_word_embeddings
     untied = "" if is_bert else "head/kernel"
     return Model(
-        params=model.params,
-        naming=model.naming,
+        params=found.params,
+        naming=found.naming,
         tokenizer=tokenizer,
-        apply=None if is_bert else apply,
-        hidden=apply if is_bert else lambda *inputs: apply(*inputs, method="hidden"),
+        apply=None if is_bert else run,
+        hidden=run if is_bert else lambda *inputs: run(*inputs, method="hidden"),
         head_path="embedding/embedding" if tied else untied,
         head=lambda params: (
             params["embedding"]["embedding"].T if tied else params["head"]["kernel"]
         ),
-        width=model.config.hidden_size,
-        longest=model.config.max_position_embeddings,
+        width=found.config.hidden_size,
+        longest=found.config.max_position_embeddings,
     )

@@ -8,7 +8,7 @@ from lora_jax import AdapterFileError
 from lora_jax.tensorfile import headers, parse_json, read_directory
 
 PEFT, MLX, NATIVE = "peft", "mlx", "native"  # kinds of adapters
-CHECKPOINT, GGUF = "checkpoint", "gguf"  # kinds of models
+CHECKPOINT, GGUF, TINY = "checkpoint", "gguf", "tiny"  # kinds of models
 CONFIG = "adapter_config.json"
 PEFT_WEIGHTS, MLX_WEIGHTS = "adapter_model.safetensors", "adapters.safetensors"
 DESCRIPTIONS = {
@@ -17,6 +17,7 @@ DESCRIPTIONS = {
     NATIVE: "lora_jax adapter",
     CHECKPOINT: "model checkpoint",
     GGUF: "GGUF model",
+    TINY: "model of random weights",
 }
 
 

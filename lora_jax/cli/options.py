@@ -19,7 +19,7 @@ Model = Annotated[
     typer.Option(
         "--model",
         "-m",
-        help="The base: a Hugging Face directory, a GGUF file, or 'smollm2' (fetched).",
+        help="The base: a Hugging Face directory, a GGUF file, or smollm2 (fetched).",
     ),
 ]
 Force = Annotated[

@@ -58,12 +58,11 @@ def _read(found: kinds.Found, to: str, model: str | None, naming: Path | None) -
     if naming is not None:
         return tree_of_file.native(found.path, Naming.from_json(kinds.read_json(naming)))
     if model is not None:
-        from lora_jax import models
         from lora_jax.cli import sources
 
         base = sources.find_model(model)
         if found.kind == kinds.NATIVE:
-            source = tree_of_file.native(found.path, models.naming_of(base.path))
+            source = tree_of_file.native(found.path, sources.naming_of(base))
             return dataclasses.replace(source, base_name=source.base_name or model)
         if to == "native":
             loaded = sources.load(base, found.path)

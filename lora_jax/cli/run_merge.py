@@ -52,7 +52,7 @@ def run(model: str, adapter: Path, out: Path, *, dtype: str | None, force: bool)
 
 def _beside(base: kinds.Found) -> dict[str, bytes]:
     """The tokenizer's files, and what else stands beside the weights."""
-    if base.kind == kinds.GGUF:
+    if base.kind in (kinds.GGUF, kinds.TINY):
         return sources.tokenizer_of(base).files()
     return {
         file.name: file.read_bytes()

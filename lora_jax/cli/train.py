@@ -88,7 +88,9 @@ def command(
     dtype: Annotated[
         Dtype | None, typer.Option(help="Of the frozen model; without it, the file's.")
     ] = None,
-    scan: Annotated[bool, typer.Option(help="Layers in a loop: compiles faster.")] = True,
+    scan: Annotated[
+        bool, typer.Option(help="Layers in a loop: compiles faster, is slower on a CPU.")
+    ] = False,
 ) -> None:
     """Fine-tune a model on a file with LoRA.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -12,18 +13,21 @@ from lora_jax.models import tables
 from lora_jax.models.llama import Llama
 from lora_jax.models.llama_config import LlamaConfig
 from lora_jax.models.pretrained import Pretrained
+from lora_jax.naming import to_torch, to_tree
 
 
-def tiny(vocabulary: int) -> Pretrained:
-    """Two layers of width 64 with a tied head, the same float32 parameters every time.
+def tiny(vocabulary: int, dtype: Any = "float32", *, scan: bool = False) -> Pretrained:
+    """Two layers of width 64 with a tied head, the same parameters every time, stacked or not.
 
     Args:
       vocabulary: how many ids there are.
+      dtype, scan: as `pretrained.load` has them.
 
     >>> model = tiny(11)
     >>> model.apply(model.params, jnp.array([[3, 1, 4]])).shape
     (1, 3, 11)
     """
+    name = str(jnp.dtype(dtype))
     config = LlamaConfig(
         vocab_size=vocabulary,
         hidden_size=64,
@@ -33,21 +37,29 @@ def tiny(vocabulary: int) -> Pretrained:
         num_key_value_heads=2,
         max_position_embeddings=1024,
         tie_word_embeddings=True,
+        dtype=name,
+        param_dtype=name,
     )
-    module, ids = Llama(config), jax.ShapeDtypeStruct((1, 1), jnp.int32)
-    params = _random(jax.eval_shape(module.init, jax.random.key(0), ids)["params"])
+    naming, module = tables.naming("llama"), Llama(dataclasses.replace(config, scan=scan))
+    tensors = to_torch(naming, _random(_shapes(Llama(config))))
+    params = to_tree(naming, tensors, _shapes(module))
     settings = {key: getattr(config, key) for key in _SETTINGS} | {"model_type": "llama"}
-    return Pretrained("llama", config, module, params, tables.naming("llama"), settings)
+    return Pretrained("llama", module.config, module, params, naming, settings)
+
+
+def _shapes(module: Llama) -> Any:
+    ids = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+    return jax.eval_shape(module.init, jax.random.key(0), ids)["params"]
 
 
 def _random(shapes: Any) -> Any:
-    """Numbers of numpy's, which no compiler changes: ones for norms, all else N(0, 0.1²)."""
+    """Numbers of numpy's, which no compiler changes: norms of one, all else N(0, 0.1²)."""
     rng = np.random.default_rng(0)
 
-    def draw(leaf: jax.ShapeDtypeStruct) -> jax.Array:
+    def draw(leaf: jax.ShapeDtypeStruct) -> np.ndarray:
         if len(leaf.shape) == 1:
-            return jnp.ones(leaf.shape, leaf.dtype)
-        return jnp.asarray(rng.normal(size=leaf.shape) * 0.1, leaf.dtype)
+            return np.ones(leaf.shape, leaf.dtype)
+        return (rng.normal(size=leaf.shape) * 0.1).astype(leaf.dtype)
 
     return jax.tree.map(draw, shapes)
 

@@ -9,7 +9,7 @@ from lora_jax.errors import AdapterFileError, ConfigError
 from lora_jax.naming import Naming
 from lora_jax.overlay import adapted_nodes, split
 from lora_jax.peft import read
-from lora_jax.peft.config import PeftConfig, parse_config
+from lora_jax.peft.config import PeftConfig, check_loads, parse_config
 from lora_jax.peft.contents import Model
 from lora_jax.peft.to_tree import fitted
 from lora_jax.peft.write import CONFIG, TENSORS, save
@@ -85,7 +85,13 @@ def read_config(directory: str | os.PathLike) -> PeftConfig:
 
 def _read_files(directory: str | os.PathLike) -> tuple[PeftConfig, bytes]:
     files = _files(directory, [CONFIG, TENSORS])
-    return _parse(Path(directory) / CONFIG, files[CONFIG]), files[TENSORS]
+    path = Path(directory) / CONFIG
+    config = _parse(path, files[CONFIG])
+    try:
+        check_loads(config)
+    except ConfigError as error:
+        raise AdapterFileError(f"{path}: {error}") from None
+    return config, files[TENSORS]
 
 
 def _files(directory: str | os.PathLike, names: list[str]) -> dict[str, bytes]:

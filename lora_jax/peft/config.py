@@ -225,6 +225,18 @@ def parse_config(text: str | bytes) -> PeftConfig:
     return PeftConfig(**known, others=values)
 
 
+def check_loads(config: PeftConfig) -> None:
+    """Refuse what can be read and told, but has no place in a tree.
+
+    Raises:
+      ConfigError: the file holds factors of experts' parameters.
+    """
+    if config.target_parameters:
+        names = _shown(config.target_parameters)
+        why = "factors of parameters that are no module's weight, which is not supported"
+        raise ConfigError(f"target_parameters is {names}: {why}")
+
+
 def _frozen(value: Any) -> Any:
     """Lists as tuples, mappings as plain dicts of such."""
     if isinstance(value, list | set | frozenset):
@@ -263,10 +275,6 @@ def _refused(config: PeftConfig) -> Iterable[str]:
     for name, why in REFUSED.items():
         if config.others.get(name):
             yield f"{name} is {_shown(config.others[name])}: {why}, which is not supported"
-    if config.target_parameters:
-        names = _shown(config.target_parameters)
-        why = "factors of parameters that are no module's weight, which is not supported"
-        yield f"target_parameters is {names}: {why}"
     start = config.init_lora_weights
     if isinstance(start, str) and start.startswith(CHANGES_BASE):
         yield (

@@ -67,7 +67,7 @@ def language_sums(
 def language_sums_of_frozen_head(
     hidden: Callable[[Any, jax.Array, jax.Array], jax.Array],
     head: Callable[[Any], jax.Array],
-    chunk: int = 128,
+    chunk: int = 512,
 ) -> Callable[[Any, Batch], Sums]:
     """`language_sums` of a model whose head does not train, `chunk` tokens at a time.
 

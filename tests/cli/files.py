@@ -1,6 +1,8 @@
 """Small adapters of every kind, written out by hand: two layers, two projections each."""
 
 import json
+import pathlib
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +13,7 @@ from tokenizers import decoders, models, pre_tokenizers
 import lora_jax as lora
 from lora_jax import tensorfile
 
+ROOT = pathlib.Path(__file__).parents[2]
 WIDTH, OUT, RANK, ALPHA = 12, 8, 4, 8
 MODULES = [f"model.layers.{n}.self_attn.{p}_proj" for n in range(2) for p in "qv"]
 
@@ -98,12 +101,12 @@ def weights(seed=1):
     }
 
 
-def model(directory, dtype=np.float32):
+def model(directory, dtype=np.float32, **settings):
     """A directory in Hugging Face's layout, with a tokenizer of bytes and a chat template."""
     directory.mkdir(parents=True, exist_ok=True)
     tensors = {name: x.astype(dtype) for name, x in weights().items()}
     tensorfile.write(directory / "model.safetensors", tensors, {"format": "pt"})
-    (directory / "config.json").write_text(json.dumps(SETTINGS))
+    (directory / "config.json").write_text(json.dumps(SETTINGS | settings))
     letters = {x: i for i, x in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
     backend = tokenizers.Tokenizer(models.BPE(letters, []))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -140,3 +143,37 @@ def everything(folder):
     native(folder / "adapter.safetensors")
     naming(folder / "naming.json")
     (folder / "prompt.txt").write_text("Hello there\n")
+
+
+PLAY = "To be, or not to be, that is the question.\n" * 20
+
+
+def train_data(folder):
+    """What the examples of `train` name: data, and small models, so that nothing is fetched."""
+    for name in ("smollm2", "Llama-3.2-1B"):
+        model(folder / name, max_position_embeddings=512)
+    encoder(folder / "MiniLM")
+    for name in ("play.txt", "notes.txt"):
+        (folder / name).write_text(PLAY)
+    turns = [{"role": "user", "content": "Say it"}, {"role": "assistant", "content": "It"}]
+    (folder / "chats.jsonl").write_text(f"{json.dumps({'messages': turns})}\n" * 10)
+    labelled = [{"text": f"{word} {n}", "label": word} for n in range(5) for word in ("a", "b")]
+    (folder / "reviews.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in labelled))
+
+
+def encoder(directory):
+    """The recorded BERT with more positions, and a tokenizer of a few words."""
+    shutil.copytree(ROOT / "tests" / "models" / "fixtures" / "bert", directory)
+    tensors, metadata = tensorfile.read(directory / "model.safetensors")
+    (name,) = (name for name in tensors if "position_embeddings" in name)
+    tensors[name] = np.tile(tensors[name], (8, 1))
+    tensorfile.write(directory / "model.safetensors", tensors, metadata)
+    config = json.loads((directory / "config.json").read_text())
+    config["max_position_embeddings"] = len(tensors[name])
+    (directory / "config.json").write_text(json.dumps(config))
+    words = ["[PAD]", "[UNK]", "a", "b", *map(str, range(10))]
+    backend = tokenizers.Tokenizer(
+        models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]")
+    )
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    backend.save(str(directory / "tokenizer.json"))

@@ -124,7 +124,7 @@ def test_help_holds_whole_examples_in_any_terminal(command, columns, run, monkey
     lines = [line.strip() for line in done.out.splitlines()]
     assert examples and examples <= set(lines)
     rest = [line for line in done.out.splitlines() if line.strip() not in examples]
-    assert columns < 50 or max(map(len, rest)) <= max(columns, 66)
+    assert columns < 80 or max(map(len, rest)) <= columns
     assert "\x1b" not in done.out
 
 

@@ -1,6 +1,7 @@
 """What the helps show as examples is run, on small files of the names that they use."""
 
 import shlex
+import shutil
 
 import pytest
 
@@ -22,15 +23,19 @@ def shown_in_help(run, command):
     return found
 
 
-@pytest.mark.parametrize("command", app.COMMANDS)
+@pytest.mark.parametrize(
+    "command",
+    [pytest.param(x, marks=[pytest.mark.slow] * (x == "train")) for x in app.COMMANDS],
+)
 def test_the_examples_run(command, run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    files.everything(tmp_path)
+    (files.train_data if command == "train" else files.everything)(tmp_path)
     examples = shown_in_help(run, command)
     assert examples == list(app.COMMANDS[command].EXAMPLES)
     for example in examples:
         words = shlex.split(example)
         assert words[:2] == ["lora-jax", command]
+        shutil.rmtree("run", ignore_errors=True)
         words, into = (words[:-2], words[-1]) if words[-2] == ">" else (words, None)
         done = run(*words[1:])
         assert done.status == 0 and "error" not in done.err, (example, done)

@@ -1,5 +1,7 @@
 """`generate` against tokens chosen from the whole text's logits, without a cache."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -66,16 +68,20 @@ def test_a_file_standard_input_and_a_chat(world, run, monkeypatch):
     )
 
 
-def test_it_ends_where_the_text_does(world, run, monkeypatch):
-    """A head that always says the end-of-text token gives nothing but the line's end."""
+def test_it_ends_where_the_text_does(world, run):
+    """A head that always says one token, which config.json names as an end of texts."""
+    end = 50
     tensors = files.weights()
-    tensors["lm_head.weight"][:] = 0
-    tensors["model.norm.weight"][:] = 0
-    tensors["lm_head.weight"][files.SETTINGS["eos_token_id"]] = 1
-    tensors["model.norm.weight"][:] = 1
-    tensors["model.embed_tokens.weight"][:] = np.abs(tensors["model.embed_tokens.weight"]) + 9
+    embedding, head = tensors["model.embed_tokens.weight"], tensors["lm_head.weight"]
+    embedding[:], tensors["model.norm.weight"][:] = np.abs(embedding) + 9, 1
+    head[:], head[end] = 0, 1
     tensorfile.write(world / "my-model" / "model.safetensors", tensors)
-    done = run("generate", "--model", "my-model", "--prompt", "Hi")
+    words = ["generate", "--model", "my-model", "--prompt", "Hi", "--max-tokens", 3]
+    said = Tokenizer.load(world / "my-model").decode([end])
+    assert run(*words).out == said * 3 + "\n"
+    settings = files.SETTINGS | {"eos_token_id": [7, end]}
+    (world / "my-model" / "config.json").write_text(json.dumps(settings))
+    done = run(*words)
     assert (done.status, done.out) == (0, "\n")
 
 

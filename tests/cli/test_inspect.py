@@ -106,6 +106,28 @@ def test_ranks_and_alphas_of_patterns(tmp_path, run):
         np.testing.assert_allclose(got[module], numbers, rtol=1e-12)
 
 
+def test_experts_have_a_line_each(tmp_path):
+    """PEFT.md: expert e has the rows e·r:(e+1)·r of A, but the columns e::E of B."""
+    a, b = RNG.normal(size=(3 * 4, 12)), RNG.normal(size=(8, 4 * 3))
+    name = "base_model.model.model.layers.0.experts"
+    extra = {f"{name}.lora_A.weight": a, f"{name}.lora_B.weight": b}
+    config = {"target_parameters": ["experts.up"]}
+    file = read_factors(files.peft(tmp_path / "adapter", config=config, extra=extra))
+    found = {one.module: one for one in file.factors}
+    for e in range(3):
+        one = found[f"model.layers.0.experts[{e}]"]
+        np.testing.assert_array_equal(one.a @ one.b, (b[:, e::3] @ a[4 * e : 4 * e + 4]).T)
+
+
+def test_magnitudes_are_said(tmp_path, run):
+    name = f"base_model.model.{files.MODULES[0]}.lora_magnitude_vector"
+    extra = {name: np.ones(8, np.float32)}
+    adapter = files.peft(tmp_path / "adapter", config={"use_dora": True}, extra=extra)
+    done = run("inspect", adapter)
+    assert "LoRA, DoRA" in done.out and "lora_magnitude_vector [8]" in done.out
+    assert "without what DoRA's magnitudes do" in done.out
+
+
 def test_tensors_that_are_no_factors_are_named(tmp_path, run):
     head = {"base_model.model.head.weight": np.ones((3, 8), np.float32)}
     done = run("inspect", files.peft(tmp_path / "adapter", extra=head))

@@ -25,14 +25,6 @@ TEXT = "To be, or not to be, that is the question.\n" * 40
 SMALL = ("--length", 32, "--batch", 2, "--rank", 2, "--lr", "3e-2", "--targets", "q_proj,v_proj")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory):
-    """Where the tiny model is made."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("LORA_JAX_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
-
-
 @pytest.fixture(scope="module")
 def play(tmp_path_factory):
     path = tmp_path_factory.mktemp("data") / "play.txt"
@@ -74,7 +66,7 @@ def test_what_a_run_leaves(trained):
 def test_the_adapter_is_what_was_measured(trained):
     """Read back from PEFT's files, adapted and merged, on a base that is not scanned."""
     out, _ = trained
-    model = open_model("tiny", None, scan=False)
+    model = open_model("tiny", "float32", scan=False)
     adapters = peft.load(out / "adapter", model.params, model.naming)
     merged = lora.merge(lora.join(model.params, adapters))
     ids = np.asarray(model.tokenizer.encode(TEXT), np.int32)
@@ -133,10 +125,7 @@ def test_a_classifier(tmp_path, run, quick_compile):
 
 
 ERRORS = {
-    "no model": (
-        ["--model", "nowhere"],
-        "nowhere: there is no such file or directory",
-    ),
+    "no model": (["--model", "nowhere"], "nowhere: there is no such file or directory; give"),
     "no target": (["--targets", "q_prj"], "nothing is called 'q_prj'; there are q_proj"),
     "no rows": (["--length", 4096], "--length 4096: this model takes 2 to 1024"),
     "no encoding": (["--encoding", "x"], "no encoding is called 'x'"),
