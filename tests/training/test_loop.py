@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -94,10 +95,13 @@ def stopping_at(step):
 
 
 def test_resuming_is_exact(whole, tmp_path):
-    """Losses, evaluations and adapters to the bit; the stop falls on an evaluation, left out."""
+    """Losses, evaluations and adapters to the bit, after a stop and after a kill."""
     _, start, outcome, _ = whole
-    job, _ = models.job(tmp_path, steps=7, held_out=HELD_OUT, eval_every=3, accumulate=2)
-    assert train(job, start, stopping_at(3)).step == 3
+    often = {"eval_every": 3, "save_every": 2, "accumulate": 2}
+    job, _ = models.job(tmp_path, steps=7, held_out=HELD_OUT, **often)
+    assert train(job, start, stopping_at(3)).step == 3  # an evaluation is due and left out
+    assert train(job, start, stopping_at(6)).step == 6
+    shutil.rmtree(tmp_path / "checkpoints" / "6")  # as if killed before: the log is ahead
     resumed = train(job, start)
     assert without_seconds(resumed.records) == without_seconds(outcome.records)
     assert log.read(tmp_path / "log.jsonl") == resumed.records
@@ -156,7 +160,7 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path):
 
 def test_a_torn_line_of_the_log(tmp_path):
     file = tmp_path / "log.jsonl"
-    for step in (1, 2, 3):
+    for step in (1, 2, 3, 4):
         log.append(file, {"step": step, "loss": 1.0})
     file.write_text(file.read_text()[:-9])
     assert [r["step"] for r in log.rewind(file, 2)] == [1, 2]
