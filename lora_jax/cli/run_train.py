@@ -35,14 +35,16 @@ def main(options: Options, command: str) -> None:
     console = Console(stderr=True, highlight=False)
     say = lambda text: console.print(text, markup=False, soft_wrap=True)
     model = open_model(options.model, options.dtype, options.scan)
-    if not 2 <= options.length <= model.longest:
-        raise TrainingError(f"--length {options.length}: this model takes 2 to {model.longest}")
+    length = options.length or min(512, model.longest)
+    if not 2 <= length <= model.longest:
+        raise TrainingError(f"--length {length}: this model takes 2 to {model.longest}")
+    options = dataclasses.replace(options, length=length)
     task = read_task(options, model)
     for note in task.notes:
         say(f"note: {note}")
     targets = [task.prefix + path for path in resolve(options.targets, model.params, model.naming)]
     config = lora.LoraConfig(targets=targets, train=task.whole, **options.config)
-    ids = jax.ShapeDtypeStruct((1, options.length), jnp.int32)
+    ids = jax.ShapeDtypeStruct((1, length), jnp.int32)
     start = lora.init(jax.random.key(options.seed), task.params, config, task.apply, ids, ids)
     job, adapters = _job(options, task, targets, start)
     steps = job.settings.steps
@@ -51,7 +53,7 @@ def main(options: Options, command: str) -> None:
         say(f"nothing to resume in {options.out}: starting at the beginning")
     counts = lora.count_params(start)
     say(
-        f"{len(task.data):,} rows of {options.length} tokens, {steps:,} steps of "
+        f"{len(task.data):,} rows of {length} tokens, {steps:,} steps of "
         f"{options.rows * options.accumulate} rows; {counts.trainable:,} parameters train, "
         f"{counts.trainable / counts.total:.2%} of all"
     )

@@ -60,6 +60,9 @@ def command(
     eval_split: Annotated[
         float, typer.Option(min=0, max=0.9, help="Or the share of the data to judge by.")
     ] = 0.0,
+    eval_rows: Annotated[
+        int, typer.Option(min=0, help="Judge by at most so many rows; 0: all.")
+    ] = 0,
     encoding: Annotated[str, typer.Option(help="Of the data files.")] = "utf-8",
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
     rank: Annotated[int, typer.Option(min=1)] = 8,
@@ -75,7 +78,9 @@ def command(
     epochs: Annotated[float, typer.Option(min=0.001, help="Times through the data.")] = 1.0,
     batch: Annotated[int, typer.Option(min=1, help="Rows of a micro-batch.")] = 4,
     accumulate: Annotated[int, typer.Option(min=1, help="Micro-batches of a step.")] = 1,
-    length: Annotated[int, typer.Option(min=2, help="Tokens of a row.")] = 512,
+    length: Annotated[
+        int, typer.Option(min=0, help="Tokens of a row; 0: 512, or what the model takes.")
+    ] = 0,
     lr: Annotated[float, typer.Option(help="The highest learning rate.")] = 2e-4,
     schedule: Annotated[Schedule, typer.Option(help="After the warm-up.")] = Schedule.COSINE,
     warmup: Annotated[float, typer.Option(help="Steps; below 1 a share of all.")] = 0.05,
@@ -114,6 +119,7 @@ def command(
         data=tuple(data),
         held_out=tuple(held_out or ()),
         eval_split=eval_split,
+        eval_rows=eval_rows,
         encoding=encoding,
         out=out,
         resume=resume,

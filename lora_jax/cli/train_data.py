@@ -67,7 +67,10 @@ def read_task(options: Options, model: Model) -> Task:
         data, held_out, more = make(options, model, files, others)
         loss = partial(_language_loss, model, model.apply)
         task = Task(model.apply, model.params, loss, data, held_out, more)
-    return dataclasses.replace(task, notes=(*notes, *task.notes))
+    held_out = task.held_out
+    if held_out is not None and options.eval_rows:
+        held_out = held_out.first(options.eval_rows)
+    return dataclasses.replace(task, held_out=held_out, notes=(*notes, *task.notes))
 
 
 def _language_loss(model: Model, apply: Apply, adapted: Collection[str]) -> Loss:

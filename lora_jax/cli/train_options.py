@@ -19,6 +19,7 @@ class Options:
     data: tuple[Path, ...]
     held_out: tuple[Path, ...]
     eval_split: float
+    eval_rows: int
     encoding: str
     out: Path
     resume: bool
@@ -30,7 +31,7 @@ class Options:
     epochs: float
     rows: int
     accumulate: int
-    length: int
+    length: int  # 0: 512, or the most that the model takes
     eval_every: int
     save_every: int
     seed: int

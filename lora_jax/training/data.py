@@ -23,6 +23,10 @@ class Data:
     def __len__(self) -> int:
         return len(next(iter(self.arrays.values())))
 
+    def first(self, count: int) -> Data:
+        """The first `count` rows, or all where there are fewer."""
+        return Data({name: x[:count] for name, x in self.arrays.items()})
+
     def take(self, rows: np.ndarray) -> Batch:
         """The rows at integer indices `[m]`; an index of -1 gives an empty row."""
         there = rows >= 0
