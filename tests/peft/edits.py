@@ -1,0 +1,39 @@
+"""Adapters at random, and comparing them."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import lora_jax
+from lora_jax.overlay import adapted_nodes
+from tests.peft import models
+
+BASE = models.base("plain")
+SHAPES = {path: jax.ShapeDtypeStruct(x.shape, x.dtype) for path, x in BASE.items()}
+PREFIX = "base_model.model."
+UP = "model/layers/1/up/kernel"
+
+
+def adapted(config, which="plain"):
+    """Adapters at random, the scales the configuration's; no program is compiled for them."""
+    rng = np.random.default_rng(0)
+    nodes = lora_jax.init(jax.random.key(0), models.shapes(which), config)
+
+    def one(path, node):
+        _, scale, _ = config.for_path(path)
+        made = {"scale": np.full(node.scale.shape, scale, "f4")}
+        for field in ("a", "b", "magnitude", "value"):
+            x = getattr(node, field, None)
+            made[field] = x and jnp.asarray(rng.normal(size=x.shape), x.dtype)
+        fields = {f.name for f in dataclasses.fields(node)}
+        made = {field: x for field, x in made.items() if field in fields}
+        return dataclasses.replace(node, w=None, **made)
+
+    return {path: one(path, node) for path, node in adapted_nodes(nodes).items()}
+
+
+def equal(some, others):
+    assert adapted_nodes(some).keys() == adapted_nodes(others).keys()
+    jax.tree.map(np.testing.assert_array_equal, some, others)
