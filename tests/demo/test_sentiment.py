@@ -38,7 +38,8 @@ def encoder(tmp_path):
     """A directory with an encoder of random weights and a tokenizer."""
     directory = tmp_path / "encoder"
     directory.mkdir()
-    (directory / "config.json").write_text(json.dumps(dataclasses.asdict(CONFIG)))
+    settings = {"model_type": "bert", **dataclasses.asdict(CONFIG)}
+    (directory / "config.json").write_text(json.dumps(settings))
     rng = np.random.default_rng(0)
     tensors = {}
     for name, shape in shapes(CONFIG).items():
