@@ -17,15 +17,13 @@ KEY = jax.random.key(0)
 
 # One program of every kind that JAX traces more than once or keeps state about; not a shard_map,
 # for JAX finds a leak in the gradient of any.
-LEAKS = (
+LEAKS = ("flax_scan_remat", "nested_jit", "custom_vjp")
+MORE_LEAKS = (
     "dense",
     "flax_remat",
-    "flax_scan_remat",
     "fori_loop_carries_params",
     "cond_chooses_a_weight",
-    "nested_jit",
     "custom_jvp",
-    "custom_vjp",
     "grad_of_a_scan_remat",
 )
 
@@ -82,7 +80,9 @@ def test_no_implicit_promotion_of_mixed_dtypes(dtype, stored):
     assert {out.dtype for out in outs} == {jnp.dtype(dtype)}
 
 
-@pytest.mark.parametrize("name", LEAKS)
+@pytest.mark.parametrize(
+    "name", [*LEAKS, *(pytest.param(name, marks=pytest.mark.slow) for name in MORE_LEAKS)]
+)
 def test_no_tracer_leaks(name):
     case = named(name)
     built = case.build(jnp.float32)
