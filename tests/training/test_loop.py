@@ -175,7 +175,15 @@ def test_the_picture(whole, tmp_path):
     picture.draw([], tmp_path / "empty.png")
 
 
-def test_a_first_signal_is_a_wish_and_a_second_one_is_not():
+@pytest.fixture
+def default_handler():
+    """Python's own, which a process that a shell puts into the background does not have."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_a_first_signal_is_a_wish_and_a_second_one_is_not(default_handler):
     before = signal.getsignal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt), interruptible() as interrupt:
         assert not interrupt()
