@@ -21,9 +21,7 @@ from lora_jax.training.rows import STREAM, Row, Rows, read
 from lora_jax.training.step import Loss
 
 SLOTS = 16  # texts that a row of a classifier holds at most
-
-
-Apply = Callable[[Any, Any, Any], Any]
+Apply = Callable[[Any, Any, Any], Any]  # (params, ids, segments) -> logits
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,6 +72,7 @@ def read_task(options: Options, model: Model) -> Task:
 
 
 def _language_loss(model: Model, apply: Apply, adapted: Collection[str]) -> Loss:
+    """The cheaper loss of a frozen head wherever the head is not among what is adapted."""
     if model.head_path in adapted:
         return language_sums(apply)
     return language_sums_of_frozen_head(model.hidden, model.head)
