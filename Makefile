@@ -48,12 +48,12 @@ test-newest: ## the default suite on the newest Python found, with the newest ja
 fuzz: $(STAMP)-test ## random programs against their merged weights (COUNT=10000 SEED=0)
 	@$(RUN) tests.fuzz --count $(COUNT) --seed $(SEED) $(ARGS)
 
-lint: $(STAMP)-demo,dev ## style, format and types
+lint: $(STAMP)-cli,dev ## style, format and types
 	@$(RUN) ruff check
 	@$(RUN) ruff format --check
 	@$(RUN) mypy
 
-format: $(STAMP)-demo,dev ## what lint can repair by itself
+format: $(STAMP)-cli,dev ## what lint can repair by itself
 	@$(RUN) ruff check --fix-only
 	@$(RUN) ruff format
 
