@@ -52,7 +52,8 @@ def check_equal_to_merged(case: Case, dtype):
 
 def check_equal(case: Case, fn, adapted, params, args, tolerance):
     """Outputs and gradients (tangents) of `adapted` on `params` against `fn` on merged ones."""
-    assert_close(jax.jit(adapted)(params, *args), jax.jit(fn)(merged(params), *args), tolerance)
+    want = jax.jit(lambda params, *args: fn(merged(params), *args))(params, *args)
+    assert_close(jax.jit(adapted)(params, *args), want, tolerance)
     if not case.differentiable:
         return
     base, adapters = lora_jax.split(params)
@@ -78,7 +79,7 @@ def check_equal(case: Case, fn, adapted, params, args, tolerance):
         got = jax.jit(jax.grad(ours, (0, 1)))(adapters, inputs)
         want = jax.jit(jax.grad(oracle, (0, 1)))(adapters, inputs)
         assert_close(got, want, tolerance)
-        assert max(float(jnp.abs(x).max()) for x in jax.tree.leaves(got[0])) > 1e-3
+        assert max(np.abs(x).max() for x in jax.tree.leaves(got[0])) > 1e-3
     else:
         moved = jax.tree.map(jnp.cos, (adapters, inputs))
         got = jax.jit(lambda x: jax.jvp(ours, x, moved))((adapters, inputs))
