@@ -79,7 +79,7 @@ def command(
     batch: Annotated[int, typer.Option(min=1, help="Rows of a micro-batch.")] = 4,
     accumulate: Annotated[int, typer.Option(min=1, help="Micro-batches of a step.")] = 1,
     length: Annotated[
-        int, typer.Option(min=0, help="Tokens of a row; 0: 512, or what the model takes.")
+        int, typer.Option(min=0, help="Tokens read of a row; 0: 512, or all the model takes.")
     ] = 0,
     lr: Annotated[float, typer.Option(help="The highest learning rate.")] = 2e-4,
     schedule: Annotated[Schedule, typer.Option(help="After the warm-up.")] = Schedule.COSINE,

@@ -107,7 +107,8 @@ def _examples(
 ) -> tuple[Data, Data | None, tuple[str, ...]]:
     """Rows of text, prompts and completions, or conversations, packed."""
     trained, held_out = _split(options, files, others)
-    parts = [encode(rows, model.tokenizer, options.length) for rows in (trained, held_out) if rows]
+    longest = options.length + 1  # the last token is not read, only predicted
+    parts = [encode(rows, model.tokenizer, longest) for rows in (trained, held_out) if rows]
     packed = [pack_examples(part.examples, options.length) for part in parts]
     notes = tuple(note for part in parts for note in part.notes)
     return packed[0], packed[1] if held_out else None, notes

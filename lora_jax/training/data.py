@@ -38,29 +38,35 @@ class Data:
 
 
 def pack_examples(examples: Sequence[Example], length: int) -> Data:
-    """Examples packed into rows of `length` tokens, for a language model.
+    """Examples packed into rows, for a language model that reads `length` tokens of each.
+
+    A row has one token more than is read: the last is only predicted.
+
+    Args:
+      examples: each of at most `length + 1` tokens.
 
     Returns:
-      Data of int32 "ids" and "segments" `[rows, length]` (1, 2, ... for a row's texts, 0 at
-      padding) and float32 "weights" `[rows, length]`: 1 where the token is to be predicted from
+      Data of int32 "ids" and "segments" `[rows, length + 1]` (1, 2, ... for a row's texts, 0 at
+      padding) and float32 "weights" of the same shape: 1 where the token is to be predicted from
       those before it in its segment. The first of a segment never is.
     """
     lengths = [len(example) for example in examples]
-    rows = assign(lengths, length, length)
+    capacity = length + 1
+    rows = assign(lengths, capacity, capacity)
     weights = [example.trains.astype(np.float32) for example in examples]
     for weight in weights:
         weight[0] = 0
     return Data(
         {
-            "ids": lay_out(rows, [example.ids for example in examples], length),
-            "segments": number_segments(rows, lengths, length),
-            "weights": lay_out(rows, weights, length),
+            "ids": lay_out(rows, [example.ids for example in examples], capacity),
+            "segments": number_segments(rows, lengths, capacity),
+            "weights": lay_out(rows, weights, capacity),
         }
     )
 
 
 def cut_stream(ids: np.ndarray, length: int) -> Data:
-    """One stream of token ids in full rows of `length` tokens.
+    """One stream of token ids in rows that predict `length` tokens each.
 
     Each row begins with the token that the row before it ends with, so that every token but the
     first is predicted once. The last row is padded.
@@ -71,20 +77,20 @@ def cut_stream(ids: np.ndarray, length: int) -> Data:
     Returns:
       Data as `pack_examples` gives it.
 
-    >>> cut_stream(np.arange(1, 7, dtype=np.int32), length=3).arrays["ids"]
+    >>> cut_stream(np.arange(1, 7, dtype=np.int32), length=2).arrays["ids"]
     array([[1, 2, 3],
            [3, 4, 5],
            [5, 6, 0]], dtype=int32)
     """
-    starts = range(0, len(ids) - 1, length - 1)
-    pieces = [ids[start : start + length] for start in starts]
+    starts = range(0, len(ids) - 1, length)
+    pieces = [ids[start : start + length + 1] for start in starts]
     every = [np.ones(len(piece), bool) for piece in pieces]
     laid = {"ids": pieces, "segments": [e.astype(np.int32) for e in every]}
     rows = [[i] for i in range(len(pieces))]
-    weights = lay_out(rows, [e.astype(np.float32) for e in every], length)
+    weights = lay_out(rows, [e.astype(np.float32) for e in every], length + 1)
     weights[:, 0] = 0
     return Data(
-        {**{name: lay_out(rows, x, length) for name, x in laid.items()}, "weights": weights}
+        {**{name: lay_out(rows, x, length + 1) for name, x in laid.items()}, "weights": weights}
     )
 
 
