@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lora_jax.text.packing import assign, lay_out, number_segments, pack
+from lora_jax.text.packing import Assign, assign, lay_out, number_segments, pack
 from lora_jax.training.examples import Example
 
 Batch = Mapping[str, np.ndarray]
@@ -37,13 +37,14 @@ class Data:
         }
 
 
-def pack_examples(examples: Sequence[Example], length: int) -> Data:
+def pack_examples(examples: Sequence[Example], length: int, by: Assign = assign) -> Data:
     """Examples packed into rows, for a language model that reads `length` tokens of each.
 
     A row has one token more than is read: the last is only predicted.
 
     Args:
       examples: each of at most `length + 1` tokens.
+      by: which examples share a row; `assign_in_order` keeps their order.
 
     Returns:
       Data of int32 "ids" and "segments" `[rows, length + 1]` (1, 2, ... for a row's texts, 0 at
@@ -52,7 +53,7 @@ def pack_examples(examples: Sequence[Example], length: int) -> Data:
     """
     lengths = [len(example) for example in examples]
     capacity = length + 1
-    rows = assign(lengths, capacity, capacity)
+    rows = by(lengths, capacity, capacity)
     weights = [example.trains.astype(np.float32) for example in examples]
     for weight in weights:
         weight[0] = 0
@@ -95,7 +96,11 @@ def cut_stream(ids: np.ndarray, length: int) -> Data:
 
 
 def pack_labelled(
-    texts: Sequence[np.ndarray], labels: Sequence[int], length: int, slots: int
+    texts: Sequence[np.ndarray],
+    labels: Sequence[int],
+    length: int,
+    slots: int,
+    by: Assign = assign,
 ) -> Data:
     """Labelled texts packed into rows of `length` tokens, for a classifier.
 
@@ -103,12 +108,13 @@ def pack_labelled(
       texts: int32 token ids `[n]` of each text, n at most `length`.
       labels: the class of each.
       slots: texts a row holds at most.
+      by: which texts share a row; `assign_in_order` keeps their order.
 
     Returns:
       Data of int32 "ids" and "segments" `[rows, length]`, int32 "labels" `[rows, slots]` and
       float32 "weights" `[rows, slots]`, 1 where the row has such a segment.
     """
-    packed = pack(texts, length, slots)
+    packed = pack(texts, length, slots, by)
     there = packed.source >= 0
     return Data(
         {
@@ -125,16 +131,20 @@ def steps_per_epoch(rows: int, size: int) -> int:
     return math.ceil(rows / size)
 
 
-def batch_of_step(data: Data, size: int, seed: int, step: int) -> Batch:
+def batch_of_step(data: Data, size: int, seed: int | None, step: int) -> Batch:
     """The `size` rows of one training step, a function of seed and step alone.
 
     Each epoch goes through all rows once, in an order of its own; empty rows fill its last batch.
 
     Args:
+      seed: of the orders; None takes the rows as they stand, in every epoch.
       step: from 0.
     """
     epoch, place = divmod(step, steps_per_epoch(len(data), size))
-    order = np.random.default_rng([seed, epoch]).permutation(len(data))
+    if seed is None:
+        order = np.arange(len(data))
+    else:
+        order = np.random.default_rng([seed, epoch]).permutation(len(data))
     return data.take(_filled(order[place * size : (place + 1) * size], size))
 
 
