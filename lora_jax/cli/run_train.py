@@ -76,6 +76,7 @@ def _job(options: Options, task: Task, targets: list[str], start: Any) -> tuple[
         rows=options.rows,
         accumulate=options.accumulate,
         seed=options.seed,
+        shuffle=options.shuffle,
         eval_every=options.eval_every,
         save_every=options.save_every,
     )
@@ -100,6 +101,7 @@ def _recorded(options: Options, config: lora.LoraConfig, steps: int) -> dict[str
         "batch": options.rows,
         "accumulate": options.accumulate,
         "seed": options.seed,
+        "shuffle": options.shuffle,
         "steps": steps,
         "scan": options.scan,
     }

@@ -44,6 +44,7 @@ class Schedule(enum.StrEnum):
 _MODEL = "A directory in Hugging Face's layout, a .gguf file, or a name: smollm2, tiny."
 _DATA = "A .jsonl file of rows, or a .txt file; may be given several times."
 _OUT = "The run's directory: adapter, checkpoints, log."
+_SHUFFLE = "A new order of the rows each epoch, or the files' order, packed less tightly."
 _TARGETS = "What to adapt, by commas: torch's names, paths of the tree, or all-linear."
 
 
@@ -79,7 +80,7 @@ def command(
     batch: Annotated[int, typer.Option(min=1, help="Rows of a micro-batch.")] = 4,
     accumulate: Annotated[int, typer.Option(min=1, help="Micro-batches of a step.")] = 1,
     length: Annotated[
-        int, typer.Option(min=0, help="Tokens of a row; 0: 512, or what the model takes.")
+        int, typer.Option(min=0, help="Tokens read of a row; 0: 512, or all the model takes.")
     ] = 0,
     lr: Annotated[float, typer.Option(help="The highest learning rate.")] = 2e-4,
     schedule: Annotated[Schedule, typer.Option(help="After the warm-up.")] = Schedule.COSINE,
@@ -90,6 +91,7 @@ def command(
     eval_every: Annotated[int, typer.Option(min=0, help="Steps; 0: first and last.")] = 0,
     save_every: Annotated[int, typer.Option(min=0, help="Steps; 0: the last alone.")] = 100,
     seed: Annotated[int, typer.Option(min=0, help="Of start, order and dropout.")] = 0,
+    shuffle: Annotated[bool, typer.Option(help=_SHUFFLE)] = True,
     dtype: Annotated[
         Dtype | None, typer.Option(help="Of the frozen model; without it, the file's.")
     ] = None,
@@ -142,6 +144,7 @@ def command(
         eval_every=eval_every,
         save_every=save_every,
         seed=seed,
+        shuffle=shuffle,
         dtype=dtype.value if dtype else None,
         scan=scan,
     )

@@ -35,5 +35,6 @@ class Options:
     eval_every: int
     save_every: int
     seed: int
+    shuffle: bool
     dtype: str | None
     scan: bool

@@ -117,6 +117,12 @@ def test_a_finished_run_stays_as_it_is(whole):
         np.testing.assert_array_equal(a, b)
 
 
+def test_rows_in_their_order(tmp_path):
+    """Of the 14 rows the last alone is not full, and it is in every epoch's last step."""
+    job, start = models.job(tmp_path, steps=4, rows=8, shuffle=False)
+    assert [r["tokens"] for r in train(job, start).records] == [72, 47, 72, 47]
+
+
 def test_a_loss_that_is_not_finite(tmp_path):
     """The state before it is saved, and a run without the trouble goes on from there."""
     job, start = models.job(tmp_path, steps=4)
