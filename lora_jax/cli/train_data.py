@@ -48,7 +48,7 @@ def read_task(options: Options, model: Model) -> Task:
       TrainingError: the model cannot do the task.
     """
     files = [read(path, options.encoding) for path in options.data]
-    others = [read(path, options.encoding) for path in options.held_out]
+    others = [read(path, options.encoding) for path in options.held_out or ()]
     kinds = {rows.kind: rows.source for rows in [*files, *others]}
     if len(kinds) > 1:
         named = ", ".join(f"{source} holds {kind} rows" for kind, source in kinds.items())

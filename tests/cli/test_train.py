@@ -1,6 +1,9 @@
 """`lora-jax train` on a random model of a hundred thousand parameters."""
 
+import dataclasses
 import json
+import pathlib
+import shlex
 import signal
 import string
 import subprocess
@@ -202,6 +205,21 @@ def test_mistakes_on_the_command_line(play, tmp_path, fails):
     both = ["--eval", play, "--eval-split", 0.1]
     assert "--eval or --eval-split" in fails(*words(play, tmp_path, *both), status=2)
     assert "--task" in fails(*words(play, tmp_path, "--task", "poetry"), status=2)
+
+
+def test_the_command_that_goes_on(monkeypatch, run):
+    """Read again it says the same, and --resume."""
+    said = []
+    monkeypatch.setattr(run_train, "main", lambda *given: said.append(given))
+    first = words("a b.txt", "run", "--data", "c.txt", "--eval", "d.txt", "--eval", "e.txt")
+    first += ["--task", "classification", "--dtype", "bfloat16", "--scan", "--no-shuffle"]
+    first += ["--dora", "--steps", "7", "--alpha", "3.5", "--lora-plus", "16", "--init", "olora"]
+    assert run(*first).status == 0
+    assert run(*shlex.split(said[0][1])[1:]).status == 0
+    (options, command), again = said
+    assert again == (dataclasses.replace(options, resume=True), command)
+    assert options.data == [pathlib.Path("a b.txt"), pathlib.Path("c.txt")]
+    assert (options.init, options.lora_plus, options.shuffle) == ("olora", 16.0, False)
 
 
 SIGNALLED = """

@@ -164,6 +164,28 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path):
             checkpoints.restore({"y": state["x"]})
 
 
+def test_killed_while_an_old_step_is_deleted(tmp_path, monkeypatch, caplog):
+    """What is left is no step, nothing is said of it, and the next process removes it."""
+
+    def killed(path, **_):
+        if path.is_dir():
+            raise KeyboardInterrupt
+
+    state = {"x": jnp.arange(3.0)}
+    with Checkpoints(tmp_path) as checkpoints, monkeypatch.context() as patch:
+        checkpoints.save(1, state)
+        checkpoints.save(2, state)
+        patch.setattr(shutil, "rmtree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            checkpoints.save(3, state)
+    (left,) = tmp_path.glob("*/1")
+    (left / "_CHECKPOINT_METADATA").unlink()
+    with Checkpoints(tmp_path) as checkpoints:
+        assert checkpoints.steps() == [2, 3] and checkpoints.restore(state)[0] == 3
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["2", "3"]
+    assert caplog.messages == []
+
+
 def test_a_torn_line_of_the_log(tmp_path):
     file = tmp_path / "log.jsonl"
     for step in (1, 2, 3, 4):
