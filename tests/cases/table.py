@@ -83,12 +83,12 @@ def a_few(cases: list[Case]) -> list[Any]:
     return [pytest.param(case, marks=[] if case.name in FEW else slow) for case in cases]
 
 
-# Fixtures are made with numpy: for programs this small, compiling what draws them was most of the
-# suite's time.
+# Fixtures are made with numpy (and `device_put`, for `asarray` compiles): for programs this small,
+# compiling what draws them was most of the suite's time.
 def normal(seed: int, shape: tuple[int, ...], dtype: Any, size: float = 1.0) -> jax.Array:
     """Normal numbers times `size`."""
     drawn = np.random.default_rng(seed).standard_normal(shape) * size
-    return jnp.asarray(drawn.astype(jnp.dtype(dtype)))
+    return jax.device_put(drawn.astype(jnp.dtype(dtype)))
 
 
 def linen(module: nn.Module, *args: Any) -> tuple[Callable, Any, tuple]:
