@@ -124,7 +124,10 @@ def wrong_targets(
 def _targets(modules: Collection[str], adaptable: Sequence[str], complete: bool) -> Any:
     """`target_modules` for just these: ends of names, whole names, or a regular expression."""
     ends = {_end(module): None for module in modules}
-    for names in (tuple(ends), tuple(modules)) if complete else (tuple(modules),):
+    choices = [tuple(ends), tuple(modules)]
+    if not complete:  # a name of one segment is the end of others
+        choices = choices[1:] if all("." in module for module in modules) else []
+    for names in choices:
         if not wrong_targets(PeftConfig(target_modules=names), modules, adaptable):
             return tuple(sorted(names))
     return "|".join(re.escape(name) for name in sorted(modules))

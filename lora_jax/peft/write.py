@@ -28,6 +28,7 @@ def save(
     naming: Naming,
     *,
     base: Any = None,
+    complete: bool = True,
     config: LoraConfig | PeftConfig | None = None,
     fold: bool = False,
     base_model: str | None = None,
@@ -50,6 +51,8 @@ def save(
       base: the base of an overlay, arrays or `ShapeDtypeStruct`s. With it `target_modules` is short
         where the ends of names are enough. Its values are needed where a module is saved whole of
         which only a part was trained; its shapes, for rows of an embedding.
+      complete: whether `base` has every module of torch's model. Without a base, or with a part of
+        one, modules are named in full, so that PEFT adapts no others that are called alike.
       config: what the adapters were made with, for the dropout, rsLoRA, and the words in which
         ranks and targets are told.
       fold: multiply the scales into B, set alpha to the rank, pad all factors to the largest rank:
@@ -80,7 +83,8 @@ def save(
     _check(problems + _refused(contents, fold) + _tied_problems(contents, model, base is None))
     if fold:
         contents.factors = _folded(contents)
-    written = settings(contents, saved, model, None if fold else config, complete=base is not None)
+    complete = complete and base is not None
+    written = settings(contents, saved, model, None if fold else config, complete=complete)
     written = dataclasses.replace(
         written,
         base_model_name_or_path=base_model or written.base_model_name_or_path,
