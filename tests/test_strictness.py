@@ -121,17 +121,22 @@ def adapted_block(width, hidden, out, rank):
         "down": normal(2, (hidden, out), jnp.float32),
     }
     x = jnp.ones((3, width))
-    return randomize(lora_jax.init(KEY, params, lora_jax.LoraConfig(rank=rank), block, x))
+    return adapt((block, params, (x,)), {"up": "io", "down": "io"}, jnp.float32, rank=rank)
 
 
 def check(params, x, fn=block):
     """Values and gradients equal the merged model's, and none is infinite or no number."""
     run = lora_jax.lora(fn, on_dense="error")
+
+    @jax.jit
+    def compare(params, x):
+        plain = merged(params)
+        grads = jax.grad(lambda p, x: loss(run(p, x)), (0, 1))(params, x)
+        dx = jax.grad(lambda p, x: loss(fn(p, x)), 1)(plain, x)
+        return run(params, x), grads, fn(plain, x), dx
+
     with no_nans():
-        got = jax.jit(run)(params, x)
-        grads = jax.jit(jax.grad(lambda p, x: loss(run(p, x)), (0, 1)))(params, x)
-        want = jax.jit(fn)(merged(params), x)
-        dx = jax.jit(jax.grad(lambda p, x: loss(fn(p, x)), 1))(merged(params), x)
+        got, grads, want, dx = compare(params, x)
     close = lambda g, w: np.testing.assert_allclose(g, w, rtol=2e-3, atol=2e-3)
     jax.tree.map(close, got, want)
     close(grads[1], dx)
@@ -178,9 +183,9 @@ def test_a_stack_of_one_layer_and_an_empty_loop():
 
     x = normal(0, (3, 7), jnp.float32)
     params = {"w": normal(1, (1, 7, 7), jnp.float32)}
-    check(randomize(lora_jax.init(KEY, params, lora_jax.LoraConfig(rank=7), fn, x)), x, fn)
+    check(adapt((fn, params, (x,)), {"w": "bio"}, jnp.float32, rank=7), x, fn)
 
     def empty(params, x):
         return jax.lax.fori_loop(0, 0, lambda i, h: h @ params["w"][i], x) @ params["w"][0]
 
-    check(randomize(lora_jax.init(KEY, params, lora_jax.LoraConfig(rank=2), empty, x)), x, empty)
+    check(adapt((empty, params, (x,)), {"w": "bio"}, jnp.float32), x, empty)
