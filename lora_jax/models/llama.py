@@ -151,12 +151,12 @@ class Llama(nn.Module):
     ...     num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
     ... )
     >>> model, ids = Llama(config), jnp.array([[3, 1, 4]])
-    >>> variables = model.init(jax.random.key(0), ids)
-    >>> model.apply(variables, ids).shape
+    >>> variables, apply = jax.jit(model.init)(jax.random.key(0), ids), jax.jit(model.apply)
+    >>> apply(variables, ids).shape
     (1, 3, 11)
     >>> cache = model.init_cache(batch=1, length=5)
-    >>> logits, cache = model.apply(variables, ids, cache=cache)
-    >>> logits, cache = model.apply(variables, jnp.array([[1]]), cache=cache)
+    >>> logits, cache = apply(variables, ids, cache=cache)
+    >>> logits, cache = apply(variables, jnp.array([[1]]), cache=cache)
     >>> logits.shape, int(cache.filled)
     ((1, 1, 11), 4)
     """
