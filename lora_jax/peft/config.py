@@ -9,9 +9,11 @@ from typing import Any
 
 from lora_jax import tensorfile
 from lora_jax.errors import AdapterFileError, ConfigError
+from lora_jax.peft import patterns
 
 FILE = "adapter_config.json"
 BIASES = ("none", "all", "lora_only")
+_MOST_PATTERNS = 100  # not counting plain names, of which there is one a module at most
 # Starts that change the base: A and B say nothing without it.
 CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 # Keys that change what A and B mean, with what each does; read only where they are off.
@@ -184,15 +186,15 @@ class PeftConfig:
 
     def _saves(self, module: str) -> bool:
         names = self.modules_to_save or ()
-        return any(re.match(rf"(^|.*\.){name}($|\..*)", module) for name in names)
+        return any(_begins(name, rf"(^|.*\.){name}($|\..*)", module) for name in names)
 
     def _layer(self, module: str) -> int | None:
         """The number of the layer that a module is in, as PEFT reads names."""
         if not self.layers_pattern:
             found = re.match(r".*?\.[^.]*\.(\d+)\.", module)
             return int(found[1]) if found else None
-        patterns = self.layers_pattern
-        for pattern in (patterns,) if isinstance(patterns, str) else patterns:
+        names = self.layers_pattern
+        for pattern in (names,) if isinstance(names, str) else names:
             found = re.match(rf"(?:^|.*?\.)(?:{pattern})\.(?P<number>\d+)\.", module)
             if found:
                 return int(found["number"])
@@ -246,21 +248,31 @@ def _shown(value: Any) -> str:
 def _bad_patterns(config: PeftConfig) -> Iterable[str]:
     """Strings that are read as regular expressions and are none."""
     layers = config.layers_pattern or ()
-    patterns = {
+    layers = (layers,) if isinstance(layers, str) else layers
+    entries: dict[str, Iterable[Any]] = {
         "target_modules": [config.target_modules],
         "exclude_modules": [config.exclude_modules],
-        "rank_pattern": list(config.rank_pattern),
-        "alpha_pattern": list(config.alpha_pattern),
+        "rank_pattern": config.rank_pattern,
+        "alpha_pattern": config.alpha_pattern,
         "modules_to_save": config.modules_to_save or (),
-        "layers_pattern": (layers,) if isinstance(layers, str) else layers,
+        "layers_pattern": layers,
     }
-    for name, entries in patterns.items():
-        for entry in entries:
-            if isinstance(entry, str):
-                try:
-                    re.compile(entry)
-                except (re.error, RecursionError, OverflowError) as error:
-                    yield f"{name}: {_shown(entry)} is not a regular expression ({error})"
+    several = {"rank_pattern", "alpha_pattern", "modules_to_save"}
+    for name, given in entries.items():
+        texts = [entry for entry in given if isinstance(entry, str)]
+        for entry in texts:
+            try:
+                patterns.check(entry)
+                if name in several and not patterns.is_plain(entry):
+                    patterns.check(f"({entry})")  # it is a part of one there
+            except ConfigError as error:
+                yield f"{name}: {_shown(entry)} {error}"
+        count = sum(not patterns.is_plain(entry) for entry in texts)
+        if name in several and count > _MOST_PATTERNS:
+            yield f"{name}: has {count} regular expressions, and {_MOST_PATTERNS} are read"
+    for entry in layers:
+        if not patterns.is_plain(entry):
+            yield f"layers_pattern: {_shown(entry)} has groups or repeats, which are not read there"
 
 
 def _refused(config: PeftConfig) -> Iterable[str]:
@@ -279,15 +291,21 @@ def _refused(config: PeftConfig) -> Iterable[str]:
 def _in(targets: Any, module: str) -> bool:
     """PEFT's rule: a string is a regex for the whole name, a list holds names and their ends."""
     if isinstance(targets, str):
-        return re.fullmatch(targets, module) is not None
+        return patterns.fullmatch(targets, module)
     names = targets or ()
     return any(module == name or module.endswith("." + name) for name in names)
 
 
-def _first(patterns: Iterable[str], module: str) -> str | None:
+def _first(keys: Iterable[str], module: str) -> str | None:
     """The first pattern that matches a module, by PEFT's rule."""
-    matches = (p for p in patterns if re.match(rf"(.*\.)?({p})$", module))
-    return next(matches, None)
+    return next((key for key in keys if _begins(key, rf"(.*\.)?({key})$", module)), None)
+
+
+def _begins(key: str, pattern: str, module: str) -> bool:
+    """Whether a pattern made of a key matches at the beginning of a module's name."""
+    if patterns.is_plain(key):
+        return re.match(pattern, module) is not None
+    return patterns.match(pattern, module)
 
 
 def exact_pattern(module: str, modules: Iterable[str]) -> str:
