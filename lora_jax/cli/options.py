@@ -1,7 +1,9 @@
 """Options that several commands have."""
 
+import inspect
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import typer
 
@@ -26,6 +28,31 @@ Force = Annotated[
     bool, typer.Option("--force", "-f", help="Write into a place that exists already.")
 ]
 Out = Annotated[Path, typer.Option("--out", "-o", help="Where to write.")]
+
+
+Options = TypeVar("Options")
+
+
+def takes(
+    options: type[Options],
+) -> Callable[[Callable[[typer.Context, Options], None]], Callable[..., None]]:
+    """Makes a command of a function of one value, whose fields are the command's options.
+
+    Args:
+      options: a dataclass, its fields annotated for typer.
+    """
+
+    def decorate(function: Callable[[typer.Context, Options], None]) -> Callable[..., None]:
+        def command(context: typer.Context, **given: Any) -> None:
+            function(context, options(**given))
+
+        first, _ = inspect.signature(command).parameters.values()
+        fields = inspect.signature(options).parameters.values()
+        command.__doc__ = function.__doc__
+        command.__signature__ = inspect.Signature([first, *fields])  # type: ignore[attr-defined]
+        return command
+
+    return decorate
 
 
 def refuse_existing(out: Path, force: bool) -> None:

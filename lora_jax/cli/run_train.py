@@ -20,6 +20,7 @@ from lora_jax.training import log, picture, progress, run
 from lora_jax.training.errors import TrainingError
 from lora_jax.training.interrupt import interruptible
 from lora_jax.training.loop import Job, Outcome, Settings, Watcher, steps_of_epochs, train
+from lora_jax.training.optimizer import Optimizer
 
 
 def main(options: Options, command: str) -> None:
@@ -34,6 +35,7 @@ def main(options: Options, command: str) -> None:
     """
     console = Console(stderr=True, highlight=False)
     say = lambda text: console.print(text, markup=False, soft_wrap=True)
+    optimizer = _optimizer(options)
     model = open_model(options.model, options.dtype, options.scan)
     length = options.length or min(512, model.longest)
     if not 2 <= length <= model.longest:
@@ -42,11 +44,13 @@ def main(options: Options, command: str) -> None:
     task = read_task(options, model)
     for note in task.notes:
         say(f"note: {note}")
-    targets = [task.prefix + path for path in resolve(options.targets, model.params, model.naming)]
-    config = lora.LoraConfig(targets=targets, train=task.whole, **options.config)
+    targets = [
+        task.prefix + path for path in resolve(options.target_names, model.params, model.naming)
+    ]
+    config = _config(options, targets, task.whole)
     ids = jax.ShapeDtypeStruct((1, length), jnp.int32)
     start = lora.init(jax.random.key(options.seed), task.params, config, task.apply, ids, ids)
-    job, adapters = _job(options, task, targets, start)
+    job, adapters = _job(options, optimizer, task, targets, start)
     steps = job.settings.steps
     this = run.identity(_recorded(options, config, steps), task.params, task.data, task.held_out)
     if not run.begin(options.out, this, options.resume) and options.resume:
@@ -54,7 +58,7 @@ def main(options: Options, command: str) -> None:
     counts = lora.count_params(start)
     say(
         f"{len(task.data):,} rows of {length} tokens, {steps:,} steps of "
-        f"{options.rows * options.accumulate} rows; {counts.trainable:,} parameters train, "
+        f"{options.size} rows; {counts.trainable:,} parameters train, "
         f"{counts.trainable / counts.total:.2%} of all"
     )
     results = train_results.Results(options, task, model.naming, config, start)
@@ -66,24 +70,50 @@ def main(options: Options, command: str) -> None:
     train_results.show(outcome.records, [path, options.out / "log.jsonl", options.out / "loss.png"])
 
 
-def _job(options: Options, task: Task, targets: list[str], start: Any) -> tuple[Job, Any]:
+def _config(options: Options, targets: list[str], whole: tuple[str, ...]) -> lora.LoraConfig:
+    return lora.LoraConfig(
+        targets=targets,
+        train=whole,
+        rank=options.rank,
+        alpha=options.alpha,
+        init=options.init,
+        dora=options.dora,
+        scaling="rslora" if options.rslora else "standard",
+        dropout=options.dropout,
+    )
+
+
+def _optimizer(options: Options) -> Optimizer:
+    return Optimizer(
+        learning_rate=options.lr,
+        schedule=options.schedule,
+        warmup=options.warmup,
+        clip=options.clip,
+        weight_decay=options.weight_decay,
+        b_ratio=options.lora_plus,
+    )
+
+
+def _job(
+    options: Options, optimizer: Optimizer, task: Task, targets: list[str], start: Any
+) -> tuple[Job, Any]:
     """What to train, and the adapters to start with."""
     base, adapters = lora.split(start)
-    size = options.rows * options.accumulate
-    steps = options.steps or steps_of_epochs(options.epochs, task.data, size)
+    steps = options.steps or steps_of_epochs(options.epochs, task.data, options.size)
     settings = Settings(
         steps=steps,
-        rows=options.rows,
+        rows=options.batch,
         accumulate=options.accumulate,
         seed=options.seed,
+        shuffle=options.shuffle,
         eval_every=options.eval_every,
         save_every=options.save_every,
     )
     job = Job(
         loss=task.loss(targets),
         base=base,
-        tx=options.optimizer.transformation(adapters, steps),
-        rates=options.optimizer.rates(steps),
+        tx=optimizer.transformation(adapters, steps),
+        rates=optimizer.rates(steps),
         data=task.data,
         held_out=task.held_out,
         settings=settings,
@@ -94,20 +124,13 @@ def _job(options: Options, task: Task, targets: list[str], start: Any) -> tuple[
 
 def _recorded(options: Options, config: lora.LoraConfig, steps: int) -> dict[str, Any]:
     """All that decides what a step computes, under the names of the command line."""
-    kept = {
-        "task": options.task,
-        "length": options.length,
-        "batch": options.rows,
-        "accumulate": options.accumulate,
-        "seed": options.seed,
-        "steps": steps,
-        "scan": options.scan,
-    }
-    optimizer = dataclasses.asdict(options.optimizer)
-    renamed = {"learning_rate": "lr", "b_ratio": "lora_plus"}
+    names = (
+        *("task", "length", "batch", "accumulate", "seed", "shuffle", "scan"),
+        *("lr", "schedule", "warmup", "clip", "weight_decay", "lora_plus"),
+    )
     return {
-        **kept,
-        **{renamed.get(name, name): value for name, value in optimizer.items()},
+        **{name: getattr(options, name) for name in names},
+        "steps": steps,
         **{name: value for name, value in config.to_dict().items() if name != "dtype"},
     }
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import enum
 import shlex
-from pathlib import Path
-from typing import Annotated, Any
 
 import typer
+
+from lora_jax.cli.options import takes
+from lora_jax.cli.train_options import Options
 
 EXAMPLES = (
     "lora-jax train --model smollm2 --data play.txt --targets q_proj,v_proj --out run",
@@ -17,86 +17,8 @@ EXAMPLES = (
 )
 
 
-class Task(enum.StrEnum):
-    CAUSAL_LM = "causal-lm"
-    CLASSIFICATION = "classification"
-
-
-class Init(enum.StrEnum):
-    KAIMING = "kaiming"
-    GAUSSIAN = "gaussian"
-    ORTHOGONAL = "orthogonal"
-    PISSA = "pissa"
-    PISSA_FAST = "pissa_fast"
-    OLORA = "olora"
-
-
-class Dtype(enum.StrEnum):
-    FLOAT32 = "float32"
-    BFLOAT16 = "bfloat16"
-
-
-class Schedule(enum.StrEnum):
-    COSINE = "cosine"
-    CONSTANT = "constant"
-
-
-_MODEL = "A directory in Hugging Face's layout, a .gguf file, or a name: smollm2, tiny."
-_DATA = "A .jsonl file of rows, or a .txt file; may be given several times."
-_OUT = "The run's directory: adapter, checkpoints, log."
-_TARGETS = "What to adapt, by commas: torch's names, paths of the tree, or all-linear."
-
-
-def command(
-    context: typer.Context,
-    model: Annotated[str, typer.Option(metavar="MODEL", help=_MODEL)],
-    data: Annotated[list[Path], typer.Option(metavar="FILE", help=_DATA)],
-    out: Annotated[Path, typer.Option(metavar="DIR", help=_OUT)],
-    task: Annotated[Task, typer.Option(help="What to learn.")] = Task.CAUSAL_LM,
-    held_out: Annotated[
-        list[Path] | None,
-        typer.Option("--eval", metavar="FILE", help="Files to judge by, of the same kind."),
-    ] = None,
-    eval_split: Annotated[
-        float, typer.Option(min=0, max=0.9, help="Or the share of the data to judge by.")
-    ] = 0.0,
-    eval_rows: Annotated[
-        int, typer.Option(min=0, help="Judge by at most so many rows; 0: all.")
-    ] = 0,
-    encoding: Annotated[str, typer.Option(help="Of the data files.")] = "utf-8",
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
-    rank: Annotated[int, typer.Option(min=1)] = 8,
-    alpha: Annotated[
-        float | None, typer.Option(help="The scale is alpha / rank; without it, 1.")
-    ] = None,
-    targets: Annotated[str, typer.Option(help=_TARGETS)] = "all-linear",
-    init: Annotated[Init, typer.Option(help="How A and B start.")] = Init.KAIMING,
-    dora: Annotated[bool, typer.Option("--dora", help="A magnitude for every output.")] = False,
-    rslora: Annotated[bool, typer.Option("--rslora", help="Scale by alpha / √rank.")] = False,
-    dropout: Annotated[float, typer.Option(min=0, max=0.99, help="In the branches.")] = 0.0,
-    steps: Annotated[int | None, typer.Option(min=1, help="Instead of --epochs.")] = None,
-    epochs: Annotated[float, typer.Option(min=0.001, help="Times through the data.")] = 1.0,
-    batch: Annotated[int, typer.Option(min=1, help="Rows of a micro-batch.")] = 4,
-    accumulate: Annotated[int, typer.Option(min=1, help="Micro-batches of a step.")] = 1,
-    length: Annotated[
-        int, typer.Option(min=0, help="Tokens of a row; 0: 512, or what the model takes.")
-    ] = 0,
-    lr: Annotated[float, typer.Option(help="The highest learning rate.")] = 2e-4,
-    schedule: Annotated[Schedule, typer.Option(help="After the warm-up.")] = Schedule.COSINE,
-    warmup: Annotated[float, typer.Option(help="Steps; below 1 a share of all.")] = 0.05,
-    clip: Annotated[float, typer.Option(help="Of the gradients' norm; 0 for none.")] = 1.0,
-    weight_decay: Annotated[float, typer.Option(help="Of A and B.")] = 0.0,
-    lora_plus: Annotated[float, typer.Option(help="B learns so many times faster.")] = 1.0,
-    eval_every: Annotated[int, typer.Option(min=0, help="Steps; 0: first and last.")] = 0,
-    save_every: Annotated[int, typer.Option(min=0, help="Steps; 0: the last alone.")] = 100,
-    seed: Annotated[int, typer.Option(min=0, help="Of start, order and dropout.")] = 0,
-    dtype: Annotated[
-        Dtype | None, typer.Option(help="Of the frozen model; without it, the file's.")
-    ] = None,
-    scan: Annotated[
-        bool, typer.Option(help="Layers in a loop: compiles faster, is slower on a CPU.")
-    ] = False,
-) -> None:
+@takes(Options)
+def command(context: typer.Context, options: Options) -> None:
     """Fine-tune a model on a file with LoRA.
 
     A .txt file is one text. The rows of a .jsonl file are of one kind: {"text"}, {"prompt",
@@ -108,43 +30,10 @@ def command(
     end: adapter/ in PEFT's format (adapter.safetensors of a classifier), best/ where held-out rows
     said so, log.jsonl, loss.png, and checkpoints/ for --resume.
     """
-    if held_out and eval_split:
+    if options.held_out and options.eval_split:
         raise typer.BadParameter("give --eval or --eval-split, not both")
     from lora_jax.cli import run_train
-    from lora_jax.cli.train_options import Options
-    from lora_jax.training.optimizer import Optimizer
 
-    options = Options(
-        model=model,
-        data=tuple(data),
-        held_out=tuple(held_out or ()),
-        eval_split=eval_split,
-        eval_rows=eval_rows,
-        encoding=encoding,
-        out=out,
-        resume=resume,
-        task=task.value,
-        targets=tuple(name.strip() for name in targets.split(",") if name.strip()),
-        config={
-            "rank": rank,
-            "alpha": alpha,
-            "init": init.value,
-            "dora": dora,
-            "scaling": "rslora" if rslora else "standard",
-            "dropout": dropout,
-        },
-        optimizer=Optimizer(lr, schedule.value, warmup, clip, weight_decay, lora_plus),
-        steps=steps,
-        epochs=epochs,
-        rows=batch,
-        accumulate=accumulate,
-        length=length,
-        eval_every=eval_every,
-        save_every=save_every,
-        seed=seed,
-        dtype=dtype.value if dtype else None,
-        scan=scan,
-    )
     run_train.main(options, _again(context))
 
 
@@ -160,9 +49,5 @@ def _again(context: typer.Context) -> str:
             words.append(flags[0] if value else flags[-1])
             continue
         for one in value if isinstance(value, list | tuple) else [value]:
-            words += [flags[0], _plain(one)]
+            words += [flags[0], str(one)]
     return shlex.join([*words, "--resume"])
-
-
-def _plain(value: Any) -> str:
-    return str(value.value if isinstance(value, enum.Enum) else value)

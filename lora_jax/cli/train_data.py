@@ -12,6 +12,7 @@ import numpy as np
 from lora_jax.cli.base_model import Model
 from lora_jax.cli.classifier import with_head
 from lora_jax.cli.train_options import CLASSIFICATION, Options
+from lora_jax.text.packing import Assign, assign, assign_in_order
 from lora_jax.training import labels
 from lora_jax.training.data import Data, cut_stream, hold_out, pack_examples, pack_labelled
 from lora_jax.training.errors import DataError, TrainingError
@@ -47,7 +48,7 @@ def read_task(options: Options, model: Model) -> Task:
       TrainingError: the model cannot do the task.
     """
     files = [read(path, options.encoding) for path in options.data]
-    others = [read(path, options.encoding) for path in options.held_out]
+    others = [read(path, options.encoding) for path in options.held_out or ()]
     kinds = {rows.kind: rows.source for rows in [*files, *others]}
     if len(kinds) > 1:
         named = ", ".join(f"{source} holds {kind} rows" for kind, source in kinds.items())
@@ -107,10 +108,19 @@ def _examples(
 ) -> tuple[Data, Data | None, tuple[str, ...]]:
     """Rows of text, prompts and completions, or conversations, packed."""
     trained, held_out = _split(options, files, others)
-    parts = [encode(rows, model.tokenizer, options.length) for rows in (trained, held_out) if rows]
-    packed = [pack_examples(part.examples, options.length) for part in parts]
+    longest = options.length + 1  # the last token is not read, only predicted
+    parts = [encode(rows, model.tokenizer, longest) for rows in (trained, held_out) if rows]
+    packed = [
+        pack_examples(part.examples, options.length, by)
+        for part, by in zip(parts, _packings(options), strict=False)
+    ]
     notes = tuple(note for part in parts for note in part.notes)
     return packed[0], packed[1] if held_out else None, notes
+
+
+def _packings(options: Options) -> tuple[Assign, Assign]:
+    """How to pack what trains, and what is held out: the rows that judge are ever the same."""
+    return assign if options.shuffle else assign_in_order, assign
 
 
 def _split(
@@ -145,7 +155,10 @@ def _classification(
         if rows
     ]
     slots = min(SLOTS, options.length)
-    packed = [pack_labelled(p.texts, p.labels.tolist(), options.length, slots) for p in parts]
+    packed = [
+        pack_labelled(part.texts, part.labels.tolist(), options.length, slots, by)
+        for part, by in zip(parts, _packings(options), strict=False)
+    ]
     apply, params = with_head(model, len(known), slots, options.seed)
     return Task(
         apply,

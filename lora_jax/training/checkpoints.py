@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,8 @@ import jax
 import orbax.checkpoint as ocp
 
 from lora_jax.training.errors import TrainingError
+
+_DELETED = ".deleted"  # where old steps go by one rename, so that none is ever there in part
 
 
 class Checkpoints:
@@ -24,8 +27,12 @@ class Checkpoints:
         # Saved before the next step gives the state's memory away: there is nothing to gain by
         # writing in the background.
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=keep, enable_async_checkpointing=False, cleanup_tmp_directories=True
+            max_to_keep=keep,
+            enable_async_checkpointing=False,
+            cleanup_tmp_directories=True,
+            todelete_subdir=_DELETED,
         )
+        self._empty()
         self._manager = ocp.CheckpointManager(self.directory, options=options)
 
     def __enter__(self) -> Checkpoints:
@@ -53,6 +60,11 @@ class Checkpoints:
                 f"{self.directory}: the checkpoint of step {step} cannot be written ({error}); "
                 "make room and go on with --resume"
             ) from error
+        self._empty()
+
+    def _empty(self) -> None:
+        """Deletes what was put aside; after a kill the next process does."""
+        shutil.rmtree(self.directory / _DELETED, ignore_errors=True)
 
     def restore(self, like: Any) -> tuple[int, Any] | None:
         """The last checkpoint that can be read, and its step; None if there is none at all.

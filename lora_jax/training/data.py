@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lora_jax.text.packing import assign, lay_out, number_segments, pack
+from lora_jax.text.packing import Assign, assign, lay_out, number_segments, pack
 from lora_jax.training.examples import Example
 
 Batch = Mapping[str, np.ndarray]
@@ -37,30 +37,37 @@ class Data:
         }
 
 
-def pack_examples(examples: Sequence[Example], length: int) -> Data:
-    """Examples packed into rows of `length` tokens, for a language model.
+def pack_examples(examples: Sequence[Example], length: int, by: Assign = assign) -> Data:
+    """Examples packed into rows, for a language model that reads `length` tokens of each.
+
+    A row has one token more than is read: the last is only predicted.
+
+    Args:
+      examples: each of at most `length + 1` tokens.
+      by: which examples share a row; `assign_in_order` keeps their order.
 
     Returns:
-      Data of int32 "ids" and "segments" `[rows, length]` (1, 2, ... for a row's texts, 0 at
-      padding) and float32 "weights" `[rows, length]`: 1 where the token is to be predicted from
+      Data of int32 "ids" and "segments" `[rows, length + 1]` (1, 2, ... for a row's texts, 0 at
+      padding) and float32 "weights" of the same shape: 1 where the token is to be predicted from
       those before it in its segment. The first of a segment never is.
     """
     lengths = [len(example) for example in examples]
-    rows = assign(lengths, length, length)
+    capacity = length + 1
+    rows = by(lengths, capacity, capacity)
     weights = [example.trains.astype(np.float32) for example in examples]
     for weight in weights:
         weight[0] = 0
     return Data(
         {
-            "ids": lay_out(rows, [example.ids for example in examples], length),
-            "segments": number_segments(rows, lengths, length),
-            "weights": lay_out(rows, weights, length),
+            "ids": lay_out(rows, [example.ids for example in examples], capacity),
+            "segments": number_segments(rows, lengths, capacity),
+            "weights": lay_out(rows, weights, capacity),
         }
     )
 
 
 def cut_stream(ids: np.ndarray, length: int) -> Data:
-    """One stream of token ids in full rows of `length` tokens.
+    """One stream of token ids in rows that predict `length` tokens each.
 
     Each row begins with the token that the row before it ends with, so that every token but the
     first is predicted once. The last row is padded.
@@ -71,25 +78,29 @@ def cut_stream(ids: np.ndarray, length: int) -> Data:
     Returns:
       Data as `pack_examples` gives it.
 
-    >>> cut_stream(np.arange(1, 7, dtype=np.int32), length=3).arrays["ids"]
+    >>> cut_stream(np.arange(1, 7, dtype=np.int32), length=2).arrays["ids"]
     array([[1, 2, 3],
            [3, 4, 5],
            [5, 6, 0]], dtype=int32)
     """
-    starts = range(0, len(ids) - 1, length - 1)
-    pieces = [ids[start : start + length] for start in starts]
+    starts = range(0, len(ids) - 1, length)
+    pieces = [ids[start : start + length + 1] for start in starts]
     every = [np.ones(len(piece), bool) for piece in pieces]
     laid = {"ids": pieces, "segments": [e.astype(np.int32) for e in every]}
     rows = [[i] for i in range(len(pieces))]
-    weights = lay_out(rows, [e.astype(np.float32) for e in every], length)
+    weights = lay_out(rows, [e.astype(np.float32) for e in every], length + 1)
     weights[:, 0] = 0
     return Data(
-        {**{name: lay_out(rows, x, length) for name, x in laid.items()}, "weights": weights}
+        {**{name: lay_out(rows, x, length + 1) for name, x in laid.items()}, "weights": weights}
     )
 
 
 def pack_labelled(
-    texts: Sequence[np.ndarray], labels: Sequence[int], length: int, slots: int
+    texts: Sequence[np.ndarray],
+    labels: Sequence[int],
+    length: int,
+    slots: int,
+    by: Assign = assign,
 ) -> Data:
     """Labelled texts packed into rows of `length` tokens, for a classifier.
 
@@ -97,12 +108,13 @@ def pack_labelled(
       texts: int32 token ids `[n]` of each text, n at most `length`.
       labels: the class of each.
       slots: texts a row holds at most.
+      by: which texts share a row; `assign_in_order` keeps their order.
 
     Returns:
       Data of int32 "ids" and "segments" `[rows, length]`, int32 "labels" `[rows, slots]` and
       float32 "weights" `[rows, slots]`, 1 where the row has such a segment.
     """
-    packed = pack(texts, length, slots)
+    packed = pack(texts, length, slots, by)
     there = packed.source >= 0
     return Data(
         {
@@ -119,16 +131,20 @@ def steps_per_epoch(rows: int, size: int) -> int:
     return math.ceil(rows / size)
 
 
-def batch_of_step(data: Data, size: int, seed: int, step: int) -> Batch:
+def batch_of_step(data: Data, size: int, seed: int | None, step: int) -> Batch:
     """The `size` rows of one training step, a function of seed and step alone.
 
     Each epoch goes through all rows once, in an order of its own; empty rows fill its last batch.
 
     Args:
+      seed: of the orders; None takes the rows as they stand, in every epoch.
       step: from 0.
     """
     epoch, place = divmod(step, steps_per_epoch(len(data), size))
-    order = np.random.default_rng([seed, epoch]).permutation(len(data))
+    if seed is None:
+        order = np.arange(len(data))
+    else:
+        order = np.random.default_rng([seed, epoch]).permutation(len(data))
     return data.take(_filled(order[place * size : (place + 1) * size], size))
 
 

@@ -31,6 +31,7 @@ class Settings:
     rows: int = 4  # of a micro-batch
     accumulate: int = 1  # micro-batches of a step
     seed: int = 0  # of the order and of dropout
+    shuffle: bool = True  # a new order every epoch, or the rows as they stand
     eval_every: int = 0  # steps; 0 evaluates before the first step and after the last alone
     save_every: int = 0  # steps; 0 saves after the last alone
 
@@ -127,8 +128,9 @@ def _one(
 ) -> State:
     """One step and its record."""
     began = time.perf_counter()
-    size = job.settings.rows * job.settings.accumulate
-    batch = batch_of_step(job.data, size, job.settings.seed, done)
+    settings = job.settings
+    size, order = settings.rows * settings.accumulate, settings.seed if settings.shuffle else None
+    batch = batch_of_step(job.data, size, order, done)
     state, measured = step(state, job.base, batch)
     values = {name: float(x) for name, x in jax.device_get(measured).items()}
     if not math.isfinite(values["loss"]) or not math.isfinite(values["gradient_norm"]):

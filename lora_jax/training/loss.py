@@ -33,14 +33,11 @@ def cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
     return jax.nn.logsumexp(logits, axis=-1) - picked
 
 
-def shifted(batch: Batch) -> tuple[jax.Array, jax.Array]:
-    """What each position predicts and how much that counts: ids and weights, one to the left.
-
-    Logits are as large as the vocabulary, so they stay where they are.
-    """
-    targets = jnp.roll(batch["ids"], -1, axis=1)
-    weights = jnp.roll(batch["weights"], -1, axis=1).at[:, -1].set(0)
-    return targets, weights
+def read_and_predicted(batch: Batch) -> tuple[tuple[jax.Array, ...], tuple[jax.Array, ...]]:
+    """What a model reads, ids and segments without the last, and what it predicts at each place,
+    ids and weights without the first; all `[rows, length]` where the batch has one token more."""
+    read = (batch["ids"][:, :-1], batch["segments"][:, :-1])
+    return read, (batch["ids"][:, 1:], batch["weights"][:, 1:])
 
 
 def language_sums(
@@ -57,8 +54,8 @@ def language_sums(
     """
 
     def sums(params: Any, batch: Batch) -> Sums:
-        targets, weights = shifted(batch)
-        losses = cross_entropy(apply(params, batch["ids"], batch["segments"]), targets)
+        read, (targets, weights) = read_and_predicted(batch)
+        losses = cross_entropy(apply(params, *read), targets)
         return _sums(losses, weights)
 
     return sums
@@ -81,8 +78,8 @@ def language_sums_of_frozen_head(
     """
 
     def sums(params: Any, batch: Batch) -> Sums:
-        targets, weights = shifted(batch)
-        states = hidden(params, batch["ids"], batch["segments"])
+        read, (targets, weights) = read_and_predicted(batch)
+        states = hidden(params, *read)
         flat = (states.reshape(-1, states.shape[-1]), targets.ravel(), weights.ravel())
         pieces = tuple(_in_chunks(x, chunk) for x in flat)
         return {"loss": _total(pieces[0], head(params), *pieces[1:]), "weight": weights.sum()}

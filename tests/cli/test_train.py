@@ -1,7 +1,11 @@
 """`lora-jax train` on a random model of a hundred thousand parameters."""
 
+import dataclasses
 import json
+import pathlib
+import shlex
 import signal
+import string
 import subprocess
 import sys
 
@@ -13,8 +17,9 @@ pytest.importorskip("typer")
 
 import lora_jax as lora
 from lora_jax import peft
-from lora_jax.cli import main
+from lora_jax.cli import main, run_train
 from lora_jax.cli.base_model import open_model
+from lora_jax.text.letters import byte_tokenizer
 from lora_jax.training import log
 from lora_jax.training.data import cut_stream
 from lora_jax.training.loop import measure
@@ -96,6 +101,51 @@ def test_another_run_in_its_place(trained, fails):
     assert "lr was 0.03, is 0.01" in fails(*changed, "--resume")
 
 
+def test_another_order_in_its_place(trained, fails):
+    _, command = trained
+    assert "shuffle was true, is false" in fails(*command, "--resume", "--no-shuffle")
+
+
+@pytest.fixture
+def job_of(monkeypatch, run):
+    """What a command line would train, which is left undone."""
+
+    class Begun(lora.LoraError):
+        pass
+
+    def train(job, *_):
+        raise Begun(jobs.append(job))
+
+    def call(*command):
+        assert run(*command).status == 1
+        return jobs.pop()
+
+    jobs = []
+    monkeypatch.setattr(run_train, "train", train)
+    return call
+
+
+@pytest.mark.parametrize("task", ["causal-lm", "classification"])
+def test_rows_in_the_files_order(task, tmp_path, job_of):
+    """Texts of several lengths; what is held out is packed alike, shuffled or not."""
+    data = tmp_path / "d.jsonl"
+    texts = [chr(97 + i) * (1 + 5 * i % 12) for i in range(20)]
+    keys = ("text", "label") if task == "classification" else ("prompt", "completion")
+    rows = [dict(zip(keys, (text, "01"[i % 2]), strict=True)) for i, text in enumerate(texts)]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    shuffled, plain = (
+        job_of(*words(data, tmp_path / more, "--eval-split", 0.3, "--task", task, more))
+        for more in ("--shuffle", "--no-shuffle")
+    )
+    assert shuffled.settings.shuffle and not plain.settings.shuffle
+    for name, x in shuffled.held_out.arrays.items():
+        np.testing.assert_array_equal(plain.held_out.arrays[name], x)
+    x = plain.data.arrays
+    read = byte_tokenizer().decode(x["ids"][x["segments"] > 0].tolist())
+    letters = [letter for letter in read if letter in string.ascii_lowercase]
+    assert letters == sorted(letters) and len(set(letters)) == 14
+
+
 def jsonl(path, kind, count=6):
     made = {
         "text": lambda i: {"text": f"line {i}"},
@@ -155,6 +205,21 @@ def test_mistakes_on_the_command_line(play, tmp_path, fails):
     both = ["--eval", play, "--eval-split", 0.1]
     assert "--eval or --eval-split" in fails(*words(play, tmp_path, *both), status=2)
     assert "--task" in fails(*words(play, tmp_path, "--task", "poetry"), status=2)
+
+
+def test_the_command_that_goes_on(monkeypatch, run):
+    """Read again it says the same, and --resume."""
+    said = []
+    monkeypatch.setattr(run_train, "main", lambda *given: said.append(given))
+    first = words("a b.txt", "run", "--data", "c.txt", "--eval", "d.txt", "--eval", "e.txt")
+    first += ["--task", "classification", "--dtype", "bfloat16", "--scan", "--no-shuffle"]
+    first += ["--dora", "--steps", "7", "--alpha", "3.5", "--lora-plus", "16", "--init", "olora"]
+    assert run(*first).status == 0
+    assert run(*shlex.split(said[0][1])[1:]).status == 0
+    (options, command), again = said
+    assert again == (dataclasses.replace(options, resume=True), command)
+    assert options.data == [pathlib.Path("a b.txt"), pathlib.Path("c.txt")]
+    assert (options.init, options.lora_plus, options.shuffle) == ("olora", 16.0, False)
 
 
 SIGNALLED = """

@@ -94,6 +94,8 @@ def test_assign_by_hand():
 def test_assign_refuses(lengths):
     with pytest.raises(ValueError, match="a row holds 1 to 6"):
         packing.assign(lengths, capacity=6, slots=2)
+    with pytest.raises(ValueError, match="a row holds 1 to 6"):
+        packing.assign_in_order(lengths, capacity=6, slots=2)
 
 
 def test_pack_loses_nothing():

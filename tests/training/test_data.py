@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from lora_jax.text.packing import assign_in_order
 from lora_jax.training import data
 from lora_jax.training.examples import Example
 
@@ -12,7 +13,7 @@ def example(*ids, prompt=1):
 
 
 def test_examples_in_rows():
-    packed = data.pack_examples([example(5, 6, prompt=0), example(7, 8, 9, prompt=2)], length=6)
+    packed = data.pack_examples([example(5, 6, prompt=0), example(7, 8, 9, prompt=2)], length=5)
     np.testing.assert_array_equal(packed.arrays["ids"], [[7, 8, 9, 5, 6, 0]])
     np.testing.assert_array_equal(packed.arrays["segments"], [[1, 1, 1, 2, 2, 0]])
     # the prompt does not count, nor does a first token, which nothing predicts
@@ -23,11 +24,11 @@ def test_examples_in_rows():
 @pytest.mark.parametrize("n", [2, 3, 4, 5, 12, 13])
 def test_a_stream_counts_every_token_once(n):
     ids = np.arange(1, n + 1, dtype=np.int32)
-    arrays = data.cut_stream(ids, length=4).arrays
+    arrays = data.cut_stream(ids, length=3).arrays
     counted = arrays["ids"][arrays["weights"] > 0]
     np.testing.assert_array_equal(counted, ids[1:])
     np.testing.assert_array_equal(arrays["segments"] > 0, arrays["ids"] > 0)
-    assert (arrays["segments"][:-1] == 1).all()  # all rows but the last are full
+    assert (arrays["weights"][:-1].sum(axis=1) == 3).all()  # all rows but the last are full
 
 
 def test_labelled_texts():
@@ -55,6 +56,27 @@ def test_an_epoch_goes_through_all_rows_once():
     np.testing.assert_array_equal(again, steps[4])
     other = [data.batch_of_step(rows, 4, seed=4, step=s)["ids"].ravel() for s in range(3)]
     assert not np.array_equal(np.concatenate(other), epochs[0])
+
+
+def test_an_epoch_in_the_rows_order():
+    steps = [data.batch_of_step(numbered(5), 2, seed=None, step=s)["ids"].ravel() for s in range(6)]
+    assert [s.tolist() for s in steps] == [[1, 2], [3, 4], [5, 0]] * 2
+
+
+@pytest.mark.parametrize("lengths", [[2, 1, 2, 3, 5, 1], [1] * 11, [5, 1, 5]])
+def test_examples_packed_in_order(lengths):
+    """Best-fit packing would begin with the longest."""
+    examples = [example(*[10 + i] * n, prompt=0) for i, n in enumerate(lengths)]
+    laid = data.pack_examples(examples, length=4, by=assign_in_order).arrays
+    read = laid["ids"][laid["segments"] > 0]
+    np.testing.assert_array_equal(read, np.repeat(10 + np.arange(len(lengths)), lengths))
+
+
+def test_labelled_texts_in_order():
+    texts = [np.full(n, 10 + n, np.int32) for n in (2, 3, 1, 4)]
+    packed = data.pack_labelled(texts, [0, 1, 2, 1], 6, slots=2, by=assign_in_order).arrays
+    np.testing.assert_array_equal(packed["labels"], [[0, 1], [2, 1]])
+    np.testing.assert_array_equal(packed["ids"][1], [11, 14, 14, 14, 14, 0])
 
 
 def test_batches_in_order():

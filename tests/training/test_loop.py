@@ -117,6 +117,12 @@ def test_a_finished_run_stays_as_it_is(whole):
         np.testing.assert_array_equal(a, b)
 
 
+def test_rows_in_their_order(tmp_path):
+    """Of the 14 rows the last alone is not full, and it is in every epoch's last step."""
+    job, start = models.job(tmp_path, steps=4, rows=8, shuffle=False)
+    assert [r["tokens"] for r in train(job, start).records] == [72, 47, 72, 47]
+
+
 def test_a_loss_that_is_not_finite(tmp_path):
     """The state before it is saved, and a run without the trouble goes on from there."""
     job, start = models.job(tmp_path, steps=4)
@@ -156,6 +162,28 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path):
         assert checkpoints.restore(state)[0] == 2
         with pytest.raises(TrainingError, match="no checkpoint can be read"):
             checkpoints.restore({"y": state["x"]})
+
+
+def test_killed_while_an_old_step_is_deleted(tmp_path, monkeypatch, caplog):
+    """What is left is no step, nothing is said of it, and the next process removes it."""
+
+    def killed(path, **_):
+        if path.is_dir():
+            raise KeyboardInterrupt
+
+    state = {"x": jnp.arange(3.0)}
+    with Checkpoints(tmp_path) as checkpoints, monkeypatch.context() as patch:
+        checkpoints.save(1, state)
+        checkpoints.save(2, state)
+        patch.setattr(shutil, "rmtree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            checkpoints.save(3, state)
+    (left,) = tmp_path.glob("*/1")
+    (left / "_CHECKPOINT_METADATA").unlink()
+    with Checkpoints(tmp_path) as checkpoints:
+        assert checkpoints.steps() == [2, 3] and checkpoints.restore(state)[0] == 3
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["2", "3"]
+    assert caplog.messages == []
 
 
 def test_a_torn_line_of_the_log(tmp_path):

@@ -45,6 +45,20 @@ def test_masks_by_hand():
     np.testing.assert_allclose(sums["loss"], expected, rtol=1e-6)
 
 
+def test_the_last_token_is_predicted_and_not_read():
+    """So that rows of n tokens to predict are n tokens of work."""
+    read = []
+
+    def noted(params, ids, segments):
+        read.append((ids, segments))
+        return models.apply(params, ids, segments)
+
+    batch = data.cut_stream(models.stream(9), length=4).arrays
+    sums = loss.language_sums(noted)(models.params(), batch)
+    np.testing.assert_array_equal(read[0][0], batch["ids"][:, :4])
+    assert read[0][1].shape == (2, 4) and sums["weight"] == 8
+
+
 def test_packed_texts_have_the_loss_they_have_alone(x64):
     params = models.params(dtype=jnp.float64)
     packed = LANGUAGE(params, data.pack_examples(EXAMPLES, 8).arrays)
@@ -59,7 +73,7 @@ def test_padding_counts_for_nothing():
     def broken(params, ids, segments):
         return jnp.where(segments[..., None] > 0, models.apply(params, ids, segments), jnp.nan)
 
-    batch = data.pack_examples(EXAMPLES, 9).arrays
+    batch = data.pack_examples(EXAMPLES, 10).arrays
     assert (batch["segments"] == 0).any()
     found = jax.jit(loss.language_sums(broken))(models.params(), batch)
     np.testing.assert_allclose(found["loss"], LANGUAGE(models.params(), batch)["loss"], rtol=1e-6)
@@ -86,7 +100,7 @@ def test_a_frozen_head_in_chunks(x64, chunk):
 
 def test_chunks_hold_no_logits_of_all_tokens_and_compute_them_once():
     batch = data.pack_examples(EXAMPLES * 8, 8).arrays
-    tokens, sizes = batch["ids"].size, (models.WIDTH, models.VOCABULARY)
+    tokens, sizes = batch["ids"][:, 1:].size, (models.WIDTH, models.VOCABULARY)
     sums = loss.language_sums_of_frozen_head(models.hidden, lambda p: p["head"], 4)
     of = lambda p: sums(p, batch)["loss"]
     forward, both = (jax.make_jaxpr(f)(models.params()) for f in (of, jax.grad(of)))
