@@ -117,6 +117,8 @@ def _contents(
             problems.append(f"{name}: unexpected")
         elif f"{module}.weight" not in model.index:
             problems.append(f"{name}: {unknown(module + '.weight', model.index)}")
+        elif model.has_experts(f"{module}.weight"):
+            problems.append(f"{name}: experts' parameters are not read")
         elif not is_floating(tensor):
             problems.append(f"{name}: is {tensor.dtype}, only floating tensors are trained")
         else:
@@ -215,6 +217,7 @@ def save(
     contents, model = taken(adapters, _with_rows_as_outputs(naming, lookups), base)
     others = [*contents.whole, *contents.rows]
     problems = [f"{name}: is trained itself; mlx-lm's files hold factors" for name in others]
+    problems += [f"{name}: experts' parameters are not written" for name in contents.experts]
     for name, one in contents.factors.items():
         problem = _unsupported(model.kind(name), one.magnitude is not None)
         problems += [f"{name}: {problem}"] if problem else []

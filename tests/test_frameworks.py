@@ -18,6 +18,18 @@ WIDTH, HEADS, HIDDEN = 8, 2, 12
 X = normal(0, (3, 5, WIDTH), jnp.float32)
 
 
+def drawn(shapes):
+    """Random numbers in these shapes: nothing is compiled to make them."""
+    leaves, treedef = jax.tree.flatten(shapes)
+    leaves = [normal(i, x.shape, x.dtype, 1 / (1 + x.ndim)) for i, x in enumerate(leaves)]
+    return jax.tree.unflatten(treedef, leaves)
+
+
+def ones(shapes):
+    """What a state is filled with: a variance must be positive."""
+    return jax.tree.map(lambda x: jax.device_put(np.ones(x.shape, x.dtype)), shapes)
+
+
 # --- Flax Linen: collections that change, random keys ---------------------------------------------
 
 
@@ -32,7 +44,8 @@ class LinenBlock(nn.Module):
 
 def linen():
     block = LinenBlock()
-    variables = block.init(KEY, X, train=False)
+    shapes = jax.eval_shape(lambda: block.init(KEY, X, train=False))
+    params, stats = drawn(shapes["params"]), ones(shapes["batch_stats"])
 
     def fn(params, stats, key):
         variables = {"params": params, "batch_stats": stats}
@@ -40,19 +53,24 @@ def linen():
 
     layouts = {f"attn/{name}/kernel": "ioo" for name in ("query", "key", "value")}
     layouts |= {"attn/out/kernel": "iio", "up/kernel": "io", "down/kernel": "io"}
-    return fn, variables["params"], (variables["batch_stats"], jax.random.key(5)), layouts
+    return fn, params, (stats, jax.random.key(5)), layouts
 
 
 # --- Flax NNX: states of several kinds ------------------------------------------------------------
 
 
+def nnx_kernel(key, shape, dtype, **_):
+    return normal(len(shape), shape, dtype, 1 / (1 + len(shape)))
+
+
 class NnxBlock(nnx.Module):
     def __init__(self, rngs):
+        kernels = {"kernel_init": nnx_kernel, "rngs": rngs}
         self.norm = nnx.LayerNorm(WIDTH, rngs=rngs)
-        self.attn = nnx.MultiHeadAttention(HEADS, WIDTH, decode=False, rngs=rngs)
+        self.attn = nnx.MultiHeadAttention(HEADS, WIDTH, decode=False, **kernels)
         self.stats = nnx.BatchNorm(WIDTH, rngs=rngs)
-        self.up = nnx.Linear(WIDTH, HIDDEN, rngs=rngs)
-        self.down = nnx.Linear(HIDDEN, WIDTH, rngs=rngs)
+        self.up = nnx.Linear(WIDTH, HIDDEN, **kernels)
+        self.down = nnx.Linear(HIDDEN, WIDTH, **kernels)
         self.dropout = nnx.Dropout(0.3, rngs=rngs)
 
     def __call__(self, x):
@@ -98,7 +116,7 @@ def haiku():
     model = hk.transform(forward)
     return (
         lambda params, key: model.apply(params, key, X),
-        model.init(KEY, X),
+        drawn(jax.eval_shape(model.init, KEY, X)),
         (KEY,),
         HAIKU_LAYOUTS,
     )
@@ -110,9 +128,9 @@ def haiku_with_state():
         return x + mlp(hk.BatchNorm(True, True, 0.5)(x, is_training=True))
 
     model = hk.transform_with_state(forward)
-    params, state = model.init(KEY, X)
+    params, state = jax.eval_shape(model.init, KEY, X)
     fn = lambda params, state: model.apply(params, state, None, X)
-    return fn, params, (state,), HAIKU_LAYOUTS
+    return fn, drawn(params), (ones(state),), HAIKU_LAYOUTS
 
 
 # --- Equinox: modules are the tree, weights are [out, in] -----------------------------------------
@@ -138,7 +156,10 @@ class EquinoxBlock(eqx.Module):
 
 
 def equinox():
-    params, static = eqx.partition(EquinoxBlock(KEY), eqx.is_inexact_array)
+    shapes = eqx.filter_eval_shape(EquinoxBlock, KEY)
+    is_shape = lambda x: isinstance(x, jax.ShapeDtypeStruct)
+    params, static = eqx.partition(shapes, is_shape)
+    params = drawn(params)
 
     def fn(params, keys):
         return jax.vmap(eqx.combine(params, static))(X, keys)
@@ -197,7 +218,7 @@ def test_model(name):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_training(name):
+def test_training(name, quick_compile):
     fn, params, args, layouts = MODELS[name]()
     adapted = lora_jax.init(KEY, params, lora_jax.LoraConfig(rank=2, alpha=4), fn, *args)
     apply = lora_jax.lora(fn, on_dense="error")

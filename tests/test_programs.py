@@ -52,38 +52,43 @@ def check_equal_to_merged(case: Case, dtype):
 
 def check_equal(case: Case, fn, adapted, params, args, tolerance):
     """Outputs and gradients (tangents) of `adapted` on `params` against `fn` on merged ones."""
-    assert_close(jax.jit(adapted)(params, *args), jax.jit(fn)(merged(params), *args), tolerance)
-    if not case.differentiable:
-        return
-    base, adapters = lora_jax.split(params)
-    inputs = tuple(x for x in args if jnp.issubdtype(x.dtype, jnp.floating))
+    (got, moved), (want, wanted) = compare(case, fn, adapted, params, args)
+    assert_close(got, want, tolerance)
+    assert_close(moved, wanted, tolerance)
+    if case.differentiable and case.reverse:
+        assert max(np.abs(x).max() for x in jax.tree.leaves(moved[0])) > 1e-3
 
-    def replaced(values):
-        values = iter(values)
-        return [next(values) if jnp.issubdtype(x.dtype, jnp.floating) else x for x in args]
 
-    def ours(adapters, inputs):
-        return loss(adapted(lora_jax.join(base, adapters), *replaced(inputs)))
+def compare(case: Case, fn, adapted, params, args):
+    """(outputs, gradients or tangents) of `adapted` and of `fn` on merged ones, compiled once.
 
-    def oracle(adapters, inputs):
+    The gradients are those by the adapters and by the arguments that are floating.
+    """
+
+    def oracle(params, *args):
         # scale is frozen in the library, so it must be here
-        adapters = jax.tree.map(
-            lambda n: dataclasses.replace(n, scale=jax.lax.stop_gradient(n.scale)),
-            adapters,
-            is_leaf=is_node,
-        )
-        return loss(fn(merged(lora_jax.join(base, adapters)), *replaced(inputs)))
+        freeze = lambda n: dataclasses.replace(n, scale=jax.lax.stop_gradient(n.scale))
+        frozen = jax.tree.map(lambda n: freeze(n) if is_node(n) else n, params, is_leaf=is_node)
+        return fn(merged(frozen), *args)
 
-    if case.reverse:
-        got = jax.jit(jax.grad(ours, (0, 1)))(adapters, inputs)
-        want = jax.jit(jax.grad(oracle, (0, 1)))(adapters, inputs)
-        assert_close(got, want, tolerance)
-        assert max(float(jnp.abs(x).max()) for x in jax.tree.leaves(got[0])) > 1e-3
-    else:
+    def run(model, params, args):
+        base, adapters = lora_jax.split(params)
+        inputs = tuple(x for x in args if jnp.issubdtype(x.dtype, jnp.floating))
+
+        def value(adapters, inputs):
+            values = iter(inputs)
+            inputs = [next(values) if jnp.issubdtype(x.dtype, jnp.floating) else x for x in args]
+            return loss(model(lora_jax.join(base, adapters), *inputs))
+
+        outs = model(params, *args)
+        if not case.differentiable:
+            return outs, ()
+        if case.reverse:
+            return outs, jax.grad(value, (0, 1))(adapters, inputs)
         moved = jax.tree.map(jnp.cos, (adapters, inputs))
-        got = jax.jit(lambda x: jax.jvp(ours, x, moved))((adapters, inputs))
-        want = jax.jit(lambda x: jax.jvp(oracle, x, moved))((adapters, inputs))
-        assert_close(got, want, tolerance)
+        return outs, jax.jvp(value, (adapters, inputs), moved)
+
+    return jax.jit(lambda *values: (run(adapted, *values), run(oracle, *values)))(params, args)
 
 
 # In float64 the comparison is the sharper one, so there it is of all programs.

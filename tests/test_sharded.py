@@ -51,7 +51,7 @@ def test_layers_sharded_by_columns_by_rows_and_to_be_gathered(kind):
         got, grads = jax.jit(jax.value_and_grad(ours))(adapters)
         want, expected = jax.jit(jax.value_and_grad(oracle))(adapters)
         traced = jax.make_jaxpr(jax.grad(ours))(adapters)
-    np.testing.assert_allclose(got, want, rtol=1e-4)
+    np.testing.assert_allclose(got, want, atol=1e-4)  # a sum of sines: it may cancel
     for name in SHAPES:
         for factor in ("a", "b"):
             g, e = getattr(grads[name], factor), getattr(expected[name], factor)

@@ -84,6 +84,7 @@ def _write(source: Source, to: str, out: Path) -> None:
             source.adapters,
             source.naming,
             base=source.base,
+            complete=source.complete,
             config=source.config,
             fold=to == "folded",
             base_model=source.base_name,

@@ -33,6 +33,7 @@ class Source:
     naming: Naming
     base_name: str | None = None
     config: PeftConfig | None = None
+    complete: bool = False  # whether `base` is the whole of it, not the adapted leaves alone
 
 
 def base_name(found: kinds.Found) -> str | None:
@@ -105,10 +106,7 @@ def mlx(path: Path) -> Source:
             weights[f"{module}.weight"] = kind, ends if kind == "embedding" else ends[::-1]
     base, naming = _torch_tree(weights)
     adapters = mlx_reader.load(path, base, naming)
-    # without the base nobody knows which other layers there are, so every module is named
-    targets = [weight.removesuffix(".weight") for weight in weights]
-    model = base_name(kinds.Found(kinds.MLX, path))
-    return Source(adapters, base, naming, model, PeftConfig(target_modules=targets))
+    return Source(adapters, base, naming, base_name(kinds.Found(kinds.MLX, path)))
 
 
 def native(path: Path, naming: Naming) -> Source:
@@ -120,7 +118,8 @@ def native(path: Path, naming: Naming) -> Source:
         if leaf not in base:  # saved without its base; a leaf trained whole is never described
             shape = _implied(path, leaf, record, shapes)
             base[leaf] = jax.ShapeDtypeStruct(shape, np.float32)
-    return Source(lora.load(path, base), base, naming, base_name(kinds.Found(kinds.NATIVE, path)))
+    name = base_name(kinds.Found(kinds.NATIVE, path))
+    return Source(lora.load(path, base), base, naming, name, complete=bool(described))
 
 
 def _implied(

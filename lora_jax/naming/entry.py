@@ -13,6 +13,8 @@ KINDS: dict[str, tuple[str, str]] = {
     "conv1d": ("io", "i o -> i o"),  # GPT-2's layer, which keeps its weight [in, out]
     "embedding": ("io", "n d -> n d"),
     "conv": ("oiiii", "o i h w -> h w i o"),
+    "experts": ("boi", "e o i -> e i o"),
+    "experts_transposed": ("bio", "e i o -> e i o"),  # of a module that says is_transposed
     "": ("", ""),
 }
 RANK = "rank"  # the letter of a factor's rank, which no pattern may use
@@ -32,8 +34,11 @@ class Entry:
       path: the leaf's path. Several paths: one tensor holds these leaves along its out axis, as
         GPT-2's c_attn.
       kind: "linear" (`[out, in]` in torch), "conv1d" (`[in, out]`, GPT-2's), "embedding"
-        (`[num, dim]`), "conv" (`[out, in, *kernel]`), or "" for what takes no adapter (a norm, a
-        bias).
+        (`[num, dim]`), "conv" (`[out, in, *kernel]`), "experts" (a parameter
+        `[experts, out, in]`), "experts_transposed" (`[experts, in, out]`, of a module with
+        `is_transposed = True`), or "" for what takes no adapter (a norm, a bias). A parameter has
+        a name of its own, without ".weight"; rows of several in one module stand in the order in
+        which torch's module has them, since PEFT nests their adapters so.
       axes: torch's axes to the leaf's as an einops pattern, "(h d) i -> i h d". A rotary embedding
         in another order is a pattern too: "(h two d) i -> i (h d two)".
       sizes: sizes of letters in `axes` that the leaf's shape does not tell.
@@ -44,6 +49,8 @@ class Entry:
 
     >>> Entry("layers.{n}.q.weight", "layers/query", "linear", "(h d) i -> n i h d").layout
     'bioo'
+    >>> Entry("h.{n}.experts.up_proj", "h/up", "experts", "e o i -> n e i o").layout
+    'bbio'
     """
 
     torch: str | tuple[str, ...]
@@ -87,6 +94,8 @@ class Entry:
         roles = KINDS[self.kind][0]
         if self.kind and not (len(left) == len(roles) or (self.kind == "conv" and len(left) > 2)):
             return f"a {self.kind} weight has {len(roles)} axes, {self.axes!r} names {len(left)}"
+        if self.has_experts and any(len(g) > 1 and self.roles[g[0]] == "b" for g in right):
+            return f"{self.axes!r} has several axes of experts in one axis of the leaf"
         if self.kind and any(len({self.roles[x] for x in group}) != 1 for group in right):
             return f"{self.axes!r} mixes axes of in and of out in one axis of the leaf"
         return None
@@ -106,6 +115,19 @@ class Entry:
         """The placeholders that count along an axis of the leaf, in the order of its axes."""
         marks = placeholders(self.torch_names[0]) - placeholders(self.paths[0])
         return tuple(group[0] for group in self.groups(0)[1] if group and group[0] in marks)
+
+    @property
+    def batch(self) -> tuple[str, ...]:
+        """The letters of the leaf's batch axes: stacked ones and experts, in the leaf's order."""
+        if not self.has_experts:
+            return self.stacked
+        right = self.groups(0)[1]
+        return tuple(x for group in right for x in group if self.roles[x] == "b")
+
+    @property
+    def has_experts(self) -> bool:
+        """Whether torch's tensor holds the weights of several experts."""
+        return "b" in KINDS[self.kind][0]
 
     def groups(self, ndim: int) -> tuple[Groups, Groups]:
         """Letters of torch's axes, and of the leaf's; a row without a pattern has `ndim` axes."""

@@ -106,6 +106,34 @@ class Place:
         counts = [range(self.sizes[x]) for x in self.entry.stacked]
         return [(index, tuple(self._names(index))) for index in itertools.product(*counts)]
 
+    def modules(self) -> list[tuple[tuple[int, ...], tuple[str, ...], int | None]]:
+        """For every module its index along the batch axes, the names, and which expert it is.
+
+        As `layers`, which it equals but for the last, where there are no experts. With experts
+        there is one module for each of them, all under the same names.
+
+        >>> row = Entry("h.{n}.up", "h/up", "experts", "e o i -> e n i o")
+        >>> Place("h/up", (2, 1, 4, 3), row, {}).modules()
+        [((0, 0), ('h.0.up',), 0), ((1, 0), ('h.0.up',), 1)]
+        """
+        if not self.entry.has_experts:
+            return [(index, names, None) for index, names in self.layers()]
+        found: list[tuple[tuple[int, ...], tuple[str, ...], int | None]] = []
+        experts = self.entry.groups(0)[0][0]
+        for index in itertools.product(*(range(size) for size in self.batch)):
+            numbers = dict(zip(self.entry.batch, index, strict=True))
+            expert = 0
+            for letter in experts:
+                expert = expert * self.sizes[letter] + numbers[letter]
+            names = tuple(self._names(tuple(numbers[x] for x in self.entry.stacked)))
+            found.append((index, names, expert))
+        return found
+
+    @property
+    def batch(self) -> tuple[int, ...]:
+        """The sizes of the leaf's batch axes: stacked ones and experts."""
+        return tuple(self.sizes[letter] for letter in self.entry.batch)
+
     def _names(self, index: tuple[int, ...]) -> Iterator[str]:
         numbers = dict(zip(self.entry.stacked, map(str, index), strict=True))
         for name in self.entry.torch_names:

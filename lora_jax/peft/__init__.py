@@ -9,7 +9,7 @@ from lora_jax.errors import AdapterFileError, ConfigError
 from lora_jax.naming import Naming
 from lora_jax.overlay import adapted_nodes, split
 from lora_jax.peft import read
-from lora_jax.peft.config import PeftConfig, check_loads, parse_config
+from lora_jax.peft.config import PeftConfig, parse_config
 from lora_jax.peft.contents import Model
 from lora_jax.peft.to_tree import fitted
 from lora_jax.peft.write import CONFIG, TENSORS, save
@@ -27,8 +27,9 @@ def load(
 ) -> Any:
     """The adapters in PEFT's two files, as an overlay of `base`: `join(base, load(...))` runs.
 
-    Read are the factors of linear layers, GPT-2's Conv1D, embeddings and convolutions, DoRA's
-    magnitudes, biases, modules saved whole and trained rows of embeddings
+    Read are the factors of linear layers, GPT-2's Conv1D, embeddings, convolutions and experts'
+    parameters (`target_parameters`), DoRA's magnitudes, biases, modules saved whole and trained
+    rows of embeddings
     (https://huggingface.co/docs/peft/developer_guides/checkpoint). The scale is α/r or α/√r of each
     module, its rank and alpha those of the patterns. Where the tree has one leaf for several of
     torch's modules, the factors are joined: layers of a stack are padded with zeros to the largest
@@ -92,12 +93,7 @@ def read_config(directory: str | os.PathLike) -> PeftConfig:
 def _read_files(directory: str | os.PathLike) -> tuple[PeftConfig, bytes]:
     files = _files(directory, [CONFIG, TENSORS])
     path = Path(directory) / CONFIG
-    config = _parse(path, files[CONFIG])
-    try:
-        check_loads(config)
-    except ConfigError as error:
-        raise AdapterFileError(f"{path}: {error}") from None
-    return config, files[TENSORS]
+    return _parse(path, files[CONFIG]), files[TENSORS]
 
 
 def _files(directory: str | os.PathLike, names: list[str]) -> dict[str, bytes]:

@@ -178,6 +178,10 @@ class PeftConfig:
         number, chosen = self._layer(module), self.layers_to_transform
         return number is not None and number in (chosen if isinstance(chosen, tuple) else (chosen,))
 
+    def targets_parameter(self, name: str) -> bool:
+        """Whether PEFT adapts the parameter of this name by `target_parameters`."""
+        return _in(self.target_parameters, name)
+
     def _saves(self, module: str) -> bool:
         names = self.modules_to_save or ()
         return any(re.match(rf"(^|.*\.){name}($|\..*)", module) for name in names)
@@ -223,18 +227,6 @@ def parse_config(text: str | bytes) -> PeftConfig:
     known = {name: values.pop(name) for name in _CHECKS if name in values}
     values.pop("runtime_config", None)
     return PeftConfig(**known, others=values)
-
-
-def check_loads(config: PeftConfig) -> None:
-    """Refuse what can be read and told, but has no place in a tree.
-
-    Raises:
-      ConfigError: the file holds factors of experts' parameters.
-    """
-    if config.target_parameters:
-        names = _shown(config.target_parameters)
-        why = "factors of parameters that are no module's weight, which is not supported"
-        raise ConfigError(f"target_parameters is {names}: {why}")
 
 
 def _frozen(value: Any) -> Any:

@@ -10,6 +10,7 @@ import numpy as np
 from lora_jax import _paths
 from lora_jax.naming import Naming, Place, index
 from lora_jax.naming.translation import shapes
+from lora_jax.peft.experts import Experts
 from lora_jax.peft.factors import Factors
 from lora_jax.weights import is_adapted
 
@@ -19,6 +20,8 @@ class Contents:
     """Adapters as files have them. Every key is a tensor's name in torch ("h.0.up.weight")."""
 
     factors: dict[str, Factors] = dataclasses.field(default_factory=dict)
+    #: Of parameters that hold experts; the key is the parameter's name ("h.0.experts.up_proj").
+    experts: dict[str, Experts] = dataclasses.field(default_factory=dict)
     whole: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)  # trained whole
     rows: dict[str, tuple[tuple[int, ...], np.ndarray]] = dataclasses.field(default_factory=dict)
     #: What is added to a bias; here already times the scale.
@@ -52,8 +55,30 @@ class Model:
         return self.shape(name)[self.index[name][0][0].entry.out_axis]
 
     def adaptable(self) -> list[str]:
-        """The names of the weights that can have factors."""
-        return [name for name in self.index if self.kind(name)]
+        """The names of the weights of modules that can have factors."""
+        return [name for name in self.index if self.kind(name) and not self.has_experts(name)]
+
+    def experts(self) -> list[str]:
+        """The names of the parameters that hold experts."""
+        return [name for name in self.index if self.has_experts(name)]
+
+    def has_experts(self, name: str) -> bool:
+        """Whether this is a parameter of experts."""
+        return self.index[name][0][0].entry.has_experts
+
+    def count(self, name: str) -> int:
+        """How many experts are in a parameter."""
+        return self.shape(name)[0]
+
+    def sides(self, name: str) -> tuple[int, int]:
+        """How many outputs and inputs each expert of a parameter has."""
+        _, first, last = self.shape(name)
+        return (last, first) if self.index[name][0][0].entry.out_axis == 2 else (first, last)
+
+    def row(self, name: str) -> tuple[int, int]:
+        """Where a tensor is in the naming: its row, and which of the row's names it has."""
+        place, _, part = self.index[name][0]
+        return self.naming.entries.index(place.entry), part
 
     def value(self, name: str) -> np.ndarray | None:
         """A tensor of the base, None where it has no values (or not all of its leaves)."""

@@ -1,5 +1,6 @@
 """Adapted leaves of a tree as `Contents` of a file."""
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -8,12 +9,15 @@ import numpy as np
 
 from lora_jax.naming import Place
 from lora_jax.peft.contents import Contents, Model, part_of
+from lora_jax.peft.experts import together
 from lora_jax.peft.factors import Factors, join
-from lora_jax.weights import Adapted, LoraWeight, TrainedLeaf, TrainedRows
+from lora_jax.weights import Adapted, Layout, LoraWeight, TrainedLeaf, TrainedRows
 
 _SWAP = str.maketrans("io", "oi")
 #: The parts of one torch tensor that leaves share, by where along its out axis each begins.
 _Parts = dict[str, dict[int, Any]]
+#: The same of factors, by the tensor and the expert in it, if it holds experts.
+_FactorParts = dict[tuple[str, int | None], dict[int, Factors]]
 
 
 def contents(nodes: Mapping[str, Adapted], model: Model) -> tuple[Contents, list[str]]:
@@ -22,7 +26,8 @@ def contents(nodes: Mapping[str, Adapted], model: Model) -> tuple[Contents, list
     Layers with the scale 0 are left out, and components of the factors that are padding.
     """
     found, problems = Contents(), []
-    factors: _Parts = {}
+    factors: _FactorParts = {}
+    experts: dict[str, dict[int, Factors]] = {}
     whole: _Parts = {}
     for path, node in nodes.items():
         problem = _problem(path, node, model)
@@ -31,20 +36,24 @@ def contents(nodes: Mapping[str, Adapted], model: Model) -> tuple[Contents, list
             continue
         place, node = model.places[path], jax.device_get(node)
         if isinstance(node, LoraWeight):
-            _take_factors(place, node, factors)
+            _take_factors(place, _as_in_row(place, node), factors)
         elif isinstance(node, TrainedLeaf):
             _take_whole(place, node, whole)
         elif node.scale != 0:
             (name,) = place.layers()[0][1]
             found.rows[name] = node.rows, _rows(place, np.asarray(node.value))
-    for name, parts in factors.items():
+    for (name, expert), parts in factors.items():
         try:
             joined = join(*_in_order(name, parts, model))
         except ValueError:
             problems.append(f"{name}: DoRA on a part of it, and not on the rest")
             continue
         assert joined is not None
-        found.factors[name] = joined
+        if expert is None:
+            found.factors[name] = joined
+        else:
+            experts.setdefault(name, {})[expert] = joined
+    found.experts = {name: together(x, model.count(name)) for name, x in experts.items()}
     for name, values in whole.items():
         value = _whole(name, values, model)
         if value is None:
@@ -67,6 +76,10 @@ def _problem(path: str, node: Adapted, model: Model) -> str | None:
         if alone and fits and place.entry.kind in ("embedding", "linear"):
             return None
         return f"{path}: rows can be written of an embedding or a head, a torch tensor of its own"
+    if place.entry.has_experts and node.magnitude is not None:
+        return f"{path}: PEFT has no DoRA of experts' parameters"
+    if place.entry.has_experts and node.layout.axes == _swapped(axes):
+        return None
     if node.layout.axes != axes:
         kind = f"of kind {place.entry.kind!r} {axes!r}" if axes else "without a kind"
         return f"{path}: has the layout {node.layout.axes!r}, its row in the naming is {kind}"
@@ -77,9 +90,22 @@ def _swapped(axes: str) -> str:
     return axes.translate(_SWAP)
 
 
-def _take_factors(place: Place, node: LoraWeight, into: _Parts) -> None:
+def _as_in_row(place: Place, node: LoraWeight) -> LoraWeight:
+    """The node with the row's layout: what is its input here may be an output to PEFT.
+
+    PEFT takes the last axis of a parameter of experts for the inputs, also where it is not, as in
+    Llama 4. The update is the same, with A and B exchanged.
+    """
+    if node.layout.axes == place.entry.layout:
+        return node
+    rank = len(place.batch)
+    a, b = np.moveaxis(np.asarray(node.b), rank, -1), np.moveaxis(np.asarray(node.a), -1, rank)
+    return dataclasses.replace(node, a=a, b=b, layout=Layout(place.entry.layout))
+
+
+def _take_factors(place: Place, node: LoraWeight, into: _FactorParts) -> None:
     a, b, scale = (np.asarray(x) for x in (node.a, node.b, node.scale))
-    for where, names in place.layers():
+    for where, names, expert in place.modules():
         if scale[where] == 0:
             continue
         magnitude = node.magnitude
@@ -91,7 +117,7 @@ def _take_factors(place: Place, node: LoraWeight, into: _Parts) -> None:
         ).without_padding()
         for name, part in zip(names, _cut(one, place.widths), strict=True):
             if part is not None:
-                into.setdefault(name, {})[place.start] = part
+                into.setdefault((name, expert), {})[place.start] = part
 
 
 def _cut(one: Factors, widths: Sequence[int]) -> list[Factors | None]:

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from lora_jax.peft import modules, tied
+from lora_jax.peft import modules, parameters, tied
 from lora_jax.peft.config import PeftConfig
 from lora_jax.peft.contents import Contents, Model, is_floating, unknown
 
@@ -33,6 +33,9 @@ def contents(
             found.untrained[part.module] = tensor
         else:
             found.whole[part.module] = tensor
+    wrapped, wrong = parameters.take(found, by_module, config, model)
+    problems += wrong
+    by_module = {module: x for module, x in by_module.items() if module not in wrapped}
     for module, parts in by_module.items():
         problems += _add(found, module, parts, config, model)
     problems += _missing(by_module, config, model)
@@ -56,7 +59,7 @@ def _add(
     if weight not in model.index:
         return [f"{full}.{ending}: {unknown(weight, model.index)}" for ending in parts]
     kind = model.kind(weight)
-    if not kind:
+    if not kind or model.has_experts(weight):
         return [f"{full}.{ending}: {weight} is no module that has factors" for ending in parts]
     problems = []
     if modules.ROWS in parts:

@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 
 from lora_jax.config import LoraConfig
-from lora_jax.peft import tied
+from lora_jax.peft import parameters, tied
 from lora_jax.peft.config import PeftConfig, exact_pattern
 from lora_jax.peft.contents import Contents, Model, module_of
+from lora_jax.peft.experts import Experts
 from lora_jax.peft.factors import Factors
 
 
@@ -37,13 +38,14 @@ def settings(
     """
     modules = {module_of(name): factors for name, factors in contents.factors.items()}
     pair = tied.head_of(contents, model)
-    ranked = dict(modules)
+    ranked: dict[str, Factors | Experts] = {**modules, **contents.experts}
     if pair is not None and pair.embedding in contents.factors:
         ranked[module_of(pair.head)] = contents.factors[pair.embedding]
     kinds = {model.kind(name) for name in contents.factors}
     start = _start(given)
     config = dataclasses.replace(
         start,
+        **_parameters(start, contents, model, complete),
         use_dora=any(factors.magnitude is not None for factors in modules.values()),
         fan_in_fan_out="conv1d" in kinds,
         ensure_weight_tying=pair is not None,
@@ -62,6 +64,20 @@ def settings(
     return config
 
 
+def _parameters(
+    start: PeftConfig, contents: Contents, model: Model, complete: bool
+) -> dict[str, Any]:
+    """What the configuration says of experts' parameters."""
+    if not contents.experts:
+        return {"target_parameters": None}
+    every, targets = model.experts(), start.target_parameters
+    if any(start.targets_parameter(name) != (name in contents.experts) for name in every):
+        targets = parameters.names(contents.experts, every, complete)
+    modules = () if start.target_modules is None else start.target_modules
+    # PEFT refuses dropout beside parameters; and None would be the model's default modules
+    return {"target_parameters": targets, "target_modules": modules, "lora_dropout": 0.0}
+
+
 def _start(given: LoraConfig | PeftConfig | None) -> PeftConfig:
     if isinstance(given, PeftConfig):
         return dataclasses.replace(given, lora_bias=False, inference_mode=True)
@@ -75,13 +91,13 @@ def _start(given: LoraConfig | PeftConfig | None) -> PeftConfig:
     )
 
 
-def _agrees(config: PeftConfig, module: str, factors: Factors) -> bool:
+def _agrees(config: PeftConfig, module: str, factors: Factors | Experts) -> bool:
     # the leaf that holds the scale is float32
     same_scale = np.float32(config.scale(module)) == np.float32(factors.scale)
     return config.rank(module) == factors.rank and bool(same_scale)
 
 
-def _ranks(modules: Mapping[str, Factors], start: PeftConfig) -> dict[str, Any]:
+def _ranks(modules: Mapping[str, Factors | Experts], start: PeftConfig) -> dict[str, Any]:
     """Rank and alpha: the most common, and patterns for the modules that have others."""
     ranks = {module: factors.rank for module, factors in modules.items()}
     alphas = {m: alpha_of(f.scale, f.rank, start.use_rslora) for m, f in modules.items()}
@@ -124,7 +140,10 @@ def wrong_targets(
 def _targets(modules: Collection[str], adaptable: Sequence[str], complete: bool) -> Any:
     """`target_modules` for just these: ends of names, whole names, or a regular expression."""
     ends = {_end(module): None for module in modules}
-    for names in (tuple(ends), tuple(modules)) if complete else (tuple(modules),):
+    choices = [tuple(ends), tuple(modules)]
+    if not complete:  # a name of one segment is the end of others
+        choices = choices[1:] if all("." in module for module in modules) else []
+    for names in choices:
         if not wrong_targets(PeftConfig(target_modules=names), modules, adaptable):
             return tuple(sorted(names))
     return "|".join(re.escape(name) for name in sorted(modules))

@@ -66,8 +66,8 @@ def overlay(contents: Contents, model: Model, dtype: Any = None) -> tuple[Any, l
             with np.errstate(over="ignore"):  # told of below
                 whole[name] = (value.astype("float64") + added).astype(value.dtype)
     made: list[_Made] = [
-        _lora_weight(model.places[path], contents.factors, model)
-        for path in by_leaf(contents.factors, model)
+        _lora_weight(model.places[path], contents, model)
+        for path in by_leaf({**contents.factors, **contents.experts}, model)
     ]
     made += [_trained_leaf(model.places[path], whole, model) for path in by_leaf(whole, model)]
     for name, (rows, values) in contents.rows.items():
@@ -104,10 +104,17 @@ def _compare(contents: Contents, model: Model) -> list[str]:
     return problems
 
 
-def _lora_weight(place: Place, factors: Mapping[str, Factors], model: Model) -> _Made:
+def _factors(contents: Contents, name: str, expert: int | None) -> Factors | None:
+    if expert is None:
+        return contents.factors.get(name)
+    experts = contents.experts.get(name)
+    return None if experts is None else experts.of(expert)
+
+
+def _lora_weight(place: Place, contents: Contents, model: Model) -> _Made:
     layers: dict[tuple[int, ...], Factors] = {}
-    for where, names in place.layers():
-        parts = [factors.get(name) for name in names]
+    for where, names, expert in place.modules():
+        parts = [_factors(contents, name, expert) for name in names]
         if len(place.entry.paths) > 1:
             parts = [part and part.cut(place.start, place.stop) for part in parts]
         try:
@@ -118,7 +125,7 @@ def _lora_weight(place: Place, factors: Mapping[str, Factors], model: Model) -> 
             layers[where] = joined
     rank = max(layer.rank for layer in layers.values())
     padded = {where: layer.padded(rank) for where, layer in layers.items()}
-    layout, batch = Layout(place.entry.layout), _stack_sizes(place)
+    layout, batch = Layout(place.entry.layout), place.batch
     node = LoraWeight(
         None,
         _stacked({w: place.a_to_tree(x.a) for w, x in padded.items()}, batch),
@@ -131,10 +138,6 @@ def _lora_weight(place: Place, factors: Mapping[str, Factors], model: Model) -> 
         magnitudes = {w: place.out_to_tree(x.magnitude) for w, x in padded.items()}
         node = dataclasses.replace(node, magnitude=_magnitudes(node, magnitudes, place, model))
     return place.path, node
-
-
-def _stack_sizes(place: Place) -> tuple[int, ...]:
-    return tuple(place.sizes[letter] for letter in place.entry.stacked)
 
 
 def _stacked(layers: Mapping[tuple[int, ...], Any], batch: tuple[int, ...]) -> np.ndarray:
@@ -155,7 +158,7 @@ def _magnitudes(
     node: LoraWeight, layers: Mapping[tuple[int, ...], Any], place: Place, model: Model
 ) -> np.ndarray:
     """The magnitudes of a stack; ‖W‖ at layers without one, so that those stay the base."""
-    batch = _stack_sizes(place)
+    batch = place.batch
     stacked = _stacked(layers, batch)
     base = model.leaves[place.path]
     if len(layers) < math.prod(batch):

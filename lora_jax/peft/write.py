@@ -6,14 +6,13 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-import numpy as np
 
 from lora_jax import _paths, tensorfile
 from lora_jax.config import LoraConfig
 from lora_jax.errors import StructureError
 from lora_jax.naming import Naming
 from lora_jax.overlay import adapted_nodes, split
-from lora_jax.peft import from_tree, modules, tied
+from lora_jax.peft import from_tree, modules, parameters, tied
 from lora_jax.peft.config import PeftConfig
 from lora_jax.peft.contents import Contents, Model, module_of
 from lora_jax.peft.settings import in_modules, settings, wrong_targets
@@ -28,6 +27,7 @@ def save(
     naming: Naming,
     *,
     base: Any = None,
+    complete: bool = True,
     config: LoraConfig | PeftConfig | None = None,
     fold: bool = False,
     base_model: str | None = None,
@@ -36,10 +36,11 @@ def save(
     """Write adapters as Hugging Face PEFT does, so that it loads them on torch's model.
 
     The function that they make is the same there. Layers of a stack become modules of their own,
-    those with the scale 0 are left out; a leaf that joins q, k and v becomes three modules, and
-    leaves that share a module get one, its rank the sum of theirs unless they share A. Ranks and
-    scales that differ from the most common go to `rank_pattern` and `alpha_pattern`, under keys
-    that match one module each. A leaf trained whole is its module saved whole, or, a bias, `bias`.
+    those with the scale 0 are left out; experts become one parameter (`target_parameters`, where
+    PEFT has no dropout); a leaf that joins q, k and v becomes three modules, and leaves that share
+    a module get one, its rank the sum of theirs unless they share A. Ranks and scales that differ
+    from the most common go to `rank_pattern` and `alpha_pattern`, under keys that match one module
+    each. A leaf trained whole is its module saved whole, or, a bias, `bias`.
 
     The files replace an older pair as a whole, see `tensorfile.write_directory`.
 
@@ -50,6 +51,8 @@ def save(
       base: the base of an overlay, arrays or `ShapeDtypeStruct`s. With it `target_modules` is short
         where the ends of names are enough. Its values are needed where a module is saved whole of
         which only a part was trained; its shapes, for rows of an embedding.
+      complete: whether `base` has every module of torch's model. Without a base, or with a part of
+        one, modules are named in full, so that PEFT adapts no others that are called alike.
       config: what the adapters were made with, for the dropout, rsLoRA, and the words in which
         ranks and targets are told.
       fold: multiply the scales into B, set alpha to the rank, pad all factors to the largest rank:
@@ -77,10 +80,12 @@ def save(
     base = _own_base(adapters) if base is None else base
     contents, model = taken(adapters, naming, base)
     saved, problems = _modules_to_save(contents, model)
-    _check(problems + _refused(contents, fold) + _tied_problems(contents, model, base is None))
+    problems += _refused(contents, fold) + parameters.unwritable(contents, model)
+    _check(problems + _tied_problems(contents, model, base is None))
     if fold:
-        contents.factors = _folded(contents)
-    written = settings(contents, saved, model, None if fold else config, complete=base is not None)
+        contents = _folded(contents)
+    complete = complete and base is not None
+    written = settings(contents, saved, model, None if fold else config, complete=complete)
     written = dataclasses.replace(
         written,
         base_model_name_or_path=base_model or written.base_model_name_or_path,
@@ -88,6 +93,11 @@ def save(
     )
     adapted = {module_of(name) for name in contents.factors}
     wrong = wrong_targets(written, adapted, [module_of(name) for name in model.adaptable()])
+    wrong += [
+        name
+        for name in model.experts()
+        if written.targets_parameter(name) != (name in contents.experts)
+    ]
     _check([f"{module}: PEFT's configuration cannot tell it from others" for module in wrong])
     files = {CONFIG: written.to_json().encode(), TENSORS: _encode(contents, model)}
     tensorfile.write_directory(directory, files)
@@ -157,7 +167,7 @@ def _modules_to_save(contents: Contents, model: Model) -> tuple[list[str], list[
         if not in_modules(name, saved) or name in contents.whole:
             continue
         value = model.value(name)
-        if name in contents.factors or name in contents.rows:
+        if any(name in those for those in (contents.factors, contents.experts, contents.rows)):
             problems.append(f"{name}: has an adapter, and is in a module that is saved whole")
         elif value is None:
             problems.append(f"{name}: is in a module that is saved whole; its value needs base=")
@@ -169,7 +179,8 @@ def _modules_to_save(contents: Contents, model: Model) -> tuple[list[str], list[
 def _refused(contents: Contents, fold: bool) -> list[str]:
     """What PEFT, or with `fold` the readers that it is for, cannot have."""
     with_magnitude = [name for name, f in contents.factors.items() if f.magnitude is not None]
-    problems = [] if contents.factors else ["no module has factors, and PEFT needs one"]
+    there = contents.factors or contents.experts
+    problems = [] if there else ["no module has factors, and PEFT needs one"]
     if with_magnitude and len(with_magnitude) < len(contents.factors):
         without = sorted(contents.factors.keys() - set(with_magnitude))
         problems.append(f"DoRA on some modules alone; without it: {', '.join(without)}")
@@ -190,13 +201,18 @@ def _tied_problems(contents: Contents, model: Model, unknown: bool) -> list[str]
     return [f"{pair.embedding}: whether it is the head too needs base="] if unknown else []
 
 
-def _folded(contents: Contents) -> dict[str, Any]:
-    rank = max(factors.rank for factors in contents.factors.values())
-    return {name: f.folded().padded(rank) for name, f in contents.factors.items()}
+def _folded(contents: Contents) -> Contents:
+    ranks = [x.rank for x in contents.factors.values()]
+    rank = max(ranks + [x.rank for x in contents.experts.values()])
+    return dataclasses.replace(
+        contents,
+        factors={name: x.folded().padded(rank) for name, x in contents.factors.items()},
+        experts={name: x.folded(rank) for name, x in contents.experts.items()},
+    )
 
 
 def _encode(contents: Contents, model: Model) -> bytes:
-    tensors: dict[str, np.ndarray] = {}
+    tensors = parameters.to_tensors(contents, model)
     adapted = {module_of(name) for name in contents.factors}
     for name, factors in contents.factors.items():
         tensors |= modules.to_tensors(module_of(name), model.kind(name), factors)

@@ -7,6 +7,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 import lora_jax
@@ -82,15 +83,19 @@ def a_few(cases: list[Case]) -> list[Any]:
     return [pytest.param(case, marks=[] if case.name in FEW else slow) for case in cases]
 
 
-def normal(seed: int, shape: tuple[int, ...], dtype: Any) -> jax.Array:
-    return jax.random.normal(jax.random.fold_in(KEY, seed), shape, dtype)
+# Fixtures are made with numpy (and `device_put`, for `asarray` compiles): for programs this small,
+# compiling what draws them was most of the suite's time.
+def normal(seed: int, shape: tuple[int, ...], dtype: Any, size: float = 1.0) -> jax.Array:
+    """Normal numbers times `size`."""
+    drawn = np.random.default_rng(seed).standard_normal(shape) * size
+    return jax.device_put(drawn.astype(jnp.dtype(dtype)))
 
 
 def linen(module: nn.Module, *args: Any) -> tuple[Callable, Any, tuple]:
     """fn(params, *args) of a Flax Linen module, with parameters that are all random."""
-    variables = module.init(KEY, *args)
-    leaves, treedef = jax.tree.flatten(variables["params"])
-    leaves = [normal(i, x.shape, x.dtype) / (1 + x.ndim) for i, x in enumerate(leaves)]
+    shapes = jax.eval_shape(module.init, KEY, *args)["params"]
+    leaves, treedef = jax.tree.flatten(shapes)
+    leaves = [normal(i, x.shape, x.dtype, 1 / (1 + x.ndim)) for i, x in enumerate(leaves)]
 
     def fn(params: Any, *args: Any) -> Any:
         return module.apply({"params": params}, *args)
@@ -107,8 +112,24 @@ def adapt(
     config = lora_jax.LoraConfig(
         rank=rank, alpha=1.5 * rank, targets=list(layouts), dtype=dtype, **options
     )
-    params = lora_jax.init(jax.random.key(1), params, config, fn, *args)
-    return randomize(params)
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
+    nodes = lora_jax.init(jax.random.key(1), shapes, config, fn, *args)
+    return jax.tree.map(fill, nodes, params, is_leaf=is_node)
+
+
+def fill(node: Any, w: jax.Array) -> Any:
+    """An adapted weight of shapes, with numbers."""
+    if not is_node(node):
+        return w
+    m = node.magnitude
+    return dataclasses.replace(
+        node,
+        w=w,
+        a=normal(2, node.a.shape, node.a.dtype, 0.2),
+        b=normal(3, node.b.shape, node.b.dtype),
+        scale=jnp.full(node.scale.shape, 1.5, node.scale.dtype),
+        magnitude=None if m is None else 1 + abs(normal(4, m.shape, m.dtype)),
+    )
 
 
 def randomize(params: Any) -> Any:
@@ -120,7 +141,7 @@ def randomize(params: Any) -> Any:
         zero = "a" if node.layout.uses == ("gather",) else "b"  # which factor starts as zero
         factor = getattr(node, zero)
         m = node.magnitude
-        m = None if m is None else m * (1 + 0.3 * normal(4, m.shape, m.dtype))
+        m = None if m is None else m * (1 + normal(4, m.shape, m.dtype, 0.3))
         return dataclasses.replace(
             node, **{zero: normal(3, factor.shape, factor.dtype)}, magnitude=m
         )

@@ -2,6 +2,7 @@
 
 import json
 
+import jax
 import numpy as np
 import pytest
 
@@ -94,6 +95,22 @@ def test_every_name_of_an_mlx_file_is_kept_apart(world, run):
     assert run("convert", "my-mlx-adapter", "--to", "peft", "--out", "made").status == 0
     config = json.loads((world / "made" / "adapter_config.json").read_text())
     assert config["target_modules"] == [m for m in files.MODULES if ".1." in m]
+
+
+def test_a_file_saved_without_its_base_names_every_module_in_full(world, run):
+    tree = {"layers": {"1": {"up": {"kernel": np.ones((3, 4), np.float32)}}}}
+    params = lora_jax.init(jax.random.key(0), tree, lora_jax.LoraConfig(rank=2))
+    lora_jax.save("one.safetensors", lora_jax.split(params)[1])
+    row = {"torch": "{*m}.weight", "path": "{*m}/kernel", "kind": "linear"}
+    (world / "names.json").write_text(json.dumps([row]))
+    words = ["convert", "one.safetensors", "--naming", "names.json"]
+    for to in ("peft", "folded"):
+        assert run(*words, "--to", to, "--out", to).status == 0
+        config = json.loads((world / to / "adapter_config.json").read_text())
+        assert config["target_modules"] == ["layers.1.up"]
+    assert run("convert", "peft", "--to", "folded", "--out", "again").status == 0
+    config = json.loads((world / "again" / "adapter_config.json").read_text())
+    assert config["target_modules"] == ["layers.1.up"]
 
 
 def test_files_of_peft_itself(tmp_path, run, fails):

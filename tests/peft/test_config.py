@@ -8,7 +8,7 @@ import pytest
 
 from lora_jax import AdapterFileError, peft
 from lora_jax.errors import ConfigError
-from lora_jax.peft.config import REFUSED, PeftConfig, check_loads, exact_pattern, parse_config
+from lora_jax.peft.config import REFUSED, PeftConfig, exact_pattern, parse_config
 from lora_jax.peft.modules import part_of_name
 from lora_jax.peft.settings import alpha_of
 
@@ -89,12 +89,6 @@ def test_starts_that_change_the_base_are_refused(start):
     with pytest.raises(ConfigError, match=f'init_lora_weights is "{start}", a start that changes'):
         parse(init_lora_weights=start)
     assert parse(init_lora_weights="gaussian").init_lora_weights == "gaussian"
-
-
-def test_target_parameters_are_refused():
-    with pytest.raises(ConfigError, match=r'^target_parameters is \["experts.w"\]: .* supported$'):
-        check_loads(parse(target_parameters=["experts.w"]))
-    check_loads(parse(target_parameters=[]))
 
 
 def test_unknown_keys_are_kept():

@@ -42,6 +42,32 @@ def test_a_regular_expression_where_names_are_not_enough(tmp_path):
     assert json.loads((tmp_path / peft.CONFIG).read_text())["target_modules"] == "up"
 
 
+def test_modules_are_named_in_full_where_others_are_not_known(tmp_path):
+    """A list of short names would make PEFT adapt the other layers too."""
+    adapters = adapted(lora_jax.LoraConfig(rank=2, targets=["1/up/kernel"]))
+    part = {UP: BASE[UP]}
+    for fold in (False, True):
+        peft.save(tmp_path, adapters, PLAIN, base=part, complete=False, fold=fold)
+        assert peft.read_config(tmp_path).target_modules == ("model.layers.1.up",)
+    peft.save(tmp_path, adapters, PLAIN, base=part)  # the whole model, then
+    assert peft.read_config(tmp_path).target_modules == ("up",)
+    given = peft.PeftConfig(target_modules=["up"])
+    peft.save(tmp_path, adapters, PLAIN, config=given)
+    assert peft.read_config(tmp_path).target_modules == ("up",)
+
+
+def test_a_name_of_one_segment_is_a_regular_expression_without_a_base(tmp_path):
+    """A list that has "up" means "layers.0.up" too."""
+    params = {"up": {"kernel": jnp.ones((2, 3))}}
+    adapters = lora_jax.split(
+        lora_jax.init(jax.random.key(0), params, lora_jax.LoraConfig(rank=1))
+    )[1]
+    peft.save(tmp_path, adapters, PLAIN)
+    written = peft.read_config(tmp_path)
+    assert written.target_modules == "up"
+    assert written.targets("up") and not written.targets("layers.0.up")
+
+
 def test_patterns_of_the_modules_that_differ(tmp_path):
     ranks = {"0/up": {"rank": 4}, "down": {"rank": 4, "alpha": 2}}
     config = lora_jax.LoraConfig(

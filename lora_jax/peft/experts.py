@@ -1,0 +1,80 @@
+"""A and B of a parameter that holds the weights of several experts, as PEFT keeps them."""
+
+import dataclasses
+from collections.abc import Mapping
+
+import numpy as np
+
+from lora_jax.peft.factors import Factors
+
+
+@dataclasses.dataclass(frozen=True)
+class Experts:
+    """The updates `scale · B[e] · A[e]` of a torch parameter, each expert's weight `[out, in]`.
+
+    PEFT keeps A as `[experts·rank, in]`, an expert's rows together, and B as
+    `[out, rank·experts]`, an expert's columns `experts` apart (`ParamWrapper.get_delta_weight`).
+
+    >>> one = Experts(np.ones((2, 3, 5), "f4"), np.ones((2, 4, 3), "f4"), 0.5)
+    >>> one.rank, one.of(1).update().shape, [x.shape for x in one.tensors()]
+    (3, (4, 5), [(6, 5), (4, 6)])
+    """
+
+    a: np.ndarray  # [experts, rank, in]
+    b: np.ndarray  # [experts, out, rank]
+    scale: float
+
+    @property
+    def rank(self) -> int:
+        """Inner size of each expert's factors."""
+        return self.a.shape[1]
+
+    def of(self, expert: int) -> Factors:
+        """The factors of one expert."""
+        return Factors(self.a[expert], self.b[expert], self.scale)
+
+    def tensors(self) -> tuple[np.ndarray, np.ndarray]:
+        """A and B as they are in a file."""
+        a = self.a.reshape(-1, self.a.shape[2])
+        return a, self.b.transpose(1, 2, 0).reshape(self.b.shape[1], -1)
+
+    def folded(self, rank: int) -> "Experts":
+        """The same updates with scale 1 at this rank, as `Factors.folded` and `Factors.padded`."""
+        experts = [self.of(e).folded().padded(rank) for e in range(len(self.a))]
+        return Experts(np.stack([x.a for x in experts]), np.stack([x.b for x in experts]), 1.0)
+
+
+def of_tensors(a: np.ndarray, b: np.ndarray, rank: int, scale: float) -> Experts:
+    """The experts of a file's A `[experts·rank, in]` and B `[out, rank·experts]`.
+
+    >>> one = of_tensors(np.arange(12).reshape(6, 2), np.arange(6).reshape(1, 6), 2, 1.0)
+    >>> one.a[1].tolist(), one.b[1].tolist()
+    ([[4, 5], [6, 7]], [[1, 4]])
+    """
+    return Experts(
+        a.reshape(-1, rank, a.shape[1]),
+        b.reshape(len(b), rank, -1).transpose(2, 0, 1),
+        scale,
+    )
+
+
+def together(parts: Mapping[int, Factors], count: int) -> Experts:
+    """The factors of experts as those of one parameter, which has one rank and one scale.
+
+    Ranks are padded with zeros to the largest; scales that differ are multiplied into B; experts
+    without factors get zeros.
+
+    Args:
+      parts: the factors by the expert's number; at least one.
+      count: how many experts there are.
+    """
+    rank = max(part.rank for part in parts.values())
+    scales = {part.scale for part in parts.values()}
+    if len(scales) > 1:
+        parts = {expert: part.folded() for expert, part in parts.items()}
+    padded = {expert: part.padded(rank) for expert, part in parts.items()}
+    first = next(iter(padded.values()))
+    a, b = (np.zeros((count, *x.shape), x.dtype) for x in (first.a, first.b))
+    for expert, part in padded.items():
+        a[expert], b[expert] = part.a, part.b
+    return Experts(a, b, scales.pop() if len(scales) == 1 else 1.0)

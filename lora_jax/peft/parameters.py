@@ -1,0 +1,130 @@
+"""Parameters that PEFT adapts by `target_parameters`: their names in a file, and which there are.
+
+Each wraps its torch module once more, the parameter that the module has first innermost. So with k
+adapted parameters in a module, the tensors of the i-th are behind k - 1 - i times "base_layer.".
+"""
+
+from collections.abc import Collection, Iterable, Mapping
+
+import numpy as np
+
+from lora_jax.peft import modules
+from lora_jax.peft.config import PeftConfig
+from lora_jax.peft.contents import Contents, Model, module_of
+from lora_jax.peft.experts import of_tensors
+
+_A, _B = modules.endings("experts")
+
+
+def wrapped(names: Iterable[str], model: Model) -> dict[str, str]:
+    """The name under which a file has the factors of each parameter: "h.0.experts.base_layer".
+
+    Args:
+      names: all parameters that are adapted.
+      model: their order within a module is that of the naming's rows.
+    """
+    by_module: dict[str, list[str]] = {}
+    for name in sorted(names, key=model.row):
+        by_module.setdefault(module_of(name), []).append(name)
+    return {
+        name: module + ".base_layer" * (len(inside) - 1 - i)
+        for module, inside in by_module.items()
+        for i, name in enumerate(inside)
+    }
+
+
+def targeted(config: PeftConfig, model: Model) -> tuple[list[str], list[str]]:
+    """The experts' parameters that a configuration adapts, and which of its entries are none."""
+    found = [name for name in model.experts() if config.targets_parameter(name)]
+    problems = []
+    for entry in config.target_parameters or ():
+        if not any(name == entry or name.endswith("." + entry) for name in found):
+            problems.append(
+                f"target_parameters: {entry!r} is no parameter of experts here; it needs a row in "
+                'the naming, Entry(its name in torch, path, "experts" or "experts_transposed")'
+            )
+    return found, problems
+
+
+def take(
+    found: Contents,
+    tensors: Mapping[str, dict[str, np.ndarray]],
+    config: PeftConfig,
+    model: Model,
+) -> tuple[list[str], list[str]]:
+    """Put the parameters' factors into `found`.
+
+    Args:
+      tensors: a file's tensors by module and ending.
+
+    Returns:
+      The modules that these tensors have in the file, and what is wrong.
+    """
+    names, problems = targeted(config, model)
+    places = wrapped(names, model)
+    for name, module in places.items():
+        parts = tensors.get(module, {})
+        wrong = _problems(name, f"{modules.PREFIX}{module}", parts, config, model)
+        problems += wrong
+        if not wrong:
+            rank, scale = config.rank(name), config.scale(name)
+            found.experts[name] = of_tensors(parts[_A], parts[_B], rank, scale)
+    return list(places.values()), problems
+
+
+def _problems(
+    name: str, full: str, parts: Mapping[str, np.ndarray], config: PeftConfig, model: Model
+) -> list[str]:
+    count, (out, ins), rank = model.count(name), model.sides(name), config.rank(name)
+    wanted = {_A: (count * rank, ins), _B: (out, rank * count)}
+    problems = [
+        f"{full}.{ending}: missing, {shape} for {name}, which target_parameters names"
+        for ending, shape in wanted.items()
+        if ending not in parts
+    ]
+    for ending, tensor in parts.items():
+        if ending not in wanted:
+            problems.append(f"{full}.{ending}: unexpected for {name}, a parameter of experts")
+        elif tensor.shape != wanted[ending]:
+            problems.append(
+                f"{full}.{ending}: has shape {tensor.shape}, needs {wanted[ending]} at rank {rank} "
+                f"for the {count} experts of {name}"
+            )
+    return problems
+
+
+def to_tensors(contents: Contents, model: Model) -> dict[str, np.ndarray]:
+    """The parameters' factors under PEFT's names and in its shapes."""
+    tensors: dict[str, np.ndarray] = {}
+    for name, module in wrapped(contents.experts, model).items():
+        a, b = contents.experts[name].tensors()
+        tensors |= {f"{modules.PREFIX}{module}.{_A}": a, f"{modules.PREFIX}{module}.{_B}": b}
+    return tensors
+
+
+def unwritable(contents: Contents, model: Model) -> list[str]:
+    """What PEFT does not have beside parameters."""
+    if not contents.experts:
+        return []
+    which = ", ".join(sorted(contents.experts))
+    problems = []
+    for name, factors in contents.factors.items():
+        if factors.magnitude is not None:
+            problems.append(f"{name}: PEFT has no DoRA in one adapter with parameters ({which})")
+        if model.kind(name) == "conv1d":
+            problems.append(f"{name}: PEFT has no Conv1D in one adapter with parameters ({which})")
+        if any(module_of(name) == module_of(other) for other in contents.experts):
+            problems.append(f"{name}: PEFT cannot adapt a module and parameters of it ({which})")
+    return problems
+
+
+def names(adapted: Collection[str], every: Collection[str], complete: bool) -> tuple[str, ...]:
+    """`target_parameters` for just these: short where all that end so are adapted.
+
+    >>> names(["h.0.x.up", "h.1.x.up"], ["h.0.x.up", "h.1.x.up", "h.1.x.down"], True)
+    ('x.up',)
+    """
+    ends = {".".join(name.split(".")[-2:]) for name in adapted}
+    short = tuple(sorted(ends))
+    selected = {name for name in every if name.endswith(tuple("." + end for end in ends))}
+    return short if complete and selected == set(adapted) else tuple(sorted(adapted))
