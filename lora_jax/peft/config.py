@@ -13,7 +13,6 @@ from lora_jax.peft import patterns
 
 FILE = "adapter_config.json"
 BIASES = ("none", "all", "lora_only")
-_MOST_PATTERNS = 100  # not counting plain names, of which there is one a module at most
 # Starts that change the base: A and B say nothing without it.
 CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 # Keys that change what A and B mean, with what each does; read only where they are off.
@@ -186,7 +185,7 @@ class PeftConfig:
 
     def _saves(self, module: str) -> bool:
         names = self.modules_to_save or ()
-        return any(_begins(name, rf"(^|.*\.){name}($|\..*)", module) for name in names)
+        return any(patterns.match(rf"(^|.*\.){name}($|\..*)", module) for name in names)
 
     def _layer(self, module: str) -> int | None:
         """The number of the layer that a module is in, as PEFT reads names."""
@@ -194,8 +193,8 @@ class PeftConfig:
             found = re.match(r".*?\.[^.]*\.(\d+)\.", module)
             return int(found[1]) if found else None
         names = self.layers_pattern
-        for pattern in (names,) if isinstance(names, str) else names:
-            found = re.match(rf"(?:^|.*?\.)(?:{pattern})\.(?P<number>\d+)\.", module)
+        for name in (names,) if isinstance(names, str) else names:
+            found = patterns.match(rf"(?:^|.*?\.)(?:{name})\.(?P<number>\d+)\.", module)
             if found:
                 return int(found["number"])
         return None
@@ -248,31 +247,19 @@ def _shown(value: Any) -> str:
 def _bad_patterns(config: PeftConfig) -> Iterable[str]:
     """Strings that are read as regular expressions and are none."""
     layers = config.layers_pattern or ()
-    layers = (layers,) if isinstance(layers, str) else layers
-    entries: dict[str, Iterable[Any]] = {
+    given = {
         "target_modules": [config.target_modules],
         "exclude_modules": [config.exclude_modules],
-        "rank_pattern": config.rank_pattern,
-        "alpha_pattern": config.alpha_pattern,
+        "rank_pattern": list(config.rank_pattern),
+        "alpha_pattern": list(config.alpha_pattern),
         "modules_to_save": config.modules_to_save or (),
-        "layers_pattern": layers,
+        "layers_pattern": (layers,) if isinstance(layers, str) else layers,
     }
-    several = {"rank_pattern", "alpha_pattern", "modules_to_save"}
-    for name, given in entries.items():
-        texts = [entry for entry in given if isinstance(entry, str)]
-        for entry in texts:
-            try:
-                patterns.check(entry)
-                if name in several and not patterns.is_plain(entry):
-                    patterns.check(f"({entry})")  # it is a part of one there
-            except ConfigError as error:
-                yield f"{name}: {_shown(entry)} {error}"
-        count = sum(not patterns.is_plain(entry) for entry in texts)
-        if name in several and count > _MOST_PATTERNS:
-            yield f"{name}: has {count} regular expressions, and {_MOST_PATTERNS} are read"
-    for entry in layers:
-        if not patterns.is_plain(entry):
-            yield f"layers_pattern: {_shown(entry)} has groups or repeats, which are not read there"
+    for name, entries in given.items():
+        for entry in entries:
+            why = patterns.problem(entry) if isinstance(entry, str) else None
+            if why:
+                yield f"{name}: {_shown(entry)} is not a regular expression ({why})"
 
 
 def _refused(config: PeftConfig) -> Iterable[str]:
@@ -298,14 +285,7 @@ def _in(targets: Any, module: str) -> bool:
 
 def _first(keys: Iterable[str], module: str) -> str | None:
     """The first pattern that matches a module, by PEFT's rule."""
-    return next((key for key in keys if _begins(key, rf"(.*\.)?({key})$", module)), None)
-
-
-def _begins(key: str, pattern: str, module: str) -> bool:
-    """Whether a pattern made of a key matches at the beginning of a module's name."""
-    if patterns.is_plain(key):
-        return re.match(pattern, module) is not None
-    return patterns.match(pattern, module)
+    return next((key for key in keys if patterns.match(rf"(.*\.)?({key})$", module)), None)
 
 
 def exact_pattern(module: str, modules: Iterable[str]) -> str:
