@@ -75,9 +75,7 @@ def test_one_vector_of_all_adapters_is_the_same_update(form):
     params = contenders.joined(Setting(TINY, "scan")).start()[0][0]
     _, adapters = lora_jax.split(params)
     tree = params if form == "joined" else adapters
-    grads = jax.tree.map(
-        lambda x: np.cos(np.arange(x.size, dtype=x.dtype)).reshape(x.shape), tree
-    )
+    grads = jax.tree.map(lambda x: np.cos(np.arange(x.size, dtype=x.dtype)).reshape(x.shape), tree)
 
     @functools.partial(jax.jit, static_argnums=0)
     def updated(tx):
