@@ -1,6 +1,8 @@
 """Adapters of loralib, the LoRA paper's own package, from a safetensors file."""
 
+import math
 import os
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -36,9 +38,10 @@ def load(
     arguments. The scale is α/r. A `MergedLinear` (GPT-2's fused q, k, v) keeps A
     `[r·k, in]` and B `[k·out/n, r]` of its k enabled parts among n, each with a block of its own
     (https://github.com/microsoft/LoRA/blob/main/loralib/layers.py): here a block-diagonal B of rank
-    r·k. Biases come along, trained whole. loralib's convolutions are of low rank in another shape
-    of the weight, and are refused. `torch.save` writes pickles, which are never read; save the
-    dictionary with `safetensors.torch.save_file`.
+    r·k. Its convolution of kernel k × k is of low rank in another shape of the weight, A
+    `[r·k, in·k]` and B `[out·k, r·k]`: here the same update has rank r·k². Grouped ones are
+    refused. Biases come along, trained whole. `torch.save` writes pickles, which are never read;
+    save the dictionary with `safetensors.torch.save_file`.
 
     Args:
       path: a safetensors file with names like "h.0.attn.c_attn.lora_A".
@@ -92,20 +95,21 @@ def _contents(
 ) -> tuple[Contents, list[str]]:
     found, problems = Contents(), []
     by_module: dict[str, dict[str, np.ndarray]] = {}
-    for name, tensor in tensors.items():
+    for full, tensor in tensors.items():
+        name = _known(full, model)
         module, _, ending = name.rpartition(".")
         if not is_floating(tensor):
-            problems.append(f"{name}: is {tensor.dtype}, only floating tensors are trained")
+            problems.append(f"{full}: is {tensor.dtype}, only floating tensors are trained")
         elif ending in _ENDINGS:
             by_module.setdefault(module, {})[ending] = tensor
         elif name not in model.index or ending != "bias":
-            problems.append(f"{name}: {unknown(name, model.index)}")
+            problems.append(f"{full}: {unknown(name, model.index)}")
         elif tensor.shape != model.shape(name):
-            problems.append(f"{name}: has shape {tensor.shape}, needs {model.shape(name)}")
+            problems.append(f"{full}: has shape {tensor.shape}, needs {model.shape(name)}")
         else:
             found.whole[name] = tensor
     for module, arrays in by_module.items():
-        weight = f"{module}.weight"
+        weight = _known(f"{module}.conv.weight", model)
         flags = next((x for name, x in enabled.items() if _ends(module, name)), (True,))
         if weight not in model.index:
             problems.append(f"{module}: {unknown(weight, model.index)}")
@@ -118,6 +122,14 @@ def _contents(
     unused = [name for name in enabled if not any(_ends(m, name) for m in by_module)]
     problems += [f"enabled: {name!r} is the end of no module in the file" for name in unused]
     return found, problems
+
+
+def _known(name: str, model: Model) -> str:
+    """The name in a model without loralib, where this one has none of loralib's own.
+
+    loralib's convolution "c" keeps its factors there, and weight and bias in "c.conv".
+    """
+    return name if name in model.index else re.sub(r"\.conv(\.weight|\.bias)$", r"\1", name)
 
 
 def _ends(module: str, name: str) -> bool:
@@ -136,9 +148,11 @@ def _factors(
     missing = [ending for ending in _ENDINGS if ending not in arrays]
     if missing:
         return f"{', '.join(missing)} missing"
-    if kind not in ("linear", "conv1d", "embedding"):
-        return "is no linear layer and no embedding"
     a, b = (arrays[ending] for ending in _ENDINGS)
+    if kind == "conv":
+        return _of_convolution(a, b, alpha, shape)
+    if kind not in ("linear", "conv1d", "embedding"):
+        return "is no linear layer, no embedding and no convolution"
     ins = shape[1] if kind == "linear" else shape[0]
     count, rank = sum(flags), b.shape[-1] if b.ndim else 0
     needed = (count * rank, ins), (outputs // len(flags) * count, rank)
@@ -152,3 +166,26 @@ def _factors(
     joined = join(parts, [outputs // len(flags)] * len(flags))
     assert joined is not None
     return joined
+
+
+def _of_convolution(
+    a: np.ndarray, b: np.ndarray, alpha: float, shape: tuple[int, ...]
+) -> Factors | str:
+    """The factors of loralib's ΔW = (B·A), read as `[out, in, k, k]`, or why there are none.
+
+    The in·k² numbers of an output are k rows of B·A: k times the same A on k parts of the input,
+    each with a row of its own in B.
+    """
+    out, ins, *kernel = shape
+    k, rows = kernel[0], len(a) if a.ndim else 0
+    wanted = (rows, ins * k), (out * k, rows)
+    square = set(kernel) == {k} and math.prod(kernel) == k * k
+    if not square or not rows or rows % k or (a.shape, b.shape) != wanted:
+        return (
+            f"lora_A {a.shape} and lora_B {b.shape} do not fit the convolution {shape}; of a "
+            "grouped one let loralib merge them, model.eval(), and take the weights as a new base"
+        )
+    blocks = np.kron(np.eye(k, dtype=a.dtype), a)
+    return Factors(
+        blocks.reshape(k * rows, ins, *kernel), b.reshape(out, k * rows), alpha / (rows // k)
+    )

@@ -4,7 +4,7 @@ import dataclasses
 import json
 import os
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +12,18 @@ import numpy as np
 
 from lora_jax import tensorfile
 from lora_jax.errors import AdapterFileError, StructureError
-from lora_jax.naming import Naming
+from lora_jax.naming import Entry, Naming, Place
 from lora_jax.overlay import adapted_nodes, split
 from lora_jax.peft.contents import Contents, Model, is_floating, module_of, unknown
 from lora_jax.peft.factors import Factors
 from lora_jax.peft.to_tree import fitted
 from lora_jax.peft.write import taken
+from lora_jax.weights import LoraWeight
 
 __all__ = ["CONFIG", "TENSORS", "load", "save"]
 
 CONFIG, TENSORS = "adapter_config.json", "adapters.safetensors"
+_NEITHER = "is no linear layer and no embedding"
 _FIELDS = {"lora_a": "a", "lora_b": "b", "m": "magnitude"}
 
 
@@ -38,7 +40,8 @@ def load(
     Its modules are called as in Hugging Face's files, so the same naming serves. `lora_a` is
     `[in, rank]` and `lora_b` `[rank, out]`; the update is `scale · lora_a · lora_b`, the scale one
     number for all (https://github.com/ml-explore/mlx-lm/blob/main/mlx_lm/tuner/lora.py). With
-    `fine_tune_type` "dora" there is a magnitude `m` too.
+    `fine_tune_type` "dora" there is a magnitude `m` too: for every output of a linear layer, and
+    for every row of an embedding, which therefore gets the layout "oi", its rows as outputs.
 
     Args:
       directory: with `adapter_config.json` and `adapters.safetensors`.
@@ -65,7 +68,11 @@ def load(
     source = Path(directory) / TENSORS
     tensors, _ = tensorfile.decode(files[TENSORS], str(source), finite=True)
     model = Model(base, naming)
-    contents, problems = _contents(tensors, *settings, model)
+    embeddings = {name for name in model.adaptable() if model.kind(name) == "embedding"}
+    if settings[1]:
+        lookups = [entry for entry in naming.entries if entry.kind == "embedding"]
+        model = Model(base, _with_rows_as_outputs(naming, lookups))
+    contents, problems = _contents(tensors, *settings, model, embeddings)
     return fitted(source, contents, problems, model, strict=strict, dtype=dtype)
 
 
@@ -95,7 +102,11 @@ def _settings(text: bytes, path: Path) -> tuple[float, bool]:
 
 
 def _contents(
-    tensors: Mapping[str, np.ndarray], scale: float, dora: bool, model: Model
+    tensors: Mapping[str, np.ndarray],
+    scale: float,
+    dora: bool,
+    model: Model,
+    embeddings: Collection[str],
 ) -> tuple[Contents, list[str]]:
     found, problems = Contents(), []
     by_module: dict[str, dict[str, np.ndarray]] = {}
@@ -117,23 +128,24 @@ def _contents(
         needed = ("a", "b", "magnitude") if dora else ("a", "b")
         missing = [end for end, field in _FIELDS.items() if field in set(needed) - arrays.keys()]
         shape = model.shape(weight)
-        problem = None if missing else _misshaped(arrays, model.kind(weight), shape)
+        kind = "embedding" if weight in embeddings else model.kind(weight)
+        problem = None if missing else _misshaped(arrays, kind, shape)
         problems += [f"{module}.{ending}: missing" for ending in missing]
         problems += [f"{module}: {problem}"] if problem else []
         if not missing and not problem:
-            found.factors[weight] = Factors(
-                arrays["a"].T, arrays["b"].T, scale, arrays.get("magnitude")
-            )
+            a, b = arrays["a"].T, arrays["b"].T
+            if dora and weight in embeddings:
+                a, b = b.T, a.T
+            found.factors[weight] = Factors(a, b, scale, arrays.get("magnitude"))
     return found, problems
 
 
 def _misshaped(arrays: Mapping[str, np.ndarray], kind: str, shape: tuple[int, ...]) -> str | None:
-    problem = _unsupported(kind, "magnitude" in arrays)
-    if problem:
-        return problem
+    if kind not in ("linear", "embedding"):
+        return _NEITHER
     ins, out = shape if kind == "embedding" else shape[::-1]
     rank = arrays["a"].shape[-1] if arrays["a"].ndim else 0
-    wanted = {"a": (ins, rank), "b": (rank, out), "magnitude": (out,)}
+    wanted = {"a": (ins, rank), "b": (rank, out), "magnitude": shape[:1]}
     got = {field: array.shape for field, array in arrays.items()}
     if rank and all(got[field] == wanted[field] for field in got):
         return None
@@ -143,10 +155,25 @@ def _misshaped(arrays: Mapping[str, np.ndarray], kind: str, shape: tuple[int, ..
 def _unsupported(kind: str, dora: bool) -> str | None:
     """What keeps a module of this kind out of these files."""
     if kind not in ("linear", "embedding"):
-        return "is no linear layer and no embedding"
+        return _NEITHER
     if dora and kind == "embedding":
-        return "is an embedding, whose DoRA has a number for each row in mlx-lm, not each output"
+        return (
+            "is an embedding with a magnitude for each column, and mlx-lm has one for each row: "
+            'give it the layout "oi" in overrides='
+        )
     return None
+
+
+def _with_rows_as_outputs(naming: Naming, lookups: Sequence[Entry]) -> Naming:
+    """The naming with these embeddings' rows as outputs, as they are of a head tied to them."""
+    return Naming(
+        tuple(
+            dataclasses.replace(entry, kind="linear", axes=entry.axes or "n d -> n d")
+            if entry in lookups
+            else entry
+            for entry in naming.entries
+        )
+    )
 
 
 def save(
@@ -171,7 +198,8 @@ def save(
 
     Raises:
       StructureError: what cannot be in such a file, all at once: leaves trained whole or in rows,
-        convolutions, DoRA of an embedding, paths that the naming does not have.
+        convolutions, DoRA of an embedding in another layout than "oi", paths that the naming does
+        not have.
       OSError: the files cannot be written; the old ones stand.
 
     >>> import tempfile, jax, jax.numpy as jnp, lora_jax
@@ -184,7 +212,9 @@ def save(
     ...     json.loads((Path(folder) / CONFIG).read_text())["lora_parameters"]["scale"]
     2.0
     """
-    contents, model = taken(adapters, naming, base)
+    turned = _turned(adapters, naming)
+    lookups = [place.entry for place in turned]
+    contents, model = taken(adapters, _with_rows_as_outputs(naming, lookups), base)
     others = [*contents.whole, *contents.rows]
     problems = [f"{name}: is trained itself; mlx-lm's files hold factors" for name in others]
     problems += [f"{name}: experts' parameters are not written" for name in contents.experts]
@@ -210,14 +240,31 @@ def save(
     }
     settings |= {} if base_model is None else {"model": base_model}
     tensors: dict[str, np.ndarray] = {}
+    by_rows = {name for place in turned for _, names in place.layers() for name in names}
     for name, one in factors.items():
-        arrays = {"lora_a": one.a.T, "lora_b": one.b.T, "m": one.magnitude}
+        a, b = (one.b, one.a) if name in by_rows else (one.a.T, one.b.T)
+        arrays = {"lora_a": a, "lora_b": b, "m": one.magnitude}
         tensors |= {f"{module_of(name)}.{k}": x for k, x in arrays.items() if x is not None}
     files = {
         CONFIG: json.dumps(settings, indent=4, sort_keys=True).encode(),
         TENSORS: tensorfile.encode(tensors, {"format": "mlx"}),
     }
     tensorfile.write_directory(directory, files)
+
+
+def _turned(adapters: Any, naming: Naming) -> list[Place]:
+    """Embeddings with DoRA whose rows are the outputs."""
+    nodes = {
+        path: node
+        for path, node in adapted_nodes(adapters).items()
+        if isinstance(node, LoraWeight) and node.magnitude is not None
+    }
+    places = naming.places({path: node.shape for path, node in nodes.items()})
+    return [
+        place
+        for path, place in places.items()
+        if place.entry.kind == "embedding" and place.entry.layout != nodes[path].layout.axes
+    ]
 
 
 def _uniform(factors: Mapping[str, Factors]) -> tuple[float, dict[str, Factors]]:

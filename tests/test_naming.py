@@ -196,6 +196,8 @@ def test_leaves_that_do_not_fit_their_rows():
         (("q", "q", "linear", "o i -> i"), "do not have the same letters"),
         (("q", "q", "linear", "o i j -> i o j"), "has 2 axes"),
         (("q", "q", "linear", "(h d) i -> (i h) d"), "mixes axes of in and of out"),
+        (("q", "q", "experts", "(g e) o i -> (g e) i o"), "several axes of experts in one axis"),
+        (("q", "q", "experts", "o i -> i o"), "a experts weight has 3 axes, 'o i -> i o' names 2"),
         (("q", "q", "linear", "rank i -> i rank"), "same letters"),
         (("q", "q", "linear", "o i, i o"), "is not a pattern"),
         (("q", "q", "linear", "o o -> o o"), "names an axis twice"),

@@ -36,7 +36,8 @@ class Results:
         """Writes adapters for the model as it was published.
 
         Returns:
-          A directory of PEFT's, or the file of a classifier, whose head PEFT has no name for.
+          A directory of PEFT's; of a classifier a file of lora_jax, as its head reads the mean of a
+          text's tokens, and those of transformers the first or the last.
         """
         options, base = self.options, self.task.params
         if self.config.init in CHANGES_BASE:

@@ -70,7 +70,10 @@ def load(
     source = Path(directory) / TENSORS
     tensors, _ = tensorfile.decode(data, str(source), finite=True)
     model = Model(base, naming)
-    contents, problems = read.contents(tensors, config, model)
+    try:
+        contents, problems = read.contents(tensors, config, model)
+    except ConfigError as error:  # a pattern that takes too long
+        raise AdapterFileError(f"{Path(directory) / CONFIG}: {error}") from None
     return fitted(source, contents, problems, model, strict=strict, dtype=dtype)
 
 

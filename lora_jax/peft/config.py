@@ -9,6 +9,7 @@ from typing import Any
 
 from lora_jax import tensorfile
 from lora_jax.errors import AdapterFileError, ConfigError
+from lora_jax.peft import patterns
 
 FILE = "adapter_config.json"
 BIASES = ("none", "all", "lora_only")
@@ -184,16 +185,16 @@ class PeftConfig:
 
     def _saves(self, module: str) -> bool:
         names = self.modules_to_save or ()
-        return any(re.match(rf"(^|.*\.){name}($|\..*)", module) for name in names)
+        return any(patterns.match(rf"(^|.*\.){name}($|\..*)", module) for name in names)
 
     def _layer(self, module: str) -> int | None:
         """The number of the layer that a module is in, as PEFT reads names."""
         if not self.layers_pattern:
             found = re.match(r".*?\.[^.]*\.(\d+)\.", module)
             return int(found[1]) if found else None
-        patterns = self.layers_pattern
-        for pattern in (patterns,) if isinstance(patterns, str) else patterns:
-            found = re.match(rf"(?:^|.*?\.)(?:{pattern})\.(?P<number>\d+)\.", module)
+        names = self.layers_pattern
+        for name in (names,) if isinstance(names, str) else names:
+            found = patterns.match(rf"(?:^|.*?\.)(?:{name})\.(?P<number>\d+)\.", module)
             if found:
                 return int(found["number"])
         return None
@@ -246,7 +247,7 @@ def _shown(value: Any) -> str:
 def _bad_patterns(config: PeftConfig) -> Iterable[str]:
     """Strings that are read as regular expressions and are none."""
     layers = config.layers_pattern or ()
-    patterns = {
+    given = {
         "target_modules": [config.target_modules],
         "exclude_modules": [config.exclude_modules],
         "rank_pattern": list(config.rank_pattern),
@@ -254,13 +255,11 @@ def _bad_patterns(config: PeftConfig) -> Iterable[str]:
         "modules_to_save": config.modules_to_save or (),
         "layers_pattern": (layers,) if isinstance(layers, str) else layers,
     }
-    for name, entries in patterns.items():
+    for name, entries in given.items():
         for entry in entries:
-            if isinstance(entry, str):
-                try:
-                    re.compile(entry)
-                except (re.error, RecursionError, OverflowError) as error:
-                    yield f"{name}: {_shown(entry)} is not a regular expression ({error})"
+            why = patterns.problem(entry) if isinstance(entry, str) else None
+            if why:
+                yield f"{name}: {_shown(entry)} is not a regular expression ({why})"
 
 
 def _refused(config: PeftConfig) -> Iterable[str]:
@@ -279,15 +278,14 @@ def _refused(config: PeftConfig) -> Iterable[str]:
 def _in(targets: Any, module: str) -> bool:
     """PEFT's rule: a string is a regex for the whole name, a list holds names and their ends."""
     if isinstance(targets, str):
-        return re.fullmatch(targets, module) is not None
+        return patterns.fullmatch(targets, module)
     names = targets or ()
     return any(module == name or module.endswith("." + name) for name in names)
 
 
-def _first(patterns: Iterable[str], module: str) -> str | None:
+def _first(keys: Iterable[str], module: str) -> str | None:
     """The first pattern that matches a module, by PEFT's rule."""
-    matches = (p for p in patterns if re.match(rf"(.*\.)?({p})$", module))
-    return next(matches, None)
+    return next((key for key in keys if patterns.match(rf"(.*\.)?({key})$", module)), None)
 
 
 def exact_pattern(module: str, modules: Iterable[str]) -> str:

@@ -242,7 +242,7 @@ def test_rows_of_every_kind(kind, tmp_path, run):
 def test_a_start_that_changes_the_base(init, play, tmp_path, run):
     """The adapter that is written is one for the base as it was."""
     out = tmp_path / "out"
-    command = words(play, out, "--eval-split", 0.25, "--steps", 3, "--init", init)
+    command = words(play, out, "--eval-split", 0.25, "--eval-rows", 4, "--steps", 3, "--init", init)
     assert run(*command).status == 0
     test_the_adapter_is_what_was_measured((out, command))
 

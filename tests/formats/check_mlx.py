@@ -34,6 +34,15 @@ CASES = {
         lora_jax.LoraConfig(rank=2, alpha=3, overrides={"2/up": {"rank": 4, "alpha": 9}}),
     ),
     "dora": (PLAIN, lora_jax.LoraConfig(rank=2, targets=["up"], dora=True)),
+    "dora embedding": (
+        PLAIN,
+        lora_jax.LoraConfig(
+            rank=2,
+            targets=["up/kernel", "embedding"],
+            dora=True,
+            overrides={"embed": {"layout": "oi"}},
+        ),
+    ),
     "stacked": (
         STACKED,
         lora_jax.LoraConfig(

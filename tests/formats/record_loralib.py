@@ -5,7 +5,7 @@
 writes `loralib.npz`:
 
     base/<name>            weights under torch's names
-    saved                  `lora_state_dict(model, bias="lora_only")`, a safetensors file as bytes
+    saved                  `lora_state_dict(model, bias="all")`, a safetensors file as bytes
     merged/<name>          the weights and biases that loralib merges them to
     alpha                  4; ranks are 2 and 3
 """
@@ -30,6 +30,7 @@ def build() -> nn.Module:
             WIDTH, 12, r=2, lora_alpha=ALPHA, enable_lora=[True, False, True], fan_in_fan_out=True
         ),
         "qkv": loralib.MergedLinear(WIDTH, 9, r=2, lora_alpha=ALPHA, enable_lora=[True] * 3),
+        "cnn": loralib.Conv2d(WIDTH, 5, 3, r=2, lora_alpha=ALPHA),
     }
     model = nn.Module()
     model.h = nn.ModuleDict(layers)
@@ -43,15 +44,16 @@ def main() -> None:
         for x in model.parameters():
             x.copy_(0.4 * torch.randn(x.shape))
     weights = {k: x.clone() for k, x in model.state_dict().items() if "lora_" not in k}
-    saved = {f"base/{name}": x.numpy() for name, x in weights.items()}
+    plain = lambda name: name.replace(".conv.", ".")  # as torch's own convolution has it
+    saved = {f"base/{plain(name)}": x.numpy() for name, x in weights.items()}
     with torch.no_grad():
         for name, x in model.named_parameters():
             if name.endswith("bias"):
                 x.add_(1)
-    file = save(loralib.lora_state_dict(model, bias="lora_only"))
+    file = save(loralib.lora_state_dict(model, bias="all"))
     model.eval()  # merges
     state = model.state_dict()
-    saved |= {f"merged/{name}": state[name].numpy() for name in weights}
+    saved |= {f"merged/{plain(name)}": state[name].numpy() for name in weights}
     saved |= {"saved": np.frombuffer(file, np.uint8), "alpha": np.array(ALPHA)}
     np.savez_compressed(FILE, **saved)
     print(f"{FILE.name}: {FILE.stat().st_size:,} bytes")

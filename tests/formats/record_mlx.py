@@ -28,6 +28,7 @@ FILE = pathlib.Path(__file__).parent / "mlx.npz"
 LAYERS, WIDTH, HIDDEN, VOCABULARY = 3, 6, 10, 9
 KEYS = ["attention.q", "up", "embed"]
 CASES = {"lora": (2, 2.5, False), "last layers": (2, 20.0, False), "dora": (3, 0.5, True)}
+CASES["dora embedding"] = CASES["dora"]
 
 
 class Attention(nn.Module):
@@ -74,7 +75,7 @@ def fused(model: nn.Module) -> dict[str, np.ndarray]:
 def record(case: str) -> dict[str, np.ndarray]:
     rank, scale, dora = CASES[case]
     model, layers = build(), 2 if case == "last layers" else -1
-    keys = KEYS if case == "lora" else KEYS[:2]
+    keys = KEYS if case in ("lora", "dora embedding") else KEYS[:2]
     parameters = {"rank": rank, "scale": scale, "dropout": 0.0, "keys": keys}
     linear_to_lora_layers(model, layers, parameters, use_dora=dora)
     moved = nn.utils.tree_map(

@@ -16,6 +16,7 @@ ENABLED = {"c_attn": [True, False, True], "h.qkv": [True, True, True]}
 NAMING = Naming(
     (
         Entry("h.emb.weight", "h/emb/embedding", "embedding"),
+        Entry("h.cnn.weight", "h/cnn/kernel", "conv"),
         Entry("h.c_attn.weight", "h/c_attn/kernel", "conv1d"),
         Entry("h.{m}.weight", "h/{m}/kernel", "linear"),
         Entry("h.{m}.bias", "h/{m}/bias"),
@@ -36,7 +37,7 @@ def leaves(which):
         if which is SPLIT and name == "h.qkv.weight":
             found |= {f"h/{part}/kernel": np.empty((6, 3), "f4") for part in "qkv"}
         elif leaf == "weight" and module != "emb":
-            shape = x.shape if module == "c_attn" else x.shape[::-1]
+            shape = {"c_attn": x.shape, "cnn": (3, 3, 6, 5)}.get(module, x.shape[::-1])
             found[f"h/{module}/kernel"] = np.empty(shape, "f4")
         else:
             found[f"h/{module}/{'embedding' if module == 'emb' else leaf}"] = x
@@ -65,6 +66,37 @@ def test_merged_weights_equal_loralibs(naming, file):
         assert nodes["h/c_attn/kernel"].rank == 4 and nodes["h/qkv/kernel"].rank == 6
 
 
+def test_a_convolution_under_loralibs_own_names(file):
+    """Its weight and its bias are in a module of their own there."""
+    own = {"h.cnn.weight": "h.cnn.conv.weight", "h.cnn.bias": "h.cnn.conv.bias"}
+    rows = [
+        Entry(new, f"h/cnn/{leaf}", kind)
+        for new, leaf, kind in zip(own.values(), ("kernel", "bias"), ("conv", ""), strict=True)
+    ]
+    tree = {"h/cnn/kernel": np.zeros((3, 3, 6, 5), "f4"), "h/cnn/bias": np.zeros(5, "f4")}
+    tensors, _ = tensorfile.read(file)
+    tensorfile.write(file, {name: x for name, x in tensors.items() if "cnn" in name})
+    nodes = adapted_nodes(loralib.load(file, tree, Naming(tuple(rows)), alpha=4))
+    kernel, bias = nodes["h/cnn/kernel"], nodes["h/cnn/bias"]
+    assert kernel.a.shape == (3, 3, 6, 18) and float(kernel.scale) == 2
+    update = RECORDED["merged/h.cnn.weight"] - BASE["h.cnn.weight"]
+    np.testing.assert_allclose(
+        meaning(kernel, tree["h/cnn/kernel"]), update.transpose(2, 3, 1, 0), atol=1e-5
+    )
+    np.testing.assert_array_equal(bias.value, RECORDED["merged/h.cnn.bias"])
+
+
+@pytest.mark.parametrize("shape", [(3, 3, 3, 10), (3, 1, 6, 15), (3, 6, 15), (3, 3, 6, 4)])
+def test_a_convolution_that_does_not_fit(shape, file):
+    """Of 2 groups, of another kernel, of other outputs."""
+    axes = "o i k -> k i o" if len(shape) == 3 else ""
+    naming = Naming((Entry("h.cnn.weight", "kernel", "conv", axes),))
+    tensors, _ = tensorfile.read(file)
+    tensorfile.write(file, {name: x for name, x in tensors.items() if "cnn.lora" in name})
+    with pytest.raises(AdapterFileError, match=r"h.cnn: .* of a grouped one let loralib merge"):
+        loralib.load(file, {"kernel": np.zeros(shape, "f4")}, naming, alpha=4)
+
+
 def test_everything_wrong_is_told_at_once(file):
     tensors, _ = tensorfile.read(file)
     del tensors["h.up.lora_B"]
@@ -86,7 +118,9 @@ def test_everything_wrong_is_told_at_once(file):
         adapters = loralib.load(
             file, leaves(NAMING), NAMING, alpha=4, enabled=enabled, strict=False
         )
-    assert set(adapted_nodes(adapters)) == {"h/qkv/kernel", "h/c_attn/bias"}
+    assert set(adapted_nodes(adapters)) == {
+        *("h/qkv/kernel", "h/c_attn/bias", "h/cnn/kernel", "h/cnn/bias")
+    }
 
 
 @pytest.mark.parametrize("alpha", [None, "4", float("nan"), True])

@@ -75,6 +75,34 @@ def test_merged_weights_equal_mlxs(case, naming, tmp_path):
     assert configs[0]["fine_tune_type"] == configs[1]["fine_tune_type"]
 
 
+def test_a_lookup_and_its_tied_head_with_a_magnitude_for_each_row(tmp_path):
+    """The function, not the merged weight alone."""
+    tree = base(PLAIN)
+    adapters = mlx.load(unpack("dora embedding", tmp_path), tree, PLAIN)
+    node = adapters["embed/embedding"]
+    assert node.layout.axes == "oi" and node.magnitude.shape == (9,)
+
+    def function(params, ids):
+        x = params["embed/embedding"][ids]
+        return x, x @ params["embed/embedding"].T
+
+    ids = np.array([[1, 8], [4, 4]])
+    adapted = lora_jax.lora(function, on_dense="error")
+    got = jax.jit(adapted)(lora_jax.join(tree, adapters), ids)
+    table = RECORDED["dora embedding/merged/embed.weight"]
+    np.testing.assert_allclose(got[0], table[ids], atol=1e-5)
+    np.testing.assert_allclose(got[1], table[ids] @ table.T, atol=1e-5)
+
+
+def test_dora_of_columns_is_not_mlxs(tmp_path):
+    config = lora_jax.LoraConfig(
+        rank=2, targets=["embedding"], dora=True, overrides={"embed": {"layout": "io"}}
+    )
+    params = lora_jax.init(jax.random.key(0), base(PLAIN), config)
+    with pytest.raises(StructureError, match=r"embed.weight: .* one for each row: give it the l"):
+        mlx.save(tmp_path / "new", params, PLAIN)
+
+
 def test_ranks_and_scales_become_one(tmp_path):
     config = lora_jax.LoraConfig(
         rank=2, alpha=3, targets=["up/kernel"], overrides={"2/up": {"rank": 4, "alpha": 5}}

@@ -2,8 +2,9 @@
 
     python -m tests.peft.check_experts
 
-needs torch and peft 0.21.2. Adapters of peft's own and of lora_jax's `init`, folded
-or not, with the base or without.
+needs torch, transformers and peft 0.21.2. Adapters of peft's own and of lora_jax's `init`, folded
+or not, with the base or without; and adapters that peft makes of transformers' Mixtral, Qwen3-MoE
+and GPT-OSS, read and written again.
 """
 
 import pathlib
@@ -14,13 +15,17 @@ from typing import Any
 
 import jax
 import numpy as np
+import peft as hugging_face
 import torch
+import transformers
 
 import lora_jax
 from lora_jax import peft
+from lora_jax.naming import Entry, Naming
 from lora_jax.overlay import adapted_nodes
 from tests.peft import experts, models, record_experts
 from tests.peft.check_files import loaded, moved
+from tests.peft.record_files import move
 
 TOLERANCE = 1e-5
 CONFIGS = {
@@ -32,6 +37,33 @@ CONFIGS = {
         rank=2, targets=["layers/up", "q"], overrides={"up": {"rank": 3, "alpha": 7}}
     ),
 }
+
+SIZES = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "num_experts_per_tok": 2,
+}
+#: Models of transformers, and the kind of their experts' parameters.
+MODELS = {
+    "Mixtral": (transformers.MixtralConfig(**SIZES, num_local_experts=4), "experts"),
+    "Qwen3-MoE": (
+        transformers.Qwen3MoeConfig(**SIZES, num_experts=4, moe_intermediate_size=24),
+        "experts",
+    ),
+    "GPT-OSS": (
+        transformers.GptOssConfig(
+            **SIZES, num_local_experts=4, layer_types=["full_attention"] * 2, rope_parameters=None
+        ),
+        "experts_transposed",
+    ),
+}
+BOTH = ["experts.gate_up_proj", "experts.down_proj"]
+TARGETS = ((BOTH, ["q_proj"]), (BOTH[1:], []))
 
 
 def adapters() -> Iterator[tuple[str, Any, Any]]:
@@ -61,16 +93,65 @@ def difference(overlay: Any, **options: Any) -> float:
     return float(np.abs(got - want).max() / np.abs(want).max())
 
 
+def transformers_model(name: str) -> torch.nn.Module:
+    """One of `MODELS`, every parameter at random."""
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(MODELS[name][0])
+    with torch.no_grad():
+        for x in model.parameters():
+            x.add_(0.05 * torch.randn(x.shape))
+    return model.eval()
+
+
+def logits(model: torch.nn.Module) -> torch.Tensor:
+    with torch.no_grad():
+        return model(torch.tensor([[3, 17, 5, 9, 11, 63, 1]])).logits
+
+
+def round_trip(name: str, parameters: list[str], targets: list[str]) -> float:
+    """How far a model with the file that was read and written again is from peft's own."""
+    fields = {"target_parameters": parameters, "target_modules": targets}
+    config = hugging_face.LoraConfig(r=2, lora_alpha=3, **fields)
+    model = move(hugging_face.get_peft_model(transformers_model(name), config)).eval()
+    weights = {
+        key: x.detach().numpy()
+        for key, x in transformers_model(name).named_parameters()
+        if "q_proj.weight" in key or any(key.endswith(end) for end in BOTH)
+    }
+    rows = [
+        Entry(key, key, MODELS[name][1], "e x y -> e x y")
+        if x.ndim == 3
+        else Entry(key, key, "linear", "o i -> o i")
+        for key, x in weights.items()
+    ]
+    with tempfile.TemporaryDirectory() as there, tempfile.TemporaryDirectory() as again:
+        model.save_pretrained(there)
+        overlay = peft.load(there, weights, Naming(tuple(rows)))
+        peft.save(again, overlay, Naming(tuple(rows)), base=weights)
+        got, want = logits(loaded(transformers_model(name), again)), logits(model)
+    assert (want - logits(transformers_model(name))).abs().max() > 0.1, name
+    return float((got - want).abs().max())
+
+
 def main() -> None:
     warnings.simplefilter("error")
     # PEFT says so of patterns for parameters, and applies them
     warnings.filterwarnings("ignore", ".*_pattern keys did not match any targeted module")
+    for harmless in (".*is_gradient_checkpointing", ".*save_embedding_layers"):
+        warnings.filterwarnings("ignore", harmless)
     worst, count, base = 0.0, 0, experts.base()
     for name, overlay, config in adapters():
         for options in ({"base": base, "config": config}, {"base": base, "fold": True}, {}):
             count += 1
             apart = difference(overlay, **options)
             print(f"{apart:.1e}  {name}, {', '.join(options) or 'adapters alone'}", flush=True)
+            worst = max(worst, apart)
+            assert apart < TOLERANCE, name
+    for name in MODELS:
+        for parameters, targets in TARGETS:
+            count += 1
+            apart = round_trip(name, parameters, targets)
+            print(f"{apart:.1e}  {name}, {', '.join(parameters + targets)}", flush=True)
             worst = max(worst, apart)
             assert apart < TOLERANCE, name
     print(f"{count} adapters of experts load in peft; outputs differ by {worst:.1e} at most")

@@ -9,7 +9,7 @@ import pytest
 
 import lora_jax
 from lora_jax import AdapterFileError, StructureError, mlx, peft, tensorfile
-from lora_jax.naming import Naming
+from lora_jax.naming import Entry, Naming
 from lora_jax.overlay import adapted_nodes
 from tests.peft import models
 from tests.peft.experts import CASES, NAMING, RECORDED, SHAPES, apply, base, unpack
@@ -129,11 +129,32 @@ def test_what_init_makes_is_written(tmp_path, quick_compile):
         for path, node in adapted_nodes(params).items()
     }
     peft.save(tmp_path, adapters, NAMING, base=BASE, config=config)
+    assert peft.read_config(tmp_path).lora_dropout == 0  # PEFT refuses it beside parameters
     again = peft.load(tmp_path, BASE, NAMING)
     assert again["last/up"].layout.axes == "boi"
     want = merged(adapters)
     for path, x in merged(again).items():
         np.testing.assert_allclose(x, want[path], atol=1e-5, err_msg=path)
+
+
+def test_experts_in_groups(tmp_path):
+    """A leaf with the experts on two axes of its own: the same file, and the same update."""
+    plain = Naming((Entry("m.up", "up", "experts"),))
+    groups = Naming((Entry("m.up", "up", "experts", "(g e) o i -> e i g o", {"g": 2}),))
+    rng = np.random.default_rng(0)
+    draw = lambda *shape: rng.normal(size=shape).astype("f4")
+    layout = lora_jax.Layout("bibo")
+    node = lora_jax.LoraWeight(
+        None, draw(3, 2, 4, 1), draw(3, 2, 1, 5), np.full((3, 2), 0.5, "f4"), layout=layout
+    )
+    peft.save(tmp_path, {"up": node}, groups)
+    read = peft.load(tmp_path, {"up": jax.ShapeDtypeStruct((6, 4, 5), "float32")}, plain)["up"]
+    want = models.meaning(node, np.zeros((3, 4, 2, 5), "f4")).transpose(2, 0, 1, 3)
+    got = models.meaning(read, np.zeros((6, 4, 5), "f4"))
+    np.testing.assert_allclose(got, want.reshape(6, 4, 5), rtol=1e-5, atol=1e-6)
+    again = peft.load(tmp_path, {"up": jax.ShapeDtypeStruct((3, 4, 2, 5), "float32")}, groups)
+    np.testing.assert_array_equal(again["up"].a, node.a)
+    np.testing.assert_array_equal(again["up"].b, node.b)
 
 
 def break_everything(tensors):

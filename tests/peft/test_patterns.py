@@ -1,0 +1,74 @@
+"""Regular expressions of a configuration: what `re` says, in bounded time."""
+
+import json
+import re
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import lora_jax
+from lora_jax import AdapterFileError, ConfigError, peft
+from lora_jax.naming import Entry, Naming
+from lora_jax.peft import patterns
+from lora_jax.peft.config import PeftConfig
+
+NAMES = [
+    *(f"model.layers.{n}.self_attn.{x}_proj" for n in (0, 2, 11) for x in "qkvo"),
+    *(f"model.visual.blocks.{n}.mlp.{x}" for n in (0, 3) for x in ("fc1", "k_proj", "q_proj")),
+    *("model.language_model.layers.0.mlp.gate_proj", "lm_head", "q_proj", "model.Layers.1.q", ""),
+]
+REAL = [
+    r".*\.(q_proj|v_proj)$",
+    r"model\.layers\.(0|1|2)\.self_attn\.(q|k|v)_proj",
+    r"^(?!.*visual).*(q_proj|k_proj)$",
+    r"^(model\.language_model(?=\.).*\.(q_proj|gate_proj))$",
+    r"(?:.*?(?:language|text).*?(?:self_attn|mlp|ffn).*?(?:k_proj|gate_proj).*?)"
+    r"|(?:\bmodel\.layers\.[\d]{1,}\.(?:self_attn|mlp)\.(?:(?:q_proj|o_proj)))",
+    r"(?i:model\.layers)\.\d+\.q",
+    r".*layers\.(?P<n>[0-9]|1[0-5])\..*(?<!o)_proj",
+    r"(?:\w+\.)*q_proj",
+    "q|q_proj",
+    "lm_head|q_proj",
+]
+ENDLESS = ["(x|a|b|ab)+$", "x?((a|b|ab)*c?){1,900}x"]
+NAME = "x" + "ab" * 200 + "!"
+
+
+@pytest.mark.parametrize("pattern", REAL)
+def test_patterns_of_the_world(pattern):
+    config = PeftConfig(target_modules=pattern, rank_pattern={pattern: 3}, r=8)
+    found = [config.targets(name) for name in NAMES]
+    assert found == [re.fullmatch(pattern, name) is not None for name in NAMES]
+    assert any(found)
+    ranks = [re.match(rf"(.*\.)?({pattern})$", name) is not None for name in NAMES]
+    assert [config.rank(name) == 3 for name in NAMES] == ranks
+
+
+@pytest.fixture
+def impatient(monkeypatch):
+    monkeypatch.setattr(patterns, "SECONDS", 0.05)
+
+
+@pytest.mark.parametrize("pattern", ENDLESS)
+def test_what_takes_too_long_is_an_error(pattern, impatient):
+    for config, ask in (
+        (PeftConfig(target_modules=pattern), PeftConfig.targets),
+        (PeftConfig(rank_pattern={pattern: 2}), PeftConfig.rank),
+    ):
+        with pytest.raises(ConfigError, match=r"takes too long to match 'xabab.*without repeats"):
+            ask(config, NAME)
+
+
+def test_a_hostile_file_is_told_of_by_name(tmp_path, impatient):
+    naming = Naming((Entry(f"{NAME}.weight", "w", "linear"),))
+    base = {"w": jnp.ones((3, 4))}
+    adapters = lora_jax.split(lora_jax.init(jax.random.key(0), base, lora_jax.LoraConfig(1)))[1]
+    peft.save(tmp_path / "a", adapters, naming, base=base)
+    file = tmp_path / "a" / peft.CONFIG
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"rank_pattern": {ENDLESS[0]: 2}}))
+    with pytest.raises(AdapterFileError) as caught:
+        peft.load(tmp_path / "a", base, naming)
+    assert str(caught.value).startswith(f"{file}: the regular expression '")
+    assert ENDLESS[0] in str(caught.value) and "takes too long" in str(caught.value)
+    assert len(str(caught.value).splitlines()) == 1
