@@ -10,6 +10,8 @@ import lora_jax
 from lora_jax import LayoutError, LoraConfig, LoraWeight, Override, TargetError, TrainedLeaf
 from lora_jax.overlay import adapted_nodes
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 KEY = jax.random.key(0)
 
 

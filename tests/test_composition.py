@@ -8,6 +8,8 @@ import pytest
 import lora_jax
 from tests.cases import adapt, merged, normal, randomize
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 KEY = jax.random.key(0)
 TOKENS, WIDTH, HIDDEN, ADAPTERS, RANK = 32, 64, 48, 3, 2
 X = normal(0, (TOKENS, WIDTH), jnp.float32) / 8

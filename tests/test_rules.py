@@ -15,6 +15,8 @@ from lora_jax import LoraConfig, Rule
 from tests.cases import merged, normal, randomize
 from tests.jaxprs import weight_sized
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 KEY = jax.random.key(0)
 X = normal(0, (6, 7), jnp.float32)
 
