@@ -50,7 +50,7 @@ def formula(node):
     )
 
 
-def test_equals_the_dense_formula_and_its_gradient():
+def test_equals_the_dense_formula_and_its_gradient(quick_compile):
     fn, params, x = dense()
     params = randomize(params)
 
@@ -70,7 +70,7 @@ def test_equals_the_dense_formula_and_its_gradient():
     assert not np.any(grads["kernel"].w)
 
 
-def test_the_merged_weight_has_the_gradient_of_the_formula():
+def test_the_merged_weight_has_the_gradient_of_the_formula(quick_compile):
     """The norm is a constant there as well."""
     node = randomize(dense()[1])["kernel"]
 
@@ -100,7 +100,8 @@ def temporaries(loss, *args):
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_a_step_makes_nothing_weight_sized(dtype):
     """Forward and back a step has the temporaries of the frozen model's, and small ones."""
-    fn, params, x = dense(1024, dtype)
+    fn = dense(8)[0]
+    params, x = jax.eval_shape(lambda: dense(1024, dtype)[1:])
     base, adapters = lora_jax.split(params)
 
     def ours(adapters, base, x):
@@ -110,10 +111,10 @@ def test_a_step_makes_nothing_weight_sized(dtype):
         return fn(base, x).astype("float32").sum()
 
     extra = temporaries(ours, adapters, base, x) - temporaries(frozen, x, base)
-    assert extra < 0.1 * base["kernel"].nbytes
+    assert extra < 0.1 * base["kernel"].size * jnp.dtype(dtype).itemsize
 
 
-def test_trains_saves_and_merges_per_layer(tmp_path):
+def test_trains_saves_and_merges_per_layer(tmp_path, quick_compile):
     """A stack of layers: the magnitude trains, is saved and merged, and the base does not move."""
 
     def fn(params, x):
