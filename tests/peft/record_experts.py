@@ -12,7 +12,6 @@ writes `experts.npz`:
 """
 
 import pathlib
-import tempfile
 import warnings
 from typing import Any
 
@@ -21,7 +20,7 @@ import peft
 import torch
 from torch import nn
 
-from tests.peft.record_files import move
+from tests.peft.record_files import move, saved
 
 FILE = pathlib.Path(__file__).parent / "experts.npz"
 EXPERTS, WIDTH, HIDDEN, LAYERS = 3, 4, 5, 2
@@ -118,13 +117,7 @@ def record(name: str, fields: dict[str, Any], x: torch.Tensor) -> dict[str, np.n
     model = move(peft.get_peft_model(build(), peft.LoraConfig(**given))).eval()
     with torch.no_grad():
         y = model(x)
-    with tempfile.TemporaryDirectory() as folder:
-        model.save_pretrained(folder)
-        files = {
-            file: np.frombuffer((pathlib.Path(folder) / file).read_bytes(), np.uint8)
-            for file in ("adapter_model.safetensors", "adapter_config.json")
-        }
-    return {f"{name}/{key}": value for key, value in (files | {"y": y.numpy()}).items()}
+    return {f"{name}/{key}": x for key, x in (saved(model) | {"y": y.numpy()}).items()}
 
 
 def main() -> None:

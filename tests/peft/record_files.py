@@ -127,13 +127,17 @@ def record(name: str, fields: dict[str, Any], ids: torch.Tensor) -> dict[str, np
         y = model(ids)
     if name == "bfloat16":
         model.bfloat16()
+    return {f"{name}/{key}": x for key, x in (saved(model) | {"y": y.numpy()}).items()}
+
+
+def saved(model: Any) -> dict[str, np.ndarray]:
+    """The bytes of the files that peft writes of a model."""
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
-        files = {
+        return {
             file: np.frombuffer((pathlib.Path(folder) / file).read_bytes(), np.uint8)
             for file in ("adapter_model.safetensors", "adapter_config.json")
         }
-    return {f"{name}/{key}": value for key, value in (files | {"y": y.numpy()}).items()}
 
 
 def main() -> None:
