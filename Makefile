@@ -23,7 +23,7 @@ help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):[^#]*## /\1 \t/p' $(MAKEFILE_LIST) | expand -t 16
 
 demo: $(STAMP)-demo ## fine-tune a real sentence encoder and print what it learned
-	@$(RUN) lora_jax.demo $(ARGS)
+	@$(RUN) examples.sentiment $(ARGS)
 
 bench: ## a training step beside other ways to do LoRA, in an environment of its own
 	@$(MAKE) --no-print-directory bench-run VENV=.venv-bench
@@ -46,7 +46,7 @@ test-newest: ## the default suite on the newest Python found, with the newest ja
 	else $(MAKE) --no-print-directory test PYTHON="$$python" VENV=.venv-newest; fi
 
 fuzz: $(STAMP)-test ## random programs against their merged weights (COUNT=10000 SEED=0)
-	@$(RUN) tests.fuzz --count $(COUNT) --seed $(SEED) $(ARGS)
+	@$(RUN) tests.stress.fuzz --count $(COUNT) --seed $(SEED) $(ARGS)
 
 lint: $(STAMP)-cli,dev ## style, format and types
 	@$(RUN) ruff check

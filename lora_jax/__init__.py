@@ -1,12 +1,20 @@
 """LoRA for any JAX program: pure functions that put A and B beside the weights of a pytree."""
 
-from lora_jax import rounding, starts
-from lora_jax.adapt import init
-from lora_jax.checkpoint import load, read_metadata, save
-from lora_jax.config import LoraConfig, Override
-from lora_jax.conversion import on_original
-from lora_jax.custom_rules import Operand, Rule
-from lora_jax.errors import (
+import importlib
+from typing import Any
+
+from lora_jax import initializers
+from lora_jax.adapters.extract import extract
+from lora_jax.adapters.init import init
+from lora_jax.adapters.memory import MemoryReport, StepMemory, memory_report
+from lora_jax.adapters.merge import merge, unmerge
+from lora_jax.adapters.norms import norms
+from lora_jax.adapters.on_original import on_original
+from lora_jax.adapters.optim import freeze, groups, labels, lora_fa, lora_plus, mask
+from lora_jax.adapters.split import disable, join, set_scale, split, with_dropout
+from lora_jax.adapters.summary import count_params, summary
+from lora_jax.core.config import LoraConfig, Override
+from lora_jax.core.errors import (
     AdapterFileError,
     ConfigError,
     DenseError,
@@ -17,19 +25,16 @@ from lora_jax.errors import (
     StructureError,
     TargetError,
 )
-from lora_jax.eva import eva
-from lora_jax.extract import extract
-from lora_jax.forms import Forms
-from lora_jax.lora_ga import lora_ga
-from lora_jax.memory import MemoryReport, StepMemory, memory_report
-from lora_jax.merging import merge, unmerge
-from lora_jax.norms import norms
-from lora_jax.optim import freeze, groups, labels, lora_fa, lora_plus, mask
-from lora_jax.overlay import disable, join, set_scale, split, with_dropout
-from lora_jax.remat import save_sums
-from lora_jax.summary import count_params, summary
-from lora_jax.transform import lora
-from lora_jax.weights import Layout, LoraWeight, TrainedLeaf, TrainedRows
+from lora_jax.core.weights import Layout, LoraWeight, TrainedLeaf, TrainedRows
+from lora_jax.engine.custom_rules import Operand, Rule
+from lora_jax.engine.forms import Forms
+from lora_jax.engine.remat import save_sums
+from lora_jax.engine.transform import lora
+from lora_jax.files import loralib, mlx, naming, peft
+from lora_jax.files.native import load, read_metadata, save
+from lora_jax.initializers import rounding
+from lora_jax.initializers.eva import eva
+from lora_jax.initializers.lora_ga import lora_ga
 
 __version__ = "0.1.0"
 
@@ -61,6 +66,7 @@ __all__ = [
     "freeze",
     "groups",
     "init",
+    "initializers",
     "join",
     "labels",
     "load",
@@ -68,19 +74,31 @@ __all__ = [
     "lora_fa",
     "lora_ga",
     "lora_plus",
+    "loralib",
     "mask",
     "memory_report",
     "merge",
+    "mlx",
+    "naming",
     "norms",
     "on_original",
+    "peft",
     "read_metadata",
     "rounding",
     "save",
     "save_sums",
     "set_scale",
     "split",
-    "starts",
     "summary",
     "unmerge",
     "with_dropout",
 ]
+
+_LAZY = ("layers", "models", "training")  # rooms that import flax or optax's larger half
+
+
+def __getattr__(name: str) -> Any:
+    """Import a room that takes long to import, at its first use."""
+    if name in _LAZY:
+        return importlib.import_module(f"lora_jax.{name}")
+    raise AttributeError(f"module 'lora_jax' has no attribute {name!r}")

@@ -10,9 +10,9 @@ from pathlib import Path
 from rich.console import Console
 
 import lora_jax as lora
-from lora_jax import assets
-from lora_jax.demo import reviews, sentiment
-from lora_jax.demo.report import Report
+from examples.sentiment import reviews, sentiment
+from examples.sentiment.report import Report
+from lora_jax.models import assets
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:

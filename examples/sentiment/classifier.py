@@ -12,7 +12,7 @@ import optax
 from flax import linen as nn
 
 from lora_jax.models.bert import Bert, BertConfig, mean_pool
-from lora_jax.text.packing import Packed, batches
+from lora_jax.training.packing import Packed, batches
 
 CLASSES = 2
 # (params, ids, segments) -> (embeddings, logits), as `Classifier` takes and returns them.

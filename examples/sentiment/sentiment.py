@@ -13,12 +13,12 @@ import numpy as np
 import optax
 
 import lora_jax as lora
+from examples.sentiment import classifier, probe
+from examples.sentiment.report import Report
+from examples.sentiment.reviews import Reviews, tokenize
 from lora_jax import models
-from lora_jax.demo import classifier, probe
-from lora_jax.demo.report import Report
-from lora_jax.demo.reviews import Reviews, tokenize
 from lora_jax.models.bert import Bert
-from lora_jax.text.packing import Packed, pack, shuffled_batches
+from lora_jax.training.packing import Packed, pack, shuffled_batches
 
 # Float32 sums taken in another order; a prediction can differ only where the logits all but tie.
 TOLERANCE = 1e-3

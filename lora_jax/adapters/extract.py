@@ -8,15 +8,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lora_jax import _paths, selection
-from lora_jax.adapt import Plan, make_plan, train_rows, train_whole
-from lora_jax.algebra import accumulator, dense
-from lora_jax.config import LoraConfig
-from lora_jax.custom_rules import Rule
-from lora_jax.errors import ConfigError, StructureError
-from lora_jax.linalg import balanced, matmul, randomized_svd, truncated_svd
-from lora_jax.matrices import as_factors, map_matrices
-from lora_jax.weights import Adapted, Layout, LoraWeight, is_adapted
+from lora_jax.adapters import selection
+from lora_jax.adapters.init import Plan, make_plan, train_rows, train_whole
+from lora_jax.core.algebra import accumulator, dense
+from lora_jax.core.config import LoraConfig
+from lora_jax.core.errors import ConfigError, StructureError
+from lora_jax.core.linalg import balanced, matmul, randomized_svd, truncated_svd
+from lora_jax.core.matrices import as_factors, map_matrices
+from lora_jax.core.paths import flatten_with_paths, path_key
+from lora_jax.core.weights import Adapted, Layout, LoraWeight, is_adapted
+from lora_jax.engine.custom_rules import Rule
 
 
 def extract(
@@ -93,7 +94,7 @@ def _extracted(
     mask = plan.masks.get(path)
     if path in plan.layouts:
         rank, scale, _ = config.for_path(path)
-        layout, key = plan.layouts[path], _paths.path_key(jax.random.key(0), path)
+        layout, key = plan.layouts[path], path_key(jax.random.key(0), path)
         a, b, lost, total = _best(layout, rank, config.dtype, exact, key, before, after, scale)
         scales = jnp.full(layout.select("b", before.shape), scale, accumulator(config.dtype))
         node = LoraWeight(None, a, b, scales, layout=layout, dropout=float(config.dropout))
@@ -158,7 +159,7 @@ def _relative(lost: jax.Array, total: jax.Array) -> jax.Array:
 
 def _pairs(plan: Plan, tuned: Any) -> dict[str, tuple[Any, Any]]:
     """Every array of the base, with the tuned one."""
-    leaves, _ = _paths.flatten_with_paths(tuned, is_leaf=is_adapted)
+    leaves, _ = flatten_with_paths(tuned, is_leaf=is_adapted)
     problems = [f"{path}: only in tuned" for path in leaves if path not in plan.leaves]
     problems += [
         f"{path}: adapted; merge(tuned) first" for path in leaves if is_adapted(leaves[path])

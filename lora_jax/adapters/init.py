@@ -7,15 +7,25 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lora_jax import _paths, layouts, selection
-from lora_jax.algebra import accumulator, column_norms
-from lora_jax.config import ALL_LINEAR, LoraConfig
-from lora_jax.context import Use
-from lora_jax.custom_rules import Rule, check_rules
-from lora_jax.errors import ConfigError, LayoutError, TargetError
-from lora_jax.selection import Uses
-from lora_jax.starts import STARTS
-from lora_jax.weights import Adapted, Layout, LoraWeight, TrainedLeaf, TrainedRows, is_adapted
+from lora_jax.adapters import selection
+from lora_jax.adapters.selection import Uses
+from lora_jax.core.algebra import accumulator, column_norms
+from lora_jax.core.config import ALL_LINEAR, LoraConfig
+from lora_jax.core.errors import ConfigError, LayoutError, TargetError
+from lora_jax.core.paths import (
+    flatten_with_paths,
+    lookup,
+    names_leaf,
+    names_module,
+    nearest,
+    path_key,
+    select,
+)
+from lora_jax.core.weights import Adapted, Layout, LoraWeight, TrainedLeaf, TrainedRows, is_adapted
+from lora_jax.engine import layout_inference
+from lora_jax.engine.context import Use
+from lora_jax.engine.custom_rules import Rule, check_rules
+from lora_jax.initializers import STARTS
 
 
 def init(
@@ -121,15 +131,15 @@ def make_plan(
             "place"
         )
     check_rules(rules)
-    leaves, treedef = _paths.flatten_with_paths(params, is_leaf=is_adapted)
+    leaves, treedef = flatten_with_paths(params, is_leaf=is_adapted)
     already = [path for path, leaf in leaves.items() if is_adapted(leaf)]
     if already:
         raise TargetError(
             "already adapted: " + ", ".join(already) + "; merge(params) first, or "
             "split(params) and start from the base"
         )
-    uses = None if fn is None else layouts.infer_uses(fn, params, args, kwargs, rules)
-    whole = _paths.select("train", config.train, leaves)
+    uses = None if fn is None else layout_inference.infer_uses(fn, params, args, kwargs, rules)
+    whole = select("train", config.train, leaves)
     rows = selection.select_rows(config, leaves, uses)
     _check_once(whole, rows, "in train and in rows")
     taken = dict.fromkeys(whole, "train") | dict.fromkeys(rows, "rows")
@@ -150,13 +160,13 @@ def _targets(
     config: LoraConfig, leaves: Mapping[str, Any], uses: Uses, taken: Mapping[str, str]
 ) -> dict[str, str]:
     """The paths to adapt, each with the entry that selected it; `taken` ones train otherwise."""
-    excluded = _paths.select("exclude", config.exclude, leaves)
+    excluded = select("exclude", config.exclude, leaves)
     if isinstance(config.targets, str) and config.targets == ALL_LINEAR:
         found = {p: ALL_LINEAR for p, leaf in leaves.items() if _is_linear(p, leaf, uses)}
         if not found:
             raise TargetError("targets: no leaf is contracted with an activation")
         return {p: e for p, e in found.items() if p not in excluded and p not in taken}
-    found = _paths.select("targets", config.targets, leaves)
+    found = select("targets", config.targets, leaves)
     # An entry that names a module stands for the linear weights in it, not for its biases.
     others = {
         path: entry
@@ -165,7 +175,7 @@ def _targets(
     }
     found = {path: entry for path, entry in found.items() if path not in others}
     modules = dict.fromkeys(others.values())
-    empty = [e for e in modules if not any(_paths.names_module(e, path) for path in found)]
+    empty = [e for e in modules if not any(names_module(e, path) for path in found)]
     if empty:
         raise TargetError(
             "\n".join(f"targets: {e!r} names a module without linear weights" for e in empty)
@@ -183,14 +193,14 @@ def _check_once(some: Collection[str], others: Collection[str], where: str) -> N
 
 
 def _names_module_only(entry: str, path: str) -> bool:
-    return _paths.names_module(entry, path) and not _paths.names_leaf(entry, path)
+    return names_module(entry, path) and not names_leaf(entry, path)
 
 
 def _is_linear(path: str, leaf: Any, uses: Uses) -> bool:
-    if not layouts.is_floating(leaf):
+    if not layout_inference.is_floating(leaf):
         return False
     if uses is not None:
-        return layouts.is_linear(uses.get(path, ()))
+        return layout_inference.is_linear(uses.get(path, ()))
     return path.split("/")[-1] != "embedding" and len(leaf.shape) > 1
 
 
@@ -198,10 +208,10 @@ def _check_overrides(config: LoraConfig, targets: Mapping[str, str]) -> None:
     """Every key of `overrides` must apply to a target."""
     unused = set(config.overrides)
     for path in targets:
-        unused -= {key for key in unused if _paths.lookup({key: None}, path)}
+        unused -= {key for key in unused if lookup({key: None}, path)}
     if unused:
         lines = [
-            f"overrides: {key!r} matches no adapted weight; {_paths.nearest(key, targets)}"
+            f"overrides: {key!r} matches no adapted weight; {nearest(key, targets)}"
             for key in config.overrides
             if key in unused
         ]
@@ -213,7 +223,7 @@ def _check_leaves(chosen: Mapping[str, Any], leaves: Mapping[str, Any]) -> None:
         f"{path}: {getattr(leaves[path], 'dtype', type(leaves[path]).__name__)} cannot be trained; "
         "only floating arrays can (leave it out with exclude=)"
         for path in chosen
-        if not layouts.is_floating(leaves[path])
+        if not layout_inference.is_floating(leaves[path])
     ]
     if wrong:
         raise TargetError("\n".join(wrong))
@@ -231,8 +241,8 @@ def _layouts(
         try:
             if named is not None:
                 found[path] = _named_layout(path, shape, named)
-            elif uses is None or layouts.is_opaque(uses.get(path, ())):
-                found[path] = layouts.layout_from_shape(path, shape)
+            elif uses is None or layout_inference.is_opaque(uses.get(path, ())):
+                found[path] = layout_inference.layout_from_shape(path, shape)
             else:
                 found[path] = _used_layout(path, len(shape), uses.get(path, ()))
         except (LayoutError, TargetError) as error:
@@ -249,11 +259,11 @@ def _named_layout(path: str, shape: Sequence[int], axes: str) -> Layout:
 
 
 def _used_layout(path: str, ndim: int, uses: Sequence[Use]) -> Layout:
-    layout = layouts.layout_from_uses(ndim, uses)
+    layout = layout_inference.layout_from_uses(ndim, uses)
     if layout is None:
         raise TargetError(
             f"{path}: never contracted with an activation, so a low-rank update has no meaning; it "
-            f"is used by {layouts.describe(uses)}. Leave it out with exclude=, train it whole with "
+            f"is used by {layout_inference.describe(uses)}. Leave it out with exclude=, train it whole with "
             f'train=, or, if you know better, name its layout: overrides={{"{path}": '
             'Override(layout="io")}'
         )
@@ -296,7 +306,7 @@ def _adapt(key: jax.Array, path: str, w: Any, layout: Layout, config: LoraConfig
     start = config.init if callable(config.init) else STARTS[config.init]
 
     def factors(key: jax.Array, w: Any) -> tuple[Any, ...]:
-        own = _paths.path_key(key, path)
+        own = path_key(key, path)
         base, a, b = start(own, w, layout, rank, scale, config.dtype)
         scales = jnp.full(layout.select("b", w.shape), scale, accumulator(config.dtype))
         return base, a, b, scales

@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lora_jax.errors import StructureError
-from lora_jax.optim import TRAIN, labels
-from lora_jax.overlay import adapted_nodes, split
-from lora_jax.weights import require_base
+from lora_jax.adapters.optim import TRAIN, labels
+from lora_jax.adapters.split import adapted_nodes, split
+from lora_jax.core.errors import StructureError
+from lora_jax.core.weights import require_base
 
 
 @dataclasses.dataclass(frozen=True)

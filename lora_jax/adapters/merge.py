@@ -10,10 +10,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from lora_jax.algebra import accumulator, dense
-from lora_jax.errors import ConfigError, MergeError, StructureError
-from lora_jax.overlay import adapted_nodes, join, map_adapted, split
-from lora_jax.weights import Adapted, LoraWeight, require_whole
+from lora_jax.adapters.split import adapted_nodes, join, map_adapted, split
+from lora_jax.core.algebra import accumulator, dense
+from lora_jax.core.errors import ConfigError, MergeError, StructureError
+from lora_jax.core.weights import Adapted, LoraWeight, require_whole
 
 
 def merge(

@@ -6,11 +6,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lora_jax.algebra import accumulator, column_products, gain
-from lora_jax.errors import StructureError
-from lora_jax.optim import TRAINED_FIELDS
-from lora_jax.overlay import adapted_nodes
-from lora_jax.weights import Adapted, LoraWeight, TrainedLeaf, TrainedRows
+from lora_jax.adapters.optim import TRAINED_FIELDS
+from lora_jax.adapters.split import adapted_nodes
+from lora_jax.core.algebra import accumulator, column_products, gain
+from lora_jax.core.errors import StructureError
+from lora_jax.core.weights import Adapted, LoraWeight, TrainedLeaf, TrainedRows
 
 
 def norms(params: Any, grads: Any = None) -> dict[str, dict[str, jax.Array]]:

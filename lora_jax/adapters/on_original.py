@@ -6,17 +6,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lora_jax import _paths
-from lora_jax.algebra import accumulator, subscripts
-from lora_jax.errors import StructureError
-from lora_jax.overlay import adapted_nodes
-from lora_jax.weights import (
-    Adapted,
-    LoraWeight,
-    TrainedRows,
-    check_fits,
-    is_adapted,
-)
+from lora_jax.adapters.split import adapted_nodes
+from lora_jax.core.algebra import accumulator, subscripts
+from lora_jax.core.errors import StructureError
+from lora_jax.core.paths import flatten_with_paths, nearest
+from lora_jax.core.weights import Adapted, LoraWeight, TrainedRows, check_fits, is_adapted
 
 
 def on_original(start: Any, trained: Any, base: Any) -> Any:
@@ -56,7 +50,7 @@ def on_original(start: Any, trained: Any, base: Any) -> Any:
     (2, True)
     """
     before, after = adapted_nodes(start), adapted_nodes(trained)
-    leaves, treedef = _paths.flatten_with_paths(base, is_leaf=is_adapted)
+    leaves, treedef = flatten_with_paths(base, is_leaf=is_adapted)
     problems = _differences(before, after, leaves)
     if problems:
         raise StructureError(
@@ -99,7 +93,7 @@ def _differences(
     problems += [f"{path}: only in trained" for path in after.keys() - before.keys()]
     for path, node in after.items():
         if path not in leaves:
-            problems.append(f"{path}: not in the base; {_paths.nearest(path, leaves)}")
+            problems.append(f"{path}: not in the base; {nearest(path, leaves)}")
         elif is_adapted(leaves[path]):
             problems.append(f"{path}: the base is adapted itself; split(params) gives it")
         else:

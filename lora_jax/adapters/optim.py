@@ -8,10 +8,10 @@ from typing import Any
 import jax
 import optax
 
-from lora_jax import _paths
-from lora_jax.errors import ConfigError, StructureError, TargetError
-from lora_jax.overlay import adapted_nodes
-from lora_jax.weights import LoraWeight, is_adapted
+from lora_jax.adapters.split import adapted_nodes
+from lora_jax.core.errors import ConfigError, StructureError, TargetError
+from lora_jax.core.paths import compile_regex, flatten_with_paths, lookup, nearest
+from lora_jax.core.weights import LoraWeight, is_adapted
 
 TRAIN, FREEZE = "train", "freeze"
 TRAINED_FIELDS = ("a", "b", "magnitude", "value")
@@ -46,7 +46,7 @@ def _map_fields(label: Callable[[str, str], str], params: Any) -> Any:
         }
         return dataclasses.replace(node, **named)
 
-    nodes, treedef = _paths.flatten_with_paths(params, is_leaf=is_adapted)
+    nodes, treedef = flatten_with_paths(params, is_leaf=is_adapted)
     return jax.tree_util.tree_unflatten(treedef, [one(path, node) for path, node in nodes.items()])
 
 
@@ -218,7 +218,7 @@ def groups(
     (-2.0, -1.0)
     """
     for key in transforms:
-        _paths.compile_regex("groups", key)
+        compile_regex("groups", key)
     names = [
         (path, field)
         for path, node in adapted_nodes(params).items()
@@ -230,7 +230,7 @@ def groups(
     found = {name: _group(transforms, *name) for name in names}
     paths = dict.fromkeys(path for path, _ in names)
     problems = [
-        f"groups: {key!r} matches nothing that trains; {_paths.nearest(key, paths)}"
+        f"groups: {key!r} matches nothing that trains; {nearest(key, paths)}"
         for key in transforms
         if not any(_group({key: None}, *name) for name in names)
     ]
@@ -257,5 +257,5 @@ def _group(table: Mapping[str, Any], path: str, field: str) -> str | None:
     """The key of the group that a field of the leaf at `path` is in."""
     named = f"{path}.{field}"
     exact = [key for key in (named, path, path.rpartition("/")[0]) if key in table]
-    keys = (key for key in table if any(_paths.lookup({key: 0}, p) for p in (named, path)))
+    keys = (key for key in table if any(lookup({key: 0}, p) for p in (named, path)))
     return exact[0] if exact else next(keys, None)

@@ -9,11 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lora_jax import _paths, layouts
-from lora_jax.config import LoraConfig
-from lora_jax.context import Use
-from lora_jax.errors import LayoutError, TargetError
-from lora_jax.weights import Adapted, Layout, TrainedLeaf
+from lora_jax.core.config import LoraConfig
+from lora_jax.core.errors import LayoutError, TargetError
+from lora_jax.core.paths import layer_number, lookup, nearest
+from lora_jax.core.weights import Adapted, Layout, TrainedLeaf
+from lora_jax.engine import layout_inference
+from lora_jax.engine.context import Use
 
 #: What a bias is called: by most libraries, and by Haiku.
 BIAS_NAMES = ("bias", "b")
@@ -50,7 +51,7 @@ def select_layers(
     masks: Masks = {}
     lying: dict[str, tuple[range | list[int], int]] = {}  # the layers in a leaf, and of how many
     for path, layout in chosen.items():
-        place = _paths.layer_number(path, config.layers_pattern)
+        place = layer_number(path, config.layers_pattern)
         if place is not None:
             lying[path] = [place[1]], sizes[place[0]]
         elif _is_stack(config, path, layout):
@@ -75,7 +76,7 @@ def _check_ambiguous(config: LoraConfig, chosen: Mapping[str, Layout]) -> None:
         "may count the layers; layers_pattern= says which: the name before the number, or that of "
         "the module that is stacked"
         for path, layout in chosen.items()
-        if config.layers_pattern is None and "b" in layout.axes and _paths.layer_number(path)
+        if config.layers_pattern is None and "b" in layout.axes and layer_number(path)
     ]
     if unclear:
         raise TargetError("\n".join(unclear))
@@ -85,7 +86,7 @@ def _stack_sizes(config: LoraConfig, leaves: Mapping[str, Any]) -> dict[str, int
     """How many layers each stack has: one more than its highest number."""
     sizes: dict[str, int] = {}
     for path in leaves:
-        place = _paths.layer_number(path, config.layers_pattern)
+        place = layer_number(path, config.layers_pattern)
         if place is not None:
             sizes[place[0]] = max(sizes.get(place[0], 0), place[1] + 1)
     return sizes
@@ -167,12 +168,16 @@ def select_biases(
 
 def _is_bias(path: str, leaf: Any, uses: Uses) -> bool:
     name = re.split(r"[/.]", path)[-1]
-    if name not in BIAS_NAMES or not layouts.is_floating(leaf) or not leaf.shape:
+    if name not in BIAS_NAMES or not layout_inference.is_floating(leaf) or not leaf.shape:
         return False
     if name == "bias":
         return True
     # "b" is short for many things
-    return len(leaf.shape) == 1 if uses is None else not layouts.contractions(uses.get(path, ()))
+    return (
+        len(leaf.shape) == 1
+        if uses is None
+        else not layout_inference.contractions(uses.get(path, ()))
+    )
 
 
 def _kernel_of(
@@ -195,17 +200,17 @@ def select_rows(
       TargetError: a key of `config.rows` matches no weight, or a row is beyond the weight.
       LayoutError: nothing says which axis holds the rows.
     """
-    weights = {p: x for p, x in leaves.items() if layouts.is_floating(x) and len(x.shape) > 1}
-    unused = [key for key in config.rows if not any(_paths.lookup({key: 0}, p) for p in weights)]
+    weights = {
+        p: x for p, x in leaves.items() if layout_inference.is_floating(x) and len(x.shape) > 1
+    }
+    unused = [key for key in config.rows if not any(lookup({key: 0}, p) for p in weights)]
     if unused:
         raise TargetError(
-            "\n".join(
-                f"rows: {key!r} matches no weight; {_paths.nearest(key, weights)}" for key in unused
-            )
+            "\n".join(f"rows: {key!r} matches no weight; {nearest(key, weights)}" for key in unused)
         )
     found = {}
     for path, w in weights.items():
-        match = _paths.lookup(config.rows, path)
+        match = lookup(config.rows, path)
         if match is None:
             continue
         layout = _row_layout(config, path, w, uses)
@@ -222,13 +227,13 @@ def _row_layout(config: LoraConfig, path: str, w: Any, uses: Uses) -> Layout:
     named = config.for_path(path)[2]
     own = () if uses is None else uses.get(path, ())
     lookups = [use for use in own if use.primitive == "gather"]
-    layout = layouts.layout_from_uses(len(w.shape), lookups)
+    layout = layout_inference.layout_from_uses(len(w.shape), lookups)
     if named is not None and len(named) == len(w.shape):
         layout = Layout(named)
     elif layout is None and len(w.shape) == 2 and LEAF.findall(path)[0] in EMBEDDING_NAMES:
         layout = Layout("io", tuple(dict.fromkeys(use.primitive for use in own)))
     elif layout is not None:  # of a tied embedding, all that it is used for
-        primitives = dict.fromkeys(use.primitive for use in layouts.contractions(own))
+        primitives = dict.fromkeys(use.primitive for use in layout_inference.contractions(own))
         layout = Layout(layout.axes, tuple(primitives))
     if layout is None or layout.axes.count("i") != 1:
         raise LayoutError(

@@ -7,14 +7,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lora_jax import _paths
-from lora_jax.errors import StructureError
-from lora_jax.weights import Adapted, LoraWeight, check_fits, is_adapted, require_base
+from lora_jax.core.errors import StructureError
+from lora_jax.core.paths import Pattern, flatten_with_paths, nearest, path_key, select
+from lora_jax.core.weights import Adapted, LoraWeight, check_fits, is_adapted, require_base
 
 
 def map_adapted(fn: Callable[[str, Adapted], Any], params: Any) -> Any:
     """`params` with `fn(path, node)` in place of every adapted node, all else the same objects."""
-    nodes, treedef = _paths.flatten_with_paths(params, is_leaf=is_adapted)
+    nodes, treedef = flatten_with_paths(params, is_leaf=is_adapted)
     return jax.tree_util.tree_unflatten(
         treedef, [fn(path, n) if is_adapted(n) else n for path, n in nodes.items()]
     )
@@ -22,7 +22,7 @@ def map_adapted(fn: Callable[[str, Adapted], Any], params: Any) -> Any:
 
 def adapted_nodes(params: Any) -> dict[str, Adapted]:
     """The `LoraWeight`s and `TrainedLeaf`s of a tree by path."""
-    nodes, _ = _paths.flatten_with_paths(params, is_leaf=is_adapted)
+    nodes, _ = flatten_with_paths(params, is_leaf=is_adapted)
     return {path: node for path, node in nodes.items() if is_adapted(node)}
 
 
@@ -77,14 +77,14 @@ def join(base: Any, adapters: Any) -> Any:
     >>> join(base, adapters)["kernel"].w is base["kernel"]
     True
     """
-    leaves, treedef = _paths.flatten_with_paths(base, is_leaf=is_adapted)
-    overlay, _ = _paths.flatten_with_paths(adapters, is_leaf=is_adapted)
+    leaves, treedef = flatten_with_paths(base, is_leaf=is_adapted)
+    overlay, _ = flatten_with_paths(adapters, is_leaf=is_adapted)
     problems = [f"{path}: the base is adapted already" for path in adapted_nodes(base)]
     for path, node in overlay.items():
         if not is_adapted(node):
             problems.append(f"{path}: the overlay holds {type(node).__name__}, not an adapter")
         elif path not in leaves:
-            problems.append(f"{path}: not in the base; {_paths.nearest(path, leaves)}")
+            problems.append(f"{path}: not in the base; {nearest(path, leaves)}")
         elif not is_adapted(leaves[path]):
             problems += check_fits(path, node, leaves[path])
     if not overlay:
@@ -100,7 +100,7 @@ def join(base: Any, adapters: Any) -> Any:
     )
 
 
-def set_scale(params: Any, scale: Any, targets: _paths.Pattern | None = None) -> Any:
+def set_scale(params: Any, scale: Any, targets: Pattern | None = None) -> Any:
     """The adapters' scale set to `scale`, everywhere or at the paths that `targets` selects.
 
     The scale is a leaf, so a compiled function runs on the result as it is. It is the factor
@@ -125,7 +125,7 @@ def set_scale(params: Any, scale: Any, targets: _paths.Pattern | None = None) ->
     nodes = adapted_nodes(params)
     if not nodes:
         raise StructureError("set_scale: the tree holds no adapted weights")
-    chosen = nodes if targets is None else _paths.select("targets", targets, nodes)
+    chosen = nodes if targets is None else select("targets", targets, nodes)
 
     def one(path: str, node: Adapted) -> Adapted:
         if path not in chosen:
@@ -172,7 +172,7 @@ def with_dropout(params: Any, key: jax.Array | None) -> Any:
     def one(path: str, node: Adapted) -> Adapted:
         if not isinstance(node, LoraWeight) or key is None or not node.dropout:
             return dataclasses.replace(node, key=None) if isinstance(node, LoraWeight) else node
-        own = _paths.path_key(_typed(key), path)
+        own = path_key(_typed(key), path)
         shape = node.scale.shape
         return dataclasses.replace(node, key=jax.random.split(own, shape) if shape else own)
 

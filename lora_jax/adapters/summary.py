@@ -5,8 +5,8 @@ from typing import Any, NamedTuple
 
 import jax
 
-from lora_jax import _paths
-from lora_jax.weights import Adapted, LoraWeight, TrainedLeaf, TrainedRows, is_adapted
+from lora_jax.core.paths import flatten_with_paths
+from lora_jax.core.weights import Adapted, LoraWeight, TrainedLeaf, TrainedRows, is_adapted
 
 USE_NAMES = {
     "dot_general": "matmul",
@@ -78,7 +78,7 @@ def summary(params: Any) -> str:
     kernel  [4, 3]  io      -           1        7
     trainable params: 7 || all params: 19 || trainable%: 36.8421
     """
-    nodes, _ = _paths.flatten_with_paths(params, is_leaf=is_adapted)
+    nodes, _ = flatten_with_paths(params, is_leaf=is_adapted)
     rows: list[tuple[str, ...]] = [("path", "shape", "layout", "used by", "rank", "trained")]
     rows += [_row(path, node) for path, node in nodes.items() if is_adapted(node)]
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from lora_jax import __version__
-from lora_jax.cli import convert, generate, inspect, merge, train
+from lora_jax.cli.commands import convert, generate, inspect, merge, train
 
 #: The commands in the help's order: name -> the module whose `command` it runs.
 COMMANDS: dict[str, ModuleType] = {

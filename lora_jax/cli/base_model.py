@@ -6,12 +6,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from lora_jax.cli import kinds, sources
-from lora_jax.models import checkpoints
+from lora_jax.cli import sources
+from lora_jax.files import kinds
+from lora_jax.files.naming import Naming
+from lora_jax.models import hf_directory
 from lora_jax.models.llama_config import LlamaConfig
 from lora_jax.models.pretrained import Pretrained
-from lora_jax.naming import Naming
-from lora_jax.text import Tokenizer
+from lora_jax.models.text import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ def open_model(name: str, dtype: str | None, scan: bool) -> Model:
     tokenizer = sources.tokenizer_of(found)
     is_bert = (
         found.kind == kinds.CHECKPOINT
-        and checkpoints.read_config(found.path).get("model_type") == "bert"
+        and hf_directory.read_config(found.path).get("model_type") == "bert"
     )
     return _model(sources.load_model(found, dtype, scan=scan and not is_bert), tokenizer)
 

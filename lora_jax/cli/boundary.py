@@ -10,8 +10,8 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
-from lora_jax.assets import AssetError
-from lora_jax.errors import LoraError
+from lora_jax.core.errors import LoraError
+from lora_jax.models.assets import AssetError
 
 OK, FAILED, USAGE, INTERRUPTED, PIPE_CLOSED = 0, 1, 2, 130, 141
 DEBUG = "LORA_JAX_DEBUG"

@@ -5,13 +5,14 @@ from pathlib import Path
 from typing import Any
 
 import lora_jax as lora
-from lora_jax import assets, mlx, models, peft
-from lora_jax.cli import kinds
-from lora_jax.errors import ModelFileError
+from lora_jax import models
+from lora_jax.core.errors import ModelFileError
+from lora_jax.files import kinds, mlx, peft
+from lora_jax.files.naming import Naming
+from lora_jax.models import assets
+from lora_jax.models.text.byte_tokenizer import byte_tokenizer
+from lora_jax.models.text.tokenizer import Tokenizer
 from lora_jax.models.tiny import tiny
-from lora_jax.naming import Naming
-from lora_jax.text.letters import byte_tokenizer
-from lora_jax.text.tokenizer import Tokenizer
 
 #: Models by name: one is fetched, one is made here.
 SMOLLM2, TINY = "smollm2", "tiny"

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 
 from lora_jax import TargetError
-from lora_jax.naming import Naming
+from lora_jax.files.naming import Naming
 
 ALL_LINEAR = "all-linear"
 HEADS = ("lm_head",)  # the output embedding, which "all-linear" leaves alone as PEFT does

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lora_jax.weights import Adapted, Layout, LoraWeight, TrainedLeaf, TrainedRows
+from lora_jax.core.weights import Adapted, Layout, LoraWeight, TrainedLeaf, TrainedRows
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from lora_jax import _paths
-from lora_jax.errors import ConfigError
+from lora_jax.core.errors import ConfigError
+from lora_jax.core.paths import Pattern, compile_regex, lookup
 
 ALL_LINEAR = "all-linear"
 SCALINGS = ("standard", "rslora")
@@ -129,14 +129,14 @@ class LoraConfig:
 
     rank: int = 8
     alpha: float | None = None
-    targets: _paths.Pattern = ALL_LINEAR
-    exclude: _paths.Pattern = ()
+    targets: Pattern = ALL_LINEAR
+    exclude: Pattern = ()
     overrides: Mapping[str, Override] = dataclasses.field(default_factory=dict)
     scaling: str = "standard"
     init: str | Callable[..., Any] = "kaiming"
     dora: bool = False
     dropout: float = 0.0
-    train: _paths.Pattern = ()
+    train: Pattern = ()
     bias: str = "none"
     layers: slice | Sequence[int] | None = None
     layers_pattern: str | None = None
@@ -156,7 +156,7 @@ class LoraConfig:
         overrides = {key: _as_override(key, value) for key, value in self.overrides.items()}
         object.__setattr__(self, "overrides", overrides)
         for key in overrides:
-            _paths.compile_regex("overrides", key)
+            compile_regex("overrides", key)
         for field, known in (("scaling", SCALINGS), ("bias", BIASES)):
             if getattr(self, field) not in known:
                 raise ConfigError(f"{field} must be one of {known}, got {getattr(self, field)!r}")
@@ -182,7 +182,7 @@ class LoraConfig:
 
     def for_path(self, path: str) -> tuple[int, float, str | None]:
         """The rank, the scale and the layout (or None) that apply to the weight at `path`."""
-        found = _paths.lookup(self.overrides, path)
+        found = lookup(self.overrides, path)
         override = found[1] if found else Override()
         rank = self.rank if override.rank is None else override.rank
         alpha = self.alpha if override.alpha is None else override.alpha
@@ -215,11 +215,11 @@ def _plain(value: Any) -> Any:
     return value.item() if hasattr(value, "item") else value
 
 
-def _check_pattern(field: str, pattern: Any) -> _paths.Pattern:
+def _check_pattern(field: str, pattern: Any) -> Pattern:
     if callable(pattern):
         return pattern
     if isinstance(pattern, str):
-        _paths.compile_regex(field, pattern)
+        compile_regex(field, pattern)
         return pattern
     if isinstance(pattern, Sequence | set | frozenset) and all(isinstance(e, str) for e in pattern):
         return tuple(sorted(pattern) if isinstance(pattern, set | frozenset) else pattern)
@@ -248,7 +248,7 @@ def _check_rows(rows: Any) -> dict[str, tuple[int, ...]]:
         raise ConfigError(f"rows must be a mapping from patterns to row numbers, got {rows!r}")
     checked = {}
     for key, numbers in rows.items():
-        _paths.compile_regex("rows", key)
+        compile_regex("rows", key)
         if isinstance(numbers, str) or not hasattr(numbers, "__iter__"):
             raise ConfigError(f"rows[{key!r}] must be a sequence of row numbers, got {numbers!r}")
         found = tuple(numbers)
@@ -271,7 +271,7 @@ def _check_layers_pattern(pattern: Any, layers: Any) -> None:
         return
     if not isinstance(pattern, str) or not pattern:
         raise ConfigError(f"layers_pattern must be a name or a regex, got {pattern!r}")
-    if _paths.compile_regex("layers_pattern", pattern).groups > 1:
+    if compile_regex("layers_pattern", pattern).groups > 1:
         raise ConfigError(f"layers_pattern: {pattern!r} has several groups; one holds the number")
     if layers is None:
         raise ConfigError("layers_pattern says where the numbers of layers= are; give layers too")

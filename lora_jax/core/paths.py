@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 
-from lora_jax.errors import ConfigError, StructureError, TargetError
+from lora_jax.core.errors import ConfigError, StructureError, TargetError
 
 #: A regex that must match the whole path, path suffixes in whole segments, or a predicate.
 Pattern = str | Sequence[str] | Callable[[str, Any], bool]

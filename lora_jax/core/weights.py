@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import export
 
-from lora_jax.errors import LayoutError, StructureError
+from lora_jax.core.errors import LayoutError, StructureError
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,12 +9,12 @@ from typing import Any
 import jax
 from jax.ad_checkpoint import checkpoint_name
 
-from lora_jax import _jaxpr
-from lora_jax.branches import Hidden
-from lora_jax.errors import DenseError, DenseWarning
-from lora_jax.forms import PLAIN, Forms
-from lora_jax.lazy import Axis, LazyWeight, to_dense
-from lora_jax.remat import SUM
+from lora_jax.core.errors import DenseError, DenseWarning
+from lora_jax.engine import jaxprs
+from lora_jax.engine.forms import PLAIN, Forms
+from lora_jax.engine.lazy_weight import Axis, LazyWeight, to_dense
+from lora_jax.engine.products import Hidden
+from lora_jax.engine.remat import SUM
 
 #: What `on_dense` may say: warn once a site, refuse, or make dense without a word.
 POLICIES = ("warn", "error", "allow")
@@ -114,8 +114,8 @@ class Context:
 
     def line(self, eqn: Any) -> str:
         """The user's line that made `eqn`; of one that JAX made itself, the line around it."""
-        line = _jaxpr.source_line(eqn)
-        return line if line or self.enclosing is None else _jaxpr.source_line(self.enclosing)
+        line = jaxprs.source_line(eqn)
+        return line if line or self.enclosing is None else jaxprs.source_line(self.enclosing)
 
     def make_dense(self, lazy: LazyWeight, eqn: Any, why: str = "") -> Any:
         """The dense form of a weight that no rule covers, after saying so."""

@@ -6,12 +6,12 @@ from typing import Any
 
 import jax
 
-from lora_jax import _contract, _jaxpr
-from lora_jax.branches import Product, adapted, observed
-from lora_jax.context import Context
-from lora_jax.errors import ConfigError, LayoutError
-from lora_jax.lazy import RANK, Axis, LazyWeight, drop, is_lazy
-from lora_jax.weights import Layout
+from lora_jax.core.errors import ConfigError, LayoutError
+from lora_jax.core.weights import Layout
+from lora_jax.engine import jaxprs, named_axes
+from lora_jax.engine.context import Context
+from lora_jax.engine.lazy_weight import RANK, Axis, LazyWeight, drop, is_lazy
+from lora_jax.engine.products import Product, adapted, observed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,7 +93,7 @@ class Call:
 
     def __call__(self, *arrays: jax.Array) -> Any:
         """The output (a list, where the primitive has several results) on these inputs."""
-        outs = _jaxpr.bind(self._eqn, arrays)
+        outs = jaxprs.bind(self._eqn, arrays)
         return outs if self._eqn.primitive.multiple_results else outs[0]
 
 
@@ -122,9 +122,9 @@ def apply_rule(ctx: Context, rule: Rule, eqn: Any, args: Sequence[Any]) -> Any:
         operand = None if grouped is None else _operand(ctx, x, grouped)
         operands.append(ctx.make_dense(x, eqn) if operand is None else operand)
     if ctx.infers:
-        return _jaxpr.bind(eqn, operands)
+        return jaxprs.bind(eqn, operands)
     if not any(isinstance(x, Operand) for x in operands):
-        return _jaxpr.bind(eqn, operands)
+        return jaxprs.bind(eqn, operands)
     outs = rule.apply(Call(eqn), *operands)
     if outs is NotImplemented or eqn.primitive.multiple_results:
         return outs
@@ -152,8 +152,8 @@ def _operand(ctx: Context, lazy: LazyWeight, grouped: dict[str, list[Axis]]) -> 
     fits = {*first_axes} <= {RANK, *batch, *ins} and {*second_axes} <= {RANK, *batch, *outs}
     if lazy.w is None or lazy.gain is not None or not fits:
         return None
-    a = _contract.arrange(first, first_axes, [*batch, *ins, RANK], lazy.sizes)
-    b = _contract.arrange(second, second_axes, [*batch, RANK, *outs], lazy.sizes)
+    a = named_axes.arrange(first, first_axes, [*batch, *ins, RANK], lazy.sizes)
+    b = named_axes.arrange(second, second_axes, [*batch, RANK, *outs], lazy.sizes)
 
     def update(x: jax.Array) -> jax.Array:
         free = [Axis((), -2 - i) for i in range(x.ndim - len(batch) - len(ins))]

@@ -4,42 +4,42 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from lora_jax import (
-    _jaxpr,
-    concatenation,
-    conditionals,
-    containers,
-    contractions,
-    convolutions,
+from lora_jax.engine import jaxprs
+from lora_jax.engine.context import OPAQUE, Context
+from lora_jax.engine.custom_rules import apply_rule
+from lora_jax.engine.lazy_weight import is_lazy
+from lora_jax.engine.rules import (
+    concatenate,
+    cond,
+    conv,
+    custom_jvp,
     custom_vjp,
-    derivatives,
-    gathers,
-    loops,
-    ragged,
-    sharded,
+    dot_general,
+    indexing,
+    jit_remat,
+    ragged_dot,
+    scan_while,
+    shard_map,
     views,
 )
-from lora_jax.context import OPAQUE, Context
-from lora_jax.custom_rules import apply_rule
-from lora_jax.lazy import is_lazy
-from lora_jax.sharing import Sharing
+from lora_jax.engine.shared_activations import Sharing
 
 RULES = {
     **views.RULES,
-    **concatenation.RULES,
-    **gathers.RULES,
-    **contractions.RULES,
-    **convolutions.RULES,
-    **ragged.RULES,
-    **sharded.RULES,
+    **concatenate.RULES,
+    **indexing.RULES,
+    **dot_general.RULES,
+    **conv.RULES,
+    **ragged_dot.RULES,
+    **shard_map.RULES,
 }
 CONTAINERS = {
-    **containers.CONTAINERS,
-    **conditionals.CONTAINERS,
-    **loops.CONTAINERS,
-    **derivatives.CONTAINERS,
+    **jit_remat.CONTAINERS,
+    **cond.CONTAINERS,
+    **scan_while.CONTAINERS,
+    **custom_jvp.CONTAINERS,
     **custom_vjp.CONTAINERS,
-    **sharded.CONTAINERS,
+    **shard_map.CONTAINERS,
 }
 
 
@@ -51,23 +51,23 @@ def interpret(ctx: Context, jaxpr: Any, consts: Sequence[Any], args: Sequence[An
     """
     env: dict[Any, Any] = dict(zip(jaxpr.constvars, consts, strict=True))
     env.update(zip(jaxpr.invars, args, strict=True))
-    last = _jaxpr.last_uses(jaxpr)
+    last = jaxprs.last_uses(jaxpr)
     shared = _sharing(ctx, jaxpr, args)
     early: set[int] = set()
 
     def read(atom: Any) -> Any:
-        return env[atom] if _jaxpr.is_var(atom) else atom.val
+        return env[atom] if jaxprs.is_var(atom) else atom.val
 
     def evaluate(i: int) -> None:
         eqn = jaxpr.eqns[i]
         values = [read(atom) for atom in eqn.invars]
-        with _jaxpr.equation_context(eqn):
+        with jaxprs.equation_context(eqn):
             env.update(zip(eqn.outvars, _evaluate(ctx, eqn, values), strict=True))
 
     def prepare(i: int) -> None:
         """Evaluate now what an equation needs and what only views of weights lead to."""
         for atom in jaxpr.eqns[i].invars:
-            if _jaxpr.is_var(atom) and atom not in env:
+            if jaxprs.is_var(atom) and atom not in env:
                 prepare(shared.producers[atom])
                 evaluate(shared.producers[atom])
                 early.add(shared.producers[atom])
@@ -77,12 +77,12 @@ def interpret(ctx: Context, jaxpr: Any, consts: Sequence[Any], args: Sequence[An
             for j in shared.groups[i]:
                 prepare(j)
             group = [jaxpr.eqns[j] for j in shared.groups[i]]
-            with _jaxpr.equation_context(eqn):
-                contractions.share(ctx, [(e, [read(atom) for atom in e.invars]) for e in group])
+            with jaxprs.equation_context(eqn):
+                dot_general.share(ctx, [(e, [read(atom) for atom in e.invars]) for e in group])
         if i not in early:
             evaluate(i)
         for atom in eqn.invars:  # let go of what nothing reads any more
-            if _jaxpr.is_var(atom) and last[atom] == i:
+            if jaxprs.is_var(atom) and last[atom] == i:
                 env.pop(atom, None)
     return [read(atom) for atom in jaxpr.outvars]
 
@@ -94,11 +94,11 @@ def _sharing(ctx: Context, jaxpr: Any, args: Sequence[Any]) -> Sharing:
 
 def _evaluate(ctx: Context, eqn: Any, values: Sequence[Any]) -> Sequence[Any]:
     if not any(map(is_lazy, values)):
-        return _jaxpr.bind(eqn, values)
+        return jaxprs.bind(eqn, values)
     name, outer = eqn.primitive.name, ctx.enclosing
 
     def walk(jaxpr: Any, consts: Sequence[Any], args: Sequence[Any]) -> list[Any]:
-        ctx.enclosing = eqn if _jaxpr.source_line(eqn) else outer
+        ctx.enclosing = eqn if jaxprs.source_line(eqn) else outer
         outs = interpret(ctx, jaxpr, consts, args)
         ctx.enclosing = outer
         return outs
@@ -109,7 +109,7 @@ def _evaluate(ctx: Context, eqn: Any, values: Sequence[Any]) -> Sequence[Any]:
         outs = CONTAINERS[name](ctx, eqn, values, walk)
     elif name in RULES:
         outs = RULES[name](ctx, eqn, values)
-    elif ctx.infers and (called := _jaxpr.called(eqn)) is not None:
+    elif ctx.infers and (called := jaxprs.called(eqn)) is not None:
         # The boundary itself is made dense when it runs; the program inside still tells the layout.
         outs = walk(*called, values)
     else:
@@ -120,7 +120,7 @@ def _evaluate(ctx: Context, eqn: Any, values: Sequence[Any]) -> Sequence[Any]:
 def _made_dense(ctx: Context, eqn: Any, values: Sequence[Any]) -> Sequence[Any]:
     """The equation on dense weights."""
     why = " (it cannot be looked into)" if eqn.primitive.name in OPAQUE else ""
-    outs = _jaxpr.bind(eqn, [ctx.make_dense(v, eqn, why) if is_lazy(v) else v for v in values])
+    outs = jaxprs.bind(eqn, [ctx.make_dense(v, eqn, why) if is_lazy(v) else v for v in values])
     if ctx.infers and len(outs) == 1:
         # A masked or normalised weight is one still: what contracts it tells the layout.
         for lazy in filter(is_lazy, values):

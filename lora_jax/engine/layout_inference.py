@@ -6,13 +6,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lora_jax import _paths
-from lora_jax.context import OPAQUE, OR, Context, Use
-from lora_jax.custom_rules import Rule
-from lora_jax.errors import LayoutError
-from lora_jax.lazy import track
-from lora_jax.transform import Program
-from lora_jax.weights import Layout
+from lora_jax.core.errors import LayoutError
+from lora_jax.core.paths import path_str
+from lora_jax.core.weights import Layout
+from lora_jax.engine.context import OPAQUE, OR, Context, Use
+from lora_jax.engine.custom_rules import Rule
+from lora_jax.engine.lazy_weight import track
+from lora_jax.engine.transform import Program
 
 #: The widest window of a 2-D convolution that is told from a stack of other kernels.
 MAX_WINDOW = 32
@@ -37,7 +37,7 @@ def infer_uses(
     flat, treedef = jax.tree_util.tree_flatten_with_path(((params, *args), kwargs))
     first = (jax.tree_util.SequenceKey(0),) * 2  # of ((params, *args), kwargs)
     names = {
-        i: _paths.path_str(path[2:])
+        i: path_str(path[2:])
         for i, (path, leaf) in enumerate(flat)
         if path[:2] == first and is_floating(leaf) and leaf.ndim
     }

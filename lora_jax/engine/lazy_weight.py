@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from lora_jax import _contract
-from lora_jax.algebra import accumulator, gain
-from lora_jax.weights import LoraWeight, TrainedRows
+from lora_jax.core.algebra import accumulator, gain
+from lora_jax.core.weights import LoraWeight, TrainedRows
+from lora_jax.engine import named_axes
 
 
 class Axis(NamedTuple):
@@ -250,10 +250,10 @@ def to_dense(lazy: LazyWeight) -> jax.Array:
     if lazy.a is None or lazy.probe:
         return lazy.w
     dtype = accumulator(lazy.a.dtype, lazy.b.dtype, lazy.dtype)
-    update, names = _contract.contract(
+    update, names = named_axes.contract(
         lazy.a.astype(dtype), lazy.a_axes, lazy.b.astype(dtype), lazy.b_axes, lazy.axes
     )
-    update = _contract.arrange(update, names, lazy.axes, lazy.sizes)
+    update = named_axes.arrange(update, names, lazy.axes, lazy.sizes)
     total = update if lazy.w is None else lazy.w.astype(dtype) + update
     return with_gain(total, lazy.axes, lazy).astype(lazy.dtype)
 
@@ -263,7 +263,7 @@ def with_gain(x: jax.Array, axes: Sequence[Axis], lazy: LazyWeight) -> jax.Array
     if lazy.gain is None:
         return x
     present = [axis for axis in axes if axis in lazy.gain_axes]
-    factor = _contract.arrange(lazy.gain, lazy.gain_axes, present, {})
+    factor = named_axes.arrange(lazy.gain, lazy.gain_axes, present, {})
     factor = jnp.expand_dims(factor, [i for i, axis in enumerate(axes) if axis not in present])
     wide = max(x.dtype, factor.dtype, key=lambda d: d.itemsize)
     return (x.astype(wide) * factor.astype(wide)).astype(x.dtype)

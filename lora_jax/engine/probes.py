@@ -18,8 +18,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from lora_jax.algebra import accumulator
-from lora_jax.lazy import RANK, LazyWeight
+from lora_jax.core.algebra import accumulator
+from lora_jax.engine.lazy_weight import RANK, LazyWeight
 
 #: The probe whose A is any matrix; its gradient is the second moment times that matrix.
 PRODUCTS = "products"

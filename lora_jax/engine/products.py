@@ -11,10 +11,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from lora_jax import _contract
-from lora_jax.forms import Forms
-from lora_jax.lazy import RANK, STATIC, Axis, LazyWeight, add, branch_dtypes
-from lora_jax.probes import observe
+from lora_jax.engine import named_axes
+from lora_jax.engine.forms import Forms
+from lora_jax.engine.lazy_weight import RANK, STATIC, Axis, LazyWeight, add, branch_dtypes
+from lora_jax.engine.probes import observe
 
 #: The one axis that several axes of an activation become in a flattened product.
 TOKENS = Axis((), -1_000_000)
@@ -83,12 +83,12 @@ class Product:
         """
         lazy = self.lazy
         pair = (lazy.a, lazy.a_axes), (lazy.b, lazy.b_axes)
-        sizes = _contract.sizes_of(*pair) | self.sizes
+        sizes = named_axes.sizes_of(*pair) | self.sizes
 
         def operations(order: Sequence[tuple[jax.Array, tuple[Axis, ...]]]) -> int:
             (_, first), (_, second) = order
-            inner = _contract.result_names(self.x_axes, first, {*second, *self.out_axes})
-            return _contract.flops(self.x_axes, first, sizes) + _contract.flops(
+            inner = named_axes.result_names(self.x_axes, first, {*second, *self.out_axes})
+            return named_axes.flops(self.x_axes, first, sizes) + named_axes.flops(
                 inner, second, sizes
             )
 
@@ -123,7 +123,7 @@ def _first_half(product: Product, forms: Forms) -> Hidden:
     (f, f_axes), (_, s_axes) = flat.factors()
     x, f = flat.x.astype(flat.compute), f.astype(flat.compute)
     keep = {*s_axes, *flat.out_axes}
-    h, axes = _contract.contract(x, flat.x_axes, f, f_axes, keep, **flat.options)
+    h, axes = named_axes.contract(x, flat.x_axes, f, f_axes, keep, **flat.options)
     return Hidden(flat, h, axes=axes, tokens=tokens)
 
 
@@ -131,8 +131,8 @@ def _second_half(hidden: Hidden) -> jax.Array:
     product, out_axes = hidden.product, hidden.product.out_axes
     _, (s, s_axes) = product.factors()
     h, s = hidden.h.astype(product.compute), s.astype(product.compute)
-    y, y_axes = _contract.contract(h, hidden.axes, s, s_axes, {*out_axes}, **product.options)
-    y = _contract.arrange(y, y_axes, out_axes, product.sizes)
+    y, y_axes = named_axes.contract(h, hidden.axes, s, s_axes, {*out_axes}, **product.options)
+    y = named_axes.arrange(y, y_axes, out_axes, product.sizes)
     if not hidden.tokens:
         return y
     at = out_axes.index(TOKENS)
@@ -149,7 +149,7 @@ def observed(y: jax.Array | None, product: Product) -> jax.Array:
     def first(x: jax.Array, a: jax.Array) -> jax.Array:
         # Nothing is to be lost to the fast reduced-precision modes of an accelerator.
         options = {"precision": lax.Precision.HIGHEST}
-        return _contract.contract(x, flat.x_axes, a, flat.lazy.a_axes, keep, **options)[0]
+        return named_axes.contract(x, flat.x_axes, a, flat.lazy.a_axes, keep, **options)[0]
 
     return observe(y, flat.x, flat.lazy, first)
 
@@ -213,7 +213,7 @@ def _shared(first: Product, others: Sequence[Product], forms: Forms) -> Sequence
     for p in flats:
         (f, f_axes), _ = p.factors()
         wanted = (RANK, *(axis for axis in p.x_axes if axis in f_axes))
-        parts.append(_contract.arrange(f.astype(p.compute), f_axes, wanted, {}))
+        parts.append(named_axes.arrange(f.astype(p.compute), f_axes, wanted, {}))
     first = flats[0]
     summed = [i for i, axis in enumerate(first.x_axes) if axis not in first.out_axes]
     h = lax.dot_general(

@@ -4,7 +4,7 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from lora_jax import _jaxpr
+from lora_jax.engine import jaxprs
 
 
 class Sharing:
@@ -19,7 +19,7 @@ class Sharing:
         self.producers: dict[Any, int] = {}
         groups: dict[Any, list[int]] = defaultdict(list)
         for i, eqn in enumerate(jaxpr.eqns):
-            inputs = [atom for atom in eqn.invars if _jaxpr.is_var(atom)]
+            inputs = [atom for atom in eqn.invars if jaxprs.is_var(atom)]
             if eqn.primitive.name == "dot_general":
                 activation = _activation(eqn, weights)
                 if activation is not None:
@@ -32,11 +32,11 @@ class Sharing:
 
 def _activation(eqn: Any, weights: set[Any]) -> Any:
     """What tells products with one activation: the variable, its contracted axes, the precision."""
-    sides = [_jaxpr.is_var(atom) and atom in weights for atom in eqn.invars]
+    sides = [jaxprs.is_var(atom) and atom in weights for atom in eqn.invars]
     contracted, batched = eqn.params["dimension_numbers"]
     if sum(sides) != 1 or any(batched):
         return None
     at = sides.index(False)
-    if not _jaxpr.is_var(eqn.invars[at]):
+    if not jaxprs.is_var(eqn.invars[at]):
         return None
     return eqn.invars[at], tuple(contracted[at]), str(eqn.params["precision"])

@@ -7,15 +7,16 @@ from typing import Any
 import jax
 from jax import lax
 
-from lora_jax import _jaxpr, _paths
-from lora_jax.algebra import dense
-from lora_jax.context import POLICIES, Context
-from lora_jax.custom_rules import Rule, check_rules
-from lora_jax.errors import ConfigError
-from lora_jax.forms import Forms
-from lora_jax.interpreter import interpret
-from lora_jax.lazy import is_lazy, lazy, lazy_rows
-from lora_jax.weights import LoraWeight, TrainedLeaf, TrainedRows, is_adapted, require_whole
+from lora_jax.core.algebra import dense
+from lora_jax.core.errors import ConfigError
+from lora_jax.core.paths import path_str
+from lora_jax.core.weights import LoraWeight, TrainedLeaf, TrainedRows, is_adapted, require_whole
+from lora_jax.engine import jaxprs
+from lora_jax.engine.context import POLICIES, Context
+from lora_jax.engine.custom_rules import Rule, check_rules
+from lora_jax.engine.forms import Forms
+from lora_jax.engine.interpreter import interpret
+from lora_jax.engine.lazy_weight import is_lazy, lazy, lazy_rows
 
 
 def lora(
@@ -76,7 +77,7 @@ def lora(
         holders = {path[:2] for path, leaf in flat if is_adapted(leaf)}
         chosen = forms or Forms.for_backend()
         leaves = [
-            _enter(_paths.path_str(path[2:]), leaf, chosen) if path[:2] in holders else leaf
+            _enter(path_str(path[2:]), leaf, chosen) if path[:2] in holders else leaf
             for path, leaf in flat
         ]
         ctx = Context(on_dense, rules=rules, forms=chosen)
@@ -118,7 +119,7 @@ class Program:
             self._is_array = [isinstance(x, jax.Array) for x in outs]
             return [x for x in outs if isinstance(x, jax.Array)]
 
-        self.jaxpr, self.consts = _jaxpr.trace(flat, *(abstract(leaves[i]) for i in self._dynamic))
+        self.jaxpr, self.consts = jaxprs.trace(flat, *(abstract(leaves[i]) for i in self._dynamic))
 
     def evaluate(self, ctx: Context, leaves: Sequence[Any]) -> Any:
         """What the function returns on leaves like those it was traced on."""

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 
 from lora_jax import AdapterFileError, read_metadata
-from lora_jax.cli import kinds
-from lora_jax.peft import PeftConfig, modules, read_config
-from lora_jax.tensorfile import decode, read, read_directory
+from lora_jax.files import kinds
+from lora_jax.files.disk.safetensors_file import decode, read, read_directory
+from lora_jax.files.peft import PeftConfig, read_config, tensor_names
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +70,7 @@ def saved_whole(names: Iterable[str], config: PeftConfig) -> set[str]:
     """The tensors of modules that are saved whole, which may themselves be called "lora_A"."""
     found = set()
     for name in names:
-        inner = name.removeprefix(modules.PREFIX)
+        inner = name.removeprefix(tensor_names.PREFIX)
         module = "." + inner.rpartition(".")[0]
         if any(module.endswith("." + saved) for saved in config.modules_to_save or ()):
             found.add(inner)
@@ -84,7 +84,7 @@ def _peft(path: Path) -> AdapterFile:
     pairs: dict[str, dict[str, np.ndarray]] = {}
     whole = {}
     for name, tensor in tensors.items():
-        part = modules.part_of_name(name, tensors, known)
+        part = tensor_names.part_of_name(name, tensors, known)
         if part is None:
             whole[name] = tensor.shape
         elif part.field in _SIDES:

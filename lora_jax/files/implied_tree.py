@@ -15,13 +15,13 @@ import numpy as np
 
 import lora_jax as lora
 from lora_jax import AdapterFileError
-from lora_jax import mlx as mlx_reader
-from lora_jax import peft as peft_reader
-from lora_jax.cli import kinds
-from lora_jax.cli.factors import saved_whole
-from lora_jax.naming import Entry, Naming
-from lora_jax.peft import PeftConfig, modules
-from lora_jax.tensorfile import headers
+from lora_jax.files import kinds
+from lora_jax.files import mlx as mlx_reader
+from lora_jax.files import peft as peft_reader
+from lora_jax.files.contained_factors import saved_whole
+from lora_jax.files.disk.safetensors_file import headers
+from lora_jax.files.naming import Entry, Naming
+from lora_jax.files.peft import PeftConfig, tensor_names
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +56,7 @@ def peft(path: Path) -> Source:
     weights: dict[str, tuple[str, tuple[int, ...]]] = {}
     pairs: dict[str, dict[str, tuple[int, ...]]] = {}
     for name, shape in tensors.items():
-        part = modules.part_of_name(name, tensors, known)
+        part = tensor_names.part_of_name(name, tensors, known)
         if part is None:
             continue  # the reader names it among its problems
         if part.field:
@@ -76,7 +76,7 @@ def _peft_weight(
     module: str, fields: Mapping[str, tuple[int, ...]], config: PeftConfig
 ) -> tuple[str, tuple[int, ...]] | None:
     """The kind and the shape in torch of the weight that these tensors adapt."""
-    rows = fields.get(modules.ROWS)
+    rows = fields.get(tensor_names.ROWS)
     if rows is not None and len(rows) == 2:
         indices = config.trainable_token_indices
         every = (
@@ -84,7 +84,7 @@ def _peft_weight(
         )
         return "embedding", (max(every or [0]) + 1, rows[1])
     for kind, ndims in (("embedding", (2,)), ("conv", (3, 4, 5)), ("linear", (2,))):
-        a, b = (fields.get(ending) for ending in modules.endings(kind))
+        a, b = (fields.get(ending) for ending in tensor_names.endings(kind))
         if a and b and len(a) in ndims:
             ins, out = a[1:], b[0]
             if kind == "linear" and config.fan_in_fan_out:

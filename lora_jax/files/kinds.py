@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_jax import AdapterFileError
-from lora_jax.tensorfile import headers, parse_json, read_directory
+from lora_jax.files.disk.safetensors_file import headers, parse_json, read_directory
 
 PEFT, MLX, NATIVE = "peft", "mlx", "native"  # kinds of adapters
 CHECKPOINT, GGUF, TINY = "checkpoint", "gguf", "tiny"  # kinds of models

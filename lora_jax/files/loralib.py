@@ -8,14 +8,14 @@ from typing import Any
 
 import numpy as np
 
-from lora_jax import tensorfile
-from lora_jax.config import LoraConfig
-from lora_jax.errors import ConfigError
-from lora_jax.naming import Naming
-from lora_jax.overlay import adapted_nodes, split
-from lora_jax.peft.contents import Contents, Model, is_floating, unknown
-from lora_jax.peft.factors import Factors, join
-from lora_jax.peft.to_tree import fitted
+from lora_jax.adapters.split import adapted_nodes, split
+from lora_jax.core.config import LoraConfig
+from lora_jax.core.errors import ConfigError
+from lora_jax.files.disk import safetensors_file
+from lora_jax.files.naming import Naming
+from lora_jax.files.torch_adapters.contents import Contents, Model, is_floating, unknown
+from lora_jax.files.torch_adapters.factors import Factors, join
+from lora_jax.files.torch_adapters.to_tree import fitted
 
 __all__ = ["load"]
 
@@ -56,7 +56,7 @@ def load(
         once.
 
     >>> import tempfile, jax.numpy as jnp
-    >>> from lora_jax.naming import Entry
+    >>> from lora_jax.files.naming import Entry
     >>> base = {"c_attn": {"kernel": jnp.ones((4, 6))}}
     >>> naming = Naming((Entry("{*m}.weight", "{*m}/kernel", "conv1d"),))
     >>> tensors = {"c_attn.lora_A": np.eye(4, dtype="f4"), "c_attn.lora_B": np.ones((4, 2), "f4")}
@@ -72,7 +72,7 @@ def load(
     LoraConfig(alpha=alpha)  # raises where it is no number
     parts = _check_enabled(enabled or {})
     base = split(base)[0] if adapted_nodes(base) else base
-    tensors, _ = tensorfile.read(path, finite=True)
+    tensors, _ = safetensors_file.read(path, finite=True)
     model = Model(base, naming)
     contents, problems = _contents(tensors, float(alpha), parts, model)
     return fitted(path, contents, problems, model, strict=strict, dtype=dtype)

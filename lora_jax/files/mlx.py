@@ -10,15 +10,15 @@ from typing import Any
 
 import numpy as np
 
-from lora_jax import tensorfile
-from lora_jax.errors import AdapterFileError, StructureError
-from lora_jax.naming import Entry, Naming, Place
-from lora_jax.overlay import adapted_nodes, split
-from lora_jax.peft.contents import Contents, Model, is_floating, module_of, unknown
-from lora_jax.peft.factors import Factors
-from lora_jax.peft.to_tree import fitted
-from lora_jax.peft.write import taken
-from lora_jax.weights import LoraWeight
+from lora_jax.adapters.split import adapted_nodes, split
+from lora_jax.core.errors import AdapterFileError, StructureError
+from lora_jax.core.weights import LoraWeight
+from lora_jax.files.disk import safetensors_file
+from lora_jax.files.naming import Entry, Naming, Place
+from lora_jax.files.peft.save import taken
+from lora_jax.files.torch_adapters.contents import Contents, Model, is_floating, module_of, unknown
+from lora_jax.files.torch_adapters.factors import Factors
+from lora_jax.files.torch_adapters.to_tree import fitted
 
 __all__ = ["CONFIG", "TENSORS", "load", "save"]
 
@@ -52,7 +52,7 @@ def load(
         once.
 
     >>> import tempfile, jax, jax.numpy as jnp, lora_jax
-    >>> from lora_jax.naming import Entry
+    >>> from lora_jax.files.naming import Entry
     >>> base = {"up": {"kernel": jnp.ones((4, 3))}}
     >>> params = lora_jax.init(jax.random.key(0), base, lora_jax.LoraConfig(rank=2, alpha=4))
     >>> naming = Naming((Entry("{*m}.weight", "{*m}/kernel", "linear"),))
@@ -66,7 +66,7 @@ def load(
     files = _files(directory)
     settings = _settings(files[CONFIG], Path(directory) / CONFIG)
     source = Path(directory) / TENSORS
-    tensors, _ = tensorfile.decode(files[TENSORS], str(source), finite=True)
+    tensors, _ = safetensors_file.decode(files[TENSORS], str(source), finite=True)
     model = Model(base, naming)
     embeddings = {name for name in model.adaptable() if model.kind(name) == "embedding"}
     if settings[1]:
@@ -78,7 +78,7 @@ def load(
 
 def _files(directory: str | os.PathLike) -> dict[str, bytes]:
     try:
-        files = tensorfile.read_directory(directory, [CONFIG, TENSORS])
+        files = safetensors_file.read_directory(directory, [CONFIG, TENSORS])
     except OSError as error:
         raise AdapterFileError(f"{directory}: cannot be read: {error.strerror}") from None
     for name in (CONFIG, TENSORS):
@@ -89,7 +89,7 @@ def _files(directory: str | os.PathLike) -> dict[str, bytes]:
 
 def _settings(text: bytes, path: Path) -> tuple[float, bool]:
     """The scale, and whether it is DoRA."""
-    values = tensorfile.parse_json(text, str(path))
+    values = safetensors_file.parse_json(text, str(path))
     values = values if isinstance(values, dict) else {}
     kind = values.get("fine_tune_type", "lora")
     if kind not in ("lora", "dora"):
@@ -203,7 +203,7 @@ def save(
       OSError: the files cannot be written; the old ones stand.
 
     >>> import tempfile, jax, jax.numpy as jnp, lora_jax
-    >>> from lora_jax.naming import Entry
+    >>> from lora_jax.files.naming import Entry
     >>> naming = Naming((Entry("{*m}.weight", "{*m}/kernel", "linear"),))
     >>> config = lora_jax.LoraConfig(rank=2, alpha=4)
     >>> params = lora_jax.init(jax.random.key(0), {"up": {"kernel": jnp.ones((4, 3))}}, config)
@@ -247,9 +247,9 @@ def save(
         tensors |= {f"{module_of(name)}.{k}": x for k, x in arrays.items() if x is not None}
     files = {
         CONFIG: json.dumps(settings, indent=4, sort_keys=True).encode(),
-        TENSORS: tensorfile.encode(tensors, {"format": "mlx"}),
+        TENSORS: safetensors_file.encode(tensors, {"format": "mlx"}),
     }
-    tensorfile.write_directory(directory, files)
+    safetensors_file.write_directory(directory, files)
 
 
 def _turned(adapters: Any, naming: Naming) -> list[Place]:

@@ -9,12 +9,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lora_jax import _paths, records, tensorfile
-from lora_jax.config import LoraConfig
-from lora_jax.errors import AdapterFileError, StructureError
-from lora_jax.fingerprint import differences, fingerprint
-from lora_jax.overlay import adapted_nodes, split
-from lora_jax.weights import Adapted, TrainedLeaf, check_fits, is_adapted
+from lora_jax.adapters.split import adapted_nodes, split
+from lora_jax.core.config import LoraConfig
+from lora_jax.core.errors import AdapterFileError, StructureError
+from lora_jax.core.paths import flatten_with_paths, nearest
+from lora_jax.core.weights import Adapted, TrainedLeaf, check_fits, is_adapted
+from lora_jax.files import native_schema
+from lora_jax.files.disk import safetensors_file
+from lora_jax.files.disk.fingerprint import differences, fingerprint
 
 FORMAT, VERSION = "lora_jax", 1
 _SUGGESTED = 5  # paths of a file that get the base's nearest; finding them takes a while
@@ -65,7 +67,7 @@ def save(
         base, _ = split(adapters)
     whole = {p for p, node in nodes.items() if isinstance(node, TrainedLeaf)}
     if base is not None:
-        leaves, _ = _paths.flatten_with_paths(base)
+        leaves, _ = flatten_with_paths(base)
         problems = [
             line
             for p, node in nodes.items()
@@ -78,19 +80,19 @@ def save(
     header = {
         "format": FORMAT,
         "version": str(VERSION),
-        "layouts": json.dumps({p: records.record(node) for p, node in nodes.items()}),
+        "layouts": json.dumps({p: native_schema.record(node) for p, node in nodes.items()}),
         "base": json.dumps({} if base is None else fingerprint(base, skip=whole)),
         "config": json.dumps(config.to_dict() if config is not None else None),
         "metadata": json.dumps(dict(metadata or {})),
     }
-    tensorfile.write(path, _tensors(nodes), header)
+    safetensors_file.write(path, _tensors(nodes), header)
 
 
 def _tensors(nodes: Mapping[str, Adapted]) -> dict[str, np.ndarray]:
     arrays = {
         f"{path}.{field}": getattr(node, field)
         for path, node in nodes.items()
-        for field in records.FIELDS[records.kind(node)]
+        for field in native_schema.FIELDS[native_schema.kind(node)]
     }
     abstract = [name for name, x in arrays.items() if isinstance(x, jax.ShapeDtypeStruct)]
     if abstract:
@@ -108,7 +110,7 @@ def read_metadata(path: str | os.PathLike) -> dict[str, Any]:
     Raises:
       AdapterFileError: the file is missing, truncated, not safetensors, or not lora_jax's.
     """
-    return _header(path, tensorfile.headers(path).metadata)
+    return _header(path, safetensors_file.headers(path).metadata)
 
 
 def load(path: str | os.PathLike, base: Any) -> Any:
@@ -126,13 +128,13 @@ def load(path: str | os.PathLike, base: Any) -> Any:
     """
     if adapted_nodes(base):
         base, _ = split(base)
-    tensors, metadata = tensorfile.read(path, finite=True)
+    tensors, metadata = safetensors_file.read(path, finite=True)
     header = _header(path, metadata)
     nodes, problems = _nodes(header["layouts"], tensors)
-    leaves, treedef = _paths.flatten_with_paths(base, is_leaf=is_adapted)
+    leaves, treedef = flatten_with_paths(base, is_leaf=is_adapted)
     unknown = [name for name in nodes if name not in leaves]
     for name in unknown:
-        near = f"; {_paths.nearest(name, leaves)}" if name in unknown[:_SUGGESTED] else ""
+        near = f"; {nearest(name, leaves)}" if name in unknown[:_SUGGESTED] else ""
         problems.append(f"{name}: not in this base{near}")
     for name in nodes.keys() - set(unknown):
         problems += check_fits(name, nodes[name], leaves[name])
@@ -142,7 +144,7 @@ def load(path: str | os.PathLike, base: Any) -> Any:
     if problems:
         raise AdapterFileError(
             f"{path}: the adapters in this file do not fit this base:\n"
-            + tensorfile.lines(problems)
+            + safetensors_file.lines(problems)
         )
     return jax.tree_util.tree_unflatten(treedef, [nodes.get(name) for name in leaves])
 
@@ -170,7 +172,7 @@ def _header(path: str | os.PathLike, header: Mapping[str, str]) -> dict[str, Any
     if missing:
         raise AdapterFileError(f"{damaged}: there is no {', '.join(missing)}")
     parsed = {
-        field: tensorfile.parse_json(header[field], f"{damaged}: {field}") for field in fields
+        field: safetensors_file.parse_json(header[field], f"{damaged}: {field}") for field in fields
     }
     wrong = [field for field, types in fields.items() if not isinstance(parsed[field], types)]
     if wrong:
@@ -188,18 +190,18 @@ def _nodes(
     problems: list[str] = []
     left = set(tensors)
     for path, record in layouts.items():
-        found = records.record_problems(record)
+        found = native_schema.record_problems(record)
         if not found:
-            names = {field: f"{path}.{field}" for field in records.FIELDS[record["kind"]]}
+            names = {field: f"{path}.{field}" for field in native_schema.FIELDS[record["kind"]]}
             missing = [name for name in names.values() if name not in tensors]
             left -= set(names.values())
             found = [f"tensors missing: {', '.join(missing)}"] if missing else []
         if not found:
             arrays = {field: tensors[name] for field, name in names.items()}
-            found = records.array_problems(record, arrays)
+            found = native_schema.array_problems(record, arrays)
         if not found:
             jax_arrays = {field: jnp.asarray(x) for field, x in arrays.items()}
-            nodes[path] = records.make(record, jax_arrays)
+            nodes[path] = native_schema.make(record, jax_arrays)
         problems += [f"{path}: {problem}" for problem in found]
     problems += [f"{name}: a tensor that no layout names" for name in sorted(left)]
     return nodes, problems

@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lora_jax.errors import LayoutError
-from lora_jax.weights import Adapted, Layout, LoraWeight, TrainedLeaf, TrainedRows
+from lora_jax.core.errors import LayoutError
+from lora_jax.core.weights import Adapted, Layout, LoraWeight, TrainedLeaf, TrainedRows
 
 #: The tensors of each kind of node.
 FIELDS = {

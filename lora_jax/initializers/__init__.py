@@ -3,10 +3,10 @@
 from collections.abc import Mapping
 from types import MappingProxyType
 
-from lora_jax.starts.quantized import loftq
-from lora_jax.starts.sampled import gaussian, kaiming, orthogonal
-from lora_jax.starts.signature import Factors, Start
-from lora_jax.starts.spectral import olora, pissa, pissa_fast
+from lora_jax.initializers.quantized import loftq
+from lora_jax.initializers.sampled import gaussian, kaiming, orthogonal
+from lora_jax.initializers.signature import Factors, Start
+from lora_jax.initializers.spectral import olora, pissa, pissa_fast
 
 STARTS: Mapping[str, Start] = MappingProxyType(
     {

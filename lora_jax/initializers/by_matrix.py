@@ -6,11 +6,11 @@ from typing import Any
 
 import jax
 
-from lora_jax.algebra import accumulator
-from lora_jax.errors import ConfigError
-from lora_jax.matrices import as_factors, from_matrices, map_matrices
-from lora_jax.starts.signature import Factors
-from lora_jax.weights import Layout
+from lora_jax.core.algebra import accumulator
+from lora_jax.core.errors import ConfigError
+from lora_jax.core.matrices import as_factors, from_matrices, map_matrices
+from lora_jax.core.weights import Layout
+from lora_jax.initializers.signature import Factors
 
 #: `(key, w [fan_in, fan_out], rank, scale, dtype) -> (w', a, b)`; w' may be wider than w.
 MatrixStart = Callable[[jax.Array, jax.Array, int, jax.Array, Any], Factors]

@@ -11,14 +11,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lora_jax import _paths
-from lora_jax.batches import as_batches
-from lora_jax.custom_rules import Rule, check_rules
-from lora_jax.errors import ConfigError, TargetError
-from lora_jax.fresh import fresh_weights, replaced
-from lora_jax.linalg import matmul
-from lora_jax.moments import Arrays, Inputs, Sums, matrix_shape
-from lora_jax.weights import LoraWeight
+from lora_jax.core.errors import ConfigError, TargetError
+from lora_jax.core.linalg import matmul
+from lora_jax.core.paths import Pattern, path_key
+from lora_jax.core.weights import LoraWeight
+from lora_jax.engine.custom_rules import Rule, check_rules
+from lora_jax.initializers.example_batches import as_batches
+from lora_jax.initializers.input_moments import Arrays, Inputs, Sums, matrix_shape
+from lora_jax.initializers.untrained import fresh_weights, replaced
 
 #: Up to this many inputs the whole second moment `[fan_in, fan_in]` is made, by one more pass.
 EXACT_UP_TO = 1024
@@ -33,7 +33,7 @@ def eva(
     batches: Iterable[tuple],
     *,
     rho: float = 2.0,
-    targets: _paths.Pattern | None = None,
+    targets: Pattern | None = None,
     passes: int = 3,
     rules: Mapping[str, Rule] | None = None,
 ) -> Any:
@@ -194,7 +194,7 @@ def _sketch(path: str, shape: tuple[int, ...]) -> jax.Array:
     *batch, fan_in, columns = shape
     if fan_in <= max(columns, EXACT_UP_TO):
         return jnp.broadcast_to(jnp.eye(fan_in), (*batch, fan_in, fan_in))
-    key = _paths.path_key(jax.random.key(0), path)
+    key = path_key(jax.random.key(0), path)
     return jnp.linalg.qr(jax.random.normal(key, shape))[0]
 
 

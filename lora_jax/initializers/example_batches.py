@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lora_jax.errors import ConfigError
+from lora_jax.core.errors import ConfigError
 
 Batch = tuple[Any, ...]
 

@@ -7,18 +7,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lora_jax import _paths
-from lora_jax.algebra import dense
-from lora_jax.batches import Batch, summed
-from lora_jax.context import Context
-from lora_jax.custom_rules import Rule
-from lora_jax.errors import ConfigError
-from lora_jax.forms import PLAIN
-from lora_jax.lazy import LazyWeight, lazy, lazy_rows
-from lora_jax.linalg import matmul
-from lora_jax.probes import PRODUCTS, SUMS
-from lora_jax.transform import Program
-from lora_jax.weights import LoraWeight, TrainedLeaf, TrainedRows, is_adapted
+from lora_jax.core.algebra import dense
+from lora_jax.core.errors import ConfigError
+from lora_jax.core.linalg import matmul
+from lora_jax.core.paths import path_str
+from lora_jax.core.weights import LoraWeight, TrainedLeaf, TrainedRows, is_adapted
+from lora_jax.engine.context import Context
+from lora_jax.engine.custom_rules import Rule
+from lora_jax.engine.forms import PLAIN
+from lora_jax.engine.lazy_weight import LazyWeight, lazy, lazy_rows
+from lora_jax.engine.probes import PRODUCTS, SUMS
+from lora_jax.engine.transform import Program
+from lora_jax.initializers.example_batches import Batch, summed
 
 Arrays = dict[str, jax.Array]  # by path
 
@@ -99,7 +99,7 @@ def _objective(
     first = (jax.tree_util.SequenceKey(0),) * 2  # of ((params, *batch), {})
 
     def entered(path: Any, leaf: Any) -> Any:
-        name = _paths.path_str(path[2:])
+        name = path_str(path[2:])
         if isinstance(leaf, TrainedLeaf):
             return dense(leaf)
         if isinstance(leaf, TrainedRows):

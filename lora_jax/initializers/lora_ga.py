@@ -10,15 +10,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lora_jax import _paths
-from lora_jax.algebra import accumulator, dense
-from lora_jax.batches import Batch, as_batches, summed
-from lora_jax.errors import ConfigError, TargetError
-from lora_jax.fresh import fresh_weights, replaced
-from lora_jax.linalg import randomized_svd, truncated_svd
-from lora_jax.matrices import as_factors, map_matrices
-from lora_jax.overlay import map_adapted
-from lora_jax.weights import LoraWeight
+from lora_jax.adapters.split import map_adapted
+from lora_jax.core.algebra import accumulator, dense
+from lora_jax.core.errors import ConfigError, TargetError
+from lora_jax.core.linalg import randomized_svd, truncated_svd
+from lora_jax.core.matrices import as_factors, map_matrices
+from lora_jax.core.paths import Pattern, path_key
+from lora_jax.core.weights import LoraWeight
+from lora_jax.initializers.example_batches import Batch, as_batches, summed
+from lora_jax.initializers.untrained import fresh_weights, replaced
 
 #: How large the factors start, by the names of `lora_ga(..., scale=...)`.
 SCALES = ("stable", "unit", "peft")
@@ -34,7 +34,7 @@ def lora_ga(
     *,
     scale: str = "stable",
     gamma: float = 16.0,
-    targets: _paths.Pattern | None = None,
+    targets: Pattern | None = None,
 ) -> Any:
     """Start A and B so that their first steps move the weight as full fine-tuning would.
 
@@ -85,7 +85,7 @@ def lora_ga(
     _check_gradients(gradients)
     started = {
         path: _started(
-            _paths.path_key(jax.random.key(0), path), node, gradients[path], scale, float(gamma)
+            path_key(jax.random.key(0), path), node, gradients[path], scale, float(gamma)
         )
         for path, node in nodes.items()
     }

@@ -6,11 +6,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lora_jax.errors import ConfigError
-from lora_jax.linalg import matmul
-from lora_jax.matrices import as_factors
-from lora_jax.starts.signature import Factors
-from lora_jax.weights import Layout
+from lora_jax.core.errors import ConfigError
+from lora_jax.core.linalg import matmul
+from lora_jax.core.matrices import as_factors
+from lora_jax.core.weights import Layout
+from lora_jax.initializers.signature import Factors
 
 
 def kaiming(

@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 
-from lora_jax.weights import Layout
+from lora_jax.core.weights import Layout
 
 #: The base to keep (`w` itself where the start leaves it alone), A and B.
 Factors = tuple[Any, jax.Array, jax.Array]

@@ -5,10 +5,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lora_jax.linalg import balanced, matmul, randomized_svd, truncated_svd
-from lora_jax.starts.by_matrix import by_matrix, check_positive, widened
-from lora_jax.starts.signature import Factors
-from lora_jax.weights import Layout
+from lora_jax.core.linalg import balanced, matmul, randomized_svd, truncated_svd
+from lora_jax.core.weights import Layout
+from lora_jax.initializers.by_matrix import by_matrix, check_positive, widened
+from lora_jax.initializers.signature import Factors
 
 
 def pissa(

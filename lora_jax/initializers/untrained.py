@@ -6,15 +6,14 @@ from typing import Any
 import jax
 import numpy as np
 
-from lora_jax import _paths, selection
-from lora_jax.errors import StructureError
-from lora_jax.overlay import adapted_nodes, map_adapted
-from lora_jax.weights import LoraWeight, require_base
+from lora_jax.adapters import selection
+from lora_jax.adapters.split import adapted_nodes, map_adapted
+from lora_jax.core.errors import StructureError
+from lora_jax.core.paths import Pattern, select
+from lora_jax.core.weights import LoraWeight, require_base
 
 
-def fresh_weights(
-    caller: str, params: Any, targets: _paths.Pattern | None
-) -> dict[str, LoraWeight]:
+def fresh_weights(caller: str, params: Any, targets: Pattern | None) -> dict[str, LoraWeight]:
     """The adapted weights of a joined tree that `targets` selects (None: all), by path.
 
     Raises:
@@ -26,7 +25,7 @@ def fresh_weights(
         raise StructureError(f"{caller}: the tree holds no adapted weights; init(key, ...) first")
     for path, node in nodes.items():
         require_base(path, node)
-    chosen = nodes if targets is None else _paths.select("targets", targets, nodes)
+    chosen = nodes if targets is None else select("targets", targets, nodes)
     nodes = {path: node for path, node in nodes.items() if path in chosen}
     unknown = [path for path, node in nodes.items() if not _has_values(node)]
     if unknown:

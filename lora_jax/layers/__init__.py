@@ -12,7 +12,7 @@ To adapt a model that exists, use `lora_jax.init` and `lora_jax.lora`: they need
 
 from lora_jax.layers import embedding, linear, low_rank
 from lora_jax.layers.modules import Embedding, LinearWithLoRA, Lora
-from lora_jax.layers.rows import looked_up, put_rows, take_rows
+from lora_jax.layers.sparse_rows import looked_up, put_rows, take_rows
 
 __all__ = [
     "Embedding",

@@ -12,10 +12,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from lora_jax.errors import ConfigError, StructureError
-from lora_jax.layers import start
-from lora_jax.transform import lora
-from lora_jax.weights import LoraWeight, is_adapted
+from lora_jax.core.errors import ConfigError, StructureError
+from lora_jax.core.weights import LoraWeight, is_adapted
+from lora_jax.engine.transform import lora
+from lora_jax.layers import initial
 
 Params = dict[str, Any]
 
@@ -51,7 +51,7 @@ def init(
     >>> table.a.shape, table.b.shape, float(abs(table.w[0]).max())
     ((1000, 4), (4, 64), 0.0)
     """
-    table = start.weight(key, (vocab_size, embed_dim), rank, alpha, use="gather", dtype=dtype)
+    table = initial.weight(key, (vocab_size, embed_dim), rank, alpha, use="gather", dtype=dtype)
     row = padding_row(padding_idx, vocab_size)
     if row is None:
         return {"embedding": table}

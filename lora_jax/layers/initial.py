@@ -6,9 +6,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lora_jax.config import LoraConfig
-from lora_jax.errors import ConfigError
-from lora_jax.weights import Layout, LoraWeight
+from lora_jax.core.config import LoraConfig
+from lora_jax.core.errors import ConfigError
+from lora_jax.core.weights import Layout, LoraWeight
 
 #: Standard deviation of A.
 A_STD = 0.02

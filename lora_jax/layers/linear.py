@@ -5,9 +5,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lora_jax.layers import start
-from lora_jax.overlay import with_dropout
-from lora_jax.transform import lora
+from lora_jax.adapters.split import with_dropout
+from lora_jax.engine.transform import lora
+from lora_jax.layers import initial
 
 Params = dict[str, Any]
 
@@ -45,7 +45,7 @@ def init(
     >>> params["kernel"].a.shape, params["kernel"].b.shape, float(params["kernel"].scale)
     ((768, 16), (16, 512), 2.0)
     """
-    kernel = start.weight(
+    kernel = initial.weight(
         key, (fan_in, fan_out), rank, alpha, use="dot_general", dropout=dropout, dtype=dtype
     )
     return {"kernel": kernel} | ({"bias": jnp.zeros(fan_out, dtype)} if bias else {})

@@ -5,14 +5,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lora_jax.algebra import accumulator, delta
-from lora_jax.branches import Product, adapted
-from lora_jax.config import LoraConfig
-from lora_jax.errors import StructureError
-from lora_jax.forms import Forms
-from lora_jax.layers.start import check_sizes
-from lora_jax.lazy import RANK, Axis, LazyWeight
-from lora_jax.weights import Layout, LoraWeight
+from lora_jax.core.algebra import accumulator, delta
+from lora_jax.core.config import LoraConfig
+from lora_jax.core.errors import StructureError
+from lora_jax.core.weights import Layout, LoraWeight
+from lora_jax.engine.forms import Forms
+from lora_jax.engine.lazy_weight import RANK, Axis, LazyWeight
+from lora_jax.engine.products import Product, adapted
+from lora_jax.layers.initial import check_sizes
 
 Params = dict[str, Any]
 

@@ -12,7 +12,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from lora_jax.errors import StructureError
+from lora_jax.core.errors import StructureError
 from lora_jax.layers import embedding, linear, low_rank
 
 

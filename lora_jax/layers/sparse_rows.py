@@ -6,8 +6,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lora_jax.errors import StructureError
-from lora_jax.weights import LoraWeight, TrainedLeaf, is_adapted
+from lora_jax.core.errors import StructureError
+from lora_jax.core.weights import LoraWeight, TrainedLeaf, is_adapted
 
 
 def looked_up(ids: jax.Array) -> jax.Array:

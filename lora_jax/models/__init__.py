@@ -6,8 +6,8 @@
 """
 
 from lora_jax.models.generation import generate, left_pad, stream
+from lora_jax.models.namings import naming
 from lora_jax.models.pretrained import Apply, Pretrained, files, load, naming_of, save
-from lora_jax.models.tables import naming
 
 __all__ = [
     "Apply",

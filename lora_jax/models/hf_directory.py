@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from lora_jax import tensorfile
-from lora_jax.errors import AdapterFileError, ModelFileError
+from lora_jax.core.errors import AdapterFileError, ModelFileError
+from lora_jax.files.disk import safetensors_file
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 
@@ -44,7 +44,7 @@ def read_config(directory: str | Path) -> dict[str, Any]:
     """
     path = Path(directory) / CONFIG
     try:
-        settings = tensorfile.parse_json(path.read_bytes(), str(path))
+        settings = safetensors_file.parse_json(path.read_bytes(), str(path))
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: there is no such file") from None
     except (AdapterFileError, OSError) as error:
@@ -103,7 +103,7 @@ def _stored(path: Path) -> dict[str, StoredTensor]:
         hint = f", and {pickles[0].name}, a pickle, is never read" if pickles else ""
         raise FileNotFoundError(f"{path}: there is no such file{hint}")
     try:
-        header = tensorfile.headers(path).tensors
+        header = safetensors_file.headers(path).tensors
     except AdapterFileError as error:
         raise ModelFileError(str(error)) from None
     # the values end where the file ends
@@ -117,7 +117,7 @@ def _stored(path: Path) -> dict[str, StoredTensor]:
 def _index(path: Path) -> dict[str, str]:
     """{tensor: file} of an index."""
     try:
-        index = tensorfile.parse_json(path.read_bytes(), str(path))
+        index = safetensors_file.parse_json(path.read_bytes(), str(path))
     except (AdapterFileError, OSError) as error:
         raise ModelFileError(str(error)) from None
     files = index.get("weight_map") if isinstance(index, dict) else None
@@ -139,11 +139,11 @@ def write(
     directory = Path(directory)
     if (directory / INDEX).exists():
         raise ModelFileError(f"{directory} holds a model in several files: write to another place")
-    tensorfile.write_directory(directory, files(settings, values))
+    safetensors_file.write_directory(directory, files(settings, values))
 
 
 def files(settings: Mapping[str, Any], values: Mapping[str, np.ndarray]) -> dict[str, bytes]:
     """The files that `write` writes, by name."""
     config = json.dumps(settings, indent=2, sort_keys=True) + "\n"
-    data = tensorfile.encode(values, {"format": "pt"}, source=WEIGHTS)
+    data = safetensors_file.encode(values, {"format": "pt"}, source=WEIGHTS)
     return {CONFIG: config.encode(), WEIGHTS: data}

@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from lora_jax import gguf_file
-from lora_jax.errors import ModelFileError
-from lora_jax.naming import KINDS, Entry, Naming
+from lora_jax.core.errors import ModelFileError
+from lora_jax.files.disk import gguf_file
+from lora_jax.files.naming import KINDS, Entry, Naming
 
 # llama.cpp's architectures that are read; Mistral's models are "llama" there as well.
 ARCHITECTURES = ("llama", "qwen2")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 
-from lora_jax.naming import Entry, Naming
+from lora_jax.files.naming import Entry, Naming
 
 
 def _dense(torch: str, path: str, stacked: bool = False) -> Iterator[Entry]:

@@ -14,13 +14,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from lora_jax import naming as names
-from lora_jax.errors import ModelFileError, StructureError
-from lora_jax.models import checkpoints, gguf, tables
+from lora_jax.core.errors import ModelFileError, StructureError
+from lora_jax.files import naming as names
+from lora_jax.files.naming import Naming
+from lora_jax.models import hf_directory, llama_gguf, namings
 from lora_jax.models.bert import Bert, BertConfig
 from lora_jax.models.llama import Llama
 from lora_jax.models.llama_config import DTYPES, MODEL_TYPES, LlamaConfig
-from lora_jax.naming import Naming
 
 #: model_type in config.json -> the kind of model here that it is.
 KINDS = {"bert": "bert", **dict.fromkeys(MODEL_TYPES, "llama")}
@@ -100,7 +100,7 @@ def load(
     """
     source = _open(Path(path))
     dtype = _dtype(dtype, source.tensors)
-    kept, ignored = tables.KEPT[source.kind], source.ignored
+    kept, ignored = namings.KEPT[source.kind], source.ignored
     try:
         _check_sizes(source)
         module = _module(source, dtype, scan=scan, remat=remat)
@@ -143,7 +143,7 @@ def save(directory: str | Path, pretrained: Pretrained) -> None:
       StructureError: leaves that the model does not have, such as adapters: all are listed.
       ModelFileError: the directory holds a model in several files.
     """
-    checkpoints.write(directory, *_written(pretrained))
+    hf_directory.write(directory, *_written(pretrained))
 
 
 def files(pretrained: Pretrained) -> dict[str, bytes]:
@@ -152,7 +152,7 @@ def files(pretrained: Pretrained) -> dict[str, bytes]:
     Raises:
       StructureError: as `save`.
     """
-    return checkpoints.files(*_written(pretrained))
+    return hf_directory.files(*_written(pretrained))
 
 
 def _written(pretrained: Pretrained) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
@@ -183,17 +183,17 @@ class _Source:
 
 def _open(path: Path) -> _Source:
     if path.is_file():
-        settings, quantized = gguf.load(path)
+        settings, quantized = llama_gguf.load(path)
         kind = _kind(settings, path)
-        torch = tables.naming(kind)
-        in_file = gguf.naming(torch, settings)
-        return _Source(kind, settings, quantized, in_file, torch, gguf.IGNORED)
-    settings = checkpoints.read_config(path)
+        torch = namings.naming(kind)
+        in_file = llama_gguf.naming(torch, settings)
+        return _Source(kind, settings, quantized, in_file, torch, llama_gguf.IGNORED)
+    settings = hf_directory.read_config(path)
     kind = _kind(settings, path)
-    tensors = checkpoints.tensors(path)
-    torch = tables.naming(kind, tensors)
-    tied = (tables.TIED_HEAD,) if settings.get("tie_word_embeddings") else ()
-    return _Source(kind, settings, tensors, torch, torch, (*tables.DROPPED[kind], *tied))
+    tensors = hf_directory.tensors(path)
+    torch = namings.naming(kind, tensors)
+    tied = (namings.TIED_HEAD,) if settings.get("tie_word_embeddings") else ()
+    return _Source(kind, settings, tensors, torch, torch, (*namings.DROPPED[kind], *tied))
 
 
 def _kind(settings: Mapping[str, Any], path: Path) -> str:

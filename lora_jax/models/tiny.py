@@ -9,11 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lora_jax.models import tables
+from lora_jax.files.naming import to_torch, to_tree
+from lora_jax.models import namings
 from lora_jax.models.llama import Llama
 from lora_jax.models.llama_config import LlamaConfig
 from lora_jax.models.pretrained import Pretrained
-from lora_jax.naming import to_torch, to_tree
 
 
 def tiny(vocabulary: int, dtype: Any = "float32", *, scan: bool = False) -> Pretrained:
@@ -40,7 +40,7 @@ def tiny(vocabulary: int, dtype: Any = "float32", *, scan: bool = False) -> Pret
         dtype=name,
         param_dtype=name,
     )
-    naming, module = tables.naming("llama"), Llama(dataclasses.replace(config, scan=scan))
+    naming, module = namings.naming("llama"), Llama(dataclasses.replace(config, scan=scan))
     tensors = to_torch(naming, _random(_shapes(Llama(config))))
     params = to_tree(naming, tensors, _shapes(module))
     settings = {key: getattr(config, key) for key in _SETTINGS} | {"model_type": "llama"}

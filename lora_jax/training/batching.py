@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lora_jax.text.packing import Assign, assign, lay_out, number_segments, pack
-from lora_jax.training.examples import Example
+from lora_jax.training.packing import Assign, assign, lay_out, number_segments, pack
+from lora_jax.training.tokenize import Example
 
 Batch = Mapping[str, np.ndarray]
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from lora_jax.training.dataset import Rows
 from lora_jax.training.errors import DataError, listed
-from lora_jax.training.examples import Encoder, surrounding
-from lora_jax.training.rows import Rows
+from lora_jax.training.tokenize import Encoder, surrounding
 
 Label = str | int
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lora_jax.atomic import write_atomically
+from lora_jax.files.disk.atomic import write_atomically
 
 Record = Mapping[str, Any]
 

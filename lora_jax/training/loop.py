@@ -13,8 +13,8 @@ import jax
 import optax
 
 from lora_jax.training import log
+from lora_jax.training.batching import Data, batch_of_step, batches, steps_per_epoch
 from lora_jax.training.checkpoints import Checkpoints
-from lora_jax.training.data import Data, batch_of_step, batches, steps_per_epoch
 from lora_jax.training.errors import TrainingError
 from lora_jax.training.step import Loss, State, make_evaluation, make_step, start
 

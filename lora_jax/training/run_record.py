@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from lora_jax.atomic import write_atomically
-from lora_jax.fingerprint import fingerprint
-from lora_jax.training.data import Data
+from lora_jax.files.disk.atomic import write_atomically
+from lora_jax.files.disk.fingerprint import fingerprint
+from lora_jax.training.batching import Data
 from lora_jax.training.errors import TrainingError
 
 FILE = "run.json"

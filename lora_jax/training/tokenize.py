@@ -8,12 +8,12 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from lora_jax.training.dataset import STREAM, Row, Rows
 from lora_jax.training.errors import DataError, listed
-from lora_jax.training.rows import STREAM, Row, Rows
 
 
 class Encoder(Protocol):
-    """What is asked of a tokenizer; `lora_jax.text.Tokenizer` is one."""
+    """What is asked of a tokenizer; `lora_jax.models.text.Tokenizer` is one."""
 
     @property
     def eos_id(self) -> int | None:

@@ -7,7 +7,7 @@ import pytest
 
 import lora_jax
 from lora_jax import ConfigError, LoraConfig, Override, StructureError, TargetError, TrainedLeaf
-from tests.kinds import INPUTS, PARAMS, RANK, ROWS, normal, program, tail
+from tests.programs.weights_of_each_kind import INPUTS, PARAMS, RANK, ROWS, normal, program, tail
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 TARGETS = list(PARAMS)

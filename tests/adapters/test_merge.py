@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 
 import lora_jax
-from lora_jax import Layout, LoraConfig, LoraWeight, MergeError, StructureError, algebra, merging
-from tests.cases import is_node, merged, normal, randomize
+from lora_jax import Layout, LoraConfig, LoraWeight, MergeError, StructureError
+from lora_jax.adapters import merge
+from lora_jax.core import algebra
+from tests.programs import is_node, merged, normal, randomize
 
 KEY = jax.random.key(0)
 
@@ -196,8 +198,8 @@ def test_a_stack_is_merged_layer_by_layer_to_the_same_values(axes, dtype, target
 
 def compiled(node, dtype, donate=False):
     base, rest = lora_jax.split(node)
-    fn = merging._sum_donated if donate else merging._sum_kept
-    how = merging._how(base, rest)
+    fn = merge._sum_donated if donate else merge._sum_kept
+    how = merge._how(base, rest)
     return fn.lower(base, rest, dtype=jnp.dtype(dtype), how=how).compile()
 
 
@@ -254,7 +256,7 @@ def test_a_stack_that_lies_on_several_devices_stays_there():
     for spec, how in ((("x",), "whole"), ((None, None, "x"), "layers")):
         sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*spec))
         spread = dataclasses.replace(node, w=jax.device_put(node.w, sharding))
-        assert merging._how(spread.w, spread) == how
+        assert merge._how(spread.w, spread) == how
         got = lora_jax.merge(spread)
         assert got.sharding.is_equivalent_to(sharding, got.ndim)
         np.testing.assert_allclose(got, want, rtol=1e-6)

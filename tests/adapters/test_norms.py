@@ -7,7 +7,7 @@ import pytest
 
 import lora_jax
 from lora_jax import Layout, LoraWeight, StructureError, TrainedLeaf, TrainedRows
-from tests.jaxprs import equations, squeezed, weight_sized
+from tests.programs.jaxprs import equations, squeezed, weight_sized
 
 DORA = {"dora": "io", "dora_stack": "oboi"}
 LAYOUTS = {"dense": "io", "query": "ioo", "stack": "bio", "inner": "ibo", "conv": "iiio"} | DORA

@@ -9,7 +9,7 @@ import pytest
 
 import lora_jax
 from lora_jax import LoraConfig, StructureError
-from tests.kinds import INPUTS, PARAMS, RANK, ROWS, normal, program, start
+from tests.programs.weights_of_each_kind import INPUTS, PARAMS, RANK, ROWS, normal, program, start
 
 STACKED = next(row.fn for row in ROWS if row.name == "stacked")
 pytestmark = pytest.mark.usefixtures("quick_compile")

@@ -8,7 +8,7 @@ import pytest
 
 import lora_jax
 from lora_jax import ConfigError, LoraConfig, StructureError, TargetError
-from tests.cases import is_node, normal
+from tests.programs import is_node, normal
 
 KEY = jax.random.key(0)
 PARAMS = {

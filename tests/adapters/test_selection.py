@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 import lora_jax
-from lora_jax import LoraConfig, TargetError, TrainedLeaf, _paths
-from lora_jax.overlay import adapted_nodes
-from tests.cases import normal
+from lora_jax import LoraConfig, TargetError, TrainedLeaf
+from lora_jax.adapters.split import adapted_nodes
+from lora_jax.core.paths import layer_number
+from tests.programs import normal
 
 KEY = jax.random.key(0)
 
@@ -61,7 +62,7 @@ def kernels(*blocks, dense=(0, 1)):
     ],
 )
 def test_the_number_of_a_layer(path, pattern, place):
-    assert _paths.layer_number(path, pattern) == place
+    assert layer_number(path, pattern) == place
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from flax import nnx
 
 import lora_jax
 from lora_jax import LoraConfig, StructureError, TargetError
-from tests.cases import is_node, randomize
+from tests.programs import is_node, randomize
 
 KEY = jax.random.key(0)
 PARAMS = {

@@ -10,9 +10,9 @@ import pytest
 
 import lora_jax
 from lora_jax import ConfigError, LayoutError, LoraConfig, StructureError, TargetError, TrainedRows
-from lora_jax.overlay import adapted_nodes
-from tests.cases import CASES, normal
-from tests.jaxprs import weight_sized
+from lora_jax.adapters.split import adapted_nodes
+from tests.programs import CASES, normal
+from tests.programs.jaxprs import weight_sized
 
 KEY = jax.random.key(0)
 VOCABULARY, WIDTH = 13, 5

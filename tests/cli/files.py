@@ -11,7 +11,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
 import lora_jax as lora
-from lora_jax import tensorfile
+from lora_jax.files.disk import safetensors_file
 
 ROOT = pathlib.Path(__file__).parents[2]
 WIDTH, OUT, RANK, ALPHA = 12, 8, 4, 8
@@ -31,7 +31,7 @@ def peft(directory, seed=0, config=(), extra=()):
     for module, (a, b) in factors(seed).items():
         tensors[f"base_model.model.{module}.lora_A.weight"] = a.T
         tensors[f"base_model.model.{module}.lora_B.weight"] = b.T
-    tensorfile.write(
+    safetensors_file.write(
         directory / "adapter_model.safetensors", tensors | dict(extra), {"format": "pt"}
     )
     values = {"peft_type": "LORA", "r": RANK, "lora_alpha": ALPHA, "bias": "none"}
@@ -45,7 +45,7 @@ def mlx(directory, seed=0):
     tensors = {}
     for module, (a, b) in factors(seed).items():
         tensors |= {f"{module}.lora_a": a, f"{module}.lora_b": b}
-    tensorfile.write(directory / "adapters.safetensors", tensors)
+    safetensors_file.write(directory / "adapters.safetensors", tensors)
     values = {"fine_tune_type": "lora", "num_layers": 2, "model": "tiny"}
     values |= {"lora_parameters": {"rank": RANK, "scale": ALPHA / RANK, "dropout": 0.0}}
     (directory / "adapter_config.json").write_text(json.dumps(values))
@@ -105,7 +105,7 @@ def model(directory, dtype=np.float32, **settings):
     """A directory in Hugging Face's layout, with a tokenizer of bytes and a chat template."""
     directory.mkdir(parents=True, exist_ok=True)
     tensors = {name: x.astype(dtype) for name, x in weights().items()}
-    tensorfile.write(directory / "model.safetensors", tensors, {"format": "pt"})
+    safetensors_file.write(directory / "model.safetensors", tensors, {"format": "pt"})
     (directory / "config.json").write_text(json.dumps(SETTINGS | settings))
     letters = {x: i for i, x in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
     backend = tokenizers.Tokenizer(models.BPE(letters, []))
@@ -164,10 +164,10 @@ def train_data(folder):
 def encoder(directory):
     """The recorded BERT with more positions, and a tokenizer of a few words."""
     shutil.copytree(ROOT / "tests" / "models" / "fixtures" / "bert", directory)
-    tensors, metadata = tensorfile.read(directory / "model.safetensors")
+    tensors, metadata = safetensors_file.read(directory / "model.safetensors")
     (name,) = (name for name in tensors if "position_embeddings" in name)
     tensors[name] = np.tile(tensors[name], (8, 1))
-    tensorfile.write(directory / "model.safetensors", tensors, metadata)
+    safetensors_file.write(directory / "model.safetensors", tensors, metadata)
     config = json.loads((directory / "config.json").read_text())
     config["max_position_embeddings"] = len(tensors[name])
     (directory / "config.json").write_text(json.dumps(config))

@@ -15,8 +15,8 @@ import pytest
 import typer
 
 import lora_jax
-from lora_jax.assets import AssetError
 from lora_jax.cli import app, boundary, main
+from lora_jax.models.assets import AssetError
 from tests.cli import files
 
 ROOT = pathlib.Path(__file__).parents[2]

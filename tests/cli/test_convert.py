@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 import lora_jax
-from lora_jax import models, tensorfile
-from lora_jax.cli.factors import read_factors
+from lora_jax import models
+from lora_jax.files.contained_factors import read_factors
+from lora_jax.files.disk import safetensors_file
 from tests.cli import files
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
@@ -90,8 +91,8 @@ def test_ranks_and_scales_that_differ_are_folded(world, run):
 def test_every_name_of_an_mlx_file_is_kept_apart(world, run):
     """Only the second layer is adapted: PEFT must not put an adapter on the first."""
     path = world / "my-mlx-adapter" / "adapters.safetensors"
-    tensors, _ = tensorfile.read(path)
-    tensorfile.write(path, {k: x for k, x in tensors.items() if ".1." in k})
+    tensors, _ = safetensors_file.read(path)
+    safetensors_file.write(path, {k: x for k, x in tensors.items() if ".1." in k})
     assert run("convert", "my-mlx-adapter", "--to", "peft", "--out", "made").status == 0
     config = json.loads((world / "made" / "adapter_config.json").read_text())
     assert config["target_modules"] == [m for m in files.MODULES if ".1." in m]
@@ -114,8 +115,8 @@ def test_a_file_saved_without_its_base_names_every_module_in_full(world, run):
 
 
 def test_files_of_peft_itself(tmp_path, run, fails):
-    """peft 0.21.2's files (tests/peft/record_files.py), without their base."""
-    recorded = np.load("tests/peft/files.npz")
+    """peft 0.21.2's files (tests/parity/peft/record_files.py), without their base."""
+    recorded = np.load("tests/parity/peft/files.npz")
     can = {"linear", "patterns", "rslora", "some layers", "regex", "all-linear", "embedding"}
     can |= {"conv1d", "convolutions", "one module"}
     names = {key.split("/")[0] for key in recorded if key.endswith("adapter_config.json")}

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 import lora_jax
-from lora_jax import models, peft, tensorfile
-from lora_jax.text.tokenizer import Tokenizer
+from lora_jax import models, peft
+from lora_jax.files.disk import safetensors_file
+from lora_jax.models.text.tokenizer import Tokenizer
 from tests.cli import files
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
@@ -75,7 +76,7 @@ def test_it_ends_where_the_text_does(world, run):
     embedding, head = tensors["model.embed_tokens.weight"], tensors["lm_head.weight"]
     embedding[:], tensors["model.norm.weight"][:] = np.abs(embedding) + 9, 1
     head[:], head[end] = 0, 1
-    tensorfile.write(world / "my-model" / "model.safetensors", tensors)
+    safetensors_file.write(world / "my-model" / "model.safetensors", tensors)
     words = ["generate", "--model", "my-model", "--prompt", "Hi", "--max-tokens", 3]
     said = Tokenizer.load(world / "my-model").decode([end])
     assert run(*words).out == said * 3 + "\n"

@@ -5,8 +5,8 @@ import json
 import numpy as np
 import pytest
 
-from lora_jax.cli.factors import read_factors
-from lora_jax.cli.spectrum import spectrum
+from lora_jax.cli.jobs.spectrum import spectrum
+from lora_jax.files.contained_factors import read_factors
 from tests.cli import files
 
 KINDS = {

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 import lora_jax
-from lora_jax import models, peft, tensorfile
+from lora_jax import models, peft
+from lora_jax.files.disk import safetensors_file
 from tests.cli import files
 
 SCALE = files.ALPHA / files.RANK
@@ -38,7 +39,7 @@ def test_the_tensors_are_the_sums(world, run, adapter):
     done = run("merge", "--model", "my-model", "--adapter", adapter, "--out", "merged")
     assert (done.status, done.err) == (0, "")
     assert "wrote merged: 4 merged weights in float32, 2 other files" in done.out
-    tensors, metadata = tensorfile.read(world / "merged" / "model.safetensors")
+    tensors, metadata = safetensors_file.read(world / "merged" / "model.safetensors")
     wanted = merged_weights()
     assert tensors.keys() == wanted.keys() and metadata == {"format": "pt"}
     for name, value in wanted.items():
@@ -56,7 +57,7 @@ def test_a_dtype_rounds_every_tensor_and_the_loss_is_told(world, run):
     words = ["merge", "-m", "my-model", "--adapter", "my-adapter", "--out", "merged"]
     done = run(*words, "--dtype", "bfloat16")
     assert done.status == 0 and "rounding to bfloat16 lost 0.00" in done.out
-    tensors, _ = tensorfile.read(world / "merged" / "model.safetensors")
+    tensors, _ = safetensors_file.read(world / "merged" / "model.safetensors")
     for name, value in merged_weights().items():
         assert tensors[name].dtype == ml_dtypes.bfloat16
         np.testing.assert_allclose(tensors[name].astype(float), value, rtol=2**-8, atol=1e-6)
@@ -69,7 +70,7 @@ def test_a_base_in_sixteen_bits_keeps_its_dtype_and_warns_of_a_small_update(worl
     done = run("merge", "--model", "small", "--adapter", "faint", "--out", "merged")
     assert done.status == 0
     assert done.err.startswith("warning: bfloat16 is too coarse") and done.err.count("\n") == 1
-    tensors, _ = tensorfile.read(world / "merged" / "model.safetensors")
+    tensors, _ = safetensors_file.read(world / "merged" / "model.safetensors")
     assert {x.dtype for x in tensors.values()} == {np.dtype(ml_dtypes.bfloat16)}
 
 
@@ -107,9 +108,9 @@ def test_failures(world, fails, run):
     assert "'int8' is not one of" in fails(*words, "x", *model, "--dtype", "int8", status=2)
     assert "Missing option '--model'" in fails(*words, "my-adapter", status=2)
     other = files.peft(world / "wide")
-    tensors, _ = tensorfile.read(other / "adapter_model.safetensors")
+    tensors, _ = safetensors_file.read(other / "adapter_model.safetensors")
     wide = {name: np.tile(x, (1, 2)) if "lora_A" in name else x for name, x in tensors.items()}
-    tensorfile.write(other / "adapter_model.safetensors", wide)
+    safetensors_file.write(other / "adapter_model.safetensors", wide)
     assert "has shape (4, 24), needs (4, 12)" in fails(*words, other, *model)
     (world / "my-model" / "config.json").write_text("{")
     assert "not valid JSON" in fails(*words, "my-adapter", *model)
@@ -131,6 +132,6 @@ def test_an_adapter_of_lora_jax_over_stacked_layers(world, run):
     lora_jax.save(world / "stacked.safetensors", adapters, base=pretrained.params)
     words = ["merge", "--model", "my-model", "--adapter", "stacked.safetensors", "--out", "merged"]
     assert run(*words).status == 0
-    tensors, _ = tensorfile.read(world / "merged" / "model.safetensors")
+    tensors, _ = safetensors_file.read(world / "merged" / "model.safetensors")
     for name, value in merged_weights().items():
         np.testing.assert_allclose(tensors[name], value, rtol=1e-5, atol=1e-5)

@@ -17,14 +17,15 @@ pytest.importorskip("typer")
 
 import lora_jax as lora
 from lora_jax import peft
-from lora_jax.cli import main, run_train
+from lora_jax.cli import main
 from lora_jax.cli.base_model import open_model
-from lora_jax.text.letters import byte_tokenizer
+from lora_jax.cli.jobs import train as run_train
+from lora_jax.models.text.byte_tokenizer import byte_tokenizer
 from lora_jax.training import log
-from lora_jax.training.data import cut_stream
+from lora_jax.training.batching import cut_stream
+from lora_jax.training.dataset import KEYS
 from lora_jax.training.loop import measure
 from lora_jax.training.loss import language_sums
-from lora_jax.training.rows import KEYS
 
 TEXT = "To be, or not to be, that is the question.\n" * 40
 SMALL = ("--length", 32, "--batch", 2, "--rank", 2, "--lr", "3e-2", "--targets", "q_proj,v_proj")

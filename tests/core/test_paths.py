@@ -2,7 +2,8 @@
 
 import pytest
 
-from lora_jax import StructureError, TargetError, _paths
+from lora_jax import StructureError, TargetError
+from lora_jax.core.paths import flatten_with_paths, select
 
 LEAVES = dict.fromkeys(
     [
@@ -30,24 +31,22 @@ LEAVES = dict.fromkeys(
     ],
 )
 def test_select(pattern, chosen):
-    assert sorted(_paths.select("targets", pattern, LEAVES)) == sorted(
-        list(LEAVES)[i] for i in chosen
-    )
+    assert sorted(select("targets", pattern, LEAVES)) == sorted(list(LEAVES)[i] for i in chosen)
 
 
 def test_suffixes_are_whole_segments():
     with pytest.raises(TargetError):
-        _paths.select("targets", ["uery/kernel"], LEAVES)
+        select("targets", ["uery/kernel"], LEAVES)
 
 
 def test_a_regex_matches_the_whole_path():
     with pytest.raises(TargetError, match="block_0/attn/query/kernel"):
-        _paths.select("targets", "block_0/attn/query", LEAVES)
+        select("targets", "block_0/attn/query", LEAVES)
 
 
 def test_every_unmatched_entry_is_named_with_the_nearest_paths():
     with pytest.raises(TargetError) as error:
-        _paths.select("targets", ["qeury/kernel", "head/kernel", "hed"], LEAVES)
+        select("targets", ["qeury/kernel", "head/kernel", "hed"], LEAVES)
     first, second = str(error.value).splitlines()
     assert "'qeury/kernel'" in first and "block_0/attn/query/kernel" in first
     assert "'hed'" in second and "head/kernel" in second
@@ -55,9 +54,9 @@ def test_every_unmatched_entry_is_named_with_the_nearest_paths():
 
 def test_a_callable_that_selects_nothing():
     with pytest.raises(TargetError, match="none of 5"):
-        _paths.select("targets", lambda path, leaf: False, LEAVES)
+        select("targets", lambda path, leaf: False, LEAVES)
 
 
 def test_two_leaves_of_one_path():
     with pytest.raises(StructureError, match="a/b"):
-        _paths.flatten_with_paths({"a/b": 1, "a": {"b": 2}})
+        flatten_with_paths({"a/b": 1, "a": {"b": 2}})

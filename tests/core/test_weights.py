@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from lora_jax import Layout, LayoutError, LoraWeight, TrainedLeaf
-from lora_jax.algebra import delta, dense
-from lora_jax.weights import check_fits, is_adapted
+from lora_jax.core.algebra import delta, dense
+from lora_jax.core.weights import check_fits, is_adapted
 
 
 def weight(layout, w, a, b, scale=1.0):

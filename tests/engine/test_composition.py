@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import lora_jax
-from tests.cases import adapt, merged, normal, randomize
+from tests.programs import adapt, merged, normal, randomize
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 

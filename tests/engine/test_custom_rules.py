@@ -12,8 +12,8 @@ from jax.interpreters import ad, batching, mlir
 
 import lora_jax
 from lora_jax import LoraConfig, Rule
-from tests.cases import merged, normal, randomize
-from tests.jaxprs import weight_sized
+from tests.programs import merged, normal, randomize
+from tests.programs.jaxprs import weight_sized
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 import lora_jax
-from tests.cases import merged, normal, randomize
-from tests.jaxprs import weight_sized
+from tests.programs import merged, normal, randomize
+from tests.programs.jaxprs import weight_sized
 
 X, W = normal(0, (3, 7), jnp.float32), normal(1, (7, 5), jnp.float32)
 

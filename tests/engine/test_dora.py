@@ -7,8 +7,8 @@ import optax
 import pytest
 
 import lora_jax
-from tests.cases import CASES, a_few, adapt, merged, normal, randomize
-from tests.test_programs import TOLERANCE, check_equal
+from tests.engine.test_programs import TOLERANCE, check_equal
+from tests.programs import CASES, a_few, adapt, merged, normal, randomize
 
 # Where a magnitude cannot stay apart from its weight.
 DENSE = {

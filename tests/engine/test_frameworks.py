@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 
 import lora_jax
-from tests.cases import is_node, merged, normal, randomize
+from tests.programs import is_node, merged, normal, randomize
 
 KEY = jax.random.key(0)
 WIDTH, HEADS, HIDDEN = 8, 2, 12

@@ -7,7 +7,7 @@ import hypothesis.strategies as st
 import jax.numpy as jnp
 import numpy as np
 
-from lora_jax import _contract
+from lora_jax.engine import named_axes
 
 SIZES = {"a": 2, "b": 3, "c": 4, "d": 5}
 
@@ -27,7 +27,7 @@ def test_contract_is_einsum(drawn):
     rng = np.random.default_rng(0)
     x = rng.normal(size=[SIZES[n] for n in x_names]).astype(np.float32)
     y = rng.normal(size=[SIZES[n] for n in y_names]).astype(np.float32)
-    got, names = _contract.contract(jnp.asarray(x), x_names, jnp.asarray(y), y_names, keep)
+    got, names = named_axes.contract(jnp.asarray(x), x_names, jnp.asarray(y), y_names, keep)
     want = np.einsum(f"{''.join(x_names)},{''.join(y_names)}->{''.join(names)}", x, y)
     assert set(names) == keep
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
@@ -35,7 +35,7 @@ def test_contract_is_einsum(drawn):
 
 def test_arrange_transposes_and_broadcasts():
     x = jnp.arange(6.0).reshape(2, 3)
-    got = _contract.arrange(x, ["a", "b"], ["b", "c", "a"], SIZES)
+    got = named_axes.arrange(x, ["a", "b"], ["b", "c", "a"], SIZES)
     np.testing.assert_array_equal(got, np.broadcast_to(np.asarray(x).T[:, None], (3, 4, 2)))
 
 
@@ -52,7 +52,7 @@ def test_reshape_groups_partition_both_shapes(factors, cuts):
             new.append(cut)
             total //= cut
     new = (*new, total)
-    groups = _contract.reshape_groups(old, new)
+    groups = named_axes.reshape_groups(old, new)
     for olds, news in groups:
         assert math.prod(old[i] for i in olds) == math.prod(new[j] for j in news) > 1
     flat = [i for olds, _ in groups for i in olds]

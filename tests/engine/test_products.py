@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 import lora_jax
-from lora_jax.forms import PLAIN, Forms
-from tests.cases import CASES, normal, randomize
-from tests.cases.table import adapt, merged
-from tests.jaxprs import equations
+from lora_jax.engine.forms import PLAIN, Forms
+from tests.programs import CASES, normal, randomize
+from tests.programs.jaxprs import equations
+from tests.programs.table import adapt, merged
 
 FIELDS = [field.name for field in dataclasses.fields(Forms)]
 ALL_FORMS = [Forms(*on) for on in itertools.product((False, True), repeat=len(FIELDS))]

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 import lora_jax
-from tests.cases import CASES, DENSE_CASES, Case, a_few, adapt, is_node, merged
-from tests.jaxprs import squeezed, weight_sized
+from tests.programs import CASES, DENSE_CASES, Case, a_few, adapt, is_node, merged
+from tests.programs.jaxprs import squeezed, weight_sized
 
 ALL = CASES + DENSE_CASES
 # What two orders of adding float32 (float64) products of sizes below 20 may differ by.

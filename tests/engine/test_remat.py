@@ -6,8 +6,8 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 import lora_jax
-from lora_jax import remat
-from tests.cases import normal, randomize
+from lora_jax.engine import remat
+from tests.programs import normal, randomize
 
 DOTS = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
 LAYERS, WIDTH, ROWS, RANK = 3, 32, 64, 2

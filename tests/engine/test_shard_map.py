@@ -10,8 +10,8 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import lora_jax
-from tests.cases import merged, normal, randomize
-from tests.jaxprs import weight_sized
+from tests.programs import merged, normal, randomize
+from tests.programs.jaxprs import weight_sized
 
 SPECS = {"up": P(None, "t"), "down": P("t", None), "head": P("d", None)}
 SHAPES = {"up": (6, 16), "down": (16, 10), "head": (10, 22)}

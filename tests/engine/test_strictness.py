@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 import lora_jax
-from tests.cases import CASES, DENSE_CASES, adapt, merged, normal, randomize
-from tests.test_programs import floats, loss
+from tests.engine.test_programs import floats, loss
+from tests.programs import CASES, DENSE_CASES, adapt, merged, normal, randomize
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 

@@ -11,8 +11,8 @@ import pytest
 
 import lora_jax
 from lora_jax import LoraConfig
-from tests.cases import is_node, merged, normal, randomize
-from tests.jaxprs import weight_sized
+from tests.programs import is_node, merged, normal, randomize
+from tests.programs.jaxprs import weight_sized
 
 KEY = jax.random.key(0)
 X = normal(0, (6, 7), jnp.float32)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from lora_jax.demo import probe
+from examples.sentiment import probe
 
 
 def separated(n=400, seed=0) -> tuple[np.ndarray, np.ndarray]:

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from lora_jax.demo import reviews
-from lora_jax.demo.reviews import Reviews
-from lora_jax.text import packing
+from examples.sentiment import reviews
+from examples.sentiment.reviews import Reviews
+from lora_jax.training import packing
 
 LINES = [
     "1\t2.5\tA joy from start to end.",

@@ -12,10 +12,10 @@ from safetensors.numpy import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 import lora_jax as lora
-from lora_jax import assets
-from lora_jax.demo import __main__ as command
-from lora_jax.demo import classifier, reviews, sentiment
-from lora_jax.demo.report import Report
+from examples.sentiment import __main__ as command
+from examples.sentiment import classifier, reviews, sentiment
+from examples.sentiment.report import Report
+from lora_jax.models import assets
 from lora_jax.models.bert import Bert, BertConfig
 from tests.models.test_bert import shapes
 

@@ -6,8 +6,8 @@ import jax
 import numpy as np
 import pytest
 
-from lora_jax.errors import ConfigError, StructureError
-from lora_jax.naming import Entry, Naming, index, to_torch, to_tree
+from lora_jax.core.errors import ConfigError, StructureError
+from lora_jax.files.naming import Entry, Naming, index, to_torch, to_tree
 
 RNG = np.random.default_rng(0)
 

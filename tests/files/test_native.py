@@ -11,9 +11,10 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import lora_jax
-from lora_jax import AdapterFileError, LoraConfig, StructureError, tensorfile
-from lora_jax.fingerprint import fingerprint
-from tests.cases import normal, randomize
+from lora_jax import AdapterFileError, LoraConfig, StructureError
+from lora_jax.files.disk import safetensors_file
+from lora_jax.files.disk.fingerprint import fingerprint
+from tests.programs import normal, randomize
 
 KEY = jax.random.key(0)
 BASE = {
@@ -116,7 +117,7 @@ def test_an_abstract_base_is_compared_by_shape(file):
 
 
 def test_missing_and_surplus_tensors_are_listed_together(file):
-    _, header = tensorfile.read(file)
+    _, header = safetensors_file.read(file)
     tensors = load_file(file)
     del tensors["up/kernel.a"]
     tensors["up/kernel.c"] = np.zeros(3)
@@ -162,7 +163,7 @@ def test_files_that_are_not_whole_safetensors(file, how):
     ],
 )
 def test_foreign_and_damaged_headers(file, header, match):
-    _, good = tensorfile.read(file)
+    _, good = safetensors_file.read(file)
     if header and "format" not in header:
         header = {**good, **header}
     save_file(load_file(file), file, header)
@@ -172,11 +173,11 @@ def test_foreign_and_damaged_headers(file, header, match):
 
 def edited(file, path, **fields):
     """The file with fields of one layout replaced; None takes a field away."""
-    tensors, header = tensorfile.read(file)
+    tensors, header = safetensors_file.read(file)
     layouts = json.loads(header["layouts"])
     record = {**layouts[path], **fields}
     layouts[path] = {key: value for key, value in record.items() if value is not None}
-    tensorfile.write(file, tensors, {**header, "layouts": json.dumps(layouts)})
+    safetensors_file.write(file, tensors, {**header, "layouts": json.dumps(layouts)})
 
 
 @pytest.mark.parametrize(
@@ -225,8 +226,8 @@ def test_layouts_of_the_wrong_type_or_value(tmp_path, path, field, values, match
     ],
 )
 def test_header_values_of_the_wrong_type(file, field, value, match):
-    tensors, header = tensorfile.read(file)
-    tensorfile.write(file, tensors, {**header, field: value})
+    tensors, header = safetensors_file.read(file)
+    safetensors_file.write(file, tensors, {**header, field: value})
     for read in (lora_jax.read_metadata, lambda file: lora_jax.load(file, BASE)):
         with pytest.raises(AdapterFileError, match=rf"the header is damaged: .*{match}"):
             read(file)
@@ -248,16 +249,16 @@ def test_header_values_of_the_wrong_type(file, field, value, match):
     ],
 )
 def test_tensors_of_the_wrong_dtype_shape_or_value(file, name, change, match):
-    tensors, header = tensorfile.read(file)
-    tensorfile.write(file, {**tensors, name: change(tensors[name])}, header)
+    tensors, header = safetensors_file.read(file)
+    safetensors_file.write(file, {**tensors, name: change(tensors[name])}, header)
     with pytest.raises(AdapterFileError, match=match):
         lora_jax.load(file, BASE)
 
 
 def test_a_message_is_neither_endless_nor_able_to_steer_a_terminal(file):
-    tensors, header = tensorfile.read(file)
+    tensors, header = safetensors_file.read(file)
     layouts = {f"\x1b[31m{'x' * 5000}{i}": {"kind": "lora"} for i in range(3000)}
-    tensorfile.write(file, tensors, {**header, "layouts": json.dumps(layouts)})
+    safetensors_file.write(file, tensors, {**header, "layouts": json.dumps(layouts)})
     with pytest.raises(AdapterFileError, match=r"and \d+ more") as error:
         lora_jax.load(file, BASE)
     assert len(str(error.value)) < 100_000 and "\x1b" not in str(error.value)

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 
 import lora_jax
-from lora_jax.errors import ConfigError, StructureError, TargetError
-from lora_jax.eva import redistribute, top_components
-from tests.cases import CASES
-from tests.observed import PROGRAMS, D, N, inputs_of_size, normal
-from tests.peft.from_data import RECORDED, recorded_model, recorded_params
-from tests.test_rules import matmul, toy
+from lora_jax.core.errors import ConfigError, StructureError, TargetError
+from lora_jax.initializers.eva import redistribute, top_components
+from tests.engine.test_custom_rules import matmul, toy
+from tests.initializers.observed_programs import PROGRAMS, D, N, inputs_of_size, normal
+from tests.parity.peft.from_data import RECORDED, recorded_model, recorded_params
+from tests.programs import CASES
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 

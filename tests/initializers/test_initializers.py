@@ -9,11 +9,11 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 import lora_jax
-from lora_jax import ConfigError, Layout, LoraConfig, starts
-from lora_jax.config import INITS
-from lora_jax.linalg import randomized_svd, truncated_svd
-from tests.cases import CASES
-from tests.kinds import (
+from lora_jax import ConfigError, Layout, LoraConfig, initializers
+from lora_jax.core.config import INITS
+from lora_jax.core.linalg import randomized_svd, truncated_svd
+from tests.programs import CASES
+from tests.programs.weights_of_each_kind import (
     INPUTS,
     KEY,
     LINEAR,
@@ -181,7 +181,7 @@ def test_loftq_is_closer_than_rounding(row, name):
 
 def test_loftq_gets_closer_with_more_steps():
     def error(steps):
-        node = init_linear(starts.loftq(steps=steps))
+        node = init_linear(initializers.loftq(steps=steps))
         return np.linalg.norm(LINEAR.w - lora_jax.merge(node))
 
     assert error(5) < error(1) < np.linalg.norm(LINEAR.w - QUANTIZERS["loftq"](LINEAR.w))
@@ -278,7 +278,7 @@ def test_a_start_of_the_users_own():
 
 
 def test_the_names_are_those_of_the_configuration():
-    assert tuple(starts.STARTS) == INITS
+    assert tuple(initializers.STARTS) == INITS
 
 
 # --- refusals -------------------------------------------------------------------------------------
@@ -306,7 +306,7 @@ def test_orthogonal_of_an_odd_rank():
 
 
 def test_a_start_of_the_users_own_that_does_not_fit():
-    good = starts.kaiming
+    good = initializers.kaiming
     bad = {
         "w' is float32[16, 24], expected float32[24, 16]": lambda w, a, b: (w.T, a, b),
         "w' is bfloat16[24, 16]": lambda w, a, b: (w.astype(jnp.bfloat16), a, b),
@@ -320,7 +320,7 @@ def test_a_start_of_the_users_own_that_does_not_fit():
 @pytest.mark.parametrize("fields", [{"steps": 0}, {"steps": True}, {"quantizer": "nf4"}])
 def test_loftq_of_what_cannot_be(fields):
     with pytest.raises(ConfigError, match=f"loftq: {next(iter(fields))}"):
-        starts.loftq(**fields)
+        initializers.loftq(**fields)
 
 
 # --- the decompositions themselves ----------------------------------------------------------------

@@ -8,20 +8,20 @@ import numpy as np
 import pytest
 
 import lora_jax
-from lora_jax.algebra import delta
-from lora_jax.errors import ConfigError, StructureError, TargetError
-from tests import kinds
-from tests.kinds import INPUTS, PARAMS, RANK, ROWS
-from tests.peft.from_data import RECORDED, recorded_model, recorded_params
+from lora_jax.core.algebra import delta
+from lora_jax.core.errors import ConfigError, StructureError, TargetError
+from tests.parity.peft.from_data import RECORDED, recorded_model, recorded_params
+from tests.programs import weights_of_each_kind
+from tests.programs.weights_of_each_kind import INPUTS, PARAMS, RANK, ROWS
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
-SCALE = kinds.ALPHA / RANK
+SCALE = weights_of_each_kind.ALPHA / RANK
 ROW = pytest.mark.parametrize("row", ROWS, ids=str)
 
 
 def value(params, inputs):
     """A loss that every weight of the table takes part in."""
-    outs = kinds.program(params, inputs)
+    outs = weights_of_each_kind.program(params, inputs)
     return sum(
         jnp.sin(y * (1 + jnp.arange(y.size).reshape(y.shape) % 3)).mean() for y in outs.values()
     )
@@ -36,7 +36,7 @@ BATCHES = [(INPUTS,), (other(INPUTS),)]
 
 @functools.cache
 def started(scale="stable"):
-    return lora_jax.lora_ga(value, kinds.start("kaiming"), BATCHES, scale=scale)
+    return lora_jax.lora_ga(value, weights_of_each_kind.start("kaiming"), BATCHES, scale=scale)
 
 
 @functools.cache
@@ -49,8 +49,8 @@ def gradient():
 
 @ROW
 def test_the_function_at_the_start_is_the_bases(row):
-    got = jax.jit(lora_jax.lora(kinds.program, on_dense="error"))(started(), INPUTS)
-    want = jax.jit(kinds.program)(PARAMS, INPUTS)
+    got = jax.jit(lora_jax.lora(weights_of_each_kind.program, on_dense="error"))(started(), INPUTS)
+    want = jax.jit(weights_of_each_kind.program)(PARAMS, INPUTS)
     # A base in bfloat16 is rounded when it changes: half a unit in 2⁻⁸ for each of 24 inputs.
     atol = 0.05 if row.dtype == jnp.bfloat16 else 1e-5
     np.testing.assert_allclose(got[row.name], want[row.name], atol=atol)
@@ -62,7 +62,7 @@ def test_the_function_at_the_start_is_the_bases(row):
 @ROW
 def test_factors_are_the_gradients_directions(row):
     """A: the first `rank` on the side of the inputs; B: the next `rank` on that of the outputs."""
-    _, a, b = kinds.as_matrices(row, started()[row.name])
+    _, a, b = weights_of_each_kind.as_matrices(row, started()[row.name])
     u, s, vt = np.linalg.svd(gradient()[row.name])
     size = np.sqrt(np.sqrt(b.shape[-1])) / np.sqrt(16)
     for i in range(len(a)):
@@ -99,7 +99,7 @@ def cosine(x, y):
 
 @functools.cache
 def steps():
-    return {"lora_ga": moved(started()), "kaiming": moved(kinds.start("kaiming"))}
+    return {"lora_ga": moved(started()), "kaiming": moved(weights_of_each_kind.start("kaiming"))}
 
 
 @ROW
@@ -107,14 +107,16 @@ def test_the_first_step_is_nearer_to_full_fine_tunings(row):
     """It is along G cut to rank 2r, whose cosine with G is ‖G_2r‖/‖G‖."""
     full = -gradient()[row.name]
     ours, usual = (cosine(steps()[name][row.name], full) for name in ("lora_ga", "kaiming"))
-    best = np.sqrt(1 - kinds.tail(full, 2 * RANK) ** 2 / (full**2).sum())
+    best = np.sqrt(1 - weights_of_each_kind.tail(full, 2 * RANK) ** 2 / (full**2).sum())
     assert ours > usual
     assert ours == pytest.approx(best, abs=0.02 if row.dtype == jnp.float32 else 0.05)
 
 
 def test_wide_weights_take_a_sketch():
     """A gradient of rank 6 in a matrix of 600 × 520, exactly its own sketch."""
-    left, right = (np.linalg.qr(np.asarray(kinds.normal(n, n, 6)))[0] for n in (600, 520))
+    left, right = (
+        np.linalg.qr(np.asarray(weights_of_each_kind.normal(n, n, 6)))[0] for n in (600, 520)
+    )
     target = jnp.asarray(left * 2.0 ** -np.arange(6) @ right.T)
     params = {"w": jnp.zeros((600, 520))}
 
@@ -156,8 +158,10 @@ def test_the_trained_adapter_moves_to_the_original_base():
 
 def test_targets_are_started_in_several_calls():
     once = started()
-    twice = lora_jax.lora_ga(value, kinds.start("kaiming"), BATCHES, targets=["linear"])
-    assert twice["conv"] is kinds.start("kaiming")["conv"]
+    twice = lora_jax.lora_ga(
+        value, weights_of_each_kind.start("kaiming"), BATCHES, targets=["linear"]
+    )
+    assert twice["conv"] is weights_of_each_kind.start("kaiming")["conv"]
     twice = lora_jax.lora_ga(value, twice, BATCHES, targets=["conv"])
     for name in ("linear", "conv"):
         np.testing.assert_allclose(delta(twice[name]), delta(once[name]), atol=1e-4)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from lora_jax.rounding import NF4, int8, nf4
+from lora_jax.initializers.rounding import NF4, int8, nf4
 
 W = jax.random.normal(jax.random.key(0), (100, 6)) * jnp.array([[1.0, 0.1, 5.0, 1.0, 1.0, 0.0]])
 

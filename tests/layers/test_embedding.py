@@ -11,11 +11,13 @@ from safetensors.numpy import load_file
 import lora_jax
 from lora_jax import ConfigError, LoraWeight, StructureError
 from lora_jax.layers import Embedding, embedding, looked_up, take_rows
-from tests.cases import normal
+from tests.programs import normal
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
-RECORDED = load_file(pathlib.Path(__file__).parents[1] / "peft" / "embedding.safetensors")
+RECORDED = load_file(
+    pathlib.Path(__file__).parents[1] / "parity" / "torch" / "embedding.safetensors"
+)
 KEY = jax.random.key(0)
 CASES = {
     "plain": {},

@@ -11,7 +11,7 @@ import pytest
 import lora_jax
 from lora_jax import ConfigError, StructureError, layers
 from lora_jax.layers import linear, low_rank
-from tests.cases import normal, randomize
+from tests.programs import normal, randomize
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 

@@ -12,8 +12,8 @@ from safetensors.numpy import load_file
 import lora_jax
 from lora_jax import StructureError
 from lora_jax.layers import embedding, looked_up, put_rows, take_rows
-from tests.cases import is_node
-from tests.jaxprs import equations
+from tests.programs import is_node
+from tests.programs.jaxprs import equations
 
 KEY = jax.random.key(0)
 IDS = jnp.array([[1, 4, 4], [9, 4, 0]])
@@ -83,7 +83,7 @@ def test_a_step_on_rows_is_a_step_on_the_table(kind, tx, quick_compile):
 
 def test_adam_on_rows_is_torchs_sparse_adam(quick_compile):
     """Two recorded steps on other ids: rows that are not looked up keep their moments."""
-    path = pathlib.Path(__file__).parents[1] / "peft" / "embedding.safetensors"
+    path = pathlib.Path(__file__).parents[1] / "parity" / "torch" / "embedding.safetensors"
     want = {k: jnp.asarray(x) for k, x in load_file(path).items() if k.startswith("sparse/")}
     tx = optax.adam(0.1, eps=1e-30)  # as recorded: torch adds it elsewhere
     params = {"embedding": want["sparse/w"]}

@@ -11,10 +11,10 @@ import zipfile
 
 import pytest
 
-from lora_jax import assets
-from lora_jax.assets import Asset, AssetError
+from lora_jax.models import assets
+from lora_jax.models.assets import Asset, AssetError
 
-ROOT = pathlib.Path(__file__).parents[1]
+ROOT = pathlib.Path(__file__).parents[2]
 
 
 def make_zip(files: dict[str, bytes]) -> bytes:
@@ -199,7 +199,7 @@ def test_the_command_offline_with_an_empty_cache(tmp_path):
         "PIP_NO_INDEX": "1",
         "PYTHONPATH": str(ROOT),
     }
-    command = [sys.executable, "-m", "lora_jax.demo", "--out", str(tmp_path / "out")]
+    command = [sys.executable, "-m", "examples.sentiment", "--out", str(tmp_path / "out")]
     run = subprocess.run(
         command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120
     )

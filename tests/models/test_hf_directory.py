@@ -11,9 +11,10 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import lora_jax as lora
-from lora_jax import models, naming, tensorfile
-from lora_jax.errors import ModelFileError, StructureError
-from lora_jax.models import checkpoints
+from lora_jax import models, naming
+from lora_jax.core.errors import ModelFileError, StructureError
+from lora_jax.files.disk import safetensors_file
+from lora_jax.models import hf_directory
 from tests.models.recorded import FIXTURES, load
 
 INDEX = "model.safetensors.index.json"
@@ -144,7 +145,7 @@ def test_saved_files_hold_the_tensors_of_transformers(name, tmp_path):
     model = load(name, scan=name == "qwen2")
     models.save(tmp_path, model)
     given, found = tensors(FIXTURES / name), tensors(tmp_path)
-    header = tensorfile.headers(tmp_path / "model.safetensors")
+    header = safetensors_file.headers(tmp_path / "model.safetensors")
     assert header.metadata == {"format": "pt"}
     assert given.keys() == found.keys()
     for key, tensor in given.items():
@@ -177,7 +178,7 @@ def test_a_directory_with_several_files_is_not_written_to(sharded):
 
 
 def test_the_naming_needs_no_weights(tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoints.StoredTensor, "__array__", None)
+    monkeypatch.setattr(hf_directory.StoredTensor, "__array__", None)
     assert models.naming_of(FIXTURES / "llama_tied") == models.naming("llama")
     assert models.naming_of(FIXTURES / "bert") == models.naming("bert")
     shutil.copy(FIXTURES / "bert" / "config.json", tmp_path)

@@ -12,8 +12,8 @@ import lora_jax as lora
 from lora_jax.models.llama import Llama
 from lora_jax.models.llama_config import LlamaConfig
 from lora_jax.models.rope import Rope
-from tests.cases import normal
 from tests.models.recorded import CAUSAL, FIXTURES, expected, load
+from tests.programs import normal
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 TINY = LlamaConfig(

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 from gguf import GGUFWriter
 
-from lora_jax import tensorfile
-from lora_jax.errors import ModelFileError
-from lora_jax.models import gguf
+from lora_jax.core.errors import ModelFileError
+from lora_jax.files.disk import safetensors_file
+from lora_jax.files.naming import to_tree
+from lora_jax.models import llama_gguf
 from lora_jax.models.llama import Llama
 from lora_jax.models.llama_config import LlamaConfig
-from lora_jax.models.tables import LLAMA
-from lora_jax.naming import to_tree
+from lora_jax.models.namings import LLAMA
 
 FIXTURES = pathlib.Path(__file__).parent / "fixtures"
 
@@ -24,7 +24,7 @@ def stored(name):
     settings = json.loads((FIXTURES / name / "config.json").read_text())
     tensors = {}
     for path in sorted((FIXTURES / name).glob("*.safetensors")):
-        tensors |= tensorfile.read(path)[0]
+        tensors |= safetensors_file.read(path)[0]
     return settings, tensors
 
 
@@ -108,19 +108,19 @@ def written(request, tmp_path_factory):
 @pytest.mark.parametrize("scan", [False, True])
 def test_the_same_model_as_in_safetensors(written, scan):
     name, path = written
-    settings, tensors = gguf.load(path)
+    settings, tensors = llama_gguf.load(path)
     theirs, expected = stored(name)
     config = LlamaConfig.from_json(settings, scan=scan)
     assert config == LlamaConfig.from_json(theirs, scan=scan)
     model, ids = Llama(config), jax.ShapeDtypeStruct((1, 1), "int32")
     like = jax.eval_shape(model.init, jax.random.key(0), ids)["params"]
     want = to_tree(LLAMA, expected, like)
-    got = to_tree(gguf.naming(LLAMA, settings), tensors, like, ignore=gguf.IGNORED)
+    got = to_tree(llama_gguf.naming(LLAMA, settings), tensors, like, ignore=llama_gguf.IGNORED)
     jax.tree.map(np.testing.assert_array_equal, got, want)
 
 
 def test_settings_are_those_of_config_json(tmp_path):
-    settings, _ = gguf.load(write_gguf(tmp_path / "x.gguf", "qwen2", "qwen2"))
+    settings, _ = llama_gguf.load(write_gguf(tmp_path / "x.gguf", "qwen2", "qwen2"))
     theirs, _ = stored("qwen2")
     assert settings == {key: 10000.0 if key == "rope_theta" else theirs[key] for key in settings}
     assert settings["rms_norm_eps"] == 1e-6  # not what float32 makes of it
@@ -141,4 +141,4 @@ def test_settings_are_those_of_config_json(tmp_path):
 def test_models_that_cannot_be_read(tmp_path, kind, changes, divisors, message):
     path = write_gguf(tmp_path / "x.gguf", "llama", kind, changes=changes, divisors=divisors)
     with pytest.raises(ModelFileError, match=rf"x\.gguf: .*{message}"):
-        gguf.load(path)
+        llama_gguf.load(path)

@@ -5,8 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lora_jax import assets, models
-from lora_jax.text import Tokenizer
+from lora_jax import models
+from lora_jax.models import assets
+from lora_jax.models.text import Tokenizer
 
 LENGTH = 128
 PROMPT = "The capital of France is"

@@ -1,6 +1,6 @@
 """The one table of programs over which every property of the engine is tested."""
 
-from tests.cases import (  # noqa: F401 (they fill the table)
+from tests.programs import (
     arrays,
     concatenation,
     containers,
@@ -8,12 +8,12 @@ from tests.cases import (  # noqa: F401 (they fill the table)
     dense,
     derivatives,
     experts,
-    found,
+    found_by_fuzzer,
     indexing,
     layers,
     sharded,
 )
-from tests.cases.table import (
+from tests.programs.table import (
     CASES,
     DENSE_CASES,
     Case,

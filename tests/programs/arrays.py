@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from tests.cases.table import case, normal
+from tests.programs.table import case, normal
 
 
 @case(layouts={"w": "oi"})

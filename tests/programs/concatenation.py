@@ -4,7 +4,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jax import lax
 
-from tests.cases.table import case, linen, normal
+from tests.programs.table import case, linen, normal
 
 
 @case(layouts={f"cell/{side}{gate}/kernel": "io" for side in "hi" for gate in "figo"})

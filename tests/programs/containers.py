@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
-from tests.cases.table import case, linen, normal
+from tests.programs.table import case, linen, normal
 
 
 @case(layouts={"kernel": "io"})

@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from tests.cases.table import case, linen, normal
+from tests.programs.table import case, linen, normal
 
 
 @case(layouts={"kernel": "iiio"}, dense="conv_general_dilated")

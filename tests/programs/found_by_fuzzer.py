@@ -1,4 +1,4 @@
-"""Programs that the fuzzer found wrong once (`python -m tests.fuzz`)."""
+"""Programs that the fuzzer found wrong once (`python -m tests.stress.fuzz`)."""
 
 import jax
 import jax.numpy as jnp
@@ -6,7 +6,7 @@ from jax import lax
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from tests.cases.table import case, normal
+from tests.programs.table import case, normal
 
 
 @case(layouts={"w": "io"}, reverse=False)

@@ -3,7 +3,7 @@
 import flax.linen as nn
 import jax.numpy as jnp
 
-from tests.cases.table import case, linen, normal
+from tests.programs.table import case, linen, normal
 
 
 @case(layouts={"kernel": "io"})

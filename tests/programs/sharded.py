@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from tests.cases.table import case, normal
+from tests.programs.table import case, normal
 
 
 def mesh(**axes):

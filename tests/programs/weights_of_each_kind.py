@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 
 import lora_jax
-from lora_jax import LoraConfig, starts
-from lora_jax.rounding import int8, nf4
+from lora_jax import LoraConfig, initializers
+from lora_jax.initializers.rounding import int8, nf4
 
 KEY = jax.random.key(0)
 RANK, ALPHA = 4, 6  # scale 1.5
@@ -100,7 +100,7 @@ def init(params, name):
 @functools.cache
 def start(name):
     """All weights of the table adapted at once; compiled, which is faster than one by one."""
-    how = starts.loftq(int8, steps=2) if name == "loftq of int8" else name
+    how = initializers.loftq(int8, steps=2) if name == "loftq of int8" else name
     return jax.jit(lambda params: init(params, how))(PARAMS)
 
 

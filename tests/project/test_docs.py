@@ -8,9 +8,9 @@ import types
 
 import pytest
 
-from lora_jax import assets
+from lora_jax.models import assets
 
-ROOT = pathlib.Path(__file__).parent.parent
+ROOT = pathlib.Path(__file__).parents[2]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 TIMEOUT = 300  # seconds for one cell
 # What a notebook fetches where the cache does not have it; tests fetch nothing.

@@ -10,9 +10,9 @@ import sys
 
 import pytest
 
-from tests.mutants import MUTANTS
+from tests.stress.engine_mutants import MUTANTS
 
-ROOT = pathlib.Path(__file__).parent.parent
+ROOT = pathlib.Path(__file__).parents[2]
 PACKAGE = ROOT / "lora_jax"
 
 # A module imports only from modules above it.

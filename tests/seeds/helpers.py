@@ -9,7 +9,7 @@ import numpy as np
 
 import lora_jax
 from lora_jax import LoraConfig
-from tests.cases import is_node
+from tests.programs import is_node
 
 KEY = jax.random.key(0)
 ONE = jnp.float32(1)

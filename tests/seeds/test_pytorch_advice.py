@@ -10,7 +10,7 @@ import pytest
 import lora_jax
 from lora_jax import LoraConfig
 from lora_jax.layers import linear
-from tests.cases import is_node
+from tests.programs import is_node
 from tests.seeds.helpers import (
     KEY,
     WIDE,

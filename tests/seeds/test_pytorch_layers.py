@@ -12,8 +12,8 @@ import pytest
 import lora_jax
 from lora_jax import Layout, LoraConfig, LoraWeight, layers
 from lora_jax.layers import embedding, linear
-from tests.cases import is_node
-from tests.jaxprs import weight_sized
+from tests.programs import is_node
+from tests.programs.jaxprs import weight_sized
 from tests.seeds.helpers import KEY, close, factors, make, normal, same_bits, with_b
 
 pytestmark = pytest.mark.usefixtures("quick_compile")

@@ -8,7 +8,7 @@ import pytest
 
 from lora_jax import layers
 from lora_jax.layers import low_rank
-from tests.jaxprs import weight_sized
+from tests.programs.jaxprs import weight_sized
 from tests.seeds.helpers import KEY, close, flops, make, normal
 
 pytestmark = pytest.mark.usefixtures("quick_compile")

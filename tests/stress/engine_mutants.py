@@ -1,7 +1,7 @@
 """Break the engine on purpose, one way at a time, and see that the suite notices.
 
-    python -m tests.mutants            every mutant, a minute or so each
-    python -m tests.mutants scale cast those whose name holds one of the words
+    python -m tests.stress.engine_mutants            every mutant, a minute or so each
+    python -m tests.stress.engine_mutants scale cast those whose name holds one of the words
 
 For each it prints how many tests failed, and which. Exits with 1 where a mutant survives.
 """
@@ -15,10 +15,13 @@ import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 PYTEST = [sys.executable, "-m", "pytest", "-q", "-rf", "-p", "no:cacheprovider", "-n", "auto"]
-TESTS = [f"tests/test_{name}.py" for name in ("transform", "branches", "optim", "merging", "dora")]
-PROGRAMS = ["tests/test_programs.py", "-k", "merged_model and float64 or sized"]
+TESTS = [
+    *("tests/engine/test_transform.py", "tests/engine/test_products.py"),
+    *("tests/adapters/test_optim.py", "tests/adapters/test_merge.py", "tests/engine/test_dora.py"),
+]
+PROGRAMS = ["tests/engine/test_programs.py", "-k", "merged_model and float64 or sized"]
 
 
 class Mutant(NamedTuple):
@@ -33,67 +36,67 @@ class Mutant(NamedTuple):
 MUTANTS = [
     Mutant(
         "drop the scale",
-        "lazy.py",
+        "engine/lazy_weight.py",
         "return a, lax.mul(b.astype(dtype), scale)",
         "return a, b.astype(dtype)",
     ),
     Mutant(
         "swap A and B's contraction",
-        "branches.py",
+        "engine/products.py",
         "min((pair, pair[::-1]), key=operations)",
         "max((pair, pair[::-1]), key=operations)",
     ),
     Mutant(
         "contract with A twice, never with B",
-        "branches.py",
+        "engine/products.py",
         "pair = (lazy.a, lazy.a_axes), (lazy.b, lazy.b_axes)",
         "pair = (lazy.a, lazy.a_axes), (lazy.a, lazy.a_axes)",
     ),
     Mutant(
         "skip the cast of the factors",
-        "branches.py",
+        "engine/products.py",
         "h, s = hidden.h.astype(product.compute), s.astype(product.compute)",
         "h = hidden.h.astype(s.dtype)",
     ),
     Mutant(
         "skip the cast of the sum",
-        "lazy.py",
+        "engine/lazy_weight.py",
         "return lax.add(y.astype(wide), update.astype(wide)).astype(dtype)",
         "return lax.add(y.astype(wide), update.astype(wide))",
     ),
     Mutant(
         "give each weight of a group the first one's x·A",
-        "branches.py",
+        "engine/products.py",
         "return lax.split(h, [len(part) for part in parts], axis=h.ndim - 1)",
         "return [h[..., : len(part)] for part in parts]",
     ),
     Mutant(
         "let XLA fold the transpose of A",
-        "lazy.py",
+        "engine/lazy_weight.py",
         "a = lax.optimization_barrier(a.reshape(-1)).reshape(a.shape)",
         "pass",
     ),
     Mutant(
         "let gradients into the base",
-        "lazy.py",
+        "engine/lazy_weight.py",
         "lax.stop_gradient(node.w),",
         "node.w,",
     ),
     Mutant(
         "let gradients into the scale",
-        "lazy.py",
+        "engine/lazy_weight.py",
         "scale = lax.stop_gradient(scale)",
         "scale = scale",
     ),
     Mutant(
         "let gradients into the other leaves",
-        "transform.py",
+        "engine/transform.py",
         "return lax.stop_gradient(leaf) if isinstance(leaf, jax.Array) else leaf",
         "return leaf",
     ),
     Mutant(
         "form W + A·B in place of the branch",
-        "interpreter.py",
+        "engine/interpreter.py",
         "    if not any(map(is_lazy, values)):\n",
         "    from lora_jax.lazy import to_dense\n"
         "    values = [to_dense(v) if is_lazy(v) else v for v in values]\n"
@@ -101,38 +104,38 @@ MUTANTS = [
     ),
     Mutant(
         "scan the weights' first axis without the factors",
-        "loops.py",
+        "engine/rules/scan_while.py",
         "if lead in getattr(lazy, axes):",
         'if lead in getattr(lazy, axes) and name != "b":',
     ),
     Mutant(
         "train the scale",
-        "optim.py",
+        "adapters/optim.py",
         '("a", "b", "magnitude", "value")',
         '("a", "b", "magnitude", "value", "scale")',
     ),
     Mutant(
         "merge without the scale",
-        "algebra.py",
+        "core/algebra.py",
         "a, b, scale = (x.astype(dtype) for x in (weight.a, weight.b, weight.scale))",
         "a, b = (x.astype(dtype) for x in (weight.a, weight.b))\n"
         "    scale = jnp.ones_like(weight.scale, dtype)",
     ),
     Mutant(
         "let gradients into DoRA's norms",
-        "algebra.py",
+        "core/algebra.py",
         "scale, norms = jax.lax.stop_gradient((node.scale, norms))",
         "scale = jax.lax.stop_gradient(node.scale)",
     ),
     Mutant(
         "leave out the norm's cross term",
-        "algebra.py",
+        "core/algebra.py",
         "own + 2 * crossed + squared",
         "own + squared",
     ),
     Mutant(
         "forget the gain where the outputs are contracted",
-        "contractions.py",
+        "engine/rules/dot_general.py",
         "x = with_gain(x, product.x_axes, lazy)",
         "pass",
     ),

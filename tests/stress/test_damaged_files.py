@@ -1,13 +1,14 @@
-"""A few damaged files; `python -m tests.mutations` damages as many as one likes."""
+"""A few damaged files; `python -m tests.stress.damaged_files` damages as many as one likes."""
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lora_jax import AdapterFileError, peft, tensorfile
-from tests.mutations import check
-from tests.mutations.subjects import FORMATS, subject
-from tests.peft.models import PLAIN
+from lora_jax import AdapterFileError, peft
+from lora_jax.files.disk import safetensors_file
+from tests.parity.peft.models import PLAIN
+from tests.stress.damaged_files import check
+from tests.stress.damaged_files.subjects import FORMATS, subject
 
 
 @pytest.mark.parametrize("format", FORMATS)
@@ -28,9 +29,9 @@ def test_values_that_overflow_on_the_way(tmp_path, case, value, dtype, match):
     ending = "lora_B.bias" if case == "lora_bias" else "lora_B.weight"
     for name, data in chosen.files.items():
         (tmp_path / name).write_bytes(data)
-    tensors, metadata = tensorfile.read(tmp_path / peft.TENSORS)
+    tensors, metadata = safetensors_file.read(tmp_path / peft.TENSORS)
     name = next(name for name in tensors if name.endswith(ending))
     tensors[name] = np.full_like(tensors[name], value)
-    tensorfile.write(tmp_path / peft.TENSORS, tensors, metadata)
+    safetensors_file.write(tmp_path / peft.TENSORS, tensors, metadata)
     with pytest.raises(AdapterFileError, match=f"values beyond .*{match}"):
         peft.load(tmp_path, chosen.base, PLAIN, dtype=dtype)

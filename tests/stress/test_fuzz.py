@@ -6,11 +6,11 @@ import jax
 import numpy as np
 import pytest
 
-from tests.cases import is_node, merged
-from tests.fuzz import numpy_eval
-from tests.fuzz.campaign import drawn, smallest
-from tests.fuzz.check import check, values
-from tests.fuzz.language import Block, Op, Program, Weight, function, operations
+from tests.programs import is_node, merged
+from tests.stress.fuzz import numpy_eval
+from tests.stress.fuzz.campaign import drawn, smallest
+from tests.stress.fuzz.check import check, values
+from tests.stress.fuzz.language import Block, Op, Program, Weight, function, operations
 
 # ops: 3 = fit(inputs[0]); 4 = w0 reshaped; 5 = what they make
 KNOWN = Program(

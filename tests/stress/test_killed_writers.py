@@ -1,10 +1,10 @@
-"""A few writers killed at random moments; `python -m tests.kills` kills as many as one likes."""
+"""A few writers killed at random moments; `python -m tests.stress.killed_writers` kills as many as one likes."""
 
 import sys
 
 import pytest
 
-from tests.kills import check, writers
+from tests.stress.killed_writers import check, writers
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="there is no SIGKILL")
 

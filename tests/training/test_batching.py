@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from lora_jax.text.packing import assign_in_order
-from lora_jax.training import data
-from lora_jax.training.examples import Example
+from lora_jax.training import batching
+from lora_jax.training.packing import assign_in_order
+from lora_jax.training.tokenize import Example
 
 
 def example(*ids, prompt=1):
@@ -13,7 +13,7 @@ def example(*ids, prompt=1):
 
 
 def test_examples_in_rows():
-    packed = data.pack_examples([example(5, 6, prompt=0), example(7, 8, 9, prompt=2)], length=5)
+    packed = batching.pack_examples([example(5, 6, prompt=0), example(7, 8, 9, prompt=2)], length=5)
     np.testing.assert_array_equal(packed.arrays["ids"], [[7, 8, 9, 5, 6, 0]])
     np.testing.assert_array_equal(packed.arrays["segments"], [[1, 1, 1, 2, 2, 0]])
     # the prompt does not count, nor does a first token, which nothing predicts
@@ -24,7 +24,7 @@ def test_examples_in_rows():
 @pytest.mark.parametrize("n", [2, 3, 4, 5, 12, 13])
 def test_a_stream_counts_every_token_once(n):
     ids = np.arange(1, n + 1, dtype=np.int32)
-    arrays = data.cut_stream(ids, length=3).arrays
+    arrays = batching.cut_stream(ids, length=3).arrays
     counted = arrays["ids"][arrays["weights"] > 0]
     np.testing.assert_array_equal(counted, ids[1:])
     np.testing.assert_array_equal(arrays["segments"] > 0, arrays["ids"] > 0)
@@ -33,33 +33,35 @@ def test_a_stream_counts_every_token_once(n):
 
 def test_labelled_texts():
     texts = [np.full(n, 10 + n, np.int32) for n in (2, 3, 1, 4)]
-    packed = data.pack_labelled(texts, [0, 1, 2, 1], length=5, slots=2).arrays
+    packed = batching.pack_labelled(texts, [0, 1, 2, 1], length=5, slots=2).arrays
     for row, slot in np.argwhere(packed["weights"] > 0):
         ids = packed["ids"][row][packed["segments"][row] == slot + 1]
         assert {12: 0, 13: 1, 11: 2, 14: 1}[ids[0]] == packed["labels"][row, slot]
     assert packed["weights"].sum() == 4
 
 
-def numbered(n) -> data.Data:
-    return data.Data({"ids": np.arange(1, n + 1)[:, None]})
+def numbered(n) -> batching.Data:
+    return batching.Data({"ids": np.arange(1, n + 1)[:, None]})
 
 
 def test_an_epoch_goes_through_all_rows_once():
     rows = numbered(10)
-    assert data.steps_per_epoch(10, 4) == 3
-    steps = [data.batch_of_step(rows, 4, seed=3, step=s)["ids"].ravel() for s in range(6)]
+    assert batching.steps_per_epoch(10, 4) == 3
+    steps = [batching.batch_of_step(rows, 4, seed=3, step=s)["ids"].ravel() for s in range(6)]
     epochs = [np.concatenate(steps[:3]), np.concatenate(steps[3:])]
     for epoch in epochs:
         assert sorted(epoch) == [0, 0, *range(1, 11)]
     assert not np.array_equal(*epochs)
-    again = data.batch_of_step(rows, 4, seed=3, step=4)["ids"].ravel()
+    again = batching.batch_of_step(rows, 4, seed=3, step=4)["ids"].ravel()
     np.testing.assert_array_equal(again, steps[4])
-    other = [data.batch_of_step(rows, 4, seed=4, step=s)["ids"].ravel() for s in range(3)]
+    other = [batching.batch_of_step(rows, 4, seed=4, step=s)["ids"].ravel() for s in range(3)]
     assert not np.array_equal(np.concatenate(other), epochs[0])
 
 
 def test_an_epoch_in_the_rows_order():
-    steps = [data.batch_of_step(numbered(5), 2, seed=None, step=s)["ids"].ravel() for s in range(6)]
+    steps = [
+        batching.batch_of_step(numbered(5), 2, seed=None, step=s)["ids"].ravel() for s in range(6)
+    ]
     assert [s.tolist() for s in steps] == [[1, 2], [3, 4], [5, 0]] * 2
 
 
@@ -67,30 +69,30 @@ def test_an_epoch_in_the_rows_order():
 def test_examples_packed_in_order(lengths):
     """Best-fit packing would begin with the longest."""
     examples = [example(*[10 + i] * n, prompt=0) for i, n in enumerate(lengths)]
-    laid = data.pack_examples(examples, length=4, by=assign_in_order).arrays
+    laid = batching.pack_examples(examples, length=4, by=assign_in_order).arrays
     read = laid["ids"][laid["segments"] > 0]
     np.testing.assert_array_equal(read, np.repeat(10 + np.arange(len(lengths)), lengths))
 
 
 def test_labelled_texts_in_order():
     texts = [np.full(n, 10 + n, np.int32) for n in (2, 3, 1, 4)]
-    packed = data.pack_labelled(texts, [0, 1, 2, 1], 6, slots=2, by=assign_in_order).arrays
+    packed = batching.pack_labelled(texts, [0, 1, 2, 1], 6, slots=2, by=assign_in_order).arrays
     np.testing.assert_array_equal(packed["labels"], [[0, 1], [2, 1]])
     np.testing.assert_array_equal(packed["ids"][1], [11, 14, 14, 14, 14, 0])
 
 
 def test_batches_in_order():
-    found = [batch["ids"].ravel().tolist() for batch in data.batches(numbered(5), 2)]
+    found = [batch["ids"].ravel().tolist() for batch in batching.batches(numbered(5), 2)]
     assert found == [[1, 2], [3, 4], [5, 0]]
 
 
 @pytest.mark.parametrize("count, share", [(1, 0.5), (10, 0.01), (10, 1.0), (3, 0.9)])
 def test_a_part_that_would_be_empty(count, share):
     with pytest.raises(ValueError, match="leaves one part empty"):
-        data.hold_out(count, share, seed=0)
+        batching.hold_out(count, share, seed=0)
 
 
 def test_held_out_parts_are_disjoint():
-    train, held = data.hold_out(100, 0.1, seed=1)
+    train, held = batching.hold_out(100, 0.1, seed=1)
     assert len(held) == 10 and sorted([*train, *held]) == list(range(100))
-    assert not np.array_equal(held, data.hold_out(100, 0.1, seed=2)[1])
+    assert not np.array_equal(held, batching.hold_out(100, 0.1, seed=2)[1])

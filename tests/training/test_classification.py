@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 
 from lora_jax.training import labels
+from lora_jax.training.dataset import Row, Rows
 from lora_jax.training.errors import DataError
-from lora_jax.training.rows import Row, Rows
-from tests.training.models import Letters
+from tests.training.tiny_model import Letters
 
 
 class Marked(Letters):

@@ -17,15 +17,15 @@ import numpy as np
 import pytest
 
 import lora_jax as lora
-from lora_jax.training import data, log, loop, picture
+from lora_jax.training import batching, log, loop, loss_curve
 from lora_jax.training.checkpoints import Checkpoints
 from lora_jax.training.errors import TrainingError
 from lora_jax.training.interrupt import interruptible
 from lora_jax.training.loop import Watcher, train
-from tests.training import models
+from tests.training import tiny_model
 from tests.training.test_loss import by_hand
 
-HELD_OUT = data.cut_stream(models.stream(40, seed=9), 9)
+HELD_OUT = batching.cut_stream(tiny_model.stream(40, seed=9), 9)
 
 
 def leaves(tree):
@@ -40,7 +40,7 @@ def without_seconds(records):
 def whole(tmp_path_factory):
     """A run that is not interrupted: its directory, its outcome and the best adapters told of."""
     directory = tmp_path_factory.mktemp("whole")
-    job, start = models.job(directory, steps=7, held_out=HELD_OUT, eval_every=3, accumulate=2)
+    job, start = tiny_model.job(directory, steps=7, held_out=HELD_OUT, eval_every=3, accumulate=2)
     best = []
     outcome = train(job, start, Watcher(best=lambda a, r: best.append((jax.device_get(a), r))))
     return job, start, outcome, best
@@ -68,7 +68,7 @@ def test_the_evaluation_by_hand(whole):
     job, _, outcome, _ = whole
     merged = lora.merge(lora.join(job.base, outcome.adapters))
     x = HELD_OUT.arrays
-    logits = jax.jit(models.apply)(merged, x["ids"], x["segments"])
+    logits = jax.jit(tiny_model.apply)(merged, x["ids"], x["segments"])
     expected = by_hand(logits, x["ids"], x["segments"], x["weights"]) / x["weights"].sum()
     assert log.evaluations(outcome.records)[-1]["eval_loss"] == pytest.approx(expected, rel=1e-5)
 
@@ -82,7 +82,7 @@ def test_the_best_is_told_of(whole):
 
 def test_the_start_and_the_base_stay(whole):
     job, start, outcome, _ = whole
-    base, adapters = models.adapters()
+    base, adapters = tiny_model.adapters()
     for a, b in zip(leaves((job.base, start)), leaves((base, adapters)), strict=True):
         np.testing.assert_array_equal(a, b)
     assert any((a != b).any() for a, b in zip(*map(leaves, (start, outcome.adapters)), strict=True))
@@ -98,7 +98,7 @@ def test_resuming_is_exact(whole, tmp_path):
     """Losses, evaluations and adapters to the bit, after a stop and after a kill."""
     _, start, outcome, _ = whole
     often = {"eval_every": 3, "save_every": 2, "accumulate": 2}
-    job, _ = models.job(tmp_path, steps=7, held_out=HELD_OUT, **often)
+    job, _ = tiny_model.job(tmp_path, steps=7, held_out=HELD_OUT, **often)
     assert train(job, start, stopping_at(3)).step == 3  # an evaluation is due and left out
     assert train(job, start, stopping_at(6)).step == 6
     shutil.rmtree(tmp_path / "checkpoints" / "6")  # as if killed before: the log is ahead
@@ -119,13 +119,13 @@ def test_a_finished_run_stays_as_it_is(whole):
 
 def test_rows_in_their_order(tmp_path):
     """Of the 14 rows the last alone is not full, and it is in every epoch's last step."""
-    job, start = models.job(tmp_path, steps=4, rows=8, shuffle=False)
+    job, start = tiny_model.job(tmp_path, steps=4, rows=8, shuffle=False)
     assert [r["tokens"] for r in train(job, start).records] == [72, 47, 72, 47]
 
 
 def test_a_loss_that_is_not_finite(tmp_path):
     """The state before it is saved, and a run without the trouble goes on from there."""
-    job, start = models.job(tmp_path, steps=4)
+    job, start = tiny_model.job(tmp_path, steps=4)
 
     def broken(params, batch):
         sums = job.loss(params, batch)
@@ -135,7 +135,7 @@ def test_a_loss_that_is_not_finite(tmp_path):
     poisoned = job.data.arrays["ids"].copy()
     poisoned[np.random.default_rng([5, 0]).permutation(len(poisoned))[6]] = 999  # of the third step
     bad = dataclasses.replace(
-        job, loss=broken, data=data.Data({**job.data.arrays, "ids": poisoned})
+        job, loss=broken, data=batching.Data({**job.data.arrays, "ids": poisoned})
     )
     with pytest.raises(TrainingError, match="step 3: the loss is nan; try a lower --lr") as error:
         train(bad, start)
@@ -198,9 +198,9 @@ def test_a_torn_line_of_the_log(tmp_path):
 
 def test_the_picture(whole, tmp_path):
     _, _, outcome, _ = whole
-    picture.draw(outcome.records, tmp_path / "loss.png")
+    loss_curve.draw(outcome.records, tmp_path / "loss.png")
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
-    picture.draw([], tmp_path / "empty.png")
+    loss_curve.draw([], tmp_path / "empty.png")
 
 
 @pytest.fixture

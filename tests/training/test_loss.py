@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 
 import lora_jax as lora
-from lora_jax.training import data, loss
-from lora_jax.training.examples import Example
-from tests.jaxprs import equations
-from tests.training import models
+from lora_jax.training import batching, loss
+from lora_jax.training.tokenize import Example
+from tests.programs.jaxprs import equations
+from tests.training import tiny_model
 
 # Compiled as a whole: of single operations each would be compiled by itself.
-LANGUAGE = jax.jit(loss.language_sums(models.apply))
+LANGUAGE = jax.jit(loss.language_sums(tiny_model.apply))
 
 
 def by_hand(logits, ids, segments, weights):
@@ -28,7 +28,7 @@ def by_hand(logits, ids, segments, weights):
 
 
 def example(seed, length, prompt=1):
-    ids = np.random.default_rng(seed).integers(1, models.VOCABULARY, length).astype(np.int32)
+    ids = np.random.default_rng(seed).integers(1, tiny_model.VOCABULARY, length).astype(np.int32)
     return Example(ids, np.arange(length) >= prompt)
 
 
@@ -36,9 +36,9 @@ EXAMPLES = [example(0, 5, 2), example(1, 3), example(2, 6, 5), example(3, 4), ex
 
 
 def test_masks_by_hand():
-    batch = data.pack_examples(EXAMPLES, 8).arrays
-    params = models.params()
-    logits = jax.jit(models.apply)(params, batch["ids"], batch["segments"])
+    batch = batching.pack_examples(EXAMPLES, 8).arrays
+    params = tiny_model.params()
+    logits = jax.jit(tiny_model.apply)(params, batch["ids"], batch["segments"])
     sums = LANGUAGE(params, batch)
     expected = by_hand(logits, batch["ids"], batch["segments"], batch["weights"])
     assert sums["weight"] == 3 + 2 + 1 + 3 + 1
@@ -51,18 +51,18 @@ def test_the_last_token_is_predicted_and_not_read():
 
     def noted(params, ids, segments):
         read.append((ids, segments))
-        return models.apply(params, ids, segments)
+        return tiny_model.apply(params, ids, segments)
 
-    batch = data.cut_stream(models.stream(9), length=4).arrays
-    sums = loss.language_sums(noted)(models.params(), batch)
+    batch = batching.cut_stream(tiny_model.stream(9), length=4).arrays
+    sums = loss.language_sums(noted)(tiny_model.params(), batch)
     np.testing.assert_array_equal(read[0][0], batch["ids"][:, :4])
     assert read[0][1].shape == (2, 4) and sums["weight"] == 8
 
 
 def test_packed_texts_have_the_loss_they_have_alone(x64):
-    params = models.params(dtype=jnp.float64)
-    packed = LANGUAGE(params, data.pack_examples(EXAMPLES, 8).arrays)
-    alone = [LANGUAGE(params, data.pack_examples([e], 8).arrays) for e in EXAMPLES]
+    params = tiny_model.params(dtype=jnp.float64)
+    packed = LANGUAGE(params, batching.pack_examples(EXAMPLES, 8).arrays)
+    alone = [LANGUAGE(params, batching.pack_examples([e], 8).arrays) for e in EXAMPLES]
     for name in ("loss", "weight"):
         np.testing.assert_allclose(packed[name], sum(s[name] for s in alone), rtol=1e-12)
 
@@ -71,12 +71,14 @@ def test_padding_counts_for_nothing():
     """Not even where the model is not finite there."""
 
     def broken(params, ids, segments):
-        return jnp.where(segments[..., None] > 0, models.apply(params, ids, segments), jnp.nan)
+        return jnp.where(segments[..., None] > 0, tiny_model.apply(params, ids, segments), jnp.nan)
 
-    batch = data.pack_examples(EXAMPLES, 10).arrays
+    batch = batching.pack_examples(EXAMPLES, 10).arrays
     assert (batch["segments"] == 0).any()
-    found = jax.jit(loss.language_sums(broken))(models.params(), batch)
-    np.testing.assert_allclose(found["loss"], LANGUAGE(models.params(), batch)["loss"], rtol=1e-6)
+    found = jax.jit(loss.language_sums(broken))(tiny_model.params(), batch)
+    np.testing.assert_allclose(
+        found["loss"], LANGUAGE(tiny_model.params(), batch)["loss"], rtol=1e-6
+    )
 
 
 FROZEN_HEAD = lora.LoraConfig(rank=2, targets=["query", "value"], dtype=jnp.float64)
@@ -85,11 +87,11 @@ FROZEN_HEAD = lora.LoraConfig(rank=2, targets=["query", "value"], dtype=jnp.floa
 @pytest.mark.parametrize("chunk", [5, 64])
 def test_a_frozen_head_in_chunks(x64, chunk):
     """Values and gradients to the last digits."""
-    base, adapters = models.adapters(FROZEN_HEAD, dtype=jnp.float64)
+    base, adapters = tiny_model.adapters(FROZEN_HEAD, dtype=jnp.float64)
     adapters = jax.tree.map(lambda x: x + 0.1, adapters)
-    batch = data.pack_examples(EXAMPLES, 8).arrays
-    whole = lora.lora(loss.language_sums(models.apply))
-    cut = loss.language_sums_of_frozen_head(models.hidden, lambda p: p["head"], chunk)
+    batch = batching.pack_examples(EXAMPLES, 8).arrays
+    whole = lora.lora(loss.language_sums(tiny_model.apply))
+    cut = loss.language_sums_of_frozen_head(tiny_model.hidden, lambda p: p["head"], chunk)
     results = []
     for sums in (whole, lora.lora(cut, on_dense="error")):
         of = lambda a, sums=sums: 3 * sums(lora.join(base, a), batch)["loss"]
@@ -99,14 +101,16 @@ def test_a_frozen_head_in_chunks(x64, chunk):
 
 
 def test_chunks_hold_no_logits_of_all_tokens_and_compute_them_once():
-    batch = data.pack_examples(EXAMPLES * 8, 8).arrays
-    tokens, sizes = batch["ids"][:, 1:].size, (models.WIDTH, models.VOCABULARY)
-    sums = loss.language_sums_of_frozen_head(models.hidden, lambda p: p["head"], 4)
+    batch = batching.pack_examples(EXAMPLES * 8, 8).arrays
+    tokens, sizes = batch["ids"][:, 1:].size, (tiny_model.WIDTH, tiny_model.VOCABULARY)
+    sums = loss.language_sums_of_frozen_head(tiny_model.hidden, lambda p: p["head"], 4)
     of = lambda p: sums(p, batch)["loss"]
-    forward, both = (jax.make_jaxpr(f)(models.params()) for f in (of, jax.grad(of)))
+    forward, both = (jax.make_jaxpr(f)(tiny_model.params()) for f in (of, jax.grad(of)))
     text = str(both)
-    assert f"[{tokens},{models.VOCABULARY}]" not in text and f"[4,{models.VOCABULARY}]" in text
-    assert f",8,{models.VOCABULARY}]" not in text
+    assert (
+        f"[{tokens},{tiny_model.VOCABULARY}]" not in text and f"[4,{tiny_model.VOCABULARY}]" in text
+    )
+    assert f",8,{tiny_model.VOCABULARY}]" not in text
     # forward alone: the logits; with a gradient: the logits and the gradient of the states
     assert [products_with(jaxpr, sizes) for jaxpr in (forward, both)] == [1, 2]
 

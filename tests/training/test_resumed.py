@@ -10,7 +10,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from tests import resumed
+from tests.training import resumed
 
 
 def bits(x):
@@ -32,8 +32,17 @@ def test_interrupted_and_resumed_in_another_process(form, tmp_path):
         assert got.dtype == want.dtype and got.shape == want.shape
         assert bits(got).tobytes() == bits(want).tobytes()
     assert {x.dtype.name for x in jax.tree.leaves(back)} >= {"bfloat16", "float32", "key<fry>"}
-    command = [sys.executable, "-W", "error", "-m", "tests.resumed", form, tmp_path / "run", "6"]
-    folder = Path(__file__).parent.parent
+    command = [
+        sys.executable,
+        "-W",
+        "error",
+        "-m",
+        "tests.training.resumed",
+        form,
+        tmp_path / "run",
+        "6",
+    ]
+    folder = Path(__file__).parents[2]
     other = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=folder)
     assert other.stderr == "" and other.returncode == 0, other.stderr
     assert other.stdout.split() == whole[3:]

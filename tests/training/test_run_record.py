@@ -6,8 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lora_jax.training import run
-from lora_jax.training.data import Data
+from lora_jax.training import run_record
+from lora_jax.training.batching import Data
 from lora_jax.training.errors import TrainingError
 
 SETTINGS = {"rank": 8, "learning_rate": 1e-3, "targets": ["q_proj", "v_proj"]}
@@ -19,19 +19,19 @@ def data(first=1):
 
 def identity(settings=None, base=1.0, first=1, held_out=None):
     tree = {"a": jnp.full(3, base), "b": jnp.zeros(2)}
-    return run.identity(SETTINGS | (settings or {}), tree, data(first), held_out)
+    return run_record.identity(SETTINGS | (settings or {}), tree, data(first), held_out)
 
 
 def test_the_same_run_is_resumed(tmp_path):
-    assert not run.begin(tmp_path / "out", identity(), resume=False)
-    assert run.begin(tmp_path / "out", identity(), resume=True)
+    assert not run_record.begin(tmp_path / "out", identity(), resume=False)
+    assert run_record.begin(tmp_path / "out", identity(), resume=True)
     with pytest.raises(TrainingError, match="holds a run already: add --resume"):
-        run.begin(tmp_path / "out", identity(), resume=False)
+        run_record.begin(tmp_path / "out", identity(), resume=False)
 
 
 def test_nothing_to_resume_is_a_beginning(tmp_path):
-    assert not run.begin(tmp_path, identity(), resume=True)
-    assert run.begin(tmp_path, identity(), resume=True)
+    assert not run_record.begin(tmp_path, identity(), resume=True)
+    assert run_record.begin(tmp_path, identity(), resume=True)
 
 
 @pytest.mark.parametrize(
@@ -54,14 +54,14 @@ def test_nothing_to_resume_is_a_beginning(tmp_path):
     ],
 )
 def test_another_run_is_refused(tmp_path, other, said):
-    run.begin(tmp_path, identity(), resume=False)
+    run_record.begin(tmp_path, identity(), resume=False)
     with pytest.raises(TrainingError, match="was begun otherwise") as error:
-        run.begin(tmp_path, identity(**other), resume=True)
+        run_record.begin(tmp_path, identity(**other), resume=True)
     assert str(error.value).split("\n")[1:] == said
 
 
 @pytest.mark.parametrize("content", ["{", "[]", "{}", json.dumps({"settings": 1})])
 def test_a_damaged_file(tmp_path, content):
-    (tmp_path / run.FILE).write_text(content)
+    (tmp_path / run_record.FILE).write_text(content)
     with pytest.raises(TrainingError, match=r"run\.json is damaged .* start anew in another --out"):
-        run.begin(tmp_path, identity(), resume=True)
+        run_record.begin(tmp_path, identity(), resume=True)

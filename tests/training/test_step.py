@@ -9,28 +9,28 @@ import optax
 import pytest
 
 import lora_jax as lora
-from lora_jax.training import data
+from lora_jax.training import batching
 from lora_jax.training.errors import TrainingError
 from lora_jax.training.loss import language_sums
 from lora_jax.training.optimizer import Optimizer
 from lora_jax.training.step import make_evaluation, make_step, start
-from tests.training import models
+from tests.training import tiny_model
 from tests.training.test_loss import example
 
 # Rows whose counts of trained tokens differ widely, so that a mean of means would be another loss.
 _ROWS = [
-    data.pack_examples([example(seed, length, prompt)], 8).arrays
+    batching.pack_examples([example(seed, length, prompt)], 8).arrays
     for seed, (length, prompt) in enumerate([(8, 1), (2, 1), (8, 7), (3, 1)])
 ]
-UNEVEN = data.Data({name: np.concatenate([row[name] for row in _ROWS]) for name in _ROWS[0]})
+UNEVEN = batching.Data({name: np.concatenate([row[name] for row in _ROWS]) for name in _ROWS[0]})
 
 
 @functools.cache
 def run(accumulate):
     """Two steps in float64, and what they measured."""
-    base, adapters = models.adapters(dtype=jnp.float64)
+    base, adapters = tiny_model.adapters(dtype=jnp.float64)
     tx = lora.freeze(optax.sgd(0.1), adapters)
-    step = make_step(language_sums(models.apply), tx, accumulate)
+    step = make_step(language_sums(tiny_model.apply), tx, accumulate)
     state, measured = start(adapters, tx), []
     for _ in range(2):
         state, sums = step(state, base, UNEVEN.arrays)
@@ -45,8 +45,8 @@ def test_accumulation_is_the_big_batch(x64):
 
 def test_accumulation_is_no_mean_of_means(x64):
     """The test above could not fail if the two were the same here."""
-    params = lora.merge(lora.join(*models.adapters(dtype=jnp.float64)))
-    sums = jax.jit(language_sums(models.apply))
+    params = lora.merge(lora.join(*tiny_model.adapters(dtype=jnp.float64)))
+    sums = jax.jit(language_sums(tiny_model.apply))
     parts = [sums(params, UNEVEN.take(np.array([row]))) for row in range(4)]
     means = np.mean([s["loss"] / s["weight"] for s in parts])
     exact = sum(s["loss"] for s in parts) / sum(s["weight"] for s in parts)
@@ -55,9 +55,9 @@ def test_accumulation_is_no_mean_of_means(x64):
 
 
 def test_an_empty_row_changes_nothing(x64):
-    base, adapters = models.adapters(dtype=jnp.float64)
+    base, adapters = tiny_model.adapters(dtype=jnp.float64)
     tx = lora.freeze(optax.sgd(0.1), adapters)
-    step = make_step(language_sums(models.apply), tx)
+    step = make_step(language_sums(tiny_model.apply), tx)
     found = [
         step(start(adapters, tx), base, UNEVEN.take(np.array(rows)))
         for rows in ([0, 1, 2], [0, 1, 2, -1])
@@ -68,17 +68,17 @@ def test_an_empty_row_changes_nothing(x64):
 
 def test_the_gradient_is_that_of_the_merged_model(x64):
     """An oracle without lora: dL/dA from the gradient of the dense weights."""
-    base, adapters = models.adapters(dtype=jnp.float64)
+    base, adapters = tiny_model.adapters(dtype=jnp.float64)
     adapters = jax.tree.map(lambda x: x + 0.05, adapters)
 
     def mean(a):
         dense = lora.merge(lora.join(base, a))
-        sums = language_sums(models.apply)(dense, UNEVEN.arrays)
+        sums = language_sums(tiny_model.apply)(dense, UNEVEN.arrays)
         return sums["loss"] / sums["weight"]
 
     gradient = jax.jit(jax.grad(mean))(adapters)
     tx = lora.freeze(optax.sgd(1.0), adapters)
-    state, measured = make_step(language_sums(models.apply), tx, 2)(
+    state, measured = make_step(language_sums(tiny_model.apply), tx, 2)(
         start(adapters, tx), base, UNEVEN.arrays
     )
     norm = 0.0
@@ -93,9 +93,9 @@ def test_the_gradient_is_that_of_the_merged_model(x64):
 
 
 def test_what_is_not_finite_changes_nothing():
-    base, adapters = models.adapters()
+    base, adapters = tiny_model.adapters()
     tx = Optimizer(0.1).transformation(adapters, 5)
-    step = make_step(language_sums(models.apply), tx)
+    step = make_step(language_sums(tiny_model.apply), tx)
     state, _ = step(start(adapters, tx), base, UNEVEN.arrays)
     before = jax.device_get(state)
     broken = {**base, "head": base["head"].at[0, 0].set(jnp.inf)}
@@ -106,20 +106,20 @@ def test_what_is_not_finite_changes_nothing():
 
 
 def test_the_state_is_given_away_and_the_adapters_are_not():
-    base, adapters = models.adapters()
+    base, adapters = tiny_model.adapters()
     tx = Optimizer().transformation(adapters, 5)
     state = start(adapters, tx)
-    make_step(language_sums(models.apply), tx)(state, base, UNEVEN.arrays)
+    make_step(language_sums(tiny_model.apply), tx)(state, base, UNEVEN.arrays)
     assert all(x.is_deleted() for x in jax.tree.leaves(state.adapters))
     assert not any(x.is_deleted() for x in jax.tree.leaves((adapters, base)))
 
 
 def test_dropout_differs_by_step_and_not_by_run():
     config = lora.LoraConfig(rank=2, targets=["query", "value", "head"], dropout=0.5)
-    base, adapters = models.adapters(config)
+    base, adapters = tiny_model.adapters(config)
     adapters = jax.tree.map(lambda x: x + 0.3, adapters)
     tx = lora.freeze(optax.sgd(0.0), adapters)
-    step = make_step(language_sums(models.apply), tx, 2, seed=1)
+    step = make_step(language_sums(tiny_model.apply), tx, 2, seed=1)
     runs = []
     for _ in range(2):
         state, losses = start(adapters, tx), []
@@ -128,14 +128,14 @@ def test_dropout_differs_by_step_and_not_by_run():
             losses.append(float(measured["loss"]))
         runs.append(losses)
     assert runs[0] == runs[1] and len(set(runs[0])) == 3
-    evaluate = make_evaluation(language_sums(models.apply))
+    evaluate = make_evaluation(language_sums(tiny_model.apply))
     once, twice = (evaluate(adapters, base, UNEVEN.arrays)["loss"] for _ in range(2))
     assert once == twice
 
 
 def test_clipping_and_the_rates_of_b():
     """Adam's first update is the rate whatever the gradient, so clipping is seen by sgd's."""
-    _, adapters = models.adapters()
+    _, adapters = tiny_model.adapters()
     gradients = jax.tree.map(jnp.ones_like, adapters)
     count = sum(x.size for n in adapters.values() if n is not None for x in (n.a, n.b))
     tx = optax.chain(Optimizer(clip=0.5).clipping(adapters), lora.freeze(optax.sgd(1.0), adapters))

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import lora_jax as lora
-from lora_jax.training.data import Data, cut_stream
+from lora_jax.training.batching import Data, cut_stream
 from lora_jax.training.loop import Job, Settings
 from lora_jax.training.loss import language_sums
 from lora_jax.training.optimizer import Optimizer

@@ -27,7 +27,7 @@ def command(
     ] = None,
     naming: Annotated[
         Path | None,
-        typer.Option(help="Names and axes of a model of your own: JSON, see lora_jax.naming."),
+        typer.Option(help="Names and axes of a model of your own: JSON, see lora_jax.files.naming."),
     ] = None,
     force: Force = False,
 ) -> None:
@@ -46,6 +46,6 @@ def command(
     lora_jax has the paths and axes of a JAX model: to or from it, say which with --model, or from
     it with --naming.
     """
-    from lora_jax.cli import run_convert
+    from lora_jax.cli.jobs import convert
 
-    run_convert.run(adapter, to, out, model=model, naming=naming, force=force)
+    convert.run(adapter, to, out, model=model, naming=naming, force=force)

@@ -54,9 +54,9 @@ def command(
     """
     text = _prompt(prompt, prompt_file)
 
-    from lora_jax.cli import run_generate
+    from lora_jax.cli.jobs import generate
 
-    run_generate.run(
+    generate.run(
         model,
         adapter,
         text,

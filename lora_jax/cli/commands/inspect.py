@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from lora_jax.cli.factors import AdapterFile
-    from lora_jax.cli.spectrum import Spectrum
+    from lora_jax.cli.jobs.spectrum import Spectrum
+    from lora_jax.files.contained_factors import AdapterFile
 
 EXAMPLES = (
     "lora-jax inspect my-adapter",
@@ -34,8 +34,8 @@ def command(
     norms |A|, |B| and |ΔW|, the stable rank of ΔW (its squared norm over its largest squared
     singular value), and how few singular directions hold 90 and 99 % of its squared norm.
     """
-    from lora_jax.cli.factors import read_factors
-    from lora_jax.cli.spectrum import spectrum
+    from lora_jax.cli.jobs.spectrum import spectrum
+    from lora_jax.files.contained_factors import read_factors
 
     file = read_factors(adapter)
     spectra = [spectrum(factors.a, factors.b, factors.scale) for factors in file.factors]
@@ -44,14 +44,14 @@ def command(
 
         typer.echo(json.dumps(record(file, spectra), indent=2, allow_nan=False))
     else:
-        from lora_jax.cli import inspect_table
+        from lora_jax.cli.jobs import inspect_table
 
         inspect_table.show(file, spectra, every=every)
 
 
 def record(file: AdapterFile, spectra: list[Spectrum]) -> dict[str, Any]:
     """What `--json` prints; numbers that are not finite are null."""
-    from lora_jax.cli.kinds import DESCRIPTIONS
+    from lora_jax.files.kinds import DESCRIPTIONS
 
     return {
         "path": str(file.path),

@@ -29,6 +29,6 @@ def command(
     told. The tokenizer, and whatever else stands beside the base's weights, comes along. The
     directory appears whole or not at all, and the base is never changed.
     """
-    from lora_jax.cli import run_merge
+    from lora_jax.cli.jobs import merge
 
-    run_merge.run(model, adapter, out, dtype=dtype, force=force)
+    merge.run(model, adapter, out, dtype=dtype, force=force)

@@ -32,9 +32,9 @@ def command(context: typer.Context, options: Options) -> None:
     """
     if options.held_out and options.eval_split:
         raise typer.BadParameter("give --eval or --eval-split, not both")
-    from lora_jax.cli import run_train
+    from lora_jax.cli.jobs import train
 
-    run_train.main(options, _again(context))
+    train.main(options, _again(context))
 
 
 def _again(context: typer.Context) -> str:

@@ -10,9 +10,9 @@ import numpy as np
 
 import lora_jax as lora
 from lora_jax.cli import sources
-from lora_jax.cli.generate import PromptError
+from lora_jax.cli.commands.generate import PromptError
 from lora_jax.models import Pretrained, generation
-from lora_jax.text.tokenizer import Tokenizer
+from lora_jax.models.text.tokenizer import Tokenizer
 
 
 def run(

@@ -8,10 +8,10 @@ from rich.markup import escape
 from rich.measure import Measurement
 from rich.table import Table
 
-from lora_jax.cli.factors import AdapterFile, Factors
-from lora_jax.cli.kinds import DESCRIPTIONS
-from lora_jax.cli.spectrum import Spectrum
+from lora_jax.cli.jobs.spectrum import Spectrum
 from lora_jax.cli.terminal import console
+from lora_jax.files.contained_factors import AdapterFile, Factors
+from lora_jax.files.kinds import DESCRIPTIONS
 
 _HEADINGS = ("rank", "alpha", "scale", "|A|", "|B|", "|ΔW|", "σ₁", "stable rank", "90 %", "99 %")
 _NARROW = ("rank", "scale", "|ΔW|", "90 %")  # what a narrow terminal has room for

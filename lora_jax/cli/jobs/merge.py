@@ -10,10 +10,12 @@ import jax
 import jax.numpy as jnp
 
 import lora_jax as lora
-from lora_jax import models, tensorfile
-from lora_jax.cli import kinds, sources
+from lora_jax import models
+from lora_jax.cli import sources
 from lora_jax.cli.options import OutputError, refuse_existing
-from lora_jax.models import checkpoints
+from lora_jax.files import kinds
+from lora_jax.files.disk import safetensors_file
+from lora_jax.models import hf_directory
 
 NOTABLE = 0.1  # share of an update lost to rounding that is worth a warning
 _WEIGHTS = (
@@ -34,7 +36,7 @@ def run(model: str, adapter: Path, out: Path, *, dtype: str | None, force: bool)
         raise OutputError(
             f"{out}: is the base itself, which is never changed; choose another --out"
         )
-    if (out / checkpoints.INDEX).exists():
+    if (out / hf_directory.INDEX).exists():
         raise OutputError(f"{out}: holds a model in several files; choose another --out")
     refuse_existing(out, force)
     loaded = sources.load(base, adapter)
@@ -44,7 +46,7 @@ def run(model: str, adapter: Path, out: Path, *, dtype: str | None, force: bool)
         params = jax.tree.map(lambda x: x.astype(dtype), params)
     merged = dataclasses.replace(loaded.model, params=params)
     beside = _beside(base)
-    tensorfile.write_directory(out, beside | models.files(merged))
+    safetensors_file.write_directory(out, beside | models.files(merged))
     name = str(jnp.result_type(*jax.tree.leaves(params)))
     print(f"wrote {out}: {len(errors)} merged weights in {name}, {len(beside)} other files")
     _report(errors, name)

@@ -11,12 +11,12 @@ import jax.numpy as jnp
 from rich.console import Console
 
 import lora_jax as lora
-from lora_jax.cli import train_results
 from lora_jax.cli.base_model import open_model
+from lora_jax.cli.jobs import train_results
+from lora_jax.cli.jobs.train_data import Task, read_task
 from lora_jax.cli.targets import resolve
-from lora_jax.cli.train_data import Task, read_task
 from lora_jax.cli.train_options import Options
-from lora_jax.training import log, picture, progress, run
+from lora_jax.training import log, loss_curve, progress, run_record
 from lora_jax.training.errors import TrainingError
 from lora_jax.training.interrupt import interruptible
 from lora_jax.training.loop import Job, Outcome, Settings, Watcher, steps_of_epochs, train
@@ -52,8 +52,10 @@ def main(options: Options, command: str) -> None:
     start = lora.init(jax.random.key(options.seed), task.params, config, task.apply, ids, ids)
     job, adapters = _job(options, optimizer, task, targets, start)
     steps = job.settings.steps
-    this = run.identity(_recorded(options, config, steps), task.params, task.data, task.held_out)
-    if not run.begin(options.out, this, options.resume) and options.resume:
+    this = run_record.identity(
+        _recorded(options, config, steps), task.params, task.data, task.held_out
+    )
+    if not run_record.begin(options.out, this, options.resume) and options.resume:
         say(f"nothing to resume in {options.out}: starting at the beginning")
     counts = lora.count_params(start)
     say(
@@ -63,7 +65,7 @@ def main(options: Options, command: str) -> None:
     )
     results = train_results.Results(options, task, model.naming, config, start)
     outcome = _watched(job, adapters, results, console, say)
-    picture.draw(outcome.records, options.out / "loss.png")
+    loss_curve.draw(outcome.records, options.out / "loss.png")
     if outcome.step < steps:
         raise KeyboardInterrupt(f"step {outcome.step} of {steps} is saved; to go on: {command}")
     path = results.write("adapter", outcome.adapters, {"step": outcome.step})

@@ -10,16 +10,16 @@ from typing import Any
 import numpy as np
 
 from lora_jax.cli.base_model import Model
-from lora_jax.cli.classifier import with_head
 from lora_jax.cli.train_options import CLASSIFICATION, Options
-from lora_jax.text.packing import Assign, assign, assign_in_order
 from lora_jax.training import labels
-from lora_jax.training.data import Data, cut_stream, hold_out, pack_examples, pack_labelled
+from lora_jax.training.batching import Data, cut_stream, hold_out, pack_examples, pack_labelled
+from lora_jax.training.classification import with_head
+from lora_jax.training.dataset import STREAM, Row, Rows, read
 from lora_jax.training.errors import DataError, TrainingError
-from lora_jax.training.examples import encode, encode_stream
 from lora_jax.training.loss import class_sums, language_sums, language_sums_of_frozen_head
-from lora_jax.training.rows import STREAM, Row, Rows, read
+from lora_jax.training.packing import Assign, assign, assign_in_order
 from lora_jax.training.step import Loss
+from lora_jax.training.tokenize import encode, encode_stream
 
 SLOTS = 16  # texts that a row of a classifier holds at most
 Apply = Callable[[Any, Any, Any], Any]  # (params, ids, segments) -> logits

@@ -13,10 +13,10 @@ from rich.console import Console
 from rich.table import Table
 
 import lora_jax as lora
-from lora_jax import peft
-from lora_jax.cli.train_data import Task
+from lora_jax.cli.jobs.train_data import Task
 from lora_jax.cli.train_options import Options
-from lora_jax.naming import Naming
+from lora_jax.files import peft
+from lora_jax.files.naming import Naming
 from lora_jax.training import log
 
 CHANGES_BASE = ("pissa", "pissa_fast", "olora")  # starts after which the base is another

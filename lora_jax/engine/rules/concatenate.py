@@ -9,11 +9,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from lora_jax import _contract, _jaxpr
-from lora_jax.context import Context
-from lora_jax.lazy import RANK, Axis, LazyWeight, is_lazy
-from lora_jax.rules import Rule, rule
-from lora_jax.views import spread
+from lora_jax.engine import jaxprs, named_axes
+from lora_jax.engine.context import Context
+from lora_jax.engine.lazy_weight import RANK, Axis, LazyWeight, is_lazy
+from lora_jax.engine.rules.registry import Rule, rule
+from lora_jax.engine.rules.views import spread
 
 RULES: dict[str, Rule] = {}
 
@@ -64,7 +64,7 @@ def _join(
     if tangent and not all(is_lazy(x) and x.w is None for x in parts):
         return NotImplemented
     aval = eqn.outvars[0].aval
-    w = None if tangent else _jaxpr.bind(eqn, [x.w if is_lazy(x) else x for x in args])[0]
+    w = None if tangent else jaxprs.bind(eqn, [x.w if is_lazy(x) else x for x in args])[0]
     common = iter(_with_common_axes(weights))
     named = [next(common) if is_lazy(x) else None for x in parts]
     first = next(filter(None, named))
@@ -238,7 +238,7 @@ def _alike(parts: Parts, name: str) -> list[jax.Array | None]:
     """One member of each part, in one order of axes and one dtype."""
     axes = next(x for x in parts if x is not None).axes_of(name)
     arrays = [
-        None if x is None else _contract.arrange(getattr(x, name), x.axes_of(name), axes, {})
+        None if x is None else named_axes.arrange(getattr(x, name), x.axes_of(name), axes, {})
         for x in parts
     ]
     dtypes = {x.dtype for x in arrays if x is not None}

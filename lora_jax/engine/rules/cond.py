@@ -7,10 +7,10 @@ from typing import Any
 import jax
 from jax import lax
 
-from lora_jax import _jaxpr
-from lora_jax.context import OR, Context
-from lora_jax.lazy import MEMBERS, RANK, Axis, LazyWeight, is_lazy
-from lora_jax.rules import Container, Walk, rule
+from lora_jax.engine import jaxprs
+from lora_jax.engine.context import OR, Context
+from lora_jax.engine.lazy_weight import MEMBERS, RANK, Axis, LazyWeight, is_lazy
+from lora_jax.engine.rules.registry import Container, Walk, rule
 
 CONTAINERS: dict[str, Container] = {}
 
@@ -21,7 +21,7 @@ def _cond(ctx: Context, eqn: Any, args: Sequence[Any], walk: Walk) -> Any:
     index, *operands = args
     if is_lazy(index):
         return NotImplemented
-    programs = [_jaxpr.open_jaxpr(branch) for branch in eqn.params["branches"]]
+    programs = [jaxprs.open_jaxpr(branch) for branch in eqn.params["branches"]]
     platforms = eqn.params.get("branches_platforms")
     if platforms is not None and ctx.infers:
         # One branch a platform: another's may not even trace here, and the last tells the use.
@@ -84,7 +84,7 @@ class _Branch:
         self._jaxpr, self.outs = self._walked(*operands)
 
     def __call__(self, *operands: Any) -> list[Any]:
-        flat = _jaxpr.evaluate(self._jaxpr, jax.tree.leaves(operands))
+        flat = jaxprs.evaluate(self._jaxpr, jax.tree.leaves(operands))
         return jax.tree.unflatten(jax.tree.structure(self.outs), flat)
 
 

@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from lora_jax import _contract, _jaxpr
-from lora_jax.context import Context
-from lora_jax.lazy import (
+from lora_jax.engine import jaxprs, named_axes
+from lora_jax.engine.context import Context
+from lora_jax.engine.lazy_weight import (
     RANK,
     Axis,
     LazyWeight,
@@ -22,8 +22,8 @@ from lora_jax.lazy import (
     is_lazy,
     with_gain,
 )
-from lora_jax.probes import observe
-from lora_jax.rules import Rule, rule
+from lora_jax.engine.probes import observe
+from lora_jax.engine.rules.registry import Rule, rule
 
 RULES: dict[str, Rule] = {}
 
@@ -41,7 +41,7 @@ def _conv(ctx: Context, eqn: Any, args: Sequence[Any]) -> Any:
     roles = _Roles.of(eqn, lazy, is_kernel)
     ctx.record(lazy, eqn, summed=[roles.inner, *roles.window], batch=[])
     if lazy.a is None:
-        return _jaxpr.bind(eqn, (x, lazy.w) if is_kernel else (lazy.w, x))
+        return jaxprs.bind(eqn, (x, lazy.w) if is_kernel else (lazy.w, x))
     a_axes, b_axes = set(lazy.a_axes) - {RANK}, set(lazy.b_axes) - {RANK}
     x_axes, out_axes = ([Axis((), -2 - i) for i in range(x.ndim)] for _ in range(2))
     x_axes[roles.x_inner], out_axes[roles.out] = roles.inner, roles.outer
@@ -62,7 +62,7 @@ def _conv(ctx: Context, eqn: Any, args: Sequence[Any]) -> Any:
     else:
         return NotImplemented
     operands = (x, lazy.w) if is_kernel else (lazy.w, x)
-    y = None if lazy.w is None else _jaxpr.bind(eqn, operands)[0]
+    y = None if lazy.w is None else jaxprs.bind(eqn, operands)[0]
     total = add(y, update, eqn.outvars[0].aval.dtype)
     return [with_gain(total, out_axes, lazy) if takes_gain == "out" else total]
 
@@ -129,8 +129,8 @@ def _convolve_then_mix(eqn: Any, lazy: LazyWeight, x: jax.Array, roles: _Roles) 
 def _observed(eqn: Any, lazy: LazyWeight, x: jax.Array, roles: _Roles) -> jax.Array:
     """The convolution with the base, its windows tapped where the weight is the kernel."""
     if not roles.is_kernel:
-        return _jaxpr.bind(eqn, (lazy.w, x))[0]
-    (y,) = _jaxpr.bind(eqn, (x, lazy.w))
+        return jaxprs.bind(eqn, (lazy.w, x))[0]
+    (y,) = jaxprs.bind(eqn, (x, lazy.w))
 
     def first(x: jax.Array, a: jax.Array) -> jax.Array:
         return _convolve_with_a(eqn, dataclasses.replace(lazy, a=a), x, roles, roles.outer)
@@ -151,7 +151,7 @@ def _convolve_with_a(
     """The convolution with A for the weight, RANK in the place of one of the weight's axes."""
     compute, accumulate = branch_dtypes(x.dtype, lazy)
     wanted = [RANK if axis == replaced else axis for axis in lazy.axes]
-    a = _contract.arrange(lazy.a, lazy.a_axes, wanted, lazy.sizes).astype(compute)
+    a = named_axes.arrange(lazy.a, lazy.a_axes, wanted, lazy.sizes).astype(compute)
     if roles.is_kernel and roles.feature_groups > 1:
         a = jnp.concatenate([a] * roles.feature_groups, wanted.index(RANK))  # A serves every group
     x = x.astype(compute)
@@ -167,7 +167,7 @@ def _mix(eqn: Any, lazy: LazyWeight, x: jax.Array, at: int, summed: Axis, made: 
     names = [summed if i == at else Axis((), -2 - i) for i in range(x.ndim)]
     wanted = [made if name == summed else name for name in names]
     b_axes = [RANK, made if summed == RANK else summed]
-    b = _contract.arrange(lazy.b, lazy.b_axes, b_axes, lazy.sizes)
+    b = named_axes.arrange(lazy.b, lazy.b_axes, b_axes, lazy.sizes)
     return _product(eqn, lazy, (x, names), (b, b_axes), wanted)
 
 
@@ -179,7 +179,7 @@ def _mix_in_groups(eqn: Any, lazy: LazyWeight, h: jax.Array, roles: _Roles) -> j
     wanted = [*names[:out], group, roles.outer, *names[out + 1 :]]
     names.insert(at, group)
     h = h.reshape(*h.shape[:at], groups, h.shape[at] // groups, *h.shape[at + 1 :])
-    b = _contract.arrange(lazy.b, lazy.b_axes, [RANK, roles.outer], lazy.sizes)
+    b = named_axes.arrange(lazy.b, lazy.b_axes, [RANK, roles.outer], lazy.sizes)
     b = b.reshape(b.shape[0], groups, b.shape[1] // groups)
     y = _product(eqn, lazy, (h, names), (b, [RANK, group, roles.outer]), wanted)
     return y.reshape(*y.shape[:out], y.shape[out] * y.shape[out + 1], *y.shape[out + 2 :])
@@ -190,7 +190,7 @@ Named = tuple[jax.Array, Sequence[Axis]]
 
 def _product(eqn: Any, lazy: LazyWeight, x: Named, b: Named, wanted: Sequence[Axis]) -> jax.Array:
     compute, accumulate = branch_dtypes(x[0].dtype, lazy)
-    y, names = _contract.contract(
+    y, names = named_axes.contract(
         x[0].astype(compute),
         x[1],
         b[0].astype(compute),
@@ -199,4 +199,4 @@ def _product(eqn: Any, lazy: LazyWeight, x: Named, b: Named, wanted: Sequence[Ax
         precision=eqn.params["precision"],
         preferred_element_type=accumulate,
     )
-    return _contract.arrange(y, names, wanted, {})
+    return named_axes.arrange(y, names, wanted, {})

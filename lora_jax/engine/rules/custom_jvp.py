@@ -8,10 +8,10 @@ import numpy as np
 from jax import dtypes
 from jax.custom_derivatives import SymbolicZero
 
-from lora_jax import _jaxpr
-from lora_jax.context import Context
-from lora_jax.lazy import is_lazy, tangents, to_dense
-from lora_jax.rules import Container, Walk, rule
+from lora_jax.engine import jaxprs
+from lora_jax.engine.context import Context
+from lora_jax.engine.lazy_weight import is_lazy, tangents, to_dense
+from lora_jax.engine.rules.registry import Container, Walk, rule
 
 CONTAINERS: dict[str, Container] = {}
 
@@ -19,7 +19,7 @@ CONTAINERS: dict[str, Container] = {}
 @rule(CONTAINERS, "custom_jvp_call")
 def _custom_jvp(ctx: Context, eqn: Any, args: Sequence[Any], walk: Walk) -> list[Any]:
     """The author's rule, interpreted like the function: the tangent of a weight is lazy too."""
-    jaxpr, consts = _jaxpr.open_jaxpr(eqn.params["call_jaxpr"])
+    jaxpr, consts = jaxprs.open_jaxpr(eqn.params["call_jaxpr"])
     if any(is_lazy(x) and x.probe for x in args):
         return walk(jaxpr, consts, args)  # the author's derivative would not reach what observes
     n_consts = eqn.params["num_consts"]
@@ -53,7 +53,7 @@ def _apply_rule(
     if not eqn.params["symbolic_zeros"]:
         tangents = [instantiate(t) for t in tangents]
     zeros_in = [type(t) is SymbolicZero for t in tangents]
-    jaxpr, consts, first, zeros_out = _jaxpr.jvp_rule(eqn, zeros_in)
+    jaxpr, consts, first, zeros_out = jaxprs.jvp_rule(eqn, zeros_in)
     nonzero = [t for t, zero in zip(tangents, zeros_in, strict=True) if not zero]
     with ctx.derivative():
         outs = walk(jaxpr, consts, [*first, *primals, *nonzero])
@@ -84,7 +84,7 @@ def instantiate(t: Any) -> Any:
     if type(t) is not SymbolicZero:
         return t
     # float0, the tangent dtype of integers and keys, is no dtype of jax.numpy
-    return np.zeros(t.shape, t.dtype) if t.dtype == dtypes.float0 else _jaxpr.zeros(t.aval)
+    return np.zeros(t.shape, t.dtype) if t.dtype == dtypes.float0 else jaxprs.zeros(t.aval)
 
 
 def _terms(primal: Any, t: Any) -> tuple[Any, Any]:

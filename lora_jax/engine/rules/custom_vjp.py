@@ -9,11 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import dtypes
 
-from lora_jax import _jaxpr
-from lora_jax.context import Context
-from lora_jax.derivatives import instantiate
-from lora_jax.lazy import LazyWeight, is_lazy, to_dense
-from lora_jax.rules import Container, Walk, rule
+from lora_jax.engine import jaxprs
+from lora_jax.engine.context import Context
+from lora_jax.engine.lazy_weight import LazyWeight, is_lazy, to_dense
+from lora_jax.engine.rules.custom_jvp import instantiate
+from lora_jax.engine.rules.registry import Container, Walk, rule
 
 CONTAINERS: dict[str, Container] = {}
 
@@ -31,7 +31,7 @@ def _custom_vjp(ctx: Context, eqn: Any, args: Sequence[Any], walk: Walk) -> list
     from which follow dA = dW·Bᵀ and dB = Aᵀ·dW (the scale is in B). Where dW is a product, as
     xᵀ·g is, it is multiplied with B and A factor by factor and never made.
     """
-    jaxpr, consts = _jaxpr.open_jaxpr(eqn.params["call_jaxpr"])
+    jaxpr, consts = jaxprs.open_jaxpr(eqn.params["call_jaxpr"])
     # The author's derivative knows of no dropout in the branch.
     args = [ctx.undirected(x, eqn) for x in args]
     args = [_without_dropout(x) if is_lazy(x) else x for x in args]
@@ -88,7 +88,7 @@ def _halves(eqn: Any, moving: Sequence[bool]) -> tuple[Program, Program]:
         def call(*moved: Any) -> list[Any]:
             values = iter(moved)
             merged = [next(values) if m else x for x, m in zip(args, moving, strict=True)]
-            return _jaxpr.bind(eqn, merged)
+            return jaxprs.bind(eqn, merged)
 
         outs, pullback = jax.vjp(call, *(x for x, m in zip(args, moving, strict=True) if m))
         saved, tree = jax.tree.flatten(pullback)
@@ -103,10 +103,10 @@ def _halves(eqn: Any, moving: Sequence[bool]) -> tuple[Program, Program]:
         ]
         return jax.tree.unflatten(trees[0], saved)(cotangents)
 
-    traced = _jaxpr.trace(first, *(v.aval for v in eqn.invars))
+    traced = jaxprs.trace(first, *(v.aval for v in eqn.invars))
     saved = [v.aval for v in traced[0].outvars[len(eqn.outvars) :]]
     given = [v.aval for v, floats in zip(eqn.outvars, is_float, strict=True) if floats]
-    return traced, _jaxpr.trace(second, *saved, *given)
+    return traced, jaxprs.trace(second, *saved, *given)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -128,7 +128,7 @@ class _Pullback:
         jaxpr, consts = half
         outs = iter(jaxpr.outvars)
         found = [next(outs) if moves else None for moves in moving]
-        made = _jaxpr.producers(jaxpr)
+        made = jaxprs.producers(jaxpr)
         # A base that moves, as one that an input scales does, needs all of dW.
         self._products = [
             _product(made, v) if is_weight and v is not None and not moves else None
@@ -139,7 +139,7 @@ class _Pullback:
         wanted: list[Any] = []
         for v, product in zip(found, self._products, strict=True):
             wanted += [product.left, product.right] if product else [] if v is None else [v]
-        self.program: Program = _jaxpr.restricted(jaxpr, consts, wanted)
+        self.program: Program = jaxprs.restricted(jaxpr, consts, wanted)
 
     def whole(self, factors: Sequence[Any]) -> list[LazyWeight]:
         """The weights whose dW is made."""
@@ -184,24 +184,24 @@ def _product(made: dict[Any, Any], var: Any) -> _Product | None:
     """How `var` comes from a product of two variables, if it does."""
     aval, tail = var.aval, []
     while (eqn := made.get(var)) is not None and eqn.primitive.name != "dot_general":
-        inputs = [v for v in eqn.invars if _jaxpr.is_var(v)]
+        inputs = [v for v in eqn.invars if jaxprs.is_var(v)]
         scales = eqn.primitive.name == "mul" and len(inputs) == 1
         if not scales and eqn.primitive.name not in _LINEAR:
             return None
         tail.append(eqn)
         (var,) = inputs
-    if eqn is None or not all(map(_jaxpr.is_var, eqn.invars)):
+    if eqn is None or not all(map(jaxprs.is_var, eqn.invars)):
         return None
     left, right = eqn.invars
 
     def product(x: Any, y: Any) -> Any:
-        (out,) = _jaxpr.bind(eqn, [x, y])
+        (out,) = jaxprs.bind(eqn, [x, y])
         for step in reversed(tail):
-            values = [out if _jaxpr.is_var(v) else v.val for v in step.invars]
-            (out,) = _jaxpr.bind(step, values)
+            values = [out if jaxprs.is_var(v) else v.val for v in step.invars]
+            (out,) = jaxprs.bind(step, values)
         return out
 
     def transposed(y: Any, update: Any) -> Any:
         return jax.linear_transpose(lambda x: product(x, y), left.aval)(update)
 
-    return _Product(left, right, _jaxpr.trace(transposed, right.aval, aval))
+    return _Product(left, right, jaxprs.trace(transposed, right.aval, aval))

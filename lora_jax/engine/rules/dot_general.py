@@ -7,12 +7,13 @@ from typing import Any
 
 import jax
 
-from lora_jax import _jaxpr, branches
-from lora_jax.branches import Product, is_shareable
-from lora_jax.context import Context
-from lora_jax.gathers import rows_as_activation
-from lora_jax.lazy import Axis, LazyWeight, drop, gains, is_lazy, with_gain
-from lora_jax.rules import Rule, rule
+from lora_jax.engine import jaxprs
+from lora_jax.engine import products as branches
+from lora_jax.engine.context import Context
+from lora_jax.engine.lazy_weight import Axis, LazyWeight, drop, gains, is_lazy, with_gain
+from lora_jax.engine.products import Product, is_shareable
+from lora_jax.engine.rules.indexing import rows_as_activation
+from lora_jax.engine.rules.registry import Rule, rule
 
 RULES: dict[str, Rule] = {}
 
@@ -22,7 +23,7 @@ def _dot_general(ctx: Context, eqn: Any, args: Sequence[Any]) -> Any:
     """x·W + (x·A)·(scale·B), for every orientation of W and every choice of its axes."""
     args = rows_as_activation(eqn, args)
     if not any(map(is_lazy, args)):
-        return _jaxpr.bind(eqn, args)
+        return jaxprs.bind(eqn, args)
     weight_is_left = _weight_is_left(*args)
     lazy, x = args if weight_is_left else args[::-1]
     if is_lazy(x):
@@ -38,7 +39,7 @@ def _dot_general(ctx: Context, eqn: Any, args: Sequence[Any]) -> Any:
         x = with_gain(x, product.x_axes, lazy)
         product = dataclasses.replace(product, x=x)
     operands = (lazy.w, x) if weight_is_left else (x, lazy.w)
-    y = None if lazy.w is None else _jaxpr.bind(eqn, operands)[0]
+    y = None if lazy.w is None else jaxprs.bind(eqn, operands)[0]
     if lazy.a is None:
         return [y]
     meets_a = set(summed) <= set(lazy.a_axes)

@@ -11,10 +11,10 @@ from typing import Any
 import jax
 from jax import lax
 
-from lora_jax import _jaxpr, remat
-from lora_jax.context import Context
-from lora_jax.lazy import MEMBERS, is_lazy
-from lora_jax.rules import Container, Walk, rule
+from lora_jax.engine import jaxprs, remat
+from lora_jax.engine.context import Context
+from lora_jax.engine.lazy_weight import MEMBERS, is_lazy
+from lora_jax.engine.rules.registry import Container, Walk, rule
 
 CONTAINERS: dict[str, Container] = {}
 
@@ -23,8 +23,8 @@ CONTAINERS: dict[str, Container] = {}
 def _jit(ctx: Context, eqn: Any, args: Sequence[Any], walk: Walk) -> list[Any]:
     """One jitted function per inner program, so that what JAX traced once stays traced once."""
     inner = eqn.params.get("jaxpr", eqn.params.get("call_jaxpr"))
-    jaxpr, consts = _jaxpr.open_jaxpr(inner)
-    shardings_in, shardings_out = _jaxpr.shardings(eqn)
+    jaxpr, consts = jaxprs.open_jaxpr(inner)
+    shardings_in, shardings_out = jaxprs.shardings(eqn)
     if any(shardings_in) or any(shardings_out):
 
         def sharded(*args: Any) -> list[Any]:
@@ -57,7 +57,7 @@ def _placed(x: Any, sharding: Any) -> Any:
 def _remat(ctx: Context, eqn: Any, args: Sequence[Any], walk: Walk) -> list[Any]:
     """The model's own policy; where it keeps products it keeps the sum in place of both parts."""
     params = eqn.params
-    jaxpr, consts = _jaxpr.open_jaxpr(params["jaxpr"])
+    jaxpr, consts = jaxprs.open_jaxpr(params["jaxpr"])
     policy = params["policy"]
     if any(e.primitive.name == "dot_general" and remat.keeps(policy, e) for e in jaxpr.eqns):
         policy = remat.with_sums(policy)

@@ -7,11 +7,11 @@ from typing import Any
 import jax
 from jax import lax
 
-from lora_jax import _contract, _jaxpr
-from lora_jax.context import Context
-from lora_jax.lazy import RANK, Axis, LazyWeight, add, branch_dtypes, drop, is_lazy
-from lora_jax.probes import observe
-from lora_jax.rules import Rule, rule
+from lora_jax.engine import jaxprs, named_axes
+from lora_jax.engine.context import Context
+from lora_jax.engine.lazy_weight import RANK, Axis, LazyWeight, add, branch_dtypes, drop, is_lazy
+from lora_jax.engine.probes import observe
+from lora_jax.engine.rules.registry import Rule, rule
 
 RULES: dict[str, Rule] = {}
 
@@ -36,7 +36,7 @@ def _ragged_dot(ctx: Context, eqn: Any, args: Sequence[Any]) -> Any:
     batch, summed = [lazy.axes[i] for i in w_batch], [lazy.axes[i] for i in w_summed]
     ctx.record(lazy, eqn, summed=summed, batch=[group, *batch])
     if lazy.a is None:
-        return _jaxpr.bind(eqn, (x, lazy.w, group_sizes))
+        return jaxprs.bind(eqn, (x, lazy.w, group_sizes))
     if lazy.gain is not None:
         return NotImplemented  # a row's gain is that of its group
     product = _Product(eqn, group_sizes, rows, group, tuple(batch), lazy)
@@ -44,7 +44,7 @@ def _ragged_dot(ctx: Context, eqn: Any, args: Sequence[Any]) -> Any:
     if order is None:
         return NotImplemented
     if lazy.probe:
-        (y,) = _jaxpr.bind(eqn, (x, lazy.w, group_sizes))
+        (y,) = jaxprs.bind(eqn, (x, lazy.w, group_sizes))
         first = lambda x, a: product.with_a(a)(x, x_axes, "a", summed)[0]
         return [observe(y, x, lazy, first) if order[0] == "a" else y]
     if order[0] == "a":
@@ -53,8 +53,8 @@ def _ragged_dot(ctx: Context, eqn: Any, args: Sequence[Any]) -> Any:
     update, axes = product(h, h_axes, order[1], [RANK])
     free = [axis for axis in lazy.axes if axis not in (group, *batch, *summed)]
     out = [*batch, *(axis for axis in x_axes if axis not in (*batch, *summed)), *free]
-    y = None if lazy.w is None else _jaxpr.bind(eqn, (x, lazy.w, group_sizes))[0]
-    return [add(y, _contract.arrange(update, axes, out, lazy.sizes), eqn.outvars[0].aval.dtype)]
+    y = None if lazy.w is None else jaxprs.bind(eqn, (x, lazy.w, group_sizes))[0]
+    return [add(y, named_axes.arrange(update, axes, out, lazy.sizes), eqn.outvars[0].aval.dtype)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,7 +90,7 @@ class _Product:
         f, f_axes = getattr(self.lazy, factor), self.lazy.axes_of(factor)
         fixed = [self.group, *self.batch, *summed]
         free = [axis for axis in f_axes if axis not in fixed]
-        f = _contract.arrange(f, f_axes, [*fixed, *free], self.lazy.sizes)
+        f = named_axes.arrange(f, f_axes, [*fixed, *free], self.lazy.sizes)
 
         def at(axes: Sequence[Axis], wanted: Sequence[Axis]) -> list[int]:
             return [list(axes).index(axis) for axis in wanted]

@@ -9,7 +9,7 @@ which interprets one of them.
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
-from lora_jax.context import Context
+from lora_jax.engine.context import Context
 
 Rule = Callable[[Context, Any, Sequence[Any]], Any]
 Walk = Callable[[Any, Sequence[Any], Sequence[Any]], list[Any]]

@@ -7,10 +7,10 @@ from typing import Any
 import jax
 from jax import lax
 
-from lora_jax import _contract, _jaxpr
-from lora_jax.context import Context
-from lora_jax.lazy import MEMBERS, LazyWeight, is_lazy
-from lora_jax.rules import Container, Walk, rule
+from lora_jax.engine import jaxprs, named_axes
+from lora_jax.engine.context import Context
+from lora_jax.engine.lazy_weight import MEMBERS, LazyWeight, is_lazy
+from lora_jax.engine.rules.registry import Container, Walk, rule
 
 CONTAINERS: dict[str, Container] = {}
 
@@ -22,8 +22,8 @@ def _scan(ctx: Context, eqn: Any, args: Sequence[Any], walk: Walk) -> list[Any]:
     Closing over stacked weights and indexing them would copy each of them.
     """
     params = eqn.params
-    jaxpr, jaxpr_consts = _jaxpr.open_jaxpr(params["jaxpr"])
-    n_consts, n_carry = _jaxpr.scan_counts(eqn)
+    jaxpr, jaxpr_consts = jaxprs.open_jaxpr(params["jaxpr"])
+    n_consts, n_carry = jaxprs.scan_counts(eqn)
     consts = list(args[:n_consts])
     carried = args[n_consts : n_consts + n_carry]
     loop = _Carry(ctx, eqn, jaxpr, carried, offset=n_consts)
@@ -57,7 +57,7 @@ class _Scanned:
         static: dict[str, Any] = {"axes": lazy.axes[1:], "shape": lazy.shape[1:]}
         for name, axes in MEMBERS:
             if lead in getattr(lazy, axes):
-                moved, names = _contract.move_first(getattr(lazy, name), getattr(lazy, axes), lead)
+                moved, names = named_axes.move_first(getattr(lazy, name), getattr(lazy, axes), lead)
                 self.xs[name] = moved
                 static[axes] = tuple(names[1:])
         indexed = tuple(sorted({*lazy.indexed, *lead.origins}))
@@ -110,8 +110,8 @@ class _Carry:
 @rule(CONTAINERS, "while")
 def _while(ctx: Context, eqn: Any, args: Sequence[Any], walk: Walk) -> list[Any]:
     params = eqn.params
-    cond, cond_consts = _jaxpr.open_jaxpr(params["cond_jaxpr"])
-    body, body_consts = _jaxpr.open_jaxpr(params["body_jaxpr"])
+    cond, cond_consts = jaxprs.open_jaxpr(params["cond_jaxpr"])
+    body, body_consts = jaxprs.open_jaxpr(params["body_jaxpr"])
     n_cond, n_body = params["cond_nconsts"], params["body_nconsts"]
     for_cond, for_body = list(args[:n_cond]), list(args[n_cond : n_cond + n_body])
     loop = _Carry(ctx, eqn, body, args[n_cond + n_body :], offset=n_body)

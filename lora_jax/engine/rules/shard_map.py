@@ -7,11 +7,11 @@ from typing import Any
 import jax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from lora_jax import _jaxpr
-from lora_jax.context import Context
-from lora_jax.lazy import MEMBERS, LazyWeight, is_lazy
-from lora_jax.rules import Container, Rule, Walk, rule
-from lora_jax.views import viewed
+from lora_jax.engine import jaxprs
+from lora_jax.engine.context import Context
+from lora_jax.engine.lazy_weight import MEMBERS, LazyWeight, is_lazy
+from lora_jax.engine.rules.registry import Container, Rule, Walk, rule
+from lora_jax.engine.rules.views import viewed
 
 RULES: dict[str, Rule] = {}
 CONTAINERS: dict[str, Container] = {}
@@ -20,11 +20,11 @@ CONTAINERS: dict[str, Container] = {}
 @rule(CONTAINERS, "shard_map")
 def _shard_map(ctx: Context, eqn: Any, args: Sequence[Any], walk: Walk) -> Any:
     """The weight's own spec says where each named axis lies, and so where the factors' axes lie."""
-    arguments = _jaxpr.shard_map_arguments(eqn)
+    arguments = jaxprs.shard_map_arguments(eqn)
     mesh, specs = arguments["mesh"], arguments.pop("in_specs")
     if any(is_lazy(x) and (s.unreduced or s.reduced) for x, s in zip(args, specs, strict=True)):
         return NotImplemented  # a sum of shards is no view of the weight
-    jaxpr, consts = _jaxpr.open_jaxpr(eqn.params["jaxpr"])
+    jaxpr, consts = jaxprs.open_jaxpr(eqn.params["jaxpr"])
     args = [
         ctx.make_dense(x, eqn) if is_lazy(x) and _parts_inputs(x, s) else x
         for x, s in zip(args, specs, strict=True)
@@ -81,7 +81,7 @@ def _pvary(ctx: Context, eqn: Any, args: Sequence[Any]) -> Any:
     (lazy,) = args
     mesh_axes = eqn.params["axes"]
     return viewed(
-        eqn, lazy.map_members(lambda x, axes: (_jaxpr.varying(x, mesh_axes), axes)), lazy.axes
+        eqn, lazy.map_members(lambda x, axes: (jaxprs.varying(x, mesh_axes), axes)), lazy.axes
     )
 
 
@@ -104,10 +104,10 @@ def _all_gather(ctx: Context, eqn: Any, args: Sequence[Any]) -> Any:
         if not varying or varying != set(lazy.holders(old)):
             return NotImplemented
     gathered = lazy.map_axis(
-        old, lambda x, i: _jaxpr.bind(eqn, [x], all_gather_dimension=i)[0], new
+        old, lambda x, i: jaxprs.bind(eqn, [x], all_gather_dimension=i)[0], new
     )
     return viewed(eqn, gathered, [*lazy.axes[:at], new, *lazy.axes[at + 1 :]])
 
 
 def _varies(x: Any, mesh_axes: Sequence[Any]) -> bool:
-    return x is not None and _jaxpr.varies_over(x, mesh_axes)
+    return x is not None and jaxprs.varies_over(x, mesh_axes)

@@ -8,17 +8,17 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from lora_jax import _contract, _jaxpr
-from lora_jax.context import Context
-from lora_jax.lazy import MEMBERS, Axis, LazyWeight, is_lazy
-from lora_jax.rules import Rule, rule
+from lora_jax.engine import jaxprs, named_axes
+from lora_jax.engine.context import Context
+from lora_jax.engine.lazy_weight import MEMBERS, Axis, LazyWeight, is_lazy
+from lora_jax.engine.rules.registry import Rule, rule
 
 RULES: dict[str, Rule] = {}
 
 
 def on_base(eqn: Any, lazy: LazyWeight, *others: Any) -> Any:
     """The equation's output on the base view alone; None for a tangent, whose base is zero."""
-    return None if lazy.w is None else _jaxpr.bind(eqn, [lazy.w, *others])[0]
+    return None if lazy.w is None else jaxprs.bind(eqn, [lazy.w, *others])[0]
 
 
 def viewed(eqn: Any, lazy: LazyWeight, axes: Sequence[Axis], *others: Any) -> list[LazyWeight]:
@@ -77,7 +77,7 @@ def _multiple(ctx: Context, eqn: Any, args: Sequence[Any]) -> Any:
         return NotImplemented
     s = ctx.make_dense(s, eqn) if is_lazy(s) else s
     operation = jnp.divide if divides else jnp.multiply
-    w = None if lazy.w is None else _jaxpr.bind(eqn, [(lazy.w, s), (s, lazy.w)][weights[0]])[0]
+    w = None if lazy.w is None else jaxprs.bind(eqn, [(lazy.w, s), (s, lazy.w)][weights[0]])[0]
     scaled = lazy if lazy.a is None else _along(lazy, factor, operation, s, varying)
     return [dataclasses.replace(scaled, w=w)]
 
@@ -148,7 +148,7 @@ def _reshape(ctx: Context, eqn: Any, args: Sequence[Any]) -> Any:
     source = [lazy.axes[i] for i in order]
     if dynamic or 0 in old:
         return NotImplemented
-    groups = _contract.reshape_groups(old, new)
+    groups = named_axes.reshape_groups(old, new)
     ones = [axis for axis, size in zip(source, old, strict=True) if size == 1]
     axes = [lazy.new_axis(skip=j) for j in range(len(new))]
     moved = _without(lazy, ones)
@@ -214,7 +214,7 @@ def _pad(ctx: Context, eqn: Any, args: Sequence[Any]) -> Any:
     lazy, value = args
     if not is_lazy(lazy) or is_lazy(value):
         return NotImplemented
-    is_zero = not _jaxpr.is_var(eqn.invars[1]) and value == 0
+    is_zero = not jaxprs.is_var(eqn.invars[1]) and value == 0
     if not is_zero and (lazy.w is None or lazy.gain is not None):
         return NotImplemented  # a tangent's base is zero, and the value must not take the gain
     moved, axes = lazy, list(lazy.axes)
@@ -281,7 +281,7 @@ def _reduce_sum(ctx: Context, eqn: Any, args: Sequence[Any]) -> Any:
 def _split(ctx: Context, eqn: Any, args: Sequence[Any]) -> Any:
     (lazy,) = args
     at, start, outs = eqn.params["axis"], 0, []
-    bases = [None] * len(eqn.outvars) if lazy.w is None else _jaxpr.bind(eqn, [lazy.w])
+    bases = [None] * len(eqn.outvars) if lazy.w is None else jaxprs.bind(eqn, [lazy.w])
     for base, size in zip(bases, eqn.params["sizes"], strict=True):
         new = lazy.new_axis(lazy.axes[at].origins)
         part = lazy.map_axis(
@@ -301,7 +301,7 @@ def _unstack(ctx: Context, eqn: Any, args: Sequence[Any]) -> Any:
     (lazy,) = args
     at = eqn.params["axis"]
     old, rest = lazy.axes[at], (*lazy.axes[:at], *lazy.axes[at + 1 :])
-    bases = [None] * len(eqn.outvars) if lazy.w is None else _jaxpr.bind(eqn, [lazy.w])
+    bases = [None] * len(eqn.outvars) if lazy.w is None else jaxprs.bind(eqn, [lazy.w])
     shape = (*lazy.shape[:at], *lazy.shape[at + 1 :])
     return [
         dataclasses.replace(

@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lora_jax import _paths
-from lora_jax.weights import is_adapted
+from lora_jax.core.paths import flatten_with_paths
+from lora_jax.core.weights import is_adapted
 
 
 def fingerprint(base: Any, skip: Collection[str] = ()) -> dict[str, str]:
@@ -21,7 +21,7 @@ def fingerprint(base: Any, skip: Collection[str] = ()) -> dict[str, str]:
       base: a parameter tree without adapters.
       skip: paths to leave out (the leaves that adapters replace whole).
     """
-    leaves, _ = _paths.flatten_with_paths(base, is_leaf=is_adapted)
+    leaves, _ = flatten_with_paths(base, is_leaf=is_adapted)
     arrays = {p: x for p, x in leaves.items() if hasattr(x, "dtype") and p not in skip}
     known = {p: x for p, x in arrays.items() if not isinstance(x, jax.ShapeDtypeStruct)}
     sums = dict(zip(known, jax.device_get([_checksum(x) for x in known.values()]), strict=True))

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from lora_jax.errors import ModelFileError
+from lora_jax.core.errors import ModelFileError
 
 _STRING, _ARRAY = 8, 9
 _NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q"} | {

@@ -18,8 +18,8 @@ import ml_dtypes
 import numpy as np
 from safetensors.numpy import save as serialize
 
-from lora_jax.atomic import read_directory, write_atomically, write_directory
-from lora_jax.errors import AdapterFileError
+from lora_jax.core.errors import AdapterFileError
+from lora_jax.files.disk.atomic import read_directory, write_atomically, write_directory
 
 __all__ = [
     "Header",

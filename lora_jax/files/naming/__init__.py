@@ -7,9 +7,9 @@ the other, and the same rows serve whole weights (`to_tree`, `to_torch`) and ada
 (`lora_jax.peft`).
 """
 
-from lora_jax.naming.entry import KINDS, Entry
-from lora_jax.naming.place import Place
-from lora_jax.naming.table import Naming
-from lora_jax.naming.translation import index, to_torch, to_tree
+from lora_jax.files.naming.entry import KINDS, Entry
+from lora_jax.files.naming.place import Place
+from lora_jax.files.naming.table import Naming
+from lora_jax.files.naming.translation import index, to_torch, to_tree
 
 __all__ = ["KINDS", "Entry", "Naming", "Place", "index", "to_torch", "to_tree"]

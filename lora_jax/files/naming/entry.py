@@ -4,8 +4,8 @@ import dataclasses
 import functools
 from collections.abc import Mapping
 
-from lora_jax.errors import ConfigError
-from lora_jax.naming.patterns import Groups, parse, placeholders
+from lora_jax.core.errors import ConfigError
+from lora_jax.files.naming.patterns import Groups, parse, placeholders
 
 #: What a torch module is: how its weight's axes are used, and the pattern where a row gives none.
 KINDS: dict[str, tuple[str, str]] = {

@@ -4,7 +4,7 @@ import functools
 import re
 from collections.abc import Mapping
 
-from lora_jax.errors import ConfigError
+from lora_jax.core.errors import ConfigError
 
 #: The letters of each axis of an array.
 Groups = tuple[tuple[str, ...], ...]

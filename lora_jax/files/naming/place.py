@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 from einops import rearrange
 
-from lora_jax.errors import StructureError
-from lora_jax.naming.entry import KINDS, RANK, Entry
-from lora_jax.naming.patterns import Groups, fill, text
+from lora_jax.core.errors import StructureError
+from lora_jax.files.naming.entry import KINDS, RANK, Entry
+from lora_jax.files.naming.patterns import Groups, fill, text
 
 
 @dataclasses.dataclass(frozen=True)

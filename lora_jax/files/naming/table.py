@@ -4,10 +4,10 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from lora_jax.errors import ConfigError, StructureError
-from lora_jax.naming.entry import Entry
-from lora_jax.naming.patterns import path_regex
-from lora_jax.naming.place import Place
+from lora_jax.core.errors import ConfigError, StructureError
+from lora_jax.files.naming.entry import Entry
+from lora_jax.files.naming.patterns import path_regex
+from lora_jax.files.naming.place import Place
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lora_jax import _paths
-from lora_jax.errors import StructureError
-from lora_jax.naming.place import Place
-from lora_jax.naming.table import Naming
+from lora_jax.core.errors import StructureError
+from lora_jax.core.paths import flatten_with_paths
+from lora_jax.files.naming.place import Place
+from lora_jax.files.naming.table import Naming
 
 
 def to_tree(
@@ -30,13 +30,13 @@ def to_tree(
         leaf is in no row of the naming: all of them are listed.
 
     >>> import numpy as np
-    >>> from lora_jax.naming import Entry
+    >>> from lora_jax.files.naming import Entry
     >>> naming = Naming((Entry("{*m}.weight", "{*m}/kernel", "linear"),))
     >>> like = {"up": {"kernel": jax.ShapeDtypeStruct((2, 3), "float32")}}
     >>> to_tree(naming, {"up.weight": np.ones((3, 2), "float32")}, like)["up"]["kernel"].shape
     (2, 3)
     """
-    leaves, treedef = _paths.flatten_with_paths(like)
+    leaves, treedef = flatten_with_paths(like)
     places = naming.places({path: leaf.shape for path, leaf in leaves.items()})
     problems = [f"{path}: no row of the naming has this path" for path in leaves.keys() - places]
     wanted: set[str] = set()
@@ -110,12 +110,12 @@ def to_torch(naming: Naming, tree: Any) -> dict[str, np.ndarray]:
         is there without them: all are listed.
 
     >>> import numpy as np
-    >>> from lora_jax.naming import Entry
+    >>> from lora_jax.files.naming import Entry
     >>> naming = Naming((Entry("{*m}.weight", "{*m}/kernel", "linear"),))
     >>> to_torch(naming, {"up": {"kernel": np.ones((2, 3))}})["up.weight"].shape
     (3, 2)
     """
-    leaves, _ = _paths.flatten_with_paths(tree)
+    leaves, _ = flatten_with_paths(tree)
     places = naming.places({path: leaf.shape for path, leaf in leaves.items()})
     problems = [f"{path}: no row of the naming has this path" for path in leaves.keys() - places]
     problems += [
@@ -146,7 +146,7 @@ def to_torch(naming: Naming, tree: Any) -> dict[str, np.ndarray]:
 def index(places: Mapping[str, Place]) -> dict[str, list[tuple[Place, tuple[int, ...], int]]]:
     """For every tensor the leaves in it: the place, which layer, and which of the joined tensors.
 
-    >>> from lora_jax.naming import Entry
+    >>> from lora_jax.files.naming import Entry
     >>> rows = Naming((Entry("h.{n}.w", "h/w", "linear", "o i -> n i o"),))
     >>> [(name, where) for name, [(_, where, _)] in index(rows.places({"h/w": (2, 3, 4)})).items()]
     [('h.0.w', (0,)), ('h.1.w', (1,))]

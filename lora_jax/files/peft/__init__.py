@@ -4,15 +4,15 @@ import os
 from pathlib import Path
 from typing import Any
 
-from lora_jax import tensorfile
-from lora_jax.errors import AdapterFileError, ConfigError
-from lora_jax.naming import Naming
-from lora_jax.overlay import adapted_nodes, split
-from lora_jax.peft import read
-from lora_jax.peft.config import PeftConfig, parse_config
-from lora_jax.peft.contents import Model
-from lora_jax.peft.to_tree import fitted
-from lora_jax.peft.write import CONFIG, TENSORS, save
+from lora_jax.adapters.split import adapted_nodes, split
+from lora_jax.core.errors import AdapterFileError, ConfigError
+from lora_jax.files.disk import safetensors_file
+from lora_jax.files.naming import Naming
+from lora_jax.files.peft import read
+from lora_jax.files.peft.config import PeftConfig, parse_config
+from lora_jax.files.peft.save import CONFIG, TENSORS, save
+from lora_jax.files.torch_adapters.contents import Model
+from lora_jax.files.torch_adapters.to_tree import fitted
 
 __all__ = ["CONFIG", "TENSORS", "PeftConfig", "load", "read_config", "save"]
 
@@ -55,7 +55,7 @@ def load(
       StructureError: the naming does not fit the base.
 
     >>> import tempfile, jax, jax.numpy as jnp, lora_jax
-    >>> from lora_jax.naming import Entry
+    >>> from lora_jax.files.naming import Entry
     >>> base = {"up": {"kernel": jnp.ones((4, 3))}}
     >>> params = lora_jax.init(jax.random.key(0), base, lora_jax.LoraConfig(rank=2, alpha=4))
     >>> naming = Naming((Entry("{*m}.weight", "{*m}/kernel", "linear"),))
@@ -68,7 +68,7 @@ def load(
     base = split(base)[0] if adapted_nodes(base) else base
     config, data = _read_files(directory)
     source = Path(directory) / TENSORS
-    tensors, _ = tensorfile.decode(data, str(source), finite=True)
+    tensors, _ = safetensors_file.decode(data, str(source), finite=True)
     model = Model(base, naming)
     try:
         contents, problems = read.contents(tensors, config, model)
@@ -101,7 +101,7 @@ def _read_files(directory: str | os.PathLike) -> tuple[PeftConfig, bytes]:
 
 def _files(directory: str | os.PathLike, names: list[str]) -> dict[str, bytes]:
     try:
-        files = tensorfile.read_directory(directory, names)
+        files = safetensors_file.read_directory(directory, names)
     except OSError as error:
         raise AdapterFileError(f"{directory}: cannot be read: {error.strerror}") from None
     for name in names:

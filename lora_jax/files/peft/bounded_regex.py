@@ -8,7 +8,7 @@ import re
 
 import regex
 
-from lora_jax.errors import ConfigError
+from lora_jax.core.errors import ConfigError
 
 SECONDS = 2.0  # for one name; an expression that is none of an attack takes microseconds
 

@@ -7,9 +7,9 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from lora_jax import tensorfile
-from lora_jax.errors import AdapterFileError, ConfigError
-from lora_jax.peft import patterns
+from lora_jax.core.errors import AdapterFileError, ConfigError
+from lora_jax.files.disk import safetensors_file
+from lora_jax.files.peft import bounded_regex
 
 FILE = "adapter_config.json"
 BIASES = ("none", "all", "lora_only")
@@ -185,7 +185,7 @@ class PeftConfig:
 
     def _saves(self, module: str) -> bool:
         names = self.modules_to_save or ()
-        return any(patterns.match(rf"(^|.*\.){name}($|\..*)", module) for name in names)
+        return any(bounded_regex.match(rf"(^|.*\.){name}($|\..*)", module) for name in names)
 
     def _layer(self, module: str) -> int | None:
         """The number of the layer that a module is in, as PEFT reads names."""
@@ -194,7 +194,7 @@ class PeftConfig:
             return int(found[1]) if found else None
         names = self.layers_pattern
         for name in (names,) if isinstance(names, str) else names:
-            found = patterns.match(rf"(?:^|.*?\.)(?:{name})\.(?P<number>\d+)\.", module)
+            found = bounded_regex.match(rf"(?:^|.*?\.)(?:{name})\.(?P<number>\d+)\.", module)
             if found:
                 return int(found["number"])
         return None
@@ -214,7 +214,7 @@ def parse_config(text: str | bytes) -> PeftConfig:
         refuses.
     """
     try:
-        values = tensorfile.parse_json(text, FILE)
+        values = safetensors_file.parse_json(text, FILE)
     except AdapterFileError as error:
         raise ConfigError(str(error).removeprefix(f"{FILE}: ")) from None
     if not isinstance(values, dict):
@@ -257,7 +257,7 @@ def _bad_patterns(config: PeftConfig) -> Iterable[str]:
     }
     for name, entries in given.items():
         for entry in entries:
-            why = patterns.problem(entry) if isinstance(entry, str) else None
+            why = bounded_regex.problem(entry) if isinstance(entry, str) else None
             if why:
                 yield f"{name}: {_shown(entry)} is not a regular expression ({why})"
 
@@ -278,14 +278,14 @@ def _refused(config: PeftConfig) -> Iterable[str]:
 def _in(targets: Any, module: str) -> bool:
     """PEFT's rule: a string is a regex for the whole name, a list holds names and their ends."""
     if isinstance(targets, str):
-        return patterns.fullmatch(targets, module)
+        return bounded_regex.fullmatch(targets, module)
     names = targets or ()
     return any(module == name or module.endswith("." + name) for name in names)
 
 
 def _first(keys: Iterable[str], module: str) -> str | None:
     """The first pattern that matches a module, by PEFT's rule."""
-    return next((key for key in keys if patterns.match(rf"(.*\.)?({key})$", module)), None)
+    return next((key for key in keys if bounded_regex.match(rf"(.*\.)?({key})$", module)), None)
 
 
 def exact_pattern(module: str, modules: Iterable[str]) -> str:

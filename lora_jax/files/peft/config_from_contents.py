@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from lora_jax.config import LoraConfig
-from lora_jax.peft import parameters, tied
-from lora_jax.peft.config import PeftConfig, exact_pattern
-from lora_jax.peft.contents import Contents, Model, module_of
-from lora_jax.peft.experts import Experts
-from lora_jax.peft.factors import Factors
+from lora_jax.core.config import LoraConfig
+from lora_jax.files.peft import target_parameters, tied_head
+from lora_jax.files.peft.config import PeftConfig, exact_pattern
+from lora_jax.files.torch_adapters.contents import Contents, Model, module_of
+from lora_jax.files.torch_adapters.experts import Experts
+from lora_jax.files.torch_adapters.factors import Factors
 
 
 def settings(
@@ -37,7 +37,7 @@ def settings(
       complete: whether `model` has all modules, so that ends of names can be told apart.
     """
     modules = {module_of(name): factors for name, factors in contents.factors.items()}
-    pair = tied.head_of(contents, model)
+    pair = tied_head.head_of(contents, model)
     ranked: dict[str, Factors | Experts] = {**modules, **contents.experts}
     if pair is not None and pair.embedding in contents.factors:
         ranked[module_of(pair.head)] = contents.factors[pair.embedding]
@@ -72,7 +72,7 @@ def _parameters(
         return {"target_parameters": None}
     every, targets = model.experts(), start.target_parameters
     if any(start.targets_parameter(name) != (name in contents.experts) for name in every):
-        targets = parameters.names(contents.experts, every, complete)
+        targets = target_parameters.names(contents.experts, every, complete)
     modules = () if start.target_modules is None else start.target_modules
     # PEFT refuses dropout beside parameters; and None would be the model's default modules
     return {"target_parameters": targets, "target_modules": modules, "lora_dropout": 0.0}

@@ -5,22 +5,22 @@ from typing import Any
 
 import numpy as np
 
-from lora_jax.peft import modules, parameters, tied
-from lora_jax.peft.config import PeftConfig
-from lora_jax.peft.contents import Contents, Model, is_floating, unknown
+from lora_jax.files.peft import target_parameters, tensor_names, tied_head
+from lora_jax.files.peft.config import PeftConfig
+from lora_jax.files.torch_adapters.contents import Contents, Model, is_floating, unknown
 
 
 def contents(
     tensors: Mapping[str, np.ndarray], config: PeftConfig, model: Model
 ) -> tuple[Contents, list[str]]:
     """What the tensors are, and what is wrong with them; wrong modules are left out."""
-    tensors, problems = tied.without_copies(tensors, config, model)
+    tensors, problems = tied_head.without_copies(tensors, config, model)
     found = Contents()
     by_module: dict[str, dict[str, np.ndarray]] = {}
     for name, tensor in tensors.items():
-        part = modules.part_of_name(name, tensors, model.index)
+        part = tensor_names.part_of_name(name, tensors, model.index)
         if part is None:
-            problems.append(f"{name}: unexpected: PEFT's names begin with {modules.PREFIX}")
+            problems.append(f"{name}: unexpected: PEFT's names begin with {tensor_names.PREFIX}")
         elif not is_floating(tensor):
             problems.append(f"{name}: is {tensor.dtype}, only floating tensors are trained")
         elif part.field:
@@ -29,17 +29,17 @@ def contents(
             problems.append(f"{name}: {unknown(part.module, model.index)}")
         elif tensor.shape != model.shape(part.module):
             problems.append(_misshaped(name, tensor.shape, model.shape(part.module)))
-        elif modules.is_base_weight(name):
+        elif tensor_names.is_base_weight(name):
             found.untrained[part.module] = tensor
         else:
             found.whole[part.module] = tensor
-    wrapped, wrong = parameters.take(found, by_module, config, model)
+    wrapped, wrong = target_parameters.take(found, by_module, config, model)
     problems += wrong
     by_module = {module: x for module, x in by_module.items() if module not in wrapped}
     for module, parts in by_module.items():
         problems += _add(found, module, parts, config, model)
     problems += _missing(by_module, config, model)
-    problems += tied.lookup_alone(found, config, model)
+    problems += tied_head.lookup_alone(found, config, model)
     return found, problems
 
 
@@ -55,26 +55,26 @@ def _add(
     model: Model,
 ) -> list[str]:
     """Put one module's tensors into `found`, or say what is wrong with them."""
-    weight, full = f"{module}.weight", f"{modules.PREFIX}{module}"
+    weight, full = f"{module}.weight", f"{tensor_names.PREFIX}{module}"
     if weight not in model.index:
         return [f"{full}.{ending}: {unknown(weight, model.index)}" for ending in parts]
     kind = model.kind(weight)
     if not kind or model.has_experts(weight):
         return [f"{full}.{ending}: {weight} is no module that has factors" for ending in parts]
     problems = []
-    if modules.ROWS in parts:
-        problems += _add_rows(found, module, parts.pop(modules.ROWS), config, model)
+    if tensor_names.ROWS in parts:
+        problems += _add_rows(found, module, parts.pop(tensor_names.ROWS), config, model)
         if not parts:
             return problems
     problems += _check_factors(full, parts, config, kind, model.shape(weight), module)
     if problems:
         return problems
-    added = parts.pop(modules.LORA_BIAS, None)
-    factors = modules.to_factors(kind, parts, config.scale(module))
+    added = parts.pop(tensor_names.LORA_BIAS, None)
+    factors = tensor_names.to_factors(kind, parts, config.scale(module))
     found.factors[weight] = factors
     if added is not None:
         if f"{module}.bias" not in model.index:
-            return [f"{full}.{modules.LORA_BIAS}: the base has no {module}.bias to add it to"]
+            return [f"{full}.{tensor_names.LORA_BIAS}: the base has no {module}.bias to add it to"]
         found.added[f"{module}.bias"] = added.astype("float64") * factors.scale
     return []
 
@@ -88,9 +88,9 @@ def _check_factors(
     module: str,
 ) -> list[str]:
     rank = config.rank(module)
-    wanted = modules.shapes(kind, shape, rank)
-    needed = [*modules.endings(kind), *([modules.MAGNITUDE] if config.use_dora else [])]
-    allowed = [*needed, *([modules.LORA_BIAS] if config.lora_bias else [])]
+    wanted = tensor_names.shapes(kind, shape, rank)
+    needed = [*tensor_names.endings(kind), *([tensor_names.MAGNITUDE] if config.use_dora else [])]
+    allowed = [*needed, *([tensor_names.LORA_BIAS] if config.lora_bias else [])]
     problems = [f"{full}.{ending}: missing, {wanted[ending]}" for ending in needed]
     problems = [line for line, ending in zip(problems, needed, strict=True) if ending not in parts]
     for ending, tensor in parts.items():
@@ -105,7 +105,7 @@ def _check_factors(
 def _add_rows(
     found: Contents, module: str, values: np.ndarray, config: PeftConfig, model: Model
 ) -> list[str]:
-    name, weight = f"{modules.PREFIX}{module}.{modules.ROWS}", f"{module}.weight"
+    name, weight = f"{tensor_names.PREFIX}{module}.{tensor_names.ROWS}", f"{module}.weight"
     numbers = _row_numbers(module, config.trainable_token_indices)
     if numbers is None:
         return [f"{name}: trainable_token_indices does not say which rows these are"]
@@ -132,7 +132,7 @@ def _missing(by_module: Mapping[str, Any], config: PeftConfig, model: Model) -> 
     """Modules that the configuration targets and the file does not have."""
     targeted = [name.removesuffix(".weight") for name in model.adaptable()]
     return [
-        f"{modules.PREFIX}{module}.{modules.endings(model.kind(module + '.weight'))[0]}: missing, "
+        f"{tensor_names.PREFIX}{module}.{tensor_names.endings(model.kind(module + '.weight'))[0]}: missing, "
         "though target_modules names the module"
         for module in targeted
         if module not in by_module and config.target_modules != "all-linear"

@@ -7,16 +7,18 @@ from typing import Any
 
 import jax
 
-from lora_jax import _paths, tensorfile
-from lora_jax.config import LoraConfig
-from lora_jax.errors import StructureError
-from lora_jax.naming import Naming
-from lora_jax.overlay import adapted_nodes, split
-from lora_jax.peft import from_tree, modules, parameters, tied
-from lora_jax.peft.config import PeftConfig
-from lora_jax.peft.contents import Contents, Model, module_of
-from lora_jax.peft.settings import in_modules, settings, wrong_targets
-from lora_jax.weights import Adapted, TrainedRows, check_fits
+from lora_jax.adapters.split import adapted_nodes, split
+from lora_jax.core.config import LoraConfig
+from lora_jax.core.errors import StructureError
+from lora_jax.core.paths import nearest
+from lora_jax.core.weights import Adapted, TrainedRows, check_fits
+from lora_jax.files.disk import safetensors_file
+from lora_jax.files.naming import Naming
+from lora_jax.files.peft import target_parameters, tensor_names, tied_head
+from lora_jax.files.peft.config import PeftConfig
+from lora_jax.files.peft.config_from_contents import in_modules, settings, wrong_targets
+from lora_jax.files.torch_adapters import from_tree
+from lora_jax.files.torch_adapters.contents import Contents, Model, module_of
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -67,7 +69,7 @@ def save(
       OSError: the files cannot be written; the old ones stand.
 
     >>> import tempfile, jax, jax.numpy as jnp, lora_jax
-    >>> from lora_jax.naming import Entry
+    >>> from lora_jax.files.naming import Entry
     >>> naming = Naming((Entry("{*m}.weight", "{*m}/kernel", "linear"),))
     >>> config = lora_jax.LoraConfig(rank=2, alpha=4)
     >>> params = lora_jax.init(jax.random.key(0), {"up": {"kernel": jnp.ones((4, 3))}}, config)
@@ -80,7 +82,7 @@ def save(
     base = _own_base(adapters) if base is None else base
     contents, model = taken(adapters, naming, base)
     saved, problems = _modules_to_save(contents, model)
-    problems += _refused(contents, fold) + parameters.unwritable(contents, model)
+    problems += _refused(contents, fold) + target_parameters.unwritable(contents, model)
     _check(problems + _tied_problems(contents, model, base is None))
     if fold:
         contents = _folded(contents)
@@ -100,7 +102,7 @@ def save(
     ]
     _check([f"{module}: PEFT's configuration cannot tell it from others" for module in wrong])
     files = {CONFIG: written.to_json().encode(), TENSORS: _encode(contents, model)}
-    tensorfile.write_directory(directory, files)
+    safetensors_file.write_directory(directory, files)
 
 
 def taken(adapters: Any, naming: Naming, base: Any) -> tuple[Contents, Model]:
@@ -143,7 +145,7 @@ def _misfits(nodes: Mapping[str, Adapted], model: Model) -> list[str]:
     problems = []
     for path, node in nodes.items():
         if path not in model.leaves:
-            problems.append(f"{path}: not in the base; {_paths.nearest(path, model.leaves)}")
+            problems.append(f"{path}: not in the base; {nearest(path, model.leaves)}")
         else:
             problems += check_fits(path, node, model.leaves[path])
         if any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(node)):
@@ -192,7 +194,7 @@ def _refused(contents: Contents, fold: bool) -> list[str]:
 
 
 def _tied_problems(contents: Contents, model: Model, unknown: bool) -> list[str]:
-    pair = tied.head_of(contents, model)
+    pair = tied_head.head_of(contents, model)
     if pair is None:
         return []
     factors = contents.factors.get(pair.embedding)
@@ -212,20 +214,20 @@ def _folded(contents: Contents) -> Contents:
 
 
 def _encode(contents: Contents, model: Model) -> bytes:
-    tensors = parameters.to_tensors(contents, model)
+    tensors = target_parameters.to_tensors(contents, model)
     adapted = {module_of(name) for name in contents.factors}
     for name, factors in contents.factors.items():
-        tensors |= modules.to_tensors(module_of(name), model.kind(name), factors)
+        tensors |= tensor_names.to_tensors(module_of(name), model.kind(name), factors)
     for name, value in contents.whole.items():
         module, _, leaf = name.rpartition(".")
         inner = f"{module}.base_layer.{leaf}" if module in adapted else name
-        tensors[modules.PREFIX + inner] = value
-    pair = tied.head_of(contents, model)
+        tensors[tensor_names.PREFIX + inner] = value
+    pair = tied_head.head_of(contents, model)
     if pair is not None and pair.embedding in contents.factors:
-        copy = tied.of_head(contents.factors[pair.embedding])
-        tensors |= modules.to_tensors(module_of(pair.head), "linear", copy)
+        copy = tied_head.of_head(contents.factors[pair.embedding])
+        tensors |= tensor_names.to_tensors(module_of(pair.head), "linear", copy)
     elif pair is not None:
-        tensors[modules.PREFIX + pair.head] = contents.whole[pair.embedding]
+        tensors[tensor_names.PREFIX + pair.head] = contents.whole[pair.embedding]
     for name, (_, values) in contents.rows.items():
-        tensors[f"{modules.PREFIX}{module_of(name)}.{modules.ROWS}"] = values
-    return tensorfile.encode(tensors, {"format": "pt"})
+        tensors[f"{tensor_names.PREFIX}{module_of(name)}.{tensor_names.ROWS}"] = values
+    return safetensors_file.encode(tensors, {"format": "pt"})

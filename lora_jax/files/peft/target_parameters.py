@@ -8,12 +8,12 @@ from collections.abc import Collection, Iterable, Mapping
 
 import numpy as np
 
-from lora_jax.peft import modules
-from lora_jax.peft.config import PeftConfig
-from lora_jax.peft.contents import Contents, Model, module_of
-from lora_jax.peft.experts import of_tensors
+from lora_jax.files.peft import tensor_names
+from lora_jax.files.peft.config import PeftConfig
+from lora_jax.files.torch_adapters.contents import Contents, Model, module_of
+from lora_jax.files.torch_adapters.experts import of_tensors
 
-_A, _B = modules.endings("experts")
+_A, _B = tensor_names.endings("experts")
 
 
 def wrapped(names: Iterable[str], model: Model) -> dict[str, str]:
@@ -64,7 +64,7 @@ def take(
     places = wrapped(names, model)
     for name, module in places.items():
         parts = tensors.get(module, {})
-        wrong = _problems(name, f"{modules.PREFIX}{module}", parts, config, model)
+        wrong = _problems(name, f"{tensor_names.PREFIX}{module}", parts, config, model)
         problems += wrong
         if not wrong:
             rank, scale = config.rank(name), config.scale(name)
@@ -98,7 +98,10 @@ def to_tensors(contents: Contents, model: Model) -> dict[str, np.ndarray]:
     tensors: dict[str, np.ndarray] = {}
     for name, module in wrapped(contents.experts, model).items():
         a, b = contents.experts[name].tensors()
-        tensors |= {f"{modules.PREFIX}{module}.{_A}": a, f"{modules.PREFIX}{module}.{_B}": b}
+        tensors |= {
+            f"{tensor_names.PREFIX}{module}.{_A}": a,
+            f"{tensor_names.PREFIX}{module}.{_B}": b,
+        }
     return tensors
 
 

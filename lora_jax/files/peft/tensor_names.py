@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from lora_jax.peft.factors import Factors
+from lora_jax.files.torch_adapters.factors import Factors
 
 PREFIX = "base_model.model."
 ROWS = "token_adapter.trainable_tokens_delta"  # its name: it holds the rows' values, no difference

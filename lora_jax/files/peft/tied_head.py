@@ -9,11 +9,11 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from lora_jax.naming.patterns import placeholders
-from lora_jax.peft import modules
-from lora_jax.peft.config import PeftConfig
-from lora_jax.peft.contents import Contents, Model, module_of
-from lora_jax.peft.factors import Factors
+from lora_jax.files.naming.patterns import placeholders
+from lora_jax.files.peft import tensor_names
+from lora_jax.files.peft.config import PeftConfig
+from lora_jax.files.torch_adapters.contents import Contents, Model, module_of
+from lora_jax.files.torch_adapters.factors import Factors
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,9 +53,9 @@ def without_copies(
     if tied is None or not config.ensure_weight_tying:
         return dict(tensors), []
     head, embedding = (
-        f"{modules.PREFIX}{module_of(name)}." for name in (tied.head, tied.embedding)
+        f"{tensor_names.PREFIX}{module_of(name)}." for name in (tied.head, tied.embedding)
     )
-    (a, b), (own_a, own_b) = modules.endings("linear"), modules.endings("embedding")
+    (a, b), (own_a, own_b) = tensor_names.endings("linear"), tensor_names.endings("embedding")
     original = {a: own_b, b: own_a, "weight": "weight", "base_layer.weight": "base_layer.weight"}
     kept, problems = {}, []
     for name, tensor in tensors.items():

@@ -7,12 +7,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from lora_jax import _paths
-from lora_jax.naming import Naming, Place, index
-from lora_jax.naming.translation import shapes
-from lora_jax.peft.experts import Experts
-from lora_jax.peft.factors import Factors
-from lora_jax.weights import is_adapted
+from lora_jax.core.paths import flatten_with_paths, nearest
+from lora_jax.core.weights import is_adapted
+from lora_jax.files.naming import Naming, Place, index
+from lora_jax.files.naming.translation import shapes
+from lora_jax.files.torch_adapters.experts import Experts
+from lora_jax.files.torch_adapters.factors import Factors
 
 
 @dataclasses.dataclass
@@ -36,7 +36,7 @@ class Model:
     def __init__(self, base: Any, naming: Naming):
         """`base` holds arrays or `ShapeDtypeStruct`s."""
         self.naming = naming
-        self.leaves, self.treedef = _paths.flatten_with_paths(base, is_leaf=is_adapted)
+        self.leaves, self.treedef = flatten_with_paths(base, is_leaf=is_adapted)
         shaped = {path: tuple(x.shape) for path, x in self.leaves.items() if hasattr(x, "shape")}
         self.places = naming.places(shaped)
         self.index = index(self.places)
@@ -111,7 +111,7 @@ def module_of(name: str) -> str:
 
 def unknown(name: str, names: Iterable[str]) -> str:
     """The end of a message on a name that the base does not have."""
-    return f"not in this base; {_paths.nearest(name, names)}"
+    return f"not in this base; {nearest(name, names)}"
 
 
 def is_floating(x: Any) -> bool:

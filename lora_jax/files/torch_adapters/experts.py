@@ -5,7 +5,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from lora_jax.peft.factors import Factors
+from lora_jax.files.torch_adapters.factors import Factors
 
 
 @dataclasses.dataclass(frozen=True)

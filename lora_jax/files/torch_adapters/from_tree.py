@@ -7,11 +7,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from lora_jax.naming import Place
-from lora_jax.peft.contents import Contents, Model, part_of
-from lora_jax.peft.experts import together
-from lora_jax.peft.factors import Factors, join
-from lora_jax.weights import Adapted, Layout, LoraWeight, TrainedLeaf, TrainedRows
+from lora_jax.core.weights import Adapted, Layout, LoraWeight, TrainedLeaf, TrainedRows
+from lora_jax.files.naming import Place
+from lora_jax.files.torch_adapters.contents import Contents, Model, part_of
+from lora_jax.files.torch_adapters.experts import together
+from lora_jax.files.torch_adapters.factors import Factors, join
 
 _SWAP = str.maketrans("io", "oi")
 #: The parts of one torch tensor that leaves share, by where along its out axis each begins.

@@ -10,13 +10,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lora_jax.algebra import accumulator, column_norms
-from lora_jax.errors import AdapterFileError
-from lora_jax.naming import Place
-from lora_jax.overlay import adapted_nodes
-from lora_jax.peft.contents import Contents, Model, by_leaf
-from lora_jax.peft.factors import Factors, join
-from lora_jax.weights import Adapted, Layout, LoraWeight, TrainedLeaf, TrainedRows
+from lora_jax.adapters.split import adapted_nodes
+from lora_jax.core.algebra import accumulator, column_norms
+from lora_jax.core.errors import AdapterFileError
+from lora_jax.core.weights import Adapted, Layout, LoraWeight, TrainedLeaf, TrainedRows
+from lora_jax.files.naming import Place
+from lora_jax.files.torch_adapters.contents import Contents, Model, by_leaf
+from lora_jax.files.torch_adapters.factors import Factors, join
 
 
 def fitted(

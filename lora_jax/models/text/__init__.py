@@ -1,5 +1,5 @@
 """Text to token ids and back: tokenizers of published models, and their chat templates."""
 
-from lora_jax.text.tokenizer import Tokenizer
+from lora_jax.models.text.tokenizer import Tokenizer
 
 __all__ = ["Tokenizer"]

@@ -3,7 +3,7 @@
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
-from lora_jax.text.tokenizer import Tokenizer
+from lora_jax.models.text.tokenizer import Tokenizer
 
 END = "<|end|>"
 SPECIAL = (END, "<|system|>", "<|user|>", "<|assistant|>")

@@ -9,7 +9,7 @@ import json
 from collections.abc import Iterable, Mapping
 from typing import Any, NoReturn
 
-from lora_jax.errors import ChatTemplateError
+from lora_jax.core.errors import ChatTemplateError
 
 LONGEST = 10_000_000  # characters of output
 

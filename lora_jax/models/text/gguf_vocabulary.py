@@ -5,7 +5,7 @@ from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 
-from lora_jax.errors import ModelFileError
+from lora_jax.core.errors import ModelFileError
 
 # How text is cut before merges, by the names of llama.cpp's src/llama-vocab.cpp.
 _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|%s| ?[^\s\p{L}\p{N}]+[\r\n]*"

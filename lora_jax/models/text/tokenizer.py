@@ -8,9 +8,10 @@ from typing import Any
 
 import tokenizers
 
-from lora_jax import gguf_file
-from lora_jax.errors import ChatTemplateError, ModelFileError
-from lora_jax.text import chat, vocabulary
+from lora_jax.core.errors import ChatTemplateError, ModelFileError
+from lora_jax.files.disk import gguf_file
+from lora_jax.models.text import chat_template as chat
+from lora_jax.models.text import gguf_vocabulary
 
 _UNFINISHED = "\N{REPLACEMENT CHARACTER}"  # what part of a character decodes to
 
@@ -71,9 +72,9 @@ class Tokenizer:
         """
         metadata = gguf_file.read(path).metadata
         try:
-            backend = vocabulary.from_metadata(metadata)
+            backend = gguf_vocabulary.from_metadata(metadata)
             names = {"bos": "bos", "eos": "eos", "pad": "padding"}
-            special = {ours: vocabulary.token(metadata, name) for ours, name in names.items()}
+            special = {ours: gguf_vocabulary.token(metadata, name) for ours, name in names.items()}
         except ModelFileError as error:
             raise ModelFileError(f"{path}: {error}") from error
         return cls._checked(path, backend, special, metadata.get("tokenizer.chat_template"))

@@ -7,8 +7,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from lora_jax import atomic
-from lora_jax.atomic import COMMIT, read_directory, write_atomically, write_directory
+from lora_jax.files.disk import atomic
+from lora_jax.files.disk.atomic import COMMIT, read_directory, write_atomically, write_directory
 
 NAMES = ["config", "weights", "extra"]
 OLD = {"config": b"old config", "weights": b"old weights", "extra": b"the same"}

@@ -9,8 +9,8 @@ from gguf import GGMLQuantizationType as Kind
 from gguf import GGUFReader, GGUFWriter
 from gguf.quants import dequantize, quant_shape_to_byte_shape, quantize
 
-from lora_jax import gguf_file
-from lora_jax.errors import ModelFileError
+from lora_jax.core.errors import ModelFileError
+from lora_jax.files.disk import gguf_file
 
 KINDS = (
     *(Kind.F32, Kind.F16, Kind.BF16, Kind.Q4_0, Kind.Q4_1, Kind.Q5_0, Kind.Q5_1, Kind.Q8_0),

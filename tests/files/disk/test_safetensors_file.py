@@ -10,7 +10,8 @@ import pytest
 import safetensors
 from safetensors.numpy import load_file, save_file
 
-from lora_jax import AdapterFileError, tensorfile
+from lora_jax import AdapterFileError
+from lora_jax.files.disk import safetensors_file
 
 TENSORS = {
     "matrix.weight": np.arange(12, dtype=np.float32).reshape(3, 4),
@@ -46,32 +47,32 @@ def same(got, want):
 
 def test_what_the_library_writes_is_read(tmp_path):
     save_file(KNOWN, tmp_path / "a", {"format": "pt"})
-    tensors, metadata = tensorfile.read(tmp_path / "a", finite=True)
+    tensors, metadata = safetensors_file.read(tmp_path / "a", finite=True)
     same(tensors, KNOWN)
     assert metadata == {"format": "pt"}
 
 
 def test_what_is_written_the_library_reads(tmp_path):
     views = {**TENSORS, "strided": np.arange(12.0).reshape(3, 4).T[::2]}
-    tensorfile.write(tmp_path / "a", views, {"who": "me"})
-    same(tensorfile.read(tmp_path / "a", finite=True)[0], views)
-    same(tensorfile.decode((tmp_path / "a").read_bytes(), "a")[0], views)
+    safetensors_file.write(tmp_path / "a", views, {"who": "me"})
+    same(safetensors_file.read(tmp_path / "a", finite=True)[0], views)
+    same(safetensors_file.decode((tmp_path / "a").read_bytes(), "a")[0], views)
     with safetensors.safe_open(tmp_path / "a", framework="np") as file:
         assert file.metadata() == {"who": "me"} and set(file.keys()) == views.keys()
         same({n: file.get_tensor(n) for n in KNOWN}, {n: views[n] for n in KNOWN})
 
 
 def test_headers_alone(tmp_path):
-    tensorfile.write(tmp_path / "a", TENSORS, {"who": "me"})
-    header = tensorfile.headers(tmp_path / "a")
+    safetensors_file.write(tmp_path / "a", TENSORS, {"who": "me"})
+    header = safetensors_file.headers(tmp_path / "a")
     assert header.metadata == {"who": "me"} and header.tensors.keys() == TENSORS.keys()
     info = header.tensors["brain"]
     assert info.dtype == ml_dtypes.bfloat16 and info.shape == (2, 1)
 
 
 def test_an_empty_file_of_tensors(tmp_path):
-    tensorfile.write(tmp_path / "a", {})
-    assert tensorfile.read(tmp_path / "a") == ({}, {})
+    safetensors_file.write(tmp_path / "a", {})
+    assert safetensors_file.read(tmp_path / "a") == ({}, {})
 
 
 HOSTILE = {
@@ -139,7 +140,7 @@ HOSTILE = {
 def test_hostile_files(tmp_path, data, match):
     path = tmp_path / "adapter.safetensors"
     path.write_bytes(data)
-    for read in (tensorfile.read, tensorfile.headers)[: 1 if "bools" in match else 2]:
+    for read in (safetensors_file.read, safetensors_file.headers)[: 1 if "bools" in match else 2]:
         with pytest.raises(AdapterFileError, match=rf"(?s)adapter\.safetensors: .*({match})") as e:
             read(path)
         assert len(str(e.value)) < 3000 and str(e.value).replace("\n", "").isprintable()
@@ -154,18 +155,18 @@ def test_the_library_agrees_or_is_less_strict(tmp_path):
             load_file(tmp_path / "a")
         except Exception:
             with pytest.raises(AdapterFileError):
-                tensorfile.read(tmp_path / "a")
+                safetensors_file.read(tmp_path / "a")
         else:
             assert name.startswith(("name", "surplus", "bool", "twice", "shape huge and"))
 
 
 def test_a_huge_header_is_not_read(tmp_path, monkeypatch):
-    monkeypatch.setattr(tensorfile, "MAX_HEADER", 1000)
+    monkeypatch.setattr(safetensors_file, "MAX_HEADER", 1000)
     (tmp_path / "a").write_bytes(raw({"__metadata__": {"a": "x" * 2000}}, b""))
     with pytest.raises(AdapterFileError, match="a header of 2,"):
-        tensorfile.read(tmp_path / "a")
+        safetensors_file.read(tmp_path / "a")
     with pytest.raises(AdapterFileError, match="the header would exceed"):
-        tensorfile.write(tmp_path / "b", {}, {"a": "x" * 2000})
+        safetensors_file.write(tmp_path / "b", {}, {"a": "x" * 2000})
     assert os.listdir(tmp_path) == ["a"]
 
 
@@ -173,7 +174,7 @@ def test_all_problems_in_one_message(tmp_path):
     names = [f"t{i}" for i in range(210)]
     (tmp_path / "a").write_bytes(raw({name: record(dtype="?") for name in names}))
     with pytest.raises(AdapterFileError) as error:
-        tensorfile.read(tmp_path / "a")
+        safetensors_file.read(tmp_path / "a")
     lines = str(error.value).splitlines()
     assert len(lines) == 202 and "tensor 't199'" in lines[200] and lines[201] == "and 10 more"
 
@@ -186,21 +187,21 @@ def test_values_that_are_not_finite_are_all_named(tmp_path, dtype):
         "inf": np.array([1, -np.inf], dtype),
         "int": np.ones(3, np.int32),
     }
-    tensorfile.write(tmp_path / "a", tensors)
-    same(tensorfile.read(tmp_path / "a")[0], tensors)
+    safetensors_file.write(tmp_path / "a", tensors)
+    same(safetensors_file.read(tmp_path / "a")[0], tensors)
     with pytest.raises(AdapterFileError, match=r"(?s)NaN or infinite") as error:
-        tensorfile.read(tmp_path / "a", finite=True)
+        safetensors_file.read(tmp_path / "a", finite=True)
     assert sorted(str(error.value).splitlines()[1:]) == ["'inf'", "'nan'"]
 
 
 def test_things_that_are_no_files(tmp_path):
     with pytest.raises(AdapterFileError, match="no such file"):
-        tensorfile.read(tmp_path / "none")
+        safetensors_file.read(tmp_path / "none")
     with pytest.raises(AdapterFileError, match="not a file"):
-        tensorfile.read(tmp_path)
+        safetensors_file.read(tmp_path)
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(AdapterFileError, match="not a file"):
-        tensorfile.read(tmp_path / "pipe")
+        safetensors_file.read(tmp_path / "pipe")
 
 
 def test_write_refuses_what_could_not_be_read(tmp_path):
@@ -211,14 +212,14 @@ def test_write_refuses_what_could_not_be_read(tmp_path):
         ({"a": x}, {"b": 3}, "metadata 'b' is no string"),
     ):
         with pytest.raises(AdapterFileError, match=match):
-            tensorfile.write(tmp_path / "a", tensors, metadata)
+            safetensors_file.write(tmp_path / "a", tensors, metadata)
     assert os.listdir(tmp_path) == []
 
 
 def test_strict_json():
-    assert tensorfile.parse_json(b'{"a": [1, 2.5, null, "\xc3\xa9"]}', "x") == {
+    assert safetensors_file.parse_json(b'{"a": [1, 2.5, null, "\xc3\xa9"]}', "x") == {
         "a": [1, 2.5, None, "é"]
     }
     for text in ('{"a": 1, "a": 1}', "[NaN]", "[-Infinity]", '"\\udc00"', "", b"\xff", "[1,]"):
         with pytest.raises(AdapterFileError, match=r"^config: not valid JSON"):
-            tensorfile.parse_json(text, "config")
+            safetensors_file.parse_json(text, "config")

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 
 import lora_jax
-from lora_jax.overlay import adapted_nodes
-from tests.peft import models
+from lora_jax.adapters.split import adapted_nodes
+from tests.parity.peft import models
 
 BASE = models.base("plain")
 SHAPES = {path: jax.ShapeDtypeStruct(x.shape, x.dtype) for path, x in BASE.items()}

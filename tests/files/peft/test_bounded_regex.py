@@ -9,9 +9,9 @@ import pytest
 
 import lora_jax
 from lora_jax import AdapterFileError, ConfigError, peft
-from lora_jax.naming import Entry, Naming
-from lora_jax.peft import patterns
-from lora_jax.peft.config import PeftConfig
+from lora_jax.files.naming import Entry, Naming
+from lora_jax.files.peft import bounded_regex
+from lora_jax.files.peft.config import PeftConfig
 
 NAMES = [
     *(f"model.layers.{n}.self_attn.{x}_proj" for n in (0, 2, 11) for x in "qkvo"),
@@ -47,7 +47,7 @@ def test_patterns_of_the_world(pattern):
 
 @pytest.fixture
 def impatient(monkeypatch):
-    monkeypatch.setattr(patterns, "SECONDS", 0.05)
+    monkeypatch.setattr(bounded_regex, "SECONDS", 0.05)
 
 
 @pytest.mark.parametrize("pattern", ENDLESS)

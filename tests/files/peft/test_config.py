@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 from lora_jax import AdapterFileError, peft
-from lora_jax.errors import ConfigError
-from lora_jax.peft.config import REFUSED, PeftConfig, exact_pattern, parse_config
-from lora_jax.peft.modules import part_of_name
-from lora_jax.peft.settings import alpha_of
+from lora_jax.core.errors import ConfigError
+from lora_jax.files.peft.config import REFUSED, PeftConfig, exact_pattern, parse_config
+from lora_jax.files.peft.config_from_contents import alpha_of
+from lora_jax.files.peft.tensor_names import part_of_name
 
 MINIMAL = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q"]}
 

@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 
 import lora_jax
-from lora_jax import AdapterFileError, peft, tensorfile
-from lora_jax.overlay import adapted_nodes
-from tests.peft import models
-from tests.peft.edits import BASE, PREFIX, SHAPES, UP, equal
-from tests.peft.models import PLAIN, STACKED
+from lora_jax import AdapterFileError, peft
+from lora_jax.adapters.split import adapted_nodes
+from lora_jax.files.disk import safetensors_file
+from tests.files.peft.random_adapters import BASE, PREFIX, SHAPES, UP, equal
+from tests.parity.peft import models
+from tests.parity.peft.models import PLAIN, STACKED
 
 
 def break_everything(tensors):
@@ -197,7 +198,7 @@ def test_a_layer_that_is_off_is_not_written(tmp_path):
     params = lora_jax.init(jax.random.key(0), models.base("stacked"), config)
     peft.save(tmp_path, params, STACKED)
     modules = {
-        name.split(".lora")[0] for name in tensorfile.headers(tmp_path / peft.TENSORS).tensors
+        name.split(".lora")[0] for name in safetensors_file.headers(tmp_path / peft.TENSORS).tensors
     }
     assert modules == {f"{PREFIX}model.layers.{n}.down" for n in (0, 2)}
     written = peft.read_config(tmp_path)

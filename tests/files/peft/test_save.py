@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 
 import lora_jax
-from lora_jax import AdapterFileError, StructureError, peft, tensorfile
-from lora_jax.overlay import adapted_nodes
-from tests.peft import models
-from tests.peft.edits import BASE, PREFIX, SHAPES, UP, adapted
-from tests.peft.models import PLAIN, SPLIT, STACKED
+from lora_jax import AdapterFileError, StructureError, peft
+from lora_jax.adapters.split import adapted_nodes
+from lora_jax.files.disk import safetensors_file
+from tests.files.peft.random_adapters import BASE, PREFIX, SHAPES, UP, adapted
+from tests.parity.peft import models
+from tests.parity.peft.models import PLAIN, SPLIT, STACKED
 
 
 @pytest.mark.parametrize(
@@ -181,7 +182,7 @@ def test_parts_of_a_fused_module(edited, tmp_path):
     )
     adapters = adapted(config, "split")
     peft.save(tmp_path, adapters, SPLIT, base=base)
-    tensors, _ = tensorfile.read(tmp_path / peft.TENSORS)
+    tensors, _ = safetensors_file.read(tmp_path / peft.TENSORS)
     b = tensors[f"{PREFIX}model.layers.1.c_attn.lora_B.weight"]
     assert b.shape == (18, 3) and not b[6:12].any() and not b[:6, 2:].any() and not b[12:, :2].any()
     again = peft.load(tmp_path, base, SPLIT)
@@ -238,7 +239,7 @@ def test_biases_of_layers_that_are_off_are_not_written(edited, tmp_path):
     assert leaf.scale.shape == ()
     off = dataclasses.replace(leaf, scale=jnp.array([[1.0], [0.0], [1.0]]))
     peft.save(tmp_path, adapters | {"model/layers/up/bias": off}, STACKED, base=base)
-    names = tensorfile.headers(tmp_path / peft.TENSORS).tensors
+    names = safetensors_file.headers(tmp_path / peft.TENSORS).tensors
     found = [n for n in range(3) if f"{PREFIX}model.layers.{n}.up.base_layer.bias" in names]
     assert found == [0, 2]
     again = peft.load(tmp_path, base, STACKED)["model/layers/up/bias"]
@@ -272,7 +273,7 @@ def test_modules_whose_names_end_alike_are_saved_along(tmp_path):
     config = lora_jax.LoraConfig(rank=1, targets=["up/kernel"], train="norm/scale")
     params = lora_jax.init(jax.random.key(0), base, config)
     peft.save(tmp_path, params, naming)
-    tensors, _ = tensorfile.read(tmp_path / peft.TENSORS)
+    tensors, _ = safetensors_file.read(tmp_path / peft.TENSORS)
     assert peft.read_config(tmp_path).modules_to_save == ("h.0.input_norm", "norm")
     np.testing.assert_array_equal(tensors[f"{PREFIX}h.0.input_norm.weight"], np.full(3, 2.0))
 
@@ -282,6 +283,6 @@ def test_rows_that_are_off_are_not_written(edited, tmp_path):
     rows = adapters["model/emb/embedding"]
     off = {"model/emb/embedding": dataclasses.replace(rows, scale=jnp.zeros(()))}
     peft.save(tmp_path, adapters | off, PLAIN, base=BASE)
-    names = tensorfile.headers(tmp_path / peft.TENSORS).tensors
+    names = safetensors_file.headers(tmp_path / peft.TENSORS).tensors
     assert names and not any("token_adapter" in name for name in names)
     assert peft.read_config(tmp_path).trainable_token_indices is None

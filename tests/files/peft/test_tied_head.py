@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 
 import lora_jax
-from lora_jax import AdapterFileError, StructureError, peft, tensorfile
-from lora_jax.overlay import adapted_nodes
-from tests.peft.edits import PREFIX, equal
+from lora_jax import AdapterFileError, StructureError, peft
+from lora_jax.adapters.split import adapted_nodes
+from lora_jax.files.disk import safetensors_file
+from tests.files.peft.random_adapters import PREFIX, equal
 
 TIED = lora_jax.naming.Naming(
     (
@@ -33,13 +34,13 @@ def test_a_tied_head_is_written_and_read_with_its_embedding(tmp_path):
     config = peft.read_config(tmp_path)
     assert config.ensure_weight_tying
     assert config.target_modules == ("model.embed_tokens", "model.up")
-    tensors, _ = tensorfile.read(tmp_path / peft.TENSORS)
+    tensors, _ = safetensors_file.read(tmp_path / peft.TENSORS)
     for copy, own in (("A", "B"), ("B", "A")):
         own = tensors[f"{PREFIX}model.embed_tokens.lora_embedding_{own}"]
         np.testing.assert_array_equal(tensors[f"{PREFIX}lm_head.lora_{copy}.weight"], own.T)
     equal(peft.load(tmp_path, TIED_BASE, TIED), adapters)
     tensors[f"{PREFIX}lm_head.lora_A.weight"] += 1
-    tensorfile.write(tmp_path / peft.TENSORS, tensors)
+    safetensors_file.write(tmp_path / peft.TENSORS, tensors)
     with pytest.raises(AdapterFileError, match=r"lm_head.lora_A.weight: is not the embedding's"):
         peft.load(tmp_path, TIED_BASE, TIED)
     with pytest.raises(StructureError, match="whether it is the head too needs base="):
@@ -59,7 +60,7 @@ def test_an_embedding_adapted_as_a_lookup_alone_does_not_fit_a_tied_tree(tmp_pat
 def test_a_tied_embedding_saved_whole(tmp_path):
     adapters = tied(targets=["up/kernel"], train=["embedding"])
     peft.save(tmp_path, adapters, TIED, base=TIED_BASE)
-    tensors, _ = tensorfile.read(tmp_path / peft.TENSORS)
+    tensors, _ = safetensors_file.read(tmp_path / peft.TENSORS)
     assert peft.read_config(tmp_path).ensure_weight_tying
     head, own = (tensors[f"{PREFIX}{x}.weight"] for x in ("lm_head", "model.embed_tokens"))
     np.testing.assert_array_equal(head, own)

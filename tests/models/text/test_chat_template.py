@@ -2,8 +2,8 @@
 
 import pytest
 
-from lora_jax.errors import ChatTemplateError
-from lora_jax.text import chat
+from lora_jax.core.errors import ChatTemplateError
+from lora_jax.models.text import chat_template
 
 MESSAGES = [{"role": "user", "content": "hi <b>"}, {"role": "assistant", "content": "ho"}]
 
@@ -24,7 +24,7 @@ MESSAGES = [{"role": "user", "content": "hi <b>"}, {"role": "assistant", "conten
     ],
 )  # fmt: skip
 def test_what_templates_use(template, text):
-    assert chat.render(template, MESSAGES, bos_token="<s>") == text
+    assert chat_template.render(template, MESSAGES, bos_token="<s>") == text
 
 
 @pytest.mark.parametrize(
@@ -47,5 +47,5 @@ def test_what_templates_use(template, text):
 )
 def test_broken_and_hostile_templates(template, message):
     with pytest.raises(ChatTemplateError, match=message) as caught:
-        chat.render(template, MESSAGES)
+        chat_template.render(template, MESSAGES)
     assert "\n" not in str(caught.value)

@@ -8,9 +8,9 @@ import pytest
 import tokenizers
 from gguf import GGUFWriter
 
-from lora_jax import assets
-from lora_jax.errors import ChatTemplateError, ModelFileError
-from lora_jax.text import Tokenizer
+from lora_jax.core.errors import ChatTemplateError, ModelFileError
+from lora_jax.models import assets
+from lora_jax.models.text import Tokenizer
 
 BYTES = tokenizers.pre_tokenizers.ByteLevel.alphabet()
 MERGES = ["Ġ t", "h e", "Ġt he", "1 2"]

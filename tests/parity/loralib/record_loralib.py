@@ -1,6 +1,6 @@
 """Record adapters of loralib 0.1.2 (torch 2.13): the oracle of test_loralib.py.
 
-    python -m tests.formats.record_loralib
+    python -m tests.parity.loralib.record_loralib
 
 writes `loralib.npz`:
 

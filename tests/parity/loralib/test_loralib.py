@@ -5,10 +5,11 @@ import pathlib
 import numpy as np
 import pytest
 
-from lora_jax import AdapterFileError, ConfigError, loralib, tensorfile
-from lora_jax.naming import Entry, Naming, to_torch, to_tree
-from lora_jax.overlay import adapted_nodes
-from tests.peft.models import meaning
+from lora_jax import AdapterFileError, ConfigError, loralib
+from lora_jax.adapters.split import adapted_nodes
+from lora_jax.files.disk import safetensors_file
+from lora_jax.files.naming import Entry, Naming, to_torch, to_tree
+from tests.parity.peft.models import meaning
 
 RECORDED = np.load(pathlib.Path(__file__).parent / "loralib.npz")
 BASE = {name[5:]: RECORDED[name] for name in RECORDED.files if name.startswith("base/")}
@@ -74,8 +75,8 @@ def test_a_convolution_under_loralibs_own_names(file):
         for new, leaf, kind in zip(own.values(), ("kernel", "bias"), ("conv", ""), strict=True)
     ]
     tree = {"h/cnn/kernel": np.zeros((3, 3, 6, 5), "f4"), "h/cnn/bias": np.zeros(5, "f4")}
-    tensors, _ = tensorfile.read(file)
-    tensorfile.write(file, {name: x for name, x in tensors.items() if "cnn" in name})
+    tensors, _ = safetensors_file.read(file)
+    safetensors_file.write(file, {name: x for name, x in tensors.items() if "cnn" in name})
     nodes = adapted_nodes(loralib.load(file, tree, Naming(tuple(rows)), alpha=4))
     kernel, bias = nodes["h/cnn/kernel"], nodes["h/cnn/bias"]
     assert kernel.a.shape == (3, 3, 6, 18) and float(kernel.scale) == 2
@@ -91,21 +92,21 @@ def test_a_convolution_that_does_not_fit(shape, file):
     """Of 2 groups, of another kernel, of other outputs."""
     axes = "o i k -> k i o" if len(shape) == 3 else ""
     naming = Naming((Entry("h.cnn.weight", "kernel", "conv", axes),))
-    tensors, _ = tensorfile.read(file)
-    tensorfile.write(file, {name: x for name, x in tensors.items() if "cnn.lora" in name})
+    tensors, _ = safetensors_file.read(file)
+    safetensors_file.write(file, {name: x for name, x in tensors.items() if "cnn.lora" in name})
     with pytest.raises(AdapterFileError, match=r"h.cnn: .* of a grouped one let loralib merge"):
         loralib.load(file, {"kernel": np.zeros(shape, "f4")}, naming, alpha=4)
 
 
 def test_everything_wrong_is_told_at_once(file):
-    tensors, _ = tensorfile.read(file)
+    tensors, _ = safetensors_file.read(file)
     del tensors["h.up.lora_B"]
     tensors["h.emb.lora_A"] = tensors["h.emb.lora_A"][:, :4]
     tensors["h.up.weight"] = np.ones((10, 6), "f4")
     tensors["h.more.lora_A"] = np.ones((2, 6), "f4")
     tensors["h.up.bias"] = tensors["h.up.bias"].astype(np.int32)
     tensors["h.qkv.bias"] = tensors["h.qkv.bias"][:3]
-    tensorfile.write(file, tensors)
+    safetensors_file.write(file, tensors)
     enabled = {"qkv": [True] * 3, "nothing": [True]}
     with pytest.raises(AdapterFileError) as caught:
         loralib.load(file, leaves(NAMING), NAMING, alpha=4, enabled=enabled)

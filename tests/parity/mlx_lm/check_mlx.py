@@ -1,6 +1,6 @@
 """Load files that lora_jax writes with real mlx-lm: the other half of the trip.
 
-    python -m tests.formats.check_mlx PYTHON
+    python -m tests.parity.mlx_lm.check_mlx PYTHON
 
 with the Python of an environment that has mlx and mlx-lm (see `record_mlx.py`).
 """
@@ -15,10 +15,10 @@ import numpy as np
 
 import lora_jax
 from lora_jax import mlx
-from lora_jax.naming import to_torch
-from lora_jax.overlay import adapted_nodes
-from tests.formats.test_mlx import PLAIN, STACKED, base
-from tests.peft.models import meaning
+from lora_jax.adapters.split import adapted_nodes
+from lora_jax.files.naming import to_torch
+from tests.parity.mlx_lm.test_mlx import PLAIN, STACKED, base
+from tests.parity.peft.models import meaning
 
 UP, QUERY = {"layout": "bio"}, {"layout": "bioo"}
 CASES = {
@@ -74,7 +74,7 @@ def main() -> None:
                 merged[path] = meaning(node, merged[path])
             wanted[case] = to_torch(naming, merged)
         folders = [str(pathlib.Path(root) / case) for case in CASES]
-        subprocess.run([sys.argv[1], "-m", "tests.formats.record_mlx", *folders], check=True)
+        subprocess.run([sys.argv[1], "-m", "tests.parity.mlx_lm.record_mlx", *folders], check=True)
         for case, folder in zip(CASES, folders, strict=True):
             got = np.load(pathlib.Path(folder) / "merged.npz")
             apart = max(np.abs(got[name] - x).max() for name, x in wanted[case].items())

@@ -1,6 +1,6 @@
 """Record adapters of mlx-lm 0.32 (mlx 0.32 on the CPU): the oracle of test_mlx.py.
 
-    python -m tests.formats.record_mlx [FOLDER ...]
+    python -m tests.parity.mlx_lm.record_mlx [FOLDER ...]
 
 writes `mlx.npz`:
 

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 
 import lora_jax
-from lora_jax import AdapterFileError, StructureError, mlx, tensorfile
-from lora_jax.naming import Entry, Naming, to_torch, to_tree
-from lora_jax.overlay import adapted_nodes
-from tests.peft.models import meaning
+from lora_jax import AdapterFileError, StructureError, mlx
+from lora_jax.adapters.split import adapted_nodes
+from lora_jax.files.disk import safetensors_file
+from lora_jax.files.naming import Entry, Naming, to_torch, to_tree
+from tests.parity.peft.models import meaning
 
 RECORDED = np.load(pathlib.Path(__file__).parent / "mlx.npz")
 BASE = {name[5:]: RECORDED[name] for name in RECORDED.files if name.startswith("base/")}
@@ -63,8 +64,8 @@ def test_merged_weights_equal_mlxs(case, naming, tmp_path):
         np.testing.assert_allclose(x, RECORDED[f"{case}/merged/{name}"], atol=1e-5, err_msg=name)
     # and written again: the same tensors, but for layers that were left out
     mlx.save(tmp_path / "again", adapters, naming, base=tree)
-    want, _ = tensorfile.read(tmp_path / mlx.TENSORS)
-    got, _ = tensorfile.read(tmp_path / "again" / mlx.TENSORS)
+    want, _ = safetensors_file.read(tmp_path / mlx.TENSORS)
+    got, _ = safetensors_file.read(tmp_path / "again" / mlx.TENSORS)
     assert got.keys() == want.keys()
     for name in want:
         np.testing.assert_array_equal(got[name], want[name])
@@ -136,13 +137,13 @@ def test_settings_that_cannot_be(settings, message, tmp_path):
 
 def test_everything_wrong_is_told_at_once(tmp_path):
     folder = unpack("lora", tmp_path)
-    tensors, _ = tensorfile.read(folder / mlx.TENSORS)
+    tensors, _ = safetensors_file.read(folder / mlx.TENSORS)
     del tensors["embed.lora_b"]
     tensors["layers.0.up.lora_a"] = tensors["layers.0.up.lora_a"].T
     tensors["layers.1.up.lora_b"] = tensors["layers.1.up.lora_b"].astype("i4")
     tensors["layers.2.up.m"] = np.ones(10, "f4")
     tensors["layers.7.up.lora_a"] = np.ones((6, 2), "f4")
-    tensorfile.write(folder / mlx.TENSORS, tensors)
+    safetensors_file.write(folder / mlx.TENSORS, tensors)
     with pytest.raises(AdapterFileError) as caught:
         mlx.load(folder, base(PLAIN), PLAIN)
     lines = [line.partition(": ")[0] for line in str(caught.value).splitlines()[1:]]

@@ -1,6 +1,6 @@
 """Load experts' parameters that lora_jax writes with real peft: outputs, names, no warnings.
 
-    python -m tests.peft.check_experts
+    python -m tests.parity.peft.check_experts
 
 needs torch, transformers and peft 0.21.2. Adapters of peft's own and of lora_jax's `init`, folded
 or not, with the base or without; and adapters that peft makes of transformers' Mixtral, Qwen3-MoE
@@ -21,11 +21,11 @@ import transformers
 
 import lora_jax
 from lora_jax import peft
-from lora_jax.naming import Entry, Naming
-from lora_jax.overlay import adapted_nodes
-from tests.peft import experts, models, record_experts
-from tests.peft.check_files import loaded, moved
-from tests.peft.record_files import move
+from lora_jax.adapters.split import adapted_nodes
+from lora_jax.files.naming import Entry, Naming
+from tests.parity.peft import experts_model, models, record_experts
+from tests.parity.peft.check_files import loaded, moved
+from tests.parity.peft.record_files import move
 
 TOLERANCE = 1e-5
 CONFIGS = {
@@ -68,25 +68,25 @@ TARGETS = ((BOTH, ["q_proj"]), (BOTH[1:], []))
 
 def adapters() -> Iterator[tuple[str, Any, Any]]:
     """Names, overlays, and what they were made with."""
-    base = experts.base()
-    for case in experts.CASES:
-        folder = experts.unpack(case, pathlib.Path(tempfile.mkdtemp()))
-        yield case, peft.load(folder, base, experts.NAMING), peft.read_config(folder)
+    base = experts_model.base()
+    for case in experts_model.CASES:
+        folder = experts_model.unpack(case, pathlib.Path(tempfile.mkdtemp()))
+        yield case, peft.load(folder, base, experts_model.NAMING), peft.read_config(folder)
     for name, config in CONFIGS.items():
-        x = experts.RECORDED["x"]
-        params = lora_jax.init(jax.random.key(0), base, config, experts.apply, x)
+        x = experts_model.RECORDED["x"]
+        params = lora_jax.init(jax.random.key(0), base, config, experts_model.apply, x)
         yield f"lora_jax {name}", moved(lora_jax.split(params)[1]), config
 
 
 def difference(overlay: Any, **options: Any) -> float:
     """How far the outputs of torch with peft are from JAX's."""
-    base, x = experts.base(), experts.RECORDED["x"]
+    base, x = experts_model.base(), experts_model.RECORDED["x"]
     tree = {path: np.asarray(leaf) for path, leaf in base.items()}
     for path, node in adapted_nodes(overlay).items():
         tree[path] = models.meaning(node, tree[path])
-    want = np.asarray(experts.apply(tree, x))
+    want = np.asarray(experts_model.apply(tree, x))
     with tempfile.TemporaryDirectory() as folder:
-        peft.save(folder, overlay, experts.NAMING, **options)
+        peft.save(folder, overlay, experts_model.NAMING, **options)
         model = loaded(record_experts.build(), folder)
         with torch.no_grad():
             got = model(torch.from_numpy(x)).numpy()
@@ -139,7 +139,7 @@ def main() -> None:
     warnings.filterwarnings("ignore", ".*_pattern keys did not match any targeted module")
     for harmless in (".*is_gradient_checkpointing", ".*save_embedding_layers"):
         warnings.filterwarnings("ignore", harmless)
-    worst, count, base = 0.0, 0, experts.base()
+    worst, count, base = 0.0, 0, experts_model.base()
     for name, overlay, config in adapters():
         for options in ({"base": base, "config": config}, {"base": base, "fold": True}, {}):
             count += 1

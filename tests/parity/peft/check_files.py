@@ -1,6 +1,6 @@
 """Load files that lora_jax writes with real peft, on real torch models: the other half of the trip.
 
-    python -m tests.peft.check_files
+    python -m tests.parity.peft.check_files
 
 needs torch, peft 0.21.2 and transformers besides lora_jax. For every case peft must load the files
 with no warning, no missing and no unexpected key, hold exactly the file's tensors, and give the
@@ -27,10 +27,11 @@ from peft.utils.save_and_load import (
 from safetensors.torch import load_file
 
 import lora_jax
-from lora_jax import _paths, peft
-from lora_jax.naming import to_torch, to_tree
-from lora_jax.overlay import adapted_nodes
-from tests.peft import models, record_files
+from lora_jax import peft
+from lora_jax.adapters.split import adapted_nodes
+from lora_jax.core.paths import lookup, select
+from lora_jax.files.naming import to_torch, to_tree
+from tests.parity.peft import models, record_files
 
 TOLERANCE = 1e-5
 CONFIGS: dict[str, Any] = {
@@ -81,8 +82,8 @@ def adapted(which: str, config: lora_jax.LoraConfig) -> Any:
     every = {path: x for path, x in layouts(which).items() if path not in rows}
     if config.targets == "all-linear":
         config = dataclasses.replace(config, targets=list(every))
-    chosen = _paths.select("targets", config.targets, base)
-    ranks = {path: _paths.lookup(config.overrides, path) for path in chosen}
+    chosen = select("targets", config.targets, base)
+    ranks = {path: lookup(config.overrides, path) for path in chosen}
     overrides = {
         path: {"layout": every[path], "rank": found and found[1].rank}
         for path, found in ranks.items()

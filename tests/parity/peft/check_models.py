@@ -1,6 +1,6 @@
 """Adapters both ways between lora_jax.models and transformers with peft: equal outputs.
 
-    python -m tests.peft.check_models [llama | llama_tied | mistral | qwen2 | bert ...]
+    python -m tests.parity.peft.check_models [llama | llama_tied | mistral | qwen2 | bert ...]
 
 needs torch, peft 0.21.2 and transformers (checked with 2.13 and 5.23), so the suite does not run
 it. On every recorded model of tests/models/fixtures it
@@ -35,8 +35,8 @@ import transformers
 import lora_jax as lora
 from lora_jax import models, peft
 from tests.models.recorded import FIXTURES
-from tests.peft import check_files
-from tests.peft.record_files import move
+from tests.parity.peft import check_files
+from tests.parity.peft.record_files import move
 
 LIMIT = 1e-4
 IDS = np.array([[3, 17, 5, 9, 11, 63, 1], [2, 5, 5, 3, 40, 41, 42]])

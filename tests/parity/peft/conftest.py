@@ -1,13 +1,12 @@
-"""The scripts that record and check need what they record; the suite does not."""
+"""A recorded case of peft, edited."""
 
 import json
 
 import pytest
 
-from lora_jax import peft, tensorfile
-from tests.peft import models
-
-collect_ignore_glob = ["record*.py", "check*.py"]
+from lora_jax import peft
+from lora_jax.files.disk import safetensors_file
+from tests.parity.peft import models
 
 
 @pytest.fixture
@@ -18,9 +17,9 @@ def edited(tmp_path):
         folder = models.unpack(case, tmp_path / case)
         config = json.loads((folder / peft.CONFIG).read_text()) | fields
         (folder / peft.CONFIG).write_text(json.dumps(config))
-        tensors, _ = tensorfile.read(folder / peft.TENSORS)
+        tensors, _ = safetensors_file.read(folder / peft.TENSORS)
         change(tensors)
-        tensorfile.write(folder / peft.TENSORS, tensors)
+        safetensors_file.write(folder / peft.TENSORS, tensors)
         return folder
 
     return edit

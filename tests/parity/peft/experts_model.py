@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lora_jax.naming import Entry, Naming, to_tree
+from lora_jax.files.naming import Entry, Naming, to_tree
 
 RECORDED = dict(np.load(pathlib.Path(__file__).parent / "experts.npz"))
 CASES = sorted({name.split("/")[0] for name in RECORDED if name.endswith(".safetensors")})

@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lora_jax.naming import Entry, Naming, to_tree
-from lora_jax.weights import TrainedLeaf, TrainedRows
+from lora_jax.core.weights import TrainedLeaf, TrainedRows
+from lora_jax.files.naming import Entry, Naming, to_tree
 
 RECORDED = np.load(pathlib.Path(__file__).parent / "files.npz")
 BASE = {name[5:]: RECORDED[name] for name in RECORDED.files if name.startswith("base/")}

@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 
 import lora_jax
-from lora_jax import AdapterFileError, StructureError, mlx, peft, tensorfile
-from lora_jax.naming import Entry, Naming
-from lora_jax.overlay import adapted_nodes
-from tests.peft import models
-from tests.peft.experts import CASES, NAMING, RECORDED, SHAPES, apply, base, unpack
+from lora_jax import AdapterFileError, StructureError, mlx, peft
+from lora_jax.adapters.split import adapted_nodes
+from lora_jax.files.disk import safetensors_file
+from lora_jax.files.naming import Entry, Naming
+from tests.parity.peft import models
+from tests.parity.peft.experts_model import CASES, NAMING, RECORDED, SHAPES, apply, base, unpack
 
 PREFIX = "base_model.model."
 BASE = base()
@@ -25,7 +26,7 @@ def folder(tmp_path):
 
 
 def tensors_in(directory):
-    return tensorfile.read(directory / peft.TENSORS)[0]
+    return safetensors_file.read(directory / peft.TENSORS)[0]
 
 
 def merged(adapters):
@@ -40,7 +41,7 @@ def edited(directory, change=lambda tensors: None, **fields):
     (directory / peft.CONFIG).write_text(json.dumps(config))
     tensors = tensors_in(directory)
     change(tensors)
-    tensorfile.write(directory / peft.TENSORS, tensors)
+    safetensors_file.write(directory / peft.TENSORS, tensors)
     return directory
 
 

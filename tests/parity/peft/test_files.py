@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 
 import lora_jax
-from lora_jax import peft, tensorfile
-from lora_jax.naming import to_torch
-from lora_jax.overlay import adapted_nodes
-from tests.peft import models
-from tests.peft.models import BASE, CASES, NAMINGS, PLAIN, RECORDED
+from lora_jax import peft
+from lora_jax.adapters.split import adapted_nodes
+from lora_jax.files.disk import safetensors_file
+from lora_jax.files.naming import to_torch
+from tests.parity.peft import models
+from tests.parity.peft.models import BASE, CASES, NAMINGS, PLAIN, RECORDED
 
 IDS = jnp.asarray(RECORDED["ids"])
 TREES = {which: models.base(which) for which in NAMINGS}
@@ -25,7 +26,7 @@ def folder(tmp_path):
 
 
 def tensors_in(directory):
-    return tensorfile.read(directory / peft.TENSORS)[0]
+    return safetensors_file.read(directory / peft.TENSORS)[0]
 
 
 def merged(which, adapters):
@@ -84,7 +85,7 @@ def test_what_was_read_is_written_again(case, folder, tmp_path):
             equal -= {"target_modules", "exclude_modules", "trainable_token_indices"}
             for name in equal - ({"fan_in_fan_out"} if case in ("patterns",) else set()):
                 assert getattr(read, name) == getattr(given, name), name
-    header = tensorfile.headers(tmp_path / "again" / peft.TENSORS)
+    header = safetensors_file.headers(tmp_path / "again" / peft.TENSORS)
     assert header.metadata == {"format": "pt"}
 
 

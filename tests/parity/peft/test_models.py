@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 import lora_jax
-from lora_jax import models, peft, tensorfile
+from lora_jax import models, peft
+from lora_jax.files.disk import safetensors_file
 
 HERE = pathlib.Path(__file__).parent
 RECORDED = np.load(HERE / "models.npz")
@@ -27,8 +28,8 @@ def test_logits_equal_transformers(name, scan, tmp_path, quick_compile):
     np.testing.assert_allclose(y, RECORDED[f"{name}/y"], atol=1e-5 * np.abs(y).max())
     config = peft.read_config(tmp_path)
     peft.save(tmp_path / "again", adapters, model.naming, base=model.params, config=config)
-    want, _ = tensorfile.read(tmp_path / peft.TENSORS)
-    got, _ = tensorfile.read(tmp_path / "again" / peft.TENSORS)
+    want, _ = safetensors_file.read(tmp_path / peft.TENSORS)
+    got, _ = safetensors_file.read(tmp_path / "again" / peft.TENSORS)
     assert got.keys() == want.keys()
     for key in want:
         np.testing.assert_array_equal(got[key], want[key])

@@ -9,7 +9,7 @@ import optax
 import pytest
 
 import lora_jax
-from tests.peft import steps
+from tests.parity.peft import steps
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 VARIANTS = ["lora", "rslora", "dora"]

@@ -1,6 +1,6 @@
 """Record torch.nn.Embedding (torch 2.13) under its options: the oracle of layers/test_embedding.py.
 
-    python -m tests.peft.record_embedding
+    python -m tests.parity.torch.record_embedding
 
 writes `embedding.safetensors`, with the loss mean((y - target)²). `<case>/<name>`, the names being
 

@@ -1,7 +1,7 @@
 """Adapter files damaged at random: each must give a clear error, or load finite values that fit.
 
-    python -m tests.mutations --count 1000 --seed 0      the same mutations for the same numbers
-    python -m tests.mutations --number 17 --seed 0       one of them, and what is said of it
+    python -m tests.stress.damaged_files --count 1000 --seed 0      the same mutations for the same numbers
+    python -m tests.stress.damaged_files --number 17 --seed 0       one of them, and what is said of it
 
 Prints what became of them. Exits with 1 where one came to anything else: another exception, a
 warning, values that are not finite or do not fit, something written, a lot of memory or time.
@@ -16,8 +16,8 @@ from collections import Counter
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
-from tests.mutations import check
-from tests.mutations.subjects import FORMATS
+from tests.stress.damaged_files import check
+from tests.stress.damaged_files.subjects import FORMATS
 
 MEMORY = 2**30  # bytes more than the process has, from which on there is a MemoryError
 
@@ -29,7 +29,7 @@ def memory() -> int:
 
 def main() -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m tests.mutations", description=__doc__.split("\n")[0]
+        prog="python -m tests.stress.damaged_files", description=__doc__.split("\n")[0]
     )
     parser.add_argument("--count", type=int, default=1000, help="how many mutations")
     parser.add_argument("--seed", type=int, default=0, help="which mutations")

@@ -14,11 +14,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from lora_jax import LoraError, _paths
-from lora_jax.overlay import adapted_nodes
-from lora_jax.weights import Adapted, TrainedLeaf, TrainedRows, check_fits
-from tests.mutations.edits import mutate
-from tests.mutations.subjects import Subject, name, subject
+from lora_jax import LoraError
+from lora_jax.adapters.split import adapted_nodes
+from lora_jax.core.paths import flatten_with_paths
+from lora_jax.core.weights import Adapted, TrainedLeaf, TrainedRows, check_fits
+from tests.stress.damaged_files.edits import mutate
+from tests.stress.damaged_files.subjects import Subject, name, subject
 
 SLOW = 5.0  # seconds that reading a few kilobytes must not take
 LONG = 100_000  # characters of a message
@@ -146,4 +147,4 @@ def _original(chosen: Subject) -> Any:
 
 
 def _by_path(base: Any) -> dict[str, Any]:
-    return _paths.flatten_with_paths(base)[0]
+    return flatten_with_paths(base)[0]

@@ -12,11 +12,12 @@ import ml_dtypes
 import numpy as np
 
 import lora_jax
-from lora_jax import loralib, mlx, peft, tensorfile
-from lora_jax.naming import Entry, Naming
-from lora_jax.weights import Layout, LoraWeight, TrainedLeaf, TrainedRows
-from tests.mutations.edits import Files
-from tests.peft import models
+from lora_jax import loralib, mlx, peft
+from lora_jax.core.weights import Layout, LoraWeight, TrainedLeaf, TrainedRows
+from lora_jax.files.disk import safetensors_file
+from lora_jax.files.naming import Entry, Naming
+from tests.parity.peft import models
+from tests.stress.damaged_files.edits import Files
 
 
 def values(shape: tuple[int, ...]) -> np.ndarray:
@@ -122,7 +123,7 @@ def of_loralib() -> Subject:
     tensors = {name: values(shape) for name, shape in shapes.items()}
     return Subject(
         "loralib",
-        {"lora.safetensors": tensorfile.encode(tensors)},
+        {"lora.safetensors": safetensors_file.encode(tensors)},
         base,
         lambda folder: loralib.load(
             folder / "lora.safetensors",

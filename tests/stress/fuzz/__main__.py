@@ -1,7 +1,7 @@
 """Random programs through the engine: adapted must equal merged, in outputs and gradients.
 
-    python -m tests.fuzz --count 10000 --seed 0        the same programs for the same numbers
-    python -m tests.fuzz --program "Program(...)"      one program, as a failure prints it
+    python -m tests.stress.fuzz --count 10000 --seed 0        the same programs for the same numbers
+    python -m tests.stress.fuzz --program "Program(...)"      one program, as a failure prints it
 
 Prints how many ran and how fast, what `init` declined, which primitives needed the whole weight,
 and the mismatches, each sort with a program that shows it, made small. Exits with 1 where there is
@@ -28,8 +28,8 @@ if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", "")
     flags = [os.environ.get("XLA_FLAGS", ""), "--xla_force_host_platform_device_count=2"]
     os.environ["XLA_FLAGS"] = " ".join(flags).strip()
 
-from tests.fuzz import campaign, language
-from tests.fuzz.campaign import CHUNK, Tally
+from tests.stress.fuzz import campaign, language
+from tests.stress.fuzz.campaign import CHUNK, Tally
 
 
 def run(count: int, seed: int, workers: int, shrink: int, folder: str) -> tuple[Tally, list]:
@@ -113,7 +113,7 @@ def _lines(counter: Counter) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m tests.fuzz", description=__doc__.split("\n")[0]
+        prog="python -m tests.stress.fuzz", description=__doc__.split("\n")[0]
     )
     parser.add_argument("--count", type=int, default=1000, help="how many programs")
     parser.add_argument("--seed", type=int, default=0, help="which programs")

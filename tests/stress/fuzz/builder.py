@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from hypothesis import strategies as st
 
-from tests.fuzz.language import Block, Op
+from tests.stress.fuzz.language import Block, Op
 
 MAX_SIZE, MAX_NDIM = 160, 5
 

@@ -10,9 +10,9 @@ import hypothesis
 import jax
 from hypothesis.configuration import set_hypothesis_home_dir
 
-from tests.fuzz.check import Outcome, check, plain_failure
-from tests.fuzz.language import Program
-from tests.fuzz.programs import programs
+from tests.stress.fuzz.check import Outcome, check, plain_failure
+from tests.stress.fuzz.language import Program
+from tests.stress.fuzz.programs import programs
 
 CHUNK = 50  # programs that one process takes at a time
 COMPILED = 99  # programs with this seed of their own, one in a hundred, also go through XLA

@@ -13,9 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 
 import lora_jax
-from tests.cases import merged
-from tests.fuzz import numpy_eval
-from tests.fuzz.language import Program, Weight, function, operations
+from tests.programs import merged
+from tests.stress.fuzz import numpy_eval
+from tests.stress.fuzz.language import Program, Weight, function, operations
 
 TOLERANCE = 1e-9  # of max(1, the largest entry), in float64
 ROUNDINGS = 12  # a bfloat16 outcome may be off by so many times what the merged model is off by

@@ -3,8 +3,8 @@
 import math
 from typing import Any
 
-from tests.fuzz.builder import MAX_SIZE, Builder, Step, Value
-from tests.fuzz.contractions import contraction
+from tests.stress.fuzz.builder import MAX_SIZE, Builder, Step, Value
+from tests.stress.fuzz.contractions import contraction
 
 
 def enclosed(b: Builder) -> None:

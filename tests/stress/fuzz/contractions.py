@@ -3,7 +3,7 @@
 import math
 from typing import Any
 
-from tests.fuzz.builder import MAX_NDIM, MAX_SIZE, Builder, Step, Value
+from tests.stress.fuzz.builder import MAX_NDIM, MAX_SIZE, Builder, Step, Value
 
 LETTERS = "abcdefghijklmnop"
 

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from jax import lax
 
-from lora_jax import _jaxpr
+from lora_jax.engine import jaxprs
 
 
 def evaluate(jaxpr: Any, consts: Sequence[Any], args: Sequence[Any]) -> list[Any]:
@@ -20,7 +20,7 @@ def evaluate(jaxpr: Any, consts: Sequence[Any], args: Sequence[Any]) -> list[Any
     env.update(zip(jaxpr.invars, args, strict=True))
 
     def read(atom: Any) -> Any:
-        return np.asarray(env[atom] if _jaxpr.is_var(atom) else atom.val)
+        return np.asarray(env[atom] if jaxprs.is_var(atom) else atom.val)
 
     for eqn in jaxpr.eqns:
         name, values = eqn.primitive.name, [read(atom) for atom in eqn.invars]
@@ -31,7 +31,7 @@ def evaluate(jaxpr: Any, consts: Sequence[Any], args: Sequence[Any]) -> list[Any
         elif name in PROGRAMS:
             outs = PROGRAMS[name](eqn, *values)
         else:
-            outs = _jaxpr.bind(eqn, values)
+            outs = jaxprs.bind(eqn, values)
         for var, out in zip(eqn.outvars, outs, strict=True):
             env[var] = np.asarray(out, var.aval.dtype)
             assert env[var].shape == var.aval.shape, f"{name}: {env[var].shape}, not {var.aval}"
@@ -41,7 +41,7 @@ def evaluate(jaxpr: Any, consts: Sequence[Any], args: Sequence[Any]) -> list[Any
 def run(fn: Callable, *args: Any) -> Any:
     """`fn(*args)`, traced and evaluated."""
     traced = jax.make_jaxpr(fn, return_shape=True)(*args)
-    jaxpr, consts = _jaxpr.open_jaxpr(traced[0])
+    jaxpr, consts = jaxprs.open_jaxpr(traced[0])
     outs = evaluate(jaxpr, consts, jax.tree.leaves(args))
     return jax.tree.unflatten(jax.tree.structure(traced[1]), outs)
 
@@ -281,13 +281,13 @@ ARRAYS |= {
 
 def _call(eqn: Any, *args: Any) -> list[Any]:
     inner = eqn.params.get("jaxpr", eqn.params.get("call_jaxpr"))
-    return evaluate(*_jaxpr.open_jaxpr(inner), args)
+    return evaluate(*jaxprs.open_jaxpr(inner), args)
 
 
 def _scan(eqn: Any, *args: Any) -> list[Any]:
     p = eqn.params
-    jaxpr, jaxpr_consts = _jaxpr.open_jaxpr(p["jaxpr"])
-    n_consts, n_carry = _jaxpr.scan_counts(eqn)
+    jaxpr, jaxpr_consts = jaxprs.open_jaxpr(p["jaxpr"])
+    n_consts, n_carry = jaxprs.scan_counts(eqn)
     consts, carry = args[:n_consts], list(args[n_consts : n_consts + n_carry])
     xs, length = args[n_consts + n_carry :], p["length"]
     steps = range(length)[::-1] if p["reverse"] else range(length)
@@ -302,7 +302,7 @@ def _scan(eqn: Any, *args: Any) -> list[Any]:
 
 def _while(eqn: Any, *args: Any) -> list[Any]:
     p = eqn.params
-    test, body = _jaxpr.open_jaxpr(p["cond_jaxpr"]), _jaxpr.open_jaxpr(p["body_jaxpr"])
+    test, body = jaxprs.open_jaxpr(p["cond_jaxpr"]), jaxprs.open_jaxpr(p["body_jaxpr"])
     n_cond, n_body = p["cond_nconsts"], p["body_nconsts"]
     for_test, for_body = args[:n_cond], args[n_cond : n_cond + n_body]
     carry = list(args[n_cond + n_body :])
@@ -317,7 +317,7 @@ def _while(eqn: Any, *args: Any) -> list[Any]:
 def _cond(eqn: Any, index: Any, *args: Any) -> list[Any]:
     branches = eqn.params["branches"]
     branch = branches[int(np.clip(int(index), 0, len(branches) - 1))]
-    return evaluate(*_jaxpr.open_jaxpr(branch), args)
+    return evaluate(*jaxprs.open_jaxpr(branch), args)
 
 
 def _split(eqn: Any, x: np.ndarray) -> list[np.ndarray]:

@@ -4,9 +4,9 @@ from collections.abc import Callable, Sequence
 
 from hypothesis import strategies as st
 
-from tests.fuzz import containers, contractions, views
-from tests.fuzz.builder import Allowed, Builder, Grammar, Step, Value
-from tests.fuzz.language import Program, Weight
+from tests.stress.fuzz import containers, contractions, views
+from tests.stress.fuzz.builder import Allowed, Builder, Grammar, Step, Value
+from tests.stress.fuzz.language import Program, Weight
 
 
 def one_of(steps: Sequence[Step]) -> Step:

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from tests.fuzz.builder import MAX_NDIM, MAX_SIZE, Builder, Step, Value, on_weight
+from tests.stress.fuzz.builder import MAX_NDIM, MAX_SIZE, Builder, Step, Value, on_weight
 
 
 @on_weight

@@ -1,8 +1,8 @@
 """Writers killed at random moments: what they leave must be the old or the new, whole.
 
-    python -m tests.kills --count 100                    100 kills of each kind of writer
-    python -m tests.kills --count 20 --kinds training    of a training run alone, resumed each time
-    python -m tests.kills --count 20 --command lora-jax train --model tiny --data FILE --out {out}
+    python -m tests.stress.killed_writers --count 100                    100 kills of each kind of writer
+    python -m tests.stress.killed_writers --count 20 --kinds training    of a training run alone, resumed each time
+    python -m tests.stress.killed_writers --count 20 --command lora-jax train --model tiny --data FILE --out {out}
 
 Prints how many were killed and what was found torn. Exits with 1 where something was.
 """
@@ -16,14 +16,14 @@ from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
-from tests.kills import check, writers
+from tests.stress.killed_writers import check, writers
 
 TRAINING = "training"
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m tests.kills", description=__doc__.split("\n")[0]
+        prog="python -m tests.stress.killed_writers", description=__doc__.split("\n")[0]
     )
     kinds = [*writers.KINDS, TRAINING]
     parser.add_argument("--count", type=int, default=100, help="kills of each kind")

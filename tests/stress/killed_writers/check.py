@@ -13,7 +13,7 @@ from random import Random
 from typing import Any
 
 from lora_jax.training import log
-from tests.kills import writers
+from tests.stress.killed_writers import writers
 
 WAIT = 300.0  # seconds for a process to come as far as to write
 TEMPORARY = re.compile(r"\.lora_jax-|orbax-checkpoint-tmp")
@@ -22,7 +22,7 @@ TEMPORARY = re.compile(r"\.lora_jax-|orbax-checkpoint-tmp")
 def context() -> Any:
     """Processes forked from a server that has imported everything and run nothing."""
     found = multiprocessing.get_context("forkserver")
-    found.set_forkserver_preload(["tests.kills.writers"])
+    found.set_forkserver_preload(["tests.stress.killed_writers.writers"])
     return found
 
 

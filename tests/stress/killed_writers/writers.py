@@ -16,11 +16,11 @@ from safetensors.numpy import load_file
 
 import lora_jax
 from lora_jax import peft
-from lora_jax.naming import Entry, Naming
+from lora_jax.core.weights import Layout, LoraWeight
+from lora_jax.files.naming import Entry, Naming
 from lora_jax.training.checkpoints import Checkpoints
 from lora_jax.training.loop import train
-from lora_jax.weights import Layout, LoraWeight
-from tests.training import models
+from tests.training import tiny_model
 
 SHAPE, RANK = (400, 300), 128  # 360 kB: writing takes a while
 NAMING = Naming((Entry("up.weight", "up/kernel", "linear"),))
@@ -130,6 +130,6 @@ def train_on(folder: Path, done: Any) -> None:
     jax.config.update("jax_compilation_cache_dir", str(folder.parent / "compiled"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
-    job, start = models.job(folder, steps=STEPS, save_every=2, eval_every=10)
+    job, start = tiny_model.job(folder, steps=STEPS, save_every=2, eval_every=10)
     train(job, start)
     done.value = 1

@@ -1,0 +1,1 @@
+"""One module per command: the work it does once its options are read."""

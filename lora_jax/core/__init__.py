@@ -1,0 +1,1 @@
+"""The nouns: configuration, layouts, adapted weights and their algebra, paths and errors."""

@@ -1,0 +1,1 @@
+"""One module per primitive or family: how a lazy weight goes through it."""

@@ -1,0 +1,1 @@
+"""Bytes on disk: whole or absent, checked, independent of what they mean."""

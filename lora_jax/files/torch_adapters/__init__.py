@@ -1,0 +1,1 @@
+"""Adapters of PyTorch libraries in memory, independent of the file format."""
