@@ -11,8 +11,9 @@ from lora_jax.adapters.merge import merge, unmerge
 from lora_jax.adapters.norms import norms
 from lora_jax.adapters.on_original import on_original
 from lora_jax.adapters.optim import freeze, groups, labels, lora_fa, lora_plus, mask
-from lora_jax.adapters.split import disable, join, set_scale, split, with_dropout
+from lora_jax.adapters.split import join, split
 from lora_jax.adapters.summary import count_params, summary
+from lora_jax.adapters.switches import disable, set_scale, with_dropout
 from lora_jax.core.config import LoraConfig, Override
 from lora_jax.core.errors import (
     AdapterFileError,
@@ -25,7 +26,8 @@ from lora_jax.core.errors import (
     StructureError,
     TargetError,
 )
-from lora_jax.core.weights import Layout, LoraWeight, TrainedLeaf, TrainedRows
+from lora_jax.core.layout import Layout
+from lora_jax.core.weights import LoraWeight, TrainedLeaf, TrainedRows
 from lora_jax.engine.custom_rules import Operand, Rule
 from lora_jax.engine.forms import Forms
 from lora_jax.engine.remat import save_sums

@@ -8,15 +8,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lora_jax.adapters import selection
-from lora_jax.adapters.init import Plan, make_plan, train_rows, train_whole
-from lora_jax.core.algebra import accumulator, dense
+from lora_jax.adapters.init import train_rows, train_whole
+from lora_jax.adapters.plan import Plan, make_plan
+from lora_jax.core import weights
+from lora_jax.core.algebra import dense
 from lora_jax.core.config import LoraConfig
+from lora_jax.core.dtypes import accumulator
 from lora_jax.core.errors import ConfigError, StructureError
+from lora_jax.core.layout import Layout
 from lora_jax.core.linalg import balanced, matmul, randomized_svd, truncated_svd
 from lora_jax.core.matrices import as_factors, map_matrices
 from lora_jax.core.paths import flatten_with_paths, path_key
-from lora_jax.core.weights import Adapted, Layout, LoraWeight, is_adapted
+from lora_jax.core.weights import Adapted, LoraWeight, is_adapted
 from lora_jax.engine.custom_rules import Rule
 
 
@@ -101,7 +104,7 @@ def _extracted(
         if mask is None:
             return node, _relative(lost.sum(), total.sum())
         missed = _relative(jnp.where(mask, lost, total).sum(), total.sum())
-        return selection.restrict(node, None, mask), missed
+        return weights.restrict(node, None, mask), missed
     if path in plan.whole or path in plan.rows:
         trained = dataclasses.replace(_as_tuned(path, plan, config, after), w=before)
         got = dense(trained, accumulator(before.dtype, after.dtype))
@@ -115,7 +118,7 @@ def _as_tuned(path: str, plan: Plan, config: LoraConfig, after: Any) -> Adapted:
     if path in plan.rows:
         return train_rows(after, *plan.rows[path], config)
     whole, mask = train_whole(after, config), plan.masks.get(path)
-    return whole if mask is None else selection.restrict(whole, after, mask)
+    return whole if mask is None else weights.restrict(whole, after, mask)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))

@@ -10,8 +10,9 @@ import jax.numpy as jnp
 import optax
 
 from lora_jax.adapters.optim import TRAIN, labels
-from lora_jax.adapters.split import adapted_nodes, split
+from lora_jax.adapters.split import split
 from lora_jax.core.errors import StructureError
+from lora_jax.core.tree import adapted_nodes
 from lora_jax.core.weights import require_base
 
 

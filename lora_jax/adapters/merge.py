@@ -10,9 +10,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from lora_jax.adapters.split import adapted_nodes, join, map_adapted, split
-from lora_jax.core.algebra import accumulator, dense
+from lora_jax.adapters.split import join, split
+from lora_jax.core.algebra import dense
+from lora_jax.core.dtypes import accumulator
 from lora_jax.core.errors import ConfigError, MergeError, StructureError
+from lora_jax.core.tree import adapted_nodes, map_adapted
 from lora_jax.core.weights import Adapted, LoraWeight, require_whole
 
 

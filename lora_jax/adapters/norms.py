@@ -7,9 +7,10 @@ import jax
 import jax.numpy as jnp
 
 from lora_jax.adapters.optim import TRAINED_FIELDS
-from lora_jax.adapters.split import adapted_nodes
-from lora_jax.core.algebra import accumulator, column_products, gain
+from lora_jax.core.dora import column_products, gain
+from lora_jax.core.dtypes import accumulator
 from lora_jax.core.errors import StructureError
+from lora_jax.core.tree import adapted_nodes
 from lora_jax.core.weights import Adapted, LoraWeight, TrainedLeaf, TrainedRows
 
 

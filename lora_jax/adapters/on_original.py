@@ -6,10 +6,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lora_jax.adapters.split import adapted_nodes
-from lora_jax.core.algebra import accumulator, subscripts
+from lora_jax.core.dtypes import accumulator
 from lora_jax.core.errors import StructureError
-from lora_jax.core.paths import flatten_with_paths, nearest
+from lora_jax.core.layout import subscripts
+from lora_jax.core.paths import flatten_with_paths
+from lora_jax.core.patterns import nearest
+from lora_jax.core.tree import adapted_nodes
 from lora_jax.core.weights import Adapted, LoraWeight, TrainedRows, check_fits, is_adapted
 
 

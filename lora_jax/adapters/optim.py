@@ -8,9 +8,10 @@ from typing import Any
 import jax
 import optax
 
-from lora_jax.adapters.split import adapted_nodes
 from lora_jax.core.errors import ConfigError, StructureError, TargetError
-from lora_jax.core.paths import compile_regex, flatten_with_paths, lookup, nearest
+from lora_jax.core.paths import flatten_with_paths
+from lora_jax.core.patterns import compile_regex, lookup, nearest
+from lora_jax.core.tree import adapted_nodes
 from lora_jax.core.weights import LoraWeight, is_adapted
 
 TRAIN, FREEZE = "train", "freeze"

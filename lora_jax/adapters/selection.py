@@ -1,20 +1,19 @@
 """What a configuration selects besides its targets: some of the layers, and the biases."""
 
-import dataclasses
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
+from lora_jax.core import dtypes
 from lora_jax.core.config import LoraConfig
 from lora_jax.core.errors import LayoutError, TargetError
-from lora_jax.core.paths import layer_number, lookup, nearest
-from lora_jax.core.weights import Adapted, Layout, TrainedLeaf
+from lora_jax.core.layout import Layout
+from lora_jax.core.paths import layer_number
+from lora_jax.core.patterns import lookup, nearest
 from lora_jax.engine import layout_inference
-from lora_jax.engine.context import Use
+from lora_jax.engine.uses import Uses
 
 #: What a bias is called: by most libraries, and by Haiku.
 BIAS_NAMES = ("bias", "b")
@@ -25,7 +24,6 @@ EMBEDDING_NAMES = ("embedding", "embeddings")
 #: The last name in a path.
 LEAF = re.compile(r"[^/.]*\Z")
 
-Uses = Mapping[str, Sequence[Use]] | None
 
 #: For each leaf that stacks layers, which of them are adapted: [*batch] booleans.
 Masks = dict[str, np.ndarray]
@@ -168,7 +166,7 @@ def select_biases(
 
 def _is_bias(path: str, leaf: Any, uses: Uses) -> bool:
     name = re.split(r"[/.]", path)[-1]
-    if name not in BIAS_NAMES or not layout_inference.is_floating(leaf) or not leaf.shape:
+    if name not in BIAS_NAMES or not dtypes.is_floating(leaf) or not leaf.shape:
         return False
     if name == "bias":
         return True
@@ -200,9 +198,7 @@ def select_rows(
       TargetError: a key of `config.rows` matches no weight, or a row is beyond the weight.
       LayoutError: nothing says which axis holds the rows.
     """
-    weights = {
-        p: x for p, x in leaves.items() if layout_inference.is_floating(x) and len(x.shape) > 1
-    }
+    weights = {p: x for p, x in leaves.items() if dtypes.is_floating(x) and len(x.shape) > 1}
     unused = [key for key in config.rows if not any(lookup({key: 0}, p) for p in weights)]
     if unused:
         raise TargetError(
@@ -242,37 +238,3 @@ def _row_layout(config: LoraConfig, path: str, w: Any, uses: Uses) -> Layout:
             f'overrides={{"{path}": Override(layout="{"i" + "o" * (len(w.shape) - 1)}")}}'
         )
     return layout
-
-
-def restrict(node: Adapted, base: Any, mask: np.ndarray) -> Adapted:
-    """`node` of a leaf that stacks layers, without effect at those that `mask` leaves out.
-
-    There A, B and the scale are zero, so all their gradients are, whatever the scale is set to
-    later; of a leaf trained whole the scale chooses the layers. `base` is the leaf as it was.
-    """
-
-    def one(node: Any, base: Any) -> Any:
-        if isinstance(node, TrainedLeaf):
-            scale = _along(mask, range(mask.ndim), node.value.ndim).astype(node.scale.dtype)
-            return dataclasses.replace(node, scale=scale)
-        w = node.w
-        if (
-            w is not None and w is not base
-        ):  # a start that changes the base changes it in the layers chosen alone
-            w = jnp.where(_along(mask, node.layout.positions("b"), w.ndim), w, base)
-        a, b, scale = (
-            jnp.where(_along(mask, range(mask.ndim), x.ndim), x, jnp.zeros_like(x))
-            for x in (node.a, node.b, node.scale)
-        )
-        return dataclasses.replace(node, w=w, a=a, b=b, scale=scale)
-
-    if isinstance(node.w, jax.ShapeDtypeStruct):
-        shapes = jax.eval_shape(one, node, base)
-        return dataclasses.replace(shapes, w=node.w)
-    return one(node, base)
-
-
-def _along(mask: np.ndarray, positions: Sequence[int], ndim: int) -> jax.Array:
-    """`mask`, its axes at these places among `ndim`."""
-    where = dict(zip(positions, mask.shape, strict=True))
-    return jnp.asarray(mask.reshape([where.get(i, 1) for i in range(ndim)]))

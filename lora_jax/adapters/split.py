@@ -1,29 +1,15 @@
 """Two views of adapted parameters: one joined tree, or a base and an overlay of adapters."""
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from lora_jax.core.errors import StructureError
-from lora_jax.core.paths import Pattern, flatten_with_paths, nearest, path_key, select
-from lora_jax.core.weights import Adapted, LoraWeight, check_fits, is_adapted, require_base
-
-
-def map_adapted(fn: Callable[[str, Adapted], Any], params: Any) -> Any:
-    """`params` with `fn(path, node)` in place of every adapted node, all else the same objects."""
-    nodes, treedef = flatten_with_paths(params, is_leaf=is_adapted)
-    return jax.tree_util.tree_unflatten(
-        treedef, [fn(path, n) if is_adapted(n) else n for path, n in nodes.items()]
-    )
-
-
-def adapted_nodes(params: Any) -> dict[str, Adapted]:
-    """The `LoraWeight`s and `TrainedLeaf`s of a tree by path."""
-    nodes, _ = flatten_with_paths(params, is_leaf=is_adapted)
-    return {path: node for path, node in nodes.items() if is_adapted(node)}
+from lora_jax.core.paths import flatten_with_paths
+from lora_jax.core.patterns import nearest
+from lora_jax.core.tree import adapted_nodes, map_adapted
+from lora_jax.core.weights import Adapted, check_fits, is_adapted, require_base
 
 
 def split(params: Any) -> tuple[Any, Any]:
@@ -98,87 +84,3 @@ def join(base: Any, adapters: Any) -> Any:
             for path, leaf in leaves.items()
         ],
     )
-
-
-def set_scale(params: Any, scale: Any, targets: Pattern | None = None) -> Any:
-    """The adapters' scale set to `scale`, everywhere or at the paths that `targets` selects.
-
-    The scale is a leaf, so a compiled function runs on the result as it is. It is the factor
-    itself, not a multiple of the configured α/r. A leaf trained whole is in effect unless its scale
-    is 0. Keep the tree that you had to switch back.
-
-    Args:
-      params: a joined tree or an overlay.
-      scale: a number or scalar array.
-      targets: a pattern as in `LoraConfig`, over the adapted paths; None for all.
-
-    Raises:
-      TargetError: an entry of `targets` matches no adapted path.
-      StructureError: the tree holds no adapters.
-
-    >>> import jax, jax.numpy as jnp, lora_jax
-    >>> config = lora_jax.LoraConfig(rank=1)
-    >>> params = lora_jax.init(jax.random.key(0), {"kernel": jnp.ones((4, 3))}, config)
-    >>> float(set_scale(params, 0.5)["kernel"].scale)
-    0.5
-    """
-    nodes = adapted_nodes(params)
-    if not nodes:
-        raise StructureError("set_scale: the tree holds no adapted weights")
-    chosen = nodes if targets is None else select("targets", targets, nodes)
-
-    def one(path: str, node: Adapted) -> Adapted:
-        if path not in chosen:
-            return node
-        return dataclasses.replace(
-            node, scale=jnp.broadcast_to(jnp.asarray(scale, node.scale.dtype), node.scale.shape)
-        )
-
-    return map_adapted(one, params)
-
-
-def disable(params: Any) -> Any:
-    """The adapters switched off: exactly the base's function, without recompilation.
-
-    Works on a joined tree and on an overlay; `set_scale` switches them on again.
-
-    Raises:
-      StructureError: the tree holds no adapters.
-
-    >>> import jax, jax.numpy as jnp, lora_jax
-    >>> config = lora_jax.LoraConfig(rank=1)
-    >>> params = lora_jax.init(jax.random.key(0), {"kernel": jnp.ones((4, 3))}, config)
-    >>> float(disable(params)["kernel"].scale)
-    0.0
-    """
-    return set_scale(params, 0)
-
-
-def with_dropout(params: Any, key: jax.Array | None) -> Any:
-    """Switch branch dropout on with `key`, or off with None.
-
-    Each weight drops inputs of its branch at the rate of `LoraConfig.dropout`, with a key folded
-    from `key` and its path; the base product sees every input. Use a fresh key every step, and take
-    gradients outside: `jax.grad(lambda a: lora(loss)(with_dropout(join(base, a), key), batch))`.
-    Lookups have no input to drop; a weight that the steps of a loop share drops the same in each.
-
-    >>> import jax, jax.numpy as jnp, lora_jax
-    >>> config = lora_jax.LoraConfig(rank=1, dropout=0.1)
-    >>> params = lora_jax.init(jax.random.key(0), {"kernel": jnp.ones((4, 3))}, config)
-    >>> with_dropout(params, jax.random.key(1))["kernel"].key is not None
-    True
-    """
-
-    def one(path: str, node: Adapted) -> Adapted:
-        if not isinstance(node, LoraWeight) or key is None or not node.dropout:
-            return dataclasses.replace(node, key=None) if isinstance(node, LoraWeight) else node
-        own = path_key(_typed(key), path)
-        shape = node.scale.shape
-        return dataclasses.replace(node, key=jax.random.split(own, shape) if shape else own)
-
-    return map_adapted(one, params)
-
-
-def _typed(key: jax.Array) -> jax.Array:
-    """A typed key of a raw `uint32[2]` one, for a key must be one element a layer."""
-    return key if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) else jax.random.wrap_key_data(key)

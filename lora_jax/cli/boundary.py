@@ -10,8 +10,7 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
-from lora_jax.core.errors import LoraError
-from lora_jax.models.assets import AssetError
+from lora_jax.core.errors import AssetError, LoraError
 
 OK, FAILED, USAGE, INTERRUPTED, PIPE_CLOSED = 0, 1, 2, 130, 141
 DEBUG = "LORA_JAX_DEBUG"

@@ -7,12 +7,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 import typer
 
-from lora_jax import LoraError
-
-
-class OutputError(LoraError):
-    """A result cannot go where it was told to."""
-
+from lora_jax.cli.errors import OutputError
 
 DType = Literal["float32", "bfloat16", "float16"]
 

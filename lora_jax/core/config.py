@@ -9,7 +9,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from lora_jax.core.errors import ConfigError
-from lora_jax.core.paths import Pattern, compile_regex, lookup
+from lora_jax.core.patterns import Pattern, compile_regex, lookup
 
 ALL_LINEAR = "all-linear"
 SCALINGS = ("standard", "rslora")

@@ -37,6 +37,10 @@ class ChatTemplateError(LoraError):
     """A chat template is broken, is refused by its sandbox, or refuses the conversation."""
 
 
+class AssetError(RuntimeError):
+    """A published file cannot be fetched; the message is one line that says what to do."""
+
+
 class DenseError(LoraError):
     """`on_dense="error"` and a weight would have been made dense."""
 

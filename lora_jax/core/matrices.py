@@ -7,7 +7,7 @@ from typing import Any
 import jax
 from jax import lax
 
-from lora_jax.core.weights import Layout
+from lora_jax.core.layout import Layout
 
 
 def to_matrices(w: jax.Array, layout: Layout) -> jax.Array:

@@ -1,75 +1,17 @@
-"""The nouns: `Layout`, `LoraWeight` and `TrainedLeaf`."""
+"""The adapted leaves: `LoraWeight`, `TrainedLeaf` and `TrainedRows`."""
 
 import dataclasses
 import json
-import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import export
 
-from lora_jax.core.errors import LayoutError, StructureError
-
-
-@dataclasses.dataclass(frozen=True)
-class Layout:
-    """Which axes of a weight are batch, in and out: one letter an axis, `b`, `i` or `o`.
-
-    A Dense kernel `[in, out]` is "io", an attention kernel `[embed, heads, head_dim]` "ioo", a
-    stack of Dense kernels `[layers, in, out]` "bio", a convolution `[height, width, in, out]`
-    "iiio".
-
-    Args:
-      axes: the letters, one for every axis of the weight.
-      uses: the primitives that use the weight ("dot_general", "gather", ...), for `summary`; two
-        layouts that differ in this alone are equal.
-
-    Raises:
-      LayoutError: another letter, or no in or no out axis.
-
-    >>> layout = Layout("bio")
-    >>> layout.a_shape((12, 768, 3072), rank=8), layout.b_shape((12, 768, 3072), rank=8)
-    ((12, 768, 8), (12, 8, 3072))
-    """
-
-    axes: str
-    uses: tuple[str, ...] = dataclasses.field(default=(), compare=False)
-
-    def __post_init__(self) -> None:
-        if not set(self.axes) <= set("bio") or "i" not in self.axes or "o" not in self.axes:
-            raise LayoutError(
-                f"layout {self.axes!r} must have one letter an axis, b(atch), i(n) or o(ut), "
-                "with at least one i and one o"
-            )
-
-    def positions(self, kinds: str) -> tuple[int, ...]:
-        """The axes whose letter is in `kinds`: `Layout("bio").positions("bo")` is (0, 2)."""
-        return tuple(i for i, kind in enumerate(self.axes) if kind in kinds)
-
-    def select(self, kinds: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """The sizes in `shape` of the axes whose letter is in `kinds`."""
-        return tuple(shape[i] for i in self.positions(kinds))
-
-    def a_shape(self, shape: tuple[int, ...], rank: int) -> tuple[int, ...]:
-        """`[*batch, *in, rank]` for a weight of this shape."""
-        return (*self.select("b", shape), *self.select("i", shape), rank)
-
-    def b_shape(self, shape: tuple[int, ...], rank: int) -> tuple[int, ...]:
-        """`[*batch, rank, *out]` for a weight of this shape."""
-        return (*self.select("b", shape), rank, *self.select("o", shape))
-
-    def magnitude_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """`[*batch, *out]` for a weight of this shape: a number for every output."""
-        return (*self.select("b", shape), *self.select("o", shape))
-
-    def fan_in(self, shape: tuple[int, ...]) -> int:
-        """Product of the in axes: how many inputs meet in one output."""
-        return math.prod(self.select("i", shape))
-
-    def fan_out(self, shape: tuple[int, ...]) -> int:
-        """Product of the out axes."""
-        return math.prod(self.select("o", shape))
+from lora_jax.core.errors import StructureError
+from lora_jax.core.layout import Layout, subscripts
 
 
 @jax.tree_util.register_dataclass
@@ -237,6 +179,13 @@ def require_whole(path: str, node: Adapted) -> None:
         raise StructureError("an adapter does not fit its weight: " + "; ".join(problems))
 
 
+def scaled_factors(weight: LoraWeight, dtype: Any) -> tuple[jax.Array, jax.Array]:
+    """A and `scale · B` in `dtype`."""
+    _, sub_b, sub_scale, _ = subscripts(weight.layout)
+    a, b, scale = (x.astype(dtype) for x in (weight.a, weight.b, weight.scale))
+    return a, jnp.einsum(f"{sub_b},{sub_scale}->{sub_b}", b, scale)
+
+
 def _register_for_export(node: Any) -> None:
     # jax.export can store a function of these nodes only when it can name and rebuild them.
     fields = dataclasses.fields(node)
@@ -270,3 +219,37 @@ def _register_for_export(node: Any) -> None:
 
 for _node in (LoraWeight, TrainedLeaf, TrainedRows):
     _register_for_export(_node)
+
+
+def restrict(node: Adapted, base: Any, mask: np.ndarray) -> Adapted:
+    """`node` of a leaf that stacks layers, without effect at those that `mask` leaves out.
+
+    There A, B and the scale are zero, so all their gradients are, whatever the scale is set to
+    later; of a leaf trained whole the scale chooses the layers. `base` is the leaf as it was.
+    """
+
+    def one(node: Any, base: Any) -> Any:
+        if isinstance(node, TrainedLeaf):
+            scale = _along(mask, range(mask.ndim), node.value.ndim).astype(node.scale.dtype)
+            return dataclasses.replace(node, scale=scale)
+        w = node.w
+        if (
+            w is not None and w is not base
+        ):  # a start that changes the base changes it in the layers chosen alone
+            w = jnp.where(_along(mask, node.layout.positions("b"), w.ndim), w, base)
+        a, b, scale = (
+            jnp.where(_along(mask, range(mask.ndim), x.ndim), x, jnp.zeros_like(x))
+            for x in (node.a, node.b, node.scale)
+        )
+        return dataclasses.replace(node, w=w, a=a, b=b, scale=scale)
+
+    if isinstance(node.w, jax.ShapeDtypeStruct):
+        shapes = jax.eval_shape(one, node, base)
+        return dataclasses.replace(shapes, w=node.w)
+    return one(node, base)
+
+
+def _along(mask: np.ndarray, positions: Sequence[int], ndim: int) -> jax.Array:
+    """`mask`, its axes at these places among `ndim`."""
+    where = dict(zip(positions, mask.shape, strict=True))
+    return jnp.asarray(mask.reshape([where.get(i, 1) for i in range(ndim)]))

@@ -1,7 +1,6 @@
 """What one walk through a program carries along: policy, warnings given, uses seen."""
 
 import contextlib
-import dataclasses
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -11,32 +10,15 @@ from jax.ad_checkpoint import checkpoint_name
 
 from lora_jax.core.errors import DenseError, DenseWarning
 from lora_jax.engine import jaxprs
+from lora_jax.engine.arithmetic import to_dense
 from lora_jax.engine.forms import PLAIN, Forms
-from lora_jax.engine.lazy_weight import Axis, LazyWeight, to_dense
+from lora_jax.engine.lazy_weight import Axis, LazyWeight
 from lora_jax.engine.products import Hidden
 from lora_jax.engine.remat import SUM
+from lora_jax.engine.uses import Use, dense_uses, uses_of
 
 #: What `on_dense` may say: warn once a site, refuse, or make dense without a word.
 POLICIES = ("warn", "error", "allow")
-
-#: Primitives that take arrays apart in ways no one can see: their use of a weight says nothing.
-OPAQUE = ("pallas_call", "pure_callback", "io_callback", "ffi_call", "custom_call", "shard_map")
-
-#: Between the paths of a weight that is one of several, as a branch chooses.
-OR = " or "
-
-
-@dataclasses.dataclass(frozen=True)
-class Use:
-    """One use of a weight: the primitive, and what it does with each axis of the parameter."""
-
-    path: str
-    primitive: str
-    line: str
-    # parameter axis -> "b", "i" or "o"; empty for a use that is no contraction
-    axes: dict[int, str]
-    # whether it was no plain layer there: left of another weight, or altered on the way
-    is_operand: bool = False
 
 
 class Context:
@@ -108,9 +90,9 @@ class Context:
         name, line = eqn.primitive.name, self.line(eqn)
         if lazy.looked_up and not {"i", "o"} <= set(kinds.values()):
             # Rows were looked up, then contracted whole: `embedding[ids] @ matrix`.
-            self.uses += _dense_uses(lazy, name, line)
+            self.uses += dense_uses(lazy, name, line)
         else:
-            self.uses += _uses(lazy, name, line, kinds, is_operand or lazy.altered)
+            self.uses += uses_of(lazy, name, line, kinds, is_operand or lazy.altered)
 
     def line(self, eqn: Any) -> str:
         """The user's line that made `eqn`; of one that JAX made itself, the line around it."""
@@ -132,7 +114,7 @@ class Context:
 
     def _dense_at(self, lazy: LazyWeight, primitive: str, line: str, why: str) -> Any:
         if self.uses is not None:
-            self.uses += _dense_uses(lazy, primitive, line)
+            self.uses += dense_uses(lazy, primitive, line)
             return to_dense(lazy)
         if lazy.looked_up:  # rows picked by ids are an activation
             return to_dense(lazy)
@@ -148,23 +130,3 @@ class Context:
             self._told.add(site)
             warnings.warn(message, DenseWarning, stacklevel=2)
         return to_dense(lazy)
-
-
-def _uses(
-    lazy: LazyWeight, primitive: str, line: str, kinds: dict[int, str], is_operand: bool = False
-) -> list[Use]:
-    """One use of each parameter in a view, from the kinds of all their axes."""
-    uses, start = [], 0
-    for path, ndim in lazy.sources:
-        own = {axis - start: kind for axis, kind in kinds.items() if 0 <= axis - start < ndim}
-        uses.append(Use(path, primitive, line, own, is_operand))
-        start += ndim
-    return uses
-
-
-def _dense_uses(lazy: LazyWeight, primitive: str, line: str) -> list[Use]:
-    """A use that is no contraction; where rows were looked up before, it is that lookup."""
-    if not lazy.looked_up:
-        return _uses(lazy, primitive, line, {})
-    kinds = {origin: "o" for axis in lazy.axes for origin in axis.origins}
-    return _uses(lazy, "gather", line, kinds | dict.fromkeys(lazy.indexed, "i"))

@@ -7,10 +7,11 @@ from typing import Any
 import jax
 
 from lora_jax.core.errors import ConfigError, LayoutError
-from lora_jax.core.weights import Layout
+from lora_jax.core.layout import Layout
 from lora_jax.engine import jaxprs, named_axes
+from lora_jax.engine.arithmetic import drop
 from lora_jax.engine.context import Context
-from lora_jax.engine.lazy_weight import RANK, Axis, LazyWeight, drop, is_lazy
+from lora_jax.engine.lazy_weight import RANK, Axis, LazyWeight, is_lazy
 from lora_jax.engine.products import Product, adapted, observed
 
 

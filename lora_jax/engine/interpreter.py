@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from lora_jax.engine import jaxprs
-from lora_jax.engine.context import OPAQUE, Context
+from lora_jax.engine.context import Context
 from lora_jax.engine.custom_rules import apply_rule
 from lora_jax.engine.lazy_weight import is_lazy
 from lora_jax.engine.rules import (
@@ -23,6 +23,7 @@ from lora_jax.engine.rules import (
     views,
 )
 from lora_jax.engine.shared_activations import Sharing
+from lora_jax.engine.uses import OPAQUE
 
 RULES = {
     **views.RULES,

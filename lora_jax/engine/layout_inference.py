@@ -4,23 +4,20 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
-from lora_jax.core.errors import LayoutError
+from lora_jax.core.config import LoraConfig
+from lora_jax.core.dtypes import is_floating
+from lora_jax.core.errors import LayoutError, TargetError
+from lora_jax.core.layout import Layout
 from lora_jax.core.paths import path_str
-from lora_jax.core.weights import Layout
-from lora_jax.engine.context import OPAQUE, OR, Context, Use
+from lora_jax.engine.context import Context
 from lora_jax.engine.custom_rules import Rule
 from lora_jax.engine.lazy_weight import track
-from lora_jax.engine.transform import Program
+from lora_jax.engine.program import Program
+from lora_jax.engine.uses import OPAQUE, OR, Use, Uses
 
 #: The widest window of a 2-D convolution that is told from a stack of other kernels.
 MAX_WINDOW = 32
-
-
-def is_floating(leaf: Any) -> bool:
-    """Whether a leaf is an array of floating numbers (or stands for one)."""
-    return hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jnp.floating)
 
 
 def infer_uses(
@@ -131,3 +128,44 @@ def describe(uses: Sequence[Use]) -> str:
 def is_opaque(uses: Sequence[Use]) -> bool:
     """Whether a weight is used, and only where no one can see how."""
     return bool(uses) and all(use.primitive in OPAQUE and not use.axes for use in uses)
+
+
+def layouts_of(
+    config: LoraConfig, targets: Mapping[str, str], leaves: Mapping[str, Any], uses: Uses
+) -> dict[str, Layout]:
+    """The layout of every target: the configuration's, the program's, or the shape's."""
+    found: dict[str, Layout] = {}
+    problems: list[Exception] = []
+    for path in targets:
+        shape = leaves[path].shape
+        named = config.for_path(path)[2]
+        try:
+            if named is not None:
+                found[path] = _named_layout(path, shape, named)
+            elif uses is None or is_opaque(uses.get(path, ())):
+                found[path] = layout_from_shape(path, shape)
+            else:
+                found[path] = _used_layout(path, len(shape), uses.get(path, ()))
+        except (LayoutError, TargetError) as error:
+            problems.append(error)
+    if problems:
+        raise type(problems[0])("\n".join(str(problem) for problem in problems))
+    return found
+
+
+def _named_layout(path: str, shape: Sequence[int], axes: str) -> Layout:
+    if len(axes) != len(shape):
+        raise LayoutError(f"{path}: layout {axes!r} does not fit the shape {tuple(shape)}")
+    return Layout(axes)
+
+
+def _used_layout(path: str, ndim: int, uses: Sequence[Use]) -> Layout:
+    layout = layout_from_uses(ndim, uses)
+    if layout is None:
+        raise TargetError(
+            f"{path}: never contracted with an activation, so a low-rank update has no meaning; it "
+            f"is used by {describe(uses)}. Leave it out with exclude=, train it whole with "
+            f'train=, or, if you know better, name its layout: overrides={{"{path}": '
+            'Override(layout="io")}'
+        )
+    return layout

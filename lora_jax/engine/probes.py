@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from lora_jax.core.algebra import accumulator
+from lora_jax.core.dtypes import accumulator
 from lora_jax.engine.lazy_weight import RANK, LazyWeight
 
 #: The probe whose A is any matrix; its gradient is the second moment times that matrix.

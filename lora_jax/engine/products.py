@@ -12,8 +12,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from lora_jax.engine import named_axes
+from lora_jax.engine.arithmetic import add, branch_dtypes
 from lora_jax.engine.forms import Forms
-from lora_jax.engine.lazy_weight import RANK, STATIC, Axis, LazyWeight, add, branch_dtypes
+from lora_jax.engine.lazy_weight import RANK, STATIC, Axis, LazyWeight
 from lora_jax.engine.probes import observe
 
 #: The one axis that several axes of an activation become in a flattened product.

@@ -1,7 +1,7 @@
 """`lora(fn)`: any JAX function, made to accept `LoraWeight`s anywhere in its arguments."""
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -11,12 +11,11 @@ from lora_jax.core.algebra import dense
 from lora_jax.core.errors import ConfigError
 from lora_jax.core.paths import path_str
 from lora_jax.core.weights import LoraWeight, TrainedLeaf, TrainedRows, is_adapted, require_whole
-from lora_jax.engine import jaxprs
 from lora_jax.engine.context import POLICIES, Context
 from lora_jax.engine.custom_rules import Rule, check_rules
 from lora_jax.engine.forms import Forms
-from lora_jax.engine.interpreter import interpret
-from lora_jax.engine.lazy_weight import is_lazy, lazy, lazy_rows
+from lora_jax.engine.lazy_weight import lazy, lazy_rows
+from lora_jax.engine.program import Program
 
 
 def lora(
@@ -100,46 +99,3 @@ def _enter(path: str, leaf: Any, forms: Forms) -> Any:
         )
     # Gradients stop inside the program: no dW is formed, and a clipped global norm counts none.
     return lax.stop_gradient(leaf) if isinstance(leaf, jax.Array) else leaf
-
-
-class Program:
-    """A function traced on some leaves: arrays and lazy weights are inputs, the rest is fixed."""
-
-    def __init__(self, fn: Callable, treedef: Any, leaves: Sequence[Any]):
-        self._dynamic = [i for i, leaf in enumerate(leaves) if is_dynamic(leaf)]
-        self._static_out: list[Any] = []
-
-        def flat(*arrays: Any) -> list[Any]:
-            values = list(leaves)
-            for i, array in zip(self._dynamic, arrays, strict=True):
-                values[i] = array
-            args, kwargs = jax.tree_util.tree_unflatten(treedef, values)
-            outs, self._out_treedef = jax.tree_util.tree_flatten(fn(*args, **kwargs))
-            self._static_out = [None if isinstance(x, jax.Array) else x for x in outs]
-            self._is_array = [isinstance(x, jax.Array) for x in outs]
-            return [x for x in outs if isinstance(x, jax.Array)]
-
-        self.jaxpr, self.consts = jaxprs.trace(flat, *(abstract(leaves[i]) for i in self._dynamic))
-
-    def evaluate(self, ctx: Context, leaves: Sequence[Any]) -> Any:
-        """What the function returns on leaves like those it was traced on."""
-        outs = interpret(ctx, self.jaxpr, self.consts, [leaves[i] for i in self._dynamic])
-        arrays = iter(ctx.returned(x) if is_lazy(x) else x for x in outs)
-        merged = [
-            next(arrays) if is_array else static
-            for is_array, static in zip(self._is_array, self._static_out, strict=True)
-        ]
-        return jax.tree_util.tree_unflatten(self._out_treedef, merged)
-
-
-def is_dynamic(leaf: Any) -> bool:
-    """Whether an argument's leaf is traced; numpy arrays and Python scalars stay what they are."""
-    return isinstance(leaf, jax.Array | jax.ShapeDtypeStruct) or is_lazy(leaf)
-
-
-def abstract(leaf: Any) -> Any:
-    """What to trace a leaf as: a weight as its base, of whatever kind of array it is."""
-    if not is_lazy(leaf):
-        return leaf
-    # A jax.Array says more than shape and dtype: its sharding, where that is part of its type.
-    return leaf.w if isinstance(leaf.w, jax.Array) else jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)

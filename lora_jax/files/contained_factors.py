@@ -9,10 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from lora_jax import AdapterFileError, read_metadata
+from lora_jax.core.errors import AdapterFileError
 from lora_jax.files import kinds
 from lora_jax.files.disk.safetensors_file import decode, read, read_directory
-from lora_jax.files.peft import PeftConfig, read_config, tensor_names
+from lora_jax.files.native import read_metadata
+from lora_jax.files.peft import PeftConfig, tensor_names
+from lora_jax.files.peft.load import read_config
 
 
 @dataclasses.dataclass(frozen=True)

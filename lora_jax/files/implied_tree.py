@@ -13,11 +13,10 @@ from typing import Any
 import jax
 import numpy as np
 
-import lora_jax as lora
-from lora_jax import AdapterFileError
-from lora_jax.files import kinds
-from lora_jax.files import mlx as mlx_reader
-from lora_jax.files import peft as peft_reader
+from lora_jax.core.errors import AdapterFileError
+from lora_jax.core.layout import Layout
+from lora_jax.core.weights import LoraWeight
+from lora_jax.files import kinds, mlx, native, peft
 from lora_jax.files.contained_factors import saved_whole
 from lora_jax.files.disk.safetensors_file import headers
 from lora_jax.files.naming import Entry, Naming
@@ -39,18 +38,18 @@ class Source:
 def base_name(found: kinds.Found) -> str | None:
     """The name of the model that an adapter was made for, where its file says it."""
     if found.kind == kinds.PEFT:
-        return peft_reader.read_config(found.path).base_model_name_or_path
+        return peft.read_config(found.path).base_model_name_or_path
     if found.kind == kinds.MLX:
         name = kinds.read_json(found.path / kinds.CONFIG).get("model")
     else:
-        metadata = lora.read_metadata(found.path)["metadata"]
+        metadata = native.read_metadata(found.path)["metadata"]
         name = metadata.get("model") if isinstance(metadata, dict) else None
     return name if isinstance(name, str) else None
 
 
-def peft(path: Path) -> Source:
+def from_peft(path: Path) -> Source:
     """An adapter of PEFT's on the modules that it names."""
-    config = peft_reader.read_config(path)
+    config = peft.read_config(path)
     tensors = _shapes(path / kinds.PEFT_WEIGHTS)
     known = saved_whole(tensors, config)
     weights: dict[str, tuple[str, tuple[int, ...]]] = {}
@@ -68,7 +67,7 @@ def peft(path: Path) -> Source:
         if found is not None:
             weights[f"{module}.weight"] = found
     base, naming = _torch_tree(weights)
-    adapters = peft_reader.load(path, base, naming)
+    adapters = peft.load(path, base, naming)
     return Source(adapters, base, naming, config.base_model_name_or_path, config)
 
 
@@ -93,7 +92,7 @@ def _peft_weight(
     return None
 
 
-def mlx(path: Path) -> Source:
+def from_mlx(path: Path) -> Source:
     """An adapter of mlx-lm's on the modules that it names."""
     tensors = _shapes(path / kinds.MLX_WEIGHTS)
     weights: dict[str, tuple[str, tuple[int, ...]]] = {}
@@ -105,13 +104,13 @@ def mlx(path: Path) -> Source:
             ends = shape[0], b[1]
             weights[f"{module}.weight"] = kind, ends if kind == "embedding" else ends[::-1]
     base, naming = _torch_tree(weights)
-    adapters = mlx_reader.load(path, base, naming)
+    adapters = mlx.load(path, base, naming)
     return Source(adapters, base, naming, base_name(kinds.Found(kinds.MLX, path)))
 
 
-def native(path: Path, naming: Naming) -> Source:
+def from_native(path: Path, naming: Naming) -> Source:
     """An adapter of lora_jax's on the base that its header describes, or its factors imply."""
-    header, shapes = lora.read_metadata(path), _shapes(path)
+    header, shapes = native.read_metadata(path), _shapes(path)
     described = header["base"] if isinstance(header["base"], dict) else {}
     base = {leaf: _described(path, leaf, text) for leaf, text in described.items()}
     for leaf, record in header["layouts"].items():
@@ -119,7 +118,7 @@ def native(path: Path, naming: Naming) -> Source:
             shape = _implied(path, leaf, record, shapes)
             base[leaf] = jax.ShapeDtypeStruct(shape, np.float32)
     name = base_name(kinds.Found(kinds.NATIVE, path))
-    return Source(lora.load(path, base), base, naming, name, complete=bool(described))
+    return Source(native.load(path, base), base, naming, name, complete=bool(described))
 
 
 def _implied(
@@ -135,7 +134,7 @@ def _implied(
         )
     try:
         a, b = (jax.ShapeDtypeStruct(shapes[f"{leaf}.{x}"], np.float32) for x in "ab")
-        return lora.LoraWeight(None, a, b, None, layout=lora.Layout(record["axes"])).shape
+        return LoraWeight(None, a, b, None, layout=Layout(record["axes"])).shape
     except (KeyError, TypeError, ValueError) as error:
         raise AdapterFileError(f"{path}: the tensors of {leaf} are damaged ({error})") from None
 

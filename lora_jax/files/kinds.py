@@ -4,8 +4,9 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from lora_jax import AdapterFileError
-from lora_jax.files.disk.safetensors_file import headers, parse_json, read_directory
+from lora_jax.core.errors import AdapterFileError
+from lora_jax.files.disk.safetensors_file import headers, read_directory
+from lora_jax.files.disk.strict_json import parse_json
 
 PEFT, MLX, NATIVE = "peft", "mlx", "native"  # kinds of adapters
 CHECKPOINT, GGUF, TINY = "checkpoint", "gguf", "tiny"  # kinds of models

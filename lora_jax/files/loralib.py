@@ -8,9 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from lora_jax.adapters.split import adapted_nodes, split
+from lora_jax.adapters.split import split
 from lora_jax.core.config import LoraConfig
 from lora_jax.core.errors import ConfigError
+from lora_jax.core.tree import adapted_nodes
 from lora_jax.files.disk import safetensors_file
 from lora_jax.files.naming import Naming
 from lora_jax.files.torch_adapters.contents import Contents, Model, is_floating, unknown
@@ -61,7 +62,7 @@ def load(
     >>> naming = Naming((Entry("{*m}.weight", "{*m}/kernel", "conv1d"),))
     >>> tensors = {"c_attn.lora_A": np.eye(4, dtype="f4"), "c_attn.lora_B": np.ones((4, 2), "f4")}
     >>> with tempfile.TemporaryDirectory() as folder:
-    ...     tensorfile.write(f"{folder}/lora.safetensors", tensors)
+    ...     safetensors_file.write(f"{folder}/lora.safetensors", tensors)
     ...     adapters = load(f"{folder}/lora.safetensors", base, naming, alpha=2,
     ...                     enabled={"c_attn": [True, False, True]})
     >>> adapters["c_attn"]["kernel"].a.shape, adapters["c_attn"]["kernel"].b[:, 0]

@@ -10,14 +10,15 @@ from typing import Any
 
 import numpy as np
 
-from lora_jax.adapters.split import adapted_nodes, split
+from lora_jax.adapters.split import split
 from lora_jax.core.errors import AdapterFileError, StructureError
+from lora_jax.core.tree import adapted_nodes
 from lora_jax.core.weights import LoraWeight
-from lora_jax.files.disk import safetensors_file
+from lora_jax.files.disk import safetensors_file, strict_json
 from lora_jax.files.naming import Entry, Naming, Place
-from lora_jax.files.peft.save import taken
 from lora_jax.files.torch_adapters.contents import Contents, Model, is_floating, module_of, unknown
 from lora_jax.files.torch_adapters.factors import Factors
+from lora_jax.files.torch_adapters.from_tree import taken
 from lora_jax.files.torch_adapters.to_tree import fitted
 
 __all__ = ["CONFIG", "TENSORS", "load", "save"]
@@ -89,7 +90,7 @@ def _files(directory: str | os.PathLike) -> dict[str, bytes]:
 
 def _settings(text: bytes, path: Path) -> tuple[float, bool]:
     """The scale, and whether it is DoRA."""
-    values = safetensors_file.parse_json(text, str(path))
+    values = strict_json.parse_json(text, str(path))
     values = values if isinstance(values, dict) else {}
     kind = values.get("fine_tune_type", "lora")
     if kind not in ("lora", "dora"):

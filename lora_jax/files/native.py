@@ -9,13 +9,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lora_jax.adapters.split import adapted_nodes, split
+from lora_jax.adapters.split import split
 from lora_jax.core.config import LoraConfig
 from lora_jax.core.errors import AdapterFileError, StructureError
-from lora_jax.core.paths import flatten_with_paths, nearest
+from lora_jax.core.paths import flatten_with_paths
+from lora_jax.core.patterns import nearest
+from lora_jax.core.tree import adapted_nodes
 from lora_jax.core.weights import Adapted, TrainedLeaf, check_fits, is_adapted
 from lora_jax.files import native_schema
-from lora_jax.files.disk import safetensors_file
+from lora_jax.files.disk import safetensors_file, strict_json
 from lora_jax.files.disk.fingerprint import differences, fingerprint
 
 FORMAT, VERSION = "lora_jax", 1
@@ -122,9 +124,9 @@ def load(path: str | os.PathLike, base: Any) -> Any:
         counts). Where its leaves have values they must be those the file was made with.
 
     Raises:
-      AdapterFileError: the file is missing, damaged (see `tensorfile.read`; NaN and infinite values
-        count as damage), not lora_jax's, or made for another base. All differences are listed at
-        once.
+      AdapterFileError: the file is missing, damaged (see `safetensors_file.read`; NaN and infinite
+        values count as damage), not lora_jax's, or made for another base. All differences are
+        listed at once.
     """
     if adapted_nodes(base):
         base, _ = split(base)
@@ -144,7 +146,7 @@ def load(path: str | os.PathLike, base: Any) -> Any:
     if problems:
         raise AdapterFileError(
             f"{path}: the adapters in this file do not fit this base:\n"
-            + safetensors_file.lines(problems)
+            + strict_json.lines(problems)
         )
     return jax.tree_util.tree_unflatten(treedef, [nodes.get(name) for name in leaves])
 
@@ -172,7 +174,7 @@ def _header(path: str | os.PathLike, header: Mapping[str, str]) -> dict[str, Any
     if missing:
         raise AdapterFileError(f"{damaged}: there is no {', '.join(missing)}")
     parsed = {
-        field: safetensors_file.parse_json(header[field], f"{damaged}: {field}") for field in fields
+        field: strict_json.parse_json(header[field], f"{damaged}: {field}") for field in fields
     }
     wrong = [field for field, types in fields.items() if not isinstance(parsed[field], types)]
     if wrong:

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_jax.core.errors import LayoutError
-from lora_jax.core.weights import Adapted, Layout, LoraWeight, TrainedLeaf, TrainedRows
+from lora_jax.core.layout import Layout
+from lora_jax.core.weights import Adapted, LoraWeight, TrainedLeaf, TrainedRows
 
 #: The tensors of each kind of node.
 FIELDS = {

@@ -13,7 +13,8 @@ import numpy as np
 
 from lora_jax.core.errors import ConfigError, TargetError
 from lora_jax.core.linalg import matmul
-from lora_jax.core.paths import Pattern, path_key
+from lora_jax.core.paths import path_key
+from lora_jax.core.patterns import Pattern
 from lora_jax.core.weights import LoraWeight
 from lora_jax.engine.custom_rules import Rule, check_rules
 from lora_jax.initializers.example_batches import as_batches

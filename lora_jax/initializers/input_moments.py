@@ -17,7 +17,7 @@ from lora_jax.engine.custom_rules import Rule
 from lora_jax.engine.forms import PLAIN
 from lora_jax.engine.lazy_weight import LazyWeight, lazy, lazy_rows
 from lora_jax.engine.probes import PRODUCTS, SUMS
-from lora_jax.engine.transform import Program
+from lora_jax.engine.program import Program
 from lora_jax.initializers.example_batches import Batch, summed
 
 Arrays = dict[str, jax.Array]  # by path

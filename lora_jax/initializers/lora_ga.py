@@ -10,12 +10,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lora_jax.adapters.split import map_adapted
-from lora_jax.core.algebra import accumulator, dense
+from lora_jax.core.algebra import dense
+from lora_jax.core.dtypes import accumulator
 from lora_jax.core.errors import ConfigError, TargetError
 from lora_jax.core.linalg import randomized_svd, truncated_svd
 from lora_jax.core.matrices import as_factors, map_matrices
-from lora_jax.core.paths import Pattern, path_key
+from lora_jax.core.paths import path_key
+from lora_jax.core.patterns import Pattern
+from lora_jax.core.tree import map_adapted
 from lora_jax.core.weights import LoraWeight
 from lora_jax.initializers.example_batches import Batch, as_batches, summed
 from lora_jax.initializers.untrained import fresh_weights, replaced

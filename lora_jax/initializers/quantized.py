@@ -8,11 +8,10 @@ import jax.numpy as jnp
 from jax import lax
 
 from lora_jax.core.errors import ConfigError
+from lora_jax.core.layout import Layout
 from lora_jax.core.linalg import balanced, matmul, truncated_svd
-from lora_jax.core.weights import Layout
-from lora_jax.initializers.by_matrix import by_matrix, check_positive, widened
 from lora_jax.initializers.rounding import nf4
-from lora_jax.initializers.signature import Factors, Start
+from lora_jax.initializers.signature import Factors, Start, by_matrix, check_positive, widened
 
 
 def loftq(quantizer: Callable[[jax.Array], jax.Array] = nf4, steps: int = 5) -> Start:

@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 
 from lora_jax.core.errors import ConfigError
+from lora_jax.core.layout import Layout
 from lora_jax.core.linalg import matmul
 from lora_jax.core.matrices import as_factors
-from lora_jax.core.weights import Layout
 from lora_jax.initializers.signature import Factors
 
 

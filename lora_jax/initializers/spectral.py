@@ -5,10 +5,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from lora_jax.core.layout import Layout
 from lora_jax.core.linalg import balanced, matmul, randomized_svd, truncated_svd
-from lora_jax.core.weights import Layout
-from lora_jax.initializers.by_matrix import by_matrix, check_positive, widened
-from lora_jax.initializers.signature import Factors
+from lora_jax.initializers.signature import Factors, by_matrix, check_positive, widened
 
 
 def pissa(

@@ -6,10 +6,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from lora_jax.adapters import selection
-from lora_jax.adapters.split import adapted_nodes, map_adapted
+from lora_jax.core import weights
 from lora_jax.core.errors import StructureError
-from lora_jax.core.paths import Pattern, select
+from lora_jax.core.patterns import Pattern, select
+from lora_jax.core.tree import adapted_nodes, map_adapted
 from lora_jax.core.weights import LoraWeight, require_base
 
 
@@ -63,4 +63,4 @@ def _replaced(before: Any, after: Any) -> Any:
     if not isinstance(after, LoraWeight) or not after.layout.axes.count("b"):
         return after
     mask = np.asarray(before.scale) != 0
-    return after if mask.all() or not mask.any() else selection.restrict(after, before.w, mask)
+    return after if mask.all() or not mask.any() else weights.restrict(after, before.w, mask)

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 
 from lora_jax.core.config import LoraConfig
 from lora_jax.core.errors import ConfigError
-from lora_jax.core.weights import Layout, LoraWeight
+from lora_jax.core.layout import Layout
+from lora_jax.core.weights import LoraWeight
 
 #: Standard deviation of A.
 A_STD = 0.02

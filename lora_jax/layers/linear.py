@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lora_jax.adapters.split import with_dropout
+from lora_jax.adapters.switches import with_dropout
 from lora_jax.engine.transform import lora
 from lora_jax.layers import initial
 

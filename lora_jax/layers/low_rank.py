@@ -5,10 +5,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lora_jax.core.algebra import accumulator, delta
+from lora_jax.core.algebra import delta
 from lora_jax.core.config import LoraConfig
+from lora_jax.core.dtypes import accumulator
 from lora_jax.core.errors import StructureError
-from lora_jax.core.weights import Layout, LoraWeight
+from lora_jax.core.layout import Layout
+from lora_jax.core.weights import LoraWeight
 from lora_jax.engine.forms import Forms
 from lora_jax.engine.lazy_weight import RANK, Axis, LazyWeight
 from lora_jax.engine.products import Product, adapted

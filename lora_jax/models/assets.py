@@ -15,9 +15,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-
-class AssetError(RuntimeError):
-    """A published file cannot be had; the message is one line that says what to do."""
+from lora_jax.core.errors import AssetError
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from lora_jax.core.errors import AdapterFileError, ModelFileError
-from lora_jax.files.disk import safetensors_file
+from lora_jax.files.disk import safetensors_file, strict_json
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 
@@ -44,7 +44,7 @@ def read_config(directory: str | Path) -> dict[str, Any]:
     """
     path = Path(directory) / CONFIG
     try:
-        settings = safetensors_file.parse_json(path.read_bytes(), str(path))
+        settings = strict_json.parse_json(path.read_bytes(), str(path))
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: there is no such file") from None
     except (AdapterFileError, OSError) as error:
@@ -117,7 +117,7 @@ def _stored(path: Path) -> dict[str, StoredTensor]:
 def _index(path: Path) -> dict[str, str]:
     """{tensor: file} of an index."""
     try:
-        index = safetensors_file.parse_json(path.read_bytes(), str(path))
+        index = strict_json.parse_json(path.read_bytes(), str(path))
     except (AdapterFileError, OSError) as error:
         raise ModelFileError(str(error)) from None
     files = index.get("weight_map") if isinstance(index, dict) else None

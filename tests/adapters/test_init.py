@@ -8,7 +8,7 @@ import pytest
 
 import lora_jax
 from lora_jax import LayoutError, LoraConfig, LoraWeight, Override, TargetError, TrainedLeaf
-from lora_jax.adapters.split import adapted_nodes
+from lora_jax.core.tree import adapted_nodes
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 

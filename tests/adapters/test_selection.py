@@ -9,8 +9,8 @@ import pytest
 
 import lora_jax
 from lora_jax import LoraConfig, TargetError, TrainedLeaf
-from lora_jax.adapters.split import adapted_nodes
 from lora_jax.core.paths import layer_number
+from lora_jax.core.tree import adapted_nodes
 from tests.programs import normal
 
 KEY = jax.random.key(0)

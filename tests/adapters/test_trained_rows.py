@@ -10,7 +10,7 @@ import pytest
 
 import lora_jax
 from lora_jax import ConfigError, LayoutError, LoraConfig, StructureError, TargetError, TrainedRows
-from lora_jax.adapters.split import adapted_nodes
+from lora_jax.core.tree import adapted_nodes
 from tests.programs import CASES, normal
 from tests.programs.jaxprs import weight_sized
 

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from lora_jax.core.layout import Layout
 from lora_jax.core.matrices import as_factors, from_matrices, map_matrices, to_matrices
-from lora_jax.core.weights import Layout
 
 SIZES = (2, 3, 4, 5)
 

@@ -3,7 +3,8 @@
 import pytest
 
 from lora_jax import StructureError, TargetError
-from lora_jax.core.paths import flatten_with_paths, select
+from lora_jax.core.paths import flatten_with_paths
+from lora_jax.core.patterns import select
 
 LEAVES = dict.fromkeys(
     [

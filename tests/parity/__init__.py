@@ -1,1 +1,1 @@
-"""Adapter files of mlx-lm and loralib, recorded, and the scripts that recorded them."""
+"""Numbers of PEFT, mlx-lm, loralib and PyTorch, recorded; the scripts that recorded them."""

@@ -15,97 +15,13 @@ from tests.stress.engine_mutants import MUTANTS
 ROOT = pathlib.Path(__file__).parents[2]
 PACKAGE = ROOT / "lora_jax"
 
-# A module imports only from modules above it.
-CORE = [
-    "errors",
-    "_paths",
-    "_jaxpr",
-    "_contract",
-    "remat",
-    "config",
-    "weights",
-    "algebra",
-    "lazy",
-    "probes",
-    "forms",
-    "branches",
-    "context",
-    "rules",
-    "views",
-    "concatenation",
-    "gathers",
-    "contractions",
-    "convolutions",
-    "ragged",
-    "containers",
-    "conditionals",
-    "loops",
-    "derivatives",
-    "custom_vjp",
-    "sharded",
-    "custom_rules",
-    "sharing",
-    "interpreter",
-    "linalg",
-    "rounding",
-    "matrices",
-    "starts.signature",
-    "starts.by_matrix",
-    "starts.sampled",
-    "starts.spectral",
-    "starts.quantized",
-    "starts",
-    "transform",
-    "layouts",
-    "selection",
-    "adapt",
-    "overlay",
-    "conversion",
-    "extract",
-    "batches",
-    "fresh",
-    "moments",
-    "eva",
-    "lora_ga",
-    "merging",
-    "optim",
-    "norms",
-    "memory",
-    "summary",
-    "fingerprint",
-    "atomic",
-    "tensorfile",
-    "records",
-    "gguf_file",
-    "checkpoint",
-    "naming.patterns",
-    "naming.entry",
-    "naming.place",
-    "naming.table",
-    "naming.translation",
-    "naming",
-    "assets",
-]
-# Besides a sub-package's own modules; "" is the package itself, that is, its public names.
-SUBPACKAGES = {
-    "models": {"errors", "gguf_file", "naming", "tensorfile"},
-    "peft": {
-        *("algebra", "config", "errors", "naming", "overlay", "_paths", "tensorfile", "weights"),
-    },
-    "mlx": {"config", "errors", "naming", "overlay", "_paths", "tensorfile", "weights", "peft"},
-    "loralib": {"config", "errors", "naming", "overlay", "_paths", "tensorfile", "weights", "peft"},
-    "text": {"errors", "gguf_file"},
-    "training": {"", "atomic", "errors", "fingerprint", "text"},
-    "demo": {"", "assets", "models", "text"},
-    "cli": {
-        *("", "assets", "errors", "models", "naming", "overlay", "peft", "mlx", "loralib"),
-        *("text", "training", "tensorfile"),
-    },
-    "layers": {
-        *("algebra", "branches", "config", "errors", "forms", "lazy", "overlay"),
-        *("transform", "weights"),
-    },
-}
+# Each room imports from itself and from the rooms before it. `training` and `cli` may also use the
+# public names of the package, as any program would.
+ROOMS = (
+    *("core", "engine", "initializers", "adapters", "files", "layers", "models"),
+    *("training", "cli"),
+)
+ABOVE_THE_PUBLIC_NAMES = ("training", "cli")
 
 HEAVY = {
     *("flax", "gguf", "jinja2", "matplotlib", "orbax", "rich", "tokenizers", "torch"),
@@ -124,16 +40,8 @@ MODULES = {module_name(path): path for path in sorted(PACKAGE.rglob("*.py"))}
 TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in MODULES.items()}
 
 
-def public_names() -> set[str]:
-    """`lora_jax.__all__`, read without importing the package."""
-    for node in TREES[""].body if "" in TREES else ():
-        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__":
-            return set(ast.literal_eval(node.value))
-    return set()
-
-
 def imports(name: str) -> set[str]:
-    """What a module imports, in functions too: "jax", "lora_jax.weights.LoraWeight"."""
+    """What a module imports, in functions too: "jax", "lora_jax.core.weights.LoraWeight"."""
     here = ["lora_jax", *filter(None, name.split("."))]
     found = set()
     for node in ast.walk(TREES[name]):
@@ -153,33 +61,51 @@ def imported_modules(name: str) -> set[str]:
     for full in imports(name):
         top, _, rest = full.partition(".")
         if top == "lora_jax":
-            # `from lora_jax import summary` is the function, though a module has that name too
-            is_module = rest in MODULES and rest not in public_names()
-            found.add(rest if is_module else rest.rpartition(".")[0])
+            found.add(rest if "." in rest and rest in MODULES else rest.rpartition(".")[0])
     return found
 
 
-def allowed(name: str) -> set[str]:
-    top = name.split(".")[0]
-    if name == "":
-        return {"", *CORE}
-    if top in SUBPACKAGES:
-        own = {top, *SUBPACKAGES[top]}
-        return {module for module in MODULES if module in own or module.split(".")[0] in own - {""}}
-    return set(CORE[: CORE.index(name)])
+def room(name: str) -> str:
+    """The room of a module, "core" of "core.layout"; "" of the package itself."""
+    return name.partition(".")[0]
 
 
-@pytest.mark.parametrize("name", MODULES, ids=lambda name: name or "__init__")
-def test_imports_point_one_way(name):
-    assert name == "" or name in CORE or name.split(".")[0] in SUBPACKAGES, (
-        f"{name} is not in this file's CORE or SUBPACKAGES: put it below all that it imports"
-    )
-    wrong = sorted(module or "lora_jax" for module in imported_modules(name) - allowed(name))
-    assert not wrong, f"{name or '__init__'} must not import {wrong}: see the order in CORE"
+def circle(start: str) -> list[str]:
+    """Modules of a circle of imports through `start` within its room; empty where none is."""
+    trail, seen = [(start, [start])], set()
+    while trail:
+        name, path = trail.pop()
+        for other in sorted(imported_modules(name)):
+            if other == start:
+                return [*path, start]
+            if other not in seen and room(other) == room(start) and other != room(start):
+                seen.add(other)
+                trail.append((other, [*path, other]))
+    return []
 
 
-def test_every_module_in_the_order_exists():
-    assert [name for name in [*CORE, *SUBPACKAGES] if name not in MODULES] == []
+def test_every_module_is_in_a_room():
+    assert {room(name) for name in MODULES} == {"", *ROOMS}
+
+
+@pytest.mark.parametrize("name", sorted(MODULES.keys() - {""}))
+def test_imports_point_down(name):
+    allowed = {*ROOMS[: ROOMS.index(room(name)) + 1]}
+    if room(name) in ABOVE_THE_PUBLIC_NAMES:
+        allowed.add("")
+    wrong = sorted(other for other in imported_modules(name) if room(other) not in allowed)
+    assert not wrong, f"{name} must not import {wrong}: see the order of ROOMS"
+
+
+@pytest.mark.parametrize("name", sorted(MODULES.keys() - {""}))
+def test_no_circle_inside_a_room(name):
+    assert circle(name) == []
+
+
+def test_no_folder_is_crowded():
+    folders = {path.parent for path in MODULES.values()}
+    counts = {folder: len([*folder.glob("*.py")]) for folder in folders}
+    assert {folder.name: count for folder, count in counts.items() if count > 25} == {}
 
 
 def test_private_jax_appears_nowhere():
@@ -189,12 +115,14 @@ def test_private_jax_appears_nowhere():
     assert [p for p, text in texts.items() if PRIVATE in text or split.search(text)] == []
 
 
-@pytest.mark.parametrize("name", sorted(MODULES.keys() - {"_jaxpr"}), ids=lambda n: n or "__init__")
+@pytest.mark.parametrize(
+    "name", sorted(MODULES.keys() - {"engine.jaxprs"}), ids=lambda n: n or "__init__"
+)
 def test_only_one_file_depends_on_jax_versions(name):
     nodes = ast.walk(TREES[name])
     names = imports(name) | {ast.unparse(n) for n in nodes if isinstance(n, ast.Attribute)}
     version = re.compile(r"jax\.(extend|version|__version)|jaxlib\b")
-    assert sorted(filter(version.match, names)) == [], "this belongs in _jaxpr.py"
+    assert sorted(filter(version.match, names)) == [], "this belongs in engine/jaxprs.py"
 
 
 def test_every_public_name_is_documented():

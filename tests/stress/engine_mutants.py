@@ -60,7 +60,7 @@ MUTANTS = [
     ),
     Mutant(
         "skip the cast of the sum",
-        "engine/lazy_weight.py",
+        "engine/arithmetic.py",
         "return lax.add(y.astype(wide), update.astype(wide)).astype(dtype)",
         "return lax.add(y.astype(wide), update.astype(wide))",
     ),
@@ -116,20 +116,20 @@ MUTANTS = [
     ),
     Mutant(
         "merge without the scale",
-        "core/algebra.py",
+        "core/weights.py",
         "a, b, scale = (x.astype(dtype) for x in (weight.a, weight.b, weight.scale))",
         "a, b = (x.astype(dtype) for x in (weight.a, weight.b))\n"
         "    scale = jnp.ones_like(weight.scale, dtype)",
     ),
     Mutant(
         "let gradients into DoRA's norms",
-        "core/algebra.py",
+        "core/dora.py",
         "scale, norms = jax.lax.stop_gradient((node.scale, norms))",
         "scale = jax.lax.stop_gradient(node.scale)",
     ),
     Mutant(
         "leave out the norm's cross term",
-        "core/algebra.py",
+        "core/dora.py",
         "own + 2 * crossed + squared",
         "own + squared",
     ),

@@ -1,4 +1,4 @@
-"""A few writers killed at random moments; `python -m tests.stress.killed_writers` kills as many as one likes."""
+"""A few writers killed at random moments; `python -m tests.stress.killed_writers` kills more."""
 
 import sys
 

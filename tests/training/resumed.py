@@ -1,6 +1,7 @@
 """A training loop as a user writes one, that Orbax checkpoints and a later process goes on with.
 
-    python -m tests.training.resumed split DIRECTORY 6       goes on from the last checkpoint, up to step 6
+    python -m tests.training.resumed split DIRECTORY 6
+        goes on from the last checkpoint, up to step 6
 
 prints the loss of every step that it made, to the bit.
 """

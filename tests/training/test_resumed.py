@@ -13,6 +13,11 @@ import pytest
 from tests.training import resumed
 
 
+@pytest.fixture(scope="module", autouse=True)
+def quickly_compiled():
+    """Compile with every optimization, as the other process does: losses must be equal bitwise."""
+
+
 def bits(x):
     return np.asarray(jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x)
 

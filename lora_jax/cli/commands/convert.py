@@ -27,7 +27,9 @@ def command(
     ] = None,
     naming: Annotated[
         Path | None,
-        typer.Option(help="Names and axes of a model of your own: JSON, see lora_jax.files.naming."),
+        typer.Option(
+            help="Names and axes of a model of your own: JSON, see lora_jax.files.naming."
+        ),
     ] = None,
     force: Force = False,
 ) -> None:

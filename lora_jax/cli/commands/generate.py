@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from lora_jax import LoraError
+from lora_jax.cli.errors import PromptError
 from lora_jax.cli.options import DType, Model
 
 EXAMPLES = (
@@ -13,10 +13,6 @@ EXAMPLES = (
     "lora-jax generate -m my-model --adapter my-adapter --prompt Hello --temperature 0.7 --seed 3",
     "lora-jax generate --model my-model --prompt-file prompt.txt --chat --max-tokens 20",
 )
-
-
-class PromptError(LoraError):
-    """There is no prompt, or none that the model can take."""
 
 
 def command(

@@ -4,17 +4,13 @@ import dataclasses
 from pathlib import Path
 
 import lora_jax as lora
-from lora_jax import LoraError
+from lora_jax.cli.errors import ConversionError
 from lora_jax.cli.options import refuse_existing
 from lora_jax.files import implied_tree, kinds, mlx, peft
 from lora_jax.files.implied_tree import Source
 from lora_jax.files.naming import Naming
 
 _KIND_OF = {"peft": kinds.PEFT, "folded": kinds.PEFT, "mlx": kinds.MLX, "native": kinds.NATIVE}
-
-
-class ConversionError(LoraError):
-    """An adapter cannot become what it was asked to become."""
 
 
 def run(
@@ -56,19 +52,21 @@ def _check(found: kinds.Found, to: str, model: str | None, naming: Path | None) 
 
 def _read(found: kinds.Found, to: str, model: str | None, naming: Path | None) -> Source:
     if naming is not None:
-        return implied_tree.native(found.path, Naming.from_json(kinds.read_json(naming)))
+        return implied_tree.from_native(found.path, Naming.from_json(kinds.read_json(naming)))
     if model is not None:
         from lora_jax.cli import sources
 
         base = sources.find_model(model)
         if found.kind == kinds.NATIVE:
-            source = implied_tree.native(found.path, sources.naming_of(base))
+            source = implied_tree.from_native(found.path, sources.naming_of(base))
             return dataclasses.replace(source, base_name=source.base_name or model)
         if to == "native":
             loaded = sources.load(base, found.path)
             name = implied_tree.base_name(found) or model
             return Source(loaded.adapters, loaded.model.params, loaded.model.naming, name)
-    return (implied_tree.peft if found.kind == kinds.PEFT else implied_tree.mlx)(found.path)
+    return (implied_tree.from_peft if found.kind == kinds.PEFT else implied_tree.from_mlx)(
+        found.path
+    )
 
 
 def _write(source: Source, to: str, out: Path) -> None:

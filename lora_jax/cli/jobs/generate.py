@@ -10,7 +10,7 @@ import numpy as np
 
 import lora_jax as lora
 from lora_jax.cli import sources
-from lora_jax.cli.commands.generate import PromptError
+from lora_jax.cli.errors import PromptError
 from lora_jax.models import Pretrained, generation
 from lora_jax.models.text.tokenizer import Tokenizer
 

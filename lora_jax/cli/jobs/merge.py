@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import lora_jax as lora
 from lora_jax import models
 from lora_jax.cli import sources
-from lora_jax.cli.options import OutputError, refuse_existing
+from lora_jax.cli.errors import OutputError
+from lora_jax.cli.options import refuse_existing
 from lora_jax.files import kinds
 from lora_jax.files.disk import safetensors_file
 from lora_jax.models import hf_directory

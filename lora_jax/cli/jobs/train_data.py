@@ -159,7 +159,9 @@ def _classification(
         pack_labelled(part.texts, part.labels.tolist(), options.length, slots, by)
         for part, by in zip(parts, _packings(options), strict=False)
     ]
-    apply, params = with_head(model, len(known), slots, options.seed)
+    apply, params = with_head(
+        model.hidden, model.params, model.width, len(known), slots, options.seed
+    )
     return Task(
         apply,
         params,

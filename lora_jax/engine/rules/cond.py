@@ -8,9 +8,10 @@ import jax
 from jax import lax
 
 from lora_jax.engine import jaxprs
-from lora_jax.engine.context import OR, Context
+from lora_jax.engine.context import Context
 from lora_jax.engine.lazy_weight import MEMBERS, RANK, Axis, LazyWeight, is_lazy
 from lora_jax.engine.rules.registry import Container, Walk, rule
+from lora_jax.engine.uses import OR
 
 CONTAINERS: dict[str, Container] = {}
 

@@ -9,8 +9,9 @@ from jax import dtypes
 from jax.custom_derivatives import SymbolicZero
 
 from lora_jax.engine import jaxprs
+from lora_jax.engine.arithmetic import to_dense
 from lora_jax.engine.context import Context
-from lora_jax.engine.lazy_weight import is_lazy, tangents, to_dense
+from lora_jax.engine.lazy_weight import is_lazy, tangents
 from lora_jax.engine.rules.registry import Container, Walk, rule
 
 CONTAINERS: dict[str, Container] = {}

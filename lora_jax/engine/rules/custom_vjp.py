@@ -10,8 +10,9 @@ import numpy as np
 from jax import dtypes
 
 from lora_jax.engine import jaxprs
+from lora_jax.engine.arithmetic import to_dense
 from lora_jax.engine.context import Context
-from lora_jax.engine.lazy_weight import LazyWeight, is_lazy, to_dense
+from lora_jax.engine.lazy_weight import LazyWeight, is_lazy
 from lora_jax.engine.rules.custom_jvp import instantiate
 from lora_jax.engine.rules.registry import Container, Walk, rule
 

@@ -9,8 +9,9 @@ import jax
 
 from lora_jax.engine import jaxprs
 from lora_jax.engine import products as branches
+from lora_jax.engine.arithmetic import drop, gains, with_gain
 from lora_jax.engine.context import Context
-from lora_jax.engine.lazy_weight import Axis, LazyWeight, drop, gains, is_lazy, with_gain
+from lora_jax.engine.lazy_weight import Axis, LazyWeight, is_lazy
 from lora_jax.engine.products import Product, is_shareable
 from lora_jax.engine.rules.indexing import rows_as_activation
 from lora_jax.engine.rules.registry import Rule, rule

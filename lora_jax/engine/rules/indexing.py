@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from lora_jax.engine.arithmetic import to_dense
 from lora_jax.engine.context import Context
-from lora_jax.engine.lazy_weight import Axis, LazyWeight, is_lazy, to_dense
+from lora_jax.engine.lazy_weight import Axis, LazyWeight, is_lazy
 from lora_jax.engine.rules.registry import Rule, rule
 from lora_jax.engine.rules.views import mark_indexed, viewed
 

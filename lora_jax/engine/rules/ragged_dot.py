@@ -8,8 +8,9 @@ import jax
 from jax import lax
 
 from lora_jax.engine import jaxprs, named_axes
+from lora_jax.engine.arithmetic import add, branch_dtypes, drop
 from lora_jax.engine.context import Context
-from lora_jax.engine.lazy_weight import RANK, Axis, LazyWeight, add, branch_dtypes, drop, is_lazy
+from lora_jax.engine.lazy_weight import RANK, Axis, LazyWeight, is_lazy
 from lora_jax.engine.probes import observe
 from lora_jax.engine.rules.registry import Rule, rule
 

@@ -2,15 +2,12 @@
 
 import dataclasses
 import io
-import json
 import math
 import os
 import re
-import reprlib
 import stat
 import sys
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +17,7 @@ from safetensors.numpy import save as serialize
 
 from lora_jax.core.errors import AdapterFileError
 from lora_jax.files.disk.atomic import read_directory, write_atomically, write_directory
+from lora_jax.files.disk.strict_json import REPR, lines, parse_json, show
 
 __all__ = [
     "Header",
@@ -55,9 +53,7 @@ _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 #: Bytes of header that are read; a quarter of a million tensors fit.
 MAX_HEADER = 2**25
 MAX_NAME = 1024
-_MAX_LINES = 200  # of one message
-_REPR = reprlib.Repr()  # of values of any depth and size
-_REPR.maxstring = _REPR.maxlong = _REPR.maxother = 120
+REPR.maxstring = REPR.maxlong = REPR.maxother = 120
 _FIELDS = ("dtype", "shape", "data_offsets")
 _FOREIGN = {
     rb"PK\x03\x04|\x80[\x00-\x05]": "a pickle of PyTorch, which can run any code when it is read: "
@@ -163,7 +159,7 @@ def encode(
 ) -> bytes:
     """The bytes that `write` writes."""
     problems = [
-        f"tensor {_show(name)}: {problem}"
+        f"tensor {show(name)}: {problem}"
         for name, x in tensors.items()
         for problem in (
             *_name_problems(name),
@@ -180,38 +176,6 @@ def encode(
     if int.from_bytes(data[:8], "little") > MAX_HEADER:
         raise AdapterFileError(f"{source}: cannot be written: the header would exceed 32 MiB")
     return data
-
-
-def parse_json(text: str | bytes, source: str) -> Any:
-    """A JSON value, strictly: no key twice, no NaN or infinity, UTF-8, of a sane depth.
-
-    Raises:
-      AdapterFileError: it is not that; the message begins with `source`.
-
-    >>> parse_json('{"r": 8}', "adapter_config.json")
-    {'r': 8}
-    """
-    try:
-        text = text.decode("utf-8") if isinstance(text, bytes) else text
-        value = json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant)
-        json.dumps(value, ensure_ascii=False).encode("utf-8")  # no half of a surrogate pair
-    except RecursionError:
-        raise AdapterFileError(f"{source}: JSON that is nested too deep") from None
-    except ValueError as error:
-        raise AdapterFileError(f"{source}: not valid JSON: {_short(str(error))}") from None
-    return value
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    value = dict(pairs)
-    if len(value) != len(pairs):
-        ((twice, _),) = Counter(key for key, _ in pairs).most_common(1)
-        raise ValueError(f"{_show(twice)} is there twice")
-    return value
-
-
-def _no_constant(name: str) -> Any:
-    raise ValueError(f"{name} is no JSON number")
 
 
 def _open(path: str | os.PathLike) -> io.BufferedIOBase:
@@ -237,10 +201,10 @@ def _read(
         if file.readinto(array.reshape(-1).view(np.uint8).data) != info.stop - info.start:
             raise AdapterFileError(f"{source}: became shorter while it was read")
         if info.dtype == np.bool_ and (array.view(np.uint8) > 1).any():
-            raise AdapterFileError(f"{source}: tensor {_show(name)} holds bools other than 0 and 1")
+            raise AdapterFileError(f"{source}: tensor {show(name)} holds bools other than 0 and 1")
         tensors[name] = array
     if finite:
-        bad = [_show(name) for name, x in tensors.items() if not _is_finite(x)]
+        bad = [show(name) for name, x in tensors.items() if not _is_finite(x)]
         if bad:
             raise AdapterFileError(f"{source}: NaN or infinite values in:\n" + lines(bad))
     return tensors, header.metadata
@@ -270,7 +234,7 @@ def _header(file: io.BufferedIOBase, source: str) -> tuple[Header, int]:
     tensors = {}
     for name, record in value.items():
         found = [*_name_problems(name), *_record_problems(record)]
-        problems += [f"tensor {_show(name)}: {problem}" for problem in found]
+        problems += [f"tensor {show(name)}: {problem}" for problem in found]
         if not found:
             tensors[name] = TensorInfo(
                 DTYPES[record["dtype"]], tuple(record["shape"]), *record["data_offsets"]
@@ -305,9 +269,9 @@ def _name_problems(name: str) -> list[str]:
 
 def _metadata_problems(metadata: Any) -> list[str]:
     if not isinstance(metadata, dict):
-        return [f"metadata is no mapping, but {_show(metadata)}"]
+        return [f"metadata is no mapping, but {show(metadata)}"]
     return [
-        f"metadata {_show(str(key))} is no string, but {_show(x)}"
+        f"metadata {show(str(key))} is no string, but {show(x)}"
         for key, x in metadata.items()
         if not (isinstance(x, str) and isinstance(key, str))
     ]
@@ -316,14 +280,14 @@ def _metadata_problems(metadata: Any) -> list[str]:
 def _record_problems(record: Any) -> list[str]:
     """What is wrong with a tensor's entry on its own."""
     if not isinstance(record, dict) or sorted(record) != sorted(_FIELDS):
-        return [f"must have dtype, shape and data_offsets, is {_show(record)}"]
+        return [f"must have dtype, shape and data_offsets, is {show(record)}"]
     dtype, shape, offsets = (record[field] for field in _FIELDS)
     if not isinstance(dtype, str) or dtype not in DTYPES:
-        return [f"unknown dtype {_show(dtype)}"]
+        return [f"unknown dtype {show(dtype)}"]
     if not _are_sizes(shape) or len(shape) > 32:
-        return [f"shape {_show(shape)} is no list of sizes"]
+        return [f"shape {show(shape)} is no list of sizes"]
     if not _are_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        return [f"data_offsets {_show(offsets)} are no begin and end"]
+        return [f"data_offsets {show(offsets)} are no begin and end"]
     itemsize = DTYPES[dtype].itemsize
     if math.prod(n or 1 for n in shape) * itemsize > sys.maxsize:
         return [f"shape {shape} is beyond any memory"]
@@ -342,24 +306,8 @@ def _offset_problems(tensors: Mapping[str, TensorInfo], size: int) -> list[str]:
     for name, info in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].stop)):
         if info.start != at:
             what = "overlaps the one before" if info.start < at else "leaves a gap before it"
-            problems.append(f"tensor {_show(name)}: {what} ({info.start:,}, not {at:,})")
+            problems.append(f"tensor {show(name)}: {what} ({info.start:,}, not {at:,})")
         at = max(at, info.stop)
     if at != size:
         problems.append(f"the tensors need {at:,} bytes, the file holds {size:,}")
     return problems
-
-
-def lines(problems: Sequence[str]) -> str:
-    """Problems with what a file holds, fit for a terminal: not endless, no control characters."""
-    more = len(problems) - _MAX_LINES
-    shown = [_short(problem) for problem in problems[:_MAX_LINES]]
-    return "\n".join([*shown, *([f"and {more} more"] if more > 0 else [])])
-
-
-def _show(value: Any) -> str:
-    return _short(_REPR.repr(value))
-
-
-def _short(text: str) -> str:
-    text = text if len(text) <= 300 else text[:200] + f"... ({len(text):,} characters)"
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)

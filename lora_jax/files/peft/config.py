@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from lora_jax.core.errors import AdapterFileError, ConfigError
-from lora_jax.files.disk import safetensors_file
+from lora_jax.files.disk import strict_json
 from lora_jax.files.peft import bounded_regex
 
 FILE = "adapter_config.json"
@@ -214,7 +214,7 @@ def parse_config(text: str | bytes) -> PeftConfig:
         refuses.
     """
     try:
-        values = safetensors_file.parse_json(text, FILE)
+        values = strict_json.parse_json(text, FILE)
     except AdapterFileError as error:
         raise ConfigError(str(error).removeprefix(f"{FILE}: ")) from None
     if not isinstance(values, dict):

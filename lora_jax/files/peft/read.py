@@ -132,8 +132,8 @@ def _missing(by_module: Mapping[str, Any], config: PeftConfig, model: Model) -> 
     """Modules that the configuration targets and the file does not have."""
     targeted = [name.removesuffix(".weight") for name in model.adaptable()]
     return [
-        f"{tensor_names.PREFIX}{module}.{tensor_names.endings(model.kind(module + '.weight'))[0]}: missing, "
-        "though target_modules names the module"
+        f"{tensor_names.PREFIX}{module}.{tensor_names.endings(model.kind(module + '.weight'))[0]}: "
+        "missing, though target_modules names the module"
         for module in targeted
         if module not in by_module and config.target_modules != "all-linear"
         if config.targets(module)

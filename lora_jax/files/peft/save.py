@@ -2,25 +2,17 @@
 
 import dataclasses
 import os
-from collections.abc import Mapping
 from typing import Any
 
-import jax
-
-from lora_jax.adapters.split import adapted_nodes, split
 from lora_jax.core.config import LoraConfig
-from lora_jax.core.errors import StructureError
-from lora_jax.core.paths import nearest
-from lora_jax.core.weights import Adapted, TrainedRows, check_fits
 from lora_jax.files.disk import safetensors_file
 from lora_jax.files.naming import Naming
 from lora_jax.files.peft import target_parameters, tensor_names, tied_head
 from lora_jax.files.peft.config import PeftConfig
 from lora_jax.files.peft.config_from_contents import in_modules, settings, wrong_targets
-from lora_jax.files.torch_adapters import from_tree
+from lora_jax.files.peft.load import CONFIG, TENSORS
 from lora_jax.files.torch_adapters.contents import Contents, Model, module_of
-
-CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
+from lora_jax.files.torch_adapters.from_tree import check, own_base, taken
 
 
 def save(
@@ -44,7 +36,7 @@ def save(
     from the most common go to `rank_pattern` and `alpha_pattern`, under keys that match one module
     each. A leaf trained whole is its module saved whole, or, a bias, `bias`.
 
-    The files replace an older pair as a whole, see `tensorfile.write_directory`.
+    The files replace an older pair as a whole, see `safetensors_file.write_directory`.
 
     Args:
       directory: made where it is missing.
@@ -75,15 +67,15 @@ def save(
     >>> params = lora_jax.init(jax.random.key(0), {"up": {"kernel": jnp.ones((4, 3))}}, config)
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     save(folder, params, naming, config=config, base_model="me/model")
-    ...     tensors, _ = tensorfile.read(f"{folder}/{TENSORS}")
+    ...     tensors, _ = safetensors_file.read(f"{folder}/{TENSORS}")
     >>> {name.removeprefix("base_model.model."): x.shape for name, x in sorted(tensors.items())}
     {'up.lora_A.weight': (2, 4), 'up.lora_B.weight': (3, 2)}
     """
-    base = _own_base(adapters) if base is None else base
+    base = own_base(adapters) if base is None else base
     contents, model = taken(adapters, naming, base)
     saved, problems = _modules_to_save(contents, model)
     problems += _refused(contents, fold) + target_parameters.unwritable(contents, model)
-    _check(problems + _tied_problems(contents, model, base is None))
+    check(problems + _tied_problems(contents, model, base is None))
     if fold:
         contents = _folded(contents)
     complete = complete and base is not None
@@ -100,57 +92,9 @@ def save(
         for name in model.experts()
         if written.targets_parameter(name) != (name in contents.experts)
     ]
-    _check([f"{module}: PEFT's configuration cannot tell it from others" for module in wrong])
+    check([f"{module}: PEFT's configuration cannot tell it from others" for module in wrong])
     files = {CONFIG: written.to_json().encode(), TENSORS: _encode(contents, model)}
     safetensors_file.write_directory(directory, files)
-
-
-def taken(adapters: Any, naming: Naming, base: Any) -> tuple[Contents, Model]:
-    """What a file of these adapters holds, and the base through its naming.
-
-    Raises:
-      StructureError: what cannot be taken, all at once.
-    """
-    nodes = adapted_nodes(adapters)
-    if not nodes:
-        raise StructureError("save: the tree holds no adapters")
-    base = _own_base(adapters) if base is None else base
-    model = Model(_shapes(nodes) if base is None else base, naming)
-    _check(_misfits(nodes, model))
-    contents, problems = from_tree.contents(nodes, model)
-    _check(problems)
-    return contents, model
-
-
-def _own_base(adapters: Any) -> Any:
-    """The base of a joined tree; None of an overlay."""
-    nodes = adapted_nodes(adapters).values()
-    return split(adapters)[0] if nodes and all(node.w is not None for node in nodes) else None
-
-
-def _check(problems: list[str]) -> None:
-    if problems:
-        lines = "\n".join(sorted(problems))
-        raise StructureError(f"save: the file cannot hold these adapters:\n{lines}")
-
-
-def _shapes(nodes: Mapping[str, Adapted]) -> dict[str, jax.ShapeDtypeStruct]:
-    """What is known of a base from the adapters alone, by path."""
-    of_rows = [path for path, node in nodes.items() if isinstance(node, TrainedRows)]
-    _check([f"{path}: rows of an embedding need base=, for its shape" for path in of_rows])
-    return {path: jax.ShapeDtypeStruct(node.shape, "float32") for path, node in nodes.items()}
-
-
-def _misfits(nodes: Mapping[str, Adapted], model: Model) -> list[str]:
-    problems = []
-    for path, node in nodes.items():
-        if path not in model.leaves:
-            problems.append(f"{path}: not in the base; {nearest(path, model.leaves)}")
-        else:
-            problems += check_fits(path, node, model.leaves[path])
-        if any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(node)):
-            problems.append(f"{path}: no values yet, only shapes")
-    return problems
 
 
 def _modules_to_save(contents: Contents, model: Model) -> tuple[list[str], list[str]]:

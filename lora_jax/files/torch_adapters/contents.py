@@ -7,7 +7,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from lora_jax.core.paths import flatten_with_paths, nearest
+from lora_jax.core.paths import flatten_with_paths
+from lora_jax.core.patterns import nearest
 from lora_jax.core.weights import is_adapted
 from lora_jax.files.naming import Naming, Place, index
 from lora_jax.files.naming.translation import shapes

@@ -7,8 +7,13 @@ from typing import Any
 import jax
 import numpy as np
 
-from lora_jax.core.weights import Adapted, Layout, LoraWeight, TrainedLeaf, TrainedRows
-from lora_jax.files.naming import Place
+from lora_jax.adapters.split import split
+from lora_jax.core.errors import StructureError
+from lora_jax.core.layout import Layout
+from lora_jax.core.patterns import nearest
+from lora_jax.core.tree import adapted_nodes
+from lora_jax.core.weights import Adapted, LoraWeight, TrainedLeaf, TrainedRows, check_fits
+from lora_jax.files.naming import Naming, Place
 from lora_jax.files.torch_adapters.contents import Contents, Model, part_of
 from lora_jax.files.torch_adapters.experts import together
 from lora_jax.files.torch_adapters.factors import Factors, join
@@ -179,3 +184,51 @@ def _rows(place: Place, value: np.ndarray) -> np.ndarray:
     if place.entry.kind == "embedding":
         return place.b_to_torch(value).T
     return place.a_to_torch(np.moveaxis(value, 0, -1))
+
+
+def taken(adapters: Any, naming: Naming, base: Any) -> tuple[Contents, Model]:
+    """What a file of these adapters holds, and the base through its naming.
+
+    Raises:
+      StructureError: what cannot be taken, all at once.
+    """
+    nodes = adapted_nodes(adapters)
+    if not nodes:
+        raise StructureError("save: the tree holds no adapters")
+    base = own_base(adapters) if base is None else base
+    model = Model(_shapes(nodes) if base is None else base, naming)
+    check(_misfits(nodes, model))
+    taken_contents, problems = contents(nodes, model)
+    check(problems)
+    return taken_contents, model
+
+
+def own_base(adapters: Any) -> Any:
+    """The base of a joined tree; None of an overlay."""
+    nodes = adapted_nodes(adapters).values()
+    return split(adapters)[0] if nodes and all(node.w is not None for node in nodes) else None
+
+
+def check(problems: list[str]) -> None:
+    if problems:
+        lines = "\n".join(sorted(problems))
+        raise StructureError(f"save: the file cannot hold these adapters:\n{lines}")
+
+
+def _shapes(nodes: Mapping[str, Adapted]) -> dict[str, jax.ShapeDtypeStruct]:
+    """What is known of a base from the adapters alone, by path."""
+    of_rows = [path for path, node in nodes.items() if isinstance(node, TrainedRows)]
+    check([f"{path}: rows of an embedding need base=, for its shape" for path in of_rows])
+    return {path: jax.ShapeDtypeStruct(node.shape, "float32") for path, node in nodes.items()}
+
+
+def _misfits(nodes: Mapping[str, Adapted], model: Model) -> list[str]:
+    problems = []
+    for path, node in nodes.items():
+        if path not in model.leaves:
+            problems.append(f"{path}: not in the base; {nearest(path, model.leaves)}")
+        else:
+            problems += check_fits(path, node, model.leaves[path])
+        if any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(node)):
+            problems.append(f"{path}: no values yet, only shapes")
+    return problems

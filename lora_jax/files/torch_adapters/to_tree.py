@@ -10,10 +10,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lora_jax.adapters.split import adapted_nodes
-from lora_jax.core.algebra import accumulator, column_norms
+from lora_jax.core.dora import column_norms
+from lora_jax.core.dtypes import accumulator
 from lora_jax.core.errors import AdapterFileError
-from lora_jax.core.weights import Adapted, Layout, LoraWeight, TrainedLeaf, TrainedRows
+from lora_jax.core.layout import Layout
+from lora_jax.core.tree import adapted_nodes
+from lora_jax.core.weights import Adapted, LoraWeight, TrainedLeaf, TrainedRows
 from lora_jax.files.naming import Place
 from lora_jax.files.torch_adapters.contents import Contents, Model, by_leaf
 from lora_jax.files.torch_adapters.factors import Factors, join

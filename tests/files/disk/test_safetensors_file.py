@@ -11,7 +11,7 @@ import safetensors
 from safetensors.numpy import load_file, save_file
 
 from lora_jax import AdapterFileError
-from lora_jax.files.disk import safetensors_file
+from lora_jax.files.disk import safetensors_file, strict_json
 
 TENSORS = {
     "matrix.weight": np.arange(12, dtype=np.float32).reshape(3, 4),
@@ -217,9 +217,9 @@ def test_write_refuses_what_could_not_be_read(tmp_path):
 
 
 def test_strict_json():
-    assert safetensors_file.parse_json(b'{"a": [1, 2.5, null, "\xc3\xa9"]}', "x") == {
+    assert strict_json.parse_json(b'{"a": [1, 2.5, null, "\xc3\xa9"]}', "x") == {
         "a": [1, 2.5, None, "é"]
     }
     for text in ('{"a": 1, "a": 1}', "[NaN]", "[-Infinity]", '"\\udc00"', "", b"\xff", "[1,]"):
         with pytest.raises(AdapterFileError, match=r"^config: not valid JSON"):
-            safetensors_file.parse_json(text, "config")
+            strict_json.parse_json(text, "config")

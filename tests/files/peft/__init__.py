@@ -1,1 +1,0 @@
-"""Numbers of Hugging Face PEFT's, recorded, and the scripts that recorded them."""

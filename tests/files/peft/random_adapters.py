@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import lora_jax
-from lora_jax.adapters.split import adapted_nodes
+from lora_jax.core.tree import adapted_nodes
 from tests.parity.peft import models
 
 BASE = models.base("plain")

@@ -10,7 +10,7 @@ import pytest
 
 import lora_jax
 from lora_jax import AdapterFileError, StructureError, peft
-from lora_jax.adapters.split import adapted_nodes
+from lora_jax.core.tree import adapted_nodes
 from lora_jax.files.disk import safetensors_file
 from tests.files.peft.random_adapters import BASE, PREFIX, SHAPES, UP, adapted
 from tests.parity.peft import models

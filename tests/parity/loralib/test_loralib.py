@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from lora_jax import AdapterFileError, ConfigError, loralib
-from lora_jax.adapters.split import adapted_nodes
+from lora_jax.core.tree import adapted_nodes
 from lora_jax.files.disk import safetensors_file
 from lora_jax.files.naming import Entry, Naming, to_torch, to_tree
 from tests.parity.peft.models import meaning

@@ -15,7 +15,7 @@ import numpy as np
 
 import lora_jax
 from lora_jax import mlx
-from lora_jax.adapters.split import adapted_nodes
+from lora_jax.core.tree import adapted_nodes
 from lora_jax.files.naming import to_torch
 from tests.parity.mlx_lm.test_mlx import PLAIN, STACKED, base
 from tests.parity.peft.models import meaning

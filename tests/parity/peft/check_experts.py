@@ -21,7 +21,7 @@ import transformers
 
 import lora_jax
 from lora_jax import peft
-from lora_jax.adapters.split import adapted_nodes
+from lora_jax.core.tree import adapted_nodes
 from lora_jax.files.naming import Entry, Naming
 from tests.parity.peft import experts_model, models, record_experts
 from tests.parity.peft.check_files import loaded, moved

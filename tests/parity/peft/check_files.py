@@ -28,8 +28,8 @@ from safetensors.torch import load_file
 
 import lora_jax
 from lora_jax import peft
-from lora_jax.adapters.split import adapted_nodes
-from lora_jax.core.paths import lookup, select
+from lora_jax.core.patterns import lookup, select
+from lora_jax.core.tree import adapted_nodes
 from lora_jax.files.naming import to_torch, to_tree
 from tests.parity.peft import models, record_files
 

@@ -9,7 +9,7 @@ import pytest
 
 import lora_jax
 from lora_jax import AdapterFileError, StructureError, mlx, peft
-from lora_jax.adapters.split import adapted_nodes
+from lora_jax.core.tree import adapted_nodes
 from lora_jax.files.disk import safetensors_file
 from lora_jax.files.naming import Entry, Naming
 from tests.parity.peft import models

@@ -21,7 +21,7 @@ RECORDED = np.load(HERE / "models.npz")
 def test_logits_equal_transformers(name, scan, tmp_path, quick_compile):
     for file in (peft.CONFIG, peft.TENSORS):
         (tmp_path / file).write_bytes(RECORDED[f"{name}/{file}"].tobytes())
-    model = models.load(HERE.parent / "models" / "fixtures" / name, jnp.float32, scan=scan)
+    model = models.load(HERE.parents[1] / "models" / "fixtures" / name, jnp.float32, scan=scan)
     adapters = peft.load(tmp_path, model.params, model.naming)
     params = lora_jax.join(model.params, adapters)
     y = jax.jit(lora_jax.lora(model.apply))(params, jnp.asarray(RECORDED[f"{name}/ids"]))

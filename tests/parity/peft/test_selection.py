@@ -14,7 +14,7 @@ import pytest
 
 import lora_jax
 from lora_jax import LoraConfig, LoraWeight
-from lora_jax.adapters.split import adapted_nodes
+from lora_jax.core.tree import adapted_nodes
 
 pytestmark = pytest.mark.usefixtures("x64", "quick_compile")
 RECORDED = dict(np.load(Path(__file__).with_name("selection.npz")))

@@ -1,7 +1,9 @@
 """Adapter files damaged at random: each must give a clear error, or load finite values that fit.
 
-    python -m tests.stress.damaged_files --count 1000 --seed 0      the same mutations for the same numbers
-    python -m tests.stress.damaged_files --number 17 --seed 0       one of them, and what is said of it
+    python -m tests.stress.damaged_files --count 1000 --seed 0
+        the same mutations for the same numbers
+    python -m tests.stress.damaged_files --number 17 --seed 0
+        one of them, and what is said of it
 
 Prints what became of them. Exits with 1 where one came to anything else: another exception, a
 warning, values that are not finite or do not fit, something written, a lot of memory or time.

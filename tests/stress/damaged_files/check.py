@@ -15,8 +15,8 @@ import jax
 import numpy as np
 
 from lora_jax import LoraError
-from lora_jax.adapters.split import adapted_nodes
 from lora_jax.core.paths import flatten_with_paths
+from lora_jax.core.tree import adapted_nodes
 from lora_jax.core.weights import Adapted, TrainedLeaf, TrainedRows, check_fits
 from tests.stress.damaged_files.edits import mutate
 from tests.stress.damaged_files.subjects import Subject, name, subject

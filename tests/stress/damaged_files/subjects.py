@@ -13,7 +13,8 @@ import numpy as np
 
 import lora_jax
 from lora_jax import loralib, mlx, peft
-from lora_jax.core.weights import Layout, LoraWeight, TrainedLeaf, TrainedRows
+from lora_jax.core.layout import Layout
+from lora_jax.core.weights import LoraWeight, TrainedLeaf, TrainedRows
 from lora_jax.files.disk import safetensors_file
 from lora_jax.files.naming import Entry, Naming
 from tests.parity.peft import models

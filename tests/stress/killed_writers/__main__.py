@@ -1,8 +1,11 @@
 """Writers killed at random moments: what they leave must be the old or the new, whole.
 
-    python -m tests.stress.killed_writers --count 100                    100 kills of each kind of writer
-    python -m tests.stress.killed_writers --count 20 --kinds training    of a training run alone, resumed each time
-    python -m tests.stress.killed_writers --count 20 --command lora-jax train --model tiny --data FILE --out {out}
+    python -m tests.stress.killed_writers --count 100
+        100 kills of each kind of writer
+    python -m tests.stress.killed_writers --count 20 --kinds training
+        of a training run alone, resumed each time
+    python -m tests.stress.killed_writers --count 20
+        --command lora-jax train --model tiny --data FILE --out {out}
 
 Prints how many were killed and what was found torn. Exits with 1 where something was.
 """

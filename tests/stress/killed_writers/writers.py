@@ -16,7 +16,8 @@ from safetensors.numpy import load_file
 
 import lora_jax
 from lora_jax import peft
-from lora_jax.core.weights import Layout, LoraWeight
+from lora_jax.core.layout import Layout
+from lora_jax.core.weights import LoraWeight
 from lora_jax.files.naming import Entry, Naming
 from lora_jax.training.checkpoints import Checkpoints
 from lora_jax.training.loop import train

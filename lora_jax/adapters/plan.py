@@ -1,0 +1,169 @@
+"""`Plan`: which leaves of a tree are adapted, and how."""
+
+import dataclasses
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any
+
+import jax
+
+from lora_jax.adapters import selection
+from lora_jax.core import dtypes
+from lora_jax.core.config import ALL_LINEAR, LoraConfig
+from lora_jax.core.errors import ConfigError, TargetError
+from lora_jax.core.layout import Layout
+from lora_jax.core.paths import flatten_with_paths
+from lora_jax.core.patterns import lookup, names_leaf, names_module, nearest, select
+from lora_jax.core.weights import is_adapted
+from lora_jax.engine import layout_inference
+from lora_jax.engine.custom_rules import Rule, check_rules
+from lora_jax.engine.layout_inference import layouts_of
+from lora_jax.engine.uses import Uses
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What a configuration does to a parameter tree, before any factor is made."""
+
+    leaves: Mapping[str, Any]  # every leaf by path, in tree order
+    treedef: Any
+    layouts: Mapping[str, Layout]  # of the weights to adapt
+    whole: Collection[str]  # the paths to train whole, biases among them
+    rows: Mapping[str, tuple[tuple[int, ...], Layout]]  # those that train in rows: which, and where
+    masks: selection.Masks  # of leaves that stack layers, where not all are adapted
+
+    def rebuild(self, nodes: Sequence[Any]) -> Any:
+        """The tree with `nodes` for its leaves."""
+        return jax.tree_util.tree_unflatten(self.treedef, nodes)
+
+
+def make_plan(
+    caller: str,
+    params: Any,
+    config: LoraConfig,
+    fn: Callable | None,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    rules: Mapping[str, Rule] | None,
+) -> Plan:
+    """Which leaves of `params` get factors, in which layout; raises what `init` raises."""
+    if not isinstance(config, LoraConfig):
+        raise ConfigError(f"{caller}: config must be a LoraConfig, got {type(config).__name__}")
+    if fn is not None and not callable(fn):
+        raise ConfigError(
+            f"{caller}: the function comes before its arguments, got {type(fn).__name__} in its "
+            "place"
+        )
+    check_rules(rules)
+    leaves, treedef = flatten_with_paths(params, is_leaf=is_adapted)
+    already = [path for path, leaf in leaves.items() if is_adapted(leaf)]
+    if already:
+        raise TargetError(
+            "already adapted: " + ", ".join(already) + "; merge(params) first, or "
+            "split(params) and start from the base"
+        )
+    uses = None if fn is None else layout_inference.infer_uses(fn, params, args, kwargs, rules)
+    whole = select("train", config.train, leaves)
+    rows = selection.select_rows(config, leaves, uses)
+    _check_once(whole, rows, "in train and in rows")
+    taken = dict.fromkeys(whole, "train") | dict.fromkeys(rows, "rows")
+    targets = _targets(config, leaves, uses, taken)
+    if not targets and not taken and config.bias != "all":
+        raise TargetError("exclude leaves no target, and train names no leaf: nothing would train")
+    _check_overrides(config, {**targets, **dict.fromkeys(rows, "rows")})
+    _check_leaves({**targets, **dict.fromkeys(whole)}, leaves)
+    chosen = layouts_of(config, targets, leaves, uses)
+    chosen, masks = selection.select_layers(config, targets, chosen, leaves)
+    _check_ranks(config, chosen, leaves)
+    biases = selection.select_biases(config, chosen, leaves, uses)
+    masks |= {bias: masks[kernel] for bias, kernel in biases.items() if kernel in masks}
+    return Plan(leaves, treedef, chosen, list(whole | biases), rows, masks)
+
+
+def _targets(
+    config: LoraConfig, leaves: Mapping[str, Any], uses: Uses, taken: Mapping[str, str]
+) -> dict[str, str]:
+    """The paths to adapt, each with the entry that selected it; `taken` ones train otherwise."""
+    excluded = select("exclude", config.exclude, leaves)
+    if isinstance(config.targets, str) and config.targets == ALL_LINEAR:
+        found = {p: ALL_LINEAR for p, leaf in leaves.items() if _is_linear(p, leaf, uses)}
+        if not found:
+            raise TargetError("targets: no leaf is contracted with an activation")
+        return {p: e for p, e in found.items() if p not in excluded and p not in taken}
+    found = select("targets", config.targets, leaves)
+    # An entry that names a module stands for the linear weights in it, not for its biases.
+    others = {
+        path: entry
+        for path, entry in found.items()
+        if _names_module_only(entry, path) and not _is_linear(path, leaves[path], uses)
+    }
+    found = {path: entry for path, entry in found.items() if path not in others}
+    modules = dict.fromkeys(others.values())
+    empty = [e for e in modules if not any(names_module(e, path) for path in found)]
+    if empty:
+        raise TargetError(
+            "\n".join(f"targets: {e!r} names a module without linear weights" for e in empty)
+        )
+    for field in ("train", "rows"):
+        trained = [path for path in taken if taken[path] == field]
+        _check_once(found, trained, f"in targets and in {field}")
+    return {path: entry for path, entry in found.items() if path not in excluded}
+
+
+def _check_once(some: Collection[str], others: Collection[str], where: str) -> None:
+    both = sorted({*some} & {*others})
+    if both:
+        raise TargetError(f"{', '.join(both)}: {where}; choose one")
+
+
+def _names_module_only(entry: str, path: str) -> bool:
+    return names_module(entry, path) and not names_leaf(entry, path)
+
+
+def _is_linear(path: str, leaf: Any, uses: Uses) -> bool:
+    if not dtypes.is_floating(leaf):
+        return False
+    if uses is not None:
+        return layout_inference.is_linear(uses.get(path, ()))
+    return path.split("/")[-1] != "embedding" and len(leaf.shape) > 1
+
+
+def _check_overrides(config: LoraConfig, targets: Mapping[str, str]) -> None:
+    """Every key of `overrides` must apply to a target."""
+    unused = set(config.overrides)
+    for path in targets:
+        unused -= {key for key in unused if lookup({key: None}, path)}
+    if unused:
+        lines = [
+            f"overrides: {key!r} matches no adapted weight; {nearest(key, targets)}"
+            for key in config.overrides
+            if key in unused
+        ]
+        raise TargetError("\n".join(lines))
+
+
+def _check_leaves(chosen: Mapping[str, Any], leaves: Mapping[str, Any]) -> None:
+    wrong = [
+        f"{path}: {getattr(leaves[path], 'dtype', type(leaves[path]).__name__)} cannot be trained; "
+        "only floating arrays can (leave it out with exclude=)"
+        for path in chosen
+        if not dtypes.is_floating(leaves[path])
+    ]
+    if wrong:
+        raise TargetError("\n".join(wrong))
+
+
+def _check_ranks(
+    config: LoraConfig, chosen: Mapping[str, Layout], leaves: Mapping[str, Any]
+) -> None:
+    problems = []
+    for path, layout in chosen.items():
+        rank, shape = config.for_path(path)[0], leaves[path].shape
+        size = min(layout.fan_in(shape), layout.fan_out(shape))
+        if rank > size:
+            problems.append(
+                f"{path}: rank {rank} is above what the weight {tuple(shape)} can hold, {size}. "
+                f'Lower it, overrides={{"{path}": Override(rank={size})}}, or leave the weight out '
+                "with exclude=, or train it whole with train="
+            )
+    if problems:
+        raise TargetError("\n".join(problems))

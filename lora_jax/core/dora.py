@@ -1,0 +1,81 @@
+"""DoRA: the column norms of an adapted weight, and the gain that its outputs take."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from lora_jax.core.dtypes import accumulator
+from lora_jax.core.layout import Layout, pick, subscripts
+from lora_jax.core.weights import LoraWeight, scaled_factors
+
+
+def gain(node: LoraWeight) -> jax.Array:
+    """`magnitude / ‖W + scale·A·B‖`, `[*batch, *out]`, in float32 (float64 where an array is).
+
+    DoRA multiplies each output of `V = W + scale·A·B` with it. It is had from the factors, see
+    `column_norms`, and the norm is a constant to the derivative, as section 4.3 of
+    https://arxiv.org/abs/2402.09353 has it. Where the scale is 0 it is 1: `disable` is the base.
+
+    >>> import jax.numpy as jnp
+    >>> w, a, b = jnp.array([[3.0, 0.0], [0.0, 1.0]]), jnp.array([[0.0], [4.0]]), jnp.eye(2)[:1]
+    >>> one, magnitude = jnp.float32(1.0), jnp.array([10.0, 1.0])
+    >>> gain(LoraWeight(w, a, b, one, magnitude, layout=Layout("io")))
+    Array([2., 1.], dtype=float32)
+    """
+    return gain_from_norms(node, column_norms(node))
+
+
+def column_norms(node: LoraWeight) -> jax.Array:
+    """`‖W + scale·A·B‖` over the in axes, `[*batch, *out]`: where a magnitude starts.
+
+    A constant to the derivative.
+    """
+    own, crossed, squared = column_products(node)
+    return jnp.sqrt(jnp.maximum(own + 2 * crossed + squared, 0))  # rounding can go below zero
+
+
+def column_products(node: LoraWeight) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """⟨W, W⟩, ⟨W, ΔV⟩ and ⟨ΔV, ΔV⟩ over the in axes, `[*batch, *out]`, with ΔV = scale·A·B.
+
+    With `B' = scale·B` they are Σ W², ⟨B', Aᵀ·W⟩ and ⟨B', AᵀA·B'⟩: no array of the weight's size is
+    formed. Constants to the derivative.
+    """
+    w, a, b, scale = jax.lax.stop_gradient((node.w, node.a, node.b, node.scale))
+    node = LoraWeight(w, a, b, scale, layout=node.layout)
+    sub_a, sub_b, batch, sub_w = subscripts(node.layout)
+    dtype = accumulator(w.dtype, a.dtype, b.dtype)
+    einsum = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
+    narrow = w.dtype if w.dtype.itemsize <= 2 else dtype
+    pair = _rank_first(a.astype(narrow), len(batch)), w.astype(narrow)
+    sub_rank_first = f"{batch}Z{sub_a[len(batch) : -1]}"
+    crossed = einsum(f"{sub_rank_first},{sub_w}->{sub_b}", *pair, preferred_element_type=dtype)
+    a, b = scaled_factors(node, dtype)
+    gram = einsum(f"{sub_a},{sub_a.replace('Z', 'Y')}->{batch}ZY", a, a)
+    squared = einsum(f"{batch}ZY,{sub_b.replace('Z', 'Y')}->{sub_b}", gram, b)
+    own = jnp.square(w.astype(dtype)).sum(node.layout.positions("i"))
+    rank = len(batch)
+    return by_output(node.layout, own), (b * crossed).sum(rank), (b * squared).sum(rank)
+
+
+def _rank_first(a: jax.Array, n_batch: int) -> jax.Array:
+    """A as `[*batch, rank, *in]`; one of 16 bits laid out so, or the CPU widens all of W for it."""
+    moved = jnp.moveaxis(a, -1, n_batch)
+    if a.dtype.itemsize > 2 or any(jax.typeof(a).sharding.spec):
+        return moved
+    return jax.lax.optimization_barrier(moved.reshape(-1)).reshape(moved.shape)
+
+
+def gain_from_norms(node: LoraWeight, norms: jax.Array) -> jax.Array:
+    scale, norms = jax.lax.stop_gradient((node.scale, norms))
+    on = jnp.expand_dims(scale != 0, range(scale.ndim, norms.ndim)) & (norms > 0)
+    return jnp.where(on, node.magnitude.astype(norms.dtype) / jnp.where(on, norms, 1), 1)
+
+
+def output_letters(layout: Layout) -> str:
+    return pick(layout, "b") + pick(layout, "o")
+
+
+def by_output(layout: Layout, x: jax.Array) -> jax.Array:
+    """`[*batch, *out]` of an array that has these axes in the weight's order."""
+    return jnp.einsum(f"{''.join(sorted(output_letters(layout)))}->{output_letters(layout)}", x)

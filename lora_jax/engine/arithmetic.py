@@ -1,0 +1,71 @@
+"""Arithmetic on a `LazyWeight`: its dense form, DoRA's gain, branch dropout, the final sum."""
+
+from collections.abc import Collection, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from lora_jax.core.dtypes import accumulator, compute_dtype
+from lora_jax.engine import named_axes
+from lora_jax.engine.lazy_weight import Axis, LazyWeight
+
+
+def to_dense(lazy: LazyWeight) -> jax.Array:
+    """The view as an ordinary array: added in float32, rounded once to the view's dtype."""
+    if lazy.a is None or lazy.probe:
+        return lazy.w
+    dtype = accumulator(lazy.a.dtype, lazy.b.dtype, lazy.dtype)
+    update, names = named_axes.contract(
+        lazy.a.astype(dtype), lazy.a_axes, lazy.b.astype(dtype), lazy.b_axes, lazy.axes
+    )
+    update = named_axes.arrange(update, names, lazy.axes, lazy.sizes)
+    total = update if lazy.w is None else lazy.w.astype(dtype) + update
+    return with_gain(total, lazy.axes, lazy).astype(lazy.dtype)
+
+
+def with_gain(x: jax.Array, axes: Sequence[Axis], lazy: LazyWeight) -> jax.Array:
+    """`x`, its axes named, times the weight's gain; in the dtype of `x`."""
+    if lazy.gain is None:
+        return x
+    present = [axis for axis in axes if axis in lazy.gain_axes]
+    factor = named_axes.arrange(lazy.gain, lazy.gain_axes, present, {})
+    factor = jnp.expand_dims(factor, [i for i, axis in enumerate(axes) if axis not in present])
+    wide = max(x.dtype, factor.dtype, key=lambda d: d.itemsize)
+    return (x.astype(wide) * factor.astype(wide)).astype(x.dtype)
+
+
+def gains(lazy: LazyWeight, x_axes: Collection[Axis], out_axes: Collection[Axis]) -> str | None:
+    """Which array of a product takes the gain, "x" or "out"; None where neither has its axes.
+
+    >>> import jax.numpy as jnp
+    >>> from lora_jax.engine.lazy_weight import track
+    >>> gains(track(jnp.ones((2, 3)), "w"), (), ())
+    'out'
+    """
+    named = set(lazy.gain_axes)
+    return "out" if named <= {*out_axes} else "x" if named <= {*x_axes} else None
+
+
+def branch_dtypes(x_dtype: Any, lazy: LazyWeight) -> tuple[Any, Any]:
+    """(compute dtype, dtype to accumulate in) of the branch; 16-bit products add in float32."""
+    compute = compute_dtype(x_dtype, lazy.dtype)
+    return compute, compute if compute.itemsize > 2 else jnp.dtype(jnp.float32)
+
+
+def drop(x: jax.Array, lazy: LazyWeight, site: int) -> jax.Array:
+    """`x` with branch dropout, where the weight carries keys; kept values grow by 1/(1 - rate)."""
+    if lazy.key is None:
+        return x
+    key = jax.random.fold_in(lazy.key.reshape(-1)[0], site)
+    kept = jax.random.bernoulli(key, 1 - lazy.dropout, x.shape)
+    return jnp.where(kept, x / jnp.asarray(1 - lazy.dropout, x.dtype), jnp.zeros_like(x))
+
+
+def add(y: Any, update: jax.Array, dtype: Any) -> jax.Array:
+    """`y + update` in the wider of their dtypes, rounded once to `dtype`; no `y` for a tangent."""
+    if y is None:
+        return update.astype(dtype)
+    wide = max(y.dtype, update.dtype, key=lambda d: d.itemsize)
+    return lax.add(y.astype(wide), update.astype(wide)).astype(dtype)

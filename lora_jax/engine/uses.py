@@ -1,0 +1,48 @@
+"""`Use`: what a program does with each axis of a parameter, and how that is recorded."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+from lora_jax.engine.lazy_weight import LazyWeight
+
+#: Primitives that take arrays apart in ways no one can see: their use of a weight says nothing.
+OPAQUE = ("pallas_call", "pure_callback", "io_callback", "ffi_call", "custom_call", "shard_map")
+
+#: Between the paths of a weight that is one of several, as a branch chooses.
+OR = " or "
+
+
+@dataclasses.dataclass(frozen=True)
+class Use:
+    """One use of a weight: the primitive, and what it does with each axis of the parameter."""
+
+    path: str
+    primitive: str
+    line: str
+    # parameter axis -> "b", "i" or "o"; empty for a use that is no contraction
+    axes: dict[int, str]
+    # whether it was no plain layer there: left of another weight, or altered on the way
+    is_operand: bool = False
+
+
+def uses_of(
+    lazy: LazyWeight, primitive: str, line: str, kinds: dict[int, str], is_operand: bool = False
+) -> list[Use]:
+    """One use of each parameter in a view, from the kinds of all their axes."""
+    uses, start = [], 0
+    for path, ndim in lazy.sources:
+        own = {axis - start: kind for axis, kind in kinds.items() if 0 <= axis - start < ndim}
+        uses.append(Use(path, primitive, line, own, is_operand))
+        start += ndim
+    return uses
+
+
+def dense_uses(lazy: LazyWeight, primitive: str, line: str) -> list[Use]:
+    """A use that is no contraction; where rows were looked up before, it is that lookup."""
+    if not lazy.looked_up:
+        return uses_of(lazy, primitive, line, {})
+    kinds = {origin: "o" for axis in lazy.axes for origin in axis.origins}
+    return uses_of(lazy, "gather", line, kinds | dict.fromkeys(lazy.indexed, "i"))
+
+
+Uses = Mapping[str, Sequence[Use]] | None

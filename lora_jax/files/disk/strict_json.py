@@ -1,0 +1,61 @@
+"""Strict JSON, and error messages that stay short whatever the file contains."""
+
+import json
+import reprlib
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+from lora_jax.core.errors import AdapterFileError
+
+REPR = reprlib.Repr()  # of values of any depth and size
+
+_MAX_LINES = 200  # of one message
+
+
+def parse_json(text: str | bytes, source: str) -> Any:
+    """A JSON value, strictly: no key twice, no NaN or infinity, UTF-8, of a sane depth.
+
+    Raises:
+      AdapterFileError: it is not that; the message begins with `source`.
+
+    >>> parse_json('{"r": 8}', "adapter_config.json")
+    {'r': 8}
+    """
+    try:
+        text = text.decode("utf-8") if isinstance(text, bytes) else text
+        value = json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant)
+        json.dumps(value, ensure_ascii=False).encode("utf-8")  # no half of a surrogate pair
+    except RecursionError:
+        raise AdapterFileError(f"{source}: JSON that is nested too deep") from None
+    except ValueError as error:
+        raise AdapterFileError(f"{source}: not valid JSON: {short(str(error))}") from None
+    return value
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) != len(pairs):
+        ((twice, _),) = Counter(key for key, _ in pairs).most_common(1)
+        raise ValueError(f"{show(twice)} is there twice")
+    return value
+
+
+def _no_constant(name: str) -> Any:
+    raise ValueError(f"{name} is no JSON number")
+
+
+def lines(problems: Sequence[str]) -> str:
+    """Problems with what a file holds, fit for a terminal: not endless, no control characters."""
+    more = len(problems) - _MAX_LINES
+    shown = [short(problem) for problem in problems[:_MAX_LINES]]
+    return "\n".join([*shown, *([f"and {more} more"] if more > 0 else [])])
+
+
+def show(value: Any) -> str:
+    return short(REPR.repr(value))
+
+
+def short(text: str) -> str:
+    text = text if len(text) <= 300 else text[:200] + f"... ({len(text):,} characters)"
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
