@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import export
 
+from lora_jax.core.abstract import on_shapes
 from lora_jax.core.errors import StructureError
 from lora_jax.core.layout import Layout, subscripts
 
@@ -195,13 +196,14 @@ def _register_for_export(node: Any) -> None:
     def serialize(aux: Any) -> bytes:
         values = dict(zip(static, aux, strict=True))
         if "layout" in values:
-            values["layout"] = [values["layout"].axes, values["layout"].uses]
+            values["layout"] = dataclasses.astuple(values["layout"])
         return json.dumps(values).encode()
 
     def deserialize(data: bytes) -> Any:
         values = json.loads(data)
         if "layout" in values:
-            values["layout"] = Layout(values["layout"][0], tuple(values["layout"][1]))
+            axes, uses, *lookup_only = values["layout"]  # older files end after `uses`
+            values["layout"] = Layout(axes, tuple(uses), *lookup_only)
         return tuple(tuple(x) if isinstance(x, list) else x for x in values.values())
 
     from_children: Any = lambda aux, children: node(
@@ -233,9 +235,7 @@ def restrict(node: Adapted, base: Any, mask: np.ndarray) -> Adapted:
             scale = _along(mask, range(mask.ndim), node.value.ndim).astype(node.scale.dtype)
             return dataclasses.replace(node, scale=scale)
         w = node.w
-        if (
-            w is not None and w is not base
-        ):  # a start that changes the base changes it in the layers chosen alone
+        if w is not None and w is not base:  # the initializer changed it: undo that where left out
             w = jnp.where(_along(mask, node.layout.positions("b"), w.ndim), w, base)
         a, b, scale = (
             jnp.where(_along(mask, range(mask.ndim), x.ndim), x, jnp.zeros_like(x))
@@ -243,10 +243,10 @@ def restrict(node: Adapted, base: Any, mask: np.ndarray) -> Adapted:
         )
         return dataclasses.replace(node, w=w, a=a, b=b, scale=scale)
 
-    if isinstance(node.w, jax.ShapeDtypeStruct):
-        shapes = jax.eval_shape(one, node, base)
-        return dataclasses.replace(shapes, w=node.w)
-    return one(node, base)
+    made = on_shapes(one, node, base)
+    if isinstance(node.w, jax.ShapeDtypeStruct):  # it may have a sharding, which `made.w` has not
+        made = dataclasses.replace(made, w=node.w)
+    return made
 
 
 def _along(mask: np.ndarray, positions: Sequence[int], ndim: int) -> jax.Array:

@@ -86,14 +86,16 @@ def layout_from_uses(ndim: int, uses: Sequence[Use]) -> Layout | None:
     if not found:
         return None
     names = tuple(dict.fromkeys(use.primitive for use in found))
+    lookup_only = names == ("gather",)
     kinds = []
     for axis in range(ndim):
         seen = [use.axes.get(axis, "o") for use in found]
         kinds.append(next((kind for kind in seen if kind != "b"), "b"))
     if {"i", "o"} <= set(kinds):
-        return Layout("".join(kinds), names)
+        return Layout("".join(kinds), names, lookup_only)
     # One use's in is another's batch: only the first use's own reading is sure to have both.
-    return Layout("".join(found[0].axes.get(axis, "o") for axis in range(ndim)), names)
+    axes = "".join(found[0].axes.get(axis, "o") for axis in range(ndim))
+    return Layout(axes, names, lookup_only)
 
 
 def layout_from_shape(path: str, shape: Sequence[int]) -> Layout:

@@ -31,7 +31,9 @@ def record(node: Adapted) -> dict[str, Any]:
     """A node without its tensors, as JSON."""
     if isinstance(node, TrainedLeaf):
         return {"kind": "whole"}
-    common = {"kind": kind(node), "axes": node.layout.axes, "uses": list(node.layout.uses)}
+    layout = node.layout
+    common: dict[str, Any] = {"kind": kind(node), "axes": layout.axes, "uses": list(layout.uses)}
+    common |= {"lookup_only": True} if layout.lookup_only else {}
     if isinstance(node, TrainedRows):
         return common | {"rows": list(node.rows)}
     return common | ({"dropout": node.dropout} if node.dropout else {})
@@ -41,7 +43,7 @@ def make(record: Mapping[str, Any], arrays: Mapping[str, jax.Array]) -> Adapted:
     """The node again, of a record and tensors in which no problems were found."""
     if record["kind"] == "whole":
         return TrainedLeaf(None, **arrays)
-    layout = Layout(record["axes"], tuple(record["uses"]))
+    layout = Layout(record["axes"], tuple(record["uses"]), record.get("lookup_only", False))
     if record["kind"] == "rows":
         return TrainedRows(None, **arrays, rows=tuple(record["rows"]), layout=layout)
     return LoraWeight(None, **arrays, layout=layout, dropout=float(record.get("dropout", 0.0)))
@@ -58,6 +60,8 @@ def record_problems(record: Any) -> list[str]:
     uses = record.get("uses")
     if not isinstance(uses, list) or not all(isinstance(use, str) for use in uses):
         problems.append(f"uses must be a list of names, not {uses!r:.40}")
+    if type(record.get("lookup_only", False)) is not bool:
+        problems.append(f"lookup_only must be true or false, not {record['lookup_only']!r:.40}")
     if found == "rows" and not _are_rows(record.get("rows")):
         problems.append(f"rows must be different numbers from 0 on: {record.get('rows')!r:.40}")
     if found != "rows" and not _is_probability(record.get("dropout", 0.0)):
