@@ -97,8 +97,8 @@ def _extracted(
     """What the overlay holds at `path`, and the part of the change that it misses."""
     mask = plan.masks.get(path)
     if path in plan.layouts:
-        rank, scale, _ = config.for_path(path)
-        layout, key = plan.layouts[path], path_key(jax.random.key(0), path)
+        chosen, layout = config.for_path(path), plan.layouts[path]
+        rank, scale, key = chosen.rank, chosen.scale, path_key(jax.random.key(0), path)
         a, b, lost, total = _best(layout, rank, config.dtype, exact, key, before, after, scale)
         node = new_weight(None, a, b, scale, layout, config)
         if mask is None:
@@ -116,7 +116,7 @@ def _extracted(
 def _as_tuned(path: str, plan: Plan, config: LoraConfig, after: Any) -> Adapted:
     """The node of what trains whole or in rows, with the tuned values."""
     if path in plan.rows:
-        return train_rows(after, *plan.rows[path], config)
+        return train_rows(after, plan.rows[path], config)
     whole, mask = train_whole(after, config), plan.masks.get(path)
     return whole if mask is None else weights.restrict(whole, after, mask)
 
@@ -182,7 +182,7 @@ def _pairs(plan: Plan, tuned: Any) -> dict[str, tuple[Any, Any]]:
 
 
 def _check_scales(plan: Plan, config: LoraConfig) -> None:
-    scales = {path: config.for_path(path)[1] for path in plan.layouts}
+    scales = {path: config.for_path(path).scale for path in plan.layouts}
     wrong = [f"{path}: the scale is {x}" for path, x in scales.items() if not x > 0]
     if wrong:
         raise ConfigError(

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from lora_jax.adapters.plan import Plan, make_plan
+from lora_jax.adapters.selection import ChosenRows
 from lora_jax.core.abstract import on_shapes
 from lora_jax.core.config import LoraConfig
 from lora_jax.core.dora import column_norms
@@ -82,7 +83,7 @@ def finish(plan: "Plan", weights: Mapping[str, LoraWeight], config: LoraConfig) 
     nodes: dict[str, Adapted] = {
         **weights,
         **{path: train_whole(plan.leaves[path], config) for path in plan.whole},
-        **{path: train_rows(plan.leaves[path], *rows, config) for path, rows in plan.rows.items()},
+        **{path: train_rows(plan.leaves[path], rows, config) for path, rows in plan.rows.items()},
     }
     for path, mask in plan.masks.items():
         nodes[path] = restrict(nodes[path], plan.leaves[path], mask)
@@ -104,7 +105,8 @@ def _adapt_all(key: jax.Array, plan: Plan, config: LoraConfig) -> dict[str, Lora
 
 
 def _adapt(key: jax.Array, path: str, w: Any, layout: Layout, config: LoraConfig) -> LoraWeight:
-    rank, scale, _ = config.for_path(path)
+    chosen = config.for_path(path)
+    rank, scale = chosen.rank, chosen.scale
     start = config.init if callable(config.init) else STARTS[config.init]
 
     def make(key: jax.Array, w: Any) -> LoraWeight:
@@ -172,12 +174,13 @@ def train_whole(w: Any, config: LoraConfig) -> TrainedLeaf:
     return TrainedLeaf(w, value, scale)
 
 
-def train_rows(w: Any, rows: tuple[int, ...], layout: Layout, config: LoraConfig) -> TrainedRows:
-    """The node of a weight that trains in some rows, their values at the start those of `w`."""
+def train_rows(w: Any, chosen: ChosenRows, config: LoraConfig) -> TrainedRows:
+    """Return the node of a weight of which some rows train, initially as they are in `w`."""
+    rows, axis, layout = chosen.rows, chosen.axis, chosen.layout
+    node = TrainedRows(w, None, None, rows=rows, axis=axis, layout=layout)
 
-    def start(w: Any) -> tuple[jax.Array, jax.Array]:
-        whole = TrainedRows(w, None, None, rows=rows, layout=layout)
-        return whole.select(w).astype(config.dtype), jnp.ones((), accumulator(config.dtype))
+    def initialize(w: Any) -> tuple[jax.Array, jax.Array]:
+        return node.select(w).astype(config.dtype), jnp.ones((), accumulator(config.dtype))
 
-    value, scale = on_shapes(start, w)
-    return TrainedRows(w, value, scale, rows=rows, layout=layout)
+    value, scale = on_shapes(initialize, w)
+    return dataclasses.replace(node, value=value, scale=scale)

@@ -140,7 +140,7 @@ def layouts_of(
     problems: list[Exception] = []
     for path in targets:
         shape = leaves[path].shape
-        named = config.for_path(path)[2]
+        named = config.for_path(path).layout
         try:
             if named is not None:
                 found[path] = _named_layout(path, shape, named)

@@ -187,20 +187,19 @@ def lazy_rows(node: TrainedRows, path: str) -> LazyWeight:
     The one-hot A `[k, rows of W]` is a constant, so that every rule for factors serves rows too.
     """
     axes = tuple(Axis((i,), i) for i in range(node.w.ndim))
-    batch, ins, outs = (tuple(axes[i] for i in node.layout.positions(kind)) for kind in "bio")
+    batch = tuple(axes[i] for i in node.layout.positions("b"))
     w = lax.stop_gradient(node.w)
     dtype = accumulator(node.value.dtype, w.dtype)
     update = node.value.astype(dtype) - node.select(w).astype(dtype)
-    size = node.layout.select("i", w.shape)[0]
-    one_hot = jax.nn.one_hot(jnp.asarray(node.rows), size, dtype=dtype)
+    one_hot = jax.nn.one_hot(jnp.asarray(node.rows), w.shape[node.axis], dtype=dtype)
     return LazyWeight(
         w,
         jnp.broadcast_to(one_hot, (*node.layout.select("b", w.shape), *one_hot.shape)),
         jnp.where(lax.stop_gradient(node.scale) != 0, update, jnp.zeros_like(update)),
         None,
         axes=axes,
-        a_axes=(*batch, RANK, *ins),
-        b_axes=(*batch, RANK, *outs),
+        a_axes=(*batch, RANK, axes[node.axis]),
+        b_axes=(*batch, RANK, *(axes[i] for i in node.others)),
         shape=w.shape,
         dtype=w.dtype,
         path=path,
