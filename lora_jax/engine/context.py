@@ -86,13 +86,17 @@ class Context:
             # Where a part of an axis is summed and a part is not, the sum decides.
             kinds.update({o: kind for o in axis.origins if kinds.get(o) != "i"})
         # An axis that is gone was indexed away, or had size one and was squeezed.
-        kinds = dict.fromkeys(range(lazy.ndim), "o") | dict.fromkeys(lazy.indexed, "b") | kinds
+        kinds = (
+            dict.fromkeys(range(lazy.origin.ndim), "o")
+            | dict.fromkeys(lazy.origin.indexed, "b")
+            | kinds
+        )
         name, line = eqn.primitive.name, self.line(eqn)
-        if lazy.looked_up and not {"i", "o"} <= set(kinds.values()):
+        if lazy.origin.looked_up and not {"i", "o"} <= set(kinds.values()):
             # Rows were looked up, then contracted whole: `embedding[ids] @ matrix`.
             self.uses += dense_uses(lazy, name, line)
         else:
-            self.uses += uses_of(lazy, name, line, kinds, is_operand or lazy.altered)
+            self.uses += uses_of(lazy, name, line, kinds, is_operand or lazy.origin.altered)
 
     def line(self, eqn: Any) -> str:
         """The user's line that made `eqn`; of one that JAX made itself, the line around it."""
@@ -116,16 +120,16 @@ class Context:
         if self.uses is not None:
             self.uses += dense_uses(lazy, primitive, line)
             return to_dense(lazy)
-        if lazy.looked_up:  # rows picked by ids are an activation
+        if lazy.origin.looked_up:  # rows picked by ids are an activation
             return to_dense(lazy)
         message = (
-            f"{lazy.path}: `{primitive}` at {line} needs the whole weight{why}, so W + scale·A·B "
+            f"{lazy.origin}: `{primitive}` at {line} needs the whole weight{why}, so W + scale·A·B "
             f"{list(lazy.shape)} is made dense there. The result is right, but it costs memory; "
             'leave the weight out with exclude=, or pass on_dense="allow" to accept it'
         )
         if self.on_dense == "error":
             raise DenseError(message)
-        site = (lazy.path, primitive, line)
+        site = (str(lazy.origin), primitive, line)
         if self.on_dense == "warn" and site not in self._told:
             self._told.add(site)
             warnings.warn(message, DenseWarning, stacklevel=2)

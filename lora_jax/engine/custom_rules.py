@@ -136,7 +136,7 @@ def _grouped(eqn: Any, lazy: LazyWeight, letters: str) -> dict[str, list[Axis]]:
     """The axes of the view by the letter of each."""
     if len(letters) != len(lazy.axes):
         raise LayoutError(
-            f"{lazy.path}: the rule for {eqn.primitive.name!r} has the layout {letters!r}, but the "
+            f"{lazy.origin}: the rule for {eqn.primitive.name!r} has the layout {letters!r}, but the "
             f"input has the shape {list(lazy.shape)}"
         )
     pairs = list(zip(lazy.axes, letters, strict=True))

@@ -126,5 +126,6 @@ def _made_dense(ctx: Context, eqn: Any, values: Sequence[Any]) -> Sequence[Any]:
         # A masked or normalised weight is one still: what contracts it tells the layout.
         for lazy in filter(is_lazy, values):
             if lazy.is_whole and lazy.shape == outs[0].shape and lazy.dtype == outs[0].dtype:
-                return [dataclasses.replace(lazy, w=outs[0], altered=True)]
+                origin = dataclasses.replace(lazy.origin, altered=True)
+                return [dataclasses.replace(lazy, w=outs[0], origin=origin)]
     return outs

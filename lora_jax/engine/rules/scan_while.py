@@ -60,8 +60,8 @@ class _Scanned:
                 moved, names = named_axes.move_first(getattr(lazy, name), getattr(lazy, axes), lead)
                 self.xs[name] = moved
                 static[axes] = tuple(names[1:])
-        indexed = tuple(sorted({*lazy.indexed, *lead.origins}))
-        self._template = dataclasses.replace(lazy, indexed=indexed, **static)
+        origin = lazy.origin.index_away(lead.origins)
+        self._template = dataclasses.replace(lazy, origin=origin, **static)
 
     def inside(self, slices: dict[str, Any]) -> LazyWeight:
         """The weight of one step."""
