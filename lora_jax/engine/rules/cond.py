@@ -118,4 +118,4 @@ def _normalised(lazy: LazyWeight, origin: Provenance) -> LazyWeight:
 def _finish(ctx: Context, eqn: Any, x: Any, chosen: LazyWeight | None) -> Any:
     if chosen is not None:
         return _normalised(x, chosen.origin)
-    return ctx.make_dense(x, eqn, " (the branches differ in it)") if is_lazy(x) else x
+    return ctx.densify(x, eqn, " (the branches differ in it)") if is_lazy(x) else x

@@ -28,7 +28,7 @@ def _conv(ctx: Context, eqn: Any, args: Sequence[Any]) -> Any:
     is_kernel = is_lazy(args[1])
     x, lazy = args if is_kernel else args[::-1]
     if is_lazy(x):
-        x = ctx.make_dense(x, eqn, " (both sides are adapted)")
+        x = ctx.densify(x, eqn, " (both sides are adapted)")
     roles = _Roles.of(eqn, lazy, is_kernel)
     ctx.record(lazy, eqn, summed=[roles.inner, *roles.window], batch=[])
     if lazy.a is None:

@@ -50,7 +50,7 @@ def _dot_general(ctx: Context, eqn: Any, args: Sequence[Any]) -> Any:
         product = dataclasses.replace(product, x=drop(x, lazy, ctx.next_site()))
     half = ctx.hidden.pop(id(eqn), product)
     total = branches.adapted(y, half, eqn.outvars[0].aval.dtype, ctx.forms)
-    total = total if batch else ctx.named(total)  # policies tell products with batch axes apart
+    total = total if batch else ctx.name_sum(total)  # policies tell products with batch axes apart
     return [apply_gain(total, product.out_axes, lazy) if takes_gain == "out" else total]
 
 
@@ -83,7 +83,7 @@ def _as_activation(
 ) -> jax.Array:
     """The dense form of a weight that meets another weight."""
     if not ctx.infers:
-        return ctx.make_dense(lazy, eqn, " (both sides are adapted)")
+        return ctx.densify(lazy, eqn, " (both sides are adapted)")
     axes = lazy.axes
     ctx.record(lazy, eqn, [axes[i] for i in summed], [axes[i] for i in batch], is_operand=True)
     return lazy.w

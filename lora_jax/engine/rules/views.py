@@ -75,7 +75,7 @@ def _multiple(ctx: Context, eqn: Any, args: Sequence[Any]) -> Any:
     factor = _factor_with(lazy, varying)
     if factor is None:
         return NotImplemented
-    s = ctx.make_dense(s, eqn) if is_lazy(s) else s
+    s = ctx.densify(s, eqn) if is_lazy(s) else s
     operation = jnp.divide if divides else jnp.multiply
     w = None if lazy.w is None else jaxprs.bind(eqn, [(lazy.w, s), (s, lazy.w)][weights[0]])[0]
     scaled = lazy if lazy.a is None else _along(lazy, factor, operation, s, varying)
