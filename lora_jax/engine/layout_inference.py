@@ -12,9 +12,9 @@ from lora_jax.core.layout import Layout
 from lora_jax.core.paths import path_str
 from lora_jax.engine.context import Context
 from lora_jax.engine.custom_rules import Rule
-from lora_jax.engine.lazy_weight import track
+from lora_jax.engine.lazy_weight import LazyWeight
 from lora_jax.engine.program import Program
-from lora_jax.engine.uses import OPAQUE, OR, Use, Uses
+from lora_jax.engine.uses import OPAQUE, Use, Uses
 
 #: The widest window of a 2-D convolution that is told from a stack of other kernels.
 MAX_WINDOW = 32
@@ -42,7 +42,7 @@ def infer_uses(
 
     def run(arrays: dict[int, Any]) -> None:
         leaves = [
-            track(arrays[i], names[i]) if i in names else arrays.get(i, leaf)
+            LazyWeight.tracked(arrays[i], names[i]) if i in names else arrays.get(i, leaf)
             for i, (_, leaf) in enumerate(flat)
         ]
         Program(fn, treedef, leaves).evaluate(Context(uses=uses, rules=rules), leaves)
@@ -56,8 +56,7 @@ def infer_uses(
     jax.eval_shape(run, dynamic)
     found: dict[str, list[Use]] = {name: [] for name in names.values()}
     for use in uses:
-        for path in [use.path] if use.path in found else use.path.split(OR):
-            found[path].append(use)
+        found[use.path].append(use)
     return found
 
 
