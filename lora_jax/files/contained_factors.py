@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from lora_jax.core.checks import is_number
 from lora_jax.core.errors import AdapterFileError
 from lora_jax.files import kinds
 from lora_jax.files.disk.safetensors_file import decode, read, read_directory
@@ -146,7 +147,7 @@ def _mlx(path: Path) -> AdapterFile:
     config = kinds.read_json(path / kinds.CONFIG)
     parameters = config.get("lora_parameters") if isinstance(config, dict) else None
     scale = parameters.get("scale") if isinstance(parameters, dict) else None
-    if isinstance(scale, bool) or not isinstance(scale, int | float):
+    if not is_number(scale):
         raise AdapterFileError(
             f"{path / kinds.CONFIG}: lora_parameters must hold a number named scale, got {scale!r}"
         )

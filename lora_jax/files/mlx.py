@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from lora_jax.adapters.split import split
+from lora_jax.adapters.split import base_of
+from lora_jax.core.checks import is_number
 from lora_jax.core.errors import AdapterFileError, StructureError
 from lora_jax.core.tree import adapted_nodes
 from lora_jax.core.weights import LoraWeight
@@ -63,7 +64,7 @@ def load(
     >>> adapters["up"]["kernel"].a.shape, float(adapters["up"]["kernel"].scale)
     ((4, 2), 2.0)
     """
-    base = split(base)[0] if adapted_nodes(base) else base
+    base = base_of(base)
     files = _files(directory)
     settings = _settings(files[CONFIG], Path(directory) / CONFIG)
     source = Path(directory) / TENSORS
@@ -97,7 +98,7 @@ def _settings(text: bytes, path: Path) -> tuple[float, bool]:
         raise AdapterFileError(f"{path}: fine_tune_type must be lora or dora, got {kind!r}")
     parameters = values.get("lora_parameters")
     scale = parameters.get("scale") if isinstance(parameters, dict) else None
-    if isinstance(scale, bool) or not isinstance(scale, int | float) or not abs(scale) < 1e30:
+    if not is_number(scale) or not abs(scale) < 1e30:
         raise AdapterFileError(f"{path}: lora_parameters.scale must be a number, got {scale!r}")
     return float(scale), kind == "dora"
 

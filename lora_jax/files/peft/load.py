@@ -4,9 +4,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-from lora_jax.adapters.split import split
+from lora_jax.adapters.split import base_of
 from lora_jax.core.errors import AdapterFileError, ConfigError
-from lora_jax.core.tree import adapted_nodes
 from lora_jax.files.disk import safetensors_file
 from lora_jax.files.naming import Naming
 from lora_jax.files.peft import read
@@ -66,7 +65,7 @@ def load(
     >>> adapters["up"]["kernel"].a.shape, float(adapters["up"]["kernel"].scale)
     ((4, 2), 2.0)
     """
-    base = split(base)[0] if adapted_nodes(base) else base
+    base = base_of(base)
     config, data = _read_files(directory)
     source = Path(directory) / TENSORS
     tensors, _ = safetensors_file.decode(data, str(source), finite=True)

@@ -11,7 +11,7 @@ from lora_jax.adapters.split import split
 from lora_jax.core.errors import StructureError
 from lora_jax.core.layout import Layout
 from lora_jax.core.patterns import nearest
-from lora_jax.core.tree import adapted_nodes
+from lora_jax.core.tree import adapted_nodes, require_adapted
 from lora_jax.core.weights import Adapted, LoraWeight, TrainedLeaf, TrainedRows, check_fits
 from lora_jax.files.naming import Naming, Place
 from lora_jax.files.torch_adapters.contents import Contents, Model, part_of
@@ -195,9 +195,7 @@ def taken(adapters: Any, naming: Naming, base: Any) -> tuple[Contents, Model]:
     Raises:
       StructureError: what cannot be taken, all at once.
     """
-    nodes = adapted_nodes(adapters)
-    if not nodes:
-        raise StructureError("save: the tree holds no adapters")
+    nodes = require_adapted("save", adapters)
     base = own_base(adapters) if base is None else base
     model = Model(_shapes(nodes) if base is None else base, naming)
     check(_misfits(nodes, model))
