@@ -1,4 +1,4 @@
-"""The demonstration: fine-tune a real sentence encoder on real movie reviews.
+"""Fine-tune a published sentence encoder on real movie reviews with `lora_jax.training`.
 
-`python -m lora_jax.demo` runs it.
+`python -m examples.sentiment` runs it.
 """

@@ -1,6 +1,4 @@
-"""The demo's run: probe a frozen encoder, fine-tune it with LoRA, save, reload, merge, compare."""
-
-from __future__ import annotations
+"""The run: probe a frozen encoder, fine-tune it with LoRA, save, reload, merge, compare."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -13,12 +11,12 @@ import numpy as np
 import optax
 
 import lora_jax as lora
-from examples.sentiment import classifier, probe
+from examples.sentiment import probe
 from examples.sentiment.report import Report
-from examples.sentiment.reviews import Reviews, tokenize
-from lora_jax import models
-from lora_jax.models.bert import Bert
-from lora_jax.training.packing import Packed, pack, shuffled_batches
+from examples.sentiment.reviews import LABELS
+from lora_jax import models, training
+from lora_jax.models.text import Tokenizer
+from lora_jax.training import log, loss_curve, progress
 
 # Float32 sums taken in another order; a prediction can differ only where the logits all but tie.
 TOLERANCE = 1e-3
@@ -29,8 +27,8 @@ class DisagreementError(RuntimeError):
 
 
 @dataclass(frozen=True)
-class Settings:
-    """What a run can be asked to do; the defaults were chosen on a part of the training data."""
+class Recipe:
+    """Sizes and rates of a run; the defaults were chosen on a part of the training data."""
 
     steps: int = 160
     rank: int = 8
@@ -43,12 +41,12 @@ class Settings:
     predict_rows: int = 16  # packed rows in a batch without gradients
 
     def schedule(self) -> optax.Schedule:
-        """Linear warm-up over a tenth of the steps, then a cosine down to zero."""
+        """Return a linear warm-up over a tenth of the steps, then a cosine decay to zero."""
         warmup = max(1, self.steps // 10)
         return optax.warmup_cosine_decay_schedule(0, self.learning_rate, warmup, self.steps)
 
     def lora_config(self) -> lora.LoraConfig:
-        """LoRA on query and value kernels, the head trained whole."""
+        """Return LoRA on the query and value kernels, with the head fully trained."""
         return lora.LoraConfig(
             rank=self.rank,
             alpha=self.alpha,
@@ -58,24 +56,24 @@ class Settings:
 
 
 @dataclass(frozen=True)
-class Data:
-    """One part of the data, packed."""
+class Part:
+    """One part of the reviews, packed."""
 
-    packed: Packed
+    texts: training.Data
     labels: np.ndarray  # int32 [n]
 
     def accuracy(self, logits: np.ndarray) -> float:
-        """Share of `logits` `[n, classes]` that are highest at the label."""
+        """Return the share of `logits` `[n, classes]` that are highest at the label."""
         return float(np.mean(logits.argmax(axis=-1) == self.labels))
 
-    def first(self, rows: int) -> tuple[Packed, np.ndarray]:
-        """The first `rows` rows, and which texts are in them, ascending."""
-        part = self.packed.take(np.arange(min(rows, len(self.packed))))
-        return part, np.sort(part.source[part.source >= 0])
+    def first(self, rows: int) -> tuple[training.Data, np.ndarray]:
+        """Return the first `rows` rows, and which texts are in them, ascending."""
+        part = self.texts.first(rows)
+        return part, np.sort(part.arrays["source"][part.arrays["weights"] > 0])
 
 
 @dataclass(frozen=True)
-class Outcome:
+class Scores:
     """What a run measured."""
 
     majority: float
@@ -88,7 +86,7 @@ class Outcome:
     losses: tuple[float, ...] = field(repr=False)
 
     def rows(self) -> list[tuple[str, str]]:
-        """Names and values for the table."""
+        """Return names and values for the table."""
         return [
             ("always the majority", f"{self.majority:.1%}"),
             ("linear probe, frozen encoder", f"{self.probe:.1%}"),
@@ -101,138 +99,149 @@ class Outcome:
 
 
 def run(
-    settings: Settings, encoder: Path, train: Reviews, held_out: Reviews, out: Path, report: Report
-) -> Outcome:
-    """Fine-tunes an encoder on `train` and measures it on `held_out`.
+    recipe: Recipe,
+    encoder: Path,
+    train: training.Rows,
+    held_out: training.Rows,
+    out: Path,
+    report: Report,
+) -> Scores:
+    """Fine-tune an encoder on `train` and measure it on `held_out`.
 
     Args:
-      settings: sizes and rates, and the seed.
+      recipe: sizes and rates, and the seed.
       encoder: directory with `config.json`, `model.safetensors` and `tokenizer.json`.
       train: reviews to train on.
       held_out: reviews that nothing is chosen or fitted on.
-      out: directory for `adapter.safetensors` and `loss.png`; made if need be.
+      out: directory for `adapter.safetensors` and `loss.png`; created if missing.
       report: where progress goes.
 
     Raises:
-      DisagreementError: when the adapted, the reloaded and the merged model do not agree.
-      FloatingPointError: when the loss is not finite.
+      DisagreementError: the adapted, the reloaded and the merged model do not agree.
+      TrainingError: the loss is not finite.
     """
+    out.mkdir(parents=True, exist_ok=True)
     with report.phase("load"):
-        pretrained = models.load(encoder)
-        model, encoder_params = pretrained.module, pretrained.params
-        assert isinstance(model, Bert), f"{encoder} holds no BERT"
-        train_data, held_data = (_data(part, encoder, settings) for part in (train, held_out))
-        apply, params = classifier.build(model, encoder_params, settings.slots, settings.seed)
-        forward = jax.jit(lora.lora(apply))
-        predict = partial(classifier.predict, forward, size=settings.predict_rows)
+        model, params = load(encoder, recipe)
+        train_part, held_part = (pack(rows, encoder, recipe) for rows in (train, held_out))
 
     with report.phase("probe"):
-        probed = _probe(predict, params, train_data, held_data, report)
+        probed = score_probe(model, params, recipe, train_part, held_part, report)
 
     with report.phase("train"):
-        config = settings.lora_config()
-        rows = jax.ShapeDtypeStruct((settings.rows, settings.length), np.int32)
-        params = lora.init(jax.random.key(settings.seed), params, config, apply, rows, rows)
-        trained = lora.count_params(params).trainable
+        config = recipe.lora_config()
+        rows = jax.ShapeDtypeStruct((recipe.rows, recipe.length), np.int32)
+        params = lora.init(jax.random.key(recipe.seed), params, config, model, rows, rows)
         report.say(lora.summary(params))
+        trained = lora.count_params(params).trainable
         base, adapters = lora.split(params)
-        adapters, losses = fine_tune(settings, apply, base, adapters, train_data, report)
-        report.loss_curve(losses, out / "loss.png")
+        outcome = fine_tune(recipe, model, base, adapters, train_part, report)
+        loss_curve.draw(outcome.records, out / "loss.png")
+        report.wrote(out / "loss.png")
 
+    predict = partial(training.predict, jax.jit(lora.lora(model)), rows=recipe.predict_rows)
     with report.phase("evaluate"):
-        watch = report.watch("held-out, adapted")
-        adapted = predict(lora.join(base, adapters), held_data.packed, watch=watch)[1]
+        watch = progress.track(report.console, "held-out, adapted")
+        adapted = predict(lora.join(base, outcome.adapters), held_part.texts, watch=watch)
 
     with report.phase("save, reload, merge"):
         file = out / "adapter.safetensors"
-        reloaded = lora.join(base, save_and_reload(file, base, adapters, config))
+        reloaded = lora.join(base, save_and_reload(file, base, outcome.adapters, config))
         report.wrote(file)
         # The same bits through the same program: a part of the texts will do.
-        part, texts = held_data.first(2 * settings.predict_rows)
-        compare("reloaded", adapted[texts], predict(reloaded, part)[1])
-        watch = report.watch("held-out, merged")
-        merged = predict(lora.merge(reloaded), held_data.packed, watch=watch)[1]
+        part, texts = held_part.first(2 * recipe.predict_rows)
+        compare("reloaded", adapted[texts], predict(reloaded, part))
+        watch = progress.track(report.console, "held-out, merged")
+        merged = predict(lora.merge(reloaded), held_part.texts, watch=watch)
         difference, flips = compare("merged", adapted, merged)
 
-    return Outcome(
-        majority=float(np.bincount(held_out.labels).max() / len(held_out)),
+    return Scores(
+        majority=float(np.bincount(held_part.labels).max() / len(held_out)),
         probe=probed,
-        adapted=held_data.accuracy(adapted),
-        merged=held_data.accuracy(merged),
+        adapted=held_part.accuracy(adapted),
+        merged=held_part.accuracy(merged),
         difference=difference,
         flips=flips,
         trained=trained,
-        losses=losses,
+        losses=tuple(log.losses(outcome.records)[1]),
     )
 
 
-def _data(reviews: Reviews, encoder: Path, settings: Settings) -> Data:
-    tokens = tokenize(reviews.texts, encoder / "tokenizer.json", settings.length)
-    return Data(pack(tokens, settings.length, settings.slots), reviews.labels)
+def load(encoder: Path, recipe: Recipe) -> tuple[training.Classifier, Any]:
+    """Return a classifier and its parameters: a pretrained encoder under a new head."""
+    pretrained = models.load(encoder)
+    return training.with_head(
+        pretrained.apply,
+        pretrained.params,
+        pretrained.config.hidden_size,
+        len(LABELS),
+        recipe.slots,
+        recipe.seed,
+        jax.nn.initializers.lecun_normal(),
+    )
 
 
-def _probe(predict: Callable, params: Any, train: Data, held_out: Data, report: Report) -> float:
-    """Held-out accuracy of a linear probe on the frozen encoder's embeddings."""
-    features = predict(params, train.packed, watch=report.watch("embeddings, train"))[0]
+def pack(reviews: training.Rows, encoder: Path, recipe: Recipe) -> Part:
+    """Return reviews as packed token ids, with their labels."""
+    tokenizer = Tokenizer.load(encoder)
+    encoded = training.encode_labelled(reviews, tokenizer, LABELS, recipe.length)
+    return Part(training.pack_texts(encoded.texts, recipe.length, recipe.slots), encoded.labels)
+
+
+def score_probe(
+    model: training.Classifier,
+    params: Any,
+    recipe: Recipe,
+    train: Part,
+    held_out: Part,
+    report: Report,
+) -> float:
+    """Return the held-out accuracy of a linear probe on the frozen encoder's embeddings."""
+    embed = partial(training.predict, jax.jit(model.embed), params, rows=recipe.predict_rows)
+    bar: Callable[[str], Any] = partial(progress.track, report.console)
+    features = embed(train.texts, watch=bar("embeddings, train"))
     chosen = probe.choose(features, train.labels)
-    unseen = predict(params, held_out.packed, watch=report.watch("embeddings, held-out"))[0]
+    unseen = embed(held_out.texts, watch=bar("embeddings, held-out"))
     return chosen.accuracy(unseen, held_out.labels)
 
 
 def fine_tune(
-    settings: Settings,
-    apply: classifier.Apply,
+    recipe: Recipe,
+    model: training.Classifier,
     base: Any,
     adapters: Any,
-    data: Data,
+    part: Part,
     report: Report,
-) -> tuple[Any, tuple[float, ...]]:
-    """Trains adapters in the split form; the base is an input that no gradient is taken of.
+) -> training.Outcome:
+    """Train adapters in the split form: no gradient is computed for the base.
 
     Args:
-      settings: sizes and rates.
-      apply: the classifier's function, as it was before `lora`.
+      recipe: sizes and rates.
+      model: the classifier, without `lora`.
       base: its parameters.
-      adapters: the overlay to train; its arrays are donated.
-      data: what to train on.
+      adapters: what to train, as `lora.split` gives it; it is left as it is.
+      part: what to train on.
       report: where progress goes.
 
     Returns:
-      The trained adapters and the loss of each step.
+      The trained adapters and the log.
 
     Raises:
-      FloatingPointError: when the loss is not finite.
+      TrainingError: the loss is not finite.
     """
-    adapted_apply = lora.lora(apply)
-    tx = lora.freeze(optax.adam(settings.schedule()), adapters)
-
-    @partial(jax.jit, donate_argnums=(0, 1))
-    def step(adapters, state, base, ids, segments, labels):
-        def loss(adapters):
-            logits = adapted_apply(lora.join(base, adapters), ids, segments)[1]
-            return classifier.cross_entropy(logits, labels)
-
-        value, gradient = jax.value_and_grad(loss)(adapters)
-        updates, state = tx.update(gradient, state, adapters)
-        return optax.apply_updates(adapters, updates), state, value
-
-    state = tx.init(adapters)
-    size = min(settings.rows, len(data.packed))
-    stream = shuffled_batches(data.packed, size, settings.seed)
-    losses: list[float] = []
-    with report.loss_bar(settings.steps) as advance:
-        for _, batch in zip(range(settings.steps), stream, strict=False):
-            labels = np.where(batch.source >= 0, data.labels[batch.source], -1)
-            adapters, state, value = step(adapters, state, base, batch.ids, batch.segments, labels)
-            losses.append(float(value))
-            if not np.isfinite(losses[-1]):
-                raise FloatingPointError(f"the loss is {losses[-1]} at step {len(losses)}")
-            advance(losses[-1])
-    return adapters, tuple(losses)
+    job = training.Job(
+        loss=training.class_sums(model),
+        base=base,
+        tx=lora.freeze(optax.adam(recipe.schedule()), adapters),
+        data=training.add_labels(part.texts, part.labels),
+        settings=training.Settings(recipe.steps, recipe.rows, seed=recipe.seed),
+    )
+    with progress.bar(report.console, recipe.steps) as show:
+        return training.train(job, adapters, training.Watcher(step=show))
 
 
 def save_and_reload(file: Path, base: Any, adapters: Any, config: lora.LoraConfig) -> Any:
-    """Writes adapters to a file and reads them back: the same ones, or `DisagreementError`."""
+    """Save adapters and load them again: the same ones, or `DisagreementError`."""
     lora.save(file, adapters, {"task": "movie review sentiment"}, base=base, config=config)
     reloaded = lora.load(file, base)
     check_reloaded(adapters, reloaded)
@@ -240,7 +249,7 @@ def save_and_reload(file: Path, base: Any, adapters: Any, config: lora.LoraConfi
 
 
 def check_reloaded(trained: Any, reloaded: Any) -> None:
-    """Raises `DisagreementError` unless every leaf came back from the file to the bit."""
+    """Raise `DisagreementError` unless every leaf in the file equals the trained one to the bit."""
     differing = [
         jax.tree_util.keystr(path)
         for (path, a), b in zip(
@@ -253,13 +262,13 @@ def check_reloaded(trained: Any, reloaded: Any) -> None:
 
 
 def compare(name: str, logits: np.ndarray, others: np.ndarray) -> tuple[float, int]:
-    """The adapted model's outputs and those of model `name`, both `[n, classes]`.
+    """Compare the adapted model's outputs with those of model `name`, both `[n, classes]`.
 
     Returns:
       Their largest difference, and the number of predictions that differ.
 
     Raises:
-      DisagreementError: when the difference is above `TOLERANCE` of the largest logit, or not a
+      DisagreementError: the difference is above `TOLERANCE` of the largest logit, or is not a
         number.
     """
     difference = float(np.abs(logits - others).max())

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from lora_jax.adapters.optim import TRAINED_FIELDS
-from lora_jax.core.dora import column_products, gain
+from lora_jax.core.dora import column_products, dora_gain
 from lora_jax.core.dtypes import accumulator
 from lora_jax.core.errors import StructureError
 from lora_jax.core.tree import adapted_nodes
@@ -105,7 +105,7 @@ def _update_norm(node: LoraWeight) -> jax.Array:
 
 def _directed_update_norm(node: LoraWeight) -> jax.Array:
     """‖g·V − W‖ of DoRA, `[*batch]`: ΔW is (g − 1)·W + g·scale·A·B, g being the gain."""
-    (own, crossed, squared), g = column_products(node), gain(node)
+    (own, crossed, squared), g = column_products(node), dora_gain(node)
     square = (g - 1) ** 2 * own + 2 * g * (g - 1) * crossed + g**2 * squared
     return jnp.sqrt(jnp.maximum(square.sum(range(node.scale.ndim, square.ndim)), 0))
 

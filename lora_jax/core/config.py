@@ -42,13 +42,16 @@ class Override:
     Args:
       rank: the rank of the matched weights; None keeps `LoraConfig.rank`.
       alpha: their alpha; None keeps `LoraConfig.alpha`, and where that is None too, alpha = rank.
-      layout: one letter an axis, `b` batch, `i` in, `o` out ("ioo" for a kernel
+      layout: one letter per axis, `b` batch, `i` in, `o` out ("ioo" for a kernel
         `[embed, heads, head_dim]`), where neither the program nor the shape decides it.
+      rows_axis: the axis along which the rows of `LoraConfig.rows` lie, where the function does not
+        look them up: 1 for an output head `[embed, vocabulary]`. Negative axes count from the end.
     """
 
     rank: int | None = None
     alpha: float | None = None
     layout: str | None = None
+    rows_axis: int | None = None
 
     def __post_init__(self) -> None:
         if self.rank is not None:
@@ -60,6 +63,18 @@ class Override:
             raise ConfigError(
                 f"overrides: layout must be made of the letters b, i and o, got {self.layout!r}"
             )
+        if self.rows_axis is not None and not _is_integer(self.rows_axis):
+            raise ConfigError(f"overrides: rows_axis must be an integer, got {self.rows_axis!r}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Chosen:
+    """What a `LoraConfig` says of one weight; None where it leaves that to the program."""
+
+    rank: int
+    scale: float
+    layout: str | None
+    rows_axis: int | None
 
 
 def _as_override(key: str, value: Any) -> Override:
@@ -115,9 +130,10 @@ class LoraConfig:
         `r"h(\\d+)_attn"`; None for the first. Of stacked layers, a module's name in the path.
       rows: pattern -> numbers of the rows of an embedding that train, {"embedding": [3, 17]}; of a
         tied one these outputs of the head do too. All other rows stay as they are, and no low-rank
-        update is made there. Patterns as in `overrides`. The axis that holds the rows is the one
-        looked up; of a weight that is never looked up the override's `layout` says it, with an "i":
-        "oi" for a head `[embed, vocabulary]`.
+        update is made there. Patterns as in `overrides`. The rows lie along the axis that the
+        function looks up; for a weight that it does not look up, say the axis with an override:
+        `rows={"head": [3]}, overrides={"head": Override(rows_axis=1)}`. If the override names a
+        layout but no axis, the rows lie along its in axis.
       dtype: of A, B and of the leaves trained whole: float32, bfloat16, float16 or float64.
 
     Raises:
@@ -180,13 +196,13 @@ class LoraConfig:
         alpha = rank if alpha is None else alpha
         return alpha / (rank if self.scaling == "standard" else math.sqrt(rank))
 
-    def for_path(self, path: str) -> tuple[int, float, str | None]:
-        """The rank, the scale and the layout (or None) that apply to the weight at `path`."""
+    def for_path(self, path: str) -> Chosen:
+        """Return the rank, scale, layout and rows' axis that apply to the weight at `path`."""
         found = lookup(self.overrides, path)
         override = found[1] if found else Override()
         rank = self.rank if override.rank is None else override.rank
         alpha = self.alpha if override.alpha is None else override.alpha
-        return rank, self.scale(rank, alpha), override.layout
+        return Chosen(rank, self.scale(rank, alpha), override.layout, override.rows_axis)
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON values; callables become their names."""

@@ -22,10 +22,10 @@ def to_dense(lazy: LazyWeight) -> jax.Array:
     )
     update = named_axes.arrange(update, names, lazy.axes, lazy.sizes)
     total = update if lazy.w is None else lazy.w.astype(dtype) + update
-    return with_gain(total, lazy.axes, lazy).astype(lazy.dtype)
+    return apply_gain(total, lazy.axes, lazy).astype(lazy.dtype)
 
 
-def with_gain(x: jax.Array, axes: Sequence[Axis], lazy: LazyWeight) -> jax.Array:
+def apply_gain(x: jax.Array, axes: Sequence[Axis], lazy: LazyWeight) -> jax.Array:
     """`x`, its axes named, times the weight's gain; in the dtype of `x`."""
     if lazy.gain is None:
         return x
@@ -36,12 +36,14 @@ def with_gain(x: jax.Array, axes: Sequence[Axis], lazy: LazyWeight) -> jax.Array
     return (x.astype(wide) * factor.astype(wide)).astype(x.dtype)
 
 
-def gains(lazy: LazyWeight, x_axes: Collection[Axis], out_axes: Collection[Axis]) -> str | None:
+def side_that_takes_gain(
+    lazy: LazyWeight, x_axes: Collection[Axis], out_axes: Collection[Axis]
+) -> str | None:
     """Which array of a product takes the gain, "x" or "out"; None where neither has its axes.
 
     >>> import jax.numpy as jnp
-    >>> from lora_jax.engine.lazy_weight import track
-    >>> gains(track(jnp.ones((2, 3)), "w"), (), ())
+    >>> from lora_jax.engine.lazy_weight import LazyWeight
+    >>> side_that_takes_gain(LazyWeight.tracked(jnp.ones((2, 3)), "w"), (), ())
     'out'
     """
     named = set(lazy.gain_axes)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lora_jax.training.packing import Assign, assign, lay_out, number_segments, pack
+from lora_jax.training.packing import Assign, assign, lay_out, number_segments, number_sources
 from lora_jax.training.tokenize import Example
 
 Batch = Mapping[str, np.ndarray]
@@ -95,6 +95,32 @@ def cut_stream(ids: np.ndarray, length: int) -> Data:
     )
 
 
+def pack_texts(texts: Sequence[np.ndarray], length: int, slots: int, by: Assign = assign) -> Data:
+    """Pack texts into rows of `length` tokens, for a model that gives each text one output.
+
+    Args:
+      texts: int32 token ids `[n]` of each text, n at most `length`.
+      slots: texts a row holds at most.
+      by: which texts share a row; `assign_in_order` keeps their order.
+
+    Returns:
+      Data of int32 "ids" and "segments" `[rows, length]`, int32 "source" `[rows, slots]` (which
+      text segment i + 1 is) and float32 "weights" `[rows, slots]`, 1 where the row has such a
+      segment. Where it has none, the source means nothing.
+    """
+    lengths = [len(text) for text in texts]
+    rows = by(lengths, length, slots)
+    source = number_sources(rows, slots)
+    return Data(
+        {
+            "ids": lay_out(rows, texts, length),
+            "segments": number_segments(rows, lengths, length),
+            "source": source,
+            "weights": (source >= 0).astype(np.float32),
+        }
+    )
+
+
 def pack_labelled(
     texts: Sequence[np.ndarray],
     labels: Sequence[int],
@@ -114,14 +140,24 @@ def pack_labelled(
       Data of int32 "ids" and "segments" `[rows, length]`, int32 "labels" `[rows, slots]` and
       float32 "weights" `[rows, slots]`, 1 where the row has such a segment.
     """
-    packed = pack(texts, length, slots, by)
-    there = packed.source >= 0
+    return add_labels(pack_texts(texts, length, slots, by), labels)
+
+
+def add_labels(texts: Data, labels: Sequence[int]) -> Data:
+    """Return packed texts with their labels, as `pack_labelled` does.
+
+    Args:
+      texts: from `pack_texts`.
+      labels: the class of each text, in the order in which the texts were given.
+    """
+    arrays = texts.arrays
+    there = arrays["weights"] > 0
     return Data(
         {
-            "ids": packed.ids,
-            "segments": packed.segments,
-            "labels": np.where(there, np.asarray(labels, np.int32)[packed.source], 0),
-            "weights": there.astype(np.float32),
+            "ids": arrays["ids"],
+            "segments": arrays["segments"],
+            "labels": np.where(there, np.asarray(labels, np.int32)[arrays["source"]], 0),
+            "weights": arrays["weights"],
         }
     )
 

@@ -39,6 +39,10 @@ class Checkpoints:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Release the directory."""
         self._manager.close()
 
     def steps(self) -> list[int]:

@@ -1,12 +1,112 @@
-"""A classifier on top of a pretrained model: mean pooling and a linear head."""
+"""Classification of texts: labelled rows, a pooled head on a pretrained model, predictions."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from lora_jax.models.bert import mean_pool
+from lora_jax.training.batching import Batch, Data, batches, steps_per_epoch
+from lora_jax.training.dataset import Rows
+from lora_jax.training.errors import DataError, listed
+from lora_jax.training.tokenize import Encoder, surrounding
+
+Label = str | int
+
+
+@dataclass(frozen=True)
+class LabelledTexts:
+    """Token ids of texts, with their classes."""
+
+    texts: tuple[np.ndarray, ...]  # int32 [length] each
+    labels: np.ndarray  # int32 [n]
+    notes: tuple[str, ...] = ()
+
+
+def classes(rows: Rows) -> tuple[Label, ...]:
+    """Return the labels of a file, ascending: label i is class i.
+
+    Raises:
+      DataError: rows of another kind, or one label only.
+    """
+    _check_kind(rows)
+    found = tuple(sorted({row.values["label"] for row in rows.rows}))
+    if len(found) < 2:
+        raise DataError(f"{rows.source}: all rows have the label {found[0]!r}; two are needed")
+    return found
+
+
+def encode_labelled(
+    rows: Rows, tokenizer: Encoder, known: Sequence[Label], length: int
+) -> LabelledTexts:
+    """Encode texts, with the tokens that the model expects around each, and number their labels.
+
+    A text of more than `length` tokens loses its end, but not the token that closes it.
+
+    Args:
+      rows: of kind "label".
+      tokenizer: gives ids.
+      known: label i is class i, as `classes` returns them.
+      length: tokens of the longest text.
+
+    Raises:
+      DataError: rows of another kind, or labels that are not among the `known`.
+    """
+    _check_kind(rows)
+    number = {label: i for i, label in enumerate(known)}
+    problems = [
+        f"line {row.line}: the label {row.values['label']!r} is not one of {list(known)}"
+        for row in rows.rows
+        if row.values["label"] not in number
+    ]
+    if problems:
+        raise DataError(f"{rows.source}: labels that do not occur in training:\n{listed(problems)}")
+    texts = [row.values["text"] for row in rows.rows]
+    whole = [np.asarray(tokenizer.encode(text, special=True), np.int32) for text in texts]
+    closing = surrounding(tokenizer)[1]
+    cut = [
+        ids if len(ids) <= length else np.append(ids[: length - len(closing)], closing)
+        for ids in whole
+    ]
+    long = sum(len(ids) > length for ids in whole)
+    notes = (f"{long} of {len(whole)} texts exceed {length} tokens: cut off",) if long else ()
+    labels = np.array([number[row.values["label"]] for row in rows.rows], np.int32)
+    return LabelledTexts(tuple(ids.astype(np.int32) for ids in cut), labels, notes)
+
+
+def _check_kind(rows: Rows) -> None:
+    if rows.kind != "label":
+        raise DataError(
+            f'{rows.source}: {rows.kind} rows; --task classification needs {{"text", "label"}}'
+        )
+
+
+@dataclass(frozen=True)
+class Classifier:
+    """A linear head on the mean of a text's hidden states, as a function of packed texts.
+
+    Its parameters are those that `with_head` returns.
+    """
+
+    hidden: Callable[[Any, Any, Any], jax.Array]
+    slots: int  # texts a row holds at most
+
+    def embed(self, params: Any, ids: jax.Array, segments: jax.Array) -> jax.Array:
+        """Return each text's mean hidden state: float32 `[rows, slots, width]`."""
+        states = self.hidden(params["encoder"], ids, segments)
+        return mean_pool(states.astype(jnp.float32), segments, self.slots)
+
+    def __call__(self, params: Any, ids: jax.Array, segments: jax.Array) -> jax.Array:
+        """Return each text's logits: float32 `[rows, slots, classes]`."""
+        head = params["head"]
+        return self.embed(params, ids, segments) @ head["kernel"] + head["bias"][None, None]
+
+
+def _normal(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    return jax.random.normal(key, shape) / shape[0] ** 0.5
 
 
 def with_head(
@@ -16,26 +116,51 @@ def with_head(
     classes: int,
     slots: int,
     seed: int,
-) -> tuple[Callable[[Any, Any, Any], Any], dict[str, Any]]:
-    """A function of packed texts, and its parameters.
+    initializer: Callable[[jax.Array, tuple[int, ...]], jax.Array] = _normal,
+) -> tuple[Classifier, dict[str, Any]]:
+    """Put a new head on a pretrained model.
 
     Args:
       hidden: `(params, ids, segments) -> hidden states` `[rows, length, width]`.
-      params: of `hidden`.
-      width: the size of a hidden state.
-      classes: how many logits a text gets.
+      params: parameters of `hidden`.
+      width: size of a hidden state.
+      classes: number of logits per text.
       slots: texts a row holds at most.
-      seed: of the head's start, N(0, 1/width).
+      seed: random seed for the head.
+      initializer: makes the head's kernel `[width, classes]`, as those of `jax.nn.initializers`;
+        by default N(0, 1/width). The bias is zero.
 
     Returns:
-      `(params, ids, segments) -> logits` `[rows, slots, classes]`, float32; and a tree with the
-      model's parameters as "encoder" and a float32 "head".
+      The classifier, and its parameters: the model's as "encoder", and a float32 "head".
     """
+    kernel = initializer(jax.random.key(seed), (width, classes))
+    head = {"kernel": kernel, "bias": jnp.zeros(classes)}
+    return Classifier(hidden, slots), {"encoder": params, "head": head}
 
-    def apply(params: Any, ids: jax.Array, segments: jax.Array) -> jax.Array:
-        states = hidden(params["encoder"], ids, segments)
-        pooled = mean_pool(states.astype(jnp.float32), segments, slots)
-        return pooled @ params["head"]["kernel"] + params["head"]["bias"][None, None]
 
-    kernel = jax.random.normal(jax.random.key(seed), (width, classes)) / width**0.5
-    return apply, {"encoder": params, "head": {"kernel": kernel, "bias": jnp.zeros(classes)}}
+def predict(
+    apply: Callable[[Any, Any, Any], jax.Array],
+    params: Any,
+    texts: Data,
+    rows: int,
+    watch: Callable[[Iterable[Batch], int], Iterable[Batch]] = lambda batches, total: batches,
+) -> np.ndarray:
+    """Return a function's output for every text, in the order in which the texts were given.
+
+    Args:
+      apply: `(params, ids, segments) -> [rows, slots, ...]`, compiled by `jax.jit`.
+      params: its parameters.
+      texts: `n` texts, from `pack_texts`.
+      rows: size of a batch.
+      watch: wraps the batches, whose number it is given, as `progress.track` does.
+
+    Returns:
+      `[n, ...]`.
+    """
+    found = []
+    for batch in watch(batches(texts, rows), steps_per_epoch(len(texts), rows)):
+        there = batch["weights"] > 0
+        outputs = np.asarray(apply(params, batch["ids"], batch["segments"]))
+        found.append((batch["source"][there], outputs[there]))
+    source, outputs = (np.concatenate(part) for part in zip(*found, strict=True))
+    return outputs[np.argsort(source)]

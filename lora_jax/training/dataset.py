@@ -46,7 +46,7 @@ class Rows:
         return len(self.rows)
 
 
-def read(path: str | Path, encoding: str = "utf-8") -> Rows:
+def read_rows(path: str | Path, encoding: str = "utf-8") -> Rows:
     """Reads a `.jsonl` file, one JSON object a line, or a `.txt` file, one text.
 
     Args:
@@ -72,7 +72,7 @@ def read(path: str | Path, encoding: str = "utf-8") -> Rows:
 
 
 def decode(path: Path, encoding: str) -> str:
-    """A file's text; raises `DataError` as `read` does."""
+    """A file's text; raises `DataError` as `read_rows` does."""
     try:
         data = path.read_bytes()
     except OSError as error:

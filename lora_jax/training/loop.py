@@ -14,9 +14,9 @@ import optax
 
 from lora_jax.training import log
 from lora_jax.training.batching import Data, batch_of_step, batches, steps_per_epoch
-from lora_jax.training.checkpoints import Checkpoints
 from lora_jax.training.errors import TrainingError
-from lora_jax.training.step import Loss, State, make_evaluation, make_step, start
+from lora_jax.training.run_files import RunFiles
+from lora_jax.training.step import Loss, State, init_state, make_evaluation, make_step
 
 
 @dataclass(frozen=True)
@@ -46,16 +46,27 @@ class Settings:
 
 @dataclass(frozen=True)
 class Job:
-    """What to train on what, and where the traces go."""
+    """What to train on what.
 
-    loss: Loss  # of the model as it was before `lora`
-    base: Any  # its parameters
+    Attributes:
+      loss: sums over a batch, of the model as it was before `lora_jax.lora`.
+      base: the model's parameters, as `lora_jax.split` gives them.
+      tx: the optimizer of the adapters, any optax transformation.
+      data: rows to train on.
+      settings: how long and how often.
+      held_out: rows to evaluate on, if any.
+      rates: the learning rate of each step, for the log alone.
+      directory: for the checkpoints and `log.jsonl`; with None nothing is written.
+    """
+
+    loss: Loss
+    base: Any
     tx: optax.GradientTransformation
-    rates: Callable[[int], Any]  # the learning rate of each step, for the log
     data: Data
-    held_out: Data | None
     settings: Settings
-    directory: Path  # for the checkpoints and `log.jsonl`
+    held_out: Data | None = None
+    rates: Callable[[int], Any] | None = None
+    directory: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -91,81 +102,76 @@ def train(job: Job, adapters: Any, watcher: Watcher = Watcher()) -> Outcome:
       TrainingError: the loss or the gradient is not finite (the state before that step is saved
         and resuming goes on there), or checkpoints cannot be written or read.
     """
-    settings, log_file = job.settings, job.directory / "log.jsonl"
-    job.directory.mkdir(parents=True, exist_ok=True)
-    with Checkpoints(job.directory / "checkpoints") as checkpoints:
-        state = start(adapters, job.tx)
-        restored = checkpoints.restore(state)
-        done, state = restored or (0, state)
-        records = log.rewind(log_file, done)
+    settings = job.settings
+    with RunFiles(job.directory) as files:
+        done, state = files.resume(init_state(adapters, job.tx))
 
         def note(record: dict[str, Any]) -> None:
-            log.append(log_file, record)
-            records.append(record)
+            files.note(record)
             watcher.step(record)
 
-        evaluate = _evaluator(job, watcher, records, note)
+        evaluate = _make_evaluate(job, watcher, files.records, note)
         step = make_step(job.loss, job.tx, settings.accumulate, settings.seed)
         evaluate(done, state)
         while done < settings.steps and not watcher.stop():
-            state = _one(job, step, done, state, note, checkpoints)
+            state, record = _take_step(job, step, done, state, files)
+            note(record)
             done += 1
             if not watcher.stop():
                 evaluate(done, state)
-            if _due(done, settings.save_every, settings.steps):
-                checkpoints.save(done, state)
-        checkpoints.save(done, state)
-    return Outcome(state.adapters, done, records)
+            if _is_due(done, settings.save_every, settings.steps):
+                files.save(done, state)
+        files.save(done, state)
+    return Outcome(state.adapters, done, files.records)
 
 
-def _one(
-    job: Job,
-    step: Callable[..., Any],
-    done: int,
-    state: State,
-    note: Callable[[dict[str, Any]], None],
-    checkpoints: Checkpoints,
-) -> State:
-    """One step and its record."""
+def _take_step(
+    job: Job, step: Callable[..., Any], done: int, state: State, files: RunFiles
+) -> tuple[State, dict[str, Any]]:
+    """Take one step, and return the new state and the step's record for the log."""
     began = time.perf_counter()
     settings = job.settings
     size, order = settings.rows * settings.accumulate, settings.seed if settings.shuffle else None
     batch = batch_of_step(job.data, size, order, done)
     state, measured = step(state, job.base, batch)
     values = {name: float(x) for name, x in jax.device_get(measured).items()}
-    if not math.isfinite(values["loss"]) or not math.isfinite(values["gradient_norm"]):
-        checkpoints.save(done, state)  # the step left it as it was
-        what = "loss" if not math.isfinite(values["loss"]) else "gradient_norm"
-        raise TrainingError(
-            f"step {done + 1}: the {what.replace('_', ' ')} is {values[what]}; try a lower --lr, a "
-            f"longer --warmup or --dtype float32. The state before it is in {checkpoints.directory}"
-        )
-    note(
-        {
-            "step": done + 1,
-            "loss": values["loss"],
-            "tokens": round(values["weight"]),
-            "lr": float(job.rates(done)),
-            "gradient_norm": values["gradient_norm"],
-            "seconds": round(time.perf_counter() - began, 4),
-            **({"accuracy": values["right"] / values["weight"]} if "right" in values else {}),
-        }
+    for name in ("loss", "gradient_norm"):
+        if not math.isfinite(values[name]):
+            files.save(done, state)  # the step left it as it was
+            raise TrainingError(_explain_not_finite(done + 1, name, values[name], files))
+    return state, {
+        "step": done + 1,
+        "loss": values["loss"],
+        "tokens": round(values["weight"]),
+        **({"lr": float(job.rates(done))} if job.rates else {}),
+        "gradient_norm": values["gradient_norm"],
+        "seconds": round(time.perf_counter() - began, 4),
+        **({"accuracy": values["right"] / values["weight"]} if "right" in values else {}),
+    }
+
+
+def _explain_not_finite(step: int, name: str, value: float, files: RunFiles) -> str:
+    advice = (
+        f"step {step}: the {name.replace('_', ' ')} is {value}; lower the learning rate (--lr), "
+        "lengthen the warm-up (--warmup) or use float32 (--dtype float32)"
     )
-    return state
+    if files.checkpoints is None:
+        return advice
+    return f"{advice}. The state before this step is saved in {files.checkpoints.directory}"
 
 
-def _evaluator(
+def _make_evaluate(
     job: Job,
     watcher: Watcher,
     records: list[dict[str, Any]],
     note: Callable[[dict[str, Any]], None],
 ) -> Callable[[int, State], None]:
-    """A function that evaluates after the steps at which that is due, unless the log has it."""
+    """Return a function that evaluates after a step if that is due and not in the log yet."""
     run = make_evaluation(job.loss)
     held_out = job.held_out
 
     def evaluate(done: int, state: State) -> None:
-        due = done == 0 or _due(done, job.settings.eval_every, job.settings.steps)
+        due = done == 0 or _is_due(done, job.settings.eval_every, job.settings.steps)
         known = log.evaluations(records)
         if held_out is None or not due or any(r["step"] == done for r in known):
             return
@@ -202,7 +208,7 @@ def measure(
     return {"eval_loss": loss, "perplexity": math.exp(min(loss, 700.0))}
 
 
-def _due(done: int, every: int, steps: int) -> bool:
+def _is_due(done: int, every: int, steps: int) -> bool:
     return done == steps or (every > 0 and done % every == 0)
 
 

@@ -5,36 +5,12 @@ Compared with a padded row for each text this wastes next to nothing, and there 
 compile.
 """
 
-from __future__ import annotations
-
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
 #: Which texts share a row, given their lengths, a row's tokens and its most texts.
 Assign = Callable[[Sequence[int], int, int], list[list[int]]]
-
-
-@dataclass(frozen=True)
-class Packed:
-    """Rows of packed texts."""
-
-    ids: np.ndarray  # int32 [rows, length]: token ids, 0 at padding
-    segments: np.ndarray  # int32 [rows, length]: 1, 2, ... for the row's texts, 0 at padding
-    source: np.ndarray  # int32 [rows, slots]: which text segment i + 1 is; -1 for none
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    def take(self, rows: np.ndarray) -> Packed:
-        """The rows at integer indices `rows` `[m]`; an index of -1 gives an empty row."""
-        empty = rows < 0
-        fill = (0, 0, -1)
-        fields = (self.ids[rows], self.segments[rows], self.source[rows])
-        return Packed(
-            *(np.where(empty[:, None], value, x) for value, x in zip(fill, fields, strict=True))
-        )
 
 
 def assign(lengths: Sequence[int], capacity: int, slots: int) -> list[list[int]]:
@@ -128,29 +104,14 @@ def number_segments(
     return lay_out(rows, numbers, capacity)
 
 
-def pack(tokens: Sequence[np.ndarray], capacity: int, slots: int, by: Assign = assign) -> Packed:
-    """Packs texts, given as int32 token ids `[length]` each, into rows of `capacity` tokens."""
-    lengths = [len(text) for text in tokens]
-    rows = by(lengths, capacity, slots)
+def number_sources(rows: Sequence[Sequence[int]], slots: int) -> np.ndarray:
+    """Return int32 `[rows, slots]`: which text segment i + 1 of each row is, -1 for none.
+
+    >>> number_sources([[0, 2], [1]], slots=3)
+    array([[ 0,  2, -1],
+           [ 1, -1, -1]], dtype=int32)
+    """
     source = np.full((len(rows), slots), -1, np.int32)
     for row, texts in zip(source, rows, strict=True):
         row[: len(texts)] = texts
-    return Packed(lay_out(rows, tokens, capacity), number_segments(rows, lengths, capacity), source)
-
-
-def batches(packed: Packed, size: int) -> Iterator[Packed]:
-    """All rows in order, `size` at a time; empty rows fill the last batch up."""
-    for start in range(0, len(packed), size):
-        rows = np.arange(start, start + size)
-        yield packed.take(np.where(rows < len(packed), rows, -1))
-
-
-def shuffled_batches(packed: Packed, size: int, seed: int) -> Iterator[Packed]:
-    """Endless batches of `size` rows, in a new order each time round, without empty rows."""
-    rng = np.random.default_rng(seed)
-    if size > len(packed):
-        raise ValueError(f"a batch of {size} rows was asked for; there are {len(packed)} rows")
-    while True:
-        order = rng.permutation(len(packed))
-        for start in range(0, len(packed) - size + 1, size):
-            yield packed.take(order[start : start + size])
+    return source

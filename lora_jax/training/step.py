@@ -28,8 +28,8 @@ class State:
     step: jax.Array  # int32 scalar: steps done
 
 
-def start(adapters: Any, tx: optax.GradientTransformation) -> State:
-    """The state before the first step. It owns its arrays: steps give their memory away."""
+def init_state(adapters: Any, tx: optax.GradientTransformation) -> State:
+    """Return the state before the first step. It owns its arrays, since steps donate them."""
     own = jax.tree.map(lambda x: jnp.array(x, copy=True), adapters)
     return State(own, tx.init(own), jnp.zeros((), jnp.int32))
 

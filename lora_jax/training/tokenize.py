@@ -47,7 +47,7 @@ class Examples:
     notes: tuple[str, ...] = ()  # what was cut or left out, a sentence each
 
 
-def encode(rows: Rows, tokenizer: Encoder, length: int) -> Examples:
+def encode_examples(rows: Rows, tokenizer: Encoder, length: int) -> Examples:
     """Token ids and masks of the rows of a language model's data.
 
     - text: BOS (where the tokenizer itself puts one before a text), the text, EOS; all of it

@@ -13,10 +13,11 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 import lora_jax as lora
 from examples.sentiment import __main__ as command
-from examples.sentiment import classifier, reviews, sentiment
+from examples.sentiment import sentiment
 from examples.sentiment.report import Report
 from lora_jax.models import assets
-from lora_jax.models.bert import Bert, BertConfig
+from lora_jax.models.bert import BertConfig
+from lora_jax.training import Row, Rows, TrainingError
 from tests.models.test_bert import shapes
 
 WORDS = ["good", "fine", "great", "lovely", "bad", "dull", "awful", "boring", "film", "the", "a"]
@@ -28,7 +29,7 @@ CONFIG = BertConfig(
     intermediate_size=32,
     max_position_embeddings=12,
 )
-SETTINGS = sentiment.Settings(
+RECIPE = sentiment.Recipe(
     steps=25, rank=2, alpha=4, learning_rate=3e-2, rows=8, length=12, slots=3, predict_rows=8
 )
 
@@ -56,16 +57,16 @@ def encoder(tmp_path):
     return directory
 
 
-def made_up(n: int, seed: int) -> reviews.Reviews:
+def make_up(n: int, seed: int) -> Rows:
     """Reviews of filler words and of others that tell the label."""
     rng = np.random.default_rng(seed)
-    labels = rng.integers(0, 2, n).astype(np.int32)
-    texts = []
-    for label in labels:
+    rows = []
+    for i, label in enumerate(rng.integers(0, 2, n).tolist()):
         fillers = rng.choice(WORDS[8:], rng.integers(1, 5))
         telling = rng.choice(WORDS[:4] if label else WORDS[4:8], 3)
-        texts.append(" ".join(rng.permutation([*fillers, *telling])))
-    return reviews.Reviews(tuple(texts), labels)
+        text = " ".join(rng.permutation([*fillers, *telling]))
+        rows.append(Row(i, {"text": text, "label": label}))
+    return Rows("made_up.txt", "label", tuple(rows))
 
 
 @pytest.fixture
@@ -74,19 +75,19 @@ def report():
 
 
 def test_the_run(encoder, tmp_path, report):
-    train, held_out = made_up(240, seed=1), made_up(60, seed=2)
-    outcome = sentiment.run(SETTINGS, encoder, train, held_out, tmp_path / "out", report)
-    report.table(outcome.rows())
+    train, held_out = make_up(240, seed=1), make_up(60, seed=2)
+    scores = sentiment.run(RECIPE, encoder, train, held_out, tmp_path / "out", report)
+    report.table(scores.rows())
 
-    assert outcome.adapted == outcome.merged > 0.9 > outcome.majority
-    assert outcome.flips == 0 and outcome.difference < 1e-5
-    assert len(outcome.losses) == SETTINGS.steps
-    assert np.mean(outcome.losses[-5:]) < 0.5 * np.mean(outcome.losses[:5])
+    assert scores.adapted == scores.merged > 0.9 > scores.majority
+    assert scores.flips == 0 and scores.difference < 1e-5
+    assert len(scores.losses) == RECIPE.steps
+    assert np.mean(scores.losses[-5:]) < 0.5 * np.mean(scores.losses[:5])
     # query and value, A and B of rank 2; a head of 16 times 2 and its bias
-    assert outcome.trained == 2 * 2 * 16 * 2 + 16 * 2 + 2
+    assert scores.trained == 2 * 2 * 16 * 2 + 16 * 2 + 2
 
     printed = report.console.file.getvalue()
-    assert f"trainable params: {outcome.trained:,} ||" in printed
+    assert f"trainable params: {scores.trained:,} ||" in printed
     for row in ("linear probe", "LoRA and head", "reloaded and merged", "train", "total"):
         assert row in printed
     files = [tmp_path / "out" / name for name in ("loss.png", "adapter.safetensors")]
@@ -100,17 +101,14 @@ def test_the_command(encoder, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("LORA_JAX_CACHE", str(tmp_path / "cache"))
     assets.ENCODER.directory(tmp_path / "cache").parent.mkdir()
     encoder.rename(assets.ENCODER.directory(tmp_path / "cache"))
-    texts = made_up(120, seed=3)
     lines = [
-        f"{i}\t{2 * label - 1}\t{text} {i}"  # the number keeps texts distinct
-        for i, (text, label) in enumerate(zip(texts.texts, texts.labels, strict=True))
+        f"{row.line}\t{2 * row.values['label'] - 1}\t{row.values['text']} {row.line}"
+        for row in make_up(120, seed=3).rows  # the number keeps texts distinct
     ]
     directory = assets.REVIEWS.directory(tmp_path / "cache")
     directory.mkdir()
     (directory / "movie_reviews.txt").write_text("\n".join(lines))
-    monkeypatch.setattr(
-        sentiment, "Settings", lambda **given: dataclasses.replace(SETTINGS, **given)
-    )
+    monkeypatch.setattr(sentiment, "Recipe", lambda **given: dataclasses.replace(RECIPE, **given))
     arguments = ["--steps", "2", "--train", "90", "--held-out", "30"]
     assert command.main([*arguments, "--out", str(tmp_path / "out")]) == 0
     assert "reloaded and merged" in capsys.readouterr().out
@@ -118,7 +116,9 @@ def test_the_command(encoder, tmp_path, monkeypatch, capsys):
 
     assert command.main(["--train", "99999", "--out", str(tmp_path / "out")]) == 1
     (line,) = capsys.readouterr().err.splitlines()
-    assert line == "error: 99999 + 2000 reviews were asked for; there are 120"
+    assert line == (
+        f"error: {directory / 'movie_reviews.txt'} has 120 reviews, but 99999 + 2000 were requested"
+    )
 
 
 @pytest.mark.parametrize("arguments", [["--steps", "0"], ["--rank", "two"]])
@@ -126,14 +126,6 @@ def test_arguments_that_are_refused(arguments, capsys):
     with pytest.raises(SystemExit):
         command.main(arguments)
     assert "invalid" in capsys.readouterr().err
-
-
-def test_cross_entropy_counts_present_texts_alone():
-    logits = np.array([[[0.0, np.log(3)], [9.0, -9.0]], [[0.0, np.log(3)], [0.0, 0.0]]], np.float32)
-    labels = np.array([[1, -1], [0, -1]])
-    expected = (np.log(4 / 3) + np.log(4)) / 2
-    np.testing.assert_allclose(classifier.cross_entropy(logits, labels), expected, rtol=1e-6)
-    assert classifier.cross_entropy(logits, np.full((2, 2), -1)) == 0
 
 
 def test_models_that_disagree():
@@ -154,13 +146,12 @@ def test_a_reloaded_adapter_that_differs():
 
 
 def test_a_loss_that_is_not_finite(encoder, report):
-    train = sentiment._data(made_up(60, seed=4), encoder, SETTINGS)
-    model = Bert(CONFIG)
-    rows = jax.ShapeDtypeStruct((SETTINGS.rows, SETTINGS.length), np.int32)
-    shapes_only = jax.eval_shape(model.init, jax.random.key(0), rows, rows)["params"]
-    params = jax.tree.map(lambda x: np.full(x.shape, np.nan, x.dtype), shapes_only)
-    apply, params = classifier.build(model, params, SETTINGS.slots, seed=0)
-    config = SETTINGS.lora_config()
-    base, adapters = lora.split(lora.init(jax.random.key(0), params, config, apply, rows, rows))
-    with pytest.raises(FloatingPointError, match="the loss is nan at step 1"):
-        sentiment.fine_tune(SETTINGS, apply, base, adapters, train, report)
+    model, params = sentiment.load(encoder, RECIPE)
+    params = jax.tree.map(lambda x: np.full(x.shape, np.nan, x.dtype), params)
+    rows = jax.ShapeDtypeStruct((RECIPE.rows, RECIPE.length), np.int32)
+    base, adapters = lora.split(
+        lora.init(jax.random.key(0), params, RECIPE.lora_config(), model, rows, rows)
+    )
+    part = sentiment.pack(make_up(60, seed=4), encoder, RECIPE)
+    with pytest.raises(TrainingError, match="step 1: the loss is nan"):
+        sentiment.fine_tune(RECIPE, model, base, adapters, part, report)

@@ -40,6 +40,44 @@ def test_labelled_texts():
     assert packed["weights"].sum() == 4
 
 
+def random_texts(n=60, length=16, seed=0):
+    rng = np.random.default_rng(seed)
+    return [rng.integers(1, 99, rng.integers(1, length + 1)).astype(np.int32) for _ in range(n)]
+
+
+def test_packed_texts_lose_nothing():
+    texts = random_texts()
+    packed = batching.pack_texts(texts, length=16, slots=4).arrays
+    source = packed["source"]
+    assert sorted(source[packed["weights"] > 0]) == list(range(60))
+    for row, slot in np.argwhere(packed["weights"] > 0):
+        ids = packed["ids"][row][packed["segments"][row] == slot + 1]
+        np.testing.assert_array_equal(ids, texts[source[row, slot]])
+    assert np.all((packed["ids"] > 0) == (packed["segments"] > 0))
+    assert np.mean(packed["ids"] > 0) > 0.9
+
+
+def test_batches_cover_all_texts_and_fill_up():
+    packed = batching.pack_texts(random_texts(), length=16, slots=4)
+    size = len(packed) // 2 - 1
+    found = list(batching.batches(packed, size))
+    assert {batch["ids"].shape for batch in found} == {(size, 16)}
+    source = np.concatenate([batch["source"][batch["weights"] > 0] for batch in found])
+    assert sorted(source) == list(range(60))
+    empty = found[-1]["weights"].max(axis=1) == 0
+    assert empty.sum() == -len(packed) % size > 0 and not found[-1]["segments"][empty].any()
+
+
+def test_labels_added_later():
+    texts, labels = random_texts(), [int(text[0]) % 3 for text in random_texts()]
+    packed = batching.pack_texts(texts, length=16, slots=4)
+    later = batching.add_labels(packed, labels).arrays
+    at_once = batching.pack_labelled(texts, labels, length=16, slots=4).arrays
+    assert later.keys() == at_once.keys() == {"ids", "segments", "labels", "weights"}
+    for name in later:
+        np.testing.assert_array_equal(later[name], at_once[name])
+
+
 def numbered(n) -> batching.Data:
     return batching.Data({"ids": np.arange(1, n + 1)[:, None]})
 

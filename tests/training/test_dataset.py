@@ -27,7 +27,7 @@ def write(path, lines, **how):
 @pytest.mark.parametrize("ascii", [True, False])
 def test_every_kind(tmp_path, kind, ascii):
     path = write(tmp_path / "d.jsonl", ["", *GOOD[kind], " ", ""], ensure_ascii=ascii)
-    found = dataset.read(path)
+    found = dataset.read_rows(path)
     assert found.kind == kind and [row.line for row in found.rows] == list(
         range(2, 2 + len(GOOD[kind]))
     )
@@ -39,17 +39,17 @@ def test_every_kind(tmp_path, kind, ascii):
 def test_windows_lines_and_a_byte_order_mark(tmp_path):
     path = tmp_path / "d.jsonl"
     path.write_bytes(b'\xef\xbb\xbf{"text": "one"}\r\n{"text": "two"}\r\n')
-    assert [row.values["text"] for row in dataset.read(path).rows] == ["one", "two"]
+    assert [row.values["text"] for row in dataset.read_rows(path).rows] == ["one", "two"]
 
 
 def test_plain_text_is_one_row(tmp_path):
     path = tmp_path / "play.txt"
     path.write_bytes("Clich\u00e9\n\nact two\n".encode("latin-1"))
-    found = dataset.read(path, "latin-1")
+    found = dataset.read_rows(path, "latin-1")
     assert (found.kind, len(found)) == (dataset.STREAM, 1)
     assert found.rows[0].values["text"] == "Clich\u00e9\n\nact two\n"
     with pytest.raises(DataError) as error:
-        dataset.read(path)
+        dataset.read_rows(path)
     message = "line 1: byte 0xe9 at offset 5 is not utf-8; convert the file, or name its encoding "
     assert message + "(--encoding latin-1 perhaps)" in str(error.value)
 
@@ -82,7 +82,7 @@ BAD = {
 def test_a_bad_row_is_named_by_its_line(tmp_path, line):
     path = write(tmp_path / "d.jsonl", [{"text": "fine"}, line])
     with pytest.raises(DataError) as error:
-        dataset.read(path)
+        dataset.read_rows(path)
     head, problem = str(error.value).split("\n")
     assert head == f"{path}: 1 bad row; correct or remove them:"
     assert problem.startswith(f"  line 2: {BAD[line]}")
@@ -91,7 +91,7 @@ def test_a_bad_row_is_named_by_its_line(tmp_path, line):
 def test_ten_bad_rows_are_listed_and_the_others_counted(tmp_path):
     path = write(tmp_path / "d.jsonl", ["x"] * 13 + [{"text": "fine"}])
     with pytest.raises(DataError, match="13 bad rows") as error:
-        dataset.read(path)
+        dataset.read_rows(path)
     lines = str(error.value).split("\n")
     assert len(lines) == 12 and "line 10: not JSON" in lines[10] and lines[11] == "  and 3 more"
 
@@ -99,10 +99,10 @@ def test_ten_bad_rows_are_listed_and_the_others_counted(tmp_path):
 def test_kinds_are_not_mixed(tmp_path):
     path = write(tmp_path / "d.jsonl", [{"text": "x"}, {"prompt": "x", "completion": "y"}])
     with pytest.raises(DataError, match="line 2: a completion row, but line 1 is a text row"):
-        dataset.read(path)
+        dataset.read_rows(path)
     path = write(tmp_path / "d.jsonl", [{"text": "x", "label": 1}, {"text": "x", "label": "1"}])
     with pytest.raises(DataError, match="line 2: the label '1' is not of the type of line 1's, 1"):
-        dataset.read(path)
+        dataset.read_rows(path)
 
 
 @pytest.mark.parametrize(
@@ -117,12 +117,12 @@ def test_kinds_are_not_mixed(tmp_path):
 def test_files_that_cannot_be_used(tmp_path, name, content, message):
     (tmp_path / name).write_text(content)
     with pytest.raises(DataError, match=message):
-        dataset.read(tmp_path / name)
+        dataset.read_rows(tmp_path / name)
 
 
 def test_files_that_cannot_be_read(tmp_path):
     with pytest.raises(DataError, match="cannot be read \\(No such file"):
-        dataset.read(tmp_path / "none.jsonl")
+        dataset.read_rows(tmp_path / "none.jsonl")
     (tmp_path / "d.txt").write_text("x")
     with pytest.raises(DataError, match="no encoding is called 'latin-99'"):
-        dataset.read(tmp_path / "d.txt", "latin-99")
+        dataset.read_rows(tmp_path / "d.txt", "latin-99")

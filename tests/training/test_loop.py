@@ -117,6 +117,18 @@ def test_a_finished_run_stays_as_it_is(whole):
         np.testing.assert_array_equal(a, b)
 
 
+def test_a_run_without_a_directory(whole):
+    """The same losses; nothing is written, and there is nothing to resume."""
+    job, start, outcome, _ = whole
+    in_memory = dataclasses.replace(job, directory=None, rates=None)
+    for _ in range(2):
+        found = train(in_memory, start)
+        without_rates = [{k: v for k, v in r.items() if k != "lr"} for r in outcome.records]
+        assert without_seconds(found.records) == without_seconds(without_rates)
+    for a, b in zip(*map(leaves, (found.adapters, outcome.adapters)), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
 def test_rows_in_their_order(tmp_path):
     """Of the 14 rows the last alone is not full, and it is in every epoch's last step."""
     job, start = tiny_model.job(tmp_path, steps=4, rows=8, shuffle=False)
@@ -137,7 +149,9 @@ def test_a_loss_that_is_not_finite(tmp_path):
     bad = dataclasses.replace(
         job, loss=broken, data=batching.Data({**job.data.arrays, "ids": poisoned})
     )
-    with pytest.raises(TrainingError, match="step 3: the loss is nan; try a lower --lr") as error:
+    with pytest.raises(
+        TrainingError, match="step 3: the loss is nan; lower the learning rate \\(--lr\\)"
+    ) as error:
         train(bad, start)
     assert str(tmp_path / "checkpoints") in str(error.value)
     assert [r["step"] for r in log.read(tmp_path / "log.jsonl")] == [1, 2]
@@ -224,10 +238,10 @@ def test_a_first_signal_is_a_wish_and_a_second_one_is_not(default_handler):
 
 SCRIPT = """
 import sys, pathlib
-from tests.training import models
+from tests.training import tiny_model
 from lora_jax.training.interrupt import interruptible
 from lora_jax.training.loop import Watcher, train
-job, start = models.job(pathlib.Path(sys.argv[1]), steps=100_000)
+job, start = tiny_model.job(pathlib.Path(sys.argv[1]), steps=100_000)
 with interruptible() as stop:
     def told(record):
         if record["step"] == 3:

@@ -13,7 +13,7 @@ from lora_jax.training import batching
 from lora_jax.training.errors import TrainingError
 from lora_jax.training.loss import language_sums
 from lora_jax.training.optimizer import Optimizer
-from lora_jax.training.step import make_evaluation, make_step, start
+from lora_jax.training.step import init_state, make_evaluation, make_step
 from tests.training import tiny_model
 from tests.training.test_loss import example
 
@@ -31,7 +31,7 @@ def run(accumulate):
     base, adapters = tiny_model.adapters(dtype=jnp.float64)
     tx = lora.freeze(optax.sgd(0.1), adapters)
     step = make_step(language_sums(tiny_model.apply), tx, accumulate)
-    state, measured = start(adapters, tx), []
+    state, measured = init_state(adapters, tx), []
     for _ in range(2):
         state, sums = step(state, base, UNEVEN.arrays)
         measured.append(sums)
@@ -59,7 +59,7 @@ def test_an_empty_row_changes_nothing(x64):
     tx = lora.freeze(optax.sgd(0.1), adapters)
     step = make_step(language_sums(tiny_model.apply), tx)
     found = [
-        step(start(adapters, tx), base, UNEVEN.take(np.array(rows)))
+        step(init_state(adapters, tx), base, UNEVEN.take(np.array(rows)))
         for rows in ([0, 1, 2], [0, 1, 2, -1])
     ]
     for a, b in zip(*map(jax.tree.leaves, found), strict=True):
@@ -79,7 +79,7 @@ def test_the_gradient_is_that_of_the_merged_model(x64):
     gradient = jax.jit(jax.grad(mean))(adapters)
     tx = lora.freeze(optax.sgd(1.0), adapters)
     state, measured = make_step(language_sums(tiny_model.apply), tx, 2)(
-        start(adapters, tx), base, UNEVEN.arrays
+        init_state(adapters, tx), base, UNEVEN.arrays
     )
     norm = 0.0
     for name in ("query", "value", "head"):
@@ -96,7 +96,7 @@ def test_what_is_not_finite_changes_nothing():
     base, adapters = tiny_model.adapters()
     tx = Optimizer(0.1).transformation(adapters, 5)
     step = make_step(language_sums(tiny_model.apply), tx)
-    state, _ = step(start(adapters, tx), base, UNEVEN.arrays)
+    state, _ = step(init_state(adapters, tx), base, UNEVEN.arrays)
     before = jax.device_get(state)
     broken = {**base, "head": base["head"].at[0, 0].set(jnp.inf)}
     state, measured = step(state, broken, UNEVEN.arrays)
@@ -108,7 +108,7 @@ def test_what_is_not_finite_changes_nothing():
 def test_the_state_is_given_away_and_the_adapters_are_not():
     base, adapters = tiny_model.adapters()
     tx = Optimizer().transformation(adapters, 5)
-    state = start(adapters, tx)
+    state = init_state(adapters, tx)
     make_step(language_sums(tiny_model.apply), tx)(state, base, UNEVEN.arrays)
     assert all(x.is_deleted() for x in jax.tree.leaves(state.adapters))
     assert not any(x.is_deleted() for x in jax.tree.leaves((adapters, base)))
@@ -122,7 +122,7 @@ def test_dropout_differs_by_step_and_not_by_run():
     step = make_step(language_sums(tiny_model.apply), tx, 2, seed=1)
     runs = []
     for _ in range(2):
-        state, losses = start(adapters, tx), []
+        state, losses = init_state(adapters, tx), []
         for _ in range(3):
             state, measured = step(state, base, UNEVEN.arrays)
             losses.append(float(measured["loss"]))

@@ -14,7 +14,7 @@ BOS, EOS = 1, 2
 
 def encode(kind, *values, length=12, tokenizer=None):
     numbered = tuple(Row(i, value) for i, value in enumerate(values, start=1))
-    return tokenize.encode(Rows("d.jsonl", kind, numbered), tokenizer or Letters(), length)
+    return tokenize.encode_examples(Rows("d.jsonl", kind, numbered), tokenizer or Letters(), length)
 
 
 def test_text():
@@ -113,8 +113,8 @@ def test_labelled_rows_are_not_for_a_language_model():
 
 def test_a_stream(tmp_path):
     (tmp_path / "d.txt").write_text("abc")
-    ids = tokenize.encode_stream(dataset.read(tmp_path / "d.txt"), Letters())
+    ids = tokenize.encode_stream(dataset.read_rows(tmp_path / "d.txt"), Letters())
     assert ids.dtype == np.int32 and list(ids) == [A, B, C]
     (tmp_path / "d.txt").write_text("a")
     with pytest.raises(DataError, match="the text is one token"):
-        tokenize.encode_stream(dataset.read(tmp_path / "d.txt"), Letters())
+        tokenize.encode_stream(dataset.read_rows(tmp_path / "d.txt"), Letters())

@@ -11,15 +11,14 @@ import numpy as np
 
 from lora_jax.cli.base_model import Model
 from lora_jax.cli.train_options import CLASSIFICATION, Options
-from lora_jax.training import labels
 from lora_jax.training.batching import Data, cut_stream, hold_out, pack_examples, pack_labelled
-from lora_jax.training.classification import with_head
-from lora_jax.training.dataset import STREAM, Row, Rows, read
+from lora_jax.training.classification import classes, encode_labelled, with_head
+from lora_jax.training.dataset import STREAM, Row, Rows, read_rows
 from lora_jax.training.errors import DataError, TrainingError
 from lora_jax.training.loss import class_sums, language_sums, language_sums_of_frozen_head
 from lora_jax.training.packing import Assign, assign, assign_in_order
 from lora_jax.training.step import Loss
-from lora_jax.training.tokenize import encode, encode_stream
+from lora_jax.training.tokenize import encode_examples, encode_stream
 
 SLOTS = 16  # texts that a row of a classifier holds at most
 Apply = Callable[[Any, Any, Any], Any]  # (params, ids, segments) -> logits
@@ -47,8 +46,8 @@ def read_task(options: Options, model: Model) -> Task:
       DataError: files that cannot be read or encoded, or of several kinds.
       TrainingError: the model cannot do the task.
     """
-    files = [read(path, options.encoding) for path in options.data]
-    others = [read(path, options.encoding) for path in options.held_out or ()]
+    files = [read_rows(path, options.encoding) for path in options.data]
+    others = [read_rows(path, options.encoding) for path in options.held_out or ()]
     kinds = {rows.kind: rows.source for rows in [*files, *others]}
     if len(kinds) > 1:
         named = ", ".join(f"{source} holds {kind} rows" for kind, source in kinds.items())
@@ -109,7 +108,9 @@ def _examples(
     """Rows of text, prompts and completions, or conversations, packed."""
     trained, held_out = _split(options, files, others)
     longest = options.length + 1  # the last token is not read, only predicted
-    parts = [encode(rows, model.tokenizer, longest) for rows in (trained, held_out) if rows]
+    parts = [
+        encode_examples(rows, model.tokenizer, longest) for rows in (trained, held_out) if rows
+    ]
     packed = [
         pack_examples(part.examples, options.length, by)
         for part, by in zip(parts, _packings(options), strict=False)
@@ -148,9 +149,9 @@ def _classification(
 ) -> Task:
     """A pooled head on the model's hidden states, trained whole."""
     trained, held_out = _split(options, files, others)
-    known = labels.classes(trained)
+    known = classes(trained)
     parts = [
-        labels.encode(rows, model.tokenizer, known, options.length)
+        encode_labelled(rows, model.tokenizer, known, options.length)
         for rows in (trained, held_out)
         if rows
     ]

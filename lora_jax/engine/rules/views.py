@@ -75,7 +75,7 @@ def _multiple(ctx: Context, eqn: Any, args: Sequence[Any]) -> Any:
     factor = _factor_with(lazy, varying)
     if factor is None:
         return NotImplemented
-    s = ctx.make_dense(s, eqn) if is_lazy(s) else s
+    s = ctx.densify(s, eqn) if is_lazy(s) else s
     operation = jnp.divide if divides else jnp.multiply
     w = None if lazy.w is None else jaxprs.bind(eqn, [(lazy.w, s), (s, lazy.w)][weights[0]])[0]
     scaled = lazy if lazy.a is None else _along(lazy, factor, operation, s, varying)
@@ -161,7 +161,7 @@ def _reshape(ctx: Context, eqn: Any, args: Sequence[Any]) -> Any:
             axes[news[0]] = names[0]
             continue
         for name in names if holders else ():
-            moved = spread(moved, name, {*holders.copy().pop()})
+            moved = spread(moved, name, set(next(iter(holders))))
         origins = [origin for name in names for origin in name.origins]
         for j in news:
             axes[j] = Axis(tuple(sorted(set(origins))), axes[j].uid)
@@ -321,4 +321,4 @@ def _unstack(ctx: Context, eqn: Any, args: Sequence[Any]) -> Any:
 
 def mark_indexed(lazy: LazyWeight, axis: Axis) -> LazyWeight:
     """The view, with the axes of the parameter that `axis` comes from noted as indexed away."""
-    return dataclasses.replace(lazy, indexed=tuple(sorted({*lazy.indexed, *axis.origins})))
+    return dataclasses.replace(lazy, origin=lazy.origin.index_away(axis.origins))

@@ -77,7 +77,10 @@ def _problem(path: str, node: Adapted, model: TorchBase) -> str | None:
     axes = place.entry.layout if place.entry.kind else ""
     if isinstance(node, TrainedRows):
         alone = len(place.shared_with) == len(place.entry.torch_names) == 1
-        fits = node.layout.axes == (axes if place.entry.kind == "embedding" else _swapped(axes))
+        letter = "i" if place.entry.kind == "embedding" else "o"
+        rows_axes = [i for i, kind in enumerate(axes) if kind == letter]
+        same_batch = node.layout.axes.replace("o", "i") == axes.replace("o", "i")
+        fits = rows_axes == [node.axis] and same_batch
         if alone and fits and place.entry.kind in ("embedding", "linear"):
             return None
         return f"{path}: rows can be written of an embedding or a head, a torch tensor of its own"

@@ -220,14 +220,14 @@ def _trained_rows(
     place: Place, where: tuple[int, ...], rows: tuple[int, ...], values: np.ndarray
 ) -> _Made:
     is_lookup = place.entry.kind == "embedding"
-    letters = place.entry.layout
-    # the rows lie along "i": of a head [in, vocabulary] that is the axis of its outputs
-    axes = letters if is_lookup else letters.translate({ord("i"): "o", ord("o"): "i"})
-    if where or axes.count("i") != 1:
+    layout = Layout(place.entry.layout)
+    # the rows of a head [in, vocabulary] are its outputs
+    axes = layout.positions("i" if is_lookup else "o")
+    if where or len(axes) != 1:
         return place.path, "rows can be trained along one axis of one weight"
     value = place.b_to_tree(values.T) if is_lookup else np.moveaxis(place.a_to_tree(values), -1, 0)
     one = np.ones((), "float32")
-    return place.path, TrainedRows(None, value, one, rows=rows, layout=Layout(axes))
+    return place.path, TrainedRows(None, value, one, rows=rows, axis=axes[0], layout=layout)
 
 
 def _trained(node: Adapted) -> dict[str, Any]:
