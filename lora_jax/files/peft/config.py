@@ -12,7 +12,7 @@ from lora_jax.core.errors import AdapterFileError, ConfigError
 from lora_jax.files.disk import strict_json
 from lora_jax.files.peft import bounded_regex
 
-FILE = "adapter_config.json"
+CONFIG = "adapter_config.json"
 BIASES = ("none", "all", "lora_only")
 # Starts that change the base: A and B say nothing without it.
 CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
@@ -179,6 +179,13 @@ class PeftConfig:
         """Whether PEFT adapts the parameter of this name by `target_parameters`."""
         return _in(self.target_parameters, name)
 
+    def rows(self, module: str) -> tuple[int, ...] | None:
+        """Return the trained rows of an embedding; None where the configuration names none."""
+        indices = self.trainable_token_indices
+        if isinstance(indices, Mapping):
+            return next((rows for key, rows in indices.items() if module.endswith(key)), None)
+        return indices
+
     def _saves(self, module: str) -> bool:
         names = self.modules_to_save or ()
         return any(bounded_regex.match(rf"(^|.*\.){name}($|\..*)", module) for name in names)
@@ -202,6 +209,11 @@ class PeftConfig:
         return json.dumps({**others, "peft_type": "LORA", **fields}, indent=2, sort_keys=True)
 
 
+def is_config(values: Mapping[str, Any]) -> bool:
+    """Return whether the values of an `adapter_config.json` are PEFT's."""
+    return "peft_type" in values
+
+
 def parse_config(text: str | bytes) -> PeftConfig:
     """The configuration in the text of an `adapter_config.json`.
 
@@ -210,9 +222,9 @@ def parse_config(text: str | bytes) -> PeftConfig:
         refuses.
     """
     try:
-        values = strict_json.parse_json(text, FILE)
+        values = strict_json.parse_json(text, CONFIG)
     except AdapterFileError as error:
-        raise ConfigError(str(error).removeprefix(f"{FILE}: ")) from None
+        raise ConfigError(str(error).removeprefix(f"{CONFIG}: ")) from None
     if not isinstance(values, dict):
         raise ConfigError(f"must be a mapping, got {_shown(values)}")
     kind = values.pop("peft_type", None)
