@@ -39,7 +39,7 @@ def record(node: Adapted) -> dict[str, Any]:
     return common | ({"dropout": node.dropout} if node.dropout else {})
 
 
-def make(record: Mapping[str, Any], arrays: Mapping[str, jax.Array]) -> Adapted:
+def make(record: Mapping[str, Any], arrays: Mapping[str, Any]) -> Adapted:
     """The node again, of a record and tensors in which no problems were found."""
     if record["kind"] == "whole":
         return TrainedLeaf(None, **arrays)
@@ -111,8 +111,6 @@ def array_problems(record: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) 
     for field, x in arrays.items():
         if not jnp.issubdtype(x.dtype, jnp.floating):
             problems.append(f"{field} is {x.dtype}, not floating")
-        elif jax.dtypes.canonicalize_dtype(x.dtype) != x.dtype:
-            problems.append(f"{field} is {x.dtype}, which JAX holds only with jax_enable_x64")
     if "a" in arrays:
         return problems + _factor_problems(Layout(record["axes"]), arrays["a"], arrays["b"])
     value, scale = arrays["value"].shape, arrays["scale"].shape
@@ -120,6 +118,16 @@ def array_problems(record: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) 
     if scale != () and not (record["kind"] == "whole" and scale == ones):
         problems.append(f"scale is {scale}, the value {value}")
     return problems
+
+
+def dtype_problems(node: Adapted) -> list[str]:
+    """Return which of a node's arrays JAX would narrow to 32 bits."""
+    arrays = {field: getattr(node, field) for field in FIELDS[kind(node)]}
+    return [
+        f"{field} is {x.dtype}, which JAX holds only with jax_enable_x64"
+        for field, x in arrays.items()
+        if jax.dtypes.canonicalize_dtype(x.dtype) != x.dtype
+    ]
 
 
 def _factor_problems(layout: Layout, a: np.ndarray, b: np.ndarray) -> list[str]:

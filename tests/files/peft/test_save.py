@@ -120,7 +120,7 @@ def mixed():
 
 
 CANNOT = {
-    "nothing": (lambda: {}, {}, "the tree holds no adapters"),
+    "nothing": (lambda: {}, {}, "the tree contains no adapters"),
     "no factors": (
         lambda: adapted(lora_jax.LoraConfig(targets=(), train=["head/kernel"])),
         {"base": BASE},
