@@ -10,7 +10,7 @@ from lora_jax.core.layout import Layout, pick, subscripts
 from lora_jax.core.weights import LoraWeight, scaled_factors
 
 
-def gain(node: LoraWeight) -> jax.Array:
+def dora_gain(node: LoraWeight) -> jax.Array:
     """`magnitude / ‖W + scale·A·B‖`, `[*batch, *out]`, in float32 (float64 where an array is).
 
     DoRA multiplies each output of `V = W + scale·A·B` with it. It is had from the factors, see
@@ -20,7 +20,7 @@ def gain(node: LoraWeight) -> jax.Array:
     >>> import jax.numpy as jnp
     >>> w, a, b = jnp.array([[3.0, 0.0], [0.0, 1.0]]), jnp.array([[0.0], [4.0]]), jnp.eye(2)[:1]
     >>> one, magnitude = jnp.float32(1.0), jnp.array([10.0, 1.0])
-    >>> gain(LoraWeight(w, a, b, one, magnitude, layout=Layout("io")))
+    >>> dora_gain(LoraWeight(w, a, b, one, magnitude, layout=Layout("io")))
     Array([2., 1.], dtype=float32)
     """
     return gain_from_norms(node, column_norms(node))

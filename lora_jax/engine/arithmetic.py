@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from lora_jax.core.dtypes import accumulator, compute_dtype
+from lora_jax.core.dtypes import accumulator, compute_dtype, wider
 from lora_jax.engine import named_axes
 from lora_jax.engine.lazy_weight import Axis, LazyWeight
 
@@ -22,26 +22,28 @@ def to_dense(lazy: LazyWeight) -> jax.Array:
     )
     update = named_axes.arrange(update, names, lazy.axes, lazy.sizes)
     total = update if lazy.w is None else lazy.w.astype(dtype) + update
-    return with_gain(total, lazy.axes, lazy).astype(lazy.dtype)
+    return apply_gain(total, lazy.axes, lazy).astype(lazy.dtype)
 
 
-def with_gain(x: jax.Array, axes: Sequence[Axis], lazy: LazyWeight) -> jax.Array:
+def apply_gain(x: jax.Array, axes: Sequence[Axis], lazy: LazyWeight) -> jax.Array:
     """`x`, its axes named, times the weight's gain; in the dtype of `x`."""
     if lazy.gain is None:
         return x
     present = [axis for axis in axes if axis in lazy.gain_axes]
     factor = named_axes.arrange(lazy.gain, lazy.gain_axes, present, {})
     factor = jnp.expand_dims(factor, [i for i, axis in enumerate(axes) if axis not in present])
-    wide = max(x.dtype, factor.dtype, key=lambda d: d.itemsize)
+    wide = wider(x.dtype, factor.dtype)
     return (x.astype(wide) * factor.astype(wide)).astype(x.dtype)
 
 
-def gains(lazy: LazyWeight, x_axes: Collection[Axis], out_axes: Collection[Axis]) -> str | None:
+def side_that_takes_gain(
+    lazy: LazyWeight, x_axes: Collection[Axis], out_axes: Collection[Axis]
+) -> str | None:
     """Which array of a product takes the gain, "x" or "out"; None where neither has its axes.
 
     >>> import jax.numpy as jnp
-    >>> from lora_jax.engine.lazy_weight import track
-    >>> gains(track(jnp.ones((2, 3)), "w"), (), ())
+    >>> from lora_jax.engine.lazy_weight import LazyWeight
+    >>> side_that_takes_gain(LazyWeight.tracked(jnp.ones((2, 3)), "w"), (), ())
     'out'
     """
     named = set(lazy.gain_axes)
@@ -67,5 +69,5 @@ def add(y: Any, update: jax.Array, dtype: Any) -> jax.Array:
     """`y + update` in the wider of their dtypes, rounded once to `dtype`; no `y` for a tangent."""
     if y is None:
         return update.astype(dtype)
-    wide = max(y.dtype, update.dtype, key=lambda d: d.itemsize)
+    wide = wider(y.dtype, update.dtype)
     return lax.add(y.astype(wide), update.astype(wide)).astype(dtype)

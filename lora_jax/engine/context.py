@@ -1,4 +1,4 @@
-"""What one walk through a program carries along: policy, warnings given, uses seen."""
+"""`Context`: the state of one run of the interpreter: policy, warnings given, uses seen."""
 
 import contextlib
 import warnings
@@ -17,14 +17,14 @@ from lora_jax.engine.products import Hidden
 from lora_jax.engine.remat import SUM
 from lora_jax.engine.uses import Use, dense_uses, uses_of
 
-#: What `on_dense` may say: warn once a site, refuse, or make dense without a word.
+#: What `on_dense` may say: warn once per call site, raise, or materialize the weight silently.
 POLICIES = ("warn", "error", "allow")
 
 
 class Context:
-    """The state of one walk; `uses` is a list while uses are inferred, else None.
+    """The state of one run; `uses` is a list while uses are inferred, else None.
 
-    `rules` are the user's own, by the name of the primitive.
+    `rules` are the user-defined ones, by primitive name.
     """
 
     def __init__(
@@ -39,33 +39,47 @@ class Context:
         self.rules = rules or {}
         self.forms = forms
         self.jitted: dict[Any, Any] = {}
-        self.hidden: dict[int, Hidden] = {}  # id of an equation -> its x·A, had with another's
-        self.rematerialised = False  # whether the walk is inside a `remat`
-        self.enclosing: Any = None  # the innermost equation around this one that has a source line
-        self.in_derivative = False  # whether it is inside an author's rule for tangents
+        self.hidden: dict[int, Hidden] = {}  # id of an equation -> its x·A, if computed in a group
+        # Where the interpreter is; changed by the three context managers below.
+        self.enclosing: Any = None  # the innermost equation around here that has a source line
+        self.in_remat = False
+        self.in_derivative = False
         self._sites = 0
-        self._told: set[tuple[str, str, str]] = set()
+        self._warned: set[tuple[str, str, str]] = set()
 
     @property
     def infers(self) -> bool:
-        """Whether this walk only watches how weights are used."""
+        """Whether this run only watches how weights are used."""
         return self.uses is not None
 
-    def named(self, total: jax.Array) -> jax.Array:
-        """The sum of an adapted product, under its name where a `remat` policy may look for it."""
-        # Elsewhere no name: JAX cannot transpose one, and a linear function may be transposed.
-        named = self.rematerialised and not self.in_derivative
-        return checkpoint_name(total, SUM) if named else total
+    def inside(self, eqn: Any) -> contextlib.AbstractContextManager[None]:
+        """Enter the program that `eqn` contains: its line is named where a line is missing."""
+        return self._with(enclosing=eqn)
+
+    def inside_remat(self) -> contextlib.AbstractContextManager[None]:
+        """Enter a `jax.checkpoint`: sums of adapted products get the name its policy looks for."""
+        return self._with(in_remat=True)
+
+    def inside_derivative(self) -> contextlib.AbstractContextManager[None]:
+        """Enter a user-defined JVP rule, in which JAX may transpose what depends on tangents."""
+        return self._with(in_derivative=True)
 
     @contextlib.contextmanager
-    def derivative(self) -> Iterator[None]:
-        """Inside it the walk is through an author's rule, in which tangents are transposed."""
-        before, self.in_derivative = self.in_derivative, True
-        yield
-        self.in_derivative = before
+    def _with(self, **state: Any) -> Iterator[None]:
+        before = {name: getattr(self, name) for name in state}
+        vars(self).update(state)
+        try:
+            yield
+        finally:
+            vars(self).update(before)
+
+    def name_sum(self, total: jax.Array) -> jax.Array:
+        """Name the sum of an adapted product, where a `jax.checkpoint` policy may look for it."""
+        # Elsewhere no name: JAX cannot transpose one, and a linear function may be transposed.
+        return checkpoint_name(total, SUM) if self.in_remat and not self.in_derivative else total
 
     def next_site(self) -> int:
-        """A number that no other contraction of this walk has."""
+        """Return a number that no other contraction of this run has."""
         self._sites += 1
         return self._sites
 
@@ -83,50 +97,55 @@ class Context:
         kinds: dict[int, str] = {}
         for axis in lazy.axes:
             kind = "i" if axis in summed else "b" if axis in batch else "o"
-            # Where a part of an axis is summed and a part is not, the sum decides.
+            # Where one part of a parameter axis is summed and another is not, the sum decides.
             kinds.update({o: kind for o in axis.origins if kinds.get(o) != "i"})
-        # An axis that is gone was indexed away, or had size one and was squeezed.
-        kinds = dict.fromkeys(range(lazy.ndim), "o") | dict.fromkeys(lazy.indexed, "b") | kinds
+        # An axis that the view no longer has was indexed away, or had size one and was squeezed.
+        origin = lazy.origin
+        kinds = dict.fromkeys(range(origin.ndim), "o") | dict.fromkeys(origin.indexed, "b") | kinds
         name, line = eqn.primitive.name, self.line(eqn)
-        if lazy.looked_up and not {"i", "o"} <= set(kinds.values()):
-            # Rows were looked up, then contracted whole: `embedding[ids] @ matrix`.
+        if origin.looked_up and not {"i", "o"} <= set(kinds.values()):
+            # Rows were looked up, then contracted over their whole length: `table[ids] @ matrix`.
             self.uses += dense_uses(lazy, name, line)
         else:
-            self.uses += uses_of(lazy, name, line, kinds, is_operand or lazy.altered)
+            self.uses += uses_of(lazy, name, line, kinds, is_operand or origin.altered)
+
+    def with_line(self, eqn: Any) -> Any:
+        """Return the innermost equation that has a source line: `eqn` or one around it."""
+        return eqn if self.enclosing is None or jaxprs.source_line(eqn) else self.enclosing
 
     def line(self, eqn: Any) -> str:
-        """The user's line that made `eqn`; of one that JAX made itself, the line around it."""
-        line = jaxprs.source_line(eqn)
-        return line if line or self.enclosing is None else jaxprs.source_line(self.enclosing)
+        """Return the user's line that made `eqn`; for one that JAX inserted, the line around it."""
+        return jaxprs.source_line(self.with_line(eqn))
 
-    def make_dense(self, lazy: LazyWeight, eqn: Any, why: str = "") -> Any:
-        """The dense form of a weight that no rule covers, after saying so."""
-        return self._dense_at(lazy, eqn.primitive.name, self.line(eqn), why)
+    def densify(self, lazy: LazyWeight, eqn: Any, why: str = "") -> Any:
+        """Materialize a weight for an equation that no rule covers, as `on_dense` says."""
+        return self._densify_at(lazy, eqn.primitive.name, self.line(eqn), why)
 
-    def undirected(self, x: Any, eqn: Any) -> Any:
-        """The same value, made dense where it is a weight with a gain."""
+    def densify_gain(self, x: Any, eqn: Any) -> Any:
+        """Return `x`, materialized where it is a weight with a gain."""
         has_gain = isinstance(x, LazyWeight) and x.gain is not None
-        return self.make_dense(x, eqn, " (its magnitude takes part)") if has_gain else x
+        return self.densify(x, eqn, " (its magnitude takes part)") if has_gain else x
 
-    def returned(self, lazy: LazyWeight) -> Any:
-        """The dense form of a weight that the program returns."""
-        return self._dense_at(lazy, "return", "the end of the function", "")
+    def densify_output(self, lazy: LazyWeight) -> Any:
+        """Materialize a weight that the program returns."""
+        return self._densify_at(lazy, "return", "the end of the function", "")
 
-    def _dense_at(self, lazy: LazyWeight, primitive: str, line: str, why: str) -> Any:
+    def _densify_at(self, lazy: LazyWeight, primitive: str, line: str, why: str) -> Any:
         if self.uses is not None:
             self.uses += dense_uses(lazy, primitive, line)
             return to_dense(lazy)
-        if lazy.looked_up:  # rows picked by ids are an activation
+        if lazy.origin.looked_up:  # rows picked by ids are an activation
             return to_dense(lazy)
         message = (
-            f"{lazy.path}: `{primitive}` at {line} needs the whole weight{why}, so W + scale·A·B "
-            f"{list(lazy.shape)} is made dense there. The result is right, but it costs memory; "
-            'leave the weight out with exclude=, or pass on_dense="allow" to accept it'
+            f"{lazy.origin}: `{primitive}` at {line} needs the whole weight{why}, so "
+            f"W + scale·A·B {list(lazy.shape)} is materialized there. The result is correct, but "
+            "it takes the memory of a dense weight. Leave the weight out with exclude=, or pass "
+            'on_dense="allow" to accept this'
         )
         if self.on_dense == "error":
             raise DenseError(message)
-        site = (lazy.path, primitive, line)
-        if self.on_dense == "warn" and site not in self._told:
-            self._told.add(site)
+        site = (str(lazy.origin), primitive, line)
+        if self.on_dense == "warn" and site not in self._warned:
+            self._warned.add(site)
             warnings.warn(message, DenseWarning, stacklevel=2)
         return to_dense(lazy)

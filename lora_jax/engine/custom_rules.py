@@ -121,7 +121,7 @@ def apply_rule(ctx: Context, rule: Rule, eqn: Any, args: Sequence[Any]) -> Any:
             operands.append(x.w)
             continue
         operand = None if grouped is None else _operand(ctx, x, grouped)
-        operands.append(ctx.make_dense(x, eqn) if operand is None else operand)
+        operands.append(ctx.densify(x, eqn) if operand is None else operand)
     if ctx.infers:
         return jaxprs.bind(eqn, operands)
     if not any(isinstance(x, Operand) for x in operands):
@@ -136,8 +136,8 @@ def _grouped(eqn: Any, lazy: LazyWeight, letters: str) -> dict[str, list[Axis]]:
     """The axes of the view by the letter of each."""
     if len(letters) != len(lazy.axes):
         raise LayoutError(
-            f"{lazy.path}: the rule for {eqn.primitive.name!r} has the layout {letters!r}, but the "
-            f"input has the shape {list(lazy.shape)}"
+            f"{lazy.origin}: the rule for {eqn.primitive.name!r} has the layout {letters!r}, but "
+            f"the input has the shape {list(lazy.shape)}"
         )
     pairs = list(zip(lazy.axes, letters, strict=True))
     return {kind: [axis for axis, letter in pairs if letter == kind] for kind in "bio"}

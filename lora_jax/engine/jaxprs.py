@@ -86,7 +86,7 @@ def shardings(eqn: Any) -> tuple[Sequence[Any], Sequence[Any]]:
     return given(eqn.params["in_shardings"]), given(eqn.params["out_shardings"])
 
 
-def called(eqn: Any) -> tuple[Any, Sequence[Any]] | None:
+def called_program(eqn: Any) -> tuple[Any, Sequence[Any]] | None:
     """(jaxpr, consts) of a program that `eqn` calls on its own inputs, if it holds one."""
     avals = [(atom.aval.shape, atom.aval.dtype) for atom in eqn.invars]
     for value in eqn.params.values():
@@ -94,12 +94,6 @@ def called(eqn: Any) -> tuple[Any, Sequence[Any]] | None:
         if hasattr(jaxpr, "eqns") and avals == [(v.aval.shape, v.aval.dtype) for v in jaxpr.invars]:
             return jaxpr, consts
     return None
-
-
-def last_uses(jaxpr: Any) -> dict[Any, int]:
-    """For each variable the index of the last equation that reads it (outputs never end)."""
-    last = {v: i for i, eqn in enumerate(jaxpr.eqns) for v in eqn.invars if is_var(v)}
-    return last | {v: len(jaxpr.eqns) for v in jaxpr.outvars if is_var(v)}
 
 
 def is_var(atom: Any) -> bool:

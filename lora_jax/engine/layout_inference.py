@@ -12,9 +12,9 @@ from lora_jax.core.layout import Layout
 from lora_jax.core.paths import path_str
 from lora_jax.engine.context import Context
 from lora_jax.engine.custom_rules import Rule
-from lora_jax.engine.lazy_weight import track
+from lora_jax.engine.lazy_weight import LazyWeight
 from lora_jax.engine.program import Program
-from lora_jax.engine.uses import OPAQUE, OR, Use, Uses
+from lora_jax.engine.uses import OPAQUE, Use, Uses
 
 #: The widest window of a 2-D convolution that is told from a stack of other kernels.
 MAX_WINDOW = 32
@@ -42,7 +42,7 @@ def infer_uses(
 
     def run(arrays: dict[int, Any]) -> None:
         leaves = [
-            track(arrays[i], names[i]) if i in names else arrays.get(i, leaf)
+            LazyWeight.tracked(arrays[i], names[i]) if i in names else arrays.get(i, leaf)
             for i, (_, leaf) in enumerate(flat)
         ]
         Program(fn, treedef, leaves).evaluate(Context(uses=uses, rules=rules), leaves)
@@ -56,8 +56,7 @@ def infer_uses(
     jax.eval_shape(run, dynamic)
     found: dict[str, list[Use]] = {name: [] for name in names.values()}
     for use in uses:
-        for path in [use.path] if use.path in found else use.path.split(OR):
-            found[path].append(use)
+        found[use.path].append(use)
     return found
 
 
@@ -86,14 +85,16 @@ def layout_from_uses(ndim: int, uses: Sequence[Use]) -> Layout | None:
     if not found:
         return None
     names = tuple(dict.fromkeys(use.primitive for use in found))
+    lookup_only = names == ("gather",)
     kinds = []
     for axis in range(ndim):
         seen = [use.axes.get(axis, "o") for use in found]
         kinds.append(next((kind for kind in seen if kind != "b"), "b"))
     if {"i", "o"} <= set(kinds):
-        return Layout("".join(kinds), names)
+        return Layout("".join(kinds), names, lookup_only)
     # One use's in is another's batch: only the first use's own reading is sure to have both.
-    return Layout("".join(found[0].axes.get(axis, "o") for axis in range(ndim)), names)
+    axes = "".join(found[0].axes.get(axis, "o") for axis in range(ndim))
+    return Layout(axes, names, lookup_only)
 
 
 def layout_from_shape(path: str, shape: Sequence[int]) -> Layout:
@@ -138,7 +139,7 @@ def layouts_of(
     problems: list[Exception] = []
     for path in targets:
         shape = leaves[path].shape
-        named = config.for_path(path)[2]
+        named = config.for_path(path).layout
         try:
             if named is not None:
                 found[path] = _named_layout(path, shape, named)

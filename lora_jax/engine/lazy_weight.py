@@ -9,9 +9,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from lora_jax.core.dora import gain
+from lora_jax.core.dora import dora_gain
 from lora_jax.core.dtypes import accumulator
 from lora_jax.core.weights import LoraWeight, TrainedRows
+from lora_jax.engine.provenance import Provenance
 
 
 class Axis(NamedTuple):
@@ -61,31 +62,75 @@ class LazyWeight:
     gain_axes: tuple[Axis, ...] = dataclasses.field(metadata=STATIC, default=())
     shape: tuple[int, ...] = dataclasses.field(metadata=STATIC)
     dtype: Any = dataclasses.field(metadata=STATIC)
-    path: str = dataclasses.field(metadata=STATIC)
+    origin: Provenance = dataclasses.field(metadata=STATIC)
     dropout: float = dataclasses.field(metadata=STATIC, default=0.0)
     # what the factors stand for where they only observe the inputs: one of the names in `probes`
     probe: str = dataclasses.field(metadata=STATIC, default="")
-    # How the view came about, for the inference of layouts:
-    ndim: int = dataclasses.field(metadata=STATIC)  # the parameter's number of axes
-    # parameter axes that were indexed away, by a loop or by a number
-    indexed: tuple[int, ...] = dataclasses.field(metadata=STATIC, default=())
-    # the factor whose rows were picked by an array of ids, "a" while uses are inferred
-    looked_up: str = dataclasses.field(metadata=STATIC, default="")
-    # whether something that no rule covers (a mask, a norm) was done to it on the way
-    altered: bool = dataclasses.field(metadata=STATIC, default=False)
-    # of a view of several parameters the path of each and its number of axes: origins count on
-    # from one to the next
-    parts: tuple[tuple[str, int], ...] = dataclasses.field(metadata=STATIC, default=())
+
+    @classmethod
+    def of(cls, node: LoraWeight, path: str, rank_first: bool = False) -> "LazyWeight":
+        """Return the lazy form of `node`.
+
+        With `rank_first` A is `[*batch, rank, *in]`, which is how B is laid out.
+        """
+        axes, (batch, ins, outs) = _named(node)
+        # An explicit mesh's shards cannot be flattened, which a transposed A has to be.
+        rank_first = rank_first and not any(jax.typeof(node.a).sharding.spec)
+        a, b = _factors(node.a, node.b, node.scale, rank_first)
+        return cls(
+            # The base is frozen: no dW is formed, whatever the caller differentiates.
+            lax.stop_gradient(node.w),
+            a,
+            b,
+            node.key,
+            None if node.magnitude is None else _dora_gain(node),
+            axes=axes,
+            a_axes=(*batch, RANK, *ins) if rank_first else (*batch, *ins, RANK),
+            b_axes=(*batch, RANK, *outs),
+            key_axes=batch if node.key is not None else (),
+            gain_axes=() if node.magnitude is None else (*batch, *outs),
+            shape=node.w.shape,
+            dtype=node.w.dtype,
+            origin=Provenance.of(path, node.w.ndim),
+            dropout=node.dropout if node.key is not None else 0.0,
+        )
+
+    @classmethod
+    def of_rows(cls, node: TrainedRows, path: str) -> "LazyWeight":
+        """Return the lazy form of `node`: `W + onehot(rows) · (value − W[rows])`, of rank k.
+
+        The one-hot A `[*batch, k, rows of W]` is a constant, so every rule for factors serves
+        trained rows too.
+        """
+        axes, (batch, _, _) = _named(node)
+        w = lax.stop_gradient(node.w)
+        dtype = accumulator(node.value.dtype, w.dtype)
+        update = node.value.astype(dtype) - node.select(w).astype(dtype)
+        one_hot = jax.nn.one_hot(jnp.asarray(node.rows), w.shape[node.axis], dtype=dtype)
+        return cls(
+            w,
+            jnp.broadcast_to(one_hot, (*node.layout.select("b", w.shape), *one_hot.shape)),
+            jnp.where(lax.stop_gradient(node.scale) != 0, update, jnp.zeros_like(update)),
+            None,
+            axes=axes,
+            a_axes=(*batch, RANK, axes[node.axis]),
+            b_axes=(*batch, RANK, *(axes[i] for i in node.others)),
+            shape=w.shape,
+            dtype=w.dtype,
+            origin=Provenance.of(path, w.ndim),
+        )
+
+    @classmethod
+    def tracked(cls, w: Any, path: str) -> "LazyWeight":
+        """Return a weight without factors, to see how a program uses `w`."""
+        axes = tuple(Axis((i,), i) for i in range(w.ndim))
+        origin = Provenance.of(path, w.ndim)
+        return cls(w, None, None, None, axes=axes, shape=w.shape, dtype=w.dtype, origin=origin)
 
     @property
     def sizes(self) -> dict[Hashable, int]:
         """The size of every axis of the view."""
         return dict(zip(self.axes, self.shape, strict=True))
-
-    @property
-    def sources(self) -> tuple[tuple[str, int], ...]:
-        """The path and the number of axes of each parameter that this is a view of."""
-        return self.parts or ((self.path, self.ndim),)
 
     @property
     def rank(self) -> int:
@@ -95,8 +140,8 @@ class LazyWeight:
     @property
     def is_whole(self) -> bool:
         """Whether the view has each axis of a parameter of two axes or more, and nothing else."""
-        origins = sorted(axis.origins for axis in self.axes)
-        return self.ndim > 1 and not self.looked_up and origins == [(i,) for i in range(self.ndim)]
+        ndim, origins = self.origin.ndim, sorted(axis.origins for axis in self.axes)
+        return ndim > 1 and not self.origin.looked_up and origins == [(i,) for i in range(ndim)]
 
     def axes_of(self, member: str) -> tuple[Axis, ...]:
         """The names of the axes of a member, "a", "b" or "key"."""
@@ -146,66 +191,10 @@ class LazyWeight:
         return self.map_members(one)
 
 
-def track(w: Any, path: str) -> LazyWeight:
-    """A weight without factors, to see how a program uses it."""
-    axes = tuple(Axis((i,), i) for i in range(w.ndim))
-    return LazyWeight(
-        w, None, None, None, axes=axes, shape=w.shape, dtype=w.dtype, path=path, ndim=w.ndim
-    )
-
-
-def lazy(node: LoraWeight, path: str, rank_first: bool = False) -> LazyWeight:
-    """The lazy form of a `LoraWeight`; with `rank_first` A is `[*batch, rank, *in]`, as B is."""
+def _named(node: LoraWeight | TrainedRows) -> tuple[tuple[Axis, ...], list[tuple[Axis, ...]]]:
+    """Return names for the axes of a weight, and those of its batch, in and out axes."""
     axes = tuple(Axis((i,), i) for i in range(node.w.ndim))
-    batch, ins, outs = (tuple(axes[i] for i in node.layout.positions(kind)) for kind in "bio")
-    # An explicit mesh's shards cannot be flattened, which a transposed A has to be.
-    rank_first = rank_first and not any(jax.typeof(node.a).sharding.spec)
-    a, b = _factors(node.a, node.b, node.scale, rank_first)
-    return LazyWeight(
-        # The base is frozen: no dW is formed, whatever the caller differentiates.
-        lax.stop_gradient(node.w),
-        a,
-        b,
-        node.key,
-        None if node.magnitude is None else _gain(node),
-        axes=axes,
-        a_axes=(*batch, RANK, *ins) if rank_first else (*batch, *ins, RANK),
-        b_axes=(*batch, RANK, *outs),
-        key_axes=batch if node.key is not None else (),
-        gain_axes=() if node.magnitude is None else (*batch, *outs),
-        shape=node.w.shape,
-        dtype=node.w.dtype,
-        path=path,
-        dropout=node.dropout if node.key is not None else 0.0,
-        ndim=node.w.ndim,
-    )
-
-
-def lazy_rows(node: TrainedRows, path: str) -> LazyWeight:
-    """The lazy form of `TrainedRows`: `W + onehot(rows) · (value − W[rows])`, of rank k.
-
-    The one-hot A `[k, rows of W]` is a constant, so that every rule for factors serves rows too.
-    """
-    axes = tuple(Axis((i,), i) for i in range(node.w.ndim))
-    batch, ins, outs = (tuple(axes[i] for i in node.layout.positions(kind)) for kind in "bio")
-    w = lax.stop_gradient(node.w)
-    dtype = accumulator(node.value.dtype, w.dtype)
-    update = node.value.astype(dtype) - node.select(w).astype(dtype)
-    size = node.layout.select("i", w.shape)[0]
-    one_hot = jax.nn.one_hot(jnp.asarray(node.rows), size, dtype=dtype)
-    return LazyWeight(
-        w,
-        jnp.broadcast_to(one_hot, (*node.layout.select("b", w.shape), *one_hot.shape)),
-        jnp.where(lax.stop_gradient(node.scale) != 0, update, jnp.zeros_like(update)),
-        None,
-        axes=axes,
-        a_axes=(*batch, RANK, *ins),
-        b_axes=(*batch, RANK, *outs),
-        shape=w.shape,
-        dtype=w.dtype,
-        path=path,
-        ndim=w.ndim,
-    )
+    return axes, [tuple(axes[i] for i in node.layout.positions(kind)) for kind in "bio"]
 
 
 @functools.partial(jax.jit, static_argnames="rank_first")
@@ -228,7 +217,7 @@ def _factors(
     return a, lax.mul(b.astype(dtype), scale)
 
 
-_gain = jax.jit(gain)  # like weights are traced once
+_dora_gain = jax.jit(dora_gain)  # like weights are traced once
 
 
 def tangents(primal: LazyWeight, da: Any, db: Any) -> tuple[LazyWeight, LazyWeight]:

@@ -16,6 +16,7 @@ from lora_jax.engine.arithmetic import add, branch_dtypes
 from lora_jax.engine.forms import Forms
 from lora_jax.engine.lazy_weight import RANK, STATIC, Axis, LazyWeight
 from lora_jax.engine.probes import observe
+from lora_jax.engine.provenance import Provenance
 
 #: The one axis that several axes of an activation become in a flattened product.
 TOKENS = Axis((), -1_000_000)
@@ -49,9 +50,7 @@ class Product:
         """The product of `x`, its axes named by `x_axes`, to be laid out as `out_axes`."""
         return cls(
             # What the numbers do not depend on is left out, so that JAX traces like ones once.
-            dataclasses.replace(
-                lazy, w=None, gain=None, gain_axes=(), path="", parts=(), indexed=(), looked_up=""
-            ),
+            dataclasses.replace(lazy, w=None, gain=None, gain_axes=(), origin=Provenance(())),
             x,
             x_axes=tuple(x_axes),
             out_axes=tuple(out_axes),

@@ -33,7 +33,7 @@ class Program:
     def evaluate(self, ctx: Context, leaves: Sequence[Any]) -> Any:
         """What the function returns on leaves like those it was traced on."""
         outs = interpret(ctx, self.jaxpr, self.consts, [leaves[i] for i in self._dynamic])
-        arrays = iter(ctx.returned(x) if is_lazy(x) else x for x in outs)
+        arrays = iter(ctx.densify_output(x) if is_lazy(x) else x for x in outs)
         merged = [
             next(arrays) if is_array else static
             for is_array, static in zip(self._is_array, self._static_out, strict=True)

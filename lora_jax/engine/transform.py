@@ -14,7 +14,7 @@ from lora_jax.core.weights import LoraWeight, TrainedLeaf, TrainedRows, is_adapt
 from lora_jax.engine.context import POLICIES, Context
 from lora_jax.engine.custom_rules import Rule, check_rules
 from lora_jax.engine.forms import Forms
-from lora_jax.engine.lazy_weight import lazy, lazy_rows
+from lora_jax.engine.lazy_weight import LazyWeight
 from lora_jax.engine.program import Program
 
 
@@ -90,9 +90,9 @@ def _enter(path: str, leaf: Any, forms: Forms) -> Any:
     if is_adapted(leaf):
         require_whole(path, leaf)
     if isinstance(leaf, LoraWeight):
-        return lazy(leaf, path, forms.rank_first)
+        return LazyWeight.of(leaf, path, forms.rank_first)
     if isinstance(leaf, TrainedRows):
-        return lazy_rows(leaf, path)
+        return LazyWeight.of_rows(leaf, path)
     if isinstance(leaf, TrainedLeaf):
         return dense(
             TrainedLeaf(lax.stop_gradient(leaf.w), leaf.value, lax.stop_gradient(leaf.scale))

@@ -8,9 +8,6 @@ from lora_jax.engine.lazy_weight import LazyWeight
 #: Primitives that take arrays apart in ways no one can see: their use of a weight says nothing.
 OPAQUE = ("pallas_call", "pure_callback", "io_callback", "ffi_call", "custom_call", "shard_map")
 
-#: Between the paths of a weight that is one of several, as a branch chooses.
-OR = " or "
-
 
 @dataclasses.dataclass(frozen=True)
 class Use:
@@ -30,19 +27,19 @@ def uses_of(
 ) -> list[Use]:
     """One use of each parameter in a view, from the kinds of all their axes."""
     uses, start = [], 0
-    for path, ndim in lazy.sources:
+    for paths, ndim in lazy.origin.sources:
         own = {axis - start: kind for axis, kind in kinds.items() if 0 <= axis - start < ndim}
-        uses.append(Use(path, primitive, line, own, is_operand))
+        uses += [Use(path, primitive, line, own, is_operand) for path in paths]
         start += ndim
     return uses
 
 
 def dense_uses(lazy: LazyWeight, primitive: str, line: str) -> list[Use]:
     """A use that is no contraction; where rows were looked up before, it is that lookup."""
-    if not lazy.looked_up:
+    if not lazy.origin.looked_up:
         return uses_of(lazy, primitive, line, {})
     kinds = {origin: "o" for axis in lazy.axes for origin in axis.origins}
-    return uses_of(lazy, "gather", line, kinds | dict.fromkeys(lazy.indexed, "i"))
+    return uses_of(lazy, "gather", line, kinds | dict.fromkeys(lazy.origin.indexed, "i"))
 
 
 Uses = Mapping[str, Sequence[Use]] | None

@@ -15,7 +15,7 @@ from lora_jax.core.weights import LoraWeight, TrainedLeaf, TrainedRows, is_adapt
 from lora_jax.engine.context import Context
 from lora_jax.engine.custom_rules import Rule
 from lora_jax.engine.forms import PLAIN
-from lora_jax.engine.lazy_weight import LazyWeight, lazy, lazy_rows
+from lora_jax.engine.lazy_weight import LazyWeight
 from lora_jax.engine.probes import PRODUCTS, SUMS
 from lora_jax.engine.program import Program
 from lora_jax.initializers.example_batches import Batch, summed
@@ -103,12 +103,12 @@ def _objective(
         if isinstance(leaf, TrainedLeaf):
             return dense(leaf)
         if isinstance(leaf, TrainedRows):
-            return lazy_rows(leaf, name)
+            return LazyWeight.of_rows(leaf, name)
         if not isinstance(leaf, LoraWeight):
             return leaf
         if path[:2] == first and name in sketches:
             return _probing(leaf, name, sketches[name], probe)
-        return lazy(leaf, name)
+        return LazyWeight.of(leaf, name)
 
     leaves = [entered(path, leaf) for path, leaf in flat]
     # The weight is dense where no rule covers its use; its inputs are not seen there.
@@ -125,4 +125,4 @@ def _probing(node: LoraWeight, path: str, sketch: jax.Array, probe: str) -> Lazy
     a = sketch.reshape(node.layout.a_shape(shape, columns))
     b = jnp.zeros(node.layout.b_shape(shape, columns), a.dtype)
     bare = LoraWeight(node.w, a, b, jnp.ones_like(node.scale), layout=node.layout)
-    return dataclasses.replace(lazy(bare, path), probe=probe)
+    return dataclasses.replace(LazyWeight.of(bare, path), probe=probe)

@@ -14,6 +14,7 @@ from lora_jax.core.weights import LoraWeight
 from lora_jax.engine.forms import Forms
 from lora_jax.engine.lazy_weight import RANK, Axis, LazyWeight
 from lora_jax.engine.products import Product, adapted
+from lora_jax.engine.provenance import Provenance
 from lora_jax.layers.initial import check_sizes
 
 Params = dict[str, Any]
@@ -90,8 +91,7 @@ def apply(params: Params, x: jax.Array, alpha: Any = None) -> jax.Array:
         b_axes=(RANK, outer),
         shape=(a.shape[0], b.shape[1]),
         dtype=jnp.result_type(a.dtype, params["b"].dtype),
-        path="",
-        ndim=2,
+        origin=Provenance.of("", 2),
     )
     free = [Axis((), -2 - i) for i in range(x.ndim - 1)]
     product = Product.of(lazy, x, (*free, inner), (*free, outer))

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, fields
 from functools import partial
 from typing import Any, ClassVar
 
+from lora_jax.core.checks import is_integer
 from lora_jax.models.rope import Rope
 
 #: Defaults per model type, for what its config.json leaves out.
@@ -92,7 +93,7 @@ class LlamaConfig:
             value = getattr(self, f.name)
             if f.name == but:
                 continue
-            is_int = isinstance(value, int) and not isinstance(value, bool) and value > 0
+            is_int = is_integer(value) and value > 0
             if f.type is int and not is_int:
                 raise ValueError(f"LlamaConfig.{f.name} must be a positive int, got {value!r}")
             if f.type is bool and not isinstance(value, bool):

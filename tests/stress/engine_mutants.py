@@ -98,7 +98,7 @@ MUTANTS = [
         "form W + A·B in place of the branch",
         "engine/interpreter.py",
         "    if not any(map(is_lazy, values)):\n",
-        "    from lora_jax.lazy import to_dense\n"
+        "    from lora_jax.engine.arithmetic import to_dense\n"
         "    values = [to_dense(v) if is_lazy(v) else v for v in values]\n"
         "    if not any(map(is_lazy, values)):\n",
     ),
@@ -136,7 +136,7 @@ MUTANTS = [
     Mutant(
         "forget the gain where the outputs are contracted",
         "engine/rules/dot_general.py",
-        "x = with_gain(x, product.x_axes, lazy)",
+        "x = apply_gain(x, product.x_axes, lazy)",
         "pass",
     ),
 ]

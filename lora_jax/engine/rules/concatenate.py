@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from lora_jax.engine import jaxprs, named_axes
+from lora_jax.core.dtypes import wider
+from lora_jax.engine import jaxprs, named_axes, provenance
 from lora_jax.engine.context import Context
 from lora_jax.engine.lazy_weight import RANK, Axis, LazyWeight, is_lazy
 from lora_jax.engine.rules.registry import Rule, rule
@@ -58,7 +59,7 @@ def _join(
 ) -> Any:
     """One weight of the parts: the base through the equation, the members by `combine`."""
     weights = [x for x in parts if is_lazy(x)]
-    if any(x.looked_up for x in weights):
+    if any(x.origin.looked_up for x in weights):
         return NotImplemented  # rows are an activation
     tangent = any(x.w is None for x in weights)
     if tangent and not all(is_lazy(x) and x.w is None for x in parts):
@@ -68,8 +69,9 @@ def _join(
     common = iter(_with_common_axes(weights))
     named = [next(common) if is_lazy(x) else None for x in parts]
     first = next(filter(None, named))
-    altered = first.altered or len(weights) < len(parts)
-    whole = dataclasses.replace(first, w=w, shape=aval.shape, dtype=aval.dtype, altered=altered)
+    altered = first.origin.altered or len(weights) < len(parts)
+    origin = dataclasses.replace(first.origin, altered=altered)
+    whole = dataclasses.replace(first, w=w, shape=aval.shape, dtype=aval.dtype, origin=origin)
     if first.a is None:
         return [whole]
     oriented = _oriented_alike(named)
@@ -79,29 +81,12 @@ def _join(
 
 def _with_common_axes(weights: Sequence[LazyWeight]) -> list[LazyWeight]:
     """The same weights under one set of names for axes, which come from the axes of all of them."""
-    sources = dict(source for x in weights for source in x.sources)
-    starts, start = {}, 0
-    for path, ndim in sources.items():
-        starts[path] = start
-        start += ndim
-
-    def shifted(x: LazyWeight, origins: Sequence[int]) -> list[int]:
-        """Origins among the axes of all parameters, from origins among those of `x`."""
-        table = [starts[path] + i for path, ndim in x.sources for i in range(ndim)]
-        return [table[o] for o in origins]
-
-    uids = range(len(weights[0].axes))
-    origins = [{o for x in weights for o in shifted(x, x.axes[i].origins)} for i in uids]
-    axes = [Axis(tuple(sorted(o)), i) for i, o in zip(uids, origins, strict=True)]
-    indexed = {o for x in weights for o in shifted(x, x.indexed)}
-    provenance: dict[str, Any] = {
-        "path": " + ".join(sources),
-        "parts": tuple(sources.items()),
-        "ndim": start,
-        "indexed": tuple(sorted(indexed)),
-        "altered": any(x.altered for x in weights),
-    }
-    return [dataclasses.replace(x.renamed(axes), **provenance) for x in weights]
+    origin, numbers = provenance.join([x.origin for x in weights])
+    axes = []
+    for uid, column in enumerate(zip(*(x.axes for x in weights), strict=True)):
+        origins = {n[o] for axis, n in zip(column, numbers, strict=True) for o in axis.origins}
+        axes.append(Axis(tuple(sorted(origins)), uid))
+    return [dataclasses.replace(x.renamed(axes), origin=origin) for x in weights]
 
 
 def _oriented_alike(parts: Parts) -> Parts | None:
@@ -244,5 +229,5 @@ def _alike(parts: Parts, name: str) -> list[jax.Array | None]:
     dtypes = {x.dtype for x in arrays if x is not None}
     if len(dtypes) == 1:
         return arrays
-    wide = max(dtypes, key=lambda dtype: dtype.itemsize)
+    wide = wider(*dtypes)
     return [None if x is None else x.astype(wide) for x in arrays]

@@ -7,11 +7,11 @@ from typing import Any
 import jax
 from jax import lax
 
-from lora_jax.engine import jaxprs
+from lora_jax.engine import jaxprs, provenance
 from lora_jax.engine.context import Context
 from lora_jax.engine.lazy_weight import MEMBERS, RANK, Axis, LazyWeight, is_lazy
+from lora_jax.engine.provenance import Provenance
 from lora_jax.engine.rules.registry import Container, Walk, rule
-from lora_jax.engine.uses import OR
 
 CONTAINERS: dict[str, Container] = {}
 
@@ -93,8 +93,10 @@ def _chosen(outs: Sequence[Any]) -> LazyWeight | None:
     """The one form of an output that is a weight in every branch, or None."""
     if not all(map(is_lazy, outs)):
         return None
-    paths = dict.fromkeys(path for x in outs for path in x.path.split(OR))
-    forms = [_normalised(x, OR.join(paths)) for x in outs]
+    origin = provenance.choose([x.origin for x in outs])
+    if origin is None:
+        return None
+    forms = [_normalised(x, origin) for x in outs]
     kinds = {
         (jax.tree.structure(x), tuple((leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(x)))
         for x in forms
@@ -102,7 +104,7 @@ def _chosen(outs: Sequence[Any]) -> LazyWeight | None:
     return forms[0] if len(kinds) == 1 else None
 
 
-def _normalised(lazy: LazyWeight, path: str) -> LazyWeight:
+def _normalised(lazy: LazyWeight, origin: Provenance) -> LazyWeight:
     """The same weight with its axes named by their places, as in every branch."""
     names = {axis: Axis(axis.origins, i) for i, axis in enumerate(lazy.axes)} | {RANK: RANK}
     for _, axes in MEMBERS:  # summed axes, which the factors alone have
@@ -110,10 +112,10 @@ def _normalised(lazy: LazyWeight, path: str) -> LazyWeight:
             names.setdefault(axis, Axis(axis.origins, len(names)))
     renamed = lambda axes: tuple(names[axis] for axis in axes)
     members: dict[str, Any] = {axes: renamed(getattr(lazy, axes)) for _, axes in MEMBERS}
-    return dataclasses.replace(lazy, axes=renamed(lazy.axes), path=path, **members)
+    return dataclasses.replace(lazy, axes=renamed(lazy.axes), origin=origin, **members)
 
 
 def _finish(ctx: Context, eqn: Any, x: Any, chosen: LazyWeight | None) -> Any:
     if chosen is not None:
-        return _normalised(x, chosen.path)
-    return ctx.make_dense(x, eqn, " (the branches differ in it)") if is_lazy(x) else x
+        return _normalised(x, chosen.origin)
+    return ctx.densify(x, eqn, " (the branches differ in it)") if is_lazy(x) else x

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from lora_jax.engine import jaxprs, named_axes
-from lora_jax.engine.arithmetic import add, branch_dtypes, drop, gains, with_gain
+from lora_jax.engine.arithmetic import add, apply_gain, branch_dtypes, drop, side_that_takes_gain
 from lora_jax.engine.context import Context
 from lora_jax.engine.lazy_weight import RANK, Axis, LazyWeight, is_lazy
 from lora_jax.engine.probes import observe
@@ -28,7 +28,7 @@ def _conv(ctx: Context, eqn: Any, args: Sequence[Any]) -> Any:
     is_kernel = is_lazy(args[1])
     x, lazy = args if is_kernel else args[::-1]
     if is_lazy(x):
-        x = ctx.make_dense(x, eqn, " (both sides are adapted)")
+        x = ctx.densify(x, eqn, " (both sides are adapted)")
     roles = _Roles.of(eqn, lazy, is_kernel)
     ctx.record(lazy, eqn, summed=[roles.inner, *roles.window], batch=[])
     if lazy.a is None:
@@ -36,10 +36,10 @@ def _conv(ctx: Context, eqn: Any, args: Sequence[Any]) -> Any:
     a_axes, b_axes = set(lazy.a_axes) - {RANK}, set(lazy.b_axes) - {RANK}
     x_axes, out_axes = ([Axis((), -2 - i) for i in range(x.ndim)] for _ in range(2))
     x_axes[roles.x_inner], out_axes[roles.out] = roles.inner, roles.outer
-    takes_gain = gains(lazy, x_axes if roles.groups == 1 else (), out_axes)
+    takes_gain = side_that_takes_gain(lazy, x_axes if roles.groups == 1 else (), out_axes)
     if takes_gain is None:
         return NotImplemented
-    x = with_gain(x, x_axes, lazy) if takes_gain == "x" else x
+    x = apply_gain(x, x_axes, lazy) if takes_gain == "x" else x
     if b_axes <= {roles.outer} and a_axes <= {roles.inner, *roles.window}:
         if lazy.probe:
             return [_observed(eqn, lazy, x, roles)]
@@ -55,7 +55,7 @@ def _conv(ctx: Context, eqn: Any, args: Sequence[Any]) -> Any:
     operands = (x, lazy.w) if is_kernel else (lazy.w, x)
     y = None if lazy.w is None else jaxprs.bind(eqn, operands)[0]
     total = add(y, update, eqn.outvars[0].aval.dtype)
-    return [with_gain(total, out_axes, lazy) if takes_gain == "out" else total]
+    return [apply_gain(total, out_axes, lazy) if takes_gain == "out" else total]
 
 
 @dataclasses.dataclass(frozen=True)

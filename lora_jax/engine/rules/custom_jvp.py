@@ -24,11 +24,11 @@ def _custom_jvp(ctx: Context, eqn: Any, args: Sequence[Any], walk: Walk) -> list
     if any(is_lazy(x) and x.probe for x in args):
         return walk(jaxpr, consts, args)  # the author's derivative would not reach what observes
     n_consts = eqn.params["num_consts"]
-    args = [ctx.undirected(x, eqn) for x in args]
+    args = [ctx.densify_gain(x, eqn) for x in args]
 
     @jax.custom_jvp
     def call(*args: Any) -> list[Any]:
-        return [ctx.make_dense(x, eqn) if is_lazy(x) else x for x in walk(jaxpr, consts, args)]
+        return [ctx.densify(x, eqn) if is_lazy(x) else x for x in walk(jaxpr, consts, args)]
 
     def derivative(primals: Sequence[Any], tangents: Sequence[Any]) -> tuple[list[Any], list[Any]]:
         # The rule is linear in the tangents, and a weight's is a sum: so is the outcome.
@@ -56,9 +56,9 @@ def _apply_rule(
     zeros_in = [type(t) is SymbolicZero for t in tangents]
     jaxpr, consts, first, zeros_out = jaxprs.jvp_rule(eqn, zeros_in)
     nonzero = [t for t, zero in zip(tangents, zeros_in, strict=True) if not zero]
-    with ctx.derivative():
+    with ctx.inside_derivative():
         outs = walk(jaxpr, consts, [*first, *primals, *nonzero])
-    outs = [ctx.make_dense(x, eqn) if is_lazy(x) else x for x in outs]
+    outs = [ctx.densify(x, eqn) if is_lazy(x) else x for x in outs]
     out, dots = outs[: len(zeros_out)], iter(outs[len(zeros_out) :])
     return out, [_zero(o) if zero else next(dots) for o, zero in zip(out, zeros_out, strict=True)]
 

@@ -34,11 +34,11 @@ def _custom_vjp(ctx: Context, eqn: Any, args: Sequence[Any], walk: Walk) -> list
     """
     jaxpr, consts = jaxprs.open_jaxpr(eqn.params["call_jaxpr"])
     # The author's derivative knows of no dropout in the branch.
-    args = [ctx.undirected(x, eqn) for x in args]
+    args = [ctx.densify_gain(x, eqn) for x in args]
     args = [_without_dropout(x) if is_lazy(x) else x for x in args]
 
     def dense(outs: Sequence[Any]) -> list[Any]:
-        return [ctx.make_dense(x, eqn) if is_lazy(x) else x for x in outs]
+        return [ctx.densify(x, eqn) if is_lazy(x) else x for x in outs]
 
     def primal(*args: Any) -> list[Any]:
         return dense(walk(jaxpr, consts, args))
@@ -52,7 +52,7 @@ def _custom_vjp(ctx: Context, eqn: Any, args: Sequence[Any], walk: Walk) -> list
         factors = [dataclasses.replace(x, w=None) if is_lazy(x) else None for x in args]
         pullback = _Pullback(second, moving, [x is not None for x in factors], bases)
         for lazy in pullback.whole(factors):
-            ctx.make_dense(lazy, eqn, " (the author's derivative makes all of dW)")
+            ctx.densify(lazy, eqn, " (the author's derivative makes all of dW)")
         n_out = len(eqn.outvars)
         return dense(outs[:n_out]), (pullback, outs[n_out:], factors)
 

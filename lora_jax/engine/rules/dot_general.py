@@ -9,7 +9,7 @@ import jax
 
 from lora_jax.engine import jaxprs
 from lora_jax.engine import products as branches
-from lora_jax.engine.arithmetic import drop, gains, with_gain
+from lora_jax.engine.arithmetic import apply_gain, drop, side_that_takes_gain
 from lora_jax.engine.context import Context
 from lora_jax.engine.lazy_weight import Axis, LazyWeight, is_lazy
 from lora_jax.engine.products import Product, is_shareable
@@ -33,11 +33,11 @@ def _dot_general(ctx: Context, eqn: Any, args: Sequence[Any]) -> Any:
     product, batch = _product(eqn, lazy, x, weight_is_left)
     summed = [axis for axis in product.x_axes if axis not in product.out_axes]
     ctx.record(lazy, eqn, summed=summed, batch=batch)
-    takes_gain = gains(lazy, product.x_axes, product.out_axes)
+    takes_gain = side_that_takes_gain(lazy, product.x_axes, product.out_axes)
     if takes_gain is None:
         return NotImplemented
     if takes_gain == "x":
-        x = with_gain(x, product.x_axes, lazy)
+        x = apply_gain(x, product.x_axes, lazy)
         product = dataclasses.replace(product, x=x)
     operands = (lazy.w, x) if weight_is_left else (x, lazy.w)
     y = None if lazy.w is None else jaxprs.bind(eqn, operands)[0]
@@ -50,8 +50,8 @@ def _dot_general(ctx: Context, eqn: Any, args: Sequence[Any]) -> Any:
         product = dataclasses.replace(product, x=drop(x, lazy, ctx.next_site()))
     half = ctx.hidden.pop(id(eqn), product)
     total = branches.adapted(y, half, eqn.outvars[0].aval.dtype, ctx.forms)
-    total = total if batch else ctx.named(total)  # policies tell products with batch axes apart
-    return [with_gain(total, product.out_axes, lazy) if takes_gain == "out" else total]
+    total = total if batch else ctx.name_sum(total)  # policies tell products with batch axes apart
+    return [apply_gain(total, product.out_axes, lazy) if takes_gain == "out" else total]
 
 
 def share(ctx: Context, products: Sequence[tuple[Any, Sequence[Any]]]) -> None:
@@ -60,9 +60,9 @@ def share(ctx: Context, products: Sequence[tuple[Any, Sequence[Any]]]) -> None:
     for eqn, args in products:
         if sum(map(is_lazy, args)) == 1:
             lazy, x = sorted(args, key=is_lazy, reverse=True)
-            if lazy.a is not None and lazy.w is not None and not lazy.looked_up:
+            if lazy.a is not None and lazy.w is not None and not lazy.origin.looked_up:
                 product, _ = _product(eqn, lazy, x, is_lazy(args[0]))
-                after = gains(lazy, product.x_axes, product.out_axes) == "out"
+                after = side_that_takes_gain(lazy, product.x_axes, product.out_axes) == "out"
                 if after and is_shareable(product):
                     found[product.compute].append((eqn, product))
     for group in found.values():
@@ -74,7 +74,7 @@ def share(ctx: Context, products: Sequence[tuple[Any, Sequence[Any]]]) -> None:
 def _weight_is_left(left: Any, right: Any) -> bool:
     """Of two lazy operands the right one is the weight, unless it is rows that were looked up."""
     if is_lazy(left) and is_lazy(right):
-        return bool(right.indexed) and not left.indexed
+        return bool(right.origin.indexed) and not left.origin.indexed
     return is_lazy(left)
 
 
@@ -83,7 +83,7 @@ def _as_activation(
 ) -> jax.Array:
     """The dense form of a weight that meets another weight."""
     if not ctx.infers:
-        return ctx.make_dense(lazy, eqn, " (both sides are adapted)")
+        return ctx.densify(lazy, eqn, " (both sides are adapted)")
     axes = lazy.axes
     ctx.record(lazy, eqn, [axes[i] for i in summed], [axes[i] for i in batch], is_operand=True)
     return lazy.w

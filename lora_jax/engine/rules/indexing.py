@@ -71,7 +71,8 @@ def _gather(ctx: Context, eqn: Any, args: Sequence[Any]) -> Any:
         moved = mark_indexed(moved, axis)
     factors = [_only_factor(lazy, axis) for axis in gather.picked]
     rows_of = next(filter(None, factors), "") if lazy.a is not None else "a"
-    outs = viewed(eqn, dataclasses.replace(moved, looked_up=rows_of), gather.axes, indices)
+    origin = dataclasses.replace(moved.origin, looked_up=rows_of)
+    outs = viewed(eqn, dataclasses.replace(moved, origin=origin), gather.axes, indices)
     # Rows of A are an activation, as an embedding's are. But one list of ids that names no more
     # rows than there are may permute or select inputs: there the reader of the rows decides.
     return [to_dense(out) for out in outs] if "a" in factors and not gather.is_list else outs
@@ -193,10 +194,10 @@ def rows_as_activation(eqn: Any, args: Sequence[Any]) -> Sequence[Any]:
     themselves, or has the rows on its right, reads them as a weight: `x @ w[permutation]`.
     """
     rows, x = args
-    if not is_lazy(rows) or not rows.looked_up or rows.a is None:
+    if not is_lazy(rows) or not rows.origin.looked_up or rows.a is None:
         return args
     (summed, _), _ = eqn.params["dimension_numbers"]
-    picked_from = rows.a_axes if rows.looked_up == "a" else rows.b_axes
+    picked_from = rows.a_axes if rows.origin.looked_up == "a" else rows.b_axes
     if any(rows.axes[i] in picked_from for i in summed):
         return args
     # r multiply-adds an entry of the rows, against r for each of x and each of the product

@@ -30,7 +30,7 @@ def _jit(ctx: Context, eqn: Any, args: Sequence[Any], walk: Walk) -> list[Any]:
         def sharded(*args: Any) -> list[Any]:
             outs = walk(jaxpr, consts, args)
             pairs = zip(outs, shardings_out, strict=True)
-            return [ctx.make_dense(x, eqn) if is_lazy(x) and s else x for x, s in pairs]
+            return [ctx.densify(x, eqn) if is_lazy(x) and s else x for x, s in pairs]
 
         where = tuple(_placed(x, s) for x, s in zip(args, shardings_in, strict=True))
         return jax.jit(sharded, in_shardings=where, out_shardings=list(shardings_out))(*args)
@@ -67,10 +67,8 @@ def _remat(ctx: Context, eqn: Any, args: Sequence[Any], walk: Walk) -> list[Any]
         args = _behind_a_barrier(ctx, args)
 
     def call(*args: Any) -> list[Any]:
-        before, ctx.rematerialised = ctx.rematerialised, True
-        outs = walk(jaxpr, consts, args)
-        ctx.rematerialised = before
-        return outs
+        with ctx.inside_remat():
+            return walk(jaxpr, consts, args)
 
     return jax.checkpoint(call, policy=policy, prevent_cse=params["prevent_cse"])(*args)
 

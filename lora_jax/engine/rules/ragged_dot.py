@@ -29,7 +29,7 @@ def _ragged_dot(ctx: Context, eqn: Any, args: Sequence[Any]) -> Any:
     if len(grouped) != 1 or {*ragged} & {*x_summed, *x_batch}:
         return NotImplemented  # groups of what is summed, or of the batch: W has no axis of them
     if is_lazy(x):
-        x = ctx.make_dense(x, eqn, " (both sides are adapted)")
+        x = ctx.densify(x, eqn, " (both sides are adapted)")
     x_axes: list[Axis] = [Axis((), -2 - i) for i in range(x.ndim)]
     for x_dim, w_dim in zip((*x_summed, *x_batch), (*w_summed, *w_batch), strict=True):
         x_axes[x_dim] = lazy.axes[w_dim]

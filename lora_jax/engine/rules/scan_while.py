@@ -60,8 +60,8 @@ class _Scanned:
                 moved, names = named_axes.move_first(getattr(lazy, name), getattr(lazy, axes), lead)
                 self.xs[name] = moved
                 static[axes] = tuple(names[1:])
-        indexed = tuple(sorted({*lazy.indexed, *lead.origins}))
-        self._template = dataclasses.replace(lazy, indexed=indexed, **static)
+        origin = lazy.origin.index_away(lead.origins)
+        self._template = dataclasses.replace(lazy, origin=origin, **static)
 
     def inside(self, slices: dict[str, Any]) -> LazyWeight:
         """The weight of one step."""
@@ -88,7 +88,7 @@ class _Carry:
             x if is_lazy(x) and i is o else None for x, i, o in zip(init, ins, outs, strict=True)
         ]
         self.start = [
-            ctx.make_dense(x, eqn, " (the loop changes it)") if is_lazy(x) else x
+            ctx.densify(x, eqn, " (the loop changes it)") if is_lazy(x) else x
             for x, fixed in zip(init, self._fixed, strict=True)
             if fixed is None
         ]
@@ -101,7 +101,7 @@ class _Carry:
     def moving(self, values: Sequence[Any]) -> list[Any]:
         """The values that move, none of them lazy, from every carried value."""
         return [
-            self._ctx.make_dense(x, self._eqn, " (the loop changes it)") if is_lazy(x) else x
+            self._ctx.densify(x, self._eqn, " (the loop changes it)") if is_lazy(x) else x
             for x, fixed in zip(values, self._fixed, strict=True)
             if fixed is None
         ]

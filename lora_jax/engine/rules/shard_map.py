@@ -26,7 +26,7 @@ def _shard_map(ctx: Context, eqn: Any, args: Sequence[Any], walk: Walk) -> Any:
         return NotImplemented  # a sum of shards is no view of the weight
     jaxpr, consts = jaxprs.open_jaxpr(eqn.params["jaxpr"])
     args = [
-        ctx.make_dense(x, eqn) if is_lazy(x) and _parts_inputs(x, s) else x
+        ctx.densify(x, eqn) if is_lazy(x) and _parts_inputs(x, s) else x
         for x, s in zip(args, specs, strict=True)
     ]
     placed = [_specs(x, s) if is_lazy(x) else s for x, s in zip(args, specs, strict=True)]
@@ -40,7 +40,7 @@ def _shard_map(ctx: Context, eqn: Any, args: Sequence[Any], walk: Walk) -> Any:
             for x, var in zip(shards, jaxpr.invars, strict=True)
         ]
         outs = walk(jaxpr, consts, shards)
-        return [ctx.make_dense(x, eqn, " (it is returned)") if is_lazy(x) else x for x in outs]
+        return [ctx.densify(x, eqn, " (it is returned)") if is_lazy(x) else x for x in outs]
 
     arguments["out_specs"] = list(arguments["out_specs"])
     mapped = jax.shard_map(body, in_specs=tuple(flat_specs), **arguments)

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from lora_jax.core.dtypes import wider
 from lora_jax.engine import jaxprs, named_axes
 from lora_jax.engine.context import Context
 from lora_jax.engine.lazy_weight import MEMBERS, Axis, LazyWeight, is_lazy
@@ -75,7 +76,7 @@ def _multiple(ctx: Context, eqn: Any, args: Sequence[Any]) -> Any:
     factor = _factor_with(lazy, varying)
     if factor is None:
         return NotImplemented
-    s = ctx.make_dense(s, eqn) if is_lazy(s) else s
+    s = ctx.densify(s, eqn) if is_lazy(s) else s
     operation = jnp.divide if divides else jnp.multiply
     w = None if lazy.w is None else jaxprs.bind(eqn, [(lazy.w, s), (s, lazy.w)][weights[0]])[0]
     scaled = lazy if lazy.a is None else _along(lazy, factor, operation, s, varying)
@@ -98,7 +99,7 @@ def _along(
     s = jnp.asarray(s).reshape([lazy.sizes[axis] for axis in varying])
     s = s.transpose([varying.index(axis) for axis in axes if axis in varying])
     s = s.reshape([n if axis in varying else 1 for axis, n in zip(axes, array.shape, strict=True)])
-    wide = max(array.dtype, s.dtype, key=lambda dtype: dtype.itemsize)
+    wide = wider(array.dtype, s.dtype)
     return dataclasses.replace(lazy, **{factor: operation(array.astype(wide), s.astype(wide))})
 
 
@@ -161,7 +162,7 @@ def _reshape(ctx: Context, eqn: Any, args: Sequence[Any]) -> Any:
             axes[news[0]] = names[0]
             continue
         for name in names if holders else ():
-            moved = spread(moved, name, {*holders.copy().pop()})
+            moved = spread(moved, name, set(next(iter(holders))))
         origins = [origin for name in names for origin in name.origins]
         for j in news:
             axes[j] = Axis(tuple(sorted(set(origins))), axes[j].uid)
@@ -321,4 +322,4 @@ def _unstack(ctx: Context, eqn: Any, args: Sequence[Any]) -> Any:
 
 def mark_indexed(lazy: LazyWeight, axis: Axis) -> LazyWeight:
     """The view, with the axes of the parameter that `axis` comes from noted as indexed away."""
-    return dataclasses.replace(lazy, indexed=tuple(sorted({*lazy.indexed, *axis.origins})))
+    return dataclasses.replace(lazy, origin=lazy.origin.index_away(axis.origins))
