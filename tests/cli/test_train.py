@@ -99,12 +99,12 @@ def test_another_run_in_its_place(trained, fails):
     assert "already contains a run. Add --resume" in fails(*command)
     changed = [word if word != "3e-2" else "1e-2" for word in command]
     assert "was started with different settings" in fails(*changed, "--resume")
-    assert "lr was 0.03, is 0.01" in fails(*changed, "--resume")
+    assert "lr was 0.03, now 0.01" in fails(*changed, "--resume")
 
 
 def test_another_order_in_its_place(trained, fails):
     _, command = trained
-    assert "shuffle was true, is false" in fails(*command, "--resume", "--no-shuffle")
+    assert "shuffle was true, now false" in fails(*command, "--resume", "--no-shuffle")
 
 
 @pytest.fixture
