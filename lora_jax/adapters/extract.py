@@ -8,9 +8,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lora_jax.adapters.init import train_rows, train_whole
+from lora_jax.adapters.init import new_weight, train_rows, train_whole
 from lora_jax.adapters.plan import Plan, make_plan
 from lora_jax.core import weights
+from lora_jax.core.abstract import on_shapes
 from lora_jax.core.algebra import dense
 from lora_jax.core.config import LoraConfig
 from lora_jax.core.dtypes import accumulator
@@ -19,7 +20,7 @@ from lora_jax.core.layout import Layout
 from lora_jax.core.linalg import balanced, matmul, randomized_svd, truncated_svd
 from lora_jax.core.matrices import as_factors, map_matrices
 from lora_jax.core.paths import flatten_with_paths, path_key
-from lora_jax.core.weights import Adapted, LoraWeight, is_adapted
+from lora_jax.core.weights import Adapted, is_adapted
 from lora_jax.engine.custom_rules import Rule
 
 
@@ -80,7 +81,7 @@ def extract(
     if config.dora:
         raise ConfigError("extract: dora has no meaning here; leave it out of the config")
     found = {
-        path: _where_values_are(functools.partial(_extracted, path, plan, config, exact), *pair)
+        path: on_shapes(functools.partial(_extracted, path, plan, config, exact), *pair)
         for path, pair in pairs.items()
     }
     overlay = plan.rebuild([found[path][0] if path in found else None for path in plan.leaves])
@@ -96,11 +97,10 @@ def _extracted(
     """What the overlay holds at `path`, and the part of the change that it misses."""
     mask = plan.masks.get(path)
     if path in plan.layouts:
-        rank, scale, _ = config.for_path(path)
-        layout, key = plan.layouts[path], path_key(jax.random.key(0), path)
+        chosen, layout = config.for_path(path), plan.layouts[path]
+        rank, scale, key = chosen.rank, chosen.scale, path_key(jax.random.key(0), path)
         a, b, lost, total = _best(layout, rank, config.dtype, exact, key, before, after, scale)
-        scales = jnp.full(layout.select("b", before.shape), scale, accumulator(config.dtype))
-        node = LoraWeight(None, a, b, scales, layout=layout, dropout=float(config.dropout))
+        node = new_weight(None, a, b, scale, layout, config)
         if mask is None:
             return node, _relative(lost.sum(), total.sum())
         missed = _relative(jnp.where(mask, lost, total).sum(), total.sum())
@@ -116,7 +116,7 @@ def _extracted(
 def _as_tuned(path: str, plan: Plan, config: LoraConfig, after: Any) -> Adapted:
     """The node of what trains whole or in rows, with the tuned values."""
     if path in plan.rows:
-        return train_rows(after, *plan.rows[path], config)
+        return train_rows(after, plan.rows[path], config)
     whole, mask = train_whole(after, config), plan.masks.get(path)
     return whole if mask is None else weights.restrict(whole, after, mask)
 
@@ -182,18 +182,12 @@ def _pairs(plan: Plan, tuned: Any) -> dict[str, tuple[Any, Any]]:
 
 
 def _check_scales(plan: Plan, config: LoraConfig) -> None:
-    scales = {path: config.for_path(path)[1] for path in plan.layouts}
+    scales = {path: config.for_path(path).scale for path in plan.layouts}
     wrong = [f"{path}: the scale is {x}" for path, x in scales.items() if not x > 0]
     if wrong:
         raise ConfigError(
             "extract divides by the scale, so alpha must be positive:\n" + "\n".join(wrong)
         )
-
-
-def _where_values_are(run: Callable[..., Extracted], before: Any, after: Any) -> Extracted:
-    """`run`, on shapes alone where one side is a `ShapeDtypeStruct`."""
-    abstract = any(isinstance(x, jax.ShapeDtypeStruct) for x in (before, after))
-    return jax.eval_shape(run, before, after) if abstract else run(before, after)
 
 
 def _as_float(x: Any) -> Any:

@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 
 from lora_jax.adapters.plan import Plan, make_plan
+from lora_jax.adapters.selection import ChosenRows
+from lora_jax.core.abstract import on_shapes
 from lora_jax.core.config import LoraConfig
 from lora_jax.core.dora import column_norms
 from lora_jax.core.dtypes import accumulator
@@ -81,7 +83,7 @@ def finish(plan: "Plan", weights: Mapping[str, LoraWeight], config: LoraConfig) 
     nodes: dict[str, Adapted] = {
         **weights,
         **{path: train_whole(plan.leaves[path], config) for path in plan.whole},
-        **{path: train_rows(plan.leaves[path], *rows, config) for path, rows in plan.rows.items()},
+        **{path: train_rows(plan.leaves[path], rows, config) for path, rows in plan.rows.items()},
     }
     for path, mask in plan.masks.items():
         nodes[path] = restrict(nodes[path], plan.leaves[path], mask)
@@ -103,21 +105,30 @@ def _adapt_all(key: jax.Array, plan: Plan, config: LoraConfig) -> dict[str, Lora
 
 
 def _adapt(key: jax.Array, path: str, w: Any, layout: Layout, config: LoraConfig) -> LoraWeight:
-    rank, scale, _ = config.for_path(path)
+    chosen = config.for_path(path)
+    rank, scale = chosen.rank, chosen.scale
     start = config.init if callable(config.init) else STARTS[config.init]
 
-    def factors(key: jax.Array, w: Any) -> tuple[Any, ...]:
-        own = path_key(key, path)
-        base, a, b = start(own, w, layout, rank, scale, config.dtype)
-        scales = jnp.full(layout.select("b", w.shape), scale, accumulator(config.dtype))
-        return base, a, b, scales
+    def make(key: jax.Array, w: Any) -> LoraWeight:
+        base, a, b = start(path_key(key, path), w, layout, rank, scale, config.dtype)
+        return new_weight(base, a, b, scale, layout, config)
 
-    abstract = isinstance(w, jax.ShapeDtypeStruct)
-    base, a, b, scales = jax.eval_shape(factors, key, w) if abstract else factors(key, w)
-    node = LoraWeight(base, a, b, scales, layout=layout, dropout=float(config.dropout))
+    node = on_shapes(make, key, w)
     _check_start(node, w, rank, config.dtype)
-    node = dataclasses.replace(node, w=_placed_as(w, base))
-    return _with_magnitude(node, config.dtype) if config.dora else node
+    node = dataclasses.replace(node, w=_placed_as(w, node.w))
+    if not config.dora:
+        return node
+    return dataclasses.replace(node, magnitude=on_shapes(_column_norms(config.dtype), node))
+
+
+def new_weight(
+    w: Any, a: jax.Array, b: jax.Array, scale: float, layout: Layout, config: LoraConfig
+) -> LoraWeight:
+    """Return the adapted weight of these factors, every layer of a stack at the same scale."""
+    batch = a.shape[: layout.axes.count("b")]
+    scales = jnp.full(batch, scale, accumulator(config.dtype))
+    layout = dataclasses.replace(layout, lookup_only=False)  # for the initializer alone
+    return LoraWeight(w, a, b, scales, layout=layout, dropout=float(config.dropout))
 
 
 def _check_start(node: LoraWeight, w: Any, rank: int, dtype: Any) -> None:
@@ -149,14 +160,8 @@ def _placed_as(w: Any, base: Any) -> Any:
     return base if same else jax.device_put(base, w.sharding)
 
 
-def _with_magnitude(node: LoraWeight, dtype: Any) -> LoraWeight:
-    def norms(node: LoraWeight) -> jax.Array:
-        return column_norms(node).astype(dtype)
-
-    abstract = isinstance(node.w, jax.ShapeDtypeStruct)
-    return dataclasses.replace(
-        node, magnitude=jax.eval_shape(norms, node) if abstract else norms(node)
-    )
+def _column_norms(dtype: Any) -> Callable[[LoraWeight], jax.Array]:
+    return lambda node: column_norms(node).astype(dtype)
 
 
 def train_whole(w: Any, config: LoraConfig) -> TrainedLeaf:
@@ -165,18 +170,17 @@ def train_whole(w: Any, config: LoraConfig) -> TrainedLeaf:
     def start(w: Any) -> tuple[jax.Array, jax.Array]:
         return jnp.array(w, config.dtype), jnp.ones((), accumulator(config.dtype))
 
-    abstract = isinstance(w, jax.ShapeDtypeStruct)
-    value, scale = jax.eval_shape(start, w) if abstract else start(w)
+    value, scale = on_shapes(start, w)
     return TrainedLeaf(w, value, scale)
 
 
-def train_rows(w: Any, rows: tuple[int, ...], layout: Layout, config: LoraConfig) -> TrainedRows:
-    """The node of a weight that trains in some rows, their values at the start those of `w`."""
+def train_rows(w: Any, chosen: ChosenRows, config: LoraConfig) -> TrainedRows:
+    """Return the node of a weight of which some rows train, initially as they are in `w`."""
+    rows, axis, layout = chosen.rows, chosen.axis, chosen.layout
+    node = TrainedRows(w, None, None, rows=rows, axis=axis, layout=layout)
 
-    def start(w: Any) -> tuple[jax.Array, jax.Array]:
-        whole = TrainedRows(w, None, None, rows=rows, layout=layout)
-        return whole.select(w).astype(config.dtype), jnp.ones((), accumulator(config.dtype))
+    def initialize(w: Any) -> tuple[jax.Array, jax.Array]:
+        return node.select(w).astype(config.dtype), jnp.ones((), accumulator(config.dtype))
 
-    abstract = isinstance(w, jax.ShapeDtypeStruct)
-    value, scale = jax.eval_shape(start, w) if abstract else start(w)
-    return TrainedRows(w, value, scale, rows=rows, layout=layout)
+    value, scale = on_shapes(initialize, w)
+    return dataclasses.replace(node, value=value, scale=scale)

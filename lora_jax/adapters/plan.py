@@ -28,7 +28,7 @@ class Plan:
     treedef: Any
     layouts: Mapping[str, Layout]  # of the weights to adapt
     whole: Collection[str]  # the paths to train whole, biases among them
-    rows: Mapping[str, tuple[tuple[int, ...], Layout]]  # those that train in rows: which, and where
+    rows: Mapping[str, selection.ChosenRows]  # of the weights of which some rows train
     masks: selection.Masks  # of leaves that stack layers, where not all are adapted
 
     def rebuild(self, nodes: Sequence[Any]) -> Any:
@@ -157,7 +157,7 @@ def _check_ranks(
 ) -> None:
     problems = []
     for path, layout in chosen.items():
-        rank, shape = config.for_path(path)[0], leaves[path].shape
+        rank, shape = config.for_path(path).rank, leaves[path].shape
         size = min(layout.fan_in(shape), layout.fan_out(shape))
         if rank > size:
             problems.append(

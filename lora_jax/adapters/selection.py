@@ -1,5 +1,6 @@
 """What a configuration selects besides its targets: some of the layers, and the biases."""
 
+import dataclasses
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -13,7 +14,7 @@ from lora_jax.core.layout import Layout
 from lora_jax.core.paths import layer_number
 from lora_jax.core.patterns import lookup, nearest
 from lora_jax.engine import layout_inference
-from lora_jax.engine.uses import Uses
+from lora_jax.engine.uses import Use, Uses
 
 #: What a bias is called: by most libraries, and by Haiku.
 BIAS_NAMES = ("bias", "b")
@@ -189,14 +190,21 @@ def _kernel_of(
     return None
 
 
-def select_rows(
-    config: LoraConfig, leaves: Mapping[str, Any], uses: Uses
-) -> dict[str, tuple[tuple[int, ...], Layout]]:
-    """The weights of which single rows train: the rows' numbers, and a layout, "i" their axis.
+@dataclasses.dataclass(frozen=True)
+class ChosenRows:
+    """Which rows of a weight train, and the axis along which they lie."""
+
+    rows: tuple[int, ...]
+    axis: int
+    layout: Layout
+
+
+def select_rows(config: LoraConfig, leaves: Mapping[str, Any], uses: Uses) -> dict[str, ChosenRows]:
+    """Return the rows that train, by the path of their weight.
 
     Raises:
       TargetError: a key of `config.rows` matches no weight, or a row is beyond the weight.
-      LayoutError: nothing says which axis holds the rows.
+      LayoutError: nothing says along which axis the rows lie.
     """
     weights = {p: x for p, x in leaves.items() if dtypes.is_floating(x) and len(x.shape) > 1}
     unused = [key for key in config.rows if not any(lookup({key: 0}, p) for p in weights)]
@@ -209,32 +217,57 @@ def select_rows(
         match = lookup(config.rows, path)
         if match is None:
             continue
-        layout = _row_layout(config, path, w, uses)
-        size = layout.select("i", w.shape)[0]
+        layout = _row_layout(config, path, w, () if uses is None else uses.get(path, ()))
+        axis = _row_axis(config, path, w, layout)
+        size = w.shape[axis]
         beyond = [row for row in match[1] if row >= size]
         if beyond:
             raise TargetError(f"{path}: rows {beyond} are beyond the {size} of {tuple(w.shape)}")
-        found[path] = match[1], layout
+        found[path] = ChosenRows(match[1], axis, layout)
     return found
 
 
-def _row_layout(config: LoraConfig, path: str, w: Any, uses: Uses) -> Layout:
-    """The layout whose one in axis holds the rows: as configured, looked up, or by its name."""
-    named = config.for_path(path)[2]
-    own = () if uses is None else uses.get(path, ())
-    lookups = [use for use in own if use.primitive == "gather"]
-    layout = layout_inference.layout_from_uses(len(w.shape), lookups)
-    if named is not None and len(named) == len(w.shape):
-        layout = Layout(named)
-    elif layout is None and len(w.shape) == 2 and LEAF.findall(path)[0] in EMBEDDING_NAMES:
-        layout = Layout("io", tuple(dict.fromkeys(use.primitive for use in own)))
-    elif layout is not None:  # of a tied embedding, all that it is used for
-        primitives = dict.fromkeys(use.primitive for use in layout_inference.contractions(own))
-        layout = Layout(layout.axes, tuple(primitives))
-    if layout is None or layout.axes.count("i") != 1:
+def _row_layout(config: LoraConfig, path: str, w: Any, uses: Sequence[Use]) -> Layout:
+    """Return the layout of a weight of which rows train.
+
+    It is the configured one, that of its lookups, that of an embedding by its name, or for another
+    weight whose axis is configured that of its use.
+    """
+    chosen, ndim = config.for_path(path), len(w.shape)
+    if chosen.layout is not None and len(chosen.layout) == ndim:
+        return Layout(chosen.layout)
+    lookups = [use for use in uses if use.primitive == "gather"]
+    layout = layout_inference.layout_from_uses(ndim, lookups)
+    if layout is not None:  # a tied embedding has other uses besides
+        contractions = layout_inference.contractions(uses)
+        return Layout(layout.axes, tuple(dict.fromkeys(use.primitive for use in contractions)))
+    if ndim == 2 and LEAF.findall(path)[0] in EMBEDDING_NAMES:
+        return Layout("io", tuple(dict.fromkeys(use.primitive for use in uses)))
+    if chosen.rows_axis is None:
+        raise _no_axis(path, w)
+    layout = layout_inference.layout_from_uses(ndim, uses)
+    return layout_inference.layout_from_shape(path, w.shape) if layout is None else layout
+
+
+def _row_axis(config: LoraConfig, path: str, w: Any, layout: Layout) -> int:
+    """Return the axis along which the rows lie: the configured one, else the layout's in axis."""
+    ndim, axis = len(w.shape), config.for_path(path).rows_axis
+    if axis is None:
+        ins = layout.positions("i")
+        if len(ins) != 1:
+            raise _no_axis(path, w)
+        return ins[0]
+    if not -ndim <= axis < ndim or layout.axes[axis] == "b":
         raise LayoutError(
-            f"{path}: nothing says along which axis of {tuple(w.shape)} its rows lie, for no "
-            "lookup of it is seen; name the layout, with one i for them, "
-            f'overrides={{"{path}": Override(layout="{"i" + "o" * (len(w.shape) - 1)}")}}'
+            f"{path}: rows_axis={axis} is not an in or out axis of {tuple(w.shape)} with layout "
+            f"{layout.axes!r}"
         )
-    return layout
+    return axis % ndim
+
+
+def _no_axis(path: str, w: Any) -> LayoutError:
+    return LayoutError(
+        f"{path}: cannot tell along which axis of {tuple(w.shape)} the rows lie, because the "
+        "function does not look them up. Name the axis: "
+        f'overrides={{"{path}": Override(rows_axis=0)}}'
+    )

@@ -3,11 +3,11 @@
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
-from numbers import Integral, Real
 from typing import Any
 
 import jax.numpy as jnp
 
+from lora_jax.core.checks import is_integer, is_number
 from lora_jax.core.errors import ConfigError
 from lora_jax.core.patterns import Pattern, compile_regex, lookup
 
@@ -19,19 +19,17 @@ DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
 def _check_rank(where: str, rank: Any) -> None:
-    if isinstance(rank, bool) or not isinstance(rank, Integral) or rank <= 0:
+    if not is_integer(rank) or rank <= 0:
         raise ConfigError(f"{where} must be a positive integer, got {rank!r}")
 
 
 def _check_alpha(where: str, alpha: Any) -> None:
-    if alpha is not None and (
-        isinstance(alpha, bool) or not isinstance(alpha, Real) or not math.isfinite(alpha)
-    ):
+    if alpha is not None and not (is_number(alpha) and math.isfinite(alpha)):
         raise ConfigError(f"{where} must be a finite number or None (= rank), got {alpha!r}")
 
 
 def _check_probability(where: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= float(value) < 1:
+    if not is_number(value) or not 0 <= float(value) < 1:
         raise ConfigError(f"{where} must be a probability in [0, 1), got {value!r}")
 
 
@@ -42,13 +40,16 @@ class Override:
     Args:
       rank: the rank of the matched weights; None keeps `LoraConfig.rank`.
       alpha: their alpha; None keeps `LoraConfig.alpha`, and where that is None too, alpha = rank.
-      layout: one letter an axis, `b` batch, `i` in, `o` out ("ioo" for a kernel
+      layout: one letter per axis, `b` batch, `i` in, `o` out ("ioo" for a kernel
         `[embed, heads, head_dim]`), where neither the program nor the shape decides it.
+      rows_axis: the axis along which the rows of `LoraConfig.rows` lie, where the function does not
+        look them up: 1 for an output head `[embed, vocabulary]`. Negative axes count from the end.
     """
 
     rank: int | None = None
     alpha: float | None = None
     layout: str | None = None
+    rows_axis: int | None = None
 
     def __post_init__(self) -> None:
         if self.rank is not None:
@@ -60,6 +61,18 @@ class Override:
             raise ConfigError(
                 f"overrides: layout must be made of the letters b, i and o, got {self.layout!r}"
             )
+        if self.rows_axis is not None and not is_integer(self.rows_axis):
+            raise ConfigError(f"overrides: rows_axis must be an integer, got {self.rows_axis!r}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Chosen:
+    """What a `LoraConfig` says of one weight; None where it leaves that to the program."""
+
+    rank: int
+    scale: float
+    layout: str | None
+    rows_axis: int | None
 
 
 def _as_override(key: str, value: Any) -> Override:
@@ -115,9 +128,10 @@ class LoraConfig:
         `r"h(\\d+)_attn"`; None for the first. Of stacked layers, a module's name in the path.
       rows: pattern -> numbers of the rows of an embedding that train, {"embedding": [3, 17]}; of a
         tied one these outputs of the head do too. All other rows stay as they are, and no low-rank
-        update is made there. Patterns as in `overrides`. The axis that holds the rows is the one
-        looked up; of a weight that is never looked up the override's `layout` says it, with an "i":
-        "oi" for a head `[embed, vocabulary]`.
+        update is made there. Patterns as in `overrides`. The rows lie along the axis that the
+        function looks up; for a weight that it does not look up, say the axis with an override:
+        `rows={"head": [3]}, overrides={"head": Override(rows_axis=1)}`. If the override names a
+        layout but no axis, the rows lie along its in axis.
       dtype: of A, B and of the leaves trained whole: float32, bfloat16, float16 or float64.
 
     Raises:
@@ -180,13 +194,13 @@ class LoraConfig:
         alpha = rank if alpha is None else alpha
         return alpha / (rank if self.scaling == "standard" else math.sqrt(rank))
 
-    def for_path(self, path: str) -> tuple[int, float, str | None]:
-        """The rank, the scale and the layout (or None) that apply to the weight at `path`."""
+    def for_path(self, path: str) -> Chosen:
+        """Return the rank, scale, layout and rows' axis that apply to the weight at `path`."""
         found = lookup(self.overrides, path)
         override = found[1] if found else Override()
         rank = self.rank if override.rank is None else override.rank
         alpha = self.alpha if override.alpha is None else override.alpha
-        return rank, self.scale(rank, alpha), override.layout
+        return Chosen(rank, self.scale(rank, alpha), override.layout, override.rows_axis)
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON values; callables become their names."""
@@ -233,10 +247,10 @@ def _check_layers(layers: Any) -> slice | tuple[int, ...] | None:
         return None
     if isinstance(layers, slice):
         ends = [layers.start, layers.stop, layers.step]
-        if all(end is None or _is_integer(end) for end in ends) and layers.step != 0:
+        if all(end is None or is_integer(end) for end in ends) and layers.step != 0:
             return slice(*(None if end is None else int(end) for end in ends))
         raise ConfigError(f"layers: a slice of integers, its step not 0, got {layers!r}")
-    if not isinstance(layers, Sequence) or not all(map(_is_integer, layers)):
+    if not isinstance(layers, Sequence) or not all(map(is_integer, layers)):
         raise ConfigError(f"layers must be a sequence of integers or a slice, got {layers!r}")
     if not layers:
         raise ConfigError("layers is empty: nothing would be adapted; None takes all")
@@ -252,7 +266,7 @@ def _check_rows(rows: Any) -> dict[str, tuple[int, ...]]:
         if isinstance(numbers, str) or not hasattr(numbers, "__iter__"):
             raise ConfigError(f"rows[{key!r}] must be a sequence of row numbers, got {numbers!r}")
         found = tuple(numbers)
-        wrong = [number for number in found if not _is_integer(number) or number < 0]
+        wrong = [number for number in found if not is_integer(number) or number < 0]
         if wrong or not found:
             raise ConfigError(f"rows[{key!r}] must be integers from 0 on, got {wrong or found}")
         twice = sorted({int(number) for number in found if found.count(number) > 1})
@@ -260,10 +274,6 @@ def _check_rows(rows: Any) -> dict[str, tuple[int, ...]]:
             raise ConfigError(f"rows[{key!r}] names rows twice: {twice}")
         checked[key] = tuple(int(number) for number in found)
     return checked
-
-
-def _is_integer(x: Any) -> bool:
-    return isinstance(x, Integral) and not isinstance(x, bool)
 
 
 def _check_layers_pattern(pattern: Any, layers: Any) -> None:

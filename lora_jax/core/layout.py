@@ -15,9 +15,13 @@ class Layout:
     "iiio".
 
     Args:
-      axes: the letters, one for every axis of the weight.
-      uses: the primitives that use the weight ("dot_general", "gather", ...), for `summary`; two
-        layouts that differ in this alone are equal.
+      axes: the letters, one per axis of the weight.
+      uses: the primitives that use the weight ("dot_general", "gather", ...). Only `summary` shows
+        them; they decide nothing, and layouts that differ in nothing else are equal.
+      lookup_only: the function only looks up rows of the weight, so that "kaiming" and "gaussian"
+        initialize A, not B, to zero. `init` passes it to the initializer. In the tree that `init`
+        returns it is False, because an adapter file does not say it, and trees from both sources
+        must have the same structure.
 
     Raises:
       LayoutError: another letter, or no in or no out axis.
@@ -29,6 +33,7 @@ class Layout:
 
     axes: str
     uses: tuple[str, ...] = dataclasses.field(default=(), compare=False)
+    lookup_only: bool = False
 
     def __post_init__(self) -> None:
         if not set(self.axes) <= set("bio") or "i" not in self.axes or "o" not in self.axes:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import export
 
+from lora_jax.core.abstract import on_shapes
 from lora_jax.core.errors import StructureError
 from lora_jax.core.layout import Layout, subscripts
 
@@ -82,14 +83,15 @@ class TrainedLeaf:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainedRows:
-    """Stands where an embedding `W` stood of which some rows train: new tokens, say.
+    """Stands where a weight `W` stood of which some rows train: an embedding's new tokens, say.
 
-    It means `W` with `value` in place of its rows `rows` while `scale` is not 0, else `W`. The rows
-    lie along the layout's in axis, the axis that is looked up. In an overlay `w` is None.
+    It means `W` with `value` in place of its rows `rows` while `scale` is not 0, else `W`. Row n is
+    index n along `axis`: axis 0 of an embedding `[vocabulary, embed]` with layout "io", axis 1 of a
+    head `[embed, vocabulary]` with the same layout. In an overlay `w` is None.
 
     >>> import jax.numpy as jnp
     >>> w, value = jnp.zeros((3, 2)), jnp.ones((1, 2))
-    >>> node = TrainedRows(w, value, jnp.float32(1.0), rows=(2,), layout=Layout("io"))
+    >>> node = TrainedRows(w, value, jnp.float32(1.0), rows=(2,), axis=0, layout=Layout("io"))
     >>> node.replace(w, value)
     Array([[0., 0.],
            [0., 0.],
@@ -97,9 +99,10 @@ class TrainedRows:
     """
 
     w: Any  # the base weight; frozen
-    value: Any  # [*batch, rows, *out]; trained
+    value: Any  # [*batch, rows, *others]: all axes of W, `axis` right after the batch axes; trained
     scale: Any  # []; 0 switches back to the base
     rows: tuple[int, ...] = dataclasses.field(metadata={"static": True}, kw_only=True)
+    axis: int = dataclasses.field(metadata={"static": True}, kw_only=True)
     layout: Layout = dataclasses.field(metadata={"static": True}, kw_only=True)
 
     @property
@@ -107,18 +110,28 @@ class TrainedRows:
         """The shape of the weight; in an overlay, which does not know it, that of its rows."""
         return self.value.shape if self.w is None else self.w.shape
 
+    @property
+    def others(self) -> tuple[int, ...]:
+        """The axes of `W` that are neither batch axes nor `axis`."""
+        return tuple(i for i in self.layout.positions("io") if i != self.axis)
+
+    @property
+    def order(self) -> tuple[int, ...]:
+        """The axes of `W` in the order in which `value` has them."""
+        return (*self.layout.positions("b"), self.axis, *self.others)
+
+    def value_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of `value` for a weight of this shape."""
+        return tuple(len(self.rows) if i == self.axis else shape[i] for i in self.order)
+
     def select(self, w: jax.Array) -> jax.Array:
-        """The trained rows of `w`, laid out as `value` is."""
-        (axis,), layout = self.layout.positions("i"), self.layout
-        picked = jnp.take(w, jnp.asarray(self.rows), axis)
-        return picked.transpose(*layout.positions("b"), axis, *layout.positions("o"))
+        """Return the trained rows of `w`, laid out as `value` is."""
+        return jnp.take(w, jnp.asarray(self.rows), self.axis).transpose(self.order)
 
     def replace(self, w: jax.Array, value: jax.Array) -> jax.Array:
-        """`w` with `value` in place of the trained rows, every other row the same to the bit."""
-        (axis,), layout = self.layout.positions("i"), self.layout
-        order = [*layout.positions("b"), axis, *layout.positions("o")]
-        value = value.transpose([order.index(i) for i in range(w.ndim)])
-        return w.at[(slice(None),) * axis + (jnp.asarray(self.rows),)].set(value)
+        """Return `w` with `value` in place of the trained rows, other rows the same to the bit."""
+        value = value.transpose([self.order.index(i) for i in range(w.ndim)])
+        return w.at[(slice(None),) * self.axis + (jnp.asarray(self.rows),)].set(value)
 
 
 Adapted = LoraWeight | TrainedLeaf | TrainedRows
@@ -155,8 +168,7 @@ def check_fits(path: str, node: Adapted, w: Any) -> list[str]:
 
 
 def _check_rows_fit(path: str, node: TrainedRows, w: Any) -> list[str]:
-    size = node.layout.select("i", w.shape)[0]
-    want = node.layout.b_shape(w.shape, len(node.rows))
+    size, want = w.shape[node.axis], node.value_shape(w.shape)
     if node.value.shape != want:
         return [f"{path}: trained rows {node.value.shape}, the base {w.shape} needs {want}"]
     beyond = [row for row in node.rows if row >= size]
@@ -195,14 +207,17 @@ def _register_for_export(node: Any) -> None:
     def serialize(aux: Any) -> bytes:
         values = dict(zip(static, aux, strict=True))
         if "layout" in values:
-            values["layout"] = [values["layout"].axes, values["layout"].uses]
+            values["layout"] = dataclasses.astuple(values["layout"])
         return json.dumps(values).encode()
 
     def deserialize(data: bytes) -> Any:
         values = json.loads(data)
         if "layout" in values:
-            values["layout"] = Layout(values["layout"][0], tuple(values["layout"][1]))
-        return tuple(tuple(x) if isinstance(x, list) else x for x in values.values())
+            axes, uses, *lookup_only = values["layout"]  # older artifacts end after `uses`
+            values["layout"] = Layout(axes, tuple(uses), *lookup_only)
+        if "rows" in values:  # older artifacts have no axis: the rows lay along the in axis
+            values.setdefault("axis", values["layout"].axes.index("i"))
+        return tuple(tuple(x) if isinstance(x := values[name], list) else x for name in static)
 
     from_children: Any = lambda aux, children: node(
         **dict(zip(leaves + static, (*children, *aux), strict=True))
@@ -233,9 +248,7 @@ def restrict(node: Adapted, base: Any, mask: np.ndarray) -> Adapted:
             scale = _along(mask, range(mask.ndim), node.value.ndim).astype(node.scale.dtype)
             return dataclasses.replace(node, scale=scale)
         w = node.w
-        if (
-            w is not None and w is not base
-        ):  # a start that changes the base changes it in the layers chosen alone
+        if w is not None and w is not base:  # the initializer changed it: undo that where left out
             w = jnp.where(_along(mask, node.layout.positions("b"), w.ndim), w, base)
         a, b, scale = (
             jnp.where(_along(mask, range(mask.ndim), x.ndim), x, jnp.zeros_like(x))
@@ -243,10 +256,10 @@ def restrict(node: Adapted, base: Any, mask: np.ndarray) -> Adapted:
         )
         return dataclasses.replace(node, w=w, a=a, b=b, scale=scale)
 
-    if isinstance(node.w, jax.ShapeDtypeStruct):
-        shapes = jax.eval_shape(one, node, base)
-        return dataclasses.replace(shapes, w=node.w)
-    return one(node, base)
+    made = on_shapes(one, node, base)
+    if isinstance(node.w, jax.ShapeDtypeStruct):  # it may have a sharding, which `made.w` has not
+        made = dataclasses.replace(made, w=node.w)
+    return made
 
 
 def _along(mask: np.ndarray, positions: Sequence[int], ndim: int) -> jax.Array:

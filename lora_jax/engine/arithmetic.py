@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from lora_jax.core.dtypes import accumulator, compute_dtype
+from lora_jax.core.dtypes import accumulator, compute_dtype, wider
 from lora_jax.engine import named_axes
 from lora_jax.engine.lazy_weight import Axis, LazyWeight
 
@@ -32,7 +32,7 @@ def apply_gain(x: jax.Array, axes: Sequence[Axis], lazy: LazyWeight) -> jax.Arra
     present = [axis for axis in axes if axis in lazy.gain_axes]
     factor = named_axes.arrange(lazy.gain, lazy.gain_axes, present, {})
     factor = jnp.expand_dims(factor, [i for i, axis in enumerate(axes) if axis not in present])
-    wide = max(x.dtype, factor.dtype, key=lambda d: d.itemsize)
+    wide = wider(x.dtype, factor.dtype)
     return (x.astype(wide) * factor.astype(wide)).astype(x.dtype)
 
 
@@ -76,5 +76,5 @@ def add(y: Any, update: jax.Array, dtype: Any) -> jax.Array:
     """`y + update` in the wider of their dtypes, rounded once to `dtype`; no `y` for a tangent."""
     if y is None:
         return update.astype(dtype)
-    wide = max(y.dtype, update.dtype, key=lambda d: d.itemsize)
+    wide = wider(y.dtype, update.dtype)
     return lax.add(y.astype(wide), update.astype(wide)).astype(dtype)

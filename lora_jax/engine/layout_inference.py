@@ -37,7 +37,7 @@ def layouts_of(
     found: dict[str, Layout] = {}
     problems: list[Exception] = []
     for path in targets:
-        shape, named = leaves[path].shape, config.for_path(path)[2]
+        shape, named = leaves[path].shape, config.for_path(path).layout
         own = () if uses is None else uses.get(path, ())
         try:
             if named is not None:
@@ -130,14 +130,16 @@ def layout_from_uses(ndim: int, uses: Sequence[Use]) -> Layout | None:
     if not found:
         return None
     names = tuple(dict.fromkeys(use.primitive for use in found))
+    lookup_only = names == ("gather",)
     kinds = []
     for axis in range(ndim):
         seen = [use.axes.get(axis, "o") for use in found]
         kinds.append(next((kind for kind in seen if kind != "b"), "b"))
     if {"i", "o"} <= set(kinds):
-        return Layout("".join(kinds), names)
+        return Layout("".join(kinds), names, lookup_only)
     # One use's in axis is another's batch axis: only what one use says is sure to have both.
-    return Layout("".join(found[0].axes.get(axis, "o") for axis in range(ndim)), names)
+    axes = "".join(found[0].axes.get(axis, "o") for axis in range(ndim))
+    return Layout(axes, names, lookup_only)
 
 
 def layout_from_shape(path: str, shape: Sequence[int]) -> Layout:

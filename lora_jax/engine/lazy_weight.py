@@ -102,20 +102,19 @@ class LazyWeight:
         The one-hot A `[*batch, k, rows of W]` is a constant, so every rule for factors serves
         trained rows too.
         """
-        axes, (batch, ins, outs) = _named(node)
+        axes, (batch, _, _) = _named(node)
         w = lax.stop_gradient(node.w)
         dtype = accumulator(node.value.dtype, w.dtype)
         update = node.value.astype(dtype) - node.select(w).astype(dtype)
-        size = node.layout.select("i", w.shape)[0]
-        one_hot = jax.nn.one_hot(jnp.asarray(node.rows), size, dtype=dtype)
+        one_hot = jax.nn.one_hot(jnp.asarray(node.rows), w.shape[node.axis], dtype=dtype)
         return cls(
             w,
             jnp.broadcast_to(one_hot, (*node.layout.select("b", w.shape), *one_hot.shape)),
             jnp.where(lax.stop_gradient(node.scale) != 0, update, jnp.zeros_like(update)),
             None,
             axes=axes,
-            a_axes=(*batch, RANK, *ins),
-            b_axes=(*batch, RANK, *outs),
+            a_axes=(*batch, RANK, axes[node.axis]),
+            b_axes=(*batch, RANK, *(axes[i] for i in node.others)),
             shape=w.shape,
             dtype=w.dtype,
             origin=Provenance.of(path, w.ndim),

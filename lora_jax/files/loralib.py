@@ -8,15 +8,14 @@ from typing import Any
 
 import numpy as np
 
-from lora_jax.adapters.split import split
+from lora_jax.adapters.split import base_of
 from lora_jax.core.config import LoraConfig
 from lora_jax.core.errors import ConfigError
-from lora_jax.core.tree import adapted_nodes
 from lora_jax.files.disk import safetensors_file
 from lora_jax.files.naming import Naming
-from lora_jax.files.torch_adapters.contents import Contents, Model, is_floating, unknown
-from lora_jax.files.torch_adapters.factors import Factors, join
-from lora_jax.files.torch_adapters.to_tree import fitted
+from lora_jax.files.torch_adapters.contents import Contents, TorchBase, is_floating, unknown
+from lora_jax.files.torch_adapters.factors import TorchFactors, join
+from lora_jax.files.torch_adapters.to_tree import fit_to_base
 
 __all__ = ["load"]
 
@@ -72,11 +71,11 @@ def load(
         raise ConfigError("alpha must be a number: loralib's files do not hold it")
     LoraConfig(alpha=alpha)  # raises where it is no number
     parts = _check_enabled(enabled or {})
-    base = split(base)[0] if adapted_nodes(base) else base
+    base = base_of(base)
     tensors, _ = safetensors_file.read(path, finite=True)
-    model = Model(base, naming)
+    model = TorchBase(base, naming)
     contents, problems = _contents(tensors, float(alpha), parts, model)
-    return fitted(path, contents, problems, model, strict=strict, dtype=dtype)
+    return fit_to_base(path, contents, problems, model, strict=strict, dtype=dtype)
 
 
 def _check_enabled(enabled: Any) -> dict[str, tuple[bool, ...]]:
@@ -92,7 +91,7 @@ def _contents(
     tensors: Mapping[str, np.ndarray],
     alpha: float,
     enabled: Mapping[str, tuple[bool, ...]],
-    model: Model,
+    model: TorchBase,
 ) -> tuple[Contents, list[str]]:
     found, problems = Contents(), []
     by_module: dict[str, dict[str, np.ndarray]] = {}
@@ -125,7 +124,7 @@ def _contents(
     return found, problems
 
 
-def _known(name: str, model: Model) -> str:
+def _known(name: str, model: TorchBase) -> str:
     """The name in a model without loralib, where this one has none of loralib's own.
 
     loralib's convolution "c" keeps its factors there, and weight and bias in "c.conv".
@@ -141,9 +140,9 @@ def _factors(
     arrays: Mapping[str, np.ndarray],
     alpha: float,
     flags: tuple[bool, ...],
-    model: Model,
+    model: TorchBase,
     weight: str,
-) -> Factors | str:
+) -> TorchFactors | str:
     """The factors of one module, or what is wrong with its tensors."""
     kind, shape, outputs = model.kind(weight), model.shape(weight), model.outputs(weight)
     missing = [ending for ending in _ENDINGS if ending not in arrays]
@@ -163,7 +162,7 @@ def _factors(
             f"{count} of {len(flags)} parts adapted (see enabled=)"
         )
     blocks = zip(np.split(a, count), np.split(b, count), strict=True)
-    parts = [Factors(*next(blocks), alpha / rank) if flag else None for flag in flags]
+    parts = [TorchFactors(*next(blocks), alpha / rank) if flag else None for flag in flags]
     joined = join(parts, [outputs // len(flags)] * len(flags))
     assert joined is not None
     return joined
@@ -171,7 +170,7 @@ def _factors(
 
 def _of_convolution(
     a: np.ndarray, b: np.ndarray, alpha: float, shape: tuple[int, ...]
-) -> Factors | str:
+) -> TorchFactors | str:
     """The factors of loralib's ΔW = (B·A), read as `[out, in, k, k]`, or why there are none.
 
     The in·k² numbers of an output are k rows of B·A: k times the same A on k parts of the input,
@@ -187,6 +186,6 @@ def _of_convolution(
             "grouped one let loralib merge them, model.eval(), and take the weights as a new base"
         )
     blocks = np.kron(np.eye(k, dtype=a.dtype), a)
-    return Factors(
+    return TorchFactors(
         blocks.reshape(k * rows, ins, *kernel), b.reshape(out, k * rows), alpha / (rows // k)
     )

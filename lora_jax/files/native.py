@@ -1,5 +1,6 @@
 """lora_jax's own adapter files: one safetensors file, complete or absent."""
 
+import dataclasses
 import json
 import os
 from collections.abc import Mapping
@@ -9,18 +10,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lora_jax.adapters.split import split
+from lora_jax.adapters.split import base_of, split
 from lora_jax.core.config import LoraConfig
 from lora_jax.core.errors import AdapterFileError, StructureError
 from lora_jax.core.paths import flatten_with_paths
 from lora_jax.core.patterns import nearest
-from lora_jax.core.tree import adapted_nodes
+from lora_jax.core.tree import require_adapted
 from lora_jax.core.weights import Adapted, TrainedLeaf, check_fits, is_adapted
 from lora_jax.files import native_schema
 from lora_jax.files.disk import safetensors_file, strict_json
-from lora_jax.files.disk.fingerprint import differences, fingerprint
+from lora_jax.files.disk.fingerprint import described_shape, differences, fingerprint
 
 FORMAT, VERSION = "lora_jax", 1
+MODEL = "model"  # the key of the base model's name in the metadata
 _SUGGESTED = 5  # paths of a file that get the base's nearest; finding them takes a while
 
 
@@ -62,9 +64,7 @@ def save(
     >>> adapters["kernel"].a.shape
     (4, 1)
     """
-    nodes = adapted_nodes(adapters)
-    if not nodes:
-        raise StructureError("save: the tree holds no adapters")
+    nodes = require_adapted("save", adapters)
     if base is None and all(node.w is not None for node in nodes.values()):
         base, _ = split(adapters)
     whole = {p for p, node in nodes.items() if isinstance(node, TrainedLeaf)}
@@ -106,6 +106,59 @@ def _tensors(nodes: Mapping[str, Adapted]) -> dict[str, np.ndarray]:
     return values
 
 
+@dataclasses.dataclass(frozen=True)
+class NativeFile:
+    """An adapter file, parsed; nothing is compared with a base yet."""
+
+    path: str | os.PathLike
+    header: dict[str, Any]  # "config", "layouts", "base" and "metadata"
+    nodes: dict[str, Adapted]  # of numpy arrays, by path
+    problems: list[str]  # what is wrong with the rest
+
+    @property
+    def base_model(self) -> str | None:
+        """The base model's name, which the command line keeps in the metadata."""
+        name = self.header["metadata"].get(MODEL)
+        return name if isinstance(name, str) else None
+
+    @property
+    def use_rslora(self) -> bool:
+        """Whether the scale is α/√rank, by the configuration kept with the file."""
+        return (self.header["config"] or {}).get("scaling") == "rslora"
+
+    def described_base(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """Return the shapes of the base that the file was saved with; empty without one.
+
+        Raises:
+          AdapterFileError: an entry of the base's fingerprint is damaged.
+        """
+        entries = self.header["base"].items()
+        found = {name: described_shape(text) for name, text in entries}
+        damaged = [f"{name}: {text!r}" for name, text in entries if found[name] is None]
+        if damaged:
+            raise AdapterFileError(
+                f"{self.path}: the header's description of the base is damaged:\n"
+                + strict_json.lines(damaged)
+            )
+        return {name: shape for name, shape in found.items() if shape is not None}
+
+
+def read_file(path: str | os.PathLike, *, finite: bool = True) -> NativeFile:
+    """Read an adapter file without its base.
+
+    Args:
+      path: a file that `save` wrote.
+      finite: refuse NaN and infinite values.
+
+    Raises:
+      AdapterFileError: the file is missing, truncated, not safetensors, or not lora_jax's.
+    """
+    tensors, metadata = safetensors_file.read(path, finite=finite)
+    header = _header(path, metadata)
+    nodes, problems = _nodes(header["layouts"], tensors)
+    return NativeFile(path, header, nodes, problems)
+
+
 def read_metadata(path: str | os.PathLike) -> dict[str, Any]:
     """The header of an adapter file: "config", "layouts", "base" and the "metadata" of `save`.
 
@@ -128,32 +181,41 @@ def load(path: str | os.PathLike, base: Any) -> Any:
         values count as damage), not lora_jax's, or made for another base. All differences are
         listed at once.
     """
-    if adapted_nodes(base):
-        base, _ = split(base)
-    tensors, metadata = safetensors_file.read(path, finite=True)
-    header = _header(path, metadata)
-    nodes, problems = _nodes(header["layouts"], tensors)
+    return fit(read_file(path), base)
+
+
+def fit(file: NativeFile, base: Any) -> Any:
+    """Return the adapters of a file as an overlay of `base`; what `load` does after reading."""
+    base = base_of(base)
+    nodes, problems = file.nodes, list(file.problems)
     leaves, treedef = flatten_with_paths(base, is_leaf=is_adapted)
     unknown = [name for name in nodes if name not in leaves]
     for name in unknown:
         near = f"; {nearest(name, leaves)}" if name in unknown[:_SUGGESTED] else ""
         problems.append(f"{name}: not in this base{near}")
-    for name in nodes.keys() - set(unknown):
-        problems += check_fits(name, nodes[name], leaves[name])
-    if header["base"] and not problems:
+    for name, node in nodes.items():
+        problems += [f"{name}: {line}" for line in native_schema.dtype_problems(node)]
+        problems += check_fits(name, node, leaves[name]) if name in leaves else []
+    if file.header["base"] and not problems:
         whole = {name for name, node in nodes.items() if isinstance(node, TrainedLeaf)}
-        problems += differences(header["base"], fingerprint(base, skip=whole))
+        problems += differences(file.header["base"], fingerprint(base, skip=whole))
     if problems:
         raise AdapterFileError(
-            f"{path}: the adapters in this file do not fit this base:\n"
+            f"{file.path}: the adapters in this file do not fit this base:\n"
             + strict_json.lines(problems)
         )
-    return jax.tree_util.tree_unflatten(treedef, [nodes.get(name) for name in leaves])
+    in_jax = {name: jax.tree.map(jnp.asarray, node) for name, node in nodes.items()}
+    return jax.tree_util.tree_unflatten(treedef, [in_jax.get(name) for name in leaves])
+
+
+def is_header(metadata: Mapping[str, str]) -> bool:
+    """Return whether a safetensors file with this metadata is lora_jax's."""
+    return metadata.get("format") == FORMAT
 
 
 def _header(path: str | os.PathLike, header: Mapping[str, str]) -> dict[str, Any]:
     """The metadata of a file, parsed and checked."""
-    if header.get("format") != FORMAT:
+    if not is_header(header):
         raise AdapterFileError(
             f"{path}: a safetensors file, but not one that lora_jax.save wrote (its header says "
             f"format={header.get('format')!r:.40})"
@@ -202,8 +264,7 @@ def _nodes(
             arrays = {field: tensors[name] for field, name in names.items()}
             found = native_schema.array_problems(record, arrays)
         if not found:
-            jax_arrays = {field: jnp.asarray(x) for field, x in arrays.items()}
-            nodes[path] = native_schema.make(record, jax_arrays)
+            nodes[path] = native_schema.make(record, arrays)
         problems += [f"{path}: {problem}" for problem in found]
     problems += [f"{name}: a tensor that no layout names" for name in sorted(left)]
     return nodes, problems

@@ -31,19 +31,22 @@ def record(node: Adapted) -> dict[str, Any]:
     """A node without its tensors, as JSON."""
     if isinstance(node, TrainedLeaf):
         return {"kind": "whole"}
-    common = {"kind": kind(node), "axes": node.layout.axes, "uses": list(node.layout.uses)}
+    layout = node.layout
+    common: dict[str, Any] = {"kind": kind(node), "axes": layout.axes, "uses": list(layout.uses)}
+    common |= {"lookup_only": True} if layout.lookup_only else {}
     if isinstance(node, TrainedRows):
-        return common | {"rows": list(node.rows)}
+        return common | {"rows": list(node.rows), "axis": node.axis}
     return common | ({"dropout": node.dropout} if node.dropout else {})
 
 
-def make(record: Mapping[str, Any], arrays: Mapping[str, jax.Array]) -> Adapted:
+def make(record: Mapping[str, Any], arrays: Mapping[str, Any]) -> Adapted:
     """The node again, of a record and tensors in which no problems were found."""
     if record["kind"] == "whole":
         return TrainedLeaf(None, **arrays)
-    layout = Layout(record["axes"], tuple(record["uses"]))
+    layout = Layout(record["axes"], tuple(record["uses"]), record.get("lookup_only", False))
     if record["kind"] == "rows":
-        return TrainedRows(None, **arrays, rows=tuple(record["rows"]), layout=layout)
+        axis = _axis_of_rows(record)
+        return TrainedRows(None, **arrays, rows=tuple(record["rows"]), axis=axis, layout=layout)
     return LoraWeight(None, **arrays, layout=layout, dropout=float(record.get("dropout", 0.0)))
 
 
@@ -54,10 +57,14 @@ def record_problems(record: Any) -> list[str]:
         return [f"unknown kind of adapter {found!r:.40}"]
     if found == "whole":
         return []
-    problems = _layout_problems(record.get("axes"), found)
+    problems = _layout_problems(record.get("axes"))
+    if found == "rows" and not problems:
+        problems += _axis_problems(record)
     uses = record.get("uses")
     if not isinstance(uses, list) or not all(isinstance(use, str) for use in uses):
         problems.append(f"uses must be a list of names, not {uses!r:.40}")
+    if type(record.get("lookup_only", False)) is not bool:
+        problems.append(f"lookup_only must be true or false, not {record['lookup_only']!r:.40}")
     if found == "rows" and not _are_rows(record.get("rows")):
         problems.append(f"rows must be different numbers from 0 on: {record.get('rows')!r:.40}")
     if found != "rows" and not _is_probability(record.get("dropout", 0.0)):
@@ -65,15 +72,27 @@ def record_problems(record: Any) -> list[str]:
     return problems
 
 
-def _layout_problems(axes: Any, kind: str) -> list[str]:
+def _axis_of_rows(record: Mapping[str, Any]) -> Any:
+    """Return the axis along which the rows lie; older files leave it to the one in axis."""
+    return record.get("axis", record["axes"].index("i"))
+
+
+def _axis_problems(record: Mapping[str, Any]) -> list[str]:
+    axes, axis = record["axes"], _axis_of_rows(record)
+    if "axis" not in record and axes.count("i") != 1:
+        return [f"rows lie along one in axis, and the layout is {axes!r:.40}"]
+    if type(axis) is not int or not 0 <= axis < len(axes) or axes[axis] == "b":
+        return [f"axis must be the number of an in or out axis of {axes!r:.40}, not {axis!r:.40}"]
+    return []
+
+
+def _layout_problems(axes: Any) -> list[str]:
     if not isinstance(axes, str):
         return [f"axes must be a string of letters, not {axes!r:.40}"]
     try:
         Layout(axes)
     except LayoutError as error:
         return [str(error)]
-    if kind == "rows" and axes.count("i") != 1:
-        return [f"rows lie along one in axis, and the layout is {axes!r:.40}"]
     return []
 
 
@@ -92,8 +111,6 @@ def array_problems(record: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) 
     for field, x in arrays.items():
         if not jnp.issubdtype(x.dtype, jnp.floating):
             problems.append(f"{field} is {x.dtype}, not floating")
-        elif jax.dtypes.canonicalize_dtype(x.dtype) != x.dtype:
-            problems.append(f"{field} is {x.dtype}, which JAX holds only with jax_enable_x64")
     if "a" in arrays:
         return problems + _factor_problems(Layout(record["axes"]), arrays["a"], arrays["b"])
     value, scale = arrays["value"].shape, arrays["scale"].shape
@@ -101,6 +118,16 @@ def array_problems(record: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) 
     if scale != () and not (record["kind"] == "whole" and scale == ones):
         problems.append(f"scale is {scale}, the value {value}")
     return problems
+
+
+def dtype_problems(node: Adapted) -> list[str]:
+    """Return which of a node's arrays JAX would narrow to 32 bits."""
+    arrays = {field: getattr(node, field) for field in FIELDS[kind(node)]}
+    return [
+        f"{field} is {x.dtype}, which JAX holds only with jax_enable_x64"
+        for field, x in arrays.items()
+        if jax.dtypes.canonicalize_dtype(x.dtype) != x.dtype
+    ]
 
 
 def _factor_problems(layout: Layout, a: np.ndarray, b: np.ndarray) -> list[str]:

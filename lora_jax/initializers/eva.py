@@ -4,13 +4,13 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterable, Mapping
-from numbers import Real
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lora_jax.core.checks import is_integer, is_number
 from lora_jax.core.errors import ConfigError, TargetError
 from lora_jax.core.linalg import matmul
 from lora_jax.core.paths import path_key
@@ -101,9 +101,9 @@ def eva(
 
 
 def _check(rho: Any, passes: Any) -> None:
-    if isinstance(rho, bool) or not isinstance(rho, Real) or float(rho) < 1:
+    if not is_number(rho) or float(rho) < 1:
         raise ConfigError(f"eva: rho must be a number of at least 1, got {rho!r}")
-    if isinstance(passes, bool) or not isinstance(passes, int) or passes < 1:
+    if not is_integer(passes) or passes < 1:
         raise ConfigError(f"eva: passes must be a positive integer, got {passes!r}")
 
 

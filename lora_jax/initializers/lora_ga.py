@@ -4,13 +4,13 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterable, Mapping
-from numbers import Real
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from lora_jax.core.algebra import dense
+from lora_jax.core.checks import is_number
 from lora_jax.core.dtypes import accumulator
 from lora_jax.core.errors import ConfigError, TargetError
 from lora_jax.core.linalg import randomized_svd, truncated_svd
@@ -97,8 +97,7 @@ def lora_ga(
 def _check(scale: Any, gamma: Any) -> None:
     if scale not in SCALES:
         raise ConfigError(f"lora_ga: scale must be one of {SCALES}, got {scale!r}")
-    is_number = isinstance(gamma, Real) and math.isfinite(gamma)
-    if isinstance(gamma, bool) or not is_number or float(gamma) <= 0:
+    if not is_number(gamma) or not 0 < float(gamma) < math.inf:
         raise ConfigError(f"lora_ga: gamma must be a positive number, got {gamma!r}")
 
 

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from lora_jax.core.checks import is_integer
 from lora_jax.core.errors import ConfigError
 from lora_jax.core.layout import Layout
 from lora_jax.core.linalg import balanced, matmul, truncated_svd
@@ -41,7 +42,7 @@ def loftq(quantizer: Callable[[jax.Array], jax.Array] = nf4, steps: int = 5) -> 
     """
     if not callable(quantizer):
         raise ConfigError(f"loftq: quantizer must be a function, got {quantizer!r}")
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+    if not is_integer(steps) or steps < 1:
         raise ConfigError(f"loftq: steps must be a positive integer, got {steps!r}")
 
     def on_matrix(key: jax.Array, w: jax.Array, rank: int, scale: jax.Array, dtype: Any) -> Factors:

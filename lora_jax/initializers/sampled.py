@@ -82,6 +82,6 @@ def orthogonal(
 def _one_is_zero(key: jax.Array, w: jax.Array, layout: Layout, a: jax.Array) -> Factors:
     """A as it is and B zero; but of a weight that is only looked up, A zero and B normal."""
     b_shape = layout.b_shape(w.shape, a.shape[-1])
-    if layout.uses != ("gather",):
+    if not layout.lookup_only:
         return w, a, jnp.zeros(b_shape, a.dtype)
     return w, jnp.zeros_like(a), jax.random.normal(key, b_shape, jnp.float32).astype(a.dtype)

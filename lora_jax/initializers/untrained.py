@@ -9,7 +9,7 @@ import numpy as np
 from lora_jax.core import weights
 from lora_jax.core.errors import StructureError
 from lora_jax.core.patterns import Pattern, select
-from lora_jax.core.tree import adapted_nodes, map_adapted
+from lora_jax.core.tree import map_adapted, require_adapted
 from lora_jax.core.weights import LoraWeight, require_base
 
 
@@ -20,9 +20,10 @@ def fresh_weights(caller: str, params: Any, targets: Pattern | None) -> dict[str
       TargetError: an entry of `targets` matches no adapted weight.
       StructureError: there is none, one has no base or no values, or one has an update.
     """
-    nodes = {p: n for p, n in adapted_nodes(params).items() if isinstance(n, LoraWeight)}
+    adapted = require_adapted(caller, params)
+    nodes = {path: node for path, node in adapted.items() if isinstance(node, LoraWeight)}
     if not nodes:
-        raise StructureError(f"{caller}: the tree holds no adapted weights; init(key, ...) first")
+        raise StructureError(f"{caller}: no weight of the tree has factors A and B")
     for path, node in nodes.items():
         require_base(path, node)
     chosen = nodes if targets is None else select("targets", targets, nodes)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, fields
 from functools import partial
 from typing import Any, ClassVar
 
+from lora_jax.core.checks import is_integer
 from lora_jax.models.rope import Rope
 
 #: For each model type: what its config.json means where it is silent.
@@ -94,7 +95,7 @@ class LlamaConfig:
             value = getattr(self, f.name)
             if f.name == but:
                 continue
-            is_int = isinstance(value, int) and not isinstance(value, bool) and value > 0
+            is_int = is_integer(value) and value > 0
             if f.type == "int" and not is_int:
                 raise ValueError(f"LlamaConfig.{f.name} must be a positive int, got {value!r}")
             if f.type == "bool" and not isinstance(value, bool):

@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lora_jax.core.checks import is_number
+
 KINDS = ("default", "linear", "llama3")
 
 
@@ -39,7 +41,7 @@ class Rope:
             "original_max_position_embeddings",
         ):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+            if not is_number(value) or not value > 0:
                 raise ValueError(f"rope: {name} must be a positive number, got {value!r}")
         if self.kind == "llama3" and self.high_freq_factor <= self.low_freq_factor:
             raise ValueError(

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lora_jax.core.checks import is_integer
 from lora_jax.training.errors import DataError, listed
 
 # kind -> the keys that a row of it has
@@ -178,7 +179,7 @@ def _messages_problem(messages: Any) -> str | None:
 
 
 def _label_problem(label: Any) -> str | None:
-    if isinstance(label, int) and not isinstance(label, bool):
+    if is_integer(label):
         return None
     return (
         "label is neither a string nor an integer"

@@ -35,7 +35,7 @@ def joined(dtype=np.float32, seed=0):
     one = jnp.asarray(1, dtype)
     params["bias"] = TrainedLeaf(array((9,)), array((9,)), one)
     table, value = array(SHAPES["embedding"]), array((2, 4))
-    params["embedding"] = TrainedRows(table, value, one, rows=(2, 7), layout=Layout("io"))
+    params["embedding"] = TrainedRows(table, value, one, rows=(2, 7), axis=0, layout=Layout("io"))
     return params
 
 
@@ -151,7 +151,7 @@ def test_a_product_that_cancels():
 
 
 def test_refusals():
-    with pytest.raises(StructureError, match="no adapted weights"):
+    with pytest.raises(StructureError, match="the tree contains no adapters"):
         lora_jax.norms({"w": jnp.ones(3)})
     params = joined()
     with pytest.raises(StructureError, match="no gradients for dense"):

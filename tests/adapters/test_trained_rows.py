@@ -48,7 +48,7 @@ def moved(params):
 
 def written(node):
     """The oracle: the rows written into the weight one by one."""
-    axis, w = node.layout.axes.index("i"), np.array(node.w)
+    axis, w = node.axis, np.array(node.w)
     value = np.asarray(node.value).astype(w.dtype)
     n_batch = node.layout.axes.count("b")
     batch = [i for i, letter in enumerate(node.layout.axes) if letter == "b"]
@@ -191,16 +191,49 @@ def test_bfloat16_tables_get_float32_rows():
 
 
 def test_which_axis_holds_the_rows():
-    assert init()["embed"]["embedding"].layout.axes == "io"
+    place = lambda node: (node.layout.axes, node.axis)
+    assert place(init()["embed"]["embedding"]) == ("io", 0)
     no_program = lora_jax.init(KEY, PARAMS, LoraConfig(targets=(), rows={"embedding": [0]}))
-    assert no_program["embed"]["embedding"].layout.axes == "io"
+    assert place(no_program["embed"]["embedding"]) == ("io", 0)
     flipped = lambda params, ids: params["embed"]["embedding"][:, ids]
-    assert init(flipped, rows={"embedding": [4]})["embed"]["embedding"].layout.axes == "oi"
-    head = lambda params, ids: params["embed"]["embedding"][ids] @ params["up"]["kernel"]
-    named = init(head, rows={"up": [4]}, overrides={"up": {"layout": "oi"}})["up"]["kernel"]
-    np.testing.assert_array_equal(named.value, PARAMS["up"]["kernel"][:, 4:].T)
-    with pytest.raises(LayoutError, match=r'up/kernel: nothing says .* overrides=.*layout="io"'):
-        init(head, rows={"up": [4]})
+    assert place(init(flipped, rows={"embedding": [4]})["embed"]["embedding"]) == ("oi", 1)
+
+
+def head(params, ids):
+    return params["embed"]["embedding"][ids] @ params["up"]["kernel"]
+
+
+@pytest.mark.parametrize("fn", [head, None])
+@pytest.mark.parametrize("axis", [1, -1])
+def test_rows_of_a_head_lie_along_its_out_axis(fn, axis):
+    """The letters keep their meaning: the head is "io", and its rows are indices along axis 1."""
+    config = LoraConfig(targets=(), rows={"up": [4, 0]}, overrides={"up": {"rows_axis": axis}})
+    params = lora_jax.init(KEY, PARAMS, config, fn, *(() if fn is None else (IDS,)))
+    node = params["up"]["kernel"]
+    assert (node.layout.axes, node.axis) == ("io", 1)
+    np.testing.assert_array_equal(node.value, PARAMS["up"]["kernel"][:, [4, 0]].T)
+    params = moved(params)
+    got, want = lora_jax.lora(head)(params, IDS), head(lora_jax.merge(params), IDS)
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
+
+
+def test_a_named_layout_without_an_axis_means_its_in_axis():
+    node = init(head, rows={"up": [4]}, overrides={"up": {"layout": "oi"}})["up"]["kernel"]
+    assert (node.layout.axes, node.axis) == ("oi", 1)
+    np.testing.assert_array_equal(node.value, PARAMS["up"]["kernel"][:, 4:].T)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ({}, r"up/kernel: cannot tell along which axis of \(5, 5\) .* overrides=.*rows_axis=0"),
+        ({"rows_axis": 2}, "up/kernel: rows_axis=2 is not an in or out axis"),
+        ({"layout": "ooi", "rows_axis": -3}, "up/kernel: rows_axis=-3 is not an in or out axis"),
+    ],
+)
+def test_axes_that_do_not_fit(override, message):
+    with pytest.raises(LayoutError, match=message):
+        init(head, rows={"up": [4]}, overrides={"up": {"alpha": 1, **override}})
 
 
 def test_on_shapes_alone():
@@ -262,6 +295,23 @@ def test_export_and_back():
     restored = jax.export.deserialize(exported.serialize())
     got, want = restored.call(params, IDS), lora_jax.lora(tied)(params, IDS)
     np.testing.assert_allclose(got, want, rtol=1e-6, atol=1e-6)
+
+
+def test_exports_from_before_the_axis_still_load():
+    """What they say of a node ended after its layout's uses, and rows lay along the in axis."""
+    params = init(targets=["up"])
+    exported = jax.export.export(jax.jit(lora_jax.lora(tied)))(params, IDS)
+    data = bytes(exported.serialize())
+    for new, old in [
+        (b'{"layout": ["io", ["dot_general"], false], "dropout": 0.0}',
+         b'{"layout": ["io", ["dot_general"]], "dropout": 0.0}'),
+        (b'{"rows": [12, 3], "axis": 0, "layout": ["io", ["gather", "dot_general"], false]}',
+         b'{"rows": [12, 3], "layout": ["io", ["gather", "dot_general"]]}'),
+    ]:  # fmt: skip
+        assert data.count(new) > 0
+        data = data.replace(new, old.ljust(len(new)))  # the same length, and JSON allows spaces
+    restored = jax.export.deserialize(bytearray(data))
+    np.testing.assert_allclose(restored.call(params, IDS), exported.call(params, IDS))
 
 
 def test_join_refuses_a_base_that_does_not_fit():

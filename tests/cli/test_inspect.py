@@ -157,7 +157,7 @@ def test_failures(tmp_path, fails):
     (adapter / "adapter_config.json").write_text('{"rank": 3}')
     assert "it has rank" in fails("inspect", adapter)
     (adapter / "adapter_config.json").unlink()
-    assert "it holds adapter_model.safetensors" in fails("inspect", adapter)
+    assert "it contains adapter_model.safetensors" in fails("inspect", adapter)
     assert "without its adapter_config.json" in fails(
         "inspect", adapter / "adapter_model.safetensors"
     )
@@ -174,7 +174,7 @@ def test_a_truncated_file_and_one_without_its_other_half(tmp_path, fails):
     assert "there is no such file" in fails("inspect", adapter)
     extra = {"base_model.model.x.lora_A.weight": np.ones((4, 8), np.float32)}
     half = files.peft(tmp_path / "half", extra=extra)
-    assert "x: has A and no B" in fails("inspect", half)
+    assert "x: has lora_A.weight but not lora_B.weight" in fails("inspect", half)
 
 
 def test_a_model_is_no_adapter(tmp_path, fails):

@@ -50,9 +50,12 @@ def test_layouts_that_mean_nothing(axes):
         Layout(axes)
 
 
-def test_uses_do_not_tell_layouts_apart():
+def test_what_tells_layouts_apart():
+    """The uses are for display alone; `lookup_only` decides an initialization."""
     assert Layout("io", ("dot_general",)) == Layout("io")
     assert hash(Layout("io", ("dot_general",))) == hash(Layout("io"))
+    assert Layout("io", lookup_only=True) != Layout("io")
+    assert hash(Layout("io", lookup_only=True)) != hash(Layout("io"))
 
 
 def test_one_rounding_to_the_base_dtype():

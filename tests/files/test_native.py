@@ -193,7 +193,9 @@ def edited(file, path, **fields):
         ("rows", "rows", [3, "1", [], [-1], [1.0], [True], [1, 1], [2**40], None], "rows must be"),
         ("rows", "rows", [[1], [1, 2, 3]], "the base .* needs"),
         ("rows", "rows", [[1, 99]], "beyond the base"),
-        ("rows", "axes", ["ii", "oo", "iio", "biio"], "one in axis|layout"),
+        ("rows", "axes", ["ii", "oo", "iio", "biio"], "axis must|layout"),
+        ("rows", "axis", [2, -1, True, "0", [0], {}, 1.0], "axis must"),
+        ("stack", "lookup_only", [1, "yes", []], "lookup_only must"),
     ],
 )
 def test_layouts_of_the_wrong_type_or_value(tmp_path, path, field, values, match):
@@ -211,6 +213,31 @@ def test_layouts_of_the_wrong_type_or_value(tmp_path, path, field, values, match
         edited(tmp_path / "a", path, **{field: value})
         with pytest.raises(AdapterFileError, match=rf"{path}.*({match})"):
             lora_jax.load(tmp_path / "a", base)
+
+
+def test_files_from_before_the_axis_still_load(tmp_path):
+    """The rows lay along the layout's one in axis; "oi" was how a head's layout was named."""
+    base, file = {"head": jnp.arange(15.0).reshape(3, 5)}, tmp_path / "a"
+    config = LoraConfig(targets=(), rows={"head": [4, 1]}, overrides={"head": {"layout": "oi"}})
+    params = lora_jax.init(KEY, base, config)
+    lora_jax.save(file, params)
+    edited(file, "head", axis=None)
+    assert "axis" not in lora_jax.read_metadata(file)["layouts"]["head"]
+    loaded = lora_jax.load(file, base)
+    assert jax.tree.structure(loaded) == jax.tree.structure(lora_jax.split(params)[1])
+    assert loaded["head"].axis == 1
+    np.testing.assert_array_equal(loaded["head"].value, base["head"][:, [4, 1]].T)
+    edited(file, "head", axis=None, axes="iio")
+    with pytest.raises(AdapterFileError, match="rows lie along one in axis"):
+        lora_jax.load(file, base)
+
+
+def test_a_layout_of_lookups_alone_comes_back(tmp_path):
+    params = lora_jax.init(KEY, BASE, LoraConfig(rank=2, targets=["up/kernel"]))
+    node = params["up"]["kernel"]
+    node = dataclasses.replace(node, layout=lora_jax.Layout("io", lookup_only=True))
+    lora_jax.save(tmp_path / "a", {**params, "up": {**params["up"], "kernel": node}})
+    assert lora_jax.load(tmp_path / "a", BASE)["up"]["kernel"].layout == node.layout
 
 
 @pytest.mark.parametrize(

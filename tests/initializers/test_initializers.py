@@ -10,6 +10,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 import lora_jax
 from lora_jax import ConfigError, Layout, LoraConfig, initializers
+from lora_jax.adapters.plan import make_plan
 from lora_jax.core.config import INITS
 from lora_jax.core.linalg import randomized_svd, truncated_svd
 from tests.programs import CASES
@@ -208,6 +209,19 @@ def test_a_weight_only_looked_up_starts_the_other_way_round(name):
     np.testing.assert_allclose([b.mean(), b.std()], [0, 1], atol=0.1)
     np.testing.assert_array_equal(nodes["tied"].b, 0)
     assert np.abs(nodes["tied"].a).max() > 0
+
+
+def test_a_static_layout_decides_which_factor_is_zero():
+    """Layouts that initialize differently differ, so a compiled initializer is not reused."""
+    params, ids = {"w": jnp.ones((7, 4))}, jnp.arange(3)
+    fns = {"tied": lambda p, i: p["w"][i] @ p["w"].T, "lookup": lambda p, i: p["w"][i]}
+    compiled = jax.jit(initializers.kaiming, static_argnums=(2, 3, 4, 5))
+    zero = {}
+    for name, fn in fns.items():
+        plan = make_plan("init", params, config("kaiming", targets=["w"]), fn, (ids,), {}, None)
+        _, a, b = compiled(KEY, params["w"], plan.layouts["w"], 2, 1.0, jnp.float32)
+        zero[name] = [factor for factor, x in (("a", a), ("b", b)) if not x.any()]
+    assert zero == {"tied": ["b"], "lookup": ["a"]}
 
 
 def test_a_tied_weight_keeps_its_function():

@@ -6,7 +6,8 @@ from pathlib import Path
 import lora_jax as lora
 from lora_jax.cli.errors import ConversionError
 from lora_jax.cli.options import refuse_existing
-from lora_jax.files import implied_tree, kinds, mlx, peft
+from lora_jax.files import implied_tree, kinds, mlx, native, peft
+from lora_jax.files.disk import strict_json
 from lora_jax.files.implied_tree import Source
 from lora_jax.files.naming import Naming
 
@@ -52,7 +53,7 @@ def _check(found: kinds.Found, to: str, model: str | None, naming: Path | None) 
 
 def _read(found: kinds.Found, to: str, model: str | None, naming: Path | None) -> Source:
     if naming is not None:
-        return implied_tree.from_native(found.path, Naming.from_json(kinds.read_json(naming)))
+        return implied_tree.from_native(found.path, _read_naming(naming))
     if model is not None:
         from lora_jax.cli import sources
 
@@ -69,9 +70,13 @@ def _read(found: kinds.Found, to: str, model: str | None, naming: Path | None) -
     )
 
 
+def _read_naming(path: Path) -> Naming:
+    return Naming.from_json(strict_json.parse_json(path.read_bytes(), str(path)))
+
+
 def _write(source: Source, to: str, out: Path) -> None:
     if to == "native":
-        metadata = {"model": source.base_name} if source.base_name else {}
+        metadata = {native.MODEL: source.base_name} if source.base_name else {}
         lora.save(out, source.adapters, metadata, base=source.base)
     elif to == "mlx":
         base, name = source.base, source.base_name

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from lora_jax.cli.jobs.spectrum import Spectrum
 from lora_jax.cli.terminal import console
-from lora_jax.files.contained_factors import AdapterFile, Factors
+from lora_jax.files.contained_factors import AdapterFile, ShownFactors
 from lora_jax.files.kinds import DESCRIPTIONS
 
 _HEADINGS = ("rank", "alpha", "scale", "|A|", "|B|", "|ΔW|", "σ₁", "stable rank", "90 %", "99 %")
@@ -58,7 +58,7 @@ def _facts(file: AdapterFile) -> Table:
 
 
 def _modules(
-    factors: list[Factors], spectra: list[Spectrum], every: bool, headings: Sequence[str]
+    factors: list[ShownFactors], spectra: list[Spectrum], every: bool, headings: Sequence[str]
 ) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("module", overflow="fold")
@@ -66,7 +66,7 @@ def _modules(
         table.add_column("count", justify="right")
     for heading in headings:
         table.add_column(heading, justify="right")
-    groups: dict[str, list[tuple[Factors, Spectrum]]] = {}
+    groups: dict[str, list[tuple[ShownFactors, Spectrum]]] = {}
     for one, found in zip(factors, spectra, strict=True):
         name = one.module if every else re.sub(r"(?<![^\W_])\d+(?![^\W_])", "*", one.module)
         groups.setdefault(name, []).append((one, found))
@@ -76,7 +76,7 @@ def _modules(
     return table
 
 
-def _cells(members: list[tuple[Factors, Spectrum]]) -> dict[str, str]:
+def _cells(members: list[tuple[ShownFactors, Spectrum]]) -> dict[str, str]:
     """A group's line, by heading."""
     columns = [
         (one.a.shape[1], one.alpha, one.scale, s.norm_a, s.norm_b, s.norm, s.largest, s.stable_rank)

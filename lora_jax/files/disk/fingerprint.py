@@ -1,5 +1,6 @@
 """Checksums of a base: whether two trees hold the same weights, leaf by leaf."""
 
+import re
 from collections.abc import Collection
 from typing import Any
 
@@ -9,6 +10,8 @@ import numpy as np
 
 from lora_jax.core.paths import flatten_with_paths
 from lora_jax.core.weights import is_adapted
+
+_ENTRY = re.compile(r"(\w+)\[((?:\d+(?:,\d+)*)?)\](?::\w+)?")
 
 
 def fingerprint(base: Any, skip: Collection[str] = ()) -> dict[str, str]:
@@ -30,6 +33,18 @@ def fingerprint(base: Any, skip: Collection[str] = ()) -> dict[str, str]:
         + (_hex(sums[path]) if path in sums else "")
         for path, x in arrays.items()
     }
+
+
+def described_shape(text: Any) -> jax.ShapeDtypeStruct | None:
+    """Return the shape and dtype in one entry of a fingerprint; None where it is not an entry.
+
+    >>> described_shape("float32[4,3]:1a2b3c4d5e6f7a8b")
+    ShapeDtypeStruct(shape=(4, 3), dtype=float32)
+    """
+    match = _ENTRY.fullmatch(text) if isinstance(text, str) else None
+    if match is None:
+        return None
+    return jax.ShapeDtypeStruct(tuple(int(n) for n in match[2].split(",") if n), match[1])
 
 
 def differences(saved: dict[str, str], base: dict[str, str]) -> list[str]:

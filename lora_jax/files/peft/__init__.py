@@ -1,7 +1,19 @@
 """Adapter files of Hugging Face PEFT, read and written, for any tree that a `Naming` describes."""
 
-from lora_jax.files.peft.config import PeftConfig
-from lora_jax.files.peft.load import CONFIG, TENSORS, load, read_config
+from lora_jax.files.peft.adapter_file import TENSORS, PeftFile, read_config, read_file
+from lora_jax.files.peft.config import CONFIG, PeftConfig, is_config
+from lora_jax.files.peft.load import fit, load
 from lora_jax.files.peft.save import save
 
-__all__ = ["CONFIG", "TENSORS", "PeftConfig", "load", "read_config", "save"]
+__all__ = [
+    "CONFIG",
+    "TENSORS",
+    "PeftConfig",
+    "PeftFile",
+    "fit",
+    "is_config",
+    "load",
+    "read_config",
+    "read_file",
+    "save",
+]

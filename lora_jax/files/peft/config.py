@@ -7,11 +7,12 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+from lora_jax.core.checks import is_integer, is_number
 from lora_jax.core.errors import AdapterFileError, ConfigError
 from lora_jax.files.disk import strict_json
 from lora_jax.files.peft import bounded_regex
 
-FILE = "adapter_config.json"
+CONFIG = "adapter_config.json"
 BIASES = ("none", "all", "lora_only")
 # Starts that change the base: A and B say nothing without it.
 CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
@@ -29,17 +30,12 @@ REFUSED = {
 
 
 def _is_number(x: Any) -> bool:
-    if isinstance(x, bool) or not isinstance(x, int | float):
-        return False
-    return abs(x) <= 1e30  # false for nan and inf, and for integers that no float holds
-
-
-def _is_int(x: Any) -> bool:
-    return isinstance(x, int) and not isinstance(x, bool)
+    # false for nan and inf, and for integers that no float holds
+    return is_number(x) and abs(x) <= 1e30
 
 
 def _is_rank(x: Any) -> bool:
-    return _is_int(x) and 0 < x < 2**31
+    return is_integer(x) and 0 < x < 2**31
 
 
 def _is_names(x: Any) -> bool:
@@ -47,7 +43,7 @@ def _is_names(x: Any) -> bool:
 
 
 def _is_numbers(x: Any) -> bool:
-    return isinstance(x, tuple) and all(_is_int(i) and 0 <= i < 2**63 for i in x)
+    return isinstance(x, tuple) and all(is_integer(i) and 0 <= i < 2**63 for i in x)
 
 
 def _is_mapping(x: Any, is_value: Callable[[Any], bool]) -> bool:
@@ -82,7 +78,7 @@ _CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "init_lora_weights": (lambda x: isinstance(x, bool | str), "true, false or a name"),
     "modules_to_save": (_or_none(_is_names), "a list of module names or null"),
     "layers_to_transform": (
-        _or_none(lambda x: _is_int(x) or _is_numbers(x)),
+        _or_none(lambda x: is_integer(x) or _is_numbers(x)),
         "a list of layer numbers, a number or null",
     ),
     "layers_pattern": (
@@ -183,6 +179,13 @@ class PeftConfig:
         """Whether PEFT adapts the parameter of this name by `target_parameters`."""
         return _in(self.target_parameters, name)
 
+    def rows(self, module: str) -> tuple[int, ...] | None:
+        """Return the trained rows of an embedding; None where the configuration names none."""
+        indices = self.trainable_token_indices
+        if isinstance(indices, Mapping):
+            return next((rows for key, rows in indices.items() if module.endswith(key)), None)
+        return indices
+
     def _saves(self, module: str) -> bool:
         names = self.modules_to_save or ()
         return any(bounded_regex.match(rf"(^|.*\.){name}($|\..*)", module) for name in names)
@@ -206,6 +209,11 @@ class PeftConfig:
         return json.dumps({**others, "peft_type": "LORA", **fields}, indent=2, sort_keys=True)
 
 
+def is_config(values: Mapping[str, Any]) -> bool:
+    """Return whether the values of an `adapter_config.json` are PEFT's."""
+    return "peft_type" in values
+
+
 def parse_config(text: str | bytes) -> PeftConfig:
     """The configuration in the text of an `adapter_config.json`.
 
@@ -214,9 +222,9 @@ def parse_config(text: str | bytes) -> PeftConfig:
         refuses.
     """
     try:
-        values = strict_json.parse_json(text, FILE)
+        values = strict_json.parse_json(text, CONFIG)
     except AdapterFileError as error:
-        raise ConfigError(str(error).removeprefix(f"{FILE}: ")) from None
+        raise ConfigError(str(error).removeprefix(f"{CONFIG}: ")) from None
     if not isinstance(values, dict):
         raise ConfigError(f"must be a mapping, got {_shown(values)}")
     kind = values.pop("peft_type", None)

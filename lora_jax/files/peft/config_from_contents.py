@@ -12,15 +12,15 @@ import numpy as np
 from lora_jax.core.config import LoraConfig
 from lora_jax.files.peft import target_parameters, tied_head
 from lora_jax.files.peft.config import PeftConfig, exact_pattern
-from lora_jax.files.torch_adapters.contents import Contents, Model, module_of
+from lora_jax.files.torch_adapters.contents import Contents, TorchBase, module_of
 from lora_jax.files.torch_adapters.experts import Experts
-from lora_jax.files.torch_adapters.factors import Factors
+from lora_jax.files.torch_adapters.factors import TorchFactors
 
 
 def settings(
     contents: Contents,
     saved: Sequence[str],
-    model: Model,
+    model: TorchBase,
     given: LoraConfig | PeftConfig | None,
     *,
     complete: bool,
@@ -38,7 +38,7 @@ def settings(
     """
     modules = {module_of(name): factors for name, factors in contents.factors.items()}
     pair = tied_head.head_of(contents, model)
-    ranked: dict[str, Factors | Experts] = {**modules, **contents.experts}
+    ranked: dict[str, TorchFactors | Experts] = {**modules, **contents.experts}
     if pair is not None and pair.embedding in contents.factors:
         ranked[module_of(pair.head)] = contents.factors[pair.embedding]
     kinds = {model.kind(name) for name in contents.factors}
@@ -65,7 +65,7 @@ def settings(
 
 
 def _parameters(
-    start: PeftConfig, contents: Contents, model: Model, complete: bool
+    start: PeftConfig, contents: Contents, model: TorchBase, complete: bool
 ) -> dict[str, Any]:
     """What the configuration says of experts' parameters."""
     if not contents.experts:
@@ -91,13 +91,13 @@ def _start(given: LoraConfig | PeftConfig | None) -> PeftConfig:
     )
 
 
-def _agrees(config: PeftConfig, module: str, factors: Factors | Experts) -> bool:
+def _agrees(config: PeftConfig, module: str, factors: TorchFactors | Experts) -> bool:
     # the leaf that holds the scale is float32
     same_scale = np.float32(config.scale(module)) == np.float32(factors.scale)
     return config.rank(module) == factors.rank and bool(same_scale)
 
 
-def _ranks(modules: Mapping[str, Factors | Experts], start: PeftConfig) -> dict[str, Any]:
+def _ranks(modules: Mapping[str, TorchFactors | Experts], start: PeftConfig) -> dict[str, Any]:
     """Rank and alpha: the most common, and patterns for the modules that have others."""
     ranks = {module: factors.rank for module, factors in modules.items()}
     alphas = {m: alpha_of(f.scale, f.rank, start.use_rslora) for m, f in modules.items()}

@@ -1,21 +1,16 @@
 """Read a PEFT directory: `adapter_config.json` and `adapter_model.safetensors`."""
 
 import os
-from pathlib import Path
 from typing import Any
 
-from lora_jax.adapters.split import split
+from lora_jax.adapters.split import base_of
 from lora_jax.core.errors import AdapterFileError, ConfigError
-from lora_jax.core.tree import adapted_nodes
-from lora_jax.files.disk import safetensors_file
 from lora_jax.files.naming import Naming
-from lora_jax.files.peft import read
-from lora_jax.files.peft.config import PeftConfig, parse_config
-from lora_jax.files.torch_adapters.contents import Model
-from lora_jax.files.torch_adapters.to_tree import fitted
-
-#: The two files of an adapter directory.
-CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
+from lora_jax.files.peft.adapter_file import PeftFile, read_file
+from lora_jax.files.peft.config import CONFIG
+from lora_jax.files.peft.read import read_contents
+from lora_jax.files.torch_adapters.contents import TorchBase
+from lora_jax.files.torch_adapters.to_tree import fit_to_base
 
 
 def load(
@@ -66,55 +61,19 @@ def load(
     >>> adapters["up"]["kernel"].a.shape, float(adapters["up"]["kernel"].scale)
     ((4, 2), 2.0)
     """
-    base = split(base)[0] if adapted_nodes(base) else base
-    config, data = _read_files(directory)
-    source = Path(directory) / TENSORS
-    tensors, _ = safetensors_file.decode(data, str(source), finite=True)
-    model = Model(base, naming)
+    return fit(read_file(directory), base, naming, strict=strict, dtype=dtype)
+
+
+def fit(
+    file: PeftFile, base: Any, naming: Naming, *, strict: bool = True, dtype: Any = None
+) -> Any:
+    """Return the adapters of a file as an overlay of `base`; what `load` does after reading."""
+    base = base_of(base)
+    model = TorchBase(base, naming)
     try:
-        contents, problems = read.contents(tensors, config, model)
+        contents, problems = read_contents(file, model)
     except ConfigError as error:  # a pattern that takes too long
-        raise AdapterFileError(f"{Path(directory) / CONFIG}: {error}") from None
-    return fitted(source, contents, problems, model, strict=strict, dtype=dtype)
-
-
-def read_config(directory: str | os.PathLike) -> PeftConfig:
-    """The `adapter_config.json` in a directory.
-
-    Raises:
-      AdapterFileError: there is none, or it cannot be read as one; keys and values are named.
-
-    >>> import tempfile
-    >>> with tempfile.TemporaryDirectory() as folder:
-    ...     _ = (Path(folder) / CONFIG).write_text('{"peft_type": "LORA", "r": 4, "lora_alpha": 8}')
-    ...     read_config(folder).scale("h.0.up")
-    2.0
-    """
-    path = Path(directory) / CONFIG
-    return _parse(path, _files(directory, [CONFIG])[CONFIG])
-
-
-def _read_files(directory: str | os.PathLike) -> tuple[PeftConfig, bytes]:
-    files = _files(directory, [CONFIG, TENSORS])
-    path = Path(directory) / CONFIG
-    return _parse(path, files[CONFIG]), files[TENSORS]
-
-
-def _files(directory: str | os.PathLike, names: list[str]) -> dict[str, bytes]:
-    try:
-        files = safetensors_file.read_directory(directory, names)
-    except OSError as error:
-        raise AdapterFileError(f"{directory}: cannot be read: {error.strerror}") from None
-    for name in names:
-        if name not in files:
-            pickled = Path(directory) / "adapter_model.bin"
-            why = f"; {pickled.name} is a pickle, and not read" if pickled.exists() else ""
-            raise AdapterFileError(f"{Path(directory) / name}: there is no such file{why}")
-    return files
-
-
-def _parse(path: Path, text: bytes) -> PeftConfig:
-    try:
-        return parse_config(text)
-    except ConfigError as error:
-        raise AdapterFileError(f"{path}: {error}") from None
+        raise AdapterFileError(f"{file.directory / CONFIG}: {error}") from None
+    return fit_to_base(
+        file.source, contents, problems, model, strict=strict, dtype=dtype, stacklevel=4
+    )

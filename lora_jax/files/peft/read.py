@@ -6,15 +6,21 @@ from typing import Any
 import numpy as np
 
 from lora_jax.files.peft import target_parameters, tensor_names, tied_head
+from lora_jax.files.peft.adapter_file import PeftFile
 from lora_jax.files.peft.config import PeftConfig
-from lora_jax.files.torch_adapters.contents import Contents, Model, is_floating, unknown
+from lora_jax.files.torch_adapters.contents import (
+    Contents,
+    TorchBase,
+    is_floating,
+    not_floating,
+    unknown,
+)
 
 
-def contents(
-    tensors: Mapping[str, np.ndarray], config: PeftConfig, model: Model
-) -> tuple[Contents, list[str]]:
-    """What the tensors are, and what is wrong with them; wrong modules are left out."""
-    tensors, problems = tied_head.without_copies(tensors, config, model)
+def read_contents(file: PeftFile, model: TorchBase) -> tuple[Contents, list[str]]:
+    """Return what fits the base, and what is wrong with the rest."""
+    config = file.config
+    tensors, problems = tied_head.drop_copies(file.tensors, config, model)
     found = Contents()
     by_module: dict[str, dict[str, np.ndarray]] = {}
     for name, tensor in tensors.items():
@@ -22,7 +28,7 @@ def contents(
         if part is None:
             problems.append(f"{name}: unexpected: PEFT's names begin with {tensor_names.PREFIX}")
         elif not is_floating(tensor):
-            problems.append(f"{name}: is {tensor.dtype}, only floating tensors are trained")
+            problems.append(f"{name}: {not_floating(tensor)}")
         elif part.field:
             by_module.setdefault(part.module, {})[part.field] = tensor
         elif part.module not in model.index:
@@ -39,7 +45,7 @@ def contents(
     for module, parts in by_module.items():
         problems += _add(found, module, parts, config, model)
     problems += _missing(by_module, config, model)
-    problems += tied_head.lookup_alone(found, config, model)
+    problems += tied_head.drop_lookup_alone(found, config, model)
     return found, problems
 
 
@@ -52,7 +58,7 @@ def _add(
     module: str,
     parts: dict[str, np.ndarray],
     config: PeftConfig,
-    model: Model,
+    model: TorchBase,
 ) -> list[str]:
     """Put one module's tensors into `found`, or say what is wrong with them."""
     weight, full = f"{module}.weight", f"{tensor_names.PREFIX}{module}"
@@ -103,10 +109,10 @@ def _check_factors(
 
 
 def _add_rows(
-    found: Contents, module: str, values: np.ndarray, config: PeftConfig, model: Model
+    found: Contents, module: str, values: np.ndarray, config: PeftConfig, model: TorchBase
 ) -> list[str]:
     name, weight = f"{tensor_names.PREFIX}{module}.{tensor_names.ROWS}", f"{module}.weight"
-    numbers = _row_numbers(module, config.trainable_token_indices)
+    numbers = config.rows(module)
     if numbers is None:
         return [f"{name}: trainable_token_indices does not say which rows these are"]
     shape, kind = model.shape(weight), model.kind(weight)
@@ -122,13 +128,7 @@ def _add_rows(
     return problems
 
 
-def _row_numbers(module: str, indices: Any) -> tuple[int, ...] | None:
-    if isinstance(indices, Mapping):
-        return next((rows for key, rows in indices.items() if module.endswith(key)), None)
-    return indices
-
-
-def _missing(by_module: Mapping[str, Any], config: PeftConfig, model: Model) -> list[str]:
+def _missing(by_module: Mapping[str, Any], config: PeftConfig, model: TorchBase) -> list[str]:
     """Modules that the configuration targets and the file does not have."""
     targeted = [name.removesuffix(".weight") for name in model.adaptable()]
     return [

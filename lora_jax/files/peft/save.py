@@ -6,13 +6,14 @@ from typing import Any
 
 from lora_jax.core.config import LoraConfig
 from lora_jax.files.disk import safetensors_file
+from lora_jax.files.disk.atomic import write_directory
 from lora_jax.files.naming import Naming
 from lora_jax.files.peft import target_parameters, tensor_names, tied_head
-from lora_jax.files.peft.config import PeftConfig
+from lora_jax.files.peft.adapter_file import TENSORS
+from lora_jax.files.peft.config import CONFIG, PeftConfig
 from lora_jax.files.peft.config_from_contents import in_modules, settings, wrong_targets
-from lora_jax.files.peft.load import CONFIG, TENSORS
-from lora_jax.files.torch_adapters.contents import Contents, Model, module_of
-from lora_jax.files.torch_adapters.from_tree import check, own_base, taken
+from lora_jax.files.torch_adapters.contents import Contents, TorchBase, module_of
+from lora_jax.files.torch_adapters.from_tree import check, collect, own_base
 
 
 def save(
@@ -36,7 +37,7 @@ def save(
     from the most common go to `rank_pattern` and `alpha_pattern`, under keys that match one module
     each. A leaf trained whole is its module saved whole, or, a bias, `bias`.
 
-    The files replace an older pair as a whole, see `safetensors_file.write_directory`.
+    The files replace an older pair as a whole, see `write_directory`.
 
     Args:
       directory: made where it is missing.
@@ -72,9 +73,9 @@ def save(
     {'up.lora_A.weight': (2, 4), 'up.lora_B.weight': (3, 2)}
     """
     base = own_base(adapters) if base is None else base
-    contents, model = taken(adapters, naming, base)
+    contents, model = collect(adapters, naming, base)
     saved, problems = _modules_to_save(contents, model)
-    problems += _refused(contents, fold) + target_parameters.unwritable(contents, model)
+    problems += _refused(contents, fold) + target_parameters.find_unwritable(contents, model)
     check(problems + _tied_problems(contents, model, base is None))
     if fold:
         contents = _folded(contents)
@@ -94,10 +95,10 @@ def save(
     ]
     check([f"{module}: PEFT's configuration cannot tell it from others" for module in wrong])
     files = {CONFIG: written.to_json().encode(), TENSORS: _encode(contents, model)}
-    safetensors_file.write_directory(directory, files)
+    write_directory(directory, files)
 
 
-def _modules_to_save(contents: Contents, model: Model) -> tuple[list[str], list[str]]:
+def _modules_to_save(contents: Contents, model: TorchBase) -> tuple[list[str], list[str]]:
     """The modules that are saved whole; adds to the contents what of them was not trained.
 
     PEFT saves every module whose name ends in a name that is given, and needs all its tensors.
@@ -137,7 +138,7 @@ def _refused(contents: Contents, fold: bool) -> list[str]:
     return problems
 
 
-def _tied_problems(contents: Contents, model: Model, unknown: bool) -> list[str]:
+def _tied_problems(contents: Contents, model: TorchBase, unknown: bool) -> list[str]:
     pair = tied_head.head_of(contents, model)
     if pair is None:
         return []
@@ -152,12 +153,12 @@ def _folded(contents: Contents) -> Contents:
     rank = max(ranks + [x.rank for x in contents.experts.values()])
     return dataclasses.replace(
         contents,
-        factors={name: x.folded().padded(rank) for name, x in contents.factors.items()},
-        experts={name: x.folded(rank) for name, x in contents.experts.items()},
+        factors={name: x.fold().pad(rank) for name, x in contents.factors.items()},
+        experts={name: x.fold(rank) for name, x in contents.experts.items()},
     )
 
 
-def _encode(contents: Contents, model: Model) -> bytes:
+def _encode(contents: Contents, model: TorchBase) -> bytes:
     tensors = target_parameters.to_tensors(contents, model)
     adapted = {module_of(name) for name in contents.factors}
     for name, factors in contents.factors.items():
@@ -168,7 +169,7 @@ def _encode(contents: Contents, model: Model) -> bytes:
         tensors[tensor_names.PREFIX + inner] = value
     pair = tied_head.head_of(contents, model)
     if pair is not None and pair.embedding in contents.factors:
-        copy = tied_head.of_head(contents.factors[pair.embedding])
+        copy = tied_head.transpose_for_head(contents.factors[pair.embedding])
         tensors |= tensor_names.to_tensors(module_of(pair.head), "linear", copy)
     elif pair is not None:
         tensors[tensor_names.PREFIX + pair.head] = contents.whole[pair.embedding]

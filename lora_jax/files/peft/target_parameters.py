@@ -10,13 +10,13 @@ import numpy as np
 
 from lora_jax.files.peft import tensor_names
 from lora_jax.files.peft.config import PeftConfig
-from lora_jax.files.torch_adapters.contents import Contents, Model, module_of
-from lora_jax.files.torch_adapters.experts import of_tensors
+from lora_jax.files.torch_adapters.contents import Contents, TorchBase, module_of
+from lora_jax.files.torch_adapters.experts import Experts
 
 _A, _B = tensor_names.endings("experts")
 
 
-def wrapped(names: Iterable[str], model: Model) -> dict[str, str]:
+def wrapper_names(names: Iterable[str], model: TorchBase) -> dict[str, str]:
     """The name under which a file has the factors of each parameter: "h.0.experts.base_layer".
 
     Args:
@@ -33,7 +33,7 @@ def wrapped(names: Iterable[str], model: Model) -> dict[str, str]:
     }
 
 
-def targeted(config: PeftConfig, model: Model) -> tuple[list[str], list[str]]:
+def find_targets(config: PeftConfig, model: TorchBase) -> tuple[list[str], list[str]]:
     """The experts' parameters that a configuration adapts, and which of its entries are none."""
     found = [name for name in model.experts() if config.targets_parameter(name)]
     problems = []
@@ -50,7 +50,7 @@ def take(
     found: Contents,
     tensors: Mapping[str, dict[str, np.ndarray]],
     config: PeftConfig,
-    model: Model,
+    model: TorchBase,
 ) -> tuple[list[str], list[str]]:
     """Put the parameters' factors into `found`.
 
@@ -60,20 +60,20 @@ def take(
     Returns:
       The modules that these tensors have in the file, and what is wrong.
     """
-    names, problems = targeted(config, model)
-    places = wrapped(names, model)
+    names, problems = find_targets(config, model)
+    places = wrapper_names(names, model)
     for name, module in places.items():
         parts = tensors.get(module, {})
         wrong = _problems(name, f"{tensor_names.PREFIX}{module}", parts, config, model)
         problems += wrong
         if not wrong:
             rank, scale = config.rank(name), config.scale(name)
-            found.experts[name] = of_tensors(parts[_A], parts[_B], rank, scale)
+            found.experts[name] = Experts.from_tensors(parts[_A], parts[_B], rank, scale)
     return list(places.values()), problems
 
 
 def _problems(
-    name: str, full: str, parts: Mapping[str, np.ndarray], config: PeftConfig, model: Model
+    name: str, full: str, parts: Mapping[str, np.ndarray], config: PeftConfig, model: TorchBase
 ) -> list[str]:
     count, (out, ins), rank = model.count(name), model.sides(name), config.rank(name)
     wanted = {_A: (count * rank, ins), _B: (out, rank * count)}
@@ -93,10 +93,10 @@ def _problems(
     return problems
 
 
-def to_tensors(contents: Contents, model: Model) -> dict[str, np.ndarray]:
+def to_tensors(contents: Contents, model: TorchBase) -> dict[str, np.ndarray]:
     """The parameters' factors under PEFT's names and in its shapes."""
     tensors: dict[str, np.ndarray] = {}
-    for name, module in wrapped(contents.experts, model).items():
+    for name, module in wrapper_names(contents.experts, model).items():
         a, b = contents.experts[name].tensors()
         tensors |= {
             f"{tensor_names.PREFIX}{module}.{_A}": a,
@@ -105,7 +105,7 @@ def to_tensors(contents: Contents, model: Model) -> dict[str, np.ndarray]:
     return tensors
 
 
-def unwritable(contents: Contents, model: Model) -> list[str]:
+def find_unwritable(contents: Contents, model: TorchBase) -> list[str]:
     """What PEFT does not have beside parameters."""
     if not contents.experts:
         return []

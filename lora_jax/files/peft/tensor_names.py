@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from lora_jax.files.torch_adapters.factors import Factors
+from lora_jax.files.torch_adapters.factors import TorchFactors
 
 PREFIX = "base_model.model."
 ROWS = "token_adapter.trainable_tokens_delta"  # its name: it holds the rows' values, no difference
@@ -14,7 +14,8 @@ LORA_BIAS = "lora_B.bias"
 MAGNITUDE = "lora_magnitude_vector"
 _FACTORS = {"embedding": ("lora_embedding_A", "lora_embedding_B")}
 _OTHERS = ("lora_A.weight", "lora_B.weight")
-_ENDINGS = (*_OTHERS, *_FACTORS["embedding"], LORA_BIAS, MAGNITUDE, ROWS)
+FACTOR_ENDINGS = (*_OTHERS, *_FACTORS["embedding"])
+_ENDINGS = (*FACTOR_ENDINGS, LORA_BIAS, MAGNITUDE, ROWS)
 _BASE = "base_layer."
 
 
@@ -78,6 +79,26 @@ def endings(kind: str) -> tuple[str, str]:
     return _FACTORS.get(kind, _OTHERS)
 
 
+def implied_kind(fields: Mapping[str, np.ndarray], fan_in_fan_out: bool) -> str:
+    """Return the kind of module that has these factors; "" where none has.
+
+    Args:
+      fields: its tensors by ending.
+      fan_in_fan_out: the configuration's flag, which GPT-2's Conv1D needs.
+
+    >>> implied_kind({"lora_A.weight": np.ones((2, 4)), "lora_B.weight": np.ones((3, 2))}, False)
+    'linear'
+    """
+    for kind, ndims in (("embedding", (2,)), ("conv", (3, 4, 5)), ("linear", (2,))):
+        a, b = (fields.get(ending) for ending in endings(kind))
+        if a is None or b is None or a.ndim not in ndims or 0 in (*a.shape[:1], *b.shape[:1]):
+            continue
+        ones = (1,) * (a.ndim - 2)
+        if b.shape == (len(b), len(a), *ones):
+            return "conv1d" if kind == "linear" and fan_in_fan_out else kind
+    return ""
+
+
 def shapes(kind: str, shape: tuple[int, ...], rank: int) -> dict[str, tuple[int, ...]]:
     """The shapes of a module's tensors, by the endings of their names.
 
@@ -105,7 +126,7 @@ def outputs(kind: str, shape: tuple[int, ...]) -> tuple[int, tuple[int, ...]]:
     return (shape[1], shape[:1]) if kind in ("conv1d", "embedding") else (shape[0], shape[1:])
 
 
-def to_tensors(module: str, kind: str, factors: Factors) -> dict[str, np.ndarray]:
+def to_tensors(module: str, kind: str, factors: TorchFactors) -> dict[str, np.ndarray]:
     """A module's factors under PEFT's names and in its shapes."""
     shape = (factors.outputs, *factors.a.shape[1:])  # only the number of axes matters for "conv"
     a, b = endings(kind)
@@ -118,12 +139,12 @@ def to_tensors(module: str, kind: str, factors: Factors) -> dict[str, np.ndarray
     return {f"{PREFIX}{module}.{ending}": x for ending, x in arrays.items()}
 
 
-def to_factors(kind: str, tensors: Mapping[str, np.ndarray], scale: float) -> Factors:
+def to_factors(kind: str, tensors: Mapping[str, np.ndarray], scale: float) -> TorchFactors:
     """Factors of tensors by ending, of the shapes that `shapes` gives."""
     a, b = (tensors[ending] for ending in endings(kind))
     magnitude = tensors.get(MAGNITUDE)
     rank = a.shape[0]
-    return Factors(
+    return TorchFactors(
         a,
         b.reshape(math.prod(b.shape) // rank, rank),
         scale,

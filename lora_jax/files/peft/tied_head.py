@@ -12,8 +12,8 @@ import numpy as np
 from lora_jax.files.naming.patterns import placeholders
 from lora_jax.files.peft import tensor_names
 from lora_jax.files.peft.config import PeftConfig
-from lora_jax.files.torch_adapters.contents import Contents, Model, module_of
-from lora_jax.files.torch_adapters.factors import Factors
+from lora_jax.files.torch_adapters.contents import Contents, TorchBase, module_of
+from lora_jax.files.torch_adapters.factors import TorchFactors
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Tied:
     head: str
 
 
-def find(model: Model) -> Tied | None:
+def find(model: TorchBase) -> Tied | None:
     """The embedding of a tree that has no leaf for its head; None where there is none."""
     heads = [
         entry.torch
@@ -40,13 +40,13 @@ def find(model: Model) -> Tied | None:
     return None
 
 
-def of_head(factors: Factors) -> Factors:
+def transpose_for_head(factors: TorchFactors) -> TorchFactors:
     """The head's factors: the embedding's, transposed."""
-    return Factors(factors.b.T, factors.a.T, factors.scale)
+    return TorchFactors(factors.b.T, factors.a.T, factors.scale)
 
 
-def without_copies(
-    tensors: Mapping[str, np.ndarray], config: PeftConfig, model: Model
+def drop_copies(
+    tensors: Mapping[str, np.ndarray], config: PeftConfig, model: TorchBase
 ) -> tuple[dict[str, np.ndarray], list[str]]:
     """A file's tensors without those of a tied head, and those that are no copies."""
     tied = find(model)
@@ -70,7 +70,7 @@ def without_copies(
     return kept, problems
 
 
-def lookup_alone(contents: Contents, config: PeftConfig, model: Model) -> list[str]:
+def drop_lookup_alone(contents: Contents, config: PeftConfig, model: TorchBase) -> list[str]:
     """Embeddings that PEFT adapts as a lookup alone, which here are the head too; taken out."""
     tied = find(model)
     if tied is None or config.ensure_weight_tying:
@@ -86,7 +86,7 @@ def lookup_alone(contents: Contents, config: PeftConfig, model: Model) -> list[s
     ]
 
 
-def head_of(contents: Contents, model: Model) -> Tied | None:
+def head_of(contents: Contents, model: TorchBase) -> Tied | None:
     """The tied pair where the contents adapt it."""
     tied = find(model)
     adapted = tied is not None and tied.embedding in {*contents.factors, *contents.whole}

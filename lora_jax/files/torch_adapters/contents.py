@@ -13,14 +13,14 @@ from lora_jax.core.weights import is_adapted
 from lora_jax.files.naming import Naming, Place, index
 from lora_jax.files.naming.translation import shapes
 from lora_jax.files.torch_adapters.experts import Experts
-from lora_jax.files.torch_adapters.factors import Factors
+from lora_jax.files.torch_adapters.factors import TorchFactors
 
 
 @dataclasses.dataclass
 class Contents:
     """Adapters as files have them. Every key is a tensor's name in torch ("h.0.up.weight")."""
 
-    factors: dict[str, Factors] = dataclasses.field(default_factory=dict)
+    factors: dict[str, TorchFactors] = dataclasses.field(default_factory=dict)
     #: Of parameters that hold experts; the key is the parameter's name ("h.0.experts.up_proj").
     experts: dict[str, Experts] = dataclasses.field(default_factory=dict)
     whole: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)  # trained whole
@@ -31,7 +31,7 @@ class Contents:
     untrained: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
 
-class Model:
+class TorchBase:
     """A base through its naming: the tensors that torch's model has, their shapes and values."""
 
     def __init__(self, base: Any, naming: Naming):
@@ -120,6 +120,11 @@ def is_floating(x: Any) -> bool:
     return x.dtype.name in ("float32", "float16", "bfloat16", "float64")
 
 
-def by_leaf(names: Mapping[str, Any], model: Model) -> dict[str, None]:
+def not_floating(x: Any) -> str:
+    """Return the message on a tensor that `is_floating` rejects."""
+    return f"is {x.dtype}, only floating tensors are trained"
+
+
+def by_leaf(names: Mapping[str, Any], model: TorchBase) -> dict[str, None]:
     """The paths of the leaves that these tensors are in."""
     return {place.path: None for name in names for place, _, _ in model.index[name]}

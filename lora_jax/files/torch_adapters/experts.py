@@ -5,7 +5,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from lora_jax.files.torch_adapters.factors import Factors
+from lora_jax.files.torch_adapters.factors import TorchFactors
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,36 +29,34 @@ class Experts:
         """Inner size of each expert's factors."""
         return self.a.shape[1]
 
-    def of(self, expert: int) -> Factors:
+    def of(self, expert: int) -> TorchFactors:
         """The factors of one expert."""
-        return Factors(self.a[expert], self.b[expert], self.scale)
+        return TorchFactors(self.a[expert], self.b[expert], self.scale)
+
+    @classmethod
+    def from_tensors(cls, a: np.ndarray, b: np.ndarray, rank: int, scale: float) -> "Experts":
+        """Return the experts of a file's A `[experts·rank, in]` and B `[out, rank·experts]`.
+
+        >>> a, b = np.arange(12).reshape(6, 2), np.arange(6).reshape(1, 6)
+        >>> one = Experts.from_tensors(a, b, 2, 1.0)
+        >>> one.a[1].tolist(), one.b[1].tolist()
+        ([[4, 5], [6, 7]], [[1, 4]])
+        """
+        by_expert = b.reshape(len(b), rank, -1).transpose(2, 0, 1)
+        return cls(a.reshape(-1, rank, a.shape[1]), by_expert, scale)
 
     def tensors(self) -> tuple[np.ndarray, np.ndarray]:
         """A and B as they are in a file."""
         a = self.a.reshape(-1, self.a.shape[2])
         return a, self.b.transpose(1, 2, 0).reshape(self.b.shape[1], -1)
 
-    def folded(self, rank: int) -> "Experts":
-        """The same updates with scale 1 at this rank, as `Factors.folded` and `Factors.padded`."""
-        experts = [self.of(e).folded().padded(rank) for e in range(len(self.a))]
+    def fold(self, rank: int) -> "Experts":
+        """Return the same updates with scale 1 at this rank, see `TorchFactors`."""
+        experts = [self.of(e).fold().pad(rank) for e in range(len(self.a))]
         return Experts(np.stack([x.a for x in experts]), np.stack([x.b for x in experts]), 1.0)
 
 
-def of_tensors(a: np.ndarray, b: np.ndarray, rank: int, scale: float) -> Experts:
-    """The experts of a file's A `[experts·rank, in]` and B `[out, rank·experts]`.
-
-    >>> one = of_tensors(np.arange(12).reshape(6, 2), np.arange(6).reshape(1, 6), 2, 1.0)
-    >>> one.a[1].tolist(), one.b[1].tolist()
-    ([[4, 5], [6, 7]], [[1, 4]])
-    """
-    return Experts(
-        a.reshape(-1, rank, a.shape[1]),
-        b.reshape(len(b), rank, -1).transpose(2, 0, 1),
-        scale,
-    )
-
-
-def together(parts: Mapping[int, Factors], count: int) -> Experts:
+def stack_experts(parts: Mapping[int, TorchFactors], count: int) -> Experts:
     """The factors of experts as those of one parameter, which has one rank and one scale.
 
     Ranks are padded with zeros to the largest; scales that differ are multiplied into B; experts
@@ -71,8 +69,8 @@ def together(parts: Mapping[int, Factors], count: int) -> Experts:
     rank = max(part.rank for part in parts.values())
     scales = {part.scale for part in parts.values()}
     if len(scales) > 1:
-        parts = {expert: part.folded() for expert, part in parts.items()}
-    padded = {expert: part.padded(rank) for expert, part in parts.items()}
+        parts = {expert: part.fold() for expert, part in parts.items()}
+    padded = {expert: part.pad(rank) for expert, part in parts.items()}
     first = next(iter(padded.values()))
     a, b = (np.zeros((count, *x.shape), x.dtype) for x in (first.a, first.b))
     for expert, part in padded.items():

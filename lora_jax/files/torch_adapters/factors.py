@@ -7,10 +7,10 @@ import numpy as np
 
 
 @dataclasses.dataclass(frozen=True)
-class Factors:
+class TorchFactors:
     """The update `scale · B · A` of one torch module, the weight seen as `[out, *in]`.
 
-    >>> one = Factors(np.ones((2, 3), "float32"), np.ones((4, 2), "float32"), 0.5)
+    >>> one = TorchFactors(np.ones((2, 3), "float32"), np.ones((4, 2), "float32"), 0.5)
     >>> one.rank, one.outputs, one.update().shape
     (2, 4, (4, 3))
     """
@@ -34,32 +34,32 @@ class Factors:
         """`scale · B · A`, `[out, *in]`, in float64."""
         return self.scale * np.tensordot(self.b.astype("float64"), self.a.astype("float64"), 1)
 
-    def cut(self, start: int, stop: int) -> "Factors":
+    def cut(self, start: int, stop: int) -> "TorchFactors":
         """The outputs from `start` to `stop`."""
         magnitude = None if self.magnitude is None else self.magnitude[start:stop]
         return dataclasses.replace(self, b=self.b[start:stop], magnitude=magnitude)
 
-    def padded(self, rank: int) -> "Factors":
+    def pad(self, rank: int) -> "TorchFactors":
         """The same update at a higher rank: rows of A and columns of B that are zero."""
         more = rank - self.rank
         a = np.pad(self.a, [(0, more), *[(0, 0)] * (self.a.ndim - 1)])
         return dataclasses.replace(self, a=a, b=np.pad(self.b, [(0, 0), (0, more)]))
 
-    def kept(self, keep: np.ndarray) -> "Factors":
+    def select(self, keep: np.ndarray) -> "TorchFactors":
         """The components where `keep` is true; all of them where it is true nowhere."""
         if keep.all() or not keep.any():
             return self
         return dataclasses.replace(self, a=self.a[keep], b=self.b[:, keep])
 
-    def without_padding(self) -> "Factors":
+    def drop_padding(self) -> "TorchFactors":
         """Without components that are zero in A and in B alike: the same update, never trained."""
-        return self.kept(_used(self.a) | _used(self.b.T))
+        return self.select(_used(self.a) | _used(self.b.T))
 
-    def without_unused(self) -> "Factors":
+    def drop_unused(self) -> "TorchFactors":
         """Without components that are zero in B, if any is not."""
-        return self.kept(_used(self.b.T))
+        return self.select(_used(self.b.T))
 
-    def folded(self) -> "Factors":
+    def fold(self) -> "TorchFactors":
         """Scale 1, what it was being multiplied into B (in float64, rounded once)."""
         b = (self.b.astype("float64") * self.scale).astype(self.b.dtype)
         return dataclasses.replace(self, b=b, scale=1.0)
@@ -69,7 +69,7 @@ def _used(rows: np.ndarray) -> np.ndarray:
     return (rows != 0).reshape(len(rows), -1).any(1)
 
 
-def join(parts: Sequence[Factors | None], widths: Sequence[int]) -> Factors | None:
+def join(parts: Sequence[TorchFactors | None], widths: Sequence[int]) -> TorchFactors | None:
     """The factors of modules that read the same input, as those of one with all their outputs.
 
     Exact: the A's one behind another, the B's on a diagonal of blocks, so the ranks add up. Parts
@@ -83,7 +83,7 @@ def join(parts: Sequence[Factors | None], widths: Sequence[int]) -> Factors | No
     Raises:
       ValueError: one part has a magnitude and another has none.
 
-    >>> one = Factors(np.ones((2, 3), "float32"), np.ones((4, 2), "float32"), 0.5)
+    >>> one = TorchFactors(np.ones((2, 3), "float32"), np.ones((4, 2), "float32"), 0.5)
     >>> other = dataclasses.replace(one, a=2 * one.a)
     >>> join([one, None, other], [4, 4, 4]).b.shape, join([one, one], [4, 4]).b.shape
     ((12, 4), (8, 2))
@@ -95,7 +95,7 @@ def join(parts: Sequence[Factors | None], widths: Sequence[int]) -> Factors | No
     if any(with_magnitude) and not all(with_magnitude):
         raise ValueError("DoRA on a part of what is joined")
     if len({part.scale for part in there}) > 1:
-        there = [part.folded() for part in there]
+        there = [part.fold() for part in there]
         folded = iter(there)
         parts = [None if part is None else next(folded) for part in parts]
     groups = _same_a(there)
@@ -107,7 +107,7 @@ def join(parts: Sequence[Factors | None], widths: Sequence[int]) -> Factors | No
             at = starts[_key(part)]
             b[stop - width : stop, at : at + part.rank] = part.b
     magnitudes = [x.magnitude for x in there if x.magnitude is not None]
-    return Factors(
+    return TorchFactors(
         np.concatenate([part.a for part in groups.values()]),
         b,
         there[0].scale,
@@ -115,13 +115,13 @@ def join(parts: Sequence[Factors | None], widths: Sequence[int]) -> Factors | No
     )
 
 
-def _key(part: Factors) -> tuple:
+def _key(part: TorchFactors) -> tuple:
     return part.a.dtype, part.a.shape, part.a.tobytes()
 
 
-def _same_a(parts: Sequence[Factors]) -> dict[tuple, Factors]:
+def _same_a(parts: Sequence[TorchFactors]) -> dict[tuple, TorchFactors]:
     """The first of the parts with each A."""
-    found: dict[tuple, Factors] = {}
+    found: dict[tuple, TorchFactors] = {}
     for part in parts:
         found.setdefault(_key(part), part)
     return found

@@ -11,28 +11,28 @@ from lora_jax.adapters.split import split
 from lora_jax.core.errors import StructureError
 from lora_jax.core.layout import Layout
 from lora_jax.core.patterns import nearest
-from lora_jax.core.tree import adapted_nodes
+from lora_jax.core.tree import adapted_nodes, require_adapted
 from lora_jax.core.weights import Adapted, LoraWeight, TrainedLeaf, TrainedRows, check_fits
 from lora_jax.files.naming import Naming, Place
-from lora_jax.files.torch_adapters.contents import Contents, Model, part_of
-from lora_jax.files.torch_adapters.experts import together
-from lora_jax.files.torch_adapters.factors import Factors, join
+from lora_jax.files.torch_adapters.contents import Contents, TorchBase, part_of
+from lora_jax.files.torch_adapters.experts import stack_experts
+from lora_jax.files.torch_adapters.factors import TorchFactors, join
 
 _SWAP = str.maketrans("io", "oi")
 #: The parts of one torch tensor that leaves share, by where along its out axis each begins.
 _Parts = dict[str, dict[int, Any]]
 #: The same of factors, by the tensor and the expert in it, if it holds experts.
-_FactorParts = dict[tuple[str, int | None], dict[int, Factors]]
+_FactorParts = dict[tuple[str, int | None], dict[int, TorchFactors]]
 
 
-def contents(nodes: Mapping[str, Adapted], model: Model) -> tuple[Contents, list[str]]:
+def collect_nodes(nodes: Mapping[str, Adapted], model: TorchBase) -> tuple[Contents, list[str]]:
     """What a file of these nodes holds, and why the rest cannot be in one.
 
     Layers with the scale 0 are left out, and components of the factors that are padding.
     """
     found, problems = Contents(), []
     factors: _FactorParts = {}
-    experts: dict[str, dict[int, Factors]] = {}
+    experts: dict[str, dict[int, TorchFactors]] = {}
     whole: _Parts = {}
     for path, node in nodes.items():
         problem = _problem(path, node, model)
@@ -58,7 +58,7 @@ def contents(nodes: Mapping[str, Adapted], model: Model) -> tuple[Contents, list
             found.factors[name] = joined
         else:
             experts.setdefault(name, {})[expert] = joined
-    found.experts = {name: together(x, model.count(name)) for name, x in experts.items()}
+    found.experts = {name: stack_experts(x, model.count(name)) for name, x in experts.items()}
     for name, values in whole.items():
         value = _whole(name, values, model)
         if value is None:
@@ -68,7 +68,7 @@ def contents(nodes: Mapping[str, Adapted], model: Model) -> tuple[Contents, list
     return found, problems
 
 
-def _problem(path: str, node: Adapted, model: Model) -> str | None:
+def _problem(path: str, node: Adapted, model: TorchBase) -> str | None:
     place = model.places.get(path)
     if place is None:
         return f"{path}: no row of the naming has this path"
@@ -77,7 +77,10 @@ def _problem(path: str, node: Adapted, model: Model) -> str | None:
     axes = place.entry.layout if place.entry.kind else ""
     if isinstance(node, TrainedRows):
         alone = len(place.shared_with) == len(place.entry.torch_names) == 1
-        fits = node.layout.axes == (axes if place.entry.kind == "embedding" else _swapped(axes))
+        letter = "i" if place.entry.kind == "embedding" else "o"
+        rows_axes = [i for i, kind in enumerate(axes) if kind == letter]
+        same_batch = node.layout.axes.replace("o", "i") == axes.replace("o", "i")
+        fits = rows_axes == [node.axis] and same_batch
         if alone and fits and place.entry.kind in ("embedding", "linear"):
             return None
         return f"{path}: rows can be written of an embedding or a head, a torch tensor of its own"
@@ -114,26 +117,26 @@ def _take_factors(place: Place, node: LoraWeight, into: _FactorParts) -> None:
         if scale[where] == 0:
             continue
         magnitude = node.magnitude
-        one = Factors(
+        one = TorchFactors(
             place.a_to_torch(a[where]),
             place.b_to_torch(b[where]),
             float(scale[where]),
             None if magnitude is None else place.out_to_torch(np.asarray(magnitude)[where]),
-        ).without_padding()
+        ).drop_padding()
         for name, part in zip(names, _cut(one, place.widths), strict=True):
             if part is not None:
                 into.setdefault((name, expert), {})[place.start] = part
 
 
-def _cut(one: Factors, widths: Sequence[int]) -> list[Factors | None]:
+def _cut(one: TorchFactors, widths: Sequence[int]) -> list[TorchFactors | None]:
     """The factors of each of the modules that are joined; None where only others are adapted."""
     if len(widths) == 1:
         return [one]
     stops = np.cumsum(widths)
     parts = [one.cut(stop - width, stop) for stop, width in zip(stops, widths, strict=True)]
     if one.magnitude is not None or not one.b.any():
-        return [part.without_unused() for part in parts]
-    return [part.without_unused() if part.b.any() else None for part in parts]
+        return [part.drop_unused() for part in parts]
+    return [part.drop_unused() if part.b.any() else None for part in parts]
 
 
 def _take_whole(place: Place, node: TrainedLeaf, into: _Parts) -> None:
@@ -146,10 +149,10 @@ def _take_whole(place: Place, node: TrainedLeaf, into: _Parts) -> None:
 
 
 def _in_order(
-    name: str, parts: Mapping[int, Factors], model: Model
-) -> tuple[list[Factors | None], list[int]]:
+    name: str, parts: Mapping[int, TorchFactors], model: TorchBase
+) -> tuple[list[TorchFactors | None], list[int]]:
     """The parts of a tensor along its outputs and their widths; None where nothing is adapted."""
-    ordered: list[Factors | None] = []
+    ordered: list[TorchFactors | None] = []
     widths: list[int] = []
     for start in sorted(parts):
         if start > sum(widths):
@@ -161,7 +164,7 @@ def _in_order(
     return (ordered + [None], widths + [rest]) if rest else (ordered, widths)
 
 
-def _whole(name: str, parts: Mapping[int, np.ndarray], model: Model) -> np.ndarray | None:
+def _whole(name: str, parts: Mapping[int, np.ndarray], model: TorchBase) -> np.ndarray | None:
     """A tensor of which these parts are trained; None where the rest is not known."""
     axis = model.index[name][0][0].entry.out_axis
     first = next(iter(parts.values()))
@@ -186,21 +189,24 @@ def _rows(place: Place, value: np.ndarray) -> np.ndarray:
     return place.a_to_torch(np.moveaxis(value, 0, -1))
 
 
-def taken(adapters: Any, naming: Naming, base: Any) -> tuple[Contents, Model]:
-    """What a file of these adapters holds, and the base through its naming.
+def collect(adapters: Any, naming: Naming, base: Any) -> tuple[Contents, TorchBase]:
+    """Return what a file of these adapters holds, and their base through its naming.
+
+    Args:
+      adapters: an overlay or a joined tree.
+      naming: of the base.
+      base: None where it is not known; a joined tree brings its own.
 
     Raises:
-      StructureError: what cannot be taken, all at once.
+      StructureError: what a file cannot hold; all problems are listed at once.
     """
-    nodes = adapted_nodes(adapters)
-    if not nodes:
-        raise StructureError("save: the tree holds no adapters")
+    nodes = require_adapted("save", adapters)
     base = own_base(adapters) if base is None else base
-    model = Model(_shapes(nodes) if base is None else base, naming)
+    model = TorchBase(_shapes(nodes) if base is None else base, naming)
     check(_misfits(nodes, model))
-    taken_contents, problems = contents(nodes, model)
+    contents, problems = collect_nodes(nodes, model)
     check(problems)
-    return taken_contents, model
+    return contents, model
 
 
 def own_base(adapters: Any) -> Any:
@@ -222,7 +228,7 @@ def _shapes(nodes: Mapping[str, Adapted]) -> dict[str, jax.ShapeDtypeStruct]:
     return {path: jax.ShapeDtypeStruct(node.shape, "float32") for path, node in nodes.items()}
 
 
-def _misfits(nodes: Mapping[str, Adapted], model: Model) -> list[str]:
+def _misfits(nodes: Mapping[str, Adapted], model: TorchBase) -> list[str]:
     problems = []
     for path, node in nodes.items():
         if path not in model.leaves:

@@ -17,20 +17,28 @@ from lora_jax.core.layout import Layout
 from lora_jax.core.tree import adapted_nodes
 from lora_jax.core.weights import Adapted, LoraWeight, TrainedLeaf, TrainedRows
 from lora_jax.files.naming import Place
-from lora_jax.files.torch_adapters.contents import Contents, Model, by_leaf
-from lora_jax.files.torch_adapters.factors import Factors, join
+from lora_jax.files.torch_adapters.contents import Contents, TorchBase, by_leaf
+from lora_jax.files.torch_adapters.factors import TorchFactors, join
 
 
-def fitted(
+def fit_to_base(
     source: object,
     contents: Contents,
     problems: list[str],
-    model: Model,
+    model: TorchBase,
     *,
     strict: bool,
     dtype: Any,
+    stacklevel: int = 3,
 ) -> Any:
-    """`overlay`, all problems told at once: an error, or with `strict=False` a warning.
+    """Return `overlay`; all problems make one error, or with `strict=False` one warning.
+
+    Args:
+      source: the file, which messages begin with.
+      contents, model, dtype: as for `overlay`.
+      problems: what is wrong with the file already.
+      strict: whether problems are an error.
+      stacklevel: of the warning: 3 where the user called what calls this.
 
     Raises:
       AdapterFileError: there are problems and `strict` is true, or nothing is left.
@@ -42,11 +50,11 @@ def fitted(
     if not adapted_nodes(adapters):
         raise AdapterFileError(f"{source}: nothing in it fits the base:\n{lines}")
     if problems or more:
-        warnings.warn(f"{source}: left out:\n{lines}", UserWarning, stacklevel=3)
+        warnings.warn(f"{source}: left out:\n{lines}", UserWarning, stacklevel=stacklevel)
     return adapters
 
 
-def overlay(contents: Contents, model: Model, dtype: Any = None) -> tuple[Any, list[str]]:
+def overlay(contents: Contents, model: TorchBase, dtype: Any = None) -> tuple[Any, list[str]]:
     """The overlay of what a file holds, and what of it could not be put in; that is left out.
 
     Layers of a stack that the file does not have get zero factors and the scale 0. Ranks that
@@ -92,7 +100,7 @@ def overlay(contents: Contents, model: Model, dtype: Any = None) -> tuple[Any, l
 _Made = tuple[str, Adapted | str]
 
 
-def _compare(contents: Contents, model: Model) -> list[str]:
+def _compare(contents: Contents, model: TorchBase) -> list[str]:
     """Copies of base weights that are not the base's: it was resized, or trained."""
     problems = []
     for name, tensor in contents.untrained.items():
@@ -106,15 +114,15 @@ def _compare(contents: Contents, model: Model) -> list[str]:
     return problems
 
 
-def _factors(contents: Contents, name: str, expert: int | None) -> Factors | None:
+def _factors(contents: Contents, name: str, expert: int | None) -> TorchFactors | None:
     if expert is None:
         return contents.factors.get(name)
     experts = contents.experts.get(name)
     return None if experts is None else experts.of(expert)
 
 
-def _lora_weight(place: Place, contents: Contents, model: Model) -> _Made:
-    layers: dict[tuple[int, ...], Factors] = {}
+def _lora_weight(place: Place, contents: Contents, model: TorchBase) -> _Made:
+    layers: dict[tuple[int, ...], TorchFactors] = {}
     for where, names, expert in place.modules():
         parts = [_factors(contents, name, expert) for name in names]
         if len(place.entry.paths) > 1:
@@ -126,13 +134,13 @@ def _lora_weight(place: Place, contents: Contents, model: Model) -> _Made:
         if joined is not None:
             layers[where] = joined
     rank = max(layer.rank for layer in layers.values())
-    padded = {where: layer.padded(rank) for where, layer in layers.items()}
+    padded = {where: layer.pad(rank) for where, layer in layers.items()}
     layout, batch = Layout(place.entry.layout), place.batch
     node = LoraWeight(
         None,
-        _stacked({w: place.a_to_tree(x.a) for w, x in padded.items()}, batch),
-        _stacked({w: place.b_to_tree(x.b) for w, x in padded.items()}, batch),
-        _stacked({w: np.float32(x.scale) for w, x in padded.items()}, batch),
+        _stack({w: place.a_to_tree(x.a) for w, x in padded.items()}, batch),
+        _stack({w: place.b_to_tree(x.b) for w, x in padded.items()}, batch),
+        _stack({w: np.float32(x.scale) for w, x in padded.items()}, batch),
         layout=layout,
     )
     with_magnitude = [x.magnitude is not None for x in padded.values()]
@@ -142,7 +150,7 @@ def _lora_weight(place: Place, contents: Contents, model: Model) -> _Made:
     return place.path, node
 
 
-def _stacked(layers: Mapping[tuple[int, ...], Any], batch: tuple[int, ...]) -> np.ndarray:
+def _stack(layers: Mapping[tuple[int, ...], Any], batch: tuple[int, ...]) -> np.ndarray:
     """One array of the layers' arrays, zero where a layer is missing."""
     first = np.asarray(next(iter(layers.values())))
     whole = np.zeros((*batch, *first.shape), _dtype(layers))
@@ -157,11 +165,11 @@ def _dtype(layers: Mapping[tuple[int, ...], Any]) -> Any:
 
 
 def _magnitudes(
-    node: LoraWeight, layers: Mapping[tuple[int, ...], Any], place: Place, model: Model
+    node: LoraWeight, layers: Mapping[tuple[int, ...], Any], place: Place, model: TorchBase
 ) -> np.ndarray:
     """The magnitudes of a stack; ‖W‖ at layers without one, so that those stay the base."""
     batch = place.batch
-    stacked = _stacked(layers, batch)
+    stacked = _stack(layers, batch)
     base = model.leaves[place.path]
     if len(layers) < math.prod(batch):
         norms = np.ones_like(stacked)
@@ -173,7 +181,7 @@ def _magnitudes(
     return stacked
 
 
-def _trained_leaf(place: Place, whole: Mapping[str, np.ndarray], model: Model) -> _Made:
+def _trained_leaf(place: Place, whole: Mapping[str, np.ndarray], model: TorchBase) -> _Made:
     base, found = model.leaves[place.path], {}
     for where, names in place.layers():
         parts = [whole.get(name) for name in names]
@@ -212,14 +220,14 @@ def _trained_rows(
     place: Place, where: tuple[int, ...], rows: tuple[int, ...], values: np.ndarray
 ) -> _Made:
     is_lookup = place.entry.kind == "embedding"
-    letters = place.entry.layout
-    # the rows lie along "i": of a head [in, vocabulary] that is the axis of its outputs
-    axes = letters if is_lookup else letters.translate({ord("i"): "o", ord("o"): "i"})
-    if where or axes.count("i") != 1:
+    layout = Layout(place.entry.layout)
+    # the rows of a head [in, vocabulary] are its outputs
+    axes = layout.positions("i" if is_lookup else "o")
+    if where or len(axes) != 1:
         return place.path, "rows can be trained along one axis of one weight"
     value = place.b_to_tree(values.T) if is_lookup else np.moveaxis(place.a_to_tree(values), -1, 0)
     one = np.ones((), "float32")
-    return place.path, TrainedRows(None, value, one, rows=rows, layout=Layout(axes))
+    return place.path, TrainedRows(None, value, one, rows=rows, axis=axes[0], layout=layout)
 
 
 def _trained(node: Adapted) -> dict[str, Any]:

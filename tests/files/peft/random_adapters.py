@@ -22,7 +22,7 @@ def adapted(config, which="plain"):
     nodes = lora_jax.init(jax.random.key(0), models.shapes(which), config)
 
     def one(path, node):
-        _, scale, _ = config.for_path(path)
+        scale = config.for_path(path).scale
         made = {"scale": np.full(node.scale.shape, scale, "f4")}
         for field in ("a", "b", "magnitude", "value"):
             x = getattr(node, field, None)

@@ -120,7 +120,7 @@ def mixed():
 
 
 CANNOT = {
-    "nothing": (lambda: {}, {}, "the tree holds no adapters"),
+    "nothing": (lambda: {}, {}, "the tree contains no adapters"),
     "no factors": (
         lambda: adapted(lora_jax.LoraConfig(targets=(), train=["head/kernel"])),
         {"base": BASE},
@@ -161,6 +161,20 @@ def test_paths_that_the_naming_lacks(tmp_path):
         peft.save(tmp_path / "new", up_alone(), naming)
     with pytest.raises(AdapterFileError, match="not in this base"):
         peft.load(models.unpack("linear", tmp_path), BASE, naming)
+
+
+@pytest.mark.parametrize("override", [{"rows_axis": 1}, {"layout": "oi"}])
+def test_rows_of_a_head(override, tmp_path):
+    """They are its outputs, with the axis named or, as before, the layout of a lookup."""
+    base = {"up": {"kernel": jnp.ones((2, 2))}, "head": {"kernel": jnp.arange(6.0).reshape(2, 3)}}
+    config = lora_jax.LoraConfig(
+        rank=1, targets=["up"], rows={"head/kernel": [2, 0]}, overrides={"head/kernel": override}
+    )
+    params = lora_jax.init(jax.random.key(0), base, config)
+    peft.save(tmp_path, params, PLAIN, base=base)
+    node = peft.load(tmp_path, base, PLAIN)["head"]["kernel"]
+    assert (node.layout.axes, node.axis, node.rows) == ("io", 1, (2, 0))
+    np.testing.assert_array_equal(node.value, base["head"]["kernel"][:, [2, 0]].T)
 
 
 def test_another_layout_than_the_rows(tmp_path):

@@ -206,6 +206,6 @@ def test_what_peft_cannot_have_beside_experts(folder, tmp_path):
     node = dataclasses.replace(node, magnitude=np.ones((3, 2, 4), "f4"))
     with pytest.raises(StructureError, match="layers/down: PEFT has no DoRA of experts'"):
         peft.save(tmp_path / "new", adapters | {"layers/down": node}, NAMING, base=BASE)
-    with pytest.raises(StructureError, match="down_proj: experts' parameters are not written"):
+    with pytest.raises(StructureError, match="down_proj: adapters of experts' parameters"):
         mlx.save(tmp_path / "new", adapters, NAMING, base=BASE)
     assert not (tmp_path / "new").exists()

@@ -131,7 +131,8 @@ def _is_sane(node: Adapted) -> bool:
     uses = isinstance(node.layout.uses, tuple) and all(type(use) is str for use in node.layout.uses)
     if isinstance(node, TrainedRows):
         rows = isinstance(node.rows, tuple) and all(type(row) is int for row in node.rows)
-        return uses and rows and len(set(node.rows)) == len(node.rows)
+        axis = type(node.axis) is int and node.axis in node.layout.positions("io")
+        return uses and rows and axis and len(set(node.rows)) == len(node.rows)
     return uses and type(node.dropout) is float and 0 <= node.dropout < 1
 
 

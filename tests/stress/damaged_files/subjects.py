@@ -64,7 +64,7 @@ def native(dora: bool) -> Subject:
             "bias": TrainedLeaf(None, values((9,)), one),
         },
         "stack": lora_node((3, 9, 2), (3, 2, 5), "bio", (3, 5) if dora else None),
-        "tokens": TrainedRows(None, values((2, 4)), one, rows=(1, 4), layout=Layout("io")),
+        "tokens": TrainedRows(None, values((2, 4)), one, rows=(1, 4), axis=0, layout=Layout("io")),
     }
     config = lora_jax.LoraConfig(rank=2, alpha=3, targets=["up/kernel", "stack"], dropout=0.1)
     with TemporaryDirectory() as folder:
