@@ -70,7 +70,7 @@ def eva(
       adapted: its base weight takes its place.
 
     Raises:
-      ConfigError: there is no batch, `rho` is below 1, or `fn` returns no floating array.
+      ConfigError: `batches` is empty, `rho` is below 1, or `fn` returns no floating array.
       TargetError: no inputs were recorded for a weight, because it is only used in an embedding
         lookup, is materialized, or gets no gradient. Select the other weights with `targets`.
       StructureError: `params` has no adapters or no values, or their update is not zero.

@@ -64,7 +64,7 @@ def lora_ga(
       `on_original` turns the trained adapter into one for the original base.
 
     Raises:
-      ConfigError: there is no batch, `scale` or `gamma` has no meaning, or `loss` is not a scalar.
+      ConfigError: `batches` is empty, `scale` or `gamma` has no meaning, or `loss` is not a scalar.
       TargetError: a gradient is zero or not finite, or a weight is smaller than 2·rank.
       StructureError: `params` has no adapters or no values, or their update is not zero.
 
