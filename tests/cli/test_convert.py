@@ -133,7 +133,7 @@ def test_files_of_peft_itself(tmp_path, run, fails):
     directory.mkdir()
     for file in ("adapter_config.json", "adapter_model.safetensors"):
         (directory / file).write_bytes(recorded[f"bias all/{file}"].tobytes())
-    assert "is trained itself" in fails("convert", directory, "--to", "folded", "--out", "x")
+    assert "is fully trained" in fails("convert", directory, "--to", "folded", "--out", "x")
 
 
 def test_failures(world, fails):
