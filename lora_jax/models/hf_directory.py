@@ -13,6 +13,7 @@ import numpy as np
 
 from lora_jax.core.errors import AdapterFileError, ModelFileError
 from lora_jax.files.disk import safetensors_file, strict_json
+from lora_jax.files.disk.atomic import write_directory
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 
@@ -139,7 +140,7 @@ def write(
     directory = Path(directory)
     if (directory / INDEX).exists():
         raise ModelFileError(f"{directory} holds a model in several files: write to another place")
-    safetensors_file.write_directory(directory, files(settings, values))
+    write_directory(directory, files(settings, values))
 
 
 def files(settings: Mapping[str, Any], values: Mapping[str, np.ndarray]) -> dict[str, bytes]:
