@@ -50,10 +50,17 @@ def side_that_takes_gain(
     return "out" if named <= {*out_axes} else "x" if named <= {*x_axes} else None
 
 
-def branch_dtypes(x_dtype: Any, lazy: LazyWeight) -> tuple[Any, Any]:
-    """(compute dtype, dtype to accumulate in) of the branch; 16-bit products add in float32."""
-    compute = compute_dtype(x_dtype, lazy.dtype)
-    return compute, compute if compute.itemsize > 2 else jnp.dtype(jnp.float32)
+def cast_for_branch(
+    x: jax.Array, factor: jax.Array, lazy: LazyWeight, dtype: Any = None
+) -> tuple[jax.Array, jax.Array, Any]:
+    """Return both operands of a branch's product in one dtype, and the dtype to accumulate in.
+
+    They are multiplied in the wider dtype of the activation and the view; 16-bit products are
+    accumulated in float32. `dtype` is the activation's, if that is not the dtype of `x`.
+    """
+    compute = compute_dtype(x.dtype if dtype is None else dtype, lazy.dtype)
+    accumulate = compute if compute.itemsize > 2 else jnp.dtype(jnp.float32)
+    return x.astype(compute), factor.astype(compute), accumulate
 
 
 def drop(x: jax.Array, lazy: LazyWeight, site: int) -> jax.Array:

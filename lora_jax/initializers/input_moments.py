@@ -10,14 +10,13 @@ import jax.numpy as jnp
 from lora_jax.core.algebra import dense
 from lora_jax.core.errors import ConfigError
 from lora_jax.core.linalg import matmul
-from lora_jax.core.paths import path_str
-from lora_jax.core.weights import LoraWeight, TrainedLeaf, TrainedRows, is_adapted
+from lora_jax.core.weights import LoraWeight, TrainedLeaf, TrainedRows
 from lora_jax.engine.context import Context
 from lora_jax.engine.custom_rules import Rule
 from lora_jax.engine.forms import PLAIN
 from lora_jax.engine.lazy_weight import LazyWeight
 from lora_jax.engine.probes import PRODUCTS, SUMS
-from lora_jax.engine.program import Program
+from lora_jax.engine.program import FIRST, Argument, Program
 from lora_jax.initializers.example_batches import Batch, summed
 
 Arrays = dict[str, jax.Array]  # by path
@@ -95,24 +94,21 @@ def _objective(
     batch: Batch,
 ) -> jax.Array:
     """A number that depends on all floating outputs of `fn`, the weights with sketches probing."""
-    flat, treedef = jax.tree_util.tree_flatten_with_path(((params, *batch), {}), is_leaf=is_adapted)
-    first = (jax.tree_util.SequenceKey(0),) * 2  # of ((params, *batch), {})
 
-    def entered(path: Any, leaf: Any) -> Any:
-        name = path_str(path[2:])
+    def enter(argument: Argument, path: str, leaf: Any) -> Any:
         if isinstance(leaf, TrainedLeaf):
             return dense(leaf)
         if isinstance(leaf, TrainedRows):
-            return LazyWeight.of_rows(leaf, name)
+            return LazyWeight.of_rows(leaf, path)
         if not isinstance(leaf, LoraWeight):
             return leaf
-        if path[:2] == first and name in sketches:
-            return _probing(leaf, name, sketches[name], probe)
-        return LazyWeight.of(leaf, name)
+        if argument == FIRST and path in sketches:
+            return _probing(leaf, path, sketches[path], probe)
+        return LazyWeight.of(leaf, path)
 
-    leaves = [entered(path, leaf) for path, leaf in flat]
     # The weight is dense where no rule covers its use; its inputs are not seen there.
-    outs = Program(fn, treedef, leaves).evaluate(Context("allow", rules=rules, forms=PLAIN), leaves)
+    context = Context("allow", rules=rules, forms=PLAIN)
+    outs = Program.of(fn, (params, *batch), {}, enter).evaluate(context)
     floats = [x for x in jax.tree.leaves(outs) if jnp.issubdtype(jnp.result_type(x), jnp.floating)]
     if not floats:
         raise ConfigError("the function returns no floating array, through which its inputs show")

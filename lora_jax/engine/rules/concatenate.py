@@ -13,10 +13,10 @@ from lora_jax.core.dtypes import wider
 from lora_jax.engine import jaxprs, named_axes, provenance
 from lora_jax.engine.context import Context
 from lora_jax.engine.lazy_weight import RANK, Axis, LazyWeight, is_lazy
-from lora_jax.engine.rules.registry import Rule, rule
+from lora_jax.engine.rules.registry import PrimitiveRule, rule
 from lora_jax.engine.rules.views import spread
 
-RULES: dict[str, Rule] = {}
+RULES: dict[str, PrimitiveRule] = {}
 
 
 @rule(RULES, "concatenate")
