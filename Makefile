@@ -17,7 +17,7 @@ RUN := $(VENV)/bin/python -m
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help demo bench bench-run published test test-all test-newest newest-python fuzz lint format clean
+.PHONY: help demo bench bench-run published test test-all test-newest newest-python fuzz docs wheel lint format clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):[^#]*## /\1 \t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -48,6 +48,17 @@ test-newest: ## the default suite on the newest Python found, with the newest ja
 fuzz: $(STAMP)-test ## random programs against their merged weights (COUNT=10000 SEED=0)
 	@$(RUN) tests.stress.fuzz --count $(COUNT) --seed $(SEED) $(ARGS)
 
+docs: $(STAMP)-docs ## the documentation as a site in site/; a warning is an error
+	@NO_MKDOCS_2_WARNING=1 $(RUN) mkdocs build --strict
+
+wheel: $(STAMP)-build ## a wheel in dist/ that installs in a fresh environment and passes a smoke test
+	@rm -rf dist $(VENV)/wheel
+	@$(RUN) build --quiet --outdir dist .
+	@$(PYTHON) -m venv $(VENV)/wheel
+	@$(VENV)/wheel/bin/python -m pip install -qq --disable-pip-version-check "$$(ls dist/*.whl)[cli]"
+	@cd dist && PATH="$(abspath $(VENV))/wheel/bin:$$PATH" bash ../.ci/smoke
+	@rm -rf $(VENV)/wheel
+
 lint: $(STAMP)-cli,dev ## style, format and types
 	@$(RUN) ruff check
 	@$(RUN) ruff format --check
@@ -68,7 +79,7 @@ newest-python:
 	done
 
 clean: ## remove environments, caches and builds
-	rm -rf .venv* build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis demo_output published
+	rm -rf .venv* build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis demo_output published
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(STAMP)-%: pyproject.toml | $(STAMP)

@@ -1,1 +1,1 @@
-"""What a training step costs, measured side by side: see README.md in this folder."""
+"""What a training step costs, measured side by side: see docs/benchmarks.md."""

@@ -1,1 +1,1 @@
-"""Results of papers, made again: `python -m benchmarks.published`; see ../README.md."""
+"""Results of papers, reproduced: `python -m benchmarks.published`; see docs/benchmarks.md."""

@@ -1,6 +1,6 @@
 """Results of papers, made again with this library: a table, pictures, and results.jsonl.
 
-`--markdown FILE` prints the table of a results.jsonl as it stands in benchmarks/README.md.
+`--markdown FILE` prints the table of a results.jsonl as it stands in docs/benchmarks.md.
 """
 
 import argparse
@@ -55,7 +55,7 @@ def verdict(row: Mapping[str, Any]) -> str:
 
 
 def markdown(rows: Iterable[Mapping[str, Any]]) -> str:
-    """The table for README.md."""
+    """Return the table for docs/benchmarks.md."""
     lines = ["| " + " | ".join(HEADINGS) + " |", "|---" * len(HEADINGS) + "|"]
     for row in rows:
         what = f"[{row['what']}]({link(row['source'])})" if row["source"] else row["what"]

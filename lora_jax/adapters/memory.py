@@ -11,8 +11,7 @@ import optax
 
 from lora_jax.adapters.optim import TRAIN, labels
 from lora_jax.adapters.split import split
-from lora_jax.core.errors import StructureError
-from lora_jax.core.tree import adapted_nodes
+from lora_jax.core.tree import require_adapted
 from lora_jax.core.weights import require_base
 
 
@@ -86,9 +85,7 @@ def memory_report(
     >>> report.adapted.base, report.adapted.optimizer, report.full.optimizer
     (4194304, 131076, 8388612)
     """
-    nodes = adapted_nodes(params)
-    if not nodes:
-        raise StructureError("memory_report: the tree holds no adapted weights")
+    nodes = require_adapted("memory_report", params)
     for path, node in nodes.items():
         require_base(path, node)
     tx = optax.adam(1e-3) if tx is None else tx

@@ -10,7 +10,7 @@ from lora_jax.adapters.optim import TRAINED_FIELDS
 from lora_jax.core.dora import column_products, dora_gain
 from lora_jax.core.dtypes import accumulator
 from lora_jax.core.errors import StructureError
-from lora_jax.core.tree import adapted_nodes
+from lora_jax.core.tree import adapted_nodes, require_adapted
 from lora_jax.core.weights import Adapted, LoraWeight, TrainedLeaf, TrainedRows
 
 
@@ -42,9 +42,7 @@ def norms(params: Any, grads: Any = None) -> dict[str, dict[str, jax.Array]]:
     >>> {name: float(x) for name, x in norms({"kernel": weight})["kernel"].items()}
     {'a': 5.0, 'b': 1.0, 'update': 10.0, 'relative': 1.0}
     """
-    nodes = adapted_nodes(params)
-    if not nodes:
-        raise StructureError("norms: the tree holds no adapted weights")
+    nodes = require_adapted("norms", params)
     moved = {} if grads is None else adapted_nodes(grads)
     missing = [path for path in nodes if path not in moved] if grads is not None else []
     if missing:

@@ -102,7 +102,7 @@ def _differences(
             problems += check_fits(path, node, leaves[path])
         if path in before and _kind(before[path]) != _kind(node):
             problems.append(f"{path}: start has {_kind(before[path])}, trained {_kind(node)}")
-    return problems + ([] if after else ["trained holds no adapters"])
+    return problems + ([] if after else ["trained contains no adapters"])
 
 
 def _kind(node: Adapted) -> str:

@@ -11,7 +11,7 @@ import optax
 from lora_jax.core.errors import ConfigError, StructureError, TargetError
 from lora_jax.core.paths import flatten_with_paths
 from lora_jax.core.patterns import compile_regex, lookup, nearest
-from lora_jax.core.tree import adapted_nodes
+from lora_jax.core.tree import require_adapted
 from lora_jax.core.weights import LoraWeight, is_adapted
 
 TRAIN, FREEZE = "train", "freeze"
@@ -102,9 +102,12 @@ def freeze(
     unknown = [field for field in only if field not in TRAINED_FIELDS]
     if isinstance(only, str) or unknown or not only:
         raise ConfigError(f"freeze: only must hold names among {TRAINED_FIELDS}, got {only!r}")
+    require_adapted("freeze", params)
     tree = _map_fields(lambda path, field: TRAIN if field in only else FREEZE, params)
     if TRAIN not in jax.tree.leaves(tree):
-        raise StructureError("freeze: the tree holds no adapters, so nothing would be trained")
+        raise StructureError(
+            f"freeze: nothing would train, because no adapter has a field named in only={only!r}"
+        )
     return _by_label({TRAIN: tx}, tree)
 
 
@@ -129,7 +132,7 @@ def lora_fa(tx: optax.GradientTransformation, params: Any) -> optax.GradientTran
     """
     stuck = [
         path
-        for path, node in adapted_nodes(params).items()
+        for path, node in require_adapted("lora_fa", params).items()
         if isinstance(node, LoraWeight) and isinstance(node.a, jax.Array) and _is_zero(node.a)
     ]
     if stuck:
@@ -180,14 +183,13 @@ def lora_plus(
     """
     if not 0 < ratio < math.inf:
         raise ConfigError(f"lora_plus: ratio must be a positive number, got {ratio!r}")
+    require_adapted("lora_plus", params)
     faster = (lambda step: ratio * learning_rate(step)) if callable(learning_rate) else None
     rates = {TRAIN: learning_rate, "b": faster or ratio * learning_rate}
     tree = _map_fields(
         lambda path, field: "b" if field == "b" else TRAIN if field in TRAINED_FIELDS else FREEZE,
         params,
     )
-    if not {TRAIN, "b"} & set(jax.tree.leaves(tree)):
-        raise StructureError("lora_plus: the tree holds no adapters, so nothing would be trained")
     return _by_label({label: optimizer(rate) for label, rate in rates.items()}, tree)
 
 
@@ -222,12 +224,10 @@ def groups(
         compile_regex("groups", key)
     names = [
         (path, field)
-        for path, node in adapted_nodes(params).items()
+        for path, node in require_adapted("groups", params).items()
         for field in TRAINED_FIELDS
         if getattr(node, field, None) is not None
     ]
-    if not names:
-        raise StructureError("groups: the tree holds no adapters, so nothing would be trained")
     found = {name: _group(transforms, *name) for name in names}
     paths = dict.fromkeys(path for path, _ in names)
     problems = [

@@ -8,7 +8,7 @@ import jax
 from lora_jax.core.errors import StructureError
 from lora_jax.core.paths import flatten_with_paths
 from lora_jax.core.patterns import nearest
-from lora_jax.core.tree import adapted_nodes, map_adapted
+from lora_jax.core.tree import adapted_nodes, map_adapted, require_adapted
 from lora_jax.core.weights import Adapted, check_fits, is_adapted, require_base
 
 
@@ -31,10 +31,7 @@ def split(params: Any) -> tuple[Any, Any]:
     >>> base["kernel"] is params["kernel"], adapters["bias"], adapters["kernel"].a.shape
     (True, None, (4, 1))
     """
-    if not adapted_nodes(params):
-        raise StructureError(
-            "split: the tree holds no adapted weights; init(key, params, ...) first"
-        )
+    require_adapted("split", params)
 
     def base_leaf(path: str, node: Adapted) -> Any:
         require_base(path, node)
@@ -44,6 +41,15 @@ def split(params: Any) -> tuple[Any, Any]:
     nodes, treedef = jax.tree_util.tree_flatten(params, is_leaf=is_adapted)
     overlay = [dataclasses.replace(n, w=None) if is_adapted(n) else None for n in nodes]
     return base, jax.tree_util.tree_unflatten(treedef, overlay)
+
+
+def base_of(params: Any) -> Any:
+    """Return the base of a joined tree, or `params` itself if it contains no adapters.
+
+    >>> base_of({"kernel": 1.0})
+    {'kernel': 1.0}
+    """
+    return split(params)[0] if adapted_nodes(params) else params
 
 
 def join(base: Any, adapters: Any) -> Any:
@@ -74,7 +80,7 @@ def join(base: Any, adapters: Any) -> Any:
         elif not is_adapted(leaves[path]):
             problems += check_fits(path, node, leaves[path])
     if not overlay:
-        problems.append("the overlay holds no adapters")
+        problems.append("the overlay contains no adapters")
     if problems:
         raise StructureError("join: the adapters do not fit the base:\n" + "\n".join(problems))
     return jax.tree_util.tree_unflatten(

@@ -6,10 +6,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lora_jax.core.errors import StructureError
 from lora_jax.core.paths import path_key
 from lora_jax.core.patterns import Pattern, select
-from lora_jax.core.tree import adapted_nodes, map_adapted
+from lora_jax.core.tree import map_adapted, require_adapted
 from lora_jax.core.weights import Adapted, LoraWeight
 
 
@@ -35,9 +34,7 @@ def set_scale(params: Any, scale: Any, targets: Pattern | None = None) -> Any:
     >>> float(set_scale(params, 0.5)["kernel"].scale)
     0.5
     """
-    nodes = adapted_nodes(params)
-    if not nodes:
-        raise StructureError("set_scale: the tree holds no adapted weights")
+    nodes = require_adapted("set_scale", params)
     chosen = nodes if targets is None else select("targets", targets, nodes)
 
     def one(path: str, node: Adapted) -> Adapted:

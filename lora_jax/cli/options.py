@@ -19,7 +19,9 @@ ModelOption = Annotated[
         help="Base model: a Hugging Face directory, a GGUF file, or smollm2 (downloaded).",
     ),
 ]
-ForceOption = Annotated[bool, typer.Option("--force", "-f", help="Write into an existing output path.")]
+ForceOption = Annotated[
+    bool, typer.Option("--force", "-f", help="Write into an existing output path.")
+]
 OutOption = Annotated[Path, typer.Option("--out", "-o", help="Output path.")]
 
 ADAPTER = "Adapter of any kind that 'inspect' reads."

@@ -3,11 +3,11 @@
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
-from numbers import Integral, Real
 from typing import Any
 
 import jax.numpy as jnp
 
+from lora_jax.core.checks import is_integer, is_number
 from lora_jax.core.errors import ConfigError
 from lora_jax.core.patterns import Pattern, compile_regex, lookup
 
@@ -19,19 +19,17 @@ DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
 def _check_rank(where: str, rank: Any) -> None:
-    if isinstance(rank, bool) or not isinstance(rank, Integral) or rank <= 0:
+    if not is_integer(rank) or rank <= 0:
         raise ConfigError(f"{where} must be a positive integer, got {rank!r}")
 
 
 def _check_alpha(where: str, alpha: Any) -> None:
-    if alpha is not None and (
-        isinstance(alpha, bool) or not isinstance(alpha, Real) or not math.isfinite(alpha)
-    ):
+    if alpha is not None and not (is_number(alpha) and math.isfinite(alpha)):
         raise ConfigError(f"{where} must be a finite number or None (= rank), got {alpha!r}")
 
 
 def _check_probability(where: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= float(value) < 1:
+    if not is_number(value) or not 0 <= float(value) < 1:
         raise ConfigError(f"{where} must be a probability in [0, 1), got {value!r}")
 
 
@@ -63,7 +61,7 @@ class Override:
             raise ConfigError(
                 f"overrides: layout must be made of the letters b, i and o, got {self.layout!r}"
             )
-        if self.rows_axis is not None and not _is_integer(self.rows_axis):
+        if self.rows_axis is not None and not is_integer(self.rows_axis):
             raise ConfigError(f"overrides: rows_axis must be an integer, got {self.rows_axis!r}")
 
 
@@ -249,10 +247,10 @@ def _check_layers(layers: Any) -> slice | tuple[int, ...] | None:
         return None
     if isinstance(layers, slice):
         ends = [layers.start, layers.stop, layers.step]
-        if all(end is None or _is_integer(end) for end in ends) and layers.step != 0:
+        if all(end is None or is_integer(end) for end in ends) and layers.step != 0:
             return slice(*(None if end is None else int(end) for end in ends))
         raise ConfigError(f"layers: a slice of integers, its step not 0, got {layers!r}")
-    if not isinstance(layers, Sequence) or not all(map(_is_integer, layers)):
+    if not isinstance(layers, Sequence) or not all(map(is_integer, layers)):
         raise ConfigError(f"layers must be a sequence of integers or a slice, got {layers!r}")
     if not layers:
         raise ConfigError("layers is empty: nothing would be adapted; None takes all")
@@ -268,7 +266,7 @@ def _check_rows(rows: Any) -> dict[str, tuple[int, ...]]:
         if isinstance(numbers, str) or not hasattr(numbers, "__iter__"):
             raise ConfigError(f"rows[{key!r}] must be a sequence of row numbers, got {numbers!r}")
         found = tuple(numbers)
-        wrong = [number for number in found if not _is_integer(number) or number < 0]
+        wrong = [number for number in found if not is_integer(number) or number < 0]
         if wrong or not found:
             raise ConfigError(f"rows[{key!r}] must be integers from 0 on, got {wrong or found}")
         twice = sorted({int(number) for number in found if found.count(number) > 1})
@@ -276,10 +274,6 @@ def _check_rows(rows: Any) -> dict[str, tuple[int, ...]]:
             raise ConfigError(f"rows[{key!r}] names rows twice: {twice}")
         checked[key] = tuple(int(number) for number in found)
     return checked
-
-
-def _is_integer(x: Any) -> bool:
-    return isinstance(x, Integral) and not isinstance(x, bool)
 
 
 def _check_layers_pattern(pattern: Any, layers: Any) -> None:

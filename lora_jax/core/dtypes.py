@@ -10,6 +10,16 @@ def accumulator(*dtypes: Any) -> Any:
     return jnp.dtype(jnp.float64 if jnp.dtype("float64") in dtypes else jnp.float32)
 
 
+def wider(*dtypes: Any) -> Any:
+    """Return the dtype with the most bytes, the first of several of that size.
+
+    >>> import jax.numpy as jnp
+    >>> wider(jnp.dtype("bfloat16"), jnp.dtype("float32"), jnp.dtype("float16"))
+    dtype('float32')
+    """
+    return max(dtypes, key=lambda dtype: dtype.itemsize)
+
+
 def compute_dtype(x_dtype: Any, w_dtype: Any) -> Any:
     """The dtype the branch multiplies in: the wider of the activation's and the view's."""
     if not jnp.issubdtype(x_dtype, jnp.inexact):

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from lora_jax.core.dtypes import accumulator, compute_dtype
+from lora_jax.core.dtypes import accumulator, compute_dtype, wider
 from lora_jax.engine import named_axes
 from lora_jax.engine.lazy_weight import Axis, LazyWeight
 
@@ -32,7 +32,7 @@ def apply_gain(x: jax.Array, axes: Sequence[Axis], lazy: LazyWeight) -> jax.Arra
     present = [axis for axis in axes if axis in lazy.gain_axes]
     factor = named_axes.arrange(lazy.gain, lazy.gain_axes, present, {})
     factor = jnp.expand_dims(factor, [i for i, axis in enumerate(axes) if axis not in present])
-    wide = max(x.dtype, factor.dtype, key=lambda d: d.itemsize)
+    wide = wider(x.dtype, factor.dtype)
     return (x.astype(wide) * factor.astype(wide)).astype(x.dtype)
 
 
@@ -50,10 +50,17 @@ def side_that_takes_gain(
     return "out" if named <= {*out_axes} else "x" if named <= {*x_axes} else None
 
 
-def branch_dtypes(x_dtype: Any, lazy: LazyWeight) -> tuple[Any, Any]:
-    """(compute dtype, dtype to accumulate in) of the branch; 16-bit products add in float32."""
-    compute = compute_dtype(x_dtype, lazy.dtype)
-    return compute, compute if compute.itemsize > 2 else jnp.dtype(jnp.float32)
+def cast_for_branch(
+    x: jax.Array, factor: jax.Array, lazy: LazyWeight, dtype: Any = None
+) -> tuple[jax.Array, jax.Array, Any]:
+    """Return both operands of a branch's product in one dtype, and the dtype to accumulate in.
+
+    They are multiplied in the wider dtype of the activation and the view; 16-bit products are
+    accumulated in float32. `dtype` is the activation's, if that is not the dtype of `x`.
+    """
+    compute = compute_dtype(x.dtype if dtype is None else dtype, lazy.dtype)
+    accumulate = compute if compute.itemsize > 2 else jnp.dtype(jnp.float32)
+    return x.astype(compute), factor.astype(compute), accumulate
 
 
 def drop(x: jax.Array, lazy: LazyWeight, site: int) -> jax.Array:
@@ -69,5 +76,5 @@ def add(y: Any, update: jax.Array, dtype: Any) -> jax.Array:
     """`y + update` in the wider of their dtypes, rounded once to `dtype`; no `y` for a tangent."""
     if y is None:
         return update.astype(dtype)
-    wide = max(y.dtype, update.dtype, key=lambda d: d.itemsize)
+    wide = wider(y.dtype, update.dtype)
     return lax.add(y.astype(wide), update.astype(wide)).astype(dtype)

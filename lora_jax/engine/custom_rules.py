@@ -5,14 +5,14 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from lora_jax.core.errors import ConfigError, LayoutError
 from lora_jax.core.layout import Layout
 from lora_jax.engine import jaxprs, named_axes
-from lora_jax.engine.arithmetic import drop
 from lora_jax.engine.context import Context
+from lora_jax.engine.contraction import DotBranch, add_branch
 from lora_jax.engine.lazy_weight import RANK, Axis, LazyWeight, is_lazy
-from lora_jax.engine.products import Product, adapted, observed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,13 +156,13 @@ def _operand(ctx: Context, lazy: LazyWeight, grouped: dict[str, list[Axis]]) -> 
     a = named_axes.arrange(first, first_axes, [*batch, *ins, RANK], lazy.sizes)
     b = named_axes.arrange(second, second_axes, [*batch, RANK, *outs], lazy.sizes)
 
-    def update(x: jax.Array) -> jax.Array:
-        free = [Axis((), -2 - i) for i in range(x.ndim - len(batch) - len(ins))]
-        if {*ins} <= {*lazy.a_axes}:
-            x = drop(x, lazy, ctx.next_site())
-        product = Product.of(lazy, x, (*batch, *free, *ins), (*batch, *free, *outs))
-        if lazy.probe:
-            return observed(None, product)
-        return adapted(None, product, x.dtype, ctx.forms)
+    def branch(x: jax.Array) -> jax.Array:
+        n_free = x.ndim - len(batch) - len(ins)
+        free = [Axis((), -2 - i) for i in range(n_free)]
+        dot = DotBranch(lazy, (*batch, *free, *ins), (*batch, *free, *outs), x.dtype)
+        if not lazy.probe:
+            return add_branch(ctx, dot, None, x)
+        sizes = dict(zip(dot.x_axes, x.shape, strict=True)) | lazy.sizes
+        return add_branch(ctx, dot, jnp.zeros([sizes[axis] for axis in dot.out_axes], x.dtype), x)
 
-    return Operand(lazy.w, a.astype(lazy.dtype), b.astype(lazy.dtype), update)
+    return Operand(lazy.w, a.astype(lazy.dtype), b.astype(lazy.dtype), branch)

@@ -8,11 +8,11 @@ from collections.abc import Hashable, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax import lax
 
+from lora_jax.core.dtypes import compute_dtype
 from lora_jax.engine import named_axes
-from lora_jax.engine.arithmetic import add, branch_dtypes
+from lora_jax.engine.arithmetic import add, cast_for_branch
 from lora_jax.engine.forms import Forms
 from lora_jax.engine.lazy_weight import RANK, STATIC, Axis, LazyWeight
 from lora_jax.engine.probes import observe
@@ -61,15 +61,17 @@ class Product:
         )
 
     @property
-    def options(self) -> dict[str, Any]:
-        """Keyword arguments of the branch's two products."""
-        accumulate = branch_dtypes(self.dtype, self.lazy)[1]
-        return {"precision": self.precision, "preferred_element_type": accumulate}
-
-    @property
     def compute(self) -> Any:
         """The dtype that the branch multiplies in."""
-        return branch_dtypes(self.dtype, self.lazy)[0]
+        return compute_dtype(self.dtype, self.lazy.dtype)
+
+    def contract(
+        self, x: jax.Array, x_axes: Sequence[Axis], f: jax.Array, f_axes: Sequence[Axis], keep: Any
+    ) -> tuple[jax.Array, Any]:
+        """Contract `x` or `x·A` with a factor, over the axes that are not in `keep`."""
+        x, f, accumulate = cast_for_branch(x, f, self.lazy, self.dtype)
+        options = {"precision": self.precision, "preferred_element_type": accumulate}
+        return named_axes.contract(x, x_axes, f, f_axes, keep, **options)
 
     @property
     def sizes(self) -> dict[Hashable, int]:
@@ -109,7 +111,9 @@ class Hidden:
 
 
 @functools.partial(jax.jit, static_argnames=("dtype", "forms"))
-def adapted(y: jax.Array | None, product: Product | Hidden, dtype: Any, forms: Forms) -> jax.Array:
+def add_update(
+    y: jax.Array | None, product: Product | Hidden, dtype: Any, forms: Forms
+) -> jax.Array:
     """`y + x · a · b` in `dtype`, the axes of the branch in the order of `out_axes`.
 
     Jitted, so that JAX traces, differentiates and lowers products of the same shapes once.
@@ -119,19 +123,16 @@ def adapted(y: jax.Array | None, product: Product | Hidden, dtype: Any, forms: F
 
 
 def _first_half(product: Product, forms: Forms) -> Hidden:
-    flat, tokens = flattened(product) if forms.flatten else (product, ())
+    flat, tokens = flatten_tokens(product) if forms.flatten else (product, ())
     (f, f_axes), (_, s_axes) = flat.factors()
-    x, f = flat.x.astype(flat.compute), f.astype(flat.compute)
-    keep = {*s_axes, *flat.out_axes}
-    h, axes = named_axes.contract(x, flat.x_axes, f, f_axes, keep, **flat.options)
+    h, axes = flat.contract(flat.x, flat.x_axes, f, f_axes, {*s_axes, *flat.out_axes})
     return Hidden(flat, h, axes=axes, tokens=tokens)
 
 
 def _second_half(hidden: Hidden) -> jax.Array:
     product, out_axes = hidden.product, hidden.product.out_axes
     _, (s, s_axes) = product.factors()
-    h, s = hidden.h.astype(product.compute), s.astype(product.compute)
-    y, y_axes = named_axes.contract(h, hidden.axes, s, s_axes, {*out_axes}, **product.options)
+    y, y_axes = product.contract(hidden.h, hidden.axes, s, s_axes, {*out_axes})
     y = named_axes.arrange(y, y_axes, out_axes, product.sizes)
     if not hidden.tokens:
         return y
@@ -139,11 +140,9 @@ def _second_half(hidden: Hidden) -> jax.Array:
     return lax.reshape(y, (*y.shape[:at], *hidden.tokens, *y.shape[at + 1 :]))
 
 
-def observed(y: jax.Array | None, product: Product) -> jax.Array:
-    """`y` (zeros, where there is none), the activation tapped where it meets A of a probe."""
-    if y is None:
-        y = jnp.zeros([product.sizes[axis] for axis in product.out_axes], product.dtype)
-    flat, _ = flattened(product)
+def tap_inputs(y: Any, product: Product) -> Any:
+    """Return `y`, with the activation tapped where it meets A of a probe."""
+    flat, _ = flatten_tokens(product)
     keep = {*flat.lazy.b_axes, *flat.out_axes}
 
     def first(x: jax.Array, a: jax.Array) -> jax.Array:
@@ -154,7 +153,7 @@ def observed(y: jax.Array | None, product: Product) -> jax.Array:
     return observe(y, flat.x, flat.lazy, first)
 
 
-def flattened(product: Product) -> tuple[Product, tuple[int, ...]]:
+def flatten_tokens(product: Product) -> tuple[Product, tuple[int, ...]]:
     """The product with its longest run of token axes as one, and the sizes of those axes."""
     lazy, x, shape = product.lazy, product.x, product.shape
     known = {*lazy.axes, *lazy.a_axes, *lazy.b_axes}
@@ -208,7 +207,7 @@ def share(products: Sequence[Product], forms: Forms) -> list[Hidden]:
 
 @functools.partial(jax.jit, static_argnames="forms")
 def _shared(first: Product, others: Sequence[Product], forms: Forms) -> Sequence[jax.Array]:
-    flats = [flattened(p)[0] if forms.flatten else p for p in (first, *others)]
+    flats = [flatten_tokens(p)[0] if forms.flatten else p for p in (first, *others)]
     parts = []
     for p in flats:
         (f, f_axes), _ = p.factors()
@@ -216,16 +215,18 @@ def _shared(first: Product, others: Sequence[Product], forms: Forms) -> Sequence
         parts.append(named_axes.arrange(f.astype(p.compute), f_axes, wanted, {}))
     first = flats[0]
     summed = [i for i, axis in enumerate(first.x_axes) if axis not in first.out_axes]
+    x, f, accumulate = cast_for_branch(first.x, lax.concatenate(parts, 0), first.lazy)
     h = lax.dot_general(
-        first.x.astype(first.compute),
-        lax.concatenate(parts, 0),
+        x,
+        f,
         ((summed, range(1, len(summed) + 1)), ((), ())),
-        **first.options,
+        precision=first.precision,
+        preferred_element_type=accumulate,
     )
     return lax.split(h, [len(part) for part in parts], axis=h.ndim - 1)
 
 
 def _hidden(product: Product, h: jax.Array, forms: Forms) -> Hidden:
-    flat, tokens = flattened(product) if forms.flatten else (product, ())
+    flat, tokens = flatten_tokens(product) if forms.flatten else (product, ())
     free = [axis for axis in flat.x_axes if axis in flat.out_axes]
     return Hidden(flat, h, axes=(*free, RANK), tokens=tokens)

@@ -1,53 +1,88 @@
-"""`Program`: a function traced once, to be evaluated on other leaves."""
+"""`Program`: a function traced once, with lazy weights among its arguments."""
 
-from collections.abc import Callable, Sequence
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 
+from lora_jax.core.paths import path_str
+from lora_jax.core.weights import is_adapted
 from lora_jax.engine import jaxprs
 from lora_jax.engine.context import Context
 from lora_jax.engine.interpreter import interpret
 from lora_jax.engine.lazy_weight import is_lazy
 
+#: Which argument a leaf of (args, kwargs) belongs to: the first two keys of its path.
+Argument = tuple[Any, ...]
 
+#: The first positional argument, the parameters by convention.
+FIRST: Argument = (jax.tree_util.SequenceKey(0),) * 2
+
+#: `enter(argument, path, leaf)`: what stands in the program for a leaf at a path of an argument.
+Enter = Callable[[Argument, str, Any], Any]
+
+
+@dataclasses.dataclass(frozen=True)
 class Program:
-    """A function traced on some leaves: arrays and lazy weights are inputs, the rest is fixed."""
+    """A traced function and its inputs: arrays and lazy weights; other leaves are fixed."""
 
-    def __init__(self, fn: Callable, treedef: Any, leaves: Sequence[Any]):
-        self._dynamic = [i for i, leaf in enumerate(leaves) if is_dynamic(leaf)]
-        self._static_out: list[Any] = []
+    jaxpr: Any
+    consts: Sequence[Any]
+    inputs: Sequence[Any]
+    rebuild: Callable[[Sequence[Any]], Any]  # what the function returns, from the jaxpr's outputs
 
-        def flat(*arrays: Any) -> list[Any]:
+    @classmethod
+    def of(cls, fn: Callable, args: Any, kwargs: Mapping[str, Any], enter: Enter) -> "Program":
+        """Trace `fn(*args, **kwargs)` with what `enter` returns in place of each leaf.
+
+        A `LoraWeight` or another adapted node counts as one leaf.
+        """
+        flat, treedef = jax.tree_util.tree_flatten_with_path((args, kwargs), is_leaf=is_adapted)
+        leaves = [enter(path[:2], path_str(path[2:]), leaf) for path, leaf in flat]
+        dynamic = [i for i, leaf in enumerate(leaves) if is_dynamic(leaf)]
+        outs_of: list[Any] = []
+
+        def traced(*arrays: Any) -> list[Any]:
             values = list(leaves)
-            for i, array in zip(self._dynamic, arrays, strict=True):
+            for i, array in zip(dynamic, arrays, strict=True):
                 values[i] = array
             args, kwargs = jax.tree_util.tree_unflatten(treedef, values)
-            outs, self._out_treedef = jax.tree_util.tree_flatten(fn(*args, **kwargs))
-            self._static_out = [None if isinstance(x, jax.Array) else x for x in outs]
-            self._is_array = [isinstance(x, jax.Array) for x in outs]
-            return [x for x in outs if isinstance(x, jax.Array)]
+            outs, out_treedef = jax.tree_util.tree_flatten(fn(*args, **kwargs))
+            is_array = [isinstance(x, jax.Array) for x in outs]
+            fixed = [None if known else x for x, known in zip(outs, is_array, strict=True)]
+            outs_of[:] = [out_treedef, is_array, fixed]
+            return [x for x, known in zip(outs, is_array, strict=True) if known]
 
-        self.jaxpr, self.consts = jaxprs.trace(flat, *(abstract(leaves[i]) for i in self._dynamic))
+        jaxpr, consts = jaxprs.trace(traced, *(_abstract(leaves[i]) for i in dynamic))
+        out_treedef, is_array, fixed = outs_of
 
-    def evaluate(self, ctx: Context, leaves: Sequence[Any]) -> Any:
-        """What the function returns on leaves like those it was traced on."""
-        outs = interpret(ctx, self.jaxpr, self.consts, [leaves[i] for i in self._dynamic])
-        arrays = iter(ctx.densify_output(x) if is_lazy(x) else x for x in outs)
-        merged = [
-            next(arrays) if is_array else static
-            for is_array, static in zip(self._is_array, self._static_out, strict=True)
-        ]
-        return jax.tree_util.tree_unflatten(self._out_treedef, merged)
+        def rebuild(arrays: Sequence[Any]) -> Any:
+            values = iter(arrays)
+            outs = [next(values) if known else x for x, known in zip(fixed, is_array, strict=True)]
+            return jax.tree_util.tree_unflatten(out_treedef, outs)
+
+        return cls(jaxpr, consts, [leaves[i] for i in dynamic], rebuild)
+
+    def evaluate(self, ctx: Context) -> Any:
+        """Return what the function returns; a weight that it returns is materialized."""
+        outs = interpret(ctx, self.jaxpr, self.consts, self.inputs)
+        return self.rebuild([ctx.densify_output(x) if is_lazy(x) else x for x in outs])
+
+
+def adapted_arguments(args: Any, kwargs: Mapping[str, Any]) -> set[Argument]:
+    """Return the arguments that contain adapted weights."""
+    flat, _ = jax.tree_util.tree_flatten_with_path((args, kwargs), is_leaf=is_adapted)
+    return {path[:2] for path, leaf in flat if is_adapted(leaf)}
 
 
 def is_dynamic(leaf: Any) -> bool:
-    """Whether an argument's leaf is traced; numpy arrays and Python scalars stay what they are."""
+    """Return whether a leaf is traced; numpy arrays and Python scalars stay what they are."""
     return isinstance(leaf, jax.Array | jax.ShapeDtypeStruct) or is_lazy(leaf)
 
 
-def abstract(leaf: Any) -> Any:
-    """What to trace a leaf as: a weight as its base, of whatever kind of array it is."""
+def _abstract(leaf: Any) -> Any:
+    """Return what to trace a leaf as: a weight as its base, of whatever kind of array it is."""
     if not is_lazy(leaf):
         return leaf
     # A jax.Array says more than shape and dtype: its sharding, where that is part of its type.

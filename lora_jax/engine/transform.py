@@ -9,13 +9,12 @@ from jax import lax
 
 from lora_jax.core.algebra import dense
 from lora_jax.core.errors import ConfigError
-from lora_jax.core.paths import path_str
 from lora_jax.core.weights import LoraWeight, TrainedLeaf, TrainedRows, is_adapted, require_whole
 from lora_jax.engine.context import POLICIES, Context
 from lora_jax.engine.custom_rules import Rule, check_rules
 from lora_jax.engine.forms import Forms
 from lora_jax.engine.lazy_weight import LazyWeight
-from lora_jax.engine.program import Program
+from lora_jax.engine.program import Argument, Program, adapted_arguments
 
 
 def lora(
@@ -69,18 +68,16 @@ def lora(
 
     @functools.wraps(fn)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
-        flat, treedef = jax.tree_util.tree_flatten_with_path((args, kwargs), is_leaf=is_adapted)
-        if not any(is_adapted(leaf) for _, leaf in flat):
+        adapted = adapted_arguments(args, kwargs)
+        if not adapted:
             return fn(*args, **kwargs)
-        # path[:2] is (args or kwargs, which one): the argument that a leaf belongs to
-        holders = {path[:2] for path, leaf in flat if is_adapted(leaf)}
         chosen = forms or Forms.for_backend()
-        leaves = [
-            _enter(path_str(path[2:]), leaf, chosen) if path[:2] in holders else leaf
-            for path, leaf in flat
-        ]
+
+        def enter(argument: Argument, path: str, leaf: Any) -> Any:
+            return _enter(path, leaf, chosen) if argument in adapted else leaf
+
         ctx = Context(on_dense, rules=rules, forms=chosen)
-        return Program(fn, treedef, leaves).evaluate(ctx, leaves)
+        return Program.of(fn, args, kwargs, enter).evaluate(ctx)
 
     return wrapped
 

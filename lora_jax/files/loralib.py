@@ -8,10 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from lora_jax.adapters.split import split
+from lora_jax.adapters.split import base_of
 from lora_jax.core.config import LoraConfig
 from lora_jax.core.errors import ConfigError
-from lora_jax.core.tree import adapted_nodes
 from lora_jax.files.disk import safetensors_file
 from lora_jax.files.naming import Naming
 from lora_jax.files.torch_adapters.contents import Contents, TorchBase, is_floating, unknown
@@ -72,7 +71,7 @@ def load(
         raise ConfigError("alpha must be a number: loralib's files do not hold it")
     LoraConfig(alpha=alpha)  # raises where it is no number
     parts = _check_enabled(enabled or {})
-    base = split(base)[0] if adapted_nodes(base) else base
+    base = base_of(base)
     tensors, _ = safetensors_file.read(path, finite=True)
     model = TorchBase(base, naming)
     contents, problems = _contents(tensors, float(alpha), parts, model)

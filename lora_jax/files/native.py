@@ -10,12 +10,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lora_jax.adapters.split import split
+from lora_jax.adapters.split import base_of, split
 from lora_jax.core.config import LoraConfig
 from lora_jax.core.errors import AdapterFileError, StructureError
 from lora_jax.core.paths import flatten_with_paths
 from lora_jax.core.patterns import nearest
-from lora_jax.core.tree import adapted_nodes
+from lora_jax.core.tree import require_adapted
 from lora_jax.core.weights import Adapted, TrainedLeaf, check_fits, is_adapted
 from lora_jax.files import native_schema
 from lora_jax.files.disk import safetensors_file, strict_json
@@ -64,9 +64,7 @@ def save(
     >>> adapters["kernel"].a.shape
     (4, 1)
     """
-    nodes = adapted_nodes(adapters)
-    if not nodes:
-        raise StructureError("save: the tree contains no adapters")
+    nodes = require_adapted("save", adapters)
     if base is None and all(node.w is not None for node in nodes.values()):
         base, _ = split(adapters)
     whole = {p for p, node in nodes.items() if isinstance(node, TrainedLeaf)}
@@ -188,8 +186,7 @@ def load(path: str | os.PathLike, base: Any) -> Any:
 
 def fit(file: NativeFile, base: Any) -> Any:
     """Return the adapters of a file as an overlay of `base`; what `load` does after reading."""
-    if adapted_nodes(base):
-        base, _ = split(base)
+    base = base_of(base)
     nodes, problems = file.nodes, list(file.problems)
     leaves, treedef = flatten_with_paths(base, is_leaf=is_adapted)
     unknown = [name for name in nodes if name not in leaves]

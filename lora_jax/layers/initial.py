@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from lora_jax.core.checks import is_integer
 from lora_jax.core.config import LoraConfig
 from lora_jax.core.errors import ConfigError
 from lora_jax.core.layout import Layout
@@ -49,12 +50,12 @@ def weight(
 
 def check_sizes(sizes: tuple[int, ...]) -> None:
     """Raise a ConfigError unless all are positive integers."""
-    if not all(isinstance(size, int) and size > 0 for size in sizes):
+    if not all(is_integer(size) and size > 0 for size in sizes):
         raise ConfigError(f"sizes must be positive integers, got {sizes}")
 
 
 def _check_rank(rank: Any, shape: tuple[int, int]) -> None:
-    if isinstance(rank, bool) or not isinstance(rank, int) or not 0 <= rank <= min(shape):
+    if not is_integer(rank) or not 0 <= rank <= min(shape):
         raise ConfigError(
             f"rank must be an integer from 0 (a plain layer) to {min(shape)}, which is what a "
             f"weight {shape} can hold; got {rank!r}"

@@ -13,7 +13,7 @@ from lora_jax.core.layout import Layout
 from lora_jax.core.weights import LoraWeight
 from lora_jax.engine.forms import Forms
 from lora_jax.engine.lazy_weight import RANK, Axis, LazyWeight
-from lora_jax.engine.products import Product, adapted
+from lora_jax.engine.products import Product, add_update
 from lora_jax.engine.provenance import Provenance
 from lora_jax.layers.initial import check_sizes
 
@@ -95,7 +95,7 @@ def apply(params: Params, x: jax.Array, alpha: Any = None) -> jax.Array:
     )
     free = [Axis((), -2 - i) for i in range(x.ndim - 1)]
     product = Product.of(lazy, x, (*free, inner), (*free, outer))
-    return adapted(None, product, jnp.result_type(x.dtype, lazy.dtype), Forms.for_backend())
+    return add_update(None, product, jnp.result_type(x.dtype, lazy.dtype), Forms.for_backend())
 
 
 def weight(params: Params, alpha: Any = None) -> jax.Array:

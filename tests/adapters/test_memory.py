@@ -110,7 +110,7 @@ def test_the_table():
 
 
 def test_refusals():
-    with pytest.raises(StructureError, match="no adapted weights"):
+    with pytest.raises(StructureError, match="the tree contains no adapters"):
         lora_jax.memory_report(loss, PARAMS, X)
     with pytest.raises(StructureError, match="without their base"):
         lora_jax.memory_report(loss, lora_jax.split(adapt())[1], X)

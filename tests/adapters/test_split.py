@@ -101,7 +101,7 @@ def test_join_refuses(base, adapters, match):
 
 
 def test_split_refuses():
-    with pytest.raises(StructureError, match="no adapted weights"):
+    with pytest.raises(StructureError, match="the tree contains no adapters"):
         lora_jax.split(PARAMS)
     with pytest.raises(StructureError, match="join"):
         lora_jax.split(lora_jax.split(JOINED)[1])

@@ -89,7 +89,7 @@ def test_it_ends_where_the_text_does(world, run):
 def test_a_long_prompt_leaves_fewer_tokens_or_none(world, run, fails):
     words = ["generate", "--model", "my-model", "--prompt"]
     assert run(*words, "x" * 62, "--max-tokens", 9).out == greedy(world, "x" * 62, 2)
-    assert "the prompt has 64 tokens, but the model has only 64 positions" in fails(*words, "x" * 64)
+    assert "64 tokens, but the model has only 64 positions" in fails(*words, "x" * 64)
 
 
 def test_failures(world, fails):

@@ -96,15 +96,15 @@ def test_the_table(trained, run, tmp_path):
 
 def test_another_run_in_its_place(trained, fails):
     _, command = trained
-    assert "holds a run already: add --resume" in fails(*command)
+    assert "already contains a run. Add --resume" in fails(*command)
     changed = [word if word != "3e-2" else "1e-2" for word in command]
-    assert "was begun otherwise" in fails(*changed, "--resume")
-    assert "lr was 0.03, is 0.01" in fails(*changed, "--resume")
+    assert "was started with different settings" in fails(*changed, "--resume")
+    assert "lr was 0.03, now 0.01" in fails(*changed, "--resume")
 
 
 def test_another_order_in_its_place(trained, fails):
     _, command = trained
-    assert "shuffle was true, is false" in fails(*command, "--resume", "--no-shuffle")
+    assert "shuffle was true, now false" in fails(*command, "--resume", "--no-shuffle")
 
 
 @pytest.fixture
@@ -180,12 +180,12 @@ ERRORS = {
     "no model": (["--model", "nowhere"], "nowhere: there is no such file or directory; give"),
     "no target": (["--targets", "q_prj"], "no module is called 'q_prj'; choose from q_proj"),
     "no rows": (["--length", 4096], "--length 4096: must be from 2 to 1024"),
-    "no encoding": (["--encoding", "x"], "no encoding is called 'x'"),
+    "no encoding": (["--encoding", "x"], "unknown encoding 'x'"),
     "a share": (["--eval-split", 0.0001], "--eval-split 0.0001 leaves a part without a token"),
     "rate": (["--lr", -1], "learning_rate must be positive, got -1"),
-    "labels": (["--task", "classification"], "stream rows; --task classification needs"),
+    "labels": (["--task", "classification"], "has stream rows, but a classifier needs"),
     "rank": (["--rank", 100], "rank 100 is above what the weight"),
-    "missing": (["--eval", "none.txt"], "none.txt: cannot be read"),
+    "missing": (["--eval", "none.txt"], "cannot read none.txt: No such file"),
 }
 
 
@@ -199,7 +199,9 @@ def test_failures_are_one_line_and_leave_nothing(name, play, tmp_path, fails):
 def test_files_of_several_kinds(play, tmp_path, fails):
     data = jsonl(tmp_path / "d.jsonl", "chat")
     error = fails(*words(data, tmp_path / "out", "--eval", play))
-    assert f"files of several kinds: {data} contains chat rows, {play} contains stream rows" in error
+    assert (
+        f"files of several kinds: {data} contains chat rows, {play} contains stream rows" in error
+    )
 
 
 def test_mistakes_on_the_command_line(play, tmp_path, fails):

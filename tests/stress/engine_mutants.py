@@ -54,9 +54,9 @@ MUTANTS = [
     ),
     Mutant(
         "skip the cast of the factors",
-        "engine/products.py",
-        "h, s = hidden.h.astype(product.compute), s.astype(product.compute)",
-        "h = hidden.h.astype(s.dtype)",
+        "engine/arithmetic.py",
+        "return x.astype(compute), factor.astype(compute), accumulate",
+        "return x.astype(factor.dtype), factor, accumulate",
     ),
     Mutant(
         "skip the cast of the sum",
@@ -135,8 +135,8 @@ MUTANTS = [
     ),
     Mutant(
         "forget the gain where the outputs are contracted",
-        "engine/rules/dot_general.py",
-        "x = apply_gain(x, product.x_axes, lazy)",
+        "engine/contraction.py",
+        "x = apply_gain(x, branch.x_axes, lazy)",
         "pass",
     ),
 ]

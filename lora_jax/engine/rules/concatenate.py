@@ -9,13 +9,14 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from lora_jax.core.dtypes import wider
 from lora_jax.engine import jaxprs, named_axes, provenance
 from lora_jax.engine.context import Context
 from lora_jax.engine.lazy_weight import RANK, Axis, LazyWeight, is_lazy
-from lora_jax.engine.rules.registry import Rule, rule
+from lora_jax.engine.rules.registry import PrimitiveRule, rule
 from lora_jax.engine.rules.views import spread
 
-RULES: dict[str, Rule] = {}
+RULES: dict[str, PrimitiveRule] = {}
 
 
 @rule(RULES, "concatenate")
@@ -228,5 +229,5 @@ def _alike(parts: Parts, name: str) -> list[jax.Array | None]:
     dtypes = {x.dtype for x in arrays if x is not None}
     if len(dtypes) == 1:
         return arrays
-    wide = max(dtypes, key=lambda dtype: dtype.itemsize)
+    wide = wider(*dtypes)
     return [None if x is None else x.astype(wide) for x in arrays]

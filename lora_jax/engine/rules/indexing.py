@@ -12,10 +12,10 @@ from jax import lax
 from lora_jax.engine.arithmetic import to_dense
 from lora_jax.engine.context import Context
 from lora_jax.engine.lazy_weight import Axis, LazyWeight, is_lazy
-from lora_jax.engine.rules.registry import Rule, rule
+from lora_jax.engine.rules.registry import PrimitiveRule, rule
 from lora_jax.engine.rules.views import mark_indexed, viewed
 
-RULES: dict[str, Rule] = {}
+RULES: dict[str, PrimitiveRule] = {}
 
 
 @rule(RULES, "dynamic_slice")
@@ -187,7 +187,7 @@ class _Gather:
         return keys, names
 
 
-def rows_as_activation(eqn: Any, args: Sequence[Any]) -> Sequence[Any]:
+def densify_rows(eqn: Any, args: Sequence[Any]) -> Sequence[Any]:
     """The operands of a product, rows looked up on its left made an array where that is cheaper.
 
     `embedding[ids] @ matrix` multiplies rows like any activation. What contracts the ids

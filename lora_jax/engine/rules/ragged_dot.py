@@ -1,4 +1,4 @@
-"""The rule for `ragged_dot`: rows in groups, each with a weight of its own, as experts have."""
+"""The rule for `ragged_dot`: groups of rows, each with its own weight (experts)."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -7,14 +7,15 @@ from typing import Any
 import jax
 from jax import lax
 
-from lora_jax.engine import jaxprs, named_axes
-from lora_jax.engine.arithmetic import add, branch_dtypes, drop
+from lora_jax.engine import named_axes
+from lora_jax.engine.arithmetic import add, cast_for_branch
 from lora_jax.engine.context import Context
-from lora_jax.engine.lazy_weight import RANK, Axis, LazyWeight, is_lazy
+from lora_jax.engine.contraction import Branch, Equation, contract_weight
+from lora_jax.engine.lazy_weight import RANK, Axis, is_lazy
 from lora_jax.engine.probes import observe
-from lora_jax.engine.rules.registry import Rule, rule
+from lora_jax.engine.rules.registry import PrimitiveRule, rule
 
-RULES: dict[str, Rule] = {}
+RULES: dict[str, PrimitiveRule] = {}
 
 
 @rule(RULES, "ragged_dot_general")
@@ -27,71 +28,74 @@ def _ragged_dot(ctx: Context, eqn: Any, args: Sequence[Any]) -> Any:
     if not is_lazy(lazy) or is_lazy(group_sizes) or eqn.params["group_offset"] is not None:
         return NotImplemented
     if len(grouped) != 1 or {*ragged} & {*x_summed, *x_batch}:
-        return NotImplemented  # groups of what is summed, or of the batch: W has no axis of them
+        return NotImplemented  # groups along a summed or batch axis: W has no axis of groups
     if is_lazy(x):
         x = ctx.densify(x, eqn, " (both sides are adapted)")
+    # x_axes: fresh names, and the weight's where the two meet
     x_axes: list[Axis] = [Axis((), -2 - i) for i in range(x.ndim)]
     for x_dim, w_dim in zip((*x_summed, *x_batch), (*w_summed, *w_batch), strict=True):
         x_axes[x_dim] = lazy.axes[w_dim]
-    group, rows = lazy.axes[grouped[0]], x_axes[ragged[0]]
     batch, summed = [lazy.axes[i] for i in w_batch], [lazy.axes[i] for i in w_summed]
-    ctx.record(lazy, eqn, summed=summed, batch=[group, *batch])
-    if lazy.a is None:
-        return jaxprs.bind(eqn, (x, lazy.w, group_sizes))
-    if lazy.gain is not None:
-        return NotImplemented  # a row's gain is that of its group
-    product = _Product(eqn, group_sizes, rows, group, tuple(batch), lazy)
-    order = product.order(summed)
-    if order is None:
-        return NotImplemented
-    if lazy.probe:
-        (y,) = jaxprs.bind(eqn, (x, lazy.w, group_sizes))
-        first = lambda x, a: product.with_a(a)(x, x_axes, "a", summed)[0]
-        return [observe(y, x, lazy, first) if order[0] == "a" else y]
-    if order[0] == "a":
-        x = drop(x, lazy, ctx.next_site())
-    h, h_axes = product(x, x_axes, order[0], summed)
-    update, axes = product(h, h_axes, order[1], [RANK])
-    free = [axis for axis in lazy.axes if axis not in (group, *batch, *summed)]
-    out = [*batch, *(axis for axis in x_axes if axis not in (*batch, *summed)), *free]
-    y = None if lazy.w is None else jaxprs.bind(eqn, (x, lazy.w, group_sizes))[0]
-    return [add(y, named_axes.arrange(update, axes, out, lazy.sizes), eqn.outvars[0].aval.dtype)]
+    # out_axes: [*batch, *free axes of x, *free axes of the weight]; its axis of groups is gone,
+    # so a gain, which is a group's, has no side and the weight is materialized
+    group, rows = lazy.axes[grouped[0]], x_axes[ragged[0]]
+    x_free = [axis for axis in x_axes if axis not in (*batch, *summed)]
+    w_free = [axis for axis in lazy.axes if axis not in (group, *batch, *summed)]
+    out_axes = [*batch, *x_free, *w_free]
+    equation = Equation(eqn, False, summed, [group, *batch], (group_sizes,))
+    branch = RaggedBranch(lazy, x_axes, out_axes, eqn, group_sizes, rows, group, batch, summed)
+    return contract_weight(ctx, equation, branch, x)
 
 
 @dataclasses.dataclass(frozen=True)
-class _Product:
-    """Ragged products with the factors of a weight, in the groups of the weight's own product."""
+class RaggedBranch(Branch):
+    """The branch of a ragged product: each factor in the groups of the weight's own product."""
 
     eqn: Any
     group_sizes: jax.Array
-    rows: Axis  # the activation's axis that falls into groups
+    rows: Axis  # the activation's axis that is divided into groups
     group: Axis  # the weight's axis of groups
-    batch: tuple[Axis, ...]
-    lazy: LazyWeight
+    batch: Sequence[Axis]
+    summed: Sequence[Axis]
 
-    def with_a(self, a: jax.Array) -> "_Product":
-        """The same with other values of A."""
-        return dataclasses.replace(self, lazy=dataclasses.replace(self.lazy, a=a))
-
-    def order(self, summed: Sequence[Axis]) -> tuple[str, str] | None:
-        """Which factor meets the activation first; None where two products are not enough."""
+    def first_factor(self) -> str | None:
+        """Return the factor that has all of the summed axes, if the other one has none."""
         own = {RANK, self.group, *self.batch}
         a, b = set(self.lazy.a_axes) - own, set(self.lazy.b_axes) - own
         if a & b or not a | b <= set(self.lazy.axes):
             return None
-        if a.isdisjoint(summed) or b.isdisjoint(summed):
-            return ("a", "b") if b.isdisjoint(summed) else ("b", "a")
-        return None
+        if b.isdisjoint(self.summed):
+            return "a"
+        return "b" if a.isdisjoint(self.summed) else None
 
-    def __call__(
-        self, x: jax.Array, x_axes: Sequence[Axis], factor: str, summed: Sequence[Axis]
+    def add_to(self, y: Any, x: jax.Array, ctx: Context) -> jax.Array:
+        """Return `y` plus two ragged products, over the summed axes and over the rank."""
+        first = self.first_factor()
+        second = "b" if first == "a" else "a"
+        h, axes = self._contract(x, self.x_axes, first, self.summed)
+        update, axes = self._contract(h, axes, second, [RANK])
+        update = named_axes.arrange(update, axes, self.out_axes, self.lazy.sizes)
+        return add(y, update, self.eqn.outvars[0].aval.dtype)
+
+    def tap(self, y: Any, x: jax.Array) -> Any:
+        """Return `y`, with `x` tapped in its ragged product with A."""
+
+        def first(x: jax.Array, a: jax.Array) -> jax.Array:
+            probe = dataclasses.replace(self, lazy=dataclasses.replace(self.lazy, a=a))
+            return probe._contract(x, self.x_axes, "a", self.summed)[0]
+
+        return observe(y, x, self.lazy, first)
+
+    def _contract(
+        self, x: jax.Array, x_axes: Sequence[Axis], factor: str | None, summed: Sequence[Axis]
     ) -> tuple[jax.Array, list[Axis]]:
-        """`x` contracted over `summed` with a factor, and the axes of the result."""
-        compute, accumulate = branch_dtypes(x.dtype, self.lazy)
-        f, f_axes = getattr(self.lazy, factor), self.lazy.axes_of(factor)
+        """Contract `x` over `summed` with a factor; return the result and its axes."""
+        f, f_axes = getattr(self.lazy, str(factor)), self.lazy.axes_of(str(factor))
+        # f: [group, *batch, *summed, *free]
         fixed = [self.group, *self.batch, *summed]
         free = [axis for axis in f_axes if axis not in fixed]
         f = named_axes.arrange(f, f_axes, [*fixed, *free], self.lazy.sizes)
+        x, f, accumulate = cast_for_branch(x, f, self.lazy)
 
         def at(axes: Sequence[Axis], wanted: Sequence[Axis]) -> list[int]:
             return [list(axes).index(axis) for axis in wanted]
@@ -104,9 +108,10 @@ class _Product:
             lhs_ragged_dimensions=at(x_axes, [self.rows]),
             rhs_group_dimensions=[0],
         )
+        # y: [*batch, *axes of x that are kept, *free]
         y = lax.ragged_dot_general(
-            x.astype(compute),
-            f.astype(compute),
+            x,
+            f,
             self.group_sizes,
             numbers,
             precision=self.eqn.params["precision"],

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from lora_jax.engine.context import Context
 
-Rule = Callable[[Context, Any, Sequence[Any]], Any]
+PrimitiveRule = Callable[[Context, Any, Sequence[Any]], Any]
 Walk = Callable[[Any, Sequence[Any], Sequence[Any]], list[Any]]
 Container = Callable[[Context, Any, Sequence[Any], Walk], Any]
 

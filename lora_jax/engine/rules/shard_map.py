@@ -10,10 +10,10 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from lora_jax.engine import jaxprs
 from lora_jax.engine.context import Context
 from lora_jax.engine.lazy_weight import MEMBERS, LazyWeight, is_lazy
-from lora_jax.engine.rules.registry import Container, Rule, Walk, rule
+from lora_jax.engine.rules.registry import Container, PrimitiveRule, Walk, rule
 from lora_jax.engine.rules.views import viewed
 
-RULES: dict[str, Rule] = {}
+RULES: dict[str, PrimitiveRule] = {}
 CONTAINERS: dict[str, Container] = {}
 
 

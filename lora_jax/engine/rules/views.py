@@ -8,12 +8,13 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from lora_jax.core.dtypes import wider
 from lora_jax.engine import jaxprs, named_axes
 from lora_jax.engine.context import Context
 from lora_jax.engine.lazy_weight import MEMBERS, Axis, LazyWeight, is_lazy
-from lora_jax.engine.rules.registry import Rule, rule
+from lora_jax.engine.rules.registry import PrimitiveRule, rule
 
-RULES: dict[str, Rule] = {}
+RULES: dict[str, PrimitiveRule] = {}
 
 
 def on_base(eqn: Any, lazy: LazyWeight, *others: Any) -> Any:
@@ -98,7 +99,7 @@ def _along(
     s = jnp.asarray(s).reshape([lazy.sizes[axis] for axis in varying])
     s = s.transpose([varying.index(axis) for axis in axes if axis in varying])
     s = s.reshape([n if axis in varying else 1 for axis, n in zip(axes, array.shape, strict=True)])
-    wide = max(array.dtype, s.dtype, key=lambda dtype: dtype.itemsize)
+    wide = wider(array.dtype, s.dtype)
     return dataclasses.replace(lazy, **{factor: operation(array.astype(wide), s.astype(wide))})
 
 

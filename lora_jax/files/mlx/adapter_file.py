@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from lora_jax.core.checks import is_number
 from lora_jax.core.errors import AdapterFileError
 from lora_jax.files.disk import safetensors_file, strict_json
 from lora_jax.files.disk.required_files import read_required
@@ -134,7 +135,7 @@ def read_file(directory: str | os.PathLike, *, finite: bool = True) -> MlxFile:
         raise AdapterFileError(f"{path}: fine_tune_type must be lora or dora, got {kind!r}")
     parameters = values.get("lora_parameters")
     scale = parameters.get("scale") if isinstance(parameters, dict) else None
-    if isinstance(scale, bool) or not isinstance(scale, int | float) or not abs(scale) < 1e30:
+    if not is_number(scale) or not abs(scale) < 1e30:
         raise AdapterFileError(f"{path}: lora_parameters.scale must be a number, got {scale!r}")
     base_model = values.get("model")
     return MlxFile(

@@ -6,8 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from lora_jax.adapters.split import split
-from lora_jax.core.tree import adapted_nodes
+from lora_jax.adapters.split import base_of
 from lora_jax.files.mlx.adapter_file import MAGNITUDE, A, B, MlxFile, read_file, to_factors
 from lora_jax.files.mlx.limits import EXPERTS_UNSUPPORTED, NOT_ADAPTABLE, with_rows_as_outputs
 from lora_jax.files.naming import Naming
@@ -61,7 +60,7 @@ def load(
 
 def fit(file: MlxFile, base: Any, naming: Naming, *, strict: bool = True, dtype: Any = None) -> Any:
     """Return the adapters of a file as an overlay of `base`; what `load` does after reading."""
-    base = split(base)[0] if adapted_nodes(base) else base
+    base = base_of(base)
     model, turned = TorchBase(base, naming), set[str]()
     if file.use_dora:
         turned = {name for name in model.adaptable() if model.kind(name) == "embedding"}

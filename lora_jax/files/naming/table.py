@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from lora_jax.core.checks import is_integer
 from lora_jax.core.errors import ConfigError, StructureError
 from lora_jax.files.naming.entry import Entry
 from lora_jax.files.naming.patterns import path_regex
@@ -102,7 +103,7 @@ _JSON_TYPES = {"torch": "names", "path": "names", "kind": "str", "axes": "str"} 
 
 
 def _is_json(value: Any, kind: str) -> bool:
-    is_int = lambda x: isinstance(x, int) and not isinstance(x, bool) and x > 0
+    is_int = lambda x: is_integer(x) and x > 0
     if kind == "sizes":
         return isinstance(value, dict) and all(map(is_int, value.values()))
     if kind == "ints":

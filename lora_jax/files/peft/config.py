@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+from lora_jax.core.checks import is_integer, is_number
 from lora_jax.core.errors import AdapterFileError, ConfigError
 from lora_jax.files.disk import strict_json
 from lora_jax.files.peft import bounded_regex
@@ -29,17 +30,12 @@ REFUSED = {
 
 
 def _is_number(x: Any) -> bool:
-    if isinstance(x, bool) or not isinstance(x, int | float):
-        return False
-    return abs(x) <= 1e30  # false for nan and inf, and for integers that no float holds
-
-
-def _is_int(x: Any) -> bool:
-    return isinstance(x, int) and not isinstance(x, bool)
+    # false for nan and inf, and for integers that no float holds
+    return is_number(x) and abs(x) <= 1e30
 
 
 def _is_rank(x: Any) -> bool:
-    return _is_int(x) and 0 < x < 2**31
+    return is_integer(x) and 0 < x < 2**31
 
 
 def _is_names(x: Any) -> bool:
@@ -47,7 +43,7 @@ def _is_names(x: Any) -> bool:
 
 
 def _is_numbers(x: Any) -> bool:
-    return isinstance(x, tuple) and all(_is_int(i) and 0 <= i < 2**63 for i in x)
+    return isinstance(x, tuple) and all(is_integer(i) and 0 <= i < 2**63 for i in x)
 
 
 def _is_mapping(x: Any, is_value: Callable[[Any], bool]) -> bool:
@@ -82,7 +78,7 @@ _CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "init_lora_weights": (lambda x: isinstance(x, bool | str), "true, false or a name"),
     "modules_to_save": (_or_none(_is_names), "a list of module names or null"),
     "layers_to_transform": (
-        _or_none(lambda x: _is_int(x) or _is_numbers(x)),
+        _or_none(lambda x: is_integer(x) or _is_numbers(x)),
         "a list of layer numbers, a number or null",
     ),
     "layers_pattern": (

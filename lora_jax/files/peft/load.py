@@ -3,9 +3,8 @@
 import os
 from typing import Any
 
-from lora_jax.adapters.split import split
+from lora_jax.adapters.split import base_of
 from lora_jax.core.errors import AdapterFileError, ConfigError
-from lora_jax.core.tree import adapted_nodes
 from lora_jax.files.naming import Naming
 from lora_jax.files.peft.adapter_file import PeftFile, read_file
 from lora_jax.files.peft.config import CONFIG
@@ -69,7 +68,7 @@ def fit(
     file: PeftFile, base: Any, naming: Naming, *, strict: bool = True, dtype: Any = None
 ) -> Any:
     """Return the adapters of a file as an overlay of `base`; what `load` does after reading."""
-    base = split(base)[0] if adapted_nodes(base) else base
+    base = base_of(base)
     model = TorchBase(base, naming)
     try:
         contents, problems = read_contents(file, model)

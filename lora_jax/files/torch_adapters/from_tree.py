@@ -11,7 +11,7 @@ from lora_jax.adapters.split import split
 from lora_jax.core.errors import StructureError
 from lora_jax.core.layout import Layout
 from lora_jax.core.patterns import nearest
-from lora_jax.core.tree import adapted_nodes
+from lora_jax.core.tree import adapted_nodes, require_adapted
 from lora_jax.core.weights import Adapted, LoraWeight, TrainedLeaf, TrainedRows, check_fits
 from lora_jax.files.naming import Naming, Place
 from lora_jax.files.torch_adapters.contents import Contents, TorchBase, part_of
@@ -200,9 +200,7 @@ def collect(adapters: Any, naming: Naming, base: Any) -> tuple[Contents, TorchBa
     Raises:
       StructureError: what a file cannot hold; all problems are listed at once.
     """
-    nodes = adapted_nodes(adapters)
-    if not nodes:
-        raise StructureError("save: the tree contains no adapters")
+    nodes = require_adapted("save", adapters)
     base = _own_base(adapters) if base is None else base
     known = _shapes(nodes) if base is None else base
     model = TorchBase(known, naming, adapted_only=base is None)

@@ -1,0 +1,117 @@
+"""`contract_weight`: what happens wherever an activation meets an adapted weight."""
+
+import abc
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+
+from lora_jax.engine import jaxprs
+from lora_jax.engine.arithmetic import apply_gain, drop, side_that_takes_gain
+from lora_jax.engine.context import Context
+from lora_jax.engine.lazy_weight import Axis, LazyWeight
+from lora_jax.engine.products import Product, add_update, tap_inputs
+
+
+@dataclasses.dataclass(frozen=True)
+class Equation:
+    """A contraction of the program: how it runs on the base, and what it does with its axes."""
+
+    eqn: Any
+    weight_is_left: bool
+    summed: Sequence[Axis]  # axes of the weight
+    batch: Sequence[Axis]  # axes of the weight
+    others: Sequence[Any] = ()  # inputs behind the weight and the activation
+
+    def on(self, w: Any, x: jax.Array) -> jax.Array:
+        """Return the output for this weight and this activation."""
+        operands = (w, x) if self.weight_is_left else (x, w)
+        return jaxprs.bind(self.eqn, (*operands, *self.others))[0]
+
+
+@dataclasses.dataclass(frozen=True)
+class Branch(abc.ABC):
+    """The branch `(x·A)·(scale·B)` of a contraction: which axes meet, and how to multiply.
+
+    An axis of the activation or of the result that is the weight's too has the weight's name for
+    it in `x_axes` or `out_axes`.
+    """
+
+    lazy: LazyWeight
+    x_axes: Sequence[Axis]
+    out_axes: Sequence[Axis]
+
+    @abc.abstractmethod
+    def first_factor(self) -> str | None:
+        """Return the factor that meets the activation: "a" for `x @ w`, "b" for `x @ w.T`.
+
+        None where products with the factors cannot take the weight's place, or do not pay.
+        """
+
+    @abc.abstractmethod
+    def add_to(self, y: Any, x: jax.Array, ctx: Context) -> jax.Array:
+        """Return `y` plus the branch on `x`, in the dtype of the result; None stands for zero."""
+
+    @abc.abstractmethod
+    def tap(self, y: Any, x: jax.Array) -> Any:
+        """Return `y`, with `x` tapped where it meets the A of a probe."""
+
+
+def contract_weight(ctx: Context, equation: Equation, branch: Branch, x: jax.Array) -> Any:
+    """Return the outputs of a contraction of `x` with an adapted weight, or NotImplemented.
+
+    `x·W + (x·A)·(scale·B)`, and DoRA's gain on the side that has its axes. While uses are inferred
+    it is `x·W` alone.
+    """
+    lazy = branch.lazy
+    ctx.record(lazy, equation.eqn, equation.summed, equation.batch)
+    if lazy.a is None:
+        return [equation.on(lazy.w, x)]
+    side = side_that_takes_gain(lazy, branch.x_axes, branch.out_axes)
+    if side is None or branch.first_factor() is None:
+        return NotImplemented
+    if side == "x":
+        x = apply_gain(x, branch.x_axes, lazy)
+    y = None if lazy.w is None else equation.on(lazy.w, x)  # a tangent has no base
+    total = add_branch(ctx, branch, y, x)
+    return [apply_gain(total, branch.out_axes, lazy) if side == "out" else total]
+
+
+def add_branch(ctx: Context, branch: Branch, y: Any, x: jax.Array) -> Any:
+    """Return `y` plus the branch, with dropout on the inputs of A; a probe taps them instead."""
+    meets_a = branch.first_factor() == "a"
+    if branch.lazy.probe:
+        return branch.tap(y, x) if meets_a else y
+    if meets_a:
+        x = drop(x, branch.lazy, ctx.next_site())
+    return branch.add_to(y, x, ctx)
+
+
+@dataclasses.dataclass(frozen=True)
+class DotBranch(Branch):
+    """The branch of a product over named axes: what `x_axes` has and `out_axes` lacks is summed."""
+
+    dtype: Any  # of the result
+    precision: Any = None
+
+    @property
+    def summed(self) -> set[Axis]:
+        """The axes that are summed over."""
+        return {*self.x_axes} - {*self.out_axes}
+
+    def first_factor(self) -> str:
+        """Return "a" where A has all axes that are summed over, else "b"."""
+        return "a" if self.summed <= {*self.lazy.a_axes} else "b"
+
+    def product(self, x: jax.Array) -> Product:
+        """Return the branch on `x` as a product that can be shared and jitted."""
+        return Product.of(self.lazy, x, self.x_axes, self.out_axes, self.precision)
+
+    def add_to(self, y: Any, x: jax.Array, ctx: Context) -> jax.Array:
+        """Return `y` plus the branch on `x`."""
+        return add_update(y, self.product(x), self.dtype, ctx.forms)
+
+    def tap(self, y: Any, x: jax.Array) -> Any:
+        """Return `y`, with `x` tapped; where nothing is summed over, A has no inputs."""
+        return tap_inputs(y, self.product(x)) if self.summed else y
