@@ -128,8 +128,8 @@ class LoopForm(enum.Enum):
     WHOLE = enum.auto()
     #: One layer of a stack after the other, so that the temporary memory is one layer's.
     LAYERS = enum.auto()
-    #: As LAYERS, with the bits of the stack as integers: jaxlib 0.10 on a CPU converts a whole array
-    #: of 16-bit floats to write one slice of it, but not one of integers. Remove this form when
+    #: As LAYERS, with the stack's bits as integers: jaxlib 0.10 on a CPU converts a whole array of
+    #: 16-bit floats to write one slice of it, but not one of integers. Remove this form when
     #: LAYERS takes no more temporary memory on a bfloat16 stack (`memory_analysis` tells).
     BITS = enum.auto()
 
