@@ -11,6 +11,7 @@ import numpy as np
 
 from lora_jax.core.errors import AdapterFileError, ModelFileError
 from lora_jax.files.disk import safetensors_file, strict_json
+from lora_jax.files.disk.atomic import write_directory
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 
@@ -137,7 +138,7 @@ def write(
         raise ModelFileError(
             f"{directory} contains a model in several files; write to another directory"
         )
-    safetensors_file.write_directory(directory, files(settings, values))
+    write_directory(directory, files(settings, values))
 
 
 def files(settings: Mapping[str, Any], values: Mapping[str, np.ndarray]) -> dict[str, bytes]:
