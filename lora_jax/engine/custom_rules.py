@@ -115,7 +115,7 @@ def apply_rule(ctx: Context, rule: Rule, eqn: Any, args: Sequence[Any]) -> Any:
             operands.append(x)
             continue
         letters = rule.layouts.get(position)
-        grouped = None if letters is None else _grouped(eqn, x, letters)
+        grouped = None if letters is None else _group_axes(eqn, x, letters)
         if grouped is not None and ctx.infers:
             ctx.record(x, eqn, summed=grouped["i"], batch=grouped["b"])
             operands.append(x.w)
@@ -132,7 +132,7 @@ def apply_rule(ctx: Context, rule: Rule, eqn: Any, args: Sequence[Any]) -> Any:
     return [outs]
 
 
-def _grouped(eqn: Any, lazy: LazyWeight, letters: str) -> dict[str, list[Axis]]:
+def _group_axes(eqn: Any, lazy: LazyWeight, letters: str) -> dict[str, list[Axis]]:
     """The axes of the view by the letter of each."""
     if len(letters) != len(lazy.axes):
         raise LayoutError(

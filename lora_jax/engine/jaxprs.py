@@ -11,14 +11,17 @@ from jax.extend import core, source_info_util
 
 Literal = core.Literal
 
+#: An open jaxpr, and the values of its constvars.
+JaxprAndConsts = tuple[Any, Sequence[Any]]
 
-def open_jaxpr(jaxpr: Any) -> tuple[Any, Sequence[Any]]:
+
+def open_jaxpr(jaxpr: Any) -> JaxprAndConsts:
     """(jaxpr, consts) of a jaxpr in whatever form a release stores it in an equation."""
     # 0.10 wraps a closed jaxpr around an open one; from 0.12 on a jaxpr carries its own consts.
     return getattr(jaxpr, "jaxpr", jaxpr), getattr(jaxpr, "consts", ())
 
 
-def trace(fn: Callable, *args: Any) -> tuple[Any, Sequence[Any]]:
+def trace(fn: Callable, *args: Any) -> JaxprAndConsts:
     """(jaxpr, consts) of `fn` on arrays or `ShapeDtypeStruct`s, one argument an array."""
     return open_jaxpr(jax.make_jaxpr(fn)(*args))
 
@@ -86,7 +89,7 @@ def shardings(eqn: Any) -> tuple[Sequence[Any], Sequence[Any]]:
     return given(eqn.params["in_shardings"]), given(eqn.params["out_shardings"])
 
 
-def called_program(eqn: Any) -> tuple[Any, Sequence[Any]] | None:
+def called_program(eqn: Any) -> JaxprAndConsts | None:
     """(jaxpr, consts) of a program that `eqn` calls on its own inputs, if it holds one."""
     avals = [(atom.aval.shape, atom.aval.dtype) for atom in eqn.invars]
     for value in eqn.params.values():
@@ -121,7 +124,7 @@ def varies_over(x: Any, mesh_axes: Collection[Any]) -> bool:
     return bool(jax.typeof(x).manual_axis_type.varying & set(mesh_axes))
 
 
-def varying(x: jax.Array, mesh_axes: Collection[Any]) -> jax.Array:
+def make_varying(x: jax.Array, mesh_axes: Collection[Any]) -> jax.Array:
     """`x`, typed as different on the devices along these axes of the mesh too."""
     missing = [n for n in mesh_axes if n not in jax.typeof(x).manual_axis_type.varying]
     return lax.pcast(x, tuple(missing), to="varying")
@@ -131,12 +134,10 @@ def zeros(aval: Any) -> jax.Array:
     """Zeros of a type, sharded and varying over the mesh as it says."""
     sharding = aval.sharding if any(aval.sharding.spec) else None
     zeros = jnp.zeros(aval.shape, aval.dtype, device=sharding)
-    return varying(zeros, aval.manual_axis_type.varying)
+    return make_varying(zeros, aval.manual_axis_type.varying)
 
 
-def restricted(
-    jaxpr: Any, consts: Sequence[Any], outvars: Sequence[Any]
-) -> tuple[Any, Sequence[Any]]:
+def restrict_to(jaxpr: Any, consts: Sequence[Any], outvars: Sequence[Any]) -> JaxprAndConsts:
     """(jaxpr, consts) of the part of a program that computes these of its variables."""
     needed, eqns = {v for v in outvars if is_var(v)}, []
     for eqn in reversed(jaxpr.eqns):

@@ -158,7 +158,7 @@ class LazyWeight:
             tuple(sorted(set(origins))), 1 + skip + max(axis.uid for axis in (*named, RANK))
         )
 
-    def renamed(self, axes: Sequence[Axis]) -> "LazyWeight":
+    def rename_axes(self, axes: Sequence[Axis]) -> "LazyWeight":
         """The weight with other names for the axes of the view."""
         names = dict(zip(self.axes, axes, strict=True))
         changes: dict[str, Any] = {}

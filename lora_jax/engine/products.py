@@ -199,14 +199,17 @@ def share(products: Sequence[Product], forms: Forms) -> list[Hidden]:
     """The first halves of several weights' branches on the same `x`, by one product."""
     first, *others = products
     others = [dataclasses.replace(p, x=None) for p in others]
-    hs = _shared(first, others, forms)
+    hs = _multiply_together(first, others, forms)
     return [
-        _hidden(dataclasses.replace(p, x=None), h, forms) for p, h in zip(products, hs, strict=True)
+        _as_hidden(dataclasses.replace(p, x=None), h, forms)
+        for p, h in zip(products, hs, strict=True)
     ]
 
 
 @functools.partial(jax.jit, static_argnames="forms")
-def _shared(first: Product, others: Sequence[Product], forms: Forms) -> Sequence[jax.Array]:
+def _multiply_together(
+    first: Product, others: Sequence[Product], forms: Forms
+) -> Sequence[jax.Array]:
     flats = [flatten_tokens(p)[0] if forms.flatten else p for p in (first, *others)]
     parts = []
     for p in flats:
@@ -226,7 +229,7 @@ def _shared(first: Product, others: Sequence[Product], forms: Forms) -> Sequence
     return lax.split(h, [len(part) for part in parts], axis=h.ndim - 1)
 
 
-def _hidden(product: Product, h: jax.Array, forms: Forms) -> Hidden:
+def _as_hidden(product: Product, h: jax.Array, forms: Forms) -> Hidden:
     flat, tokens = flatten_tokens(product) if forms.flatten else (product, ())
     free = [axis for axis in flat.x_axes if axis in flat.out_axes]
     return Hidden(flat, h, axes=(*free, RANK), tokens=tokens)

@@ -23,7 +23,7 @@ RULES: dict[str, PrimitiveRule] = {}
 def _concatenate(ctx: Context, eqn: Any, args: Sequence[Any]) -> Any:
     at = eqn.params["dimension"]
     sizes = [atom.aval.shape[at] for atom in eqn.invars]
-    return _join(eqn, args, args, lambda parts: _concatenated(parts, sizes, at))
+    return _join(eqn, args, args, lambda parts: _concatenate_members(parts, sizes, at))
 
 
 @rule(RULES, "stack")
@@ -31,12 +31,12 @@ def _stack(ctx: Context, eqn: Any, args: Sequence[Any]) -> Any:
     """Concatenation along an axis that no factor has: it becomes a batch axis."""
     at = eqn.params["axis"]
 
-    def expanded(x: LazyWeight) -> LazyWeight:
+    def add_axis(x: LazyWeight) -> LazyWeight:
         axes = (*x.axes[:at], x.new_axis(), *x.axes[at:])
         return dataclasses.replace(x, axes=axes, shape=(*x.shape[:at], 1, *x.shape[at:]))
 
-    parts = [expanded(x) if is_lazy(x) else x for x in args]
-    return _join(eqn, args, parts, lambda parts: _concatenated(parts, [1] * len(parts), at))
+    parts = [add_axis(x) if is_lazy(x) else x for x in args]
+    return _join(eqn, args, parts, lambda parts: _concatenate_members(parts, [1] * len(parts), at))
 
 
 @rule(RULES, "select_n")
@@ -45,7 +45,7 @@ def _select(ctx: Context, eqn: Any, args: Sequence[Any]) -> Any:
     which, *cases = args
     if is_lazy(which) or eqn.invars[0].aval.shape:
         return NotImplemented
-    return _join(eqn, args, cases, lambda parts: _selected(which, parts))
+    return _join(eqn, args, cases, lambda parts: _select_members(which, parts))
 
 
 Parts = Sequence[LazyWeight | None]  # None for an array, which has no update
@@ -66,7 +66,7 @@ def _join(
         return NotImplemented
     aval = eqn.outvars[0].aval
     w = None if tangent else jaxprs.bind(eqn, [x.w if is_lazy(x) else x for x in args])[0]
-    common = iter(_with_common_axes(weights))
+    common = iter(_name_axes_alike(weights))
     named = [next(common) if is_lazy(x) else None for x in parts]
     first = next(filter(None, named))
     altered = first.origin.altered or len(weights) < len(parts)
@@ -74,22 +74,22 @@ def _join(
     whole = dataclasses.replace(first, w=w, shape=aval.shape, dtype=aval.dtype, origin=origin)
     if first.a is None:
         return [whole]
-    oriented = _oriented_alike(named)
+    oriented = _orient_alike(named)
     members = None if oriented is None else combine(oriented)
     return NotImplemented if members is None else [dataclasses.replace(whole, **members)]
 
 
-def _with_common_axes(weights: Sequence[LazyWeight]) -> list[LazyWeight]:
+def _name_axes_alike(weights: Sequence[LazyWeight]) -> list[LazyWeight]:
     """The same weights under one set of names for axes, which come from the axes of all of them."""
     origin, numbers = provenance.join([x.origin for x in weights])
     axes = []
     for uid, column in enumerate(zip(*(x.axes for x in weights), strict=True)):
         origins = {n[o] for axis, n in zip(column, numbers, strict=True) for o in axis.origins}
         axes.append(Axis(tuple(sorted(origins)), uid))
-    return [dataclasses.replace(x.renamed(axes), origin=origin) for x in weights]
+    return [dataclasses.replace(x.rename_axes(axes), origin=origin) for x in weights]
 
 
-def _oriented_alike(parts: Parts) -> Parts | None:
+def _orient_alike(parts: Parts) -> Parts | None:
     """The parts with the same axes on A and on B, which may trade places; None if they cannot."""
     weights = [x for x in parts if x is not None]
     first = weights[0]
@@ -108,15 +108,15 @@ def _oriented_alike(parts: Parts) -> Parts | None:
     return oriented
 
 
-def _selected(which: Any, parts: Parts) -> dict[str, Any] | None:
+def _select_members(which: Any, parts: Parts) -> dict[str, Any] | None:
     """The factors of the selected part: all parts' factors must have the same shapes."""
     first = next(x for x in parts if x is not None)
     members: dict[str, Any] = {}
-    have_gains = _have_gains(parts)
+    have_gains = _all_have_gain(parts)
     if not have_gains and any(x is not None and x.gain is not None for x in parts):
         return None
     for name in ("a", "b", *(["gain"] if have_gains else [])):
-        arrays = _alike(parts, name)
+        arrays = _align(parts, name)
         given = [x for x in arrays if x is not None]
         if len({x.shape for x in given}) > 1:
             return None
@@ -125,7 +125,7 @@ def _selected(which: Any, parts: Parts) -> dict[str, Any] | None:
     return members
 
 
-def _concatenated(parts: Parts, sizes: Sequence[int], at: int) -> dict[str, Any] | None:
+def _concatenate_members(parts: Parts, sizes: Sequence[int], at: int) -> dict[str, Any] | None:
     """The members of the parts one after another, `sizes` long along dimension `at`."""
     first = next(x for x in parts if x is not None)
     along = first.axes[at]
@@ -133,37 +133,39 @@ def _concatenated(parts: Parts, sizes: Sequence[int], at: int) -> dict[str, Any]
         parts = [x and spread(x, along, ("a", "b", "key", "gain")) for x in parts]
         first = next(x for x in parts if x is not None)
     both = along in first.a_axes and along in first.b_axes
-    members = _stacked(parts, sizes, along) if both else _in_blocks(parts, sizes, along)
-    gains = _gains(parts, sizes, along)
+    members = _stack_members(parts, sizes, along) if both else _lay_in_blocks(parts, sizes, along)
+    gains = _joined_gain(parts, sizes, along)
     return None if members is None or gains is None else members | gains
 
 
-def _gains(parts: Parts, sizes: Sequence[int], along: Axis) -> dict[str, Any] | None:
+def _joined_gain(parts: Parts, sizes: Sequence[int], along: Axis) -> dict[str, Any] | None:
     """The gain of all parts, where that is one: along the axis, or the same for all of them."""
     weights = [x for x in parts if x is not None]
-    if not _have_gains(parts):
+    if not _all_have_gain(parts):
         return {} if all(x.gain is None for x in weights) else None
     if along in weights[0].gain_axes:
-        return _along(parts, "gain", sizes, along)
+        return _concatenate_member(parts, "gain", sizes, along)
     return {} if all(x.gain is weights[0].gain for x in weights) else None
 
 
-def _have_gains(parts: Parts) -> bool:
+def _all_have_gain(parts: Parts) -> bool:
     """Whether every part is a weight with a gain along the same axes."""
     axes = {frozenset(x.gain_axes) for x in parts if x is not None}
     return len(axes) == 1 and all(x is not None and x.gain is not None for x in parts)
 
 
-def _stacked(parts: Parts, sizes: Sequence[int], along: Axis) -> dict[str, Any] | None:
+def _stack_members(parts: Parts, sizes: Sequence[int], along: Axis) -> dict[str, Any] | None:
     """Both factors have the axis: each is concatenated along it."""
     if len({x.rank for x in parts if x is not None}) > 1:
         return None
-    members = _along(parts, "a", sizes, along) | _along(parts, "b", sizes, along)
+    members = _concatenate_member(parts, "a", sizes, along) | _concatenate_member(
+        parts, "b", sizes, along
+    )
     has_keys = any(x is not None and x.key is not None for x in parts)
-    return members | (_along(parts, "key", sizes, along) if has_keys else {})
+    return members | (_concatenate_member(parts, "key", sizes, along) if has_keys else {})
 
 
-def _in_blocks(parts: Parts, sizes: Sequence[int], along: Axis) -> dict[str, Any] | None:
+def _lay_in_blocks(parts: Parts, sizes: Sequence[int], along: Axis) -> dict[str, Any] | None:
     """One factor has the axis: its parts follow each other along it, in blocks along the rank.
 
     Where all parts share the other factor (slices of one weight) there is one block of rank.
@@ -171,15 +173,17 @@ def _in_blocks(parts: Parts, sizes: Sequence[int], along: Axis) -> dict[str, Any
     weights = [x for x in parts if x is not None]
     one, other = ("a", "b") if along in weights[0].a_axes else ("b", "a")
     if all(getattr(x, other) is getattr(weights[0], other) for x in weights):
-        return _along(parts, one, sizes, along)
+        return _concatenate_member(parts, one, sizes, along)
     if not weights[0].probe and not _pays(weights, sum(sizes), along, other):
         return None
     total, before, blocks = sum(x.rank for x in weights), 0, []
     for x in parts:
-        blocks.append(x and _widened(x, one, before, total))
+        blocks.append(x and _widen_rank(x, one, before, total))
         before += 0 if x is None else x.rank
     ranks = [x.rank for x in weights]
-    return _along(blocks, one, sizes, along) | _along(weights, other, ranks, RANK)
+    return _concatenate_member(blocks, one, sizes, along) | _concatenate_member(
+        weights, other, ranks, RANK
+    )
 
 
 def _pays(weights: Sequence[LazyWeight], size: int, along: Axis, other: str) -> bool:
@@ -191,7 +195,7 @@ def _pays(weights: Sequence[LazyWeight], size: int, along: Axis, other: str) -> 
     return rank * (rows + columns) < rows * columns
 
 
-def _widened(x: LazyWeight, factor: str, before: int, total: int) -> LazyWeight:
+def _widen_rank(x: LazyWeight, factor: str, before: int, total: int) -> LazyWeight:
     """The weight with zeros around one factor's part of the rank."""
     array, axes = getattr(x, factor), x.axes_of(factor)
     after = total - before - x.rank
@@ -200,9 +204,11 @@ def _widened(x: LazyWeight, factor: str, before: int, total: int) -> LazyWeight:
     return dataclasses.replace(x, **changes)
 
 
-def _along(parts: Parts, name: str, sizes: Sequence[int], along: Axis) -> dict[str, Any]:
+def _concatenate_member(
+    parts: Parts, name: str, sizes: Sequence[int], along: Axis
+) -> dict[str, Any]:
     """One member of all parts, concatenated along an axis: its array and the names of its axes."""
-    arrays = _alike(parts, name)
+    arrays = _align(parts, name)
     like = next(x for x in arrays if x is not None)
     axes = next(x for x in parts if x is not None).axes_of(name)
     at = axes.index(along)
@@ -219,7 +225,7 @@ def _along(parts: Parts, name: str, sizes: Sequence[int], along: Axis) -> dict[s
     return {name: jnp.concatenate(pieces, at), f"{name}_axes": axes}
 
 
-def _alike(parts: Parts, name: str) -> list[jax.Array | None]:
+def _align(parts: Parts, name: str) -> list[jax.Array | None]:
     """One member of each part, in one order of axes and one dtype."""
     axes = next(x for x in parts if x is not None).axes_of(name)
     arrays = [

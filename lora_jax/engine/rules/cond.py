@@ -27,10 +27,10 @@ def _cond(ctx: Context, eqn: Any, args: Sequence[Any], walk: Walk) -> Any:
     if platforms is not None and ctx.infers:
         # One branch a platform: another's may not even trace here, and the last tells the use.
         return walk(*programs[-1], operands)
-    fixed = [_passed_on(programs, operands, i) for i in range(len(eqn.outvars))]
+    fixed = [_weight_passed_through(programs, operands, i) for i in range(len(eqn.outvars))]
     branches = [_Branch(program, operands, fixed, walk) for program in programs]
     columns = zip(*(branch.outs for branch in branches), strict=True)
-    chosen = [_chosen(column) for column in columns]
+    chosen = [_common_form(column) for column in columns]
 
     def finished(branch: _Branch) -> Callable[..., list[Any]]:
         def call(*operands: Any) -> list[Any]:
@@ -58,7 +58,7 @@ def _by_platform(
     return lax.platform_dependent(*operands, default=default, **named)
 
 
-def _passed_on(programs: Sequence[Any], operands: Sequence[Any], position: int) -> Any:
+def _weight_passed_through(programs: Sequence[Any], operands: Sequence[Any], position: int) -> Any:
     """The weight that every branch hands on as this output, if there is one."""
     sources = {
         jaxpr.invars.index(jaxpr.outvars[position])
@@ -89,14 +89,14 @@ class _Branch:
         return jax.tree.unflatten(jax.tree.structure(self.outs), flat)
 
 
-def _chosen(outs: Sequence[Any]) -> LazyWeight | None:
+def _common_form(outs: Sequence[Any]) -> LazyWeight | None:
     """The one form of an output that is a weight in every branch, or None."""
     if not all(map(is_lazy, outs)):
         return None
     origin = provenance.choose([x.origin for x in outs])
     if origin is None:
         return None
-    forms = [_normalised(x, origin) for x in outs]
+    forms = [_normalize_axes(x, origin) for x in outs]
     kinds = {
         (jax.tree.structure(x), tuple((leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(x)))
         for x in forms
@@ -104,7 +104,7 @@ def _chosen(outs: Sequence[Any]) -> LazyWeight | None:
     return forms[0] if len(kinds) == 1 else None
 
 
-def _normalised(lazy: LazyWeight, origin: Provenance) -> LazyWeight:
+def _normalize_axes(lazy: LazyWeight, origin: Provenance) -> LazyWeight:
     """The same weight with its axes named by their places, as in every branch."""
     names = {axis: Axis(axis.origins, i) for i, axis in enumerate(lazy.axes)} | {RANK: RANK}
     for _, axes in MEMBERS:  # summed axes, which the factors alone have
@@ -117,5 +117,5 @@ def _normalised(lazy: LazyWeight, origin: Provenance) -> LazyWeight:
 
 def _finish(ctx: Context, eqn: Any, x: Any, chosen: LazyWeight | None) -> Any:
     if chosen is not None:
-        return _normalised(x, chosen.origin)
+        return _normalize_axes(x, chosen.origin)
     return ctx.densify(x, eqn, " (the branches differ in it)") if is_lazy(x) else x

@@ -12,13 +12,13 @@ from jax import dtypes
 from lora_jax.engine import jaxprs
 from lora_jax.engine.arithmetic import to_dense
 from lora_jax.engine.context import Context
+from lora_jax.engine.jaxprs import JaxprAndConsts
 from lora_jax.engine.lazy_weight import LazyWeight, is_lazy
 from lora_jax.engine.rules.custom_jvp import instantiate
 from lora_jax.engine.rules.registry import Container, Walk, rule
 
 CONTAINERS: dict[str, Container] = {}
 
-Program = tuple[Any, Sequence[Any]]  # (jaxpr, consts)
 
 #: What may stand between the product that is dW and the place where it is returned.
 _LINEAR = ("transpose", "reshape", "squeeze", "convert_element_type", "neg", "copy", "copy_p")
@@ -35,7 +35,7 @@ def _custom_vjp(ctx: Context, eqn: Any, args: Sequence[Any], walk: Walk) -> list
     jaxpr, consts = jaxprs.open_jaxpr(eqn.params["call_jaxpr"])
     # The author's derivative knows of no dropout in the branch.
     args = [ctx.densify_gain(x, eqn) for x in args]
-    args = [_without_dropout(x) if is_lazy(x) else x for x in args]
+    args = [_switch_dropout_off(x) if is_lazy(x) else x for x in args]
 
     def dense(outs: Sequence[Any]) -> list[Any]:
         return [ctx.densify(x, eqn) if is_lazy(x) else x for x in outs]
@@ -47,7 +47,7 @@ def _custom_vjp(ctx: Context, eqn: Any, args: Sequence[Any], walk: Walk) -> list
         moving = [any(x.perturbed for x in jax.tree.leaves(arg)) for arg in args]
         bases = [is_lazy(arg) and arg.w is not None and arg.w.perturbed for arg in args]
         args = jax.tree.map(lambda x: x.value, args)
-        first, second = _halves(eqn, moving)
+        first, second = _split_derivative(eqn, moving)
         outs = walk(*first, args)
         factors = [dataclasses.replace(x, w=None) if is_lazy(x) else None for x in args]
         pullback = _Pullback(second, moving, [x is not None for x in factors], bases)
@@ -60,7 +60,7 @@ def _custom_vjp(ctx: Context, eqn: Any, args: Sequence[Any], walk: Walk) -> list
         pullback, residuals, factors = saved
         given = [instantiate(ct) for ct in cotangents]
         given = [ct for ct in given if ct.dtype != dtypes.float0]
-        program: Program = pullback.program
+        program: JaxprAndConsts = pullback.program
         outs = dense(walk(*program, [*residuals, *given]))
         return pullback.cotangents(outs, factors, walk)
 
@@ -71,11 +71,11 @@ def _custom_vjp(ctx: Context, eqn: Any, args: Sequence[Any], walk: Walk) -> list
     return call(*args)
 
 
-def _without_dropout(lazy: LazyWeight) -> LazyWeight:
+def _switch_dropout_off(lazy: LazyWeight) -> LazyWeight:
     return dataclasses.replace(lazy, key=None, key_axes=(), dropout=0.0)
 
 
-def _halves(eqn: Any, moving: Sequence[bool]) -> tuple[Program, Program]:
+def _split_derivative(eqn: Any, moving: Sequence[bool]) -> tuple[JaxprAndConsts, JaxprAndConsts]:
     """The author's derivative as two programs, each a (jaxpr, consts).
 
     The first takes the equation's inputs; it returns the outputs, then what is saved. The second
@@ -111,12 +111,12 @@ def _halves(eqn: Any, moving: Sequence[bool]) -> tuple[Program, Program]:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class _Product:
+class _WeightCotangent:
     """dW as `tail(left · right)`; `transposed` is the program (right, P) → what pairs with left."""
 
     left: Any
     right: Any
-    transposed: Program
+    transposed: JaxprAndConsts
 
 
 @jax.tree_util.register_static
@@ -124,7 +124,11 @@ class _Pullback:
     """The second half, asked for a product's two operands in place of the product, where it can."""
 
     def __init__(
-        self, half: Program, moving: Sequence[bool], lazy: Sequence[bool], bases: Sequence[bool]
+        self,
+        half: JaxprAndConsts,
+        moving: Sequence[bool],
+        lazy: Sequence[bool],
+        bases: Sequence[bool],
     ):
         jaxpr, consts = half
         outs = iter(jaxpr.outvars)
@@ -132,7 +136,7 @@ class _Pullback:
         made = jaxprs.producers(jaxpr)
         # A base that moves, as one that an input scales does, needs all of dW.
         self._products = [
-            _product(made, v) if is_weight and v is not None and not moves else None
+            _find_product(made, v) if is_weight and v is not None and not moves else None
             for v, is_weight, moves in zip(found, lazy, bases, strict=True)
         ]
         self._bases = bases
@@ -140,7 +144,7 @@ class _Pullback:
         wanted: list[Any] = []
         for v, product in zip(found, self._products, strict=True):
             wanted += [product.left, product.right] if product else [] if v is None else [v]
-        self.program: Program = jaxprs.restricted(jaxpr, consts, wanted)
+        self.program: JaxprAndConsts = jaxprs.restrict_to(jaxpr, consts, wanted)
 
     def whole(self, factors: Sequence[Any]) -> list[LazyWeight]:
         """The weights whose dW is made."""
@@ -158,19 +162,19 @@ class _Pullback:
 
 
 def _one_cotangent(
-    lazy: Any, product: _Product | None, values: Any, walk: Walk, base_moves: bool
+    lazy: Any, product: _WeightCotangent | None, values: Any, walk: Walk, base_moves: bool
 ) -> Any:
     first = next(values)
     if lazy is None:
         return first
     if product is None:
-        pulled = _pulled(lazy, to_dense, first)
+        pulled = _pull_back(lazy, to_dense, first)
         return dataclasses.replace(pulled, w=first.astype(lazy.dtype)) if base_moves else pulled
     right = next(values)
-    return _pulled(lazy, lambda update: walk(*product.transposed, [right, update])[0], first)
+    return _pull_back(lazy, lambda update: walk(*product.transposed, [right, update])[0], first)
 
 
-def _pulled(lazy: LazyWeight, fn: Callable[[LazyWeight], Any], ct: jax.Array) -> LazyWeight:
+def _pull_back(lazy: LazyWeight, fn: Callable[[LazyWeight], Any], ct: jax.Array) -> LazyWeight:
     """The cotangents of both factors from that of `fn(A·B)`."""
 
     def of_factors(a: jax.Array, b: jax.Array) -> jax.Array:
@@ -181,7 +185,7 @@ def _pulled(lazy: LazyWeight, fn: Callable[[LazyWeight], Any], ct: jax.Array) ->
     return dataclasses.replace(lazy, a=a, b=b)
 
 
-def _product(made: dict[Any, Any], var: Any) -> _Product | None:
+def _find_product(made: dict[Any, Any], var: Any) -> _WeightCotangent | None:
     """How `var` comes from a product of two variables, if it does."""
     aval, tail = var.aval, []
     while (eqn := made.get(var)) is not None and eqn.primitive.name != "dot_general":
@@ -205,4 +209,4 @@ def _product(made: dict[Any, Any], var: Any) -> _Product | None:
     def transposed(y: Any, update: Any) -> Any:
         return jax.linear_transpose(lambda x: product(x, y), left.aval)(update)
 
-    return _Product(left, right, jaxprs.trace(transposed, right.aval, aval))
+    return _WeightCotangent(left, right, jaxprs.trace(transposed, right.aval, aval))

@@ -32,7 +32,7 @@ def _jit(ctx: Context, eqn: Any, args: Sequence[Any], walk: Walk) -> list[Any]:
             pairs = zip(outs, shardings_out, strict=True)
             return [ctx.densify(x, eqn) if is_lazy(x) and s else x for x, s in pairs]
 
-        where = tuple(_placed(x, s) for x, s in zip(args, shardings_in, strict=True))
+        where = tuple(_sharding_of(x, s) for x, s in zip(args, shardings_in, strict=True))
         return jax.jit(sharded, in_shardings=where, out_shardings=list(shardings_out))(*args)
     if id(inner) not in ctx.jitted:
 
@@ -44,7 +44,7 @@ def _jit(ctx: Context, eqn: Any, args: Sequence[Any], walk: Walk) -> list[Any]:
     return ctx.jitted[id(inner)][0](*args)
 
 
-def _placed(x: Any, sharding: Any) -> Any:
+def _sharding_of(x: Any, sharding: Any) -> Any:
     """The sharding of one argument; a weight's factors go wherever the compiler puts them."""
     if sharding is None or not is_lazy(x):
         return sharding
@@ -64,7 +64,7 @@ def _remat(ctx: Context, eqn: Any, args: Sequence[Any], walk: Walk) -> list[Any]
     if params["differentiated"] and params["prevent_cse"]:
         # This is the recomputation in a backward pass: without the barrier, which JAX adds when it
         # lowers the equation, the compiler would merge it with the forward pass again.
-        args = _behind_a_barrier(ctx, args)
+        args = _add_barrier(ctx, args)
 
     def call(*args: Any) -> list[Any]:
         with ctx.inside_remat():
@@ -75,10 +75,10 @@ def _remat(ctx: Context, eqn: Any, args: Sequence[Any], walk: Walk) -> list[Any]
 
 @rule(CONTAINERS, "optimization_barrier")
 def _optimization_barrier(ctx: Context, eqn: Any, args: Sequence[Any], walk: Walk) -> list[Any]:
-    return _behind_a_barrier(ctx, args)
+    return _add_barrier(ctx, args)
 
 
-def _behind_a_barrier(ctx: Context, values: Sequence[Any]) -> list[Any]:
+def _add_barrier(ctx: Context, values: Sequence[Any]) -> list[Any]:
     """All values behind one barrier, arrays and members of weights.
 
     Among tangents each is behind its own. A tangent of a weight holds a factor that moves and one

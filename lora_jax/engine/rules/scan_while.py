@@ -45,7 +45,7 @@ def _scan(ctx: Context, eqn: Any, args: Sequence[Any], walk: Walk) -> list[Any]:
         reverse=params["reverse"],
         unroll=params["unroll"],
     )
-    return loop.all(carry) + [_stacked(y, params["length"]) if is_lazy(y) else y for y in ys]
+    return loop.all(carry) + [_stack_steps(y, params["length"]) if is_lazy(y) else y for y in ys]
 
 
 class _Scanned:
@@ -68,7 +68,7 @@ class _Scanned:
         return dataclasses.replace(self._template, **slices)
 
 
-def _stacked(lazy: LazyWeight, length: int) -> LazyWeight:
+def _stack_steps(lazy: LazyWeight, length: int) -> LazyWeight:
     """A weight that came out of a scan step by step: every member has gained a leading axis."""
     lead = lazy.new_axis()
     changes: dict[str, Any] = {"axes": (lead, *lazy.axes), "shape": (length, *lazy.shape)}
@@ -116,7 +116,7 @@ def _while(ctx: Context, eqn: Any, args: Sequence[Any], walk: Walk) -> list[Any]
     for_cond, for_body = list(args[:n_cond]), list(args[n_cond : n_cond + n_body])
     loop = _Carry(ctx, eqn, body, args[n_cond + n_body :], offset=n_body)
 
-    def goes_on(carry: Sequence[Any]) -> Any:
+    def continues(carry: Sequence[Any]) -> Any:
         return walk(cond, cond_consts, [*for_cond, *loop.all(carry)])[0]
 
     def step(carry: Sequence[Any]) -> Sequence[Any]:
@@ -124,10 +124,10 @@ def _while(ctx: Context, eqn: Any, args: Sequence[Any], walk: Walk) -> list[Any]
         if not cond.outvars[0].aval.shape:
             return moved
         # Under vmap each example has a condition of its own: those that are done stand still.
-        going = goes_on(carry)
+        going = continues(carry)
         return [_where(going, new, old) for new, old in zip(moved, carry, strict=True)]
 
-    return loop.all(lax.while_loop(lambda carry: goes_on(carry).any(), step, loop.start))
+    return loop.all(lax.while_loop(lambda carry: continues(carry).any(), step, loop.start))
 
 
 def _where(going: jax.Array, new: jax.Array, old: jax.Array) -> jax.Array:

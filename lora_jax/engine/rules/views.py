@@ -22,7 +22,7 @@ def on_base(eqn: Any, lazy: LazyWeight, *others: Any) -> Any:
     return None if lazy.w is None else jaxprs.bind(eqn, [lazy.w, *others])[0]
 
 
-def viewed(eqn: Any, lazy: LazyWeight, axes: Sequence[Axis], *others: Any) -> list[LazyWeight]:
+def view_of(eqn: Any, lazy: LazyWeight, axes: Sequence[Axis], *others: Any) -> list[LazyWeight]:
     """The outputs of a view: members as in `lazy`, the base through the equation itself."""
     aval = eqn.outvars[0].aval
     return [
@@ -45,20 +45,20 @@ def _same_axes(ctx: Context, eqn: Any, args: Sequence[Any]) -> Any:
     lazy = args[0]
     if len(args) > 1 or not jnp.issubdtype(eqn.outvars[0].aval.dtype, jnp.floating):
         return NotImplemented
-    return viewed(eqn, lazy, lazy.axes)
+    return view_of(eqn, lazy, lazy.axes)
 
 
 @rule(RULES, "stop_gradient")
 def _stop_gradient(ctx: Context, eqn: Any, args: Sequence[Any]) -> Any:
     (lazy,) = args
     stopped = lazy.map_members(lambda array, axes: (lax.stop_gradient(array), axes))
-    return viewed(eqn, stopped, lazy.axes)
+    return view_of(eqn, stopped, lazy.axes)
 
 
 @rule(RULES, "neg")
 def _neg(ctx: Context, eqn: Any, args: Sequence[Any]) -> Any:
     (lazy,) = args
-    return viewed(eqn, _scaled(lazy, lambda b: -b), lazy.axes)
+    return view_of(eqn, _scale_update(lazy, lambda b: -b), lazy.axes)
 
 
 @rule(RULES, "mul", "div")
@@ -79,7 +79,7 @@ def _multiple(ctx: Context, eqn: Any, args: Sequence[Any]) -> Any:
     s = ctx.densify(s, eqn) if is_lazy(s) else s
     operation = jnp.divide if divides else jnp.multiply
     w = None if lazy.w is None else jaxprs.bind(eqn, [(lazy.w, s), (s, lazy.w)][weights[0]])[0]
-    scaled = lazy if lazy.a is None else _along(lazy, factor, operation, s, varying)
+    scaled = lazy if lazy.a is None else _scale_along(lazy, factor, operation, s, varying)
     return [dataclasses.replace(scaled, w=w)]
 
 
@@ -91,7 +91,7 @@ def _factor_with(lazy: LazyWeight, axes: Sequence[Axis]) -> str | None:
     return next((f for f in ("b", "a") if set(axes) <= set(lazy.axes_of(f))), None)
 
 
-def _along(
+def _scale_along(
     lazy: LazyWeight, factor: str, operation: Callable, s: jax.Array, varying: Sequence[Axis]
 ) -> LazyWeight:
     """The weight with `operation(factor, s)` for one factor, s varying along some of its axes."""
@@ -103,24 +103,24 @@ def _along(
     return dataclasses.replace(lazy, **{factor: operation(array.astype(wide), s.astype(wide))})
 
 
-def _scaled(lazy: LazyWeight, fn: Callable[[jax.Array], jax.Array]) -> LazyWeight:
+def _scale_update(lazy: LazyWeight, fn: Callable[[jax.Array], jax.Array]) -> LazyWeight:
     return lazy if lazy.b is None else dataclasses.replace(lazy, b=fn(lazy.b))
 
 
 @rule(RULES, "transpose")
 def _transpose(ctx: Context, eqn: Any, args: Sequence[Any]) -> Any:
     (lazy,) = args
-    return viewed(eqn, lazy, [lazy.axes[i] for i in eqn.params["permutation"]])
+    return view_of(eqn, lazy, [lazy.axes[i] for i in eqn.params["permutation"]])
 
 
 @rule(RULES, "squeeze")
 def _squeeze(ctx: Context, eqn: Any, args: Sequence[Any]) -> Any:
     (lazy,) = args
     gone = [lazy.axes[i] for i in eqn.params["dimensions"]]
-    return viewed(eqn, _without(lazy, gone), [axis for axis in lazy.axes if axis not in gone])
+    return view_of(eqn, _drop_axes(lazy, gone), [axis for axis in lazy.axes if axis not in gone])
 
 
-def _without(lazy: LazyWeight, axes: Sequence[Axis]) -> LazyWeight:
+def _drop_axes(lazy: LazyWeight, axes: Sequence[Axis]) -> LazyWeight:
     """The members without these axes, all of size one."""
     for axis in axes:
         lazy = lazy.map_axis(axis, lambda x, at: lax.squeeze(x, [at]), None)
@@ -137,7 +137,7 @@ def _broadcast_in_dim(ctx: Context, eqn: Any, args: Sequence[Any]) -> Any:
     source = {d: a for a, d in zip(lazy.axes, dims, strict=True) if a not in grown}
     new = [lazy.new_axis(skip=d) for d in range(len(shape))]
     axes = [source.get(d, new[d]) for d in range(len(shape))]
-    return viewed(eqn, _without(lazy, grown), axes)
+    return view_of(eqn, _drop_axes(lazy, grown), axes)
 
 
 @rule(RULES, "reshape")
@@ -152,7 +152,7 @@ def _reshape(ctx: Context, eqn: Any, args: Sequence[Any]) -> Any:
     groups = named_axes.reshape_groups(old, new)
     ones = [axis for axis, size in zip(source, old, strict=True) if size == 1]
     axes = [lazy.new_axis(skip=j) for j in range(len(new))]
-    moved = _without(lazy, ones)
+    moved = _drop_axes(lazy, ones)
     for olds, news in groups:
         names = [source[i] for i in olds]
         holders = {lazy.holders(name) for name in names} - {()}
@@ -167,7 +167,7 @@ def _reshape(ctx: Context, eqn: Any, args: Sequence[Any]) -> Any:
         for j in news:
             axes[j] = Axis(tuple(sorted(set(origins))), axes[j].uid)
         moved = _regroup(moved, names, [axes[j] for j in news], [new[j] for j in news])
-    return viewed(eqn, moved, axes)
+    return view_of(eqn, moved, axes)
 
 
 def _regroup(
@@ -206,7 +206,7 @@ def _tile(ctx: Context, eqn: Any, args: Sequence[Any]) -> Any:
             axes[i] = moved.new_axis(axes[i].origins, skip=i)
             repeat = lambda x, at, n=n: jnp.concatenate([x] * n, at)
             moved = moved.map_axis(lazy.axes[i], repeat, axes[i])
-    return viewed(eqn, moved, axes)
+    return view_of(eqn, moved, axes)
 
 
 @rule(RULES, "pad")
@@ -226,7 +226,7 @@ def _pad(ctx: Context, eqn: Any, args: Sequence[Any]) -> Any:
                 return NotImplemented
             axes[i] = moved.new_axis(axes[i].origins, skip=i)
             moved = moved.map_axis(lazy.axes[i], _padder(config), axes[i])
-    return viewed(eqn, moved, axes, value)
+    return view_of(eqn, moved, axes, value)
 
 
 def _padder(config: tuple[int, int, int]) -> Callable[[jax.Array, int], jax.Array]:
@@ -244,7 +244,7 @@ def _rev(ctx: Context, eqn: Any, args: Sequence[Any]) -> Any:
     for i in eqn.params["dimensions"]:
         axis = lazy.axes[i]
         moved = moved.map_axis(axis, lambda x, at: lax.rev(x, [at]), axis)
-    return viewed(eqn, moved, lazy.axes)
+    return view_of(eqn, moved, lazy.axes)
 
 
 @rule(RULES, "slice")
@@ -264,7 +264,7 @@ def _slice(ctx: Context, eqn: Any, args: Sequence[Any]) -> Any:
             )
             if limit - start == 1:
                 moved = mark_indexed(moved, old)
-    return viewed(eqn, moved, axes)
+    return view_of(eqn, moved, axes)
 
 
 @rule(RULES, "reduce_sum")
@@ -275,7 +275,7 @@ def _reduce_sum(ctx: Context, eqn: Any, args: Sequence[Any]) -> Any:
     held = [lazy.holders(axis) for axis in gone]
     if lazy.a is not None and not all({"a", "b"} & {*h} and "gain" not in h for h in held):
         return NotImplemented
-    return viewed(eqn, lazy, [axis for axis in lazy.axes if axis not in gone])
+    return view_of(eqn, lazy, [axis for axis in lazy.axes if axis not in gone])
 
 
 @rule(RULES, "split")
