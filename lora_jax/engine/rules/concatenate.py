@@ -1,4 +1,4 @@
-"""Rules that make one weight of several: concatenated, stacked or selected."""
+"""Rules that make one weight of several: concatenate, stack, select."""
 
 import dataclasses
 import math
@@ -21,6 +21,7 @@ RULES: dict[str, PrimitiveRule] = {}
 
 @rule(RULES, "concatenate")
 def _concatenate(ctx: Context, eqn: Any, args: Sequence[Any]) -> Any:
+    """Concatenate the weights and, along the same axis, their factors."""
     at = eqn.params["dimension"]
     sizes = [atom.aval.shape[at] for atom in eqn.invars]
     return _join(eqn, args, args, lambda parts: _concatenate_members(parts, sizes, at))
@@ -28,7 +29,7 @@ def _concatenate(ctx: Context, eqn: Any, args: Sequence[Any]) -> Any:
 
 @rule(RULES, "stack")
 def _stack(ctx: Context, eqn: Any, args: Sequence[Any]) -> Any:
-    """Concatenation along an axis that no factor has: it becomes a batch axis."""
+    """Concatenate along a new axis. No factor has it, so it becomes a batch axis."""
     at = eqn.params["axis"]
 
     def add_axis(x: LazyWeight) -> LazyWeight:
@@ -41,7 +42,7 @@ def _stack(ctx: Context, eqn: Any, args: Sequence[Any]) -> Any:
 
 @rule(RULES, "select_n")
 def _select(ctx: Context, eqn: Any, args: Sequence[Any]) -> Any:
-    """One weight of several, or of arrays, by a scalar: it selects among their factors too."""
+    """Select one of several weights or arrays by a scalar, and so one of their factors."""
     which, *cases = args
     if is_lazy(which) or eqn.invars[0].aval.shape:
         return NotImplemented
@@ -57,7 +58,7 @@ def _join(
     parts: Sequence[Any],
     combine: Callable[[Parts], dict[str, Any] | None],
 ) -> Any:
-    """One weight of the parts: the base through the equation, the members by `combine`."""
+    """Return one weight made of the parts: its base by the equation, its members by `combine`."""
     weights = [x for x in parts if is_lazy(x)]
     if any(x.origin.looked_up for x in weights):
         return NotImplemented  # rows are an activation
@@ -80,7 +81,7 @@ def _join(
 
 
 def _name_axes_alike(weights: Sequence[LazyWeight]) -> list[LazyWeight]:
-    """The same weights under one set of names for axes, which come from the axes of all of them."""
+    """Return the weights with the same name for each axis, whose origins are those of all."""
     origin, numbers = provenance.join([x.origin for x in weights])
     axes = []
     for uid, column in enumerate(zip(*(x.axes for x in weights), strict=True)):
@@ -90,7 +91,7 @@ def _name_axes_alike(weights: Sequence[LazyWeight]) -> list[LazyWeight]:
 
 
 def _orient_alike(parts: Parts) -> Parts | None:
-    """The parts with the same axes on A and on B, which may trade places; None if they cannot."""
+    """Return the parts with the same axes on A and on B; None if swapping does not help."""
     weights = [x for x in parts if x is not None]
     first = weights[0]
     wanted = set(first.a_axes), set(first.b_axes)
@@ -109,7 +110,7 @@ def _orient_alike(parts: Parts) -> Parts | None:
 
 
 def _select_members(which: Any, parts: Parts) -> dict[str, Any] | None:
-    """The factors of the selected part: all parts' factors must have the same shapes."""
+    """Return the factors of the selected part; None where the parts' shapes differ."""
     first = next(x for x in parts if x is not None)
     members: dict[str, Any] = {}
     have_gains = _all_have_gain(parts)
@@ -126,7 +127,7 @@ def _select_members(which: Any, parts: Parts) -> dict[str, Any] | None:
 
 
 def _concatenate_members(parts: Parts, sizes: Sequence[int], at: int) -> dict[str, Any] | None:
-    """The members of the parts one after another, `sizes` long along dimension `at`."""
+    """Return the members of all parts, which are `sizes` long along dimension `at`."""
     first = next(x for x in parts if x is not None)
     along = first.axes[at]
     if along not in first.a_axes + first.b_axes:
@@ -139,41 +140,41 @@ def _concatenate_members(parts: Parts, sizes: Sequence[int], at: int) -> dict[st
 
 
 def _joined_gain(parts: Parts, sizes: Sequence[int], along: Axis) -> dict[str, Any] | None:
-    """The gain of all parts, where that is one: along the axis, or the same for all of them."""
+    """Return the gain of all parts: joined along the axis, or the same for all; else None."""
     weights = [x for x in parts if x is not None]
     if not _all_have_gain(parts):
         return {} if all(x.gain is None for x in weights) else None
     if along in weights[0].gain_axes:
-        return _concatenate_member(parts, "gain", sizes, along)
+        return _append(parts, "gain", sizes, along)
     return {} if all(x.gain is weights[0].gain for x in weights) else None
 
 
 def _all_have_gain(parts: Parts) -> bool:
-    """Whether every part is a weight with a gain along the same axes."""
+    """Return whether every part is a weight with a gain along the same axes."""
     axes = {frozenset(x.gain_axes) for x in parts if x is not None}
     return len(axes) == 1 and all(x is not None and x.gain is not None for x in parts)
 
 
 def _stack_members(parts: Parts, sizes: Sequence[int], along: Axis) -> dict[str, Any] | None:
-    """Both factors have the axis: each is concatenated along it."""
+    """Concatenate both factors along an axis that both have."""
     if len({x.rank for x in parts if x is not None}) > 1:
         return None
-    members = _concatenate_member(parts, "a", sizes, along) | _concatenate_member(
-        parts, "b", sizes, along
-    )
+    members = _append(parts, "a", sizes, along) | _append(parts, "b", sizes, along)
     has_keys = any(x is not None and x.key is not None for x in parts)
-    return members | (_concatenate_member(parts, "key", sizes, along) if has_keys else {})
+    return members | (_append(parts, "key", sizes, along) if has_keys else {})
 
 
 def _lay_in_blocks(parts: Parts, sizes: Sequence[int], along: Axis) -> dict[str, Any] | None:
-    """One factor has the axis: its parts follow each other along it, in blocks along the rank.
+    """Concatenate the factor that has the axis, each part in its own block of the rank.
 
-    Where all parts share the other factor (slices of one weight) there is one block of rank.
+    With parts `[in, n₁]` and `[in, n₂]` of rank r, A is `[in, 2·r]` and B `[2·r, n₁ + n₂]`, with
+    zeros in two of its four blocks. Where all parts share A (slices of one weight), the rank stays
+    r and B is `[r, n₁ + n₂]`.
     """
     weights = [x for x in parts if x is not None]
     one, other = ("a", "b") if along in weights[0].a_axes else ("b", "a")
     if all(getattr(x, other) is getattr(weights[0], other) for x in weights):
-        return _concatenate_member(parts, one, sizes, along)
+        return _append(parts, one, sizes, along)
     if not weights[0].probe and not _pays(weights, sum(sizes), along, other):
         return None
     total, before, blocks = sum(x.rank for x in weights), 0, []
@@ -181,13 +182,11 @@ def _lay_in_blocks(parts: Parts, sizes: Sequence[int], along: Axis) -> dict[str,
         blocks.append(x and _widen_rank(x, one, before, total))
         before += 0 if x is None else x.rank
     ranks = [x.rank for x in weights]
-    return _concatenate_member(blocks, one, sizes, along) | _concatenate_member(
-        weights, other, ranks, RANK
-    )
+    return _append(blocks, one, sizes, along) | _append(weights, other, ranks, RANK)
 
 
 def _pays(weights: Sequence[LazyWeight], size: int, along: Axis, other: str) -> bool:
-    """Whether the branch, which multiplies zeros too, takes fewer operations than the whole."""
+    """Return whether the branch takes fewer operations than a dense weight, zeros included."""
     first, rank = weights[0], sum(x.rank for x in weights)
     own = [axis for axis in first.axes_of(other) if axis != RANK]
     rows = math.prod(first.sizes[axis] for axis in own)
@@ -196,7 +195,7 @@ def _pays(weights: Sequence[LazyWeight], size: int, along: Axis, other: str) -> 
 
 
 def _widen_rank(x: LazyWeight, factor: str, before: int, total: int) -> LazyWeight:
-    """The weight with zeros around one factor's part of the rank."""
+    """Pad one factor with zeros, `before` its own part of the rank and after it, up to `total`."""
     array, axes = getattr(x, factor), x.axes_of(factor)
     after = total - before - x.rank
     widths = [(before, after) if axis == RANK else (0, 0) for axis in axes]
@@ -204,10 +203,8 @@ def _widen_rank(x: LazyWeight, factor: str, before: int, total: int) -> LazyWeig
     return dataclasses.replace(x, **changes)
 
 
-def _concatenate_member(
-    parts: Parts, name: str, sizes: Sequence[int], along: Axis
-) -> dict[str, Any]:
-    """One member of all parts, concatenated along an axis: its array and the names of its axes."""
+def _append(parts: Parts, name: str, sizes: Sequence[int], along: Axis) -> dict[str, Any]:
+    """Concatenate one member of all parts along an axis; return it and its axes, by field."""
     arrays = _align(parts, name)
     like = next(x for x in arrays if x is not None)
     axes = next(x for x in parts if x is not None).axes_of(name)
@@ -217,7 +214,7 @@ def _concatenate_member(
         if x is not None:
             return x
         shape = (*like.shape[:at], size, *like.shape[at + 1 :])
-        if name == "key":  # an array has nothing to drop
+        if name == "key":  # an array has no branch to drop from
             return jnp.broadcast_to(lax.slice_in_dim(like, 0, 1, axis=at), shape)
         return jnp.zeros(shape, like.dtype)
 
@@ -226,7 +223,7 @@ def _concatenate_member(
 
 
 def _align(parts: Parts, name: str) -> list[jax.Array | None]:
-    """One member of each part, in one order of axes and one dtype."""
+    """Return one member of each part, in the same order of axes and the same dtype."""
     axes = next(x for x in parts if x is not None).axes_of(name)
     arrays = [
         None if x is None else named_axes.arrange(getattr(x, name), x.axes_of(name), axes, {})

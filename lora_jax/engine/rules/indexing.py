@@ -21,7 +21,7 @@ RULES: dict[str, PrimitiveRule] = {}
 
 @rule(RULES, "dynamic_slice")
 def _dynamic_slice(ctx: Context, eqn: Any, args: Sequence[Any]) -> Any:
-    """Stacked weights indexed by a layer number stay lazy; reading a single row is a lookup."""
+    """Slice the factors. A weight picked from a stack stays lazy; reading one row is a lookup."""
     lazy, *starts = args
     if not is_lazy(lazy) or any(map(is_lazy, starts)) or len(starts) != len(lazy.axes):
         return NotImplemented
@@ -63,7 +63,7 @@ def _only_factor(lazy: LazyWeight, axis: Axis) -> str:
 
 @rule(RULES, "gather")
 def _gather(ctx: Context, eqn: Any, args: Sequence[Any]) -> Any:
-    """`w[ids]` along any axes: each factor is gathered along those of them that it has."""
+    """Gather each factor along those of the indexed axes that it has, for `w[ids]` in any form."""
     lazy, indices = args
     if not is_lazy(lazy) or is_lazy(indices):
         return NotImplemented

@@ -1,4 +1,4 @@
-"""`shard_map`, rebuilt around weights: the factors are sharded as the axes they share with them."""
+"""`shard_map`, rebuilt around lazy weights: factors are sharded along the axes they share."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -19,11 +19,11 @@ CONTAINERS: dict[str, Container] = {}
 
 @rule(CONTAINERS, "shard_map")
 def _shard_map(ctx: Context, eqn: Any, args: Sequence[Any], walk: Walk) -> Any:
-    """The weight's own spec says where each named axis lies, and so where the factors' axes lie."""
+    """Derive the spec of each factor from the weight's, axis by axis."""
     arguments = jaxprs.shard_map_arguments(eqn)
     mesh, specs = arguments["mesh"], arguments.pop("in_specs")
     if any(is_lazy(x) and (s.unreduced or s.reduced) for x, s in zip(args, specs, strict=True)):
-        return NotImplemented  # a sum of shards is no view of the weight
+        return NotImplemented  # a sum of shards is not a view of the weight
     jaxpr, consts = jaxprs.open_jaxpr(eqn.params["jaxpr"])
     args = [
         ctx.densify(x, eqn) if is_lazy(x) and _splits_inputs(x, s) else x
@@ -53,7 +53,7 @@ def _is_spec(x: Any) -> bool:
 
 
 def _specs(lazy: LazyWeight, spec: PartitionSpec) -> LazyWeight:
-    """A spec in place of each member: the base's own, and for a factor that of its axes."""
+    """Return the weight with a spec in place of each member, by the names of its axes."""
     entries = [*spec, *[None] * (len(lazy.axes) - len(spec))]
     where = dict(zip(lazy.axes, entries, strict=True))
     specs: dict[str, Any] = {"w": None if lazy.w is None else spec}
@@ -64,20 +64,20 @@ def _specs(lazy: LazyWeight, spec: PartitionSpec) -> LazyWeight:
 
 
 def _splits_inputs(lazy: LazyWeight, spec: PartitionSpec) -> bool:
-    """Whether each device would observe a part of every input, and none a whole one."""
+    """Return whether inputs are sharded, so that no device would observe a whole one."""
     parted = [axis for axis, entry in zip(lazy.axes, spec, strict=False) if entry is not None]
     return bool(lazy.probe) and any(a in lazy.a_axes and a not in lazy.b_axes for a in parted)
 
 
 def _reshard(x: Any, mesh: Any, spec: PartitionSpec) -> Any:
-    """`x` placed as `spec` says, where the mesh makes the sharding part of the type."""
+    """Reshard `x` as `spec` says, where the mesh makes the sharding part of the type."""
     explicit = AxisType.Explicit in mesh.axis_types
     return jax.sharding.reshard(x, NamedSharding(mesh, spec)) if explicit else x
 
 
 @rule(RULES, "pvary")
 def _pvary(ctx: Context, eqn: Any, args: Sequence[Any]) -> Any:
-    """The factors vary as the base does: of a tangent there is no base to tell."""
+    """Make the factors vary as the base does; a tangent has no base that shows it."""
     (lazy,) = args
     mesh_axes = eqn.params["axes"]
     return view_of(
@@ -87,9 +87,9 @@ def _pvary(ctx: Context, eqn: Any, args: Sequence[Any]) -> Any:
 
 @rule(RULES, "all_gather", "all_gather_invariant")
 def _all_gather(ctx: Context, eqn: Any, args: Sequence[Any]) -> Any:
-    """A weight whose shards are gathered along one of its axes: so are the factors that have it.
+    """Gather the factors that have the gathered axis.
 
-    The other factor must be the same on every device along the mesh's axis.
+    The other factor must be the same on every device along the mesh axis.
     """
     (lazy,) = args
     params = eqn.params
