@@ -53,7 +53,7 @@ docs: $(STAMP)-docs ## the documentation as a site in site/; a warning is an err
 
 wheel: $(STAMP)-build ## a wheel in dist/ that installs in a fresh environment and passes a smoke test
 	@rm -rf dist $(VENV)/wheel
-	@$(RUN) build --outdir dist . >/dev/null
+	@$(RUN) build --quiet --outdir dist .
 	@$(PYTHON) -m venv $(VENV)/wheel
 	@$(VENV)/wheel/bin/python -m pip install -qq --disable-pip-version-check "$$(ls dist/*.whl)[cli]"
 	@cd dist && PATH="$(abspath $(VENV))/wheel/bin:$$PATH" bash ../.ci/smoke

@@ -200,7 +200,7 @@ def score_probe(
     embed = partial(training.predict, jax.jit(model.embed), params, rows=recipe.predict_rows)
     bar: Callable[[str], Any] = partial(progress.track, report.console)
     features = embed(train.texts, watch=bar("embeddings, train"))
-    chosen = probe.choose(features, train.labels)
+    chosen = probe.fit_best(features, train.labels)
     unseen = embed(held_out.texts, watch=bar("embeddings, held-out"))
     return chosen.accuracy(unseen, held_out.labels)
 

@@ -18,7 +18,7 @@ from lora_jax.core.layout import Layout
 from lora_jax.core.paths import path_key
 from lora_jax.core.weights import Adapted, LoraWeight, TrainedLeaf, TrainedRows, restrict
 from lora_jax.engine.custom_rules import Rule
-from lora_jax.initializers import STARTS
+from lora_jax.initializers import INITIALIZERS
 
 
 def init(
@@ -107,14 +107,14 @@ def _adapt_all(key: jax.Array, plan: Plan, config: LoraConfig) -> dict[str, Lora
 def _adapt(key: jax.Array, path: str, w: Any, layout: Layout, config: LoraConfig) -> LoraWeight:
     chosen = config.for_path(path)
     rank, scale = chosen.rank, chosen.scale
-    start = config.init if callable(config.init) else STARTS[config.init]
+    initializer = config.init if callable(config.init) else INITIALIZERS[config.init]
 
     def make(key: jax.Array, w: Any) -> LoraWeight:
-        base, a, b = start(path_key(key, path), w, layout, rank, scale, config.dtype)
+        base, a, b = initializer(path_key(key, path), w, layout, rank, scale, config.dtype)
         return new_weight(base, a, b, scale, layout, config)
 
     node = on_shapes(make, key, w)
-    _check_start(node, w, rank, config.dtype)
+    _check_initialized(node, w, rank, config.dtype)
     node = dataclasses.replace(node, w=_placed_as(w, node.w))
     if not config.dora:
         return node
@@ -131,7 +131,7 @@ def new_weight(
     return LoraWeight(w, a, b, scales, layout=layout, dropout=float(config.dropout))
 
 
-def _check_start(node: LoraWeight, w: Any, rank: int, dtype: Any) -> None:
+def _check_initialized(node: LoraWeight, w: Any, rank: int, dtype: Any) -> None:
     """Refuse what a start of the user's own made, where it does not fit the weight."""
     shape = tuple(w.shape)
     expected = {

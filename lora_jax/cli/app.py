@@ -1,6 +1,6 @@
 """The `lora-jax` application: its commands, and the help that they share.
 
-A command's module holds its signature and EXAMPLES, and imports what it runs on only when it runs:
+A command's module contains its signature and EXAMPLES, and imports its job only when it runs, so
 `--help` loads neither Flax nor a tokenizer.
 """
 
@@ -23,16 +23,16 @@ COMMANDS: dict[str, ModuleType] = {
 
 EXIT_CODES = """\b
 Exit codes:
-  0    done
-  1    failed: one line on stderr says why, and what to do
-  2    a mistake on the command line
+  0    success
+  1    failure: one line on stderr says why, and what to do
+  2    usage error
   130  interrupted (Ctrl-C)
-  141  the reader of a pipe went away
-LORA_JAX_DEBUG=1 shows the traceback of a failure."""
+  141  output pipe closed
+Set LORA_JAX_DEBUG=1 to see the traceback of a failure."""
 
 
 def examples(commands: tuple[str, ...]) -> str:
-    """The part of a help that shows commands to copy; no terminal is too narrow for them."""
+    """Return the part of a help that shows commands to copy, each on one line at any width."""
     return "\b\nExamples:\n" + "\n".join(f"  {command}" for command in commands)
 
 
@@ -62,7 +62,7 @@ def _lora_jax(
         typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version."),
     ] = False,
 ) -> None:
-    """Train, look at, merge, run and convert LoRA adapters of JAX models."""
+    """Train, inspect, merge, run and convert LoRA adapters of JAX models."""
     if context.invoked_subcommand is None:
         typer.echo(context.get_help())
 

@@ -1,4 +1,4 @@
-"""Where every failure of the command line becomes one line on stderr and an exit status."""
+"""Turn every failure of the command line into one line on stderr and an exit status."""
 
 import contextlib
 import errno
@@ -14,25 +14,25 @@ from lora_jax.core.errors import AssetError, LoraError
 
 OK, FAILED, USAGE, INTERRUPTED, PIPE_CLOSED = 0, 1, 2, 130, 141
 DEBUG = "LORA_JAX_DEBUG"
-#: Packages that a bare `pip install lora-jax` does not bring: all are in the extra "cli".
+#: Packages that `pip install lora-jax` alone does not install: all are in the extra "cli".
 OPTIONAL = ("gguf", "jinja2", "matplotlib", "orbax", "rich", "tokenizers", "typer")
-SHOWN = 12  # problems of a long list
+SHOWN = 12  # lines of a long list of problems
 
 _ADVICE = {
     errno.ENOENT: "there is no such file or directory",
-    errno.EACCES: "permission denied; choose a place that you may read and write",
-    errno.EPERM: "permission denied; choose a place that you may read and write",
-    errno.EROFS: "the disk is read-only; choose another place",
-    errno.ENOSPC: "the disk is full; free some space or choose another place",
-    errno.EDQUOT: "the disk quota is used up; free some space or choose another place",
-    errno.EISDIR: "is a directory, and a file is needed",
-    errno.ENOTDIR: "is no directory, and one is needed",
+    errno.EACCES: "permission denied; choose a path that you may read and write",
+    errno.EPERM: "permission denied; choose a path that you may read and write",
+    errno.EROFS: "the disk is read-only; choose another path",
+    errno.ENOSPC: "the disk is full; free some space or choose another path",
+    errno.EDQUOT: "the disk quota is exhausted; free some space or choose another path",
+    errno.EISDIR: "is a directory, but a file is needed",
+    errno.ENOTDIR: "is not a directory, but one is needed",
     errno.EEXIST: "exists already",
 }
 
 
 def run(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; the exit status is that of the application's help."""
+    """Run the command line and return its exit status, one of those in the application's help."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     try:
         with warnings.catch_warnings():
@@ -69,7 +69,7 @@ def _run(words: list[str]) -> int:
 
 
 def explain(error: BaseException) -> tuple[str, int]:
-    """What was wrong and what to do, in one line, and the exit status.
+    """Return what is wrong and what to do, in one line, and the exit status.
 
     >>> explain(LoraError("the base does not fit:\\nq: missing\\nk: missing"))
     ('the base does not fit: q: missing; k: missing', 1)
@@ -100,7 +100,7 @@ def _message(error: BaseException) -> str:
     if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
         return "out of memory; use a smaller batch, a shorter length or --dtype bfloat16"
     return (
-        f"unexpected {type(error).__name__}: {error}; a defect of lora-jax, "
+        f"unexpected {type(error).__name__}: {error}; this is a bug in lora-jax, "
         f"{DEBUG}=1 shows where it happened"
     )
 
@@ -113,15 +113,15 @@ def _os_message(error: OSError) -> str:
 
 
 def _usage(error: Any) -> str:
-    """A mistake on the command line, and where to read what is right."""
+    """Return the mistake on the command line, and where to read the correct usage."""
     context = getattr(error, "ctx", None)
     path = context.command_path if context is not None else "lora-jax"
     message = one_line(error.format_message()).rstrip(".")
-    return f"{message}; '{path} --help' shows what it takes"
+    return f"{message}; '{path} --help' shows the usage"
 
 
 def one_line(text: str) -> str:
-    """The lines of a message as one: a list behind its heading, its items after one another.
+    """Join the lines of a message into one: a heading, then the items of its list.
 
     >>> one_line("two are missing:\\n  q\\n  k")
     'two are missing: q; k'
@@ -141,6 +141,6 @@ def _show_warning(message: Any, category: type, *_: Any, **__: Any) -> None:
 
 
 def _discard_output() -> None:
-    """Nobody reads stdout any more: keep the interpreter from failing when it flushes it."""
-    with contextlib.suppress(OSError, ValueError):  # where stdout is no file
+    """Keep the interpreter from failing when it flushes stdout, which nobody reads any more."""
+    with contextlib.suppress(OSError, ValueError):  # where stdout is not a file
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

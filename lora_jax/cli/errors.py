@@ -4,12 +4,12 @@ from lora_jax import LoraError
 
 
 class PromptError(LoraError):
-    """There is no prompt, or none that the model can take."""
+    """There is no prompt, or not one that the model can continue."""
 
 
 class ConversionError(LoraError):
-    """An adapter cannot become what it was asked to become."""
+    """An adapter cannot be converted as requested."""
 
 
 class OutputError(LoraError):
-    """A result cannot go where it was told to."""
+    """A result cannot be written where it was requested."""

@@ -1,4 +1,4 @@
-"""Options that several commands have."""
+"""Options that several commands share."""
 
 import inspect
 from collections.abc import Callable
@@ -11,33 +11,34 @@ from lora_jax.cli.errors import OutputError
 
 DType = Literal["float32", "bfloat16", "float16"]
 
-Model = Annotated[
+ModelOption = Annotated[
     str,
     typer.Option(
         "--model",
         "-m",
-        help="The base: a Hugging Face directory, a GGUF file, or smollm2 (fetched).",
+        help="Base model: a Hugging Face directory, a GGUF file, or smollm2 (downloaded).",
     ),
 ]
-Force = Annotated[
-    bool, typer.Option("--force", "-f", help="Write into a place that exists already.")
+ForceOption = Annotated[
+    bool, typer.Option("--force", "-f", help="Write into an existing output path.")
 ]
-Out = Annotated[Path, typer.Option("--out", "-o", help="Where to write.")]
+OutOption = Annotated[Path, typer.Option("--out", "-o", help="Output path.")]
 
+ADAPTER = "Adapter of any kind that 'inspect' reads."
 
-Options = TypeVar("Options")
+OptionsClass = TypeVar("OptionsClass")
 
 
 def takes(
-    options: type[Options],
-) -> Callable[[Callable[[typer.Context, Options], None]], Callable[..., None]]:
-    """Makes a command of a function of one value, whose fields are the command's options.
+    options: type[OptionsClass],
+) -> Callable[[Callable[[typer.Context, OptionsClass], None]], Callable[..., None]]:
+    """Make a command of a function that takes one value, whose fields are the command's options.
 
     Args:
-      options: a dataclass, its fields annotated for typer.
+      options: a dataclass whose fields are annotated for typer.
     """
 
-    def decorate(function: Callable[[typer.Context, Options], None]) -> Callable[..., None]:
+    def decorate(function: Callable[[typer.Context, OptionsClass], None]) -> Callable[..., None]:
         def command(context: typer.Context, **given: Any) -> None:
             function(context, options(**given))
 
@@ -51,10 +52,10 @@ def takes(
 
 
 def refuse_existing(out: Path, force: bool) -> None:
-    """Raise where something is at `out` that would be written over.
+    """Raise if something exists at `out` that would be overwritten; an empty directory does not.
 
-    An empty directory is no such thing. Checked before the work, which may take long.
+    Called before the work, which may take long.
     """
     is_there = out.exists() and not (out.is_dir() and not any(out.iterdir()))
     if is_there and not force:
-        raise OutputError(f"{out}: exists already; choose another --out, or --force to write there")
+        raise OutputError(f"{out}: exists already; choose another --out, or use --force")

@@ -1,4 +1,4 @@
-"""Models and adapters that the command line names: found, loaded, put together."""
+"""Find and load the models and adapters that the command line names."""
 
 import dataclasses
 from pathlib import Path
@@ -14,16 +14,16 @@ from lora_jax.models.text.byte_tokenizer import byte_tokenizer
 from lora_jax.models.text.tokenizer import Tokenizer
 from lora_jax.models.tiny import tiny
 
-#: Models by name: one is fetched, one is made here.
+#: Models by name: one is downloaded, one is made here.
 SMOLLM2, TINY = "smollm2", "tiny"
 
 
 def find_model(name: str) -> kinds.Found:
-    """The model of this name: a directory in Hugging Face's layout, a GGUF file, or a known name.
+    """Find a model: a directory in Hugging Face's layout, a GGUF file, or a known name.
 
     Raises:
       ModelFileError: there is none, or an adapter in its place.
-      AssetError: it can neither be found in the cache nor fetched.
+      AssetError: it is not in the cache and cannot be downloaded.
     """
     path = Path(name)
     if not path.exists():
@@ -32,7 +32,7 @@ def find_model(name: str) -> kinds.Found:
         if name != SMOLLM2:
             raise ModelFileError(
                 f"{name}: there is no such file or directory; give a directory with config.json, "
-                f"a .gguf file, or one of {SMOLLM2}, {TINY}"
+                f"a .gguf file, or one of the names {SMOLLM2}, {TINY}"
             )
         cache = assets.cache_directory()
         assets.fetch([assets.SMOLLM2], cache)
@@ -41,13 +41,13 @@ def find_model(name: str) -> kinds.Found:
     found = kinds.detect(path)
     if found.kind not in (kinds.CHECKPOINT, kinds.GGUF):
         raise ModelFileError(
-            f"{name}: a {kinds.DESCRIPTIONS[found.kind]}, not a model: give it with --adapter"
+            f"{name}: a {kinds.DESCRIPTIONS[found.kind]}, not a model; pass it as --adapter"
         )
     return found
 
 
 def tokenizer_of(model: kinds.Found) -> Tokenizer:
-    """The tokenizer in a model's directory or file."""
+    """Read the tokenizer in a model's directory or file."""
     if model.kind == kinds.TINY:
         return byte_tokenizer()
     read = Tokenizer.from_gguf if model.kind == kinds.GGUF else Tokenizer.load
@@ -55,14 +55,14 @@ def tokenizer_of(model: kinds.Found) -> Tokenizer:
 
 
 def naming_of(model: kinds.Found) -> Naming:
-    """Hugging Face's names of the model's leaves; no weights are read."""
+    """Return Hugging Face's names of the model's leaves; no weights are read."""
     return models.naming("llama") if model.kind == kinds.TINY else models.naming_of(model.path)
 
 
 def load_model(
     model: kinds.Found, dtype: str | None = None, *, scan: bool = False
 ) -> models.Pretrained:
-    """The model itself; `dtype` None is the file's.
+    """Load the model itself; `dtype` None is the file's.
 
     Raises:
       ValueError, OSError: as `models.load`.
@@ -90,11 +90,11 @@ class Loaded:
 
 
 def load(model: kinds.Found, adapter: Path | None = None, dtype: str | None = None) -> Loaded:
-    """A model, and an adapter of any kind on it.
+    """Load a model, and an adapter of any kind on it.
 
     Args:
       model: see `find_model`.
-      adapter: see `kinds.adapter`; looked at before the model is read. None for the model alone.
+      adapter: see `kinds.adapter`; checked before the model is read. None for the model alone.
       dtype: of the model's parameters; None for the file's.
 
     Raises:
@@ -111,7 +111,7 @@ def load(model: kinds.Found, adapter: Path | None = None, dtype: str | None = No
 
 
 def is_stacked(adapter: kinds.Found) -> bool:
-    """Whether an adapter is for the tree that `models.load(..., scan=True)` gives."""
+    """Return whether an adapter is for the tree that `models.load(..., scan=True)` returns."""
     if adapter.kind != kinds.NATIVE:
         return False
     return any(path.startswith("layers/") for path in lora.read_metadata(adapter.path)["layouts"])

@@ -1,6 +1,4 @@
-"""Names of what to adapt, as people know them from torch, to paths of the tree."""
-
-from __future__ import annotations
+"""Resolve names of modules, PyTorch's or the tree's, to paths of the tree."""
 
 import difflib
 from collections.abc import Sequence
@@ -12,15 +10,15 @@ from lora_jax import TargetError
 from lora_jax.files.naming import Naming
 
 ALL_LINEAR = "all-linear"
-HEADS = ("lm_head",)  # the output embedding, which "all-linear" leaves alone as PEFT does
+HEADS = ("lm_head",)  # "all-linear" leaves the output head alone, as PEFT does
 
 
 def resolve(targets: Sequence[str], params: Any, naming: Naming) -> list[str]:
-    """The paths of the leaves that `targets` name.
+    """Return the paths of the leaves that `targets` name.
 
-    A target is the end of a torch module's name ("q_proj", "self_attn.q_proj", or the whole of it),
-    the end of a path in the tree or a module there ("query/kernel", "query", "layer_0"), or
-    "all-linear": every linear layer but the output embedding.
+    A target is the end of a PyTorch module's name ("q_proj", "self_attn.q_proj", or all of it), the
+    end of a path in the tree or a module there ("query/kernel", "query", "layer_0"), or
+    "all-linear": every linear layer except the output head.
 
     Args:
       targets: at least one.
@@ -28,7 +26,7 @@ def resolve(targets: Sequence[str], params: Any, naming: Naming) -> list[str]:
       naming: of the tree's leaves.
 
     Raises:
-      TargetError: targets that name nothing; each with the names most like it.
+      TargetError: targets that match nothing, each with the most similar names.
     """
     flat = jax.tree_util.tree_leaves_with_path(params)
     shapes = {jax.tree_util.keystr(p, simple=True, separator="/"): x.shape for p, x in flat}
@@ -63,4 +61,4 @@ def _named(target: str, modules: dict[str, list[str]]) -> list[str]:
 def _unknown(target: str, modules: dict[str, list[str]]) -> str:
     known = sorted({name.rpartition(".")[2] for names in modules.values() for name in names})
     close = difflib.get_close_matches(target.rpartition(".")[2], known, n=3, cutoff=0.3) or known
-    return f"--targets: nothing is called {target!r}; there are {', '.join(close)} and all-linear"
+    return f"--targets: no module is called {target!r}; choose from {', '.join(close)}, all-linear"

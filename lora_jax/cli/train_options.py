@@ -1,4 +1,4 @@
-"""What the command line of `lora-jax train` says: every option once, as a field of one value."""
+"""The options of `lora-jax train`: each one once, as a field of one value."""
 
 import dataclasses
 from pathlib import Path
@@ -8,71 +8,82 @@ from typer import Option
 
 CLASSIFICATION = "classification"
 
-Task = Literal["causal-lm", "classification"]
-Init = Literal["kaiming", "gaussian", "orthogonal", "pissa", "pissa_fast", "olora"]
-Schedule = Literal["cosine", "constant"]
-Dtype = Literal["float32", "bfloat16"]
+TaskName = Literal["causal-lm", "classification"]
+InitName = Literal["kaiming", "gaussian", "orthogonal", "pissa", "pissa_fast", "olora"]
+ScheduleName = Literal["cosine", "constant"]
+TrainDType = Literal["float32", "bfloat16"]
 
-_MODEL = "A directory in Hugging Face's layout, a .gguf file, or a name: smollm2, tiny."
-_DATA = "A .jsonl file of rows, or a .txt file; may be given several times."
-_OUT = "The run's directory: adapter, checkpoints, log."
-_TARGETS = "What to adapt, by commas: torch's names, paths of the tree, or all-linear."
-_LENGTH = "Tokens read of a row; 0: 512, or all the model takes."
-_SHUFFLE = "A new order of the rows each epoch, or the files' order, packed less tightly."
-_SCAN = "Layers in a loop: compiles faster, is slower on a CPU."
-
-Files = list[Path] | None
+_MODEL = "Base model: a directory in Hugging Face's layout, a .gguf file, smollm2, or tiny."
+_DATA = "Training data: a .jsonl file of rows or a .txt file; may be given several times."
+_OUT = "Output directory of the run: adapter, checkpoints, log."
+_EVAL_SPLIT = "Fraction of the data to hold out for evaluation, instead of --eval."
+_ALPHA = "Numerator of the scale alpha / rank; default: the rank, so the scale is 1."
+_TARGETS = "Comma-separated modules to adapt: PyTorch's names, paths in the tree, or all-linear."
+_INIT = "Initialization of A and B."
+_DORA = "Train one magnitude per output as well (DoRA)."
+_LENGTH = "Maximum tokens per row; 0: 512, or the model's maximum if smaller."
+_WARMUP = "Warm-up steps; a value below 1 is a fraction of all steps."
+_CLIP = "Maximum global norm of the gradients; 0 disables clipping."
+_LORA_PLUS = "Learning rate of B, as a multiple of the learning rate of A (LoRA+)."
+_EVAL_EVERY = "Steps between evaluations; 0: only before the first and after the last step."
+_SAVE_EVERY = "Steps between checkpoints; 0: only after the last step."
+_SEED = "Random seed for initialization, data order and dropout."
+_SHUFFLE = "Shuffle rows every epoch, or keep the files' order and pack less tightly."
+_DTYPE = "Dtype of the frozen model; default: the file's."
+_SCAN = "Scan over stacked layers: compiles faster, but runs slower on a CPU."
 
 
 @dataclasses.dataclass(frozen=True)
-class Options:
-    """The command line, checked by typer; the order is that of the help."""
+class TrainOptions:
+    """The options as typer has checked them, in the order of the help."""
 
     model: Annotated[str, Option(metavar="MODEL", help=_MODEL)]
     data: Annotated[list[Path], Option(metavar="FILE", help=_DATA)]
     out: Annotated[Path, Option(metavar="DIR", help=_OUT)]
-    task: Annotated[Task, Option(help="What to learn.")] = "causal-lm"
+    task: Annotated[TaskName, Option(help="Training objective.")] = "causal-lm"
     held_out: Annotated[
-        Files, Option("--eval", metavar="FILE", help="Files to judge by, of the same kind.")
+        list[Path] | None,
+        Option("--eval", metavar="FILE", help="Evaluation data, of the same kind as --data."),
     ] = None
-    eval_split: Annotated[
-        float, Option(min=0, max=0.9, help="Or the share of the data to judge by.")
-    ] = 0.0
-    eval_rows: Annotated[int, Option(min=0, help="Judge by at most so many rows; 0: all.")] = 0
-    encoding: Annotated[str, Option(help="Of the data files.")] = "utf-8"
-    resume: Annotated[bool, Option("--resume", help="Go on with the run in --out.")] = False
-    rank: Annotated[int, Option(min=1)] = 8
-    alpha: Annotated[float | None, Option(help="The scale is alpha / rank; without it, 1.")] = None
+    eval_split: Annotated[float, Option(min=0, max=0.9, help=_EVAL_SPLIT)] = 0.0
+    eval_rows: Annotated[int, Option(min=0, help="Maximum evaluation rows; 0: all.")] = 0
+    encoding: Annotated[str, Option(help="Text encoding of the data files.")] = "utf-8"
+    resume: Annotated[bool, Option("--resume", help="Resume the run in --out.")] = False
+    rank: Annotated[int, Option(min=1, help="Rank of A and B.")] = 8
+    alpha: Annotated[float | None, Option(help=_ALPHA)] = None
     targets: Annotated[str, Option(help=_TARGETS)] = "all-linear"
-    init: Annotated[Init, Option(help="How A and B start.")] = "kaiming"
-    dora: Annotated[bool, Option("--dora", help="A magnitude for every output.")] = False
-    rslora: Annotated[bool, Option("--rslora", help="Scale by alpha / √rank.")] = False
-    dropout: Annotated[float, Option(min=0, max=0.99, help="In the branches.")] = 0.0
-    steps: Annotated[int | None, Option(min=1, help="Instead of --epochs.")] = None
-    epochs: Annotated[float, Option(min=0.001, help="Times through the data.")] = 1.0
-    batch: Annotated[int, Option(min=1, help="Rows of a micro-batch.")] = 4
-    accumulate: Annotated[int, Option(min=1, help="Micro-batches of a step.")] = 1
+    init: Annotated[InitName, Option(help=_INIT)] = "kaiming"
+    dora: Annotated[bool, Option("--dora", help=_DORA)] = False
+    rslora: Annotated[bool, Option("--rslora", help="Scale by alpha / √rank (rsLoRA).")] = False
+    dropout: Annotated[
+        float, Option(min=0, max=0.99, help="Dropout rate on the adapter's input.")
+    ] = 0.0
+    steps: Annotated[int | None, Option(min=1, help="Training steps, instead of --epochs.")] = None
+    epochs: Annotated[float, Option(min=0.001, help="Passes over the data.")] = 1.0
+    batch: Annotated[int, Option(min=1, help="Rows per micro-batch.")] = 4
+    accumulate: Annotated[int, Option(min=1, help="Micro-batches per step.")] = 1
     length: Annotated[int, Option(min=0, help=_LENGTH)] = 0
-    lr: Annotated[float, Option(help="The highest learning rate.")] = 2e-4
-    schedule: Annotated[Schedule, Option(help="After the warm-up.")] = "cosine"
-    warmup: Annotated[float, Option(help="Steps; below 1 a share of all.")] = 0.05
-    clip: Annotated[float, Option(help="Of the gradients' norm; 0 for none.")] = 1.0
-    weight_decay: Annotated[float, Option(help="Of A and B.")] = 0.0
-    lora_plus: Annotated[float, Option(help="B learns so many times faster.")] = 1.0
-    eval_every: Annotated[int, Option(min=0, help="Steps; 0: first and last.")] = 0
-    save_every: Annotated[int, Option(min=0, help="Steps; 0: the last alone.")] = 100
-    seed: Annotated[int, Option(min=0, help="Of start, order and dropout.")] = 0
-    shuffle: Annotated[bool, Option(help=_SHUFFLE)] = True
-    dtype: Annotated[Dtype | None, Option(help="Of the frozen model; without it, the file's.")] = (
-        None
+    lr: Annotated[float, Option(help="Peak learning rate.")] = 2e-4
+    schedule: Annotated[ScheduleName, Option(help="Learning-rate schedule after warm-up.")] = (
+        "cosine"
     )
+    warmup: Annotated[float, Option(help=_WARMUP)] = 0.05
+    clip: Annotated[float, Option(help=_CLIP)] = 1.0
+    weight_decay: Annotated[float, Option(help="Weight decay of A and B.")] = 0.0
+    lora_plus: Annotated[float, Option(help=_LORA_PLUS)] = 1.0
+    eval_every: Annotated[int, Option(min=0, help=_EVAL_EVERY)] = 0
+    save_every: Annotated[int, Option(min=0, help=_SAVE_EVERY)] = 100
+    seed: Annotated[int, Option(min=0, help=_SEED)] = 0
+    shuffle: Annotated[bool, Option(help=_SHUFFLE)] = True
+    dtype: Annotated[TrainDType | None, Option(help=_DTYPE)] = None
     scan: Annotated[bool, Option(help=_SCAN)] = False
 
     @property
     def size(self) -> int:
-        """Rows of a step."""
+        """Rows per step."""
         return self.batch * self.accumulate
 
     @property
     def target_names(self) -> list[str]:
+        """`targets` as a list."""
         return [name.strip() for name in self.targets.split(",") if name.strip()]

@@ -1,4 +1,4 @@
-"""`eva`: starting values of A from the inputs that each weight meets, and ranks where they pay."""
+"""`eva`: initialize A from the inputs of each weight, and give ranks where they explain most."""
 
 import dataclasses
 import functools
@@ -19,12 +19,12 @@ from lora_jax.core.weights import LoraWeight
 from lora_jax.engine.custom_rules import Rule, check_rules
 from lora_jax.initializers.example_batches import as_batches
 from lora_jax.initializers.input_moments import Arrays, Inputs, Sums, matrix_shape
-from lora_jax.initializers.untrained import fresh_weights, replaced
+from lora_jax.initializers.untrained import put_nodes, require_untrained
 
-#: Up to this many inputs the whole second moment `[fan_in, fan_in]` is made, by one more pass.
+#: Up to this fan_in the whole second moment `[fan_in, fan_in]` is computed, in one more pass.
 EXACT_UP_TO = 1024
 
-#: Columns of a sketch beyond those that are wanted.
+#: Columns of a sketch beyond the number of wanted components.
 OVERSAMPLE = 8
 
 
@@ -38,42 +38,42 @@ def eva(
     passes: int = 3,
     rules: Mapping[str, Rule] | None = None,
 ) -> Any:
-    """Start A at the directions in which the inputs of each weight vary most; B stays zero.
+    """Initialize A with the directions in which a weight's inputs vary most; B stays zero.
 
-    Explained Variance Adaptation (https://arxiv.org/abs/2410.07170): the columns of A are the top
-    right singular vectors of the weight's inputs, centred, over example batches; and ranks go where
-    they explain most. Every component of every weight counts by the part of the variance it
-    explains, λ/Σλ; the largest are kept, within the budget of the ranks in `params`, and no weight
-    gets more than ρ times its own. A stack of layers has one rank, counted by the mean over its
-    adapted layers, and pays for it in each. The scale of each weight stays what it was, as PEFT's
-    does.
+    Explained Variance Adaptation, https://arxiv.org/abs/2410.07170: the columns of A are the top
+    right singular vectors of the weight's centered inputs over example batches, and ranks go where
+    they explain most. Each component of each weight counts by the share of the variance that it
+    explains, λ/Σλ. The largest shares are kept, within the total rank of `params`, and no weight
+    gets more than ρ times its own rank. A stack of layers has one rank; it counts by its mean share
+    over the adapted layers, and costs its rank in each of them. The scale of each weight stays the
+    same, as in PEFT.
 
-    The inputs are never gathered, also not from `scan`, `vmap` and `remat`: the gradient of ½‖x·Ω‖²
-    with respect to Ω is their second moment times Ω. Of a weight with up to 1,024 inputs that is
-    all of it, in two passes over the batches; of a wider one a sketch with ρ·rank + 8 columns,
-    refined `passes` times.
+    The inputs are never collected, not even inside `scan`, `vmap` and `remat`: the gradient of
+    ½‖x·Ω‖² with respect to Ω is their second moment times Ω. A weight with fan_in up to 1,024 gets
+    its whole second moment, in two passes over the batches; a wider one a sketch with ρ·rank + 8
+    columns, refined `passes` times.
 
     Args:
-      fn: the function that runs on the parameters, their first argument. Its floating outputs must
-        depend on the weights, for what is cut off from them would not train either.
-      params: a tree as `init` returns it: what to adapt, in which layout, at which ranks.
-      batches: tuples of the arguments of `fn` after the parameters. Tokens of padding count like
+      fn: the function of the parameters, its first argument. Its floating outputs must depend on
+        the weights: a weight that they do not depend on would not train either.
+      params: a tree as `init` returns it, which says what is adapted, with which layout and rank.
+      batches: tuples of the arguments of `fn` after the parameters. Padding tokens count like all
         others, so leave them out. All batches are kept until the end.
-      rho: the most that a rank may grow by; 1 leaves the ranks as they are.
-      targets: a pattern as in `LoraConfig` over the adapted paths; None for all. Others keep
-        their start and their rank.
-      passes: how often a sketch of a wide weight is refined, each over all batches.
+      rho: the factor by which a rank may grow at most; 1 leaves the ranks as they are.
+      targets: a pattern as in `LoraConfig` over the adapted paths; None for all. Other weights keep
+        their initialization and rank.
+      passes: how often the sketch of a wide weight is refined, each time over all batches.
       rules: as for `lora`.
 
     Returns:
-      The same tree with new A, and B of the new ranks. A weight whose rank comes out as zero is
-      not adapted any more: its base leaf stands in its place.
+      The same tree with new A, and B of the new ranks. A weight whose new rank is zero is no longer
+      adapted: its base weight takes its place.
 
     Raises:
-      ConfigError: there is no batch, `rho` is below 1, or `fn` returns no floating array.
-      TargetError: a weight met no input: an embedding that is looked up has none (name the others
-        in `targets`), and inputs are not seen where a weight is made dense or no gradient arrives.
-      StructureError: `params` holds no adapters or no values, or their update is not zero.
+      ConfigError: `batches` is empty, `rho` is below 1, or `fn` returns no floating array.
+      TargetError: no inputs were recorded for a weight, because it is only used in an embedding
+        lookup, is materialized, or gets no gradient. Select the other weights with `targets`.
+      StructureError: `params` has no adapters or no values, or their update is not zero.
 
     >>> import jax, jax.numpy as jnp, lora_jax
     >>> params = {"kernel": jnp.ones((3, 2))}
@@ -81,14 +81,14 @@ def eva(
     ...     return x @ params["kernel"]
     >>> x = jnp.array([[1.0, 2.0, 0.0], [1.0, -2.0, 0.0], [1.0, 0.0, 1.0], [1.0, 0.0, -1.0]])
     >>> adapted = lora_jax.init(jax.random.key(0), params, lora_jax.LoraConfig(rank=1), model, x)
-    >>> eva(model, adapted, [(x,)])["kernel"].a.round(3) + 0.0  # what is constant explains nothing
+    >>> eva(model, adapted, [(x,)])["kernel"].a.round(3) + 0.0  # a constant input explains nothing
     Array([[0.],
            [1.],
            [0.]], dtype=float32)
     """
     _check(rho, passes)
     check_rules(rules)
-    nodes = fresh_weights("eva", params, targets)
+    nodes = require_untrained("eva", params, targets)
     inputs = Inputs(fn, params, as_batches("eva", batches), rules)
     sums = inputs.sums(nodes)
     counts = jax.device_get({path: found.count for path, found in sums.items()})
@@ -97,7 +97,7 @@ def eva(
     vectors, ratios = _components(inputs, nodes, sums, caps, passes)
     layers = {path: int(_adapted_layers(node).sum()) for path, node in nodes.items()}
     ranks = redistribute(ratios, {path: node.rank for path, node in nodes.items()}, layers)
-    return replaced(params, {p: _started(n, vectors[p], ranks[p]) for p, n in nodes.items()})
+    return put_nodes(params, {p: _initialize(n, vectors[p], ranks[p]) for p, n in nodes.items()})
 
 
 def _check(rho: Any, passes: Any) -> None:
@@ -111,10 +111,10 @@ def _check_seen(seen: Mapping[str, bool]) -> None:
     unseen = [path for path, found in seen.items() if not found]
     if unseen:
         raise TargetError(
-            f"eva: no inputs seen of {', '.join(unseen)}. Rows that are looked up have none, and "
-            "none are seen where a weight is made dense, is multiplied from its out side, or is "
-            "sharded along its inputs inside a shard_map, nor where the function's outputs do not "
-            "depend on them. Name the other weights in targets="
+            f"eva: recorded no inputs for {', '.join(unseen)}. Possible reasons: the weight is "
+            "only used in an embedding lookup; it is materialized; it is contracted along its "
+            "output axes; it is sharded along its input axes inside shard_map; or the outputs of "
+            "fn do not depend on it. Select the other weights with targets="
         )
 
 
@@ -122,12 +122,15 @@ def _check_seen(seen: Mapping[str, bool]) -> None:
 def _traces(
     sums: Mapping[str, Sums], sketches: Arrays, products: Arrays
 ) -> dict[str, tuple[jax.Array, jax.Array]]:
-    """tr(Ωᵀ·C·Ω) and tr(C) by path, all layers together."""
+    """Return tr(Ωᵀ·C·Ω) and tr(C) by path, summed over layers."""
     return {p: ((s * products[p]).sum(), sums[p].squares.sum()) for p, s in sketches.items()}
 
 
 def _check_all_seen(sums: Mapping[str, Sums], sketches: Arrays, products: Arrays) -> None:
-    """The products must see what the sums saw; shapes may decide whether a weight stays lazy."""
+    """Raise unless the products saw all inputs that the sums saw.
+
+    They may not have: the shape of a sketch may decide whether a weight stays lazy.
+    """
     seen = {}
     for path, (sketched, whole) in jax.device_get(_traces(sums, sketches, products)).items():
         exact = math.isclose(sketched, whole, rel_tol=0.01)
@@ -136,13 +139,13 @@ def _check_all_seen(sums: Mapping[str, Sums], sketches: Arrays, products: Arrays
 
 
 def _adapted_layers(node: LoraWeight) -> np.ndarray:
-    """Which layers of a stack are adapted, `[*batch]`; all of them where the tree is disabled."""
+    """Return which layers of a stack are adapted, `[*batch]`; all if the tree is disabled."""
     on = np.asarray(node.scale) != 0
     return on if on.any() else np.ones_like(on)
 
 
 def _cap(node: LoraWeight, rho: float) -> int:
-    """The largest rank that a weight may get."""
+    """Return the largest rank that a weight may get."""
     shape = node.shape
     return min(round(rho * node.rank), node.layout.fan_in(shape), node.layout.fan_out(shape))
 
@@ -154,7 +157,7 @@ def _components(
     caps: Mapping[str, int],
     passes: int,
 ) -> tuple[Arrays, dict[str, np.ndarray]]:
-    """The top directions `[*batch, fan_in, cap]` by path, and the share of the variance of each."""
+    """Return the top directions `[*batch, fan_in, cap]` by path, and the variance share of each."""
     shapes = {p: (*matrix_shape(node), caps[p] + OVERSAMPLE) for p, node in nodes.items()}
     sketches = jax.jit(lambda: {path: _sketch(path, shape) for path, shape in shapes.items()})()
     found: dict[str, Pair] = {}
@@ -172,7 +175,7 @@ def _components(
     vectors, ratios = {}, {}
     for path, pair in found.items():
         on = _adapted_layers(nodes[path])
-        vectors[path], ratios[path] = _analysed(sums[path], *pair, on, caps[path])
+        vectors[path], ratios[path] = _top_shares(sums[path], *pair, on, caps[path])
     return vectors, jax.device_get(ratios)
 
 
@@ -180,10 +183,10 @@ Pair = tuple[jax.Array, jax.Array]  # a sketch, and the second moment times it
 
 
 @functools.partial(jax.jit, static_argnames="number")
-def _analysed(
+def _top_shares(
     sums: Sums, sketch: jax.Array, products: jax.Array, on: jax.Array, number: int
 ) -> tuple[jax.Array, jax.Array]:
-    """The top directions of the centred inputs; the share of each, its mean over layers `on`."""
+    """Return the top directions of the centered inputs, and their mean share over layers `on`."""
     values, vectors = top_components(sketch, sums.centered(products, sketch), number)
     variance = sums.variance()[..., None]
     share = jnp.where(variance > 0, values / jnp.where(variance > 0, variance, 1), 0)
@@ -191,7 +194,7 @@ def _analysed(
 
 
 def _sketch(path: str, shape: tuple[int, ...]) -> jax.Array:
-    """Orthonormal columns at random, of this shape; the identity where the weight is narrow."""
+    """Return random orthonormal columns of this shape, or the identity for a narrow weight."""
     *batch, fan_in, columns = shape
     if fan_in <= max(columns, EXACT_UP_TO):
         return jnp.broadcast_to(jnp.eye(fan_in), (*batch, fan_in, fan_in))
@@ -206,11 +209,12 @@ def _is_whole(sketch: jax.Array) -> bool:
 def top_components(
     sketch: jax.Array, products: jax.Array, number: int
 ) -> tuple[jax.Array, jax.Array]:
-    """The largest eigenvalues of C and their vectors, from Ω and C·Ω: `[..., n]`, `[..., m, n]`.
+    """Return C's largest eigenvalues `[..., n]` and their vectors `[..., m, n]`, from Ω and C·Ω.
 
-    Ω is the identity, or has orthonormal columns: then those of Nyström's approximation
-    `CΩ·(ΩᵀCΩ)⁻¹·(CΩ)ᵀ` (Halko, Martinsson and Tropp, https://arxiv.org/abs/0909.4061, 5.5). The
-    largest entry of every vector is positive.
+    Ω is the identity, or has orthonormal columns. In the latter case they are the eigenvalues of
+    the Nyström approximation `CΩ·(ΩᵀCΩ)⁻¹·(CΩ)ᵀ` (Halko, Martinsson and Tropp,
+    https://arxiv.org/abs/0909.4061, section 5.5). The entry of largest magnitude of each vector is
+    positive.
 
     >>> import jax.numpy as jnp
     >>> values, vectors = top_components(jnp.eye(2), jnp.array([[2.0, 1.0], [1.0, 2.0]]), 1)
@@ -232,7 +236,7 @@ def top_components(
 
 
 def _symmetric(matrix: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Eigenvalues, the largest first, and their vectors."""
+    """Return the eigenvalues, the largest first, and their vectors."""
     values, vectors = jnp.linalg.eigh((matrix + jnp.swapaxes(matrix, -1, -2)) / 2)
     return values[..., ::-1], vectors[..., ::-1]
 
@@ -240,13 +244,13 @@ def _symmetric(matrix: jax.Array) -> tuple[jax.Array, jax.Array]:
 def redistribute(
     ratios: Mapping[str, Any], ranks: Mapping[str, int], layers: Mapping[str, int]
 ) -> dict[str, int]:
-    """New ranks: the components that explain most, while the budget Σ rank·layers lasts.
+    """Return new ranks: the components that explain most, within the budget Σ rank·layers.
 
     Args:
-      ratios: what part of the variance each component of a weight explains, falling; at most as
-        many components as its rank may become.
-      ranks: the ranks now.
-      layers: of how many layers each weight is a stack.
+      ratios: the share of the variance that each component of a weight explains, in descending
+        order; at most as many components as the weight's rank may become.
+      ranks: the current ranks.
+      layers: the number of layers that each weight stacks.
 
     >>> ratios = {"q": [0.6, 0.3, 0.05, 0.04], "k": [0.2, 0.2, 0.2, 0.2]}
     >>> redistribute(ratios, {"q": 2, "k": 2}, {"q": 1, "k": 1})
@@ -257,14 +261,15 @@ def redistribute(
     left = sum(rank * layers[path] for path, rank in ranks.items())
     found = dict.fromkeys(ranks, 0)
     order = [(ratio, path) for path in ranks for ratio in ratios[path]]
-    for _, path in sorted(order, key=lambda item: -item[0]):  # of equals the first in the tree
+    # The sort is stable: among equal ratios the first in the tree wins.
+    for _, path in sorted(order, key=lambda item: -item[0]):
         if layers[path] <= left:
             found[path] += 1
             left -= layers[path]
     return found
 
 
-def _started(node: LoraWeight, vectors: jax.Array, rank: int) -> Any:
+def _initialize(node: LoraWeight, vectors: jax.Array, rank: int) -> Any:
     if not rank:
         return node.w
     shape = node.shape

@@ -1,4 +1,4 @@
-"""Sums over example batches, of what a function makes of each."""
+"""Sums over example batches of what a function returns for each."""
 
 import dataclasses
 import functools
@@ -15,10 +15,10 @@ Batch = tuple[Any, ...]
 
 
 def as_batches(caller: str, batches: Iterable[Any]) -> list[Batch]:
-    """The batches as a list of tuples of arguments.
+    """Return the batches as a list of tuples of arguments.
 
     Raises:
-      ConfigError: there is none, or one is no tuple or list.
+      ConfigError: there are none, or one of them is not a tuple or list.
     """
     if not isinstance(batches, Iterable):
         raise ConfigError(f"{caller}: batches must be an iterable, got {type(batches).__name__}")
@@ -29,51 +29,53 @@ def as_batches(caller: str, batches: Iterable[Any]) -> list[Batch]:
         if not isinstance(batch, tuple | list):
             raise ConfigError(
                 f"{caller}: each batch must be a tuple of the arguments after the parameters, got "
-                f"{type(batch).__name__}; write [(x,), ...] for a function of one"
+                f"{type(batch).__name__}. For a function of one argument write [(x,), ...]"
             )
     return [tuple(batch) for batch in found]
 
 
-def summed(fn: Callable, fixed: Sequence[Any], batches: Sequence[Batch]) -> Any:
-    """The sum over batches of `fn(*fixed, *batch)`, a tree of arrays.
+def sum_over_batches(fn: Callable, fixed: Sequence[Any], batches: Sequence[Batch]) -> Any:
+    """Return the sum over batches of `fn(*fixed, *batch)`, a tree of arrays.
 
-    Compiled once for batches of the same shapes; what is no array in a batch (a flag, a name) is
-    fixed in what is compiled, and must be hashable.
+    `fn` is compiled once for batches of the same shapes. What is not an array in a batch (a flag, a
+    name) is a constant of the compiled function, and must be hashable.
     """
 
     @functools.partial(jax.jit, static_argnums=0)
-    def one(still: "_Still", arrays: Sequence[Any], fixed: Sequence[Any]) -> Any:
-        return fn(*fixed, *still.merged(arrays))
+    def one(constants: "_Constants", arrays: Sequence[Any], fixed: Sequence[Any]) -> Any:
+        return fn(*fixed, *constants.with_arrays(arrays))
 
     total = None
     for batch in batches:
-        value = one(*_parted(batch), fixed)
-        total = value if total is None else _plus(total, value)
+        value = one(*_separate(batch), fixed)
+        total = value if total is None else _add(total, value)
     return total
 
 
 @jax.jit
-def _plus(x: Any, y: Any) -> Any:
+def _add(x: Any, y: Any) -> Any:
     return jax.tree.map(jnp.add, x, y)
 
 
 @dataclasses.dataclass(frozen=True)
-class _Still:
-    """What does not change between batches of one kind."""
+class _Constants:
+    """What is the same in all batches that share a compiled function."""
 
     treedef: Any
     leaves: tuple[Any, ...]  # None in the place of an array
-    arrays: tuple[int, ...]
+    positions: tuple[int, ...]  # of the arrays
 
-    def merged(self, arrays: Sequence[Any]) -> Batch:
+    def with_arrays(self, arrays: Sequence[Any]) -> Batch:
+        """Return the batch with these arrays in their places."""
         leaves = list(self.leaves)
-        for i, array in zip(self.arrays, arrays, strict=True):
+        for i, array in zip(self.positions, arrays, strict=True):
             leaves[i] = array
         return jax.tree_util.tree_unflatten(self.treedef, leaves)
 
 
-def _parted(batch: Batch) -> tuple[_Still, list[Any]]:
+def _separate(batch: Batch) -> tuple[_Constants, list[Any]]:
+    """Split a batch into its constants and its arrays."""
     leaves, treedef = jax.tree_util.tree_flatten(batch)
     at = tuple(i for i, leaf in enumerate(leaves) if isinstance(leaf, jax.Array | np.ndarray))
-    still = tuple(None if i in at else leaf for i, leaf in enumerate(leaves))
-    return _Still(treedef, still, at), [leaves[i] for i in at]
+    constants = tuple(None if i in at else leaf for i, leaf in enumerate(leaves))
+    return _Constants(treedef, constants, at), [leaves[i] for i in at]

@@ -1,4 +1,4 @@
-"""First and second moments of the inputs that adapted weights meet over example batches."""
+"""First and second moments of the inputs of adapted weights over example batches."""
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
@@ -17,7 +17,7 @@ from lora_jax.engine.forms import PLAIN
 from lora_jax.engine.lazy_weight import LazyWeight
 from lora_jax.engine.probes import PRODUCTS, SUMS
 from lora_jax.engine.program import FIRST, Argument, Program
-from lora_jax.initializers.example_batches import Batch, summed
+from lora_jax.initializers.example_batches import Batch, sum_over_batches
 
 Arrays = dict[str, jax.Array]  # by path
 
@@ -25,18 +25,18 @@ Arrays = dict[str, jax.Array]  # by path
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Sums:
-    """Sums over all inputs x `[fan_in]` of one weight; apart for every stacked layer."""
+    """Sums over all inputs x `[fan_in]` of one weight, separate for each stacked layer."""
 
-    count: jax.Array  # [*batch]: how many inputs there were
+    count: jax.Array  # [*batch]: the number of inputs
     total: jax.Array  # [*batch, fan_in]: Σx
     squares: jax.Array  # [*batch]: Σ‖x‖²
 
     def variance(self) -> jax.Array:
-        """`Σ‖x − mean‖²`, `[*batch]`."""
+        """Return `Σ‖x − mean‖²`, `[*batch]`."""
         return self.squares - (self.total**2).sum(-1) / jnp.maximum(self.count, 1)
 
     def centered(self, products: jax.Array, sketch: jax.Array) -> jax.Array:
-        """`Σ(x − mean)(x − mean)ᵀ·Ω` from `Σxxᵀ·Ω` and Ω, all `[*batch, fan_in, columns]`."""
+        """Return `Σ(x − mean)(x − mean)ᵀ·Ω` from `Σxxᵀ·Ω` and Ω, `[*batch, fan_in, columns]`."""
         of_mean = matmul(self.total[..., None, :], sketch)  # Σxᵀ·Ω
         count = jnp.maximum(self.count, 1)[..., None, None]
         return products - matmul(self.total[..., :, None], of_mean) / count
@@ -44,7 +44,7 @@ class Sums:
 
 @dataclasses.dataclass(frozen=True)
 class Inputs:
-    """What the adapted weights of `params` meet as `fn(params, *batch)` runs on the batches."""
+    """The inputs of the adapted weights of `params` as `fn(params, *batch)` runs on batches."""
 
     fn: Callable
     params: Any
@@ -52,27 +52,27 @@ class Inputs:
     rules: Mapping[str, Rule] | None = None
 
     def sums(self, nodes: Mapping[str, LoraWeight]) -> dict[str, Sums]:
-        """The sums over the inputs of each of these weights, by path."""
+        """Return the sums over the inputs of each of these weights, by path."""
         shapes = {path: (*matrix_shape(node), 3) for path, node in nodes.items()}
 
         def sums(params: Any, *batch: Any) -> dict[str, Sums]:
             ones = {path: jnp.ones(shape) for path, shape in shapes.items()}
             found = self._gradients(SUMS, ones, params, batch)
-            # Where windows reach beyond the edge every entry has the same count all the same.
+            # All entries of an input count alike, even where a convolution pads: see `observe`.
             return {
                 path: Sums(x[..., 2].max(-1), x[..., 0], x[..., 1].sum(-1))
                 for path, x in found.items()
             }
 
-        return summed(sums, (self.params,), self.batches)
+        return sum_over_batches(sums, (self.params,), self.batches)
 
     def products(self, sketches: Arrays) -> Arrays:
-        """`Σxxᵀ·Ω` by path, for any Ω `[*batch, fan_in, columns]` by path."""
+        """Return `Σxxᵀ·Ω` by path, for any Ω `[*batch, fan_in, columns]` by path."""
 
         def products(sketches: Arrays, params: Any, *batch: Any) -> Arrays:
             return self._gradients(PRODUCTS, sketches, params, batch)
 
-        return summed(products, (sketches, self.params), self.batches)
+        return sum_over_batches(products, (sketches, self.params), self.batches)
 
     def _gradients(self, probe: str, sketches: Arrays, params: Any, batch: Batch) -> Arrays:
         return jax.grad(lambda s: _objective(self.fn, probe, self.rules, s, params, batch))(
@@ -81,7 +81,7 @@ class Inputs:
 
 
 def matrix_shape(node: LoraWeight) -> tuple[int, ...]:
-    """`[*batch, fan_in]` of a weight."""
+    """Return the shape `[*batch, fan_in]` of a weight."""
     return (*node.layout.select("b", node.shape), node.layout.fan_in(node.shape))
 
 
@@ -93,7 +93,7 @@ def _objective(
     params: Any,
     batch: Batch,
 ) -> jax.Array:
-    """A number that depends on all floating outputs of `fn`, the weights with sketches probing."""
+    """Return a number that depends on all floating outputs of `fn`; weights with sketches probe."""
 
     def enter(argument: Argument, path: str, leaf: Any) -> Any:
         if isinstance(leaf, TrainedLeaf):
@@ -116,7 +116,7 @@ def _objective(
 
 
 def _probing(node: LoraWeight, path: str, sketch: jax.Array, probe: str) -> LazyWeight:
-    """The weight with a sketch in place of A, its base in effect alone."""
+    """Return the weight with a sketch in place of A and B zero, so that only its base acts."""
     columns, shape = sketch.shape[-1], node.shape
     a = sketch.reshape(node.layout.a_shape(shape, columns))
     b = jnp.zeros(node.layout.b_shape(shape, columns), a.dtype)

@@ -1,4 +1,4 @@
-"""`lora_ga`: starting values of A and B from the gradient of a loss."""
+"""`lora_ga`: initialize A and B from the gradient of a loss."""
 
 import dataclasses
 import functools
@@ -19,10 +19,10 @@ from lora_jax.core.paths import path_key
 from lora_jax.core.patterns import Pattern
 from lora_jax.core.tree import map_adapted
 from lora_jax.core.weights import LoraWeight
-from lora_jax.initializers.example_batches import Batch, as_batches, summed
-from lora_jax.initializers.untrained import fresh_weights, replaced
+from lora_jax.initializers.example_batches import Batch, as_batches, sum_over_batches
+from lora_jax.initializers.untrained import put_nodes, require_untrained
 
-#: How large the factors start, by the names of `lora_ga(..., scale=...)`.
+#: How large the initial factors are, by the names of `lora_ga(..., scale=...)`.
 SCALES = ("stable", "unit", "peft")
 
 #: The narrowest matrix whose gradient is decomposed by a sketch.
@@ -38,35 +38,35 @@ def lora_ga(
     gamma: float = 16.0,
     targets: Pattern | None = None,
 ) -> Any:
-    """Start A and B so that their first steps move the weight as full fine-tuning would.
+    """Initialize A and B so that their first step moves the weight as full fine-tuning would.
 
-    LoRA-GA (https://arxiv.org/abs/2407.05000): of the gradient G = ∂L/∂W = U·S·Vᵀ, the mean over
-    example batches, A gets the first `rank` columns of U and B the next `rank` rows of Vᵀ (in this
-    order of axes, `[in, out]`, U is on the side of the inputs), and the base becomes
-    W − scale·A·B. A step of SGD on A and B then moves the weight along the best approximation of
-    G of rank 2·rank, and before it the function is the same to the rounding of the base.
+    LoRA-GA, https://arxiv.org/abs/2407.05000: let G = ∂L/∂W = U·S·Vᵀ be the mean gradient over
+    example batches. A gets the first `rank` columns of U, B the next `rank` rows of Vᵀ (a weight is
+    `[in, out]` here, so U belongs to the inputs), and the base becomes W − scale·A·B. Then one SGD
+    step on A and B moves the weight along the best approximation of G of rank 2·rank. Before that
+    step the function is unchanged, up to rounding of the base.
 
     Args:
-      loss: a function of the base's parameters and of a batch that returns a scalar, the mean over
-        the batch; `loss(params, *batch)` is called without adapters.
-      params: a tree as `init` returns it: what to adapt, in which layout, at which ranks.
+      loss: a function of the base parameters and a batch that returns a scalar, the mean over the
+        batch; `loss(params, *batch)` is called without adapters.
+      params: a tree as `init` returns it, which says what is adapted, with which layout and rank.
       batches: tuples of the arguments of `loss` after the parameters.
-      scale: "stable": A and B are multiplied by `fan_out^¼/√γ`, as the paper and its authors' code
-        have it; "unit": columns and rows stay of length one; "peft": as PEFT has it, B alone is,
-        and by the singular values too, so that it is as large as the gradient.
-      gamma: γ, positive; the larger it is, the smaller A and B start.
+      scale: "stable": A and B are multiplied by `fan_out^¼/√γ`, as in the paper and its code;
+        "unit": their columns and rows have length one; "peft": as in PEFT, B alone is multiplied,
+        also by the singular values, so that it is as large as the gradient.
+      gamma: γ, positive; the larger it is, the smaller A and B are.
       targets: a pattern as in `LoraConfig` over the adapted paths; None for all. The gradients of
-        all targeted weights are held at the same time, so where memory is short start them in
+        all targeted weights are in memory at the same time; if that is too much, initialize them in
         several calls.
 
     Returns:
-      The same tree with new A and B, and a new base, in the base's own dtype, of each target.
-      `on_original` makes the trained adapter one for the base as it was.
+      The same tree with new A and B, and a new base in its own dtype, for each target.
+      `on_original` turns the trained adapter into one for the original base.
 
     Raises:
-      ConfigError: there is no batch, `scale` or `gamma` cannot be used, or `loss` is no scalar.
-      TargetError: a gradient is zero or not finite, or a weight is too small: two ranks must fit.
-      StructureError: `params` holds no adapters or no values, or their update is not zero.
+      ConfigError: `batches` is empty, `scale` or `gamma` has no meaning, or `loss` is not a scalar.
+      TargetError: a gradient is zero or not finite, or a weight is smaller than 2·rank.
+      StructureError: `params` has no adapters or no values, or their update is not zero.
 
     >>> import jax, jax.numpy as jnp, lora_jax
     >>> params = {"kernel": jnp.ones((3, 2))}
@@ -74,24 +74,23 @@ def lora_ga(
     ...     return (x @ params["kernel"] * jnp.array([[1.0, 2.0]])).sum()
     >>> x = jnp.array([[0.0, 3.0, 0.0]])
     >>> adapted = lora_jax.init(jax.random.key(0), params, lora_jax.LoraConfig(rank=1), loss, x)
-    >>> start = lora_ga(loss, adapted, [(x,)], scale="unit")  # the gradient is 3·[0 1 0]ᵀ·[1 2]
-    >>> jnp.abs(start["kernel"].a[:, 0]).round(3)
+    >>> params1 = lora_ga(loss, adapted, [(x,)], scale="unit")  # the gradient is 3·[0 1 0]ᵀ·[1 2]
+    >>> jnp.abs(params1["kernel"].a[:, 0]).round(3)
     Array([0., 1., 0.], dtype=float32)
-    >>> bool(jnp.allclose(lora_jax.merge(start)["kernel"], params["kernel"]))
+    >>> bool(jnp.allclose(lora_jax.merge(params1)["kernel"], params["kernel"]))
     True
     """
     _check(scale, gamma)
-    nodes = fresh_weights("lora_ga", params, targets)
+    nodes = require_untrained("lora_ga", params, targets)
     _check_sizes(nodes)
     gradients = _gradients(loss, params, nodes, as_batches("lora_ga", batches))
     _check_gradients(gradients)
-    started = {
-        path: _started(
-            path_key(jax.random.key(0), path), node, gradients[path], scale, float(gamma)
-        )
+    key = jax.random.key(0)  # of the sketches of large gradients
+    made = {
+        path: _initialize(path_key(key, path), node, gradients[path], scale, float(gamma))
         for path, node in nodes.items()
     }
-    return replaced(params, started)
+    return put_nodes(params, made)
 
 
 def _check(scale: Any, gamma: Any) -> None:
@@ -107,9 +106,9 @@ def _check_sizes(nodes: Mapping[str, LoraWeight]) -> None:
         size = min(node.layout.fan_in(node.shape), node.layout.fan_out(node.shape))
         if 2 * node.rank > size:
             problems.append(
-                f"{path}: lora_ga takes 2·rank = {2 * node.rank} directions of the gradient, but "
-                f"the weight {node.shape} has {size}; lower its rank to {size // 2} or leave it "
-                "out of targets="
+                f"{path}: lora_ga needs 2 * rank = {2 * node.rank} directions of the gradient, but "
+                f"the weight {node.shape} has only {size}. Lower its rank to {size // 2}, or leave "
+                "it out of targets="
             )
     if problems:
         raise TargetError("\n".join(problems))
@@ -120,18 +119,20 @@ def _check_gradients(gradients: Mapping[str, jax.Array]) -> None:
     problems = [
         f"{path}: the loss does not depend on it"
         if size == 0
-        else f"{path}: the gradient of the loss holds NaN or infinity"
+        else f"{path}: the gradient of the loss contains NaN or infinity"
         for path, size in sizes.items()
         if size == 0 or not math.isfinite(size)
     ]
     if problems:
-        raise TargetError("lora_ga: no direction to start from\n" + "\n".join(problems))
+        raise TargetError(
+            "lora_ga: cannot initialize from these gradients:\n" + "\n".join(problems)
+        )
 
 
 def _gradients(
     loss: Callable, params: Any, nodes: Mapping[str, LoraWeight], batches: list[Batch]
 ) -> dict[str, jax.Array]:
-    """∂L/∂W of each of `nodes` by path, the mean over batches, in float32 (float64 where W is)."""
+    """Return ∂L/∂W of `nodes` by path, the mean over batches, in float32 (float64 if W is)."""
 
     def gradient(weights: dict[str, jax.Array], params: Any, *batch: Any) -> dict[str, jax.Array]:
         def of_weights(weights: dict[str, jax.Array]) -> jax.Array:
@@ -141,7 +142,7 @@ def _gradients(
             value = loss(plain, *batch)
             if jnp.shape(value) or not jnp.issubdtype(jnp.result_type(value), jnp.floating):
                 raise ConfigError(
-                    "lora_ga: the loss must be a floating scalar, got "
+                    "lora_ga: the loss must return a floating scalar, got "
                     f"{jnp.result_type(value)}{list(jnp.shape(value))}"
                 )
             return value
@@ -150,15 +151,15 @@ def _gradients(
         return {path: g.astype(accumulator(g.dtype)) for path, g in found.items()}
 
     weights = {path: node.w for path, node in nodes.items()}
-    total = summed(gradient, (weights, params), batches)
+    total = sum_over_batches(gradient, (weights, params), batches)
     return {path: g / len(batches) for path, g in total.items()}
 
 
 @functools.partial(jax.jit, static_argnames=("scale", "gamma"))
-def _started(
+def _initialize(
     key: jax.Array, node: LoraWeight, gradient: jax.Array, scale: str, gamma: float
 ) -> LoraWeight:
-    """The node with factors from its gradient, and what they add to the weight taken out of it."""
+    """Return the node with factors from its gradient, and their update subtracted from its base."""
     layout, shape, rank = node.layout, node.shape, node.rank
     size = layout.fan_out(shape) ** 0.25 / math.sqrt(gamma)
 
@@ -172,7 +173,7 @@ def _started(
     a, b = map_matrices(one, key, layout, gradient)
     a, b = as_factors(a, b, layout, shape)
     a, b = a.astype(node.a.dtype), b.astype(node.b.dtype)
-    # The update as it is in effect, of factors rounded to their dtype, is what goes out of W.
+    # Subtract the update of the rounded factors, which is the one in effect.
     negative = LoraWeight(node.w, a, b, -node.scale, layout=layout)
     return dataclasses.replace(node, w=dense(negative), a=a, b=b)
 

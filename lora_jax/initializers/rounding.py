@@ -1,4 +1,4 @@
-"""What a weight is after a round trip through a coarse format: 8-bit integers, or NF4."""
+"""Round weights to a coarse format and back: 8-bit integers, or NF4."""
 
 import jax
 import jax.numpy as jnp
@@ -26,16 +26,16 @@ NF4 = (
 
 
 def int8(matrix: jax.Array) -> jax.Array:
-    """`matrix` rounded to 255 equal steps, -127 to 127, of each output's largest absolute value.
+    """Round to 255 equal steps, -127 to 127, between each output's largest absolute values.
 
-    Absmax rounding by vectors, LLM.int8(), https://arxiv.org/abs/2208.07339, section 2.1.
+    Vector-wise absmax quantization of LLM.int8(), https://arxiv.org/abs/2208.07339, section 2.1.
 
     Args:
       matrix: `[in, out]`, floating.
 
     Returns:
-      The rounded values, not the integers: same shape and dtype. Rounding them again changes
-      nothing but the last digit.
+      The rounded values (not the integers), of the same shape and dtype. Rounding them again
+      changes at most the last digit.
 
     >>> import jax.numpy as jnp
     >>> int8(jnp.array([[127.0], [3.4], [-0.6]]))
@@ -48,18 +48,18 @@ def int8(matrix: jax.Array) -> jax.Array:
 
 
 def nf4(matrix: jax.Array, block: int = 64) -> jax.Array:
-    """`matrix` rounded to the 16 values of NF4 times the largest absolute value of its block.
+    """Round to the 16 values of NF4 times the largest absolute value of each block.
 
-    QLoRA, https://arxiv.org/abs/2305.14314, section 3, without double quantization: a block is
-    `block` consecutive inputs of one output, as bitsandbytes cuts a weight of PyTorch's whose
-    inputs are a multiple of it.
+    QLoRA, https://arxiv.org/abs/2305.14314, section 3, without double quantization. A block is
+    `block` consecutive inputs of one output, as in bitsandbytes, which divides a PyTorch weight in
+    this way if its number of inputs is a multiple of `block`.
 
     Args:
       matrix: `[in, out]`, floating.
       block: how many inputs share one absmax.
 
     Returns:
-      The rounded values, not the codes: same shape and dtype.
+      The rounded values (not the codes), of the same shape and dtype.
 
     >>> import jax.numpy as jnp
     >>> nf4(jnp.array([[2.0], [1.5], [0.01]])).round(4)
@@ -78,6 +78,6 @@ def nf4(matrix: jax.Array, block: int = 64) -> jax.Array:
 
 
 def _largest(x: jax.Array, axis: int) -> jax.Array:
-    """The largest absolute value along `axis`, kept as an axis of size 1; 1 where all are zero."""
+    """Return the largest absolute value along `axis`, which is kept; 1 if all values are zero."""
     largest = jnp.abs(x).max(axis, keepdims=True)
     return jnp.where(largest > 0, largest, 1)

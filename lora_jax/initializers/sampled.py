@@ -1,4 +1,4 @@
-"""Starts that are drawn at random and leave the base alone."""
+"""Initializers that draw A and B at random and leave the base weight as it is."""
 
 import math
 from typing import Any
@@ -10,18 +10,18 @@ from lora_jax.core.errors import ConfigError
 from lora_jax.core.layout import Layout
 from lora_jax.core.linalg import matmul
 from lora_jax.core.matrices import as_factors
-from lora_jax.initializers.signature import Factors
+from lora_jax.initializers.signature import InitialValues
 
 
 def kaiming(
     key: jax.Array, w: jax.Array, layout: Layout, rank: int, scale: float, dtype: Any
-) -> Factors:
-    """A uniform in ±1/√fan_in, B zero; of a weight that is only looked up, A zero and B N(0, 1).
+) -> InitialValues:
+    """Draw A uniformly from ±1/√fan_in and set B to zero, so that the update is exactly zero.
 
-    The start of the reference implementation (Kaiming uniform with a = √5, whose bound is
-    √(6/((1 + a²)·fan_in)) = 1/√fan_in): https://arxiv.org/abs/2106.09685, section 4.1. The update
-    is exactly zero and the base the same array. A lookup reads one row of A: it starts as in
-    PEFT, the other way round.
+    As in the reference implementation of https://arxiv.org/abs/2106.09685, section 4.1: Kaiming
+    uniform with a = √5, whose bound is √(6/((1 + a²)·fan_in)) = 1/√fan_in. If the function only
+    looks up rows of the weight (`layout.lookup_only`), A is zero and B is normal with standard
+    deviation 1, as in PEFT. The base stays the same array.
 
     >>> import jax, jax.numpy as jnp
     >>> _, a, b = kaiming(jax.random.key(0), jnp.ones((4, 3)), Layout("io"), 2, 1.0, jnp.float32)
@@ -30,15 +30,16 @@ def kaiming(
     """
     bound = 1 / math.sqrt(layout.fan_in(w.shape))
     a = jax.random.uniform(key, layout.a_shape(w.shape, rank), jnp.float32, -bound, bound)
-    return _one_is_zero(key, w, layout, a.astype(dtype))
+    return _with_zero_update(key, w, layout, a.astype(dtype))
 
 
 def gaussian(
     key: jax.Array, w: jax.Array, layout: Layout, rank: int, scale: float, dtype: Any
-) -> Factors:
-    """A normal with standard deviation 1/rank, B zero; of a weight only looked up as `kaiming`.
+) -> InitialValues:
+    """Draw A from a normal distribution with standard deviation 1/rank and set B to zero.
 
-    PEFT's `init_lora_weights="gaussian"`. The update is exactly zero and the base the same array.
+    This is PEFT's `init_lora_weights="gaussian"`. The update is exactly zero and the base stays the
+    same array. A weight whose rows are only looked up is initialized as by `kaiming`.
 
     >>> import jax, jax.numpy as jnp
     >>> _, a, b = gaussian(jax.random.key(0), jnp.ones((4, 3)), Layout("io"), 2, 1.0, jnp.float32)
@@ -46,28 +47,29 @@ def gaussian(
     ((4, 2), 0.0)
     """
     a = jax.random.normal(key, layout.a_shape(w.shape, rank), jnp.float32) / rank
-    return _one_is_zero(key, w, layout, a.astype(dtype))
+    return _with_zero_update(key, w, layout, a.astype(dtype))
 
 
 def orthogonal(
     key: jax.Array, w: jax.Array, layout: Layout, rank: int, scale: float, dtype: Any
-) -> Factors:
-    """A = X·Q₁/10 and B = Q₂ᵀ·Y/10 with X, Y normal and Q₁, Q₂ halves of an orthogonal matrix.
+) -> InitialValues:
+    """Make A = X·Q₁/10 and B = Q₂ᵀ·Y/10: neither factor is zero, but their product is.
 
-    As Q₁·Q₂ᵀ = 0, so is A·B, to rounding in `dtype`, while both factors get gradients from the
-    first step. The base is the same array. https://datta0.github.io/posts/rethink-lora-init
+    X and Y are normal, Q₁ and Q₂ are the two halves of an orthogonal matrix. Because Q₁·Q₂ᵀ = 0,
+    A·B is zero up to rounding in `dtype`, and both factors get gradients from the first step. The
+    base stays the same array. https://datta0.github.io/posts/rethink-lora-init
 
     Raises:
       ConfigError: the rank is odd.
 
     >>> import jax, jax.numpy as jnp
-    >>> start = jax.random.key(0), jnp.ones((4, 3)), Layout("io"), 2, 1.0, jnp.float32
-    >>> _, a, b = orthogonal(*start)
+    >>> args = jax.random.key(0), jnp.ones((4, 3)), Layout("io"), 2, 1.0, jnp.float32
+    >>> _, a, b = orthogonal(*args)
     >>> bool(abs(a @ b).max() < 1e-7), bool(abs(b).max() > 0)
     (True, True)
     """
     if rank % 2:
-        raise ConfigError(f"the orthogonal start needs an even rank, got {rank}")
+        raise ConfigError(f'init="orthogonal" needs an even rank, got {rank}')
     shape, batch = w.shape, layout.select("b", w.shape)
     keys = jax.random.split(key, 3)
     q, _ = jnp.linalg.qr(jax.random.normal(keys[0], (*batch, rank, rank)))
@@ -79,8 +81,8 @@ def orthogonal(
     return w, a.astype(dtype), b.astype(dtype)
 
 
-def _one_is_zero(key: jax.Array, w: jax.Array, layout: Layout, a: jax.Array) -> Factors:
-    """A as it is and B zero; but of a weight that is only looked up, A zero and B normal."""
+def _with_zero_update(key: jax.Array, w: jax.Array, layout: Layout, a: jax.Array) -> InitialValues:
+    """Return `a` with B zero or, for a weight that is only looked up, A zero with B normal."""
     b_shape = layout.b_shape(w.shape, a.shape[-1])
     if not layout.lookup_only:
         return w, a, jnp.zeros(b_shape, a.dtype)

@@ -1,4 +1,4 @@
-"""The one signature of all starts: what `LoraConfig(init=...)` calls for each adapted weight."""
+"""What an initializer is, and how one of a matrix serves weights of any layout."""
 
 import functools
 from collections.abc import Callable
@@ -11,45 +11,47 @@ from lora_jax.core.errors import ConfigError
 from lora_jax.core.layout import Layout
 from lora_jax.core.matrices import as_factors, from_matrices, map_matrices
 
-#: The base to keep (`w` itself where the start leaves it alone), A and B.
-Factors = tuple[Any, jax.Array, jax.Array]
+#: `(w', a, b)`: the base weight to keep (`w` itself if it stays as it is), A and B.
+InitialValues = tuple[Any, jax.Array, jax.Array]
 
-#: `start(key, w, layout, rank, scale, dtype) -> (w', a, b)`: `w` the weight, A
-#: `[*batch, *in, rank]` and B `[*batch, rank, *out]` in `dtype`, `w'` of `w`'s shape and dtype.
-#: Called on tracers where `init` is: for shapes without values, and under `jit`.
-Start = Callable[[jax.Array, jax.Array, Layout, int, float, Any], Factors]
+#: `initializer(key, w, layout, rank, scale, dtype) -> (w', a, b)`, with A `[*batch, *in, rank]` and
+#: B `[*batch, rank, *out]` in `dtype`, and `w'` of `w`'s shape and dtype. `init` may call it on
+#: tracers: under `jit`, and for shapes without values.
+Initializer = Callable[[jax.Array, jax.Array, Layout, int, float, Any], InitialValues]
 
-
-#: `(key, w [fan_in, fan_out], rank, scale, dtype) -> (w', a, b)`; w' may be wider than w.
-MatrixStart = Callable[[jax.Array, jax.Array, int, jax.Array, Any], Factors]
+#: `(key, w, rank, scale, dtype) -> (w', a, b)` for a matrix `w` of shape `[fan_in, fan_out]`. The
+#: results may be wider than `w` and `dtype`.
+MatrixInitializer = Callable[[jax.Array, jax.Array, int, jax.Array, Any], InitialValues]
 
 
 @functools.partial(jax.jit, static_argnums=(0, 3, 4, 6))
-def by_matrix(
-    start: MatrixStart,
+def apply_per_matrix(
+    initializer: MatrixInitializer,
     key: jax.Array,
     w: jax.Array,
     layout: Layout,
     rank: int,
     scale: jax.Array,
     dtype: Any,
-) -> Factors:
-    """`start` on every matrix of the weight; A and B in `dtype`, W' in the weight's own."""
+) -> InitialValues:
+    """Initialize each matrix of a weight: A and B in `dtype`, w' in the weight's own dtype."""
 
-    def one(key: jax.Array, matrix: jax.Array) -> Factors:
-        rest, a, b = start(key, matrix, rank, scale, dtype)
-        return rest.astype(w.dtype), a.astype(dtype), b.astype(dtype)
+    def one(key: jax.Array, matrix: jax.Array) -> InitialValues:
+        base, a, b = initializer(key, matrix, rank, scale, dtype)
+        return base.astype(w.dtype), a.astype(dtype), b.astype(dtype)
 
-    rest, a, b = map_matrices(one, key, layout, w)
-    return from_matrices(rest, layout, w.shape), *as_factors(a, b, layout, w.shape)
+    base, a, b = map_matrices(one, key, layout, w)
+    return from_matrices(base, layout, w.shape), *as_factors(a, b, layout, w.shape)
 
 
-def widened(w: jax.Array) -> jax.Array:
-    """`w` in float32, or float64 where it is."""
+def widen(w: jax.Array) -> jax.Array:
+    """Return `w` in float32, or in float64 if that is its dtype."""
     return w.astype(accumulator(w.dtype))
 
 
-def check_positive(scale: Any) -> None:
-    """Refuse a scale whose square root is not there or is zero; a traced one is not known."""
+def require_positive(scale: Any) -> None:
+    """Raise a ConfigError unless the scale is positive; a traced scale cannot be checked."""
     if not isinstance(scale, jax.core.Tracer) and not scale > 0:
-        raise ConfigError(f"this start divides by the scale, which must be positive, got {scale}")
+        raise ConfigError(
+            f"this initializer divides by the scale, so the scale must be positive, got {scale}"
+        )

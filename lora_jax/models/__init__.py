@@ -1,4 +1,4 @@
-"""Reference models in ordinary Flax that read real published weights.
+"""Reference models in ordinary Flax that read published weights.
 
 >>> from lora_jax import models
 >>> pretrained = models.load("SmolLM2-135M-Instruct")  # doctest: +SKIP

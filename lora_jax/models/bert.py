@@ -4,8 +4,6 @@
 `lora_jax.models.load` reads a published checkpoint.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from functools import partial
@@ -18,7 +16,7 @@ from flax import linen as nn
 
 
 def _gelu(x: jax.Array) -> jax.Array:
-    # `jax.nn.gelu(approximate=False)` goes through erfc, which takes three times as long on CPU.
+    # `jax.nn.gelu(approximate=False)` uses erfc, which takes three times as long on CPU.
     return 0.5 * x * (1 + jax.lax.erf(x * np.sqrt(0.5).astype(x.dtype)))
 
 
@@ -31,10 +29,10 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 
 @dataclass(frozen=True)
 class BertConfig:
-    """Sizes of a BERT encoder, under the names that `config.json` uses.
+    """Sizes of a BERT encoder, under the names in `config.json`.
 
-    Raises `ValueError` at construction for a size below one, for a width that the heads do not
-    divide, or for an activation that is not in `ACTIVATIONS`.
+    Raises `ValueError` at construction for a size below one, for a width that the number of heads
+    does not divide, or for an activation that is not in `ACTIVATIONS`.
     """
 
     vocab_size: int
@@ -50,7 +48,7 @@ class BertConfig:
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
-            if field.type == "int" and (not isinstance(value, int) or value < 1):
+            if field.type is int and (not isinstance(value, int) or value < 1):
                 raise ValueError(f"BertConfig.{field.name} must be a positive int, got {value!r}")
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
@@ -67,11 +65,11 @@ class BertConfig:
             )
 
     @classmethod
-    def from_json(cls, settings: Mapping[str, Any]) -> BertConfig:
-        """Picks the known sizes out of a parsed `config.json`.
+    def from_json(cls, settings: Mapping[str, Any]) -> "BertConfig":
+        """Read the sizes in a parsed `config.json`.
 
-        Raises `ValueError` for a size without a default that is missing, and for position
-        embeddings other than absolute ones, which this encoder does not have.
+        Raises `ValueError` for a missing size that has no default, and for position embeddings
+        other than absolute ones, which this encoder does not have.
         """
         position = settings.get("position_embedding_type", "absolute")
         if position != "absolute":
@@ -84,21 +82,21 @@ class BertConfig:
 
 
 def _positions(segments: jax.Array) -> jax.Array:
-    """Position of each token in its own segment: `[..., length]` -> the same shape."""
+    """Return the position of each token in its own segment: `[..., length]` -> the same shape."""
     index = jnp.broadcast_to(jnp.arange(segments.shape[-1]), segments.shape)
-    # Signed: a boolean mask does as well, and it has no -1 to start from.
+    # Signed, since `segments` may be a boolean mask, which has no -1 to start from.
     opens = jnp.diff(segments.astype(jnp.int32), axis=-1, prepend=-1) != 0
     return index - jax.lax.cummax(jnp.where(opens, index, 0), axis=segments.ndim - 1)
 
 
 class Embeddings(nn.Module):
-    """Sum of word, position and token type embeddings, normalised."""
+    """Normalized sum of word, position and token type embeddings."""
 
     config: BertConfig
 
     @nn.compact
     def __call__(self, ids: jax.Array, segments: jax.Array, types: jax.Array) -> jax.Array:
-        """Integers `[batch, length]`, three times -> `[batch, length, width]`."""
+        """Map three integer arrays `[batch, length]` to `[batch, length, width]`."""
         c = self.config
         word = nn.Embed(c.vocab_size, c.hidden_size, name="word")(ids)
         position = nn.Embed(c.max_position_embeddings, c.hidden_size, name="position")(
@@ -115,12 +113,12 @@ class SelfAttention(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, visible: jax.Array) -> jax.Array:
-        """Mixes each token with those it can see.
+        """Mix each token with those it can see.
 
         Args:
           x: `[batch, length, width]`.
-          visible: boolean `[batch, 1, length, length]`, true where the third axis' token may
-            look at the fourth axis' token.
+          visible: boolean `[batch, 1, query, key]`, true where the query may see the
+            key.
 
         Returns:
           The same shape and dtype as `x`.
@@ -139,14 +137,14 @@ class SelfAttention(nn.Module):
         return nn.Dense(width, name="output")(mixed.reshape(batch, length, width))
 
 
-class Layer(nn.Module):
+class BertLayer(nn.Module):
     """Attention, then a feed-forward network, each with a residual connection and a norm."""
 
     config: BertConfig
 
     @nn.compact
     def __call__(self, x: jax.Array, visible: jax.Array) -> jax.Array:
-        """As `SelfAttention`: `[batch, length, width]` -> the same shape and dtype."""
+        """Map `[batch, length, width]` to the same shape and dtype, as `SelfAttention` does."""
         c = self.config
         norm = partial(nn.LayerNorm, epsilon=c.layer_norm_eps)
         x = norm(name="attention_norm")(x + SelfAttention(c, name="attention")(x, visible))
@@ -163,21 +161,20 @@ class Bert(nn.Module):
     def __call__(
         self, ids: jax.Array, segments: jax.Array, types: jax.Array | None = None
     ) -> jax.Array:
-        """Encodes token ids.
+        """Encode token ids.
 
         Args:
           ids: integers `[batch, length]`.
-          segments: integers or booleans `[batch, length]`, 0 at padding. With one text a row it
-            is the usual attention mask. Several texts can share a row, packed one behind the
-            other and numbered 1, 2, ...: each sees itself alone, its positions start from 0.
+          segments: integers or booleans `[batch, length]`, 0 at padding. With one text per row it
+            is the usual attention mask. Several texts can share a row, packed one after another
+            and numbered 1, 2, ...: each sees only itself, and its positions start from 0.
           types: integers `[batch, length]`, BERT's token types; all zero by default.
 
         Returns:
-          Hidden states `[batch, length, width]` in the parameters' dtype. Those at padding carry
-          no meaning.
+          Hidden states `[batch, length, width]` in the parameters' dtype, meaningless at padding.
 
         Raises:
-          ValueError: for a length above the number of position embeddings.
+          ValueError: the rows are longer than the number of position embeddings.
         """
         c = self.config
         if ids.shape[1] > c.max_position_embeddings:
@@ -189,19 +186,19 @@ class Bert(nn.Module):
         x = Embeddings(c, name="embeddings")(ids, segments, types)
         visible = segments[:, None, :, None] == segments[:, None, None, :]
         for i in range(c.num_hidden_layers):
-            x = Layer(c, name=f"layer_{i}")(x, visible)
+            x = BertLayer(c, name=f"layer_{i}")(x, visible)
         return x
 
 
 def mean_pool(
     hidden: jax.Array, segments: jax.Array, count: int = 1, normalize: bool = False
 ) -> jax.Array:
-    """Averages hidden states over the tokens of each segment: sentence embeddings.
+    """Average hidden states over the tokens of each segment: sentence embeddings.
 
     Args:
       hidden: `[batch, length, width]`, as `Bert` returns.
       segments: integers `[batch, length]`, as `Bert` takes.
-      count: how many segments a row holds at most, static.
+      count: maximum number of segments per row, static.
       normalize: scale each embedding to unit length.
 
     Returns:

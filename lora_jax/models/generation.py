@@ -1,6 +1,4 @@
-"""Continuing texts with a language model that keeps its keys and values."""
-
-from __future__ import annotations
+"""Text generation with a cache of keys and values."""
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
@@ -14,12 +12,12 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a token is chosen from logits.
+    """How the next token is chosen.
 
     Attributes:
-      temperature: logits are divided by it; 0 takes the largest, whatever the rest says.
-      top_k: only this many of the likeliest tokens; 0 for all.
-      top_p: only the likeliest tokens that have this much probability together
+      temperature: divides the logits; 0 is greedy and ignores the other fields.
+      top_k: consider only this many of the likeliest tokens; 0 for all.
+      top_p: consider only the likeliest tokens that together have this much probability
         (https://arxiv.org/abs/1904.09751).
     """
 
@@ -37,11 +35,11 @@ class Sampling:
 
 
 @partial(jax.jit, static_argnames="sampling")
-def choose(logits: jax.Array, key: jax.Array, sampling: Sampling) -> jax.Array:
-    """One token a row: `[batch, vocabulary]` -> int32 `[batch]`.
+def sample_token(logits: jax.Array, key: jax.Array, sampling: Sampling) -> jax.Array:
+    """Sample one token per row: `[batch, vocabulary]` -> int32 `[batch]`.
 
     >>> logits = jnp.log(jnp.array([[0.5, 0.3, 0.2]]))
-    >>> int(choose(logits, jax.random.key(0), Sampling())[0])
+    >>> int(sample_token(logits, jax.random.key(0), Sampling())[0])
     0
     """
     if sampling.temperature == 0:
@@ -51,7 +49,7 @@ def choose(logits: jax.Array, key: jax.Array, sampling: Sampling) -> jax.Array:
         min(sampling.top_k or logits.shape[-1], logits.shape[-1]),
     )
     before = jnp.cumsum(jax.nn.softmax(logits), -1) - jax.nn.softmax(logits)
-    kept = (before < sampling.top_p).at[:, 0].set(True)  # whatever the rounding, one is left
+    kept = (before < sampling.top_p).at[:, 0].set(True)  # at least one, whatever the rounding
     rank = jax.random.categorical(key, jnp.where(kept, logits, -jnp.inf))
     return jnp.take_along_axis(order, rank[:, None], -1)[:, 0].astype(jnp.int32)
 
@@ -60,7 +58,7 @@ def choose(logits: jax.Array, key: jax.Array, sampling: Sampling) -> jax.Array:
 def _advance(
     apply: Callable, params: Any, ids: jax.Array, segments: jax.Array, cache: Any
 ) -> tuple[jax.Array, Any]:
-    """The logits behind the last token of each row."""
+    """Return the logits after the last token of each row, and the cache."""
     logits, cache = apply(params, ids, segments, cache=cache)
     return logits[:, -1], cache
 
@@ -79,40 +77,40 @@ def stream(
     key: jax.Array | None = None,
     stop: Collection[int] = (),
 ) -> Iterator[np.ndarray]:
-    """Tokens that continue each row, one step at a time.
+    """Generate tokens that continue each row, one step at a time.
 
-    The model is compiled twice, for the prompt and for one token; again only for another length of
-    the prompt or another size of the cache.
+    The model is compiled twice, for the prompt and for a single token, and again only for another
+    prompt length or cache size.
 
     Args:
       apply: `apply(params, ids, segments, cache=cache) -> (logits, cache)`: `pretrained.apply`,
-        or `lora(pretrained.apply)` for parameters with adapters. Keep it: another function is
+        or `lora(pretrained.apply)` for parameters with adapters. Reuse it: a new function is
         compiled again.
-      params: of the model.
-      ids: integers `[batch, length]`: prompts. Pad shorter ones on the left (`left_pad`).
-      cache: `module.init_cache(batch, ...)` for at least `length + steps` tokens; its memory is
-        used up.
-      steps: how many tokens at most.
+      params: the model's parameters.
+      ids: prompts, integers `[batch, length]`. Pad shorter ones on the left (`left_pad`).
+      cache: `module.init_cache(batch, ...)` for at least `length + steps` tokens; it is donated.
+      steps: maximum number of tokens.
       segments: integers `[batch, length]`, 0 at padding; ones by default.
-      temperature, top_k, top_p: as `Sampling` has them; by default the likeliest token.
-      key: of the draws; needed where `temperature` is above 0.
+      temperature, top_k, top_p: as in `Sampling`; greedy by default.
+      key: PRNG key, needed if `temperature` is above 0.
       stop: tokens that end a row.
 
     Yields:
-      int32 `[batch]`, at most `steps` times; the last time when every row has met a `stop`. A row
-      that has ended repeats the token that ended it.
+      int32 `[batch]`, at most `steps` times, until every row has produced a `stop` token. A row
+      that has ended repeats that token.
 
     Raises:
-      ValueError: a cache that is too short, `Sampling`'s, or a key that is missing.
+      ValueError: the cache is too short, `Sampling` refuses a value, or the key is missing.
     """
     sampling = Sampling(temperature, top_k, top_p)
     if sampling.temperature > 0 and key is None:
-        raise ValueError("a temperature above 0 needs a key")
+        raise ValueError("sampling with a temperature above 0 needs key=")
     ids = jnp.asarray(ids, jnp.int32)
     needed, room = ids.shape[1] + steps, cache.length - int(cache.filled)
     if needed > room:
         raise ValueError(
-            f"{ids.shape[1]} tokens and {steps} steps do not fit into a cache with {room} free"
+            f"{ids.shape[1]} tokens and {steps} steps do not fit into a cache with {room} free "
+            "slots; make a longer one with init_cache"
         )
     segments = jnp.ones_like(ids) if segments is None else jnp.asarray(segments, jnp.int32)
     return _stream(apply, params, ids, segments, cache, steps, sampling, key, stop)
@@ -129,12 +127,12 @@ def _stream(
     key: jax.Array | None,
     stop: Collection[int],
 ) -> Iterator[np.ndarray]:
-    key = jax.random.key(0) if key is None else key  # a greedy choice draws nothing
+    key = jax.random.key(0) if key is None else key  # greedy decoding does not use it
     ended = np.zeros(len(ids), bool)
     tokens = np.zeros(len(ids), np.int32)
     for step in range(steps):
         logits, cache = _advance(apply, params, ids, segments, cache)
-        chosen = np.asarray(choose(logits, jax.random.fold_in(key, step), sampling))
+        chosen = np.asarray(sample_token(logits, jax.random.fold_in(key, step), sampling))
         tokens = np.where(ended, tokens, chosen)
         ended |= np.isin(tokens, list(stop))
         yield tokens
@@ -145,15 +143,15 @@ def _stream(
 
 
 def generate(apply: Callable, params: Any, ids: Any, cache: Any, **options: Any) -> np.ndarray:
-    """What `stream` yields with these arguments, as int32 `[batch, at most steps]`."""
+    """Return what `stream` yields with these arguments, as int32 `[batch, at most steps]`."""
     return np.stack(list(stream(apply, params, ids, cache, **options)), axis=1)
 
 
 def left_pad(rows: Sequence[Sequence[int]], pad: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Prompts of any lengths as one array.
+    """Pad prompts of different lengths on the left into one array.
 
     Returns:
-      ids and segments for `stream`, int32 `[batch, length of the longest]`.
+      Ids and segments for `stream`, int32 `[batch, length of the longest]`.
 
     >>> ids, segments = left_pad([[5, 6, 7], [8]])
     >>> ids.tolist(), segments.tolist()

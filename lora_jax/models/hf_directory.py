@@ -1,6 +1,4 @@
-"""Directories in Hugging Face's layout: config.json, and safetensors in one file or several."""
-
-from __future__ import annotations
+"""Model directories in Hugging Face's layout: config.json, and safetensors in one or more files."""
 
 import json
 import math
@@ -13,13 +11,14 @@ import numpy as np
 
 from lora_jax.core.errors import AdapterFileError, ModelFileError
 from lora_jax.files.disk import safetensors_file, strict_json
+from lora_jax.files.disk.atomic import write_directory
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """One tensor, which stays in its file until `np.asarray` asks for its values."""
+    """One tensor, read from its file when `np.asarray` asks for its values."""
 
     file: Path
     shape: tuple[int, ...]
@@ -30,17 +29,17 @@ class StoredTensor:
         size = math.prod(self.shape) * self.dtype.itemsize
         stored = np.fromfile(self.file, np.uint8, size, offset=self.offset)
         if stored.size != size:
-            raise ModelFileError(f"{self.file}: became shorter while it was read")
+            raise ModelFileError(f"{self.file}: was truncated while it was being read")
         values = stored.view(self.dtype).reshape(self.shape)
         return values if dtype is None else values.astype(dtype, copy=False)
 
 
 def read_config(directory: str | Path) -> dict[str, Any]:
-    """The settings in a directory's config.json.
+    """Read a directory's config.json.
 
     Raises:
-      FileNotFoundError: there is none.
-      ModelFileError: it is no JSON object.
+      FileNotFoundError: the file is missing.
+      ModelFileError: it is not a JSON object.
     """
     path = Path(directory) / CONFIG
     try:
@@ -50,15 +49,15 @@ def read_config(directory: str | Path) -> dict[str, Any]:
     except (AdapterFileError, OSError) as error:
         raise ModelFileError(str(error)) from None
     if not isinstance(settings, dict):
-        raise ModelFileError(f"{path}: is no JSON object")
+        raise ModelFileError(f"{path}: is not a JSON object")
     return settings
 
 
 def tensors(directory: str | Path) -> dict[str, StoredTensor]:
-    """The tensors of a directory by name, in float32, bfloat16, float16 or any other dtype.
+    """Return the tensors of a directory by name, of any dtype.
 
-    Only headers are read; a tensor's values are read when `np.asarray` asks for them, so that no
-    more than one of them needs to be in memory.
+    Only headers are read; a tensor's values are read when `np.asarray` asks for them, so only one
+    tensor at a time needs to be in memory.
 
     Args:
       directory: with `model.safetensors`, or with `model.safetensors.index.json` and the files
@@ -66,13 +65,13 @@ def tensors(directory: str | Path) -> dict[str, StoredTensor]:
 
     Raises:
       FileNotFoundError: it has neither.
-      ModelFileError: a file is damaged, or index and files do not agree: all that is missing or
-        in the wrong place is listed.
+      ModelFileError: a file is damaged, or index and files disagree: everything missing or in
+        the wrong file is listed.
     """
     directory = Path(directory)
     if (directory / WEIGHTS).exists() or not (directory / INDEX).exists():
-        return _stored(directory / WEIGHTS)
-    index = _index(directory / INDEX)
+        return _read_header(directory / WEIGHTS)
+    index = _read_index(directory / INDEX)
     found: dict[str, StoredTensor] = {}
     problems = []
     for shard in sorted(set(index.values())):
@@ -80,27 +79,25 @@ def tensors(directory: str | Path) -> dict[str, StoredTensor]:
             count = sum(file == shard for file in index.values())
             problems.append(f"{shard}: missing, with {count} tensors")
             continue
-        stored = _stored(directory / shard)
+        stored = _read_header(directory / shard)
         wanted = {name for name, file in index.items() if file == shard}
         problems += [f"{name}: not in {shard}" for name in wanted - stored.keys()]
         problems += [
-            f"{name}: in {shard}, where the index does not name it"
-            for name in stored.keys() - wanted
+            f"{name}: in {shard}, but the index does not say so" for name in stored.keys() - wanted
         ]
         found |= stored
     if problems:
         raise ModelFileError(
-            f"{directory / INDEX} does not agree with its files:\n  "
-            + "\n  ".join(sorted(problems))
+            f"{directory / INDEX} does not match its files:\n  " + "\n  ".join(sorted(problems))
         )
     return found
 
 
-def _stored(path: Path) -> dict[str, StoredTensor]:
-    """The tensors of one file."""
+def _read_header(path: Path) -> dict[str, StoredTensor]:
+    """Return the tensors of one file."""
     if not path.exists():
         pickles = sorted(path.parent.glob("pytorch_model*.bin"))
-        hint = f", and {pickles[0].name}, a pickle, is never read" if pickles else ""
+        hint = f"; {pickles[0].name} is a pickle, which is never read" if pickles else ""
         raise FileNotFoundError(f"{path}: there is no such file{hint}")
     try:
         header = safetensors_file.headers(path).tensors
@@ -114,36 +111,38 @@ def _stored(path: Path) -> dict[str, StoredTensor]:
     }
 
 
-def _index(path: Path) -> dict[str, str]:
-    """{tensor: file} of an index."""
+def _read_index(path: Path) -> dict[str, str]:
+    """Read an index: {tensor: file}."""
     try:
         index = strict_json.parse_json(path.read_bytes(), str(path))
     except (AdapterFileError, OSError) as error:
         raise ModelFileError(str(error)) from None
     files = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(files, dict) or not files:
-        raise ModelFileError(f"{path}: has no weight_map of tensors and their files")
+        raise ModelFileError(f"{path}: has no weight_map from tensors to files")
     if wrong := [x for x in files.values() if not isinstance(x, str) or Path(x).name != x]:
-        raise ModelFileError(f"{path}: {wrong[0]!r} is no name of a file beside it")
+        raise ModelFileError(f"{path}: {wrong[0]!r} is not the name of a file in its directory")
     return files
 
 
 def write(
     directory: str | Path, settings: Mapping[str, Any], values: Mapping[str, np.ndarray]
 ) -> None:
-    """Writes config.json and model.safetensors, each whole or not at all.
+    """Write config.json and model.safetensors, each whole or not at all.
 
     Raises:
-      ModelFileError: the directory holds a model in several files, which would stay beside it.
+      ModelFileError: the directory contains a model in several files, which would remain.
     """
     directory = Path(directory)
     if (directory / INDEX).exists():
-        raise ModelFileError(f"{directory} holds a model in several files: write to another place")
-    safetensors_file.write_directory(directory, files(settings, values))
+        raise ModelFileError(
+            f"{directory} contains a model in several files; write to another directory"
+        )
+    write_directory(directory, files(settings, values))
 
 
 def files(settings: Mapping[str, Any], values: Mapping[str, np.ndarray]) -> dict[str, bytes]:
-    """The files that `write` writes, by name."""
+    """Return the files that `write` writes, by name."""
     config = json.dumps(settings, indent=2, sort_keys=True) + "\n"
     data = safetensors_file.encode(values, {"format": "pt"}, source=WEIGHTS)
     return {CONFIG: config.encode(), WEIGHTS: data}

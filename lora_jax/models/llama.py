@@ -1,10 +1,8 @@
 """The Llama family (https://arxiv.org/abs/2302.13971) as an ordinary Flax Linen decoder.
 
-`Llama` maps token ids to logits, with or without a cache of keys and values; `LlamaConfig` makes
-it Llama, Mistral, Qwen2 or SmolLM2.
+`Llama` maps token ids to logits, with or without a cache of keys and values. Its `LlamaConfig`
+makes it Llama, Mistral, Qwen2 or SmolLM2.
 """
-
-from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
@@ -21,13 +19,13 @@ from lora_jax.models.rope import rotate
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Cache:
-    """Keys and values of the tokens seen so far, as `Llama.init_cache` makes them.
+    """Keys and values of the tokens seen so far, created by `Llama.init_cache`.
 
     Attributes:
-      layers: of each layer its keys and values `[batch, key-value heads, length, head_dim]`: a
-        tuple with a pair a layer, or one pair with a leading axis for stacked layers.
+      layers: keys and values `[batch, key-value heads, length, head_dim]`: a tuple with one pair
+        per layer, or a single pair with a leading axis for stacked layers.
       segments: int32 `[batch, length]`: which text each token belongs to.
-      filled: int32 scalar, how many of the `length` slots are taken.
+      filled: int32 scalar, how many of the `length` slots are in use.
     """
 
     layers: Any
@@ -36,7 +34,7 @@ class Cache:
 
     @property
     def length(self) -> int:
-        """How many tokens fit."""
+        """How many tokens fit into the cache."""
         return self.segments.shape[1]
 
 
@@ -50,31 +48,31 @@ def _check_length(config: LlamaConfig, length: int) -> None:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class _Places:
-    """Where the tokens of a call stand, the same for all layers."""
+    """Positions and visibility of the tokens of one call, the same for all layers."""
 
     cos: jax.Array  # [batch or 1, length, head_dim / 2]
     sin: jax.Array
     visible: jax.Array  # bool [batch or 1, length, slots]
-    filled: jax.Array  # the slot of the first of them, in the cache if there is one
+    filled: jax.Array  # slot of the first of them in the cache, 0 without one
 
 
 class Attention(nn.Module):
-    """Causal attention with rotated queries and keys, and keys shared by groups of queries."""
+    """Causal attention with rotary embeddings and grouped queries."""
 
     config: LlamaConfig
 
     @nn.compact
     def __call__(self, x: jax.Array, places: _Places, cached: Any) -> tuple[jax.Array, Any]:
-        """Mixes each token with those it can see.
+        """Mix each token with those it can see.
 
         Args:
           x: `[batch, length, width]`.
-          places: of the tokens.
-          cached: keys and values of this layer `[batch, key-value heads, slots, head_dim]`, or
+          places: of the tokens in `x`.
+          cached: this layer's keys and values `[batch, key-value heads, slots, head_dim]`, or
             None.
 
         Returns:
-          The same shape and dtype as `x`, and the keys and values with those of `x` written in.
+          The same shape and dtype as `x`, and the keys and values including those of `x`.
         """
         c = self.config
         batch, length, _ = x.shape
@@ -94,7 +92,7 @@ class Attention(nn.Module):
                 jax.lax.dynamic_update_slice(old, new.astype(old.dtype), start)
                 for old, new in zip(cached, (key, value), strict=True)
             )
-        # The heads that share a key stand side by side: no key is repeated in memory.
+        # The heads that share a key are adjacent (g): no key is repeated in memory.
         scores = jnp.einsum(
             "bqkgd,bktd->bkqgt", query, key.astype(c.dtype), preferred_element_type=jnp.float32
         )
@@ -112,21 +110,21 @@ class FeedForward(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """`[batch, length, width]` -> the same shape and dtype."""
+        """Map `[batch, length, width]` to the same shape and dtype."""
         c = self.config
         gate = _dense(c, c.intermediate_size, c.mlp_bias, "gate")(x)
         up = _dense(c, c.intermediate_size, c.mlp_bias, "up")(x)
         return _dense(c, c.hidden_size, c.mlp_bias, "down")(jax.nn.silu(gate) * up)
 
 
-class Layer(nn.Module):
-    """Attention, then a feed-forward network, each behind a norm and with a residual connection."""
+class LlamaLayer(nn.Module):
+    """Attention, then a feed-forward network, each after a norm and with a residual connection."""
 
     config: LlamaConfig
 
     @nn.compact
     def __call__(self, x: jax.Array, places: _Places, cached: Any) -> tuple[jax.Array, Any]:
-        """As `Attention`."""
+        """Map tokens as `Attention` does, with the same arguments and results."""
         c = self.config
         mixed, cached = Attention(c, name="attention")(
             _norm(c, "attention_norm")(x), places, cached
@@ -144,7 +142,7 @@ def _norm(c: LlamaConfig, name: str | None) -> nn.RMSNorm:
 
 
 class Llama(nn.Module):
-    """A decoder of the Llama family with its head.
+    """A decoder of the Llama family, with its output head.
 
     >>> config = LlamaConfig(
     ...     vocab_size=11, hidden_size=8, intermediate_size=16,
@@ -165,7 +163,7 @@ class Llama(nn.Module):
 
     def setup(self) -> None:
         c = self.config
-        layer = nn.remat(Layer, prevent_cse=not c.scan) if c.remat else Layer
+        layer = nn.remat(LlamaLayer, prevent_cse=not c.scan) if c.remat else LlamaLayer
         self.embedding = nn.Embed(
             c.vocab_size, c.hidden_size, dtype=c.dtype, param_dtype=c.param_dtype
         )
@@ -185,16 +183,16 @@ class Llama(nn.Module):
 
     @nn.nowrap
     def init_cache(self, batch: int, length: int, dtype: Any = None) -> Cache:
-        """An empty cache.
+        """Create an empty cache.
 
         Args:
-          batch: how many rows.
-          length: how many tokens a row may have in all, prompt and continuation. What is written
-            beyond it overwrites the last ones.
-          dtype: of keys and values; `config.dtype` by default.
+          batch: number of rows.
+          length: maximum number of tokens per row, prompt and continuation together. Tokens
+            written beyond it overwrite the last ones.
+          dtype: dtype of keys and values; `config.dtype` by default.
 
         Raises:
-          ValueError: for a length above `max_position_embeddings`.
+          ValueError: `length` is above `max_position_embeddings`.
         """
         c = self.config
         _check_length(c, length)
@@ -211,21 +209,21 @@ class Llama(nn.Module):
     def __call__(
         self, ids: jax.Array, segments: jax.Array | None = None, cache: Cache | None = None
     ) -> Any:
-        """Logits of the token that follows each token.
+        """Compute the logits of the token after each token.
 
         Args:
           ids: integers `[batch, length]`.
           segments: integers `[batch, length]`, 0 at padding; ones by default. Several texts can
-            share a row, one behind the other and numbered 1, 2, ...: each sees itself alone, its
-            positions start from 0.
-          cache: of the tokens before these, `init_cache` at first.
+            share a row, packed one after another and numbered 1, 2, ...: each sees only itself,
+            and its positions start from 0.
+          cache: the tokens before these; `init_cache` at first.
 
         Returns:
-          Logits `[batch, length, vocabulary]` in `config.dtype`, those at padding without
-          meaning; with a cache, the logits and the cache with these tokens added.
+          Logits `[batch, length, vocabulary]` in `config.dtype`, meaningless at padding; with a
+          cache, the logits and the cache with these tokens added.
 
         Raises:
-          ValueError: for more tokens than `max_position_embeddings`, or than the cache has slots.
+          ValueError: there are more tokens than `max_position_embeddings` or slots in the cache.
         """
         if cache is None:
             return self.logits(self.hidden(ids, segments))
@@ -235,9 +233,9 @@ class Llama(nn.Module):
     def hidden(
         self, ids: jax.Array, segments: jax.Array | None = None, cache: Cache | None = None
     ) -> Any:
-        """As `__call__`, but what the head is given: `[batch, length, width]`."""
+        """Compute the input of the head, `[batch, length, width]`; arguments as in `__call__`."""
         c = self.config
-        places, segments = _places(c, ids, segments, cache)
+        places, segments = _locate(c, ids, segments, cache)
         x = self.embedding(ids)
         cached = None if cache is None else cache.layers
         if c.scan:
@@ -255,20 +253,20 @@ class Llama(nn.Module):
         return x, Cache(cached, segments, cache.filled + ids.shape[1])
 
     def logits(self, hidden: jax.Array) -> jax.Array:
-        """The head alone: what `hidden` returns -> `[..., vocabulary]`."""
+        """Apply the head to what `hidden` returns: `[..., width]` -> `[..., vocabulary]`."""
         if self.config.tie_word_embeddings:
             return self.embedding.attend(hidden)
         return self.head(hidden)
 
 
-def _places(
+def _locate(
     c: LlamaConfig, ids: jax.Array, segments: jax.Array | None, cache: Cache | None
 ) -> tuple[_Places, Any]:
-    """Where tokens stand and what they see; and the segments of all slots."""
+    """Work out where tokens are and what they see; also return the segments of all slots."""
     length = ids.shape[1]
     _check_length(c, length)
     if cache is not None and length > cache.length:
-        raise ValueError(f"{length} tokens do not fit into a cache of {cache.length}")
+        raise ValueError(f"{length} tokens do not fit into a cache with {cache.length} slots")
     filled = jnp.zeros((), jnp.int32) if cache is None else cache.filled
     slots = length if cache is None else cache.length
     back = jnp.arange(length)[None, :, None] + filled - jnp.arange(slots)[None, None, :]
@@ -281,7 +279,7 @@ def _places(
         if cache is not None:
             segments = jax.lax.dynamic_update_slice(cache.segments, own, (0, filled))
         visible = visible & (own[:, :, None] == segments[:, None, :])
-        positions = visible.sum(-1) - 1  # of a token in its own text
+        positions = visible.sum(-1) - 1  # of each token in its own text
     if c.sliding_window is not None:
         visible = visible & (back < c.sliding_window)
     cos, sin = c.rope.angles(positions, c.head_dim)

@@ -1,6 +1,4 @@
-"""Sizes and kinds of the Llama family: Llama, Mistral, Qwen2 and SmolLM2."""
-
-from __future__ import annotations
+"""Configuration of the Llama family: Llama, Mistral, Qwen2 and SmolLM2."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
@@ -10,33 +8,33 @@ from typing import Any, ClassVar
 from lora_jax.core.checks import is_integer
 from lora_jax.models.rope import Rope
 
-#: For each model type: what its config.json means where it is silent.
+#: Defaults per model type, for what its config.json leaves out.
 MODEL_TYPES: dict[str, dict[str, Any]] = {
     "llama": {},
     "mistral": {"sliding_window": 4096, "max_position_embeddings": 131072},
     "qwen2": {"attention_bias": True, "max_position_embeddings": 32768},
 }
-DTYPES = ("float32", "bfloat16", "float16")
+PARAM_DTYPES = ("float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True)
 class LlamaConfig:
-    """Sizes and kinds of a decoder of the Llama family, under the names that `config.json` uses.
+    """Configuration of a decoder of the Llama family, under the names in `config.json`.
 
     Attributes:
-      num_key_value_heads: keys and values are shared by groups of query heads; by default there
-        is one for each.
-      head_dim: width of a head, by default `hidden_size / num_attention_heads`.
-      attention_bias, output_bias: whether the projections to q, k and v, and the one of the
-        attention's output, have a bias.
-      sliding_window: how many tokens back a token sees, itself included; None is all of them.
-      scan: keep the layers' parameters stacked and run them in one `lax.scan`.
-      remat: compute each layer again in the backward pass instead of keeping its activations.
-      dtype: what is computed in; norms, rotations and the softmax are in float32 whatever it is.
-      param_dtype: what `init` makes parameters in.
+      num_key_value_heads: keys and values are shared by groups of query heads; by default each
+        query head has its own.
+      head_dim: size of a head, by default `hidden_size / num_attention_heads`.
+      attention_bias, output_bias: whether the q, k and v projections, and the output projection,
+        have a bias.
+      sliding_window: how many tokens a token sees, itself included; None for all before it.
+      scan: stack the layers' parameters and run the layers in one `lax.scan`.
+      remat: recompute each layer in the backward pass instead of storing its activations.
+      dtype: dtype of the computation; norms, rotations and the softmax are always in float32.
+      param_dtype: dtype of the parameters that `init` creates.
 
-    Raises `ValueError` at construction for a size below one, heads that do not divide, an odd
-    width of a head, an activation other than `silu` or a dtype that is not in `DTYPES`.
+    Raises `ValueError` at construction for a size below one, head counts that do not divide, an
+    odd head size, an activation other than `silu` or a dtype that is not in `PARAM_DTYPES`.
     """
 
     vocab_size: int
@@ -82,8 +80,8 @@ class LlamaConfig:
             raise ValueError(f"LlamaConfig: rotations need an even head_dim, got {self.head_dim}")
         for name, allowed in (
             ("hidden_act", ("silu",)),
-            ("dtype", DTYPES),
-            ("param_dtype", DTYPES),
+            ("dtype", PARAM_DTYPES),
+            ("param_dtype", PARAM_DTYPES),
         ):
             if getattr(self, name) not in allowed:
                 raise ValueError(
@@ -96,9 +94,9 @@ class LlamaConfig:
             if f.name == but:
                 continue
             is_int = is_integer(value) and value > 0
-            if f.type == "int" and not is_int:
+            if f.type is int and not is_int:
                 raise ValueError(f"LlamaConfig.{f.name} must be a positive int, got {value!r}")
-            if f.type == "bool" and not isinstance(value, bool):
+            if f.type is bool and not isinstance(value, bool):
                 raise ValueError(f"LlamaConfig.{f.name} must be true or false, got {value!r}")
         if not isinstance(self.rms_norm_eps, int | float) or not self.rms_norm_eps > 0:
             raise ValueError(
@@ -111,28 +109,30 @@ class LlamaConfig:
             )
 
     @classmethod
-    def from_json(cls, settings: Mapping[str, Any], **fields_of_ours: Any) -> LlamaConfig:
-        """Reads a parsed `config.json` of Llama, Mistral or Qwen2.
+    def from_json(cls, settings: Mapping[str, Any], **extra_fields: Any) -> "LlamaConfig":
+        """Read a parsed `config.json` of Llama, Mistral or Qwen2.
 
         Args:
           settings: the parsed file.
-          **fields_of_ours: `scan`, `remat`, `dtype` and `param_dtype`, which the file does not
+          **extra_fields: `scan`, `remat`, `dtype` and `param_dtype`, which the file does not
             decide.
 
         Raises:
-          ValueError: for another `model_type`, for sizes that are missing (all are listed), for
-            what `Rope` and `LlamaConfig` refuse, for windows in some of the layers only, and for
-            quantized weights.
+          ValueError: the `model_type` is unknown, sizes are missing (all are listed), `Rope` or
+            `LlamaConfig` refuses a value, only some layers have a sliding window, or the weights
+            are quantized.
         """
         model_type = settings.get("model_type", "llama")
         if not isinstance(model_type, str) or model_type not in MODEL_TYPES:
             raise ValueError(f"model_type {model_type!r} is not one of {sorted(MODEL_TYPES)}")
         if settings.get("quantization_config"):
-            raise ValueError("config.json: a quantization_config: such weights are not supported")
+            raise ValueError(
+                "config.json has a quantization_config: quantized weights are not supported"
+            )
         if missing := [name for name in cls.REQUIRED if settings.get(name) is None]:
-            raise ValueError(f"config.json does not say {', '.join(missing)}")
+            raise ValueError(f"config.json has no {', '.join(missing)}")
         settings = MODEL_TYPES[model_type] | dict(settings)
-        # `rope` and ours are no keys of the file, and `dtype` there is that of the weights
+        # `rope` and ours are not keys of the file, and its `dtype` is that of the weights
         own = {"rope", "scan", "remat", "dtype", "param_dtype", "output_bias", "sliding_window"}
         known = {f.name for f in fields(cls)} - own
         given = {name: settings[name] for name in known if settings.get(name) is not None}
@@ -141,12 +141,12 @@ class LlamaConfig:
             rope=Rope.from_json(settings),
             output_bias=model_type == "llama" and given.get("attention_bias", False),
             sliding_window=_window(settings, model_type),
-            **fields_of_ours,
+            **extra_fields,
         )
 
 
 def _window(settings: Mapping[str, Any], model_type: str) -> int | None:
-    """The sliding window that all layers have, or None."""
+    """Return the sliding window that all layers share, or None."""
     window = settings.get("sliding_window")
     if model_type == "llama" or window is None:
         return None
@@ -163,5 +163,7 @@ def _window(settings: Mapping[str, Any], model_type: str) -> int | None:
         kinds = {"full_attention"} if first > 0 else set()
         kinds |= {"sliding_attention"} if first < layers else set()
     if len(kinds) > 1:
-        raise ValueError("config.json: a sliding window in some of the layers is not supported")
+        raise ValueError(
+            "config.json: a sliding window in only some of the layers is not supported"
+        )
     return window if "sliding_attention" in kinds else None

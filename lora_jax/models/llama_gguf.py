@@ -1,6 +1,6 @@
 """Models of the Llama family in GGUF files: sizes under config.json's names, tensors, a naming.
 
-What llama.cpp's convert_hf_to_gguf.py writes, read the other way round.
+This inverts llama.cpp's convert_hf_to_gguf.py.
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ from lora_jax.core.errors import ModelFileError
 from lora_jax.files.disk import gguf_file
 from lora_jax.files.naming import KINDS, Entry, Naming
 
-# llama.cpp's architectures that are read; Mistral's models are "llama" there as well.
+# The llama.cpp architectures supported here; llama.cpp also calls Mistral "llama".
 ARCHITECTURES = ("llama", "qwen2")
 _SIZES = {
     "hidden_size": "embedding_length",
@@ -47,25 +47,25 @@ _MODULES = {
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
 }
-#: Tensors beside the weights, whose content `load` has put into the settings.
+#: Other tensors in the file, whose content `read_model` puts into the settings.
 IGNORED = (r"rope_freqs\.weight",)
 
 
-def load(path: str | Path) -> tuple[dict[str, Any], Mapping[str, gguf_file.GgufTensor]]:
-    """Reads a model of the Llama family from a GGUF file.
+def read_model(path: str | Path) -> tuple[dict[str, Any], Mapping[str, gguf_file.GgufTensor]]:
+    """Read a model of the Llama family from a GGUF file.
 
     Args:
-      path: of the file. Its numbers may be float32, float16, bfloat16 or quantized in any way
-        that the package `gguf` can undo.
+      path: the file. Its numbers may be float32, float16, bfloat16, or quantized in any way that
+        the package `gguf` can dequantize.
 
     Returns:
-      Settings under config.json's names, and the tensors by llama.cpp's names. A tensor has its
-      `shape`; `np.asarray` reads it, to float32. Which leaf it is, `naming` says.
+      Settings under config.json's names, and the tensors by llama.cpp's names. A tensor has a
+      `shape`; `np.asarray` reads it as float32. `file_naming` says which leaf it is.
 
     Raises:
-      FileNotFoundError: there is no such file.
-      ModelFileError: it is no whole GGUF file, holds a model of another architecture, or lacks
-        one of the sizes.
+      FileNotFoundError: the file does not exist.
+      ModelFileError: it is not a complete GGUF file, contains a model of another architecture, or
+        lacks one of the sizes.
     """
     file = gguf_file.read(path)
     try:
@@ -78,19 +78,19 @@ def _settings(file: gguf_file.GgufFile) -> dict[str, Any]:
     kind = file.metadata.get("general.architecture")
     if kind not in ARCHITECTURES:
         raise ModelFileError(
-            f"its architecture is {kind!r}, only {' and '.join(ARCHITECTURES)} can be read"
+            f"the architecture {kind!r} is not supported, only {' and '.join(ARCHITECTURES)}"
         )
     known = {
-        key.removeprefix(f"{kind}."): _shortest(value)
+        key.removeprefix(f"{kind}."): _shorten(value)
         for key, value in file.metadata.items()
         if key.startswith(f"{kind}.")
     }
     if missing := [name for name in _SIZES.values() if name not in known]:
-        raise ModelFileError(f"it does not say {', '.join(f'{kind}.{x}' for x in missing)}")
+        raise ModelFileError(f"it lacks {', '.join(f'{kind}.{x}' for x in missing)}")
     if "token_embd.weight" not in file.tensors:
-        raise ModelFileError("it has no token_embd.weight")
+        raise ModelFileError("it lacks token_embd.weight")
     if known.get("expert_count"):
-        raise ModelFileError("mixtures of experts cannot be read")
+        raise ModelFileError("mixtures of experts are not supported")
     names = _SIZES | {ours: name for ours, name in _OPTIONAL.items() if name in known}
     settings = {"model_type": kind, "vocab_size": file.tensors["token_embd.weight"].shape[0]}
     settings |= {ours: known[name] for ours, name in names.items()}
@@ -100,36 +100,38 @@ def _settings(file: gguf_file.GgufFile) -> dict[str, Any]:
         settings["mlp_bias"] = "blk.0.ffn_gate.bias" in file.tensors
     ids = {ours: file.metadata.get(f"tokenizer.ggml.{x}_token_id") for ours, x in _IDS.items()}
     settings |= {ours: number for ours, number in ids.items() if number is not None}
-    scaling = _scaling(known, file.tensors.get("rope_freqs.weight"))
+    scaling = _infer_scaling(known, file.tensors.get("rope_freqs.weight"))
     return settings | ({"rope_scaling": scaling} if scaling else {})
 
 
-def _shortest(value: Any) -> Any:
-    """A float as it was before it became a float32: 1e-05, not 9.999999747378752e-06."""
+def _shorten(value: Any) -> Any:
+    """Return a float as it was before it became a float32: 1e-05, not 9.999999747378752e-06."""
     return float(str(np.float32(value))) if isinstance(value, float) else value
 
 
-def _scaling(known: Mapping[str, Any], factors: Any) -> dict[str, Any] | None:
-    """config.json's `rope_scaling`."""
+def _infer_scaling(known: Mapping[str, Any], factors: Any) -> dict[str, Any] | None:
+    """Return config.json's `rope_scaling`."""
     kind, factor = known.get("rope.scaling.type", "none"), known.get("rope.scaling.factor", 1.0)
     if kind not in ("none", "linear"):
-        raise ModelFileError(f"rotations of the kind {kind!r} cannot be read")
+        raise ModelFileError(f"rotary embeddings of type {kind!r} are not supported")
     size = known.get("attention.key_length")
     size = size or known["embedding_length"] // known["attention.head_count"]
     if known.get("rope.dimension_count", size) != size:
-        raise ModelFileError(f"rotations of a part of the {size} numbers of a head cannot be read")
+        raise ModelFileError(
+            f"rotary embeddings of only a part of the head size {size} are not supported"
+        )
     if factors is None:
         return {"rope_type": "linear", "factor": factor} if kind == "linear" else None
-    return _llama3(np.asarray(factors), theta=known.get("rope.freq_base", 10000.0), size=size)
+    return _infer_llama3(np.asarray(factors), theta=known.get("rope.freq_base", 10000.0), size=size)
 
 
-def _llama3(divisors: np.ndarray, theta: float, size: int) -> dict[str, Any]:
-    """Llama 3.1's scaling, of which the file keeps only what it divides every frequency by.
+def _infer_llama3(divisors: np.ndarray, theta: float, size: int) -> dict[str, Any]:
+    """Infer Llama 3.1's scaling from what the file has of it: the divisor of each frequency.
 
-    With its usual limits of one and four turns, waves between them tell the original length.
+    With the usual limits of one and four turns, the waves between them tell the original length.
     """
     low, high, factor = 1.0, 4.0, float(divisors.max())
-    turns_of_one = theta ** (-np.arange(0, size, 2) / size) / (2 * np.pi)  # a token's
+    turns_of_one = theta ** (-np.arange(0, size, 2) / size) / (2 * np.pi)  # per token
     kept = (factor / divisors - 1) / max(factor - 1, 1e-9)
     between = (kept > 0.01) & (kept < 0.99)
     original = 8192
@@ -138,18 +140,18 @@ def _llama3(divisors: np.ndarray, theta: float, size: int) -> dict[str, Any]:
     kept = np.clip((original * turns_of_one - low) / (high - low), 0, 1)
     expected = 1 / (kept + (1 - kept) / factor)
     if divisors.shape != expected.shape or not np.allclose(divisors, expected, rtol=1e-3):
-        raise ModelFileError("rope_freqs.weight: these divisors are not those of Llama 3.1")
+        raise ModelFileError("rope_freqs.weight does not contain the divisors of Llama 3.1")
     limits = {"factor": factor, "low_freq_factor": low, "high_freq_factor": high}
     return {"rope_type": "llama3", **limits, "original_max_position_embeddings": original}
 
 
-def naming(torch: Naming, settings: Mapping[str, Any]) -> Naming:
-    """The rows of a model's `Naming` with llama.cpp's names in the place of Hugging Face's.
+def file_naming(torch: Naming, settings: Mapping[str, Any]) -> Naming:
+    """Return a model's `Naming` with llama.cpp's names instead of Hugging Face's.
 
     Args:
       torch: Hugging Face's names of the same model's leaves.
-      settings: of `load`. llama.cpp's rotations pair the neighbours (0, 1), (2, 3), ... of a head
-        in the architecture "llama", where Hugging Face's pair the halves: rows of q and k are in
+      settings: from `read_model`. For the architecture "llama", llama.cpp rotates the pairs (0, 1),
+        (2, 3), ... of a head where Hugging Face pairs the two halves, so rows of q and k have
         another order there.
     """
     heads = settings["num_attention_heads"]
@@ -159,7 +161,7 @@ def naming(torch: Naming, settings: Mapping[str, Any]) -> Naming:
         name = entry.torch_names[0]
         found = re.search("q_proj|k_proj", name)
         if settings["model_type"] == "llama" and found:
-            entry = _interleaved(entry, sizes[found[0]])
+            entry = _interleave_heads(entry, sizes[found[0]])
         names = tuple(map(_rename, entry.torch_names))
         rows.append(dataclasses.replace(entry, torch=names if len(names) > 1 else names[0]))
     return Naming(tuple(rows))
@@ -173,8 +175,8 @@ def _rename(name: str) -> str:
     return f"{prefix}{_MODULES[module]}.{leaf}"
 
 
-def _interleaved(entry: Entry, heads: int) -> Entry:
-    """The row with the pairs of a rotation side by side in the file: torch's out axis is split."""
+def _interleave_heads(entry: Entry, heads: int) -> Entry:
+    """Interleave the pairs of a rotation, as the file has them: PyTorch's out axis is split."""
     left, right = (entry.axes or KINDS[entry.kind][1] or "o -> o").split("->")
     out = left.split()[0]
     turn = lambda side, pair: re.sub(rf"\b{out}\b", f"(heads {pair})", side)

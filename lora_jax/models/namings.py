@@ -1,14 +1,12 @@
-"""Which tensor of a Hugging Face file is which leaf of the models here, and what else is in it."""
-
-from __future__ import annotations
+"""Which tensor of a Hugging Face file is which leaf of the models here, and what to ignore."""
 
 from collections.abc import Collection, Iterator
 
 from lora_jax.files.naming import Entry, Naming
 
 
-def _dense(torch: str, path: str, stacked: bool = False) -> Iterator[Entry]:
-    """A linear layer's weight and bias; `stacked`: those of all layers are one leaf."""
+def _linear_entries(torch: str, path: str, stacked: bool = False) -> Iterator[Entry]:
+    """Yield a linear layer's weight and bias; with `stacked` all layers share one leaf."""
     axes, bias = ("o i -> n i o", "o -> n o") if stacked else ("", "")
     yield Entry(f"{torch}.weight", f"{path}/kernel", "linear", axes)
     yield Entry(f"{torch}.bias", f"{path}/bias", "", bias)
@@ -25,7 +23,7 @@ def _decoder_layers(path: str, stacked: bool) -> Iterator[Entry]:
         "mlp.up_proj": "mlp/up",
         "mlp.down_proj": "mlp/down",
     }.items():
-        yield from _dense(f"{prefix}.{torch}", f"{path}/{ours}", stacked)
+        yield from _linear_entries(f"{prefix}.{torch}", f"{path}/{ours}", stacked)
     axes = "d -> n d" if stacked else ""
     for torch, ours in {
         "input_layernorm": "attention_norm",
@@ -34,20 +32,20 @@ def _decoder_layers(path: str, stacked: bool) -> Iterator[Entry]:
         yield Entry(f"{prefix}.{torch}.weight", f"{path}/{ours}/scale", "", axes)
 
 
-#: Llama, Mistral and Qwen2, layers stacked or not: a tree has leaves of one sort only.
+#: Llama, Mistral and Qwen2, with stacked layers or not: a tree has leaves of only one sort.
 LLAMA = Naming(
     (
         Entry("model.embed_tokens.weight", "embedding/embedding", "embedding"),
         *_decoder_layers("layer_{n}", stacked=False),
         *_decoder_layers("layers", stacked=True),
         Entry("model.norm.weight", "norm/scale"),
-        *_dense("lm_head", "head"),
+        *_linear_entries("lm_head", "head"),
     )
 )
 
 
-def _bert(scale: str, bias: str) -> Naming:
-    """BERT; the first published files call a norm's scale and bias gamma and beta."""
+def _bert_naming(scale: str, bias: str) -> Naming:
+    """Return BERT's naming; old files call the scale and bias of a norm gamma and beta."""
 
     def norm(torch: str, path: str) -> Iterator[Entry]:
         yield Entry(f"{torch}.LayerNorm.{scale}", f"{path}/scale")
@@ -64,39 +62,39 @@ def _bert(scale: str, bias: str) -> Naming:
             *(
                 entry
                 for name in ("query", "key", "value")
-                for entry in _dense(
+                for entry in _linear_entries(
                     f"{prefix}.attention.self.{name}", f"layer_{{n}}/attention/{name}"
                 )
             ),
-            *_dense(f"{prefix}.attention.output.dense", "layer_{n}/attention/output"),
+            *_linear_entries(f"{prefix}.attention.output.dense", "layer_{n}/attention/output"),
             *norm(f"{prefix}.attention.output", "layer_{n}/attention_norm"),
-            *_dense(f"{prefix}.intermediate.dense", "layer_{n}/intermediate"),
-            *_dense(f"{prefix}.output.dense", "layer_{n}/output"),
+            *_linear_entries(f"{prefix}.intermediate.dense", "layer_{n}/intermediate"),
+            *_linear_entries(f"{prefix}.output.dense", "layer_{n}/output"),
             *norm(f"{prefix}.output", "layer_{n}/output_norm"),
         )
     )
 
 
-BERT = _bert("weight", "bias")
-_OLD_BERT = _bert("gamma", "beta")
+BERT = _bert_naming("weight", "bias")
+_OLD_BERT = _bert_naming("gamma", "beta")
 NAMINGS = {"bert": BERT, "llama": LLAMA}
 
-#: Regexes of tensors that are no parameters of the model: kept beside it, and saved with it.
+#: Regexes of tensors that are not parameters of the model, but kept and saved with it.
 KEPT = {
     "bert": (r"(bert\.)?embeddings\.position_ids", r"(bert\.)?pooler\..*", r"cls\..*"),
     "llama": (),
 }
-#: And of those that follow from the rest: rotations, and the copy of a tied head.
+#: Regexes of tensors that follow from the rest: rotations, and the copy of a tied head.
 DROPPED = {"bert": (), "llama": (r".*\.rotary_emb\.inv_freq",)}
 TIED_HEAD = r"lm_head\.weight"
 
 
 def naming(kind: str, names: Collection[str] = ()) -> Naming:
-    """The naming of a kind of model, "bert" or "llama".
+    """Return the naming of a kind of model, "bert" or "llama".
 
     Args:
       kind: the kind.
-      names: of the tensors of a file, where there is one: its names may all stand behind "bert.".
+      names: the tensor names in a file, if there is one: they may have the prefix "bert.".
     """
     if kind != "bert":
         return NAMINGS[kind]

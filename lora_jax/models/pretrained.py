@@ -1,6 +1,4 @@
-"""Published models by their path: load, save, and the naming of their leaves."""
-
-from __future__ import annotations
+"""Published models by path: load, save, and the naming of their leaves."""
 
 import math
 import re
@@ -20,10 +18,10 @@ from lora_jax.files.naming import Naming
 from lora_jax.models import hf_directory, llama_gguf, namings
 from lora_jax.models.bert import Bert, BertConfig
 from lora_jax.models.llama import Llama
-from lora_jax.models.llama_config import DTYPES, MODEL_TYPES, LlamaConfig
+from lora_jax.models.llama_config import MODEL_TYPES, PARAM_DTYPES, LlamaConfig
 
-#: model_type in config.json -> the kind of model here that it is.
-KINDS = {"bert": "bert", **dict.fromkeys(MODEL_TYPES, "llama")}
+#: model_type in config.json -> the kind of model here.
+KIND_OF_MODEL_TYPE = {"bert": "bert", **dict.fromkeys(MODEL_TYPES, "llama")}
 #: What transformers calls the classes that read what `save` writes.
 _ARCHITECTURES = {
     "bert": "BertModel",
@@ -37,14 +35,14 @@ _ARCHITECTURES = {
 class Apply:
     """A module as a function of its parameters: `apply(params, *args)`.
 
-    Two of equal modules are equal, so that a function compiled with one as a static argument is
-    not compiled again.
+    Two of these are equal if their modules are, so a function that takes one as a static argument
+    is not compiled again.
     """
 
     module: nn.Module
 
     def __call__(self, params: Any, *args: Any, **kwargs: Any) -> Any:
-        """`module.apply` with `params` as its parameters; `method="hidden"` and so on as there."""
+        """Call `module.apply` with `params` as its parameters; the rest is passed on."""
         return self.module.apply({"params": params}, *args, **kwargs)
 
 
@@ -55,11 +53,11 @@ class Pretrained:
     Attributes:
       kind: "bert" or "llama" (Llama, Mistral, Qwen2, SmolLM2).
       config: its sizes.
-      module: the Flax module; it is called with `{"params": params}`.
-      params: the tree of its parameters.
-      naming: Hugging Face's name of every leaf, whatever file they come from.
-      settings: what its config.json says, or would say.
-      rest: other tensors in the file, by name, such as BERT's pooler: `save` writes them back.
+      module: the Flax module, to be applied to `{"params": params}`.
+      params: the parameter tree.
+      naming: Hugging Face's name for every leaf, whatever file they come from.
+      settings: the content of its config.json.
+      rest: other tensors in the file by name, such as BERT's pooler; `save` writes them back.
     """
 
     kind: str
@@ -79,24 +77,23 @@ class Pretrained:
 def load(
     path: str | Path, dtype: Any = None, *, scan: bool = False, remat: bool = False
 ) -> Pretrained:
-    """Reads a published model: BERT, Llama, Mistral, Qwen2 or SmolLM2.
+    """Read a published model: BERT, Llama, Mistral, Qwen2 or SmolLM2.
 
     Args:
-      path: of a directory in Hugging Face's layout (config.json and safetensors, in one file or
-        several), or of a GGUF file of the Llama family.
-      dtype: of parameters and arithmetic: float32, bfloat16 or float16. By default the widest
-        that the file holds; what is quantized is read as float32.
-      scan: stack the layers, as `LlamaConfig` has it.
-      remat: as `LlamaConfig` has it.
+      path: a directory in Hugging Face's layout (config.json, and safetensors in one or more
+        files), or a GGUF file of the Llama family.
+      dtype: dtype of parameters and computation: float32, bfloat16 or float16. By default the
+        widest in the file; quantized tensors are read as float32.
+      scan: stack the layers, as in `LlamaConfig`.
+      remat: recompute activations, as in `LlamaConfig`.
 
     Returns:
-      The model, its parameters on the default device.
+      The model, with its parameters on the default device.
 
     Raises:
-      FileNotFoundError: there is no such file, or no weights in the directory.
-      ValueError: for another kind of model, for a configuration that the model refuses, or when
-        tensors are missing, unexpected or of another shape: all of them are listed. Also for a
-        file that is damaged.
+      FileNotFoundError: the path does not exist, or the directory has no weights.
+      ValueError: the kind of model is unknown, the model refuses the configuration, or tensors are
+        missing, unexpected or of another shape (all of them are listed); or a file is damaged.
     """
     source = _open(Path(path))
     dtype = _dtype(dtype, source.tensors)
@@ -104,11 +101,11 @@ def load(
     try:
         _check_sizes(source)
         module = _module(source, dtype, scan=scan, remat=remat)
-        like = _like(module, dtype)
+        like = _param_shapes(module, dtype)
         params = names.to_tree(source.naming, source.tensors, like, ignore=(*ignored, *kept))
     except StructureError as error:
         lines = str(error).replace("\n", "\n  ")
-        problem = f"{path} does not hold what its settings ask for:\n  {lines}"
+        problem = f"{path}: tensors and configuration do not match:\n  {lines}"
         raise ModelFileError(problem) from error
     except ValueError as error:
         raise ModelFileError(f"{path}: {error}") from error
@@ -123,47 +120,48 @@ def load(
 
 
 def naming_of(path: str | Path) -> Naming:
-    """The naming that `load` would return, without reading any weights.
+    """Return the naming that `load` would return, without reading any weights.
 
     Raises:
-      FileNotFoundError, ValueError: as `load`, for what is read.
+      FileNotFoundError, ValueError: as in `load`.
     """
     return _open(Path(path)).torch
 
 
 def save(directory: str | Path, pretrained: Pretrained) -> None:
-    """Writes config.json and model.safetensors, for `transformers` and for `load`.
+    """Write config.json and model.safetensors, for `transformers` and for `load`.
 
     Args:
-      directory: made where it is missing; other files in it, such as a tokenizer's, stay.
-      pretrained: a model; its `params` are plain arrays (merge adapters first). They are written
-        in the dtype that they have.
+      directory: created if missing; other files in it, such as a tokenizer's, are kept.
+      pretrained: a model whose `params` are plain arrays (merge adapters first). They are written
+        in their dtype.
 
     Raises:
-      StructureError: leaves that the model does not have, such as adapters: all are listed.
-      ModelFileError: the directory holds a model in several files.
+      StructureError: `params` has leaves that the model does not have, such as adapters; all are
+        listed.
+      ModelFileError: the directory contains a model in several files.
     """
-    hf_directory.write(directory, *_written(pretrained))
+    hf_directory.write(directory, *_file_contents(pretrained))
 
 
 def files(pretrained: Pretrained) -> dict[str, bytes]:
-    """The files that `save` writes, by name, to write with others in one step.
+    """Return the files that `save` writes, by name, to be written together with others.
 
     Raises:
-      StructureError: as `save`.
+      StructureError: as in `save`.
     """
-    return hf_directory.files(*_written(pretrained))
+    return hf_directory.files(*_file_contents(pretrained))
 
 
-def _written(pretrained: Pretrained) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """What config.json says, and the tensors."""
+def _file_contents(pretrained: Pretrained) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """Return the content of config.json, and the tensors."""
     params, kind = pretrained.params, pretrained.kind
     tensors = names.to_torch(pretrained.naming, params) | {
         name: np.asarray(tensor) for name, tensor in pretrained.rest.items()
     }
     model_type = pretrained.settings.get("model_type", kind)
     settings = {"architectures": [_ARCHITECTURES[model_type]], **pretrained.settings}
-    # "torch_dtype" until transformers 4.55, which later ones read too
+    # "torch_dtype" up to transformers 4.55; later versions read it too
     key = "torch_dtype" if "torch_dtype" in settings else "dtype"
     settings[key] = str(jnp.result_type(*jax.tree.leaves(params)))
     return settings, tensors
@@ -171,7 +169,7 @@ def _written(pretrained: Pretrained) -> tuple[dict[str, Any], dict[str, np.ndarr
 
 @dataclass(frozen=True)
 class _Source:
-    """A file or directory before any weight is read."""
+    """A file or directory whose weights have not been read yet."""
 
     kind: str
     settings: Mapping[str, Any]
@@ -183,10 +181,10 @@ class _Source:
 
 def _open(path: Path) -> _Source:
     if path.is_file():
-        settings, quantized = llama_gguf.load(path)
+        settings, quantized = llama_gguf.read_model(path)
         kind = _kind(settings, path)
         torch = namings.naming(kind)
-        in_file = llama_gguf.naming(torch, settings)
+        in_file = llama_gguf.file_naming(torch, settings)
         return _Source(kind, settings, quantized, in_file, torch, llama_gguf.IGNORED)
     settings = hf_directory.read_config(path)
     kind = _kind(settings, path)
@@ -198,30 +196,32 @@ def _open(path: Path) -> _Source:
 
 def _kind(settings: Mapping[str, Any], path: Path) -> str:
     model_type = settings.get("model_type")
-    if not isinstance(model_type, str) or model_type not in KINDS:
-        raise ModelFileError(f"{path}: model_type {model_type!r} is not one of {sorted(KINDS)}")
-    return KINDS[model_type]
+    if not isinstance(model_type, str) or model_type not in KIND_OF_MODEL_TYPE:
+        raise ModelFileError(
+            f"{path}: model_type {model_type!r} is not one of {sorted(KIND_OF_MODEL_TYPE)}"
+        )
+    return KIND_OF_MODEL_TYPE[model_type]
 
 
 def _check_sizes(source: _Source) -> None:
-    """Refuses sizes beyond the file's before anything is made of them."""
+    """Refuse sizes that exceed the file, before anything is allocated."""
     numbers = sum(math.prod(tensor.shape) for tensor in source.tensors.values())
     limits = dict.fromkeys(("vocab_size", "hidden_size", "intermediate_size"), numbers)
     for name, limit in (limits | {"num_hidden_layers": len(source.tensors)}).items():
         size = source.settings.get(name)
         if isinstance(size, int) and size > limit:
-            raise ModelFileError(f"{name} is {size}, the files hold no more than {limit}")
+            raise ModelFileError(f"{name} is {size}, but the files contain only {limit}")
 
 
 def _dtype(dtype: Any, tensors: Mapping[str, Any]) -> str:
-    """The name of the dtype that is asked for, or of the widest that the tensors have."""
+    """Return the name of the requested dtype, or of the widest among the tensors."""
     if dtype is None:
         stored = {x.dtype for x in tensors.values() if jnp.issubdtype(x.dtype, jnp.floating)}
         widest = jnp.result_type(*stored) if stored else jnp.float32
         return "float32" if widest == jnp.float64 else str(jnp.dtype(widest))
     name = str(jnp.dtype(dtype))
-    if name not in DTYPES:
-        raise ValueError(f"dtype {name} is not one of {', '.join(DTYPES)}")
+    if name not in PARAM_DTYPES:
+        raise ValueError(f"dtype {name} is not one of {', '.join(PARAM_DTYPES)}")
     return name
 
 
@@ -230,12 +230,12 @@ def _module(source: _Source, dtype: str, *, scan: bool, remat: bool) -> Bert | L
         ours = {"scan": scan, "remat": remat, "dtype": dtype, "param_dtype": dtype}
         return Llama(LlamaConfig.from_json(source.settings, **ours))
     if scan or remat:
-        raise ValueError(f"scan and remat: {source.kind} has neither")
+        raise ValueError(f"scan and remat are not supported for {source.kind} models")
     return Bert(BertConfig.from_json(source.settings))
 
 
-def _like(module: nn.Module, dtype: str) -> Any:
-    """The shapes of a module's parameters; nothing is allocated."""
+def _param_shapes(module: nn.Module, dtype: str) -> Any:
+    """Return the shapes of a module's parameters, without allocating them."""
     ids = jax.ShapeDtypeStruct((1, 1), jnp.int32)
     params = jax.eval_shape(module.init, jax.random.key(0), ids, ids)["params"]
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), params)

@@ -1,7 +1,5 @@
 """Rotary position embeddings (Su et al., 2021, https://arxiv.org/abs/2104.09864)."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -12,18 +10,18 @@ import numpy as np
 
 from lora_jax.core.checks import is_number
 
-KINDS = ("default", "linear", "llama3")
+ROPE_KINDS = ("default", "linear", "llama3")
 
 
 @dataclass(frozen=True)
 class Rope:
-    """How positions turn into angles, under the names that `config.json` uses.
+    """How positions become angles, under the names in `config.json`.
 
-    `linear` divides every frequency by `factor`. `llama3` divides those of long waves alone
-    (Llama 3.1): waves longer than `original_max_position_embeddings / low_freq_factor`, with a
-    smooth passage up to `original_max_position_embeddings / high_freq_factor`.
+    `linear` divides every frequency by `factor`. `llama3` (Llama 3.1) divides only those of long
+    waves, longer than `original_max_position_embeddings / low_freq_factor`, with a smooth
+    transition down to `original_max_position_embeddings / high_freq_factor`.
 
-    Raises `ValueError` for a kind that is not in `KINDS` and for numbers that are not positive.
+    Raises `ValueError` for a kind that is not in `ROPE_KINDS` or a number that is not positive.
     """
 
     theta: float = 10000.0
@@ -34,8 +32,10 @@ class Rope:
     original_max_position_embeddings: int = 8192
 
     def __post_init__(self) -> None:
-        if self.kind not in KINDS:
-            raise ValueError(f"rope_type {self.kind!r} is not supported, only {', '.join(KINDS)}")
+        if self.kind not in ROPE_KINDS:
+            raise ValueError(
+                f"rope_type {self.kind!r} is not supported, only {', '.join(ROPE_KINDS)}"
+            )
         for name in (
             *("theta", "factor", "low_freq_factor", "high_freq_factor"),
             "original_max_position_embeddings",
@@ -50,11 +50,11 @@ class Rope:
             )
 
     @classmethod
-    def from_json(cls, settings: Mapping[str, Any]) -> Rope:
-        """Reads a parsed `config.json`, of transformers 4 (`rope_theta`, `rope_scaling`) or 5.
+    def from_json(cls, settings: Mapping[str, Any]) -> "Rope":
+        """Read a parsed `config.json` of transformers 4 (`rope_theta`, `rope_scaling`) or 5.
 
-        Raises `ValueError` for what `Rope` refuses, for a part of the width rotated, and for a
-        scaled kind without its numbers.
+        Raises `ValueError` for what `Rope` refuses, for partial rotation, and for a scaled kind
+        whose numbers are missing.
         """
         given = settings.get("rope_parameters") or settings.get("rope_scaling") or {}
         if not isinstance(given, Mapping):
@@ -64,43 +64,43 @@ class Rope:
             raise ValueError(f"partial_rotary_factor {partial!r} is not supported")
         kind = str(given.get("rope_type", given.get("type")) or "default")
         theta = given.get("rope_theta", settings.get("rope_theta", cls.theta))
-        numbers = {"default": (), "linear": ("factor",), "llama3": SCALED}.get(kind, ())
+        numbers = {"default": (), "linear": ("factor",), "llama3": _LLAMA3_NUMBERS}.get(kind, ())
         if missing := [name for name in numbers if name not in given]:
             raise ValueError(f"rope_type {kind!r} needs {', '.join(missing)}")
         return cls(theta, kind, **{name: given[name] for name in numbers})
 
     def frequencies(self, size: int) -> np.ndarray:
-        """Angle per position of each pair of a head's numbers: `[size / 2]` float32."""
+        """Return the angle per position for each pair in a head: `[size / 2]` float32."""
         frequency = 1 / self.theta ** (np.arange(0, size, 2, dtype=np.float64) / size)
         if self.kind == "linear":
             frequency /= self.factor
         if self.kind == "llama3":
             turns = self.original_max_position_embeddings * frequency / (2 * np.pi)
             low, high = self.low_freq_factor, self.high_freq_factor
-            kept = np.clip((turns - low) / (high - low), 0, 1)  # 1: a short wave, left as it is
+            kept = np.clip((turns - low) / (high - low), 0, 1)  # 1: a short wave, unchanged
             frequency *= kept + (1 - kept) / self.factor
         return frequency.astype(np.float32)
 
     def angles(self, positions: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:
-        """Cosine and sine for `rotate`: `[...]` integers -> `[..., size / 2]` float32, twice."""
+        """Return cosine and sine for `rotate`: ints `[...]` -> float32 `[..., size / 2]` each."""
         frequencies = jnp.expand_dims(self.frequencies(size), range(positions.ndim))
         angle = positions[..., None].astype(jnp.float32) * frequencies
         return jnp.cos(angle), jnp.sin(angle)
 
 
-#: What the kind `llama3` needs besides theta.
-SCALED = (
+# What the kind `llama3` needs besides theta.
+_LLAMA3_NUMBERS = (
     *("factor", "low_freq_factor", "high_freq_factor"),
     "original_max_position_embeddings",
 )
 
 
 def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Turns pairs of numbers: the first and second half of a head, as Hugging Face lays them out.
+    """Rotate pairs of numbers, paired across the two halves of a head as in Hugging Face.
 
     Args:
       x: `[batch, length, ..., size]`.
-      cos, sin: `[batch or 1, length, size / 2]`, of `Rope.angles`.
+      cos, sin: `[batch or 1, length, size / 2]`, from `Rope.angles`.
 
     Returns:
       The same shape and dtype as `x`; the arithmetic is in float32.

@@ -1,6 +1,4 @@
-"""A Llama of a hundred thousand random parameters: to try things out in seconds."""
-
-from __future__ import annotations
+"""A Llama with a hundred thousand random parameters, to try things out in seconds."""
 
 import dataclasses
 from typing import Any
@@ -17,11 +15,11 @@ from lora_jax.models.pretrained import Pretrained
 
 
 def tiny(vocabulary: int, dtype: Any = "float32", *, scan: bool = False) -> Pretrained:
-    """Two layers of width 64 with a tied head, the same parameters every time, stacked or not.
+    """Create two layers of width 64 with a tied head; the parameters are always the same.
 
     Args:
-      vocabulary: how many ids there are.
-      dtype, scan: as `pretrained.load` has them.
+      vocabulary: number of ids.
+      dtype, scan: as in `pretrained.load`.
 
     >>> model = tiny(11)
     >>> model.apply(model.params, jnp.array([[3, 1, 4]])).shape
@@ -53,7 +51,7 @@ def _shapes(module: Llama) -> Any:
 
 
 def _random(shapes: Any) -> Any:
-    """Numbers of numpy's, which no compiler changes: norms of one, all else N(0, 0.1²)."""
+    """Draw with NumPy, whose numbers no compiler changes: norms of one, all else N(0, 0.1²)."""
     rng = np.random.default_rng(0)
 
     def draw(leaf: jax.ShapeDtypeStruct) -> np.ndarray:

@@ -1,6 +1,4 @@
-"""Batches: arrays of rows, held out or in an order that a seed and a step alone decide."""
-
-from __future__ import annotations
+"""Rows of packed tokens, and batches of them in an order that depends on seed and step alone."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,19 +14,19 @@ Batch = Mapping[str, np.ndarray]
 
 @dataclass(frozen=True)
 class Data:
-    """Rows as arrays; a row of zeros is an empty one, which counts for nothing."""
+    """Rows as arrays. A row of zeros is empty and contributes nothing to a loss."""
 
     arrays: Batch  # each [rows, ...]
 
     def __len__(self) -> int:
         return len(next(iter(self.arrays.values())))
 
-    def first(self, count: int) -> Data:
-        """The first `count` rows, or all where there are fewer."""
+    def first(self, count: int) -> "Data":
+        """Return the first `count` rows, or all if there are fewer."""
         return Data({name: x[:count] for name, x in self.arrays.items()})
 
     def take(self, rows: np.ndarray) -> Batch:
-        """The rows at integer indices `[m]`; an index of -1 gives an empty row."""
+        """Return the rows at integer indices `[m]`; an index of -1 gives an empty row."""
         there = rows >= 0
         taken = {name: x[rows] for name, x in self.arrays.items()}
         return {
@@ -38,9 +36,9 @@ class Data:
 
 
 def pack_examples(examples: Sequence[Example], length: int, by: Assign = assign) -> Data:
-    """Examples packed into rows, for a language model that reads `length` tokens of each.
+    """Pack examples into rows, for a language model that reads `length` tokens per row.
 
-    A row has one token more than is read: the last is only predicted.
+    A row has one more token than the model reads: the last one is only predicted.
 
     Args:
       examples: each of at most `length + 1` tokens.
@@ -49,7 +47,7 @@ def pack_examples(examples: Sequence[Example], length: int, by: Assign = assign)
     Returns:
       Data of int32 "ids" and "segments" `[rows, length + 1]` (1, 2, ... for a row's texts, 0 at
       padding) and float32 "weights" of the same shape: 1 where the token is to be predicted from
-      those before it in its segment. The first of a segment never is.
+      those before it in its segment, which the first token of a segment never is.
     """
     lengths = [len(example) for example in examples]
     capacity = length + 1
@@ -67,16 +65,16 @@ def pack_examples(examples: Sequence[Example], length: int, by: Assign = assign)
 
 
 def cut_stream(ids: np.ndarray, length: int) -> Data:
-    """One stream of token ids in rows that predict `length` tokens each.
+    """Cut one stream of token ids into rows that predict `length` tokens each.
 
-    Each row begins with the token that the row before it ends with, so that every token but the
-    first is predicted once. The last row is padded.
+    Each row starts with the last token of the previous row, so every token but the first is
+    predicted once. The last row is padded.
 
     Args:
       ids: int32 `[n]`, n at least 2.
 
     Returns:
-      Data as `pack_examples` gives it.
+      Data as `pack_examples` returns it.
 
     >>> cut_stream(np.arange(1, 7, dtype=np.int32), length=2).arrays["ids"]
     array([[1, 2, 3],
@@ -100,7 +98,7 @@ def pack_texts(texts: Sequence[np.ndarray], length: int, slots: int, by: Assign 
 
     Args:
       texts: int32 token ids `[n]` of each text, n at most `length`.
-      slots: texts a row holds at most.
+      slots: maximum number of texts per row.
       by: which texts share a row; `assign_in_order` keeps their order.
 
     Returns:
@@ -128,12 +126,12 @@ def pack_labelled(
     slots: int,
     by: Assign = assign,
 ) -> Data:
-    """Labelled texts packed into rows of `length` tokens, for a classifier.
+    """Pack labelled texts into rows of `length` tokens, for a classifier.
 
     Args:
       texts: int32 token ids `[n]` of each text, n at most `length`.
-      labels: the class of each.
-      slots: texts a row holds at most.
+      labels: the class of each text.
+      slots: maximum number of texts per row.
       by: which texts share a row; `assign_in_order` keeps their order.
 
     Returns:
@@ -163,39 +161,39 @@ def add_labels(texts: Data, labels: Sequence[int]) -> Data:
 
 
 def steps_per_epoch(rows: int, size: int) -> int:
-    """Batches of `size` rows that hold all `rows`."""
+    """Return how many batches of `size` rows contain all `rows`."""
     return math.ceil(rows / size)
 
 
 def batch_of_step(data: Data, size: int, seed: int | None, step: int) -> Batch:
-    """The `size` rows of one training step, a function of seed and step alone.
+    """Return the `size` rows of one training step, which depend on seed and step alone.
 
-    Each epoch goes through all rows once, in an order of its own; empty rows fill its last batch.
+    Each epoch visits every row once, in a new order; empty rows fill up its last batch.
 
     Args:
-      seed: of the orders; None takes the rows as they stand, in every epoch.
-      step: from 0.
+      seed: random seed for the order; with None every epoch takes the rows as they stand.
+      step: counted from 0.
     """
     epoch, place = divmod(step, steps_per_epoch(len(data), size))
     if seed is None:
         order = np.arange(len(data))
     else:
         order = np.random.default_rng([seed, epoch]).permutation(len(data))
-    return data.take(_filled(order[place * size : (place + 1) * size], size))
+    return data.take(_fill_up(order[place * size : (place + 1) * size], size))
 
 
 def batches(data: Data, size: int) -> Iterator[Batch]:
-    """All rows in order, `size` at a time; empty rows fill the last batch up."""
+    """Yield all rows in order, `size` at a time; empty rows fill up the last batch."""
     for start in range(0, len(data), size):
-        yield data.take(_filled(np.arange(start, min(start + size, len(data))), size))
+        yield data.take(_fill_up(np.arange(start, min(start + size, len(data))), size))
 
 
-def _filled(rows: np.ndarray, size: int) -> np.ndarray:
+def _fill_up(rows: np.ndarray, size: int) -> np.ndarray:
     return np.concatenate([rows, np.full(size - len(rows), -1, rows.dtype)])
 
 
 def hold_out(count: int, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Indices of the examples to train on and of those held out, drawn by `seed`, ascending.
+    """Draw the examples to train on and those to hold out, and return their indices, ascending.
 
     Raises:
       ValueError: one of the two parts would be empty.
@@ -205,6 +203,6 @@ def hold_out(count: int, share: float, seed: int) -> tuple[np.ndarray, np.ndarra
     """
     held = round(count * share)
     if not 0 < held < count:
-        raise ValueError(f"a share of {share} of {count} examples leaves one part empty")
+        raise ValueError(f"holding out {share} of {count} examples leaves one part empty")
     order = np.random.default_rng([seed, count]).permutation(count)
     return np.sort(order[held:]), np.sort(order[:held])

@@ -1,31 +1,29 @@
-"""Checkpoints of a run by Orbax: adapters, optimizer state and step, whole or not there."""
-
-from __future__ import annotations
+"""Checkpoints of a run, written by Orbax: adapters, optimizer state and step, whole or absent."""
 
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import jax
 import orbax.checkpoint as ocp
 
 from lora_jax.training.errors import TrainingError
 
-_DELETED = ".deleted"  # where old steps go by one rename, so that none is ever there in part
+_DELETED = ".deleted"  # old steps are renamed into it, so that none is ever there in part
 
 
 class Checkpoints:
     """The last checkpoints in a directory, by step.
 
     Args:
-      directory: made if need be.
-      keep: how many to keep; the one before the last is there in case the last one is damaged.
+      directory: created if missing.
+      keep: how many to keep; an older one is there in case the last one is damaged.
     """
 
     def __init__(self, directory: str | Path, keep: int = 2) -> None:
         self.directory = Path(directory).absolute()
-        # Saved before the next step gives the state's memory away: there is nothing to gain by
-        # writing in the background.
+        # The next step donates the state, so it is saved before: writing in the background would
+        # gain nothing.
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep,
             enable_async_checkpointing=False,
@@ -35,7 +33,7 @@ class Checkpoints:
         self._empty()
         self._manager = ocp.CheckpointManager(self.directory, options=options)
 
-    def __enter__(self) -> Checkpoints:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -46,11 +44,11 @@ class Checkpoints:
         self._manager.close()
 
     def steps(self) -> list[int]:
-        """The steps that are there whole, ascending."""
+        """Return the steps of the complete checkpoints, ascending."""
         return sorted(self._manager.all_steps())
 
     def save(self, step: int, state: Any) -> None:
-        """Writes `state`, a pytree of arrays, unless that step is there already.
+        """Write `state`, a pytree of arrays, unless there is a checkpoint of that step.
 
         Raises:
           TrainingError: the disk is full, or the directory cannot be written to.
@@ -61,20 +59,20 @@ class Checkpoints:
             self._manager.save(step, args=ocp.args.StandardSave(state), force=True)
         except OSError as error:
             raise TrainingError(
-                f"{self.directory}: the checkpoint of step {step} cannot be written ({error}); "
-                "make room and go on with --resume"
+                f"{self.directory}: cannot write the checkpoint of step {step} ({error}). Free "
+                "some disk space, then continue with --resume"
             ) from error
         self._empty()
 
     def _empty(self) -> None:
-        """Deletes what was put aside; after a kill the next process does."""
+        """Delete the old steps that were put aside. After a kill the next process does it."""
         shutil.rmtree(self.directory / _DELETED, ignore_errors=True)
 
     def restore(self, like: Any) -> tuple[int, Any] | None:
-        """The last checkpoint that can be read, and its step; None if there is none at all.
+        """Return the last readable checkpoint with its step, or None without any checkpoint.
 
         Args:
-          like: a pytree of arrays or `ShapeDtypeStruct`s of the state's structure.
+          like: a pytree of arrays or `ShapeDtypeStruct`s with the structure of the state.
 
         Raises:
           TrainingError: there are checkpoints, and none of them can be read.
@@ -90,8 +88,8 @@ class Checkpoints:
                 return step, found
         if failure is not None:
             raise TrainingError(
-                f"{self.directory}: no checkpoint can be read ({str(failure).splitlines()[0]}); "
-                "start anew in another --out"
+                f"{self.directory}: cannot read any checkpoint ({str(failure).splitlines()[0]}). "
+                "Start again with another --out"
             ) from failure
         return None
 

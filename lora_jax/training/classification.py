@@ -11,7 +11,7 @@ import numpy as np
 from lora_jax.models.bert import mean_pool
 from lora_jax.training.batching import Batch, Data, batches, steps_per_epoch
 from lora_jax.training.dataset import Rows
-from lora_jax.training.errors import DataError, listed
+from lora_jax.training.errors import DataError, list_problems
 from lora_jax.training.tokenize import Encoder, surrounding
 
 Label = str | int
@@ -30,12 +30,14 @@ def classes(rows: Rows) -> tuple[Label, ...]:
     """Return the labels of a file, ascending: label i is class i.
 
     Raises:
-      DataError: rows of another kind, or one label only.
+      DataError: the rows are not labelled, or all have the same label.
     """
     _check_kind(rows)
     found = tuple(sorted({row.values["label"] for row in rows.rows}))
     if len(found) < 2:
-        raise DataError(f"{rows.source}: all rows have the label {found[0]!r}; two are needed")
+        raise DataError(
+            f"{rows.source}: all rows have the label {found[0]!r}; a classifier needs two labels"
+        )
     return found
 
 
@@ -44,16 +46,16 @@ def encode_labelled(
 ) -> LabelledTexts:
     """Encode texts, with the tokens that the model expects around each, and number their labels.
 
-    A text of more than `length` tokens loses its end, but not the token that closes it.
+    A text of more than `length` tokens is truncated, but keeps the token that closes it.
 
     Args:
-      rows: of kind "label".
-      tokenizer: gives ids.
-      known: label i is class i, as `classes` returns them.
-      length: tokens of the longest text.
+      rows: rows of kind "label".
+      tokenizer: turns text into ids.
+      known: the labels as `classes` returns them: label i is class i.
+      length: maximum number of tokens per text.
 
     Raises:
-      DataError: rows of another kind, or labels that are not among the `known`.
+      DataError: the rows are not labelled, or a label is not among the `known`.
     """
     _check_kind(rows)
     number = {label: i for i, label in enumerate(known)}
@@ -63,7 +65,10 @@ def encode_labelled(
         if row.values["label"] not in number
     ]
     if problems:
-        raise DataError(f"{rows.source}: labels that do not occur in training:\n{listed(problems)}")
+        raise DataError(
+            f"{rows.source}: labels that the training data does not contain:\n"
+            f"{list_problems(problems)}"
+        )
     texts = [row.values["text"] for row in rows.rows]
     whole = [np.asarray(tokenizer.encode(text, special=True), np.int32) for text in texts]
     closing = surrounding(tokenizer)[1]
@@ -72,7 +77,7 @@ def encode_labelled(
         for ids in whole
     ]
     long = sum(len(ids) > length for ids in whole)
-    notes = (f"{long} of {len(whole)} texts exceed {length} tokens: cut off",) if long else ()
+    notes = (f"{long} of {len(whole)} texts exceed {length} tokens: truncated",) if long else ()
     labels = np.array([number[row.values["label"]] for row in rows.rows], np.int32)
     return LabelledTexts(tuple(ids.astype(np.int32) for ids in cut), labels, notes)
 
@@ -80,7 +85,8 @@ def encode_labelled(
 def _check_kind(rows: Rows) -> None:
     if rows.kind != "label":
         raise DataError(
-            f'{rows.source}: {rows.kind} rows; --task classification needs {{"text", "label"}}'
+            f"{rows.source} has {rows.kind} rows, but a classifier needs rows of the form "
+            '{"text": …, "label": …}'
         )
 
 
@@ -92,7 +98,7 @@ class Classifier:
     """
 
     hidden: Callable[[Any, Any, Any], jax.Array]
-    slots: int  # texts a row holds at most
+    slots: int  # maximum number of texts per row
 
     def embed(self, params: Any, ids: jax.Array, segments: jax.Array) -> jax.Array:
         """Return each text's mean hidden state: float32 `[rows, slots, width]`."""
@@ -125,10 +131,10 @@ def with_head(
       params: parameters of `hidden`.
       width: size of a hidden state.
       classes: number of logits per text.
-      slots: texts a row holds at most.
+      slots: maximum number of texts per row.
       seed: random seed for the head.
-      initializer: makes the head's kernel `[width, classes]`, as those of `jax.nn.initializers`;
-        by default N(0, 1/width). The bias is zero.
+      initializer: for the head's kernel `[width, classes]`, like those in
+        `jax.nn.initializers`; N(0, 1/width) by default. The bias is zero.
 
     Returns:
       The classifier, and its parameters: the model's as "encoder", and a float32 "head".
@@ -145,14 +151,14 @@ def predict(
     rows: int,
     watch: Callable[[Iterable[Batch], int], Iterable[Batch]] = lambda batches, total: batches,
 ) -> np.ndarray:
-    """Return a function's output for every text, in the order in which the texts were given.
+    """Return a function's output for every text, in the texts' original order.
 
     Args:
       apply: `(params, ids, segments) -> [rows, slots, ...]`, compiled by `jax.jit`.
       params: its parameters.
       texts: `n` texts, from `pack_texts`.
-      rows: size of a batch.
-      watch: wraps the batches, whose number it is given, as `progress.track` does.
+      rows: rows per batch.
+      watch: wraps the batches, given how many there are; `progress.track` makes such a wrapper.
 
     Returns:
       `[n, ...]`.

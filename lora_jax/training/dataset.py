@@ -1,6 +1,4 @@
-"""Reading training data: JSON lines of four kinds, or one plain text."""
-
-from __future__ import annotations
+"""Training data: JSON lines of four kinds, or one plain text."""
 
 import json
 from collections.abc import Mapping
@@ -9,16 +7,16 @@ from pathlib import Path
 from typing import Any
 
 from lora_jax.core.checks import is_integer
-from lora_jax.training.errors import DataError, listed
+from lora_jax.training.errors import DataError, list_problems
 
-# kind -> the keys that a row of it has
+# kind -> the keys of its rows
 KEYS = {
     "text": ("text",),
     "completion": ("prompt", "completion"),
     "chat": ("messages",),
     "label": ("text", "label"),
 }
-STREAM = "stream"  # a .txt file: one text without rows
+STREAM = "stream"  # a .txt file: one text, not divided into rows
 KNOWN = frozenset(key for keys in KEYS.values() for key in keys)
 FORMS = (
     '{"text": …}, {"prompt": …, "completion": …}, {"messages": [{"role": …, "content": …}]} or '
@@ -30,8 +28,8 @@ FORMS = (
 class Row:
     """One row of a file, checked."""
 
-    line: int  # its number, from 1
-    values: Mapping[str, Any]  # by the keys of its kind; every string is non-empty and encodable
+    line: int  # line number, counted from 1
+    values: Mapping[str, Any]  # by key; every string is non-empty and can be encoded
 
 
 @dataclass(frozen=True)
@@ -39,79 +37,80 @@ class Rows:
     """The rows of a file, all of one kind."""
 
     source: str  # the file's name, for messages
-    kind: str  # a key of KEYS, or STREAM, which has one row with "text"
+    kind: str  # a key of KEYS, or STREAM, which has a single row with "text"
     rows: tuple[Row, ...]
-    ignored: tuple[str, ...] = ()  # keys that some rows hold besides
+    ignored: tuple[str, ...] = ()  # other keys found in some rows
 
     def __len__(self) -> int:
         return len(self.rows)
 
 
 def read_rows(path: str | Path, encoding: str = "utf-8") -> Rows:
-    """Reads a `.jsonl` file, one JSON object a line, or a `.txt` file, one text.
+    """Read a `.jsonl` file, one JSON object per line, or a `.txt` file, a single text.
 
     Args:
-      path: the file. Blank lines of a `.jsonl` file are skipped, and so is a byte order mark.
-      encoding: of the file, a name that Python knows.
+      path: the file. Blank lines of a `.jsonl` file and a byte order mark are skipped.
+      encoding: text encoding of the file, a name that Python knows.
 
     Raises:
-      DataError: the file is missing, empty, of another suffix or another encoding (the byte is
-        named), or rows are bad or of several kinds: the first ten are listed by line number.
+      DataError: the file is missing or empty, has another suffix or another encoding (the message
+        names the byte), or has bad rows or rows of several kinds (the first ten are listed by
+        line number).
     """
     path = Path(path)
-    text = decode(path, encoding)
+    text = decode_file(path, encoding)
     if path.suffix == ".txt":
         problem = _string_problem("text", text)
         if problem:
-            raise DataError(f"{path}: {problem}; give a file with text in it")
+            raise DataError(f"{path}: {problem}; use a file that contains text")
         return Rows(str(path), STREAM, (Row(1, {"text": text}),))
     if path.suffix != ".jsonl":
         raise DataError(
-            f"{path}: the suffix says what a file is; use .jsonl (rows of {FORMS}) or .txt"
+            f"{path}: unknown file type; rename it to .jsonl (rows of {FORMS}) or .txt (one text)"
         )
     return _read_lines(str(path), text)
 
 
-def decode(path: Path, encoding: str) -> str:
-    """A file's text; raises `DataError` as `read_rows` does."""
+def decode_file(path: Path, encoding: str) -> str:
+    """Return a file's text; raise `DataError` as `read_rows` does."""
     try:
         data = path.read_bytes()
     except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror})") from None
+        raise DataError(f"cannot read {path}: {error.strerror}") from None
     try:
         return data.decode(encoding).removeprefix("\ufeff")
     except LookupError:
-        raise DataError(f"{path}: no encoding is called {encoding!r}; try utf-8") from None
+        raise DataError(f"{path}: unknown encoding {encoding!r}; try utf-8") from None
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         other = "latin-1" if encoding.lower().replace("_", "-") != "latin-1" else "utf-8"
         raise DataError(
             f"{path}, line {line}: byte 0x{data[error.start]:02x} at offset {error.start} is not "
-            f"{encoding}; convert the file, or name its encoding (--encoding {other} perhaps)"
+            f"valid {encoding}; convert the file, or name its encoding (perhaps --encoding {other})"
         ) from None
 
 
 def _read_lines(source: str, text: str) -> Rows:
-    """The rows of JSON lines."""
+    """Return the rows of JSON lines."""
     problems: list[str] = []
     rows: list[tuple[str, Row]] = []
     ignored: dict[str, None] = {}
-    # Not `splitlines`, which would also cut at characters that JSON strings may hold.
+    # `splitlines` would also cut at characters that JSON strings may contain.
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
         try:
-            kind, values, others = parse(line)
+            kind, values, others = parse_row(line)
         except ValueError as error:
             problems.append(f"line {number}: {error}")
             continue
         rows.append((kind, Row(number, values)))
         ignored |= dict.fromkeys(others)
     if not rows and not problems:
-        raise DataError(f"{source}: the file is empty; it should hold rows of {FORMS}")
+        raise DataError(f"{source}: the file is empty; it should contain rows of {FORMS}")
     first = rows[0][0] if rows else ""
     problems += [
-        f"line {row.line}: a {kind} row, but line {rows[0][1].line} is a {first} row"
+        f"line {row.line} is a {kind} row, but line {rows[0][1].line} is a {first} row"
         for kind, row in rows
         if kind != first
     ]
@@ -119,17 +118,17 @@ def _read_lines(source: str, text: str) -> Rows:
         problems = _label_problems([row for _, row in rows])
     if problems:
         count = "1 bad row" if len(problems) == 1 else f"{len(problems)} bad rows"
-        raise DataError(f"{source}: {count}; correct or remove them:\n{listed(problems)}")
+        raise DataError(f"{source}: {count}; fix or remove them:\n{list_problems(problems)}")
     return Rows(source, first, tuple(row for _, row in rows), tuple(ignored))
 
 
-def parse(line: str) -> tuple[str, dict[str, Any], list[str]]:
-    """One line's kind, its values, and the keys that are ignored.
+def parse_row(line: str) -> tuple[str, dict[str, Any], list[str]]:
+    """Return the kind of a line, its values, and the keys that are ignored.
 
     Raises:
       ValueError: what is wrong with the row, in a few words.
 
-    >>> parse('{"prompt": "1 + 1 =", "completion": " 2", "id": 7}')
+    >>> parse_row('{"prompt": "1 + 1 =", "completion": " 2", "id": 7}')
     ('completion', {'prompt': '1 + 1 =', 'completion': ' 2'}, ['id'])
     """
     try:
@@ -137,14 +136,14 @@ def parse(line: str) -> tuple[str, dict[str, Any], list[str]]:
     except RecursionError:
         raise ValueError("nested too deeply") from None
     except json.JSONDecodeError as error:
-        raise ValueError(f"not JSON ({error.msg} at column {error.colno})") from None
+        raise ValueError(f"not valid JSON ({error.msg} at column {error.colno})") from None
     if not isinstance(row, dict):
         raise ValueError(f"a JSON {_json_type(row)}, not an object")
     present = KNOWN & row.keys()
     kind = next((kind for kind, keys in KEYS.items() if present == set(keys)), None)
     if kind is None:
-        held = ", ".join(map(repr, row)) or "no keys"
-        raise ValueError(f"holds {held}; a row is {FORMS}")
+        keys = f"the keys {', '.join(map(repr, row))}" if row else "no keys"
+        raise ValueError(f"has {keys}; a row must be {FORMS}")
     check = {"messages": _messages_problem, "label": _label_problem}
     found = (check.get(key, lambda x, k=key: _string_problem(k, x))(row[key]) for key in KEYS[kind])
     problem = next(filter(None, found), None)
@@ -159,22 +158,22 @@ def _string_problem(name: str, value: Any) -> str | None:
     if not value.strip():
         return f"{name} is empty"
     if any("\ud800" <= character <= "\udfff" for character in value):
-        return f"{name} holds half of a surrogate pair, which is no character"
+        return f"{name} contains half of a surrogate pair, which is not a character"
     return None
 
 
 def _messages_problem(messages: Any) -> str | None:
     if not isinstance(messages, list) or not messages:
-        return f"messages is {'an empty list' if messages == [] else 'no list'}"
+        return f"messages is {'an empty list' if messages == [] else 'not a list'}"
     for i, message in enumerate(messages):
         if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
-            return f"messages[{i}] has no role and content"
+            return f"messages[{i}] must have role and content"
         for key in ("role", "content"):
             problem = _string_problem(f"messages[{i}].{key}", message[key])
             if problem:
                 return problem
     if all(message["role"] != "assistant" for message in messages):
-        return "messages has no assistant turn to learn from"
+        return "messages contains no assistant turn to train on"
     return None
 
 
@@ -189,11 +188,11 @@ def _label_problem(label: Any) -> str | None:
 
 
 def _label_problems(rows: list[Row]) -> list[str]:
-    """Labels of a file are all strings or all integers."""
+    """Describe the labels that are not of the first one's type: all strings, or all integers."""
     first = type(rows[0].values["label"])
     return [
-        f"line {row.line}: the label {row.values['label']!r} is not of the type of line "
-        f"{rows[0].line}'s, {rows[0].values['label']!r}"
+        f"line {row.line}: the label {row.values['label']!r} has another type than "
+        f"{rows[0].values['label']!r} in line {rows[0].line}"
         for row in rows
         if type(row.values["label"]) is not first
     ]

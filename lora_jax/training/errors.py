@@ -1,4 +1,4 @@
-"""What can go wrong with the data or in the course of training."""
+"""Errors in the data or during training."""
 
 from collections.abc import Sequence
 
@@ -10,13 +10,13 @@ class DataError(LoraError):
 
 
 class TrainingError(LoraError):
-    """A run cannot start, go on, or be resumed; the message says what to do."""
+    """A run cannot start, continue or be resumed; the message says what to do."""
 
 
-def listed(problems: Sequence[str], shown: int = 10) -> str:
-    """The first problems, one a line, and how many more there are.
+def list_problems(problems: Sequence[str], shown: int = 10) -> str:
+    """Return the first problems, one per line, and how many more there are.
 
-    >>> print(listed(["line 1: bad", "line 2: bad", "line 7: bad"], shown=2))
+    >>> print(list_problems(["line 1: bad", "line 2: bad", "line 7: bad"], shown=2))
       line 1: bad
       line 2: bad
       and 1 more

@@ -1,6 +1,4 @@
-"""Ctrl-C and SIGTERM as a wish that the loop looks at between its steps."""
-
-from __future__ import annotations
+"""Ctrl-C and SIGTERM as a request to stop, which the loop checks between steps."""
 
 import signal
 from collections.abc import Iterator
@@ -23,9 +21,9 @@ class Interrupt:
 
 @contextmanager
 def interruptible() -> Iterator[Interrupt]:
-    """Notes the first SIGINT or SIGTERM within its block; a second one acts as ever.
+    """Record the first SIGINT or SIGTERM within its block; a second one acts as usual.
 
-    Only the main thread can; the handlers that were there come back behind the block.
+    Only the main thread can do this. The previous handlers are restored after the block.
     """
     interrupt = Interrupt()
     before = {number: signal.getsignal(number) for number in SIGNALS}

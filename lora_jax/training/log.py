@@ -1,6 +1,4 @@
-"""The log of a run: one JSON object a line, of a step or of an evaluation."""
-
-from __future__ import annotations
+"""The log of a run: one JSON object per line, for a step or an evaluation."""
 
 import json
 from collections.abc import Mapping
@@ -13,13 +11,13 @@ Record = Mapping[str, Any]
 
 
 def append(path: Path, record: Record) -> None:
-    """Writes one line; what is written stays, even if the process is killed."""
+    """Append one line, which survives even if the process is killed."""
     with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(record) + "\n")
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """The records of a log, without a last line that was cut short; none if there is no file."""
+    """Return the records of a log, without a truncated last line; none without a file."""
     if not path.exists():
         return []
     lines = path.read_text(encoding="utf-8").split("\n")
@@ -35,7 +33,7 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 
 def rewind(path: Path, step: int) -> list[dict[str, Any]]:
-    """Drops all records behind `step`, as a resumed run writes them anew; returns what is left."""
+    """Drop the records after `step`, which a resumed run writes again, and return the others."""
     kept = [record for record in read(path) if record["step"] <= step]
     if path.exists():
         write_atomically(path, "".join(json.dumps(r) + "\n" for r in kept).encode())
@@ -43,11 +41,11 @@ def rewind(path: Path, step: int) -> list[dict[str, Any]]:
 
 
 def losses(records: list[dict[str, Any]]) -> tuple[list[int], list[float]]:
-    """Steps and training losses."""
+    """Return the steps and their training losses."""
     found = [(r["step"], r["loss"]) for r in records if "loss" in r]
     return [step for step, _ in found], [loss for _, loss in found]
 
 
 def evaluations(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The records of held-out rows."""
+    """Return the records of evaluations."""
     return [record for record in records if "eval_loss" in record]

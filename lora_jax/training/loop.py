@@ -1,6 +1,4 @@
-"""The loop: steps, evaluations, checkpoints and a log; to the bit the same when resumed."""
-
-from __future__ import annotations
+"""The loop: steps, evaluations, checkpoints and a log. Resuming is exact to the bit."""
 
 import math
 import time
@@ -21,19 +19,19 @@ from lora_jax.training.step import Loss, State, init_state, make_evaluation, mak
 
 @dataclass(frozen=True)
 class Settings:
-    """How long and how often; rows are those of `Data`.
+    """How long to train, and how often to evaluate and save.
 
     Raises:
-      TrainingError: a field is not what it should be; the message names it.
+      TrainingError: a field has an invalid value; the message names it.
     """
 
     steps: int
-    rows: int = 4  # of a micro-batch
-    accumulate: int = 1  # micro-batches of a step
-    seed: int = 0  # of the order and of dropout
-    shuffle: bool = True  # a new order every epoch, or the rows as they stand
-    eval_every: int = 0  # steps; 0 evaluates before the first step and after the last alone
-    save_every: int = 0  # steps; 0 saves after the last alone
+    rows: int = 4  # rows per micro-batch
+    accumulate: int = 1  # micro-batches per step
+    seed: int = 0  # random seed for data order and dropout
+    shuffle: bool = True  # a new order every epoch; otherwise the rows as they stand
+    eval_every: int = 0  # steps; 0 evaluates only before the first step and after the last
+    save_every: int = 0  # steps; 0 saves only after the last
 
     def __post_init__(self) -> None:
         for name in ("steps", "rows", "accumulate"):
@@ -71,11 +69,11 @@ class Job:
 
 @dataclass(frozen=True)
 class Watcher:
-    """What happens besides; each may be left out."""
+    """Callbacks of a run, all optional."""
 
-    stop: Callable[[], bool] = lambda: False  # looked at between steps
-    step: Callable[[log.Record], None] = lambda record: None  # told every record of the log
-    best: Callable[[Any, log.Record], None] = lambda adapters, record: None  # the lowest loss yet
+    stop: Callable[[], bool] = lambda: False  # checked between steps
+    step: Callable[[log.Record], None] = lambda record: None  # called with every log record
+    best: Callable[[Any, log.Record], None] = lambda adapters, record: None  # lowest loss so far
 
 
 @dataclass(frozen=True)
@@ -83,24 +81,24 @@ class Outcome:
     """Where a run ended."""
 
     adapters: Any
-    step: int  # steps done; fewer than asked for where it was stopped
+    step: int  # steps done; fewer than requested if the run was stopped
     records: list[dict[str, Any]]  # the whole log
 
 
 def train(job: Job, adapters: Any, watcher: Watcher = Watcher()) -> Outcome:
-    """Trains `adapters`, from the last checkpoint in the job's directory if there is one.
+    """Train `adapters`, from the last checkpoint in the job's directory if there is one.
 
-    The order of the rows and the dropout are functions of seed and step, so a resumed run takes
-    the same steps to the bit as one that was never interrupted.
+    Data order and dropout depend on seed and step alone, so a resumed run takes the same steps,
+    to the bit, as one that was never interrupted.
 
     Args:
       job: the loss, the data, the settings.
-      adapters: the overlay to start with; its arrays are left alone.
-      watcher: what is told about it, and what may stop it.
+      adapters: the initial adapters, as `lora_jax.split` returns them; they are left unchanged.
+      watcher: callbacks, one of which may stop the run.
 
     Raises:
-      TrainingError: the loss or the gradient is not finite (the state before that step is saved
-        and resuming goes on there), or checkpoints cannot be written or read.
+      TrainingError: the loss or the gradient is not finite (the state before that step is saved,
+        and resuming continues from it), or checkpoints cannot be written or read.
     """
     settings = job.settings
     with RunFiles(job.directory) as files:
@@ -188,15 +186,15 @@ def _make_evaluate(
 def measure(
     run: Callable[..., Any], adapters: Any, base: Any, data: Data, rows: int
 ) -> dict[str, float]:
-    """Loss over all of `data`, each token or text counted once.
+    """Measure the loss over all of `data`, counting each token or text once.
 
     Args:
-      run: as `make_evaluation` returns it.
-      rows: in a batch.
+      run: from `make_evaluation`.
+      rows: rows per batch.
 
     Returns:
-      "eval_loss", with "perplexity" (its exponential) of a language model, "eval_accuracy" of a
-      classifier.
+      "eval_loss", and "perplexity" (its exponential) for a language model or "eval_accuracy" for
+      a classifier.
     """
     total: dict[str, float] = {}
     for batch in batches(data, rows):
@@ -213,7 +211,7 @@ def _is_due(done: int, every: int, steps: int) -> bool:
 
 
 def steps_of_epochs(epochs: float, data: Data, size: int) -> int:
-    """Steps of `size` rows that go through `data` so many times.
+    """Return how many steps of `size` rows go through `data` that many times.
 
     >>> import numpy as np
     >>> steps_of_epochs(2, Data({"ids": np.zeros((10, 3))}), size=4)

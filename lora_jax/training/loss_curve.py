@@ -1,6 +1,4 @@
-"""The picture of a run: losses by step."""
-
-from __future__ import annotations
+"""A picture of a run: losses by step."""
 
 from pathlib import Path
 from typing import Any
@@ -13,13 +11,13 @@ from lora_jax.training import log
 
 
 def draw(records: list[dict[str, Any]], path: Path, window: int = 20) -> None:
-    """Draws training losses, their mean over the last `window` steps, and held-out losses.
+    """Draw training losses, their mean over the last `window` steps, and held-out losses.
 
     Args:
-      records: of a log, as `log.read` returns them.
+      records: log records, as `log.read` or `loop.train` returns them.
       path: a `.png` file; an existing one is replaced.
     """
-    # A bare Figure draws without pyplot, hence without a display or global state.
+    # A bare Figure needs no pyplot, hence no display and no global state.
     figure = Figure(figsize=(7, 4), layout="constrained")
     canvas = FigureCanvasAgg(figure)
     axes = figure.subplots()

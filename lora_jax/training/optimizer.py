@@ -1,6 +1,4 @@
-"""Learning rates over the steps, and the optimizer of the adapters."""
-
-from __future__ import annotations
+"""Learning-rate schedules, and the optimizer of the adapters."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,18 +14,18 @@ SCHEDULES = ("cosine", "constant")
 
 @dataclass(frozen=True)
 class Optimizer:
-    """AdamW (https://arxiv.org/abs/1711.05101) with a warm-up, for adapters alone.
+    """AdamW (https://arxiv.org/abs/1711.05101) with warm-up, for the adapters only.
 
     Raises:
-      TrainingError: a field has a value that cannot be used; the message names it.
+      TrainingError: a field has an invalid value; the message names it.
     """
 
-    learning_rate: float = 2e-4  # at its highest
-    schedule: str = "cosine"  # "cosine" falls to zero with the last step, "constant" stays
-    warmup: float = 0.05  # steps of rising rate; below 1 a share of all steps
-    clip: float = 1.0  # the gradients' global norm at most; 0 clips nothing
+    learning_rate: float = 2e-4  # after warm-up
+    schedule: str = "cosine"  # "cosine" decays to zero at the last step; or "constant"
+    warmup: float = 0.05  # steps; a value below 1 is a fraction of all steps
+    clip: float = 1.0  # maximum global norm of the gradients; 0 disables clipping
     weight_decay: float = 0.0
-    b_ratio: float = 1.0  # B learns so many times faster than A (LoRA+)
+    b_ratio: float = 1.0  # learning rate of B over that of A (LoRA+)
 
     def __post_init__(self) -> None:
         if self.schedule not in SCHEDULES:
@@ -40,7 +38,7 @@ class Optimizer:
                 raise TrainingError(f"{name} must not be negative, got {getattr(self, name)}")
 
     def rates(self, steps: int) -> Callable[[Any], Any]:
-        """The learning rate of step 0, 1, ...; the first step has a rate above zero already.
+        """Return the learning rate as a function of the step, from 0; it is never zero at step 0.
 
         >>> rates = Optimizer(1.0, warmup=3).rates(steps=11)
         >>> [round(float(rates(step)), 3) for step in (0, 1, 2, 3, 7, 11)]
@@ -58,8 +56,10 @@ class Optimizer:
         return optax.join_schedules([rising, after], [warmup]) if warmup else after
 
     def transformation(self, adapters: Any, steps: int) -> optax.GradientTransformation:
-        """The optax transformation for an overlay of adapters; all but A, B, magnitudes and the
-        leaves trained whole stays as it is."""
+        """Return the optax transformation for adapters, as `lora_jax.split` returns them.
+
+        It changes only A, B, magnitudes and fully trained leaves.
+        """
         adamw = lambda rate: optax.adamw(rate, weight_decay=self.weight_decay)
         rates = self.rates(steps)
         if self.b_ratio == 1:
@@ -69,7 +69,7 @@ class Optimizer:
         return optax.chain(self.clipping(adapters), inner)
 
     def clipping(self, adapters: Any) -> optax.GradientTransformation:
-        """What bounds the global norm of all that trains, whatever groups it is in."""
+        """Return the clipping of the global norm over everything that trains, in any group."""
         if not self.clip:
             return optax.identity()
         return lora.freeze(optax.clip_by_global_norm(self.clip), adapters)

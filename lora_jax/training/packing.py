@@ -1,7 +1,7 @@
 """Packing texts of different lengths into rows of one length.
 
-Rows hold several texts, one behind the other, as the models of `lora_jax.models` take them.
-Compared with a padded row for each text this wastes next to nothing, and there is one shape to
+A row contains several texts, one after the other, as the models in `lora_jax.models` take them.
+Compared with one padded row per text this wastes next to nothing, and there is one shape to
 compile.
 """
 
@@ -9,25 +9,25 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-#: Which texts share a row, given their lengths, a row's tokens and its most texts.
+#: Which texts share a row, given their lengths, the tokens per row and the most texts per row.
 Assign = Callable[[Sequence[int], int, int], list[list[int]]]
 
 
 def assign(lengths: Sequence[int], capacity: int, slots: int) -> list[list[int]]:
-    """Best-fit decreasing bin packing: which texts share a row.
+    """Decide which texts share a row, by best-fit decreasing bin packing.
 
     Longest first, each text goes to the row whose free space it fills best.
 
     Args:
       lengths: tokens of each text.
-      capacity: tokens a row holds.
-      slots: texts a row holds at most.
+      capacity: tokens per row.
+      slots: maximum number of texts per row.
 
     Returns:
-      For each row, the indices of its texts.
+      The indices of the texts in each row.
 
     Raises:
-      ValueError: when a text is empty or longer than a row.
+      ValueError: a text is empty or longer than a row.
     """
     _refuse_unfit(lengths, capacity)
     rows: list[list[int]] = []
@@ -47,7 +47,7 @@ def assign(lengths: Sequence[int], capacity: int, slots: int) -> list[list[int]]
 
 
 def assign_in_order(lengths: Sequence[int], capacity: int, slots: int) -> list[list[int]]:
-    """Next-fit packing, which keeps the texts' order and fills the rows less well than `assign`.
+    """Decide which texts share a row, in their order; this fills rows less well than `assign`.
 
     >>> assign_in_order([2, 1, 2, 3], capacity=4, slots=8)
     [[0, 1], [2], [3]]
@@ -67,21 +67,21 @@ def assign_in_order(lengths: Sequence[int], capacity: int, slots: int) -> list[l
 def _refuse_unfit(lengths: Sequence[int], capacity: int) -> None:
     for text, length in enumerate(lengths):
         if not 1 <= length <= capacity:
-            raise ValueError(f"text {text} has {length} tokens; a row holds 1 to {capacity}")
+            raise ValueError(f"text {text} has {length} tokens, but a row takes 1 to {capacity}")
 
 
 def lay_out(
     rows: Sequence[Sequence[int]], texts: Sequence[np.ndarray], capacity: int
 ) -> np.ndarray:
-    """One value for each token, laid into rows as `assign` shares them out.
+    """Lay one value per token into rows.
 
     Args:
-      rows: for each row, the indices of its texts.
+      rows: the indices of the texts in each row, from `assign`.
       texts: the values of each text, `[length]`, all of one dtype.
-      capacity: tokens a row holds.
+      capacity: tokens per row.
 
     Returns:
-      `[rows, capacity]` of the texts' dtype, 0 behind the last text of a row.
+      `[rows, capacity]` of the texts' dtype, 0 after the last text of a row.
     """
     laid = np.zeros((len(rows), capacity), texts[0].dtype if len(texts) else np.int32)
     for row, indices in zip(laid, rows, strict=True):
@@ -93,7 +93,7 @@ def lay_out(
 def number_segments(
     rows: Sequence[Sequence[int]], lengths: Sequence[int], capacity: int
 ) -> np.ndarray:
-    """int32 `[rows, capacity]`: 1, 2, ... for the texts of each row, 0 at padding.
+    """Return int32 `[rows, capacity]`: 1, 2, ... for the texts of each row, 0 at padding.
 
     >>> number_segments([[0, 2], [1]], [2, 4, 1], capacity=4)
     array([[1, 1, 2, 0],

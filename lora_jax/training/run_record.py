@@ -1,6 +1,4 @@
-"""What a run directory was begun with, so that a resumed run is the same run."""
-
-from __future__ import annotations
+"""What a run was started with, so that only the same run can be resumed."""
 
 import hashlib
 import json
@@ -15,18 +13,18 @@ from lora_jax.files.disk.fingerprint import fingerprint
 from lora_jax.training.batching import Data
 from lora_jax.training.errors import TrainingError
 
-FILE = "run.json"
+RUN_FILE = "run.json"
 
 
 def identity(
     settings: Mapping[str, Any], base: Any, data: Data, held_out: Data | None
 ) -> dict[str, Any]:
-    """All that decides what a run computes, as JSON values.
+    """Return everything that decides what a run computes, as JSON values.
 
     Args:
-      settings: names of options and their values, plain JSON.
-      base: the parameter tree, of which dtypes, shapes and checksums are kept.
-      data: token ids and masks, of which a checksum is kept.
+      settings: options by name, as plain JSON.
+      base: the parameter tree; dtypes, shapes and checksums are recorded.
+      data: token ids and masks; a checksum is recorded.
       held_out: likewise.
     """
     return {
@@ -40,57 +38,59 @@ def identity(
 
 
 def begin(directory: Path, this: Mapping[str, Any], resume: bool) -> bool:
-    """Takes a directory for a run, or checks that the run in it is this one.
+    """Claim a directory for a run, or check that the run in it is this one.
 
     Args:
-      directory: made if need be.
+      directory: created if missing.
       this: from `identity`.
-      resume: whether a run may be there already.
+      resume: whether the directory may contain a run.
 
     Returns:
       Whether there was a run to resume.
 
     Raises:
-      TrainingError: there is a run and `resume` is not set, or it is set and settings, data or base
-        are not those the run was begun with; all differences are listed.
+      TrainingError: there is a run and `resume` is false, or it is true and the run was started
+        with other settings, data or base; all differences are listed.
     """
-    file = directory / FILE
+    file = directory / RUN_FILE
     if not file.exists():
         write_atomically(file, (json.dumps(this, indent=1) + "\n").encode())
         return False
     if not resume:
         raise TrainingError(
-            f"{directory} holds a run already: add --resume to go on with it, or choose another "
+            f"{directory} already contains a run. Add --resume to continue it, or choose another "
             "--out"
         )
     try:
         before = json.loads(file.read_text("utf-8"))
-        problems = differences(before, this)
+        problems = list_differences(before, this)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise TrainingError(f"{file} is damaged ({error}); start anew in another --out") from None
+        raise TrainingError(
+            f"{file} is damaged ({error}). Start again with another --out"
+        ) from None
     if problems:
         raise TrainingError(
-            f"{directory} was begun otherwise; give the same options, or start anew in another "
-            "--out:\n" + "\n".join(problems)
+            f"the run in {directory} was started with different settings, so it cannot be resumed. "
+            "Use the same options, or choose another --out. Differences:\n" + "\n".join(problems)
         )
     return True
 
 
-def differences(before: Mapping[str, Any], this: Mapping[str, Any]) -> list[str]:
-    """What tells two runs apart, a line each.
+def list_differences(before: Mapping[str, Any], this: Mapping[str, Any]) -> list[str]:
+    """Describe what differs between two runs, one line per difference.
 
     >>> run = {"settings": {"rank": 8}, "base": {}, "data": {}}
-    >>> differences(run, {**run, "settings": {"rank": 4}})
-    ['rank was 8, is 4']
+    >>> list_differences(run, {**run, "settings": {"rank": 4}})
+    ['rank was 8, now 4']
     """
     was, now = before["settings"], this["settings"]
     lines = [
-        f"{name} was {_shown(was, name)}, is {_shown(now, name)}"
+        f"{name} was {_show(was, name)}, now {_show(now, name)}"
         for name in {**was, **now}
         if was.get(name) != now.get(name)
     ]
     lines += [
-        f"the {part} data are others"
+        f"the {part} data is different"
         for part, digest in this["data"].items()
         if digest != before["data"].get(part)
     ]
@@ -98,12 +98,12 @@ def differences(before: Mapping[str, Any], this: Mapping[str, Any]) -> list[str]
     leaves = [path for path in {**was, **now} if was.get(path) != now.get(path)]
     if leaves:
         lines.append(
-            f"the model is another: {len(leaves)} of {len(now)} arrays differ, {leaves[0]} first"
+            f"the model is different: {len(leaves)} of {len(now)} arrays, {leaves[0]} first"
         )
     return lines
 
 
-def _shown(settings: Mapping[str, Any], name: str) -> str:
+def _show(settings: Mapping[str, Any], name: str) -> str:
     return json.dumps(settings[name], ensure_ascii=False) if name in settings else "not given"
 
 

@@ -1,6 +1,4 @@
-"""One training step: gradients of several micro-batches, added up, then one update."""
-
-from __future__ import annotations
+"""One training step: add up the gradients of several micro-batches, then update once."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,18 +10,18 @@ import jax.numpy as jnp
 import optax
 
 import lora_jax as lora
-from lora_jax.training.loss import Batch, Sums
+from lora_jax.training.loss import JaxBatch, LossSums
 
-# (params, batch) -> the sums of a batch, as `loss.language_sums` makes it
-Loss = Callable[[Any, Batch], Sums]
+# (params, batch) -> the sums of a batch, such as `loss.language_sums` returns
+Loss = Callable[[Any, JaxBatch], LossSums]
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class State:
-    """All that a step changes."""
+    """Everything that a step changes."""
 
-    adapters: Any  # an overlay, as `lora_jax.split` gives it
+    adapters: Any  # as `lora_jax.split` returns them
     optimizer: Any  # the optax state
     step: jax.Array  # int32 scalar: steps done
 
@@ -36,48 +34,48 @@ def init_state(adapters: Any, tx: optax.GradientTransformation) -> State:
 
 def make_step(
     loss: Loss, tx: optax.GradientTransformation, accumulate: int = 1, seed: int = 0
-) -> Callable[[State, Any, Batch], tuple[State, Sums]]:
-    """A compiled training step, `(state, base, batch) -> (state, measured)`.
+) -> Callable[[State, Any, JaxBatch], tuple[State, LossSums]]:
+    """Return a compiled training step, `(state, base, batch) -> (state, measured)`.
 
-    The loss is that of the whole batch, Σ losses / Σ weights, whatever number of micro-batches its
-    rows are split into: not the mean of their means, which differs where prompts or padding take
-    unequal shares of them.
+    The loss is that of the whole batch, Σ losses / Σ weights, however many micro-batches its rows
+    are split into. The mean of their means would differ where prompts or padding take unequal
+    shares of them.
 
     Args:
-      loss: the sums of a batch, of the model as it was before `lora_jax.lora`.
+      loss: sums over a batch, for the plain model (`lora_jax.lora` is applied here).
       tx: the optimizer of the adapters.
-      accumulate: micro-batches that a batch's rows are split into; memory is that of one.
-      seed: of the dropout in the branches, if the adapters have any; each step has its own.
+      accumulate: number of micro-batches per batch; memory is that of one micro-batch.
+      seed: random seed for dropout, if the adapters have any; each step draws its own.
 
     Returns:
-      A function of the state, whose arrays are donated, the base, which gets no gradient, and a
-      batch `[rows, ...]`, of which `accumulate` divides the rows. What it measured are float32
-      scalars: "loss", the mean; "weight"; "gradient_norm" before clipping; and the other sums of
-      `loss`. Where loss or norm is not finite the state comes back as it was.
+      A function of the state, whose arrays are donated; the base, which gets no gradient; and a
+      batch `[rows, ...]` whose rows `accumulate` divides. It measures float32 scalars: "loss", the
+      mean; "weight"; "gradient_norm" before clipping; and the other sums of `loss`. If loss or
+      norm is not finite, the state is returned unchanged.
     """
     adapted = lora.lora(loss)
 
-    def of_micro_batch(adapters: Any, base: Any, batch: Batch, key: jax.Array) -> Any:
-        def total(adapters: Any) -> tuple[jax.Array, Sums]:
+    def differentiate(adapters: Any, base: Any, batch: JaxBatch, key: jax.Array) -> Any:
+        def total(adapters: Any) -> tuple[jax.Array, LossSums]:
             params = lora.with_dropout(lora.join(base, adapters), key)
             sums = adapted(params, batch)
             return sums["loss"], sums
 
         (_, sums), gradients = jax.value_and_grad(total, has_aux=True)(adapters)
-        return jax.tree.map(_widened, (gradients, sums))
+        return jax.tree.map(_widen, (gradients, sums))
 
     @partial(jax.jit, donate_argnums=0)
-    def step(state: State, base: Any, batch: Batch) -> tuple[State, Sums]:
+    def step(state: State, base: Any, batch: JaxBatch) -> tuple[State, LossSums]:
         keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), state.step), accumulate)
-        one = lambda part, key: of_micro_batch(state.adapters, base, part, key)
-        gradients, sums = _added_up(one, batch, keys)
+        one = lambda part, key: differentiate(state.adapters, base, part, key)
+        gradients, sums = _sum_over_parts(one, batch, keys)
         mean = jax.tree.map(lambda g: g / jnp.maximum(sums["weight"], 1e-9), gradients)
-        norm = _norm(mean, state.adapters)
+        norm = _gradient_norm(mean, state.adapters)
         measured = {**sums, "loss": sums["loss"] / sums["weight"], "gradient_norm": norm}
         mean = jax.tree.map(lambda g, x: g.astype(x.dtype), mean, state.adapters)
         updates, optimizer = tx.update(mean, state.optimizer, state.adapters)
         adapters = optax.apply_updates(state.adapters, updates)
-        # The state's memory is given away, so what is good must be chosen here.
+        # The state is donated, so a caller could not go back to it: choose here.
         finite = jnp.isfinite(measured["loss"]) & jnp.isfinite(norm)
         adapters, optimizer = jax.tree.map(
             partial(jnp.where, finite), (adapters, optimizer), (state.adapters, state.optimizer)
@@ -87,8 +85,10 @@ def make_step(
     return step
 
 
-def _added_up(one: Callable[[Batch, jax.Array], Any], batch: Batch, keys: jax.Array) -> Any:
-    """The sum of `one` over a batch's parts, one for each key, holding one at a time."""
+def _sum_over_parts(
+    one: Callable[[JaxBatch, jax.Array], Any], batch: JaxBatch, keys: jax.Array
+) -> Any:
+    """Sum `one` over the parts of a batch, one part per key, with one part in memory at a time."""
     count = len(keys)
     if count == 1:
         return one(batch, keys[0])
@@ -99,20 +99,20 @@ def _added_up(one: Callable[[Batch, jax.Array], Any], batch: Batch, keys: jax.Ar
     return jax.lax.scan(add, zeros, (parts, keys))[0]
 
 
-def _widened(x: jax.Array) -> jax.Array:
-    """Sums of many parts are kept in float32 at least."""
+def _widen(x: jax.Array) -> jax.Array:
+    """Widen an array to at least float32, for sums over many parts."""
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
-def _norm(gradients: Any, adapters: Any) -> jax.Array:
-    """The global norm over what trains."""
+def _gradient_norm(gradients: Any, adapters: Any) -> jax.Array:
+    """Compute the global norm over what trains."""
     trains = jax.tree.leaves(lora.mask(adapters))
     return optax.tree.norm(
         [g for g, t in zip(jax.tree.leaves(gradients), trains, strict=True) if t]
     )
 
 
-def make_evaluation(loss: Loss) -> Callable[[Any, Any, Batch], Sums]:
-    """A compiled `(adapters, base, batch) -> Sums`, without dropout."""
+def make_evaluation(loss: Loss) -> Callable[[Any, Any, JaxBatch], LossSums]:
+    """Return a compiled `(adapters, base, batch) -> LossSums`, without dropout."""
     adapted = lora.lora(loss)
     return jax.jit(lambda adapters, base, batch: adapted(lora.join(base, adapters), batch))

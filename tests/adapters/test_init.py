@@ -102,7 +102,7 @@ def test_start_is_kaiming_uniform_and_zero():
 
 
 def test_keys_are_folded_from_paths():
-    """One more target changes no other's start, and no two weights start alike."""
+    """Another target changes no other's initial values, and no two weights get the same ones."""
     few, many = init(targets=["query"]), init()
     np.testing.assert_array_equal(
         few["attn"]["query"]["kernel"].a, many["attn"]["query"]["kernel"].a

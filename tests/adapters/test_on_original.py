@@ -9,7 +9,15 @@ import pytest
 
 import lora_jax
 from lora_jax import LoraConfig, StructureError
-from tests.programs.weights_of_each_kind import INPUTS, PARAMS, RANK, ROWS, normal, program, start
+from tests.programs.weights_of_each_kind import (
+    INPUTS,
+    PARAMS,
+    RANK,
+    ROWS,
+    initialized,
+    normal,
+    program,
+)
 
 STACKED = next(row.fn for row in ROWS if row.name == "stacked")
 pytestmark = pytest.mark.usefixtures("quick_compile")
@@ -32,7 +40,7 @@ def trained(adapted, scale=None):
 @pytest.mark.parametrize("scale", [None, 0.7, 0.0])
 @pytest.mark.parametrize("name", ["pissa", "olora"])
 def test_merges_to_the_same_weights(name, scale):
-    adapted = start(name)
+    adapted = initialized(name)
     changed, _ = lora_jax.split(adapted)
     after = trained(adapted, scale)
     overlay = lora_jax.on_original(adapted, after, PARAMS)
@@ -64,7 +72,7 @@ def test_magnitudes_and_layers_come_along(fields):
 
 
 def test_overlays_and_joined_trees_convert_alike_and_run():
-    adapted = start("pissa")
+    adapted = initialized("pissa")
     changed, adapters = lora_jax.split(adapted)
     after = trained(adapted)
     overlay = lora_jax.on_original(adapters, lora_jax.join(changed, after), PARAMS)
@@ -79,15 +87,15 @@ def test_overlays_and_joined_trees_convert_alike_and_run():
     np.testing.assert_array_equal(off["linear"], program(PARAMS, INPUTS)["linear"])
 
 
-def test_at_the_start_it_is_nothing():
-    overlay = lora_jax.on_original(start("pissa"), start("pissa"), PARAMS)
+def test_before_training_it_is_nothing():
+    overlay = lora_jax.on_original(initialized("pissa"), initialized("pissa"), PARAMS)
     merged = lora_jax.merge(lora_jax.join(PARAMS, overlay))
     for row in ROWS:
         np.testing.assert_allclose(merged[row.name], PARAMS[row.name], atol=1e-5)
 
 
 def test_the_changed_base_is_refused_by_files_and_the_original_accepted(tmp_path):
-    adapted = start("pissa")
+    adapted = initialized("pissa")
     after = trained(adapted)
     base, _ = lora_jax.split(adapted)
     lora_jax.save(tmp_path / "changed", after, base=base)
@@ -120,8 +128,8 @@ def test_dropout_is_off_for_what_must_not_be_dropped():
     assert node.dropout == 0 and node.key is None
 
 
-def test_of_loftq_to_what_its_start_lost():
-    adapted = start("loftq")
+def test_of_loftq_to_what_its_initialization_lost():
+    adapted = initialized("loftq")
     changed, _ = lora_jax.split(adapted)
     after = trained(adapted)
     overlay = lora_jax.on_original(adapted, after, PARAMS)
@@ -134,7 +142,7 @@ def test_of_loftq_to_what_its_start_lost():
 
 
 def test_shapes_and_jit():
-    adapted = start("pissa")
+    adapted = initialized("pissa")
     after = trained(adapted)
     shapes = jax.eval_shape(lora_jax.on_original, adapted, after, PARAMS)
     real = jax.jit(lora_jax.on_original)(adapted, after, PARAMS)

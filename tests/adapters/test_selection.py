@@ -282,10 +282,12 @@ def test_extract_heeds_layers_biases_and_rows(quick_compile):
     np.testing.assert_allclose(residuals["embedding"], missed, rtol=1e-5)
 
 
-@pytest.mark.parametrize("start", ["pissa", "loftq"])
-def test_a_start_from_the_weight_leaves_the_other_layers_alone(start, quick_compile):
+@pytest.mark.parametrize("initializer", ["pissa", "loftq"])
+def test_an_initializer_that_changes_the_base_leaves_the_other_layers_alone(
+    initializer, quick_compile
+):
     params = {"layers": normal(1, (3, 8, 6), jnp.float32)}
-    fields = {"overrides": {"layers": {"layout": "bio"}}, "layers": [-1], "init": start}
+    fields = {"overrides": {"layers": {"layout": "bio"}}, "layers": [-1], "init": initializer}
     config = LoraConfig(rank=2, dora=True, **fields)
     node = jax.jit(lambda p: lora_jax.init(KEY, p, config))(params)["layers"]
     np.testing.assert_array_equal(node.w[:2], params["layers"][:2])

@@ -36,7 +36,7 @@ def fails(run):
         done = run(*words)
         assert done.status == status, done
         assert done.err.startswith("error: ") and done.err.count("\n") == 1, done.err
-        assert "defect of lora-jax" not in done.err and "Traceback" not in done.err, done.err
+        assert "bug in lora-jax" not in done.err and "Traceback" not in done.err, done.err
         return done.err
 
     return call

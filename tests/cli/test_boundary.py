@@ -39,7 +39,7 @@ FAILURES = {
     "missing": (FileNotFoundError(errno.ENOENT, "x", "a.txt"), 1, "a.txt: there is no such file"),
     "full": (OSError(errno.ENOSPC, "No space", "b.bin"), 1, "b.bin: the disk is full; free some"),
     "denied": (PermissionError(errno.EACCES, "x", "/c"), 1, "/c: permission denied; choose"),
-    "directory": (IsADirectoryError(errno.EISDIR, "x", "d"), 1, "d: is a directory, and a file"),
+    "directory": (IsADirectoryError(errno.EISDIR, "x", "d"), 1, "d: is a directory, but a file"),
     "other": (OSError(errno.EIO, "Input/output error", "e"), 1, "e: Input/output error"),
     "no errno": (OSError("odd"), 1, "odd"),
     "memory": (MemoryError(), 1, "out of memory; use a smaller batch"),
@@ -47,7 +47,7 @@ FAILURES = {
     "extra": (ModuleNotFoundError("x", name="gguf.quants"), 1, 'pip install "lora-jax[cli]"'),
     "interrupted": (KeyboardInterrupt(), 130, "interrupted\n"),
     "saved": (KeyboardInterrupt("saved to x"), 130, "interrupted: saved to x"),
-    "defect": (KeyError("x"), 1, "unexpected KeyError: 'x'; a defect of lora-jax"),
+    "defect": (KeyError("x"), 1, "unexpected KeyError: 'x'; this is a bug in lora-jax"),
     "usage": (typer.BadParameter("too small"), 2, "too small; 'lora-jax --help' shows"),
 }
 

@@ -133,26 +133,26 @@ def test_files_of_peft_itself(tmp_path, run, fails):
     directory.mkdir()
     for file in ("adapter_config.json", "adapter_model.safetensors"):
         (directory / file).write_bytes(recorded[f"bias all/{file}"].tobytes())
-    assert "is trained itself" in fails("convert", directory, "--to", "folded", "--out", "x")
+    assert "is fully trained" in fails("convert", directory, "--to", "folded", "--out", "x")
 
 
 def test_failures(world, fails):
     words = ["convert", "my-adapter", "--out", "made", "--to"]
     own = ["convert", "adapter.safetensors", "--out", "made", "--to", "peft"]
     assert "give the base with --model" in fails(*words, "native")
-    assert "is a PEFT adapter already" in fails(*words, "peft")
+    assert "is already a PEFT adapter" in fails(*words, "peft")
     assert "'gguf' is not one of" in fails(*words, "gguf", status=2)
     assert "Missing option '--to'" in fails("convert", "my-adapter", "--out", "x", status=2)
     assert "give --model, or --naming" in fails(*own)
     both = ["--model", "my-model", "--naming", "naming.json"]
     assert "not both" in fails(*own, *both)
-    assert "others have torch's names" in fails(*words, "folded", "--naming", "naming.json")
+    assert "others have PyTorch's names" in fails(*words, "folded", "--naming", "naming.json")
     assert "none.json: there is no such file" in fails(*own, "--naming", "none.json")
     (world / "bad.json").write_text('[{"torch": "x"}]')
     assert "row 0 of the naming" in fails(*own, "--naming", "bad.json")
     (world / "bad.json").write_text('[{"torch": "x.weight", "path": "x", "kind": "linear"}]')
     assert "no row of the naming has this path" in fails(*own, "--naming", "bad.json")
-    assert "is a lora_jax adapter already" in fails(*own[:-1], "native", "--model", "my-model")
+    assert "is already a lora_jax adapter" in fails(*own[:-1], "native", "--model", "my-model")
     paths = fails(*own, "--model", "my-model")
     assert "q_proj/kernel: no row of the naming has this path" in paths
     (world / "made").mkdir()

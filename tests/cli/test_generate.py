@@ -89,14 +89,14 @@ def test_it_ends_where_the_text_does(world, run):
 def test_a_long_prompt_leaves_fewer_tokens_or_none(world, run, fails):
     words = ["generate", "--model", "my-model", "--prompt"]
     assert run(*words, "x" * 62, "--max-tokens", 9).out == greedy(world, "x" * 62, 2)
-    assert "the prompt has 64 tokens, and the model 64 positions" in fails(*words, "x" * 64)
+    assert "64 tokens, but the model has only 64 positions" in fails(*words, "x" * 64)
 
 
 def test_failures(world, fails):
     words = ["generate", "--model", "my-model"]
-    assert "give one of --prompt and --prompt-file" in fails(*words, status=2)
+    assert "give either --prompt or --prompt-file" in fails(*words, status=2)
     both = ["--prompt", "x", "--prompt-file", "prompt.txt"]
-    assert "give one of" in fails(*words, *both, status=2)
+    assert "give either" in fails(*words, *both, status=2)
     assert "prompt is empty" in fails(*words, "--prompt", "")
     assert "none.txt: there is no such file" in fails(*words, "--prompt-file", "none.txt")
     (world / "latin.txt").write_bytes(b"caf\xe9")

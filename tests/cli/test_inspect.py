@@ -125,7 +125,7 @@ def test_magnitudes_are_said(tmp_path, run):
     adapter = files.peft(tmp_path / "adapter", config={"use_dora": True}, extra=extra)
     done = run("inspect", adapter)
     assert "LoRA, DoRA" in done.out and "lora_magnitude_vector [8]" in done.out
-    assert "without what DoRA's magnitudes do" in done.out
+    assert "without the effect of DoRA's magnitudes" in done.out
 
 
 def test_tensors_that_are_no_factors_are_named(tmp_path, run):
@@ -148,7 +148,7 @@ def test_failures(tmp_path, fails):
     adapter = files.peft(tmp_path / "adapter")
     assert "no such file or directory" in fails("inspect", tmp_path / "none")
     assert "is empty" in fails("inspect", _made(tmp_path / "empty"))
-    assert "shows what it takes" in fails("inspect", status=2)
+    assert "shows the usage" in fails("inspect", status=2)
     assert "No such option" in fails("inspect", adapter, "--colour", status=2)
     (adapter / "adapter_config.json").write_text('{"peft_type": "LORA", "r": -1}')
     assert "r must be a positive integer" in fails("inspect", adapter)

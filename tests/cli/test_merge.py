@@ -56,7 +56,7 @@ def test_the_tensors_are_the_sums(world, run, adapter):
 def test_a_dtype_rounds_every_tensor_and_the_loss_is_told(world, run):
     words = ["merge", "-m", "my-model", "--adapter", "my-adapter", "--out", "merged"]
     done = run(*words, "--dtype", "bfloat16")
-    assert done.status == 0 and "rounding to bfloat16 lost 0.00" in done.out
+    assert done.status == 0 and "rounding error of the updates in bfloat16: median 0.00" in done.out
     tensors, _ = safetensors_file.read(world / "merged" / "model.safetensors")
     for name, value in merged_weights().items():
         assert tensors[name].dtype == ml_dtypes.bfloat16
@@ -82,7 +82,7 @@ def test_existing_output_stands(world, run, fails):
     assert os.listdir(world / "taken") == ["mine.txt"]
     assert run(*words, "taken", "--force").status == 0
     assert (world / "taken" / "mine.txt").read_text() == "mine"
-    assert "is the base itself" in fails(*words, "my-model", "--force")
+    assert "is the base model itself" in fails(*words, "my-model", "--force")
 
 
 def test_nothing_is_written_on_failure(world, fails, monkeypatch):
@@ -101,7 +101,7 @@ def test_failures(world, fails, run):
     model = ["--model", "my-model"]
     assert "no such file or directory" in fails(*words, "none", *model)
     assert "smollm2" in fails(*words, "my-adapter", "--model", "none")
-    assert "not a model: give it with --adapter" in fails(
+    assert "not a model; pass it as --adapter" in fails(
         *words, "my-adapter", "--model", "my-adapter"
     )
     assert "not an adapter" in fails(*words, "my-model", *model)

@@ -18,8 +18,8 @@ pytest.importorskip("typer")
 import lora_jax as lora
 from lora_jax import peft
 from lora_jax.cli import main
-from lora_jax.cli.base_model import open_model
 from lora_jax.cli.jobs import train as run_train
+from lora_jax.cli.jobs.train_model import open_model
 from lora_jax.models.text.byte_tokenizer import byte_tokenizer
 from lora_jax.training import log
 from lora_jax.training.batching import cut_stream
@@ -96,15 +96,15 @@ def test_the_table(trained, run, tmp_path):
 
 def test_another_run_in_its_place(trained, fails):
     _, command = trained
-    assert "holds a run already: add --resume" in fails(*command)
+    assert "already contains a run. Add --resume" in fails(*command)
     changed = [word if word != "3e-2" else "1e-2" for word in command]
-    assert "was begun otherwise" in fails(*changed, "--resume")
-    assert "lr was 0.03, is 0.01" in fails(*changed, "--resume")
+    assert "was started with different settings" in fails(*changed, "--resume")
+    assert "lr was 0.03, now 0.01" in fails(*changed, "--resume")
 
 
 def test_another_order_in_its_place(trained, fails):
     _, command = trained
-    assert "shuffle was true, is false" in fails(*command, "--resume", "--no-shuffle")
+    assert "shuffle was true, now false" in fails(*command, "--resume", "--no-shuffle")
 
 
 @pytest.fixture
@@ -178,14 +178,14 @@ def test_a_classifier(tmp_path, run, quick_compile):
 
 ERRORS = {
     "no model": (["--model", "nowhere"], "nowhere: there is no such file or directory; give"),
-    "no target": (["--targets", "q_prj"], "nothing is called 'q_prj'; there are q_proj"),
-    "no rows": (["--length", 4096], "--length 4096: this model takes 2 to 1024"),
-    "no encoding": (["--encoding", "x"], "no encoding is called 'x'"),
-    "a share": (["--eval-split", 0.0001], "--eval-split 0.0001 leaves a part with nothing"),
+    "no target": (["--targets", "q_prj"], "no module is called 'q_prj'; choose from q_proj"),
+    "no rows": (["--length", 4096], "--length 4096: must be from 2 to 1024"),
+    "no encoding": (["--encoding", "x"], "unknown encoding 'x'"),
+    "a share": (["--eval-split", 0.0001], "--eval-split 0.0001 leaves a part without a token"),
     "rate": (["--lr", -1], "learning_rate must be positive, got -1"),
-    "labels": (["--task", "classification"], "stream rows; --task classification needs"),
+    "labels": (["--task", "classification"], "has stream rows, but a classifier needs"),
     "rank": (["--rank", 100], "rank 100 is above what the weight"),
-    "missing": (["--eval", "none.txt"], "none.txt: cannot be read"),
+    "missing": (["--eval", "none.txt"], "cannot read none.txt: No such file"),
 }
 
 
@@ -199,7 +199,9 @@ def test_failures_are_one_line_and_leave_nothing(name, play, tmp_path, fails):
 def test_files_of_several_kinds(play, tmp_path, fails):
     data = jsonl(tmp_path / "d.jsonl", "chat")
     error = fails(*words(data, tmp_path / "out", "--eval", play))
-    assert f"files of several kinds: {data} holds chat rows, {play} holds stream rows" in error
+    assert (
+        f"files of several kinds: {data} contains chat rows, {play} contains stream rows" in error
+    )
 
 
 def test_mistakes_on_the_command_line(play, tmp_path, fails):
@@ -263,7 +265,7 @@ def test_ctrl_c_says_how_to_go_on(play, tmp_path):
     assert process.returncode == 130
     step = log.read(out / "log.jsonl")[-1]["step"]
     assert 3 <= step < 400
-    head, _, again = said.partition("to go on: lora-jax ")
+    head, _, again = said.partition("to resume: lora-jax ")
     assert head == f"error: interrupted: step {step} of 400 is saved; "
     assert again.endswith("--resume")
     whole = [str(tmp_path / "whole") if word == str(out) else word for word in command]

@@ -23,7 +23,7 @@ def test_the_optimum_by_hand():
     np.testing.assert_allclose([fitted.weights[0], fitted.bias], [1, 0], atol=5e-6)
 
 
-def test_standardisation_is_folded_in():
+def test_standardization_is_folded_in():
     x, labels = separated()
     plain, moved = probe.fit(x, labels, 0.1), probe.fit(x * [5, 1, 1, 2, 1] + 3, labels, 0.1)
     np.testing.assert_allclose(moved.weights[:4] * [5, 1, 1, 2], plain.weights[:4], rtol=1e-6)
@@ -46,7 +46,7 @@ def test_the_strength_is_chosen_without_the_held_out_data():
         probe.fit(x[:240], labels[:240], l2).accuracy(x[240:], labels[240:]) for l2 in strengths
     ]
     assert judged[0] < judged[1]
-    chosen = probe.choose(x, labels, strengths)
+    chosen = probe.fit_best(x, labels, strengths)
     refitted = probe.fit(x, labels, 1.0)
     assert chosen.l2 == 1.0
     np.testing.assert_array_equal(chosen.weights, refitted.weights)
@@ -54,7 +54,7 @@ def test_the_strength_is_chosen_without_the_held_out_data():
 
 def test_on_a_tie_the_stronger_wins():
     x, labels = separated()
-    assert probe.choose(x * [10, 1, 1, 1, 1], labels, (1e-2, 1e-1)).l2 == 1e-1
+    assert probe.fit_best(x * [10, 1, 1, 1, 1], labels, (1e-2, 1e-1)).l2 == 1e-1
 
 
 def test_perfectly_separable_without_overflow():

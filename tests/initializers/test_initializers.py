@@ -1,4 +1,4 @@
-"""Starting values: each start on each kind of weight, against numpy's own decompositions."""
+"""Initializers: each one on each kind of weight, against numpy's own decompositions."""
 
 import functools
 
@@ -25,19 +25,19 @@ from tests.programs.weights_of_each_kind import (
     as_matrices,
     config,
     init,
+    initialized,
     normal,
     original,
     program,
-    start,
     tail,
 )
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 LEAVE_THE_BASE = ("kaiming", "gaussian", "orthogonal")
-EXACT = tuple(name for name in INITS if name != "loftq")  # they start as the original
+EXACT = tuple(name for name in INITS if name != "loftq")  # the function is unchanged
 
 over_rows = pytest.mark.parametrize("row", ROWS, ids=str)
-over_starts = pytest.mark.parametrize("name", INITS)
+over_initializers = pytest.mark.parametrize("name", INITS)
 
 
 def init_linear(name, **fields):
@@ -49,13 +49,13 @@ def half_a_digit(dtype):
     return float(jnp.finfo(dtype).eps) / 2
 
 
-# --- every start on every weight ------------------------------------------------------------------
+# --- every initializer on every weight ------------------------------------------------------------
 
 
 @over_rows
-@over_starts
+@over_initializers
 def test_shapes_dtypes_and_scale(row, name):
-    node, layout = start(name)[row.name], Layout(row.axes)
+    node, layout = initialized(name)[row.name], Layout(row.axes)
     assert node.layout == layout
     assert node.w.shape == row.shape and node.w.dtype == row.dtype
     assert node.a.shape == layout.a_shape(row.shape, RANK) and node.a.dtype == jnp.float32
@@ -65,16 +65,16 @@ def test_shapes_dtypes_and_scale(row, name):
 
 @over_rows
 @pytest.mark.parametrize("name", EXACT)
-def test_the_weight_starts_as_the_original(row, name):
-    w, a, b = as_matrices(row, start(name)[row.name])
+def test_the_weight_is_unchanged_before_training(row, name):
+    w, a, b = as_matrices(row, initialized(name)[row.name])
     # W' is rounded to the base's dtype; adding and taking away differ by float32's rounding.
     rounding = half_a_digit(row.dtype) * np.abs(w) if name not in LEAVE_THE_BASE else 0
     assert (np.abs(w + 1.5 * a @ b - original(row)) <= rounding + 1e-6).all()
 
 
 @pytest.mark.parametrize("name", EXACT)
-def test_the_function_starts_as_the_original(name):
-    got = lora_jax.lora(program, on_dense="error")(start(name), INPUTS)
+def test_the_function_is_unchanged_before_training(name):
+    got = lora_jax.lora(program, on_dense="error")(initialized(name), INPUTS)
     want = program(PARAMS, INPUTS)
     for row in ROWS:
         atol = 3e-2 if row.dtype == jnp.bfloat16 and name not in LEAVE_THE_BASE else 1e-5
@@ -86,33 +86,33 @@ def test_the_function_starts_as_the_original(name):
         )
 
 
-@over_starts
+@over_initializers
 def test_shapes_alone_give_shapes(name):
     structs = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), PARAMS)
     for shapes in (init(structs, name), jax.eval_shape(lambda p: init(p, name), PARAMS)):
         assert all(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(shapes))
         described = jax.tree.map(lambda x: (x.shape, jnp.dtype(x.dtype).name), shapes)
-        assert described == jax.tree.map(lambda x: (x.shape, x.dtype.name), start(name))
+        assert described == jax.tree.map(lambda x: (x.shape, x.dtype.name), initialized(name))
 
 
-@over_starts
+@over_initializers
 def test_outside_jit_the_same_and_the_base_is_the_same_array_where_it_is_left_alone(name):
     w = PARAMS["linear"]
     node = lora_jax.init(KEY, {"linear": w}, config(name))["linear"]
     assert (node.w is w) == (name in LEAVE_THE_BASE)
     compare = functools.partial(np.testing.assert_allclose, atol=1e-5)
-    jax.tree.map(compare, node, start(name)["linear"])
+    jax.tree.map(compare, node, initialized(name)["linear"])
 
 
-@over_starts
-def test_layers_of_a_stack_start_as_each_alone(name):
-    """Where a start is drawn at random the layers differ; where it is computed they do not."""
-    node = start(name)["stacked"]
+@over_initializers
+def test_layers_of_a_stack_are_initialized_as_each_alone(name):
+    """Random initializers make layers differ; those computed from the weight do not."""
+    node = initialized(name)["stacked"]
     if name in LEAVE_THE_BASE:
         assert (np.asarray(node.a[0]) != np.asarray(node.a[1])).any()
         return
     alone = [lora_jax.init(KEY, {"w": w}, config(name))["w"].w for w in PARAMS["stacked"]]
-    tolerance = 1e-2 if name == "pissa_fast" else 1e-5  # each layer has a sketch of its own
+    tolerance = 1e-2 if name == "pissa_fast" else 1e-5  # each layer has its own sketch
     np.testing.assert_allclose(node.w, alone, atol=tolerance)
 
 
@@ -126,12 +126,12 @@ def test_factors_in_a_coarse_dtype(name):
     assert error < (0.3 if name == "loftq" else 1e-6)
 
 
-# --- what each start is ---------------------------------------------------------------------------
+# --- what each initializer does -------------------------------------------------------------------
 
 
 @over_rows
 def test_pissa_is_the_truncated_svd(row):
-    _, a, b = as_matrices(row, start("pissa")[row.name])
+    _, a, b = as_matrices(row, initialized("pissa")[row.name])
     u, s, vt = np.linalg.svd(original(row), full_matrices=False)
     best = (u[..., :RANK] * s[:, None, :RANK]) @ vt[:, :RANK]
     np.testing.assert_allclose(1.5 * a @ b, best, atol=2e-5)
@@ -142,14 +142,14 @@ def test_pissa_is_the_truncated_svd(row):
 
 @over_rows
 def test_fast_pissa_is_nearly_the_truncated_svd(row):
-    _, a, b = as_matrices(row, start("pissa_fast")[row.name])
+    _, a, b = as_matrices(row, initialized("pissa_fast")[row.name])
     w = original(row)
     assert np.linalg.norm(w - 1.5 * a @ b) < 1.01 * tail(w, RANK) + 1e-6
 
 
 @over_rows
 def test_olora_is_the_qr_decomposition(row):
-    _, a, b = as_matrices(row, start("olora")[row.name])
+    _, a, b = as_matrices(row, initialized("olora")[row.name])
     eye = np.broadcast_to(np.eye(RANK), (len(b), RANK, RANK))
     np.testing.assert_allclose(b @ np.swapaxes(b, 1, 2), eye, atol=1e-5)
     for w, got_a, got_b in zip(original(row), a, b, strict=True):
@@ -159,7 +159,7 @@ def test_olora_is_the_qr_decomposition(row):
 
 @over_rows
 def test_orthogonal_has_two_factors_and_no_product(row):
-    _, a, b = as_matrices(row, start("orthogonal")[row.name])
+    _, a, b = as_matrices(row, initialized("orthogonal")[row.name])
     np.testing.assert_allclose(a @ b, 0, atol=1e-6)
     for factor in (a, b):  # randn · half an orthogonal matrix / 10
         assert 0.03 < factor.std() < 0.12
@@ -169,7 +169,7 @@ def test_orthogonal_has_two_factors_and_no_product(row):
 @over_rows
 @pytest.mark.parametrize("name", QUANTIZERS)
 def test_loftq_is_closer_than_rounding(row, name):
-    q, a, b = as_matrices(row, start(name)[row.name])
+    q, a, b = as_matrices(row, initialized(name)[row.name])
     rounded = QUANTIZERS[name]
     for layer, w in enumerate(original(row)):
         plain = np.linalg.norm(w - rounded(w))
@@ -197,7 +197,7 @@ def test_gaussian_is_normal_with_deviation_one_over_rank():
 
 
 @pytest.mark.parametrize("name", ["kaiming", "gaussian"])
-def test_a_weight_only_looked_up_starts_the_other_way_round(name):
+def test_a_weight_only_looked_up_has_the_other_factor_zero(name):
     params, ids = {"w": jnp.zeros((30, 200))}, jnp.arange(3)
     fns = {"lookup": lambda p, i: p["w"][i], "tied": lambda p, i: p["w"][i] @ p["w"].T}
     nodes = {
@@ -235,7 +235,7 @@ def test_a_tied_weight_keeps_its_function():
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["pissa", "olora", "orthogonal"])
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_every_program_of_the_table_starts_as_the_original(case, name):
+def test_every_program_of_the_table_is_unchanged_before_training(case, name):
     fn, params, args = case.build(jnp.float32)
     fields = LoraConfig(rank=2, alpha=3, targets=list(case.layouts), init=name)
     adapted = lora_jax.init(KEY, params, fields, fn, *args)
@@ -251,7 +251,7 @@ def test_every_program_of_the_table_starts_as_the_original(case, name):
 @pytest.mark.parametrize("name", ["pissa", "olora", "orthogonal"])
 def test_both_factors_get_gradients_from_the_first_step(name):
     apply = lora_jax.lora(lambda params, x: x @ params["w"])
-    base, adapters = lora_jax.split({"w": start(name)["linear"]})
+    base, adapters = lora_jax.split({"w": initialized(name)["linear"]})
     loss = lambda adapters: (apply(lora_jax.join(base, adapters), LINEAR.x) ** 2).sum()
     grads = jax.grad(loss)(adapters)["w"]
     assert min(float(np.abs(x).max()) for x in (grads.a, grads.b)) > 1e-3
@@ -278,7 +278,7 @@ def test_a_changed_base_may_still_go_to_any_device():
     assert jax.jit(jnp.matmul)(x, node.w).shape == (2, 16)
 
 
-def test_a_start_of_the_users_own():
+def test_a_custom_initializer():
     def ones(key, w, layout, rank, scale, dtype):
         a = jnp.ones(layout.a_shape(w.shape, rank), dtype)
         b = jnp.ones(layout.b_shape(w.shape, rank), dtype)
@@ -292,7 +292,7 @@ def test_a_start_of_the_users_own():
 
 
 def test_the_names_are_those_of_the_configuration():
-    assert tuple(initializers.STARTS) == INITS
+    assert tuple(initializers.INITIALIZERS) == INITS
 
 
 # --- refusals -------------------------------------------------------------------------------------
@@ -309,7 +309,7 @@ def refusal(params=None, **fields):
 def test_a_scale_that_cannot_be_divided_by(name):
     for alpha in (0, -1):
         message = refusal(name=name, alpha=alpha)
-        assert "w: this start divides by the scale" in message and "v: this" in message
+        assert "w: this initializer divides by the scale" in message and "v: this" in message
 
 
 def test_orthogonal_of_an_odd_rank():
@@ -319,7 +319,7 @@ def test_orthogonal_of_an_odd_rank():
     assert "even rank" in refusal(shapes, name="orthogonal", rank=3)
 
 
-def test_a_start_of_the_users_own_that_does_not_fit():
+def test_a_custom_initializer_that_does_not_fit():
     good = initializers.kaiming
     bad = {
         "w' is float32[16, 24], expected float32[24, 16]": lambda w, a, b: (w.T, a, b),

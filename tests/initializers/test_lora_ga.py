@@ -1,4 +1,4 @@
-"""LoRA-GA: the same function at the start, and a first step along the gradient."""
+"""LoRA-GA: the function is unchanged before training, and a first step along the gradient."""
 
 import functools
 
@@ -36,7 +36,9 @@ BATCHES = [(INPUTS,), (other(INPUTS),)]
 
 @functools.cache
 def started(scale="stable"):
-    return lora_jax.lora_ga(value, weights_of_each_kind.start("kaiming"), BATCHES, scale=scale)
+    return lora_jax.lora_ga(
+        value, weights_of_each_kind.initialized("kaiming"), BATCHES, scale=scale
+    )
 
 
 @functools.cache
@@ -99,7 +101,10 @@ def cosine(x, y):
 
 @functools.cache
 def steps():
-    return {"lora_ga": moved(started()), "kaiming": moved(weights_of_each_kind.start("kaiming"))}
+    return {
+        "lora_ga": moved(started()),
+        "kaiming": moved(weights_of_each_kind.initialized("kaiming")),
+    }
 
 
 @ROW
@@ -159,9 +164,9 @@ def test_the_trained_adapter_moves_to_the_original_base():
 def test_targets_are_started_in_several_calls():
     once = started()
     twice = lora_jax.lora_ga(
-        value, weights_of_each_kind.start("kaiming"), BATCHES, targets=["linear"]
+        value, weights_of_each_kind.initialized("kaiming"), BATCHES, targets=["linear"]
     )
-    assert twice["conv"] is weights_of_each_kind.start("kaiming")["conv"]
+    assert twice["conv"] is weights_of_each_kind.initialized("kaiming")["conv"]
     twice = lora_jax.lora_ga(value, twice, BATCHES, targets=["conv"])
     for name in ("linear", "conv"):
         np.testing.assert_allclose(delta(twice[name]), delta(once[name]), atol=1e-4)
@@ -215,7 +220,7 @@ BAD = {
     "a loss of integers": (ConfigError, {"loss": lambda p, x: 3}, "scalar"),
     "another scale": (ConfigError, {"scale": "huge"}, "scale must be one of"),
     "gamma zero": (ConfigError, {"gamma": 0}, "gamma must be"),
-    "too large a rank": (TargetError, {"params": fresh(3)}, "w: .*lower its rank to 2"),
+    "too large a rank": (TargetError, {"params": fresh(3)}, "w: .*Lower its rank to 2"),
     "no dependence": (TargetError, {"loss": lambda p, x: x.sum()}, "w: the loss does not depend"),
     "infinity": (TargetError, {"loss": lambda p, x: jnp.log(p["w"] * 0).sum()}, "w: the grad.*NaN"),
     "no target": (TargetError, {"targets": ["nope"]}, "nearest paths"),

@@ -7,7 +7,7 @@ import pytest
 
 import lora_jax as lora
 from lora_jax import models
-from lora_jax.models.generation import Sampling, choose
+from lora_jax.models.generation import Sampling, sample_token
 from tests.models.recorded import expected, load
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
@@ -86,7 +86,7 @@ def test_draws_have_the_right_frequencies():
         ({"top_k": 3, "top_p": 0.99}, None),
     ]:
         sampling = Sampling(**({"temperature": 1.0} | options))
-        drawn = choose(logits, jax.random.key(3), sampling)
+        drawn = sample_token(logits, jax.random.key(3), sampling)
         found = np.bincount(drawn, minlength=4) / 20_000
         if wanted is None:  # of two equal ones either
             wanted = [
@@ -118,7 +118,7 @@ def test_a_key_decides():
     ("options", "message"),
     [
         ({"steps": 30}, "1 tokens and 30 steps do not fit into a cache with 30 free"),
-        ({"temperature": 1.0}, "a temperature above 0 needs a key"),
+        ({"temperature": 1.0}, "a temperature above 0 needs key="),
         ({"temperature": -1.0}, "temperature must be 0 or above"),
         ({"temperature": float("nan")}, "temperature must be 0 or above"),
         ({"top_k": -1}, "top_k must be 0 or above"),

@@ -163,7 +163,7 @@ def settings(**changes):
         ({"num_hidden_layers": "2", "model_type": "mistral"}, "num_hidden_layers must be"),
         ({"rope_parameters": {"rope_type": ["yarn"]}}, "rope_type .* is not supported"),
         ({"num_attention_heads": 0}, "num_attention_heads must be a positive int"),
-        ({"vocab_size": "left out", "hidden_size": None}, "not say vocab_size, hidden_size"),
+        ({"vocab_size": "left out", "hidden_size": None}, "has no vocab_size, hidden_size"),
         ({"hidden_act": "gelu"}, r"hidden_act 'gelu' is not one of \['silu'\]"),
         ({"attention_bias": 1}, "attention_bias must be true or false, got 1"),
         ({"rms_norm_eps": -1.0}, "rms_norm_eps must be a positive number"),
@@ -177,7 +177,7 @@ def settings(**changes):
         (
             {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 4}
             | {"max_window_layers": 1},
-            "in some of the layers is not supported",
+            "in only some of the layers is not supported",
         ),
     ],
 )
@@ -208,5 +208,5 @@ def test_too_many_tokens():
     with pytest.raises(ValueError, match="length 33 is above max_position_embeddings 32"):
         model.init_cache(1, 33)
     params = jax.eval_shape(model.init, jax.random.key(0), jax.ShapeDtypeStruct((1, 3), jnp.int32))
-    with pytest.raises(ValueError, match="4 tokens do not fit into a cache of 3"):
+    with pytest.raises(ValueError, match="4 tokens do not fit into a cache with 3 slots"):
         jax.eval_shape(model.apply, params, jnp.zeros((1, 4), int), None, model.init_cache(1, 3))

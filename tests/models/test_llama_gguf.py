@@ -108,19 +108,19 @@ def written(request, tmp_path_factory):
 @pytest.mark.parametrize("scan", [False, True])
 def test_the_same_model_as_in_safetensors(written, scan):
     name, path = written
-    settings, tensors = llama_gguf.load(path)
+    settings, tensors = llama_gguf.read_model(path)
     theirs, expected = stored(name)
     config = LlamaConfig.from_json(settings, scan=scan)
     assert config == LlamaConfig.from_json(theirs, scan=scan)
     model, ids = Llama(config), jax.ShapeDtypeStruct((1, 1), "int32")
     like = jax.eval_shape(model.init, jax.random.key(0), ids)["params"]
     want = to_tree(LLAMA, expected, like)
-    got = to_tree(llama_gguf.naming(LLAMA, settings), tensors, like, ignore=llama_gguf.IGNORED)
+    got = to_tree(llama_gguf.file_naming(LLAMA, settings), tensors, like, ignore=llama_gguf.IGNORED)
     jax.tree.map(np.testing.assert_array_equal, got, want)
 
 
 def test_settings_are_those_of_config_json(tmp_path):
-    settings, _ = llama_gguf.load(write_gguf(tmp_path / "x.gguf", "qwen2", "qwen2"))
+    settings, _ = llama_gguf.read_model(write_gguf(tmp_path / "x.gguf", "qwen2", "qwen2"))
     theirs, _ = stored("qwen2")
     assert settings == {key: 10000.0 if key == "rope_theta" else theirs[key] for key in settings}
     assert settings["rms_norm_eps"] == 1e-6  # not what float32 makes of it
@@ -129,16 +129,16 @@ def test_settings_are_those_of_config_json(tmp_path):
 @pytest.mark.parametrize(
     ("kind", "changes", "divisors", "message"),
     [
-        ("gemma", {}, None, "architecture is 'gemma', only llama and qwen2 can be read"),
-        ("llama", {"block_count": None}, None, r"does not say llama\.block_count"),
+        ("gemma", {}, None, "architecture 'gemma' is not supported, only llama and qwen2"),
+        ("llama", {"block_count": None}, None, r"lacks llama\.block_count"),
         ("llama", {"expert_count": 8}, None, "mixtures of experts"),
-        ("llama", {"rope.dimension_count": 4}, None, "a part of the 8 numbers"),
-        ("llama", {"rope.scaling.type": "yarn"}, None, "rotations of the kind 'yarn'"),
-        ("llama", {}, [1, 2, 3, 9], "not those of Llama 3.1"),
-        ("llama", {}, [1, 8], "not those of Llama 3.1"),
+        ("llama", {"rope.dimension_count": 4}, None, "only a part of the head size 8"),
+        ("llama", {"rope.scaling.type": "yarn"}, None, "rotary embeddings of type 'yarn'"),
+        ("llama", {}, [1, 2, 3, 9], "does not contain the divisors of Llama 3.1"),
+        ("llama", {}, [1, 8], "does not contain the divisors of Llama 3.1"),
     ],
 )
 def test_models_that_cannot_be_read(tmp_path, kind, changes, divisors, message):
     path = write_gguf(tmp_path / "x.gguf", "llama", kind, changes=changes, divisors=divisors)
     with pytest.raises(ModelFileError, match=rf"x\.gguf: .*{message}"):
-        llama_gguf.load(path)
+        llama_gguf.read_model(path)

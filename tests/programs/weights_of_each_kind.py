@@ -1,4 +1,4 @@
-"""One weight of each kind, adapted by each start: what the tests of starts run over."""
+"""One weight of each kind, adapted with each initializer: what their tests run over."""
 
 import dataclasses
 import functools
@@ -98,7 +98,7 @@ def init(params, name):
 
 
 @functools.cache
-def start(name):
+def initialized(name):
     """All weights of the table adapted at once; compiled, which is faster than one by one."""
     how = initializers.loftq(int8, steps=2) if name == "loftq of int8" else name
     return jax.jit(lambda params: init(params, how))(PARAMS)

@@ -126,7 +126,7 @@ def test_batches_in_order():
 
 @pytest.mark.parametrize("count, share", [(1, 0.5), (10, 0.01), (10, 1.0), (3, 0.9)])
 def test_a_part_that_would_be_empty(count, share):
-    with pytest.raises(ValueError, match="leaves one part empty"):
+    with pytest.raises(ValueError, match="examples leaves one part empty"):
         batching.hold_out(count, share, seed=0)
 
 

@@ -32,11 +32,11 @@ def test_classes_and_ids():
     assert [list(text) for text in encoded.texts] == [[0, 3, 4, 99], [0, 3, 4, 5, 99], [0, 5, 99]]
     assert all(text.dtype == np.int32 for text in encoded.texts)
     assert list(encoded.labels) == [1, 0, 1]
-    assert encoded.notes == ("1 of 3 texts exceed 5 tokens: cut off",)
+    assert encoded.notes == ("1 of 3 texts exceed 5 tokens: truncated",)
 
 
 def test_what_is_refused():
-    with pytest.raises(DataError, match="all rows have the label 3; two are needed"):
+    with pytest.raises(DataError, match="all rows have the label 3; a classifier needs two"):
         classification.classes(rows(("a", 3), ("b", 3)))
     with pytest.raises(DataError, match="line 2: the label 4 is not one of \\[1, 2\\]"):
         classification.encode_labelled(rows(("a", 1), ("b", 4)), Marked(), (1, 2), 9)
@@ -45,7 +45,7 @@ def test_what_is_refused():
         classification.classes,
         lambda r: classification.encode_labelled(r, Marked(), (0, 1), 9),
     ):
-        with pytest.raises(DataError, match="text rows; --task classification needs"):
+        with pytest.raises(DataError, match="has text rows, but a classifier needs"):
             refuse(texts)
 
 

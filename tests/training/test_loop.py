@@ -174,7 +174,7 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path):
             file.write_bytes(file.read_bytes()[:3])
     with Checkpoints(tmp_path) as checkpoints:
         assert checkpoints.restore(state)[0] == 2
-        with pytest.raises(TrainingError, match="no checkpoint can be read"):
+        with pytest.raises(TrainingError, match="cannot read any checkpoint"):
             checkpoints.restore({"y": state["x"]})
 
 

@@ -13,7 +13,7 @@ def test_assign_by_hand():
 
 @pytest.mark.parametrize("lengths", [[3, 7], [0]])
 def test_assign_refuses(lengths):
-    with pytest.raises(ValueError, match="a row holds 1 to 6"):
+    with pytest.raises(ValueError, match="a row takes 1 to 6"):
         packing.assign(lengths, capacity=6, slots=2)
-    with pytest.raises(ValueError, match="a row holds 1 to 6"):
+    with pytest.raises(ValueError, match="a row takes 1 to 6"):
         packing.assign_in_order(lengths, capacity=6, slots=2)

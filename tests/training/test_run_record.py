@@ -25,7 +25,7 @@ def identity(settings=None, base=1.0, first=1, held_out=None):
 def test_the_same_run_is_resumed(tmp_path):
     assert not run_record.begin(tmp_path / "out", identity(), resume=False)
     assert run_record.begin(tmp_path / "out", identity(), resume=True)
-    with pytest.raises(TrainingError, match="holds a run already: add --resume"):
+    with pytest.raises(TrainingError, match=r"already contains a run\. Add --resume"):
         run_record.begin(tmp_path / "out", identity(), resume=False)
 
 
@@ -37,31 +37,33 @@ def test_nothing_to_resume_is_a_beginning(tmp_path):
 @pytest.mark.parametrize(
     "other, said",
     [
-        ({"settings": {"rank": 4}}, ["rank was 8, is 4"]),
-        ({"settings": {"new": None, "rank": 2}}, ["rank was 8, is 2"]),
-        ({"settings": {"new": "x"}}, ['new was not given, is "x"']),
-        ({"base": 2.0}, ["the model is another: 1 of 2 arrays differ, a first"]),
-        ({"first": 9}, ["the training data are others"]),
-        ({"held_out": data()}, ["the held-out data are others"]),
+        ({"settings": {"rank": 4}}, ["rank was 8, now 4"]),
+        ({"settings": {"new": None, "rank": 2}}, ["rank was 8, now 2"]),
+        ({"settings": {"new": "x"}}, ['new was not given, now "x"']),
+        ({"base": 2.0}, ["the model is different: 1 of 2 arrays, a first"]),
+        ({"first": 9}, ["the training data is different"]),
+        ({"held_out": data()}, ["the held-out data is different"]),
         (
             {"settings": {"rank": 4}, "first": 9, "base": 0.5},
             [
-                "rank was 8, is 4",
-                "the training data are others",
-                "the model is another: 1 of 2 arrays differ, a first",
+                "rank was 8, now 4",
+                "the training data is different",
+                "the model is different: 1 of 2 arrays, a first",
             ],
         ),
     ],
 )
 def test_another_run_is_refused(tmp_path, other, said):
     run_record.begin(tmp_path, identity(), resume=False)
-    with pytest.raises(TrainingError, match="was begun otherwise") as error:
+    with pytest.raises(TrainingError, match="was started with different settings") as error:
         run_record.begin(tmp_path, identity(**other), resume=True)
     assert str(error.value).split("\n")[1:] == said
 
 
 @pytest.mark.parametrize("content", ["{", "[]", "{}", json.dumps({"settings": 1})])
 def test_a_damaged_file(tmp_path, content):
-    (tmp_path / run_record.FILE).write_text(content)
-    with pytest.raises(TrainingError, match=r"run\.json is damaged .* start anew in another --out"):
+    (tmp_path / run_record.RUN_FILE).write_text(content)
+    with pytest.raises(
+        TrainingError, match=r"run\.json is damaged .* Start again with another --out"
+    ):
         run_record.begin(tmp_path, identity(), resume=True)

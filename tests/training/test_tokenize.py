@@ -67,7 +67,7 @@ def test_a_template_that_rewrites_earlier_turns():
         def chat(self, messages, add_generation_prompt=False):
             return super().chat(messages[-2:], add_generation_prompt)
 
-    with pytest.raises(DataError, match=r"line 1: the chat template does not .* at messages\[2\]"):
+    with pytest.raises(DataError, match=r"line 1: the chat template rewrites .* at messages\[2\]"):
         encode("chat", chat(TURNS), tokenizer=Forgetful())
 
 
@@ -99,15 +99,18 @@ def test_long_rows_are_cut_off_and_told():
     )
     assert [list(e.ids) for e in found.examples] == [[BOS, A, B, A], [BOS, A, B, EOS]]
     assert found.notes == (
-        "2 of 3 rows exceed 4 tokens: cut off, and with them 5 of 8 tokens to learn (see --length)",
-        "1 rows left out: nothing to learn in 4 tokens",
+        "2 of 3 rows exceed 4 tokens: truncated, which loses 5 of 8 tokens to train on "
+        "(see --length)",
+        "1 rows left out: nothing to train on in 4 tokens",
     )
-    with pytest.raises(DataError, match="no token to learn is left in rows of 3 tokens; raise"):
+    with pytest.raises(
+        DataError, match="no tokens to train on are left in rows of 3 tokens; increase"
+    ):
         encode("completion", {"prompt": "abcabc", "completion": "a"}, length=3)
 
 
 def test_labelled_rows_are_not_for_a_language_model():
-    with pytest.raises(DataError, match="use --task classification"):
+    with pytest.raises(DataError, match=r"cannot be trained on .* use --task classification"):
         encode("label", {"text": "x", "label": 1})
 
 
@@ -116,5 +119,5 @@ def test_a_stream(tmp_path):
     ids = tokenize.encode_stream(dataset.read_rows(tmp_path / "d.txt"), Letters())
     assert ids.dtype == np.int32 and list(ids) == [A, B, C]
     (tmp_path / "d.txt").write_text("a")
-    with pytest.raises(DataError, match="the text is one token"):
+    with pytest.raises(DataError, match="the text is a single token"):
         tokenize.encode_stream(dataset.read_rows(tmp_path / "d.txt"), Letters())

@@ -1,13 +1,13 @@
-"""`lora-jax convert`: an adapter from one kind of file to another."""
+"""`lora-jax convert`: an adapter from one file format to another."""
 
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
-from lora_jax.cli.options import Force, Out
+from lora_jax.cli.options import ADAPTER, ForceOption, OutOption
 
-Target = Literal["peft", "native", "mlx", "folded"]
+Format = Literal["peft", "native", "mlx", "folded"]
 
 EXAMPLES = (
     "lora-jax convert my-adapter --to folded --out my-folded-adapter",
@@ -18,35 +18,35 @@ EXAMPLES = (
 
 
 def command(
-    adapter: Annotated[Path, typer.Argument(help="An adapter of any kind that 'inspect' reads.")],
-    to: Annotated[Target, typer.Option(help="What to write, see above.")],
-    out: Out,
+    adapter: Annotated[Path, typer.Argument(help=ADAPTER)],
+    to: Annotated[Format, typer.Option(help="Output format, see above.")],
+    out: OutOption,
     model: Annotated[
         str | None,
-        typer.Option("--model", "-m", help="The base, for its names and shapes."),
+        typer.Option("--model", "-m", help="Base model, for its names and shapes."),
     ] = None,
     naming: Annotated[
         Path | None,
         typer.Option(
-            help="Names and axes of a model of your own: JSON, see lora_jax.files.naming."
+            help="Names and axes of a custom model, a JSON file; see lora_jax.files.naming."
         ),
     ] = None,
-    force: Force = False,
+    force: ForceOption = False,
 ) -> None:
     # \b keeps the help from filling up the lines of the list
-    """Convert an adapter; the function that it makes stays the same.
+    """Convert an adapter to another file format; the adapted function stays the same.
 
     \b
     peft    a directory of Hugging Face PEFT
-    folded  the same for readers that know no
+    folded  the same for readers that ignore
             patterns (vLLM, llama.cpp): the scale
-            in B, one rank for all modules
+            multiplied into B, one rank for all
     mlx     a directory of mlx-lm
     native  a file of lora_jax
 
-    PEFT and mlx-lm have the same names, so nothing else is needed between the two. A file of
-    lora_jax has the paths and axes of a JAX model: to or from it, say which with --model, or from
-    it with --naming.
+    PEFT and mlx-lm use the same names, so converting between the two needs nothing else. A file of
+    lora_jax has the paths and axes of a JAX model: name the model with --model, or, to convert from
+    such a file, describe it with --naming.
     """
     from lora_jax.cli.jobs import convert
 

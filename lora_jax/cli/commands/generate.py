@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from lora_jax.cli.errors import PromptError
-from lora_jax.cli.options import DType, Model
+from lora_jax.cli.options import ADAPTER, DType, ModelOption
 
 EXAMPLES = (
     'lora-jax generate --model my-model --prompt "Once upon a time" --max-tokens 20',
@@ -16,37 +16,38 @@ EXAMPLES = (
 
 
 def command(
-    model: Model,
-    adapter: Annotated[
-        Path | None, typer.Option(help="An adapter of any kind that 'inspect' reads.")
-    ] = None,
-    prompt: Annotated[str | None, typer.Option(help="The text to go on from.")] = None,
+    model: ModelOption,
+    adapter: Annotated[Path | None, typer.Option(help=ADAPTER)] = None,
+    prompt: Annotated[str | None, typer.Option(help="Text to continue.")] = None,
     prompt_file: Annotated[
-        Path | None, typer.Option(help="A file with the prompt, UTF-8; '-' is standard input.")
+        Path | None,
+        typer.Option(help="UTF-8 file that contains the prompt; '-' is standard input."),
     ] = None,
     chat: Annotated[
-        bool, typer.Option("--chat", help="The prompt is what a user says: use the chat template.")
+        bool, typer.Option("--chat", help="Apply the chat template: the prompt is a user's turn.")
     ] = False,
-    max_tokens: Annotated[int, typer.Option(min=1, help="At most so many new tokens.")] = 128,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Maximum number of new tokens.")] = 128,
     temperature: Annotated[
-        float, typer.Option(min=0, help="0 takes the likeliest token each time.")
+        float, typer.Option(min=0, help="Sampling temperature; 0 is greedy decoding.")
     ] = 0.0,
     top_k: Annotated[
-        int, typer.Option(min=0, help="Draw from the k likeliest tokens alone; 0 for all.")
+        int, typer.Option(min=0, help="Sample from the k most likely tokens; 0: from all.")
     ] = 0,
     top_p: Annotated[
         float,
-        typer.Option(min=1e-9, max=1, help="Draw from the likeliest tokens with this share."),
+        typer.Option(
+            min=1e-9, max=1, help="Sample from the most likely tokens with this total probability."
+        ),
     ] = 1.0,
-    seed: Annotated[int, typer.Option(help="Of the draws.")] = 0,
+    seed: Annotated[int, typer.Option(help="Random seed for sampling.")] = 0,
     dtype: Annotated[
         DType | None,
-        typer.Option(help="To compute in; by default the model's own, float32 for a GGUF file."),
+        typer.Option(help="Dtype of the computation; default: the model's, float32 for GGUF."),
     ] = None,
 ) -> None:
-    """Go on from a prompt, and print the new text as it comes.
+    """Continue a prompt, and print the new text as it is generated.
 
-    It ends at the model's end-of-text token or after --max-tokens.
+    Generation stops at the model's end-of-text token or after --max-tokens.
     """
     text = _prompt(prompt, prompt_file)
 
@@ -68,12 +69,12 @@ def command(
 
 def _prompt(prompt: str | None, file: Path | None) -> str:
     if (prompt is None) == (file is None):
-        raise typer.BadParameter("give one of --prompt and --prompt-file")
+        raise typer.BadParameter("give either --prompt or --prompt-file")
     if file is not None:
         text = (
             typer.get_text_stream("stdin").read() if str(file) == "-" else file.read_text("utf-8")
         )
         prompt = text.removesuffix("\n")
     if not prompt:
-        raise PromptError("the prompt is empty; give some text to go on from")
+        raise PromptError("the prompt is empty; give some text to continue")
     return prompt

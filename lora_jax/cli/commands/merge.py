@@ -1,11 +1,11 @@
-"""`lora-jax merge`: a base and an adapter as one model."""
+"""`lora-jax merge`: a base model and an adapter as one model."""
 
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from lora_jax.cli.options import DType, Force, Model, Out
+from lora_jax.cli.options import ADAPTER, DType, ForceOption, ModelOption, OutOption
 
 EXAMPLES = (
     "lora-jax merge --model my-model --adapter my-adapter --out merged",
@@ -14,20 +14,20 @@ EXAMPLES = (
 
 
 def command(
-    model: Model,
-    adapter: Annotated[Path, typer.Option(help="An adapter of any kind that 'inspect' reads.")],
-    out: Out,
+    model: ModelOption,
+    adapter: Annotated[Path, typer.Option(help=ADAPTER)],
+    out: OutOption,
     dtype: Annotated[
         DType | None,
-        typer.Option(help="Of the result; by default the base's own, float32 for a GGUF file."),
+        typer.Option(help="Dtype of the result; default: the base's, float32 for a GGUF file."),
     ] = None,
-    force: Force = False,
+    force: ForceOption = False,
 ) -> None:
     """Merge an adapter into its base: a model in Hugging Face's layout that needs no adapter.
 
-    Weights are added in float32 and rounded once; how much of the update the rounding lost is
-    told. The tokenizer, and whatever else stands beside the base's weights, comes along. The
-    directory appears whole or not at all, and the base is never changed.
+    Weights are added in float32 and rounded once; the share of the update that is lost in rounding
+    is printed. The tokenizer and all other files beside the base's weights are copied. The
+    directory is written completely or not at all, and the base is never changed.
     """
     from lora_jax.cli.jobs import merge
 

@@ -1,13 +1,11 @@
 """`lora-jax train`: fine-tune a model on a file."""
 
-from __future__ import annotations
-
 import shlex
 
 import typer
 
 from lora_jax.cli.options import takes
-from lora_jax.cli.train_options import Options
+from lora_jax.cli.train_options import TrainOptions
 
 EXAMPLES = (
     "lora-jax train --model smollm2 --data play.txt --targets q_proj,v_proj --out run",
@@ -17,28 +15,28 @@ EXAMPLES = (
 )
 
 
-@takes(Options)
-def command(context: typer.Context, options: Options) -> None:
+@takes(TrainOptions)
+def command(context: typer.Context, options: TrainOptions) -> None:
     """Fine-tune a model on a file with LoRA.
 
-    A .txt file is one text. The rows of a .jsonl file are of one kind: {"text"}, {"prompt",
-    "completion"}, {"messages": [{"role", "content"}, ...]}, or, to classify, {"text", "label"}.
-    Prompts and users' turns are read, not learned; short texts share rows and do not see one
-    another.
+    A .txt file is one text. All rows of a .jsonl file are of one kind: {"text"}, {"prompt",
+    "completion"}, {"messages": [{"role", "content"}, ...]}, or, for classification, {"text",
+    "label"}. The loss ignores prompts and users' turns. Short texts share a row without attending
+    to one another.
 
-    Ctrl-C finishes the step, saves, and prints the command that goes on. What --out holds in the
-    end: adapter/ in PEFT's format (adapter.safetensors of a classifier), best/ where held-out rows
-    said so, log.jsonl, loss.png, and checkpoints/ for --resume.
+    Ctrl-C finishes the step, saves, and prints the command that resumes the run. At the end, --out
+    contains adapter/ in PEFT's format (adapter.safetensors for a classifier), best/ for the lowest
+    evaluation loss, log.jsonl, loss.png, and checkpoints/ for --resume.
     """
     if options.held_out and options.eval_split:
-        raise typer.BadParameter("give --eval or --eval-split, not both")
+        raise typer.BadParameter("give either --eval or --eval-split, not both")
     from lora_jax.cli.jobs import train
 
-    train.main(options, _again(context))
+    train.main(options, _resume_command(context))
 
 
-def _again(context: typer.Context) -> str:
-    """The command that goes on with this run: what was given, and --resume."""
+def _resume_command(context: typer.Context) -> str:
+    """Return the command that resumes this run: the given options, and --resume."""
     words = ["lora-jax", "train"]
     for parameter in context.command.params:
         value = context.params[parameter.name or ""]

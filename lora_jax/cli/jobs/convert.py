@@ -1,4 +1,4 @@
-"""What `lora-jax convert` does: read onto a tree of shapes, and write from it."""
+"""What `lora-jax convert` does: read an adapter onto a tree of shapes, and write it from there."""
 
 import dataclasses
 from pathlib import Path
@@ -17,11 +17,11 @@ _KIND_OF = {"peft": kinds.PEFT, "folded": kinds.PEFT, "mlx": kinds.MLX, "native"
 def run(
     adapter: Path, to: str, out: Path, *, model: str | None, naming: Path | None, force: bool
 ) -> None:
-    """Read `adapter` and write it to `out` as `to`; see the command's help.
+    """Read `adapter` and write it to `out` in the format `to`; see the command's help.
 
     Raises:
-      ConversionError: names and shapes are needed and not given.
-      OutputError: something is at `out`, without `force`.
+      ConversionError: names and shapes are needed but not given.
+      OutputError: something exists at `out`, without `force`.
     """
     found = kinds.adapter(adapter)
     _check(found, to, model, naming)
@@ -35,20 +35,20 @@ def run(
 def _check(found: kinds.Found, to: str, model: str | None, naming: Path | None) -> None:
     own = found.kind == kinds.NATIVE
     if to != "folded" and found.kind == _KIND_OF[to]:
-        raise ConversionError(f"{found.path}: is a {kinds.DESCRIPTIONS[found.kind]} already")
+        raise ConversionError(f"{found.path}: is already a {kinds.DESCRIPTIONS[found.kind]}")
     if model and naming:
-        raise ConversionError("--model has a naming of its own: give it or --naming, not both")
+        raise ConversionError("give either --model, which brings its naming, or --naming, not both")
     if own and not (model or naming):
         raise ConversionError(
             f"{found.path}: a lora_jax adapter has the paths of a JAX tree: give --model, or "
-            "--naming FILE.json for a model of your own"
+            "--naming FILE.json for a custom model"
         )
     if to == "native" and not model:
         raise ConversionError(
             "a lora_jax adapter has the paths and axes of a JAX tree: give the base with --model"
         )
     if naming and not own:
-        raise ConversionError("--naming is for adapters of lora_jax: others have torch's names")
+        raise ConversionError("--naming is only for lora_jax adapters: others have PyTorch's names")
 
 
 def _read(found: kinds.Found, to: str, model: str | None, naming: Path | None) -> Source:

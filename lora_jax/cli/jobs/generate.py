@@ -1,4 +1,4 @@
-"""What `lora-jax generate` does: a prompt to token ids, and new ids to text as they come."""
+"""What `lora-jax generate` does: encode a prompt, and print new tokens as they are generated."""
 
 import sys
 from collections.abc import Iterator
@@ -26,10 +26,10 @@ def run(
     dtype: str | None,
     **sampling: Any,
 ) -> None:
-    """Print what the model says; the arguments are the command's options.
+    """Print the generated text; the arguments are the command's options.
 
     Raises:
-      PromptError: the model is none that can go on, or the prompt does not fit into it.
+      PromptError: the model cannot generate text, or the prompt does not fit into it.
       LoraError: the model, its tokenizer or the adapter cannot be read.
     """
     base = sources.find_model(model)
@@ -57,42 +57,42 @@ def run(
 
 
 def _encode(tokenizer: Tokenizer, prompt: str, chat: bool) -> list[int]:
-    if chat:  # a template writes the special tokens out
+    if chat:  # the template writes out the special tokens
         turn = {"role": "user", "content": prompt}
         return tokenizer.encode(tokenizer.chat([turn], add_generation_prompt=True))
     return tokenizer.encode(prompt, special=True)
 
 
 def _room(pretrained: Pretrained, ids: list[int], max_tokens: int) -> int:
-    """How many tokens there can be: as many as asked for, or as the model has positions left."""
+    """Return how many tokens to generate: `max_tokens`, or the positions left in the model."""
     if pretrained.kind == "bert":
-        raise PromptError("a BERT reads texts and writes none: give a model of the Llama family")
+        raise PromptError("BERT cannot generate text; give a model of the Llama family")
     config = pretrained.config
     if not ids:
-        raise PromptError("the prompt has no tokens; give some text to go on from")
+        raise PromptError("the prompt has no tokens; give some text to continue")
     if max(ids) >= config.vocab_size:
         raise PromptError(
-            f"the tokenizer's token {max(ids)} is beyond the model's {config.vocab_size}: it is "
-            "another model's"
+            f"the tokenizer gives token {max(ids)}, but the model's vocabulary has only "
+            f"{config.vocab_size}: the tokenizer belongs to another model"
         )
     left = config.max_position_embeddings - len(ids)
     if left < 1:
         raise PromptError(
-            f"the prompt has {len(ids)} tokens, and the model "
-            f"{config.max_position_embeddings} positions: shorten it"
+            f"the prompt has {len(ids)} tokens, but the model has only "
+            f"{config.max_position_embeddings} positions; shorten the prompt"
         )
     return min(max_tokens, left)
 
 
 def _stops(pretrained: Pretrained, tokenizer: Tokenizer) -> set[int]:
-    """The tokens that end a text, by the model's settings and by the tokenizer's."""
+    """Return the tokens that end a text, by the model's settings and by the tokenizer's."""
     said = pretrained.settings.get("eos_token_id")
     ids = said if isinstance(said, list) else [said]
     return {i for i in (*ids, tokenizer.eos_id) if isinstance(i, int)}
 
 
 def _until(tokens: Iterator[np.ndarray], stop: set[int]) -> Iterator[int]:
-    """The ids of the only row, up to one that ends it."""
+    """Yield the ids of the only row, up to one that ends the text."""
     for row in tokens:
         if int(row[0]) in stop:
             return

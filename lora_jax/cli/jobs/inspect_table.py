@@ -1,32 +1,36 @@
 """The tables of `lora-jax inspect`."""
 
+import os
 import re
+import sys
 from collections.abc import Iterable, Sequence
 
 from rich import box
+from rich.console import Console
 from rich.markup import escape
 from rich.measure import Measurement
 from rich.table import Table
 
 from lora_jax.cli.jobs.spectrum import Spectrum
-from lora_jax.cli.terminal import console
 from lora_jax.files.contained_factors import AdapterFile, ShownFactors
 from lora_jax.files.kinds import DESCRIPTIONS
 
 _HEADINGS = ("rank", "alpha", "scale", "|A|", "|B|", "|ΔW|", "σ₁", "stable rank", "90 %", "99 %")
 _NARROW = ("rank", "scale", "|ΔW|", "90 %")  # what a narrow terminal has room for
+PIPED_WIDTH = 160  # a pipe is not a screen: no table needs to be folded
 
 
 def show(file: AdapterFile, spectra: list[Spectrum], *, every: bool) -> None:
-    """Print the facts, and a line for every module or for every kind of module."""
-    out = console()
+    """Print the facts, and one line per module (`every`) or per kind of module."""
+    piped = not sys.stdout.isatty() and "COLUMNS" not in os.environ
+    out = Console(width=PIPED_WIDTH if piped else None, highlight=False)
     table = _modules(file.factors, spectra, every, _HEADINGS)
     wide = Measurement.get(out, out.options.update(width=1000), table).maximum > out.width
     if wide:
         table = _modules(file.factors, spectra, every, _NARROW)
     out.print(_facts(file), table, sep="\n")
     if wide:
-        out.print("A wider terminal shows more columns, --json all.")
+        out.print("A wider terminal shows more columns; --json shows all.")
     broken = [
         factors.module
         for factors, found in zip(file.factors, spectra, strict=True)
@@ -35,7 +39,7 @@ def show(file: AdapterFile, spectra: list[Spectrum], *, every: bool) -> None:
     if broken:
         out.print(f"[red]NaN or infinite values in {escape(', '.join(broken))}[/red]")
     if "DoRA" in file.variant:
-        out.print("ΔW is scale·A·B here, without what DoRA's magnitudes do.")
+        out.print("ΔW is scale·A·B here, without the effect of DoRA's magnitudes.")
 
 
 def _facts(file: AdapterFile) -> Table:
@@ -45,7 +49,7 @@ def _facts(file: AdapterFile) -> Table:
     facts = {
         "file": str(file.path),
         "kind": f"{DESCRIPTIONS[file.kind]}: {file.variant}",
-        "base": file.base or "not said",
+        "base": file.base or "not stated",
         "targets": ", ".join(file.targets) or "none",
         "matrices": f"{len(file.factors):,}",
         "parameters": f"{file.parameters:,} in {', '.join(file.dtypes) or 'no tensors'}",
@@ -77,7 +81,7 @@ def _modules(
 
 
 def _cells(members: list[tuple[ShownFactors, Spectrum]]) -> dict[str, str]:
-    """A group's line, by heading."""
+    """Return the cells of one group's line, by heading."""
     columns = [
         (one.a.shape[1], one.alpha, one.scale, s.norm_a, s.norm_b, s.norm, s.largest, s.stable_rank)
         + (s.directions(0.9), s.directions(0.99))
@@ -88,7 +92,7 @@ def _cells(members: list[tuple[ShownFactors, Spectrum]]) -> dict[str, str]:
 
 
 def _range(values: Iterable[float]) -> str:
-    """A number, or the smallest and the largest of several."""
+    """Show one number, or the smallest and the largest of several."""
     values = list(values)
     shown = [f"{value:.3g}" for value in (min(values), max(values))]
     return shown[0] if shown[0] == shown[1] else "–".join(shown)

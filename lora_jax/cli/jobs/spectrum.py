@@ -1,4 +1,4 @@
-"""Numbers of an update ΔW = scale · A · B from its factors alone: norms and singular values."""
+"""Norms and singular values of an update ΔW = scale · A · B, from its factors alone."""
 
 import dataclasses
 
@@ -7,11 +7,11 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class Spectrum:
-    """What one update holds.
+    """The norms and singular values of one update.
 
     Attributes:
       norm_a, norm_b: Frobenius norms of the factors.
-      singular_values: of ΔW, `[min(rank, in, out)]`, the largest first; NaN where a factor is not
+      singular_values: of ΔW, `[min(rank, in, out)]`, the largest first; NaN if a factor is not
         finite.
     """
 
@@ -31,11 +31,11 @@ class Spectrum:
 
     @property
     def stable_rank(self) -> float:
-        """‖ΔW‖² / σ₁²: how many directions as large as the largest would give this norm."""
+        """‖ΔW‖² / σ₁²: the number of directions as large as the largest that give this norm."""
         return (self.norm / self.largest) ** 2 if self.largest != 0 else 0.0
 
     def directions(self, share: float) -> int:
-        """How few singular directions hold this share of the energy Σσ²; 0 where ΔW is.
+        """Return how few singular directions have this share of the energy Σσ²; 0 if ΔW = 0.
 
         >>> Spectrum(1, 1, np.array([3.0, 1.0, 0.0])).directions(0.9)
         1
@@ -47,10 +47,10 @@ class Spectrum:
 
 
 def spectrum(a: np.ndarray, b: np.ndarray, scale: float) -> Spectrum:
-    """Norms and singular values of `scale · A · B` for A `[in, rank]` and B `[rank, out]`.
+    """Compute norms and singular values of `scale · A · B`, A `[in, rank]` and B `[rank, out]`.
 
-    With A = Q₁R₁ and Bᵀ = Q₂R₂ they are those of the rank × rank matrix `scale · R₁ · R₂ᵀ`: the
-    update itself is never formed. In float64.
+    With A = Q₁R₁ and Bᵀ = Q₂R₂ the singular values are those of the rank × rank matrix
+    `scale · R₁ · R₂ᵀ`, so the update itself is never formed. Computed in float64.
 
     >>> found = spectrum(np.array([[3.0], [4.0]]), np.array([[0.6, 0.8]]), 2.0)
     >>> found.norm_a, found.norm_b, round(found.norm, 6), round(found.stable_rank, 6)

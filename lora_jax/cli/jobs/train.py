@@ -1,7 +1,5 @@
 """What `lora-jax train` does: a model and files in, a trained adapter out."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable
 from typing import Any
@@ -11,11 +9,11 @@ import jax.numpy as jnp
 from rich.console import Console
 
 import lora_jax as lora
-from lora_jax.cli.base_model import open_model
 from lora_jax.cli.jobs import train_results
 from lora_jax.cli.jobs.train_data import Task, read_task
+from lora_jax.cli.jobs.train_model import open_model
 from lora_jax.cli.targets import resolve
-from lora_jax.cli.train_options import Options
+from lora_jax.cli.train_options import TrainOptions
 from lora_jax.training import log, loss_curve, progress, run_record
 from lora_jax.training.errors import TrainingError
 from lora_jax.training.interrupt import interruptible
@@ -23,15 +21,15 @@ from lora_jax.training.loop import Job, Outcome, Settings, Watcher, steps_of_epo
 from lora_jax.training.optimizer import Optimizer
 
 
-def main(options: Options, command: str) -> None:
-    """Trains, writes the adapter, the log and the picture, and prints what came of it.
+def main(options: TrainOptions, command: str) -> None:
+    """Train, write the adapter, the log and the plot, and print a summary.
 
     Args:
       options: of the command line.
-      command: the command that would go on with this run.
+      command: the command that would resume this run.
 
     Raises:
-      KeyboardInterrupt: after Ctrl-C or SIGTERM, once all is saved; it says how to go on.
+      KeyboardInterrupt: after Ctrl-C or SIGTERM, once all is saved; it says how to resume.
     """
     console = Console(stderr=True, highlight=False)
     say = lambda text: console.print(text, markup=False, soft_wrap=True)
@@ -39,7 +37,7 @@ def main(options: Options, command: str) -> None:
     model = open_model(options.model, options.dtype, options.scan)
     length = options.length or min(512, model.longest)
     if not 2 <= length <= model.longest:
-        raise TrainingError(f"--length {length}: this model takes 2 to {model.longest}")
+        raise TrainingError(f"--length {length}: must be from 2 to {model.longest} for this model")
     options = dataclasses.replace(options, length=length)
     task = read_task(options, model)
     for note in task.notes:
@@ -56,23 +54,23 @@ def main(options: Options, command: str) -> None:
         _recorded(options, config, steps), task.params, task.data, task.held_out
     )
     if not run_record.begin(options.out, this, options.resume) and options.resume:
-        say(f"nothing to resume in {options.out}: starting at the beginning")
+        say(f"nothing to resume in {options.out}: starting from the beginning")
     counts = lora.count_params(start)
     say(
         f"{len(task.data):,} rows of {length} tokens, {steps:,} steps of "
-        f"{options.size} rows; {counts.trainable:,} parameters train, "
+        f"{options.size} rows; {counts.trainable:,} trainable parameters, "
         f"{counts.trainable / counts.total:.2%} of all"
     )
     results = train_results.Results(options, task, model.naming, config, start)
     outcome = _watched(job, adapters, results, console, say)
     loss_curve.draw(outcome.records, options.out / "loss.png")
     if outcome.step < steps:
-        raise KeyboardInterrupt(f"step {outcome.step} of {steps} is saved; to go on: {command}")
+        raise KeyboardInterrupt(f"step {outcome.step} of {steps} is saved; to resume: {command}")
     path = results.write("adapter", outcome.adapters, {"step": outcome.step})
     train_results.show(outcome.records, [path, options.out / "log.jsonl", options.out / "loss.png"])
 
 
-def _config(options: Options, targets: list[str], whole: tuple[str, ...]) -> lora.LoraConfig:
+def _config(options: TrainOptions, targets: list[str], whole: tuple[str, ...]) -> lora.LoraConfig:
     return lora.LoraConfig(
         targets=targets,
         train=whole,
@@ -85,7 +83,7 @@ def _config(options: Options, targets: list[str], whole: tuple[str, ...]) -> lor
     )
 
 
-def _optimizer(options: Options) -> Optimizer:
+def _optimizer(options: TrainOptions) -> Optimizer:
     return Optimizer(
         learning_rate=options.lr,
         schedule=options.schedule,
@@ -97,9 +95,9 @@ def _optimizer(options: Options) -> Optimizer:
 
 
 def _job(
-    options: Options, optimizer: Optimizer, task: Task, targets: list[str], start: Any
+    options: TrainOptions, optimizer: Optimizer, task: Task, targets: list[str], start: Any
 ) -> tuple[Job, Any]:
-    """What to train, and the adapters to start with."""
+    """Return what to train, and the initial adapters."""
     base, adapters = lora.split(start)
     steps = options.steps or steps_of_epochs(options.epochs, task.data, options.size)
     settings = Settings(
@@ -124,14 +122,21 @@ def _job(
     return job, adapters
 
 
-def _recorded(options: Options, config: lora.LoraConfig, steps: int) -> dict[str, Any]:
-    """All that decides what a step computes, under the names of the command line."""
-    names = (
-        *("task", "length", "batch", "accumulate", "seed", "shuffle", "scan"),
-        *("lr", "schedule", "warmup", "clip", "weight_decay", "lora_plus"),
-    )
+#: Options that a resumed run may change, or that `_recorded` covers otherwise. All others, new ones
+#: too, must stay the same.
+_NOT_RECORDED = {
+    *("out", "resume", "eval_every", "save_every"),
+    *("data", "held_out", "eval_split", "eval_rows", "encoding"),  # by a checksum of the batches
+    *("model", "dtype"),  # by a checksum of the parameters
+    *("epochs", "targets", "init", "rank", "alpha", "dora", "rslora", "dropout"),  # by the config
+}
+
+
+def _recorded(options: TrainOptions, config: lora.LoraConfig, steps: int) -> dict[str, Any]:
+    """Return all that decides what a step computes, under the names of the command line."""
+    given = {name: value for name, value in vars(options).items() if name not in _NOT_RECORDED}
     return {
-        **{name: getattr(options, name) for name in names},
+        **given,
         "steps": steps,
         **{name: value for name, value in config.to_dict().items() if name != "dtype"},
     }
@@ -144,7 +149,7 @@ def _watched(
     console: Console,
     say: Callable[[str], None],
 ) -> Outcome:
-    """Trains under a progress bar, until it is done or the process is asked to stop."""
+    """Train under a progress bar, until it is done or the process is asked to stop."""
     with interruptible() as interrupt, progress.bar(console, job.settings.steps) as told:
 
         def watch(record: log.Record) -> None:

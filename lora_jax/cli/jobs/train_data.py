@@ -1,6 +1,4 @@
-"""The data of `lora-jax train`: files to batches, and the loss that they are for."""
-
-from __future__ import annotations
+"""The data of `lora-jax train`: from files to batches, and the loss for them."""
 
 import dataclasses
 from collections.abc import Callable, Collection, Sequence
@@ -9,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from lora_jax.cli.base_model import Model
-from lora_jax.cli.train_options import CLASSIFICATION, Options
+from lora_jax.cli.jobs.train_model import TrainableModel
+from lora_jax.cli.train_options import CLASSIFICATION, TrainOptions
 from lora_jax.training.batching import Data, cut_stream, hold_out, pack_examples, pack_labelled
 from lora_jax.training.classification import classes, encode_labelled, with_head
 from lora_jax.training.dataset import STREAM, Row, Rows, read_rows
@@ -20,7 +18,7 @@ from lora_jax.training.packing import Assign, assign, assign_in_order
 from lora_jax.training.step import Loss
 from lora_jax.training.tokenize import encode_examples, encode_stream
 
-SLOTS = 16  # texts that a row of a classifier holds at most
+SLOTS = 16  # maximum texts per row of a classifier
 Apply = Callable[[Any, Any, Any], Any]  # (params, ids, segments) -> logits
 
 
@@ -30,35 +28,36 @@ class Task:
 
     apply: Apply
     params: Any
-    loss: Callable[[Collection[str]], Loss]  # given the paths that are adapted
+    loss: Callable[[Collection[str]], Loss]  # of the adapted paths
     data: Data
     held_out: Data | None
     notes: tuple[str, ...]
     prefix: str = ""  # before the model's own paths
-    whole: tuple[str, ...] = ()  # leaves that train whole
+    whole: tuple[str, ...] = ()  # fully trained leaves
     metadata: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
-def read_task(options: Options, model: Model) -> Task:
-    """Reads the data and makes batches of them.
+def read_task(options: TrainOptions, model: TrainableModel) -> Task:
+    """Read the data and make batches of them.
 
     Raises:
-      DataError: files that cannot be read or encoded, or of several kinds.
+      DataError: files cannot be read or encoded, or are of several kinds.
       TrainingError: the model cannot do the task.
     """
     files = [read_rows(path, options.encoding) for path in options.data]
     others = [read_rows(path, options.encoding) for path in options.held_out or ()]
     kinds = {rows.kind: rows.source for rows in [*files, *others]}
     if len(kinds) > 1:
-        named = ", ".join(f"{source} holds {kind} rows" for kind, source in kinds.items())
+        named = ", ".join(f"{source} contains {kind} rows" for kind, source in kinds.items())
         raise DataError(f"files of several kinds: {named}; give files of one kind")
     ignored = sorted({key for rows in [*files, *others] for key in rows.ignored})
-    notes = (f"keys without a meaning here: {', '.join(ignored)}",) if ignored else ()
+    notes = (f"ignored keys: {', '.join(ignored)}",) if ignored else ()
     if options.task == CLASSIFICATION:
         task = _classification(options, model, files, others)
     elif model.apply is None:
         raise TrainingError(
-            f"{options.model} is an encoder, which predicts no next token: --task classification"
+            f"{options.model} is an encoder, which cannot predict the next token; use --task "
+            "classification"
         )
     else:
         make = _streams if files[0].kind == STREAM else _examples
@@ -71,17 +70,17 @@ def read_task(options: Options, model: Model) -> Task:
     return dataclasses.replace(task, held_out=held_out, notes=(*notes, *task.notes))
 
 
-def _language_loss(model: Model, apply: Apply, adapted: Collection[str]) -> Loss:
-    """The cheaper loss of a frozen head wherever the head is not among what is adapted."""
+def _language_loss(model: TrainableModel, apply: Apply, adapted: Collection[str]) -> Loss:
+    """Return the loss; a cheaper one if the output head is not adapted."""
     if model.head_path in adapted:
         return language_sums(apply)
     return language_sums_of_frozen_head(model.hidden, model.head)
 
 
 def _streams(
-    options: Options, model: Model, files: Sequence[Rows], others: Sequence[Rows]
+    options: TrainOptions, model: TrainableModel, files: Sequence[Rows], others: Sequence[Rows]
 ) -> tuple[Data, Data | None, tuple[str, ...]]:
-    """Texts as streams of tokens; a share is held out at the end of each."""
+    """Encode texts as streams of tokens; hold out a fraction at the end of each."""
     trained: list[np.ndarray] = [encode_stream(rows, model.tokenizer) for rows in files]
     held_out = [encode_stream(rows, model.tokenizer) for rows in others]
     if options.eval_split:
@@ -90,8 +89,8 @@ def _streams(
         trained = [ids[:cut] for ids, cut in zip(trained, cuts, strict=True)]
         if any(len(ids) < 2 for ids in [*trained, *held_out]):
             raise DataError(
-                f"--eval-split {options.eval_split} leaves a part with nothing to predict; "
-                "choose another share, or give --eval a file"
+                f"--eval-split {options.eval_split} leaves a part without a token to predict; "
+                "choose another fraction, or give a file with --eval"
             )
     judged = _rows_of(held_out, options.length) if held_out else None
     return _rows_of(trained, options.length), judged, ()
@@ -103,9 +102,9 @@ def _rows_of(streams: Sequence[np.ndarray], length: int) -> Data:
 
 
 def _examples(
-    options: Options, model: Model, files: Sequence[Rows], others: Sequence[Rows]
+    options: TrainOptions, model: TrainableModel, files: Sequence[Rows], others: Sequence[Rows]
 ) -> tuple[Data, Data | None, tuple[str, ...]]:
-    """Rows of text, prompts and completions, or conversations, packed."""
+    """Pack rows of text, prompts and completions, or conversations."""
     trained, held_out = _split(options, files, others)
     longest = options.length + 1  # the last token is not read, only predicted
     parts = [
@@ -119,22 +118,22 @@ def _examples(
     return packed[0], packed[1] if held_out else None, notes
 
 
-def _packings(options: Options) -> tuple[Assign, Assign]:
-    """How to pack what trains, and what is held out: the rows that judge are ever the same."""
+def _packings(options: TrainOptions) -> tuple[Assign, Assign]:
+    """Return how to pack training and held-out rows; the latter never depend on the order."""
     return assign if options.shuffle else assign_in_order, assign
 
 
 def _split(
-    options: Options, files: Sequence[Rows], others: Sequence[Rows]
+    options: TrainOptions, files: Sequence[Rows], others: Sequence[Rows]
 ) -> tuple[Rows, Rows | None]:
-    """Rows to train on and rows held out, of files of one kind."""
+    """Return the rows to train on and those held out, of files of one kind."""
     trained, held_out = _joined(files), _joined(others) if others else None
     if not options.eval_split:
         return trained, held_out
     try:
         parts = hold_out(len(trained), options.eval_split, options.seed)
     except ValueError as error:
-        raise DataError(f"--eval-split: {error}; choose another share") from None
+        raise DataError(f"--eval-split: {error}; choose another fraction") from None
     one, other = (tuple(trained.rows[i] for i in part) for part in parts)
     return dataclasses.replace(trained, rows=one), dataclasses.replace(trained, rows=other)
 
@@ -145,9 +144,9 @@ def _joined(files: Sequence[Rows]) -> Rows:
 
 
 def _classification(
-    options: Options, model: Model, files: Sequence[Rows], others: Sequence[Rows]
+    options: TrainOptions, model: TrainableModel, files: Sequence[Rows], others: Sequence[Rows]
 ) -> Task:
-    """A pooled head on the model's hidden states, trained whole."""
+    """Put a pooled, fully trained head on the model's hidden states."""
     trained, held_out = _split(options, files, others)
     known = classes(trained)
     parts = [

@@ -1,6 +1,4 @@
-"""What `lora-jax train` leaves behind: adapters, and a table."""
-
-from __future__ import annotations
+"""What `lora-jax train` writes and prints at the end: adapters, and a table."""
 
 import os
 from collections.abc import Sequence
@@ -14,30 +12,30 @@ from rich.table import Table
 
 import lora_jax as lora
 from lora_jax.cli.jobs.train_data import Task
-from lora_jax.cli.train_options import Options
+from lora_jax.cli.train_options import TrainOptions
 from lora_jax.files import peft
 from lora_jax.files.naming import Naming
 from lora_jax.training import log
 
-CHANGES_BASE = ("pissa", "pissa_fast", "olora")  # starts after which the base is another
+CHANGES_BASE = ("pissa", "pissa_fast", "olora")  # initializations that change the base
 
 
 @dataclass(frozen=True)
 class Results:
-    """Where adapters go, and what is told of them."""
+    """How the adapters of a run are written."""
 
-    options: Options
+    options: TrainOptions
     task: Task
     naming: Naming
     config: lora.LoraConfig
     start: Any  # the joined tree before the first step
 
     def write(self, name: str, adapters: Any, record: log.Record) -> Path:
-        """Writes adapters for the model as it was published.
+        """Write adapters for the model as it was published.
 
         Returns:
-          A directory of PEFT's; of a classifier a file of lora_jax, as its head reads the mean of a
-          text's tokens, and those of transformers the first or the last.
+          The path: a directory of PEFT; for a classifier a file of lora_jax, because its head reads
+          the mean over a text's tokens, and the heads of transformers read the first or last one.
         """
         options, base = self.options, self.task.params
         if self.config.init in CHANGES_BASE:
@@ -61,16 +59,16 @@ class Results:
 
 
 def _absolute(model: str) -> str:
-    """A path that holds wherever the adapter is read; a name stays a name."""
+    """Return an absolute path, valid wherever the adapter is read; a name stays a name."""
     return os.path.abspath(model) if os.path.exists(model) else model
 
 
 def show(records: list[dict[str, Any]], files: Sequence[Path]) -> None:
-    """Prints the table of a finished run on stdout, and the files written.
+    """Print the table of a finished run on stdout, and the files written.
 
     Args:
-      records: of its log.
-      files: that it wrote.
+      records: the run's log.
+      files: what it wrote.
     """
     steps, losses = log.losses(records)
     held_out = log.evaluations(records)
@@ -87,7 +85,7 @@ def show(records: list[dict[str, Any]], files: Sequence[Path]) -> None:
         table.add_row(f"held-out {name.removeprefix('eval_')}", f"{values[0]} → {values[-1]}")
         best = min(held_out, key=lambda record: record["eval_loss"])
         table.add_row("lowest held-out loss at step", f"{best['step']:,}")
-    table.add_row("seconds a step, median", f"{np.median(seconds):.2f}")
+    table.add_row("seconds per step, median", f"{np.median(seconds):.2f}")
     console = Console(highlight=False)
     console.print(table)
     console.print(f"wrote {', '.join(map(str, files))}", markup=False, soft_wrap=True)

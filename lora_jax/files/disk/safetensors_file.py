@@ -16,23 +16,8 @@ import numpy as np
 from safetensors.numpy import save as serialize
 
 from lora_jax.core.errors import AdapterFileError
-from lora_jax.files.disk.atomic import read_directory, write_atomically, write_directory
-from lora_jax.files.disk.strict_json import REPR, lines, parse_json, show
-
-__all__ = [
-    "Header",
-    "TensorInfo",
-    "decode",
-    "encode",
-    "headers",
-    "lines",
-    "parse_json",
-    "read",
-    "read_directory",
-    "write",
-    "write_atomically",
-    "write_directory",
-]
+from lora_jax.files.disk.atomic import write_atomically
+from lora_jax.files.disk.strict_json import lines, parse_json, show
 
 #: The safetensors name of every dtype that is read and written.
 DTYPES = {
@@ -53,7 +38,6 @@ _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 #: Bytes of header that are read; a quarter of a million tensors fit.
 MAX_HEADER = 2**25
 MAX_NAME = 1024
-REPR.maxstring = REPR.maxlong = REPR.maxother = 120
 _FIELDS = ("dtype", "shape", "data_offsets")
 _FOREIGN = {
     rb"PK\x03\x04|\x80[\x00-\x05]": "a pickle of PyTorch, which can run any code when it is read: "

@@ -8,8 +8,8 @@ from typing import Any
 
 from lora_jax.core.errors import AdapterFileError
 
-REPR = reprlib.Repr()  # of values of any depth and size
-
+_REPR = reprlib.Repr()  # of values of any depth and size
+_REPR.maxstring = _REPR.maxlong = _REPR.maxother = 120
 _MAX_LINES = 200  # of one message
 
 
@@ -53,7 +53,7 @@ def lines(problems: Sequence[str]) -> str:
 
 
 def show(value: Any) -> str:
-    return short(REPR.repr(value))
+    return short(_REPR.repr(value))
 
 
 def short(text: str) -> str:

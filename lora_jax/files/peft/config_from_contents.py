@@ -1,4 +1,4 @@
-"""The configuration that makes PEFT build just what a file holds."""
+"""Build the configuration with which PEFT makes exactly the modules that a file holds."""
 
 import dataclasses
 import math
@@ -12,47 +12,61 @@ import numpy as np
 from lora_jax.core.config import LoraConfig
 from lora_jax.files.peft import target_parameters, tied_head
 from lora_jax.files.peft.config import PeftConfig, exact_pattern
+from lora_jax.files.peft.tied_head import Tied
 from lora_jax.files.torch_adapters.contents import Contents, TorchBase, module_of
 from lora_jax.files.torch_adapters.experts import Experts
 from lora_jax.files.torch_adapters.factors import TorchFactors
 
 
-def settings(
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """The PyTorch model that a file is written for, as far as it is known."""
+
+    model: TorchBase
+    complete: bool  # whether `model` has all modules, so that ends of names can be told apart
+    tied: Tied | None  # the adapted embedding that is also the head
+
+    @classmethod
+    def of(cls, contents: Contents, model: TorchBase, *, complete: bool) -> "Target":
+        """Return the target of these contents; `complete` is false without a base."""
+        tied = tied_head.find(model)
+        is_adapted = tied is not None and tied_head.is_adapted(tied, contents)
+        return cls(model, complete and not model.adapted_only, tied if is_adapted else None)
+
+
+def build_config(
     contents: Contents,
     saved: Sequence[str],
-    model: TorchBase,
+    target: Target,
     given: LoraConfig | PeftConfig | None,
-    *,
-    complete: bool,
 ) -> PeftConfig:
-    """The configuration of these contents.
+    """Return the configuration of these contents.
 
-    What `given` says of ranks, scales and targets is kept where it gives exactly these modules.
+    The ranks, scales and targets of `given` are kept wherever they give exactly these modules.
 
     Args:
       contents: what the file holds.
       saved: the modules to save whole.
-      model: the modules that there are.
-      given: what the adapters were made with, if it is known.
-      complete: whether `model` has all modules, so that ends of names can be told apart.
+      target: the model that the file is for.
+      given: the configuration the adapters were made with, if it is known.
     """
+    model = target.model
     modules = {module_of(name): factors for name, factors in contents.factors.items()}
-    pair = tied_head.head_of(contents, model)
     ranked: dict[str, TorchFactors | Experts] = {**modules, **contents.experts}
-    if pair is not None and pair.embedding in contents.factors:
-        ranked[module_of(pair.head)] = contents.factors[pair.embedding]
+    if target.tied is not None and target.tied.embedding in contents.factors:
+        ranked[module_of(target.tied.head)] = contents.factors[target.tied.embedding]
     kinds = {model.kind(name) for name in contents.factors}
     start = _start(given)
+    rows = {module_of(name): rows for name, (rows, _) in contents.rows.items()}
     config = dataclasses.replace(
         start,
-        **_parameters(start, contents, model, complete),
+        **_parameters(start, contents, target),
         use_dora=any(factors.magnitude is not None for factors in modules.values()),
         fan_in_fan_out="conv1d" in kinds,
-        ensure_weight_tying=pair is not None,
+        ensure_weight_tying=target.tied is not None,
         bias=_bias(contents, saved),
         modules_to_save=tuple(saved) or None,
-        trainable_token_indices={module_of(name): rows for name, (rows, _) in contents.rows.items()}
-        or None,
+        trainable_token_indices=rows or None,
     )
     if not all(_agrees(config, name, factors) for name, factors in ranked.items()):
         config = dataclasses.replace(config, **_ranks(ranked, start))
@@ -60,19 +74,18 @@ def settings(
     if wrong_targets(config, modules, adaptable):
         fresh = dataclasses.replace(config, exclude_modules=None, layers_to_transform=None)
         fresh = dataclasses.replace(fresh, layers_pattern=None)
-        return dataclasses.replace(fresh, target_modules=_targets(modules, adaptable, complete))
+        targets = _targets(modules, adaptable, target.complete)
+        return dataclasses.replace(fresh, target_modules=targets)
     return config
 
 
-def _parameters(
-    start: PeftConfig, contents: Contents, model: TorchBase, complete: bool
-) -> dict[str, Any]:
-    """What the configuration says of experts' parameters."""
+def _parameters(start: PeftConfig, contents: Contents, target: Target) -> dict[str, Any]:
+    """Return the fields of the configuration on experts' parameters."""
     if not contents.experts:
         return {"target_parameters": None}
-    every, targets = model.experts(), start.target_parameters
+    every, targets = target.model.experts(), start.target_parameters
     if any(start.targets_parameter(name) != (name in contents.experts) for name in every):
-        targets = target_parameters.names(contents.experts, every, complete)
+        targets = target_parameters.shortest_names(contents.experts, every, target.complete)
     modules = () if start.target_modules is None else start.target_modules
     # PEFT refuses dropout beside parameters; and None would be the model's default modules
     return {"target_parameters": targets, "target_modules": modules, "lora_dropout": 0.0}
@@ -98,7 +111,7 @@ def _agrees(config: PeftConfig, module: str, factors: TorchFactors | Experts) ->
 
 
 def _ranks(modules: Mapping[str, TorchFactors | Experts], start: PeftConfig) -> dict[str, Any]:
-    """Rank and alpha: the most common, and patterns for the modules that have others."""
+    """Return the most common rank and alpha, and patterns for the modules that have others."""
     ranks = {module: factors.rank for module, factors in modules.items()}
     alphas = {m: alpha_of(f.scale, f.rank, start.use_rslora) for m, f in modules.items()}
     rank, alpha = _most_common(ranks, start.r), _most_common(alphas, start.lora_alpha)
@@ -111,13 +124,13 @@ def _ranks(modules: Mapping[str, TorchFactors | Experts], start: PeftConfig) -> 
 
 
 def _most_common(values: Mapping[str, Any], wanted: Any) -> Any:
-    """The most common value; among equals `wanted`."""
+    """Return the most common value; on a tie, `wanted`."""
     counts = Counter(values.values())
     return max(counts, key=lambda x: (counts[x], x == wanted)) if counts else wanted
 
 
 def alpha_of(scale: float, rank: int, use_rslora: bool) -> float:
-    """The alpha that gives this scale, to float32: the roundest number that does.
+    """Return the roundest alpha that gives this scale, to float32 precision.
 
     >>> alpha_of(float(np.float32(4 / 3)), 3, False), alpha_of(0.5, 8, False)
     (4, 4)
@@ -133,12 +146,12 @@ def alpha_of(scale: float, rank: int, use_rslora: bool) -> float:
 def wrong_targets(
     config: PeftConfig, modules: Collection[str], adaptable: Collection[str]
 ) -> list[str]:
-    """Modules that the configuration targets and should not, or the other way round."""
+    """Return the modules that the configuration targets and should not, or the converse."""
     return [m for m in adaptable if config.targets(m) != (m in modules)]
 
 
 def _targets(modules: Collection[str], adaptable: Sequence[str], complete: bool) -> Any:
-    """`target_modules` for just these: ends of names, whole names, or a regular expression."""
+    """Return `target_modules` for exactly these: ends of names, whole names, or a regex."""
     ends = {_end(module): None for module in modules}
     choices = [tuple(ends), tuple(modules)]
     if not complete:  # a name of one segment is the end of others
@@ -150,9 +163,9 @@ def _targets(modules: Collection[str], adaptable: Sequence[str], complete: bool)
 
 
 def _end(module: str) -> str:
-    """What is behind the last number of a name: "self_attn.q_proj" of "layers.0.self_attn.q_proj".
+    """Return what follows the last number: "self_attn.q_proj" of "layers.0.self_attn.q_proj".
 
-    Not the last segment alone: a module that the naming does not know may be called the same.
+    The last segment is not enough: a module outside the naming may have the same.
     """
     segments = module.split(".")
     numbers = [i for i, segment in enumerate(segments) if segment.isdigit()]
@@ -160,7 +173,7 @@ def _end(module: str) -> str:
 
 
 def _bias(contents: Contents, saved: Sequence[str]) -> str:
-    """PEFT's word for which biases are trained."""
+    """Return PEFT's word for which biases are trained."""
     biases = [name for name in contents.whole if not in_modules(name, saved)]
     if not biases:
         return "none"
@@ -169,5 +182,5 @@ def _bias(contents: Contents, saved: Sequence[str]) -> str:
 
 
 def in_modules(name: str, modules: Sequence[str]) -> bool:
-    """Whether a tensor is in one of the modules, or in a module within one."""
+    """Return whether a tensor is in one of the modules, or in a module within one."""
     return any(name.startswith(module + ".") for module in modules)

@@ -20,7 +20,10 @@ from lora_jax.files.torch_adapters.contents import (
 def read_contents(file: PeftFile, model: TorchBase) -> tuple[Contents, list[str]]:
     """Return what fits the base, and what is wrong with the rest."""
     config = file.config
-    tensors, problems = tied_head.drop_copies(file.tensors, config, model)
+    tied = tied_head.find(model)
+    tensors, problems = file.tensors, list[str]()
+    if tied is not None and config.ensure_weight_tying:
+        tensors, problems = tied_head.drop_copies(tensors, tied)
     found = Contents()
     by_module: dict[str, dict[str, np.ndarray]] = {}
     for name, tensor in tensors.items():
@@ -45,7 +48,8 @@ def read_contents(file: PeftFile, model: TorchBase) -> tuple[Contents, list[str]
     for module, parts in by_module.items():
         problems += _add(found, module, parts, config, model)
     problems += _missing(by_module, config, model)
-    problems += tied_head.drop_lookup_alone(found, config, model)
+    if tied is not None and not config.ensure_weight_tying:
+        problems += tied_head.drop_lookup_alone(found, tied)
     return found, problems
 
 

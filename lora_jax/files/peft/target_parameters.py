@@ -121,10 +121,12 @@ def find_unwritable(contents: Contents, model: TorchBase) -> list[str]:
     return problems
 
 
-def names(adapted: Collection[str], every: Collection[str], complete: bool) -> tuple[str, ...]:
+def shortest_names(
+    adapted: Collection[str], every: Collection[str], complete: bool
+) -> tuple[str, ...]:
     """`target_parameters` for just these: short where all that end so are adapted.
 
-    >>> names(["h.0.x.up", "h.1.x.up"], ["h.0.x.up", "h.1.x.up", "h.1.x.down"], True)
+    >>> shortest_names(["h.0.x.up", "h.1.x.up"], ["h.0.x.up", "h.1.x.up", "h.1.x.down"], True)
     ('x.up',)
     """
     ends = {".".join(name.split(".")[-2:]) for name in adapted}

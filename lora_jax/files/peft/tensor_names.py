@@ -65,6 +65,20 @@ def _is_factor(module: str, names: Container[str], known: Container[str]) -> boo
     return f"{module}.weight" in known and is_pair
 
 
+def of_whole(name: str, is_wrapped: bool) -> str:
+    """Return the name in a file of a tensor that is saved whole.
+
+    Args:
+      name: its name in PyTorch.
+      is_wrapped: whether its module has factors, so that PEFT wraps it.
+
+    >>> of_whole("h.up.bias", True)
+    'base_model.model.h.up.base_layer.bias'
+    """
+    module, _, leaf = name.rpartition(".")
+    return PREFIX + (f"{module}.{_BASE}{leaf}" if is_wrapped else name)
+
+
 def is_base_weight(name: str) -> bool:
     """Whether a tensor is an adapted module's own weight, which PEFT saves of resized embeddings.
 

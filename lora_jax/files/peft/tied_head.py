@@ -1,7 +1,7 @@
-"""Embeddings that are the head too: one leaf here, two modules with equal tensors in PEFT.
+"""Embeddings that are also the output head: one leaf here, two modules with equal tensors in PEFT.
 
-PEFT adapts both only where the configuration says `ensure_weight_tying`; the head then has the
-embedding's factors transposed. The naming has a row for the head, and the tree has no such leaf.
+PEFT adapts both only if the configuration says `ensure_weight_tying`; the head then has the
+embedding's factors, transposed. The naming has a row for the head, but the tree has no such leaf.
 """
 
 import dataclasses
@@ -11,21 +11,20 @@ import numpy as np
 
 from lora_jax.files.naming.patterns import placeholders
 from lora_jax.files.peft import tensor_names
-from lora_jax.files.peft.config import PeftConfig
 from lora_jax.files.torch_adapters.contents import Contents, TorchBase, module_of
 from lora_jax.files.torch_adapters.factors import TorchFactors
 
 
 @dataclasses.dataclass(frozen=True)
 class Tied:
-    """The torch names of the weights of an embedding and of the head that is the same leaf."""
+    """The PyTorch names of the weights of an embedding and of the head that is the same leaf."""
 
     embedding: str
     head: str
 
 
 def find(model: TorchBase) -> Tied | None:
-    """The embedding of a tree that has no leaf for its head; None where there is none."""
+    """Return the embedding of a tree that has no leaf for its head, else None."""
     heads = [
         entry.torch
         for entry in model.naming.entries
@@ -40,18 +39,15 @@ def find(model: TorchBase) -> Tied | None:
     return None
 
 
-def transpose_for_head(factors: TorchFactors) -> TorchFactors:
-    """The head's factors: the embedding's, transposed."""
-    return TorchFactors(factors.b.T, factors.a.T, factors.scale)
+def is_adapted(tied: Tied, contents: Contents) -> bool:
+    """Return whether the contents adapt or fully train the tied embedding."""
+    return tied.embedding in contents.factors or tied.embedding in contents.whole
 
 
 def drop_copies(
-    tensors: Mapping[str, np.ndarray], config: PeftConfig, model: TorchBase
+    tensors: Mapping[str, np.ndarray], tied: Tied
 ) -> tuple[dict[str, np.ndarray], list[str]]:
-    """A file's tensors without those of a tied head, and those that are no copies."""
-    tied = find(model)
-    if tied is None or not config.ensure_weight_tying:
-        return dict(tensors), []
+    """Return a file's tensors without the head's, and a problem per tensor that is not a copy."""
     head, embedding = (
         f"{tensor_names.PREFIX}{module_of(name)}." for name in (tied.head, tied.embedding)
     )
@@ -66,28 +62,29 @@ def drop_copies(
         other = tensors.get(embedding + original[ending])
         turned = tensor.T if ending in (a, b) else tensor
         if other is None or not np.array_equal(other, turned):
-            problems.append(f"{name}: is not the embedding's, which is the head too in this tree")
+            problems.append(
+                f"{name}: differs from the embedding {module_of(tied.embedding)}, but in this "
+                "model the head is tied to it"
+            )
     return kept, problems
 
 
-def drop_lookup_alone(contents: Contents, config: PeftConfig, model: TorchBase) -> list[str]:
-    """Embeddings that PEFT adapts as a lookup alone, which here are the head too; taken out."""
-    tied = find(model)
-    if tied is None or config.ensure_weight_tying:
-        return []
-    found = [*contents.factors, *contents.whole]
-    if tied.embedding not in found:
+def drop_lookup_alone(contents: Contents, tied: Tied) -> list[str]:
+    """Remove the embedding where PEFT adapts its lookup alone; return the problem, if it does."""
+    if not is_adapted(tied, contents):
         return []
     contents.factors.pop(tied.embedding, None)
     contents.whole.pop(tied.embedding, None)
     return [
-        f"{tied.embedding}: PEFT adapts it as a lookup alone (ensure_weight_tying is false), and "
-        f"in this tree it is {module_of(tied.head)} too"
+        f"{tied.embedding}: PEFT adapts only the lookup (ensure_weight_tying is false), but in "
+        f"this model the head {module_of(tied.head)} is tied to it"
     ]
 
 
-def head_of(contents: Contents, model: TorchBase) -> Tied | None:
-    """The tied pair where the contents adapt it."""
-    tied = find(model)
-    adapted = tied is not None and tied.embedding in {*contents.factors, *contents.whole}
-    return tied if adapted else None
+def to_tensors(contents: Contents, tied: Tied) -> dict[str, np.ndarray]:
+    """Return the head's tensors: its embedding's factors, transposed, or its trained weight."""
+    factors = contents.factors.get(tied.embedding)
+    if factors is None:
+        return {tensor_names.PREFIX + tied.head: contents.whole[tied.embedding]}
+    turned = TorchFactors(factors.b.T, factors.a.T, factors.scale)
+    return tensor_names.to_tensors(module_of(tied.head), "linear", turned)

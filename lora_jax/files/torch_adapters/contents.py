@@ -34,9 +34,16 @@ class Contents:
 class TorchBase:
     """A base through its naming: the tensors that torch's model has, their shapes and values."""
 
-    def __init__(self, base: Any, naming: Naming):
-        """`base` holds arrays or `ShapeDtypeStruct`s."""
+    def __init__(self, base: Any, naming: Naming, *, adapted_only: bool = False):
+        """Find the tensors of a base.
+
+        Args:
+          base: a tree of arrays or `ShapeDtypeStruct`s.
+          naming: of its leaves.
+          adapted_only: whether `base` has only the adapted leaves, as there is no other.
+        """
         self.naming = naming
+        self.adapted_only = adapted_only
         self.leaves, self.treedef = flatten_with_paths(base, is_leaf=is_adapted)
         shaped = {path: tuple(x.shape) for path, x in self.leaves.items() if hasattr(x, "shape")}
         self.places = naming.places(shaped)

@@ -201,15 +201,16 @@ def collect(adapters: Any, naming: Naming, base: Any) -> tuple[Contents, TorchBa
       StructureError: what a file cannot hold; all problems are listed at once.
     """
     nodes = require_adapted("save", adapters)
-    base = own_base(adapters) if base is None else base
-    model = TorchBase(_shapes(nodes) if base is None else base, naming)
+    base = _own_base(adapters) if base is None else base
+    known = _shapes(nodes) if base is None else base
+    model = TorchBase(known, naming, adapted_only=base is None)
     check(_misfits(nodes, model))
     contents, problems = collect_nodes(nodes, model)
     check(problems)
     return contents, model
 
 
-def own_base(adapters: Any) -> Any:
+def _own_base(adapters: Any) -> Any:
     """The base of a joined tree; None of an overlay."""
     nodes = adapted_nodes(adapters).values()
     return split(adapters)[0] if nodes and all(node.w is not None for node in nodes) else None

@@ -1,4 +1,4 @@
-"""A tokenizer of single bytes, made on the fly: no file, no training, any text."""
+"""A byte-level tokenizer for any text, without a file and without training."""
 
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
@@ -14,7 +14,7 @@ TEMPLATE = (
 
 
 def byte_tokenizer() -> Tokenizer:
-    """A token for each byte, and four special ones.
+    """Create a tokenizer with one token per byte, and four special ones.
 
     >>> tokenizer = byte_tokenizer()
     >>> len(tokenizer), len(tokenizer.encode("né")), tokenizer.decode(tokenizer.encode("né"))

@@ -1,7 +1,7 @@
-"""Chat templates: a published model's own Jinja program for the text of a conversation.
+"""Chat templates: a published model's Jinja program for the text of a conversation.
 
-The program comes with the model's files, so it runs in Jinja's sandbox: no attributes of Python's
-objects, no way to change what it is given. It can still waste time and memory.
+The program comes with the model's files, so it runs in Jinja's sandbox: it sees no attributes of
+Python objects and cannot change its inputs. It can still waste time and memory.
 """
 
 import datetime
@@ -15,12 +15,12 @@ LONGEST = 10_000_000  # characters of output
 
 
 def render(template: str, messages: Iterable[Mapping[str, Any]], **variables: Any) -> str:
-    """The text of a conversation.
+    """Render the text of a conversation.
 
     Args:
-      template: Jinja source, as tokenizer_config.json and GGUF files have it.
-      messages: one mapping a turn, `{"role": "user", "content": "..."}`.
-      **variables: what else the template reads: `add_generation_prompt`, `bos_token`, `tools`.
+      template: Jinja source, as in tokenizer_config.json and GGUF files.
+      messages: one mapping per turn, `{"role": "user", "content": "..."}`.
+      **variables: other variables of the template: `add_generation_prompt`, `bos_token`, `tools`.
 
     Raises:
       ChatTemplateError: the template is broken, does what the sandbox forbids, writes more than
@@ -38,14 +38,14 @@ def render(template: str, messages: Iterable[Mapping[str, Any]], **variables: An
             length += len(piece)
             if length > LONGEST:
                 raise ChatTemplateError(f"it writes more than {LONGEST} characters")
-    except Exception as error:  # a template can raise whatever an expression of Python's can
+    except Exception as error:  # a template can raise whatever a Python expression can
         said = " ".join(str(error).split()) or type(error).__name__
         raise ChatTemplateError(f"the chat template failed: {said}") from error
     return "".join(text)
 
 
 def _environment() -> Any:
-    """Jinja as transformers sets it up, which is what published templates are written for."""
+    """Set up Jinja as transformers does, for which published templates are written."""
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     environment = ImmutableSandboxedEnvironment(

@@ -7,30 +7,30 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 
 from lora_jax.core.errors import ModelFileError
 
-# How text is cut before merges, by the names of llama.cpp's src/llama-vocab.cpp.
+# How text is split before merges, under the names in llama.cpp's src/llama-vocab.cpp.
 _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|%s| ?[^\s\p{L}\p{N}]+[\r\n]*"
 _SPACES = r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 _CUTS = {
     "llama-bpe": _WORDS % r"\p{N}{1,3}" + _SPACES,
     "qwen2": _WORDS % r"\p{N}" + _SPACES,
 }
-_DIGITS = ("smollm", "starcoder", "refact", "command-r")  # each digit alone, then as GPT-2
+_DIGITS = ("smollm", "starcoder", "refact", "command-r")  # each digit alone, then like GPT-2
 _GPT2 = ("gpt-2", "default")
 _CONTROL, _USER_DEFINED = 3, 4
 
 
 def from_metadata(metadata: Mapping[str, Any]) -> Tokenizer:
-    """The tokenizer that `tokenizer.ggml.*` describes.
+    """Build the tokenizer that `tokenizer.ggml.*` describes.
 
     Raises:
-      ModelFileError: it is of another kind than byte-level BPE, cuts text in an unknown way, or
-        its parts do not fit together.
+      ModelFileError: it is not a byte-level BPE, splits text in an unknown way, or its parts do
+        not fit together.
     """
     kind = metadata.get("tokenizer.ggml.model")
     if kind != "gpt2":
         raise ModelFileError(
-            f"tokenizer.ggml.model is {kind!r}, only 'gpt2' (byte-level BPE) can be read: put the "
-            "model's tokenizer.json beside it"
+            f"tokenizer.ggml.model is {kind!r}, but only 'gpt2' (byte-level BPE) is supported; put "
+            "the model's tokenizer.json into the same directory"
         )
     tokens, merges = (_strings(metadata, f"tokenizer.ggml.{x}") for x in ("tokens", "merges"))
     types = list(metadata.get("tokenizer.ggml.token_type", [1] * len(tokens)))
@@ -44,7 +44,9 @@ def from_metadata(metadata: Mapping[str, Any]) -> Tokenizer:
     try:
         model = models.BPE(vocabulary, pairs, ignore_merges=cut == "llama-bpe")
     except Exception as error:  # tokenizers raises nothing more precise
-        raise ModelFileError(f"no BPE of tokenizer.ggml's tokens and merges: {error}") from error
+        raise ModelFileError(
+            f"tokens and merges of tokenizer.ggml are not a BPE vocabulary: {error}"
+        ) from error
     tokenizer = Tokenizer(model)
     tokenizer.pre_tokenizer = _pre_tokenizer(cut)
     tokenizer.decoder = decoders.ByteLevel()
@@ -60,7 +62,7 @@ def from_metadata(metadata: Mapping[str, Any]) -> Tokenizer:
 
 
 def token(metadata: Mapping[str, Any], name: str) -> str | None:
-    """The token that `tokenizer.ggml.{name}_token_id` counts to; None where there is none."""
+    """Return the token with the id `tokenizer.ggml.{name}_token_id`, or None without one."""
     number = metadata.get(f"tokenizer.ggml.{name}_token_id")
     tokens = _strings(metadata, "tokenizer.ggml.tokens")
     return tokens[number] if isinstance(number, int) and 0 <= number < len(tokens) else None
@@ -69,7 +71,7 @@ def token(metadata: Mapping[str, Any], name: str) -> str | None:
 def _strings(metadata: Mapping[str, Any], key: str) -> list[str]:
     value = metadata.get(key)
     if not isinstance(value, list):
-        raise ModelFileError(f"{key} is no list of strings")
+        raise ModelFileError(f"{key} is not a list of strings")
     return value
 
 
@@ -90,14 +92,14 @@ def _pre_tokenizer(cut: Any) -> Any:
         first, rest = pre_tokenizers.Split(Regex(_CUTS[cut]), "isolated"), False
     else:
         known = ", ".join((*_GPT2, *_DIGITS, *_CUTS))
-        raise ModelFileError(f"tokenizer.ggml.pre is {cut!r}, only {known} can be read")
+        raise ModelFileError(f"tokenizer.ggml.pre {cut!r} is not supported, only {known}")
     return pre_tokenizers.Sequence(
         [first, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=rest)]
     )
 
 
 def _add_ends(tokenizer: Tokenizer, metadata: Mapping[str, Any], tokens: list[str]) -> None:
-    """Has `encode` put the tokens before and behind a text that the file asks for."""
+    """Let `encode` add the tokens that the file asks for before and after a text."""
     ends = {
         name: content
         for name in ("bos", "eos")

@@ -1,4 +1,4 @@
-"""A published model's tokenizer, with the tokens and the chat template that go with it."""
+"""A published model's tokenizer, with its special tokens and its chat template."""
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -21,10 +21,10 @@ class Tokenizer:
     """Text to ids and back.
 
     Attributes:
-      backend: of the library `tokenizers`.
-      bos, eos, pad: the tokens at a text's beginning and end and in the place of none, where the
-        model has them.
-      chat_template: Jinja source, where the model has one.
+      backend: a tokenizer of the library `tokenizers`.
+      bos, eos, pad: the tokens at the beginning and end of a text and at padding, if the model has
+        them.
+      chat_template: Jinja source, if the model has one.
     """
 
     backend: tokenizers.Tokenizer
@@ -35,40 +35,42 @@ class Tokenizer:
 
     @classmethod
     def load(cls, directory: str | Path) -> "Tokenizer":
-        """Reads a directory in Hugging Face's layout.
+        """Read a directory in Hugging Face's layout.
 
         Args:
-          directory: has tokenizer.json; special tokens and the chat template are taken from
-            tokenizer_config.json, special_tokens_map.json and chat_template.jinja where they are.
+          directory: contains tokenizer.json. Special tokens and the chat template come from
+            tokenizer_config.json, special_tokens_map.json and chat_template.jinja, if present.
 
         Raises:
           FileNotFoundError: tokenizer.json is missing.
-          ModelFileError: one of the files cannot be read, or names a token that is not there.
+          ModelFileError: a file cannot be read, or names a token that does not exist.
         """
         directory = Path(directory)
         path = directory / "tokenizer.json"
-        text = _read(path)
+        text = _read_text(path)
         if text is None:
             raise FileNotFoundError(f"{path} is missing")
         try:
             backend = tokenizers.Tokenizer.from_str(text)
         except Exception as error:  # tokenizers raises nothing more precise
-            raise ModelFileError(f"{path} is no tokenizer: {error}") from error
-        # for rows of fixed length, which are none of a text's own
+            raise ModelFileError(f"{path} is not a tokenizer file: {error}") from error
+        # settings for rows of fixed length, which would change what a text encodes to
         backend.no_truncation()
         backend.no_padding()
-        settings = _object(directory / "special_tokens_map.json")
-        settings |= _object(directory / "tokenizer_config.json")
-        template = _read(directory / "chat_template.jinja") or settings.get("chat_template")
-        return cls._checked(path, backend, _special(settings), _default(template))
+        settings = _read_object(directory / "special_tokens_map.json")
+        settings |= _read_object(directory / "tokenizer_config.json")
+        template = _read_text(directory / "chat_template.jinja") or settings.get("chat_template")
+        return cls._from_parts(
+            path, backend, _special_tokens(settings), _default_template(template)
+        )
 
     @classmethod
     def from_gguf(cls, path: str | Path) -> "Tokenizer":
-        """Reads the tokenizer in a GGUF file.
+        """Read the tokenizer in a GGUF file.
 
         Raises:
-          FileNotFoundError: there is no such file.
-          ModelFileError: it is no GGUF file, or its tokenizer is none that can be read.
+          FileNotFoundError: the file does not exist.
+          ModelFileError: it is not a GGUF file, or its tokenizer is not supported.
         """
         metadata = gguf_file.read(path).metadata
         try:
@@ -77,10 +79,10 @@ class Tokenizer:
             special = {ours: gguf_vocabulary.token(metadata, name) for ours, name in names.items()}
         except ModelFileError as error:
             raise ModelFileError(f"{path}: {error}") from error
-        return cls._checked(path, backend, special, metadata.get("tokenizer.chat_template"))
+        return cls._from_parts(path, backend, special, metadata.get("tokenizer.chat_template"))
 
     @classmethod
-    def _checked(
+    def _from_parts(
         cls,
         source: str | Path,
         backend: tokenizers.Tokenizer,
@@ -111,11 +113,11 @@ class Tokenizer:
         return None if token is None else self.backend.token_to_id(token)
 
     def __len__(self) -> int:
-        """How many different ids there are."""
+        """Return the number of different ids."""
         return self.backend.get_vocab_size()
 
     def encode(self, text: str, special: bool = False) -> list[int]:
-        """The ids of a text.
+        """Encode a text.
 
         Args:
           text: a special token spelled out in it becomes that token.
@@ -124,27 +126,27 @@ class Tokenizer:
         return self.backend.encode(text, add_special_tokens=special).ids
 
     def encode_batch(self, texts: Sequence[str], special: bool = False) -> list[list[int]]:
-        """`encode` of each text, on several threads."""
+        """Encode several texts as `encode` does, on several threads."""
         found = self.backend.encode_batch_fast(list(texts), add_special_tokens=special)
         return [encoding.ids for encoding in found]
 
     def decode(self, ids: Iterable[int], special: bool = False) -> str:
-        """The text of ids; special tokens are left out unless `special`."""
+        """Decode ids; special tokens are left out unless `special`."""
         return self.backend.decode(list(ids), skip_special_tokens=not special)
 
     def stream(self, ids: Iterable[int], special: bool = False) -> Iterator[str]:
-        """The text of ids that come one by one, in pieces that end where a character does.
+        """Decode ids as they arrive, in pieces that end at a character boundary.
 
-        All pieces joined are `decode` of all ids.
+        The pieces joined are `decode` of all ids.
         """
-        window: list[int] = []  # ids whose text is not all out, behind some whose text is
+        window: list[int] = []  # ids whose text is not complete yet, after one whose text is
         shown = ""
         for i in ids:
             window.append(i)
             text = self.decode(window, special)
             if len(text) > len(shown) and not text.endswith(_UNFINISHED):
                 yield text[len(shown) :]
-                # one id stays for those behind it: some decoders drop a space at the start
+                # one id stays as context: some decoders drop a space at the start
                 window, shown = window[-1:], self.decode(window[-1:], special)
         rest = self.decode(window, special)[len(shown) :]
         if rest:
@@ -156,15 +158,15 @@ class Tokenizer:
         add_generation_prompt: bool = False,
         **more: Any,
     ) -> str:
-        """The text of a conversation, to `encode` as it is.
+        """Render the text of a conversation, ready to `encode`.
 
         Args:
-          messages: one mapping a turn, `{"role": "user", "content": "..."}`.
-          add_generation_prompt: end with the beginning of the assistant's turn.
-          **more: what else the template reads.
+          messages: one mapping per turn, `{"role": "user", "content": "..."}`.
+          add_generation_prompt: end with the start of the assistant's turn.
+          **more: other variables of the template.
 
         Raises:
-          ChatTemplateError: the model has no chat template, or it fails.
+          ChatTemplateError: the model has no chat template, or the template fails.
         """
         if self.chat_template is None:
             raise ChatTemplateError("this model has no chat template")
@@ -173,7 +175,7 @@ class Tokenizer:
         return chat.render(self.chat_template, messages, **tokens | prompt | more)
 
     def files(self) -> dict[str, bytes]:
-        """The files that `load` reads, by name, for a model's directory."""
+        """Return the files that `load` reads, by name, for a model's directory."""
         settings = {f"{x}_token": getattr(self, x) for x in ("bos", "eos", "pad")}
         settings |= {"chat_template": self.chat_template}
         settings = {key: value for key, value in settings.items() if value is not None}
@@ -184,45 +186,45 @@ class Tokenizer:
         }
 
 
-def _read(path: Path) -> str | None:
-    """A file's text; None where there is no file."""
+def _read_text(path: Path) -> str | None:
+    """Return a file's text, or None without a file."""
     try:
         return path.read_text("utf-8")
     except FileNotFoundError:
         return None
     except UnicodeDecodeError as error:
-        raise ModelFileError(f"{path} is no text: {error}") from error
+        raise ModelFileError(f"{path} is not UTF-8 text: {error}") from error
 
 
-def _object(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; an empty one where there is no file."""
+def _read_object(path: Path) -> dict[str, Any]:
+    """Return the object in a JSON file, or an empty one without a file."""
     try:
-        value = json.loads(_read(path) or "{}")
+        value = json.loads(_read_text(path) or "{}")
     except (ValueError, RecursionError) as error:
-        raise ModelFileError(f"{path} is no JSON: {error}") from error
+        raise ModelFileError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(value, dict):
-        raise ModelFileError(f"{path} holds no JSON object")
+        raise ModelFileError(f"{path} is not a JSON object")
     return value
 
 
-def _special(settings: Mapping[str, Any]) -> dict[str, str | None]:
-    """bos, eos and pad, each of which can stand there as text or as an object with `content`."""
+def _special_tokens(settings: Mapping[str, Any]) -> dict[str, str | None]:
+    """Return bos, eos and pad, each given as text or as an object with `content`."""
     found: dict[str, str | None] = {}
     for name in ("bos", "eos", "pad"):
         value = settings.get(f"{name}_token")
         value = value.get("content") if isinstance(value, dict) else value
         if value is not None and not isinstance(value, str):
-            raise ModelFileError(f"{name}_token is {value!r}")
+            raise ModelFileError(f"{name}_token must be a string, got {value!r}")
         found[name] = value
     return found
 
 
-def _default(template: Any) -> str | None:
-    """The chat template that is used without asking for one: some models have several, named."""
+def _default_template(template: Any) -> str | None:
+    """Return the default chat template: some models have several, by name."""
     if isinstance(template, list):
         if not all(isinstance(x, dict) and {"name", "template"} <= x.keys() for x in template):
-            raise ModelFileError("chat_template is a list of something else than named templates")
+            raise ModelFileError("chat_template is a list, but not of named templates")
         template = next((x["template"] for x in template if x["name"] == "default"), None)
     if template is not None and not isinstance(template, str):
-        raise ModelFileError(f"chat_template is {type(template).__name__}")
+        raise ModelFileError(f"chat_template must be a string, got {type(template).__name__}")
     return template

@@ -98,9 +98,9 @@ def test_folded_files_say_the_same_without_patterns(edited, tmp_path):
     ("fields", "message"),
     [
         ({"dora": True}, "up.weight: DoRA cannot be folded"),
-        ({"train": ["head/kernel"]}, "head.weight: is trained itself"),
-        ({"rows": {"emb": [3]}}, "emb.weight: is trained itself"),
-        ({"bias": "adapted"}, "up.bias: is trained itself"),
+        ({"train": ["head/kernel"]}, "head.weight: is fully trained"),
+        ({"rows": {"emb": [3]}}, "emb.weight: is fully trained"),
+        ({"bias": "adapted"}, "up.bias: is fully trained"),
     ],
 )
 def test_folding_is_for_factors(fields, message, tmp_path):
@@ -124,9 +124,13 @@ CANNOT = {
     "no factors": (
         lambda: adapted(lora_jax.LoraConfig(targets=(), train=["head/kernel"])),
         {"base": BASE},
-        "no module has factors",
+        "no module has LoRA factors",
     ),
-    "dora on some": (mixed, {}, "DoRA on some modules alone; without it: model.layers.1.up.weight"),
+    "dora on some": (
+        mixed,
+        {},
+        "only some modules have DoRA; without it: model.layers.1.up.weight",
+    ),
     "shapes": (
         lambda: jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), up_alone()),
         {},
@@ -140,10 +144,10 @@ CANNOT = {
     "a part of a module": (
         lambda: up_alone(train=["head/kernel"]),
         {"base": SHAPES},
-        "head.bias: is in a module that is saved whole; its value needs base=",
+        "head.bias: is in a module that is fully trained, so the file needs its value",
     ),
     "another base": (up_alone, {"base": {"up": BASE[UP]}}, "1/up/kernel: not in the base; nearest"),
-    "all off": (lambda: lora_jax.disable(up_alone()), {}, "no module has factors"),
+    "all off": (lambda: lora_jax.disable(up_alone()), {}, "no module has LoRA factors"),
 }
 
 

@@ -110,11 +110,11 @@ def test_special_tokens_at_the_ends(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model": "llama"}, "model is 'llama', only 'gpt2' .* tokenizer.json"),
-        ({"pre": "dbrx"}, "pre is 'dbrx', only gpt-2, .*smollm.* can be read"),
-        ({"tokens": None}, "tokens is no list"),
+        ({"model": "llama"}, "model is 'llama', but only 'gpt2' .* tokenizer.json"),
+        ({"pre": "dbrx"}, "pre 'dbrx' is not supported, only gpt-2, .*smollm"),
+        ({"tokens": None}, "tokens is not a list"),
         ({"merges": ["a"]}, "does not name two tokens"),
-        ({"merges": ["zz q"]}, "no BPE of"),
+        ({"merges": ["zz q"]}, "are not a BPE vocabulary"),
         ({"token_type": [1, 1]}, "2 token types for"),
         ({"tokens": ["a"] * len(TOKENS)}, "for 1 different of"),
     ],
@@ -165,14 +165,17 @@ def test_settings_of_a_directory(small, tmp_path):
 @pytest.mark.parametrize(
     ("files", "message"),
     [
-        ({"tokenizer.json": b"{"}, r"tokenizer\.json is no tokenizer"),
-        ({"tokenizer.json": b"\xff"}, r"tokenizer\.json is no text"),
-        ({"tokenizer_config.json": b"[1]"}, "holds no JSON object"),
-        ({"tokenizer_config.json": b"{"}, "is no JSON"),
-        ({"tokenizer_config.json": b"[" * 100_000}, "is no JSON"),
-        ({"tokenizer_config.json": b'{"eos_token": 3}'}, "eos_token is 3"),
+        ({"tokenizer.json": b"{"}, r"tokenizer\.json is not a tokenizer"),
+        ({"tokenizer.json": b"\xff"}, r"tokenizer\.json is not UTF-8 text"),
+        ({"tokenizer_config.json": b"[1]"}, "is not a JSON object"),
+        ({"tokenizer_config.json": b"{"}, "is not valid JSON"),
+        ({"tokenizer_config.json": b"[" * 100_000}, "is not valid JSON"),
+        ({"tokenizer_config.json": b'{"eos_token": 3}'}, "eos_token must be a string, got 3"),
         ({"tokenizer_config.json": b'{"eos_token": "?!"}'}, r"has no token '\?!'"),
-        ({"tokenizer_config.json": b'{"chat_template": 3}'}, "chat_template is int"),
+        (
+            {"tokenizer_config.json": b'{"chat_template": 3}'},
+            "chat_template must be a string, got int",
+        ),
     ],
 )
 def test_what_cannot_be_read_of_a_directory(small, tmp_path, files, message):

@@ -1,6 +1,4 @@
-"""The model that `--model` names, with its tokenizer."""
-
-from __future__ import annotations
+"""The model that `lora-jax train --model` names, with its tokenizer."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,28 +14,28 @@ from lora_jax.models.text import Tokenizer
 
 
 @dataclass(frozen=True)
-class Model:
-    """A model as what trains it sees it."""
+class TrainableModel:
+    """A model as training sees it."""
 
     params: Any
     naming: Naming
     tokenizer: Tokenizer
-    apply: Callable[[Any, Any, Any], Any] | None  # (params, ids, segments) -> logits; not of BERT
+    apply: Callable[[Any, Any, Any], Any] | None  # (params, ids, segments) -> logits; None for BERT
     hidden: Callable[[Any, Any, Any], Any]  # (params, ids, segments) -> [rows, length, width]
-    head_path: str  # of the leaf that makes logits of hidden states; "" where there is none
+    head_path: str  # of the leaf that turns hidden states into logits; "" where there is none
     head: Callable[[Any], Any]  # params -> that leaf as [width, vocabulary]
     width: int
-    longest: int  # tokens of a row
+    longest: int  # tokens per row
 
 
-def open_model(name: str, dtype: str | None, scan: bool) -> Model:
-    """Loads a model and its tokenizer.
+def open_model(name: str, dtype: str | None, scan: bool) -> TrainableModel:
+    """Load a model and its tokenizer.
 
     Args:
-      name: a directory in Hugging Face's layout, a GGUF file, "smollm2" (fetched and cached), or
+      name: a directory in Hugging Face's layout, a GGUF file, "smollm2" (downloaded and cached), or
         "tiny" (random, made here).
       dtype: of parameters and arithmetic; None for the file's.
-      scan: whether layers are stacked, where the model can.
+      scan: whether layers are stacked, if the model can.
 
     Raises:
       LoraError, OSError: there is no such model, or it cannot be read.
@@ -48,14 +46,14 @@ def open_model(name: str, dtype: str | None, scan: bool) -> Model:
         found.kind == kinds.CHECKPOINT
         and hf_directory.read_config(found.path).get("model_type") == "bert"
     )
-    return _model(sources.load_model(found, dtype, scan=scan and not is_bert), tokenizer)
+    return _trainable(sources.load_model(found, dtype, scan=scan and not is_bert), tokenizer)
 
 
-def _model(found: Pretrained, tokenizer: Tokenizer) -> Model:
+def _trainable(found: Pretrained, tokenizer: Tokenizer) -> TrainableModel:
     run, is_bert = found.apply, found.kind == "bert"
     tied = isinstance(found.config, LlamaConfig) and found.config.tie_word_embeddings
     untied = "" if is_bert else "head/kernel"
-    return Model(
+    return TrainableModel(
         params=found.params,
         naming=found.naming,
         tokenizer=tokenizer,
