@@ -180,7 +180,7 @@ class LazyWeight:
     def map_axis(
         self, old: Axis, fn: Callable[[jax.Array, int], jax.Array], new: Axis | None
     ) -> "LazyWeight":
-        """Apply `fn(array, dimension)` to the members that have `old`; rename it `new`, or drop it."""
+        """Apply `fn(array, dimension)` to members that have `old`, which becomes `new` or goes."""
 
         def one(array: jax.Array, axes: tuple[Axis, ...]) -> tuple[jax.Array, Sequence[Axis]]:
             if old not in axes:

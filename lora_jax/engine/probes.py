@@ -67,7 +67,7 @@ def observe(
     at = lazy.a_axes.index(RANK)
     # One column per sum; a weight in blocks (concatenated) has one triple per block.
     a, a_squares, a_count = (lax.slice_in_dim(lazy.a, i, lazy.a.shape[at], 3, at) for i in range(3))
-    # Where the program scales the rows of A, it scales the inputs: the former ones show by how much.
+    # If the program scales rows of A, it scales the inputs: the former ones show by how much.
     scales = lax.stop_gradient(a_squares)
     a_count = a_count / jnp.where(a_count == 0, 1, lax.stop_gradient(a_count))
     if count is None:
