@@ -194,7 +194,7 @@ def test_all_differences_are_listed_at_once(directory):
 def test_a_file_cut_short(directory):
     file = directory / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-7])
-    with pytest.raises(ValueError, match=r"model\.safetensors: not a whole safetensors file"):
+    with pytest.raises(ValueError, match=r"model\.safetensors: not a complete safetensors file"):
         models.load(directory)
 
 

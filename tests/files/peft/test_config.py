@@ -122,7 +122,7 @@ def test_what_is_no_configuration(text, message, tmp_path):
 
 def test_missing_files(tmp_path):
     for folder in (tmp_path, tmp_path / "none"):
-        with pytest.raises(AdapterFileError, match=r"adapter_config\.json: there is no such file"):
+        with pytest.raises(AdapterFileError, match=r"adapter_config\.json: no such file"):
             peft.read_config(folder)
 
 
