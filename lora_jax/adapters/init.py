@@ -1,4 +1,4 @@
-"""`init`: a parameter tree with A and B beside every targeted weight."""
+"""`init`: add A and B to every targeted weight of a parameter tree."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -30,43 +30,44 @@ def init(
     rules: Mapping[str, Rule] | None = None,
     **kwargs: Any,
 ) -> Any:
-    """Put a `LoraWeight` where each targeted kernel stands; the function starts unchanged.
+    """Replace each targeted kernel by a `LoraWeight`; the function does not change yet.
 
-    `W` becomes `W + scale · A · B` (https://arxiv.org/abs/2106.09685). Which axes are in and out is
-    read from the program `fn(params, *args, **kwargs)`, traced on shapes alone.
+    `W` becomes `W + scale · A · B` (https://arxiv.org/abs/2106.09685). To see which axes of each
+    weight are in and which are out, `fn(params, *args, **kwargs)` is traced on shapes alone.
 
-    How A and B start is `config.init`, and what that does to the base:
+    `config.init` says how A and B are initialized, and whether the base changes:
 
-    - "kaiming", "gaussian": one factor is zero, so the update is exactly zero, and outputs are the
-      same to the bit unless XLA fuses the two programs differently. The base is the same array.
-    - "orthogonal": A·B is zero to rounding. The base is the same array.
-    - "pissa", "pissa_fast", "olora": the base becomes `W − scale · A · B`, in its own dtype; the
-      outputs are the same to rounding. `on_original` makes the trained adapter one for `W`.
-    - "loftq": the base becomes a rounded W; outputs are closer to the original than those of the
-      rounded weight alone, and not equal.
+    - "kaiming", "gaussian": one factor is zero, so the update is exactly zero and the outputs are
+      the same to the bit, unless XLA fuses the two programs differently. The base stays the same
+      array.
+    - "orthogonal": A·B is zero up to rounding. The base stays the same array.
+    - "pissa", "pissa_fast", "olora": the base becomes `W − scale · A · B` in its own dtype, and the
+      outputs are the same up to rounding. `on_original` turns the trained adapter into one for `W`.
+    - "loftq": the base becomes a rounded W. The outputs are closer to the original than with the
+      rounded weight alone, but not equal.
 
     Args:
-      key: a random key. Each weight's own key is folded from it and the weight's path.
-      params: any pytree of arrays or `ShapeDtypeStruct`s; it is `fn`'s first argument.
+      key: a random key. The key of each weight is folded from it and the weight's path.
+      params: any pytree of arrays or `ShapeDtypeStruct`s; the first argument of `fn`.
       config: what to adapt, and how.
-      fn: the function that will run on the parameters. Without it only two-axis and 2-D
-        convolution kernels can be adapted, for which the shape leaves no choice.
+      fn: the function that will run on the parameters. Without it only kernels with two axes and
+        2-D convolution kernels can be adapted, because their shape leaves no choice.
       *args: example arguments after `params`; arrays or `ShapeDtypeStruct`s.
-      rules: what `fn` does with weights in primitives of your own, as for `lora`; see `Rule`.
+      rules: what custom primitives in `fn` do with weights, as for `lora`; see `Rule`.
       **kwargs: example keyword arguments.
 
     Returns:
-      The same tree, every other leaf the same object, with a `LoraWeight` for each target, a
-      `TrainedLeaf` for each leaf trained whole and `TrainedRows` for each that trains in rows.
-      Where a weight is a `ShapeDtypeStruct` its factors are too, and nothing is allocated.
+      The same tree with a `LoraWeight` for each target, a `TrainedLeaf` for each fully trained leaf
+      and a `TrainedRows` for each weight of which some rows train. All other leaves are the same
+      objects. The factors of a `ShapeDtypeStruct` are `ShapeDtypeStruct`s; nothing is allocated.
 
     Raises:
-      TargetError: a pattern matches nothing; a target is not floating, is adapted already, is
-        never contracted with anything, or is smaller than the rank. All such are listed at once.
-      LayoutError: a shape does not decide the layout and no function is given.
-      ConfigError: `config` is no `LoraConfig`, `fn` no function, a rule no `Rule`, or the start
-        cannot be made: an odd rank for "orthogonal", a scale that is not positive where the start
-        divides by it, or a function of yours that returns other shapes.
+      TargetError: a pattern matches nothing, or a target is not floating, is adapted already, is
+        never contracted with an activation, or is smaller than the rank. All are listed at once.
+      LayoutError: the shape of a weight does not decide its layout, and no function is given.
+      ConfigError: `config` is not a `LoraConfig`, `fn` not a function or a rule not a `Rule`; or a
+        weight cannot be initialized: "orthogonal" needs an even rank, initializers that divide by
+        the scale a positive one, and a custom initializer must return the expected shapes.
 
     >>> import jax, jax.numpy as jnp
     >>> params = {"dense": {"kernel": jnp.ones((4, 3)), "bias": jnp.ones(3)}}
@@ -78,8 +79,8 @@ def init(
     return finish(plan, _adapt_all(key, plan, config), config)
 
 
-def finish(plan: "Plan", weights: Mapping[str, LoraWeight], config: LoraConfig) -> Any:
-    """The adapted tree: these weights in the layers chosen, and all that trains besides."""
+def finish(plan: Plan, weights: Mapping[str, LoraWeight], config: LoraConfig) -> Any:
+    """Return the adapted tree: these weights in the chosen layers, and all else that trains."""
     nodes: dict[str, Adapted] = {
         **weights,
         **{path: train_whole(plan.leaves[path], config) for path in plan.whole},
@@ -91,7 +92,7 @@ def finish(plan: "Plan", weights: Mapping[str, LoraWeight], config: LoraConfig) 
 
 
 def _adapt_all(key: jax.Array, plan: Plan, config: LoraConfig) -> dict[str, LoraWeight]:
-    """The adapted weights by path; all that no start could be made for are listed at once."""
+    """Return the adapted weights by path; all that cannot be initialized are listed at once."""
     nodes: dict[str, LoraWeight] = {}
     problems: list[str] = []
     for path, layout in plan.layouts.items():
@@ -106,19 +107,20 @@ def _adapt_all(key: jax.Array, plan: Plan, config: LoraConfig) -> dict[str, Lora
 
 def _adapt(key: jax.Array, path: str, w: Any, layout: Layout, config: LoraConfig) -> LoraWeight:
     chosen = config.for_path(path)
-    rank, scale = chosen.rank, chosen.scale
     initializer = config.init if callable(config.init) else INITIALIZERS[config.init]
 
-    def make(key: jax.Array, w: Any) -> LoraWeight:
-        base, a, b = initializer(path_key(key, path), w, layout, rank, scale, config.dtype)
-        return new_weight(base, a, b, scale, layout, config)
+    def initialize(key: jax.Array, w: Any) -> LoraWeight:
+        own = path_key(key, path)
+        base, a, b = initializer(own, w, layout, chosen.rank, chosen.scale, config.dtype)
+        return new_weight(base, a, b, chosen.scale, layout, config)
 
-    node = on_shapes(make, key, w)
-    _check_initialized(node, w, rank, config.dtype)
-    node = dataclasses.replace(node, w=_placed_as(w, node.w))
+    node = on_shapes(initialize, key, w)
+    _check_initialized(node, w, chosen.rank, config.dtype)
+    node = dataclasses.replace(node, w=_place_like(w, node.w))
     if not config.dora:
         return node
-    return dataclasses.replace(node, magnitude=on_shapes(_column_norms(config.dtype), node))
+    norms = on_shapes(lambda node: column_norms(node).astype(config.dtype), node)
+    return dataclasses.replace(node, magnitude=norms)
 
 
 def new_weight(
@@ -132,7 +134,7 @@ def new_weight(
 
 
 def _check_initialized(node: LoraWeight, w: Any, rank: int, dtype: Any) -> None:
-    """Refuse what a start of the user's own made, where it does not fit the weight."""
+    """Raise if what a custom initializer returned does not fit the weight."""
     shape = tuple(w.shape)
     expected = {
         "w'": (node.w, shape, w.dtype),
@@ -145,32 +147,30 @@ def _check_initialized(node: LoraWeight, w: Any, rank: int, dtype: Any) -> None:
         if (tuple(x.shape), x.dtype) != (shape, dtype)
     ]
     if problems:
-        raise ConfigError("the start does not fit the weight: " + ", ".join(problems))
+        raise ConfigError(
+            "the initializer's result does not fit the weight: " + ", ".join(problems)
+        )
 
 
-def _placed_as(w: Any, base: Any) -> Any:
-    """The base that a start made, where `w` lies: on its devices, sharded alike."""
+def _place_like(w: Any, base: Any) -> Any:
+    """Return the base that an initializer made, on the devices of `w` and sharded alike."""
     if isinstance(w, jax.ShapeDtypeStruct):
         return w
     if base is w or not isinstance(w, jax.Array) or isinstance(w, jax.core.Tracer):
         return base
     base = jnp.asarray(base)
-    # `device_put` would also tie to its device an array that may still go to any.
+    # Keep an array that may still go to any device: `device_put` would commit it to one.
     same = base.sharding.is_equivalent_to(w.sharding, w.ndim)
     return base if same else jax.device_put(base, w.sharding)
 
 
-def _column_norms(dtype: Any) -> Callable[[LoraWeight], jax.Array]:
-    return lambda node: column_norms(node).astype(dtype)
-
-
 def train_whole(w: Any, config: LoraConfig) -> TrainedLeaf:
-    """The node of a leaf that trains whole, its value at the start `w` itself."""
+    """Return the node of a fully trained leaf, whose initial value is `w` itself."""
 
-    def start(w: Any) -> tuple[jax.Array, jax.Array]:
+    def initialize(w: Any) -> tuple[jax.Array, jax.Array]:
         return jnp.array(w, config.dtype), jnp.ones((), accumulator(config.dtype))
 
-    value, scale = on_shapes(start, w)
+    value, scale = on_shapes(initialize, w)
     return TrainedLeaf(w, value, scale)
 
 

@@ -1,6 +1,7 @@
-"""`merge` and `unmerge`: adapters into the base's weights, and out of them again."""
+"""`merge` and `unmerge`: add adapters to the base weights, and subtract them again."""
 
 import dataclasses
+import enum
 import functools
 import math
 from collections import Counter
@@ -21,27 +22,27 @@ from lora_jax.core.weights import Adapted, LoraWeight, require_whole
 def merge(
     params: Any, dtype: Any = None, *, donate: bool = False, return_error: bool = False
 ) -> Any:
-    """An ordinary parameter tree again: `W + scale · A · B` where a `LoraWeight` stood.
+    """Return an ordinary parameter tree, with `W + scale · A · B` in place of each `LoraWeight`.
 
-    Added in float32 (float64 where a factor is) and rounded once, on each leaf by one compiled
-    function, a stack of layers one layer after the other. The base is not changed.
+    The sum is computed in float32 (float64 if a factor is) and rounded once, by one compiled
+    function per leaf that goes through a stack of layers one layer at a time. The base is not
+    changed.
 
     Args:
       params: a joined tree.
-      dtype: dtype of the merged leaves; None keeps each base leaf's own.
+      dtype: dtype of the merged leaves; None keeps the dtype of each base leaf.
       donate: let each merged leaf take the memory of its base leaf, which is deleted.
-      return_error: also return what rounding did to the update.
+      return_error: also return how much of the update is lost to rounding.
 
     Returns:
-      The merged tree; with `return_error`, also `{path: error}`: the update actually applied
-      against the exact one, ‖applied − ΔW‖/‖ΔW‖ as a float (0 for an exact merge, near 1 where the
-      dtype is too coarse to hold the update). It is 0 where the update is zero.
+      The merged tree. With `return_error` also `{path: error}`, where error compares the update
+      that was applied with the exact one: ‖applied − ΔW‖/‖ΔW‖ as a float. It is 0 if the merge is
+      exact or the update is zero, and near 1 if the dtype is too coarse for the update.
 
     Raises:
-      MergeError: an A, B, scale or trained leaf holds NaN or infinity; nothing is donated then.
-        Not checked while tracing.
-      StructureError: these are adapters without their base or of another shape, or shapes without
-        values.
+      MergeError: an A, B, scale, magnitude or trained value contains NaN or infinity. Nothing has
+        been donated then. Not checked under tracing.
+      StructureError: the adapters have no base or do not fit it, or are shapes without values.
       ConfigError: `dtype` is not a floating dtype.
 
     >>> import jax.numpy as jnp, lora_jax
@@ -62,7 +63,7 @@ def merge(
         target = jnp.dtype(dtype or node.w.dtype)
         base, rest = split(node)
         if return_error:
-            errors[path] = _rounding_error(base, rest, target, _how(base, rest))
+            errors[path] = _rounding_error(base, rest, target, _choose_form(base, rest))
         return _combine(base, rest, target, donate and owners[id(base)] == 1)
 
     merged = map_adapted(one, params)
@@ -72,11 +73,11 @@ def merge(
 
 
 def unmerge(merged: Any, adapters: Any, *, donate: bool = False) -> Any:
-    """The joined tree whose merge is `merged`: `W = merged − scale · A · B`, adapters attached.
+    """Return the joined tree that was merged: `W = merged − scale · A · B`, with its adapters.
 
-    Subtracted in float32 and rounded once, so a base in a coarse dtype comes back to within its
-    rounding; keep the base (`split`) where it must come back to the bit. A leaf trained whole keeps
-    its trained value on both sides, for what it replaced is not known.
+    The difference is computed in float32 and rounded once, so a base in a coarse dtype comes back
+    up to rounding. If it must come back to the bit, keep the base (see `split`). A fully trained
+    leaf keeps its trained value as its base too, because the value that it replaced is not known.
 
     Args:
       merged: a tree as `merge` returns it.
@@ -85,8 +86,8 @@ def unmerge(merged: Any, adapters: Any, *, donate: bool = False) -> Any:
 
     Raises:
       StructureError: the adapters do not fit; all differences are listed.
-      MergeError: an adapter holds NaN or infinity, or has a magnitude (DoRA): the norms of `W +
-        scale · A · B` are not in the merged weight.
+      MergeError: an adapter contains NaN or infinity, or has a magnitude (DoRA), because the merged
+        weight does not store the norms of `W + scale · A · B`.
 
     >>> import jax.numpy as jnp, lora_jax
     >>> w, a, b = jnp.array([[2.0, 4.0]]), jnp.array([[2.0]]), jnp.array([[1.0, 2.0]])
@@ -97,13 +98,14 @@ def unmerge(merged: Any, adapters: Any, *, donate: bool = False) -> Any:
     """
     joined = join(merged, adapters)
     nodes = adapted_nodes(joined)
-    directed = [
+    with_magnitude = [
         path for path, node in nodes.items() if getattr(node, "magnitude", None) is not None
     ]
-    if directed:
+    if with_magnitude:
         raise MergeError(
-            f"unmerge: {', '.join(directed)}: with a magnitude (DoRA) the base cannot be had back "
-            "from what was merged; keep it, base, adapters = split(params), and join them again"
+            f"unmerge: cannot recover the base weight of {', '.join(with_magnitude)}: with DoRA "
+            "the column norms are not stored in the merged weight. Keep the base instead: "
+            "base, adapters = split(params), later join(base, adapters)"
         )
     _check_finite(nodes)
     owners = _owners(nodes)
@@ -119,56 +121,63 @@ def unmerge(merged: Any, adapters: Any, *, donate: bool = False) -> Any:
     return map_adapted(one, joined)
 
 
-def _sum(base: jax.Array, rest: Adapted, *, dtype: Any, how: str) -> jax.Array:
-    """`W + scale · A · B` in `dtype`; of stacked layers one after the other, unless how="whole"."""
-    if how == "whole":
+class LoopForm(enum.Enum):
+    """How the sum goes through a leaf."""
+
+    #: All of it at once.
+    WHOLE = enum.auto()
+    #: One layer of a stack after the other, so that the temporary memory is one layer's.
+    LAYERS = enum.auto()
+    #: As LAYERS, with the stack's bits as integers: jaxlib 0.10 on a CPU converts a whole array of
+    #: 16-bit floats to write one slice of it, but not one of integers. Remove this form when
+    #: LAYERS takes no more temporary memory on a bfloat16 stack (`memory_analysis` tells).
+    BITS = enum.auto()
+
+
+def _choose_form(base: Any, rest: Adapted) -> LoopForm:
+    """Return how to go through a leaf: what it is, where it lies, and whether it is traced."""
+    if not isinstance(rest, LoraWeight) or math.prod(rest.scale.shape) == 1:
+        return LoopForm.WHOLE
+    if not isinstance(base, jax.Array) or any(map(_is_traced, jax.tree.leaves((base, rest)))):
+        return LoopForm.LAYERS  # there is no gradient through bits
+    held = base.sharding.shard_shape(base.shape)
+    if any(held[i] != base.shape[i] for i in rest.layout.positions("b")):
+        return LoopForm.WHOLE  # the layers lie on several devices, which work at the same time
+    on_cpu = all(device.platform == "cpu" for device in base.devices())
+    return LoopForm.BITS if on_cpu and base.dtype.itemsize < 4 else LoopForm.LAYERS
+
+
+def _sum(base: jax.Array, rest: Adapted, *, dtype: Any, form: LoopForm) -> jax.Array:
+    """Return `W + scale · A · B` in `dtype`."""
+    if form is LoopForm.WHOLE:
         return dense(dataclasses.replace(rest, w=base), dtype)
-    stack = _carried(base, how)
+    stack = _to_carry(base, form)
     in_place = base.dtype == dtype  # then the sum takes the place of the layer that it read
 
     def one(i: jax.Array, out: jax.Array) -> jax.Array:
         layer, start = _layer(out if in_place else stack, base.dtype, rest, i)
-        return lax.dynamic_update_slice(out, _carried(dense(layer, dtype), how), start)
+        return lax.dynamic_update_slice(out, _to_carry(dense(layer, dtype), form), start)
 
-    start = stack if in_place else _carried(jnp.zeros(base.shape, dtype), how)
-    return _cast(lax.fori_loop(0, math.prod(_stack(rest)), one, start), dtype)
-
-
-def _how(base: Any, rest: Adapted) -> str:
-    """How to go through a leaf: "whole", layer by layer ("layers"), or so on its bits ("bits")."""
-    if not isinstance(rest, LoraWeight) or math.prod(_stack(rest)) == 1:
-        return "whole"
-    if not isinstance(base, jax.Array) or any(map(_is_traced, jax.tree.leaves((base, rest)))):
-        return "layers"  # there is no gradient through bits
-    held = base.sharding.shard_shape(base.shape)
-    if any(held[i] != base.shape[i] for i in rest.layout.positions("b")):
-        return "whole"  # the layers lie on several devices: all work at the same time
-    # jaxlib 0.10 on a CPU converts a whole array of 16-bit floats to write one slice of it.
-    on_cpu = all(device.platform == "cpu" for device in base.devices())
-    return "bits" if on_cpu and base.dtype.itemsize < 4 else "layers"
+    start = stack if in_place else _to_carry(jnp.zeros(base.shape, dtype), form)
+    return _bitcast(lax.fori_loop(0, math.prod(rest.scale.shape), one, start), dtype)
 
 
-def _carried(x: jax.Array, how: str) -> jax.Array:
-    """`x` as a loop over its layers carries it."""
-    return _cast(x, f"uint{8 * x.dtype.itemsize}") if how == "bits" else x
+def _to_carry(x: jax.Array, form: LoopForm) -> jax.Array:
+    """Return `x` as the loop over its layers carries it."""
+    return _bitcast(x, f"uint{8 * x.dtype.itemsize}") if form is LoopForm.BITS else x
 
 
-def _cast(x: jax.Array, dtype: Any) -> jax.Array:
-    """The same bits as another dtype; `x` itself, gradients and all, where it is the same."""
+def _bitcast(x: jax.Array, dtype: Any) -> jax.Array:
+    """Return the same bits as `dtype`; if `x` has it already, `x` itself, with its gradients."""
     return x if x.dtype == dtype else lax.bitcast_convert_type(x, dtype)
-
-
-def _stack(rest: Any) -> tuple[int, ...]:
-    """The sizes of the batch axes of a `LoraWeight`."""
-    return rest.scale.shape
 
 
 def _layer(
     stack: jax.Array, dtype: Any, rest: Any, i: jax.Array
 ) -> tuple[LoraWeight, tuple[Any, ...]]:
-    """The i-th layer of a stack, its batch axes of size 1, and where in the stack it begins."""
-    index: list[jax.Array] = []  # one number for each batch axis
-    for size in reversed(_stack(rest)):
+    """Return the i-th layer of a stack, its batch axes of size 1, and where it starts in it."""
+    index: list[jax.Array] = []  # one number per batch axis
+    for size in reversed(rest.scale.shape):
         i, last = lax.div(i, size), lax.rem(i, size)
         index.insert(0, last)
     where = dict(zip(rest.layout.positions("b"), index, strict=True))
@@ -179,35 +188,35 @@ def _layer(
         inner = x.shape[len(index) :]
         return lax.dynamic_slice(x, (*index, *(0 for _ in inner)), (*(1 for _ in index), *inner))
 
-    w = _cast(lax.dynamic_slice(stack, start, sizes), dtype)
+    w = _bitcast(lax.dynamic_slice(stack, start, sizes), dtype)
     return dataclasses.replace(jax.tree.map(part, rest), w=w), start
 
 
-_STATIC = ("dtype", "how")
+_STATIC = ("dtype", "form")
 _sum_kept = jax.jit(_sum, static_argnames=_STATIC)
 _sum_donated = jax.jit(_sum, static_argnames=_STATIC, donate_argnums=0)
 
 
 def _owners(nodes: dict[str, Adapted]) -> Counter[int]:
-    """In how many places each base array stands: one that stands in two cannot be given away."""
+    """Count the places of each base array: one that stands in two places cannot be donated."""
     return Counter(id(node.w) for node in nodes.values())
 
 
 def _combine(base: jax.Array, rest: Adapted, dtype: Any, donate: bool) -> jax.Array:
-    # Only a result of the same dtype can take the base's memory.
+    # Only a result of the same dtype can take the memory of the base.
     combine = _sum_donated if donate and dtype == base.dtype else _sum_kept
-    return combine(base, rest, dtype=jnp.dtype(dtype), how=_how(base, rest))
+    return combine(base, rest, dtype=jnp.dtype(dtype), form=_choose_form(base, rest))
 
 
 @functools.partial(jax.jit, static_argnames=_STATIC)
-def _rounding_error(base: jax.Array, rest: Adapted, dtype: Any, how: str) -> jax.Array:
-    """‖lost‖/‖update‖, the squares summed layer by layer like the update itself."""
-    layers = 1 if how == "whole" else math.prod(_stack(rest))
+def _rounding_error(base: jax.Array, rest: Adapted, dtype: Any, form: LoopForm) -> jax.Array:
+    """Return ‖lost‖/‖update‖, with the squares summed layer by layer like the update itself."""
+    layers = 1 if form is LoopForm.WHOLE else math.prod(rest.scale.shape)
 
     def one(i: jax.Array, sums: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         node = dataclasses.replace(rest, w=base)
-        if how != "whole":
-            node, _ = _layer(_carried(base, how), base.dtype, rest, i)
+        if form is not LoopForm.WHOLE:
+            node, _ = _layer(_to_carry(base, form), base.dtype, rest, i)
         lost, update = _squared_norms(node, dtype)
         return sums[0] + lost, sums[1] + update
 
@@ -217,10 +226,10 @@ def _rounding_error(base: jax.Array, rest: Adapted, dtype: Any, how: str) -> jax
 
 
 def _squared_norms(node: Adapted, dtype: Any) -> tuple[jax.Array, jax.Array]:
-    """Of what rounding to `dtype` takes from one leaf, and of the leaf's update."""
+    """Return the squared norms of what rounding to `dtype` loses, and of the leaf's update."""
     wide = accumulator(node.w.dtype, dtype)
     exact = dense(node, wide)
-    # The compiler may skip a cast down and up again; reduce_precision it must carry out.
+    # The compiler may skip a cast down and up again, but not reduce_precision.
     info = jnp.finfo(dtype)
     lost = lax.reduce_precision(exact, info.nexp, info.nmant) - exact
     update = exact - node.w.astype(wide)
@@ -245,15 +254,15 @@ def _check_finite(nodes: dict[str, Adapted]) -> None:
     }
     abstract = [name for name, x in parts.items() if isinstance(x, jax.ShapeDtypeStruct)]
     if abstract:
-        raise StructureError("merge: no values yet, only shapes: " + ", ".join(abstract))
+        raise StructureError("merge: these have no values yet, only shapes: " + ", ".join(abstract))
     finite = _all_finite(list(parts.values()))
-    if any(map(_is_traced, finite)):  # of constants too, where the caller is being traced
+    if any(map(_is_traced, finite)):  # also of constants, if the caller is being traced
         return
     finite = jax.device_get(finite)
     wrong = [name for name, ok in zip(parts, finite, strict=True) if not ok]
     if wrong:
         raise MergeError(
-            "these hold NaN or infinity, so merging would destroy the base weights: "
+            "these contain NaN or infinity, so merging would destroy the base weights: "
             + ", ".join(wrong)
         )
 

@@ -1,4 +1,4 @@
-"""`Plan`: which leaves of a tree are adapted, and how."""
+"""`Plan`: which leaves of a tree a configuration adapts, and with which layouts."""
 
 import dataclasses
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -6,9 +6,15 @@ from typing import Any
 
 import jax
 
-from lora_jax.adapters import selection
-from lora_jax.core import dtypes
+from lora_jax.adapters.selection import (
+    ChosenRows,
+    Masks,
+    select_biases,
+    select_layers,
+    select_rows,
+)
 from lora_jax.core.config import ALL_LINEAR, LoraConfig
+from lora_jax.core.dtypes import is_floating
 from lora_jax.core.errors import ConfigError, TargetError
 from lora_jax.core.layout import Layout
 from lora_jax.core.paths import flatten_with_paths
@@ -16,7 +22,6 @@ from lora_jax.core.patterns import lookup, names_leaf, names_module, nearest, se
 from lora_jax.core.weights import is_adapted
 from lora_jax.engine import layout_inference
 from lora_jax.engine.custom_rules import Rule, check_rules
-from lora_jax.engine.layout_inference import layouts_of
 from lora_jax.engine.uses import Uses
 
 
@@ -27,12 +32,12 @@ class Plan:
     leaves: Mapping[str, Any]  # every leaf by path, in tree order
     treedef: Any
     layouts: Mapping[str, Layout]  # of the weights to adapt
-    whole: Collection[str]  # the paths to train whole, biases among them
-    rows: Mapping[str, selection.ChosenRows]  # of the weights of which some rows train
-    masks: selection.Masks  # of leaves that stack layers, where not all are adapted
+    whole: Collection[str]  # the paths of fully trained leaves, biases among them
+    rows: Mapping[str, ChosenRows]  # of the weights of which some rows train
+    masks: Masks  # of leaves that stack layers, if not all layers are adapted
 
     def rebuild(self, nodes: Sequence[Any]) -> Any:
-        """The tree with `nodes` for its leaves."""
+        """Return the tree with `nodes` as its leaves."""
         return jax.tree_util.tree_unflatten(self.treedef, nodes)
 
 
@@ -45,68 +50,102 @@ def make_plan(
     kwargs: Mapping[str, Any],
     rules: Mapping[str, Rule] | None,
 ) -> Plan:
-    """Which leaves of `params` get factors, in which layout; raises what `init` raises."""
+    """Decide which leaves of `params` train, and how; raises what `init` raises."""
+    _check_arguments(caller, config, fn, rules)
+    leaves, treedef = flatten_with_paths(params, is_leaf=is_adapted)
+    _check_plain(leaves)
+    uses = None if fn is None else layout_inference.infer_uses(fn, params, args, kwargs, rules)
+    whole = select("train", config.train, leaves)
+    rows = select_rows(config, leaves, uses)
+    _check_once(whole, rows, "in train and in rows")
+    taken = dict.fromkeys(whole, "train") | dict.fromkeys(rows, "rows")
+    targets = _select_targets(config, leaves, uses, taken)
+    if not targets and not taken and config.bias != "all":
+        raise TargetError(
+            "nothing would train: exclude leaves no target, and train and rows name no leaf"
+        )
+    _check_overrides(config, {**targets, **dict.fromkeys(rows, "rows")})
+    _check_floating({**targets, **dict.fromkeys(whole)}, leaves)
+    layouts = layout_inference.layouts_of(config, targets, leaves, uses)
+    layouts, masks = select_layers(config, targets, layouts, leaves)
+    _check_ranks(config, layouts, leaves)
+    biases = select_biases(config, layouts, leaves, uses)
+    masks |= {bias: masks[kernel] for bias, kernel in biases.items() if kernel in masks}
+    return Plan(leaves, treedef, layouts, list(whole | biases), rows, masks)
+
+
+def _check_arguments(caller: str, config: Any, fn: Any, rules: Mapping[str, Rule] | None) -> None:
     if not isinstance(config, LoraConfig):
         raise ConfigError(f"{caller}: config must be a LoraConfig, got {type(config).__name__}")
     if fn is not None and not callable(fn):
         raise ConfigError(
-            f"{caller}: the function comes before its arguments, got {type(fn).__name__} in its "
-            "place"
+            f"{caller}: the function comes before its arguments, but got {type(fn).__name__} in "
+            "its place"
         )
     check_rules(rules)
-    leaves, treedef = flatten_with_paths(params, is_leaf=is_adapted)
+
+
+def _check_plain(leaves: Mapping[str, Any]) -> None:
     already = [path for path, leaf in leaves.items() if is_adapted(leaf)]
     if already:
         raise TargetError(
-            "already adapted: " + ", ".join(already) + "; merge(params) first, or "
-            "split(params) and start from the base"
+            f"already adapted: {', '.join(already)}. Call merge(params) first, or "
+            "start from the base that split(params) returns"
         )
-    uses = None if fn is None else layout_inference.infer_uses(fn, params, args, kwargs, rules)
-    whole = select("train", config.train, leaves)
-    rows = selection.select_rows(config, leaves, uses)
-    _check_once(whole, rows, "in train and in rows")
-    taken = dict.fromkeys(whole, "train") | dict.fromkeys(rows, "rows")
-    targets = _targets(config, leaves, uses, taken)
-    if not targets and not taken and config.bias != "all":
-        raise TargetError("exclude leaves no target, and train names no leaf: nothing would train")
-    _check_overrides(config, {**targets, **dict.fromkeys(rows, "rows")})
-    _check_leaves({**targets, **dict.fromkeys(whole)}, leaves)
-    chosen = layouts_of(config, targets, leaves, uses)
-    chosen, masks = selection.select_layers(config, targets, chosen, leaves)
-    _check_ranks(config, chosen, leaves)
-    biases = selection.select_biases(config, chosen, leaves, uses)
-    masks |= {bias: masks[kernel] for bias, kernel in biases.items() if kernel in masks}
-    return Plan(leaves, treedef, chosen, list(whole | biases), rows, masks)
 
 
-def _targets(
+def _select_targets(
     config: LoraConfig, leaves: Mapping[str, Any], uses: Uses, taken: Mapping[str, str]
 ) -> dict[str, str]:
-    """The paths to adapt, each with the entry that selected it; `taken` ones train otherwise."""
+    """Return the paths to adapt, each with the entry of `targets` that selected it.
+
+    Args:
+      taken: the paths that train in another way, with the name of the field that says so.
+    """
     excluded = select("exclude", config.exclude, leaves)
     if isinstance(config.targets, str) and config.targets == ALL_LINEAR:
         found = {p: ALL_LINEAR for p, leaf in leaves.items() if _is_linear(p, leaf, uses)}
         if not found:
             raise TargetError("targets: no leaf is contracted with an activation")
         return {p: e for p, e in found.items() if p not in excluded and p not in taken}
-    found = select("targets", config.targets, leaves)
-    # An entry that names a module stands for the linear weights in it, not for its biases.
-    others = {
-        path: entry
-        for path, entry in found.items()
-        if _names_module_only(entry, path) and not _is_linear(path, leaves[path], uses)
-    }
-    found = {path: entry for path, entry in found.items() if path not in others}
-    modules = dict.fromkeys(others.values())
-    empty = [e for e in modules if not any(names_module(e, path) for path in found)]
-    if empty:
-        raise TargetError(
-            "\n".join(f"targets: {e!r} names a module without linear weights" for e in empty)
-        )
+    found = _expand_modules(select("targets", config.targets, leaves), leaves, uses)
     for field in ("train", "rows"):
         trained = [path for path in taken if taken[path] == field]
         _check_once(found, trained, f"in targets and in {field}")
     return {path: entry for path, entry in found.items() if path not in excluded}
+
+
+def _expand_modules(
+    found: Mapping[str, str], leaves: Mapping[str, Any], uses: Uses
+) -> dict[str, str]:
+    """Return the selected paths, where an entry that names a module stands for its linear weights.
+
+    Raises:
+      TargetError: an entry names a module without linear weights.
+    """
+    others = {
+        path: entry
+        for path, entry in found.items()
+        if names_module(entry, path)
+        and not names_leaf(entry, path)
+        and not _is_linear(path, leaves[path], uses)
+    }
+    kept = {path: entry for path, entry in found.items() if path not in others}
+    modules = dict.fromkeys(others.values())
+    empty = [e for e in modules if not any(names_module(e, path) for path in kept)]
+    if empty:
+        raise TargetError(
+            "\n".join(f"targets: {e!r} names a module without linear weights" for e in empty)
+        )
+    return kept
+
+
+def _is_linear(path: str, leaf: Any, uses: Uses) -> bool:
+    if not is_floating(leaf):
+        return False
+    if uses is not None:
+        return layout_inference.is_linear(uses.get(path, ()))
+    return path.split("/")[-1] != "embedding" and len(leaf.shape) > 1
 
 
 def _check_once(some: Collection[str], others: Collection[str], where: str) -> None:
@@ -115,20 +154,8 @@ def _check_once(some: Collection[str], others: Collection[str], where: str) -> N
         raise TargetError(f"{', '.join(both)}: {where}; choose one")
 
 
-def _names_module_only(entry: str, path: str) -> bool:
-    return names_module(entry, path) and not names_leaf(entry, path)
-
-
-def _is_linear(path: str, leaf: Any, uses: Uses) -> bool:
-    if not dtypes.is_floating(leaf):
-        return False
-    if uses is not None:
-        return layout_inference.is_linear(uses.get(path, ()))
-    return path.split("/")[-1] != "embedding" and len(leaf.shape) > 1
-
-
 def _check_overrides(config: LoraConfig, targets: Mapping[str, str]) -> None:
-    """Every key of `overrides` must apply to a target."""
+    """Raise unless every key of `overrides` applies to a target."""
     unused = set(config.overrides)
     for path in targets:
         unused -= {key for key in unused if lookup({key: None}, path)}
@@ -141,29 +168,29 @@ def _check_overrides(config: LoraConfig, targets: Mapping[str, str]) -> None:
         raise TargetError("\n".join(lines))
 
 
-def _check_leaves(chosen: Mapping[str, Any], leaves: Mapping[str, Any]) -> None:
+def _check_floating(chosen: Mapping[str, Any], leaves: Mapping[str, Any]) -> None:
     wrong = [
         f"{path}: {getattr(leaves[path], 'dtype', type(leaves[path]).__name__)} cannot be trained; "
-        "only floating arrays can (leave it out with exclude=)"
+        "only floating arrays can. Leave it out with exclude="
         for path in chosen
-        if not dtypes.is_floating(leaves[path])
+        if not is_floating(leaves[path])
     ]
     if wrong:
         raise TargetError("\n".join(wrong))
 
 
 def _check_ranks(
-    config: LoraConfig, chosen: Mapping[str, Layout], leaves: Mapping[str, Any]
+    config: LoraConfig, layouts: Mapping[str, Layout], leaves: Mapping[str, Any]
 ) -> None:
     problems = []
-    for path, layout in chosen.items():
+    for path, layout in layouts.items():
         rank, shape = config.for_path(path).rank, leaves[path].shape
         size = min(layout.fan_in(shape), layout.fan_out(shape))
         if rank > size:
             problems.append(
                 f"{path}: rank {rank} is above what the weight {tuple(shape)} can hold, {size}. "
-                f'Lower it, overrides={{"{path}": Override(rank={size})}}, or leave the weight out '
-                "with exclude=, or train it whole with train="
+                f'Lower it, overrides={{"{path}": Override(rank={size})}}, '
+                "leave the weight out with exclude=, or train it fully with train="
             )
     if problems:
         raise TargetError("\n".join(problems))

@@ -13,6 +13,7 @@ from jax import export
 from lora_jax.core.abstract import on_shapes
 from lora_jax.core.errors import StructureError
 from lora_jax.core.layout import Layout, subscripts
+from lora_jax.core.short_repr import describe_fields, describe_node, describe_value, has_arrays
 
 
 @jax.tree_util.register_dataclass
@@ -56,6 +57,16 @@ class LoraWeight:
         sizes |= dict(zip((*batch, *outs), b_shape, strict=True))
         return tuple(sizes[i] for i in range(len(self.layout.axes)))
 
+    def __repr__(self) -> str:
+        ndims = tuple(len(self.layout.positions(kinds)) + 1 for kinds in ("bi", "bo"))
+        if not has_arrays(self, "a", "b") or (len(self.a.shape), len(self.b.shape)) != ndims:
+            return describe_fields(self)
+        shown = {"rank": str(self.rank), "layout": repr(self.layout.axes)}
+        shown |= {"scale": describe_value(self.scale)}
+        shown |= {} if self.magnitude is None else {"magnitude": describe_value(self.magnitude)}
+        shown |= {"dropout": repr(self.dropout)} if self.dropout else {}
+        return describe_node(self, shown)
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -78,6 +89,11 @@ class TrainedLeaf:
     def shape(self) -> tuple[int, ...]:
         """The shape of the leaf."""
         return self.value.shape
+
+    def __repr__(self) -> str:
+        if not has_arrays(self, "value"):
+            return describe_fields(self)
+        return describe_node(self, {"scale": describe_value(self.scale)})
 
 
 @jax.tree_util.register_dataclass
@@ -109,6 +125,15 @@ class TrainedRows:
     def shape(self) -> tuple[int, ...]:
         """The shape of the weight; in an overlay, which does not know it, that of its rows."""
         return self.value.shape if self.w is None else self.w.shape
+
+    def __repr__(self) -> str:
+        if not has_arrays(self, "value"):
+            return describe_fields(self)
+        some = ", ".join(map(str, self.rows[:4])) + ("," if len(self.rows) == 1 else "")
+        more = f", ... {len(self.rows) - 4} more" if len(self.rows) > 4 else ""
+        shown = {"rows": f"({some}{more})", "axis": str(self.axis)}
+        shown |= {"layout": repr(self.layout.axes), "scale": describe_value(self.scale)}
+        return describe_node(self, shown)
 
     @property
     def others(self) -> tuple[int, ...]:
