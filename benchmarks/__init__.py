@@ -1,1 +1,1 @@
-"""What a training step costs, measured side by side: see docs/benchmarks.md."""
+"""The cost of a training step, measured side by side: see docs/benchmarks.md."""

@@ -1,4 +1,4 @@
-"""The contenders: one training step each, of the same model on the same batch."""
+"""The contenders: one training step each, for the same model and batch."""
 
 import dataclasses
 from collections.abc import Callable
@@ -17,9 +17,9 @@ LEARNING_RATE = 1e-3
 
 @dataclasses.dataclass(frozen=True)
 class Contender:
-    """A training step and what it starts from.
+    """A training step and its initial state.
 
-    `make()` returns a new function each time, so that JAX finds nothing of it in its caches.
+    `make()` returns a new function each time, so that JAX has nothing of it in its caches.
     """
 
     key: str
@@ -28,43 +28,43 @@ class Contender:
     make: Callable[[], Callable]
     # () -> (state, *data); the state is donated
     start: Callable[[], tuple]
-    # fn(state, *data) -> (loss, gradients of A and B), where there are adapters; for the tests
+    # fn(state, *data) -> (loss, gradients of A and B) if there are adapters; for the tests
     grads: Callable | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """The model, the factors and the batch, all of them the same for each contender."""
+    """Model, factors and batch, the same for every contender."""
 
     size: Size
     variant: str
 
     def params(self) -> Any:
-        """The base weights."""
+        """Return the base weights."""
         return decoder.init(self.size, self.variant)
 
     def adapters(self) -> Any:
-        """(A, B) of every adapted weight, in a tree like `params()["layers"]`."""
+        """Return (A, B) of every adapted weight, in a tree like `params()["layers"]`."""
         return decoder.adapters(self.size, self.variant)
 
     def batch(self) -> jax.Array:
-        """The tokens."""
+        """Return the tokens."""
         return decoder.tokens(self.size)
 
     def loss(self, params: Any, batch: jax.Array, **options: Any) -> jax.Array:
-        """The loss of the plain model."""
+        """Compute the loss of the plain model."""
         return decoder.loss(params, batch, self.size.heads, self.variant, **options)
 
 
 def each_block(fn: Callable, *layers: Any) -> Any:
-    """`fn` on the dict of each block, or on the one dict of stacked blocks."""
+    """Apply `fn` to the dict of each block, or to the single dict of stacked blocks."""
     if isinstance(layers[0], list):
         return [fn(*blocks) for blocks in zip(*layers, strict=True)]
     return fn(*layers)
 
 
 def adamw_step(loss_of: Callable) -> Callable:
-    """loss_of(trained, base, batch) with adamw on what is trained."""
+    """Return a step of AdamW on `trained`, for loss_of(trained, base, batch)."""
     tx = optax.adamw(LEARNING_RATE)
 
     def step(state: tuple, base: Any, batch: jax.Array) -> tuple:
@@ -77,12 +77,12 @@ def adamw_step(loss_of: Callable) -> Callable:
 
 
 def adamw_start(trained: Any) -> tuple:
-    """The state of `adamw_step`."""
+    """Return the initial state of `adamw_step`."""
     return trained, optax.adamw(LEARNING_RATE).init(trained)
 
 
 def floor(setting: Setting) -> Contender:
-    """The frozen model's forward and backward pass down to the embedded tokens, nothing more."""
+    """Return the frozen model's forward and backward pass down to the embedded tokens, no more."""
 
     def make() -> Callable:
         def loss_of(x: jax.Array, params: Any, batch: jax.Array) -> jax.Array:
@@ -103,7 +103,7 @@ def floor(setting: Setting) -> Contender:
 
 
 def _on_adapters(setting: Setting, key: str, label: str, loss_of: Callable) -> Contender:
-    """A contender that trains (A, B) pairs beside an untouched base."""
+    """Return a contender that trains (A, B) pairs next to an unchanged base."""
 
     def make() -> Callable:
         return adamw_step(lambda *args: loss_of(*args))
@@ -118,7 +118,7 @@ def _on_adapters(setting: Setting, key: str, label: str, loss_of: Callable) -> C
 
 
 def _with_pairs(params: Any, adapters: Any) -> Any:
-    """The parameters with (W, A, B) for each adapted weight."""
+    """Return the parameters with (W, A, B) for each adapted weight."""
     merged = each_block(
         lambda p, ab: p | {n: (p[n], *ab[n]) for n in ab}, params["layers"], adapters
     )
@@ -126,7 +126,7 @@ def _with_pairs(params: Any, adapters: Any) -> Any:
 
 
 def loss_by_hand(setting: Setting, **options: Any) -> Callable:
-    """loss(adapters, params, batch), with y = x @ W + (x @ A) @ (scale * B) written out."""
+    """Return loss(adapters, params, batch), with y = x @ W + (x @ A) @ (scale * B) written out."""
 
     def product(x: jax.Array, weight: tuple) -> jax.Array:
         w, a, b = weight
@@ -139,12 +139,12 @@ def loss_by_hand(setting: Setting, **options: Any) -> Callable:
 
 
 def by_hand(setting: Setting) -> Contender:
-    """y = x @ W + (x @ A) @ (scale * B), on `[batch, time, width]`."""
+    """Return y = x @ W + (x @ A) @ (scale * B), on `[batch, time, width]`."""
     return _on_adapters(setting, "b", "by hand, x@W + (x@A)@(scale*B)", loss_by_hand(setting))
 
 
 def by_hand_flat(setting: Setting) -> Contender:
-    """The same on activations of two axes: x is reshaped before each adapted product."""
+    """Return the same on activations with two axes: x is reshaped before each adapted product."""
 
     def product(x: jax.Array, weight: tuple) -> jax.Array:
         w, a, b = weight
@@ -158,7 +158,7 @@ def by_hand_flat(setting: Setting) -> Contender:
 
 
 def merge_in_loss(setting: Setting) -> Contender:
-    """W + scale * A @ B first, then the plain model."""
+    """Return W + scale * A @ B first, then the plain model."""
 
     def loss_of(adapters: Any, params: Any, batch: jax.Array) -> jax.Array:
         merged = each_block(
@@ -172,7 +172,7 @@ def merge_in_loss(setting: Setting) -> Contender:
 
 
 def full(setting: Setting) -> Contender:
-    """Full fine-tuning: every leaf is trained."""
+    """Return full fine-tuning: every leaf is trained."""
 
     def make() -> Callable:
         return adamw_step(lambda params, base, batch: setting.loss(params, batch))
@@ -186,7 +186,7 @@ def full(setting: Setting) -> Contender:
 
 
 def adapted(setting: Setting) -> Any:
-    """The parameters with a `LoraWeight` for each adapted weight, of the same A and B."""
+    """Return the parameters with a `LoraWeight` for each adapted weight, with the same A and B."""
     config = lora_jax.LoraConfig(
         rank=setting.size.rank, alpha=SCALE * setting.size.rank, targets=list(ADAPTED)
     )
@@ -202,12 +202,12 @@ def adapted(setting: Setting) -> Any:
 
 
 def pairs_of(params: Any) -> Any:
-    """(A, B) of every adapted weight in a joined tree or an overlay."""
+    """Return (A, B) of every adapted weight in a joined tree or in adapters alone."""
     return each_block(lambda p: {n: (p[n].a, p[n].b) for n in ADAPTED}, params["layers"])
 
 
 def joined(setting: Setting) -> Contender:
-    """lora_jax on one tree, which is differentiated and donated whole; `freeze` masks."""
+    """Return lora_jax on one tree, differentiated and donated as a whole; `freeze` masks."""
 
     def make() -> Callable:
         loss_of = lora_jax.lora(lambda *args: setting.loss(*args))
@@ -234,7 +234,7 @@ def joined(setting: Setting) -> Contender:
 
 
 def loss_split(setting: Setting, **options: Any) -> Callable:
-    """loss(adapters, base, batch) of lora_jax."""
+    """Return lora_jax's loss(adapters, base, batch)."""
 
     def loss_of(adapters: Any, base: Any, batch: jax.Array) -> jax.Array:
         plain = lambda params, batch: setting.loss(params, batch, **options)
@@ -244,7 +244,7 @@ def loss_split(setting: Setting, **options: Any) -> Callable:
 
 
 def split(setting: Setting) -> Contender:
-    """lora_jax on base and adapters apart; the adapters are differentiated and donated."""
+    """Return lora_jax on base and adapters apart; only adapters are differentiated and donated."""
     loss_of = loss_split(setting)
 
     def make() -> Callable:
@@ -271,7 +271,7 @@ def split(setting: Setting) -> Contender:
     return Contender("i", "lora_jax, split", make, start, grads)
 
 
-#: In the order of the table; the two of other libraries are added where they are installed.
+#: In the order of the table; those of other libraries are added if they are installed.
 OF_JAX: tuple[Callable[[Setting], Contender], ...] = (
     floor,
     by_hand,

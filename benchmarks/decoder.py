@@ -16,7 +16,7 @@ ADAPTED = ("q", "k", "v", "o", "up", "down")
 
 @dataclasses.dataclass(frozen=True)
 class Size:
-    """How large the model and its batch are."""
+    """Size of the model and its batch."""
 
     layers: int = 4
     width: int = 512
@@ -27,21 +27,21 @@ class Size:
     rank: int = 8
 
     def kernels(self) -> dict[str, tuple[int, int]]:
-        """The shape of each adapted weight of one block."""
+        """Return the shape of each adapted weight of one block."""
         width = self.width
         square = dict.fromkeys("qkvo", (width, width))
         return {**square, "up": (width, 4 * width), "down": (4 * width, width)}
 
 
 def normal(name: str, *shape: int) -> np.ndarray:
-    """Random values of a variance that keeps activations in range, the same for each `name`."""
-    # By numpy: XLA would compile a generator for every shape.
+    """Draw values whose variance keeps activations in range, always the same for a `name`."""
+    # With NumPy: XLA would compile a generator for every shape.
     rng = np.random.default_rng(list(name.encode()))
     return rng.standard_normal(shape, np.float32) * np.float32(shape[-2] ** -0.5)
 
 
 def init(size: Size, variant: str) -> dict[str, Any]:
-    """Random parameters; `layers` is a list of blocks, or stacked for the variants that scan."""
+    """Draw parameters; `layers` is a list of blocks, or stacked for the variants that scan."""
     layers = {name: normal(name, size.layers, *shape) for name, shape in size.kernels().items()}
     for name in ("attn_norm", "mlp_norm"):
         layers[name] = np.ones((size.layers, size.width), np.float32)
@@ -56,7 +56,7 @@ def init(size: Size, variant: str) -> dict[str, Any]:
 
 
 def adapters(size: Size, variant: str) -> Any:
-    """{name: (A, B)} in a tree like `init(...)["layers"]`; B is not zero."""
+    """Draw {name: (A, B)} in a tree like `init(...)["layers"]`; B is not zero."""
     layers = {
         name: (
             normal(name + ".a", size.layers, rows, size.rank),
@@ -68,7 +68,7 @@ def adapters(size: Size, variant: str) -> Any:
 
 
 def per_block(layers: Any, variant: str) -> Any:
-    """Stacked arrays as they are, or a list with the slices of each block."""
+    """Return stacked arrays as they are, or a list with the slices of each block."""
     if variant != "unrolled":
         return layers
     count = len(jax.tree.leaves(layers)[0])
@@ -76,18 +76,18 @@ def per_block(layers: Any, variant: str) -> Any:
 
 
 def tokens(size: Size) -> jax.Array:
-    """One batch `[batch, time + 1]`: all but the last are inputs, all but the first targets."""
+    """Draw a batch `[batch, time + 1]`: all but the last are inputs, all but the first targets."""
     rng = np.random.default_rng(0)
     return jnp.asarray(rng.integers(0, size.vocabulary, (size.batch, size.time + 1), np.int32))
 
 
 def rms_norm(x: jax.Array, weight: jax.Array) -> jax.Array:
-    """x / rms(x) · weight, over the last axis."""
+    """Compute x / rms(x) · weight, over the last axis."""
     return x * jax.lax.rsqrt(jnp.mean(x * x, -1, keepdims=True) + 1e-6) * weight
 
 
 def attention(q: jax.Array, k: jax.Array, v: jax.Array, heads: int) -> jax.Array:
-    """Causal attention; all `[batch, time, width]`."""
+    """Compute causal attention; all arrays are `[batch, time, width]`."""
     batch, time, width = q.shape
     q, k, v = (x.reshape(batch, time, heads, width // heads) for x in (q, k, v))
     scores = jnp.einsum("bqhd,bkhd->bhqk", q, k) * (width // heads) ** -0.5
@@ -96,12 +96,12 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, heads: int) -> jax.Array
 
 
 def plain(x: jax.Array, w: jax.Array) -> jax.Array:
-    """The product of an activation and a weight that is not adapted."""
+    """Multiply an activation by a weight that is not adapted."""
     return x @ w
 
 
 def block(x: jax.Array, p: dict[str, Any], *, heads: int, product: Callable = plain) -> jax.Array:
-    """One pre-norm block on `[batch, time, width]`."""
+    """Apply one pre-norm block to `[batch, time, width]`."""
     h = rms_norm(x, p["attn_norm"])
     q, k, v = (product(h, p[name]) for name in "qkv")
     x = x + product(attention(q, k, v, heads), p["o"])
@@ -110,7 +110,7 @@ def block(x: jax.Array, p: dict[str, Any], *, heads: int, product: Callable = pl
 
 
 def embed(params: dict[str, Any], inputs: jax.Array) -> jax.Array:
-    """`[batch, time]` of token ids to `[batch, time, width]`."""
+    """Map token ids `[batch, time]` to `[batch, time, width]`."""
     return params["embed"][inputs] + params["positions"][: inputs.shape[1]]
 
 
@@ -122,7 +122,7 @@ def blocks(
     product: Callable = plain,
     policy: Callable | None = None,
 ) -> jax.Array:
-    """All blocks, one after the other or in a `lax.scan`."""
+    """Apply all blocks, one after another or in a `lax.scan`."""
     one = functools.partial(block, heads=heads, product=product)
     if variant == "unrolled":
         for p in layers:
@@ -134,7 +134,7 @@ def blocks(
 
 
 def cross_entropy(params: dict[str, Any], x: jax.Array, targets: jax.Array) -> jax.Array:
-    """The mean loss of the last block's output."""
+    """Compute the mean loss of the last block's output."""
     logits = rms_norm(x, params["norm"]) @ params["unembed"]
     picked = jnp.take_along_axis(logits, targets[..., None], -1)[..., 0]
     return (jax.nn.logsumexp(logits, -1) - picked).mean()
@@ -143,6 +143,6 @@ def cross_entropy(params: dict[str, Any], x: jax.Array, targets: jax.Array) -> j
 def loss(
     params: dict[str, Any], batch: jax.Array, heads: int, variant: str, **options: Any
 ) -> jax.Array:
-    """Next-token cross-entropy of one batch of `tokens`."""
+    """Compute the next-token cross-entropy of a batch from `tokens`."""
     x = blocks(embed(params, batch[:, :-1]), params["layers"], heads, variant, **options)
     return cross_entropy(params, x, batch[:, 1:])

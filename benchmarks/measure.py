@@ -1,4 +1,4 @@
-"""Timing contenders in turn, and what XLA says of their programs."""
+"""Time contenders in turn, and read what XLA says about their programs."""
 
 import dataclasses
 import statistics
@@ -10,51 +10,51 @@ import jax
 
 from benchmarks.contenders import Contender
 
-WARM_UP = 2  # rounds that are not counted
+WARM_UP = 2  # rounds that do not count
 
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """What is exact: XLA's own figures for a compiled step."""
+    """Exact figures: XLA's own, for a compiled step."""
 
     flops: float
     temporary_bytes: int
 
 
 class Stepper:
-    """A contender that is ready to run: compiled, one step taken."""
+    """A contender ready to run: compiled, with one step taken."""
 
     def __init__(self, contender: Contender):
         self.label, self.key = contender.label, contender.key
         self._make = contender.make
         self._step = jax.jit(contender.make(), donate_argnums=0)
-        # A copy: what another contender donates must not be shared with this one.
+        # A copy, since another contender may donate the same arrays.
         self._state, *self._data = jax.tree.map(jax.numpy.copy, contender.start())
         self._shapes = jax.eval_shape(lambda *args: args, self._state, *self._data)
         self.first_loss = self.loss()
 
     def loss(self) -> float:
-        """Take a step; what the loss was before it."""
+        """Take a step, and return the loss before it."""
         self._state, loss = self._step(self._state, *self._data)
         return float(loss)
 
     def program(self) -> Program:
-        """What XLA says of the step."""
-        # Compiled already: the arguments are those of the first call.
+        """Return what XLA says about the step."""
+        # Already compiled: the arguments are those of the first call.
         compiled = self._step.lower(self._state, *self._data).compile()
         return Program(
             compiled.cost_analysis()["flops"], compiled.memory_analysis().temp_size_in_bytes
         )
 
     def trace(self) -> float:
-        """Seconds to trace and lower a function that JAX has not seen."""
+        """Measure the seconds to trace and lower a function that JAX has not seen."""
         fresh = jax.jit(self._make(), donate_argnums=0)
         start = time.perf_counter()
         fresh.lower(*self._shapes)
         return time.perf_counter() - start
 
     def step(self) -> tuple[float, float]:
-        """Seconds of one step, and of these until the call came back to Python."""
+        """Measure the seconds of one step, and those until the call returned to Python."""
         start = time.perf_counter()
         self._state, loss = self._step(self._state, *self._data)
         returned = time.perf_counter()
@@ -62,18 +62,18 @@ class Stepper:
         return time.perf_counter() - start, returned - start
 
     def close(self) -> None:
-        """Nothing is to be ended: it runs in this process."""
+        """Do nothing: the contender runs in this process."""
 
 
 def in_turn(functions: Sequence[Callable[[], Any]], rounds: int, warm_up: int = WARM_UP) -> list:
-    """What each function returned in each round: a list of `rounds` values for each.
+    """Call functions in turn, and return `rounds` values for each.
 
-    One after the other, round by round, so that whatever slows the machine slows all alike.
+    They run one after another, round by round, so whatever slows the machine slows all alike.
     """
     results = [[f() for f in functions] for _ in range(warm_up + rounds)][warm_up:]
     return [list(values) for values in zip(*results, strict=True)]
 
 
 def median(values: Sequence[float]) -> float:
-    """The middle value."""
+    """Return the median."""
     return statistics.median(values)

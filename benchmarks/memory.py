@@ -1,7 +1,7 @@
 """Temporary memory and FLOPs, exact, by XLA: `python -m benchmarks.memory`.
 
-Of the gradient of the scanned and rematerialised model under several policies, written by hand and
-by `lora`; and of `merge`.
+For the gradient of the scanned and rematerialized model under several policies, written by hand and
+with `lora`; and for `merge`.
 """
 
 from collections.abc import Callable
@@ -26,14 +26,14 @@ POLICIES: dict[str, Callable] = {
 
 
 def figures(fn: Callable, *args: Any, **options: Any) -> tuple[float, float, float]:
-    """Temporary bytes, FLOPs and bytes accessed of a compiled function."""
+    """Return temporary bytes, FLOPs and bytes accessed of a compiled function."""
     compiled = jax.jit(fn, **options).lower(*args).compile()
     cost = compiled.cost_analysis()
     return compiled.memory_analysis().temp_size_in_bytes, cost["flops"], cost["bytes accessed"]
 
 
 def rematerialised() -> Table:
-    """A row for each policy in the model."""
+    """Measure the model with each policy, one row per policy."""
     setting = Setting(Size(), "scan_remat")
     base, adapters = lora_jax.split(contenders.adapted(setting))
     table = Table(title="gradient of the adapters, scan_remat (a loop's body counts once)")
@@ -54,13 +54,13 @@ def rematerialised() -> Table:
 
 
 def merged(layers: int = 12, rows: int = 1024, columns: int = 1024, rank: int = 8) -> str:
-    """`merge` of one stacked weight, the base donated, against what no merge can be below."""
+    """Measure `merge` of one stacked weight, with a donated base, against a lower bound."""
     w = jax.ShapeDtypeStruct((layers, rows, columns), jnp.float32)
     config = lora_jax.LoraConfig(rank=rank, overrides={"w": {"layout": "bio"}})
     base, adapters = lora_jax.split(lora_jax.init(jax.random.key(0), {"w": w}, config))
     merge = lambda base, adapters: lora_jax.merge(lora_jax.join(base, adapters))
     memory, flops, moved = figures(merge, base, adapters, donate_argnums=0)
-    # Of one layer, as XLA counts a loop: 2·K·N·r and the sum; W read and written, A and B read.
+    # For one layer, as XLA counts a loop: 2·K·N·r and the sum; W read and written, A and B read.
     floor = 2 * rows * columns * rank + rows * columns
     least = 4 * (2 * rows * columns + rank * (rows + columns))
     return (
@@ -72,7 +72,7 @@ def merged(layers: int = 12, rows: int = 1024, columns: int = 1024, rank: int = 
 
 def main() -> None:
     """Compile and print."""
-    console = Console(width=max(Console().width, 100))  # a pipe would be told 80
+    console = Console(width=max(Console().width, 100))  # rich assumes 80 columns in a pipe
     console.print(rematerialised())
     console.print(merged())
     console.print(versions())

@@ -1,7 +1,7 @@
 """An optimizer update of many small leaves: `python -m benchmarks.optimizer --help`.
 
-The adapters of 48 layers with four adapted weights each, updated with adamw leaf by leaf, as one
-vector with `optax.flatten`, and as leaves that hold all layers, as a model that scans has them.
+The adapters of 48 layers with four adapted weights each are updated with AdamW: leaf by leaf, as
+one vector with `optax.flatten`, and as leaves stacked over all layers, as in a model that scans.
 """
 
 import argparse
@@ -23,7 +23,7 @@ LAYERS, WEIGHTS, WIDTH, RANK = 48, 4, 256, 8
 
 
 def overlay(stacked: bool) -> Any:
-    """The adapters in the split form: 384 trained leaves, or eight of the same values."""
+    """Return adapters in the split form: 384 trained leaves, or eight with the same values."""
     shape = (WIDTH, WIDTH)
     params = {
         f"layer_{i}": {f"w{j}": jax.ShapeDtypeStruct(shape, jnp.float32) for j in range(WEIGHTS)}
@@ -68,7 +68,7 @@ class Update:
         return step
 
     def step(self) -> float:
-        """Seconds of one update."""
+        """Measure the seconds of one update."""
         start = time.perf_counter()
         self._params, self._state = self._step(self._params, self._state, self._grads)
         jax.block_until_ready((self._params, self._state))

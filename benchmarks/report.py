@@ -1,4 +1,4 @@
-"""What every table says: the machine, the versions, and ratios within a round."""
+"""Parts of every table: the machine, the versions, and ratios within a round."""
 
 import importlib.metadata
 import os
@@ -9,7 +9,7 @@ from benchmarks.measure import median
 
 
 def versions(*packages: str) -> str:
-    """The machine and what is installed of `packages`, for a caption."""
+    """Return the machine and the installed versions of `packages`, for a caption."""
     found = []
     for name in ("jax", "jaxlib", *packages):
         try:
@@ -20,5 +20,5 @@ def versions(*packages: str) -> str:
 
 
 def ratio(mine: Sequence[float], others: Sequence[float]) -> str:
-    """The median, over the rounds, of one contender's time over another's in the same round."""
+    """Return one contender's time over another's in the same round: the median over the rounds."""
     return f"{median([m / o for m, o in zip(mine, others, strict=True)]):.3f}"

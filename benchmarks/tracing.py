@@ -1,8 +1,8 @@
-"""What the transformation costs Python: `python -m benchmarks.tracing --help`.
+"""The Python cost of the transformation: `python -m benchmarks.tracing --help`.
 
-Seconds to trace and lower the bare model, the hand-written one and `lora` of the bare one, forward
-and with a gradient; and how long a compiled call of each takes where there is next to nothing to
-compute.
+Seconds to trace and lower the plain model, the hand-written one and `lora` of the plain one,
+forward and with a gradient; and the time of a compiled call of each where there is next to nothing
+to compute.
 """
 
 import argparse
@@ -26,7 +26,7 @@ CALLS = 200
 
 
 def losses(setting: Setting) -> dict[str, tuple[Callable, tuple]]:
-    """The loss of each form, what it is differentiated for first, and its arguments."""
+    """Return the loss of each form and its arguments, the first of which is differentiated."""
     params, batch = setting.params(), setting.batch()
 
     def bare(x: jax.Array, params: Any, batch: jax.Array) -> jax.Array:
@@ -42,7 +42,7 @@ def losses(setting: Setting) -> dict[str, tuple[Callable, tuple]]:
 
 
 def lowering(fn: Callable, args: tuple, cold: bool) -> float:
-    """Seconds to trace and lower; `cold` with nothing in JAX's caches."""
+    """Measure the seconds to trace and lower; with `cold`, JAX's caches are empty."""
     if cold:
         jax.clear_caches()
     start = time.perf_counter()
@@ -51,7 +51,7 @@ def lowering(fn: Callable, args: tuple, cold: bool) -> float:
 
 
 def calling(fn: Callable, args: tuple) -> Callable[[], float]:
-    """Seconds of one call, compiled."""
+    """Measure the seconds of one compiled call."""
     compiled = jax.jit(fn)
     jax.block_until_ready(compiled(*args))
 
@@ -66,7 +66,7 @@ def calling(fn: Callable, args: tuple) -> Callable[[], float]:
 
 
 def rows(variant: str, rounds: int) -> list[tuple[str, dict[str, list[float]]]]:
-    """(what was measured, the seconds of each round by form)."""
+    """Return (what was measured, the seconds of each round by form)."""
     found = []
     forms = losses(Setting(Size(), variant))
     for what, derive in (("forward", lambda fn: fn), ("with gradient", jax.value_and_grad)):
@@ -98,7 +98,7 @@ def main() -> None:
             cells += [f"{1e3 * median(times[form]):.2f}", ratio(times[form], times["bare"])]
         table.add_row(label, *cells)
     table.caption = versions()
-    console = Console(width=max(Console().width, 100))  # a pipe would be told 80
+    console = Console(width=max(Console().width, 100))  # rich assumes 80 columns in a pipe
     console.print(table)
 
 

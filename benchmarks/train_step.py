@@ -1,4 +1,4 @@
-"""One training step of each contender, in turn: `python -m benchmarks.train_step --help`."""
+"""A training step of each contender, in turn: `python -m benchmarks.train_step --help`."""
 
 import argparse
 import dataclasses
@@ -14,12 +14,12 @@ from benchmarks.measure import Program, Stepper, in_turn, median
 from benchmarks.report import ratio, versions
 
 TRACES = 5
-#: Contenders without adapters, whose loss is the base's.
+#: Contenders without adapters; their loss is that of the base.
 BARE = ("a", "e")
 
 
 def arguments() -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.train_step", description=__doc__)
     parser.add_argument("--variant", choices=VARIANTS, default="unrolled")
     parser.add_argument("--rounds", type=int, default=15, help="timed rounds (default 15)")
@@ -30,7 +30,7 @@ def arguments() -> argparse.Namespace:
 def main() -> None:
     """Measure and print."""
     args = arguments()
-    console = Console(width=max(Console().width, 124))  # a pipe would be told 80
+    console = Console(width=max(Console().width, 124))  # rich assumes 80 columns in a pipe
     wanted = set(filter(None, args.only.split(",")))
     setting = Setting(Size(), args.variant)
     steppers, left_out = start(setting, wanted)
@@ -44,7 +44,7 @@ def main() -> None:
 
 
 def start(setting: Setting, wanted: set[str]) -> tuple[list[Any], list[str]]:
-    """The contenders that are asked for and installed, and a line for each that is not."""
+    """Start the requested contenders that are installed, with a line for each that is not."""
 
     def is_wanted(key: str) -> bool:
         return not wanted or key in wanted
@@ -71,7 +71,7 @@ def start(setting: Setting, wanted: set[str]) -> tuple[list[Any], list[str]]:
 
 
 def check_losses(steppers: list[Any]) -> None:
-    """All compute the same function, or a comparison would say nothing."""
+    """Check that all compute the same function: otherwise a comparison would mean nothing."""
     for group in (True, False):
         losses = {s.key: s.first_loss for s in steppers if (s.key in BARE) == group}
         if losses and max(losses.values()) - min(losses.values()) > 1e-4:
@@ -80,11 +80,11 @@ def check_losses(steppers: list[Any]) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """What was measured of one contender; a program of another process has no `program`."""
+    """What was measured for one contender; one in another process has no `program`."""
 
     key: str
     label: str
-    seconds: list[float]  # of each round
+    seconds: list[float]  # per round
     call: float  # median seconds until the jitted call is back in Python
     program: Program | None
     trace: float | None  # median seconds to trace and lower
@@ -110,7 +110,7 @@ def measure(steppers: list[Any], rounds: int) -> list[Row]:
 
 
 def table(title: str, rows: list[Row]) -> Table:
-    """The figures, a row for each contender."""
+    """Return the figures, one row per contender."""
     made = Table(title=title, caption=versions("flax", "optax", "qwix", "torch", "peft"))
     for heading in ("", "contender"):
         made.add_column(heading)

@@ -1,7 +1,7 @@
-"""The contender of PEFT: the same decoder in PyTorch, in a process of its own.
+"""The PEFT contender: the same decoder in PyTorch, in a separate process.
 
-The child loads what the parent wrote, then takes a step for each line it is sent and answers with
-its seconds and its loss, so that it is idle while the others run.
+The child loads what the parent wrote, then takes one step per line of input and answers with its
+seconds and its loss, so it is idle while the others run.
 """
 
 import importlib.util
@@ -22,7 +22,7 @@ from benchmarks.decoder import ADAPTED, Size
 
 
 def is_installed() -> bool:
-    """Whether there is something to compare with."""
+    """Return whether PEFT is installed."""
     return all(importlib.util.find_spec(name) for name in ("torch", "peft"))
 
 
@@ -32,7 +32,7 @@ class Peft:
     key, label = "g", "PEFT on torch, eager"
 
     def __init__(self, setting: Setting):
-        # torch has no scan: the blocks are a list in every variant
+        # PyTorch has no scan: the blocks are a list in every variant
         unrolled = Setting(setting.size, "unrolled")
         params, adapters = unrolled.params(), unrolled.adapters()
         arrays = {name: leaf for name, leaf in params.items() if name != "layers"}
@@ -58,7 +58,7 @@ class Peft:
         return float(seconds), float(loss)
 
     def step(self) -> tuple[float, float]:
-        """Seconds of one step; the second figure, the call's own, has no meaning here."""
+        """Measure the seconds of one step; the second figure, of the call, has no meaning here."""
         return self._ask()[0], math.nan
 
     def close(self) -> None:
@@ -68,7 +68,7 @@ class Peft:
 
 
 def child(path: str, variant: str) -> None:
-    """A step for each line of standard input."""
+    """Take one step per line of standard input."""
     import peft
     import torch
 
@@ -81,7 +81,7 @@ def child(path: str, variant: str) -> None:
     model = peft.get_peft_model(_decoder(size, variant == "scan_remat"), config)
     _load(model.base_model.model, arrays)
     trained = [p for p in model.parameters() if p.requires_grad]
-    # optax.adamw's defaults, so that both do the same work
+    # the defaults of optax.adamw, so that both do the same work
     optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE, weight_decay=1e-4)
     batch = torch.from_numpy(arrays["tokens"].astype(np.int64))
     for _ in sys.stdin:
@@ -94,7 +94,7 @@ def child(path: str, variant: str) -> None:
 
 
 def _decoder(size: Size, remat: bool) -> Any:
-    """`decoder.loss` as a module: the same equations on `nn.Linear`s."""
+    """Return `decoder.loss` as a module: the same equations with `nn.Linear`."""
     import torch
     import torch.nn.functional as F
     from torch import nn
@@ -139,7 +139,7 @@ def _decoder(size: Size, remat: bool) -> Any:
 
 
 def _load(model: Any, arrays: dict[str, np.ndarray]) -> None:
-    """The parent's values, so that the loss must be the same; torch keeps matrices transposed."""
+    """Load the parent's values, so the loss must be the same; PyTorch transposes matrices."""
     import torch
 
     values = {"positions": arrays["positions"], "norm.weight": arrays["norm"]}

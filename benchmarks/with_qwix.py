@@ -1,4 +1,4 @@
-"""The contender of qwix: its LoRA provider on a Flax Linen model of the same decoder."""
+"""The qwix contender: its LoRA provider on a Flax Linen model of the same decoder."""
 
 from collections.abc import Callable
 from typing import Any
@@ -14,13 +14,13 @@ from benchmarks.decoder import ADAPTED, Size
 
 
 class Block(nn.Module):
-    """`decoder.block` with an `nn.Dense` for each adapted weight."""
+    """`decoder.block` with an `nn.Dense` per adapted weight."""
 
     size: Size
 
     @nn.compact
     def __call__(self, x: jax.Array, _: None = None) -> tuple[jax.Array, None]:
-        """Takes and returns `[batch, time, width]`, as the body of a scan."""
+        """Map `[batch, time, width]` to the same shape, as the body of a scan."""
         norms = {
             name: self.param(name, nn.initializers.ones, (self.size.width,))
             for name in ("attn_norm", "mlp_norm")
@@ -29,7 +29,7 @@ class Block(nn.Module):
             name: nn.Dense(columns, use_bias=False, name=name)
             for name, (_, columns) in self.size.kernels().items()
         }
-        # A weight stands for its module, which `product` calls: the block itself is the same code.
+        # Each weight is replaced by its module, which `product` calls: the block is the same code.
         call = lambda x, module: module(x)
         return decoder.block(x, norms | dense, heads=self.size.heads, product=call), None
 
@@ -42,7 +42,7 @@ class Blocks(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Takes and returns `[batch, time, width]`."""
+        """Map `[batch, time, width]` to the same shape."""
         if self.variant == "unrolled":
             for i in range(self.size.layers):
                 x, _ = Block(self.size, name=f"block_{i}")(x)
@@ -58,7 +58,7 @@ class Blocks(nn.Module):
 
 
 def contender(setting: Setting) -> Contender:
-    """Training of qwix's own parameters alone, beside an untouched base."""
+    """Return the training of qwix's LoRA parameters, next to an unchanged base."""
 
     def loss_of(adapters: Any, base: Any, batch: jax.Array) -> jax.Array:
         rule = qwix.LoraProvider(
@@ -92,7 +92,7 @@ def _factors(pairs: dict[str, Any]) -> dict[str, Any]:
 
 
 def _of_flax(layers: Any) -> dict[tuple[str, ...], Any]:
-    """The blocks under Flax's names, as a flat dict, so that base and adapters can be united."""
+    """Return the blocks under Flax's names, as a flat dict that adapters can be added to."""
     if isinstance(layers, list):
         return traverse_util.flatten_dict({f"block_{i}": p for i, p in enumerate(layers)})
     return traverse_util.flatten_dict({"blocks": layers})

@@ -1,6 +1,6 @@
-"""Results of papers, made again with this library: a table, pictures, and results.jsonl.
+"""Results of papers, reproduced with this library: a table, pictures, and results.jsonl.
 
-`--markdown FILE` prints the table of a results.jsonl as it stands in docs/benchmarks.md.
+`--markdown FILE` prints the table of a results.jsonl as in docs/benchmarks.md.
 """
 
 import argparse
@@ -34,7 +34,7 @@ HEADINGS = ("result", "setting", "published", "here", "agrees")
 
 
 def run(name: str) -> Result:
-    """One experiment; where it cannot run, a row that says why."""
+    """Run one experiment; if it cannot run, return a row that says why."""
     try:
         return importlib.import_module(f"benchmarks.published.{name}").run()
     except Unavailable as error:
@@ -42,14 +42,14 @@ def run(name: str) -> Result:
 
 
 def link(source: str) -> str:
-    """The address of an arXiv number or a DOI; an address as it is."""
+    """Return the address of an arXiv number or a DOI; an address stays as it is."""
     if not source or source.startswith("http"):
         return source
     return f"https://doi.org/{source}" if "/" in source else f"https://arxiv.org/abs/{source}"
 
 
 def verdict(row: Mapping[str, Any]) -> str:
-    """The last cell of a row: yes, no or not run, and why."""
+    """Return the last cell of a row: yes, no or not run, and why."""
     word = {True: "yes", False: "no", None: "not run"}[row["agrees"]]
     return f"{word}: {row['note']}" if row["note"] else word
 
@@ -65,13 +65,13 @@ def markdown(rows: Iterable[Mapping[str, Any]]) -> str:
 
 
 def rows_of(path: Path) -> list[dict[str, Any]]:
-    """The rows that a run wrote."""
+    """Read the rows that a run wrote."""
     lines = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
     return [line for line in lines if "what" in line]
 
 
 def arguments() -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.published", description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("published"), help="folder for files")
     parser.add_argument("--only", default="", help="names out of " + ",".join(EXPERIMENTS))

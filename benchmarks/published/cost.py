@@ -1,4 +1,4 @@
-"""Memory and FLOPs of a training step, LoRA's against full fine-tuning's, by XLA's own account.
+"""Memory and FLOPs of a training step with LoRA and with full fine-tuning, as XLA counts them.
 
 The steps are compiled for shapes, so the model can be GPT-3 175B itself; nothing is allocated. The
 paper (https://arxiv.org/abs/2106.09685, section 4.2) went from 1.2 TB to 350 GB, "up to 2/3" less.
@@ -20,11 +20,11 @@ from benchmarks.published.counts import GPT3, QV, SOURCE, decoder_shapes
 from benchmarks.published.result import Result, Row
 
 BLOG = "https://thinkingmachines.ai/blog/lora/"
-LAYERS = 8  # of the model whose FLOPs are counted: XLA counts a loop's body once, so no loop
+LAYERS = 8  # layers of the model whose FLOPs are counted: XLA counts a loop's body once, so no loop
 
 
 def full_step(loss: Callable) -> Callable:
-    """step((params, moments), tokens), Adam on everything."""
+    """Return step((params, moments), tokens), with Adam on everything."""
 
     def step(state: tuple, tokens: Any) -> tuple:
         params, moments = state
@@ -36,7 +36,7 @@ def full_step(loss: Callable) -> Callable:
 
 
 def lora_step(loss: Callable, tx: optax.GradientTransformation) -> Callable:
-    """step((adapters, moments), base, tokens), `tx` on the adapters."""
+    """Return step((adapters, moments), base, tokens), with `tx` on the adapters."""
     adapted = lora_jax.lora(loss, on_dense="error")
 
     def step(state: tuple, base: Any, tokens: Any) -> tuple:
@@ -51,7 +51,7 @@ def lora_step(loss: Callable, tx: optax.GradientTransformation) -> Callable:
 
 
 def compiled_pair(size: Size, variant: str, rank: int, targets: Sequence[str]) -> tuple[Any, Any]:
-    """(full fine-tuning's, LoRA's) step, compiled for shapes; the state is donated."""
+    """Compile the steps of (full fine-tuning, LoRA) for shapes; the state is donated."""
     params, tokens = decoder_shapes(size)
     if variant == "unrolled":
         params |= {"layers": [one_layer(params["layers"]) for _ in range(size.layers)]}
@@ -67,12 +67,12 @@ def compiled_pair(size: Size, variant: str, rank: int, targets: Sequence[str]) -
 
 
 def one_layer(layers: Any) -> Any:
-    """The shapes of one of stacked layers."""
+    """Return the shapes of one of several stacked layers."""
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), layers)
 
 
 def memory(compiled: Any) -> int:
-    """Bytes of arguments, outputs and temporaries; a donated argument is its output."""
+    """Return bytes of arguments, outputs and temporaries; a donated argument is its output."""
     m = compiled.memory_analysis()
     return (
         m.argument_size_in_bytes
@@ -83,12 +83,12 @@ def memory(compiled: Any) -> int:
 
 
 def flops(compiled: Any) -> float:
-    """FLOPs of one run; a loop's body counts once."""
+    """Return the FLOPs of one run; a loop's body counts once."""
     return compiled.cost_analysis()["flops"]
 
 
 def memory_row(size: Size = GPT3, rank: int = 4) -> Row:
-    """Weights, moments, gradients and temporaries of one rematerialised step in float32."""
+    """Measure weights, moments, gradients and temporaries of a rematerialized float32 step."""
     full, lora = map(memory, compiled_pair(size, "scan_remat", rank, QV))
     return Row(
         "memory of a training step with Adam",
@@ -102,7 +102,7 @@ def memory_row(size: Size = GPT3, rank: int = 4) -> Row:
 
 
 def derived_share(size: Size, rank: int, targets: Sequence[str]) -> float:
-    """The blog's formula, summed over the kernels of the blocks and the output layer."""
+    """Return the blog's formula, summed over the kernels of the blocks and the output layer."""
     kernels = size.kernels()
     weights = size.layers * sum(k * n for k, n in kernels.values()) + size.width * size.vocabulary
     factors = size.layers * sum(rank * sum(kernels[name]) for name in targets)
@@ -110,7 +110,7 @@ def derived_share(size: Size, rank: int, targets: Sequence[str]) -> float:
 
 
 def flops_row(rank: int, targets: Sequence[str], size: Size) -> Row:
-    """FLOPs of one step beside the derived share."""
+    """Measure the FLOPs of one step, next to the derived share."""
     full, lora = map(flops, compiled_pair(size, "unrolled", rank, targets))
     expected = derived_share(size, rank, targets)
     return Row(
@@ -125,7 +125,7 @@ def flops_row(rank: int, targets: Sequence[str], size: Size) -> Row:
 
 
 def run() -> Result:
-    """Memory at full size; FLOPs without a loop, hence of fewer layers."""
+    """Measure memory at full size, and FLOPs without a loop, hence with fewer layers."""
     size = dataclasses.replace(GPT3, layers=LAYERS)
     return Result(
         [

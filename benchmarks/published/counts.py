@@ -33,7 +33,7 @@ ROBERTA_LARGE = roberta(
 
 
 def decoder_shapes(size: Size, dtype: Any = jnp.float32) -> tuple[Any, jax.ShapeDtypeStruct]:
-    """(parameters, tokens) of the decoder whose layers are stacked, as shapes."""
+    """Return (parameters, tokens) of a decoder with stacked layers, as shapes."""
     array = lambda *shape: jax.ShapeDtypeStruct(shape, dtype)
     layers = {name: array(size.layers, *shape) for name, shape in size.kernels().items()}
     norms = {name: array(size.layers, size.width) for name in ("attn_norm", "mlp_norm")}
@@ -48,7 +48,7 @@ def decoder_shapes(size: Size, dtype: Any = jnp.float32) -> tuple[Any, jax.Shape
 
 
 def of_decoder(size: Size, rank: int, targets: Sequence[str]) -> Counts:
-    """What LoRA of this rank trains in a decoder of this size."""
+    """Count what LoRA of this rank trains in a decoder of this size."""
     params, tokens = decoder_shapes(size)
     config = lora_jax.LoraConfig(rank=rank, targets=targets)
     loss = lambda params, tokens: decoder.loss(params, tokens, size.heads, "scan")
@@ -56,7 +56,7 @@ def of_decoder(size: Size, rank: int, targets: Sequence[str]) -> Counts:
 
 
 def of_encoder(config: BertConfig, rank: int) -> Counts:
-    """What LoRA of this rank on the kernels of queries and values trains in an encoder."""
+    """Count what LoRA of this rank on query and value kernels trains in an encoder."""
     model = Bert(config)
     ids = jax.ShapeDtypeStruct((1, 8), jnp.int32)
     params = jax.eval_shape(model.init, jax.random.key(0), ids, ids)
@@ -84,7 +84,7 @@ DIFFERS = (
 
 
 def row(setting: str, counts: Counts, published: float, digits: int) -> Row:
-    """Ours beside a figure that is exact, or rounded (or cut) to millions."""
+    """Compare our count with a figure that is exact, or rounded (or truncated) to millions."""
     exact = published > 1000
     unit = 1 if exact else 1e6
     agrees = abs(counts.trainable - published * unit) < (1 if exact else unit * 10.0**-digits)
@@ -100,7 +100,7 @@ def row(setting: str, counts: Counts, published: float, digits: int) -> Row:
 
 
 def run() -> Result:
-    """Every model of the paper that the two architectures here can stand for."""
+    """Count every model of the paper that one of the two architectures here can represent."""
     rows = [
         row(f"{name}, r={rank} on {','.join(targets)}", of_decoder(size, rank, targets), *figure)
         for name, size, rank, targets, *figure in DECODERS

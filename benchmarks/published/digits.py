@@ -1,8 +1,8 @@
-"""Real digits: an MLP that learned the odd ones is tuned on the even ones.
+"""Real digits: an MLP pre-trained on the odd ones is tuned on the even ones.
 
 The images are scikit-learn's copy of the UCI set of handwritten digits, 1,797 of 8 × 8.
 Pre-training on odd digits and tuning on even ones is the set-up of PiSSA's figure 2
-(https://arxiv.org/abs/2404.02948), which has MNIST in their place.
+(https://arxiv.org/abs/2404.02948), which uses MNIST instead.
 """
 
 import functools
@@ -24,7 +24,7 @@ CLASSES = 10
 
 
 class Data(NamedTuple):
-    """Images `[n, 64]` of values from 0 to 1, labels `[n]`."""
+    """Images `[n, 64]` with values from 0 to 1, and labels `[n]`."""
 
     images: np.ndarray
     labels: np.ndarray
@@ -32,7 +32,7 @@ class Data(NamedTuple):
 
 @functools.cache
 def read() -> Data:
-    """All digits, from the file in the installed scikit-learn; it need not be imported."""
+    """Read all digits from the file in the installed scikit-learn, without importing it."""
     try:
         package = importlib.metadata.distribution("scikit-learn")
     except importlib.metadata.PackageNotFoundError:
@@ -43,28 +43,28 @@ def read() -> Data:
 
 
 def odd() -> Data:
-    """What models are pre-trained on."""
+    """Return the digits that models are pre-trained on."""
     return select(read(), read().labels % 2 == 1)
 
 
 def even() -> Data:
-    """What models are tuned on."""
+    """Return the digits that models are tuned on."""
     return select(read(), read().labels % 2 == 0)
 
 
 def select(data: Data, chosen: Any) -> Data:
-    """The chosen examples: a mask or numbers."""
+    """Select examples by a mask or by indices."""
     return Data(data.images[chosen], data.labels[chosen])
 
 
 def held_out(data: Data, every: int = 4) -> tuple[Data, Data]:
-    """(train, test): each fourth example is for testing."""
+    """Split into (train, test): every fourth example is for testing."""
     test = np.arange(len(data.labels)) % every == 0
     return select(data, ~test), select(data, test)
 
 
 def mlp(params: Any, x: jax.Array) -> jax.Array:
-    """Layers with ReLU between, `[batch, 64]` to logits `[batch, 10]`."""
+    """Apply layers with ReLU between them, `[batch, 64]` to logits `[batch, 10]`."""
     *hidden, last = sorted(params)
     for name in hidden:
         x = jax.nn.relu(x @ params[name]["kernel"] + params[name]["bias"][None])
@@ -72,7 +72,7 @@ def mlp(params: Any, x: jax.Array) -> jax.Array:
 
 
 def inputs(params: Any, x: Any) -> dict[str, jax.Array]:
-    """What each layer of `mlp` gets, by its name, `[batch, fan_in]`."""
+    """Return the input `[batch, fan_in]` of each layer of `mlp`, by name."""
     names = sorted(params)
     found = {names[0]: x}
     for i, name in enumerate(names[1:], 1):
@@ -81,12 +81,12 @@ def inputs(params: Any, x: Any) -> dict[str, jax.Array]:
 
 
 def loss(params: Any, images: jax.Array, labels: jax.Array) -> jax.Array:
-    """Mean cross-entropy."""
+    """Compute the mean cross-entropy."""
     return optax.softmax_cross_entropy_with_integer_labels(mlp(params, images), labels).mean()
 
 
 def fresh(widths: Sequence[int], seed: int) -> dict[str, Any]:
-    """An MLP from 64 inputs through layers of these widths to 10 classes, not trained."""
+    """Initialize an MLP from 64 inputs through layers of these widths to 10 classes."""
     rng = np.random.default_rng(seed)
     sizes = [64, *widths, CLASSES]
     return {
@@ -107,9 +107,9 @@ def train(
     steps: int,
     every: int,
 ) -> tuple[Any, jax.Array]:
-    """Steps on random batches: the parameters, and the loss on `watched` before and each `every`.
+    """Train on random batches; return parameters, and losses on `watched` at the start and `every`.
 
-    Plain parameters and adapted ones alike; `tx` says what of them trains.
+    Parameters may be plain or adapted; `tx` decides which of them train.
     """
     fn = lora_jax.lora(loss, on_dense="error")
     images, labels = map(jnp.asarray, data)
@@ -140,7 +140,7 @@ def _pretrain(params: Any, data: Data, key: jax.Array, epochs: int) -> Any:
 
 @functools.cache
 def pretrained(widths: tuple[int, ...], seed: int, epochs: int = 20) -> Any:
-    """An MLP after Adam at 5e-4 on the odd digits."""
+    """Return an MLP after Adam at 5e-4 on the odd digits."""
     return _pretrain(fresh(widths, seed), odd(), jax.random.key(seed), epochs)
 
 
@@ -148,13 +148,13 @@ Optimizer = Callable[[jax.Array, Any], optax.GradientTransformation]
 
 
 def adam(learning_rate: jax.Array, params: Any) -> optax.GradientTransformation:
-    """Adam on everything, or on the adapters where there are any."""
+    """Return Adam on everything, or on the adapters if there are any."""
     tx = optax.adam(learning_rate)
     return lora_jax.freeze(tx, params) if is_adapted(params) else tx
 
 
 def is_adapted(params: Any) -> bool:
-    """Whether a tree holds adapters."""
+    """Return whether a tree contains adapters."""
     return lora_jax.count_params(params).trainable > 0
 
 
@@ -170,7 +170,7 @@ def tune(
     every: int,
     optimizer: Optimizer = adam,
 ) -> jax.Array:
-    """The losses on `watched` of a run from `base`: LoRA by `config`, or None for everything."""
+    """Tune `base` with LoRA by `config`, or fully with None; return the losses on `watched`."""
     init_key, train_key = jax.random.split(key)
     params = base
     if config is not None:

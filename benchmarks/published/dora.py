@@ -21,7 +21,7 @@ SOURCE = "2402.09353"
 def finals(
     rank: int, dora: bool, rates: Sequence[float], width: int, steps: int, seeds: int
 ) -> np.ndarray:
-    """`[rate, seed]`: the loss on held-out digits after training."""
+    """Return the loss on held-out digits after training: `[rate, seed]`."""
     train, test = digits.held_out(digits.even())
     config = lora_jax.LoraConfig(rank=rank, dora=dora)
     return np.array(
@@ -51,7 +51,7 @@ def run(
     steps: int = 200,
     seeds: int = 5,
 ) -> Result:
-    """The held-out loss at each rank, of both at their best rates."""
+    """Measure the held-out loss at each rank, for both at their best rates."""
     losses = {
         dora: np.array(
             [np.median(finals(rank, dora, rates, width, steps, seeds), 1) for rank in ranks]

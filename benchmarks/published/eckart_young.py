@@ -21,7 +21,7 @@ SOURCE = "10.1007/BF02288367"
 
 
 def task(seed: int, width: int, singular_values: np.ndarray) -> tuple[jax.Array, ...]:
-    """(W, Δ, inputs): Δ has these singular values; inputs `[2·width, width]`, XᵀX = I."""
+    """Return (W, Δ, inputs): Δ has these singular values; inputs `[2·width, width]`, XᵀX = I."""
     rng = np.random.default_rng(seed)
     orthogonal = lambda rows: np.linalg.qr(rng.standard_normal((rows, width)))[0]
     delta = orthogonal(width) * singular_values @ orthogonal(width).T
@@ -30,7 +30,7 @@ def task(seed: int, width: int, singular_values: np.ndarray) -> tuple[jax.Array,
 
 
 def apply(params: Any, x: jax.Array) -> jax.Array:
-    """The linear model, `[batch, width]` to the same."""
+    """Apply the linear model, `[batch, width]` to the same shape."""
     return x @ params["kernel"]
 
 
@@ -38,7 +38,7 @@ def apply(params: Any, x: jax.Array) -> jax.Array:
 def remaining(
     w: jax.Array, delta: jax.Array, x: jax.Array, key: jax.Array, rank: int, steps: int
 ) -> jax.Array:
-    """‖ΔW - Δ‖² after training by Adam, whose learning rate falls to zero as a cosine."""
+    """Return ‖ΔW - Δ‖² after training with Adam and a cosine learning rate that decays to zero."""
     params = lora_jax.init(key, {"kernel": w}, lora_jax.LoraConfig(rank=rank), apply, x)
     base, adapters = lora_jax.split(params)
     tx = lora_jax.freeze(optax.adam(optax.cosine_decay_schedule(0.02, steps)), adapters)
@@ -59,7 +59,7 @@ def remaining(
 def errors(
     values: np.ndarray, ranks: Sequence[int], width: int, steps: int, seeds: int
 ) -> np.ndarray:
-    """`[rank]`: what training leaves, the median of seeds."""
+    """Return what training leaves, the median over seeds: `[rank]`."""
     return np.array(
         [
             np.median(
@@ -74,7 +74,7 @@ def errors(
 
 
 def run(ranks: Sequence[int] = RANKS, width: int = 64, steps: int = 3000, seeds: int = 3) -> Result:
-    """A full spectrum that falls by a tenth each, and one that ends at a rank of 4."""
+    """Measure a full spectrum that falls by a tenth each, and one that ends at rank 4."""
     full = 0.9 ** np.arange(width)
     tails = np.array([(full[rank:] ** 2).sum() for rank in ranks])
     ours = errors(full, ranks, width, steps, seeds)

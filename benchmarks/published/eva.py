@@ -1,7 +1,7 @@
 """EVA (https://arxiv.org/abs/2410.07170): A spans the directions in which the inputs vary most.
 
-Theorems 3.1 and 3.2 of the paper: no other A of orthonormal columns keeps more of the inputs'
-variance, nor has a larger expected gradient at the start. The oracle is a full SVD of all inputs.
+Theorems 3.1 and 3.2 of the paper: no other A with orthonormal columns keeps more of the inputs'
+variance, or has a larger expected initial gradient. The oracle is a full SVD of all inputs.
 """
 
 from typing import Any
@@ -17,25 +17,25 @@ SOURCE = "2410.07170"
 
 
 def centred(base: Any, data: digits.Data) -> dict[str, np.ndarray]:
-    """The inputs of each layer less their mean, `[examples, fan_in]` in float64."""
+    """Return the inputs of each layer minus their mean, `[examples, fan_in]` in float64."""
     found = digits.inputs(base, data.images)
     return {name: np.asarray(x, np.float64) - np.mean(x, 0) for name, x in found.items()}
 
 
 def largest_angle(a: np.ndarray, b: np.ndarray) -> float:
-    """The largest principal angle between two spans in degrees, from its sine."""
+    """Return the largest principal angle between two spans in degrees, from its sine."""
     a, b = (np.linalg.qr(m.astype(np.float64))[0] for m in (a, b))
     return float(np.degrees(np.arcsin(min(1.0, float(np.linalg.norm(b - a @ (a.T @ b), 2))))))
 
 
 def explained(x: np.ndarray, a: np.ndarray) -> float:
-    """The part of the variance of `x` that the span of `a` keeps."""
+    """Return the share of the variance of `x` that the span of `a` keeps."""
     q = np.linalg.qr(a.astype(np.float64))[0]
     return float(((x @ q) ** 2).sum() / (x**2).sum())
 
 
 def run(width: int = 256, rank: int = 8, batch: int = 64, seeds: int = 3) -> Result:
-    """Angles to the full SVD, and what A explains beside the default start and the optimum."""
+    """Measure angles to the full SVD, and what A explains next to the default and the optimum."""
     data = digits.even()
     parts = range(0, len(data.labels), batch)
     batches = [(data.images[i : i + batch],) for i in parts]

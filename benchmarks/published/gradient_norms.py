@@ -23,14 +23,14 @@ BATCH = 32
 
 
 def model(params: Any, x: jax.Array) -> jax.Array:
-    """Three square layers with tanh between, `[batch, width]` to the same."""
+    """Apply three square layers with tanh between them, `[batch, width]` to the same shape."""
     for w in params[:-1]:
         x = jnp.tanh(x @ w)
     return x @ params[-1]
 
 
 def task(seed: int, width: int) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """A model, and one that differs by noise of a tenth of its weights' norm."""
+    """Return a model, and one that differs by noise of a tenth of its weights' norm."""
     rng = np.random.default_rng(seed)
     base, noise = rng.standard_normal((2, 3, width, width), np.float32) / np.float32(width**0.5)
     return list(base), list(base + np.float32(0.1) * noise)
@@ -40,7 +40,7 @@ def task(seed: int, width: int) -> tuple[list[np.ndarray], list[np.ndarray]]:
 def norms(
     base: Any, teacher: Any, key: jax.Array, config: lora_jax.LoraConfig, steps: int
 ) -> jax.Array:
-    """The norm of the gradient of all A and B at each step of Adam towards the teacher."""
+    """Return the norm of the gradient of all A and B at each step of Adam towards the teacher."""
     init_key, data_key = jax.random.split(key)
     example = jax.ShapeDtypeStruct((BATCH, base[0].shape[0]), jnp.float32)
     frozen, adapters = lora_jax.split(lora_jax.init(init_key, base, config, model, example))
@@ -62,12 +62,12 @@ def norms(
 
 
 def slope(ranks: Numbers, values: Numbers) -> float:
-    """The exponent p of values ∝ rᵖ, by least squares on logarithms."""
+    """Return the exponent p of values ∝ rᵖ, by least squares on logarithms."""
     return float(np.polyfit(np.log(ranks), np.log(values), 1)[0])
 
 
 def measure(ranks: Sequence[int], width: int, steps: int, seeds: int) -> dict[str, np.ndarray]:
-    """By scaling, `[rank, step]`: medians over seeds."""
+    """Return medians over seeds, by scaling: `[rank, step]`."""
     tasks = [task(seed, width) for seed in range(seeds)]
     found = {}
     for scaling in SCALINGS:
@@ -88,7 +88,7 @@ def measure(ranks: Sequence[int], width: int, steps: int, seeds: int) -> dict[st
 
 
 def run(ranks: Sequence[int] = RANKS, width: int = 1024, steps: int = 10, seeds: int = 3) -> Result:
-    """The first gradient, and the mean over the first steps of training."""
+    """Measure the first gradient, and the mean over the first steps of training."""
     found = measure(ranks, width, steps, seeds)
     rows, lines = [], []
     for scaling, expected in (("rslora", 0.0), ("standard", -0.5)):

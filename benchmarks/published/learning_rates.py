@@ -23,7 +23,7 @@ SETTING = (
 
 
 def config_of(rank: int, head: str) -> lora_jax.LoraConfig:
-    """LoRA on every kernel; the last one has ten outputs, and no rank above eight."""
+    """Return LoRA on every kernel; the last one has ten outputs, so its rank is at most eight."""
     return lora_jax.LoraConfig(
         rank=rank, alpha=32, overrides={head: lora_jax.Override(rank=min(rank, 8))}
     )
@@ -36,7 +36,7 @@ def sweep(
     steps: int,
     seeds: int,
 ) -> dict[int, np.ndarray]:
-    """By rank, 0 for full fine-tuning: the final loss on held-out digits at each rate."""
+    """Return the final loss on held-out digits at each rate, by rank (0 for full fine-tuning)."""
     train, test = digits.held_out(digits.even())
     head = f"layer_{len(widths)}"
     return {
@@ -65,14 +65,14 @@ def sweep(
 
 
 def best(losses: dict[int, np.ndarray], rates: Sequence[float]) -> dict[int, float]:
-    """By rank, the rate of the lowest loss; a run that broke down is no loss."""
+    """Return the rate of the lowest loss, by rank; a run that diverged does not count."""
     return {rank: rates[int(np.nanargmin(values))] for rank, values in losses.items()}
 
 
 def over_rank(
     width: int, ranks: Sequence[int], rates: Sequence[float], steps: int, seeds: int
 ) -> Result:
-    """The best rate at several ranks, and full fine-tuning's."""
+    """Measure the best rate at several ranks, and of full fine-tuning."""
     losses = sweep((width, width), ranks, rates, steps, seeds)
     found = best(losses, rates)
     ratios = {rank: found[rank] / found[0] for rank in ranks}
@@ -112,7 +112,7 @@ def over_rank(
 def over_width(
     widths: Sequence[int], rank: int, rates: Sequence[float], steps: int, seeds: int
 ) -> Result:
-    """The ratio of best rates at several widths, and the power of the width that it follows."""
+    """Measure the ratio of best rates at several widths, and the power law in the width."""
     ratios = []
     for width in widths:
         found = best(sweep((width, width), (rank,), rates, steps, seeds), rates)
@@ -143,7 +143,7 @@ def over_width(
 
 
 def run() -> Result:
-    """Over the rank, then over the width."""
+    """Measure over the rank, then over the width."""
     ranks = over_rank(256, RANKS, RATES, steps=200, seeds=3)
     widths = over_width((64, 256, 1024), 16, RATES[2:10], steps=100, seeds=3)
     return Result([*ranks.rows, *widths.rows], [*ranks.pictures, *widths.pictures])

@@ -21,7 +21,7 @@ SOURCE = "2402.12354"
 
 
 def plus(learning_rate: jax.Array, params: object) -> optax.GradientTransformation:
-    """LoRA+ with Adam; `learning_rate` is A's."""
+    """Return LoRA+ with Adam; `learning_rate` is that of A."""
     return lora_jax.lora_plus(learning_rate, params, ratio=RATIO, optimizer=optax.adam)
 
 
@@ -34,7 +34,7 @@ def steps_to(
     every: int,
     seeds: int,
 ) -> np.ndarray:
-    """At each rate the steps until the loss on all even digits is `level`; infinity if never.
+    """Return the steps until the loss on all even digits is `level`, per rate; infinity if never.
 
     Medians over seeds.
     """
@@ -63,7 +63,7 @@ def run(
     every: int = 2,
     seeds: int = 3,
 ) -> Result:
-    """Steps to a loss of 0.1."""
+    """Measure the steps to a loss of 0.1."""
     both = {"LoRA": digits.adam, f"LoRA+, ratio {RATIO}": plus}
     counts = {
         name: steps_to(optimizer, rates, width, level, steps, every, seeds)

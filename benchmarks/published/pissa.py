@@ -1,8 +1,9 @@
 """PiSSA against LoRA (https://arxiv.org/abs/2404.02948, figure 2): faster, and to a lower loss.
 
-The set-up of the figure: a two-layer MLP learns odd digits, then adapters tune it on even ones.
-The sizes are those of the authors' script: a hidden layer of 128, Adam at 5e-4, 200 epochs before
-and 100 epochs of tuning. Their rank is 8, which for ten outputs is nearly full: lower ones too.
+The setup of the figure: a two-layer MLP learns odd digits, then adapters tune it on even ones. The
+sizes are those of the authors' script: a hidden layer of 128, Adam at 5e-4, 200 epochs of
+pre-training and 100 of tuning. Their rank is 8, which for ten outputs is nearly full, so lower
+ranks are measured too.
 """
 
 from collections.abc import Sequence
@@ -26,7 +27,7 @@ TURNS = (
 
 
 def configs(rank: int) -> dict[str, lora_jax.LoraConfig | None]:
-    """LoRA, PiSSA and full fine-tuning, by name; the scale is 1, as in the paper."""
+    """Return LoRA, PiSSA and full fine-tuning by name; the scale is 1, as in the paper."""
     return {
         "LoRA": lora_jax.LoraConfig(rank=rank),
         "PiSSA": lora_jax.LoraConfig(rank=rank, init="pissa"),
@@ -35,7 +36,7 @@ def configs(rank: int) -> dict[str, lora_jax.LoraConfig | None]:
 
 
 def curve(config: Any, rate: float, steps: int, every: int, seeds: int, epochs: int) -> np.ndarray:
-    """The loss on all even digits along training, the median of seeds."""
+    """Return the loss on all even digits during training, the median over seeds."""
     data = digits.even()
     return np.median(
         [
@@ -56,12 +57,12 @@ def curve(config: Any, rate: float, steps: int, every: int, seeds: int, epochs: 
 
 
 def reached(losses: np.ndarray, level: float, every: int) -> int:
-    """The first watched step at which the loss is at most `level`."""
+    """Return the first watched step at which the loss is at most `level`."""
     return int(np.argmax(losses <= level)) * every
 
 
 def at_one_rate(ranks: Sequence[int], steps: int, every: int, seeds: int, epochs: int) -> Result:
-    """The figure: the same learning rate for all."""
+    """Reproduce the figure: the same learning rate for all."""
     rows, pictures = [], []
     for rank in ranks:
         losses = {
@@ -96,13 +97,13 @@ def at_one_rate(ranks: Sequence[int], steps: int, every: int, seeds: int, epochs
 
 
 def quarters(losses: np.ndarray) -> tuple[int, int, int]:
-    """Where a quarter, half and all of the steps are done."""
+    """Return the indices at which a quarter, half and all of the steps are done."""
     last = len(losses) - 1
     return last // 4, last // 2, last
 
 
 def at_best_rates(rank: int, rates: Sequence[float], steps: int, seeds: int, epochs: int) -> Row:
-    """Each at the learning rate that is best for it, which the figure does not look for."""
+    """Measure each at its best learning rate, which the figure does not look for."""
     final = {
         name: [curve(config, rate, steps, steps, seeds, epochs)[-1] for rate in rates]
         for name, config in configs(rank).items()
@@ -126,7 +127,7 @@ def at_best_rates(rank: int, rates: Sequence[float], steps: int, seeds: int, epo
 
 
 def run() -> Result:
-    """At one rate, then at the best ones."""
+    """Measure at one rate, then at the best ones."""
     epochs = 100 * (len(digits.even().labels) // digits.BATCH)
     found = at_one_rate(RANKS, steps=epochs - epochs % 20, every=20, seeds=5, epochs=200)
     return Result([*found.rows, at_best_rates(4, RATES, 300, 3, 200)], found.pictures)

@@ -1,4 +1,4 @@
-"""What an experiment returns: rows of the table, and pictures."""
+"""Results of an experiment: rows of the table, and pictures."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -15,20 +15,20 @@ class Unavailable(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One published figure beside ours."""
+    """One published figure, next to ours."""
 
     what: str
     source: str  # arXiv number or address
     setting: str
     published: str
     ours: str
-    agrees: bool | None  # None: it could not be run, and `note` says why
+    agrees: bool | None  # None: it could not run, and `note` says why
     note: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
 class Line:
-    """One curve of a picture; with `style` "o" its points, with "--" broken."""
+    """One curve of a picture; `style` "o" draws points, "--" a dashed line."""
 
     label: str
     x: Numbers
@@ -38,7 +38,7 @@ class Line:
 
 @dataclasses.dataclass(frozen=True)
 class Picture:
-    """Curves over common axes; `log` holds the letters of the axes that are logarithmic."""
+    """Curves over common axes; `log` contains the letters of the logarithmic ones."""
 
     name: str
     title: str
@@ -49,7 +49,7 @@ class Picture:
 
     def write(self, folder: Path) -> Path:
         """Draw into `folder`, as `name`.png."""
-        from matplotlib.figure import Figure  # a bare Figure needs neither display nor pyplot
+        from matplotlib.figure import Figure  # a bare Figure needs no display and no pyplot
 
         figure = Figure(figsize=(7, 4.5), layout="constrained")
         axes = figure.subplots()

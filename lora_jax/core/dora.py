@@ -1,4 +1,4 @@
-"""DoRA: the column norms of an adapted weight, and the gain that its outputs take."""
+"""DoRA: the column norms of an adapted weight, and the gain that multiplies its outputs."""
 
 import functools
 
@@ -11,11 +11,11 @@ from lora_jax.core.weights import LoraWeight, scaled_factors
 
 
 def dora_gain(node: LoraWeight) -> jax.Array:
-    """`magnitude / ‖W + scale·A·B‖`, `[*batch, *out]`, in float32 (float64 where an array is).
+    """Return `magnitude / ‖W + scale·A·B‖`, `[*batch, *out]`, in float32 (float64 if an array is).
 
-    DoRA multiplies each output of `V = W + scale·A·B` with it. It is had from the factors, see
-    `column_norms`, and the norm is a constant to the derivative, as section 4.3 of
-    https://arxiv.org/abs/2402.09353 has it. Where the scale is 0 it is 1: `disable` is the base.
+    DoRA multiplies each output of `V = W + scale·A·B` by this gain. It is computed from the
+    factors, see `column_norms`; the norm is a constant to the derivative, as in section 4.3 of
+    https://arxiv.org/abs/2402.09353. Where the scale is 0 the gain is 1: `disable` is the base.
 
     >>> import jax.numpy as jnp
     >>> w, a, b = jnp.array([[3.0, 0.0], [0.0, 1.0]]), jnp.array([[0.0], [4.0]]), jnp.eye(2)[:1]
@@ -27,19 +27,19 @@ def dora_gain(node: LoraWeight) -> jax.Array:
 
 
 def column_norms(node: LoraWeight) -> jax.Array:
-    """`‖W + scale·A·B‖` over the in axes, `[*batch, *out]`: where a magnitude starts.
+    """Return `‖W + scale·A·B‖` over the in axes, `[*batch, *out]`: a magnitude's initial value.
 
-    A constant to the derivative.
+    It is a constant to the derivative.
     """
     own, crossed, squared = column_products(node)
-    return jnp.sqrt(jnp.maximum(own + 2 * crossed + squared, 0))  # rounding can go below zero
+    return jnp.sqrt(jnp.maximum(own + 2 * crossed + squared, 0))  # rounding may give less than zero
 
 
 def column_products(node: LoraWeight) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """⟨W, W⟩, ⟨W, ΔV⟩ and ⟨ΔV, ΔV⟩ over the in axes, `[*batch, *out]`, with ΔV = scale·A·B.
+    """Return ⟨W, W⟩, ⟨W, ΔV⟩ and ⟨ΔV, ΔV⟩ over the in axes, `[*batch, *out]`, ΔV = scale·A·B.
 
     With `B' = scale·B` they are Σ W², ⟨B', Aᵀ·W⟩ and ⟨B', AᵀA·B'⟩: no array of the weight's size is
-    formed. Constants to the derivative.
+    formed. They are constants to the derivative.
     """
     w, a, b, scale = jax.lax.stop_gradient((node.w, node.a, node.b, node.scale))
     node = LoraWeight(w, a, b, scale, layout=node.layout)
@@ -59,7 +59,7 @@ def column_products(node: LoraWeight) -> tuple[jax.Array, jax.Array, jax.Array]:
 
 
 def _rank_first(a: jax.Array, n_batch: int) -> jax.Array:
-    """A as `[*batch, rank, *in]`; one of 16 bits laid out so, or the CPU widens all of W for it."""
+    """Return A as `[*batch, rank, *in]`; 16-bit, in that layout, or the CPU widens all of W."""
     moved = jnp.moveaxis(a, -1, n_batch)
     if a.dtype.itemsize > 2 or any(jax.typeof(a).sharding.spec):
         return moved
@@ -67,15 +67,17 @@ def _rank_first(a: jax.Array, n_batch: int) -> jax.Array:
 
 
 def gain_from_norms(node: LoraWeight, norms: jax.Array) -> jax.Array:
+    """Return `magnitude / norms`; 1 where the scale or the norm is 0."""
     scale, norms = jax.lax.stop_gradient((node.scale, norms))
     on = jnp.expand_dims(scale != 0, range(scale.ndim, norms.ndim)) & (norms > 0)
     return jnp.where(on, node.magnitude.astype(norms.dtype) / jnp.where(on, norms, 1), 1)
 
 
 def output_letters(layout: Layout) -> str:
+    """Return the einsum letters of `[*batch, *out]`."""
     return pick(layout, "b") + pick(layout, "o")
 
 
 def by_output(layout: Layout, x: jax.Array) -> jax.Array:
-    """`[*batch, *out]` of an array that has these axes in the weight's order."""
+    """Transpose an array with these axes in the weight's order to `[*batch, *out]`."""
     return jnp.einsum(f"{''.join(sorted(output_letters(layout)))}->{output_letters(layout)}", x)

@@ -13,7 +13,7 @@ from lora_jax.engine.lazy_weight import Axis, LazyWeight
 
 
 def to_dense(lazy: LazyWeight) -> jax.Array:
-    """The view as an ordinary array: added in float32, rounded once to the view's dtype."""
+    """Return the view as an array: added in float32, rounded once to the view's dtype."""
     if lazy.a is None or lazy.probe:
         return lazy.w
     dtype = accumulator(lazy.a.dtype, lazy.b.dtype, lazy.dtype)
@@ -26,7 +26,7 @@ def to_dense(lazy: LazyWeight) -> jax.Array:
 
 
 def apply_gain(x: jax.Array, axes: Sequence[Axis], lazy: LazyWeight) -> jax.Array:
-    """`x`, its axes named, times the weight's gain; in the dtype of `x`."""
+    """Multiply `x`, its axes named, by the weight's gain, if it has one; keep the dtype of `x`."""
     if lazy.gain is None:
         return x
     present = [axis for axis in axes if axis in lazy.gain_axes]
@@ -39,7 +39,7 @@ def apply_gain(x: jax.Array, axes: Sequence[Axis], lazy: LazyWeight) -> jax.Arra
 def side_that_takes_gain(
     lazy: LazyWeight, x_axes: Collection[Axis], out_axes: Collection[Axis]
 ) -> str | None:
-    """Which array of a product takes the gain, "x" or "out"; None where neither has its axes.
+    """Return which array of a product takes the gain, "x" or "out"; None if neither has its axes.
 
     >>> import jax.numpy as jnp
     >>> from lora_jax.engine.lazy_weight import LazyWeight
@@ -64,7 +64,7 @@ def cast_for_branch(
 
 
 def drop(x: jax.Array, lazy: LazyWeight, site: int) -> jax.Array:
-    """`x` with branch dropout, where the weight carries keys; kept values grow by 1/(1 - rate)."""
+    """Apply branch dropout if the weight has a key; kept values are scaled by 1/(1 - rate)."""
     if lazy.key is None:
         return x
     key = jax.random.fold_in(lazy.key.reshape(-1)[0], site)
@@ -73,7 +73,7 @@ def drop(x: jax.Array, lazy: LazyWeight, site: int) -> jax.Array:
 
 
 def add(y: Any, update: jax.Array, dtype: Any) -> jax.Array:
-    """`y + update` in the wider of their dtypes, rounded once to `dtype`; no `y` for a tangent."""
+    """Add in the wider dtype, round once to `dtype`; a tangent has no `y`."""
     if y is None:
         return update.astype(dtype)
     wide = wider(y.dtype, update.dtype)

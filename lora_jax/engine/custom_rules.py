@@ -1,4 +1,4 @@
-"""Rules of one's own, for primitives that the library does not know: kernels, foreign calls."""
+"""User-defined rules, for primitives that the library does not know: kernels, foreign calls."""
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
@@ -17,23 +17,23 @@ from lora_jax.engine.lazy_weight import RANK, Axis, LazyWeight, is_lazy
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """How a primitive of one's own meets adapted weights: `lora(fn, rules={"name": Rule(...)})`.
+    """How a custom primitive handles adapted weights: `lora(fn, rules={"name": Rule(...)})`.
 
-    Without a rule such a primitive gets the dense weight. With one, its input at a position named
-    in `layouts` is handed to `apply` as an `Operand`, and `init(..., rules=...)` learns from the
-    letters which axes of the weight are in and out.
+    Without a rule such a primitive gets the dense weight. With one, `apply` gets an `Operand` for
+    each adapted input at a position in `layouts`, and `init(..., rules=...)` knows from the letters
+    which axes of the weight are in and out.
 
     Args:
-      apply: `apply(call, *inputs)` → the primitive's outputs (one array, or a list where the
+      apply: `apply(call, *inputs)` returns the primitive's outputs (one array, or a list where the
         primitive has several results). `call(*arrays)` runs the primitive itself with the
         equation's parameters, which are in `call.params`. Adapted inputs are `Operand`s, others
-        arrays. Return `NotImplemented` to have the weight made dense after all, as for a
-        `pallas_call` of another kernel.
-      layouts: for each input that may be adapted, by position, one letter an axis: `i` for axes
+        arrays. Return `NotImplemented` to have the weight materialized after all, for example for
+        a `pallas_call` of another kernel.
+      layouts: for each input that may be adapted, by position, one letter per axis: `i` for axes
         that the primitive sums over, `o` for those that are in its output, `b` for batch axes.
 
     Raises:
-      LayoutError: the letters are no layout.
+      LayoutError: the letters are not a layout.
 
     >>> import jax, jax.numpy as jnp, lora_jax
     >>> from jax.extend.core import Primitive
@@ -65,19 +65,20 @@ class Rule:
 
 @dataclasses.dataclass(frozen=True)
 class Operand:
-    """An adapted input of a primitive, `w + a·b`, as a rule of one's own sees it.
+    """An adapted input of a primitive, `w + a·b`, as a user-defined rule sees it.
 
-    Its axes are those of the input as the primitive gets it, whichever way round the parameter was
-    stored; what is in and out the rule's letters say.
+    Its axes are those of the input that the primitive gets, however the parameter is stored; the
+    rule's letters say which are in and out.
     """
 
     w: jax.Array  # the base, shaped like the input
     a: jax.Array  # [*batch, *in, rank], in the dtype of w
     b: jax.Array  # [*batch, rank, *out], in the dtype of w, the scale included
     branch: Callable[[jax.Array], jax.Array]
-    """`branch(x)` is `(x·a)·b`, x being [*batch, ..., *in] and the result [*batch, ..., *out].
+    """`branch(x)` returns `(x·a)·b` `[*batch, ..., *out]` for an x `[*batch, ..., *in]`.
 
-    It is in x's dtype, adds in float32 at least, and has the branch dropout where that is on.
+    The result has x's dtype and is accumulated in float32 at least. Dropout is applied where it is
+    on.
     """
 
 
@@ -89,33 +90,33 @@ class Call:
 
     @property
     def params(self) -> Mapping[str, Any]:
-        """The parameters it has there."""
+        """The equation's parameters."""
         return self._eqn.params
 
     def __call__(self, *arrays: jax.Array) -> Any:
-        """The output (a list, where the primitive has several results) on these inputs."""
+        """Run the primitive; return its output, a list if it has several."""
         outs = jaxprs.bind(self._eqn, arrays)
         return outs if self._eqn.primitive.multiple_results else outs[0]
 
 
 def check_rules(rules: Mapping[str, Rule] | None) -> None:
-    """Raise a ConfigError unless these are rules by names."""
+    """Raise a ConfigError unless `rules` maps names of primitives to rules."""
     for name, rule in (rules or {}).items():
         if not isinstance(name, str) or not isinstance(rule, Rule):
             raise ConfigError(
-                f"rules: must be a Rule for the name of each primitive, got {name!r}: {rule!r}"
+                f"rules: must map names of primitives to Rules, got {name!r}: {rule!r}"
             )
 
 
 def apply_rule(ctx: Context, rule: Rule, eqn: Any, args: Sequence[Any]) -> Any:
-    """The outputs of `eqn` by a rule of the user's, or NotImplemented."""
+    """Return the outputs of `eqn` by a user-defined rule, or NotImplemented."""
     operands = []
     for position, x in enumerate(args):
         if not is_lazy(x):
             operands.append(x)
             continue
         letters = rule.layouts.get(position)
-        grouped = None if letters is None else _grouped(eqn, x, letters)
+        grouped = None if letters is None else _group_axes(eqn, x, letters)
         if grouped is not None and ctx.infers:
             ctx.record(x, eqn, summed=grouped["i"], batch=grouped["b"])
             operands.append(x.w)
@@ -132,8 +133,8 @@ def apply_rule(ctx: Context, rule: Rule, eqn: Any, args: Sequence[Any]) -> Any:
     return [outs]
 
 
-def _grouped(eqn: Any, lazy: LazyWeight, letters: str) -> dict[str, list[Axis]]:
-    """The axes of the view by the letter of each."""
+def _group_axes(eqn: Any, lazy: LazyWeight, letters: str) -> dict[str, list[Axis]]:
+    """Group the axes of the view by the rule's letters."""
     if len(letters) != len(lazy.axes):
         raise LayoutError(
             f"{lazy.origin}: the rule for {eqn.primitive.name!r} has the layout {letters!r}, but "
@@ -144,11 +145,11 @@ def _grouped(eqn: Any, lazy: LazyWeight, letters: str) -> dict[str, list[Axis]]:
 
 
 def _operand(ctx: Context, lazy: LazyWeight, grouped: dict[str, list[Axis]]) -> Operand | None:
-    """The weight as the rule sees it; None where its factors are not split as in and out are."""
+    """Return the weight as the rule sees it; None if its factors do not divide at in and out."""
     batch, ins, outs = grouped["b"], grouped["i"], grouped["o"]
     sides = [(lazy.a, lazy.a_axes), (lazy.b, lazy.b_axes)]
     if not set(lazy.a_axes) <= {RANK, *batch, *ins}:
-        sides.reverse()  # stored the other way round
+        sides.reverse()  # the layout's in and out are the rule's out and in
     (first, first_axes), (second, second_axes) = sides
     fits = {*first_axes} <= {RANK, *batch, *ins} and {*second_axes} <= {RANK, *batch, *outs}
     if lazy.w is None or lazy.gain is not None or not fits:

@@ -1,4 +1,4 @@
-"""`Forms`: which of several equal forms of the branch is computed."""
+"""`Forms`: which of several equivalent forms of the branch to compute."""
 
 import dataclasses
 
@@ -9,14 +9,14 @@ import jax
 class Forms:
     """Choices among forms of `(x·A)·(scale·B)` that are equal but not equally fast.
 
-    Each is made from static shapes while the program is traced. Nothing else depends on them: any
-    combination gives the same numbers up to rounding.
+    They are made from static shapes while the program is traced. Any combination gives the same
+    numbers up to rounding.
 
     Args:
-      share: weights that meet the same activation (q, k and v) take part in one product
-        `x · [A_q | A_k | A_v]`, so the activation is read once, forward and backward.
-      flatten: an activation of several leading axes takes part as one matrix `[tokens, in]`.
-      rank_first: A takes part as `[rank, in]`, so that its gradient is `hᵀ·x` and not `xᵀ·h`.
+      share: multiply an activation that several weights meet (q, k and v) with all their A at once,
+        `x · [A_q | A_k | A_v]`, so that it is read once, forward and backward.
+      flatten: multiply an activation with several leading axes as one matrix `[tokens, in]`.
+      rank_first: lay A out as `[rank, in]`, so that its gradient is `hᵀ·x` and not `xᵀ·h`.
 
     >>> Forms.for_backend("cpu").rank_first, Forms.for_backend("gpu").rank_first
     (True, False)
@@ -35,13 +35,13 @@ class Forms:
 
     @classmethod
     def for_backend(cls, backend: str | None = None) -> "Forms":
-        """What is measured to be fast on a backend, by default the one that JAX runs on.
+        """Return what was measured to be fast on a backend, by default JAX's default backend.
 
-        On others than the CPU the compiler is left to choose what has not been measured there.
+        On other backends than the CPU, what was not measured is left to the compiler.
         """
         cpu = (backend or jax.default_backend()) == "cpu"
         return cls(share=True, flatten=cpu, rank_first=cpu)
 
 
-#: Every choice off: the branch as it is written.
+#: Every choice off: the branch as one would write it.
 PLAIN = Forms(share=False, flatten=False, rank_first=False)

@@ -1,4 +1,4 @@
-"""Reading and rebuilding jaxprs: everything that a new JAX release can break is in this file."""
+"""Reading and rebuilding jaxprs: everything that a new JAX release can break is here."""
 
 import contextlib
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -11,26 +11,29 @@ from jax.extend import core, source_info_util
 
 Literal = core.Literal
 
+#: An open jaxpr, and the values of its constvars.
+JaxprAndConsts = tuple[Any, Sequence[Any]]
 
-def open_jaxpr(jaxpr: Any) -> tuple[Any, Sequence[Any]]:
-    """(jaxpr, consts) of a jaxpr in whatever form a release stores it in an equation."""
+
+def open_jaxpr(jaxpr: Any) -> JaxprAndConsts:
+    """Return the (jaxpr, consts) of a jaxpr, in whatever form a release stores it in equations."""
     # 0.10 wraps a closed jaxpr around an open one; from 0.12 on a jaxpr carries its own consts.
     return getattr(jaxpr, "jaxpr", jaxpr), getattr(jaxpr, "consts", ())
 
 
-def trace(fn: Callable, *args: Any) -> tuple[Any, Sequence[Any]]:
-    """(jaxpr, consts) of `fn` on arrays or `ShapeDtypeStruct`s, one argument an array."""
+def trace(fn: Callable, *args: Any) -> JaxprAndConsts:
+    """Trace `fn` on arrays or `ShapeDtypeStruct`s, one per argument."""
     return open_jaxpr(jax.make_jaxpr(fn)(*args))
 
 
 def evaluate(jaxpr: Any, args: Sequence[Any]) -> list[Any]:
-    """The outputs of what `jax.make_jaxpr` returned on these inputs."""
+    """Run what `jax.make_jaxpr` returned on these inputs."""
     return core.jaxpr_as_fun(jaxpr)(*args)
 
 
 @contextlib.contextmanager
 def equation_context(eqn: Any) -> Iterator[None]:
-    """Inside it, what is traced gets the source line and the name scopes of `eqn`."""
+    """Give what is traced inside the source line and the name scopes of `eqn`."""
     stack = source_info_util.current_name_stack() + eqn.source_info.name_stack
     with (
         source_info_util.user_context(eqn.source_info.traceback, name_stack=stack),
@@ -40,19 +43,19 @@ def equation_context(eqn: Any) -> Iterator[None]:
 
 
 def bind(eqn: Any, values: Sequence[Any], **changes: Any) -> list[Any]:
-    """The outputs of `eqn` on other inputs (and parameters), as JAX itself would evaluate it."""
+    """Evaluate `eqn` on other inputs (and parameters), as JAX itself would."""
     params = eqn.primitive.get_bind_params(eqn.params | changes)
     out = eqn.primitive.bind(*values, **params)
     return list(out) if eqn.primitive.multiple_results else [out]
 
 
 def source_line(eqn: Any) -> str:
-    """ "file.py:12 (function)" of the user's code that made `eqn`."""
+    """Return the user's line that made `eqn`, "file.py:12 (function)"."""
     return source_info_util.summarize(eqn.source_info)
 
 
 def scan_counts(eqn: Any) -> tuple[int, int]:
-    """How many of a scan's inputs are loop constants, and how many are carried."""
+    """Return how many of a scan's inputs are loop constants, and how many are carried."""
     params = eqn.params
     if "ft_in" in params:  # 0.12 describes the inputs by trees: (consts, carry, xs)
         consts, carry, _ = params["ft_in"].unpack()
@@ -63,7 +66,7 @@ def scan_counts(eqn: Any) -> tuple[int, int]:
 def jvp_rule(
     eqn: Any, zero_tangents: Sequence[bool]
 ) -> tuple[Any, Sequence[Any], Sequence[Any], Sequence[bool]]:
-    """The author's rule of a `custom_jvp_call`: (jaxpr, consts, first inputs, zero tangents out).
+    """Return the rule of a `custom_jvp_call`: (jaxpr, consts, first inputs, zero tangents out).
 
     The jaxpr takes those inputs, the primals, then the tangents that are not zero; it returns the
     primals out, then the tangents out that are not zero.
@@ -76,7 +79,7 @@ def jvp_rule(
 
 
 def shardings(eqn: Any) -> tuple[Sequence[Any], Sequence[Any]]:
-    """The input and output shardings of a `jit` equation; None where nothing was asked for."""
+    """Return the input and output shardings of a `jit` equation; None where none is specified."""
 
     def given(items: Sequence[Any]) -> list[Any]:
         return [None if type(s).__name__ == "UnspecifiedValue" else s for s in items]
@@ -86,8 +89,8 @@ def shardings(eqn: Any) -> tuple[Sequence[Any], Sequence[Any]]:
     return given(eqn.params["in_shardings"]), given(eqn.params["out_shardings"])
 
 
-def called_program(eqn: Any) -> tuple[Any, Sequence[Any]] | None:
-    """(jaxpr, consts) of a program that `eqn` calls on its own inputs, if it holds one."""
+def called_program(eqn: Any) -> JaxprAndConsts | None:
+    """Return the program that `eqn` calls on its own inputs, if it contains one."""
     avals = [(atom.aval.shape, atom.aval.dtype) for atom in eqn.invars]
     for value in eqn.params.values():
         jaxpr, consts = open_jaxpr(value)
@@ -97,12 +100,12 @@ def called_program(eqn: Any) -> tuple[Any, Sequence[Any]] | None:
 
 
 def is_var(atom: Any) -> bool:
-    """Whether an equation's input is a variable, not a literal."""
+    """Return whether an equation's input is a variable, not a literal."""
     return not isinstance(atom, Literal)
 
 
 def shard_map_arguments(eqn: Any) -> dict[str, Any]:
-    """The keyword arguments of `jax.shard_map` that made this equation."""
+    """Return the keyword arguments of `jax.shard_map` that made this equation."""
     params = eqn.params
     return {
         "mesh": params["mesh"],
@@ -114,30 +117,28 @@ def shard_map_arguments(eqn: Any) -> dict[str, Any]:
 
 
 def varies_over(x: Any, mesh_axes: Collection[Any]) -> bool:
-    """Whether `x` is typed as different on the devices along any of these axes of the mesh.
+    """Return whether the type of `x` says that it varies over any of these mesh axes.
 
-    Inside a `shard_map` that does not check this no array is.
+    Inside a `shard_map` with check_vma=False no array's type does.
     """
     return bool(jax.typeof(x).manual_axis_type.varying & set(mesh_axes))
 
 
-def varying(x: jax.Array, mesh_axes: Collection[Any]) -> jax.Array:
-    """`x`, typed as different on the devices along these axes of the mesh too."""
+def make_varying(x: jax.Array, mesh_axes: Collection[Any]) -> jax.Array:
+    """Return `x`, with a type that says that it varies over these mesh axes too."""
     missing = [n for n in mesh_axes if n not in jax.typeof(x).manual_axis_type.varying]
     return lax.pcast(x, tuple(missing), to="varying")
 
 
 def zeros(aval: Any) -> jax.Array:
-    """Zeros of a type, sharded and varying over the mesh as it says."""
+    """Return zeros of a type, sharded and varying over the mesh as it says."""
     sharding = aval.sharding if any(aval.sharding.spec) else None
     zeros = jnp.zeros(aval.shape, aval.dtype, device=sharding)
-    return varying(zeros, aval.manual_axis_type.varying)
+    return make_varying(zeros, aval.manual_axis_type.varying)
 
 
-def restricted(
-    jaxpr: Any, consts: Sequence[Any], outvars: Sequence[Any]
-) -> tuple[Any, Sequence[Any]]:
-    """(jaxpr, consts) of the part of a program that computes these of its variables."""
+def restrict_to(jaxpr: Any, consts: Sequence[Any], outvars: Sequence[Any]) -> JaxprAndConsts:
+    """Return the part of a program that computes these variables."""
     needed, eqns = {v for v in outvars if is_var(v)}, []
     for eqn in reversed(jaxpr.eqns):
         if needed & set(eqn.outvars):
@@ -156,5 +157,5 @@ def restricted(
 
 
 def producers(jaxpr: Any) -> dict[Any, Any]:
-    """For each variable that an equation of this program makes, that equation."""
+    """Return the equation that makes each variable of this program."""
     return {v: eqn for eqn in jaxpr.eqns for v in eqn.outvars}

@@ -1,4 +1,4 @@
-"""`LazyWeight`: an adapted weight on its way through a program, never made dense."""
+"""`LazyWeight`: an adapted weight on its way through a program, never materialized."""
 
 import dataclasses
 import functools
@@ -16,9 +16,9 @@ from lora_jax.engine.provenance import Provenance
 
 
 class Axis(NamedTuple):
-    """A name for one axis of a view, which the factors carry too.
+    """The name of an axis of a view; an axis of a factor that is the same axis has the same name.
 
-    `origins` are the axes of the parameter it comes from; `uid` tells apart axes of one origin.
+    `origins` are the parameter axes that it comes from; `uid` distinguishes axes with one origin.
     """
 
     origins: tuple[int, ...]
@@ -38,22 +38,22 @@ STATIC = {"static": True}
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class LazyWeight:
-    """A view of an adapted weight: the base view `w`, and factors whose axes carry names.
+    """A view of an adapted weight: the view of the base, `w`, and factors with named axes.
 
-    The view means `gain · (w + Σ_rank a · b)`, its axes in the order of `axes`; an axis that
-    neither factor names is constant along it, and without `gain` that is 1. The scale is already
-    in `b`. Transposing, slicing or reshaping the weight moves names and small factors, and the base
-    view alone is weight-sized.
+    It stands for `gain · (w + Σ_rank a · b)`, with axes in the order of `axes`. Along an axis that
+    neither factor has, the update is constant; a `gain` of None is 1; the scale is already in `b`.
+    Transposing, slicing or reshaping a view renames axes and rearranges the small factors: only the
+    base is as large as the weight.
 
-    Without factors (`a` and `b` None) it only tracks how a weight is used; without `w` it is a
-    tangent, for the base never moves.
+    Without factors (`a` and `b` are None) it only tracks how a weight is used. Without `w` it is a
+    tangent: the base is frozen, so its tangent is zero.
     """
 
     w: Any  # the base view, or None for a tangent
     a: Any  # axes named by a_axes, RANK among them; None while uses are inferred
     b: Any  # axes named by b_axes, RANK among them, scale included
     key: Any  # random keys for branch dropout, axes named by key_axes; None without dropout
-    gain: Any = None  # what DoRA multiplies the outputs with, axes named by gain_axes, or None
+    gain: Any = None  # DoRA's factor of the outputs, axes named by gain_axes; None without DoRA
     _: dataclasses.KW_ONLY
     axes: tuple[Axis, ...] = dataclasses.field(metadata=STATIC)
     a_axes: tuple[Axis, ...] = dataclasses.field(metadata=STATIC, default=())
@@ -64,7 +64,7 @@ class LazyWeight:
     dtype: Any = dataclasses.field(metadata=STATIC)
     origin: Provenance = dataclasses.field(metadata=STATIC)
     dropout: float = dataclasses.field(metadata=STATIC, default=0.0)
-    # what the factors stand for where they only observe the inputs: one of the names in `probes`
+    # where the factors only observe the inputs: which of the two in `probes` they are
     probe: str = dataclasses.field(metadata=STATIC, default="")
 
     @classmethod
@@ -139,27 +139,27 @@ class LazyWeight:
 
     @property
     def is_whole(self) -> bool:
-        """Whether the view has each axis of a parameter of two axes or more, and nothing else."""
+        """Whether the view has all axes of one parameter, of two axes or more, and no other."""
         ndim, origins = self.origin.ndim, sorted(axis.origins for axis in self.axes)
         return ndim > 1 and not self.origin.looked_up and origins == [(i,) for i in range(ndim)]
 
     def axes_of(self, member: str) -> tuple[Axis, ...]:
-        """The names of the axes of a member, "a", "b" or "key"."""
+        """Return the names of the axes of a member, "a", "b", "key" or "gain"."""
         return getattr(self, f"{member}_axes")
 
     def holders(self, axis: Axis) -> tuple[str, ...]:
-        """The members that have `axis`."""
+        """Return the members that have `axis`."""
         return tuple(name for name, axes in MEMBERS if axis in getattr(self, axes))
 
     def new_axis(self, origins: Sequence[int] = (), skip: int = 0) -> Axis:
-        """A name that no axis here has; `skip` more of the same origins are to be made first."""
+        """Return a name that no axis here has; a different one for each `skip`."""
         named = (*self.axes, *(axis for _, axes in MEMBERS for axis in getattr(self, axes)))
         return Axis(
             tuple(sorted(set(origins))), 1 + skip + max(axis.uid for axis in (*named, RANK))
         )
 
-    def renamed(self, axes: Sequence[Axis]) -> "LazyWeight":
-        """The weight with other names for the axes of the view."""
+    def rename_axes(self, axes: Sequence[Axis]) -> "LazyWeight":
+        """Return the weight with other names for the axes of the view."""
         names = dict(zip(self.axes, axes, strict=True))
         changes: dict[str, Any] = {}
         for _, field in MEMBERS:
@@ -169,7 +169,7 @@ class LazyWeight:
     def map_members(
         self, fn: Callable[[jax.Array, tuple[Axis, ...]], tuple[jax.Array, Sequence[Axis]]]
     ) -> "LazyWeight":
-        """The weight with `fn(array, axes) -> (array, axes)` applied to each member it has."""
+        """Apply `fn(array, axes) -> (array, axes)` to each member that is not None."""
         changes: dict[str, Any] = {}
         for name, axes in MEMBERS:
             if getattr(self, name) is not None:
@@ -180,7 +180,7 @@ class LazyWeight:
     def map_axis(
         self, old: Axis, fn: Callable[[jax.Array, int], jax.Array], new: Axis | None
     ) -> "LazyWeight":
-        """`fn(array, dimension)` on the members that have `old`, which becomes `new` or goes."""
+        """Apply `fn(array, dimension)` to members that have `old`, which becomes `new` or goes."""
 
         def one(array: jax.Array, axes: tuple[Axis, ...]) -> tuple[jax.Array, Sequence[Axis]]:
             if old not in axes:
@@ -201,34 +201,35 @@ def _named(node: LoraWeight | TrainedRows) -> tuple[tuple[Axis, ...], list[tuple
 def _factors(
     a: jax.Array, b: jax.Array, scale: jax.Array, rank_first: bool
 ) -> tuple[jax.Array, jax.Array]:
-    """A and `scale · B`, the small side. Jitted, so that like weights are traced once."""
-    # XLA does not move the scale to the small side: (x·A)·(scale·B) is 23 % fewer bytes a layer.
+    """Return A and `scale · B`. Jitted, so that weights of the same shapes are traced once."""
+    # XLA does not move the scale to the small side: (x·A)·(scale·B) is 23 % fewer bytes per layer.
     dtype, n_batch = accumulator(a.dtype, b.dtype), scale.ndim
     scale = lax.stop_gradient(scale).astype(dtype)
     if n_batch:
         scale = lax.broadcast_in_dim(scale, b.shape, range(n_batch))
     if rank_first:
-        # Without the barrier XLA folds the transpose into the products, and into their gradients.
-        # Flat, or jaxlib 0.10 hands its layout on to batched products, and ends the process. One
-        # for each weight: inside a shard_map those of several may vary over different axes.
+        # Without the barrier XLA folds the transpose into the products and into their gradients.
+        # The barrier is on a flat array: otherwise jaxlib 0.10 propagates its layout to batched
+        # products and aborts. It is one barrier per weight: inside a shard_map several weights may
+        # vary over different axes.
         order = (*range(n_batch), a.ndim - 1, *range(n_batch, a.ndim - 1))
         a = lax.transpose(a, order)
         a = lax.optimization_barrier(a.reshape(-1)).reshape(a.shape)
     return a, lax.mul(b.astype(dtype), scale)
 
 
-_dora_gain = jax.jit(dora_gain)  # like weights are traced once
+_dora_gain = jax.jit(dora_gain)  # weights of the same shapes are traced once
 
 
 def tangents(primal: LazyWeight, da: Any, db: Any) -> tuple[LazyWeight, LazyWeight]:
-    """The two terms of a weight's tangent, `da·b` and `a·db`, neither with a base.
+    """Return the two terms of a weight's tangent, `da·b` and `a·db`, neither with a base.
 
-    Two, not one of twice the rank: each is linear in what it differentiates.
+    They are two, not one of twice the rank, so that each is linear in `da` or `db`.
     """
     replace = dataclasses.replace
     return replace(primal, w=None, a=da), replace(primal, w=None, b=db)
 
 
 def is_lazy(x: Any) -> bool:
-    """Whether a value of the interpreter is a lazy weight."""
+    """Return whether a value is a lazy weight."""
     return isinstance(x, LazyWeight)

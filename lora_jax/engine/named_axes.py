@@ -1,4 +1,4 @@
-"""Dimension arithmetic with named axes: pure helpers that know nothing of weights or programs."""
+"""Arithmetic on arrays with named axes; knows nothing about weights or programs."""
 
 import math
 from collections.abc import Collection, Hashable, Mapping, Sequence
@@ -12,19 +12,19 @@ Names = Sequence[Hashable]
 
 
 def sizes_of(*operands: tuple[Any, Names]) -> dict[Hashable, int]:
-    """The size of every named axis among (array, names) pairs."""
+    """Return the size of every named axis of these (array, names) pairs."""
     return {n: d for x, names in operands for n, d in zip(names, x.shape, strict=True)}
 
 
 def result_names(x: Names, y: Names, keep: Collection[Hashable]) -> tuple[Hashable, ...]:
-    """The names of `contract`'s result: shared and kept, then kept of `x`, then kept of `y`."""
+    """Return the names of `contract`'s result: [*shared, *only in x, *only in y], all in `keep`."""
     shared = tuple(n for n in x if n in y and n in keep)
     alone = [n for n in x if n in keep and n not in y] + [n for n in y if n in keep and n not in x]
     return (*shared, *alone)
 
 
 def flops(x: Names, y: Names, sizes: Mapping[Hashable, int]) -> int:
-    """Multiply-adds of contracting `x` with `y`: the product of all sizes that take part."""
+    """Count the multiply-adds of contracting `x` with `y`: the product of all their sizes."""
     return math.prod(sizes[n] for n in {*x, *y})
 
 
@@ -44,7 +44,7 @@ def contract(
     precision: Any = None,
     preferred_element_type: Any = None,
 ) -> tuple[jax.Array, tuple[Hashable, ...]]:
-    """Einsum of two operands as one `dot_general`: every axis not in `keep` is summed over.
+    """Contract two operands by one `dot_general`: every axis that is not in `keep` is summed over.
 
     Returns the result and its names, in the order of `result_names`.
     """
@@ -70,7 +70,7 @@ def contract(
 
 
 def arrange(x: jax.Array, names: Names, wanted: Names, sizes: Mapping[Hashable, int]) -> jax.Array:
-    """`x` with its axes in the order `wanted`; names it lacks become broadcast axes of `sizes`."""
+    """Transpose `x` to the order `wanted`, broadcast along axes that it lacks, of `sizes`."""
     own = sizes_of((x, names))
     present = [n for n in wanted if n in names]
     order = [list(names).index(n) for n in present]
@@ -83,7 +83,7 @@ def arrange(x: jax.Array, names: Names, wanted: Names, sizes: Mapping[Hashable, 
 
 
 def move_first(x: jax.Array, names: Names, name: Hashable) -> tuple[jax.Array, Names]:
-    """`x` with the named axis in front."""
+    """Move the named axis to the front; return the array and its names."""
     position = list(names).index(name)
     rest = [n for n in names if n != name]
     return (jnp.moveaxis(x, position, 0) if position else x), [name, *rest]
@@ -92,9 +92,9 @@ def move_first(x: jax.Array, names: Names, name: Hashable) -> tuple[jax.Array, N
 def reshape_groups(
     old: Sequence[int], new: Sequence[int]
 ) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
-    """Which axes of `old` become which axes of `new` in a reshape, in the finest groups.
+    """Return which axes of `old` become which axes of `new` in a reshape, in the finest groups.
 
-    Axes of size one belong to no group; neither shape may hold a zero.
+    Axes of size one are in no group; neither shape may contain a zero.
 
     >>> reshape_groups((6, 1, 4, 5), (2, 3, 20))
     [((0,), (0, 1)), ((2, 3), (2,))]

@@ -1,14 +1,14 @@
-"""Reading the inputs of adapted weights by gradients: what a site does with a weight that probes.
+"""Probes: factors that read the inputs of a weight by a gradient, in place of updating it.
 
-Where an activation x (a row for each token) meets the factor A, the gradient with respect to A of
+Where an activation x (one row per token) meets the factor A, the gradient with respect to A of
 
     ½·‖x·A‖²    is  xᵀ·x·A, the second moment of the inputs times A,
     Σ x·A       is  Σx for every column of A,
     Σ x²·A      is  Σx², entry by entry.
 
-So the site adds such a term to the program: `tap` lets it reach the gradient, whatever follows. The
-sums over tokens, steps of a loop, mapped examples and sites, apart for each stacked layer, are made
-by automatic differentiation, through every container that the engine knows.
+So every contraction adds such a term to the program; `tap` lets it reach the gradient, whatever
+follows. Automatic differentiation then sums over tokens, loop steps, mapped examples and call
+sites, per stacked layer, through every container that the engine knows.
 """
 
 from collections.abc import Callable
@@ -29,7 +29,7 @@ SUMS = "sums"
 
 @jax.custom_vjp
 def tap(y: Any, term: jax.Array) -> Any:
-    """`y`; to the scalar `term` comes the cotangent 1, whatever becomes of `y`."""
+    """Return `y`. The scalar `term` gets the cotangent 1, whatever happens to `y`."""
     return y
 
 
@@ -45,7 +45,7 @@ tap.defvjp(_tap_forward, _tap_backward)
 
 
 def one_like(x: jax.Array) -> jax.Array:
-    """Ones of x's shape and dtype that, inside a `shard_map`, vary over the axes that x does."""
+    """Return ones like x that, inside a `shard_map`, vary over the same mesh axes as x."""
     return jnp.where(jnp.isnan(x), jnp.ones_like(x), jnp.ones_like(x))
 
 
@@ -56,18 +56,18 @@ def observe(
     first: Callable[[jax.Array, jax.Array], jax.Array],
     count: int | None = None,
 ) -> Any:
-    """`y` of a site where `x` meets a weight that probes, its inputs tapped.
+    """Return `y`, with the inputs `x` of a weight that probes tapped.
 
-    `first(x, a)` is the site's product with the first factor. `count` is the number of inputs, to
-    be given where windows reach beyond the edge of `x`, so that ones in its place would not tell.
+    `first(x, a)` is the contraction with the first factor. `count` is the number of inputs. Pass it
+    where windows reach beyond the edge of `x`; elsewhere they are counted with ones in place of x.
     """
     x = lax.stop_gradient(x).astype(accumulator(x.dtype, lazy.a.dtype))
     if lazy.probe == PRODUCTS:
         return tap(y, (first(x, lazy.a) ** 2).sum() / 2)
     at = lazy.a_axes.index(RANK)
-    # One column for each sum; of weights in blocks there are as many triples as blocks.
+    # One column per sum; a weight in blocks (concatenated) has one triple per block.
     a, a_squares, a_count = (lax.slice_in_dim(lazy.a, i, lazy.a.shape[at], 3, at) for i in range(3))
-    # Where the program scales the rows of A it scales the inputs: what was one says by how much.
+    # If the program scales rows of A, it scales the inputs: the former ones show by how much.
     scales = lax.stop_gradient(a_squares)
     a_count = a_count / jnp.where(a_count == 0, 1, lax.stop_gradient(a_count))
     if count is None:

@@ -18,23 +18,23 @@ from lora_jax.engine.lazy_weight import RANK, STATIC, Axis, LazyWeight
 from lora_jax.engine.probes import observe
 from lora_jax.engine.provenance import Provenance
 
-#: The one axis that several axes of an activation become in a flattened product.
+#: The axis that several axes of an activation become in a flattened product.
 TOKENS = Axis((), -1_000_000)
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Product:
-    """An activation that meets an adapted weight: `x · (w + a·b)`, every axis with its name."""
+    """An activation times a weight's factors, `x·a·b`, with a name for every axis."""
 
     lazy: LazyWeight
-    x: Any  # the activation, or None where another product has it
+    x: Any  # the activation, or None where another product contains it
     _: dataclasses.KW_ONLY
     x_axes: tuple[Axis, ...] = dataclasses.field(metadata=STATIC)
     out_axes: tuple[Axis, ...] = dataclasses.field(metadata=STATIC)
     shape: tuple[int, ...] = dataclasses.field(metadata=STATIC)  # of x
     dtype: Any = dataclasses.field(metadata=STATIC)  # of x
-    # whether axes of x may become one: no explicit mesh shards them
+    # whether axes of x may be flattened: no explicit mesh shards them
     can_flatten: bool = dataclasses.field(metadata=STATIC)
     precision: Any = dataclasses.field(metadata=STATIC, default=None)
 
@@ -47,9 +47,10 @@ class Product:
         out_axes: Sequence[Axis],
         precision: Any = None,
     ) -> "Product":
-        """The product of `x`, its axes named by `x_axes`, to be laid out as `out_axes`."""
+        """Return the product of `x`, its axes named by `x_axes`; the result's are `out_axes`."""
         return cls(
-            # What the numbers do not depend on is left out, so that JAX traces like ones once.
+            # What the numbers do not depend on is left out, so that JAX traces products of the same
+            # shapes once.
             dataclasses.replace(lazy, w=None, gain=None, gain_axes=(), origin=Provenance(())),
             x,
             x_axes=tuple(x_axes),
@@ -79,9 +80,9 @@ class Product:
         return self.lazy.sizes | dict(zip(self.x_axes, self.shape, strict=True))
 
     def factors(self) -> tuple[tuple[jax.Array, tuple[Axis, ...]], ...]:
-        """A and B, that first which makes the smaller intermediate and fewer operations.
+        """Return A and B, in the order that takes fewer operations.
 
-        A for `x @ w`, B for `x @ w.T`. The two are never multiplied with each other.
+        A first for `x @ w`, B first for `x @ w.T`. The two are never multiplied with each other.
         """
         lazy = self.lazy
         pair = (lazy.a, lazy.a_axes), (lazy.b, lazy.b_axes)
@@ -100,7 +101,7 @@ class Product:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Hidden:
-    """A product that has come as far as `h = x · first factor`."""
+    """A product after its first half, `h = x · first factor`."""
 
     product: Product
     h: jax.Array
@@ -114,7 +115,7 @@ class Hidden:
 def add_update(
     y: jax.Array | None, product: Product | Hidden, dtype: Any, forms: Forms
 ) -> jax.Array:
-    """`y + x · a · b` in `dtype`, the axes of the branch in the order of `out_axes`.
+    """Return `y + x·a·b` in `dtype`, its axes in the order of `out_axes`; a `y` of None is zero.
 
     Jitted, so that JAX traces, differentiates and lowers products of the same shapes once.
     """
@@ -146,7 +147,7 @@ def tap_inputs(y: Any, product: Product) -> Any:
     keep = {*flat.lazy.b_axes, *flat.out_axes}
 
     def first(x: jax.Array, a: jax.Array) -> jax.Array:
-        # Nothing is to be lost to the fast reduced-precision modes of an accelerator.
+        # Lose nothing to the fast reduced-precision modes of an accelerator.
         options = {"precision": lax.Precision.HIGHEST}
         return named_axes.contract(x, flat.x_axes, a, flat.lazy.a_axes, keep, **options)[0]
 
@@ -154,8 +155,9 @@ def tap_inputs(y: Any, product: Product) -> Any:
 
 
 def flatten_tokens(product: Product) -> tuple[Product, tuple[int, ...]]:
-    """The product with its longest run of token axes as one, and the sizes of those axes."""
+    """Flatten the longest run of token axes; return the product and the sizes of those axes."""
     lazy, x, shape = product.lazy, product.x, product.shape
+    # runs: stretches of adjacent axes of x that the weight does not have
     known = {*lazy.axes, *lazy.a_axes, *lazy.b_axes}
     runs = [
         list(run)
@@ -167,6 +169,7 @@ def flatten_tokens(product: Product) -> tuple[Product, tuple[int, ...]]:
     run = max(runs, key=len, default=[])
     if len(run) < 2 or not product.can_flatten:
         return product, ()
+    # x: [*before, *tokens, *after] -> [*before, TOKENS, *after], and the result alike
     start, stop = run[0], run[-1] + 1
     tokens, axes = shape[start:stop], product.x_axes[start:stop]
     at = product.out_axes.index(axes[0])
@@ -184,9 +187,9 @@ def flatten_tokens(product: Product) -> tuple[Product, tuple[int, ...]]:
 
 
 def is_shareable(product: Product) -> bool:
-    """Whether the first factor meets the activation in a plain product `[tokens, in] · [in, rank]`.
+    """Return whether the first half is a plain product `[tokens, in] · [in, rank]`.
 
-    Dropout draws a mask of its own for every weight, so there nothing is shared.
+    With dropout every weight draws its own mask, so nothing is shared.
     """
     if product.lazy.key is not None:
         return False
@@ -196,23 +199,27 @@ def is_shareable(product: Product) -> bool:
 
 
 def share(products: Sequence[Product], forms: Forms) -> list[Hidden]:
-    """The first halves of several weights' branches on the same `x`, by one product."""
+    """Compute the first halves of several products with the same `x` by one product."""
     first, *others = products
     others = [dataclasses.replace(p, x=None) for p in others]
-    hs = _shared(first, others, forms)
+    hs = _multiply_together(first, others, forms)
     return [
-        _hidden(dataclasses.replace(p, x=None), h, forms) for p, h in zip(products, hs, strict=True)
+        _as_hidden(dataclasses.replace(p, x=None), h, forms)
+        for p, h in zip(products, hs, strict=True)
     ]
 
 
 @functools.partial(jax.jit, static_argnames="forms")
-def _shared(first: Product, others: Sequence[Product], forms: Forms) -> Sequence[jax.Array]:
+def _multiply_together(
+    first: Product, others: Sequence[Product], forms: Forms
+) -> Sequence[jax.Array]:
     flats = [flatten_tokens(p)[0] if forms.flatten else p for p in (first, *others)]
-    parts = []
+    parts = []  # each first factor as [rank, *in]
     for p in flats:
         (f, f_axes), _ = p.factors()
         wanted = (RANK, *(axis for axis in p.x_axes if axis in f_axes))
         parts.append(named_axes.arrange(f.astype(p.compute), f_axes, wanted, {}))
+    # [*tokens, *in] · [all ranks, *in] -> [*tokens, all ranks]
     first = flats[0]
     summed = [i for i, axis in enumerate(first.x_axes) if axis not in first.out_axes]
     x, f, accumulate = cast_for_branch(first.x, lax.concatenate(parts, 0), first.lazy)
@@ -226,7 +233,7 @@ def _shared(first: Product, others: Sequence[Product], forms: Forms) -> Sequence
     return lax.split(h, [len(part) for part in parts], axis=h.ndim - 1)
 
 
-def _hidden(product: Product, h: jax.Array, forms: Forms) -> Hidden:
+def _as_hidden(product: Product, h: jax.Array, forms: Forms) -> Hidden:
     flat, tokens = flatten_tokens(product) if forms.flatten else (product, ())
     free = [axis for axis in flat.x_axes if axis in flat.out_axes]
     return Hidden(flat, h, axes=(*free, RANK), tokens=tokens)

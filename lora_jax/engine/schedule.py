@@ -19,9 +19,9 @@ def schedule(
 ) -> list[tuple[Step, list[Any]]]:
     """Return the steps that evaluate `jaxpr`, each with the variables that no later one reads.
 
-    Every equation is a step. Products of several weights with one activation are a group as well,
-    a step of its own in front of the first of them, so the views that make the other weights (a
-    transpose, a slice) move in front of the group. All else keeps its order.
+    Every equation is a step. Products of several weights with one activation also form a group,
+    which is another step, before the first of them; the views that make the other weights (a
+    transpose, a slice) move before the group. Everything else keeps its order.
 
     Args:
       jaxpr: the program.
@@ -57,7 +57,7 @@ def _groups(
 ) -> tuple[Mapping[int, Sequence[int]], Mapping[Any, int]]:
     """Find the products of weights that share an activation, and the equations that make views.
 
-    Equations are told by their index: {the first of a group: the group}, {a view: its equation}.
+    By index: {first product of a group: all of the group}, {variable of a view: its equation}.
     """
     weights = {*inputs}
     views: dict[Any, int] = {}

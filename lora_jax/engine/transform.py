@@ -1,4 +1,4 @@
-"""`lora(fn)`: any JAX function, made to accept `LoraWeight`s anywhere in its arguments."""
+"""`lora(fn)`: make a JAX function accept `LoraWeight`s anywhere in its arguments."""
 
 import functools
 from collections.abc import Callable, Mapping
@@ -24,30 +24,30 @@ def lora(
     rules: Mapping[str, Rule] | None = None,
     forms: Forms | None = None,
 ) -> Callable:
-    """`fn`, understanding adapted parameters: a program transformation.
+    """Transform `fn` so that it accepts adapted parameters.
 
-    It traces `fn` with the shapes of the base weights, walks the program, and wherever an adapted
-    weight meets a contraction emits `x·W + (x·A)·(scale·B)` in place of touching `W`
-    (https://arxiv.org/abs/2106.09685, section 4.1). The model needs no change. In every argument
-    that holds an adapted weight gradients stop at the frozen leaves; they flow to A, B, the leaves
-    trained whole, and to the other arguments.
+    The transformed function traces `fn` with the shapes of the base weights and interprets the
+    program. Wherever an adapted weight is contracted, it computes `x·W + (x·A)·(scale·B)` and
+    leaves `W` as it is (https://arxiv.org/abs/2106.09685, section 4.1). The model does not change.
+    In every argument that contains an adapted weight, gradients stop at the frozen leaves; they
+    flow to A, B, the fully trained leaves, and to the other arguments.
 
     Args:
       fn: any function that JAX can trace. Arrays among its arguments are traced; other arguments
-        (`train=True`, `method=...`) and outputs pass through as they are.
+        (`train=True`, `method=...`) and outputs pass through unchanged.
       on_dense: what to do where a weight is used in a way that no rule covers (an elementwise mask,
-        an opaque kernel), so that `W + scale·A·B` must be made: "warn" once a site, "error", or
-        "allow".
-      rules: what to do at primitives of your own, by their names; see `Rule`.
-      forms: which of several equal forms of the branch to compute; None takes what is measured to
-        be fast on the default backend, `Forms.for_backend()`.
+        an opaque kernel), so that `W + scale·A·B` must be materialized: "warn" once per call site,
+        "error", or "allow".
+      rules: user-defined rules for custom primitives, by primitive name; see `Rule`.
+      forms: which of several equivalent forms of the branch to compute; None takes what was
+        measured to be fast on the default backend, `Forms.for_backend()`.
 
     Returns:
-      A function with `fn`'s signature. Wrap it in `jax.jit`: each call traces `fn` anew.
+      A function with `fn`'s signature. Wrap it in `jax.jit`: every call traces `fn` again.
 
     Raises:
-      ConfigError: `on_dense` is none of the three, or a rule is no `Rule`.
-      DenseError: a weight would be made dense and `on_dense` is "error".
+      ConfigError: `on_dense` is not one of the three, or `rules` contains something else.
+      DenseError: a weight would be materialized and `on_dense` is "error".
       StructureError: adapters were passed without their base, or do not fit it.
 
     >>> import jax, jax.numpy as jnp, lora_jax
@@ -61,7 +61,7 @@ def lora(
     Array([[ 5., 10.]], dtype=float32)
     """
     if not callable(fn):
-        raise ConfigError(f"lora takes a function, got {type(fn).__name__}")
+        raise ConfigError(f"lora: pass a function first, got {type(fn).__name__}")
     if on_dense not in POLICIES:
         raise ConfigError(f"on_dense must be one of {POLICIES}, got {on_dense!r}")
     check_rules(rules)
@@ -83,7 +83,7 @@ def lora(
 
 
 def _enter(path: str, leaf: Any, forms: Forms) -> Any:
-    """What stands in the program for a leaf of an argument that holds adapted weights."""
+    """Return what stands in the program for a leaf of an argument that contains adapted weights."""
     if is_adapted(leaf):
         require_whole(path, leaf)
     if isinstance(leaf, LoraWeight):
@@ -94,5 +94,5 @@ def _enter(path: str, leaf: Any, forms: Forms) -> Any:
         return dense(
             TrainedLeaf(lax.stop_gradient(leaf.w), leaf.value, lax.stop_gradient(leaf.scale))
         )
-    # Gradients stop inside the program: no dW is formed, and a clipped global norm counts none.
+    # Gradients stop inside the program: no dW is formed, and a global norm for clipping has none.
     return lax.stop_gradient(leaf) if isinstance(leaf, jax.Array) else leaf

@@ -1,11 +1,11 @@
-"""`Use`: what a program does with each axis of a parameter, and how that is recorded."""
+"""`Use`: what a program does with each axis of a parameter."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
 
 from lora_jax.engine.lazy_weight import LazyWeight
 
-#: Primitives that take arrays apart in ways no one can see: their use of a weight says nothing.
+#: Primitives that do not show what they do with an array: using a weight they say nothing.
 OPAQUE = ("pallas_call", "pure_callback", "io_callback", "ffi_call", "custom_call", "shard_map")
 
 
@@ -16,16 +16,16 @@ class Use:
     path: str
     primitive: str
     line: str
-    # parameter axis -> "b", "i" or "o"; empty for a use that is no contraction
+    # parameter axis -> "b", "i" or "o"; empty for a use that is not a contraction
     axes: dict[int, str]
-    # whether it was no plain layer there: left of another weight, or altered on the way
+    # whether it is not simply a layer there: left of another weight, or altered on the way
     is_operand: bool = False
 
 
 def uses_of(
     lazy: LazyWeight, primitive: str, line: str, kinds: dict[int, str], is_operand: bool = False
 ) -> list[Use]:
-    """One use of each parameter in a view, from the kinds of all their axes."""
+    """Return one use per parameter in a view, from the kinds of all their axes."""
     uses, start = [], 0
     for paths, ndim in lazy.origin.sources:
         own = {axis - start: kind for axis, kind in kinds.items() if 0 <= axis - start < ndim}
@@ -35,7 +35,7 @@ def uses_of(
 
 
 def dense_uses(lazy: LazyWeight, primitive: str, line: str) -> list[Use]:
-    """A use that is no contraction; where rows were looked up before, it is that lookup."""
+    """Return uses that are not contractions; of rows that were looked up, the lookup itself."""
     if not lazy.origin.looked_up:
         return uses_of(lazy, primitive, line, {})
     kinds = {origin: "o" for axis in lazy.axes for origin in axis.origins}

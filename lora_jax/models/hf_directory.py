@@ -45,7 +45,7 @@ def read_config(directory: str | Path) -> dict[str, Any]:
     try:
         settings = strict_json.parse_json(path.read_bytes(), str(path))
     except FileNotFoundError:
-        raise FileNotFoundError(f"{path}: there is no such file") from None
+        raise FileNotFoundError(f"{path}: no such file") from None
     except (AdapterFileError, OSError) as error:
         raise ModelFileError(str(error)) from None
     if not isinstance(settings, dict):
@@ -98,7 +98,7 @@ def _read_header(path: Path) -> dict[str, StoredTensor]:
     if not path.exists():
         pickles = sorted(path.parent.glob("pytorch_model*.bin"))
         hint = f"; {pickles[0].name} is a pickle, which is never read" if pickles else ""
-        raise FileNotFoundError(f"{path}: there is no such file{hint}")
+        raise FileNotFoundError(f"{path}: no such file{hint}")
     try:
         header = safetensors_file.headers(path).tensors
     except AdapterFileError as error:

@@ -170,7 +170,7 @@ def test_branches_by_platform_are_not_mixed():
 
 
 def test_on_dense_is_checked():
-    with pytest.raises(lora_jax.ConfigError, match="a function, got dict"):
+    with pytest.raises(lora_jax.ConfigError, match="pass a function first, got dict"):
         lora_jax.lora({})
     with pytest.raises(lora_jax.ConfigError, match="on_dense"):
         lora_jax.lora(model, on_dense="ignore")

@@ -7,7 +7,7 @@ from examples.sentiment import probe
 
 
 def separated(n=400, seed=0) -> tuple[np.ndarray, np.ndarray]:
-    """Five features: one tells the label with noise, three do not, one is dead."""
+    """Draw five features: one tells the label with noise, three do not, one is dead."""
     rng = np.random.default_rng(seed)
     labels = rng.integers(0, 2, n)
     x = rng.normal(size=(n, 5))

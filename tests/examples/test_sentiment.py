@@ -36,7 +36,7 @@ RECIPE = sentiment.Recipe(
 
 @pytest.fixture
 def encoder(tmp_path):
-    """A directory with an encoder of random weights and a tokenizer."""
+    """Write a directory with an encoder of random weights and a tokenizer."""
     directory = tmp_path / "encoder"
     directory.mkdir()
     settings = {"model_type": "bert", **dataclasses.asdict(CONFIG)}
@@ -44,7 +44,7 @@ def encoder(tmp_path):
     rng = np.random.default_rng(0)
     tensors = {}
     for name, shape in shapes(CONFIG).items():
-        # Scales of one and no biases keep the texts apart, as in a model that was trained.
+        # Scales of one without biases keep the texts apart, as in a trained model.
         plain = float(name.endswith("LayerNorm.weight")) + np.zeros(shape)
         tensors[name] = plain if len(shape) == 1 else rng.normal(size=shape, scale=0.3)
     save_file(
@@ -58,7 +58,7 @@ def encoder(tmp_path):
 
 
 def make_up(n: int, seed: int) -> Rows:
-    """Reviews of filler words and of others that tell the label."""
+    """Make up reviews of filler words and of words that tell the label."""
     rng = np.random.default_rng(seed)
     rows = []
     for i, label in enumerate(rng.integers(0, 2, n).tolist()):
@@ -97,7 +97,7 @@ def test_the_run(encoder, tmp_path, report):
 
 
 def test_the_command(encoder, tmp_path, monkeypatch, capsys):
-    """`main` from the cache to the table, without pip."""
+    """Run `main` from the cache to the table, without pip."""
     monkeypatch.setenv("LORA_JAX_CACHE", str(tmp_path / "cache"))
     assets.ENCODER.directory(tmp_path / "cache").parent.mkdir()
     encoder.rename(assets.ENCODER.directory(tmp_path / "cache"))

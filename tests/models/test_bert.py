@@ -27,7 +27,7 @@ MASK = (IDS > 0).astype(np.int32)
 
 
 def shapes(config: BertConfig) -> dict[str, tuple[int, ...]]:
-    """Names and shapes in a Hugging Face file, written out by hand."""
+    """Return the names and shapes in a Hugging Face file, written out by hand."""
     w, f = config.hidden_size, config.intermediate_size
     found = {
         "embeddings.word_embeddings.weight": (config.vocab_size, w),
@@ -73,7 +73,7 @@ def write(directory, tensors, config=TINY):
 
 
 def oracle(tensors, ids, types=None) -> np.ndarray:
-    """Hidden states of one unpadded text, `[length, width]`, in float64 and PyTorch's names."""
+    """Compute the hidden states of one unpadded text, `[length, width]`, in float64."""
     t = {name: tensor.astype(np.float64) for name, tensor in tensors.items()}
     heads, size = TINY.num_attention_heads, TINY.hidden_size // TINY.num_attention_heads
 

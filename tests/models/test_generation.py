@@ -1,4 +1,4 @@
-"""Generation: against `transformers`, against forward passes without a cache, and its draws."""
+"""Generation against `transformers` and against passes without a cache, and its sampling."""
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ pytestmark = pytest.mark.usefixtures("quick_compile")
 
 @pytest.mark.parametrize(("name", "scan"), [("mistral", False), ("llama_tied", True)])
 def test_greedy_tokens_are_those_of_transformers(name, scan):
-    """Mistral's window of 4 is long passed; the second row, padded, continues as it would alone."""
+    """Mistral's window of 4 is long exceeded; the padded second row continues as it would alone."""
     model, given = load(name, scan=scan), expected(name)
     ids, segments = given["ids"], given["mask"]
     cache = model.module.init_cache(2, 20)
@@ -45,7 +45,7 @@ def test_adapted_and_merged_models_continue_alike():
 
 
 def counting(length=30):
-    """A stand-in: logits of token + 1, times 50, and how often it was traced."""
+    """Return a stand-in with logits of token + 1, times 50, and how often it was traced."""
     traces = []
 
     def apply(params, ids, segments, cache):
@@ -76,7 +76,7 @@ def test_tokens_come_one_at_a_time():
 
 
 def test_draws_have_the_right_frequencies():
-    """Against probabilities by hand: 4, 2, 1, 1 eighths, at temperature 2 as their roots."""
+    """The probabilities by hand are 4, 2, 1 and 1 eighths; at temperature 2, their square roots."""
     logits = jnp.broadcast_to(jnp.log(jnp.array([1.0, 4.0, 1.0, 2.0])), (20_000, 4))
     roots = np.sqrt([1, 4, 1, 2]) / np.sqrt([1, 4, 1, 2]).sum()
     for options, wanted in [

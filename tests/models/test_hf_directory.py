@@ -1,4 +1,4 @@
-"""Directories of published models: several files, damaged ones, and models that are written."""
+"""Directories of published models: in several files, damaged, and written here."""
 
 import dataclasses
 import json
@@ -22,7 +22,7 @@ INDEX = "model.safetensors.index.json"
 
 @pytest.fixture
 def sharded(tmp_path):
-    """A copy of the model that transformers wrote to three files."""
+    """Copy the model that transformers wrote to three files."""
     return shutil.copytree(FIXTURES / "llama_tied", tmp_path / "llama_tied")
 
 
@@ -41,7 +41,7 @@ def same(left, right):
     jax.tree.map(np.testing.assert_array_equal, left, right)
 
 
-def test_three_files_hold_what_one_holds(sharded, tmp_path):
+def test_three_files_contain_what_one_contains(sharded, tmp_path):
     (tmp_path / "one").mkdir()
     shutil.copy(sharded / "config.json", tmp_path / "one")
     save_file(tensors(sharded), tmp_path / "one" / "model.safetensors")
@@ -110,14 +110,14 @@ def test_settings_that_are_refused(sharded, text, message):
 
 @pytest.mark.parametrize("name", ["num_hidden_layers", "vocab_size", "hidden_size"])
 def test_sizes_beyond_the_files(sharded, name):
-    """Refused before a model of that size is made."""
+    """They are refused before a model of that size is created."""
     edit(sharded / "config.json", lambda settings: settings.update({name: 10**9}))
     with pytest.raises(ModelFileError, match=f"{name} is 1000000000, but the files contain only"):
         models.load(sharded)
 
 
-def test_what_is_not_there(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"config\.json: there is no such file"):
+def test_missing_files(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"config\.json: no such file"):
         models.load(tmp_path)
     shutil.copy(FIXTURES / "llama" / "config.json", tmp_path)
     (tmp_path / "pytorch_model.bin").write_bytes(b"")
@@ -142,8 +142,8 @@ def test_a_dtype_is_as_stored_or_as_asked_for(tmp_path, dtype):
 
 
 @pytest.mark.parametrize("name", ["bert", "llama", "llama_tied", "qwen2"])
-def test_saved_files_hold_the_tensors_of_transformers(name, tmp_path):
-    """The same names, shapes and values, BERT's pooler included, though `Bert` has none."""
+def test_saved_files_contain_the_tensors_of_transformers(name, tmp_path):
+    """Names, shapes and values are the same, including BERT's pooler, which `Bert` lacks."""
     model = load(name, scan=name == "qwen2")
     models.save(tmp_path, model)
     given, found = tensors(FIXTURES / name), tensors(tmp_path)
@@ -193,7 +193,7 @@ def test_the_naming_needs_no_weights(tmp_path, monkeypatch):
 
 
 def test_equal_models_are_one_static_argument():
-    """So that a function compiled for one is not compiled again for a second copy."""
+    """So a function compiled for one is not compiled again for a second copy."""
     first, second = load("llama"), models.load(FIXTURES / "llama")
     assert first.apply == second.apply
     assert hash(first.apply) == hash(second.apply)

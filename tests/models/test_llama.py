@@ -28,7 +28,7 @@ TINY = LlamaConfig(
 
 
 def error(name, logits):
-    """The largest difference from torch's logits, padding left out."""
+    """Return the largest difference from PyTorch's logits, ignoring padding."""
     given = expected(name)
     difference = np.abs(np.asarray(logits, np.float32) - given["logits"])
     return difference[given["mask"] > 0].max()
@@ -40,7 +40,7 @@ def test_logits_are_those_of_transformers(name, scan, strict):
     model, given = load(name, scan=scan), expected(name)
     logits = jax.jit(model.apply)(model.params, given["ids"], given["mask"])
     assert logits.dtype == jnp.float32
-    assert error(name, logits) < 2e-5  # of logits up to 6.7
+    assert error(name, logits) < 2e-5  # for logits up to 6.7
 
 
 @pytest.mark.parametrize(("name", "scan"), [("llama", False), ("qwen2", True)])
@@ -54,7 +54,7 @@ def test_bfloat16_is_off_by_its_rounding(name, scan):
 
 @pytest.mark.parametrize(("name", "scan"), [("llama", True), ("mistral", False)])
 def test_with_a_cache_the_logits_are_the_same(name, scan):
-    """A prompt of six tokens, padded on the left in one row, then one token at a time."""
+    """The prompt has six tokens, padded on the left in one row; then one token at a time."""
     model, given = load(name, scan=scan), expected(name)
     cache, parts = model.module.init_cache(2, 13), []
     step = jax.jit(model.apply)
@@ -88,14 +88,14 @@ def test_hidden_and_head_are_the_logits():
 
 
 def drawn(path, x):
-    """A norm's scale about one, other parameters about zero."""
+    """Draw the scales of norms around one, other parameters around zero."""
     center = 1 if path[-1].key == "scale" else 0
     return jax.device_put(np.asarray(normal(x.size, x.shape, x.dtype, 0.3)) + x.dtype.type(center))
 
 
 @pytest.mark.parametrize("scan", [False, True], ids=["unrolled", "scan"])
 def test_adapters_stay_lazy_and_train(scan):
-    """Prefill, decode and gradients; `on_dense="error"` would refuse a weight made dense."""
+    """In prefill, decoding and gradients; `on_dense="error"` would refuse to densify a weight."""
     layers = 2 if scan else 1
     config = dataclasses.replace(
         TINY, scan=scan, remat=True, tie_word_embeddings=scan, num_hidden_layers=layers
@@ -187,7 +187,7 @@ def test_configurations_that_are_refused(changes, message):
 
 
 def test_configurations_of_older_files():
-    """`rope_theta` and `rope_scaling`, as transformers 4 wrote them; and what may be left out."""
+    """transformers 4 wrote `rope_theta` and `rope_scaling`; several fields may be left out."""
     old = {"rope_parameters": "left out", "rope_theta": 500.0, "num_key_value_heads": None}
     scaling = {"type": "linear", "factor": 2.0}
     config = LlamaConfig.from_json(settings(**old, rope_scaling=scaling, head_dim="left out"))

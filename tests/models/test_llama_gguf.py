@@ -1,4 +1,4 @@
-"""Models in GGUF files: transformers' tiny ones, written here the way llama.cpp converts them."""
+"""Models in GGUF files: tiny ones of transformers, written here as llama.cpp converts them."""
 
 import json
 import pathlib
@@ -20,7 +20,7 @@ FIXTURES = pathlib.Path(__file__).parent / "fixtures"
 
 
 def stored(name):
-    """A fixture's config.json and its tensors."""
+    """Return a fixture's config.json and its tensors."""
     settings = json.loads((FIXTURES / name / "config.json").read_text())
     tensors = {}
     for path in sorted((FIXTURES / name).glob("*.safetensors")):
@@ -29,7 +29,7 @@ def stored(name):
 
 
 def permuted(rows, heads):
-    """llama.cpp's LlamaModel.permute: the halves of each head side by side."""
+    """Interleave the halves of each head, as llama.cpp's LlamaModel.permute."""
     rest = rows.shape[1:]
     return rows.reshape(heads, 2, -1, *rest).swapaxes(1, 2).reshape(-1, *rest)
 
@@ -52,7 +52,7 @@ def llama_cpp_name(name):
 
 
 def write_gguf(path, name, kind="llama", extra=(), changes=None, divisors=None):
-    """A fixture as a GGUF file of float32."""
+    """Write a fixture as a float32 GGUF file."""
     settings, tensors = stored(name)
     heads = {"q_proj": settings["num_attention_heads"], "k_proj": settings["num_key_value_heads"]}
     rope = settings["rope_parameters"]
@@ -87,7 +87,7 @@ def write_gguf(path, name, kind="llama", extra=(), changes=None, divisors=None):
 
 
 def llama3_divisors(settings):
-    """The formula of Hugging Face's `_compute_llama3_parameters`, its frequencies' reciprocals."""
+    """Return the reciprocal frequencies of Hugging Face's `_compute_llama3_parameters`."""
     rope, size = settings["rope_parameters"], settings["head_dim"]
     waves = 2 * np.pi * rope["rope_theta"] ** (np.arange(0, size, 2) / size)
     original, factor = rope["original_max_position_embeddings"], rope["factor"]
@@ -123,7 +123,7 @@ def test_settings_are_those_of_config_json(tmp_path):
     settings, _ = llama_gguf.read_model(write_gguf(tmp_path / "x.gguf", "qwen2", "qwen2"))
     theirs, _ = stored("qwen2")
     assert settings == {key: 10000.0 if key == "rope_theta" else theirs[key] for key in settings}
-    assert settings["rms_norm_eps"] == 1e-6  # not what float32 makes of it
+    assert settings["rms_norm_eps"] == 1e-6  # not its float32 rounding
 
 
 @pytest.mark.parametrize(

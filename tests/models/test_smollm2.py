@@ -1,4 +1,4 @@
-"""SmolLM2 itself, where the cache has it, against what transformers 5.23 makes of the same file."""
+"""SmolLM2 itself, if it is in the cache, against transformers 5.23 on the same file."""
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,7 @@ from lora_jax.models.text import Tokenizer
 
 LENGTH = 128
 PROMPT = "The capital of France is"
-FOLLOWS = [7042, 30, 198, 198, 504, 2988, 314, 42]  # of transformers' `generate`, not sampled
+FOLLOWS = [7042, 30, 198, 198, 504, 2988, 314, 42]  # greedy, from `generate` in transformers
 # mean cross-entropies of Othello's first rows
 ROWS = [3.47485, 3.42108, 3.56143, 4.38217]
 
@@ -19,7 +19,7 @@ ROWS = [3.47485, 3.42108, 3.56143, 4.38217]
 def cached(asset):
     cache = assets.cache_directory()
     if not asset.is_cached(cache):
-        pytest.skip(f"{asset} is not in the cache: run lora_jax.assets.fetch with a network")
+        pytest.skip(f"{asset} is not in the cache: run lora_jax.models.assets.fetch with a network")
     return asset.directory(cache)
 
 
@@ -36,7 +36,7 @@ def tokenizer(path):
 
 @pytest.fixture(scope="module")
 def losses(path):
-    """ids `[batch, length + 1]` -> cross-entropies of all but the first, and the likeliest ids."""
+    """Return the cross-entropies of all ids but the first, and the likeliest ids."""
     pretrained = models.load(path)
 
     @jax.jit
@@ -69,7 +69,7 @@ def test_what_follows_and_how_likely_a_play_is(losses, tokenizer, othello):
 
 @pytest.mark.slow
 def test_perplexity_of_othello(losses, othello):
-    """20,000 tokens in rows of 128, each predicted from those before it in its row."""
+    """Score 20,000 tokens in rows of 128, each predicted from those before it in its row."""
     count = 20_000 // LENGTH
     starts = LENGTH * np.arange(count)[:, None]
     rows = othello[starts + np.arange(LENGTH + 1)]

@@ -1,4 +1,4 @@
-"""The contenders of the benchmarks do the same work, or comparing them would mean nothing."""
+"""The contenders of the benchmarks do the same work; otherwise comparing them means nothing."""
 
 import functools
 
@@ -24,7 +24,7 @@ ADAPTERS = (
 
 @pytest.fixture(autouse=True)
 def promotion():
-    """The models are written as users write them: a norm's weight meets three axes."""
+    """Allow rank promotion, as users write models: a norm's weight meets three axes."""
     with jax.numpy_rank_promotion("allow"):
         yield
 
@@ -71,7 +71,7 @@ def test_steps_train_and_the_floor_is_below_all(quick_compile):
 
 @pytest.mark.parametrize("form", ["joined", "split"])
 def test_one_vector_of_all_adapters_is_the_same_update(form):
-    """What the README there says of `optax.flatten`: the mask holds, the values are equal."""
+    """With `optax.flatten` the mask still applies and the values are equal, as the docs say."""
     params = contenders.joined(Setting(TINY, "scan")).start()[0][0]
     _, adapters = lora_jax.split(params)
     tree = params if form == "joined" else adapters

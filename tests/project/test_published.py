@@ -1,4 +1,4 @@
-"""The experiments of `benchmarks.published` at small sizes; the counts at full size."""
+"""The experiments of `benchmarks.published` at small sizes, and the counts at full size."""
 
 import json
 import sys
@@ -28,7 +28,7 @@ SMALL = Size(layers=1, width=256, heads=4, vocabulary=64, batch=1, time=32)
 
 @pytest.fixture(autouse=True)
 def promotion():
-    """The decoder is written as users write one: a norm's weight meets three axes."""
+    """Allow rank promotion, as users write a decoder: a norm's weight meets three axes."""
     with jax.numpy_rank_promotion("allow"):
         yield
 
@@ -66,7 +66,7 @@ def test_memory_and_flops_of_a_small_model(quick_compile):
     # weights, two moments and gradients against weights, and the activations of both
     assert 2.5 < cost.memory(full) / cost.memory(lora) < 4
     assert 1 < cost.memory(lora) / weights < 1.5
-    # nothing goes back beyond q and v of the only layer, and Adam counts for full fine-tuning
+    # nothing is propagated beyond q and v of the only layer; Adam counts for full fine-tuning
     assert 1 / 2 < cost.flops(lora) / cost.flops(full) < 2 / 3
 
 

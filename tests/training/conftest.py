@@ -1,4 +1,4 @@
-"""Many small programs, of which compiling is nearly all the time."""
+"""These tests run many small programs: nearly all the time is compilation."""
 
 import jax
 import pytest
@@ -6,7 +6,7 @@ import pytest
 
 @pytest.fixture(scope="module", autouse=True)
 def quickly_compiled():
-    """XLA without most optimizations."""
+    """Compile without most of XLA's optimizations."""
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)

@@ -1,9 +1,9 @@
-"""A training loop as a user writes one, that Orbax checkpoints and a later process goes on with.
+"""A training loop as a user writes one, which Orbax checkpoints and a later process continues.
 
     python -m tests.training.resumed split DIRECTORY 6
-        goes on from the last checkpoint, up to step 6
+        continues from the last checkpoint, up to step 6
 
-prints the loss of every step that it made, to the bit.
+prints the loss of every step, to the bit.
 """
 
 import sys
@@ -48,7 +48,7 @@ def model(params: Any, x: jax.Array) -> jax.Array:
 
 
 def start(form: str) -> tuple[Any, optax.GradientTransformation, dict[str, Any]]:
-    """The frozen base (None where it is part of what trains), an optimizer, and the first state."""
+    """Return the frozen base (None in a joined tree), an optimizer, and the initial state."""
     params = jax.jit(lambda: lora_jax.init(jax.random.key(1), base(), CONFIG, model, X))()
     frozen, trained = lora_jax.split(params) if form == "split" else (None, params)
     tx = lora_jax.freeze(optax.adamw(1e-2), trained)
@@ -59,7 +59,7 @@ def start(form: str) -> tuple[Any, optax.GradientTransformation, dict[str, Any]]
 def losses(
     frozen: Any, tx: optax.GradientTransformation, state: dict[str, Any], until: int
 ) -> Iterator[tuple[dict[str, Any], str]]:
-    """State and loss after each step."""
+    """Yield state and loss after each step."""
 
     def loss(params: Any, key: jax.Array) -> jax.Array:
         params = lora_jax.with_dropout(params, key)
@@ -86,7 +86,7 @@ def manager(directory: Path) -> ocp.CheckpointManager:
 
 
 def restore(directory: Path, like: dict[str, Any]) -> dict[str, Any]:
-    """The last checkpoint, on the shapes and dtypes of a new start."""
+    """Restore the last checkpoint, with the shapes and dtypes of a new run."""
     shapes = jax.eval_shape(lambda: like)
     with manager(directory) as checkpoints:
         return checkpoints.restore(checkpoints.latest_step(), args=ocp.args.StandardRestore(shapes))

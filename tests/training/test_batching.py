@@ -16,7 +16,7 @@ def test_examples_in_rows():
     packed = batching.pack_examples([example(5, 6, prompt=0), example(7, 8, 9, prompt=2)], length=5)
     np.testing.assert_array_equal(packed.arrays["ids"], [[7, 8, 9, 5, 6, 0]])
     np.testing.assert_array_equal(packed.arrays["segments"], [[1, 1, 1, 2, 2, 0]])
-    # the prompt does not count, nor does a first token, which nothing predicts
+    # neither the prompt counts, nor a first token, which nothing predicts
     np.testing.assert_array_equal(packed.arrays["weights"], [[0, 0, 1, 0, 1, 0]])
     assert packed.arrays["weights"].dtype == np.float32
 
@@ -105,7 +105,7 @@ def test_an_epoch_in_the_rows_order():
 
 @pytest.mark.parametrize("lengths", [[2, 1, 2, 3, 5, 1], [1] * 11, [5, 1, 5]])
 def test_examples_packed_in_order(lengths):
-    """Best-fit packing would begin with the longest."""
+    """Best-fit packing would start with the longest."""
     examples = [example(*[10 + i] * n, prompt=0) for i, n in enumerate(lengths)]
     laid = batching.pack_examples(examples, length=4, by=assign_in_order).arrays
     read = laid["ids"][laid["segments"] > 0]

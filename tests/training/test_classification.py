@@ -50,7 +50,7 @@ def test_what_is_refused():
 
 
 def hidden(params, ids, segments):
-    """Two numbers per token."""
+    """Look up two numbers per token."""
     return params["table"][ids]
 
 

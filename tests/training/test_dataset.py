@@ -1,4 +1,4 @@
-"""Reading data files: what is read, and what each bad row is called."""
+"""Reading data files: what is read, and the message for each bad row."""
 
 import json
 

@@ -38,7 +38,7 @@ def without_seconds(records):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """A run that is not interrupted: its directory, its outcome and the best adapters told of."""
+    """Run without interruption: the job, its outcome and the best adapters reported."""
     directory = tmp_path_factory.mktemp("whole")
     job, start = tiny_model.job(directory, steps=7, held_out=HELD_OUT, eval_every=3, accumulate=2)
     best = []
@@ -60,7 +60,7 @@ def test_the_log(whole):
     assert evaluation["perplexity"] == pytest.approx(math.exp(evaluation["eval_loss"]))
     losses = log.losses(records)[1]
     assert losses[-1] < losses[0]
-    # 119 tokens to predict in 15 rows, 6 a step: an epoch of 3 steps
+    # 119 tokens to predict in 15 rows, 6 per step: an epoch of 3 steps
     assert sum(r["tokens"] for r in records if "loss" in r and r["step"] <= 3) == 119
 
 
@@ -73,14 +73,14 @@ def test_the_evaluation_by_hand(whole):
     assert log.evaluations(outcome.records)[-1]["eval_loss"] == pytest.approx(expected, rel=1e-5)
 
 
-def test_the_best_is_told_of(whole):
+def test_the_best_is_reported(whole):
     _, _, outcome, best = whole
     evaluated = [r["eval_loss"] for r in log.evaluations(outcome.records)]
     lowest = [r for i, r in enumerate(evaluated) if r < min(evaluated[:i], default=math.inf)]
     assert [r["eval_loss"] for _, r in best] == lowest and len(lowest) > 1
 
 
-def test_the_start_and_the_base_stay(whole):
+def test_the_initial_adapters_and_the_base_are_unchanged(whole):
     job, start, outcome, _ = whole
     base, adapters = tiny_model.adapters()
     for a, b in zip(leaves((job.base, start)), leaves((base, adapters)), strict=True):
@@ -89,17 +89,17 @@ def test_the_start_and_the_base_stay(whole):
 
 
 def stopping_at(step):
-    """A watcher that wishes to stop once a step is done."""
+    """Return a watcher that asks to stop after a step."""
     seen = []
     return Watcher(stop=lambda: step in seen, step=lambda record: seen.append(record["step"]))
 
 
 def test_resuming_is_exact(whole, tmp_path):
-    """Losses, evaluations and adapters to the bit, after a stop and after a kill."""
+    """Losses, evaluations and adapters are the same to the bit, after a stop and after a kill."""
     _, start, outcome, _ = whole
     often = {"eval_every": 3, "save_every": 2, "accumulate": 2}
     job, _ = tiny_model.job(tmp_path, steps=7, held_out=HELD_OUT, **often)
-    assert train(job, start, stopping_at(3)).step == 3  # an evaluation is due and left out
+    assert train(job, start, stopping_at(3)).step == 3  # an evaluation is due, and skipped
     assert train(job, start, stopping_at(6)).step == 6
     shutil.rmtree(tmp_path / "checkpoints" / "6")  # as if killed before: the log is ahead
     resumed = train(job, start)
@@ -130,13 +130,13 @@ def test_a_run_without_a_directory(whole):
 
 
 def test_rows_in_their_order(tmp_path):
-    """Of the 14 rows the last alone is not full, and it is in every epoch's last step."""
+    """Only the last of the 14 rows is not full, and it is in every epoch's last step."""
     job, start = tiny_model.job(tmp_path, steps=4, rows=8, shuffle=False)
     assert [r["tokens"] for r in train(job, start).records] == [72, 47, 72, 47]
 
 
 def test_a_loss_that_is_not_finite(tmp_path):
-    """The state before it is saved, and a run without the trouble goes on from there."""
+    """The state before it is saved, and a run without the bad row continues from there."""
     job, start = tiny_model.job(tmp_path, steps=4)
 
     def broken(params, batch):
@@ -179,7 +179,7 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path):
 
 
 def test_killed_while_an_old_step_is_deleted(tmp_path, monkeypatch, caplog):
-    """What is left is no step, nothing is said of it, and the next process removes it."""
+    """What remains is not a step, causes no message, and is removed by the next process."""
 
     def killed(path, **_):
         if path.is_dir():
@@ -219,13 +219,13 @@ def test_the_picture(whole, tmp_path):
 
 @pytest.fixture
 def default_handler():
-    """Python's own, which a process that a shell puts into the background does not have."""
+    """Install Python's own handler, which a process in a shell's background lacks."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
 
 
-def test_a_first_signal_is_a_wish_and_a_second_one_is_not(default_handler):
+def test_a_first_signal_asks_and_a_second_one_interrupts(default_handler):
     before = signal.getsignal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt), interruptible() as interrupt:
         assert not interrupt()

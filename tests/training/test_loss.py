@@ -11,12 +11,12 @@ from lora_jax.training.tokenize import Example
 from tests.programs.jaxprs import equations
 from tests.training import tiny_model
 
-# Compiled as a whole: of single operations each would be compiled by itself.
+# Jitted: op by op, each operation would be compiled separately.
 LANGUAGE = jax.jit(loss.language_sums(tiny_model.apply))
 
 
 def by_hand(logits, ids, segments, weights):
-    """Σ -log p(next token), in float64, token by token."""
+    """Compute Σ -log p(next token) in float64, token by token."""
     total = 0.0
     for row in range(ids.shape[0]):
         for place in range(1, ids.shape[1]):
@@ -46,7 +46,7 @@ def test_masks_by_hand():
 
 
 def test_the_last_token_is_predicted_and_not_read():
-    """So that rows of n tokens to predict are n tokens of work."""
+    """So rows of n tokens to predict cost n tokens of work."""
     read = []
 
     def noted(params, ids, segments):
@@ -68,7 +68,7 @@ def test_packed_texts_have_the_loss_they_have_alone(x64):
 
 
 def test_padding_counts_for_nothing():
-    """Not even where the model is not finite there."""
+    """Not even if the model's output there is not finite."""
 
     def broken(params, ids, segments):
         return jnp.where(segments[..., None] > 0, tiny_model.apply(params, ids, segments), jnp.nan)
@@ -86,7 +86,7 @@ FROZEN_HEAD = lora.LoraConfig(rank=2, targets=["query", "value"], dtype=jnp.floa
 
 @pytest.mark.parametrize("chunk", [5, 64])
 def test_a_frozen_head_in_chunks(x64, chunk):
-    """Values and gradients to the last digits."""
+    """Values and gradients agree to the last digits."""
     base, adapters = tiny_model.adapters(FROZEN_HEAD, dtype=jnp.float64)
     adapters = jax.tree.map(lambda x: x + 0.1, adapters)
     batch = batching.pack_examples(EXAMPLES, 8).arrays
@@ -111,12 +111,12 @@ def test_chunks_hold_no_logits_of_all_tokens_and_compute_them_once():
         f"[{tokens},{tiny_model.VOCABULARY}]" not in text and f"[4,{tiny_model.VOCABULARY}]" in text
     )
     assert f",8,{tiny_model.VOCABULARY}]" not in text
-    # forward alone: the logits; with a gradient: the logits and the gradient of the states
+    # forward only: the logits; with a gradient: the logits and the gradient of the states
     assert [products_with(jaxpr, sizes) for jaxpr in (forward, both)] == [1, 2]
 
 
 def products_with(jaxpr, shape):
-    """How many products have an operand of that shape, in inner programs too."""
+    """Count the products with an operand of that shape, in inner programs too."""
     return sum(
         eqn.primitive.name == "dot_general" and any(x.aval.shape == shape for x in eqn.invars)
         for eqn in equations(jaxpr)

@@ -1,4 +1,4 @@
-"""Orbax takes adapters, optimizer state, step and keys as they are; a resumed run is the same."""
+"""Orbax stores adapters, optimizer state, step and keys as they are; a resumed run is the same."""
 
 import subprocess
 import sys
@@ -15,7 +15,7 @@ from tests.training import resumed
 
 @pytest.fixture(scope="module", autouse=True)
 def quickly_compiled():
-    """Compile with every optimization, as the other process does: losses must be equal bitwise."""
+    """Compile with every optimization, as the other process does: losses must be bitwise equal."""
 
 
 def bits(x):

@@ -1,4 +1,4 @@
-"""The directory of a run: what is refused when it is resumed."""
+"""The directory of a run: what is refused on resuming."""
 
 import json
 

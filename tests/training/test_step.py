@@ -1,4 +1,4 @@
-"""One step: accumulation is exact, the base stays, what is not finite changes nothing."""
+"""One step: accumulation is exact, the base is unchanged, a non-finite loss changes nothing."""
 
 import functools
 
@@ -17,7 +17,7 @@ from lora_jax.training.step import init_state, make_evaluation, make_step
 from tests.training import tiny_model
 from tests.training.test_loss import example
 
-# Rows whose counts of trained tokens differ widely, so that a mean of means would be another loss.
+# Rows with very different numbers of trained tokens, so a mean of means would differ.
 _ROWS = [
     batching.pack_examples([example(seed, length, prompt)], 8).arrays
     for seed, (length, prompt) in enumerate([(8, 1), (2, 1), (8, 7), (3, 1)])
@@ -27,7 +27,7 @@ UNEVEN = batching.Data({name: np.concatenate([row[name] for row in _ROWS]) for n
 
 @functools.cache
 def run(accumulate):
-    """Two steps in float64, and what they measured."""
+    """Take two steps in float64, and return what they measured."""
     base, adapters = tiny_model.adapters(dtype=jnp.float64)
     tx = lora.freeze(optax.sgd(0.1), adapters)
     step = make_step(language_sums(tiny_model.apply), tx, accumulate)
@@ -43,8 +43,8 @@ def test_accumulation_is_the_big_batch(x64):
         np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-14)
 
 
-def test_accumulation_is_no_mean_of_means(x64):
-    """The test above could not fail if the two were the same here."""
+def test_accumulation_is_not_a_mean_of_means(x64):
+    """If the two were equal here, the test above could not fail."""
     params = lora.merge(lora.join(*tiny_model.adapters(dtype=jnp.float64)))
     sums = jax.jit(language_sums(tiny_model.apply))
     parts = [sums(params, UNEVEN.take(np.array([row]))) for row in range(4)]
@@ -67,7 +67,7 @@ def test_an_empty_row_changes_nothing(x64):
 
 
 def test_the_gradient_is_that_of_the_merged_model(x64):
-    """An oracle without lora: dL/dA from the gradient of the dense weights."""
+    """The oracle needs no lora: dL/dA from the gradient of the dense weights."""
     base, adapters = tiny_model.adapters(dtype=jnp.float64)
     adapters = jax.tree.map(lambda x: x + 0.05, adapters)
 
@@ -92,7 +92,7 @@ def test_the_gradient_is_that_of_the_merged_model(x64):
     np.testing.assert_allclose(measured["gradient_norm"], np.sqrt(norm), rtol=1e-9)
 
 
-def test_what_is_not_finite_changes_nothing():
+def test_a_loss_that_is_not_finite_changes_nothing():
     base, adapters = tiny_model.adapters()
     tx = Optimizer(0.1).transformation(adapters, 5)
     step = make_step(language_sums(tiny_model.apply), tx)
@@ -105,7 +105,7 @@ def test_what_is_not_finite_changes_nothing():
         np.testing.assert_array_equal(a, b)
 
 
-def test_the_state_is_given_away_and_the_adapters_are_not():
+def test_the_state_is_donated_and_the_adapters_are_not():
     base, adapters = tiny_model.adapters()
     tx = Optimizer().transformation(adapters, 5)
     state = init_state(adapters, tx)
@@ -134,7 +134,7 @@ def test_dropout_differs_by_step_and_not_by_run():
 
 
 def test_clipping_and_the_rates_of_b():
-    """Adam's first update is the rate whatever the gradient, so clipping is seen by sgd's."""
+    """Adam's first update does not depend on the norm of the gradient, but SGD's does."""
     _, adapters = tiny_model.adapters()
     gradients = jax.tree.map(jnp.ones_like, adapters)
     count = sum(x.size for n in adapters.values() if n is not None for x in (n.a, n.b))

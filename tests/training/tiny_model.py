@@ -1,4 +1,4 @@
-"""A small language model and a tokenizer, for tests of what trains any."""
+"""A small language model and a tokenizer for the tests of training."""
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +27,7 @@ def params(seed=0, dtype=jnp.float32):
 
 
 def hidden(params, ids, segments):
-    """One causal attention in which segments see themselves alone."""
+    """Apply one causal attention in which segments see only themselves."""
     x = params["embedding"][ids]
     q, k, v = (x @ params[name] for name in ("query", "key", "value"))
     same = segments[:, :, None] == segments[:, None, :]
@@ -45,7 +45,7 @@ def apply(params, ids, segments):
 
 
 def adapters(config=None, seed=0, dtype=jnp.float32):
-    """A base and its adapters."""
+    """Return a base and its adapters."""
     config = config or lora.LoraConfig(rank=2, targets=["query", "value", "head"], dtype=dtype)
     ids = jax.ShapeDtypeStruct((1, 4), jnp.int32)
     full = lora.init(jax.random.key(seed), params(seed, dtype), config, apply, ids, ids)
@@ -53,7 +53,7 @@ def adapters(config=None, seed=0, dtype=jnp.float32):
 
 
 def stream(n=120, seed=0) -> np.ndarray:
-    """Token ids that can be learned: each follows from the one before it, mostly."""
+    """Return token ids that can be learned: most follow from the previous one."""
     rng = np.random.default_rng(seed)
     ids = [1]
     for _ in range(n - 1):
@@ -62,7 +62,7 @@ def stream(n=120, seed=0) -> np.ndarray:
 
 
 def job(directory, steps=6, data: Data | None = None, held_out: Data | None = None, **settings):
-    """A job on the model, and the adapters to start with."""
+    """Return a job for the model, and its initial adapters."""
     base, start = adapters()
     optimizer = Optimizer(3e-2, warmup=2)
     settings = Settings(steps=steps, **{"rows": 3, "seed": 5, **settings})
@@ -82,7 +82,7 @@ def job(directory, steps=6, data: Data | None = None, held_out: Data | None = No
 
 
 class Letters:
-    """A tokenizer of single letters, `a` being 3; a template of <role>content| for a turn."""
+    """A tokenizer of single letters, with a = 3; its template renders a turn as <role>content|."""
 
     eos_id = 2
 

@@ -1,4 +1,4 @@
-"""Rules that make one weight of several: concatenated, stacked or selected."""
+"""Rules that make one weight of several: concatenate, stack, select."""
 
 import dataclasses
 import math
@@ -21,31 +21,32 @@ RULES: dict[str, PrimitiveRule] = {}
 
 @rule(RULES, "concatenate")
 def _concatenate(ctx: Context, eqn: Any, args: Sequence[Any]) -> Any:
+    """Concatenate the weights and, along the same axis, their factors."""
     at = eqn.params["dimension"]
     sizes = [atom.aval.shape[at] for atom in eqn.invars]
-    return _join(eqn, args, args, lambda parts: _concatenated(parts, sizes, at))
+    return _join(eqn, args, args, lambda parts: _concatenate_members(parts, sizes, at))
 
 
 @rule(RULES, "stack")
 def _stack(ctx: Context, eqn: Any, args: Sequence[Any]) -> Any:
-    """Concatenation along an axis that no factor has: it becomes a batch axis."""
+    """Concatenate along a new axis. No factor has it, so it becomes a batch axis."""
     at = eqn.params["axis"]
 
-    def expanded(x: LazyWeight) -> LazyWeight:
+    def add_axis(x: LazyWeight) -> LazyWeight:
         axes = (*x.axes[:at], x.new_axis(), *x.axes[at:])
         return dataclasses.replace(x, axes=axes, shape=(*x.shape[:at], 1, *x.shape[at:]))
 
-    parts = [expanded(x) if is_lazy(x) else x for x in args]
-    return _join(eqn, args, parts, lambda parts: _concatenated(parts, [1] * len(parts), at))
+    parts = [add_axis(x) if is_lazy(x) else x for x in args]
+    return _join(eqn, args, parts, lambda parts: _concatenate_members(parts, [1] * len(parts), at))
 
 
 @rule(RULES, "select_n")
 def _select(ctx: Context, eqn: Any, args: Sequence[Any]) -> Any:
-    """One weight of several, or of arrays, by a scalar: it selects among their factors too."""
+    """Select one of several weights or arrays by a scalar, and so one of their factors."""
     which, *cases = args
     if is_lazy(which) or eqn.invars[0].aval.shape:
         return NotImplemented
-    return _join(eqn, args, cases, lambda parts: _selected(which, parts))
+    return _join(eqn, args, cases, lambda parts: _select_members(which, parts))
 
 
 Parts = Sequence[LazyWeight | None]  # None for an array, which has no update
@@ -57,7 +58,7 @@ def _join(
     parts: Sequence[Any],
     combine: Callable[[Parts], dict[str, Any] | None],
 ) -> Any:
-    """One weight of the parts: the base through the equation, the members by `combine`."""
+    """Return one weight made of the parts: its base by the equation, its members by `combine`."""
     weights = [x for x in parts if is_lazy(x)]
     if any(x.origin.looked_up for x in weights):
         return NotImplemented  # rows are an activation
@@ -66,7 +67,7 @@ def _join(
         return NotImplemented
     aval = eqn.outvars[0].aval
     w = None if tangent else jaxprs.bind(eqn, [x.w if is_lazy(x) else x for x in args])[0]
-    common = iter(_with_common_axes(weights))
+    common = iter(_name_axes_alike(weights))
     named = [next(common) if is_lazy(x) else None for x in parts]
     first = next(filter(None, named))
     altered = first.origin.altered or len(weights) < len(parts)
@@ -74,23 +75,23 @@ def _join(
     whole = dataclasses.replace(first, w=w, shape=aval.shape, dtype=aval.dtype, origin=origin)
     if first.a is None:
         return [whole]
-    oriented = _oriented_alike(named)
+    oriented = _orient_alike(named)
     members = None if oriented is None else combine(oriented)
     return NotImplemented if members is None else [dataclasses.replace(whole, **members)]
 
 
-def _with_common_axes(weights: Sequence[LazyWeight]) -> list[LazyWeight]:
-    """The same weights under one set of names for axes, which come from the axes of all of them."""
+def _name_axes_alike(weights: Sequence[LazyWeight]) -> list[LazyWeight]:
+    """Return the weights with the same name for each axis, whose origins are those of all."""
     origin, numbers = provenance.join([x.origin for x in weights])
     axes = []
     for uid, column in enumerate(zip(*(x.axes for x in weights), strict=True)):
         origins = {n[o] for axis, n in zip(column, numbers, strict=True) for o in axis.origins}
         axes.append(Axis(tuple(sorted(origins)), uid))
-    return [dataclasses.replace(x.renamed(axes), origin=origin) for x in weights]
+    return [dataclasses.replace(x.rename_axes(axes), origin=origin) for x in weights]
 
 
-def _oriented_alike(parts: Parts) -> Parts | None:
-    """The parts with the same axes on A and on B, which may trade places; None if they cannot."""
+def _orient_alike(parts: Parts) -> Parts | None:
+    """Return the parts with the same axes on A and on B; None if swapping does not help."""
     weights = [x for x in parts if x is not None]
     first = weights[0]
     wanted = set(first.a_axes), set(first.b_axes)
@@ -108,15 +109,15 @@ def _oriented_alike(parts: Parts) -> Parts | None:
     return oriented
 
 
-def _selected(which: Any, parts: Parts) -> dict[str, Any] | None:
-    """The factors of the selected part: all parts' factors must have the same shapes."""
+def _select_members(which: Any, parts: Parts) -> dict[str, Any] | None:
+    """Return the factors of the selected part; None where the parts' shapes differ."""
     first = next(x for x in parts if x is not None)
     members: dict[str, Any] = {}
-    have_gains = _have_gains(parts)
+    have_gains = _all_have_gain(parts)
     if not have_gains and any(x is not None and x.gain is not None for x in parts):
         return None
     for name in ("a", "b", *(["gain"] if have_gains else [])):
-        arrays = _alike(parts, name)
+        arrays = _align(parts, name)
         given = [x for x in arrays if x is not None]
         if len({x.shape for x in given}) > 1:
             return None
@@ -125,65 +126,67 @@ def _selected(which: Any, parts: Parts) -> dict[str, Any] | None:
     return members
 
 
-def _concatenated(parts: Parts, sizes: Sequence[int], at: int) -> dict[str, Any] | None:
-    """The members of the parts one after another, `sizes` long along dimension `at`."""
+def _concatenate_members(parts: Parts, sizes: Sequence[int], at: int) -> dict[str, Any] | None:
+    """Return the members of all parts, which are `sizes` long along dimension `at`."""
     first = next(x for x in parts if x is not None)
     along = first.axes[at]
     if along not in first.a_axes + first.b_axes:
         parts = [x and spread(x, along, ("a", "b", "key", "gain")) for x in parts]
         first = next(x for x in parts if x is not None)
     both = along in first.a_axes and along in first.b_axes
-    members = _stacked(parts, sizes, along) if both else _in_blocks(parts, sizes, along)
-    gains = _gains(parts, sizes, along)
+    members = _stack_members(parts, sizes, along) if both else _lay_in_blocks(parts, sizes, along)
+    gains = _joined_gain(parts, sizes, along)
     return None if members is None or gains is None else members | gains
 
 
-def _gains(parts: Parts, sizes: Sequence[int], along: Axis) -> dict[str, Any] | None:
-    """The gain of all parts, where that is one: along the axis, or the same for all of them."""
+def _joined_gain(parts: Parts, sizes: Sequence[int], along: Axis) -> dict[str, Any] | None:
+    """Return the gain of all parts: joined along the axis, or the same for all; else None."""
     weights = [x for x in parts if x is not None]
-    if not _have_gains(parts):
+    if not _all_have_gain(parts):
         return {} if all(x.gain is None for x in weights) else None
     if along in weights[0].gain_axes:
-        return _along(parts, "gain", sizes, along)
+        return _append(parts, "gain", sizes, along)
     return {} if all(x.gain is weights[0].gain for x in weights) else None
 
 
-def _have_gains(parts: Parts) -> bool:
-    """Whether every part is a weight with a gain along the same axes."""
+def _all_have_gain(parts: Parts) -> bool:
+    """Return whether every part is a weight with a gain along the same axes."""
     axes = {frozenset(x.gain_axes) for x in parts if x is not None}
     return len(axes) == 1 and all(x is not None and x.gain is not None for x in parts)
 
 
-def _stacked(parts: Parts, sizes: Sequence[int], along: Axis) -> dict[str, Any] | None:
-    """Both factors have the axis: each is concatenated along it."""
+def _stack_members(parts: Parts, sizes: Sequence[int], along: Axis) -> dict[str, Any] | None:
+    """Concatenate both factors along an axis that both have."""
     if len({x.rank for x in parts if x is not None}) > 1:
         return None
-    members = _along(parts, "a", sizes, along) | _along(parts, "b", sizes, along)
+    members = _append(parts, "a", sizes, along) | _append(parts, "b", sizes, along)
     has_keys = any(x is not None and x.key is not None for x in parts)
-    return members | (_along(parts, "key", sizes, along) if has_keys else {})
+    return members | (_append(parts, "key", sizes, along) if has_keys else {})
 
 
-def _in_blocks(parts: Parts, sizes: Sequence[int], along: Axis) -> dict[str, Any] | None:
-    """One factor has the axis: its parts follow each other along it, in blocks along the rank.
+def _lay_in_blocks(parts: Parts, sizes: Sequence[int], along: Axis) -> dict[str, Any] | None:
+    """Concatenate the factor that has the axis, each part in its own block of the rank.
 
-    Where all parts share the other factor (slices of one weight) there is one block of rank.
+    With parts `[in, n₁]` and `[in, n₂]` of rank r, A is `[in, 2·r]` and B `[2·r, n₁ + n₂]`, with
+    zeros in two of its four blocks. Where all parts share A (slices of one weight), the rank stays
+    r and B is `[r, n₁ + n₂]`.
     """
     weights = [x for x in parts if x is not None]
     one, other = ("a", "b") if along in weights[0].a_axes else ("b", "a")
     if all(getattr(x, other) is getattr(weights[0], other) for x in weights):
-        return _along(parts, one, sizes, along)
+        return _append(parts, one, sizes, along)
     if not weights[0].probe and not _pays(weights, sum(sizes), along, other):
         return None
     total, before, blocks = sum(x.rank for x in weights), 0, []
     for x in parts:
-        blocks.append(x and _widened(x, one, before, total))
+        blocks.append(x and _widen_rank(x, one, before, total))
         before += 0 if x is None else x.rank
     ranks = [x.rank for x in weights]
-    return _along(blocks, one, sizes, along) | _along(weights, other, ranks, RANK)
+    return _append(blocks, one, sizes, along) | _append(weights, other, ranks, RANK)
 
 
 def _pays(weights: Sequence[LazyWeight], size: int, along: Axis, other: str) -> bool:
-    """Whether the branch, which multiplies zeros too, takes fewer operations than the whole."""
+    """Return whether the branch takes fewer operations than a dense weight, zeros included."""
     first, rank = weights[0], sum(x.rank for x in weights)
     own = [axis for axis in first.axes_of(other) if axis != RANK]
     rows = math.prod(first.sizes[axis] for axis in own)
@@ -191,8 +194,8 @@ def _pays(weights: Sequence[LazyWeight], size: int, along: Axis, other: str) -> 
     return rank * (rows + columns) < rows * columns
 
 
-def _widened(x: LazyWeight, factor: str, before: int, total: int) -> LazyWeight:
-    """The weight with zeros around one factor's part of the rank."""
+def _widen_rank(x: LazyWeight, factor: str, before: int, total: int) -> LazyWeight:
+    """Pad one factor with zeros, `before` its own part of the rank and after it, up to `total`."""
     array, axes = getattr(x, factor), x.axes_of(factor)
     after = total - before - x.rank
     widths = [(before, after) if axis == RANK else (0, 0) for axis in axes]
@@ -200,9 +203,9 @@ def _widened(x: LazyWeight, factor: str, before: int, total: int) -> LazyWeight:
     return dataclasses.replace(x, **changes)
 
 
-def _along(parts: Parts, name: str, sizes: Sequence[int], along: Axis) -> dict[str, Any]:
-    """One member of all parts, concatenated along an axis: its array and the names of its axes."""
-    arrays = _alike(parts, name)
+def _append(parts: Parts, name: str, sizes: Sequence[int], along: Axis) -> dict[str, Any]:
+    """Concatenate one member of all parts along an axis; return it and its axes, by field."""
+    arrays = _align(parts, name)
     like = next(x for x in arrays if x is not None)
     axes = next(x for x in parts if x is not None).axes_of(name)
     at = axes.index(along)
@@ -211,7 +214,7 @@ def _along(parts: Parts, name: str, sizes: Sequence[int], along: Axis) -> dict[s
         if x is not None:
             return x
         shape = (*like.shape[:at], size, *like.shape[at + 1 :])
-        if name == "key":  # an array has nothing to drop
+        if name == "key":  # an array has no branch to drop from
             return jnp.broadcast_to(lax.slice_in_dim(like, 0, 1, axis=at), shape)
         return jnp.zeros(shape, like.dtype)
 
@@ -219,8 +222,8 @@ def _along(parts: Parts, name: str, sizes: Sequence[int], along: Axis) -> dict[s
     return {name: jnp.concatenate(pieces, at), f"{name}_axes": axes}
 
 
-def _alike(parts: Parts, name: str) -> list[jax.Array | None]:
-    """One member of each part, in one order of axes and one dtype."""
+def _align(parts: Parts, name: str) -> list[jax.Array | None]:
+    """Return one member of each part, in the same order of axes and the same dtype."""
     axes = next(x for x in parts if x is not None).axes_of(name)
     arrays = [
         None if x is None else named_axes.arrange(getattr(x, name), x.axes_of(name), axes, {})

@@ -1,4 +1,4 @@
-"""Branches (cond, switch, one a platform) rebuilt around weights, which they may also choose."""
+"""Branches (`cond`, `switch`, `platform_dependent`), interpreted; they may also choose weights."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -18,28 +18,28 @@ CONTAINERS: dict[str, Container] = {}
 
 @rule(CONTAINERS, "cond")
 def _cond(ctx: Context, eqn: Any, args: Sequence[Any], walk: Walk) -> Any:
-    """Each branch is walked; a weight that all of them return, of one form, stays lazy."""
+    """Interpret each branch; a weight that all of them return in one form stays lazy."""
     index, *operands = args
     if is_lazy(index):
         return NotImplemented
     programs = [jaxprs.open_jaxpr(branch) for branch in eqn.params["branches"]]
     platforms = eqn.params.get("branches_platforms")
     if platforms is not None and ctx.infers:
-        # One branch a platform: another's may not even trace here, and the last tells the use.
+        # One branch per platform; only the last is sure to trace here, so it shows the uses.
         return walk(*programs[-1], operands)
-    fixed = [_passed_on(programs, operands, i) for i in range(len(eqn.outvars))]
+    fixed = [_weight_passed_through(programs, operands, i) for i in range(len(eqn.outvars))]
     branches = [_Branch(program, operands, fixed, walk) for program in programs]
     columns = zip(*(branch.outs for branch in branches), strict=True)
-    chosen = [_chosen(column) for column in columns]
+    chosen = [_common_form(column) for column in columns]
 
-    def finished(branch: _Branch) -> Callable[..., list[Any]]:
+    def finish(branch: _Branch) -> Callable[..., list[Any]]:
         def call(*operands: Any) -> list[Any]:
             outs = zip(branch(*operands), chosen, strict=True)
             return [_finish(ctx, eqn, x, template) for x, template in outs]
 
         return call
 
-    calls = [finished(branch) for branch in branches]
+    calls = [finish(branch) for branch in branches]
     if platforms is None:
         moving = lax.switch(index, calls, *operands)
     else:
@@ -51,15 +51,15 @@ def _cond(ctx: Context, eqn: Any, args: Sequence[Any], walk: Walk) -> Any:
 def _by_platform(
     platforms: Sequence[Sequence[str] | None], calls: Sequence[Callable], operands: Sequence[Any]
 ) -> list[Any]:
-    """The branches of `jax.lax.platform_dependent`; no name stands for the default one."""
+    """Rebuild a `jax.lax.platform_dependent`; the branch without a name is the default."""
     pairs = list(zip(platforms, calls, strict=True))
     named = {name: call for names, call in pairs if names is not None for name in names}
     default = next((call for names, call in pairs if names is None), None)
     return lax.platform_dependent(*operands, default=default, **named)
 
 
-def _passed_on(programs: Sequence[Any], operands: Sequence[Any], position: int) -> Any:
-    """The weight that every branch hands on as this output, if there is one."""
+def _weight_passed_through(programs: Sequence[Any], operands: Sequence[Any], position: int) -> Any:
+    """Return the operand that every branch returns unchanged as this output, if it is a weight."""
     sources = {
         jaxpr.invars.index(jaxpr.outvars[position])
         if jaxpr.outvars[position] in jaxpr.invars
@@ -72,7 +72,7 @@ def _passed_on(programs: Sequence[Any], operands: Sequence[Any], position: int) 
 
 
 class _Branch:
-    """One branch, walked once; `outs` are its outputs in shape, those apart that are `fixed`."""
+    """One branch, interpreted once; `outs` are its outputs as shapes, without those in `fixed`."""
 
     def __init__(self, program: Any, operands: Sequence[Any], fixed: Sequence[Any], walk: Walk):
         jaxpr, consts = program
@@ -89,14 +89,14 @@ class _Branch:
         return jax.tree.unflatten(jax.tree.structure(self.outs), flat)
 
 
-def _chosen(outs: Sequence[Any]) -> LazyWeight | None:
-    """The one form of an output that is a weight in every branch, or None."""
+def _common_form(outs: Sequence[Any]) -> LazyWeight | None:
+    """Return the form of an output that is the same kind of weight in every branch, or None."""
     if not all(map(is_lazy, outs)):
         return None
     origin = provenance.choose([x.origin for x in outs])
     if origin is None:
         return None
-    forms = [_normalised(x, origin) for x in outs]
+    forms = [_normalize_axes(x, origin) for x in outs]
     kinds = {
         (jax.tree.structure(x), tuple((leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(x)))
         for x in forms
@@ -104,8 +104,8 @@ def _chosen(outs: Sequence[Any]) -> LazyWeight | None:
     return forms[0] if len(kinds) == 1 else None
 
 
-def _normalised(lazy: LazyWeight, origin: Provenance) -> LazyWeight:
-    """The same weight with its axes named by their places, as in every branch."""
+def _normalize_axes(lazy: LazyWeight, origin: Provenance) -> LazyWeight:
+    """Return the weight with its axes named by position, so that branches can agree."""
     names = {axis: Axis(axis.origins, i) for i, axis in enumerate(lazy.axes)} | {RANK: RANK}
     for _, axes in MEMBERS:  # summed axes, which the factors alone have
         for axis in getattr(lazy, axes):
@@ -117,5 +117,5 @@ def _normalised(lazy: LazyWeight, origin: Provenance) -> LazyWeight:
 
 def _finish(ctx: Context, eqn: Any, x: Any, chosen: LazyWeight | None) -> Any:
     if chosen is not None:
-        return _normalised(x, chosen.origin)
+        return _normalize_axes(x, chosen.origin)
     return ctx.densify(x, eqn, " (the branches differ in it)") if is_lazy(x) else x

@@ -22,7 +22,7 @@ RULES: dict[str, PrimitiveRule] = {}
 
 @rule(RULES, "conv_general_dilated")
 def _conv(ctx: Context, eqn: Any, args: Sequence[Any]) -> Any:
-    """A convolution with A to `rank` channels, then B as a 1×1 convolution (or B first, then A).
+    """Convolve with A to `rank` channels, then mix them with B as a 1×1 convolution, or B first.
 
     The weight is the kernel, or the image that an activation convolves.
     """

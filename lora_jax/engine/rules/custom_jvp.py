@@ -1,4 +1,4 @@
-"""Functions with a forward derivative of their author's (custom_jvp), rebuilt around weights."""
+"""`custom_jvp`: the user-defined JVP rule runs on lazy weights, which stay lazy."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -19,10 +19,10 @@ CONTAINERS: dict[str, Container] = {}
 
 @rule(CONTAINERS, "custom_jvp_call")
 def _custom_jvp(ctx: Context, eqn: Any, args: Sequence[Any], walk: Walk) -> list[Any]:
-    """The author's rule, interpreted like the function: the tangent of a weight is lazy too."""
+    """Interpret the user-defined rule as we do the function: a weight's tangent is lazy too."""
     jaxpr, consts = jaxprs.open_jaxpr(eqn.params["call_jaxpr"])
     if any(is_lazy(x) and x.probe for x in args):
-        return walk(jaxpr, consts, args)  # the author's derivative would not reach what observes
+        return walk(jaxpr, consts, args)  # the user-defined derivative would not reach the probe
     n_consts = eqn.params["num_consts"]
     args = [ctx.densify_gain(x, eqn) for x in args]
 
@@ -31,7 +31,7 @@ def _custom_jvp(ctx: Context, eqn: Any, args: Sequence[Any], walk: Walk) -> list
         return [ctx.densify(x, eqn) if is_lazy(x) else x for x in walk(jaxpr, consts, args)]
 
     def derivative(primals: Sequence[Any], tangents: Sequence[Any]) -> tuple[list[Any], list[Any]]:
-        # The rule is linear in the tangents, and a weight's is a sum: so is the outcome.
+        # The rule is linear in the tangents, and that of a weight is a sum: apply it term by term.
         pairs = list(zip(primals, tangents, strict=True))[n_consts:]
         terms = [_terms(p, t) for p, t in pairs]
         out, total = _apply_rule(ctx, eqn, walk, primals[n_consts:], [t for t, _ in terms])
@@ -50,7 +50,7 @@ def _custom_jvp(ctx: Context, eqn: Any, args: Sequence[Any], walk: Walk) -> list
 def _apply_rule(
     ctx: Context, eqn: Any, walk: Walk, primals: Sequence[Any], tangents: Sequence[Any]
 ) -> tuple[list[Any], list[Any]]:
-    """The author's rule on one term of the tangents: the outputs and their tangents."""
+    """Apply the rule to one term of the tangents; return the outputs and their tangents."""
     if not eqn.params["symbolic_zeros"]:
         tangents = [instantiate(t) for t in tangents]
     zeros_in = [type(t) is SymbolicZero for t in tangents]
@@ -76,20 +76,20 @@ def _zero(x: Any) -> SymbolicZero:
 
 
 def _base_moves(primal: Any, t: Any) -> bool:
-    """Whether a weight's base has a tangent, as one that an input scales has."""
+    """Return whether a weight's base has a tangent, as it does where an input scales it."""
     return is_lazy(primal) and t.w is not None and type(t.w) is not SymbolicZero
 
 
 def instantiate(t: Any) -> Any:
-    """A tangent or cotangent as an array of numbers."""
+    """Return a tangent or cotangent as an array."""
     if type(t) is not SymbolicZero:
         return t
-    # float0, the tangent dtype of integers and keys, is no dtype of jax.numpy
+    # jax.numpy does not know float0, the tangent dtype of integers and keys
     return np.zeros(t.shape, t.dtype) if t.dtype == dtypes.float0 else jaxprs.zeros(t.aval)
 
 
 def _terms(primal: Any, t: Any) -> tuple[Any, Any]:
-    """The terms of one argument's tangent: of A and of B, or an ordinary one's own and zero."""
+    """Split an argument's tangent in two: the terms of A and of B, or for an array itself and 0."""
     if is_lazy(primal) and primal.a is not None:
         return tangents(primal, instantiate(t.a), instantiate(t.b))
     return _zero(primal) if is_lazy(primal) else t, _zero(primal)

@@ -1,4 +1,4 @@
-"""Functions with a backward derivative of their author's (custom_vjp), rebuilt around weights."""
+"""`custom_vjp`: the user-defined derivative runs on lazy weights, and yields dA and dB."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -12,30 +12,30 @@ from jax import dtypes
 from lora_jax.engine import jaxprs
 from lora_jax.engine.arithmetic import to_dense
 from lora_jax.engine.context import Context
+from lora_jax.engine.jaxprs import JaxprAndConsts
 from lora_jax.engine.lazy_weight import LazyWeight, is_lazy
 from lora_jax.engine.rules.custom_jvp import instantiate
 from lora_jax.engine.rules.registry import Container, Walk, rule
 
 CONTAINERS: dict[str, Container] = {}
 
-Program = tuple[Any, Sequence[Any]]  # (jaxpr, consts)
 
-#: What may stand between the product that is dW and the place where it is returned.
+#: What may happen to the product that is dW before it is returned.
 _LINEAR = ("transpose", "reshape", "squeeze", "convert_element_type", "neg", "copy", "copy_p")
 
 
 @rule(CONTAINERS, "custom_vjp_call")
 def _custom_vjp(ctx: Context, eqn: Any, args: Sequence[Any], walk: Walk) -> list[Any]:
-    """Both halves of the author's derivative are interpreted like the function is.
+    """Interpret both halves of the user-defined derivative as we do the function.
 
-    What the first half saves stays lazy. The second yields the cotangent dW of the whole weight,
-    from which follow dA = dW·Bᵀ and dB = Aᵀ·dW (the scale is in B). Where dW is a product, as
-    xᵀ·g is, it is multiplied with B and A factor by factor and never made.
+    What the first half saves stays lazy. The second one yields the cotangent dW of the whole
+    weight, from which dA = dW·Bᵀ and dB = Aᵀ·dW follow (the scale is in B). Where dW is a product,
+    such as xᵀ·g, it is multiplied with B and A factor by factor and never materialized.
     """
     jaxpr, consts = jaxprs.open_jaxpr(eqn.params["call_jaxpr"])
-    # The author's derivative knows of no dropout in the branch.
+    # The user-defined derivative does not know about dropout in the branch.
     args = [ctx.densify_gain(x, eqn) for x in args]
-    args = [_without_dropout(x) if is_lazy(x) else x for x in args]
+    args = [_switch_dropout_off(x) if is_lazy(x) else x for x in args]
 
     def dense(outs: Sequence[Any]) -> list[Any]:
         return [ctx.densify(x, eqn) if is_lazy(x) else x for x in outs]
@@ -47,12 +47,12 @@ def _custom_vjp(ctx: Context, eqn: Any, args: Sequence[Any], walk: Walk) -> list
         moving = [any(x.perturbed for x in jax.tree.leaves(arg)) for arg in args]
         bases = [is_lazy(arg) and arg.w is not None and arg.w.perturbed for arg in args]
         args = jax.tree.map(lambda x: x.value, args)
-        first, second = _halves(eqn, moving)
+        first, second = _split_derivative(eqn, moving)
         outs = walk(*first, args)
         factors = [dataclasses.replace(x, w=None) if is_lazy(x) else None for x in args]
         pullback = _Pullback(second, moving, [x is not None for x in factors], bases)
         for lazy in pullback.whole(factors):
-            ctx.densify(lazy, eqn, " (the author's derivative makes all of dW)")
+            ctx.densify(lazy, eqn, " (the custom derivative forms all of dW)")
         n_out = len(eqn.outvars)
         return dense(outs[:n_out]), (pullback, outs[n_out:], factors)
 
@@ -60,27 +60,27 @@ def _custom_vjp(ctx: Context, eqn: Any, args: Sequence[Any], walk: Walk) -> list
         pullback, residuals, factors = saved
         given = [instantiate(ct) for ct in cotangents]
         given = [ct for ct in given if ct.dtype != dtypes.float0]
-        program: Program = pullback.program
+        program: JaxprAndConsts = pullback.program
         outs = dense(walk(*program, [*residuals, *given]))
         return pullback.cotangents(outs, factors, walk)
 
     if ctx.infers or any(is_lazy(x) and x.probe for x in args):
-        return primal(*args)  # the author's derivative would not reach what observes the inputs
+        return primal(*args)  # the user-defined derivative would not reach the probe
     call = jax.custom_vjp(primal)
     call.defvjp(forward, lambda *args: tuple(backward(*args)), symbolic_zeros=True)
     return call(*args)
 
 
-def _without_dropout(lazy: LazyWeight) -> LazyWeight:
+def _switch_dropout_off(lazy: LazyWeight) -> LazyWeight:
     return dataclasses.replace(lazy, key=None, key_axes=(), dropout=0.0)
 
 
-def _halves(eqn: Any, moving: Sequence[bool]) -> tuple[Program, Program]:
-    """The author's derivative as two programs, each a (jaxpr, consts).
+def _split_derivative(eqn: Any, moving: Sequence[bool]) -> tuple[JaxprAndConsts, JaxprAndConsts]:
+    """Trace the user-defined derivative as two programs.
 
     The first takes the equation's inputs; it returns the outputs, then what is saved. The second
-    takes what was saved, then the cotangents of the outputs that are no integers; it returns the
-    cotangents of the inputs that are `moving`.
+    takes what was saved, then the cotangents of the floating outputs; it returns the cotangents of
+    those inputs that are `moving`.
     """
     is_float = [jnp.issubdtype(v.aval.dtype, jnp.inexact) for v in eqn.outvars]
     trees: list[Any] = []
@@ -111,28 +111,32 @@ def _halves(eqn: Any, moving: Sequence[bool]) -> tuple[Program, Program]:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class _Product:
-    """dW as `tail(left · right)`; `transposed` is the program (right, P) → what pairs with left."""
+class _WeightCotangent:
+    """dW = `tail(left · right)`; `transposed` maps (right, A·B) to what is contracted with left."""
 
     left: Any
     right: Any
-    transposed: Program
+    transposed: JaxprAndConsts
 
 
 @jax.tree_util.register_static
 class _Pullback:
-    """The second half, asked for a product's two operands in place of the product, where it can."""
+    """The second half; where dW is a product, it returns the two operands in place of dW."""
 
     def __init__(
-        self, half: Program, moving: Sequence[bool], lazy: Sequence[bool], bases: Sequence[bool]
+        self,
+        half: JaxprAndConsts,
+        moving: Sequence[bool],
+        lazy: Sequence[bool],
+        bases: Sequence[bool],
     ):
         jaxpr, consts = half
         outs = iter(jaxpr.outvars)
         found = [next(outs) if moves else None for moves in moving]
         made = jaxprs.producers(jaxpr)
-        # A base that moves, as one that an input scales does, needs all of dW.
+        # A base that has a cotangent itself, as where an input scales it, needs all of dW.
         self._products = [
-            _product(made, v) if is_weight and v is not None and not moves else None
+            _find_product(made, v) if is_weight and v is not None and not moves else None
             for v, is_weight, moves in zip(found, lazy, bases, strict=True)
         ]
         self._bases = bases
@@ -140,15 +144,15 @@ class _Pullback:
         wanted: list[Any] = []
         for v, product in zip(found, self._products, strict=True):
             wanted += [product.left, product.right] if product else [] if v is None else [v]
-        self.program: Program = jaxprs.restricted(jaxpr, consts, wanted)
+        self.program: JaxprAndConsts = jaxprs.restrict_to(jaxpr, consts, wanted)
 
     def whole(self, factors: Sequence[Any]) -> list[LazyWeight]:
-        """The weights whose dW is made."""
+        """Return the weights whose dW is materialized."""
         rows = zip(factors, self._products, self._moving, strict=True)
         return [lazy for lazy, product, moves in rows if lazy and moves and not product]
 
     def cotangents(self, outs: Sequence[Any], factors: Sequence[Any], walk: Walk) -> list[Any]:
-        """What the program's outputs say about each input: an array, factors, or None."""
+        """Return the cotangent of each input from the program's outputs: array, weight or None."""
         values = iter(outs)
         rows = zip(factors, self._products, self._moving, self._bases, strict=True)
         return [
@@ -158,20 +162,20 @@ class _Pullback:
 
 
 def _one_cotangent(
-    lazy: Any, product: _Product | None, values: Any, walk: Walk, base_moves: bool
+    lazy: Any, product: _WeightCotangent | None, values: Any, walk: Walk, base_moves: bool
 ) -> Any:
     first = next(values)
     if lazy is None:
         return first
     if product is None:
-        pulled = _pulled(lazy, to_dense, first)
+        pulled = _pull_back(lazy, to_dense, first)
         return dataclasses.replace(pulled, w=first.astype(lazy.dtype)) if base_moves else pulled
     right = next(values)
-    return _pulled(lazy, lambda update: walk(*product.transposed, [right, update])[0], first)
+    return _pull_back(lazy, lambda update: walk(*product.transposed, [right, update])[0], first)
 
 
-def _pulled(lazy: LazyWeight, fn: Callable[[LazyWeight], Any], ct: jax.Array) -> LazyWeight:
-    """The cotangents of both factors from that of `fn(A·B)`."""
+def _pull_back(lazy: LazyWeight, fn: Callable[[LazyWeight], Any], ct: jax.Array) -> LazyWeight:
+    """Return the cotangents of both factors, from that of `fn(A·B)`."""
 
     def of_factors(a: jax.Array, b: jax.Array) -> jax.Array:
         return fn(dataclasses.replace(lazy, a=a, b=b))
@@ -181,8 +185,8 @@ def _pulled(lazy: LazyWeight, fn: Callable[[LazyWeight], Any], ct: jax.Array) ->
     return dataclasses.replace(lazy, a=a, b=b)
 
 
-def _product(made: dict[Any, Any], var: Any) -> _Product | None:
-    """How `var` comes from a product of two variables, if it does."""
+def _find_product(made: dict[Any, Any], var: Any) -> _WeightCotangent | None:
+    """Return how `var` comes from a product of two variables; None if it does not."""
     aval, tail = var.aval, []
     while (eqn := made.get(var)) is not None and eqn.primitive.name != "dot_general":
         inputs = [v for v in eqn.invars if jaxprs.is_var(v)]
@@ -205,4 +209,4 @@ def _product(made: dict[Any, Any], var: Any) -> _Product | None:
     def transposed(y: Any, update: Any) -> Any:
         return jax.linear_transpose(lambda x: product(x, y), left.aval)(update)
 
-    return _Product(left, right, jaxprs.trace(transposed, right.aval, aval))
+    return _WeightCotangent(left, right, jaxprs.trace(transposed, right.aval, aval))

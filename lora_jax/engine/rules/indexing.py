@@ -1,6 +1,7 @@
 """Rules for indexing: the factors that have an indexed axis are indexed, the others stay."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -13,14 +14,14 @@ from lora_jax.engine.arithmetic import to_dense
 from lora_jax.engine.context import Context
 from lora_jax.engine.lazy_weight import Axis, LazyWeight, is_lazy
 from lora_jax.engine.rules.registry import PrimitiveRule, rule
-from lora_jax.engine.rules.views import mark_indexed, viewed
+from lora_jax.engine.rules.views import mark_indexed, view_of
 
 RULES: dict[str, PrimitiveRule] = {}
 
 
 @rule(RULES, "dynamic_slice")
 def _dynamic_slice(ctx: Context, eqn: Any, args: Sequence[Any]) -> Any:
-    """Stacked weights indexed by a layer number stay lazy; a single row read is a lookup."""
+    """Slice the factors. A weight picked from a stack stays lazy; reading one row is a lookup."""
     lazy, *starts = args
     if not is_lazy(lazy) or any(map(is_lazy, starts)) or len(starts) != len(lazy.axes):
         return NotImplemented
@@ -33,12 +34,15 @@ def _dynamic_slice(ctx: Context, eqn: Any, args: Sequence[Any]) -> Any:
             if size == 1:
                 lookup = lookup or _only_factor(lazy, old) == "a"
                 moved = mark_indexed(moved, old)
-    outs = viewed(eqn, moved, axes, *starts)
+    outs = view_of(eqn, moved, axes, *starts)
     return [to_dense(out) for out in outs] if lookup else outs
 
 
 def _slicer(start: Any, size: int) -> Callable[[jax.Array, int], jax.Array]:
-    """`fn(array, dimension)`: what the primitive does, which clamps and knows no negative index."""
+    """Return `fn(array, dimension)`, which slices as the primitive does.
+
+    It clamps a start that is out of bounds, and a negative one does not count from the end.
+    """
 
     def slice_at(x: jax.Array, at: int) -> jax.Array:
         starts = [start if i == at else jnp.zeros_like(start) for i in range(x.ndim)]
@@ -49,7 +53,7 @@ def _slicer(start: Any, size: int) -> Callable[[jax.Array, int], jax.Array]:
 
 
 def _only_factor(lazy: LazyWeight, axis: Axis) -> str:
-    """The factor that alone has `axis`: picking from it reads rows, as an embedding does.
+    """Return the factor that alone has `axis`: picking from it reads rows, as an embedding does.
 
     Empty for a batch axis, which both have: picking from it selects whole weights.
     """
@@ -59,11 +63,11 @@ def _only_factor(lazy: LazyWeight, axis: Axis) -> str:
 
 @rule(RULES, "gather")
 def _gather(ctx: Context, eqn: Any, args: Sequence[Any]) -> Any:
-    """`w[ids]` along any axes: each factor is gathered along those of them that it has."""
+    """Gather each factor along those of the indexed axes that it has, for `w[ids]` in any form."""
     lazy, indices = args
     if not is_lazy(lazy) or is_lazy(indices):
         return NotImplemented
-    gather = _Gather(eqn, lazy, indices)
+    gather = _Gather(eqn.params, lazy, indices)
     if not gather.is_factored:
         return NotImplemented
     moved = lazy.map_members(gather.member)
@@ -72,86 +76,121 @@ def _gather(ctx: Context, eqn: Any, args: Sequence[Any]) -> Any:
     factors = [_only_factor(lazy, axis) for axis in gather.picked]
     rows_of = next(filter(None, factors), "") if lazy.a is not None else "a"
     origin = dataclasses.replace(moved.origin, looked_up=rows_of)
-    outs = viewed(eqn, dataclasses.replace(moved, origin=origin), gather.axes, indices)
-    # Rows of A are an activation, as an embedding's are. But one list of ids that names no more
-    # rows than there are may permute or select inputs: there the reader of the rows decides.
+    outs = view_of(eqn, dataclasses.replace(moved, origin=origin), gather.axes, indices)
+    # Rows of A are an activation, as an embedding's are. But one list of ids, no longer than the
+    # axis, may permute or select inputs: there it depends on what the rows meet.
     return [to_dense(out) for out in outs] if "a" in factors and not gather.is_list else outs
 
 
+@dataclasses.dataclass(frozen=True)
 class _Gather:
-    """A gather of a view: the axes of its result, and the same gather on a factor."""
+    """A gather of a view: the axes of its result, and the same gather on a factor.
 
-    def __init__(self, eqn: Any, lazy: LazyWeight, indices: jax.Array):
-        self._params, self._view, self._indices = eqn.params, lazy, indices
-        numbers, self._sizes = eqn.params["dimension_numbers"], eqn.params["slice_sizes"]
-        self._collapsed = numbers.collapsed_slice_dims
-        self._batching = dict(
-            zip(numbers.operand_batching_dims, numbers.start_indices_batching_dims, strict=True)
-        )
-        self._fills = eqn.params["mode"] == lax.GatherScatterMode.FILL_OR_DROP
-        # dimension of the view -> column of the indices. An index for an axis taken whole (as
-        # `vmap` of a dynamic slice makes) can only be 0, unless what is out of bounds is filled.
-        self._columns = {
+    `w[ids]` with w `[vocabulary, features]` and ids `[batch, time]` has indices `[batch, time, 1]`,
+    start_index_map (0,), collapsed_slice_dims (0,), offset_dims (2,) and slice_sizes (1, features):
+
+        columns      {0: 0}                   axis 0 of w is indexed, by column 0 of the indices
+        picked       [vocabulary]             each index picks one entry of it
+        id_axes      [batch, time]            new axes of the result
+        offset_axes  {1: features}            axis 1 of w is still there
+        axes         [batch, time, features]
+
+    A `[vocabulary, rank]` has the picked axis: it becomes `[batch, time, rank]` by the same gather
+    with slice_sizes (1, rank). B `[rank, features]` does not have it, and stays.
+    """
+
+    params: dict[str, Any]
+    view: LazyWeight
+    indices: jax.Array  # [*ids, columns]
+
+    @functools.cached_property
+    def columns(self) -> dict[int, int]:
+        """Which column of the indices says where along a dimension of the view: {3: 0, 1: 1}."""
+        # An index along an axis of which all is taken (`vmap` of a dynamic slice makes such) can
+        # only be 0, unless what is out of bounds is filled.
+        return {
             i: column
-            for column, i in enumerate(numbers.start_index_map)
-            if self._fills or not self._whole(i) or i in self._collapsed
+            for column, i in enumerate(self._numbers.start_index_map)
+            if self._fills or not self._takes_all(i) or i in self._collapsed
         }
-        self.picked = [lazy.axes[i] for i in self._columns if self._sizes[i] == 1]
-        n_ids, paired = indices.ndim - 1, {j: lazy.axes[i] for i, j in self._batching.items()}
-        counts = [n for j, n in enumerate(indices.shape[:-1]) if j not in paired]
-        is_single = len(counts) == len(self.picked) == len(self._columns) == 1
-        #: whether one axis is picked from by one list of ids, of which there are no more than rows
-        self.is_list = is_single and counts[0] <= lazy.sizes[self.picked[0]]
-        reorders = is_single and counts[0] == lazy.sizes[self.picked[0]]
+
+    @functools.cached_property
+    def picked(self) -> list[Axis]:
+        """The axes of the view of which each index picks one entry."""
+        return [self.view.axes[i] for i in self.columns if self._sizes[i] == 1]
+
+    @functools.cached_property
+    def id_axes(self) -> list[Axis]:
+        """The axes of the ids, `[*ids]`: the view's where they are paired with it, else new."""
+        paired = {j: self.view.axes[i] for i, j in self._batching.items()}
+        # a list as long as the axis may be a permutation: its axis still comes from the weight's
+        length = self._list_length
+        reorders = length is not None and length == self.view.sizes[self.picked[0]]
         origins = self.picked[0].origins if reorders else ()
-        ids = [paired.get(j, lazy.new_axis(origins, skip=j)) for j in range(n_ids)]
-        self._id_axes = ids
-        self._offset = {
-            i: axis if self._whole(i) else lazy.new_axis(axis.origins, skip=n_ids + i)
-            for i, axis in enumerate(lazy.axes)
+        n_ids = self.indices.ndim - 1
+        return [paired.get(j, self.view.new_axis(origins, skip=j)) for j in range(n_ids)]
+
+    @functools.cached_property
+    def offset_axes(self) -> dict[int, Axis]:
+        """The dimensions of the view that are still in the result, `{dimension: axis}`."""
+        # all of the dimension: the same axis; a part of it: a new one
+        n_ids = self.indices.ndim - 1
+        return {
+            i: axis if self._takes_all(i) else self.view.new_axis(axis.origins, skip=n_ids + i)
+            for i, axis in enumerate(self.view.axes)
             if i not in self._collapsed and i not in self._batching
         }
-        kept, new = iter(self._offset.values()), iter(ids)
-        ndim = len(self._offset) + n_ids
-        self.axes = [next(kept) if i in numbers.offset_dims else next(new) for i in range(ndim)]
 
-    def _whole(self, i: int) -> bool:
-        return self._sizes[i] == self._view.shape[i]
+    @property
+    def axes(self) -> list[Axis]:
+        """The axes of the result: the offset axes at `offset_dims`, the id axes at the others."""
+        kept, ids = iter(self.offset_axes.values()), iter(self.id_axes)
+        ndim = len(self.offset_axes) + len(self.id_axes)
+        return [next(kept if i in self._numbers.offset_dims else ids) for i in range(ndim)]
+
+    @property
+    def is_list(self) -> bool:
+        """Whether one list of ids picks from one axis, and is no longer than that."""
+        length = self._list_length
+        return length is not None and length <= self.view.sizes[self.picked[0]]
 
     @property
     def is_factored(self) -> bool:
         """Whether gathering the factors gathers the update."""
-        indexed = {*self._columns, *self._batching}
-        cut = [i for i in range(len(self._sizes)) if not self._whole(i) or i in self._collapsed]
-        held = [self._view.holders(self._view.axes[i]) for i in self._columns]
-        # What lies out of bounds gets the base's filling alone, so some factor must be zero there.
-        zeroed = not self._fills or self._view.a is None or all({"a", "b"} & set(h) for h in held)
-        value = self._params["fill_value"] if self._fills else None
+        view, indexed = self.view, {*self.columns, *self._batching}
+        cut = [i for i in range(len(self._sizes)) if not self._takes_all(i) or i in self._collapsed]
+        held = [view.holders(view.axes[i]) for i in self.columns]
+        # What is out of bounds gets the base's fill value alone: there some factor must be zero.
+        zeroed = not self._fills or view.a is None or all({"a", "b"} & set(h) for h in held)
+        value = self.params["fill_value"] if self._fills else None
         takes_no_gain = value is not None and value != 0 and not math.isnan(value)
-        misfit = takes_no_gain and self._view.gain is not None
+        misfit = takes_no_gain and view.gain is not None
         return zeroed and set(cut) <= indexed and not misfit
 
     def member(self, array: jax.Array, names: tuple[Axis, ...]) -> tuple[jax.Array, Sequence[Axis]]:
-        """A factor, gathered along those of the picked axes that it has."""
-        where = {self._view.axes.index(n): p for p, n in enumerate(names) if n in self._view.axes}
-        columns = {i: column for i, column in self._columns.items() if i in where}
+        """Gather a factor along those of the indexed axes that it has: `[*ids, *offset]`."""
+        # where: dimension of the view -> dimension of the factor
+        where = {self.view.axes.index(n): p for p, n in enumerate(names) if n in self.view.axes}
+        columns = {i: column for i, column in self.columns.items() if i in where}
         if not columns:
             return array, names
         if jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
             return self._keys(array, names, columns)
-        batching = {i: j for i, j in self._batching.items() if i in where}
-        collapsed = tuple(where[i] for i in self._collapsed if i in where)
+        # slice sizes and names per dimension of the factor, as the view's where it has them
         sizes, kept = list(array.shape), list(names)
         for i, p in where.items():
             sizes[p] = self._sizes[i]
-            kept[p] = self._offset.get(i, names[p])
+            kept[p] = self.offset_axes.get(i, names[p])
+        # offset: what is left once the collapsed and the paired dimensions are gone
+        batching = {i: j for i, j in self._batching.items() if i in where}
+        collapsed = tuple(where[i] for i in self._collapsed if i in where)
         gone = {*collapsed, *(where[i] for i in batching)}
-        # JAX wants them in the order of the operand, which a factor may hold otherwise.
-        paired = sorted((where[i], j) for i, j in batching.items())
         offset = [name for p, name in enumerate(kept) if p not in gone]
-        n_ids = len(self._id_axes)
+        # JAX wants pairs in the order of the operand, which may not be the factor's.
+        paired = sorted((where[i], j) for i, j in batching.items())
+        n_ids = len(self.id_axes)
         # Ids that are unique or sorted as rows of all columns need not be so in some of them.
-        same = columns == self._columns and batching == self._batching
+        same = columns == self.columns and batching == self._batching
         taken = lax.gather(
             array,
             self._ids(list(columns.values())),
@@ -163,32 +202,67 @@ class _Gather:
                 start_indices_batching_dims=tuple(j for _, j in paired),
             ),
             tuple(sizes),
-            unique_indices=same and self._params["unique_indices"],
-            indices_are_sorted=same and self._params["indices_are_sorted"],
-            mode=self._params["mode"],
+            unique_indices=same and self.params["unique_indices"],
+            indices_are_sorted=same and self.params["indices_are_sorted"],
+            mode=self.params["mode"],
             fill_value=0,
         )
-        return taken, [*self._id_axes, *offset]
+        return taken, [*self.id_axes, *offset]
 
     def _ids(self, columns: Sequence[int]) -> jax.Array:
-        if list(columns) == list(range(self._indices.shape[-1])):
-            return self._indices
-        return jnp.stack([self._indices[..., column] for column in columns], -1)
+        """Return the indices with these columns only, `[*ids, columns]`."""
+        if list(columns) == list(range(self.indices.shape[-1])):
+            return self.indices
+        return jnp.stack([self.indices[..., column] for column in columns], -1)
 
     def _keys(
         self, keys: jax.Array, names: tuple[Axis, ...], columns: dict[int, int]
     ) -> tuple[jax.Array, Sequence[Axis]]:
-        """Of stacked dropout keys that of the first weight picked, which serves them all."""
-        first = self._indices.reshape(-1, self._indices.shape[-1])[0]
+        """Return the dropout key of the first weight picked from a stack; it serves them all."""
+        first = self.indices.reshape(-1, self.indices.shape[-1])[0]
         for i, column in columns.items():
-            at = names.index(self._view.axes[i])
+            at = names.index(self.view.axes[i])
             keys = lax.dynamic_index_in_dim(keys, first[column], at, keepdims=False)
             names = names[:at] + names[at + 1 :]
         return keys, names
 
+    @property
+    def _numbers(self) -> Any:
+        return self.params["dimension_numbers"]
+
+    @property
+    def _sizes(self) -> Sequence[int]:
+        return self.params["slice_sizes"]
+
+    @property
+    def _collapsed(self) -> Sequence[int]:
+        return self._numbers.collapsed_slice_dims
+
+    @property
+    def _fills(self) -> bool:
+        return self.params["mode"] == lax.GatherScatterMode.FILL_OR_DROP
+
+    @functools.cached_property
+    def _batching(self) -> dict[int, int]:
+        """Pairs that are batch axes of the gather: dimension of the view -> that of the indices."""
+        numbers = self._numbers
+        pairs = (numbers.operand_batching_dims, numbers.start_indices_batching_dims)
+        return dict(zip(*pairs, strict=True))
+
+    @property
+    def _list_length(self) -> int | None:
+        """The length of the ids, if they are one list that picks from one axis; else None."""
+        paired = self._batching.values()
+        counts = [n for j, n in enumerate(self.indices.shape[:-1]) if j not in paired]
+        return counts[0] if len(counts) == len(self.picked) == len(self.columns) == 1 else None
+
+    def _takes_all(self, i: int) -> bool:
+        """Return whether a slice is as long as this dimension of the view."""
+        return self._sizes[i] == self.view.shape[i]
+
 
 def densify_rows(eqn: Any, args: Sequence[Any]) -> Sequence[Any]:
-    """The operands of a product, rows looked up on its left made an array where that is cheaper.
+    """Return a product's operands; rows looked up on the left are materialized if that is cheaper.
 
     `embedding[ids] @ matrix` multiplies rows like any activation. What contracts the ids
     themselves, or has the rows on its right, reads them as a weight: `x @ w[permutation]`.
@@ -200,7 +274,7 @@ def densify_rows(eqn: Any, args: Sequence[Any]) -> Sequence[Any]:
     picked_from = rows.a_axes if rows.origin.looked_up == "a" else rows.b_axes
     if any(rows.axes[i] in picked_from for i in summed):
         return args
-    # r multiply-adds an entry of the rows, against r for each of x and each of the product
+    # r multiply-adds per entry of the rows, against r per entry of x and r per entry of the product
     if math.prod(rows.shape) > math.prod(x.shape) + math.prod(eqn.outvars[0].aval.shape):
         return args
     return to_dense(rows), x

@@ -1,7 +1,6 @@
-"""Equations that hold programs (jit, remat), rebuilt around weights.
+"""`jit` and `remat`, rebuilt around lazy weights.
 
-Each is called with the context, the equation, its inputs and `walk(jaxpr, consts, args)`, which
-interprets a program; a `LazyWeight` is a pytree, so it passes through JAX's own control flow.
+A `LazyWeight` is a pytree, so it passes through JAX's own `jit`, `checkpoint` and control flow.
 """
 
 import dataclasses
@@ -21,7 +20,7 @@ CONTAINERS: dict[str, Container] = {}
 
 @rule(CONTAINERS, "jit", "pjit", "closed_call", "core_call")
 def _jit(ctx: Context, eqn: Any, args: Sequence[Any], walk: Walk) -> list[Any]:
-    """One jitted function per inner program, so that what JAX traced once stays traced once."""
+    """Call one jitted function per inner program: what JAX traced once is still traced once."""
     inner = eqn.params.get("jaxpr", eqn.params.get("call_jaxpr"))
     jaxpr, consts = jaxprs.open_jaxpr(inner)
     shardings_in, shardings_out = jaxprs.shardings(eqn)
@@ -32,7 +31,7 @@ def _jit(ctx: Context, eqn: Any, args: Sequence[Any], walk: Walk) -> list[Any]:
             pairs = zip(outs, shardings_out, strict=True)
             return [ctx.densify(x, eqn) if is_lazy(x) and s else x for x, s in pairs]
 
-        where = tuple(_placed(x, s) for x, s in zip(args, shardings_in, strict=True))
+        where = tuple(_sharding_of(x, s) for x, s in zip(args, shardings_in, strict=True))
         return jax.jit(sharded, in_shardings=where, out_shardings=list(shardings_out))(*args)
     if id(inner) not in ctx.jitted:
 
@@ -40,12 +39,15 @@ def _jit(ctx: Context, eqn: Any, args: Sequence[Any], walk: Walk) -> list[Any]:
             return walk(jaxpr, consts, args)
 
         call.__name__ = call.__qualname__ = eqn.params.get("name", "call")
-        ctx.jitted[id(inner)] = jax.jit(call), inner  # holding `inner`, whose id must stay its own
+        ctx.jitted[id(inner)] = (
+            jax.jit(call),
+            inner,
+        )  # `inner` is kept alive, or its id could be reused
     return ctx.jitted[id(inner)][0](*args)
 
 
-def _placed(x: Any, sharding: Any) -> Any:
-    """The sharding of one argument; a weight's factors go wherever the compiler puts them."""
+def _sharding_of(x: Any, sharding: Any) -> Any:
+    """Return the sharding of one argument; where a weight's factors go is left to the compiler."""
     if sharding is None or not is_lazy(x):
         return sharding
     return dataclasses.replace(
@@ -55,16 +57,16 @@ def _placed(x: Any, sharding: Any) -> Any:
 
 @rule(CONTAINERS, "remat2", "remat", "checkpoint")
 def _remat(ctx: Context, eqn: Any, args: Sequence[Any], walk: Walk) -> list[Any]:
-    """The model's own policy; where it keeps products it keeps the sum in place of both parts."""
+    """Apply the model's policy; if it saves products, save the sum in place of both parts."""
     params = eqn.params
     jaxpr, consts = jaxprs.open_jaxpr(params["jaxpr"])
     policy = params["policy"]
     if any(e.primitive.name == "dot_general" and remat.keeps(policy, e) for e in jaxpr.eqns):
         policy = remat.with_sums(policy)
     if params["differentiated"] and params["prevent_cse"]:
-        # This is the recomputation in a backward pass: without the barrier, which JAX adds when it
-        # lowers the equation, the compiler would merge it with the forward pass again.
-        args = _behind_a_barrier(ctx, args)
+        # This is the recomputation in a backward pass. JAX adds the barrier when it lowers the
+        # equation; without it the compiler would merge the recomputation with the forward pass.
+        args = _add_barrier(ctx, args)
 
     def call(*args: Any) -> list[Any]:
         with ctx.inside_remat():
@@ -75,14 +77,15 @@ def _remat(ctx: Context, eqn: Any, args: Sequence[Any], walk: Walk) -> list[Any]
 
 @rule(CONTAINERS, "optimization_barrier")
 def _optimization_barrier(ctx: Context, eqn: Any, args: Sequence[Any], walk: Walk) -> list[Any]:
-    return _behind_a_barrier(ctx, args)
+    """Put the members of weights behind the barrier too."""
+    return _add_barrier(ctx, args)
 
 
-def _behind_a_barrier(ctx: Context, values: Sequence[Any]) -> list[Any]:
-    """All values behind one barrier, arrays and members of weights.
+def _add_barrier(ctx: Context, values: Sequence[Any]) -> list[Any]:
+    """Put all values behind one barrier, arrays and members of weights; tangents one by one.
 
-    Among tangents each is behind its own. A tangent of a weight holds a factor that moves and one
-    that stands still; JAX takes all that shares a barrier with what moves for moving.
+    The tangent of a weight contains one factor's tangent and the other factor itself. JAX treats
+    all values that share a barrier with a tangent as tangents, so each gets its own barrier.
     """
     if ctx.in_derivative:
         return jax.tree.map(lax.optimization_barrier, list(values))

@@ -20,7 +20,7 @@ RULES: dict[str, PrimitiveRule] = {}
 
 @rule(RULES, "ragged_dot_general")
 def _ragged_dot(ctx: Context, eqn: Any, args: Sequence[Any]) -> Any:
-    """x·W[g] + (x·A[g])·(scale·B[g]) for the rows of each group g, by two ragged products."""
+    """Compute x·W[g] + (x·A[g])·(scale·B[g]) for the rows of each group g."""
     x, lazy, group_sizes = args
     numbers = eqn.params["ragged_dot_dimension_numbers"]
     (x_summed, w_summed), (x_batch, w_batch) = numbers.dot_dimension_numbers

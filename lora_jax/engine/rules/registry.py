@@ -1,9 +1,9 @@
-"""What a rule is, and how it gets into a table by the names of its primitives.
+"""What a rule is, and how to put one into a table.
 
-A rule is called with the context, the equation and its inputs, of which at least one is a
-`LazyWeight`; it returns the outputs, or `NotImplemented` where the weight must become dense.
-The rule of an equation that holds programs, a container, also gets `walk(jaxpr, consts, args)`,
-which interprets one of them.
+A rule gets the context, the equation and its inputs, at least one of which is a `LazyWeight`. It
+returns the outputs, or `NotImplemented` where the weight must be materialized. The rule of a
+container, an equation that contains programs, also gets `walk(jaxpr, consts, args)`, which
+interprets one of them.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,7 +19,7 @@ F = TypeVar("F", bound=Callable)
 
 
 def rule(table: dict[str, F], *primitives: str) -> Callable[[F], F]:
-    """Put a function into `table` under the names of these primitives."""
+    """Put the decorated function into `table` under the names of these primitives."""
 
     def register(fn: F) -> F:
         table.update(dict.fromkeys(primitives, fn))

@@ -1,4 +1,4 @@
-"""Loops (scan, while) rebuilt around weights: what is scanned over stays scanned over."""
+"""`scan` and `while`, rebuilt around lazy weights: what is scanned over stays scanned over."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -17,9 +17,9 @@ CONTAINERS: dict[str, Container] = {}
 
 @rule(CONTAINERS, "scan")
 def _scan(ctx: Context, eqn: Any, args: Sequence[Any], walk: Walk) -> list[Any]:
-    """Weights among `xs` stay `xs`: the factors that have the scanned axis are scanned with them.
+    """Scan the factors that have the scanned axis, so that weights among `xs` stay `xs`.
 
-    Closing over stacked weights and indexing them would copy each of them.
+    Closing over the stacked weights and indexing them would copy each of them.
     """
     params = eqn.params
     jaxpr, jaxpr_consts = jaxprs.open_jaxpr(params["jaxpr"])
@@ -33,7 +33,7 @@ def _scan(ctx: Context, eqn: Any, args: Sequence[Any], walk: Walk) -> list[Any]:
     ]
 
     def body(carry: list[Any], slices: list[Any]) -> tuple[list[Any], list[Any]]:
-        items = [x if s is None else s.inside(x) for x, s in zip(slices, scanned, strict=True)]
+        items = [x if s is None else s.at_step(x) for x, s in zip(slices, scanned, strict=True)]
         outs = walk(jaxpr, jaxpr_consts, [*consts, *loop.all(carry), *items])
         return loop.moving(outs[:n_carry]), outs[n_carry:]
 
@@ -45,7 +45,7 @@ def _scan(ctx: Context, eqn: Any, args: Sequence[Any], walk: Walk) -> list[Any]:
         reverse=params["reverse"],
         unroll=params["unroll"],
     )
-    return loop.all(carry) + [_stacked(y, params["length"]) if is_lazy(y) else y for y in ys]
+    return loop.all(carry) + [_stack_steps(y, params["length"]) if is_lazy(y) else y for y in ys]
 
 
 class _Scanned:
@@ -63,13 +63,13 @@ class _Scanned:
         origin = lazy.origin.index_away(lead.origins)
         self._template = dataclasses.replace(lazy, origin=origin, **static)
 
-    def inside(self, slices: dict[str, Any]) -> LazyWeight:
-        """The weight of one step."""
+    def at_step(self, slices: dict[str, Any]) -> LazyWeight:
+        """Return the weight of one step."""
         return dataclasses.replace(self._template, **slices)
 
 
-def _stacked(lazy: LazyWeight, length: int) -> LazyWeight:
-    """A weight that came out of a scan step by step: every member has gained a leading axis."""
+def _stack_steps(lazy: LazyWeight, length: int) -> LazyWeight:
+    """Return the weight that a scan stacked step by step: every member has a new leading axis."""
     lead = lazy.new_axis()
     changes: dict[str, Any] = {"axes": (lead, *lazy.axes), "shape": (length, *lazy.shape)}
     for name, axes in MEMBERS:
@@ -79,7 +79,7 @@ def _stacked(lazy: LazyWeight, length: int) -> LazyWeight:
 
 
 class _Carry:
-    """The carry of a loop: weights that the body hands on untouched stay out of it, and lazy."""
+    """The carry of a loop. Weights that the body returns unchanged stay lazy, outside the carry."""
 
     def __init__(self, ctx: Context, eqn: Any, body: Any, init: Sequence[Any], offset: int):
         self._ctx, self._eqn = ctx, eqn
@@ -94,12 +94,12 @@ class _Carry:
         ]
 
     def all(self, moving: Sequence[Any]) -> list[Any]:
-        """Every carried value, from those that move."""
+        """Return all carried values, from those that the loop changes."""
         values = iter(moving)
         return [next(values) if fixed is None else fixed for fixed in self._fixed]
 
     def moving(self, values: Sequence[Any]) -> list[Any]:
-        """The values that move, none of them lazy, from every carried value."""
+        """Return the values that the loop changes, none of them lazy, from all carried values."""
         return [
             self._ctx.densify(x, self._eqn, " (the loop changes it)") if is_lazy(x) else x
             for x, fixed in zip(values, self._fixed, strict=True)
@@ -109,6 +109,7 @@ class _Carry:
 
 @rule(CONTAINERS, "while")
 def _while(ctx: Context, eqn: Any, args: Sequence[Any], walk: Walk) -> list[Any]:
+    """Rebuild the loop; weights that it carries unchanged are closed over."""
     params = eqn.params
     cond, cond_consts = jaxprs.open_jaxpr(params["cond_jaxpr"])
     body, body_consts = jaxprs.open_jaxpr(params["body_jaxpr"])
@@ -116,21 +117,21 @@ def _while(ctx: Context, eqn: Any, args: Sequence[Any], walk: Walk) -> list[Any]
     for_cond, for_body = list(args[:n_cond]), list(args[n_cond : n_cond + n_body])
     loop = _Carry(ctx, eqn, body, args[n_cond + n_body :], offset=n_body)
 
-    def goes_on(carry: Sequence[Any]) -> Any:
+    def continues(carry: Sequence[Any]) -> Any:
         return walk(cond, cond_consts, [*for_cond, *loop.all(carry)])[0]
 
     def step(carry: Sequence[Any]) -> Sequence[Any]:
         moved = loop.moving(walk(body, body_consts, [*for_body, *loop.all(carry)]))
         if not cond.outvars[0].aval.shape:
             return moved
-        # Under vmap each example has a condition of its own: those that are done stand still.
-        going = goes_on(carry)
+        # Under vmap each example has its own condition: those that are done keep their values.
+        going = continues(carry)
         return [_where(going, new, old) for new, old in zip(moved, carry, strict=True)]
 
-    return loop.all(lax.while_loop(lambda carry: goes_on(carry).any(), step, loop.start))
+    return loop.all(lax.while_loop(lambda carry: continues(carry).any(), step, loop.start))
 
 
 def _where(going: jax.Array, new: jax.Array, old: jax.Array) -> jax.Array:
-    """`new` for the examples that go on; their axes lead."""
+    """Return `new` for the examples that continue, else `old`; the axes of examples lead."""
     chosen = lax.broadcast_in_dim(going, new.shape, range(going.ndim))
     return lax.select(chosen, new, old)

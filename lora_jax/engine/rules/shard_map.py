@@ -1,4 +1,4 @@
-"""`shard_map`, rebuilt around weights: the factors are sharded as the axes they share with them."""
+"""`shard_map`, rebuilt around lazy weights: factors are sharded along the axes they share."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ from lora_jax.engine import jaxprs
 from lora_jax.engine.context import Context
 from lora_jax.engine.lazy_weight import MEMBERS, LazyWeight, is_lazy
 from lora_jax.engine.rules.registry import Container, PrimitiveRule, Walk, rule
-from lora_jax.engine.rules.views import viewed
+from lora_jax.engine.rules.views import view_of
 
 RULES: dict[str, PrimitiveRule] = {}
 CONTAINERS: dict[str, Container] = {}
@@ -19,14 +19,14 @@ CONTAINERS: dict[str, Container] = {}
 
 @rule(CONTAINERS, "shard_map")
 def _shard_map(ctx: Context, eqn: Any, args: Sequence[Any], walk: Walk) -> Any:
-    """The weight's own spec says where each named axis lies, and so where the factors' axes lie."""
+    """Derive the spec of each factor from the weight's, axis by axis."""
     arguments = jaxprs.shard_map_arguments(eqn)
     mesh, specs = arguments["mesh"], arguments.pop("in_specs")
     if any(is_lazy(x) and (s.unreduced or s.reduced) for x, s in zip(args, specs, strict=True)):
-        return NotImplemented  # a sum of shards is no view of the weight
+        return NotImplemented  # a sum of shards is not a view of the weight
     jaxpr, consts = jaxprs.open_jaxpr(eqn.params["jaxpr"])
     args = [
-        ctx.densify(x, eqn) if is_lazy(x) and _parts_inputs(x, s) else x
+        ctx.densify(x, eqn) if is_lazy(x) and _splits_inputs(x, s) else x
         for x, s in zip(args, specs, strict=True)
     ]
     placed = [_specs(x, s) if is_lazy(x) else s for x, s in zip(args, specs, strict=True)]
@@ -44,7 +44,7 @@ def _shard_map(ctx: Context, eqn: Any, args: Sequence[Any], walk: Walk) -> Any:
 
     arguments["out_specs"] = list(arguments["out_specs"])
     mapped = jax.shard_map(body, in_specs=tuple(flat_specs), **arguments)
-    arrays = [_agreeing(x, mesh, s) for x, s in zip(arrays, flat_specs, strict=True)]
+    arrays = [_reshard(x, mesh, s) for x, s in zip(arrays, flat_specs, strict=True)]
     return mapped(*arrays)
 
 
@@ -53,7 +53,7 @@ def _is_spec(x: Any) -> bool:
 
 
 def _specs(lazy: LazyWeight, spec: PartitionSpec) -> LazyWeight:
-    """A spec in place of each member: the base's own, and for a factor that of its axes."""
+    """Return the weight with a spec in place of each member, by the names of its axes."""
     entries = [*spec, *[None] * (len(lazy.axes) - len(spec))]
     where = dict(zip(lazy.axes, entries, strict=True))
     specs: dict[str, Any] = {"w": None if lazy.w is None else spec}
@@ -63,33 +63,33 @@ def _specs(lazy: LazyWeight, spec: PartitionSpec) -> LazyWeight:
     return dataclasses.replace(lazy, **specs)
 
 
-def _parts_inputs(lazy: LazyWeight, spec: PartitionSpec) -> bool:
-    """Whether each device would observe a part of every input, and none a whole one."""
+def _splits_inputs(lazy: LazyWeight, spec: PartitionSpec) -> bool:
+    """Return whether inputs are sharded, so that no device would observe a whole one."""
     parted = [axis for axis, entry in zip(lazy.axes, spec, strict=False) if entry is not None]
     return bool(lazy.probe) and any(a in lazy.a_axes and a not in lazy.b_axes for a in parted)
 
 
-def _agreeing(x: Any, mesh: Any, spec: PartitionSpec) -> Any:
-    """`x` placed as `spec` says, where the mesh makes the sharding part of the type."""
+def _reshard(x: Any, mesh: Any, spec: PartitionSpec) -> Any:
+    """Reshard `x` as `spec` says, where the mesh makes the sharding part of the type."""
     explicit = AxisType.Explicit in mesh.axis_types
     return jax.sharding.reshard(x, NamedSharding(mesh, spec)) if explicit else x
 
 
 @rule(RULES, "pvary")
 def _pvary(ctx: Context, eqn: Any, args: Sequence[Any]) -> Any:
-    """The factors vary as the base does: of a tangent there is no base to tell."""
+    """Make the factors vary as the base does; a tangent has no base that shows it."""
     (lazy,) = args
     mesh_axes = eqn.params["axes"]
-    return viewed(
-        eqn, lazy.map_members(lambda x, axes: (jaxprs.varying(x, mesh_axes), axes)), lazy.axes
+    return view_of(
+        eqn, lazy.map_members(lambda x, axes: (jaxprs.make_varying(x, mesh_axes), axes)), lazy.axes
     )
 
 
 @rule(RULES, "all_gather", "all_gather_invariant")
 def _all_gather(ctx: Context, eqn: Any, args: Sequence[Any]) -> Any:
-    """A weight whose shards are gathered along one of its axes: so are the factors that have it.
+    """Gather the factors that have the gathered axis.
 
-    The other factor must be the same on every device along the mesh's axis.
+    The other factor must be the same on every device along the mesh axis.
     """
     (lazy,) = args
     params = eqn.params
@@ -106,7 +106,7 @@ def _all_gather(ctx: Context, eqn: Any, args: Sequence[Any]) -> Any:
     gathered = lazy.map_axis(
         old, lambda x, i: jaxprs.bind(eqn, [x], all_gather_dimension=i)[0], new
     )
-    return viewed(eqn, gathered, [*lazy.axes[:at], new, *lazy.axes[at + 1 :]])
+    return view_of(eqn, gathered, [*lazy.axes[:at], new, *lazy.axes[at + 1 :]])
 
 
 def _varies(x: Any, mesh_axes: Sequence[Any]) -> bool:

@@ -1,4 +1,4 @@
-"""Rules for views of a weight: names and small factors move, the base goes through the equation."""
+"""Rules for views: names and small factors are rearranged, the base passes the equation itself."""
 
 import dataclasses
 from collections.abc import Callable, Collection, Sequence
@@ -18,12 +18,12 @@ RULES: dict[str, PrimitiveRule] = {}
 
 
 def on_base(eqn: Any, lazy: LazyWeight, *others: Any) -> Any:
-    """The equation's output on the base view alone; None for a tangent, whose base is zero."""
+    """Return the equation's output on the base view; None for a tangent, whose base is zero."""
     return None if lazy.w is None else jaxprs.bind(eqn, [lazy.w, *others])[0]
 
 
-def viewed(eqn: Any, lazy: LazyWeight, axes: Sequence[Axis], *others: Any) -> list[LazyWeight]:
-    """The outputs of a view: members as in `lazy`, the base through the equation itself."""
+def view_of(eqn: Any, lazy: LazyWeight, axes: Sequence[Axis], *others: Any) -> list[LazyWeight]:
+    """Return the outputs of a view: the members of `lazy`, and the base from the equation."""
     aval = eqn.outvars[0].aval
     return [
         dataclasses.replace(
@@ -41,29 +41,29 @@ _SAME_AXES = ("copy", "copy_p", "name", "sharding_constraint", "convert_element_
 
 @rule(RULES, *_SAME_AXES)
 def _same_axes(ctx: Context, eqn: Any, args: Sequence[Any]) -> Any:
-    """The factors keep their own dtype; they are cast where they are multiplied."""
+    """Keep the factors in their own dtype; they are cast where they are multiplied."""
     lazy = args[0]
     if len(args) > 1 or not jnp.issubdtype(eqn.outvars[0].aval.dtype, jnp.floating):
         return NotImplemented
-    return viewed(eqn, lazy, lazy.axes)
+    return view_of(eqn, lazy, lazy.axes)
 
 
 @rule(RULES, "stop_gradient")
 def _stop_gradient(ctx: Context, eqn: Any, args: Sequence[Any]) -> Any:
     (lazy,) = args
     stopped = lazy.map_members(lambda array, axes: (lax.stop_gradient(array), axes))
-    return viewed(eqn, stopped, lazy.axes)
+    return view_of(eqn, stopped, lazy.axes)
 
 
 @rule(RULES, "neg")
 def _neg(ctx: Context, eqn: Any, args: Sequence[Any]) -> Any:
     (lazy,) = args
-    return viewed(eqn, _scaled(lazy, lambda b: -b), lazy.axes)
+    return view_of(eqn, _scale_update(lazy, lambda b: -b), lazy.axes)
 
 
 @rule(RULES, "mul", "div")
 def _multiple(ctx: Context, eqn: Any, args: Sequence[Any]) -> Any:
-    """weight · s and weight / s: the factor that has the axes along which s varies takes it."""
+    """Multiply by s, or divide: the factor that has all axes along which s varies takes it."""
     aval, divides = eqn.outvars[0].aval, eqn.primitive.name == "div"
     weights = [i for i, x in enumerate(args) if is_lazy(x) and x.shape == aval.shape]
     if len(weights) != 1 or (divides and weights == [1]):
@@ -79,23 +79,24 @@ def _multiple(ctx: Context, eqn: Any, args: Sequence[Any]) -> Any:
     s = ctx.densify(s, eqn) if is_lazy(s) else s
     operation = jnp.divide if divides else jnp.multiply
     w = None if lazy.w is None else jaxprs.bind(eqn, [(lazy.w, s), (s, lazy.w)][weights[0]])[0]
-    scaled = lazy if lazy.a is None else _along(lazy, factor, operation, s, varying)
+    scaled = lazy if lazy.a is None else _scale_along(lazy, factor, operation, s, varying)
     return [dataclasses.replace(scaled, w=w)]
 
 
 def _factor_with(lazy: LazyWeight, axes: Sequence[Axis]) -> str | None:
-    """A factor that has all these axes, B before A; while uses are inferred it may have any."""
+    """Return a factor with all these axes, B before A; while uses are inferred, assume one."""
     if lazy.a is None:
         some = any(axis not in axes for axis, size in lazy.sizes.items() if size != 1)
         return "b" if some or not axes else None
     return next((f for f in ("b", "a") if set(axes) <= set(lazy.axes_of(f))), None)
 
 
-def _along(
+def _scale_along(
     lazy: LazyWeight, factor: str, operation: Callable, s: jax.Array, varying: Sequence[Axis]
 ) -> LazyWeight:
-    """The weight with `operation(factor, s)` for one factor, s varying along some of its axes."""
+    """Return the weight with `operation(factor, s)`, s varying along some axes of the factor."""
     array, axes = getattr(lazy, factor), lazy.axes_of(factor)
+    # s: [*varying], in the weight's order, then in the factor's, then with ones for other axes
     s = jnp.asarray(s).reshape([lazy.sizes[axis] for axis in varying])
     s = s.transpose([varying.index(axis) for axis in axes if axis in varying])
     s = s.reshape([n if axis in varying else 1 for axis, n in zip(axes, array.shape, strict=True)])
@@ -103,25 +104,25 @@ def _along(
     return dataclasses.replace(lazy, **{factor: operation(array.astype(wide), s.astype(wide))})
 
 
-def _scaled(lazy: LazyWeight, fn: Callable[[jax.Array], jax.Array]) -> LazyWeight:
+def _scale_update(lazy: LazyWeight, fn: Callable[[jax.Array], jax.Array]) -> LazyWeight:
     return lazy if lazy.b is None else dataclasses.replace(lazy, b=fn(lazy.b))
 
 
 @rule(RULES, "transpose")
 def _transpose(ctx: Context, eqn: Any, args: Sequence[Any]) -> Any:
     (lazy,) = args
-    return viewed(eqn, lazy, [lazy.axes[i] for i in eqn.params["permutation"]])
+    return view_of(eqn, lazy, [lazy.axes[i] for i in eqn.params["permutation"]])
 
 
 @rule(RULES, "squeeze")
 def _squeeze(ctx: Context, eqn: Any, args: Sequence[Any]) -> Any:
     (lazy,) = args
     gone = [lazy.axes[i] for i in eqn.params["dimensions"]]
-    return viewed(eqn, _without(lazy, gone), [axis for axis in lazy.axes if axis not in gone])
+    return view_of(eqn, _drop_axes(lazy, gone), [axis for axis in lazy.axes if axis not in gone])
 
 
-def _without(lazy: LazyWeight, axes: Sequence[Axis]) -> LazyWeight:
-    """The members without these axes, all of size one."""
+def _drop_axes(lazy: LazyWeight, axes: Sequence[Axis]) -> LazyWeight:
+    """Return the weight without these axes, all of size one, in its members."""
     for axis in axes:
         lazy = lazy.map_axis(axis, lambda x, at: lax.squeeze(x, [at]), None)
     return lazy
@@ -137,12 +138,16 @@ def _broadcast_in_dim(ctx: Context, eqn: Any, args: Sequence[Any]) -> Any:
     source = {d: a for a, d in zip(lazy.axes, dims, strict=True) if a not in grown}
     new = [lazy.new_axis(skip=d) for d in range(len(shape))]
     axes = [source.get(d, new[d]) for d in range(len(shape))]
-    return viewed(eqn, _without(lazy, grown), axes)
+    return view_of(eqn, _drop_axes(lazy, grown), axes)
 
 
 @rule(RULES, "reshape")
 def _reshape(ctx: Context, eqn: Any, args: Sequence[Any]) -> Any:
-    """Each group of axes that the reshape splits or joins must belong to the same factors."""
+    """Reshape the members group by group; a group is a run of axes that are split or joined.
+
+    `[embed, heads·dim] -> [embed, heads, dim]` has the groups (0) -> (0) and (1) -> (1, 2). All
+    axes of a group must belong to the same factors.
+    """
     lazy, *dynamic = args
     order = eqn.params["dimensions"] or range(len(lazy.axes))  # an order to read the axes in
     old, new = [lazy.shape[i] for i in order], eqn.outvars[0].aval.shape
@@ -150,34 +155,38 @@ def _reshape(ctx: Context, eqn: Any, args: Sequence[Any]) -> Any:
     if dynamic or 0 in old:
         return NotImplemented
     groups = named_axes.reshape_groups(old, new)
+    # axes of size one are in no group: the old ones are squeezed, the new ones get fresh names
     ones = [axis for axis, size in zip(source, old, strict=True) if size == 1]
     axes = [lazy.new_axis(skip=j) for j in range(len(new))]
-    moved = _without(lazy, ones)
+    moved = _drop_axes(lazy, ones)
     for olds, news in groups:
         names = [source[i] for i in olds]
         holders = {lazy.holders(name) for name in names} - {()}
         if len(holders) > 1:
             return NotImplemented
-        if len(olds) == len(news) == 1:
+        if len(olds) == len(news) == 1:  # an axis that keeps its size keeps its name
             axes[news[0]] = names[0]
             continue
+        # an axis that no factor has is repeated in those of the group, so that it can be joined
         for name in names if holders else ():
             moved = spread(moved, name, set(next(iter(holders))))
+        # [*olds] -> [*news], whose origins are those of the whole group
         origins = [origin for name in names for origin in name.origins]
         for j in news:
             axes[j] = Axis(tuple(sorted(set(origins))), axes[j].uid)
         moved = _regroup(moved, names, [axes[j] for j in news], [new[j] for j in news])
-    return viewed(eqn, moved, axes)
+    return view_of(eqn, moved, axes)
 
 
 def _regroup(
     lazy: LazyWeight, names: Sequence[Axis], new: Sequence[Axis], sizes: Sequence[int]
 ) -> LazyWeight:
-    """Reshape, in the members that hold them, the axes `names` into the axes `new`."""
+    """Reshape the axes `names` to the axes `new`, in the members that have them."""
 
     def one(array: jax.Array, axes: tuple[Axis, ...]) -> tuple[jax.Array, Sequence[Axis]]:
         if names[0] not in axes:
             return array, axes
+        # [*names, *rest] -> [*new, *rest]
         rest = [axis for axis in axes if axis not in names]
         order = [axes.index(axis) for axis in (*names, *rest)]
         array = array.transpose(order)
@@ -187,7 +196,7 @@ def _regroup(
 
 
 def spread(lazy: LazyWeight, axis: Axis, members: Collection[str]) -> LazyWeight:
-    """An axis that no member has, repeated in these: `jnp.repeat` makes one and then joins it."""
+    """Repeat these members along an axis that they lack: `jnp.repeat` makes one, then joins it."""
     changes: dict[str, Any] = {}
     for name, field in MEMBERS:
         axes, array = getattr(lazy, field), getattr(lazy, name)
@@ -206,18 +215,20 @@ def _tile(ctx: Context, eqn: Any, args: Sequence[Any]) -> Any:
             axes[i] = moved.new_axis(axes[i].origins, skip=i)
             repeat = lambda x, at, n=n: jnp.concatenate([x] * n, at)
             moved = moved.map_axis(lazy.axes[i], repeat, axes[i])
-    return viewed(eqn, moved, axes)
+    return view_of(eqn, moved, axes)
 
 
 @rule(RULES, "pad")
 def _pad(ctx: Context, eqn: Any, args: Sequence[Any]) -> Any:
-    """The base gets the padding value; the update is zero there, for a factor is."""
+    """Pad the base with the value and a factor with zeros, so that the update is zero there."""
     lazy, value = args
     if not is_lazy(lazy) or is_lazy(value):
         return NotImplemented
     is_zero = not jaxprs.is_var(eqn.invars[1]) and value == 0
     if not is_zero and (lazy.w is None or lazy.gain is not None):
-        return NotImplemented  # a tangent's base is zero, and the value must not take the gain
+        return (
+            NotImplemented  # a tangent has no base to pad, and the gain must not multiply the value
+        )
     moved, axes = lazy, list(lazy.axes)
     for i, config in enumerate(eqn.params["padding_config"]):
         if config != (0, 0, 0):
@@ -226,7 +237,7 @@ def _pad(ctx: Context, eqn: Any, args: Sequence[Any]) -> Any:
                 return NotImplemented
             axes[i] = moved.new_axis(axes[i].origins, skip=i)
             moved = moved.map_axis(lazy.axes[i], _padder(config), axes[i])
-    return viewed(eqn, moved, axes, value)
+    return view_of(eqn, moved, axes, value)
 
 
 def _padder(config: tuple[int, int, int]) -> Callable[[jax.Array, int], jax.Array]:
@@ -244,7 +255,7 @@ def _rev(ctx: Context, eqn: Any, args: Sequence[Any]) -> Any:
     for i in eqn.params["dimensions"]:
         axis = lazy.axes[i]
         moved = moved.map_axis(axis, lambda x, at: lax.rev(x, [at]), axis)
-    return viewed(eqn, moved, lazy.axes)
+    return view_of(eqn, moved, lazy.axes)
 
 
 @rule(RULES, "slice")
@@ -264,18 +275,18 @@ def _slice(ctx: Context, eqn: Any, args: Sequence[Any]) -> Any:
             )
             if limit - start == 1:
                 moved = mark_indexed(moved, old)
-    return viewed(eqn, moved, axes)
+    return view_of(eqn, moved, axes)
 
 
 @rule(RULES, "reduce_sum")
 def _reduce_sum(ctx: Context, eqn: Any, args: Sequence[Any]) -> Any:
-    """A factor keeps a summed axis; the name is gone from the view, so the next product sums it."""
+    """Drop the axis from the view alone: a factor keeps it, so the next product sums over it."""
     (lazy,) = args
     gone = [lazy.axes[i] for i in eqn.params["axes"]]
     held = [lazy.holders(axis) for axis in gone]
     if lazy.a is not None and not all({"a", "b"} & {*h} and "gain" not in h for h in held):
         return NotImplemented
-    return viewed(eqn, lazy, [axis for axis in lazy.axes if axis not in gone])
+    return view_of(eqn, lazy, [axis for axis in lazy.axes if axis not in gone])
 
 
 @rule(RULES, "split")
@@ -321,5 +332,5 @@ def _unstack(ctx: Context, eqn: Any, args: Sequence[Any]) -> Any:
 
 
 def mark_indexed(lazy: LazyWeight, axis: Axis) -> LazyWeight:
-    """The view, with the axes of the parameter that `axis` comes from noted as indexed away."""
+    """Note that the parameter axes that `axis` comes from were indexed away."""
     return dataclasses.replace(lazy, origin=lazy.origin.index_away(axis.origins))

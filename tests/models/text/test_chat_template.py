@@ -1,4 +1,4 @@
-"""Chat templates: what transformers' writers expect of them, and what a hostile one gets."""
+"""Chat templates: what authors of templates rely on, and what a hostile one can do."""
 
 import pytest
 
@@ -13,7 +13,7 @@ MESSAGES = [{"role": "user", "content": "hi <b>"}, {"role": "assistant", "conten
     [
         ("{% for m in messages %}\n    {% if loop.first %}\n{{ m.role }}\n{% endif %}"
          "\n{% endfor %}",
-         "user\n"),  # no lines and no indents of blocks
+         "user\n"),  # no lines and no indentation left of blocks
         ("{{ messages[0]['content'] }}", "hi <b>"),  # text, not HTML
         ("{{ messages[0] | tojson }}", '{"role": "user", "content": "hi <b>"}'),
         ("{{ {'a': [1]} | tojson(indent=1) }}", '{\n "a": [\n  1\n ]\n}'),

