@@ -179,9 +179,7 @@ def test_leaves_that_do_not_fit_their_rows():
         naming.places({"q": (5, 12)})
     row = Entry(("q", "k", "v"), "qkv", "linear")
     (place,) = Naming((row,)).places({"qkv": (5, 16)}).values()
-    with pytest.raises(
-        StructureError, match=r"16 outputs are not 5 \+ 5 \+ 5; add to the"
-    ):
+    with pytest.raises(StructureError, match=r"16 outputs are not 5 \+ 5 \+ 5; add to the"):
         to_torch(Naming((row,)), {place.path: np.ones(place.shape)})
 
 
