@@ -30,7 +30,7 @@ class Target:
     def of(cls, contents: Contents, model: TorchBase, *, complete: bool) -> "Target":
         """Return the target of these contents; `complete` is false without a base."""
         tied = tied_head.find(model)
-        is_adapted = tied is not None and tied_head.is_adapted(tied, contents)
+        is_adapted = tied is not None and tied.is_in(contents)
         return cls(model, complete and not model.adapted_only, tied if is_adapted else None)
 
 
