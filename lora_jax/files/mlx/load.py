@@ -27,7 +27,7 @@ def load(
     strict: bool = True,
     dtype: Any = None,
 ) -> Any:
-    """Return the adapters that mlx-lm trained, as an overlay of `base`.
+    """Load the adapters that mlx-lm trained as an overlay of `base`.
 
     mlx-lm names modules as Hugging Face does, so the same naming serves. `lora_a` is `[in, rank]`
     and `lora_b` is `[rank, out]`; the update is `scale · lora_a · lora_b`, with one scale for all
