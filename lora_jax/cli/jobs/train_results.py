@@ -13,7 +13,7 @@ from rich.table import Table
 import lora_jax as lora
 from lora_jax.cli.jobs.train_data import Task
 from lora_jax.cli.train_options import TrainOptions
-from lora_jax.files import peft
+from lora_jax.files import native, peft
 from lora_jax.files.naming import Naming
 from lora_jax.training import log
 
@@ -53,7 +53,7 @@ class Results:
             )
             return path
         path = options.out / f"{name}.safetensors"
-        metadata = {"model": _absolute(options.model), **self.task.metadata, **record}
+        metadata = {native.MODEL: _absolute(options.model), **self.task.metadata, **record}
         lora.save(path, adapters, metadata, base=base, config=self.config)
         return path
 
