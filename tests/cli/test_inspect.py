@@ -107,7 +107,7 @@ def test_ranks_and_alphas_of_patterns(tmp_path, run):
 
 
 def test_experts_have_a_line_each(tmp_path):
-    """PEFT.md: expert e has the rows e·r:(e+1)·r of A, but the columns e::E of B."""
+    """In PEFT, expert e has the rows e·r:(e+1)·r of A, but the columns e::E of B."""
     a, b = RNG.normal(size=(3 * 4, 12)), RNG.normal(size=(8, 4 * 3))
     name = "base_model.model.model.layers.0.experts"
     extra = {f"{name}.lora_A.weight": a, f"{name}.lora_B.weight": b}
@@ -171,7 +171,7 @@ def test_a_truncated_file_and_one_without_its_other_half(tmp_path, fails):
         path.write_bytes(data[:size])
         assert str(path) in fails("inspect", adapter)
     path.unlink()
-    assert "there is no such file" in fails("inspect", adapter)
+    assert "no such file" in fails("inspect", adapter)
     extra = {"base_model.model.x.lora_A.weight": np.ones((4, 8), np.float32)}
     half = files.peft(tmp_path / "half", extra=extra)
     assert "x: has lora_A.weight but not lora_B.weight" in fails("inspect", half)
