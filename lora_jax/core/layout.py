@@ -75,7 +75,7 @@ LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 
 def subscripts(layout: Layout) -> tuple[str, str, str, str]:
-    """Return einsum subscripts of A, B, scale and W: "aZ", "Zb", "", "ab" for "io"; Z is the rank."""
+    """Return einsum subscripts of A, B, scale and W: "aZ", "Zb", "", "ab" for "io"; Z is rank."""
     batch, ins, outs, every = (pick(layout, kinds) for kinds in ("b", "i", "o", "bio"))
     return batch + ins + "Z", batch + "Z" + outs, batch, every
 
