@@ -147,7 +147,7 @@ def test_trains_saves_and_merges_per_layer(tmp_path, quick_compile):
 def test_unmerge_says_that_the_base_must_be_kept():
     _, params, _ = dense()
     _, adapters = lora_jax.split(params)
-    with pytest.raises(lora_jax.MergeError, match=r"kernel: with a magnitude .* keep it"):
+    with pytest.raises(lora_jax.MergeError, match=r"weight of kernel: with DoRA .* Keep the base"):
         lora_jax.unmerge(lora_jax.merge(params), adapters)
 
 
