@@ -51,7 +51,7 @@ def check_equal_to_merged(case: Case, dtype):
 
 
 def check_equal(case: Case, fn, adapted, params, args, tolerance):
-    """Compare outputs and gradients (or tangents) of `adapted` with those of `fn` on merged weights."""
+    """Compare outputs and gradients (or tangents) of `adapted` with `fn` on merged weights."""
     (got, moved), (want, wanted) = compare(case, fn, adapted, params, args)
     assert_close(got, want, tolerance)
     assert_close(moved, wanted, tolerance)

@@ -368,7 +368,7 @@ def stack_step_flops(form):
 
 
 def test_training_step_is_at_the_flop_floor():
-    """4TKN + 6Tr(K+N) per layer, without the input gradient of the first layer (nothing needs it)."""
+    """4TKN + 6Tr(K+N) per layer, without the first layer's input gradient, which nothing needs."""
     k, n = SIZES[0]
     floor = sum(4 * TOKENS * k * n + 6 * TOKENS * RANK * (k + n) for k, n in SIZES)
     floor -= 2 * TOKENS * k * n + 2 * TOKENS * RANK * k
