@@ -1,4 +1,4 @@
-"""`extract`: a full fine-tune as the base and the best adapter of a given rank."""
+"""`extract`: turn a full fine-tune into the base and the best adapter of a given rank."""
 
 import dataclasses
 import functools
@@ -34,28 +34,28 @@ def extract(
     rules: Mapping[str, Rule] | None = None,
     **kwargs: Any,
 ) -> tuple[Any, dict[str, Any]]:
-    """The best low-rank adapter of a full fine-tune: what of `tuned − base` a given rank can hold.
+    """Compute the low-rank adapter that comes closest to a full fine-tune.
 
-    Of each targeted weight's ΔW = tuned − base, in float32, scale·A·B is the truncated SVD, which
-    no other matrix of that rank is closer to (Eckart and Young, 1936). By default the SVD is
-    randomised (https://arxiv.org/abs/0909.4061, 8 extra columns, two power iterations), many times
-    faster on large weights and nearly as close.
+    For each targeted weight, scale·A·B is the truncated SVD of ΔW = tuned − base in float32: no
+    other matrix of its rank is closer to ΔW (Eckart and Young, 1936). By default the SVD is
+    randomized (https://arxiv.org/abs/0909.4061, with 8 extra columns and two power iterations),
+    which is many times faster on large weights and nearly as close.
 
     Args:
       base: the parameters before fine-tuning.
-      tuned: the same tree after it.
-      config: which weights, layers, ranks and scales, as for `init`, or a rank alone. What `train`,
-        `bias` and `rows` name comes out as it is in `tuned`. `init` is not used.
-      fn: the function of the parameters, and
-      *args: its example arguments, from which layouts are inferred as by `init`.
-      exact: use the exact SVD.
+      tuned: the same tree after fine-tuning.
+      config: which weights, layers, ranks and scales, as for `init`, or only a rank. Leaves and
+        rows that `train`, `bias` and `rows` name are copied from `tuned`. `init` is not used.
+      fn: the function of the parameters, from which layouts are inferred as by `init`.
+      *args: its example arguments after the parameters.
+      exact: whether to use the exact SVD.
       rules: as for `init`.
       **kwargs: example keyword arguments.
 
     Returns:
-      (overlay, residuals): `join(base, overlay)` runs; `residuals` says of every array of the tree,
-      by path, what the overlay misses, ‖ΔW − scale·A·B‖/‖ΔW‖ as a float: 0 where nothing (or
-      nothing changed), 1 for a leaf that changed and is neither targeted nor trained whole.
+      (overlay, residuals): the overlay for `join(base, overlay)`, and for every array of the tree,
+      by path, what the overlay misses: ‖ΔW − scale·A·B‖/‖ΔW‖ as a float. It is 0 if nothing is
+      missing or nothing changed, and 1 for a leaf that changed but does not train.
 
     Raises:
       StructureError: the two trees differ; every difference is listed.
@@ -79,9 +79,9 @@ def extract(
     pairs = _pairs(plan, tuned)
     _check_scales(plan, config)
     if config.dora:
-        raise ConfigError("extract: dora has no meaning here; leave it out of the config")
+        raise ConfigError("extract: dora=True has no meaning here; leave it out of the config")
     found = {
-        path: on_shapes(functools.partial(_extracted, path, plan, config, exact), *pair)
+        path: on_shapes(functools.partial(_extract_leaf, path, plan, config, exact), *pair)
         for path, pair in pairs.items()
     }
     overlay = plan.rebuild([found[path][0] if path in found else None for path in plan.leaves])
@@ -91,30 +91,32 @@ def extract(
 Extracted = tuple[Adapted | None, Any]
 
 
-def _extracted(
+def _extract_leaf(
     path: str, plan: Plan, config: LoraConfig, exact: bool, before: Any, after: Any
 ) -> Extracted:
-    """What the overlay holds at `path`, and the part of the change that it misses."""
+    """Return what the overlay has at `path`, and the part of the change that it misses."""
     mask = plan.masks.get(path)
     if path in plan.layouts:
         chosen, layout = config.for_path(path), plan.layouts[path]
         rank, scale, key = chosen.rank, chosen.scale, path_key(jax.random.key(0), path)
-        a, b, lost, total = _best(layout, rank, config.dtype, exact, key, before, after, scale)
+        a, b, lost, total = _best_factors(
+            layout, rank, config.dtype, exact, key, before, after, scale
+        )
         node = new_weight(None, a, b, scale, layout, config)
         if mask is None:
             return node, _relative(lost.sum(), total.sum())
         missed = _relative(jnp.where(mask, lost, total).sum(), total.sum())
         return weights.restrict(node, None, mask), missed
     if path in plan.whole or path in plan.rows:
-        trained = dataclasses.replace(_as_tuned(path, plan, config, after), w=before)
+        trained = dataclasses.replace(_copy_tuned(path, plan, config, after), w=before)
         got = dense(trained, accumulator(before.dtype, after.dtype))
         missed = _relative(_squares(after, got), _squares(after, before))
         return dataclasses.replace(trained, w=None), missed
     return None, jnp.any(before != after).astype(jnp.float32)
 
 
-def _as_tuned(path: str, plan: Plan, config: LoraConfig, after: Any) -> Adapted:
-    """The node of what trains whole or in rows, with the tuned values."""
+def _copy_tuned(path: str, plan: Plan, config: LoraConfig, after: Any) -> Adapted:
+    """Return the node of a leaf that trains fully or in rows, with the tuned values."""
     if path in plan.rows:
         return train_rows(after, plan.rows[path], config)
     whole, mask = train_whole(after, config), plan.masks.get(path)
@@ -122,7 +124,7 @@ def _as_tuned(path: str, plan: Plan, config: LoraConfig, after: Any) -> Adapted:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
-def _best(
+def _best_factors(
     layout: Layout,
     rank: int,
     dtype: Any,
@@ -132,7 +134,7 @@ def _best(
     after: jax.Array,
     scale: jax.Array,
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """A and B of one weight, and of each of its matrices ‖ΔW − scale·A·B‖² and ‖ΔW‖²."""
+    """Return A and B of one weight, and ‖ΔW − scale·A·B‖² and ‖ΔW‖² of each of its matrices."""
 
     def one(key: jax.Array, before: jax.Array, after: jax.Array) -> tuple[jax.Array, ...]:
         change = _difference(after, before)
@@ -151,21 +153,23 @@ def _difference(x: jax.Array, y: jax.Array) -> jax.Array:
 
 
 def _squares(x: jax.Array, y: jax.Array) -> jax.Array:
-    """‖x − y‖²."""
+    """Return ‖x − y‖²."""
     return jnp.sum(_difference(x, y) ** 2)
 
 
 def _relative(lost: jax.Array, total: jax.Array) -> jax.Array:
-    """√(lost/total); 0 where there was nothing to lose."""
+    """Return √(lost/total), or 0 if there is nothing to lose."""
     return jnp.where(total > 0, jnp.sqrt(lost / jnp.where(total > 0, total, 1)), 0)
 
 
 def _pairs(plan: Plan, tuned: Any) -> dict[str, tuple[Any, Any]]:
-    """Every array of the base, with the tuned one."""
+    """Return every array of the base by path, with the tuned one."""
     leaves, _ = flatten_with_paths(tuned, is_leaf=is_adapted)
     problems = [f"{path}: only in tuned" for path in leaves if path not in plan.leaves]
     problems += [
-        f"{path}: adapted; merge(tuned) first" for path in leaves if is_adapted(leaves[path])
+        f"{path}: adapted in tuned; call merge(tuned) first"
+        for path in leaves
+        if is_adapted(leaves[path])
     ]
     pairs = {}
     for path, before in plan.leaves.items():

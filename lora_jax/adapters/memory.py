@@ -1,4 +1,4 @@
-"""`memory_report`: what one training step takes, before it runs, beside full fine-tuning."""
+"""`memory_report`: the memory of a training step before it runs, and of full fine-tuning."""
 
 import dataclasses
 import math
@@ -17,25 +17,25 @@ from lora_jax.core.weights import require_base
 
 @dataclasses.dataclass(frozen=True)
 class StepMemory:
-    """Bytes that one training step needs at the same time."""
+    """The bytes that one training step needs at the same time."""
 
     base: int  # the parameters without adapters
-    adapters: int  # A, B, scales, and what trains in place of a leaf or of its rows
+    adapters: int  # A, B, scales, and trained values of leaves and rows
     optimizer: int  # the optimizer's state
-    arguments: int  # the batch, and whatever else the loss is given
-    temporaries: int  # activations and gradients, as the compiler has laid them out
+    arguments: int  # the batch, and all else that the loss takes
+    temporaries: int  # activations and gradients, as the compiler lays them out
 
     @property
     def total(self) -> int:
-        """The sum."""
+        """The sum of all fields."""
         return sum(dataclasses.astuple(self))
 
 
 @dataclasses.dataclass(frozen=True)
 class MemoryReport:
-    """The memory of a step that trains adapters, and of one that trains the base whole.
+    """The memory of a step that trains adapters, and of a step that trains the whole base.
 
-    Printed as a table, in MiB.
+    `print` shows it as a table, in MiB.
     """
 
     adapted: StepMemory
@@ -55,26 +55,26 @@ class MemoryReport:
 def memory_report(
     fn: Callable, params: Any, *args: Any, tx: optax.GradientTransformation | None = None
 ) -> MemoryReport:
-    """The memory of one training step, from shapes and the compiler, and of full fine-tuning.
+    """Report the memory of one training step, and of the same step of full fine-tuning.
 
-    Compiles the two steps for the default device and runs neither: the gradient of the loss, the
-    optimizer, and the new parameters and state in the place of the old ones. Temporaries are the
-    compiler's own figure (`memory_analysis` of the compiled step).
+    Both steps are compiled for the default device, and neither runs: the gradient of the loss, the
+    optimizer, and the new parameters and state, which take the memory of the old ones. Temporaries
+    are what the compiler reports (`memory_analysis` of the compiled step).
 
     Args:
-      fn: a scalar loss of `(params, *args)` that understands adapted parameters, as one that calls
-        a function made by `lora` does; of a tree without adapters it must be the loss too.
-      params: a joined tree; arrays or `ShapeDtypeStruct`s, and then nothing is allocated.
+      fn: a scalar loss of `(params, *args)` for adapted parameters, such as one that calls a
+        function made by `lora`. It must accept the base without adapters too.
+      params: a joined tree of arrays, or of `ShapeDtypeStruct`s if nothing should be allocated.
       *args: the other arguments of `fn`; arrays or `ShapeDtypeStruct`s.
-      tx: the optimizer, not frozen, for what trains: A, B and leaves trained whole in one step,
-        every floating leaf of the base in the other. None for Adam.
+      tx: the optimizer of what trains, without `freeze`: of A, B and fully trained leaves in one
+        step, of every floating leaf of the base in the other. None for Adam.
 
     Returns:
-      A `MemoryReport`; `print` shows a table, its fields are bytes.
+      A `MemoryReport`, whose fields are bytes; `print` shows it as a table.
 
     Raises:
-      StructureError: `params` holds no adapters, or these are without their base.
-      NotImplementedError: the default backend's compiler does not tell its memory.
+      StructureError: `params` contains no adapters, or adapters without their base.
+      NotImplementedError: the default backend's compiler reports no memory sizes.
 
     >>> import jax, jax.numpy as jnp, lora_jax
     >>> params = {"kernel": jax.ShapeDtypeStruct((1024, 1024), jnp.float32)}
@@ -109,7 +109,7 @@ def _step_memory(
     trains: Sequence[bool],
     args: tuple,
 ) -> tuple[int, int, int]:
-    """Bytes of the optimizer's state, of the arguments and of the temporaries."""
+    """Return the bytes of the optimizer's state, of the arguments and of the temporaries."""
     leaves, treedef = jax.tree.flatten(params)
     trained = [leaf for leaf, train in zip(leaves, trains, strict=True) if train]
     frozen = [leaf for leaf, train in zip(leaves, trains, strict=True) if not train]
@@ -127,7 +127,7 @@ def _step_memory(
     compiled = jax.jit(step, donate_argnums=(0, 1)).lower(trained, state, frozen, args).compile()
     found = compiled.memory_analysis()
     if found is None:
-        raise NotImplementedError("memory_report: this backend's compiler does not tell its memory")
+        raise NotImplementedError("memory_report: this backend's compiler reports no memory sizes")
     return _bytes(state), _bytes(args), found.temp_size_in_bytes
 
 

@@ -139,7 +139,7 @@ def _choose_form(base: Any, rest: Adapted) -> LoopForm:
     if not isinstance(rest, LoraWeight) or math.prod(rest.scale.shape) == 1:
         return LoopForm.WHOLE
     if not isinstance(base, jax.Array) or any(map(_is_traced, jax.tree.leaves((base, rest)))):
-        return LoopForm.LAYERS  # there is no gradient through bits
+        return LoopForm.LAYERS  # integers have no gradient
     held = base.sharding.shard_shape(base.shape)
     if any(held[i] != base.shape[i] for i in rest.layout.positions("b")):
         return LoopForm.WHOLE  # the layers lie on several devices, which work at the same time

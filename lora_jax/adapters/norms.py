@@ -1,4 +1,4 @@
-"""`norms`: how large each adapter, its gradient and its update are."""
+"""`norms`: the size of each adapter, its gradient and its update, for logs."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -15,26 +15,27 @@ from lora_jax.core.weights import Adapted, LoraWeight, TrainedLeaf, TrainedRows
 
 
 def norms(params: Any, grads: Any = None) -> dict[str, dict[str, jax.Array]]:
-    """Frobenius norms of each adapter: of A, B, their gradients, ΔW, and ‖ΔW‖/‖W‖.
+    """Compute Frobenius norms of each adapter: of A, B, their gradients, ΔW, and ‖ΔW‖/‖W‖.
 
-    For logs: it runs under `jax.jit`, and `ΔW = scale · A · B` is never formed. Its norm comes from
-    Gram matrices of rank × rank, ‖A·B‖² = tr(AᵀA · BBᵀ), in float32 (float64 where a factor is);
-    what is below 3e-4·‖A‖·‖B‖, because A and B cancel, is rounding. ‖W‖ reads each base weight
-    once, so log every so many steps.
+    It runs under `jax.jit`, and `ΔW = scale · A · B` is never formed: its norm comes from Gram
+    matrices of rank × rank, ‖A·B‖² = tr(AᵀA · BBᵀ), in float32 (float64 if a factor is). If A and B
+    cancel, so that the norm is below 3e-4·‖A‖·‖B‖, the result is rounding error. ‖W‖ reads each
+    base weight once, so call it every few steps only.
 
     Args:
       params: a joined tree, or an overlay of adapters.
-      grads: gradients of the same structure (a joined tree's, or an overlay's), or None.
+      grads: gradients of the same structure, or None.
 
     Returns:
-      {path: {name: norm}}. Names: "a", "b" and with DoRA "magnitude", or "value" of a leaf or rows
-      trained whole; "update" (‖ΔW‖, with DoRA of all that moved the weight); "relative" (‖ΔW‖/‖W‖,
-      0 where W is); with `grads` also "grad_a", "grad_b" and so on. Shape `[*batch]`, one norm for
-      each layer of stacked weights, else a scalar. The update of trained rows is relative to the
-      rows they replace. An overlay has no W: no "relative", and "update" of plain LoRA alone.
+      {path: {name: norm}} with these names: "a", "b" and with DoRA "magnitude", or "value" for a
+      fully trained leaf or trained rows; "update", which is ‖ΔW‖ (with DoRA, of all that changed
+      the weight); "relative", which is ‖ΔW‖/‖W‖ (0 if W is zero); with `grads` also "grad_a",
+      "grad_b" and so on. A norm is a scalar, or of shape `[*batch]` with one norm per layer of a
+      stacked weight. The update of trained rows is relative to the rows that they replace. An
+      overlay has no W, so "relative" is missing, and so is "update" with DoRA.
 
     Raises:
-      StructureError: `params` holds no adapters, or `grads` none at a path that `params` has.
+      StructureError: `params` contains no adapters, or `grads` has none at one of their paths.
 
     >>> import jax.numpy as jnp, lora_jax
     >>> w, a, b = jnp.full((2, 2), 5.0), jnp.array([[3.0], [4.0]]), jnp.array([[0.6, 0.8]])
@@ -46,7 +47,7 @@ def norms(params: Any, grads: Any = None) -> dict[str, dict[str, jax.Array]]:
     moved = {} if grads is None else adapted_nodes(grads)
     missing = [path for path in nodes if path not in moved] if grads is not None else []
     if missing:
-        raise StructureError("norms: no gradients for " + ", ".join(missing))
+        raise StructureError("norms: grads has no gradients for " + ", ".join(missing))
     return {path: _norms(node) | _gradients(moved.get(path)) for path, node in nodes.items()}
 
 
@@ -57,7 +58,7 @@ def _norms(node: Adapted) -> dict[str, jax.Array]:
         if node.magnitude is None:
             found["update"] = _update_norm(node)
         elif node.w is not None:
-            found["update"] = _directed_update_norm(node)
+            found["update"] = _dora_update_norm(node)
         if node.w is not None:
             base = _norm(node.w, node.layout.positions("b"))
     elif node.w is not None:
@@ -72,7 +73,7 @@ def _norms(node: Adapted) -> dict[str, jax.Array]:
 
 
 def _fields(node: Adapted) -> dict[str, jax.Array]:
-    """The norm of each trained field, whose batch axes come first."""
+    """Return the norm of each trained field, whose batch axes come first."""
     arrays = {name: getattr(node, name, None) for name in TRAINED_FIELDS}
     batch = range(_n_batch(node))
     return {name: _norm(x, batch) for name, x in arrays.items() if x is not None}
@@ -83,26 +84,26 @@ def _n_batch(node: Adapted) -> int:
 
 
 def _norm(x: jax.Array, kept: Sequence[int]) -> jax.Array:
-    """The norm over all axes but these."""
+    """Return the norm over all axes but the `kept` ones."""
     x = x.astype(accumulator(x.dtype))
     return jnp.sqrt(jnp.sum(x * x, [i for i in range(x.ndim) if i not in kept]))
 
 
 def _update_norm(node: LoraWeight) -> jax.Array:
-    """‖scale · A · B‖ = |scale| · √Σ (AᵀA ∘ BBᵀ), `[*batch]`."""
+    """Return ‖scale · A · B‖ = |scale| · √Σ (AᵀA ∘ BBᵀ), `[*batch]`."""
     dtype, batch, rank = accumulator(node.a.dtype, node.b.dtype), node.scale.shape, node.rank
     a = node.a.astype(dtype).reshape(*batch, -1, rank)
     b = node.b.astype(dtype).reshape(*batch, rank, -1)
     highest = jax.lax.Precision.HIGHEST
     gram_a = jnp.einsum("...ir,...is->...rs", a, a, precision=highest)
     gram_b = jnp.einsum("...ro,...so->...rs", b, b, precision=highest)
-    # Of a product that cancels the sum of rounded terms can be less than 0.
+    # If A and B cancel, the sum of rounded terms can be negative.
     square = jnp.maximum(jnp.sum(gram_a * gram_b, (-2, -1)), 0)
     return jnp.abs(node.scale.astype(dtype)) * jnp.sqrt(square)
 
 
-def _directed_update_norm(node: LoraWeight) -> jax.Array:
-    """‖g·V − W‖ of DoRA, `[*batch]`: ΔW is (g − 1)·W + g·scale·A·B, g being the gain."""
+def _dora_update_norm(node: LoraWeight) -> jax.Array:
+    """Return ‖g·V − W‖ of DoRA, `[*batch]`: ΔW is (g − 1)·W + g·scale·A·B with the gain g."""
     (own, crossed, squared), g = column_products(node), dora_gain(node)
     square = (g - 1) ** 2 * own + 2 * g * (g - 1) * crossed + g**2 * squared
     return jnp.sqrt(jnp.maximum(square.sum(range(node.scale.ndim, square.ndim)), 0))

@@ -1,4 +1,4 @@
-"""`on_original`: an adapter trained on a base that its start changed, for the base as it was."""
+"""`on_original`: convert an adapter of a base that its initialization changed."""
 
 import dataclasses
 from typing import Any
@@ -16,18 +16,19 @@ from lora_jax.core.weights import Adapted, LoraWeight, TrainedRows, check_fits, 
 
 
 def on_original(start: Any, trained: Any, base: Any) -> Any:
-    """The trained adapter as an ordinary one on the original base, of twice the rank.
+    """Convert a trained adapter into an ordinary one on the original base, of twice the rank.
 
-    "pissa", "pissa_fast" and "olora" take `scale₀·A₀·B₀` out of the base before training. What was
-    learnt is the difference, so that W + scale·A·B − scale₀·A₀·B₀ is the trained weight: factors
-    A' = [A, A₀] and B' = [scale·B; −scale₀·B₀], scale 1 (PiSSA, https://arxiv.org/abs/2404.02948,
-    appendix C). The result needs neither the changed base nor the start: it can be
-    saved, shipped and joined like any other adapter, and `disable` gives back the original.
+    "pissa", "pissa_fast" and "olora" subtract `scale₀·A₀·B₀` from the base before training, so the
+    trained weight is W + scale·A·B − scale₀·A₀·B₀. That is an adapter of W with the factors
+    A' = [A, A₀] and B' = [scale·B; −scale₀·B₀] and scale 1 (PiSSA,
+    https://arxiv.org/abs/2404.02948, appendix C). The result needs neither the changed base nor the
+    initial factors: it can be saved, shipped and joined like any other adapter, and `disable` gives
+    the original function.
 
-    Where `start` is a joined tree and its base leaf is still the original array ("kaiming" and all
-    that leave the base alone), the trained factors are returned as they are. Leaves trained whole
-    are too, and DoRA's magnitudes come along, for the direction is the same matrix. Dropout is off
-    in the converted factors, for what they subtract must not be dropped.
+    If `start` is a joined tree whose base leaf is still the original array ("kaiming" and all
+    initializers that leave the base as it is), the trained factors are returned unchanged. So are
+    fully trained leaves. DoRA magnitudes are kept, because the direction is the same matrix.
+    Dropout is off in converted factors, because what they subtract must not be dropped.
 
     Args:
       start: what `init` returned, or its overlay.
@@ -35,8 +36,9 @@ def on_original(start: Any, trained: Any, base: Any) -> Any:
       base: the parameters that were given to `init`.
 
     Returns:
-      An overlay of `base`. `merge(join(base, overlay))` is the merge of `trained` on its own base,
-      to what rounding the changed base to its dtype lost, and for "loftq" to what its start lost.
+      An overlay of `base`. `merge(join(base, overlay))` equals the merge of `trained` on its own
+      base, up to what was lost when the changed base was rounded to its dtype or, with "loftq",
+      quantized.
 
     Raises:
       StructureError: the three do not fit together; all differences are listed at once.
@@ -58,11 +60,11 @@ def on_original(start: Any, trained: Any, base: Any) -> Any:
         raise StructureError(
             "on_original: start, trained and base do not fit:\n" + "\n".join(problems)
         )
-    nodes = {path: _converted(before[path], node, leaves[path]) for path, node in after.items()}
+    nodes = {path: _convert(before[path], node, leaves[path]) for path, node in after.items()}
     return jax.tree_util.tree_unflatten(treedef, [nodes.get(path) for path in leaves])
 
 
-def _converted(before: Adapted, after: Adapted, w: Any) -> Adapted:
+def _convert(before: Adapted, after: Adapted, w: Any) -> Adapted:
     if not isinstance(after, LoraWeight) or not isinstance(before, LoraWeight) or before.w is w:
         return dataclasses.replace(after, w=None)
     # Layers of a stack that are not adapted keep the scale 0.
@@ -79,7 +81,7 @@ def _converted(before: Adapted, after: Adapted, w: Any) -> Adapted:
 
 
 def _scaled(node: LoraWeight, sign: int) -> jax.Array:
-    """`sign · scale · B`, multiplied in float32 and rounded to B's dtype."""
+    """Return `sign · scale · B`, multiplied in float32 and rounded to B's dtype."""
     _, sub_b, sub_scale, _ = subscripts(node.layout)
     dtype = accumulator(node.b.dtype)
     scaled = jnp.einsum(
@@ -97,7 +99,7 @@ def _differences(
         if path not in leaves:
             problems.append(f"{path}: not in the base; {nearest(path, leaves)}")
         elif is_adapted(leaves[path]):
-            problems.append(f"{path}: the base is adapted itself; split(params) gives it")
+            problems.append(f"{path}: the base is adapted itself; pass the base of split(params)")
         else:
             problems += check_fits(path, node, leaves[path])
         if path in before and _kind(before[path]) != _kind(node):
@@ -106,9 +108,9 @@ def _differences(
 
 
 def _kind(node: Adapted) -> str:
-    """What two nodes must agree in: the layout, the sizes and the rank, or the shape."""
+    """Describe what two nodes must agree in: the layout, sizes and rank, or the shape."""
     if isinstance(node, LoraWeight):
         return f"layout {node.layout.axes!r}, a {node.a.shape}, b {node.b.shape}"
     if isinstance(node, TrainedRows):
         return f"rows {node.rows} trained, {node.value.shape}"
-    return f"a leaf trained whole {node.shape}"
+    return f"a fully trained leaf {node.shape}"

@@ -1,4 +1,4 @@
-"""Which leaves an optimizer may touch, and how fast: masks, labels, `freeze`, groups, LoRA+."""
+"""What an optimizer updates, and how fast: labels, masks, `freeze`, groups, LoRA+, LoRA-FA."""
 
 import dataclasses
 import math
@@ -19,9 +19,10 @@ TRAINED_FIELDS = ("a", "b", "magnitude", "value")
 
 
 def labels(params: Any) -> Any:
-    """A tree of the same structure with "train" at A, B and leaves trained whole, else "freeze".
+    """Label A, B and fully trained leaves "train" and all other leaves "freeze".
 
-    For `optax.multi_transform`. Works on a joined tree and on an overlay.
+    The result has the structure of `params`, a joined tree or an overlay, as
+    `optax.multi_transform` needs it.
 
     >>> import jax, jax.numpy as jnp, lora_jax
     >>> config = lora_jax.LoraConfig(rank=1)
@@ -35,7 +36,7 @@ def labels(params: Any) -> Any:
 
 
 def _map_fields(label: Callable[[str, str], str], params: Any) -> Any:
-    """`label(path, field)` at the leaves of adapted nodes, "freeze" at all others."""
+    """Return `label(path, field)` for the leaves of adapted nodes, and "freeze" for all others."""
 
     def one(path: str, node: Any) -> Any:
         if not is_adapted(node):
@@ -52,16 +53,16 @@ def _map_fields(label: Callable[[str, str], str], params: Any) -> Any:
 
 
 def _by_label(transforms: Mapping[str, optax.GradientTransformation], tree: Any) -> Any:
-    """Each transformation on the leaves with its label in `tree`; "freeze" stands for no update."""
-    # As a function of it: a tree that can itself be called (an Equinox module) optax would call.
+    """Apply each transformation to the leaves with its label in `tree`; "freeze" has no update."""
+    # Pass a function: if the tree itself is callable (an Equinox module), optax would call it.
     return optax.multi_transform({**transforms, FREEZE: optax.set_to_zero()}, lambda _: tree)
 
 
 def mask(params: Any) -> Any:
-    """A tree of the same structure with True at A, B and leaves trained whole, else False.
+    """Return a tree of the same structure with True at A, B and fully trained leaves, else False.
 
-    For `optax.masked`, which passes what it masks out through untouched: used alone it would add
-    raw gradients to the frozen leaves. `freeze` does not.
+    `optax.masked` takes such a tree. Note that it passes through the gradients that it masks out:
+    used alone it adds raw gradients to the frozen leaves. `freeze` does not.
 
     >>> import jax, jax.numpy as jnp, lora_jax
     >>> config = lora_jax.LoraConfig(rank=1)
@@ -75,21 +76,21 @@ def mask(params: Any) -> Any:
 def freeze(
     tx: optax.GradientTransformation, params: Any, only: Sequence[str] = TRAINED_FIELDS
 ) -> optax.GradientTransformation:
-    """`tx` on A, B and the leaves trained whole; every other leaf gets a zero update.
+    """Apply `tx` to A, B and fully trained leaves; every other leaf gets a zero update.
 
-    Frozen leaves have no optimizer state, and are not counted by what `tx` measures (a clipped
-    global norm, say). Works on the joined tree, and on the overlay of the split form too, in which
+    Frozen leaves have no optimizer state, and `tx` does not see them when it measures something,
+    such as the global norm for clipping. `params` may be a joined tree, or an overlay, in which
     `scale` is a frozen leaf.
 
     Args:
       tx: any optax gradient transformation.
       params: the tree whose structure the gradients will have.
-      only: names of the fields that train, among "a", "b", "magnitude" (of DoRA) and "value" (of
-        leaves trained whole and of trained rows). LoRA-FA leaves out "a", see `lora_fa`.
+      only: names of the fields that train, among "a", "b", "magnitude" (DoRA) and "value" (fully
+        trained leaves and trained rows). LoRA-FA leaves out "a", see `lora_fa`.
 
     Raises:
-      ConfigError: `only` names what does not train.
-      StructureError: nothing in `params` would be trained.
+      ConfigError: `only` is empty or names a field that does not train.
+      StructureError: nothing in `params` would train.
 
     >>> import jax, jax.numpy as jnp, lora_jax
     >>> config = lora_jax.LoraConfig(rank=1)
@@ -101,7 +102,7 @@ def freeze(
     """
     unknown = [field for field in only if field not in TRAINED_FIELDS]
     if isinstance(only, str) or unknown or not only:
-        raise ConfigError(f"freeze: only must hold names among {TRAINED_FIELDS}, got {only!r}")
+        raise ConfigError(f"freeze: only must be names among {TRAINED_FIELDS}, got {only!r}")
     require_adapted("freeze", params)
     tree = _map_fields(lambda path, field: TRAIN if field in only else FREEZE, params)
     if TRAIN not in jax.tree.leaves(tree):
@@ -112,15 +113,16 @@ def freeze(
 
 
 def lora_fa(tx: optax.GradientTransformation, params: Any) -> optax.GradientTransformation:
-    """LoRA-FA: A stays at its start, and B (with whatever else trains) trains by `tx`.
+    """Apply `tx` to B and all else that trains, but keep A at its initial value (LoRA-FA).
 
-    It is `freeze(tx, params, only=("b", "magnitude", "value"))`. A has no optimizer state, and in
-    one jitted step its gradient is never computed, nor are the inputs kept that it would need: of a
-    layer the backward pass keeps `x·A`, not `x`. LoRA-FA, https://arxiv.org/abs/2308.03303.
+    LoRA-FA, https://arxiv.org/abs/2308.03303, is `freeze(tx, params, only=("b", "magnitude",
+    "value"))`. A has no optimizer state. In a jitted step its gradient is never computed, and the
+    inputs that it would need are not kept: the backward pass of a layer keeps `x·A`, not `x`.
 
     Raises:
-      StructureError: nothing in `params` would be trained.
-      TargetError: an A is zero (of a weight that is only looked up, it starts so), and would stay.
+      StructureError: nothing in `params` would train.
+      TargetError: an A is zero, as it is initially for a weight that is only looked up, and would
+        stay zero.
 
     >>> import jax, jax.numpy as jnp, lora_jax
     >>> config = lora_jax.LoraConfig(rank=1)
@@ -137,15 +139,15 @@ def lora_fa(tx: optax.GradientTransformation, params: Any) -> optax.GradientTran
     ]
     if stuck:
         raise TargetError(
-            f"lora_fa: A is zero and would stay so, and with it the update: {', '.join(stuck)}. "
-            "Weights that are only looked up start like this: leave them out with exclude=, train "
-            "them whole with train=, or some of their rows with rows="
+            f"lora_fa: A is zero and would stay zero, and so would the update: {', '.join(stuck)}. "
+            "Weights that are only looked up are initialized like this. Leave them out with "
+            "exclude=, train them fully with train=, or train some of their rows with rows="
         )
     return freeze(tx, params, only=[field for field in TRAINED_FIELDS if field != "a"])
 
 
 def _is_zero(x: jax.Array) -> bool:
-    """Whether all of `x` is zero; of a traced array no one knows."""
+    """Return whether all of `x` is known to be zero; nothing is known of a tracer."""
     return not isinstance(x, jax.core.Tracer) and not bool(x.any())
 
 
@@ -155,23 +157,23 @@ def lora_plus(
     ratio: float = 16.0,
     optimizer: Callable[[Any], optax.GradientTransformation] = optax.adamw,
 ) -> optax.GradientTransformation:
-    """LoRA+: B learns at `ratio` times the rate of A; every frozen leaf gets a zero update.
+    """Train B with `ratio` times the learning rate of A (LoRA+); frozen leaves get a zero update.
 
-    η_B = λ·η_A with λ ≫ 1, https://arxiv.org/abs/2402.12354: with one rate for both, A and B of a
-    wide model do not learn at the same pace. Whatever else trains learns at A's rate. To clip a
-    global norm where the gradients come through `lora(fn)`, clip before:
+    LoRA+, https://arxiv.org/abs/2402.12354, sets η_B = λ·η_A with λ ≫ 1, because with one rate for
+    both, A and B of a wide model do not learn at the same pace. All else that trains has A's rate.
+    To clip the global norm of gradients that come through `lora(fn)`, clip first:
     `optax.chain(optax.clip_by_global_norm(1.0), lora_plus(1e-4, params))`.
 
     Args:
-      learning_rate: of A; a number or an optax schedule.
+      learning_rate: the learning rate of A, a number or an optax schedule.
       params: the tree whose structure the gradients will have, joined or an overlay.
       ratio: λ, a positive number; the paper uses 16.
-      optimizer: makes a transformation from a learning rate;
-        `lambda rate: optax.adamw(rate, weight_decay=0.1)` to set more.
+      optimizer: makes a transformation from a learning rate. Pass a function to set more, such as
+        `lambda rate: optax.adamw(rate, weight_decay=0.1)`.
 
     Raises:
       ConfigError: `ratio` is not positive.
-      StructureError: nothing in `params` would be trained.
+      StructureError: nothing in `params` would train.
 
     >>> import jax, jax.numpy as jnp, lora_jax
     >>> config = lora_jax.LoraConfig(rank=1)
@@ -198,19 +200,19 @@ def groups(
     params: Any,
     default: optax.GradientTransformation | None = None,
 ) -> optax.GradientTransformation:
-    """A transformation of its own for each group of adapters; every frozen leaf gets none.
+    """Apply a separate transformation to each group of adapters; frozen leaves get a zero update.
 
     Args:
-      transforms: pattern -> transformation. A pattern is a path suffix, a module's name or a regex
-        for the whole path, as in `LoraConfig.overrides`; with a field behind a dot it is for that
-        field alone: "query" or "query/kernel", `r".*\\.b"` for every B. The leaf's own path wins,
+      transforms: pattern -> transformation. A pattern is a path suffix, a module name or a regex
+        for the whole path, as in `LoraConfig.overrides`: "query" or "query/kernel". A field after
+        a dot limits it to that field: `r".*\\.b"` is every B. The path of the leaf itself wins,
         then the first pattern that matches.
       params: the tree whose structure the gradients will have, joined or an overlay.
-      default: for what no pattern matches; None makes such a leaf an error.
+      default: the transformation for what no pattern matches; with None such a leaf is an error.
 
     Raises:
-      TargetError: a pattern matches nothing that trains; a leaf has no group and no default.
-      StructureError: nothing in `params` would be trained.
+      TargetError: a pattern matches nothing that trains, or a leaf has no group and no default.
+      StructureError: nothing in `params` would train.
 
     >>> import jax, jax.numpy as jnp, lora_jax
     >>> params = {"up": {"kernel": jnp.ones((4, 3))}, "down": {"kernel": jnp.ones((3, 4))}}
@@ -236,7 +238,7 @@ def groups(
         if not any(_group({key: None}, *name) for name in names)
     ]
     problems += [
-        f"groups: {path}.{field} has no group; give it one, or all the rest a default="
+        f"groups: {path}.{field} has no group; add a pattern for it, or pass default="
         for (path, field), group in found.items()
         if group is None and default is None
     ]
@@ -255,7 +257,7 @@ def groups(
 
 
 def _group(table: Mapping[str, Any], path: str, field: str) -> str | None:
-    """The key of the group that a field of the leaf at `path` is in."""
+    """Return the key of the group that contains a field of the leaf at `path`, or None."""
     named = f"{path}.{field}"
     exact = [key for key in (named, path, path.rpartition("/")[0]) if key in table]
     keys = (key for key in table if any(lookup({key: 0}, p) for p in (named, path)))

@@ -1,4 +1,4 @@
-"""What a configuration selects besides its targets: some of the layers, and the biases."""
+"""What a configuration selects besides its targets: layers, biases, and rows of embeddings."""
 
 import dataclasses
 import re
@@ -16,31 +16,35 @@ from lora_jax.core.patterns import lookup, nearest
 from lora_jax.engine import layout_inference
 from lora_jax.engine.uses import Use, Uses
 
-#: What a bias is called: by most libraries, and by Haiku.
+#: The name of a bias in most libraries, and in Haiku.
 BIAS_NAMES = ("bias", "b")
 
-#: What an embedding is called where no lookup shows that it is one.
+#: The names of an embedding, for use where no lookup shows that it is one.
 EMBEDDING_NAMES = ("embedding", "embeddings")
 
 #: The last name in a path.
 LEAF = re.compile(r"[^/.]*\Z")
 
 
-#: For each leaf that stacks layers, which of them are adapted: [*batch] booleans.
+#: Which layers of a leaf that stacks layers are adapted, by path: booleans `[*batch]`.
 Masks = dict[str, np.ndarray]
+
+#: The numbers of the layers in a leaf, and the size of the stack that they belong to.
+_InStack = tuple[Sequence[int], int]
 
 
 def select_layers(
     config: LoraConfig, targets: Mapping[str, str], chosen: Mapping[str, Layout], leaves: Any
 ) -> tuple[dict[str, Layout], Masks]:
-    """The targets that lie in the layers of `config.layers`, and the masks of the stacked ones.
+    """Return the targets that are in the layers `config.layers`, and masks for the stacked ones.
 
-    A target whose path holds no number is taken for stacked where it has batch axes, the first of
-    which counts the layers.
+    A target whose path has no layer number counts as a stack of layers if it has batch axes; the
+    first of them counts the layers.
 
     Raises:
       TargetError: a number or the slice selects no target; an entry of `targets` names leaves
-        without a layer; a leaf has a number and batch axes, and no pattern says which counts.
+        without a layer; or a leaf has a number as well as batch axes, and no pattern says which of
+        them counts the layers.
     """
     if config.layers is None:
         return dict(chosen), {}
@@ -48,32 +52,32 @@ def select_layers(
     sizes = _stack_sizes(config, leaves)
     kept: dict[str, Layout] = {}
     masks: Masks = {}
-    lying: dict[str, tuple[range | list[int], int]] = {}  # the layers in a leaf, and of how many
+    layers_of: dict[str, _InStack] = {}
     for path, layout in chosen.items():
         place = layer_number(path, config.layers_pattern)
         if place is not None:
-            lying[path] = [place[1]], sizes[place[0]]
+            layers_of[path] = [place[1]], sizes[place[0]]
         elif _is_stack(config, path, layout):
             size = layout.select("b", leaves[path].shape)[0]
-            lying[path] = range(size), size
+            layers_of[path] = range(size), size
         else:
             continue
-        wanted = np.isin(lying[path][0], _numbers(config.layers, lying[path][1]))
+        wanted = np.isin(layers_of[path][0], _numbers(config.layers, layers_of[path][1]))
         if wanted.any():
             kept[path] = layout
         if place is None:
             batch = layout.select("b", leaves[path].shape)
             masks[path] = np.broadcast_to(wanted.reshape(-1, *(1 for _ in batch[1:])), batch)
-    _check_layers(config, targets, lying, kept)
+    _check_layers(config, targets, layers_of, kept)
     return kept, {path: mask for path, mask in masks.items() if path in kept}
 
 
 def _check_ambiguous(config: LoraConfig, chosen: Mapping[str, Layout]) -> None:
-    """A number and batch axes: experts of a numbered block, or a module of stacked blocks?"""
+    """Raise if a target has a number and batch axes: it may be experts of a block, or a stack."""
     unclear = [
-        f"layers: {path} has a number in its path and batch axes ({layout.axes}), of which either "
-        "may count the layers; layers_pattern= says which: the name before the number, or that of "
-        "the module that is stacked"
+        f"layers: {path} has a number in its path and batch axes ({layout.axes}), and either may "
+        "count the layers. Say which with layers_pattern=: the name before the number, or the name "
+        "of the stacked module"
         for path, layout in chosen.items()
         if config.layers_pattern is None and "b" in layout.axes and layer_number(path)
     ]
@@ -82,7 +86,7 @@ def _check_ambiguous(config: LoraConfig, chosen: Mapping[str, Layout]) -> None:
 
 
 def _stack_sizes(config: LoraConfig, leaves: Mapping[str, Any]) -> dict[str, int]:
-    """How many layers each stack has: one more than its highest number."""
+    """Return the number of layers of each stack: one more than its highest number."""
     sizes: dict[str, int] = {}
     for path in leaves:
         place = layer_number(path, config.layers_pattern)
@@ -97,7 +101,7 @@ def _is_stack(config: LoraConfig, path: str, layout: Layout) -> bool:
 
 
 def _numbers(layers: Any, size: int) -> list[int]:
-    """The layers meant, of a stack of `size`; numbers that it has not are left out."""
+    """Return the selected layers of a stack of `size`; numbers beyond it are left out."""
     if isinstance(layers, slice):
         return list(range(size)[layers])
     return [range(size)[number] for number in layers if -size <= number < size]
@@ -106,16 +110,16 @@ def _numbers(layers: Any, size: int) -> list[int]:
 def _check_layers(
     config: LoraConfig,
     targets: Mapping[str, str],
-    lying: Mapping[str, tuple[Sequence[int], int]],
+    layers_of: Mapping[str, _InStack],
     kept: Mapping[str, Layout],
 ) -> None:
-    if not lying:
+    if not layers_of:
         some = ", ".join(list(targets)[:3])
         raise TargetError(
-            f"layers: no target has a number in its path, or layers stacked in it ({some}); "
-            "layers_pattern= says where the numbers are"
+            f"layers: no target has a layer number in its path or stacks layers ({some}). Say "
+            "where the numbers are with layers_pattern="
         )
-    numbers = sorted({number for at, _ in lying.values() for number in at})
+    numbers = sorted({number for at, _ in layers_of.values() for number in at})
     where = f"the targets are in layers {', '.join(map(str, numbers))}"
     problems = []
     if not kept:
@@ -124,13 +128,13 @@ def _check_layers(
         problems += [
             f"layers: {number} selects no target; {where}"
             for number in config.layers or ()
-            if not any(set(_numbers((number,), size)) & {*at} for at, size in lying.values())
+            if not any(set(_numbers((number,), size)) & {*at} for at, size in layers_of.values())
         ]
     if isinstance(config.targets, tuple):
-        named = {entry for path, entry in targets.items() if path in lying}
+        named = {entry for path, entry in targets.items() if path in layers_of}
         problems += [
-            f"targets: {entry!r} has no number of a layer in its path, so layers= leaves it out; "
-            "take it from targets, or say where the numbers are with layers_pattern="
+            f"targets: {entry!r} has no layer number in its path, so layers= leaves it out. "
+            "Remove it from targets, or say where the numbers are with layers_pattern="
             for entry in dict.fromkeys(targets.values())
             if entry not in named
         ]
@@ -141,9 +145,10 @@ def _check_layers(
 def select_biases(
     config: LoraConfig, adapted: Mapping[str, Layout], leaves: Mapping[str, Any], uses: Uses
 ) -> dict[str, str]:
-    """The biases that `config.bias` lets train: each path with that of its kernel, or "" for all.
+    """Return the paths of the biases that `config.bias` trains, each with its kernel's path.
 
-    Beside an adapted kernel it is the leaf that has the kernel's batch and out axes.
+    The bias of an adapted kernel is the leaf beside it with the shape of the kernel's batch and out
+    axes. With bias="all" the kernel's path is "".
 
     Raises:
       TargetError: there are none.
@@ -160,7 +165,7 @@ def select_biases(
         beside = "beside an adapted kernel " if config.bias == "adapted" else ""
         names = " or ".join(BIAS_NAMES)
         raise TargetError(
-            f'bias="{config.bias}": no leaf named {names} {beside}is a bias; name it with train='
+            f'bias="{config.bias}": no leaf named {names} {beside}is a bias. Name it with train='
         )
     return found
 
@@ -171,18 +176,16 @@ def _is_bias(path: str, leaf: Any, uses: Uses) -> bool:
         return False
     if name == "bias":
         return True
-    # "b" is short for many things
-    return (
-        len(leaf.shape) == 1
-        if uses is None
-        else not layout_inference.contractions(uses.get(path, ()))
-    )
+    # "b" is short for many things.
+    if uses is None:
+        return len(leaf.shape) == 1
+    return not layout_inference.contractions(uses.get(path, ()))
 
 
 def _kernel_of(
     path: str, bias: Any, adapted: Mapping[str, Layout], leaves: Mapping[str, Any]
 ) -> str | None:
-    """The adapted kernel in a bias's own module whose outputs it is added to."""
+    """Return the adapted kernel of a bias: in the same module, with outputs of its shape."""
     for kernel, layout in adapted.items():
         beside = LEAF.sub("", kernel) == LEAF.sub("", path)
         if beside and layout.select("bo", leaves[kernel].shape) == tuple(bias.shape):
@@ -228,10 +231,10 @@ def select_rows(config: LoraConfig, leaves: Mapping[str, Any], uses: Uses) -> di
 
 
 def _row_layout(config: LoraConfig, path: str, w: Any, uses: Sequence[Use]) -> Layout:
-    """Return the layout of a weight of which rows train.
+    """Return the layout of a weight of which some rows train.
 
-    It is the configured one, that of its lookups, that of an embedding by its name, or for another
-    weight whose axis is configured that of its use.
+    It is the configured layout, else that of the weight's lookups, else "io" for a weight named as
+    an embedding, else, if `rows_axis` is configured, that of its other uses or its shape.
     """
     chosen, ndim = config.for_path(path), len(w.shape)
     if chosen.layout is not None and len(chosen.layout) == ndim:

@@ -1,4 +1,4 @@
-"""Two views of adapted parameters: one joined tree, or a base and an overlay of adapters."""
+"""`split` and `join`: adapted parameters as one tree, or as a base and an overlay of adapters."""
 
 import dataclasses
 from typing import Any
@@ -13,16 +13,16 @@ from lora_jax.core.weights import Adapted, check_fits, is_adapted, require_base
 
 
 def split(params: Any) -> tuple[Any, Any]:
-    """(base, adapters): the original tree, and an overlay that is None but at the adapted leaves.
+    """Split adapted parameters into (base, adapters); `join` is the inverse.
 
-    `base` holds the very same arrays that were given to `init` (but for those that its start
-    changed); `adapters` holds A, B and scale of each adapted weight and the leaves trained whole.
-    One base serves many overlays, which can be stacked, vmapped over, checkpointed and shipped.
-    `join` is the inverse. The scale is a leaf of the overlay, so an optimizer for it needs `freeze`
-    too: weight decay would shrink it.
+    `base` is the original tree, with the very same arrays that were given to `init`, except those
+    that the initializer changed. `adapters` is an overlay: None everywhere but at adapted leaves,
+    where it has A, B and scale, or the trained value. One base serves many overlays, which can be
+    stacked, vmapped over, checkpointed and shipped. The scale is a leaf of the overlay, so its
+    optimizer needs `freeze` too: weight decay would shrink the scale.
 
     Raises:
-      StructureError: `params` holds no adapters, or is an overlay itself.
+      StructureError: `params` contains no adapters, or is an overlay itself.
 
     >>> import jax, jax.numpy as jnp, lora_jax
     >>> params = {"kernel": jnp.ones((4, 3)), "bias": jnp.ones(3)}
@@ -53,11 +53,11 @@ def base_of(params: Any) -> Any:
 
 
 def join(base: Any, adapters: Any) -> Any:
-    """The joined tree of a base and an overlay of adapters; free at trace time.
+    """Join a base and an overlay of adapters into one tree; costs nothing under tracing.
 
     Args:
       base: a parameter tree without adapters.
-      adapters: a partial tree of it, as `split` and `load` return.
+      adapters: an overlay of it, as `split` and `load` return.
 
     Raises:
       StructureError: the adapters do not fit the base; every difference is listed at once.

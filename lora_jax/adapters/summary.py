@@ -1,4 +1,4 @@
-"""Counts and tables: what was adapted, how each weight is used, and what trains."""
+"""`summary` and `count_params`: what is adapted, how each weight is used, and what trains."""
 
 import math
 from typing import Any, NamedTuple
@@ -26,7 +26,7 @@ class Counts(NamedTuple):
     total: int
 
     def __str__(self) -> str:
-        """The line that Hugging Face PEFT prints, with every digit."""
+        """Return the line that Hugging Face PEFT prints, with every digit."""
         percent = 100 * self.trainable / self.total if self.total else 0.0
         return (
             f"trainable params: {self.trainable} || all params: {self.total} || "
@@ -35,7 +35,7 @@ class Counts(NamedTuple):
 
 
 def count_params(params: Any) -> Counts:
-    """How many parameters train, and how many there are with A and B; shapes are enough.
+    """Count the parameters that train, and all of them with A and B; shapes are enough.
 
     >>> import jax, jax.numpy as jnp, lora_jax
     >>> config = lora_jax.LoraConfig(rank=1)
@@ -49,7 +49,7 @@ def count_params(params: Any) -> Counts:
             continue
         trained, base = _trained(leaf), _size(leaf.w)
         trainable += trained
-        # What trains whole takes the place of its base leaf or its rows: it counts once.
+        # A trained value replaces its base leaf, or rows of it: that counts once.
         total += trained + base if isinstance(leaf, LoraWeight) else max(trained, base)
     return Counts(trainable, total)
 
@@ -65,11 +65,11 @@ def _trained(node: Adapted) -> int:
 
 
 def summary(params: Any) -> str:
-    """A table of the adapted leaves, and below it what trains.
+    """Return a table of the adapted leaves, and below it how many parameters train.
 
-    One line a leaf: path, shape, layout (b batch, i in, o out), what the program does with it,
-    rank, and trained parameters. The last line is in the format of Hugging Face PEFT. Arrays and
-    `ShapeDtypeStruct`s will do.
+    It has one line per leaf: path, shape, layout (b batch, i in, o out), what the program does with
+    it, rank, and number of trained parameters. The last line has the format of Hugging Face PEFT.
+    `params` may contain arrays or `ShapeDtypeStruct`s.
 
     >>> import jax, jax.numpy as jnp, lora_jax
     >>> config = lora_jax.LoraConfig(rank=1)
@@ -100,7 +100,7 @@ def summary(params: Any) -> str:
 def _row(path: str, node: Adapted) -> tuple[str, ...]:
     shape = str(list(node.shape))
     if isinstance(node, TrainedLeaf):
-        return path, shape, "-", "trained whole", "-", f"{_trained(node):,}"
+        return path, shape, "-", "fully trained", "-", f"{_trained(node):,}"
     uses = ", ".join(USE_NAMES.get(use, use) for use in node.layout.uses) or "-"
     if isinstance(node, TrainedRows):
         rows = f"{uses}; {len(node.rows)} rows trained"

@@ -1,4 +1,4 @@
-"""Switches of adapters that never recompile: scale, on and off, dropout."""
+"""Change adapters without recompilation: their scale, on or off, and dropout."""
 
 import dataclasses
 from typing import Any
@@ -13,11 +13,11 @@ from lora_jax.core.weights import Adapted, LoraWeight
 
 
 def set_scale(params: Any, scale: Any, targets: Pattern | None = None) -> Any:
-    """The adapters' scale set to `scale`, everywhere or at the paths that `targets` selects.
+    """Set the adapters' scale, everywhere or at the paths that `targets` selects.
 
-    The scale is a leaf, so a compiled function runs on the result as it is. It is the factor
-    itself, not a multiple of the configured α/r. A leaf trained whole is in effect unless its scale
-    is 0. Keep the tree that you had to switch back.
+    The scale is a leaf, so a compiled function runs on the result without recompilation. `scale` is
+    the factor itself, not a multiple of the configured α/r. A fully trained leaf is in effect
+    unless its scale is 0. To switch back, keep the old tree.
 
     Args:
       params: a joined tree or an overlay.
@@ -26,7 +26,7 @@ def set_scale(params: Any, scale: Any, targets: Pattern | None = None) -> Any:
 
     Raises:
       TargetError: an entry of `targets` matches no adapted path.
-      StructureError: the tree holds no adapters.
+      StructureError: the tree contains no adapters.
 
     >>> import jax, jax.numpy as jnp, lora_jax
     >>> config = lora_jax.LoraConfig(rank=1)
@@ -48,12 +48,12 @@ def set_scale(params: Any, scale: Any, targets: Pattern | None = None) -> Any:
 
 
 def disable(params: Any) -> Any:
-    """The adapters switched off: exactly the base's function, without recompilation.
+    """Switch the adapters off: the result is exactly the base's function, without recompilation.
 
     Works on a joined tree and on an overlay; `set_scale` switches them on again.
 
     Raises:
-      StructureError: the tree holds no adapters.
+      StructureError: the tree contains no adapters.
 
     >>> import jax, jax.numpy as jnp, lora_jax
     >>> config = lora_jax.LoraConfig(rank=1)
@@ -65,12 +65,13 @@ def disable(params: Any) -> Any:
 
 
 def with_dropout(params: Any, key: jax.Array | None) -> Any:
-    """Switch branch dropout on with `key`, or off with None.
+    """Switch dropout of the adapters' inputs on with `key`, or off with None.
 
-    Each weight drops inputs of its branch at the rate of `LoraConfig.dropout`, with a key folded
-    from `key` and its path; the base product sees every input. Use a fresh key every step, and take
+    Each adapter drops its inputs at the rate of `LoraConfig.dropout`, with a key folded from `key`
+    and its path; the base weight still sees every input. Use a new key in every step, and take
     gradients outside: `jax.grad(lambda a: lora(loss)(with_dropout(join(base, a), key), batch))`.
-    Lookups have no input to drop; a weight that the steps of a loop share drops the same in each.
+    Lookups have no input to drop. A weight that several steps of a loop share drops the same inputs
+    in each.
 
     >>> import jax, jax.numpy as jnp, lora_jax
     >>> config = lora_jax.LoraConfig(rank=1, dropout=0.1)
@@ -82,13 +83,13 @@ def with_dropout(params: Any, key: jax.Array | None) -> Any:
     def one(path: str, node: Adapted) -> Adapted:
         if not isinstance(node, LoraWeight) or key is None or not node.dropout:
             return dataclasses.replace(node, key=None) if isinstance(node, LoraWeight) else node
-        own = path_key(_typed(key), path)
+        own = path_key(_typed_key(key), path)
         shape = node.scale.shape
         return dataclasses.replace(node, key=jax.random.split(own, shape) if shape else own)
 
     return map_adapted(one, params)
 
 
-def _typed(key: jax.Array) -> jax.Array:
-    """A typed key of a raw `uint32[2]` one, for a key must be one element a layer."""
+def _typed_key(key: jax.Array) -> jax.Array:
+    """Return a typed key, also for a raw `uint32[2]` one: keys are split into one per layer."""
     return key if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) else jax.random.wrap_key_data(key)

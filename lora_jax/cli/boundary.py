@@ -19,7 +19,7 @@ OPTIONAL = ("gguf", "jinja2", "matplotlib", "orbax", "rich", "tokenizers", "type
 SHOWN = 12  # lines of a long list of problems
 
 _ADVICE = {
-    errno.ENOENT: "there is no such file or directory",
+    errno.ENOENT: "no such file or directory",
     errno.EACCES: "permission denied; choose a path that you may read and write",
     errno.EPERM: "permission denied; choose a path that you may read and write",
     errno.EROFS: "the disk is read-only; choose another path",

@@ -4,7 +4,7 @@ from lora_jax import LoraError
 
 
 class PromptError(LoraError):
-    """There is no prompt, or not one that the model can continue."""
+    """The prompt is missing, or the model cannot continue it."""
 
 
 class ConversionError(LoraError):

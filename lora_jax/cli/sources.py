@@ -31,7 +31,7 @@ def find_model(name: str) -> kinds.Found:
             return kinds.Found(kinds.TINY, path)
         if name != SMOLLM2:
             raise ModelFileError(
-                f"{name}: there is no such file or directory; give a directory with config.json, "
+                f"{name}: no such file or directory; give a directory with config.json, "
                 f"a .gguf file, or one of the names {SMOLLM2}, {TINY}"
             )
         cache = assets.cache_directory()

@@ -58,7 +58,7 @@ def detect(path: Path) -> Found:
     if path.is_dir():
         return Found(_kind_of_directory(path), path)
     if not path.exists():
-        raise AdapterFileError(f"{path}: there is no such file or directory")
+        raise AdapterFileError(f"{path}: no such file or directory")
     if not path.is_file():
         raise AdapterFileError(f"{path}: neither a file nor a directory")
     with path.open("rb") as file:

@@ -1,4 +1,4 @@
-"""Adapters of loralib, the LoRA paper's own package, from a safetensors file."""
+"""Read adapters of loralib, the package of the LoRA paper, from a safetensors file."""
 
 import math
 import os
@@ -13,7 +13,13 @@ from lora_jax.core.config import LoraConfig
 from lora_jax.core.errors import ConfigError
 from lora_jax.files.disk import safetensors_file
 from lora_jax.files.naming import Naming
-from lora_jax.files.torch_adapters.contents import Contents, TorchBase, is_floating, unknown
+from lora_jax.files.torch_adapters.contents import (
+    Contents,
+    TorchBase,
+    is_floating,
+    not_floating,
+    unknown,
+)
 from lora_jax.files.torch_adapters.factors import TorchFactors, join
 from lora_jax.files.torch_adapters.to_tree import fit_to_base
 
@@ -32,28 +38,28 @@ def load(
     strict: bool = True,
     dtype: Any = None,
 ) -> Any:
-    """What loralib's `lora_state_dict` gave, as an overlay of `base`.
+    """Load the adapters in loralib's `lora_state_dict` as an overlay of `base`.
 
-    Its files hold neither α nor which outputs of a `MergedLinear` are adapted, so those are
-    arguments. The scale is α/r. A `MergedLinear` (GPT-2's fused q, k, v) keeps A
-    `[r·k, in]` and B `[k·out/n, r]` of its k enabled parts among n, each with a block of its own
-    (https://github.com/microsoft/LoRA/blob/main/loralib/layers.py): here a block-diagonal B of rank
-    r·k. Its convolution of kernel k × k is of low rank in another shape of the weight, A
-    `[r·k, in·k]` and B `[out·k, r·k]`: here the same update has rank r·k². Grouped ones are
-    refused. Biases come along, trained whole. `torch.save` writes pickles, which are never read;
-    save the dictionary with `safetensors.torch.save_file`.
+    The file contains neither α nor which outputs of a `MergedLinear` are adapted, so these are
+    arguments. The scale is α/r. A `MergedLinear` (GPT-2's fused q, k, v) with k of its n parts
+    enabled keeps A `[r·k, in]` and B `[k·out/n, r]`, one block per part
+    (https://github.com/microsoft/LoRA/blob/main/loralib/layers.py); here B is block-diagonal with
+    rank r·k. A convolution with kernel k × k has low rank in another shape of the weight, A
+    `[r·k, in·k]` and B `[out·k, r·k]`; here the same update has rank r·k². Grouped convolutions
+    are rejected. Biases become fully trained leaves. `torch.save` writes pickles, which are never
+    read; save the dictionary with `safetensors.torch.save_file`.
 
     Args:
       path: a safetensors file with names like "h.0.attn.c_attn.lora_A".
       base, naming, strict, dtype: as for `lora_jax.peft.load`.
       alpha: loralib's `lora_alpha`.
-      enabled: of each `MergedLinear` its `enable_lora`, by the end of the module's name:
-        {"c_attn": [True, False, True]}. Without it all outputs are taken to be adapted.
+      enabled: the `enable_lora` of each `MergedLinear`, by the end of the module's name:
+        {"c_attn": [True, False, True]}. By default all outputs are adapted.
 
     Raises:
-      ConfigError: `alpha` is no finite number, or `enabled` no mapping to flags.
-      AdapterFileError: the file is missing or damaged, or its tensors do not fit the base: all at
-        once.
+      ConfigError: `alpha` is not a finite number, or `enabled` is not a mapping to flags.
+      AdapterFileError: the file is missing or damaged, or its tensors do not fit the base; all
+        problems are listed at once.
 
     >>> import tempfile, jax.numpy as jnp
     >>> from lora_jax.files.naming import Entry
@@ -68,13 +74,13 @@ def load(
     ((4, 4), Array([1., 1., 0., 0.], dtype=float32))
     """
     if alpha is None:
-        raise ConfigError("alpha must be a number: loralib's files do not hold it")
-    LoraConfig(alpha=alpha)  # raises where it is no number
+        raise ConfigError("alpha must be a number: loralib's files do not contain it")
+    LoraConfig(alpha=alpha)  # raises if it is not a number
     parts = _check_enabled(enabled or {})
     base = base_of(base)
     tensors, _ = safetensors_file.read(path, finite=True)
     model = TorchBase(base, naming)
-    contents, problems = _contents(tensors, float(alpha), parts, model)
+    contents, problems = _read_contents(tensors, float(alpha), parts, model)
     return fit_to_base(path, contents, problems, model, strict=strict, dtype=dtype)
 
 
@@ -84,10 +90,10 @@ def _check_enabled(enabled: Any) -> dict[str, tuple[bool, ...]]:
         for flags in enabled.values()
     ):
         return {name: tuple(map(bool, flags)) for name, flags in enabled.items()}
-    raise ConfigError(f"enabled must map names of modules to lists of flags, got {enabled!r}")
+    raise ConfigError(f"enabled must map module names to lists of flags, got {enabled!r}")
 
 
-def _contents(
+def _read_contents(
     tensors: Mapping[str, np.ndarray],
     alpha: float,
     enabled: Mapping[str, tuple[bool, ...]],
@@ -99,7 +105,7 @@ def _contents(
         name = _known(full, model)
         module, _, ending = name.rpartition(".")
         if not is_floating(tensor):
-            problems.append(f"{full}: is {tensor.dtype}, only floating tensors are trained")
+            problems.append(f"{full}: {not_floating(tensor)}")
         elif ending in _ENDINGS:
             by_module.setdefault(module, {})[ending] = tensor
         elif name not in model.index or ending != "bias":
@@ -120,14 +126,14 @@ def _contents(
         else:
             found.factors[weight] = factors
     unused = [name for name in enabled if not any(_ends(m, name) for m in by_module)]
-    problems += [f"enabled: {name!r} is the end of no module in the file" for name in unused]
+    problems += [f"enabled: no module in the file ends with {name!r}" for name in unused]
     return found, problems
 
 
 def _known(name: str, model: TorchBase) -> str:
-    """The name in a model without loralib, where this one has none of loralib's own.
+    """Return the name that the tensor has in the model, which may lack loralib's "conv".
 
-    loralib's convolution "c" keeps its factors there, and weight and bias in "c.conv".
+    loralib's convolution "c" keeps its factors in "c", and weight and bias in "c.conv".
     """
     return name if name in model.index else re.sub(r"\.conv(\.weight|\.bias)$", r"\1", name)
 
@@ -143,23 +149,23 @@ def _factors(
     model: TorchBase,
     weight: str,
 ) -> TorchFactors | str:
-    """The factors of one module, or what is wrong with its tensors."""
+    """Return the factors of one module, or what is wrong with its tensors."""
     kind, shape, outputs = model.kind(weight), model.shape(weight), model.outputs(weight)
     missing = [ending for ending in _ENDINGS if ending not in arrays]
     if missing:
         return f"{', '.join(missing)} missing"
     a, b = (arrays[ending] for ending in _ENDINGS)
     if kind == "conv":
-        return _of_convolution(a, b, alpha, shape)
+        return _convolution_factors(a, b, alpha, shape)
     if kind not in ("linear", "conv1d", "embedding"):
-        return "is no linear layer, no embedding and no convolution"
+        return "is not a linear layer, embedding or convolution"
     ins = shape[1] if kind == "linear" else shape[0]
     count, rank = sum(flags), b.shape[-1] if b.ndim else 0
     needed = (count * rank, ins), (outputs // len(flags) * count, rank)
     if not rank or outputs % len(flags) or (a.shape, b.shape) != needed:
         return (
             f"lora_A {a.shape} and lora_B {b.shape} do not fit the weight {shape} with "
-            f"{count} of {len(flags)} parts adapted (see enabled=)"
+            f"{count} of {len(flags)} parts adapted; check enabled="
         )
     blocks = zip(np.split(a, count), np.split(b, count), strict=True)
     parts = [TorchFactors(*next(blocks), alpha / rank) if flag else None for flag in flags]
@@ -168,13 +174,13 @@ def _factors(
     return joined
 
 
-def _of_convolution(
+def _convolution_factors(
     a: np.ndarray, b: np.ndarray, alpha: float, shape: tuple[int, ...]
 ) -> TorchFactors | str:
-    """The factors of loralib's ΔW = (B·A), read as `[out, in, k, k]`, or why there are none.
+    """Return the factors of loralib's ΔW = (B·A), read as `[out, in, k, k]`, or why there are none.
 
-    The in·k² numbers of an output are k rows of B·A: k times the same A on k parts of the input,
-    each with a row of its own in B.
+    The in·k² numbers of one output are k rows of B·A: the same A on k parts of the input, each with
+    its own row of B.
     """
     out, ins, *kernel = shape
     k, rows = kernel[0], len(a) if a.ndim else 0
@@ -182,8 +188,8 @@ def _of_convolution(
     square = set(kernel) == {k} and math.prod(kernel) == k * k
     if not square or not rows or rows % k or (a.shape, b.shape) != wanted:
         return (
-            f"lora_A {a.shape} and lora_B {b.shape} do not fit the convolution {shape}; of a "
-            "grouped one let loralib merge them, model.eval(), and take the weights as a new base"
+            f"lora_A {a.shape} and lora_B {b.shape} do not fit the convolution {shape}; if it is "
+            "grouped, merge it with loralib (model.eval()) and use the weights as a new base"
         )
     blocks = np.kron(np.eye(k, dtype=a.dtype), a)
     return TorchFactors(

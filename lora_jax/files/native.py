@@ -1,4 +1,4 @@
-"""lora_jax's own adapter files: one safetensors file, complete or absent."""
+"""lora_jax's adapter files: one safetensors file, written completely or not at all."""
 
 import dataclasses
 import json
@@ -23,7 +23,7 @@ from lora_jax.files.disk.fingerprint import described_shape, differences, finger
 
 FORMAT, VERSION = "lora_jax", 1
 MODEL = "model"  # the key of the base model's name in the metadata
-_SUGGESTED = 5  # paths of a file that get the base's nearest; finding them takes a while
+_SUGGESTED = 5  # unknown paths that are shown with the nearest ones, which take time to find
 
 
 def save(
@@ -34,24 +34,24 @@ def save(
     base: Any = None,
     config: LoraConfig | None = None,
 ) -> None:
-    """Write adapters to one safetensors file, beside `path` and then renamed into place.
+    """Write adapters to one safetensors file, completely or not at all.
 
     Tensors are named by path and field: "block_0/attn/query/kernel.a", ".b", ".scale", ".magnitude"
-    with DoRA, and ".value" for a leaf trained whole or in rows. The header holds the layouts, the
-    configuration, `metadata`, and a fingerprint of the base, by which `load` refuses another one.
+    with DoRA, and ".value" for a leaf that is fully trained or has trained rows. The header
+    contains the layouts, the configuration, `metadata`, and a fingerprint of the base, so that
+    `load` can reject another base.
 
     Args:
       path: the file; an existing one is replaced in one step.
-      adapters: an overlay, or a joined tree, which brings its base along.
-      metadata: JSON values of your own, given back by `read_metadata`.
-      base: the base of an overlay, to fingerprint; without it the file records shapes and dtypes of
-        the adapted weights only.
+      adapters: an overlay, or a joined tree, which brings its own base.
+      metadata: custom JSON values, returned by `read_metadata`.
+      base: the base of an overlay, to fingerprint. Without it the file records only the adapters.
       config: the configuration, to keep with the file.
 
     Raises:
-      StructureError: there are no adapters, a value is still abstract, NaN or infinite, or `base`
-        does not fit.
-      TypeError: `metadata` holds what JSON cannot.
+      StructureError: the tree contains no adapters, a value is abstract, NaN or infinite, or
+        `base` does not fit.
+      TypeError: `metadata` contains something that JSON cannot represent.
 
     >>> import tempfile, jax, jax.numpy as jnp, lora_jax
     >>> config = lora_jax.LoraConfig(rank=1)
@@ -98,11 +98,13 @@ def _tensors(nodes: Mapping[str, Adapted]) -> dict[str, np.ndarray]:
     }
     abstract = [name for name, x in arrays.items() if isinstance(x, jax.ShapeDtypeStruct)]
     if abstract:
-        raise StructureError("save: no values yet, only shapes: " + ", ".join(abstract))
+        raise StructureError(
+            "save: these are abstract (ShapeDtypeStruct), without values: " + ", ".join(abstract)
+        )
     values: dict[str, np.ndarray] = jax.device_get(arrays)
     bad = [name for name, x in values.items() if not np.isfinite(x).all()]
-    if bad:  # `load` would refuse them
-        raise StructureError("save: NaN or infinite values: " + ", ".join(bad))
+    if bad:  # `load` would reject them
+        raise StructureError("save: NaN or infinite values in " + ", ".join(bad))
     return values
 
 
@@ -148,7 +150,7 @@ def read_file(path: str | os.PathLike, *, finite: bool = True) -> NativeFile:
 
     Args:
       path: a file that `save` wrote.
-      finite: refuse NaN and infinite values.
+      finite: reject NaN and infinite values.
 
     Raises:
       AdapterFileError: the file is missing, truncated, not safetensors, or not lora_jax's.
@@ -160,7 +162,7 @@ def read_file(path: str | os.PathLike, *, finite: bool = True) -> NativeFile:
 
 
 def read_metadata(path: str | os.PathLike) -> dict[str, Any]:
-    """The header of an adapter file: "config", "layouts", "base" and the "metadata" of `save`.
+    """Read the header of an adapter file: "config", "layouts", "base", and `save`'s "metadata".
 
     Raises:
       AdapterFileError: the file is missing, truncated, not safetensors, or not lora_jax's.
@@ -169,17 +171,16 @@ def read_metadata(path: str | os.PathLike) -> dict[str, Any]:
 
 
 def load(path: str | os.PathLike, base: Any) -> Any:
-    """The adapters in a file, as an overlay of `base`: `join(base, load(path, base))` runs.
+    """Load the adapters in a file as an overlay of `base`, as in `join(base, load(path, base))`.
 
     Args:
       path: a file that `save` wrote.
-      base: the parameter tree that the adapters were trained on (or a joined tree, whose own base
-        counts). Where its leaves have values they must be those the file was made with.
+      base: the parameter tree that the adapters were trained on, or a joined tree, of which only
+        the base is used. Concrete leaves must have the values that the file was saved with.
 
     Raises:
-      AdapterFileError: the file is missing, damaged (see `safetensors_file.read`; NaN and infinite
-        values count as damage), not lora_jax's, or made for another base. All differences are
-        listed at once.
+      AdapterFileError: the file is missing, damaged (NaN and infinite values count as damage), not
+        lora_jax's, or made for another base. All differences are listed at once.
     """
     return fit(read_file(path), base)
 
@@ -214,16 +215,16 @@ def is_header(metadata: Mapping[str, str]) -> bool:
 
 
 def _header(path: str | os.PathLike, header: Mapping[str, str]) -> dict[str, Any]:
-    """The metadata of a file, parsed and checked."""
+    """Parse and check the metadata of a file."""
     if not is_header(header):
         raise AdapterFileError(
-            f"{path}: a safetensors file, but not one that lora_jax.save wrote (its header says "
-            f"format={header.get('format')!r:.40})"
+            f"{path}: a safetensors file, but not one that lora_jax.save wrote (its format is "
+            f"{header.get('format')!r:.40})"
         )
     if header.get("version") != str(VERSION):
         raise AdapterFileError(
-            f"{path}: version {header.get('version')!r:.40} of the format; this release reads "
-            f"{VERSION}"
+            f"{path}: format version {header.get('version')!r:.40} is not supported; this release "
+            f"reads version {VERSION}"
         )
     fields: dict[str, tuple[type, ...]] = {
         "layouts": (dict,),
@@ -234,22 +235,22 @@ def _header(path: str | os.PathLike, header: Mapping[str, str]) -> dict[str, Any
     damaged = f"{path}: the header is damaged"
     missing = [field for field in fields if field not in header]
     if missing:
-        raise AdapterFileError(f"{damaged}: there is no {', '.join(missing)}")
+        raise AdapterFileError(f"{damaged}: it lacks {', '.join(missing)}")
     parsed = {
         field: strict_json.parse_json(header[field], f"{damaged}: {field}") for field in fields
     }
     wrong = [field for field, types in fields.items() if not isinstance(parsed[field], types)]
     if wrong:
-        raise AdapterFileError(f"{damaged}: no mapping in {', '.join(wrong)}")
+        raise AdapterFileError(f"{damaged}: must be a mapping: {', '.join(wrong)}")
     if not all(isinstance(checksum, str) for checksum in parsed["base"].values()):
-        raise AdapterFileError(f"{damaged}: a fingerprint in base is no string")
+        raise AdapterFileError(f"{damaged}: a fingerprint in base is not a string")
     return parsed
 
 
 def _nodes(
     layouts: Mapping[str, Any], tensors: dict[str, np.ndarray]
 ) -> tuple[dict[str, Adapted], list[str]]:
-    """The overlay's nodes by path, and what is wrong with the file."""
+    """Return the overlay's nodes by path, and what is wrong with the file."""
     nodes: dict[str, Adapted] = {}
     problems: list[str] = []
     left = set(tensors)
@@ -266,5 +267,5 @@ def _nodes(
         if not found:
             nodes[path] = native_schema.make(record, arrays)
         problems += [f"{path}: {problem}" for problem in found]
-    problems += [f"{name}: a tensor that no layout names" for name in sorted(left)]
+    problems += [f"{name}: this tensor belongs to no layout" for name in sorted(left)]
     return nodes, problems

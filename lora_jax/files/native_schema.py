@@ -1,4 +1,4 @@
-"""What a native adapter file says of each node, and whether a node can be made of it."""
+"""The record of each node in a native adapter file, and the checks before it becomes a node."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -21,14 +21,14 @@ FIELDS = {
 
 
 def kind(node: Adapted) -> str:
-    """The key of `FIELDS` for a node."""
+    """Return the key of `FIELDS` for a node."""
     if isinstance(node, TrainedLeaf | TrainedRows):
         return "whole" if isinstance(node, TrainedLeaf) else "rows"
     return "lora" if node.magnitude is None else "dora"
 
 
 def record(node: Adapted) -> dict[str, Any]:
-    """A node without its tensors, as JSON."""
+    """Return a node without its tensors, as JSON values."""
     if isinstance(node, TrainedLeaf):
         return {"kind": "whole"}
     layout = node.layout
@@ -40,7 +40,7 @@ def record(node: Adapted) -> dict[str, Any]:
 
 
 def make(record: Mapping[str, Any], arrays: Mapping[str, Any]) -> Adapted:
-    """The node again, of a record and tensors in which no problems were found."""
+    """Make the node of a record and tensors in which no problems were found."""
     if record["kind"] == "whole":
         return TrainedLeaf(None, **arrays)
     layout = Layout(record["axes"], tuple(record["uses"]), record.get("lookup_only", False))
@@ -51,7 +51,7 @@ def make(record: Mapping[str, Any], arrays: Mapping[str, Any]) -> Adapted:
 
 
 def record_problems(record: Any) -> list[str]:
-    """What is wrong with the JSON that describes a node: any value may be of any type."""
+    """List what is wrong with the JSON record of a node; any value may be of any type."""
     found = record.get("kind") if isinstance(record, dict) else None
     if not isinstance(found, str) or found not in FIELDS:
         return [f"unknown kind of adapter {found!r:.40}"]
@@ -66,9 +66,9 @@ def record_problems(record: Any) -> list[str]:
     if type(record.get("lookup_only", False)) is not bool:
         problems.append(f"lookup_only must be true or false, not {record['lookup_only']!r:.40}")
     if found == "rows" and not _are_rows(record.get("rows")):
-        problems.append(f"rows must be different numbers from 0 on: {record.get('rows')!r:.40}")
+        problems.append(f"rows must be distinct numbers >= 0, not {record.get('rows')!r:.40}")
     if found != "rows" and not _is_probability(record.get("dropout", 0.0)):
-        problems.append(f"dropout must be from 0 to below 1, not {record['dropout']!r:.40}")
+        problems.append(f"dropout must be >= 0 and < 1, not {record['dropout']!r:.40}")
     return problems
 
 
@@ -80,7 +80,7 @@ def _axis_of_rows(record: Mapping[str, Any]) -> Any:
 def _axis_problems(record: Mapping[str, Any]) -> list[str]:
     axes, axis = record["axes"], _axis_of_rows(record)
     if "axis" not in record and axes.count("i") != 1:
-        return [f"rows lie along one in axis, and the layout is {axes!r:.40}"]
+        return [f"without an axis, rows need a layout with one in axis, not {axes!r:.40}"]
     if type(axis) is not int or not 0 <= axis < len(axes) or axes[axis] == "b":
         return [f"axis must be the number of an in or out axis of {axes!r:.40}, not {axis!r:.40}"]
     return []
@@ -106,17 +106,17 @@ def _is_probability(x: Any) -> bool:
 
 
 def array_problems(record: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> list[str]:
-    """What is wrong with a node's tensors, apart from what `check_fits` compares with the base."""
+    """List what is wrong with a node's tensors, except what `check_fits` compares with the base."""
     problems = []
     for field, x in arrays.items():
         if not jnp.issubdtype(x.dtype, jnp.floating):
-            problems.append(f"{field} is {x.dtype}, not floating")
+            problems.append(f"{field} is {x.dtype}, not floating-point")
     if "a" in arrays:
         return problems + _factor_problems(Layout(record["axes"]), arrays["a"], arrays["b"])
     value, scale = arrays["value"].shape, arrays["scale"].shape
     ones = (*value[:1], *(1 for _ in value[1:]))
     if scale != () and not (record["kind"] == "whole" and scale == ones):
-        problems.append(f"scale is {scale}, the value {value}")
+        problems.append(f"scale has shape {scale}, which does not fit the value's {value}")
     return problems
 
 
@@ -124,7 +124,7 @@ def dtype_problems(node: Adapted) -> list[str]:
     """Return which of a node's arrays JAX would narrow to 32 bits."""
     arrays = {field: getattr(node, field) for field in FIELDS[kind(node)]}
     return [
-        f"{field} is {x.dtype}, which JAX holds only with jax_enable_x64"
+        f"{field} is {x.dtype}, which JAX supports only with jax_enable_x64"
         for field, x in arrays.items()
         if jax.dtypes.canonicalize_dtype(x.dtype) != x.dtype
     ]
@@ -135,5 +135,5 @@ def _factor_problems(layout: Layout, a: np.ndarray, b: np.ndarray) -> list[str]:
     for name, x, kinds in (("a", a, "bi"), ("b", b, "bo")):
         needed = len(layout.positions(kinds)) + 1
         if x.ndim != needed:
-            problems.append(f"{name} has {x.ndim} axes, layout {layout.axes!r} needs {needed}")
+            problems.append(f"{name} has {x.ndim} axes, but layout {layout.axes!r} needs {needed}")
     return problems or (["the rank is 0"] if a.shape[-1] == 0 else [])

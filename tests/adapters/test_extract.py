@@ -163,7 +163,7 @@ def test_trees_that_differ_are_all_listed():
         lora_jax.extract(base, tuned, 1)
     message = str(caught.value)
     assert "a: (4, 3) in base, (4, 5) in tuned" in message
-    assert "b: adapted; merge(tuned)" in message
+    assert "b: adapted in tuned; call merge(tuned)" in message
     assert "c: only in base" in message and "e: only in tuned" in message and "d:" not in message
 
 

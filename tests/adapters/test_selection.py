@@ -102,8 +102,8 @@ def test_every_stack_counts_by_itself():
         ({"layers": [-5]}, "-5,.* selects no target"),
         ({"layers": slice(4, None)}, "selects no target"),
         ({"layers": [0], "layers_pattern": "blok"}, "layers_pattern="),
-        ({"layers": [0], "targets": ["head"]}, "no target has a number"),
-        ({"layers": [0], "targets": ["head", "Dense_0"]}, "targets: 'head' has no number"),
+        ({"layers": [0], "targets": ["head"]}, "no target has a layer number"),
+        ({"layers": [0], "targets": ["head", "Dense_0"]}, "targets: 'head' has no layer number"),
         ({"layers": [3], "targets": ["block_1/Dense_0", "block_2"]}, "in layers 1, 2"),
     ],
 )

@@ -70,7 +70,7 @@ def test_table_says_how_each_weight_is_used():
     adapted = lora_jax.init(KEY, params, config, fn, jnp.zeros((2, 3), int))
     lines = [line.split("  ") for line in lora_jax.summary(adapted).splitlines()]
     table = {line[0]: [cell.strip() for cell in line if cell.strip()] for line in lines[1:-1]}
-    assert table["bias"] == ["bias", "[6]", "-", "trained whole", "-", "6"]
+    assert table["bias"] == ["bias", "[6]", "-", "fully trained", "-", "6"]
     assert table["conv"] == ["conv", "[3, 6, 2]", "iio", "convolution", "2", "40"]
     assert table["embedding"] == ["embedding", "[11, 4]", "io", "lookup, matmul", "2", "30"]
     assert table["kernel"] == ["kernel", "[4, 6]", "io", "matmul", "2", "20"]

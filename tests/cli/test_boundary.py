@@ -36,7 +36,7 @@ def python(code, **environment):
 FAILURES = {
     "ours": (lora_jax.StructureError("it does not fit:\n  q\n  k"), 1, "it does not fit: q; k"),
     "asset": (AssetError("no network"), 1, "no network"),
-    "missing": (FileNotFoundError(errno.ENOENT, "x", "a.txt"), 1, "a.txt: there is no such file"),
+    "missing": (FileNotFoundError(errno.ENOENT, "x", "a.txt"), 1, "a.txt: no such file"),
     "full": (OSError(errno.ENOSPC, "No space", "b.bin"), 1, "b.bin: the disk is full; free some"),
     "denied": (PermissionError(errno.EACCES, "x", "/c"), 1, "/c: permission denied; choose"),
     "directory": (IsADirectoryError(errno.EISDIR, "x", "d"), 1, "d: is a directory, but a file"),
@@ -179,7 +179,7 @@ def test_the_module_runs(tmp_path):
         timeout=120,
     )
     assert done.returncode == 1 and done.stdout == ""
-    assert done.stderr == f"error: {tmp_path}/none: there is no such file or directory\n"
+    assert done.stderr == f"error: {tmp_path}/none: no such file or directory\n"
 
 
 def test_a_closed_pipe_is_no_failure():

@@ -147,7 +147,7 @@ def test_failures(world, fails):
     both = ["--model", "my-model", "--naming", "naming.json"]
     assert "not both" in fails(*own, *both)
     assert "others have PyTorch's names" in fails(*words, "folded", "--naming", "naming.json")
-    assert "none.json: there is no such file" in fails(*own, "--naming", "none.json")
+    assert "none.json: no such file" in fails(*own, "--naming", "none.json")
     (world / "bad.json").write_text('[{"torch": "x"}]')
     assert "row 0 of the naming" in fails(*own, "--naming", "bad.json")
     (world / "bad.json").write_text('[{"torch": "x.weight", "path": "x", "kind": "linear"}]')

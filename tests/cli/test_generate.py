@@ -98,7 +98,7 @@ def test_failures(world, fails):
     both = ["--prompt", "x", "--prompt-file", "prompt.txt"]
     assert "give either" in fails(*words, *both, status=2)
     assert "prompt is empty" in fails(*words, "--prompt", "")
-    assert "none.txt: there is no such file" in fails(*words, "--prompt-file", "none.txt")
+    assert "none.txt: no such file" in fails(*words, "--prompt-file", "none.txt")
     (world / "latin.txt").write_bytes(b"caf\xe9")
     assert "not UTF-8 text" in fails(*words, "--prompt-file", "latin.txt")
     good = [*words, "--prompt", "x"]

@@ -177,7 +177,7 @@ def test_a_classifier(tmp_path, run, quick_compile):
 
 
 ERRORS = {
-    "no model": (["--model", "nowhere"], "nowhere: there is no such file or directory; give"),
+    "no model": (["--model", "nowhere"], "nowhere: no such file or directory; give"),
     "no target": (["--targets", "q_prj"], "no module is called 'q_prj'; choose from q_proj"),
     "no rows": (["--length", 4096], "--length 4096: must be from 2 to 1024"),
     "no encoding": (["--encoding", "x"], "unknown encoding 'x'"),

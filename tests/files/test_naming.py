@@ -157,8 +157,8 @@ def test_everything_wrong_with_the_tensors_is_told_at_once():
     with pytest.raises(StructureError) as caught:
         to_tree(naming, tensors, like, ignore=[r".*inv_freq"])
     assert str(caught.value).splitlines() == [
-        "a.weight: has shape (2, 3), a/kernel needs (3, 2)",
-        "b.weight: is int32, b/kernel is float32",
+        "a.weight: has shape (2, 3), but a/kernel needs (3, 2)",
+        "b.weight: is int32, but b/kernel is float32",
         "c.weight: missing, (3, 2) for c/kernel",
         "more.weight: unexpected",
         "odd: no row of the naming has this path",
@@ -175,11 +175,11 @@ def test_leaves_that_do_not_fit_their_rows():
     naming = Naming((Entry("q", "q", "linear", "(h d) i -> i h d", {"d": 4}),))
     with pytest.raises(StructureError, match=r"q: axis \(d\) has size 3.*\{'d': 4\}"):
         naming.places({"q": (5, 3, 3)})
-    with pytest.raises(StructureError, match=r"q: has shape \(5, 12\), its row says"):
+    with pytest.raises(StructureError, match=r"q: has shape \(5, 12\), but its row has"):
         naming.places({"q": (5, 12)})
     row = Entry(("q", "k", "v"), "qkv", "linear")
     (place,) = Naming((row,)).places({"qkv": (5, 16)}).values()
-    with pytest.raises(StructureError, match=r"16 outputs are not 5 \+ 5 \+ 5: say in the naming"):
+    with pytest.raises(StructureError, match=r"16 outputs are not 5 \+ 5 \+ 5; add to the"):
         to_torch(Naming((row,)), {place.path: np.ones(place.shape)})
 
 
@@ -187,17 +187,20 @@ def test_leaves_that_do_not_fit_their_rows():
     ("fields", "message"),
     [
         (("q", "q", "dense"), "kind 'dense' is not one of 'linear'"),
-        ((("q", "k"), ("q", "k")), "one of the two must be one"),
-        ((("{n}.q", "k"), "q"), "the same placeholders"),
-        (("q", "{n}/q"), "the path's n is in no torch name"),
+        ((("q", "k"), ("q", "k")), "only one of the two may be several"),
+        ((("{n}.q", "k"), "q"), "need the same placeholders"),
+        (("q", "{n}/q"), "no PyTorch name has the path's placeholder n"),
         (("{n}.q", "q"), "a stacked leaf needs axes"),
         (("{n}.q", "q", "linear"), "do not have the same letters"),
-        (("{n}.q", "q", "linear", "o i -> (n i) o"), "an axis of its own"),
+        (("{n}.q", "q", "linear", "o i -> (n i) o"), "must be a separate axis"),
         (("q", "q", "linear", "o i -> i"), "do not have the same letters"),
         (("q", "q", "linear", "o i j -> i o j"), "has 2 axes"),
-        (("q", "q", "linear", "(h d) i -> (i h) d"), "mixes axes of in and of out"),
-        (("q", "q", "experts", "(g e) o i -> (g e) i o"), "several axes of experts in one axis"),
-        (("q", "q", "experts", "o i -> i o"), "a experts weight has 3 axes, 'o i -> i o' names 2"),
+        (("q", "q", "linear", "(h d) i -> (i h) d"), "mixes in and out axes"),
+        (("q", "q", "experts", "(g e) o i -> (g e) i o"), "several axes of experts into one axis"),
+        (
+            ("q", "q", "experts", "o i -> i o"),
+            "'experts' has 3 axes, but 'o i -> i o' names 2",
+        ),
         (("q", "q", "linear", "rank i -> i rank"), "same letters"),
         (("q", "q", "linear", "o i, i o"), "is not a pattern"),
         (("q", "q", "linear", "o o -> o o"), "names an axis twice"),
@@ -212,12 +215,12 @@ def test_json_round_trip_and_its_errors():
     naming = Naming(tuple(row for row, *_ in CASES.values()))
     assert Naming.from_json(json.loads(json.dumps(naming.to_json()))) == naming
     for wrong, message in [
-        ({}, "a naming is a list"),
+        ({}, "a naming must be a list"),
         ([{"torch": "a"}], "row 0 of the naming"),
-        ([{"torch": "a", "path": "a", "shape": 1}], "at most axes, kind"),
-        ([{"torch": "a", "path": "a", "sizes": {"d": "4"}}], "sizes is"),
-        ([{"torch": "a", "path": []}], "path is"),
-        ([{"torch": "a", "path": "a", "split": [True]}], "split is"),
+        ([{"torch": "a", "path": "a", "shape": 1}], "optionally axes, kind"),
+        ([{"torch": "a", "path": "a", "sizes": {"d": "4"}}], "invalid sizes "),
+        ([{"torch": "a", "path": []}], "invalid path "),
+        ([{"torch": "a", "path": "a", "split": [True]}], "invalid split "),
     ]:
         with pytest.raises(ConfigError, match=message):
             Naming.from_json(wrong)

@@ -186,7 +186,7 @@ def test_all_differences_are_listed_at_once(directory):
         "  classifier.weight: unexpected",
         "  embeddings.LayerNorm.weight: missing, (12,) for embeddings/norm/scale",
         "  encoder.layer.0.output.dense.bias: missing, (12,) for layer_0/output/bias",
-        "  encoder.layer.1.intermediate.dense.weight: has shape (12, 20), "
+        "  encoder.layer.1.intermediate.dense.weight: has shape (12, 20), but "
         "layer_1/intermediate/kernel needs (20, 12)",
     ]
 
@@ -194,7 +194,7 @@ def test_all_differences_are_listed_at_once(directory):
 def test_a_file_cut_short(directory):
     file = directory / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-7])
-    with pytest.raises(ValueError, match=r"model\.safetensors: not a whole safetensors file"):
+    with pytest.raises(ValueError, match=r"model\.safetensors: not a complete safetensors file"):
         models.load(directory)
 
 

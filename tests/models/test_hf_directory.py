@@ -86,8 +86,8 @@ def test_tensors_that_do_not_fit_are_listed(sharded):
     with pytest.raises(ModelFileError, match="tensors and configuration do not match") as error:
         models.load(sharded)
     assert str(error.value).splitlines()[1:] == [
-        "  model.layers.1.mlp.up_proj.bias: is int8, layer_1/mlp/up/bias is float32",
-        "  model.norm.weight: has shape (33,), norm/scale needs (32,)",
+        "  model.layers.1.mlp.up_proj.bias: is int8, but layer_1/mlp/up/bias is float32",
+        "  model.norm.weight: has shape (33,), but norm/scale needs (32,)",
     ]
 
 

@@ -21,7 +21,7 @@ def test_damaged_files_give_clear_errors_or_finite_values(format, quick_compile)
 
 @pytest.mark.parametrize(
     ("case", "value", "dtype", "match"),
-    [("lora_bias", 3e38, None, "their dtype holds"), ("linear", 1e6, jnp.float16, "what float16")],
+    [("lora_bias", 3e38, None, "their dtype"), ("linear", 1e6, jnp.float16, "float16")],
 )
 def test_values_that_overflow_on_the_way(tmp_path, case, value, dtype, match):
     """Found by the command: a bias that is the base's and what is added to it, beyond float32."""
@@ -33,5 +33,5 @@ def test_values_that_overflow_on_the_way(tmp_path, case, value, dtype, match):
     name = next(name for name in tensors if name.endswith(ending))
     tensors[name] = np.full_like(tensors[name], value)
     safetensors_file.write(tmp_path / peft.TENSORS, tensors, metadata)
-    with pytest.raises(AdapterFileError, match=f"values beyond .*{match}"):
+    with pytest.raises(AdapterFileError, match=f"has values that overflow {match}"):
         peft.load(tmp_path, chosen.base, PLAIN, dtype=dtype)

@@ -38,7 +38,7 @@ def open_model(name: str, dtype: str | None, scan: bool) -> TrainableModel:
       scan: whether layers are stacked, if the model can.
 
     Raises:
-      LoraError, OSError: there is no such model, or it cannot be read.
+      LoraError, OSError: the model does not exist or cannot be read.
     """
     found = sources.find_model(name)
     tokenizer = sources.tokenizer_of(found)

@@ -1,1 +1,1 @@
-"""Bytes on disk: whole or absent, checked, independent of what they mean."""
+"""Bytes on disk: written completely or not at all, and checked, whatever they mean."""

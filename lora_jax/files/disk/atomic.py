@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, whenever the writer is killed."""
+"""Write files completely or not at all, even if the writer is killed."""
 
 import contextlib
 import os
@@ -10,29 +10,29 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-if sys.platform != "win32":  # there nothing is locked, and nothing stale is removed
+if sys.platform != "win32":  # which has no such locks: nothing stale is removed there
     import fcntl
 
-#: Where a set of files stands from the moment it is whole until each is in its place.
+#: Holds a set of files from the moment it is complete until each file is in its place.
 COMMIT = ".lora_jax-commit"
 _STALE = re.compile(r"\.lora_jax-[0-9a-f]{16}\.tmp")
-#: How long to wait for another process that writes to the same directory, in seconds.
+#: Seconds to wait for another process that writes to the same directory.
 PATIENCE = 30.0
 
 
 def write_atomically(path: str | os.PathLike, data: bytes) -> None:
-    """Write a file so that, whatever happens, the old one or the new one is there whole.
+    """Write a file so that, whatever happens, either the old or the new one is there, complete.
 
-    The bytes go to a file beside it, reach the disk, and are renamed into place. What a killed
-    process left beside it is removed by the next one that writes to the directory, under a lock, so
-    never while its writer lives. A link is followed.
+    The bytes are written to a temporary file beside it, flushed to the disk, and renamed into
+    place. A temporary file left by a killed process is removed by the next process that writes to
+    the directory; a lock ensures that its writer is dead. Symbolic links are followed.
 
     Args:
-      path: the file; its directory is made where it is missing.
-      data: the whole content.
+      path: the file; its directory is created if missing.
+      data: the complete content.
 
     Raises:
-      OSError: the disk is full, the directory cannot be written to, ...; the old file stands.
+      OSError: the disk is full, the directory is not writable, ...; the old file is kept.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -51,27 +51,27 @@ def write_atomically(path: str | os.PathLike, data: bytes) -> None:
 def write_directory(path: str | os.PathLike, files: Mapping[str, bytes]) -> None:
     """Write a set of files that belong together: all of the old ones or all of the new ones.
 
-    How that holds, whenever the process is killed:
+    This holds even if the process is killed at any time:
 
-    1. A directory that does not exist is written whole under another name, and renamed.
-    2. In one that does, other files are never touched. If one file of the set differs from what is
-       there, it is replaced by one rename (a training run that saves again: its configuration stays
-       the same).
-    3. If more differ, the new ones are written to a directory inside it, which is renamed to
+    1. A directory that does not exist is written completely under another name, then renamed.
+    2. In an existing directory, other files are never touched. If a single file of the set differs
+       from what is there, one rename replaces it (a training run that saves again, where the
+       configuration stays the same).
+    3. If more files differ, the new ones are written to a directory inside it, which is renamed to
        `.lora_jax-commit` once they are all on the disk. Then the *first* file of the set is
-       removed, the others are renamed into place, and last the first one. So nobody ever sees a
-       mixture: a reader who knows nothing of this finds the old set, the new set, or the first file
-       missing. `read_directory` finds the missing ones in `.lora_jax-commit`, hence always a whole
-       set, and the next `write_directory` completes what was begun.
+       removed, the others are renamed into place, and the first one comes last. So nobody ever sees
+       a mixture: a reader that does not know this scheme finds the old set, the new set, or the
+       first file missing. `read_directory` looks for missing files in `.lora_jax-commit`, so it
+       always finds a complete set, and the next `write_directory` finishes an interrupted one.
 
     Args:
-      path: the directory; made where it is missing.
-      files: content by file name; put first the file without which nobody takes the others for
-        valid.
+      path: the directory; created if missing.
+      files: content by file name. The first file should be the one without which no reader
+        considers the others valid.
 
     Raises:
-      ValueError: a name that is no plain file name.
-      OSError: the disk is full, another process writes there for longer than half a minute, ...
+      ValueError: a name is not a plain file name.
+      OSError: the disk is full, another process writes there for more than half a minute, ...
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -106,9 +106,9 @@ def write_directory(path: str | os.PathLike, files: Mapping[str, bytes]) -> None
 
 
 def read_directory(path: str | os.PathLike, names: Sequence[str]) -> dict[str, bytes]:
-    """The files of a set that `write_directory` wrote, or anyone: all old ones or all new ones.
+    """Read a set of files, as of one `write_directory`: all old ones or all new ones.
 
-    Nothing is written. Files that are not there are left out of the result.
+    Nothing is written. Missing files are left out of the result.
 
     Args:
       path: the directory.
@@ -122,7 +122,7 @@ def read_directory(path: str | os.PathLike, names: Sequence[str]) -> dict[str, b
 
 
 def _replace(path: Path, data: bytes) -> None:
-    """Write beside `path`, and rename into place."""
+    """Write a file beside `path`, and rename it into place."""
     temporary = path.with_name(_temporary_name())
     try:
         _write(temporary, data)
@@ -133,7 +133,7 @@ def _replace(path: Path, data: bytes) -> None:
 
 
 def _replace_set(path: Path, files: Mapping[str, bytes]) -> None:
-    """The third step of `write_directory`, or the second where that is enough."""
+    """Do step 3 of `write_directory`, or step 2 if it suffices."""
     new = {name: data for name, data in files.items() if not _holds(path / name, data)}
     if len(new) == 1:
         for name, data in new.items():
@@ -154,28 +154,28 @@ def _move_into_place(path: Path, names: Sequence[str]) -> None:
 
 
 def _unfinished(path: Path) -> list[str]:
-    """Files of a set that is whole but not yet in place: they count instead of those in place."""
+    """List the files of a set that is complete but not yet in place, which supersede the others."""
     commit = path / COMMIT
     if commit.is_symlink() or not commit.is_dir():
         return []
     names = sorted(file.name for file in commit.iterdir() if file.is_file())
-    # Where none is missing, the first was not removed yet, or someone has written the set since.
+    # If none is missing, the first was not removed yet, or someone has written the set since.
     return names if any(not (path / name).exists() for name in names) else []
 
 
 def _complete(path: Path) -> None:
-    """Finish, or undo, what a killed `write_directory` had begun."""
+    """Finish or undo what a killed `write_directory` started."""
     commit = path / COMMIT
     if commit.is_symlink():
         commit.unlink()
     elif commit.is_dir():
-        # The one that is missing comes last, as it would have.
+        # The missing file comes last, as it would have.
         names = sorted(_unfinished(path), key=lambda name: not (path / name).exists())
         _move_into_place(path, names)
 
 
 def _stage(parent: Path, files: Mapping[str, bytes]) -> Path:
-    """A new directory with the files, on the disk."""
+    """Write the files to a new directory, flushed to the disk."""
     staged = parent / _temporary_name()
     try:
         staged.mkdir()
@@ -210,7 +210,7 @@ def _check_name(name: str) -> None:
 
 
 def _remove_stale(directory: Path) -> None:
-    """Remove what killed processes left, unless someone is writing there just now."""
+    """Remove what killed processes left, unless someone is writing there now."""
     with _lock(directory, exclusive=True, patience=0.0) as locked:
         if locked:
             _sweep(directory)
@@ -228,9 +228,9 @@ def _sweep(directory: Path) -> None:
 
 @contextlib.contextmanager
 def _lock(directory: Path, exclusive: bool, patience: float | None = None) -> Iterator[bool]:
-    """Hold the directory's lock; False where there is none to be had. It dies with its holder.
+    """Hold the directory's lock, and yield whether it is held. It is released if we are killed.
 
-    Readers go on without it. A writer of sets (`exclusive`, with patience) gives up.
+    Readers proceed without it. A writer of sets (`exclusive`, with patience) gives up.
     """
     if sys.platform == "win32":
         yield False
@@ -261,12 +261,12 @@ def _acquire(handle: int, directory: Path, exclusive: bool, patience: float) -> 
                 raise TimeoutError(message) from None
             else:
                 return False
-        except OSError:  # a file system without locks
+        except OSError:  # the file system has no locks
             return False
 
 
 def _sync(directory: Path) -> None:
-    """Bring renames to the disk; some systems cannot, and need not."""
+    """Flush renames to the disk; some systems cannot, and need not."""
     try:
         handle = os.open(directory, os.O_RDONLY)
     except OSError:

@@ -1,4 +1,4 @@
-"""Checksums of a base: whether two trees hold the same weights, leaf by leaf."""
+"""Checksums of a base, which show leaf by leaf whether two trees have the same weights."""
 
 import re
 from collections.abc import Collection
@@ -15,14 +15,15 @@ _ENTRY = re.compile(r"(\w+)\[((?:\d+(?:,\d+)*)?)\](?::\w+)?")
 
 
 def fingerprint(base: Any, skip: Collection[str] = ()) -> dict[str, str]:
-    """`{path: "float32[4,3]:1a2b3c4d5e6f7a8b"}`: dtype, shape and a checksum of every array's bits.
+    """Return `{path: "float32[4,3]:1a2b3c4d5e6f7a8b"}`: each array's dtype, shape and checksum.
 
-    Computed where the arrays are, in integers, so that it is the same on every backend and for
-    every sharding. Leaves without values (`ShapeDtypeStruct`) get no checksum.
+    The checksum covers the bits, and is computed on the arrays' devices, in integers, so it is the
+    same for every backend and sharding.
+    Abstract leaves (`ShapeDtypeStruct`) get no checksum.
 
     Args:
       base: a parameter tree without adapters.
-      skip: paths to leave out (the leaves that adapters replace whole).
+      skip: paths to leave out (the leaves that adapters replace completely).
     """
     leaves, _ = flatten_with_paths(base, is_leaf=is_adapted)
     arrays = {p: x for p, x in leaves.items() if hasattr(x, "dtype") and p not in skip}
@@ -36,7 +37,7 @@ def fingerprint(base: Any, skip: Collection[str] = ()) -> dict[str, str]:
 
 
 def described_shape(text: Any) -> jax.ShapeDtypeStruct | None:
-    """Return the shape and dtype in one entry of a fingerprint; None where it is not an entry.
+    """Return the shape and dtype in one entry of a fingerprint, or None if it is not an entry.
 
     >>> described_shape("float32[4,3]:1a2b3c4d5e6f7a8b")
     ShapeDtypeStruct(shape=(4, 3), dtype=float32)
@@ -48,15 +49,15 @@ def described_shape(text: Any) -> jax.ShapeDtypeStruct | None:
 
 
 def differences(saved: dict[str, str], base: dict[str, str]) -> list[str]:
-    """What tells the two apart, one line a leaf; checksums count only where both have them."""
+    """List the differences, one line per leaf; checksums count only if both have one."""
     lines = [f"{path}: not in this base" for path in saved if path not in base]
-    lines += [f"{path}: not in the base of the adapters" for path in base if path not in saved]
+    lines += [f"{path}: not in the adapters' base" for path in base if path not in saved]
     for path in saved.keys() & base.keys():
         (was, _, was_sum), (now, _, now_sum) = saved[path].partition(":"), base[path].partition(":")
         if was != now:
-            lines.append(f"{path}: {now}, but the adapters were trained on {was}")
+            lines.append(f"{path}: is {now}, but the adapters were trained on {was}")
         elif was_sum and now_sum and was_sum != now_sum:
-            lines.append(f"{path}: other values than the adapters were trained on")
+            lines.append(f"{path}: has other values than the adapters were trained on")
     return sorted(lines)
 
 
@@ -66,7 +67,7 @@ def _hex(pair: Any) -> str:
 
 @jax.jit
 def _checksum(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Two sums modulo 2³² of the words, the second weighted by place, so that order counts."""
+    """Compute two sums of the words modulo 2³², the second weighted by position: order counts."""
     if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
         x = jax.random.key_data(x)
     if x.dtype == jnp.bool_ or jnp.issubdtype(x.dtype, jnp.complexfloating):
@@ -77,6 +78,6 @@ def _checksum(x: jax.Array) -> tuple[jax.Array, jax.Array]:
         x = x.astype(jnp.float32)
     words = jax.lax.bitcast_convert_type(x, f"uint{8 * min(4, x.dtype.itemsize)}").ravel()
     words = words.astype(jnp.uint32)
-    # An odd weight for every place, mixed so that no two swapped words cancel out.
+    # An odd weight per position, mixed so that no two swapped words cancel out.
     place = jax.lax.iota(jnp.uint32, words.size) * np.uint32(2654435761) | np.uint32(1)
     return words.sum(dtype=jnp.uint32), (words * place).sum(dtype=jnp.uint32)

@@ -1,8 +1,8 @@
-"""The one place that reads GGUF, llama.cpp's file of a model: settings, tokenizer and tensors.
+"""Read GGUF, llama.cpp's model file (settings, tokenizer, tensors); the only place that does.
 
-The format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. The header is read here,
-because the package `gguf` makes an array of every token of a vocabulary (seconds) and believes
-every length that a file states; what its blocks of quantized numbers mean is left to it.
+The format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. We read the header ourselves,
+because the package `gguf` makes one array per token of a vocabulary (which takes seconds) and
+trusts every length in the file. We leave it to `gguf` to decode the blocks of quantized numbers.
 """
 
 import mmap
@@ -24,12 +24,12 @@ _NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: 
 
 @dataclass(frozen=True)
 class GgufTensor:
-    """One tensor, which stays in the file until `np.asarray` asks for its numbers.
+    """One tensor, which stays in the file until `np.asarray` reads its numbers.
 
     Attributes:
-      name: as the file has it: "blk.0.attn_q.weight".
-      shape: in numpy's order: a linear layer's weight is `[out, in]`.
-      kind: how its numbers are stored: "F32", "Q4_1".
+      name: in the file: "blk.0.attn_q.weight".
+      shape: in NumPy's order: a linear layer's weight is `[out, in]`.
+      kind: the storage type of its numbers: "F32", "Q4_1".
     """
 
     name: str
@@ -50,70 +50,70 @@ class GgufTensor:
         block, size = GGML_QUANT_SIZES[kind]
         rows = self.stored.reshape(-1, self.shape[-1] // block * size)
         try:
-            with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is told below
+            with np.errstate(over="ignore", invalid="ignore"):  # reported below
                 values = dequantize(rows, kind).reshape(self.shape)
         except NotImplementedError as error:
-            raise ModelFileError(f"{self.name}: {self.kind} cannot be read") from error
+            raise ModelFileError(f"{self.name}: type {self.kind} is not supported") from error
         if not np.isfinite(values).all():
-            raise ModelFileError(f"{self.name}: holds numbers that are not finite")
+            raise ModelFileError(f"{self.name}: contains NaN or infinite values")
         return values.astype(dtype or np.float32, copy=bool(copy))
 
 
 @dataclass(frozen=True)
 class GgufFile:
-    """What a GGUF file holds: `metadata` by key, and `tensors` by name."""
+    """The content of a GGUF file: `metadata` by key, and `tensors` by name."""
 
     metadata: Mapping[str, Any]
     tensors: Mapping[str, GgufTensor]
 
 
 def read(path: str | Path) -> GgufFile:
-    """Reads the header of a GGUF file and maps its tensors.
+    """Read the header of a GGUF file and map its tensors.
 
-    Metadata are Python values: numbers, strings, booleans, lists of strings, and numpy arrays of
-    numbers. A tensor's numbers are turned into float32 when they are asked for.
+    Metadata are Python values: numbers, strings, booleans, lists of strings, and NumPy arrays of
+    numbers. A tensor's numbers are converted to float32 when they are read.
 
     Raises:
-      FileNotFoundError: there is no such file.
-      ModelFileError: it is no GGUF file, of another version or byte order, cut short, or says
-        what cannot be: the message names the file, and what is wrong with it.
+      FileNotFoundError: the file does not exist.
+      ModelFileError: it is not a GGUF file, has another version or byte order, is truncated or
+        inconsistent. The message names the file and what is wrong.
     """
     path = Path(path)
     try:
         with path.open("rb") as file:
             data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     except ValueError as error:
-        raise ModelFileError(f"{path} is empty") from error
+        raise ModelFileError(f"{path}: the file is empty") from error
     try:
         return _parse(data)
     except (ModelFileError, struct.error, UnicodeDecodeError) as error:
-        raise ModelFileError(f"{path} is no whole GGUF file: {error}") from error
+        raise ModelFileError(f"{path}: not a complete GGUF file: {error}") from error
 
 
 def _parse(data: mmap.mmap) -> GgufFile:
     if data[:4] != b"GGUF":
-        raise ModelFileError(f"it begins with {data[:4]!r}")
+        raise ModelFileError(f"it starts with {data[:4]!r}")
     reader = _Reader(data, 4)
     version = reader.number("I")
     if version not in (2, 3):
-        raise ModelFileError(f"version {version} (2 and 3, little-endian, can be read)")
+        raise ModelFileError(f"version {version} is not supported, only 2 and 3, little-endian")
     tensors, pairs = reader.number("Q"), reader.number("Q")
     metadata: dict[str, Any] = {}
     for _ in range(pairs):
         key = reader.string()
         if key in metadata:
-            raise ModelFileError(f"{key} comes twice")
+            raise ModelFileError(f"the key {key} appears twice")
         metadata[key] = reader.value(reader.number("I"))
     headers = [(reader.string(), *reader.tensor()) for _ in range(tensors)]
     alignment = metadata.get("general.alignment", 32)
     if not isinstance(alignment, int) or alignment < 1 or alignment & (alignment - 1):
-        raise ModelFileError(f"general.alignment {alignment!r} is no power of two")
+        raise ModelFileError(f"general.alignment {alignment!r} is not a power of two")
     start = -(-reader.at // alignment) * alignment
     return GgufFile(metadata, {tensor.name: tensor for tensor in _tensors(data, start, headers)})
 
 
 def _tensors(data: mmap.mmap, start: int, headers: list[tuple]) -> Iterator[GgufTensor]:
-    """Checks where the tensors say they lie, in the order in which they lie."""
+    """Check where the tensors are, and yield them in the order of their offsets."""
     from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
     content, end = np.frombuffer(data, np.uint8), start
@@ -123,22 +123,22 @@ def _tensors(data: mmap.mmap, start: int, headers: list[tuple]) -> Iterator[Gguf
             kind = GGMLQuantizationType(number)
             block, size = GGML_QUANT_SIZES[kind]
         except (ValueError, KeyError):
-            raise ModelFileError(f"{name}: a tensor of the unknown type {number}") from None
+            raise ModelFileError(f"{name}: unknown tensor type {number}") from None
         count = int(np.prod(shape, dtype=object))
         if not count or shape[-1] % block:
-            raise ModelFileError(f"{name}: shape {shape} is not made of {kind.name}'s blocks")
+            raise ModelFileError(f"{name}: shape {shape} does not fit {kind.name}'s block size")
         first, last = start + offset, start + offset + count // block * size
         if first < end or last > len(data):
-            raise ModelFileError(f"{name}: bytes {first} to {last} overlap or end after the file")
+            raise ModelFileError(f"{name}: bytes {first} to {last} overlap or exceed the file")
         if name in names:
-            raise ModelFileError(f"{name} comes twice")
+            raise ModelFileError(f"the tensor {name} appears twice")
         names.add(name)
         end = last
         yield GgufTensor(name, shape, kind.name, content[first:last])
 
 
 class _Reader:
-    """A place in the file that moves on with what is read."""
+    """A position in the file that advances with each read."""
 
     def __init__(self, data: mmap.mmap, at: int) -> None:
         self.data, self.at = data, at
@@ -150,7 +150,7 @@ class _Reader:
 
     def take(self, length: int) -> bytes:
         if length > len(self.data) - self.at:
-            raise ModelFileError(f"{length} bytes at {self.at} end after the file")
+            raise ModelFileError(f"{length} bytes at {self.at} exceed the file")
         self.at += length
         return self.data[self.at - length : self.at]
 
@@ -163,7 +163,7 @@ class _Reader:
         if kind == _ARRAY:
             return self.array(self.number("I"), self.number("Q"))
         if kind not in _NUMBERS:
-            raise ModelFileError(f"metadata of the unknown type {kind} before byte {self.at}")
+            raise ModelFileError(f"metadata of unknown type {kind} before byte {self.at}")
         return self.number(_NUMBERS[kind])
 
     def array(self, kind: int, count: int) -> Any:
@@ -175,7 +175,7 @@ class _Reader:
         return np.frombuffer(self.take(count * dtype.itemsize), dtype)
 
     def tensor(self) -> tuple[tuple[int, ...], int, int]:
-        """Shape in numpy's order, type and offset."""
+        """Read one tensor's shape in NumPy's order, its type and its offset."""
         axes = self.number("I")
         if not 1 <= axes <= 4:
             raise ModelFileError(f"a tensor of {axes} axes before byte {self.at}")

@@ -29,5 +29,5 @@ def read_required(
         if name not in files:
             is_pickled = pickled is not None and (Path(directory) / pickled).exists()
             why = f"; {pickled} is a pickle, which is never read" if is_pickled else ""
-            raise AdapterFileError(f"{Path(directory) / name}: there is no such file{why}")
+            raise AdapterFileError(f"{Path(directory) / name}: no such file{why}")
     return files

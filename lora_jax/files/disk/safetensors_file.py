@@ -1,4 +1,4 @@
-"""The one place that reads and writes safetensors files: strict about them, and never pickle."""
+"""Read and write safetensors files strictly; the only place that does. Never reads a pickle."""
 
 import dataclasses
 import io
@@ -19,7 +19,7 @@ from lora_jax.core.errors import AdapterFileError
 from lora_jax.files.disk.atomic import write_atomically
 from lora_jax.files.disk.strict_json import lines, parse_json, show
 
-#: The safetensors name of every dtype that is read and written.
+#: The supported dtypes by their names in safetensors.
 DTYPES = {
     "BOOL": np.dtype(np.bool_),
     **{
@@ -35,13 +35,13 @@ DTYPES = {
 }
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
-#: Bytes of header that are read; a quarter of a million tensors fit.
+#: Maximum size of a header in bytes, enough for 250,000 tensors.
 MAX_HEADER = 2**25
 MAX_NAME = 1024
 _FIELDS = ("dtype", "shape", "data_offsets")
 _FOREIGN = {
-    rb"PK\x03\x04|\x80[\x00-\x05]": "a pickle of PyTorch, which can run any code when it is read: "
-    "convert it to safetensors first (in PyTorch, if you trust who made it: "
+    rb"PK\x03\x04|\x80[\x00-\x05]": "a PyTorch pickle, which can run arbitrary code when read: "
+    "convert it to safetensors first (in PyTorch, if you trust its source: "
     "safetensors.torch.save_file(torch.load(file), ...))",
     rb"GGUF": "a GGUF file",
     rb"version https://git-lfs": "a Git LFS pointer to it: fetch the file with `git lfs pull`",
@@ -51,17 +51,17 @@ _FOREIGN = {
 
 @dataclasses.dataclass(frozen=True)
 class TensorInfo:
-    """What the header of a file says of one tensor."""
+    """One tensor's entry in the header of a file."""
 
     dtype: np.dtype
     shape: tuple[int, ...]
-    start: int  # of its bytes, counted from the end of the header
+    start: int  # of its bytes, relative to the end of the header
     stop: int
 
 
 @dataclasses.dataclass(frozen=True)
 class Header:
-    """What a file holds, without its values."""
+    """The header of a file: its tensors without their values, and the metadata."""
 
     tensors: dict[str, TensorInfo]
     metadata: dict[str, str]
@@ -70,25 +70,25 @@ class Header:
 def read(
     path: str | os.PathLike, *, finite: bool = False
 ) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """The tensors of a safetensors file by name, and its metadata.
+    """Read the tensors of a safetensors file by name, and its metadata.
 
-    The header is checked before anything else is read: the file can be truncated, damaged or
-    hostile, and the only thing that happens is the error below. What may not be: a header beyond
-    the file or over 32 MiB, that is no JSON object, or names a thing twice; offsets that are out of
-    order, overlap, leave gaps, or do not end where the file ends; shapes that do not multiply to
-    the size; unknown dtypes; metadata that is not strings; names that could be mistaken for paths
-    out of a directory, that hold control characters, or are longer than 1,024 characters.
+    The header is checked before anything else is read: the file may be truncated, damaged or
+    hostile, and the result is the error below and nothing else. These are rejected: a header that
+    exceeds the file or 32 MiB, is not a JSON object, or names something twice; offsets that
+    overlap, leave gaps, or do not end with the file; shapes that do not match the size; unknown
+    dtypes; metadata that is not strings; names that could be mistaken for paths out of a directory,
+    contain control characters, or are longer than 1,024 characters.
 
     Args:
       path: the file.
-      finite: refuse files with NaN or infinite values.
+      finite: reject files with NaN or infinite values.
 
     Returns:
-      Arrays of the file's dtypes, 16-bit ones too (`ml_dtypes.bfloat16`), and the metadata.
+      Arrays with the file's dtypes, 16-bit ones too (`ml_dtypes.bfloat16`), and the metadata.
 
     Raises:
-      AdapterFileError: any of the above, each tensor's problem in a line of its own; or there is no
-        such file, or it is something else (a pickle, which is never read).
+      AdapterFileError: any of the above, one line per tensor; or the file does not exist, or is
+        something else (a pickle, which is never read).
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -103,12 +103,12 @@ def read(
 def decode(
     data: bytes, source: str, *, finite: bool = False
 ) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """What `read` returns, of the bytes of a file; `source` names it in errors."""
+    """Read the bytes of a file, as `read` does; `source` names the file in errors."""
     return _read(io.BytesIO(data), source, finite)
 
 
 def headers(path: str | os.PathLike) -> Header:
-    """Names, dtypes and shapes of a file's tensors, and its metadata; no values are read.
+    """Read the names, dtypes and shapes of a file's tensors, and its metadata, but no values.
 
     Raises:
       AdapterFileError: as `read`.
@@ -126,11 +126,11 @@ def write(
 
     Args:
       path: the file.
-      tensors: arrays by name, of any strides, of a dtype that safetensors has.
+      tensors: arrays by name, with any strides, with a dtype that safetensors supports.
       metadata: strings by name.
 
     Raises:
-      AdapterFileError: something that `read` would not take; nothing is written.
+      AdapterFileError: `read` would reject the file; nothing is written.
     """
     write_atomically(path, encode(tensors, metadata, source=str(path)))
 
@@ -141,13 +141,13 @@ def encode(
     *,
     source: str = "safetensors",
 ) -> bytes:
-    """The bytes that `write` writes."""
+    """Return the bytes that `write` writes."""
     problems = [
         f"tensor {show(name)}: {problem}"
         for name, x in tensors.items()
         for problem in (
             *_name_problems(name),
-            *([] if x.dtype in _NAMES else [f"safetensors has no dtype {x.dtype}"]),
+            *([] if x.dtype in _NAMES else [f"safetensors does not support the dtype {x.dtype}"]),
         )
     ]
     problems += _metadata_problems(dict(metadata or {}))
@@ -164,12 +164,12 @@ def encode(
 
 def _open(path: str | os.PathLike) -> io.BufferedIOBase:
     try:
-        # A pipe would block, a device never end.
+        # Reading a pipe would block; reading a device would never end.
         if not stat.S_ISREG(os.stat(path).st_mode):
             raise AdapterFileError(f"{path}: not a file")
         return Path(path).open("rb")
     except FileNotFoundError:
-        raise AdapterFileError(f"{path}: there is no such file") from None
+        raise AdapterFileError(f"{path}: no such file") from None
     except OSError as error:
         raise AdapterFileError(f"{path}: cannot be read: {error.strerror}") from None
 
@@ -183,9 +183,9 @@ def _read(
         array = np.empty(info.shape, info.dtype)
         file.seek(start + info.start)
         if file.readinto(array.reshape(-1).view(np.uint8).data) != info.stop - info.start:
-            raise AdapterFileError(f"{source}: became shorter while it was read")
+            raise AdapterFileError(f"{source}: the file became shorter while it was read")
         if info.dtype == np.bool_ and (array.view(np.uint8) > 1).any():
-            raise AdapterFileError(f"{source}: tensor {show(name)} holds bools other than 0 and 1")
+            raise AdapterFileError(f"{source}: tensor {show(name)} has bools other than 0 and 1")
         tensors[name] = array
     if finite:
         bad = [show(name) for name, x in tensors.items() if not _is_finite(x)]
@@ -199,7 +199,7 @@ def _is_finite(x: np.ndarray) -> bool:
 
 
 def _header(file: io.BufferedIOBase, source: str) -> tuple[Header, int]:
-    """The checked header, and where the data begins."""
+    """Read and check the header; return it and the position where the data starts."""
     size = file.seek(0, os.SEEK_END)
     file.seek(0)
     begin = file.read(64)
@@ -208,10 +208,10 @@ def _header(file: io.BufferedIOBase, source: str) -> tuple[Header, int]:
         raise AdapterFileError(f"{source}: {_what_else(begin, size, length)}")
     if length > MAX_HEADER:
         raise AdapterFileError(
-            f"{source}: a header of {length:,} bytes; no more than {MAX_HEADER:,} are read"
+            f"{source}: the header has {length:,} bytes, but the limit is {MAX_HEADER:,}"
         )
     file.seek(8)
-    value = parse_json(file.read(length), f"{source}: not a whole safetensors file: its header")
+    value = parse_json(file.read(length), f"{source}: not a complete safetensors file: its header")
     metadata = value.pop("__metadata__", None)
     metadata = {} if metadata is None else metadata  # mlx writes null
     problems = _metadata_problems(metadata)
@@ -225,73 +225,73 @@ def _header(file: io.BufferedIOBase, source: str) -> tuple[Header, int]:
             )
     problems = problems or _offset_problems(tensors, size - 8 - length)
     if problems:
-        raise AdapterFileError(f"{source}: not a whole safetensors file:\n" + lines(problems))
+        raise AdapterFileError(f"{source}: not a complete safetensors file:\n" + lines(problems))
     return Header(tensors, metadata), 8 + length
 
 
 def _what_else(begin: bytes, size: int, length: int) -> str:
     if begin[8:9] == b"{":
-        why = f"its header should have {length:,} bytes, the file has {size:,}"
-        return f"not a whole safetensors file: {why}"
+        why = f"its header should have {length:,} bytes, but the file has {size:,}"
+        return f"not a complete safetensors file: {why}"
     for pattern, what in _FOREIGN.items():
         if re.match(pattern, begin):
             return f"not a safetensors file, but {what}"
-    why = "it does not begin with the size of a header and a JSON object"
-    return f"not a whole safetensors file: {f'it has {size} bytes' if size < 10 else why}"
+    why = "it does not start with the size of a header and a JSON object"
+    return f"not a complete safetensors file: {f'it has {size} bytes' if size < 10 else why}"
 
 
 def _name_problems(name: str) -> list[str]:
     if not name or len(name) > MAX_NAME:
-        return [f"a name of {len(name)} characters"]
+        return [f"a name must have 1 to {MAX_NAME:,} characters, this one has {len(name):,}"]
     if not name.isprintable():
-        return ["a name with control characters"]
+        return ["a name must not contain control characters"]
     parts = re.split(r"[/\\]", name)
     if ".." in parts or name[0] in "/\\" or re.match(r"[A-Za-z]:[/\\]", name):
-        return ["a name that leads out of a directory"]
+        return ["a name must not lead out of a directory"]
     return []
 
 
 def _metadata_problems(metadata: Any) -> list[str]:
     if not isinstance(metadata, dict):
-        return [f"metadata is no mapping, but {show(metadata)}"]
+        return [f"metadata must be a mapping, got {show(metadata)}"]
     return [
-        f"metadata {show(str(key))} is no string, but {show(x)}"
+        f"metadata {show(str(key))} must be a string, got {show(x)}"
         for key, x in metadata.items()
         if not (isinstance(x, str) and isinstance(key, str))
     ]
 
 
 def _record_problems(record: Any) -> list[str]:
-    """What is wrong with a tensor's entry on its own."""
+    """List what is wrong with a tensor's entry by itself."""
     if not isinstance(record, dict) or sorted(record) != sorted(_FIELDS):
-        return [f"must have dtype, shape and data_offsets, is {show(record)}"]
+        return [f"must have dtype, shape and data_offsets, got {show(record)}"]
     dtype, shape, offsets = (record[field] for field in _FIELDS)
     if not isinstance(dtype, str) or dtype not in DTYPES:
         return [f"unknown dtype {show(dtype)}"]
     if not _are_sizes(shape) or len(shape) > 32:
-        return [f"shape {show(shape)} is no list of sizes"]
+        return [f"shape {show(shape)} is not a list of sizes"]
     if not _are_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        return [f"data_offsets {show(offsets)} are no begin and end"]
+        return [f"data_offsets {show(offsets)} are not a start and an end"]
     itemsize = DTYPES[dtype].itemsize
     if math.prod(n or 1 for n in shape) * itemsize > sys.maxsize:
-        return [f"shape {shape} is beyond any memory"]
+        return [f"shape {shape} exceeds any memory"]
     needed, got = math.prod(shape) * itemsize, offsets[1] - offsets[0]
-    return [] if needed == got else [f"{dtype} {shape} needs {needed:,} bytes, has {got:,}"]
+    return [] if needed == got else [f"{dtype} {shape} needs {needed:,} bytes, but has {got:,}"]
 
 
 def _are_sizes(values: Any) -> bool:
-    # type(), as a bool is an int
+    # type(), because a bool is an int
     return isinstance(values, list) and all(type(n) is int and 0 <= n < 2**63 for n in values)
 
 
 def _offset_problems(tensors: Mapping[str, TensorInfo], size: int) -> list[str]:
-    """Where the tensors, each fine on its own, do not fill the data one after another."""
+    """List where the tensors, each valid by itself, do not fill the data contiguously."""
     at, problems = 0, []
     for name, info in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].stop)):
         if info.start != at:
-            what = "overlaps the one before" if info.start < at else "leaves a gap before it"
-            problems.append(f"tensor {show(name)}: {what} ({info.start:,}, not {at:,})")
+            what = "overlaps the previous one" if info.start < at else "leaves a gap before it"
+            problems.append(f"tensor {show(name)}: {what} (starts at {info.start:,}, not {at:,})")
         at = max(at, info.stop)
     if at != size:
-        problems.append(f"the tensors need {at:,} bytes, the file holds {size:,}")
+        problems.append(f"the tensors need {at:,} bytes, but the file contains {size:,}")
     return problems

@@ -1,4 +1,4 @@
-"""Strict JSON, and error messages that stay short whatever the file contains."""
+"""Strict JSON, and error messages that stay short whatever a file contains."""
 
 import json
 import reprlib
@@ -8,16 +8,16 @@ from typing import Any
 
 from lora_jax.core.errors import AdapterFileError
 
-_REPR = reprlib.Repr()  # of values of any depth and size
+_REPR = reprlib.Repr()  # shortens values of any depth and size
 _REPR.maxstring = _REPR.maxlong = _REPR.maxother = 120
 _MAX_LINES = 200  # of one message
 
 
 def parse_json(text: str | bytes, source: str) -> Any:
-    """A JSON value, strictly: no key twice, no NaN or infinity, UTF-8, of a sane depth.
+    """Parse a JSON value strictly: unique keys, no NaN or infinity, UTF-8, not too deep.
 
     Raises:
-      AdapterFileError: it is not that; the message begins with `source`.
+      AdapterFileError: it is not valid; the message starts with `source`.
 
     >>> parse_json('{"r": 8}', "adapter_config.json")
     {'r': 8}
@@ -25,9 +25,9 @@ def parse_json(text: str | bytes, source: str) -> Any:
     try:
         text = text.decode("utf-8") if isinstance(text, bytes) else text
         value = json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant)
-        json.dumps(value, ensure_ascii=False).encode("utf-8")  # no half of a surrogate pair
+        json.dumps(value, ensure_ascii=False).encode("utf-8")  # rejects half a surrogate pair
     except RecursionError:
-        raise AdapterFileError(f"{source}: JSON that is nested too deep") from None
+        raise AdapterFileError(f"{source}: the JSON is nested too deeply") from None
     except ValueError as error:
         raise AdapterFileError(f"{source}: not valid JSON: {short(str(error))}") from None
     return value
@@ -37,16 +37,16 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     value = dict(pairs)
     if len(value) != len(pairs):
         ((twice, _),) = Counter(key for key, _ in pairs).most_common(1)
-        raise ValueError(f"{show(twice)} is there twice")
+        raise ValueError(f"the key {show(twice)} appears twice")
     return value
 
 
 def _no_constant(name: str) -> Any:
-    raise ValueError(f"{name} is no JSON number")
+    raise ValueError(f"{name} is not a JSON number")
 
 
 def lines(problems: Sequence[str]) -> str:
-    """Problems with what a file holds, fit for a terminal: not endless, no control characters."""
+    """Join problems into lines fit for a terminal: not too many, no control characters."""
     more = len(problems) - _MAX_LINES
     shown = [short(problem) for problem in problems[:_MAX_LINES]]
     return "\n".join([*shown, *([f"and {more} more"] if more > 0 else [])])

@@ -121,7 +121,7 @@ def read_file(directory: str | os.PathLike, *, finite: bool = True) -> MlxFile:
 
     Args:
       directory: with `adapter_config.json` and `adapters.safetensors`.
-      finite: refuse NaN and infinite values.
+      finite: reject NaN and infinite values.
 
     Raises:
       AdapterFileError: a file is missing or damaged.

@@ -1,10 +1,9 @@
-"""Which tensor of a published file is which leaf of a parameter tree: plain data, one row a kind.
+"""Which tensor of a published file is which leaf of a parameter tree: plain data, a table of rows.
 
-Files of the PyTorch world name tensors by module ("model.layers.0.self_attn.q_proj.weight") and
-keep a linear layer's weight `[out, in]`; a JAX tree has paths ("layer_0/attention/query/kernel"),
-kernels `[in, heads, head_dim]`, and often one array for all layers. A `Naming` says how one becomes
-the other, and the same rows serve whole weights (`to_tree`, `to_torch`) and adapters
-(`lora_jax.peft`).
+PyTorch files name tensors by module ("model.layers.0.self_attn.q_proj.weight") and keep the weight
+of a linear layer as `[out, in]`. A JAX tree has paths ("layer_0/attention/query/kernel"), kernels
+`[in, heads, head_dim]`, and often one array for all layers. A `Naming` says how to turn one into
+the other. The same rows serve whole weights (`to_tree`, `to_torch`) and adapters (`lora_jax.peft`).
 """
 
 from lora_jax.files.naming.entry import KINDS, Entry

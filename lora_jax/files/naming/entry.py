@@ -1,4 +1,4 @@
-"""One row of a naming: a name in torch's files, a path in the tree, and how their axes relate."""
+"""One row of a naming: a PyTorch name, a path in the tree, and how their axes relate."""
 
 import dataclasses
 import functools
@@ -7,45 +7,46 @@ from collections.abc import Mapping
 from lora_jax.core.errors import ConfigError
 from lora_jax.files.naming.patterns import Groups, parse, placeholders
 
-#: What a torch module is: how its weight's axes are used, and the pattern where a row gives none.
+#: The kinds of PyTorch modules: the roles of the weight's axes, and the default axis pattern.
 KINDS: dict[str, tuple[str, str]] = {
     "linear": ("oi", "o i -> i o"),
     "conv1d": ("io", "i o -> i o"),  # GPT-2's layer, which keeps its weight [in, out]
     "embedding": ("io", "n d -> n d"),
     "conv": ("oiiii", "o i h w -> h w i o"),
     "experts": ("boi", "e o i -> e i o"),
-    "experts_transposed": ("bio", "e i o -> e i o"),  # of a module that says is_transposed
+    "experts_transposed": ("bio", "e i o -> e i o"),  # a module with is_transposed
     "": ("", ""),
 }
-RANK = "rank"  # the letter of a factor's rank, which no pattern may use
+RANK = "rank"  # the letter of a factor's rank, reserved in patterns
 
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """One row of a `Naming`: tensors with such a name are leaves with such a path.
+    """One row of a `Naming`: tensors with this name are leaves with this path.
 
-    In names, `{n}` stands for one segment and `{*m}` for several (dots on one side are slashes on
-    the other); both sides share them. A placeholder of `torch` that `path` lacks is a number, and
-    counts along an axis of the leaf: `axes` has its letter on the right (stacked layers, experts).
+    In names, `{n}` stands for one segment and `{*m}` for several, with dots on one side and slashes
+    on the other; both sides share them. A placeholder of `torch` that `path` lacks is a number that
+    counts along an axis of the leaf, and `axes` has its letter on the right (stacked layers,
+    experts).
 
     Attributes:
-      torch: the tensor's name. Several names: their tensors joined along the out axis (the first
-        axis, where `kind` is "") are one leaf, as a fused q, k, v in the tree.
-      path: the leaf's path. Several paths: one tensor holds these leaves along its out axis, as
-        GPT-2's c_attn.
-      kind: "linear" (`[out, in]` in torch), "conv1d" (`[in, out]`, GPT-2's), "embedding"
+      torch: the tensor's name. With several names, their tensors joined along the out axis (the
+        first axis if `kind` is "") are one leaf, like a fused q, k, v in the tree.
+      path: the leaf's path. With several paths, one tensor contains these leaves along its out
+        axis, like GPT-2's c_attn.
+      kind: "linear" (`[out, in]` in PyTorch), "conv1d" (`[in, out]`, GPT-2's), "embedding"
         (`[num, dim]`), "conv" (`[out, in, *kernel]`), "experts" (a parameter
-        `[experts, out, in]`), "experts_transposed" (`[experts, in, out]`, of a module with
-        `is_transposed = True`), or "" for what takes no adapter (a norm, a bias). A parameter has
-        a name of its own, without ".weight"; rows of several in one module stand in the order in
-        which torch's module has them, since PEFT nests their adapters so.
-      axes: torch's axes to the leaf's as an einops pattern, "(h d) i -> i h d". A rotary embedding
-        in another order is a pattern too: "(h two d) i -> i (h d two)".
-      sizes: sizes of letters in `axes` that the leaf's shape does not tell.
-      split: sizes along the out axis of what is joined; otherwise from the shapes, or equal.
+        `[experts, out, in]`), "experts_transposed" (`[experts, in, out]`, in a module with
+        `is_transposed = True`), or "" for what cannot have an adapter (a norm, a bias). The name
+        of a parameter does not end in ".weight". Rows of several parameters in one module must be
+        in the order of the PyTorch module, because PEFT nests their adapters in that order.
+      axes: an einops pattern from PyTorch's axes to the leaf's, "(h d) i -> i h d". A rotary
+        embedding in another order is a pattern too: "(h two d) i -> i (h d two)".
+      sizes: sizes of letters in `axes` that the leaf's shape does not determine.
+      split: sizes of the joined parts along the out axis; by default from the shapes, or equal.
 
     Raises:
-      ConfigError: a field has a value that cannot be used; the message names the row.
+      ConfigError: a field has an invalid value; the message names the row.
 
     >>> Entry("layers.{n}.q.weight", "layers/query", "linear", "(h d) i -> n i h d").layout
     'bioo'
@@ -74,15 +75,15 @@ class Entry:
         if self.kind not in KINDS:
             return f"kind {self.kind!r} is not one of {', '.join(map(repr, KINDS))}"
         if len(self.torch_names) > 1 and len(self.paths) > 1:
-            return "several names and several paths; one of the two must be one"
+            return "has several names and several paths; only one of the two may be several"
         marks = [placeholders(name) for name in (*self.torch_names, *self.paths)]
         torch, path = marks[0], marks[-1]
         if any(m != torch for m in marks[: len(self.torch_names)]) or any(
             m != path for m in marks[len(self.torch_names) :]
         ):
-            return "all names, and all paths, need the same placeholders"
+            return "all names need the same placeholders, and so do all paths"
         if not path <= torch:
-            return f"the path's {', '.join(sorted(path - torch))} is in no torch name"
+            return f"no PyTorch name has the path's placeholder {', '.join(sorted(path - torch))}"
         if not self.axes and not self.kind:
             return "a stacked leaf needs axes, as in 'd -> n d'" if torch - path else None
         left, right = parse(self.axes or KINDS[self.kind][1])
@@ -90,14 +91,14 @@ class Entry:
         if sorted(names) != sorted(x for group in right for x in group) or RANK in names:
             return f"the two sides of {self.axes!r} do not have the same letters"
         if any((x,) not in right for x in torch - path):
-            return f"an axis of its own is needed for each of {sorted(torch - path)} on the right"
+            return f"each of {sorted(torch - path)} must be a separate axis on the right"
         roles = KINDS[self.kind][0]
         if self.kind and not (len(left) == len(roles) or (self.kind == "conv" and len(left) > 2)):
-            return f"a {self.kind} weight has {len(roles)} axes, {self.axes!r} names {len(left)}"
+            return f"kind {self.kind!r} has {len(roles)} axes, but {self.axes!r} names {len(left)}"
         if self.has_experts and any(len(g) > 1 and self.roles[g[0]] == "b" for g in right):
-            return f"{self.axes!r} has several axes of experts in one axis of the leaf"
+            return f"{self.axes!r} puts several axes of experts into one axis of the leaf"
         if self.kind and any(len({self.roles[x] for x in group}) != 1 for group in right):
-            return f"{self.axes!r} mixes axes of in and of out in one axis of the leaf"
+            return f"{self.axes!r} mixes in and out axes in one axis of the leaf"
         return None
 
     @property
@@ -126,11 +127,11 @@ class Entry:
 
     @property
     def has_experts(self) -> bool:
-        """Whether torch's tensor holds the weights of several experts."""
+        """Whether the PyTorch tensor contains the weights of several experts."""
         return "b" in KINDS[self.kind][0]
 
     def groups(self, ndim: int) -> tuple[Groups, Groups]:
-        """Letters of torch's axes, and of the leaf's; a row without a pattern has `ndim` axes."""
+        """Return the letters of PyTorch's axes and the leaf's; without a pattern, `ndim` axes."""
         pattern = self.axes or KINDS[self.kind][1]
         if pattern:
             return parse(pattern)
@@ -139,7 +140,7 @@ class Entry:
 
     @functools.cached_property
     def roles(self) -> dict[str, str]:
-        """What each letter of an adaptable weight is: "i", "o" or "b"."""
+        """The role of each letter of an adaptable weight: "i", "o" or "b"."""
         left, right = self.groups(0)
         found = dict.fromkeys((x for group in right for x in group), "b")
         for role, group in zip(KINDS[self.kind][0], left, strict=False):
@@ -148,10 +149,10 @@ class Entry:
 
     @property
     def layout(self) -> str:
-        """The `Layout.axes` of an adaptable leaf: "b", "i" or "o" for each of its axes."""
+        """The `Layout.axes` of an adaptable leaf: "b", "i" or "o" per axis."""
         return "".join(self.roles[group[0]] for group in self.groups(0)[1])
 
     @property
     def out_axis(self) -> int:
-        """The torch axis along which tensors are joined."""
+        """The PyTorch axis along which tensors are joined."""
         return KINDS[self.kind][0].index("o") if self.kind else 0

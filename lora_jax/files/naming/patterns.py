@@ -1,4 +1,4 @@
-"""The two small languages of a naming: einops patterns for axes, placeholders for names."""
+"""The two small languages of a naming: einops patterns for axes, and placeholders in names."""
 
 import functools
 import re
@@ -11,13 +11,13 @@ Groups = tuple[tuple[str, ...], ...]
 
 
 def parse(pattern: str) -> tuple[Groups, Groups]:
-    """The letters of each axis on both sides of an einops pattern.
+    """Return the letters of each axis on both sides of an einops pattern.
 
     >>> parse("(h d) i -> i h d")
     ((('h', 'd'), ('i',)), (('i',), ('h',), ('d',)))
 
     Raises:
-      ConfigError: it is no pattern of letters and groups in brackets, or a letter comes twice.
+      ConfigError: it is not a pattern of letters and groups in brackets, or repeats a letter.
     """
     sides = pattern.split("->")
     if len(sides) != 2 or not all(_SIDE.fullmatch(side) for side in sides):
@@ -54,7 +54,7 @@ def fill(template: str, values: Mapping[str, str]) -> str:
 
 @functools.cache
 def path_regex(template: str) -> re.Pattern[str]:
-    """A regex with a group for each placeholder of a path."""
+    """Return a regex with one group per placeholder of a path."""
     parts, end = [], 0
     for mark in _MARK.finditer(template):
         inner = "[^/]+(?:/[^/]+)*" if mark[1] else "[^/]+"

@@ -1,4 +1,4 @@
-"""Where one leaf of a tree lies in torch's files, and its arrays there and here."""
+"""Where one leaf of a tree is in PyTorch's files, and how its arrays convert."""
 
 import dataclasses
 import functools
@@ -17,27 +17,27 @@ from lora_jax.files.naming.patterns import Groups, fill, text
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """Where one leaf lies in torch's files.
+    """Where one leaf is in PyTorch's files.
 
-    All arrays here are one layer's, stacked axes taken away: `layers` goes through them. Where
-    several leaves share a tensor, "torch's" shape is that of the leaf's own part of it, which is
-    `[start, stop)` of `total` along the out axis.
+    All arrays here belong to one layer, without stacked axes; `layers` lists the layers. If several
+    leaves share a tensor, the PyTorch shape is that of this leaf's part, which is `[start, stop)`
+    of `total` along the out axis.
     """
 
     path: str
     shape: tuple[int, ...]
     entry: Entry
     filled: Mapping[str, str]
-    part: int = 0  # which of the entry's paths this leaf has
+    part: int = 0  # the index of this leaf's path in the entry's paths
     start: int = 0
     total: int = 0
 
     def problem(self) -> str | None:
-        """Why the leaf's shape does not fit its row; None where it does."""
+        """Return why the leaf's shape does not fit its row, or None if it does."""
         groups = self.entry.groups(len(self.shape))[1]
         if len(groups) != len(self.shape):
             axes = self.entry.axes or KINDS[self.entry.kind][1]
-            return f"{self.path}: has shape {self.shape}, its row says {axes!r}"
+            return f"{self.path}: has shape {self.shape}, but its row has the axes {axes!r}"
         for group, size in zip(groups, self.shape, strict=True):
             unknown = [x for x in group if x not in self.entry.sizes]
             if len(unknown) > 1 or size != math.prod(self.sizes[x] for x in group):
@@ -57,7 +57,7 @@ class Place:
         return sizes
 
     def among(self, places: Mapping[str, "Place"]) -> "Place":
-        """The same place, its part of a shared tensor found from the other leaves' shapes."""
+        """Return this place with its part of a shared tensor, from the other leaves' shapes."""
         own, axis = self.torch_shape, self.entry.out_axis
         if len(self.entry.paths) == 1:
             return dataclasses.replace(self, total=own[axis] if own else 0)
@@ -71,19 +71,19 @@ class Place:
 
     @property
     def stop(self) -> int:
-        """Where the leaf's part of torch's out axis ends."""
+        """Where the leaf's part of PyTorch's out axis ends."""
         shape = self.torch_shape
         return self.start + (shape[self.entry.out_axis] if shape else 0)
 
     @property
     def torch_shape(self) -> tuple[int, ...]:
-        """One layer's shape in torch, several tensors joined (see the class)."""
+        """One layer's shape in PyTorch, with joined tensors (see the class)."""
         left = self.entry.groups(len(self.shape))[0]
         return tuple(math.prod(self.sizes[x] for x in group) for group in left)
 
     @property
     def widths(self) -> tuple[int, ...]:
-        """Sizes along torch's out axis of the tensors that are joined in this leaf."""
+        """Sizes along PyTorch's out axis of the tensors that are joined in this leaf."""
         count, shape = len(self.entry.torch_names), self.torch_shape
         if count == 1:
             return (shape[self.entry.out_axis],) if shape else (0,)
@@ -91,8 +91,8 @@ class Place:
         widths = self.entry.split or (size // count,) * count
         if sum(widths) != size or len(widths) != count:
             raise StructureError(
-                f"{self.path}: {size} outputs are not {' + '.join(map(str, widths))}: say in the "
-                f"naming's row how {', '.join(self.entry.torch_names)} share them, split=(...)"
+                f"{self.path}: {size} outputs are not {' + '.join(map(str, widths))}; add to the "
+                f"naming's row split=(...), the outputs of {', '.join(self.entry.torch_names)}"
             )
         return widths
 
@@ -102,15 +102,15 @@ class Place:
         return tuple(fill(path, self.filled) for path in self.entry.paths)
 
     def layers(self) -> list[tuple[tuple[int, ...], tuple[str, ...]]]:
-        """For every layer its index along the stacked axes, and the names of its tensors."""
+        """List each layer: its index along the stacked axes, and the names of its tensors."""
         counts = [range(self.sizes[x]) for x in self.entry.stacked]
         return [(index, tuple(self._names(index))) for index in itertools.product(*counts)]
 
     def modules(self) -> list[tuple[tuple[int, ...], tuple[str, ...], int | None]]:
-        """For every module its index along the batch axes, the names, and which expert it is.
+        """List each module: its index along the batch axes, its names, and the expert's number.
 
-        As `layers`, which it equals but for the last, where there are no experts. With experts
-        there is one module for each of them, all under the same names.
+        Without experts this is `layers` with None as the third item. With experts, each expert is a
+        module, all with the same names.
 
         >>> row = Entry("h.{n}.up", "h/up", "experts", "e o i -> e n i o")
         >>> Place("h/up", (2, 1, 4, 3), row, {}).modules()
@@ -140,53 +140,53 @@ class Place:
             yield fill(name, {k: v.replace("/", ".") for k, v in self.filled.items()} | numbers)
 
     def at(self, index: tuple[int, ...]) -> tuple[Any, ...]:
-        """The indices into the leaf that give one layer."""
+        """Return the indices into the leaf that select one layer."""
         numbers = dict(zip(self.entry.stacked, index, strict=True))
         groups = self.entry.groups(len(self.shape))[1]
         return tuple(numbers.get(g[0], slice(None)) if g else slice(None) for g in groups)
 
     def weight_to_tree(self, weight: Any) -> Any:
-        """One layer's weight, torch's axes to the leaf's."""
+        """Convert one layer's weight from PyTorch's axes to the leaf's."""
         left, right = self._sides("iob")
         return self._rearrange(weight, left, right)
 
     def weight_to_torch(self, weight: Any) -> Any:
-        """One layer's weight, the leaf's axes to torch's."""
+        """Convert one layer's weight from the leaf's axes to PyTorch's."""
         left, right = self._sides("iob")
         return self._rearrange(weight, right, left)
 
     def a_to_tree(self, a: Any) -> Any:
-        """`[rank, *torch's in axes]` to `[*in, rank]`."""
+        """Convert `[rank, *PyTorch's in axes]` to `[*in, rank]`."""
         left, right = self._sides("i")
         return self._rearrange(a, ((RANK,), *left), (*right, (RANK,)))
 
     def a_to_torch(self, a: Any) -> Any:
-        """`[*in, rank]` to `[rank, *torch's in axes]`."""
+        """Convert `[*in, rank]` to `[rank, *PyTorch's in axes]`."""
         left, right = self._sides("i")
         return self._rearrange(a, (*right, (RANK,)), ((RANK,), *left))
 
     def b_to_tree(self, b: Any) -> Any:
-        """`[torch's out, rank]` to `[rank, *out]`."""
+        """Convert `[PyTorch's out, rank]` to `[rank, *out]`."""
         left, right = self._sides("o")
         return self._rearrange(b, (*left, (RANK,)), ((RANK,), *right))
 
     def b_to_torch(self, b: Any) -> Any:
-        """`[rank, *out]` to `[torch's out, rank]`."""
+        """Convert `[rank, *out]` to `[PyTorch's out, rank]`."""
         left, right = self._sides("o")
         return self._rearrange(b, ((RANK,), *right), (*left, (RANK,)))
 
     def out_to_tree(self, values: Any) -> Any:
-        """A number for each output, as DoRA's magnitude: `[torch's out]` to `[*out]`."""
+        """Convert one number per output (DoRA's magnitude): `[PyTorch's out]` to `[*out]`."""
         left, right = self._sides("o")
         return self._rearrange(values, left, right)
 
     def out_to_torch(self, values: Any) -> Any:
-        """`[*out]` to `[torch's out]`."""
+        """Convert `[*out]` to `[PyTorch's out]`."""
         left, right = self._sides("o")
         return self._rearrange(values, right, left)
 
     def _sides(self, roles: str) -> tuple[Groups, Groups]:
-        """The axes with these roles on both sides, without stacked ones."""
+        """Return the axes with these roles on both sides, without stacked ones."""
         left, right = self.entry.groups(len(self.shape))
         stacked = self.entry.stacked
         if self.entry.kind:

@@ -1,4 +1,4 @@
-"""A naming: rows that say which tensor of a published file is which leaf of a tree."""
+"""`Naming`: rows that say which tensor of a published file is which leaf of a tree."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -13,7 +13,7 @@ from lora_jax.files.naming.place import Place
 
 @dataclasses.dataclass(frozen=True)
 class Naming:
-    """Rows that are tried from the first to the last: the first that matches a leaf is used.
+    """Rows that are tried in order: the first that matches a leaf is used.
 
     >>> naming = Naming((
     ...     Entry("{*m}.weight", "{*m}/kernel", "linear"),
@@ -30,7 +30,7 @@ class Naming:
         object.__setattr__(self, "entries", tuple(self.entries))
 
     def with_prefix(self, prefix: str) -> "Naming":
-        """The same rows, every torch name behind `prefix`: "bert.", "model."."""
+        """Return the same rows with `prefix` before each PyTorch name: "bert.", "model."."""
         add = lambda e: tuple(prefix + name for name in e.torch_names)
         return Naming(
             tuple(
@@ -40,13 +40,13 @@ class Naming:
         )
 
     def places(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, "Place"]:
-        """Where each leaf lies in torch's files; a path that no row names is left out.
+        """Return where each leaf is in PyTorch's files; paths that match no row are left out.
 
         Args:
           shapes: the shapes of a tree's leaves by path.
 
         Raises:
-          StructureError: leaves do not have the axes that their rows say; all are listed.
+          StructureError: leaves do not have the axes of their rows; all are listed.
         """
         found, problems = {}, []
         for path, shape in shapes.items():
@@ -66,7 +66,7 @@ class Naming:
         return {path: place.among(found) for path, place in found.items()}
 
     def to_json(self) -> list[dict[str, Any]]:
-        """The rows as JSON values, fields at their defaults left out."""
+        """Return the rows as JSON values, without fields that have their defaults."""
         blank = Entry("x", "x")
         fields = [field.name for field in dataclasses.fields(Entry)]
         return [
@@ -76,23 +76,23 @@ class Naming:
 
     @classmethod
     def from_json(cls, rows: Any) -> "Naming":
-        """The naming that `to_json` gave.
+        """Return the naming of `to_json`'s rows.
 
         Raises:
-          ConfigError: it is no list of objects with `Entry`'s fields; the message names the row.
+          ConfigError: it is not a list of objects with `Entry`'s fields; the message names the row.
         """
         if not isinstance(rows, list) or not rows:
-            raise ConfigError("a naming is a list of objects with torch, path, kind, ...")
+            raise ConfigError("a naming must be a list of objects with torch, path, kind, ...")
         fields = {field.name for field in dataclasses.fields(Entry)}
         for i, row in enumerate(rows):
             if not isinstance(row, dict) or not {"torch", "path"} <= row.keys() <= fields:
                 raise ConfigError(
-                    f"row {i} of the naming: {row!r} is no object with torch and path, and at most "
-                    f"{', '.join(sorted(fields - {'torch', 'path'}))} besides"
+                    f"row {i} of the naming: {row!r} must be an object with torch, path, and "
+                    f"optionally {', '.join(sorted(fields - {'torch', 'path'}))}"
                 )
             for field, kind in _JSON_TYPES.items():
                 if field in row and not _is_json(row[field], kind):
-                    raise ConfigError(f"row {i} of the naming: {field} is {row[field]!r}")
+                    raise ConfigError(f"row {i} of the naming: invalid {field} {row[field]!r}")
         return cls(tuple(Entry(**row) for row in rows))
 
 

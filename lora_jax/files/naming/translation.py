@@ -1,4 +1,4 @@
-"""Whole weights from torch's files to a tree and back, by a naming."""
+"""Convert whole weights between PyTorch's files and a tree, by a naming."""
 
 import re
 from collections.abc import Iterable, Mapping
@@ -17,17 +17,17 @@ from lora_jax.files.naming.table import Naming
 def to_tree(
     naming: Naming, tensors: Mapping[str, Any], like: Any, *, ignore: Iterable[str] = ()
 ) -> Any:
-    """A tree of the values in `tensors`, which have torch's names and axes.
+    """Return a tree of the values in `tensors`, which have PyTorch's names and axes.
 
     Args:
       naming: which tensor is which leaf.
-      tensors: arrays by name; looked up one at a time, so a mapping may read them from a file.
+      tensors: arrays by name, read one at a time, so the mapping may load them from a file.
       like: a tree of arrays or `ShapeDtypeStruct`s: the structure, shapes and dtypes of the result.
-      ignore: regexes for whole names of tensors that may be there and are left out.
+      ignore: regexes that match the whole names of tensors to ignore.
 
     Raises:
       StructureError: tensors are missing, unexpected, or of another shape or kind of dtype, or a
-        leaf is in no row of the naming: all of them are listed.
+        leaf matches no row of the naming; all are listed.
 
     >>> import numpy as np
     >>> from lora_jax.files.naming import Entry
@@ -57,7 +57,7 @@ def to_tree(
 
 
 def _gather(place: Place, tensors: Mapping[str, Any], dtype: Any) -> tuple[Any, list[str]]:
-    """One leaf, and what is wrong with its tensors."""
+    """Return one leaf, and what is wrong with its tensors."""
     value, problems = None, []
     for where, names in place.layers():
         parts: list[np.ndarray] = []
@@ -66,7 +66,7 @@ def _gather(place: Place, tensors: Mapping[str, Any], dtype: Any) -> tuple[Any, 
             problems += [problem] if problem else []
             parts += [] if problem else [np.asarray(tensors[name])]
         if not problems:
-            # not before the first tensor fits: a foreign file may ask for any size
+            # only after the first tensor fits: an untrusted file may demand any size
             value = np.empty(place.shape, dtype) if value is None else value
             joined = np.concatenate(parts, place.entry.out_axis) if len(parts) > 1 else parts[0]
             value[place.at(where)] = place.weight_to_tree(_part(place, joined))
@@ -74,7 +74,7 @@ def _gather(place: Place, tensors: Mapping[str, Any], dtype: Any) -> tuple[Any, 
 
 
 def shapes(place: Place) -> list[tuple[int, ...]]:
-    """The shapes in torch of one layer's tensors: several are joined, or one is shared."""
+    """Return the PyTorch shapes of one layer's tensors: several are joined, or one is shared."""
     shape, axis = place.torch_shape, place.entry.out_axis
     if not shape:
         return [()]
@@ -83,7 +83,7 @@ def shapes(place: Place) -> list[tuple[int, ...]]:
 
 
 def _part(place: Place, joined: np.ndarray) -> np.ndarray:
-    """The leaf's part of a tensor that it shares; the whole where it does not."""
+    """Return the leaf's part of a tensor that it shares, or the whole tensor."""
     if len(place.entry.paths) == 1:
         return joined
     return joined[(slice(None),) * place.entry.out_axis + (slice(place.start, place.stop),)]
@@ -96,18 +96,18 @@ def _problem(
         return f"{name}: missing, {shape} for {place.path}"
     tensor = tensors[name]
     if tuple(tensor.shape) != shape:
-        return f"{name}: has shape {tuple(tensor.shape)}, {place.path} needs {shape}"
+        return f"{name}: has shape {tuple(tensor.shape)}, but {place.path} needs {shape}"
     if jnp.issubdtype(tensor.dtype, jnp.floating) != jnp.issubdtype(dtype, jnp.floating):
-        return f"{name}: is {tensor.dtype}, {place.path} is {jnp.dtype(dtype)}"
+        return f"{name}: is {tensor.dtype}, but {place.path} is {jnp.dtype(dtype)}"
     return None
 
 
 def to_torch(naming: Naming, tree: Any) -> dict[str, np.ndarray]:
-    """The leaves of a tree as tensors with torch's names and axes: what `to_tree` reads.
+    """Return the leaves of a tree as tensors with PyTorch's names and axes; inverse of `to_tree`.
 
     Raises:
-      StructureError: leaves are in no row of the naming, or one that shares a tensor with others
-        is there without them: all are listed.
+      StructureError: leaves match no row of the naming, or a leaf that shares a tensor with others
+        is there without them; all are listed.
 
     >>> import numpy as np
     >>> from lora_jax.files.naming import Entry
@@ -144,7 +144,7 @@ def to_torch(naming: Naming, tree: Any) -> dict[str, np.ndarray]:
 
 
 def index(places: Mapping[str, Place]) -> dict[str, list[tuple[Place, tuple[int, ...], int]]]:
-    """For every tensor the leaves in it: the place, which layer, and which of the joined tensors.
+    """Return the leaves in each tensor: the place, the layer, and the number of the joined tensor.
 
     >>> from lora_jax.files.naming import Entry
     >>> rows = Naming((Entry("h.{n}.w", "h/w", "linear", "o i -> n i o"),))

@@ -104,7 +104,7 @@ class PeftFile:
         total, rank = len(a), self.config.rank(module)
         is_experts = bool(self.config.target_parameters) and a.ndim == 2 and total % rank == 0
         if is_experts and total > rank:
-            # without the base, a stack of experts shows only in its rank, a multiple of theirs
+            # without the base, experts are recognized only by the rank, a multiple of theirs
             return Experts.from_tensors(a, b, rank, self.config.scale(module, rank))
         return tensor_names.to_factors(kind, fields, self.config.scale(module, total))
 
@@ -114,7 +114,7 @@ def read_file(directory: str | os.PathLike, *, finite: bool = True) -> PeftFile:
 
     Args:
       directory: with `adapter_config.json` and `adapter_model.safetensors`.
-      finite: refuse NaN and infinite values.
+      finite: reject NaN and infinite values.
 
     Raises:
       AdapterFileError: a file is missing or damaged, or the configuration cannot be used.

@@ -1,7 +1,7 @@
-"""Regular expressions of a configuration, which comes from strangers, matched in bounded time.
+"""Match the regular expressions of an untrusted configuration in bounded time.
 
-On `(a+)+$` Python's `re` may take for ever. The library `regex` reads the same language and stops
-when it is told to.
+Python's `re` may take forever on `(a+)+$`. The library `regex` supports the same language, and has
+a timeout.
 """
 
 import re
@@ -10,17 +10,17 @@ import regex
 
 from lora_jax.core.errors import ConfigError
 
-SECONDS = 2.0  # for one name; an expression that is none of an attack takes microseconds
+SECONDS = 2.0  # per name; a harmless expression takes microseconds
 
 
 def problem(pattern: str) -> str | None:
-    """Why this is not a regular expression, or None.
+    """Return why this is not a regular expression, or None.
 
     >>> problem("layers.(0|1"), problem(r"layers\\.\\d+")
     ('missing ), unterminated subpattern at position 7', None)
     """
     try:
-        re.compile(pattern)  # what PEFT takes
+        re.compile(pattern)  # which PEFT uses
         regex.compile(pattern)
     except (re.error, regex.error, RecursionError, OverflowError) as error:
         return str(error)
@@ -28,7 +28,7 @@ def problem(pattern: str) -> str | None:
 
 
 def match(pattern: str, text: str) -> regex.Match[str] | None:
-    """The match at the beginning of a name, as `re.match`.
+    """Match the beginning of a name, as `re.match` does.
 
     Raises:
       ConfigError: it takes longer than `SECONDS`.
@@ -38,11 +38,11 @@ def match(pattern: str, text: str) -> regex.Match[str] | None:
     except TimeoutError:
         shown = pattern if len(pattern) <= 80 else pattern[:77] + "..."
         raise ConfigError(
-            f"the regular expression {shown!r} takes too long to match {text[:80]!r}; write it "
-            "without repeats inside of repeats"
+            f"the regular expression {shown!r} takes too long to match {text[:80]!r}; "
+            "rewrite it without nested repeats"
         ) from None
 
 
 def fullmatch(pattern: str, text: str) -> bool:
-    """Whether a pattern matches a whole name, as `re.fullmatch`; raises what `match` does."""
+    """Return whether a pattern matches a whole name, as `re.fullmatch`; may raise as `match`."""
     return match(rf"(?:{pattern})\Z", text) is not None

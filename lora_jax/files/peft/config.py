@@ -1,4 +1,4 @@
-"""`PeftConfig`: an `adapter_config.json`, every key checked; nothing but data and its rules."""
+"""`PeftConfig`: an `adapter_config.json` with every key checked; only data and its rules."""
 
 import dataclasses
 import json
@@ -14,23 +14,23 @@ from lora_jax.files.peft import bounded_regex
 
 CONFIG = "adapter_config.json"
 BIASES = ("none", "all", "lora_only")
-# Starts that change the base: A and B say nothing without it.
+# Initializations that change the base: A and B are meaningless without it.
 CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
-# Keys that change what A and B mean, with what each does; read only where they are off.
+# Keys that change the meaning of A and B, and how; supported only if they are off.
 REFUSED = {
-    "alora_invocation_tokens": "the adapter acts behind these tokens only",
+    "alora_invocation_tokens": "the adapter is active only after these tokens",
     "arrow_config": "adapters are mixed by a router",
     "kasa_config": "the base is truncated to its largest singular values",
     "layer_replication": "layers of the base are repeated",
     "megatron_config": "the tensors are shards",
     "monteclora_config": "the factors are samples",
     "use_bdlora": "the factors are block-diagonal",
-    "use_qalora": "A reads averages of its inputs",
+    "use_qalora": "A is applied to averages of its inputs",
 }
 
 
 def _is_number(x: Any) -> bool:
-    # false for nan and inf, and for integers that no float holds
+    # false for nan, inf, and integers that exceed any float
     return is_number(x) and abs(x) <= 1e30
 
 
@@ -98,14 +98,14 @@ _CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
 
 @dataclasses.dataclass(frozen=True)
 class PeftConfig:
-    """What an `adapter_config.json` of Hugging Face PEFT says, checked key by key.
+    """The content of an `adapter_config.json` of Hugging Face PEFT, checked key by key.
 
-    The fields have PEFT's names and defaults; lists become tuples. A key that is none of the fields
-    is kept in `others` and written again, unless it changes what the tensors mean: then it is
-    refused by name. See https://huggingface.co/docs/peft/package_reference/lora.
+    The fields have PEFT's names and defaults; lists become tuples. Other keys are kept in `others`
+    and written back, unless they change the meaning of the tensors: those are rejected by name. See
+    https://huggingface.co/docs/peft/package_reference/lora.
 
     Raises:
-      ConfigError: keys with values that cannot be; all are listed, each with its value.
+      ConfigError: keys have invalid values; all are listed, each with its value.
 
     >>> config = PeftConfig(r=8, lora_alpha=16, target_modules=["q_proj"], alpha_pattern={"0.q": 4})
     >>> config.scale("layers.1.q_proj"), config.scale("layers.0.q")
@@ -147,25 +147,25 @@ class PeftConfig:
             for name, (check, what) in _CHECKS.items()
             if not check(getattr(self, name))
         ]
-        if not problems:  # what follows reads the values
+        if not problems:  # these checks rely on valid values
             problems = [*_bad_patterns(self), *_refused(self)]
         if problems:
             raise ConfigError("; ".join(problems))
 
     def rank(self, module: str) -> int:
-        """The rank of a module: that of the first key of `rank_pattern` that matches, else `r`."""
+        """Return a module's rank, from the first matching key of `rank_pattern`, else `r`."""
         key = _first(self.rank_pattern, module)
         return self.r if key is None else self.rank_pattern[key]
 
     def scale(self, module: str, rank: int | None = None) -> float:
-        """α/r of a module, or α/√r with `use_rslora`; `rank` in place of the configured one."""
+        """Return a module's α/r, or α/√r with `use_rslora`; `rank` overrides the configured one."""
         key = _first(self.alpha_pattern, module)
         alpha = self.lora_alpha if key is None else self.alpha_pattern[key]
         rank = self.rank(module) if rank is None else rank
         return alpha / (math.sqrt(rank) if self.use_rslora else rank)
 
     def targets(self, module: str) -> bool:
-        """Whether PEFT adapts the module of this name, were it one that can be adapted."""
+        """Return whether PEFT adapts the module of this name, if its type can be adapted."""
         if _in(self.exclude_modules, module) or self._saves(module):
             return False
         if not _in(self.target_modules, module):
@@ -176,11 +176,11 @@ class PeftConfig:
         return number is not None and number in (chosen if isinstance(chosen, tuple) else (chosen,))
 
     def targets_parameter(self, name: str) -> bool:
-        """Whether PEFT adapts the parameter of this name by `target_parameters`."""
+        """Return whether PEFT adapts the parameter of this name by `target_parameters`."""
         return _in(self.target_parameters, name)
 
     def rows(self, module: str) -> tuple[int, ...] | None:
-        """Return the trained rows of an embedding; None where the configuration names none."""
+        """Return the trained rows of an embedding, or None if the configuration has none."""
         indices = self.trainable_token_indices
         if isinstance(indices, Mapping):
             return next((rows for key, rows in indices.items() if module.endswith(key)), None)
@@ -191,7 +191,7 @@ class PeftConfig:
         return any(bounded_regex.match(rf"(^|.*\.){name}($|\..*)", module) for name in names)
 
     def _layer(self, module: str) -> int | None:
-        """The number of the layer that a module is in, as PEFT reads names."""
+        """Return the number of a module's layer, parsed from the name as PEFT does."""
         if not self.layers_pattern:
             found = re.match(r".*?\.[^.]*\.(\d+)\.", module)
             return int(found[1]) if found else None
@@ -203,7 +203,7 @@ class PeftConfig:
         return None
 
     def to_json(self) -> str:
-        """The text of the file."""
+        """Return the text of the file."""
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         others = fields.pop("others")
         return json.dumps({**others, "peft_type": "LORA", **fields}, indent=2, sort_keys=True)
@@ -215,11 +215,10 @@ def is_config(values: Mapping[str, Any]) -> bool:
 
 
 def parse_config(text: str | bytes) -> PeftConfig:
-    """The configuration in the text of an `adapter_config.json`.
+    """Parse the text of an `adapter_config.json`.
 
     Raises:
-      ConfigError: no JSON mapping, an adapter of another type than LORA, or what `PeftConfig`
-        refuses.
+      ConfigError: it is not a JSON mapping, not of type LORA, or `PeftConfig` rejects it.
     """
     try:
         values = strict_json.parse_json(text, CONFIG)
@@ -229,8 +228,8 @@ def parse_config(text: str | bytes) -> PeftConfig:
         raise ConfigError(f"must be a mapping, got {_shown(values)}")
     kind = values.pop("peft_type", None)
     if kind != "LORA":
-        raise ConfigError(f"peft_type must be LORA, the kind read here, got {_shown(kind)}")
-    # PEFT writes null for a key that was never set
+        raise ConfigError(f"peft_type must be LORA, the only supported type, got {_shown(kind)}")
+    # PEFT writes null for keys that were never set
     unset = {"rank_pattern", "alpha_pattern", "init_lora_weights", "lora_bias"}
     values = {k: v for k, v in values.items() if not (v is None and k in unset)}
     known = {name: values.pop(name) for name in _CHECKS if name in values}
@@ -239,7 +238,7 @@ def parse_config(text: str | bytes) -> PeftConfig:
 
 
 def _frozen(value: Any) -> Any:
-    """Lists as tuples, mappings as plain dicts of such."""
+    """Turn lists into tuples, and mappings into plain dicts, recursively."""
     if isinstance(value, list | set | frozenset):
         return tuple(sorted(value) if isinstance(value, set | frozenset) else value)
     if isinstance(value, Mapping):
@@ -253,7 +252,7 @@ def _shown(value: Any) -> str:
 
 
 def _bad_patterns(config: PeftConfig) -> Iterable[str]:
-    """Strings that are read as regular expressions and are none."""
+    """Yield a problem per string that should be a regular expression, but is not."""
     layers = config.layers_pattern or ()
     given = {
         "target_modules": [config.target_modules],
@@ -277,14 +276,14 @@ def _refused(config: PeftConfig) -> Iterable[str]:
     start = config.init_lora_weights
     if isinstance(start, str) and start.startswith(CHANGES_BASE):
         yield (
-            f"init_lora_weights is {_shown(start)}, a start that changes the base: convert the "
-            "adapter to one for the original base first (save_pretrained's "
-            "path_initial_model_for_weight_conversion)"
+            f"init_lora_weights is {_shown(start)}, an initialization that changes the base; first "
+            "convert the adapter to one for the original base with save_pretrained's "
+            "path_initial_model_for_weight_conversion"
         )
 
 
 def _in(targets: Any, module: str) -> bool:
-    """PEFT's rule: a string is a regex for the whole name, a list holds names and their ends."""
+    """Apply PEFT's rule: a string is a regex for the whole name, a list has names or their ends."""
     if isinstance(targets, str):
         return bounded_regex.fullmatch(targets, module)
     names = targets or ()
@@ -292,12 +291,12 @@ def _in(targets: Any, module: str) -> bool:
 
 
 def _first(keys: Iterable[str], module: str) -> str | None:
-    """The first pattern that matches a module, by PEFT's rule."""
+    """Return the first pattern that matches a module, by PEFT's rule."""
     return next((key for key in keys if bounded_regex.match(rf"(.*\.)?({key})$", module)), None)
 
 
 def exact_pattern(module: str, modules: Iterable[str]) -> str:
-    """A key for `rank_pattern` that matches `module` and no other of `modules`.
+    """Return a key for `rank_pattern` that matches `module` and no other of `modules`.
 
     >>> exact_pattern("h.0.q", ["h.0.q", "h.1.q"]), exact_pattern("h.0.q", ["h.0.q", "x.h.0.q"])
     ('h.0.q', '^h\\\\.0\\\\.q')

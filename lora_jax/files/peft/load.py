@@ -21,33 +21,33 @@ def load(
     strict: bool = True,
     dtype: Any = None,
 ) -> Any:
-    """The adapters in PEFT's two files, as an overlay of `base`: `join(base, load(...))` runs.
+    """Load the adapters in PEFT's two files as an overlay of `base`, as in `join(base, load(...))`.
 
-    Read are the factors of linear layers, GPT-2's Conv1D, embeddings, convolutions and experts'
-    parameters (`target_parameters`), DoRA's magnitudes, biases, modules saved whole and trained
-    rows of embeddings
-    (https://huggingface.co/docs/peft/developer_guides/checkpoint). The scale is α/r or α/√r of each
-    module, its rank and alpha those of the patterns. Where the tree has one leaf for several of
-    torch's modules, the factors are joined: layers of a stack are padded with zeros to the largest
-    rank, and layers that the file does not have get the scale 0; a fused q, k, v gets A's one
-    behind another and a block-diagonal B, so its rank is the sum.
+    Supported are the factors of linear layers, GPT-2's Conv1D, embeddings, convolutions and
+    experts' parameters (`target_parameters`), DoRA's magnitudes, biases, modules in
+    `modules_to_save`, and trained rows of embeddings
+    (https://huggingface.co/docs/peft/developer_guides/checkpoint). The scale is α/r or α/√r, with
+    each module's rank and alpha from the patterns. If one leaf of the tree stands for several
+    PyTorch modules, their factors are joined. The layers of a stack are padded with zeros to the
+    largest rank, and layers that are not in the file get the scale 0. A fused q, k, v gets the
+    stacked A's and a block-diagonal B, so its rank is the sum.
 
-    Only safetensors are read, never a pickle.
+    Only safetensors files are read, never a pickle.
 
     Args:
       directory: with `adapter_config.json` and `adapter_model.safetensors`.
-      base: the parameters that the adapters are for, arrays or `ShapeDtypeStruct`s (a joined tree's
-        own base counts). Values are needed only for `lora_bias`, and where a file trains a part of
-        a leaf whole.
-      naming: which torch tensor is which leaf of `base`.
-      strict: whether a tensor that does not fit is an error; otherwise it is left out, and one
-        `UserWarning` lists what was.
+      base: the parameters that the adapters are for, arrays or `ShapeDtypeStruct`s, or a joined
+        tree, of which only the base is used. Values are needed only for `lora_bias`, and if the
+        file fully trains a part of a leaf.
+      naming: which PyTorch tensor is which leaf of `base`.
+      strict: whether a tensor that does not fit is an error. Otherwise it is ignored, and one
+        `UserWarning` lists all such tensors.
       dtype: of the factors and trained values; None for the file's.
 
     Raises:
-      AdapterFileError: a file is missing, damaged, holds NaN or infinity, or a configuration that
-        cannot be; with `strict` also where tensors are missing, unexpected, of another shape or
-        dtype, or modules are unknown to the naming or the base: all are listed at once.
+      AdapterFileError: a file is missing or damaged, contains NaN or infinity, or its configuration
+        cannot be used; with `strict` also if tensors are missing, unexpected or of another shape or
+        dtype, or modules are not in the naming or the base. All problems are listed at once.
       StructureError: the naming does not fit the base.
 
     >>> import tempfile, jax, jax.numpy as jnp, lora_jax
@@ -68,8 +68,7 @@ def fit(
     file: PeftFile, base: Any, naming: Naming, *, strict: bool = True, dtype: Any = None
 ) -> Any:
     """Return the adapters of a file as an overlay of `base`; what `load` does after reading."""
-    base = base_of(base)
-    model = TorchBase(base, naming)
+    model = TorchBase(base_of(base), naming)
     try:
         contents, problems = read_contents(file, model)
     except ConfigError as error:  # a pattern that takes too long

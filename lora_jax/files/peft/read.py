@@ -1,4 +1,4 @@
-"""The tensors of a PEFT file as `Contents`: every name, shape and dtype checked."""
+"""Turn the tensors of a PEFT file into `Contents`, with every name, shape and dtype checked."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -29,7 +29,7 @@ def read_contents(file: PeftFile, model: TorchBase) -> tuple[Contents, list[str]
     for name, tensor in tensors.items():
         part = tensor_names.part_of_name(name, tensors, model.index)
         if part is None:
-            problems.append(f"{name}: unexpected: PEFT's names begin with {tensor_names.PREFIX}")
+            problems.append(f"{name}: unexpected: PEFT's names start with {tensor_names.PREFIX}")
         elif not is_floating(tensor):
             problems.append(f"{name}: {not_floating(tensor)}")
         elif part.field:
@@ -64,13 +64,16 @@ def _add(
     config: PeftConfig,
     model: TorchBase,
 ) -> list[str]:
-    """Put one module's tensors into `found`, or say what is wrong with them."""
+    """Add one module's tensors to `found`, or return what is wrong with them."""
     weight, full = f"{module}.weight", f"{tensor_names.PREFIX}{module}"
     if weight not in model.index:
         return [f"{full}.{ending}: {unknown(weight, model.index)}" for ending in parts]
     kind = model.kind(weight)
     if not kind or model.has_experts(weight):
-        return [f"{full}.{ending}: {weight} is no module that has factors" for ending in parts]
+        return [
+            f"{full}.{ending}: {weight} is not in a module that can have LoRA factors"
+            for ending in parts
+        ]
     problems = []
     if tensor_names.ROWS in parts:
         problems += _add_rows(found, module, parts.pop(tensor_names.ROWS), config, model)
@@ -122,22 +125,22 @@ def _add_rows(
     shape, kind = model.shape(weight), model.kind(weight)
     problems = []
     if kind not in ("embedding", "linear"):
-        problems.append(f"{name}: {weight} is no embedding")
+        problems.append(f"{name}: {weight} is not an embedding")
     elif values.shape != (len(numbers), shape[1]):
         problems.append(_misshaped(name, values.shape, (len(numbers), shape[1])))
     elif len(set(numbers)) < len(numbers) or max(numbers, default=-1) >= shape[0]:
-        problems.append(f"{name}: trainable_token_indices has rows twice, or beyond {shape[0]}")
+        problems.append(f"{name}: trainable_token_indices has duplicates, or rows >= {shape[0]}")
     else:
         found.rows[weight] = numbers, values
     return problems
 
 
 def _missing(by_module: Mapping[str, Any], config: PeftConfig, model: TorchBase) -> list[str]:
-    """Modules that the configuration targets and the file does not have."""
+    """List modules that the configuration targets, but the file lacks."""
     targeted = [name.removesuffix(".weight") for name in model.adaptable()]
     return [
         f"{tensor_names.PREFIX}{module}.{tensor_names.endings(model.kind(module + '.weight'))[0]}: "
-        "missing, though target_modules names the module"
+        "missing, but target_modules names the module"
         for module in targeted
         if module not in by_module and config.target_modules != "all-linear"
         if config.targets(module)

@@ -1,7 +1,7 @@
-"""Parameters that PEFT adapts by `target_parameters`: their names in a file, and which there are.
+"""Parameters that PEFT adapts by `target_parameters`: which they are, and their names in a file.
 
-Each wraps its torch module once more, the parameter that the module has first innermost. So with k
-adapted parameters in a module, the tensors of the i-th are behind k - 1 - i times "base_layer.".
+Each wraps its PyTorch module once more; the module's first parameter is innermost. So with k
+adapted parameters in a module, the names of the i-th have k - 1 - i times "base_layer.".
 """
 
 from collections.abc import Collection, Iterable, Mapping
@@ -17,11 +17,11 @@ _A, _B = tensor_names.endings("experts")
 
 
 def wrapper_names(names: Iterable[str], model: TorchBase) -> dict[str, str]:
-    """The name under which a file has the factors of each parameter: "h.0.experts.base_layer".
+    """Return the name in a file of each parameter's wrapper: "h.0.experts.base_layer".
 
     Args:
       names: all parameters that are adapted.
-      model: their order within a module is that of the naming's rows.
+      model: the rows of its naming give their order within a module.
     """
     by_module: dict[str, list[str]] = {}
     for name in sorted(names, key=model.row):
@@ -34,14 +34,14 @@ def wrapper_names(names: Iterable[str], model: TorchBase) -> dict[str, str]:
 
 
 def find_targets(config: PeftConfig, model: TorchBase) -> tuple[list[str], list[str]]:
-    """The experts' parameters that a configuration adapts, and which of its entries are none."""
+    """Return the experts' parameters that a configuration adapts, and its unknown entries."""
     found = [name for name in model.experts() if config.targets_parameter(name)]
     problems = []
     for entry in config.target_parameters or ():
         if not any(name == entry or name.endswith("." + entry) for name in found):
             problems.append(
-                f"target_parameters: {entry!r} is no parameter of experts here; it needs a row in "
-                'the naming, Entry(its name in torch, path, "experts" or "experts_transposed")'
+                f"target_parameters: {entry!r} is not a known parameter of experts; add to the "
+                'naming a row Entry(its PyTorch name, path, "experts" or "experts_transposed")'
             )
     return found, problems
 
@@ -52,13 +52,13 @@ def take(
     config: PeftConfig,
     model: TorchBase,
 ) -> tuple[list[str], list[str]]:
-    """Put the parameters' factors into `found`.
+    """Add the parameters' factors to `found`.
 
     Args:
       tensors: a file's tensors by module and ending.
 
     Returns:
-      The modules that these tensors have in the file, and what is wrong.
+      The modules of these tensors in the file, and the problems.
     """
     names, problems = find_targets(config, model)
     places = wrapper_names(names, model)
@@ -94,7 +94,7 @@ def _problems(
 
 
 def to_tensors(contents: Contents, model: TorchBase) -> dict[str, np.ndarray]:
-    """The parameters' factors under PEFT's names and in its shapes."""
+    """Return the parameters' factors under PEFT's names and in its shapes."""
     tensors: dict[str, np.ndarray] = {}
     for name, module in wrapper_names(contents.experts, model).items():
         a, b = contents.experts[name].tensors()
@@ -106,25 +106,29 @@ def to_tensors(contents: Contents, model: TorchBase) -> dict[str, np.ndarray]:
 
 
 def find_unwritable(contents: Contents, model: TorchBase) -> list[str]:
-    """What PEFT does not have beside parameters."""
+    """List what PEFT does not support in one adapter with parameters of experts."""
     if not contents.experts:
         return []
     which = ", ".join(sorted(contents.experts))
     problems = []
     for name, factors in contents.factors.items():
         if factors.magnitude is not None:
-            problems.append(f"{name}: PEFT has no DoRA in one adapter with parameters ({which})")
+            problems.append(
+                f"{name}: PEFT does not support DoRA beside experts' parameters ({which})"
+            )
         if model.kind(name) == "conv1d":
-            problems.append(f"{name}: PEFT has no Conv1D in one adapter with parameters ({which})")
+            problems.append(
+                f"{name}: PEFT does not support Conv1D beside experts' parameters ({which})"
+            )
         if any(module_of(name) == module_of(other) for other in contents.experts):
-            problems.append(f"{name}: PEFT cannot adapt a module and parameters of it ({which})")
+            problems.append(f"{name}: PEFT cannot adapt both a module and its parameters ({which})")
     return problems
 
 
 def shortest_names(
     adapted: Collection[str], every: Collection[str], complete: bool
 ) -> tuple[str, ...]:
-    """`target_parameters` for just these: short where all that end so are adapted.
+    """Return `target_parameters` for these names: ends of names if these select no others.
 
     >>> shortest_names(["h.0.x.up", "h.1.x.up"], ["h.0.x.up", "h.1.x.up", "h.1.x.down"], True)
     ('x.up',)

@@ -1,4 +1,4 @@
-"""PEFT's names and shapes of tensors, for each kind of module."""
+"""PEFT's names and shapes of tensors for each kind of module."""
 
 import math
 from collections.abc import Container, Mapping
@@ -9,7 +9,7 @@ import numpy as np
 from lora_jax.files.torch_adapters.factors import TorchFactors
 
 PREFIX = "base_model.model."
-ROWS = "token_adapter.trainable_tokens_delta"  # its name: it holds the rows' values, no difference
+ROWS = "token_adapter.trainable_tokens_delta"  # despite its name it contains the rows' values
 LORA_BIAS = "lora_B.bias"
 MAGNITUDE = "lora_magnitude_vector"
 _FACTORS = {"embedding": ("lora_embedding_A", "lora_embedding_B")}
@@ -22,15 +22,15 @@ _BASE = "base_layer."
 class Part(NamedTuple):
     """What one tensor of a file is."""
 
-    module: str  # the module's name in torch; of a tensor trained whole its whole name
-    field: str  # an ending of PEFT's names, or "" for a tensor trained whole
+    module: str  # the module's name in PyTorch; a fully trained tensor's whole name
+    field: str  # an ending of PEFT's names, or "" for a fully trained tensor
 
 
 def part_of_name(name: str, names: Container[str], known: Container[str]) -> Part | None:
-    """What a tensor of this name is; None for none of PEFT's names.
+    """Parse the name of a tensor; None if it is not a name of PEFT's.
 
-    A module may be called "lora_A", "weight" or "base_layer" itself. So a name that the base has is
-    that tensor, unless the file's other tensors say that it is a factor.
+    A module may itself be called "lora_A", "weight" or "base_layer". So a name that the base has is
+    that tensor, unless the other tensors in the file show that it is a factor.
 
     Args:
       name: the tensor's name.
@@ -45,7 +45,7 @@ def part_of_name(name: str, names: Container[str], known: Container[str]) -> Par
     if not name.startswith(PREFIX):
         return None
     inner = name.removeprefix(PREFIX)
-    if inner.endswith(f".{MAGNITUDE}.weight"):  # as diffusers has it
+    if inner.endswith(f".{MAGNITUDE}.weight"):  # as in diffusers
         inner = inner.removesuffix(".weight")
     for ending in _ENDINGS:
         module = inner.removesuffix("." + ending)
@@ -58,7 +58,7 @@ def part_of_name(name: str, names: Container[str], known: Container[str]) -> Par
 
 
 def _is_factor(module: str, names: Container[str], known: Container[str]) -> bool:
-    """Whether `module` has both factors in the file, though one of them is called like a weight."""
+    """Return whether `module` has both factors in the file, one of them named like a weight."""
     pairs = [f"{PREFIX}{module}.{ending}" for ending in _OTHERS]
     weights = [f"{module}.{ending}" for ending in _OTHERS]
     is_pair = all(pair in names for pair in pairs) and not all(w in known for w in weights)
@@ -80,7 +80,7 @@ def of_whole(name: str, is_wrapped: bool) -> str:
 
 
 def is_base_weight(name: str) -> bool:
-    """Whether a tensor is an adapted module's own weight, which PEFT saves of resized embeddings.
+    """Return whether a tensor is an adapted module's base weight, saved with resized embeddings.
 
     >>> is_base_weight("base_model.model.emb.base_layer.weight")
     True
@@ -89,12 +89,12 @@ def is_base_weight(name: str) -> bool:
 
 
 def endings(kind: str) -> tuple[str, str]:
-    """The endings of A's and B's names."""
+    """Return the endings of A's and B's names."""
     return _FACTORS.get(kind, _OTHERS)
 
 
 def implied_kind(fields: Mapping[str, np.ndarray], fan_in_fan_out: bool) -> str:
-    """Return the kind of module that has these factors; "" where none has.
+    """Return the kind of module that has these factors, or "" if none fits.
 
     Args:
       fields: its tensors by ending.
@@ -114,11 +114,11 @@ def implied_kind(fields: Mapping[str, np.ndarray], fan_in_fan_out: bool) -> str:
 
 
 def shapes(kind: str, shape: tuple[int, ...], rank: int) -> dict[str, tuple[int, ...]]:
-    """The shapes of a module's tensors, by the endings of their names.
+    """Return the shapes of a module's tensors by the endings of their names.
 
     Args:
       kind: as in a naming's rows.
-      shape: of the module's weight in torch.
+      shape: of the module's weight in PyTorch.
       rank: of its factors.
 
     >>> shapes("conv", (8, 6, 3, 5), 4)["lora_A.weight"]
@@ -136,12 +136,12 @@ def shapes(kind: str, shape: tuple[int, ...], rank: int) -> dict[str, tuple[int,
 
 
 def outputs(kind: str, shape: tuple[int, ...]) -> tuple[int, tuple[int, ...]]:
-    """How many outputs a module has, and the sizes of its in axes."""
+    """Return a module's number of outputs and the sizes of its in axes."""
     return (shape[1], shape[:1]) if kind in ("conv1d", "embedding") else (shape[0], shape[1:])
 
 
 def to_tensors(module: str, kind: str, factors: TorchFactors) -> dict[str, np.ndarray]:
-    """A module's factors under PEFT's names and in its shapes."""
+    """Return a module's factors under PEFT's names and in its shapes."""
     shape = (factors.outputs, *factors.a.shape[1:])  # only the number of axes matters for "conv"
     a, b = endings(kind)
     arrays = {a: factors.a, b: factors.b}
@@ -154,7 +154,7 @@ def to_tensors(module: str, kind: str, factors: TorchFactors) -> dict[str, np.nd
 
 
 def to_factors(kind: str, tensors: Mapping[str, np.ndarray], scale: float) -> TorchFactors:
-    """Factors of tensors by ending, of the shapes that `shapes` gives."""
+    """Return the factors of tensors by ending, with the shapes that `shapes` returns."""
     a, b = (tensors[ending] for ending in endings(kind))
     magnitude = tensors.get(MAGNITUDE)
     rank = a.shape[0]

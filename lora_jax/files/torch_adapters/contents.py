@@ -1,4 +1,4 @@
-"""What an adapter file holds, by torch's names and with torch's axes, whatever the format."""
+"""What an adapter file contributes to a base, by PyTorch's names and axes, in any format."""
 
 import dataclasses
 from collections.abc import Iterable, Mapping
@@ -18,21 +18,21 @@ from lora_jax.files.torch_adapters.factors import TorchFactors
 
 @dataclasses.dataclass
 class Contents:
-    """Adapters as files have them. Every key is a tensor's name in torch ("h.0.up.weight")."""
+    """Adapters as files have them. Each key is a tensor's name in PyTorch ("h.0.up.weight")."""
 
     factors: dict[str, TorchFactors] = dataclasses.field(default_factory=dict)
-    #: Of parameters that hold experts; the key is the parameter's name ("h.0.experts.up_proj").
+    #: The factors of parameters that contain experts ("h.0.experts.up_proj").
     experts: dict[str, Experts] = dataclasses.field(default_factory=dict)
-    whole: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)  # trained whole
+    whole: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)  # fully trained
     rows: dict[str, tuple[tuple[int, ...], np.ndarray]] = dataclasses.field(default_factory=dict)
-    #: What is added to a bias; here already times the scale.
+    #: What is added to a bias, already multiplied by the scale.
     added: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
     #: Copies of base weights that were not trained.
     untrained: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
 
 class TorchBase:
-    """A base through its naming: the tensors that torch's model has, their shapes and values."""
+    """A base seen through its naming: the PyTorch model's tensors, their shapes and values."""
 
     def __init__(self, base: Any, naming: Naming, *, adapted_only: bool = False):
         """Find the tensors of a base.
@@ -40,7 +40,7 @@ class TorchBase:
         Args:
           base: a tree of arrays or `ShapeDtypeStruct`s.
           naming: of its leaves.
-          adapted_only: whether `base` has only the adapted leaves, as there is no other.
+          adapted_only: whether `base` has only the adapted leaves, because the rest is unknown.
         """
         self.naming = naming
         self.adapted_only = adapted_only
@@ -50,46 +50,46 @@ class TorchBase:
         self.index = index(self.places)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """The shape in torch of a tensor in the index."""
+        """Return the shape in PyTorch of a tensor in the index."""
         place, _, part = self.index[name][0]
         return shapes(place)[part]
 
     def kind(self, name: str) -> str:
-        """What the module of a tensor is: "linear", "conv", ..., or ""."""
+        """Return the kind of a tensor's module: "linear", "conv", ..., or ""."""
         return self.index[name][0][0].entry.kind
 
     def outputs(self, name: str) -> int:
-        """How many outputs the module of this weight has."""
+        """Return the number of outputs of this weight's module."""
         return self.shape(name)[self.index[name][0][0].entry.out_axis]
 
     def adaptable(self) -> list[str]:
-        """The names of the weights of modules that can have factors."""
+        """List the weights of modules that can have factors."""
         return [name for name in self.index if self.kind(name) and not self.has_experts(name)]
 
     def experts(self) -> list[str]:
-        """The names of the parameters that hold experts."""
+        """List the parameters that contain experts."""
         return [name for name in self.index if self.has_experts(name)]
 
     def has_experts(self, name: str) -> bool:
-        """Whether this is a parameter of experts."""
+        """Return whether this parameter contains experts."""
         return self.index[name][0][0].entry.has_experts
 
     def count(self, name: str) -> int:
-        """How many experts are in a parameter."""
+        """Return the number of experts in a parameter."""
         return self.shape(name)[0]
 
     def sides(self, name: str) -> tuple[int, int]:
-        """How many outputs and inputs each expert of a parameter has."""
+        """Return the numbers of outputs and inputs of each expert in a parameter."""
         _, first, last = self.shape(name)
         return (last, first) if self.index[name][0][0].entry.out_axis == 2 else (first, last)
 
     def row(self, name: str) -> tuple[int, int]:
-        """Where a tensor is in the naming: its row, and which of the row's names it has."""
+        """Return a tensor's place in the naming: its row, and which of the row's names it has."""
         place, _, part = self.index[name][0]
         return self.naming.entries.index(place.entry), part
 
     def value(self, name: str) -> np.ndarray | None:
-        """A tensor of the base, None where it has no values (or not all of its leaves)."""
+        """Return a tensor of the base, or None if the base lacks values or leaves of it."""
         found = []
         for place, where, part in self.index[name]:
             leaf = self.leaves[place.path]
@@ -105,7 +105,7 @@ class TorchBase:
 
 
 def part_of(place: Place, leaf: np.ndarray, where: tuple[int, ...], part: int) -> np.ndarray:
-    """One layer's tensor of a leaf: of several that the leaf joins the one numbered `part`."""
+    """Return one layer's tensor in a leaf: the one numbered `part` if the leaf joins several."""
     weight = place.weight_to_torch(leaf[place.at(where)])
     if len(place.entry.torch_names) == 1:
         return weight
@@ -113,25 +113,25 @@ def part_of(place: Place, leaf: np.ndarray, where: tuple[int, ...], part: int) -
 
 
 def module_of(name: str) -> str:
-    """`"h.0.up.weight"` is in the module `"h.0.up"`."""
+    """Return the module of a tensor: `"h.0.up"` for `"h.0.up.weight"`."""
     return name.rpartition(".")[0]
 
 
 def unknown(name: str, names: Iterable[str]) -> str:
-    """The end of a message on a name that the base does not have."""
+    """Return the end of a message about a name that the base does not have."""
     return f"not in this base; {nearest(name, names)}"
 
 
 def is_floating(x: Any) -> bool:
-    """Whether a tensor has a dtype that can be trained."""
+    """Return whether a tensor's dtype can be trained."""
     return x.dtype.name in ("float32", "float16", "bfloat16", "float64")
 
 
 def not_floating(x: Any) -> str:
-    """Return the message on a tensor that `is_floating` rejects."""
-    return f"is {x.dtype}, only floating tensors are trained"
+    """Return the end of a message about a tensor that `is_floating` rejects."""
+    return f"is {x.dtype}, but only floating-point tensors can be trained"
 
 
 def by_leaf(names: Mapping[str, Any], model: TorchBase) -> dict[str, None]:
-    """The paths of the leaves that these tensors are in."""
+    """Return the paths of the leaves that contain these tensors, as an ordered set."""
     return {place.path: None for name in names for place, _, _ in model.index[name]}

@@ -1,4 +1,4 @@
-"""A and B of a parameter that holds the weights of several experts, as PEFT keeps them."""
+"""A and B of a parameter that contains the weights of several experts, as PEFT keeps them."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -10,10 +10,11 @@ from lora_jax.files.torch_adapters.factors import TorchFactors
 
 @dataclasses.dataclass(frozen=True)
 class Experts:
-    """The updates `scale · B[e] · A[e]` of a torch parameter, each expert's weight `[out, in]`.
+    """The updates `scale · B[e] · A[e]` of a PyTorch parameter, one weight `[out, in]` per expert.
 
-    PEFT keeps A as `[experts·rank, in]`, an expert's rows together, and B as
-    `[out, rank·experts]`, an expert's columns `experts` apart (`ParamWrapper.get_delta_weight`).
+    PEFT keeps A as `[experts·rank, in]`, the rows of an expert together, and B as
+    `[out, rank·experts]`, the columns of an expert `experts` apart
+    (`ParamWrapper.get_delta_weight`).
 
     >>> one = Experts(np.ones((2, 3, 5), "f4"), np.ones((2, 4, 3), "f4"), 0.5)
     >>> one.rank, one.of(1).update().shape, [x.shape for x in one.tensors()]
@@ -30,7 +31,7 @@ class Experts:
         return self.a.shape[1]
 
     def of(self, expert: int) -> TorchFactors:
-        """The factors of one expert."""
+        """Return the factors of one expert."""
         return TorchFactors(self.a[expert], self.b[expert], self.scale)
 
     @classmethod
@@ -46,7 +47,7 @@ class Experts:
         return cls(a.reshape(-1, rank, a.shape[1]), by_expert, scale)
 
     def tensors(self) -> tuple[np.ndarray, np.ndarray]:
-        """A and B as they are in a file."""
+        """Return A and B as PEFT's file has them."""
         a = self.a.reshape(-1, self.a.shape[2])
         return a, self.b.transpose(1, 2, 0).reshape(self.b.shape[1], -1)
 
@@ -57,14 +58,14 @@ class Experts:
 
 
 def stack_experts(parts: Mapping[int, TorchFactors], count: int) -> Experts:
-    """The factors of experts as those of one parameter, which has one rank and one scale.
+    """Stack the factors of experts into those of one parameter, with one rank and one scale.
 
-    Ranks are padded with zeros to the largest; scales that differ are multiplied into B; experts
+    Ranks are padded with zeros to the largest; different scales are multiplied into B; experts
     without factors get zeros.
 
     Args:
-      parts: the factors by the expert's number; at least one.
-      count: how many experts there are.
+      parts: the factors by the number of the expert; at least one.
+      count: the number of experts.
     """
     rank = max(part.rank for part in parts.values())
     scales = {part.scale for part in parts.values()}

@@ -1,4 +1,4 @@
-"""A and B of one torch module, with torch's axes, and their joining and cutting."""
+"""A and B of one PyTorch module, with PyTorch's axes, and how to join and cut them."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -8,7 +8,7 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class TorchFactors:
-    """The update `scale · B · A` of one torch module, the weight seen as `[out, *in]`.
+    """The update `scale · B · A` of one PyTorch module, whose weight is seen as `[out, *in]`.
 
     >>> one = TorchFactors(np.ones((2, 3), "float32"), np.ones((4, 2), "float32"), 0.5)
     >>> one.rank, one.outputs, one.update().shape
@@ -31,36 +31,36 @@ class TorchFactors:
         return self.b.shape[0]
 
     def update(self) -> np.ndarray:
-        """`scale · B · A`, `[out, *in]`, in float64."""
+        """Compute `scale · B · A`, `[out, *in]`, in float64."""
         return self.scale * np.tensordot(self.b.astype("float64"), self.a.astype("float64"), 1)
 
     def cut(self, start: int, stop: int) -> "TorchFactors":
-        """The outputs from `start` to `stop`."""
+        """Return the factors of the outputs from `start` to `stop`."""
         magnitude = None if self.magnitude is None else self.magnitude[start:stop]
         return dataclasses.replace(self, b=self.b[start:stop], magnitude=magnitude)
 
     def pad(self, rank: int) -> "TorchFactors":
-        """The same update at a higher rank: rows of A and columns of B that are zero."""
+        """Return the same update at a higher rank, by zero rows of A and zero columns of B."""
         more = rank - self.rank
         a = np.pad(self.a, [(0, more), *[(0, 0)] * (self.a.ndim - 1)])
         return dataclasses.replace(self, a=a, b=np.pad(self.b, [(0, 0), (0, more)]))
 
     def select(self, keep: np.ndarray) -> "TorchFactors":
-        """The components where `keep` is true; all of them where it is true nowhere."""
+        """Return the components where `keep` is true, or all of them if it is true nowhere."""
         if keep.all() or not keep.any():
             return self
         return dataclasses.replace(self, a=self.a[keep], b=self.b[:, keep])
 
     def drop_padding(self) -> "TorchFactors":
-        """Without components that are zero in A and in B alike: the same update, never trained."""
+        """Drop components that are zero in both A and B, which never train."""
         return self.select(_used(self.a) | _used(self.b.T))
 
     def drop_unused(self) -> "TorchFactors":
-        """Without components that are zero in B, if any is not."""
+        """Drop components that are zero in B, unless all are."""
         return self.select(_used(self.b.T))
 
     def fold(self) -> "TorchFactors":
-        """Scale 1, what it was being multiplied into B (in float64, rounded once)."""
+        """Multiply the scale into B (in float64, rounded once), so that it becomes 1."""
         b = (self.b.astype("float64") * self.scale).astype(self.b.dtype)
         return dataclasses.replace(self, b=b, scale=1.0)
 
@@ -70,18 +70,18 @@ def _used(rows: np.ndarray) -> np.ndarray:
 
 
 def join(parts: Sequence[TorchFactors | None], widths: Sequence[int]) -> TorchFactors | None:
-    """The factors of modules that read the same input, as those of one with all their outputs.
+    """Join the factors of modules with the same input into those of one with all their outputs.
 
-    Exact: the A's one behind another, the B's on a diagonal of blocks, so the ranks add up. Parts
-    that share one A (the outputs of one fused module) share it again. A part that is None has a
-    zero block. Scales that differ are multiplied into B.
+    This is exact: the A's are stacked and the B's become diagonal blocks, so the ranks add up.
+    Parts that share one A (the outputs of one fused module) share it in the result. A part that is
+    None has a zero block. Different scales are multiplied into B.
 
     Args:
-      parts: factors of each, or None.
-      widths: the number of outputs of each.
+      parts: the factors of each module, or None.
+      widths: the number of outputs of each module.
 
     Raises:
-      ValueError: one part has a magnitude and another has none.
+      ValueError: only some parts have a magnitude.
 
     >>> one = TorchFactors(np.ones((2, 3), "float32"), np.ones((4, 2), "float32"), 0.5)
     >>> other = dataclasses.replace(one, a=2 * one.a)
@@ -93,7 +93,7 @@ def join(parts: Sequence[TorchFactors | None], widths: Sequence[int]) -> TorchFa
         return there[0] if there else None
     with_magnitude = [part is not None and part.magnitude is not None for part in parts]
     if any(with_magnitude) and not all(with_magnitude):
-        raise ValueError("DoRA on a part of what is joined")
+        raise ValueError("only some of the joined modules have DoRA")
     if len({part.scale for part in there}) > 1:
         there = [part.fold() for part in there]
         folded = iter(there)
@@ -120,7 +120,7 @@ def _key(part: TorchFactors) -> tuple:
 
 
 def _same_a(parts: Sequence[TorchFactors]) -> dict[tuple, TorchFactors]:
-    """The first of the parts with each A."""
+    """Return the first part with each distinct A."""
     found: dict[tuple, TorchFactors] = {}
     for part in parts:
         found.setdefault(_key(part), part)

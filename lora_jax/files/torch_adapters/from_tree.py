@@ -1,4 +1,4 @@
-"""Adapted leaves of a tree as `Contents` of a file."""
+"""Turn the adapted leaves of a tree into the `Contents` of a file."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -19,16 +19,16 @@ from lora_jax.files.torch_adapters.experts import stack_experts
 from lora_jax.files.torch_adapters.factors import TorchFactors, join
 
 _SWAP = str.maketrans("io", "oi")
-#: The parts of one torch tensor that leaves share, by where along its out axis each begins.
+#: The parts of one PyTorch tensor that leaves share, by their start along its out axis.
 _Parts = dict[str, dict[int, Any]]
-#: The same of factors, by the tensor and the expert in it, if it holds experts.
+#: The same for factors, by the tensor and the expert in it, if it contains experts.
 _FactorParts = dict[tuple[str, int | None], dict[int, TorchFactors]]
 
 
 def collect_nodes(nodes: Mapping[str, Adapted], model: TorchBase) -> tuple[Contents, list[str]]:
-    """What a file of these nodes holds, and why the rest cannot be in one.
+    """Return what a file of these nodes holds, and why it cannot hold the rest.
 
-    Layers with the scale 0 are left out, and components of the factors that are padding.
+    Layers whose scale is 0 are left out, as are components of the factors that are padding.
     """
     found, problems = Contents(), []
     factors: _FactorParts = {}
@@ -51,7 +51,7 @@ def collect_nodes(nodes: Mapping[str, Adapted], model: TorchBase) -> tuple[Conte
         try:
             joined = join(*_in_order(name, parts, model))
         except ValueError:
-            problems.append(f"{name}: DoRA on a part of it, and not on the rest")
+            problems.append(f"{name}: only a part of this tensor has DoRA; adapt all of it or none")
             continue
         assert joined is not None
         if expert is None:
@@ -62,7 +62,7 @@ def collect_nodes(nodes: Mapping[str, Adapted], model: TorchBase) -> tuple[Conte
     for name, values in whole.items():
         value = _whole(name, values, model)
         if value is None:
-            problems.append(f"{name}: only a part of it is trained; the rest needs base=")
+            problems.append(f"{name}: only a part of it is trained; pass base= for the rest")
         else:
             found.whole[name] = value
     return found, problems
@@ -83,14 +83,17 @@ def _problem(path: str, node: Adapted, model: TorchBase) -> str | None:
         fits = rows_axes == [node.axis] and same_batch
         if alone and fits and place.entry.kind in ("embedding", "linear"):
             return None
-        return f"{path}: rows can be written of an embedding or a head, a torch tensor of its own"
+        return (
+            f"{path}: trained rows can be saved only for an embedding or output head that is a "
+            "separate PyTorch tensor"
+        )
     if place.entry.has_experts and node.magnitude is not None:
-        return f"{path}: PEFT has no DoRA of experts' parameters"
+        return f"{path}: PEFT does not support DoRA for experts' parameters"
     if place.entry.has_experts and node.layout.axes == _swapped(axes):
         return None
     if node.layout.axes != axes:
-        kind = f"of kind {place.entry.kind!r} {axes!r}" if axes else "without a kind"
-        return f"{path}: has the layout {node.layout.axes!r}, its row in the naming is {kind}"
+        kind = f"of kind {place.entry.kind!r}, {axes!r}" if axes else "without a kind"
+        return f"{path}: has the layout {node.layout.axes!r}, but its row in the naming is {kind}"
     return None
 
 
@@ -99,9 +102,9 @@ def _swapped(axes: str) -> str:
 
 
 def _as_in_row(place: Place, node: LoraWeight) -> LoraWeight:
-    """The node with the row's layout: what is its input here may be an output to PEFT.
+    """Return the node with the row's layout: what is an input here may be an output in PEFT.
 
-    PEFT takes the last axis of a parameter of experts for the inputs, also where it is not, as in
+    PEFT takes the last axis of a parameter of experts for the inputs even where it is not, as in
     Llama 4. The update is the same, with A and B exchanged.
     """
     if node.layout.axes == place.entry.layout:
@@ -129,7 +132,7 @@ def _take_factors(place: Place, node: LoraWeight, into: _FactorParts) -> None:
 
 
 def _cut(one: TorchFactors, widths: Sequence[int]) -> list[TorchFactors | None]:
-    """The factors of each of the modules that are joined; None where only others are adapted."""
+    """Cut factors into those of the joined modules; None for a module that is not adapted."""
     if len(widths) == 1:
         return [one]
     stops = np.cumsum(widths)
@@ -151,7 +154,7 @@ def _take_whole(place: Place, node: TrainedLeaf, into: _Parts) -> None:
 def _in_order(
     name: str, parts: Mapping[int, TorchFactors], model: TorchBase
 ) -> tuple[list[TorchFactors | None], list[int]]:
-    """The parts of a tensor along its outputs and their widths; None where nothing is adapted."""
+    """Return the parts of a tensor along its outputs, None where not adapted, and their widths."""
     ordered: list[TorchFactors | None] = []
     widths: list[int] = []
     for start in sorted(parts):
@@ -165,7 +168,7 @@ def _in_order(
 
 
 def _whole(name: str, parts: Mapping[int, np.ndarray], model: TorchBase) -> np.ndarray | None:
-    """A tensor of which these parts are trained; None where the rest is not known."""
+    """Complete a tensor of which these parts are trained; None if the rest is unknown."""
     axis = model.index[name][0][0].entry.out_axis
     first = next(iter(parts.values()))
     shape = model.shape(name)
@@ -183,7 +186,7 @@ def _whole(name: str, parts: Mapping[int, np.ndarray], model: TorchBase) -> np.n
 
 
 def _rows(place: Place, value: np.ndarray) -> np.ndarray:
-    """`[rows, *out]` of the leaf as `[rows, dim]` of torch's embedding or head."""
+    """Turn the leaf's `[rows, *out]` into `[rows, dim]` of PyTorch's embedding or head."""
     if place.entry.kind == "embedding":
         return place.b_to_torch(value).T
     return place.a_to_torch(np.moveaxis(value, 0, -1))
@@ -211,21 +214,22 @@ def collect(adapters: Any, naming: Naming, base: Any) -> tuple[Contents, TorchBa
 
 
 def _own_base(adapters: Any) -> Any:
-    """The base of a joined tree; None of an overlay."""
+    """Return the base of a joined tree, or None for an overlay."""
     nodes = adapted_nodes(adapters).values()
     return split(adapters)[0] if nodes and all(node.w is not None for node in nodes) else None
 
 
 def check(problems: list[str]) -> None:
+    """Raise one StructureError that lists all problems, if there are any."""
     if problems:
         lines = "\n".join(sorted(problems))
         raise StructureError(f"save: the file cannot hold these adapters:\n{lines}")
 
 
 def _shapes(nodes: Mapping[str, Adapted]) -> dict[str, jax.ShapeDtypeStruct]:
-    """What is known of a base from the adapters alone, by path."""
+    """Return the shapes of the base that the adapters alone tell, by path."""
     of_rows = [path for path, node in nodes.items() if isinstance(node, TrainedRows)]
-    check([f"{path}: rows of an embedding need base=, for its shape" for path in of_rows])
+    check([f"{path}: trained rows of an embedding need its shape; pass base=" for path in of_rows])
     return {path: jax.ShapeDtypeStruct(node.shape, "float32") for path, node in nodes.items()}
 
 
@@ -237,5 +241,5 @@ def _misfits(nodes: Mapping[str, Adapted], model: TorchBase) -> list[str]:
         else:
             problems += check_fits(path, node, model.leaves[path])
         if any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(node)):
-            problems.append(f"{path}: no values yet, only shapes")
+            problems.append(f"{path}: is abstract (ShapeDtypeStruct), without values")
     return problems

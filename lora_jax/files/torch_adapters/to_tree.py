@@ -1,4 +1,4 @@
-"""`Contents` of a file as an overlay of a tree."""
+"""Turn the `Contents` of a file into an overlay of a tree."""
 
 import dataclasses
 import math
@@ -44,24 +44,28 @@ def fit_to_base(
       AdapterFileError: there are problems and `strict` is true, or nothing is left.
     """
     adapters, more = overlay(contents, model, dtype)
-    lines = "\n".join(sorted({*problems, *more})) or "it holds no adapters"
+    lines = "\n".join(sorted({*problems, *more})) or "it contains no adapters"
     if strict and (problems or more):
         raise AdapterFileError(f"{source} does not fit the base:\n{lines}")
     if not adapted_nodes(adapters):
-        raise AdapterFileError(f"{source}: nothing in it fits the base:\n{lines}")
+        raise AdapterFileError(f"{source}: nothing in this file fits the base:\n{lines}")
     if problems or more:
-        warnings.warn(f"{source}: left out:\n{lines}", UserWarning, stacklevel=stacklevel)
+        warnings.warn(
+            f"{source}: ignored what does not fit the base:\n{lines}",
+            UserWarning,
+            stacklevel=stacklevel,
+        )
     return adapters
 
 
 def overlay(contents: Contents, model: TorchBase, dtype: Any = None) -> tuple[Any, list[str]]:
-    """The overlay of what a file holds, and what of it could not be put in; that is left out.
+    """Return the overlay of a file's contents, and the problems of what was left out.
 
-    Layers of a stack that the file does not have get zero factors and the scale 0. Ranks that
-    differ within a stack are padded with zeros.
+    Layers of a stack that are not in the file get zero factors and the scale 0. Different ranks in
+    a stack are padded with zeros.
 
     Args:
-      contents: names that are all in the model.
+      contents: all names are in the model.
       model: the base.
       dtype: of the factors and the trained values; None for the file's.
     """
@@ -71,9 +75,9 @@ def overlay(contents: Contents, model: TorchBase, dtype: Any = None) -> tuple[An
     for name, added in contents.added.items():
         value = whole.get(name, model.value(name))
         if value is None:
-            problems.append(f"{name}: lora_bias adds to it, and the base given has no values")
+            problems.append(f"{name}: lora_bias adds to this bias, so base must contain its value")
         else:
-            with np.errstate(over="ignore"):  # told of below
+            with np.errstate(over="ignore"):  # reported below
                 whole[name] = (value.astype("float64") + added).astype(value.dtype)
     made: list[_Made] = [
         _lora_weight(model.places[path], contents, model)
@@ -86,22 +90,22 @@ def overlay(contents: Contents, model: TorchBase, dtype: Any = None) -> tuple[An
         if isinstance(node, str):
             problems.append(f"{path}: {node}")
         elif path in nodes:
-            problems.append(f"{path}: has factors and is trained otherwise too")
+            problems.append(f"{path}: has LoRA factors and is also listed as fully trained")
         elif not _is_finite(node, dtype):
             held = jnp.dtype(dtype).name if dtype else "their dtype"
-            problems.append(f"{path}: values beyond what {held} holds")
+            problems.append(f"{path}: has values that overflow {held}")
         else:
             nodes[path] = node
     leaves = [_in_jax(nodes.get(path), dtype) for path in model.leaves]
     return jax.tree_util.tree_unflatten(model.treedef, leaves), problems
 
 
-#: A leaf's path, and its node, or why it has none.
+#: A leaf's path, and its node or why it has none.
 _Made = tuple[str, Adapted | str]
 
 
 def _compare(contents: Contents, model: TorchBase) -> list[str]:
-    """Copies of base weights that are not the base's: it was resized, or trained."""
+    """List copies of base weights that differ from the base, which was resized or trained."""
     problems = []
     for name, tensor in contents.untrained.items():
         value = model.value(name)
@@ -110,7 +114,7 @@ def _compare(contents: Contents, model: TorchBase) -> list[str]:
         coarse = max(float(jnp.finfo(x.dtype).eps) for x in (tensor, value))
         pair = tensor.astype("float32"), value.astype("float32")
         if not np.allclose(*pair, rtol=2 * coarse, atol=1e-6):
-            problems.append(f"{name}: the file brings its own base weight, not this base's")
+            problems.append(f"{name}: the file has a base weight that differs from this base's")
     return problems
 
 
@@ -130,7 +134,7 @@ def _lora_weight(place: Place, contents: Contents, model: TorchBase) -> _Made:
         try:
             joined = join(parts, place.widths)
         except ValueError:
-            return place.path, f"DoRA on a part of {', '.join(names)} cannot be joined"
+            return place.path, f"cannot join {', '.join(names)}: only some of them have DoRA"
         if joined is not None:
             layers[where] = joined
     rank = max(layer.rank for layer in layers.values())
@@ -151,7 +155,7 @@ def _lora_weight(place: Place, contents: Contents, model: TorchBase) -> _Made:
 
 
 def _stack(layers: Mapping[tuple[int, ...], Any], batch: tuple[int, ...]) -> np.ndarray:
-    """One array of the layers' arrays, zero where a layer is missing."""
+    """Stack the layers' arrays, with zeros for missing layers."""
     first = np.asarray(next(iter(layers.values())))
     whole = np.zeros((*batch, *first.shape), _dtype(layers))
     for where, layer in layers.items():
@@ -167,7 +171,7 @@ def _dtype(layers: Mapping[tuple[int, ...], Any]) -> Any:
 def _magnitudes(
     node: LoraWeight, layers: Mapping[tuple[int, ...], Any], place: Place, model: TorchBase
 ) -> np.ndarray:
-    """The magnitudes of a stack; ‖W‖ at layers without one, so that those stay the base."""
+    """Stack the magnitudes, ‖W‖ for layers without one, so that those equal the base."""
     batch = place.batch
     stacked = _stack(layers, batch)
     base = model.leaves[place.path]
@@ -190,7 +194,10 @@ def _trained_leaf(place: Place, whole: Mapping[str, np.ndarray], model: TorchBas
         known = [model.value(n) if x is None else x for n, x in zip(names, parts, strict=True)]
         values = [value for value in known if value is not None]
         if len(values) < len(names):
-            return place.path, "only a part of it is in the file, and the base has no values"
+            return (
+                place.path,
+                "only a part of it is in the file, so base must have the values of the rest",
+            )
         joined = np.concatenate(values, place.entry.out_axis) if len(values) > 1 else values[0]
         if len(place.entry.paths) > 1:
             axis = (slice(None),) * place.entry.out_axis
@@ -205,7 +212,7 @@ def _trained_leaf(place: Place, whole: Mapping[str, np.ndarray], model: TorchBas
 
 
 def _mask(place: Place, found: Mapping[tuple[int, ...], Any]) -> np.ndarray:
-    """1 at the layers found; a single number where that is all of them."""
+    """Return 1 at the layers found and 0 elsewhere; a single 1 if that is all of them."""
     if len(found) == len(place.layers()):
         return np.ones((), "float32")
     stacked = {(letter,) for letter in place.entry.stacked}
@@ -224,7 +231,7 @@ def _trained_rows(
     # the rows of a head [in, vocabulary] are its outputs
     axes = layout.positions("i" if is_lookup else "o")
     if where or len(axes) != 1:
-        return place.path, "rows can be trained along one axis of one weight"
+        return place.path, "trained rows need one weight with one axis of rows"
     value = place.b_to_tree(values.T) if is_lookup else np.moveaxis(place.a_to_tree(values), -1, 0)
     one = np.ones((), "float32")
     return place.path, TrainedRows(None, value, one, rows=rows, axis=axes[0], layout=layout)
@@ -236,14 +243,14 @@ def _trained(node: Adapted) -> dict[str, Any]:
 
 
 def _is_finite(node: Adapted, dtype: Any) -> bool:
-    """Whether the trained values stay finite in `dtype`."""
+    """Return whether the trained values stay finite in `dtype`."""
     with np.errstate(over="ignore"):
         arrays = [np.asarray(x).astype(dtype or x.dtype) for x in _trained(node).values()]
     return all(np.isfinite(x).all() for x in arrays)
 
 
 def _in_jax(node: Adapted | None, dtype: Any) -> Adapted | None:
-    """The node's arrays as JAX's, trained ones in `dtype`, the scale in the dtype to add in."""
+    """Convert the node's arrays to JAX's, in `dtype`; the scale in the accumulation dtype."""
     if node is None:
         return None
     trained: dict[str, Any] = {f: jnp.asarray(x, dtype) for f, x in _trained(node).items()}

@@ -87,7 +87,7 @@ def test_every_cut_is_told(path, tmp_path):
     rng = random.Random(0)
     for size in [0, 1, 4, 8, 23, 24, end - 1, *(rng.randrange(end) for _ in range(60))]:
         cut.write_bytes(data[:size])
-        with pytest.raises(ModelFileError, match=r"cut\.gguf is (empty|no whole GGUF file: )"):
+        with pytest.raises(ModelFileError, match=r"cut\.gguf: (the file is empty|not a comp)"):
             read_all(cut)
 
 
@@ -118,21 +118,21 @@ def test_other_files(tmp_path):
     head = b"GGUF\3\0\0\0"
     one, two = (n.to_bytes(8, "little") for n in (1, 2))
     key = one + b"k"
-    assert told(b"PK\3\4 and more") == "it begins with b'PK\\x03\\x04'"
+    assert told(b"PK\3\4 and more") == "not a complete GGUF file: it starts with b'PK\\x03\\x04'"
     assert "version 50331648" in told(b"GGUF\0\0\0\3" + bytes(16))
-    assert "k comes twice" in told(head + bytes(8) + two + 2 * (key + b"\7\0\0\0\1"))
+    assert "the key k appears twice" in told(head + bytes(8) + two + 2 * (key + b"\7\0\0\0\1"))
     assert "unknown type 13" in told(head + bytes(8) + one + key + b"\x0d\0\0\0")
     nested = head + bytes(8) + one + key + b"\x09\0\0\0\x09\0\0\0" + one
     assert "an array of 1 values of type 9" in told(nested)
     huge = head + bytes(8) + one + key + b"\x09\0\0\0\x04\0\0\0" + b"\xff" * 7 + b"\0"
-    assert "end after the file" in told(huge)
+    assert "exceed the file" in told(huge)
     with pytest.raises(FileNotFoundError):
         gguf_file.read(tmp_path / "none.gguf")
 
 
 @pytest.mark.parametrize(
     ("offsets", "message"),
-    [((0, 0), "overlap"), ((0, 1 << 40), "end after the file"), ((64, 0), None)],
+    [((0, 0), "overlap"), ((0, 1 << 40), "exceed the file"), ((64, 0), None)],
 )
 def test_where_tensors_lie(tmp_path, offsets, message):
     path = tmp_path / "x.gguf"
@@ -159,7 +159,7 @@ def test_numbers_that_are_none(tmp_path):
     writer.write_tensors_to_file()
     writer.close()
     tensors = gguf_file.read(tmp_path / "x.gguf").tensors
-    with pytest.raises(ModelFileError, match="a: holds numbers that are not finite"):
+    with pytest.raises(ModelFileError, match="a: contains NaN or infinite values"):
         np.asarray(tensors["a"])
-    with pytest.raises(ModelFileError, match="b: I32 cannot be read"):
+    with pytest.raises(ModelFileError, match="b: type I32 is not supported"):
         np.asarray(tensors["b"])

@@ -86,7 +86,7 @@ def test_what_changes_the_meaning_is_refused_by_name(key):
 
 @pytest.mark.parametrize("start", ["pissa", "pissa_niter_4", "olora", "corda", "loftq", "lora_ga"])
 def test_starts_that_change_the_base_are_refused(start):
-    with pytest.raises(ConfigError, match=f'init_lora_weights is "{start}", a start that changes'):
+    with pytest.raises(ConfigError, match=f'init_lora_weights is "{start}", an initialization'):
         parse(init_lora_weights=start)
     assert parse(init_lora_weights="gaussian").init_lora_weights == "gaussian"
 
@@ -104,13 +104,13 @@ def test_unknown_keys_are_kept():
     [
         (b"", "not valid JSON"),
         (b"[1]", "must be a mapping, got [1]"),
-        (b"{}", "peft_type must be LORA, the kind read here, got null"),
+        (b"{}", "peft_type must be LORA, the only supported type, got null"),
         (b'{"peft_type": "LOHA"}', 'got "LOHA"'),
         (b'{"peft_type": ["LORA"]}', 'got ["LORA"]'),
         (b'{"peft_type": "LORA", "lora_alpha": NaN}', "NaN"),
-        (b'{"peft_type": "LORA", "r": 1, "r": 2}', "'r' is there twice"),
+        (b'{"peft_type": "LORA", "r": 1, "r": 2}', "'r' appears twice"),
         (b"\xff\xfe{}", "not valid JSON"),
-        (b"[" * 100_000, "nested too deep"),
+        (b"[" * 100_000, "nested too deeply"),
     ],
 )
 def test_what_is_no_configuration(text, message, tmp_path):
@@ -122,7 +122,7 @@ def test_what_is_no_configuration(text, message, tmp_path):
 
 def test_missing_files(tmp_path):
     for folder in (tmp_path, tmp_path / "none"):
-        with pytest.raises(AdapterFileError, match=r"adapter_config\.json: there is no such file"):
+        with pytest.raises(AdapterFileError, match=r"adapter_config\.json: no such file"):
             peft.read_config(folder)
 
 

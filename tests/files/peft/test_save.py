@@ -134,12 +134,12 @@ CANNOT = {
     "shapes": (
         lambda: jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), up_alone()),
         {},
-        "model/layers/1/up/kernel: no values yet, only shapes",
+        "model/layers/1/up/kernel: is abstract",
     ),
     "rows without a base": (
         lambda: up_alone(rows={"emb": [3]}),
         {},
-        "emb/embedding: rows of an embedding need base=",
+        "emb/embedding: trained rows of an embedding need its shape; pass base=",
     ),
     "a part of a module": (
         lambda: up_alone(train=["head/kernel"]),
@@ -184,7 +184,7 @@ def test_rows_of_a_head(override, tmp_path):
 def test_another_layout_than_the_rows(tmp_path):
     nodes = up_alone()
     turned = dataclasses.replace(nodes[UP], layout=lora_jax.Layout("oi"))
-    with pytest.raises(StructureError, match="layout 'oi', its row in the naming is of kind 'lin"):
+    with pytest.raises(StructureError, match="'oi', but its row in the naming is of kind 'lin"):
         peft.save(tmp_path / "new", {UP: turned}, PLAIN)
 
 

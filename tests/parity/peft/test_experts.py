@@ -172,7 +172,7 @@ base_model.model.layers.0.experts.base_layer.lora_A.weight: has shape (6, 5), ne
 2 for the 3 experts of layers.0.experts.up_proj
 base_model.model.layers.0.experts.base_layer.lora_magnitude_vector: unexpected for layers.0.experts
 base_model.model.layers.0.experts.lora_B.weight: missing, (4, 6) for layers.0.experts.down_proj
-target_parameters: 'experts.gate' is no parameter of experts here; it needs a row in the naming
+target_parameters: 'experts.gate' is not a known parameter of experts; add to the
 """
 
 
@@ -184,7 +184,7 @@ def test_everything_wrong_is_told_at_once(folder):
     _, *lines = str(caught.value).splitlines()
     for line, start in zip(lines, BROKEN.strip().splitlines(), strict=True):
         assert line.startswith(start)
-    with pytest.warns(UserWarning, match="left out"):
+    with pytest.warns(UserWarning, match="ignored what does not fit"):
         adapters = peft.load(directory, BASE, NAMING, strict=False)
     np.testing.assert_array_equal(adapters["layers/up"].scale != 0, [[False] * 3, [True] * 3])
 
@@ -192,7 +192,7 @@ def test_everything_wrong_is_told_at_once(folder):
 def test_a_naming_without_experts(folder):
     rows = [row for row in NAMING.entries if not row.has_experts]
     tree = {path: x for path, x in BASE.items() if path in ("router", "q")}
-    with pytest.raises(AdapterFileError, match=r"'last\.up' is no parameter of experts here"):
+    with pytest.raises(AdapterFileError, match=r"'last\.up' is not a known parameter of experts"):
         peft.load(folder("first axis in"), tree, Naming(rows))
 
 
@@ -200,11 +200,11 @@ def test_what_peft_cannot_have_beside_experts(folder, tmp_path):
     adapters = peft.load(folder("one layer"), BASE, NAMING)
     magnitude = np.ones((2, 4), "f4")
     whole = adapters | {"q": dataclasses.replace(adapters["q"], magnitude=magnitude)}
-    with pytest.raises(StructureError, match=r"layers.0.q.weight: PEFT has no DoRA in one adapter"):
+    with pytest.raises(StructureError, match=r"layers.0.q.weight: PEFT does not support DoRA"):
         peft.save(tmp_path / "new", whole, NAMING, base=BASE)
     node = adapters["layers/down"]
     node = dataclasses.replace(node, magnitude=np.ones((3, 2, 4), "f4"))
-    with pytest.raises(StructureError, match="layers/down: PEFT has no DoRA of experts'"):
+    with pytest.raises(StructureError, match="layers/down: PEFT does not support DoRA"):
         peft.save(tmp_path / "new", adapters | {"layers/down": node}, NAMING, base=BASE)
     with pytest.raises(StructureError, match="down_proj: adapters of experts' parameters"):
         mlx.save(tmp_path / "new", adapters, NAMING, base=BASE)
