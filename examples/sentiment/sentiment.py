@@ -56,8 +56,8 @@ class Recipe:
 
 
 @dataclass(frozen=True)
-class Part:
-    """One part of the reviews, packed."""
+class PackedReviews:
+    """Reviews to train on or to test on, packed."""
 
     texts: training.Data
     labels: np.ndarray  # int32 [n]
@@ -181,19 +181,21 @@ def load(encoder: Path, recipe: Recipe) -> tuple[training.Classifier, Any]:
     )
 
 
-def pack(reviews: training.Rows, encoder: Path, recipe: Recipe) -> Part:
+def pack(reviews: training.Rows, encoder: Path, recipe: Recipe) -> PackedReviews:
     """Return reviews as packed token ids, with their labels."""
     tokenizer = Tokenizer.load(encoder)
     encoded = training.encode_labelled(reviews, tokenizer, LABELS, recipe.length)
-    return Part(training.pack_texts(encoded.texts, recipe.length, recipe.slots), encoded.labels)
+    return PackedReviews(
+        training.pack_texts(encoded.texts, recipe.length, recipe.slots), encoded.labels
+    )
 
 
 def score_probe(
     model: training.Classifier,
     params: Any,
     recipe: Recipe,
-    train: Part,
-    held_out: Part,
+    train: PackedReviews,
+    held_out: PackedReviews,
     report: Report,
 ) -> float:
     """Return the held-out accuracy of a linear probe on the frozen encoder's embeddings."""
@@ -210,7 +212,7 @@ def fine_tune(
     model: training.Classifier,
     base: Any,
     adapters: Any,
-    part: Part,
+    part: PackedReviews,
     report: Report,
 ) -> training.Outcome:
     """Train adapters in the split form: no gradient is computed for the base.

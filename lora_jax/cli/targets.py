@@ -7,9 +7,9 @@ from typing import Any
 import jax
 
 from lora_jax import TargetError
+from lora_jax.core.config import ALL_LINEAR
 from lora_jax.files.naming import Naming
 
-ALL_LINEAR = "all-linear"
 HEADS = ("lm_head",)  # "all-linear" leaves the output head alone, as PEFT does
 
 
@@ -43,7 +43,7 @@ def resolve(targets: Sequence[str], params: Any, naming: Naming) -> list[str]:
     found: dict[str, None] = {}
     problems = []
     for target in targets:
-        paths = linear if target == ALL_LINEAR else _named(target, modules)
+        paths = linear if target == ALL_LINEAR else _match(target, modules)
         if not paths:
             problems.append(_unknown(target, modules))
         found |= dict.fromkeys(paths)
@@ -52,7 +52,7 @@ def resolve(targets: Sequence[str], params: Any, naming: Naming) -> list[str]:
     return list(found)
 
 
-def _named(target: str, modules: dict[str, list[str]]) -> list[str]:
+def _match(target: str, modules: dict[str, list[str]]) -> list[str]:
     in_torch = lambda path: any(f".{name}".endswith(f".{target}") for name in modules[path])
     in_tree = lambda path: f"/{path}".endswith(f"/{target}") or f"/{target}/" in f"/{path}/"
     return [path for path in modules if in_torch(path)] or [p for p in modules if in_tree(p)]

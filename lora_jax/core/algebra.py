@@ -12,7 +12,7 @@ from lora_jax.core.weights import Adapted, LoraWeight, TrainedLeaf, TrainedRows,
 
 
 def delta(weight: LoraWeight) -> jax.Array:
-    """`scale · A · B`, the dense update, in float32 (float64 where a factor is).
+    """Return the dense update `scale · A · B` in float32 (float64 if a factor is).
 
     >>> import jax.numpy as jnp
     >>> from lora_jax import Layout
@@ -23,14 +23,15 @@ def delta(weight: LoraWeight) -> jax.Array:
     """
     sub_a, sub_b, _, sub_w = subscripts(weight.layout)
     a, b = scaled_factors(weight, accumulator(weight.a.dtype, weight.b.dtype))
-    # A merge must not lose digits to the fast reduced-precision modes of an accelerator.
+    # A merge must not lose digits to an accelerator's fast modes of reduced precision.
     return jnp.einsum(f"{sub_a},{sub_b}->{sub_w}", a, b, precision=jax.lax.Precision.HIGHEST)
 
 
 def dense(node: Adapted, dtype: Any = None) -> jax.Array:
-    """The leaf that `node` means, `W + scale · A · B`: added in float32, rounded once to `dtype`.
+    """Return the leaf that `node` means, `W + scale · A · B`, as one array.
 
-    `dtype` defaults to the base leaf's.
+    The sum is computed in float32 (float64 if an array is) and rounded once to `dtype`, by default
+    the dtype of the base leaf.
     """
     dtype = dtype or node.w.dtype
     if isinstance(node, TrainedLeaf):

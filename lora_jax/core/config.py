@@ -1,4 +1,4 @@
-"""`LoraConfig`: what to adapt and how; nothing but data and its validation."""
+"""`LoraConfig`: what to adapt, and how; only data and its validation."""
 
 import dataclasses
 import math
@@ -35,11 +35,11 @@ def _check_probability(where: str, value: Any) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Override:
-    """What one pattern of `LoraConfig.overrides` sets in place of the configuration's own value.
+    """What one pattern of `LoraConfig.overrides` sets instead of the values of `LoraConfig`.
 
     Args:
       rank: the rank of the matched weights; None keeps `LoraConfig.rank`.
-      alpha: their alpha; None keeps `LoraConfig.alpha`, and where that is None too, alpha = rank.
+      alpha: their alpha; None keeps `LoraConfig.alpha`. If both are None, alpha = rank.
       layout: one letter per axis, `b` batch, `i` in, `o` out ("ioo" for a kernel
         `[embed, heads, head_dim]`), where neither the program nor the shape decides it.
       rows_axis: the axis along which the rows of `LoraConfig.rows` lie, where the function does not
@@ -88,7 +88,7 @@ def _as_override(key: str, value: Any) -> Override:
 
 @dataclasses.dataclass(frozen=True)
 class LoraConfig:
-    """Which weights get a low-rank update `W + scale * A @ B`, and how it starts.
+    """Which weights get a low-rank update `W + scale * A @ B`, and how A and B are initialized.
 
     The scale is `alpha / rank` ("standard", https://arxiv.org/abs/2106.09685) or
     `alpha / sqrt(rank)` ("rslora", https://arxiv.org/abs/2312.03732).
@@ -96,46 +96,49 @@ class LoraConfig:
     Args:
       rank: inner size of the factors, a positive integer.
       alpha: numerator of the scale; None means alpha = rank, so that the standard scale is 1.
-      targets: the weights to adapt. "all-linear" takes every weight that the function contracts
-        with an activation (without a function: every two-axis and convolution kernel); any other
-        string is a regex for the whole path; a sequence holds path suffixes ("query/kernel") or
-        module names ("query"); a callable gets the path and the leaf.
-      exclude: what to leave out of `targets`, in the same forms. It wins.
-      overrides: pattern -> `Override` (or a dict of its fields). The leaf's whole path wins, then
-        its module's, then the first key that matches as suffix, module name or regex.
+      targets: the weights to adapt. "all-linear" selects every weight that the function contracts
+        with an activation (without a function: every kernel with two axes and every convolution
+        kernel). Any other string is a regex for the whole path. A sequence contains path suffixes
+        ("query/kernel") or module names ("query"). A callable gets the path and the leaf.
+      exclude: what to leave out of `targets`, in the same forms; it wins over `targets`.
+      overrides: pattern -> `Override` (or a dict of its fields). The whole path of the leaf wins,
+        then that of its module, then the first key that matches as suffix, module name or regex.
       scaling: "standard" or "rslora".
-      init: how A and B start. "kaiming" (A uniform in ±1/√fan_in, B zero), "gaussian" (A normal)
-        and "orthogonal" (A·B zero, neither factor) leave the base alone. "pissa", "pissa_fast" and
-        "olora" take A and B out of the weight, "loftq" rounds the weight to NF4 and fits A and B to
-        what that lost: they *change the base*, see `init` and `on_original`. Or a function of the
-        same signature, `(key, w, layout, rank, scale, dtype) -> (w', a, b)`: see `starts`.
-      dora: whether each weight also gets a magnitude for every output, so that it means
-        `m · V / ‖V‖` with `V = W + scale * A @ B` (https://arxiv.org/abs/2402.09353). It starts at
-        ‖V‖, so that the function starts unchanged but for rounding.
-      dropout: probability of dropping an input of the branch, in effect only on parameters that
-        went through `lora_jax.with_dropout`.
-      train: leaves to train whole (a bias, a norm, a new head), in the same forms as `targets`.
-      bias: biases to train whole besides: "none", "all", or "adapted" for those beside an adapted
-        kernel. A bias is a leaf named "bias", or "b" where no product takes it for a kernel.
-      layers: which of the targets' layers to adapt: their numbers (negative ones count from the
-        end), or a slice, `slice(-4, None)` for the last four; None for all. The number of a layer
-        is the first in its path: 3 in "block_3/attn/query/kernel", "layers/3/kernel" and
-        "h.3.kernel"; every stack of layers ("encoder/block_", "decoder/block_") is counted by
-        itself. A target without a number is left out. A leaf that stacks the layers of a scan has
-        factors for all, which are zero and stay zero, as is the scale, at the layers left out.
-      layers_pattern: which number of a path it is, where there are several: the name before it
-        ("block", "layers", "h"), or a regex in which a group holds the number,
-        `r"h(\\d+)_attn"`; None for the first. Of stacked layers, a module's name in the path.
-      rows: pattern -> numbers of the rows of an embedding that train, {"embedding": [3, 17]}; of a
-        tied one these outputs of the head do too. All other rows stay as they are, and no low-rank
-        update is made there. Patterns as in `overrides`. The rows lie along the axis that the
-        function looks up; for a weight that it does not look up, say the axis with an override:
+      init: how A and B are initialized. "kaiming" (A uniform in ±1/√fan_in, B zero), "gaussian" (A
+        normal, B zero) and "orthogonal" (A·B zero, but neither factor) leave the base as it is.
+        "pissa", "pissa_fast" and "olora" move a part of the weight into A and B, and "loftq" rounds
+        the weight to NF4 and fits A and B to what that lost: these *change the base*, see `init`
+        and `on_original`. Or a custom initializer, a function
+        `(key, w, layout, rank, scale, dtype) -> (w', a, b)`, see `lora_jax.initializers`.
+      dora: whether each weight also gets one magnitude per output, so that it means
+        `m · V / ‖V‖` with `V = W + scale * A @ B` (https://arxiv.org/abs/2402.09353). The magnitude
+        is initialized to ‖V‖, so that the function does not change, except for rounding.
+      dropout: probability of dropping an input of the adapter. It takes effect only on parameters
+        that went through `lora_jax.with_dropout`.
+      train: leaves to train fully (a bias, a norm, a new head), in the same forms as `targets`.
+      bias: which biases to train fully too: "none", "all", or "adapted" for those beside an adapted
+        kernel. A bias is a leaf named "bias", or named "b" if no product uses it as a kernel.
+      layers: which layers of the targets to adapt: their numbers (negative ones count from the
+        end), or a slice such as `slice(-4, None)` for the last four; None for all. The number of a
+        layer is the first one in the path: 3 in "block_3/attn/query/kernel", "layers/3/kernel" and
+        "h.3.kernel". Each stack of layers ("encoder/block_", "decoder/block_") is counted
+        separately, and a target without a number is left out. A leaf that stacks the layers of a
+        scan has factors for all of them; in layers that are left out, A, B and the scale are zero
+        and stay zero.
+      layers_pattern: which number of a path counts the layers, if there are several: the name
+        before it ("block", "layers", "h"), or a regex with one group for the number, such as
+        `r"h(\\d+)_attn"`; None for the first. For stacked layers, a module's name in the path.
+      rows: pattern -> numbers of the rows of an embedding that train, such as
+        {"embedding": [3, 17]}; of a tied embedding these outputs of the head train too. All other
+        rows stay as they are, and the weight gets no low-rank update. The patterns are those of
+        `overrides`. The rows lie along the axis that the function looks up. For a weight that it
+        does not look up, name the axis in an override:
         `rows={"head": [3]}, overrides={"head": Override(rows_axis=1)}`. If the override names a
         layout but no axis, the rows lie along its in axis.
-      dtype: of A, B and of the leaves trained whole: float32, bfloat16, float16 or float64.
+      dtype: the dtype of A, B and fully trained leaves: float32, bfloat16, float16 or float64.
 
     Raises:
-      ConfigError: a field has a value that cannot be used; the message names the field.
+      ConfigError: the value of a field has no meaning; the message names the field.
 
     >>> LoraConfig(rank=8, alpha=16, targets=["query", "value"]).scale(rank=8, alpha=16)
     2.0
@@ -164,7 +167,7 @@ class LoraConfig:
             object.__setattr__(self, field, _check_pattern(field, getattr(self, field)))
         object.__setattr__(self, "rows", _check_rows(self.rows))
         if not self.targets and not self.train and not self.rows and self.bias != "all":
-            raise ConfigError("targets and train are both empty: nothing would be trained")
+            raise ConfigError("nothing would train: targets, train and rows are empty")
         if not isinstance(self.overrides, Mapping):
             raise ConfigError(f"overrides must be a mapping, got {self.overrides!r}")
         overrides = {key: _as_override(key, value) for key, value in self.overrides.items()}
@@ -190,7 +193,7 @@ class LoraConfig:
         return hash(tuple(fields.values()))
 
     def scale(self, rank: int, alpha: float | None) -> float:
-        """`alpha/rank` or `alpha/sqrt(rank)`; an alpha of None stands for `rank`."""
+        """Return `alpha/rank` or `alpha/sqrt(rank)`; an alpha of None stands for `rank`."""
         alpha = rank if alpha is None else alpha
         return alpha / (rank if self.scaling == "standard" else math.sqrt(rank))
 
@@ -203,7 +206,7 @@ class LoraConfig:
         return Chosen(rank, self.scale(rank, alpha), override.layout, override.rows_axis)
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields as JSON values; callables become their names."""
+        """Return the fields as JSON values; callables become their names."""
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         values |= {name: _plain(values[name]) for name in ("rank", "alpha", "dropout")}
         values["overrides"] = {
@@ -225,7 +228,7 @@ class LoraConfig:
 
 
 def _plain(value: Any) -> Any:
-    """A number of numpy's as Python's own, for JSON."""
+    """Return a numpy number as a Python number, for JSON."""
     return value.item() if hasattr(value, "item") else value
 
 
@@ -249,11 +252,13 @@ def _check_layers(layers: Any) -> slice | tuple[int, ...] | None:
         ends = [layers.start, layers.stop, layers.step]
         if all(end is None or is_integer(end) for end in ends) and layers.step != 0:
             return slice(*(None if end is None else int(end) for end in ends))
-        raise ConfigError(f"layers: a slice of integers, its step not 0, got {layers!r}")
+        raise ConfigError(
+            f"layers must be a slice of integers with a step other than 0, got {layers!r}"
+        )
     if not isinstance(layers, Sequence) or not all(map(is_integer, layers)):
         raise ConfigError(f"layers must be a sequence of integers or a slice, got {layers!r}")
     if not layers:
-        raise ConfigError("layers is empty: nothing would be adapted; None takes all")
+        raise ConfigError("layers is empty, so nothing would be adapted; None selects all layers")
     return tuple(int(number) for number in layers)
 
 
@@ -268,7 +273,7 @@ def _check_rows(rows: Any) -> dict[str, tuple[int, ...]]:
         found = tuple(numbers)
         wrong = [number for number in found if not is_integer(number) or number < 0]
         if wrong or not found:
-            raise ConfigError(f"rows[{key!r}] must be integers from 0 on, got {wrong or found}")
+            raise ConfigError(f"rows[{key!r}] must be integers of at least 0, got {wrong or found}")
         twice = sorted({int(number) for number in found if found.count(number) > 1})
         if twice:
             raise ConfigError(f"rows[{key!r}] names rows twice: {twice}")
@@ -282,14 +287,18 @@ def _check_layers_pattern(pattern: Any, layers: Any) -> None:
     if not isinstance(pattern, str) or not pattern:
         raise ConfigError(f"layers_pattern must be a name or a regex, got {pattern!r}")
     if compile_regex("layers_pattern", pattern).groups > 1:
-        raise ConfigError(f"layers_pattern: {pattern!r} has several groups; one holds the number")
+        raise ConfigError(
+            f"layers_pattern: {pattern!r} has several groups; only one may match the number"
+        )
     if layers is None:
-        raise ConfigError("layers_pattern says where the numbers of layers= are; give layers too")
+        raise ConfigError(
+            "layers_pattern says where the numbers of layers are: it needs layers= too"
+        )
 
 
 def _check_dtype(dtype: Any) -> Any:
     if dtype is None:  # numpy reads None as float64
-        raise ConfigError("dtype must be named, got None")
+        raise ConfigError("dtype must be a dtype, got None")
     try:
         dtype = jnp.dtype(dtype)
     except TypeError:

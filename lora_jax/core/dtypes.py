@@ -6,7 +6,7 @@ import jax.numpy as jnp
 
 
 def accumulator(*dtypes: Any) -> Any:
-    """The dtype to add in: float32, or float64 where one of `dtypes` is."""
+    """Return the dtype to add in: float32, or float64 if one of `dtypes` is."""
     return jnp.dtype(jnp.float64 if jnp.dtype("float64") in dtypes else jnp.float32)
 
 
@@ -21,12 +21,12 @@ def wider(*dtypes: Any) -> Any:
 
 
 def compute_dtype(x_dtype: Any, w_dtype: Any) -> Any:
-    """The dtype the branch multiplies in: the wider of the activation's and the view's."""
+    """Return the dtype that an adapter multiplies in: the wider of activation and weight."""
     if not jnp.issubdtype(x_dtype, jnp.inexact):
         return w_dtype
     return max(x_dtype, w_dtype, key=lambda d: (jnp.issubdtype(d, jnp.complexfloating), d.itemsize))
 
 
 def is_floating(leaf: Any) -> bool:
-    """Whether a leaf is an array of floating numbers (or stands for one)."""
+    """Return whether a leaf is an array of floating numbers, or stands for one."""
     return hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jnp.floating)

@@ -1,49 +1,49 @@
-"""The errors and the warning that lora_jax raises; every message names a parameter path."""
+"""The errors and the warning of lora_jax; messages name the parameter path and what to do."""
 
 
 class LoraError(ValueError):
-    """Base of every error that lora_jax raises on bad input."""
+    """Base class of the errors that lora_jax raises on bad input; it is a `ValueError`."""
 
 
 class ConfigError(LoraError):
-    """A `LoraConfig` field has a value that cannot be used."""
+    """A field of `LoraConfig`, or another argument, has a value without meaning."""
 
 
 class TargetError(LoraError):
-    """A pattern matches nothing, or a targeted leaf cannot be adapted."""
+    """A pattern matches no parameter, or a targeted leaf cannot be adapted."""
 
 
 class LayoutError(LoraError):
-    """Which axes of a weight are batch, in and out cannot be decided."""
+    """It is unknown or contradictory which axes of a weight are batch, in and out."""
 
 
 class StructureError(LoraError):
-    """Two parameter trees, or a weight and its factors, do not fit together."""
+    """Parameter trees, or a weight and its factors, do not fit together."""
 
 
 class MergeError(LoraError):
-    """A merge would write values that are not finite into the base."""
+    """A merge would write NaN or infinity into the base, or an unmerge cannot recover it."""
 
 
 class AdapterFileError(LoraError):
-    """An adapter file is truncated, foreign, or does not fit the base."""
+    """An adapter file is damaged, has an unknown format, or does not fit the base."""
 
 
 class ModelFileError(LoraError):
-    """A published model's or tokenizer's file is truncated, foreign or of an unknown kind."""
+    """A file of a published model or tokenizer is damaged or has an unknown format."""
 
 
 class ChatTemplateError(LoraError):
-    """A chat template is broken, is refused by its sandbox, or refuses the conversation."""
+    """A chat template is malformed, violates its sandbox, or rejects the conversation."""
 
 
 class AssetError(RuntimeError):
-    """A published file cannot be fetched; the message is one line that says what to do."""
+    """A published file cannot be downloaded; the message says what to do in one line."""
 
 
 class DenseError(LoraError):
-    """`on_dense="error"` and a weight would have been made dense."""
+    """A weight would be materialized, and `on_dense="error"` forbids it."""
 
 
 class DenseWarning(UserWarning):
-    """A weight was made dense: the result is right, but it costs a weight's memory."""
+    """A weight was materialized: the result is correct, but costs the memory of a weight."""

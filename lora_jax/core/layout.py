@@ -8,11 +8,11 @@ from lora_jax.core.errors import LayoutError
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """Which axes of a weight are batch, in and out: one letter an axis, `b`, `i` or `o`.
+    """Which axes of a weight are batch, in and out: one letter per axis, `b`, `i` or `o`.
 
-    A Dense kernel `[in, out]` is "io", an attention kernel `[embed, heads, head_dim]` "ioo", a
-    stack of Dense kernels `[layers, in, out]` "bio", a convolution `[height, width, in, out]`
-    "iiio".
+    A dense kernel `[in, out]` is "io", an attention kernel `[embed, heads, head_dim]` is "ioo", a
+    stack of dense kernels `[layers, in, out]` is "bio", and a convolution kernel
+    `[height, width, in, out]` is "iiio".
 
     Args:
       axes: the letters, one per axis of the weight.
@@ -24,7 +24,7 @@ class Layout:
         must have the same structure.
 
     Raises:
-      LayoutError: another letter, or no in or no out axis.
+      LayoutError: `axes` has another letter, no in axis or no out axis.
 
     >>> layout = Layout("bio")
     >>> layout.a_shape((12, 768, 3072), rank=8), layout.b_shape((12, 768, 3072), rank=8)
@@ -38,36 +38,36 @@ class Layout:
     def __post_init__(self) -> None:
         if not set(self.axes) <= set("bio") or "i" not in self.axes or "o" not in self.axes:
             raise LayoutError(
-                f"layout {self.axes!r} must have one letter an axis, b(atch), i(n) or o(ut), "
+                f"layout {self.axes!r} must have one letter per axis: b(atch), i(n) or o(ut), "
                 "with at least one i and one o"
             )
 
     def positions(self, kinds: str) -> tuple[int, ...]:
-        """The axes whose letter is in `kinds`: `Layout("bio").positions("bo")` is (0, 2)."""
+        """Return the axes whose letter is in `kinds`: `Layout("bio").positions("bo")` is (0, 2)."""
         return tuple(i for i, kind in enumerate(self.axes) if kind in kinds)
 
     def select(self, kinds: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """The sizes in `shape` of the axes whose letter is in `kinds`."""
+        """Return the sizes in `shape` of the axes whose letter is in `kinds`."""
         return tuple(shape[i] for i in self.positions(kinds))
 
     def a_shape(self, shape: tuple[int, ...], rank: int) -> tuple[int, ...]:
-        """`[*batch, *in, rank]` for a weight of this shape."""
+        """Return the shape of A, `[*batch, *in, rank]`, for a weight of this shape."""
         return (*self.select("b", shape), *self.select("i", shape), rank)
 
     def b_shape(self, shape: tuple[int, ...], rank: int) -> tuple[int, ...]:
-        """`[*batch, rank, *out]` for a weight of this shape."""
+        """Return the shape of B, `[*batch, rank, *out]`, for a weight of this shape."""
         return (*self.select("b", shape), rank, *self.select("o", shape))
 
     def magnitude_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """`[*batch, *out]` for a weight of this shape: a number for every output."""
+        """Return the shape of a magnitude, `[*batch, *out]`, for a weight of this shape."""
         return (*self.select("b", shape), *self.select("o", shape))
 
     def fan_in(self, shape: tuple[int, ...]) -> int:
-        """Product of the in axes: how many inputs meet in one output."""
+        """Return the product of the in axes: the number of inputs of each output."""
         return math.prod(self.select("i", shape))
 
     def fan_out(self, shape: tuple[int, ...]) -> int:
-        """Product of the out axes."""
+        """Return the product of the out axes."""
         return math.prod(self.select("o", shape))
 
 
@@ -75,7 +75,7 @@ LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 
 def subscripts(layout: Layout) -> tuple[str, str, str, str]:
-    """Einsum subscripts of A, B, scale and W, the rank being "Z": "aZ", "Zb", "", "ab" for "io"."""
+    """Return einsum subscripts of A, B, scale and W: "aZ", "Zb", "", "ab" for "io"; Z is rank."""
     batch, ins, outs, every = (pick(layout, kinds) for kinds in ("b", "i", "o", "bio"))
     return batch + ins + "Z", batch + "Z" + outs, batch, every
 

@@ -1,23 +1,23 @@
-"""Low-rank factors of one matrix: the exact truncated SVD, and a randomised one."""
+"""Low-rank factors of a matrix, by an exact or a randomized truncated SVD."""
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-#: The factors must not lose digits to the fast reduced-precision modes of an accelerator.
+#: The factors must not lose digits to an accelerator's fast modes of reduced precision.
 EXACT = lax.Precision.HIGHEST
 
 
 def matmul(x: jax.Array, y: jax.Array) -> jax.Array:
-    """`x @ y` at full precision."""
+    """Return `x @ y` at full precision."""
     return jnp.matmul(x, y, precision=EXACT)
 
 
 def truncated_svd(matrix: jax.Array, rank: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The `rank` largest singular triplets of `[m, n]`: U `[m, rank]`, S `[rank]`, Vᵀ `[rank, n]`.
+    """Return the `rank` largest singular triplets: U `[m, rank]`, S `[rank]` and Vᵀ `[rank, n]`.
 
-    U·S·Vᵀ is the best approximation of that rank (Eckart and Young, 1936); its squared error is the
-    sum of the squares of the other singular values.
+    U·S·Vᵀ is the best approximation of `matrix`, `[m, n]`, of that rank (Eckart and Young, 1936).
+    Its squared error is the sum of the squares of the other singular values.
 
     >>> import jax.numpy as jnp
     >>> u, s, vt = truncated_svd(jnp.array([[2.0, 4, 6], [3, 6, 9], [4, 8, 12]]), rank=1)
@@ -33,18 +33,19 @@ def truncated_svd(matrix: jax.Array, rank: int) -> tuple[jax.Array, jax.Array, j
 def randomized_svd(
     key: jax.Array, matrix: jax.Array, rank: int, *, oversample: int = 8, iterations: int = 2
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """As `truncated_svd`, but nearly the best approximation, from a random sketch of the matrix.
+    """Return nearly what `truncated_svd` returns, from a random sketch of the matrix.
 
-    Halko, Martinsson and Tropp, https://arxiv.org/abs/0909.4061, algorithms 4.4 and 5.1: the range
-    of `(M·Mᵀ)^iterations · M · Ω`, Ω normal with `rank + oversample` columns, orthonormalised after
-    each product, and the SVD of the small matrix that is left of `M` on it.
+    Halko, Martinsson and Tropp, https://arxiv.org/abs/0909.4061, algorithms 4.4 and 5.1: compute a
+    basis of the range of `(M·Mᵀ)^iterations · M · Ω`, where Ω is normal with `rank + oversample`
+    columns, orthonormalized after each product; then take the SVD of `M` projected on that basis,
+    which is small.
 
     Args:
       key: a random key, for Ω.
       matrix: `[m, n]`, floating.
-      rank: how many triplets.
-      oversample: columns of the sketch beyond `rank`.
-      iterations: power iterations; more of them where the singular values fall slowly.
+      rank: the number of triplets.
+      oversample: the number of columns of the sketch beyond `rank`.
+      iterations: the number of power iterations; use more if the singular values fall slowly.
     """
     width = min(rank + oversample, *matrix.shape)
     sketch = jax.random.normal(key, (matrix.shape[1], width), matrix.dtype)
@@ -59,7 +60,7 @@ def randomized_svd(
 def balanced(
     svd: tuple[jax.Array, jax.Array, jax.Array], scale: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """A = U·√(S/scale) and B = √(S/scale)·Vᵀ, so that `scale · A · B = U·S·Vᵀ`; scale > 0."""
+    """Return A = U·√(S/scale) and B = √(S/scale)·Vᵀ, so that scale·A·B = U·S·Vᵀ; scale > 0."""
     u, s, vt = svd
     root = jnp.sqrt(s / scale)
     return u * root[None], root[:, None] * vt

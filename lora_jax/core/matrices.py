@@ -1,4 +1,4 @@
-"""A weight as matrices `[fan_in, fan_out]`, one for each element of its batch axes."""
+"""A weight as matrices `[fan_in, fan_out]`, one per index of its batch axes."""
 
 import math
 from collections.abc import Callable
@@ -11,7 +11,7 @@ from lora_jax.core.layout import Layout
 
 
 def to_matrices(w: jax.Array, layout: Layout) -> jax.Array:
-    """`[*batch, fan_in, fan_out]`: in axes flattened into one, out axes into another.
+    """Return `w` as `[*batch, fan_in, fan_out]`: its in axes flattened, and its out axes.
 
     >>> import jax.numpy as jnp
     >>> to_matrices(jnp.zeros((12, 768, 4, 64)), Layout("bioo")).shape
@@ -24,17 +24,17 @@ def to_matrices(w: jax.Array, layout: Layout) -> jax.Array:
 
 
 def from_matrices(matrices: jax.Array, layout: Layout, shape: tuple[int, ...]) -> jax.Array:
-    """The weight of this shape whose `to_matrices` is `matrices`."""
+    """Return the weight of this shape for which `to_matrices` gives `matrices`."""
     order = _order(layout)
     grouped = matrices.reshape(tuple(shape[i] for i in order))
     return grouped.transpose([order.index(i) for i in range(len(order))])
 
 
 def map_matrices(fn: Callable[..., Any], key: jax.Array, layout: Layout, *weights: Any) -> Any:
-    """`fn(key, *matrices)` of each matrix of some weights of one layout, stacked `[*batch, ...]`.
+    """Apply `fn(key, *matrices)` to each matrix of some weights of one layout.
 
-    One after the other, so that a stack of layers takes one layer's temporary memory; each gets a
-    key of its own.
+    The results are stacked as `[*batch, ...]`. The matrices are processed one after the other, each
+    with a separate key, so that a stack of layers takes one layer's temporary memory.
     """
     stacks = [to_matrices(w, layout) for w in weights]
     batch = stacks[0].shape[:-2]
@@ -47,7 +47,7 @@ def map_matrices(fn: Callable[..., Any], key: jax.Array, layout: Layout, *weight
 def as_factors(
     a: jax.Array, b: jax.Array, layout: Layout, shape: tuple[int, ...]
 ) -> tuple[jax.Array, jax.Array]:
-    """A `[*batch, *in, rank]`, B `[*batch, rank, *out]`, given with in and out axes flattened."""
+    """Return A and B, given with flattened in and out axes, as `[*batch, *in, rank]` and so on."""
     rank = a.shape[-1]
     return a.reshape(layout.a_shape(shape, rank)), b.reshape(layout.b_shape(shape, rank))
 

@@ -1,4 +1,4 @@
-"""Key paths as strings ("block_0/attn/query/kernel"), and the patterns that select them."""
+"""Key paths as strings: "block_0/attn/query/kernel"."""
 
 import hashlib
 import re
@@ -12,10 +12,10 @@ from lora_jax.core.errors import StructureError
 
 
 def path_str(key_path: tuple) -> str:
-    """`"block_0/attn/query/kernel"` for a JAX key path.
+    """Return a JAX key path as a string such as "block_0/attn/query/kernel".
 
-    Flax keeps each array of an `nnx.State`, and each boxed one, as the attribute `value` of an
-    object; such a leaf has the object's path.
+    Flax keeps each array of an `nnx.State`, and each boxed array, as the attribute `value` of an
+    object. The path of such a leaf is that of the object.
 
     >>> path_str((jax.tree_util.DictKey("kernel"), jax.tree_util.GetAttrKey("value")))
     'kernel'
@@ -26,9 +26,9 @@ def path_str(key_path: tuple) -> str:
 
 
 def path_key(key: jax.Array, path: str) -> jax.Array:
-    """A key of its own for each path, so that one more target changes no other's start.
+    """Return a separate key per path, so that another target does not change the others' values.
 
-    Folded from the path's SHA-256, which is the same in every process.
+    It is folded from the SHA-256 of the path, which is the same in every process.
     """
     return jax.random.fold_in(
         key, int.from_bytes(hashlib.sha256(path.encode()).digest()[:4], "big")
@@ -38,25 +38,26 @@ def path_key(key: jax.Array, path: str) -> jax.Array:
 def flatten_with_paths(
     tree: Any, is_leaf: Callable[[Any], bool] | None = None
 ) -> tuple[dict[str, Any], Any]:
-    """The leaves of `tree` by path, in tree order, and the tree's structure.
+    """Return the leaves of `tree` by path, in tree order, and the structure of the tree.
 
     Raises:
-      StructureError: two leaves have the same path, as {"a/b": 1, "a": {"b": 2}} has.
+      StructureError: two leaves have the same path, as in {"a/b": 1, "a": {"b": 2}}.
     """
     flat, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)
     leaves = {path_str(path): leaf for path, leaf in flat}
     if len(leaves) < len(flat):
         counts = Counter(path_str(path) for path, _ in flat)
         twice = [path for path, count in counts.items() if count > 1]
-        raise StructureError(f"several leaves have the same path: {', '.join(twice)}; rename a key")
+        raise StructureError(f"several leaves have the same path: {', '.join(twice)}. Rename a key")
     return leaves, treedef
 
 
 def layer_number(path: str, pattern: str | None = None) -> tuple[str, int] | None:
-    """The stack of layers that a leaf belongs to, and its number in it; None where it has none.
+    """Return the stack of layers that a leaf belongs to and its number there, or None.
 
-    The number is the first segment (between slashes or dots) that ends in one; with a pattern that
-    of the segment named so, or what the regex's group finds.
+    The number is at the end of a segment (between slashes or dots): of the first that has one, or
+    with a pattern of the one with that name. The pattern may also be a regex, whose group matches
+    the number.
 
     >>> layer_number("decoder/block_3/Dense_0/kernel")
     ('decoder/block_', 3)
@@ -70,7 +71,7 @@ def layer_number(path: str, pattern: str | None = None) -> tuple[str, int] | Non
         found = regex.search(path)
         is_number = found is not None and (found[1] or "").isdigit()
         return (path[: found.start(1)], int(found[1])) if found and is_number else None
-    before = ""  # the name in front of a segment that is a number and nothing else
+    before = ""  # the name in front of a segment that is only a number
     for segment in re.finditer(r"[^/.]+", path):
         numbered = re.fullmatch(r"(.*?)[_-]?(\d+)", segment[0])
         if numbered:

@@ -1,4 +1,4 @@
-"""Patterns that select key paths, and suggestions where one matches nothing."""
+"""Patterns that select key paths, and suggestions for one that matches nothing."""
 
 import difflib
 import re
@@ -12,17 +12,17 @@ Pattern = str | Sequence[str] | Callable[[str, Any], bool]
 
 
 def names_leaf(entry: str, path: str) -> bool:
-    """Whether `entry` is `path` or its last whole segments."""
+    """Return whether `entry` is `path` or its last whole segments."""
     return path == entry or path.endswith("/" + entry)
 
 
 def names_module(entry: str, path: str) -> bool:
-    """Whether `entry` names a module above the leaf at `path`: "query" in "attn/query/kernel"."""
+    """Return whether `entry` names a module above a leaf: "query" in "attn/query/kernel"."""
     return names_leaf(entry, path) or ("/" + entry + "/") in ("/" + path)
 
 
 def nearest(entry: str, paths: Iterable[str]) -> str:
-    """The paths most like `entry`, as the end of an error message."""
+    """Return the paths that are most like `entry`, for the end of an error message."""
     plain = re.sub(r"[\\^$.*+?()|\[\]]+", "", entry)
 
     def likeness(path: str) -> float:
@@ -37,7 +37,7 @@ def nearest(entry: str, paths: Iterable[str]) -> str:
 
 
 def compile_regex(field: str, pattern: str) -> re.Pattern[str]:
-    """`pattern` compiled, or an error that names the configuration field it came from."""
+    """Compile `pattern`, or raise an error that names its configuration field."""
     try:
         return re.compile(pattern)
     except re.error as error:
@@ -45,14 +45,14 @@ def compile_regex(field: str, pattern: str) -> re.Pattern[str]:
 
 
 def select(field: str, pattern: Pattern, leaves: Mapping[str, Any]) -> dict[str, str]:
-    """The paths in `leaves` that `pattern` selects, each with the entry that selected it.
+    """Return the paths in `leaves` that `pattern` selects, each with the entry that selected it.
 
-    A string is a regex for the whole path. A sequence holds path suffixes in whole segments; an
-    entry that ends no path may name a module, and stands for the leaves under it. A callable is
+    A string is a regex for the whole path. A sequence contains path suffixes of whole segments; an
+    entry at which no path ends may name a module, and selects the leaves under it. A callable is
     called with the path and the leaf.
 
     Raises:
-      TargetError: an entry selects nothing (each such entry is named with the nearest paths).
+      TargetError: an entry selects nothing; each such entry is listed with the nearest paths.
     """
     if callable(pattern):
         chosen = {path: "<callable>" for path, leaf in leaves.items() if pattern(path, leaf)}
@@ -80,10 +80,10 @@ def select(field: str, pattern: Pattern, leaves: Mapping[str, Any]) -> dict[str,
 
 
 def lookup(table: Mapping[str, Any], path: str) -> tuple[str, Any] | None:
-    """The (key, value) of the first key in `table` that matches `path`.
+    """Return (key, value) for the first key in `table` that matches `path`, or None.
 
-    A key matches as a path suffix, a module above the leaf, or a regex for the whole path. The path
-    itself wins, then that of the module it is in.
+    A key matches as a path suffix, as a module above the leaf, or as a regex for the whole path.
+    The path itself wins, then that of its module.
     """
     for exact in (path, path.rpartition("/")[0]):
         if exact in table:

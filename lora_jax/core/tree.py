@@ -1,4 +1,4 @@
-"""Walks over the adapted nodes of a parameter tree."""
+"""The adapted nodes of a parameter tree."""
 
 from collections.abc import Callable
 from typing import Any

@@ -19,13 +19,13 @@ from lora_jax.core.short_repr import describe_fields, describe_node, describe_va
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class LoraWeight:
-    """Stands in a parameter tree where a kernel `W` stood, and means `W + scale · A · B`.
+    """Takes the place of a kernel `W` in a parameter tree, and means `W + scale · A · B`.
 
     LoRA: Low-Rank Adaptation of Large Language Models, https://arxiv.org/abs/2106.09685. With a
-    `magnitude` it means `magnitude · V / ‖V‖`, V being that sum and the norm taken over the in axes
-    of each output: DoRA, https://arxiv.org/abs/2402.09353. A pytree node: `w`, `a`, `b`, `scale`,
-    `magnitude` and `key` are leaves, the rest is static. In an *overlay* (the adapters that `split`
-    returns) `w` is None.
+    `magnitude` it means `magnitude · V / ‖V‖`, where V is that sum and the norm is over the in axes
+    of each output: DoRA, https://arxiv.org/abs/2402.09353. It is a pytree node: `w`, `a`, `b`,
+    `scale`, `magnitude` and `key` are leaves, and the rest is static. In an *overlay* (the adapters
+    that `split` returns) `w` is None.
 
     >>> import jax.numpy as jnp
     >>> w, a, b = jnp.zeros((4, 3)), jnp.ones((4, 2)), jnp.ones((2, 3))
@@ -37,9 +37,9 @@ class LoraWeight:
     w: Any  # the base weight, any floating array; frozen
     a: Any  # [*batch, *in, rank]; trained
     b: Any  # [*batch, rank, *out]; trained
-    scale: Any  # [*batch]; a leaf, so that changing it never recompiles; frozen
+    scale: Any  # [*batch]; a leaf, so that a new value never recompiles; frozen
     magnitude: Any = None  # [*batch, *out], with DoRA; trained
-    key: Any = None  # [*batch] typed random keys while branch dropout is on, else None
+    key: Any = None  # [*batch] typed random keys while dropout is on, else None
     layout: Layout = dataclasses.field(metadata={"static": True}, kw_only=True)
     dropout: float = dataclasses.field(default=0.0, metadata={"static": True}, kw_only=True)
 
@@ -50,7 +50,7 @@ class LoraWeight:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """The shape of the weight, from the factors (an overlay has no `w`)."""
+        """The shape of the weight, from the factors, because an overlay has no `w`."""
         batch, ins, outs = (self.layout.positions(kind) for kind in "bio")
         b_shape = self.b.shape[: len(batch)] + self.b.shape[len(batch) + 1 :]
         sizes = dict(zip((*batch, *ins), self.a.shape[:-1], strict=True))
@@ -71,10 +71,10 @@ class LoraWeight:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainedLeaf:
-    """Stands where a leaf stood that is trained whole (a bias, a norm, a new head).
+    """Takes the place of a leaf that is fully trained: a bias, a norm, a new head.
 
-    It means `value` while `scale` is not 0, else the untouched base leaf `w`, so that `disable`
-    gives back exactly the base. In an overlay `w` is None.
+    It means `value` unless `scale` is 0, and then the untouched base leaf `w`, so that `disable`
+    gives exactly the base. In an overlay `w` is None.
 
     >>> import jax.numpy as jnp
     >>> TrainedLeaf(jnp.zeros(3), jnp.ones(3), jnp.float32(1.0)).shape
@@ -83,7 +83,7 @@ class TrainedLeaf:
 
     w: Any  # the base leaf; frozen
     value: Any  # same shape; trained
-    scale: Any  # [], or the sizes of stacked layers with ones behind; 0 switches to the base
+    scale: Any  # [], or sizes of stacked layers followed by ones; 0 switches to the base
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -99,11 +99,11 @@ class TrainedLeaf:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainedRows:
-    """Stands where a weight `W` stood of which some rows train: an embedding's new tokens, say.
+    """Takes the place of a weight `W` of which some rows train, such as new tokens of an embedding.
 
-    It means `W` with `value` in place of its rows `rows` while `scale` is not 0, else `W`. Row n is
-    index n along `axis`: axis 0 of an embedding `[vocabulary, embed]` with layout "io", axis 1 of a
-    head `[embed, vocabulary]` with the same layout. In an overlay `w` is None.
+    It means `W` with `value` in place of its rows `rows`, unless `scale` is 0, and then `W`. Row n
+    is index n along `axis`: axis 0 of an embedding `[vocabulary, embed]` with layout "io", axis 1
+    of a head `[embed, vocabulary]` with the same layout. In an overlay `w` is None.
 
     >>> import jax.numpy as jnp
     >>> w, value = jnp.zeros((3, 2)), jnp.ones((1, 2))
@@ -115,7 +115,7 @@ class TrainedRows:
     """
 
     w: Any  # the base weight; frozen
-    value: Any  # [*batch, rows, *others]: all axes of W, `axis` right after the batch axes; trained
+    value: Any  # [*batch, rows, *other axes of W]; trained
     scale: Any  # []; 0 switches back to the base
     rows: tuple[int, ...] = dataclasses.field(metadata={"static": True}, kw_only=True)
     axis: int = dataclasses.field(metadata={"static": True}, kw_only=True)
@@ -123,7 +123,7 @@ class TrainedRows:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """The shape of the weight; in an overlay, which does not know it, that of its rows."""
+        """The shape of the weight or, in an overlay, which does not know it, of `value`."""
         return self.value.shape if self.w is None else self.w.shape
 
     def __repr__(self) -> str:
@@ -146,7 +146,7 @@ class TrainedRows:
         return (*self.layout.positions("b"), self.axis, *self.others)
 
     def value_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """The shape of `value` for a weight of this shape."""
+        """Return the shape of `value` for a weight of this shape."""
         return tuple(len(self.rows) if i == self.axis else shape[i] for i in self.order)
 
     def select(self, w: jax.Array) -> jax.Array:
@@ -163,12 +163,12 @@ Adapted = LoraWeight | TrainedLeaf | TrainedRows
 
 
 def is_adapted(node: Any) -> bool:
-    """Whether a node is one of those that stand for an adapted leaf."""
+    """Return whether a node takes the place of an adapted leaf."""
     return isinstance(node, LoraWeight | TrainedLeaf | TrainedRows)
 
 
 def check_fits(path: str, node: Adapted, w: Any) -> list[str]:
-    """What keeps `node`'s factors from standing on the base leaf `w`; empty where they fit."""
+    """Return the reasons why `node` does not fit the base leaf `w`; empty if it fits."""
     if not hasattr(w, "shape"):
         return [f"{path}: the base holds {type(w).__name__}, not an array"]
     if isinstance(node, TrainedLeaf):
@@ -201,15 +201,15 @@ def _check_rows_fit(path: str, node: TrainedRows, w: Any) -> list[str]:
 
 
 def require_base(path: str, node: Adapted) -> None:
-    """Raise where `node` comes from an overlay and has no base leaf."""
+    """Raise if `node` has no base leaf, because it comes from an overlay."""
     if node.w is None:
         raise StructureError(
-            f"{path}: these are adapters without their base; join(base, adapters) them first"
+            f"{path}: these are adapters without their base; call join(base, adapters) first"
         )
 
 
 def require_whole(path: str, node: Adapted) -> None:
-    """Raise where `node` has no base leaf, or its factors do not fit it."""
+    """Raise if `node` has no base leaf or does not fit it."""
     require_base(path, node)
     problems = check_fits(path, node, node.w)
     if problems:
@@ -217,14 +217,14 @@ def require_whole(path: str, node: Adapted) -> None:
 
 
 def scaled_factors(weight: LoraWeight, dtype: Any) -> tuple[jax.Array, jax.Array]:
-    """A and `scale · B` in `dtype`."""
+    """Return A and `scale · B` in `dtype`."""
     _, sub_b, sub_scale, _ = subscripts(weight.layout)
     a, b, scale = (x.astype(dtype) for x in (weight.a, weight.b, weight.scale))
     return a, jnp.einsum(f"{sub_b},{sub_scale}->{sub_b}", b, scale)
 
 
 def _register_for_export(node: Any) -> None:
-    # jax.export can store a function of these nodes only when it can name and rebuild them.
+    # jax.export can store a function of these nodes only if it can name and rebuild them.
     fields = dataclasses.fields(node)
     static = [field.name for field in fields if "static" in field.metadata]
     leaves = [field.name for field in fields if "static" not in field.metadata]
@@ -262,10 +262,10 @@ for _node in (LoraWeight, TrainedLeaf, TrainedRows):
 
 
 def restrict(node: Adapted, base: Any, mask: np.ndarray) -> Adapted:
-    """`node` of a leaf that stacks layers, without effect at those that `mask` leaves out.
+    """Return a node of stacked layers that has no effect in the layers that `mask` leaves out.
 
-    There A, B and the scale are zero, so all their gradients are, whatever the scale is set to
-    later; of a leaf trained whole the scale chooses the layers. `base` is the leaf as it was.
+    There A, B and the scale are zero, so all their gradients are too, whatever the scale is set to
+    later. For a fully trained leaf only the scale is. `base` is the original leaf.
     """
 
     def one(node: Any, base: Any) -> Any:
@@ -273,7 +273,7 @@ def restrict(node: Adapted, base: Any, mask: np.ndarray) -> Adapted:
             scale = _along(mask, range(mask.ndim), node.value.ndim).astype(node.scale.dtype)
             return dataclasses.replace(node, scale=scale)
         w = node.w
-        if w is not None and w is not base:  # the initializer changed it: undo that where left out
+        if w is not None and w is not base:  # undo what the initializer changed in those layers
             w = jnp.where(_along(mask, node.layout.positions("b"), w.ndim), w, base)
         a, b, scale = (
             jnp.where(_along(mask, range(mask.ndim), x.ndim), x, jnp.zeros_like(x))
@@ -288,6 +288,6 @@ def restrict(node: Adapted, base: Any, mask: np.ndarray) -> Adapted:
 
 
 def _along(mask: np.ndarray, positions: Sequence[int], ndim: int) -> jax.Array:
-    """`mask`, its axes at these places among `ndim`."""
+    """Return `mask` with its axes at these positions among `ndim`."""
     where = dict(zip(positions, mask.shape, strict=True))
     return jnp.asarray(mask.reshape([where.get(i, 1) for i in range(ndim)]))

@@ -21,7 +21,7 @@ from lora_jax.files.torch_adapters.file_contents import ImpliedWeight
 
 
 @dataclasses.dataclass(frozen=True)
-class Source:
+class NamedAdapters:
     """Adapters, and the names under which they can be written."""
 
     adapters: Any  # an overlay of `base`
@@ -41,27 +41,27 @@ def base_name(found: kinds.Found) -> str | None:
     return mlx.read_file(found.path).base_model
 
 
-def from_peft(path: Path) -> Source:
+def from_peft(path: Path) -> NamedAdapters:
     """Read a PEFT adapter onto the modules that it names."""
     file = peft.read_file(path)
     contents = file.contents().require_whole(path)
     base, naming = _torch_tree(contents.weights)
     adapters = peft.fit(file, base, naming)
-    return Source(adapters, base, naming, contents.base_model, file.config)
+    return NamedAdapters(adapters, base, naming, contents.base_model, file.config)
 
 
-def from_mlx(path: Path) -> Source:
+def from_mlx(path: Path) -> NamedAdapters:
     """Read an mlx-lm adapter onto the modules that it names."""
     file = mlx.read_file(path)
     contents = file.contents().require_whole(path)
     base, naming = _torch_tree(contents.weights)
-    return Source(mlx.fit(file, base, naming), base, naming, contents.base_model)
+    return NamedAdapters(mlx.fit(file, base, naming), base, naming, contents.base_model)
 
 
-def from_native(path: Path, naming: Naming) -> Source:
+def from_native(path: Path, naming: Naming) -> NamedAdapters:
     """Read a native file onto the base that its header describes, or its factors imply."""
     file = native.read_file(path)
-    described = file.described_base()
+    described = file.base_shapes()
     base = dict(described)
     for leaf, node in file.nodes.items():
         if leaf in base:
@@ -73,7 +73,7 @@ def from_native(path: Path, naming: Naming) -> Source:
             )
         base[leaf] = jax.ShapeDtypeStruct(node.shape, np.float32)
     adapters = native.fit(file, base)
-    return Source(adapters, base, naming, file.base_model, complete=bool(described))
+    return NamedAdapters(adapters, base, naming, file.base_model, complete=bool(described))
 
 
 def _torch_tree(

@@ -16,11 +16,10 @@ from lora_jax.files.naming import Naming
 from lora_jax.files.torch_adapters.contents import (
     Contents,
     TorchBase,
-    is_floating,
-    not_floating,
+    dtype_problem,
     unknown,
 )
-from lora_jax.files.torch_adapters.factors import TorchFactors, join
+from lora_jax.files.torch_adapters.factors import TorchFactors, join_factors
 from lora_jax.files.torch_adapters.to_tree import fit_to_base
 
 __all__ = ["load"]
@@ -104,8 +103,9 @@ def _read_contents(
     for full, tensor in tensors.items():
         name = _known(full, model)
         module, _, ending = name.rpartition(".")
-        if not is_floating(tensor):
-            problems.append(f"{full}: {not_floating(tensor)}")
+        problem = dtype_problem(tensor)
+        if problem:
+            problems.append(f"{full}: {problem}")
         elif ending in _ENDINGS:
             by_module.setdefault(module, {})[ending] = tensor
         elif name not in model.index or ending != "bias":
@@ -169,7 +169,7 @@ def _factors(
         )
     blocks = zip(np.split(a, count), np.split(b, count), strict=True)
     parts = [TorchFactors(*next(blocks), alpha / rank) if flag else None for flag in flags]
-    joined = join(parts, [outputs // len(flags)] * len(flags))
+    joined = join_factors(parts, [outputs // len(flags)] * len(flags))
     assert joined is not None
     return joined
 

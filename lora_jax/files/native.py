@@ -19,7 +19,7 @@ from lora_jax.core.tree import require_adapted
 from lora_jax.core.weights import Adapted, TrainedLeaf, check_fits, is_adapted
 from lora_jax.files import native_schema
 from lora_jax.files.disk import safetensors_file, strict_json
-from lora_jax.files.disk.fingerprint import described_shape, differences, fingerprint
+from lora_jax.files.disk.fingerprint import differences, fingerprint, parse_entry
 
 FORMAT, VERSION = "lora_jax", 1
 MODEL = "model"  # the key of the base model's name in the metadata
@@ -128,14 +128,14 @@ class NativeFile:
         """Whether the scale is α/√rank, by the configuration kept with the file."""
         return (self.header["config"] or {}).get("scaling") == "rslora"
 
-    def described_base(self) -> dict[str, jax.ShapeDtypeStruct]:
+    def base_shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
         """Return the shapes of the base that the file was saved with; empty without one.
 
         Raises:
           AdapterFileError: an entry of the base's fingerprint is damaged.
         """
         entries = self.header["base"].items()
-        found = {name: described_shape(text) for name, text in entries}
+        found = {name: parse_entry(text) for name, text in entries}
         damaged = [f"{name}: {text!r}" for name, text in entries if found[name] is None]
         if damaged:
             raise AdapterFileError(

@@ -1,13 +1,13 @@
-"""Layers made from scratch with their adapters, as pure functions and as Flax Linen modules.
+"""Layers made together with their adapters, as pure functions and as Flax Linen modules.
 
     from lora_jax import layers
 
-`low_rank`, `linear` and `embedding` each hold `init(key, ...)` and `apply(params, x, ...)`; `Lora`,
+`low_rank`, `linear` and `embedding` each have `init(key, ...)` and `apply(params, x, ...)`. `Lora`,
 `LinearWithLoRA` and `Embedding` are the same as modules. The kernel or table of the latter two is a
 `LoraWeight`, so all of `lora_jax` works on their parameters. `looked_up`, `take_rows` and
 `put_rows` train an embedding by the rows that a batch looks up.
 
-To adapt a model that exists, use `lora_jax.init` and `lora_jax.lora`: they need none of these.
+To adapt an existing model, use `lora_jax.init` and `lora_jax.lora`; they need none of these layers.
 """
 
 from lora_jax.layers import embedding, linear, low_rank

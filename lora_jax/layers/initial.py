@@ -1,4 +1,4 @@
-"""Starting values of the layers: a plain weight, or one with A and B beside it."""
+"""Initial values of the layers: a plain weight, or one with A and B."""
 
 import math
 from typing import Any
@@ -12,7 +12,7 @@ from lora_jax.core.errors import ConfigError
 from lora_jax.core.layout import Layout
 from lora_jax.core.weights import LoraWeight
 
-#: Standard deviation of A.
+#: The standard deviation of A.
 A_STD = 0.02
 
 
@@ -26,12 +26,12 @@ def weight(
     dropout: float = 0.0,
     dtype: Any = jnp.float32,
 ) -> jax.Array | LoraWeight:
-    """W ~ N(0, 1/√in) of shape `[in, out]`; with rank > 0 beside it A ~ N(0, 0.02) and B = 0.
+    """Return W ~ N(0, 1/√in) of shape `[in, out]`, with A ~ N(0, 0.02) and B = 0 if rank > 0.
 
-    W is in `dtype`, A and B are in float32.
+    W has `dtype`; A and B are float32.
 
     Raises:
-      ConfigError: a size, the rank, alpha or dropout cannot be used.
+      ConfigError: a size, the rank, alpha or dropout has no meaning.
     """
     check_sizes(shape)
     _check_rank(rank, shape)
@@ -57,6 +57,6 @@ def check_sizes(sizes: tuple[int, ...]) -> None:
 def _check_rank(rank: Any, shape: tuple[int, int]) -> None:
     if not is_integer(rank) or not 0 <= rank <= min(shape):
         raise ConfigError(
-            f"rank must be an integer from 0 (a plain layer) to {min(shape)}, which is what a "
-            f"weight {shape} can hold; got {rank!r}"
+            f"rank must be an integer from 0 (a plain layer) to {min(shape)}, the largest rank of "
+            f"a weight {shape}; got {rank!r}"
         )

@@ -1,4 +1,4 @@
-"""A linear layer made with its adapter: y = x·W + (x·A)·(alpha/r·B) + bias, as pure functions."""
+"""A linear layer with an adapter: y = x·W + (x·A)·(alpha/r·B) + bias, as pure functions."""
 
 from typing import Any
 
@@ -23,22 +23,23 @@ def init(
     dropout: float = 0.0,
     dtype: Any = jnp.float32,
 ) -> Params:
-    """`{"kernel": LoraWeight, "bias": [fan_out]}`, a tree as `lora_jax.init` returns it.
+    """Return `{"kernel": LoraWeight, "bias": [fan_out]}`, a tree as `lora_jax.init` returns it.
 
-    W ~ N(0, 1/√fan_in), A ~ N(0, 0.02), B and the bias zero, so that the layer starts as a plain
-    one. All of `lora_jax` works on the tree: `split`, `merge`, `freeze`, `save`, `lora`.
+    W ~ N(0, 1/√fan_in), A ~ N(0, 0.02), and B and the bias are zero, so that the layer is a plain
+    one before training. All of `lora_jax` works on the tree: `split`, `merge`, `freeze`, `save`.
 
     Args:
       key: a random key.
-      fan_in: features in; fan_out: features out.
-      rank: the rank; 0 makes a plain layer, its kernel an array.
+      fan_in: the number of input features.
+      fan_out: the number of output features.
+      rank: the rank; 0 makes a plain layer, whose kernel is an array.
       alpha: numerator of the scale alpha/rank; None means alpha = rank.
-      bias: whether there is one.
-      dropout: the rate at which inputs of the branch are dropped, given a key.
-      dtype: of W and the bias; A and B are in float32.
+      bias: whether the layer has a bias.
+      dropout: the rate at which `apply` drops inputs of the adapter, if it gets a key.
+      dtype: the dtype of W and the bias; A and B are float32.
 
     Raises:
-      ConfigError: a size, the rank, alpha or dropout cannot be used.
+      ConfigError: a size, the rank, alpha or dropout has no meaning.
 
     >>> import jax
     >>> params = init(jax.random.key(0), 768, 512, rank=16, alpha=32)
@@ -52,12 +53,12 @@ def init(
 
 
 def apply(params: Params, x: jax.Array, key: jax.Array | None = None) -> jax.Array:
-    """`[..., fan_in]` to `[..., fan_out]`.
+    """Apply the layer: `[..., fan_in]` to `[..., fan_out]`.
 
     Args:
-      params: as `init` or `merge` returns them: the kernel adapted, or an array.
+      params: parameters that `init` or `merge` returned; the kernel is adapted, or an array.
       x: the input.
-      key: a random key for branch dropout; None switches it off.
+      key: a random key for dropout; None switches dropout off.
 
     >>> import jax.numpy as jnp
     >>> apply({"kernel": jnp.array([[2.0, 4.0]]), "bias": jnp.ones(2)}, jnp.ones((1, 1)))

@@ -1,4 +1,4 @@
-"""A linear map of low rank with no base: y = x · A · B · alpha/r, as pure functions."""
+"""A linear map of low rank without a base weight: y = x · A · B · alpha/r, as pure functions."""
 
 from typing import Any
 
@@ -30,18 +30,19 @@ def init(
     train_alpha: bool = False,
     dtype: Any = jnp.float32,
 ) -> Params:
-    """`{"a": [dim, r], "b": [r, dim_out]}`, both standard normal, as in Zeta's `Lora`.
+    """Return `{"a": [dim, r], "b": [r, dim_out]}`, both standard normal, as in Zeta's `Lora`.
 
     Args:
       key: a random key.
-      dim: features in; dim_out: features out.
+      dim: the number of input features.
+      dim_out: the number of output features.
       r: the rank.
-      alpha: numerator of the scale, 1 where None. Needed here only with `train_alpha`.
-      train_alpha: hold alpha as a parameter too, a float32 scalar, so that it is learned.
-      dtype: of A and B.
+      alpha: numerator of the scale; None means 1. Only used here with `train_alpha`.
+      train_alpha: whether alpha is a parameter too, a float32 scalar, so that it is learned.
+      dtype: the dtype of A and B.
 
     Raises:
-      ConfigError: a size, r or alpha cannot be used.
+      ConfigError: a size, r or alpha has no meaning.
 
     >>> import jax
     >>> params = init(jax.random.key(0), dim=128, dim_out=64)
@@ -49,7 +50,7 @@ def init(
     ((128, 8), (8, 64))
     """
     check_sizes((dim, dim_out))
-    LoraConfig(rank=r, alpha=alpha)  # which checks both
+    LoraConfig(rank=r, alpha=alpha)  # checks both
     a_key, b_key = jax.random.split(key)
     a = jax.random.normal(a_key, (dim, r), dtype)
     b = jax.random.normal(b_key, (r, dim_out), dtype)
@@ -58,18 +59,18 @@ def init(
 
 
 def apply(params: Params, x: jax.Array, alpha: Any = None) -> jax.Array:
-    """y = x · A · B · alpha/r, multiplied as (x·A)·(alpha/r·B): A·B is never formed.
+    """Return x · A · B · alpha/r, computed as (x·A)·(alpha/r·B): A·B is never formed.
 
     Args:
-      params: as `init` returns them. An alpha among them takes the place of the argument.
+      params: parameters that `init` returned. If they contain an alpha, the argument is ignored.
       x: `[..., dim]`.
-      alpha: a number, or a scalar array that gradients flow to; 1 where None.
+      alpha: a number, or a scalar array, through which gradients flow; None means 1.
 
     Returns:
       `[..., dim_out]`, in the wider dtype of x and the factors.
 
     Raises:
-      StructureError: x has another number of features than A takes.
+      StructureError: the last axis of x does not have the size of A's first axis.
 
     >>> import jax.numpy as jnp
     >>> params = {"a": jnp.array([[1.0], [2.0]]), "b": jnp.array([[1.0, 10.0, 100.0]])}
@@ -78,9 +79,9 @@ def apply(params: Params, x: jax.Array, alpha: Any = None) -> jax.Array:
     """
     a, b = params["a"], _scaled_b(params, alpha)
     if x.ndim == 0 or x.shape[-1] != a.shape[0]:
-        raise StructureError(f"low_rank: x {x.shape} must end in the features of A {a.shape}")
+        raise StructureError(f"low_rank: x {x.shape} must end in the input features of A {a.shape}")
     inner, outer = Axis((0,), 0), Axis((1,), 1)
-    # A weight whose base is zero: the engine's product of it is the branch alone.
+    # A weight without a base: the engine's product with it is only the adapter's part.
     lazy = LazyWeight(
         None,
         a,
@@ -99,7 +100,7 @@ def apply(params: Params, x: jax.Array, alpha: Any = None) -> jax.Array:
 
 
 def weight(params: Params, alpha: Any = None) -> jax.Array:
-    """`A · B · alpha/r`, the dense matrix `[dim, dim_out]` that the map stands for, in float32.
+    """Return the dense matrix of the map, `A · B · alpha/r`, `[dim, dim_out]`, in float32.
 
     >>> import jax.numpy as jnp
     >>> weight({"a": jnp.array([[1.0], [2.0]]), "b": jnp.array([[1.0, 10.0]])}, alpha=2)
@@ -111,7 +112,7 @@ def weight(params: Params, alpha: Any = None) -> jax.Array:
 
 
 def _scaled_b(params: Params, alpha: Any) -> jax.Array:
-    """alpha/r · B, in the dtype that the branch adds in."""
+    """Return alpha/r · B, in the dtype that products accumulate in."""
     a, b = params["a"], params["b"]
     alpha = params.get("alpha", 1 if alpha is None else alpha)
     dtype = accumulator(a.dtype, b.dtype)

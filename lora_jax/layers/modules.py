@@ -1,8 +1,8 @@
-"""The layers as Flax Linen modules: fields are their settings, parameters those of `init`.
+"""The layers as Flax Linen modules: settings are fields, and parameters are those of `init`.
 
-A network of them runs by its own `apply`, adapted or merged, and inside `lora_jax.lora` as well.
-Under `nn.scan` or `nn.vmap` use plain layers and `lora_jax.init`, which sees the stacked axis; the
-rest of `lora_jax` refuses the stacked parameters of these.
+A network of them runs with its own `apply`, adapted or merged, and also inside `lora_jax.lora`.
+Under `nn.scan` or `nn.vmap` use plain layers and `lora_jax.init` instead, which sees the stacked
+axis. The rest of `lora_jax` rejects stacked parameters of these modules.
 """
 
 from collections.abc import Callable
@@ -17,14 +17,15 @@ from lora_jax.layers import embedding, linear, low_rank
 
 
 class Lora(nn.Module):
-    """A linear map of low rank with no base, y = x · A · B · alpha/r, as Zeta's `Lora`.
+    """A linear map of low rank without a base weight, y = x · A · B · alpha/r, like Zeta's `Lora`.
 
     Args:
-      dim: features in; dim_out: features out.
+      dim: the number of input features.
+      dim_out: the number of output features.
       r: the rank.
-      alpha: numerator of the scale, 1 where None.
-      train_alpha: hold alpha as a parameter too.
-      dtype: of A and B.
+      alpha: numerator of the scale; None means 1.
+      train_alpha: whether alpha is a parameter too.
+      dtype: the dtype of A and B.
 
     >>> import jax, jax.numpy as jnp
     >>> model, x = Lora(dim=128, dim_out=64, r=16, alpha=0.1), jnp.ones((32, 128))
@@ -55,26 +56,27 @@ class Lora(nn.Module):
         )
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """`[..., dim]` to `[..., dim_out]`; see `low_rank.apply`."""
+        """Map `[..., dim]` to `[..., dim_out]`; see `low_rank.apply`."""
         return low_rank.apply(self.factors, x, self.alpha)
 
     def weight(self) -> jax.Array:
-        """The dense matrix `[dim, dim_out]` that it stands for."""
+        """Return the dense matrix of the map, `[dim, dim_out]`."""
         return low_rank.weight(self.factors, self.alpha)
 
 
 class LinearWithLoRA(nn.Module):
-    """A linear layer made with its adapter: y = x·W + (x·A)·(alpha/rank·B) + bias.
+    """A linear layer with an adapter: y = x·W + (x·A)·(alpha/rank·B) + bias.
 
-    Branch dropout is on where `apply` gets `rngs={"dropout": key}`, and off without.
+    Dropout of the adapter's inputs is on if `apply` gets `rngs={"dropout": key}`, else off.
 
     Args:
-      fan_in: features in; fan_out: features out.
+      fan_in: the number of input features.
+      fan_out: the number of output features.
       rank: the rank; 0 makes a plain layer.
       alpha: numerator of the scale alpha/rank; None means alpha = rank.
-      bias: whether there is one.
-      dropout: the rate at which inputs of the branch are dropped.
-      dtype: of W and the bias.
+      bias: whether the layer has a bias.
+      dropout: the rate at which inputs of the adapter are dropped.
+      dtype: the dtype of W and the bias.
 
     >>> import jax, jax.numpy as jnp
     >>> model, x = LinearWithLoRA(fan_in=8, fan_out=4, rank=2, alpha=4), jnp.ones((3, 8))
@@ -93,7 +95,7 @@ class LinearWithLoRA(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """`[..., fan_in]` to `[..., fan_out]`; see `linear.apply`."""
+        """Map `[..., fan_in]` to `[..., fan_out]`; see `linear.apply`."""
         params = _params(
             self,
             lambda key: linear.init(
@@ -112,20 +114,21 @@ class LinearWithLoRA(nn.Module):
 
 
 class Embedding(nn.Module):
-    """An embedding made with its adapter, with the options of torch.nn.Embedding.
+    """An embedding with an adapter and the options of `torch.nn.Embedding`.
 
-    For sparse gradients see `take_rows`, whose rows go in the place of the parameters.
+    For sparse gradients see `take_rows`; its rows take the place of the parameters.
 
     Args:
-      vocab_size: number of rows; embed_dim: features of a row.
+      vocab_size: the number of rows.
+      embed_dim: the number of features per row.
       rank: the rank; 0 makes a plain table.
       alpha: numerator of the scale alpha/rank; None means alpha = rank.
-      padding_idx: the id of padding, which embeds as zero and gets no gradient; a negative one
-        counts from the end.
-      max_norm: the bound of the norm of the rows that come out.
-      norm_type: the p of that norm.
-      scale_grad_by_freq: divide the gradient of a row by how often its id is in the batch.
-      dtype: of W.
+      padding_idx: the id of padding, whose embedding is zero and gets no gradient; negative ids
+        count from the end.
+      max_norm: the largest norm of a returned row.
+      norm_type: the p of that p-norm.
+      scale_grad_by_freq: whether to divide the gradient of a row by how often its id occurs.
+      dtype: the dtype of W.
 
     >>> import jax, jax.numpy as jnp
     >>> model, ids = Embedding(vocab_size=50, embed_dim=4, rank=2, padding_idx=0), jnp.arange(3)
@@ -146,7 +149,7 @@ class Embedding(nn.Module):
 
     @nn.compact
     def __call__(self, ids: jax.Array, at: jax.Array | None = None) -> jax.Array:
-        """`[...]` to `[..., embed_dim]`; see `embedding.apply`, `at` included."""
+        """Map ids `[...]` to `[..., embed_dim]`; see `embedding.apply`, also for `at`."""
         return embedding.apply(
             self._whole() if at is None else self._rows(),
             ids,
@@ -172,13 +175,13 @@ class Embedding(nn.Module):
         )
 
     def _rows(self) -> embedding.Params:
-        """The parameters as they are, without Flax's check against the shape of the whole table."""
+        """Return the parameters without Flax's check against the shape of the whole table."""
         if not self.has_variable("params", "embedding"):
-            raise StructureError("Embedding: `at` goes with rows from take_rows, not with init")
+            raise StructureError("Embedding: `at` needs rows from take_rows, so init cannot use it")
         return {"embedding": self.get_variable("params", "embedding")}
 
 
-def _params(module: nn.Module, start: Callable[[jax.Array], Any]) -> dict[str, Any]:
-    """A parameter of the module for each entry of the tree that `start(key)` makes."""
-    names = jax.eval_shape(start, jax.random.key(0))
-    return {name: module.param(name, lambda key, n=name: start(key)[n]) for name in names}
+def _params(module: nn.Module, initialize: Callable[[jax.Array], Any]) -> dict[str, Any]:
+    """Make a parameter of the module for each entry of the tree `initialize(key)`."""
+    names = jax.eval_shape(initialize, jax.random.key(0))
+    return {name: module.param(name, lambda key, n=name: initialize(key)[n]) for name in names}

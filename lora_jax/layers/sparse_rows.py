@@ -1,4 +1,4 @@
-"""Row-sparse training of an embedding: work on the rows that a batch looks up, and no others."""
+"""Row-sparse training of an embedding: work only on the rows that a batch looks up."""
 
 import dataclasses
 from typing import Any
@@ -11,7 +11,7 @@ from lora_jax.core.weights import LoraWeight, TrainedLeaf, is_adapted
 
 
 def looked_up(ids: jax.Array) -> jax.Array:
-    """The distinct ids, sorted, `[ids.size]`; the places that are left hold the largest integer.
+    """Return the distinct ids, sorted, `[ids.size]`, padded with the largest integer.
 
     >>> import jax.numpy as jnp
     >>> looked_up(jnp.array([[7, 2], [7, 7]])).tolist()
@@ -21,23 +21,23 @@ def looked_up(ids: jax.Array) -> jax.Array:
 
 
 def take_rows(tree: Any, at: jax.Array) -> Any:
-    """The rows `at` of everything in `tree` that has a row for every id.
+    """Take the rows `at` of everything in `tree` that has one row per id.
 
-    In place of the whole table take the rows: `embedding.apply(rows, ids, at=at)` is the same as
+    Use the rows in place of the whole table: `embedding.apply(rows, ids, at=at)` equals
     `embedding.apply(params, ids)`, and its gradient with respect to `rows` has the size of the
-    batch, whatever the vocabulary. Take those of the optimizer's state too, step, and `put_rows`
-    both back: that is torch's `sparse=True` with `SparseAdam`. Rows that the batch does not look up
-    keep their moments, and no weight decay reaches them.
+    batch, however large the vocabulary is. Take the rows of the optimizer's state too, make the
+    step, and put both back with `put_rows`: that is PyTorch's `sparse=True` with `SparseAdam`. Rows
+    that the batch does not look up keep their moments and get no weight decay.
 
     Args:
-      tree: the embedding's own parameters, or the state of an optimizer that works element by
-        element (SGD, momentum, Adam) on them. Of a `LoraWeight` W and A are taken and B and scale
-        are whole; scalars stay as they are; everything else must be tables of the same length.
-      at: sorted ids, as `looked_up` returns them; beyond the table rows are zero.
+      tree: the parameters of the embedding alone, or the state of an elementwise optimizer (SGD,
+        momentum, Adam) of them. For a `LoraWeight`, rows of W and A are taken, while B and scale
+        stay whole. Scalars stay as they are. All else must be tables of the same length.
+      at: sorted ids, as `looked_up` returns them; rows beyond the table are zero.
 
     Raises:
-      StructureError: the tree holds arrays of several lengths, or a weight with a magnitude (DoRA),
-        whose norms are over the whole table.
+      StructureError: the tree contains arrays of several lengths, or a weight with a magnitude
+        (DoRA), whose norms are over the whole table.
 
     >>> import jax.numpy as jnp
     >>> params, at = {"embedding": jnp.array([[1.0], [2.0], [3.0]])}, jnp.array([0, 2])
@@ -55,10 +55,10 @@ def take_rows(tree: Any, at: jax.Array) -> Any:
 
 
 def put_rows(tree: Any, at: jax.Array, rows: Any) -> Any:
-    """`tree` with the rows `at` replaced; the inverse of `take_rows`.
+    """Put rows back at the ids `at` of `tree`; the inverse of `take_rows`.
 
-    Donate `tree` (`jax.jit(..., donate_argnums=...)`), and the rows are written in place. The W of
-    a `LoraWeight` is frozen and stays the same array; B is that of `rows`.
+    To write the rows in place, donate `tree` (`jax.jit(..., donate_argnums=...)`). The W of a
+    `LoraWeight` is frozen and stays the same array; B is taken from `rows`.
 
     >>> import jax.numpy as jnp
     >>> params, at = {"embedding": jnp.array([[1.0], [2.0], [3.0]])}, jnp.array([0, 2])
@@ -81,7 +81,7 @@ def put_rows(tree: Any, at: jax.Array, rows: Any) -> Any:
 
 
 def _map_rows(fn: Any, node: Any) -> Any:
-    """`fn` on an array, or on those of an adapted node that have a row for every id."""
+    """Apply `fn` to an array, or to the arrays of an adapted node that have one row per id."""
     if not is_adapted(node):
         return fn(node)
     fields = ("w", _trained_rows(node))
@@ -89,17 +89,17 @@ def _map_rows(fn: Any, node: Any) -> Any:
 
 
 def _trained_rows(node: Any) -> str:
-    """The field with a trained row for every id."""
+    """Return the name of the field that has one trained row per id."""
     if isinstance(node, TrainedLeaf):
         return "value"
     if isinstance(node, LoraWeight) and node.magnitude is None:
         return "a"
     what = "a magnitude (DoRA)" if isinstance(node, LoraWeight) else type(node).__name__
-    raise StructureError(f"take_rows: a table with {what} cannot be had by some of its rows")
+    raise StructureError(f"take_rows: cannot take rows of a table with {what}")
 
 
 def _is_table(x: Any) -> bool:
-    """Whether it is an array with rows; where an optimizer holds no state, there is none."""
+    """Return whether `x` is an array with rows; an optimizer may have no state for a leaf."""
     return isinstance(x, jax.Array) and x.ndim > 0
 
 
@@ -114,6 +114,6 @@ def _check_lengths(tree: Any) -> None:
     jax.tree.map(lambda node: _map_rows(note, node), tree, is_leaf=is_adapted)
     if len(lengths) > 1:
         raise StructureError(
-            f"take_rows: the tree holds arrays of {sorted(lengths)} rows; pass the embedding's own "
-            "parameters, and the state of an optimizer of these alone"
+            f"take_rows: the tree contains arrays of {sorted(lengths)} rows. Pass the parameters "
+            "of the embedding alone, and the state of an optimizer of these alone"
         )

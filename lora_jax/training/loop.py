@@ -47,13 +47,13 @@ class Job:
     """What to train on what.
 
     Attributes:
-      loss: sums over a batch, of the model as it was before `lora_jax.lora`.
-      base: the model's parameters, as `lora_jax.split` gives them.
+      loss: sums over a batch, for the plain model (`lora_jax.lora` is applied by the step).
+      base: the model's parameters, as `lora_jax.split` returns them.
       tx: the optimizer of the adapters, any optax transformation.
       data: rows to train on.
       settings: how long and how often.
       held_out: rows to evaluate on, if any.
-      rates: the learning rate of each step, for the log alone.
+      rates: the learning rate of each step, only for the log.
       directory: for the checkpoints and `log.jsonl`; with None nothing is written.
     """
 

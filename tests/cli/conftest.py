@@ -30,7 +30,7 @@ def run(capfd):
 
 @pytest.fixture
 def fails(run):
-    """A command that must fail in one line on stderr, which is given back."""
+    """Return a function that runs a command that must fail, and returns its line on stderr."""
 
     def call(*words, status=1):
         done = run(*words)

@@ -1,4 +1,4 @@
-"""Small adapters of every kind, written out by hand: two layers, two projections each."""
+"""Small adapters of every kind, written by hand: two layers with two projections each."""
 
 import json
 import pathlib
@@ -53,7 +53,7 @@ def mlx(directory, seed=0):
 
 
 def native(path, seed=0):
-    """The same adapters over a base that stacks the layers."""
+    """Write the same adapters for a base that stacks the layers."""
     made = factors(seed)
     base = {p: {"kernel": jnp.zeros((2, WIDTH, OUT))} for p in ("q_proj", "v_proj")}
     config = lora.LoraConfig(
@@ -81,7 +81,7 @@ SETTINGS = {
 
 
 def weights(seed=1):
-    """A small Llama's tensors, as transformers names and shapes them."""
+    """Return a small Llama's tensors, with transformers' names and shapes."""
     rng = np.random.default_rng(seed)
     shapes = {"model.embed_tokens": (260, WIDTH), "lm_head": (260, WIDTH), "model.norm": (WIDTH,)}
     for n in range(2):
@@ -102,7 +102,7 @@ def weights(seed=1):
 
 
 def model(directory, dtype=np.float32, **settings):
-    """A directory in Hugging Face's layout, with a tokenizer of bytes and a chat template."""
+    """Write a directory in Hugging Face's layout, with a byte tokenizer and a chat template."""
     directory.mkdir(parents=True, exist_ok=True)
     tensors = {name: x.astype(dtype) for name, x in weights().items()}
     safetensors_file.write(directory / "model.safetensors", tensors, {"format": "pt"})
@@ -121,7 +121,7 @@ def model(directory, dtype=np.float32, **settings):
 
 
 def naming(path):
-    """The rows that name the modules of `native`'s tree, as a user would write them."""
+    """Write the rows that name the modules of `native`'s tree, as a user would."""
     rows = [
         {
             "torch": f"model.layers.{{n}}.self_attn.{p}_proj.weight",
@@ -136,7 +136,7 @@ def naming(path):
 
 
 def everything(folder):
-    """All files that the helps' examples name."""
+    """Write all files that the examples in the help name."""
     model(folder / "my-model")
     peft(folder / "my-adapter")
     mlx(folder / "my-mlx-adapter")
@@ -149,7 +149,7 @@ PLAY = "To be, or not to be, that is the question.\n" * 20
 
 
 def train_data(folder):
-    """What the examples of `train` name: data, and small models, so that nothing is fetched."""
+    """Write what the examples of `train` name: data, and small models, so nothing is downloaded."""
     for name in ("smollm2", "Llama-3.2-1B"):
         model(folder / name, max_position_embeddings=512)
     encoder(folder / "MiniLM")
@@ -162,7 +162,7 @@ def train_data(folder):
 
 
 def encoder(directory):
-    """The recorded BERT with more positions, and a tokenizer of a few words."""
+    """Write the recorded BERT with more positions, and a tokenizer of a few words."""
     shutil.copytree(ROOT / "tests" / "models" / "fixtures" / "bert", directory)
     tensors, metadata = safetensors_file.read(directory / "model.safetensors")
     (name,) = (name for name in tensors if "position_embeddings" in name)

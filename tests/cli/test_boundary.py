@@ -1,4 +1,4 @@
-"""Every failure is one line on stderr and an exit status; help and version need nothing heavy."""
+"""Every failure is one line on stderr and an exit status; help and version import nothing heavy."""
 
 import errno
 import importlib
@@ -54,7 +54,7 @@ FAILURES = {
 
 @pytest.fixture
 def failing(monkeypatch):
-    """Let the command line fail with an exception where a command would run."""
+    """Make the command line fail with an exception where a command would run."""
 
     def fail(error):
         def _run(words):

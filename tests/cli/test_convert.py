@@ -1,4 +1,4 @@
-"""`convert`: the updates of every module are the same in every kind of file."""
+"""`convert`: each module's update is the same in every kind of file."""
 
 import json
 
@@ -23,7 +23,7 @@ def world(tmp_path, monkeypatch):
 
 
 def updates(path):
-    """{module: ΔW [in, out]} of a file, in float64."""
+    """Return {module: ΔW [in, out]} of a file, in float64."""
     return {
         one.module: one.scale * one.a.astype(np.float64) @ one.b.astype(np.float64)
         for one in read_factors(path).factors
@@ -115,7 +115,7 @@ def test_a_file_saved_without_its_base_names_every_module_in_full(world, run):
 
 
 def test_files_of_peft_itself(tmp_path, run, fails):
-    """peft 0.21.2's files (tests/parity/peft/record_files.py), without their base."""
+    """Files of peft 0.21.2 (tests/parity/peft/record_files.py), without their base."""
     recorded = np.load("tests/parity/peft/files.npz")
     can = {"linear", "patterns", "rslora", "some layers", "regex", "all-linear", "embedding"}
     can |= {"conv1d", "convolutions", "one module"}

@@ -1,4 +1,4 @@
-"""What the helps show as examples is run, on small files of the names that they use."""
+"""The examples in the help run, on small files with the names that they use."""
 
 import shlex
 import shutil
@@ -12,7 +12,7 @@ pytestmark = pytest.mark.usefixtures("quick_compile")
 
 
 def shown_in_help(run, command):
-    """The lines under "Examples:", parsed from what the terminal shows."""
+    """Return the lines under "Examples:", parsed from what the terminal shows."""
     lines = iter(run(command, "--help").out.splitlines())
     assert any(line.strip() == "Examples:" for line in lines)
     found = []

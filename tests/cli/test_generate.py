@@ -1,4 +1,4 @@
-"""`generate` against tokens chosen from the whole text's logits, without a cache."""
+"""`generate` against tokens chosen from the logits of the whole text, without a cache."""
 
 import json
 
@@ -24,7 +24,7 @@ def world(tmp_path, monkeypatch):
 
 
 def greedy(folder, text, steps, adapter=None):
-    """The likeliest tokens, from the logits of everything so far."""
+    """Return the most likely tokens, from the logits of everything so far."""
     pretrained, tokenizer = models.load(folder / "my-model"), Tokenizer.load(folder / "my-model")
     params = pretrained.params
     if adapter:
@@ -70,7 +70,7 @@ def test_a_file_standard_input_and_a_chat(world, run, monkeypatch):
 
 
 def test_it_ends_where_the_text_does(world, run):
-    """A head that always says one token, which config.json names as an end of texts."""
+    """The head always predicts one token, which config.json declares as an end of text."""
     end = 50
     tensors = files.weights()
     embedding, head = tensors["model.embed_tokens.weight"], tensors["lm_head.weight"]

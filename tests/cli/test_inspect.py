@@ -107,7 +107,7 @@ def test_ranks_and_alphas_of_patterns(tmp_path, run):
 
 
 def test_experts_have_a_line_each(tmp_path):
-    """PEFT.md: expert e has the rows e·r:(e+1)·r of A, but the columns e::E of B."""
+    """In PEFT, expert e has the rows e·r:(e+1)·r of A, but the columns e::E of B."""
     a, b = RNG.normal(size=(3 * 4, 12)), RNG.normal(size=(8, 4 * 3))
     name = "base_model.model.model.layers.0.experts"
     extra = {f"{name}.lora_A.weight": a, f"{name}.lora_B.weight": b}

@@ -1,4 +1,4 @@
-"""`merge` against W + scale·B·A in numpy, on the tensors that it writes."""
+"""`merge`: the tensors that it writes against W + scale·B·A in NumPy."""
 
 import json
 import os
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.usefixtures("quick_compile")
 
 
 def merged_weights(seed=0):
-    """All tensors of the merged model, in float64."""
+    """Return all tensors of the merged model, in float64."""
     tensors = {name: x.astype(np.float64) for name, x in files.weights().items()}
     for module, (a, b) in files.factors(seed).items():
         tensors[f"{module}.weight"] += SCALE * (a.astype(np.float64) @ b).T
@@ -27,7 +27,7 @@ def merged_weights(seed=0):
 
 @pytest.fixture
 def world(tmp_path, monkeypatch):
-    """The examples' files, in the working directory."""
+    """Write the examples' files into the working directory."""
     files.everything(tmp_path)
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -126,7 +126,7 @@ def test_failures(world, fails, run):
 
 
 def test_an_adapter_of_lora_jax_over_stacked_layers(world, run):
-    """The file's paths say that the layers are stacked, and the base is read so."""
+    """The file's paths show that the layers are stacked, so the base is read stacked."""
     pretrained = models.load(world / "my-model", scan=True)
     adapters = peft.load(world / "my-adapter", pretrained.params, pretrained.naming)
     lora_jax.save(world / "stacked.safetensors", adapters, base=pretrained.params)

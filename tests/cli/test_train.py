@@ -45,7 +45,7 @@ def words(data, out, *more):
 
 @pytest.fixture(scope="module")
 def trained(play, tmp_path_factory):
-    """The directory of a whole run, and the words that made it."""
+    """Return the directory of a complete run, and the command that made it."""
     out = tmp_path_factory.mktemp("runs") / "whole"
     command = words(play, out, "--eval-split", 0.25, "--eval-rows", 4)
     command += ["--steps", "5", "--eval-every", "2"]
@@ -81,7 +81,7 @@ def test_the_adapter_is_what_was_measured(trained):
 
 
 def test_the_table(trained, run, tmp_path):
-    """A finished run is resumed without a step, so what is printed is that of the log."""
+    """A finished run is resumed without a step, so the table shows the log."""
     out, command = trained
     done = run(*command, "--resume")
     assert done.status == 0
@@ -105,7 +105,7 @@ def test_another_order_in_its_place(trained, fails):
 
 @pytest.fixture
 def job_of(monkeypatch, run):
-    """What a command line would train, which is left undone."""
+    """Return the job that a command would train, without training it."""
 
     class Begun(lora.LoraError):
         pass
@@ -124,7 +124,7 @@ def job_of(monkeypatch, run):
 
 @pytest.mark.parametrize("task", ["causal-lm", "classification"])
 def test_rows_in_the_files_order(task, tmp_path, job_of):
-    """Texts of several lengths; what is held out is packed alike, shuffled or not."""
+    """Texts of several lengths; held-out rows are packed the same way, shuffled or not."""
     data = tmp_path / "d.jsonl"
     texts = [chr(97 + i) * (1 + 5 * i % 12) for i in range(20)]
     keys = ("text", "label") if task == "classification" else ("prompt", "completion")
@@ -207,7 +207,7 @@ def test_mistakes_on_the_command_line(play, tmp_path, fails):
 
 
 def test_the_command_that_goes_on(monkeypatch, run):
-    """Read again it says the same, and --resume."""
+    """The resume command parses to the same options, and --resume."""
     said = []
     monkeypatch.setattr(run_train, "main", lambda *given: said.append(given))
     first = words("a b.txt", "run", "--data", "c.txt", "--eval", "d.txt", "--eval", "e.txt")
@@ -239,7 +239,7 @@ def test_rows_of_every_kind(kind, tmp_path, run):
 @pytest.mark.slow
 @pytest.mark.parametrize("init", ["pissa", "olora"])
 def test_a_start_that_changes_the_base(init, play, tmp_path, run):
-    """The adapter that is written is one for the base as it was."""
+    """The written adapter fits the original base."""
     out = tmp_path / "out"
     command = words(play, out, "--eval-split", 0.25, "--eval-rows", 4, "--steps", 3, "--init", init)
     assert run(*command).status == 0
@@ -248,7 +248,7 @@ def test_a_start_that_changes_the_base(init, play, tmp_path, run):
 
 @pytest.mark.slow
 def test_ctrl_c_says_how_to_go_on(play, tmp_path):
-    """And going on, by the very words, ends as a run that was never interrupted."""
+    """Resuming with the printed command ends as a run that was never interrupted."""
     out = tmp_path / "out"
     command = words(play, out, "--steps", 400, "--eval-split", 0.25, "--dropout", 0.1)
     with subprocess.Popen(

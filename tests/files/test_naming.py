@@ -1,4 +1,4 @@
-"""Names and axes of torch's files against ones written out by hand."""
+"""PyTorch's names and axes against ones written by hand."""
 
 import json
 
@@ -98,7 +98,7 @@ def test_weights_go_to_the_tree_and_back(name):
 
 @pytest.mark.parametrize("name", [name for name, (row, *_) in CASES.items() if row.kind])
 def test_factors_multiply_to_the_translated_update(name):
-    """(B·A) in torch's axes, translated, is A·B of the translated factors."""
+    """B·A in PyTorch's axes, converted, equals A·B of the converted factors."""
     row, _, leaves = CASES[name]
     for place in Naming((row,)).places({p: np.shape(x) for p, x in leaves.items()}).values():
         roles = {"linear": "oi", "conv1d": "io", "conv": "oiii"}[row.kind]

@@ -1,4 +1,4 @@
-"""Native adapter files: whole or absent, strict about the base, and hard to fool."""
+"""Native adapter files: complete or absent, strict about the base, and hard to fool."""
 
 import dataclasses
 import json
@@ -176,7 +176,7 @@ def test_foreign_and_damaged_headers(file, header, match):
 
 
 def edited(file, path, **fields):
-    """The file with fields of one layout replaced; None takes a field away."""
+    """Replace fields of one layout in the file; None removes a field."""
     tensors, header = safetensors_file.read(file)
     layouts = json.loads(header["layouts"])
     record = {**layouts[path], **fields}

@@ -67,7 +67,7 @@ def test_low_rank_refuses():
         with pytest.raises(ConfigError, match=r"sizes|rank|alpha"):
             low_rank.init(KEY, *arguments)
     for x in (jnp.ones((3, 5)), jnp.ones(())):
-        with pytest.raises(StructureError, match="must end in the features"):
+        with pytest.raises(StructureError, match="must end in the input features"):
             low_rank.apply(low_rank_params(), x)
 
 

@@ -1,1 +1,1 @@
-"""Numbers of PEFT, mlx-lm, loralib and PyTorch, recorded; the scripts that recorded them."""
+"""Recorded numbers of PEFT, mlx-lm, loralib and PyTorch, and the scripts that recorded them."""

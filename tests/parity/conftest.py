@@ -1,3 +1,3 @@
-"""The scripts that record and check need what they record; the suite does not."""
+"""Skip the scripts that record and check: they need the other libraries, the suite does not."""
 
 collect_ignore_glob = ["*/record_*.py", "*/check_*.py"]

@@ -1,4 +1,4 @@
-"""A few damaged files; `python -m tests.stress.damaged_files` damages as many as one likes."""
+"""A few damaged files; `python -m tests.stress.damaged_files` damages any number."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -24,7 +24,7 @@ def test_damaged_files_give_clear_errors_or_finite_values(format, quick_compile)
     [("lora_bias", 3e38, None, "their dtype"), ("linear", 1e6, jnp.float16, "float16")],
 )
 def test_values_that_overflow_on_the_way(tmp_path, case, value, dtype, match):
-    """Found by the command: a bias that is the base's and what is added to it, beyond float32."""
+    """Found by the command: the base's bias plus the added one overflows float32."""
     chosen = subject(f"PEFT {case}")
     ending = "lora_B.bias" if case == "lora_bias" else "lora_B.weight"
     for name, data in chosen.files.items():

@@ -8,7 +8,7 @@ from lora_jax.cli.errors import ConversionError
 from lora_jax.cli.options import refuse_existing
 from lora_jax.files import implied_tree, kinds, mlx, native, peft
 from lora_jax.files.disk import strict_json
-from lora_jax.files.implied_tree import Source
+from lora_jax.files.implied_tree import NamedAdapters
 from lora_jax.files.naming import Naming
 
 _KIND_OF = {"peft": kinds.PEFT, "folded": kinds.PEFT, "mlx": kinds.MLX, "native": kinds.NATIVE}
@@ -51,7 +51,7 @@ def _check(found: kinds.Found, to: str, model: str | None, naming: Path | None) 
         raise ConversionError("--naming is only for lora_jax adapters: others have PyTorch's names")
 
 
-def _read(found: kinds.Found, to: str, model: str | None, naming: Path | None) -> Source:
+def _read(found: kinds.Found, to: str, model: str | None, naming: Path | None) -> NamedAdapters:
     if naming is not None:
         return implied_tree.from_native(found.path, _read_naming(naming))
     if model is not None:
@@ -64,7 +64,7 @@ def _read(found: kinds.Found, to: str, model: str | None, naming: Path | None) -
         if to == "native":
             loaded = sources.load(base, found.path)
             name = implied_tree.base_name(found) or model
-            return Source(loaded.adapters, loaded.model.params, loaded.model.naming, name)
+            return NamedAdapters(loaded.adapters, loaded.model.params, loaded.model.naming, name)
     return (implied_tree.from_peft if found.kind == kinds.PEFT else implied_tree.from_mlx)(
         found.path
     )
@@ -74,7 +74,7 @@ def _read_naming(path: Path) -> Naming:
     return Naming.from_json(strict_json.parse_json(path.read_bytes(), str(path)))
 
 
-def _write(source: Source, to: str, out: Path) -> None:
+def _write(source: NamedAdapters, to: str, out: Path) -> None:
     if to == "native":
         metadata = {native.MODEL: source.base_name} if source.base_name else {}
         lora.save(out, source.adapters, metadata, base=source.base)

@@ -55,7 +55,7 @@ def _facts(file: AdapterFile) -> Table:
         "parameters": f"{file.parameters:,} in {', '.join(file.dtypes) or 'no tensors'}",
     }
     if file.whole:
-        facts["besides"] = _shortened(f"{name} {list(shape)}" for name, shape in file.whole.items())
+        facts["besides"] = _shorten(f"{name} {list(shape)}" for name, shape in file.whole.items())
     for name, value in facts.items():
         table.add_row(name, escape(value))
     return table
@@ -98,7 +98,7 @@ def _range(values: Iterable[float]) -> str:
     return shown[0] if shown[0] == shown[1] else "–".join(shown)
 
 
-def _shortened(items: Iterable[str], most: int = 4) -> str:
+def _shorten(items: Iterable[str], most: int = 4) -> str:
     items = list(items)
     more = f", and {len(items) - most} more" if len(items) > most else ""
     return ", ".join(items[:most]) + more

@@ -51,7 +51,7 @@ def main(options: TrainOptions, command: str) -> None:
     job, adapters = _job(options, optimizer, task, targets, start)
     steps = job.settings.steps
     this = run_record.identity(
-        _recorded(options, config, steps), task.params, task.data, task.held_out
+        _settings_to_record(options, config, steps), task.params, task.data, task.held_out
     )
     if not run_record.begin(options.out, this, options.resume) and options.resume:
         say(f"nothing to resume in {options.out}: starting from the beginning")
@@ -62,7 +62,7 @@ def main(options: TrainOptions, command: str) -> None:
         f"{counts.trainable / counts.total:.2%} of all"
     )
     results = train_results.Results(options, task, model.naming, config, start)
-    outcome = _watched(job, adapters, results, console, say)
+    outcome = _train_watched(job, adapters, results, console, say)
     loss_curve.draw(outcome.records, options.out / "loss.png")
     if outcome.step < steps:
         raise KeyboardInterrupt(f"step {outcome.step} of {steps} is saved; to resume: {command}")
@@ -122,7 +122,7 @@ def _job(
     return job, adapters
 
 
-#: Options that a resumed run may change, or that `_recorded` covers otherwise. All others, new ones
+#: Options that a resumed run may change, or that are recorded by other means. All others, new ones
 #: too, must stay the same.
 _NOT_RECORDED = {
     *("out", "resume", "eval_every", "save_every"),
@@ -132,7 +132,9 @@ _NOT_RECORDED = {
 }
 
 
-def _recorded(options: TrainOptions, config: lora.LoraConfig, steps: int) -> dict[str, Any]:
+def _settings_to_record(
+    options: TrainOptions, config: lora.LoraConfig, steps: int
+) -> dict[str, Any]:
     """Return all that decides what a step computes, under the names of the command line."""
     given = {name: value for name, value in vars(options).items() if name not in _NOT_RECORDED}
     return {
@@ -142,7 +144,7 @@ def _recorded(options: TrainOptions, config: lora.LoraConfig, steps: int) -> dic
     }
 
 
-def _watched(
+def _train_watched(
     job: Job,
     adapters: Any,
     results: train_results.Results,

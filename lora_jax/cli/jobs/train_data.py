@@ -127,7 +127,7 @@ def _split(
     options: TrainOptions, files: Sequence[Rows], others: Sequence[Rows]
 ) -> tuple[Rows, Rows | None]:
     """Return the rows to train on and those held out, of files of one kind."""
-    trained, held_out = _joined(files), _joined(others) if others else None
+    trained, held_out = _join(files), _join(others) if others else None
     if not options.eval_split:
         return trained, held_out
     try:
@@ -138,7 +138,7 @@ def _split(
     return dataclasses.replace(trained, rows=one), dataclasses.replace(trained, rows=other)
 
 
-def _joined(files: Sequence[Rows]) -> Rows:
+def _join(files: Sequence[Rows]) -> Rows:
     rows: tuple[Row, ...] = tuple(row for file in files for row in file.rows)
     return Rows(", ".join(file.source for file in files), files[0].kind, rows)
 

@@ -46,10 +46,10 @@ def open_model(name: str, dtype: str | None, scan: bool) -> TrainableModel:
         found.kind == kinds.CHECKPOINT
         and hf_directory.read_config(found.path).get("model_type") == "bert"
     )
-    return _trainable(sources.load_model(found, dtype, scan=scan and not is_bert), tokenizer)
+    return _to_trainable(sources.load_model(found, dtype, scan=scan and not is_bert), tokenizer)
 
 
-def _trainable(found: Pretrained, tokenizer: Tokenizer) -> TrainableModel:
+def _to_trainable(found: Pretrained, tokenizer: Tokenizer) -> TrainableModel:
     run, is_bert = found.apply, found.kind == "bert"
     tied = isinstance(found.config, LlamaConfig) and found.config.tie_word_embeddings
     untied = "" if is_bert else "head/kernel"

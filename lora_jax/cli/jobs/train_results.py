@@ -13,11 +13,11 @@ from rich.table import Table
 import lora_jax as lora
 from lora_jax.cli.jobs.train_data import Task
 from lora_jax.cli.train_options import TrainOptions
-from lora_jax.files import peft
+from lora_jax.files import native, peft
 from lora_jax.files.naming import Naming
 from lora_jax.training import log
 
-CHANGES_BASE = ("pissa", "pissa_fast", "olora")  # initializations that change the base
+_CHANGES_BASE = ("pissa", "pissa_fast", "olora")  # initializations that change the base
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Results:
           the mean over a text's tokens, and the heads of transformers read the first or last one.
         """
         options, base = self.options, self.task.params
-        if self.config.init in CHANGES_BASE:
+        if self.config.init in _CHANGES_BASE:
             adapters = lora.on_original(self.start, adapters, base)
         if not self.task.prefix:
             path = options.out / name
@@ -53,7 +53,7 @@ class Results:
             )
             return path
         path = options.out / f"{name}.safetensors"
-        metadata = {"model": _absolute(options.model), **self.task.metadata, **record}
+        metadata = {native.MODEL: _absolute(options.model), **self.task.metadata, **record}
         lora.save(path, adapters, metadata, base=base, config=self.config)
         return path
 

@@ -36,10 +36,10 @@ def fingerprint(base: Any, skip: Collection[str] = ()) -> dict[str, str]:
     }
 
 
-def described_shape(text: Any) -> jax.ShapeDtypeStruct | None:
+def parse_entry(text: Any) -> jax.ShapeDtypeStruct | None:
     """Return the shape and dtype in one entry of a fingerprint, or None if it is not an entry.
 
-    >>> described_shape("float32[4,3]:1a2b3c4d5e6f7a8b")
+    >>> parse_entry("float32[4,3]:1a2b3c4d5e6f7a8b")
     ShapeDtypeStruct(shape=(4, 3), dtype=float32)
     """
     match = _ENTRY.fullmatch(text) if isinstance(text, str) else None

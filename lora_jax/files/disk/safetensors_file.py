@@ -20,7 +20,7 @@ from lora_jax.files.disk.atomic import write_atomically
 from lora_jax.files.disk.strict_json import lines, parse_json, show
 
 #: The supported dtypes by their names in safetensors.
-DTYPES = {
+_DTYPES = {
     "BOOL": np.dtype(np.bool_),
     **{
         f"{kind}{bits}": np.dtype(f"{kind.lower()}{bits // 8}")
@@ -33,7 +33,7 @@ DTYPES = {
     "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
     "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
 }
-_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 #: Maximum size of a header in bytes, enough for 250,000 tensors.
 MAX_HEADER = 2**25
@@ -221,7 +221,7 @@ def _header(file: io.BufferedIOBase, source: str) -> tuple[Header, int]:
         problems += [f"tensor {show(name)}: {problem}" for problem in found]
         if not found:
             tensors[name] = TensorInfo(
-                DTYPES[record["dtype"]], tuple(record["shape"]), *record["data_offsets"]
+                _DTYPES[record["dtype"]], tuple(record["shape"]), *record["data_offsets"]
             )
     problems = problems or _offset_problems(tensors, size - 8 - length)
     if problems:
@@ -266,13 +266,13 @@ def _record_problems(record: Any) -> list[str]:
     if not isinstance(record, dict) or sorted(record) != sorted(_FIELDS):
         return [f"must have dtype, shape and data_offsets, got {show(record)}"]
     dtype, shape, offsets = (record[field] for field in _FIELDS)
-    if not isinstance(dtype, str) or dtype not in DTYPES:
+    if not isinstance(dtype, str) or dtype not in _DTYPES:
         return [f"unknown dtype {show(dtype)}"]
     if not _are_sizes(shape) or len(shape) > 32:
         return [f"shape {show(shape)} is not a list of sizes"]
     if not _are_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
         return [f"data_offsets {show(offsets)} are not a start and an end"]
-    itemsize = DTYPES[dtype].itemsize
+    itemsize = _DTYPES[dtype].itemsize
     if math.prod(n or 1 for n in shape) * itemsize > sys.maxsize:
         return [f"shape {shape} exceeds any memory"]
     needed, got = math.prod(shape) * itemsize, offsets[1] - offsets[0]

@@ -161,7 +161,7 @@ def config(
     """
     return {
         "fine_tune_type": "dora" if use_dora else "lora",
-        "num_layers": -1,  # all: where nothing was adapted, the update is zero
+        "num_layers": -1,  # all layers: where nothing was adapted, the update is zero
         "lora_parameters": {"rank": rank, "scale": scale, "dropout": 0.0, "keys": keys},
         **({} if base_model is None else {"model": base_model}),
     }

@@ -13,8 +13,7 @@ from lora_jax.files.naming import Naming
 from lora_jax.files.torch_adapters.contents import (
     Contents,
     TorchBase,
-    is_floating,
-    not_floating,
+    dtype_problem,
     unknown,
 )
 from lora_jax.files.torch_adapters.to_tree import fit_to_base
@@ -28,7 +27,7 @@ def load(
     strict: bool = True,
     dtype: Any = None,
 ) -> Any:
-    """Return the adapters that mlx-lm trained, as an overlay of `base`.
+    """Load the adapters that mlx-lm trained as an overlay of `base`.
 
     mlx-lm names modules as Hugging Face does, so the same naming serves. `lora_a` is `[in, rank]`
     and `lora_b` is `[rank, out]`; the update is `scale · lora_a · lora_b`, with one scale for all
@@ -112,10 +111,11 @@ def _problems(
         return [f"{name}: {EXPERTS_UNSUPPORTED}" for name in names]
     problems = [f"{module}.{ending}: missing" for ending in needed if ending not in fields]
     for name, tensor in zip(names, fields.values(), strict=True):
-        problems += [] if is_floating(tensor) else [f"{name}: {not_floating(tensor)}"]
+        problem = dtype_problem(tensor)
+        problems += [f"{name}: {problem}"] if problem else []
     kind = "embedding" if turned else model.kind(weight)
-    problem = None if problems else _misfit(fields, kind, model.shape(weight))
-    return [f"{module}: {problem}"] if problem else problems
+    misfit = None if problems else _misfit(fields, kind, model.shape(weight))
+    return [f"{module}: {misfit}"] if misfit else problems
 
 
 def _misfit(fields: Mapping[str, np.ndarray], kind: str, shape: tuple[int, ...]) -> str | None:

@@ -122,7 +122,7 @@ def _make_uniform(
         if one.scale != scale:
             one = dataclasses.replace(one, scale=one.scale / scale).fold()
         equal[name] = dataclasses.replace(one.pad(rank), scale=scale)
-    # a number that prints as it was meant, where float32 holds it as well
+    # the shortest decimal with the same float32 value
     return float(np.format_float_positional(np.float32(scale), unique=True)), equal
 
 

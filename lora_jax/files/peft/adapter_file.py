@@ -40,20 +40,9 @@ class PeftFile:
 
     def contents(self) -> FileContents:
         """Return what the file contains, without a base."""
+        modules, weights, others = self._sort_tensors()
         factors: dict[str, TorchFactors | Experts] = {}
-        weights: dict[str, ImpliedWeight] = {}
-        others: dict[str, tuple[int, ...]] = {}
         problems: dict[str, str] = {}
-        modules: dict[str, dict[str, np.ndarray]] = {}
-        known = self._names_saved_whole()
-        for name, tensor in self.tensors.items():
-            part = tensor_names.part_of_name(name, self.tensors, known)
-            if part is not None and part.field:
-                modules.setdefault(part.module, {})[part.field] = tensor
-            elif part is not None:
-                weights[part.module] = "", tensor.shape
-            if part is None or part.field not in tensor_names.FACTOR_ENDINGS:
-                others[name if part is None else ".".join(filter(None, part))] = tensor.shape
         for module, fields in modules.items():
             kind = tensor_names.implied_kind(fields, self.config.fan_in_fan_out)
             found = self._factors(module, kind, fields)
@@ -63,10 +52,10 @@ class PeftFile:
                 factors[module] = found
             if isinstance(found, TorchFactors):
                 weights[f"{module}.weight"] = kind, weight_shape(kind, found)
-            values = fields.get(tensor_names.ROWS)
-            if values is not None and values.ndim == 2:
-                rows = self.config.rows(module) or (0,)
-                weights[f"{module}.weight"] = "embedding", (max(rows) + 1, values.shape[1])
+            rows = fields.get(tensor_names.ROWS)
+            if rows is not None and rows.ndim == 2:
+                count = max(self.config.rows(module) or (0,)) + 1
+                weights[f"{module}.weight"] = "embedding", (count, rows.shape[1])
         variant = "rsLoRA" if self.config.use_rslora else "LoRA"
         return FileContents(
             variant=f"{variant}, DoRA" if self.config.use_dora else variant,
@@ -77,6 +66,26 @@ class PeftFile:
             weights=weights,
             problems=problems,
         )
+
+    def _sort_tensors(
+        self,
+    ) -> tuple[
+        dict[str, dict[str, np.ndarray]], dict[str, ImpliedWeight], dict[str, tuple[int, ...]]
+    ]:
+        """Return the tensors by module and ending, fully trained weights, and all but factors."""
+        modules: dict[str, dict[str, np.ndarray]] = {}
+        weights: dict[str, ImpliedWeight] = {}
+        others: dict[str, tuple[int, ...]] = {}
+        known = self._names_saved_whole()
+        for name, tensor in self.tensors.items():
+            part = tensor_names.part_of_name(name, self.tensors, known)
+            if part is not None and part.field:
+                modules.setdefault(part.module, {})[part.field] = tensor
+            elif part is not None:
+                weights[part.module] = "", tensor.shape
+            if part is None or part.field not in tensor_names.FACTOR_ENDINGS:
+                others[name if part is None else ".".join(filter(None, part))] = tensor.shape
+        return modules, weights, others
 
     def _names_saved_whole(self) -> set[str]:
         """Find the tensors of `modules_to_save`, which may themselves be called "lora_A"."""

@@ -13,9 +13,9 @@ from lora_jax.files.disk import strict_json
 from lora_jax.files.peft import bounded_regex
 
 CONFIG = "adapter_config.json"
-BIASES = ("none", "all", "lora_only")
+_BIASES = ("none", "all", "lora_only")
 # Initializations that change the base: A and B are meaningless without it.
-CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+_CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 # Keys that change the meaning of A and B, and how; supported only if they are off.
 REFUSED = {
     "alora_invocation_tokens": "the adapter is active only after these tokens",
@@ -73,7 +73,7 @@ _CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "fan_in_fan_out": _FLAG,
     "inference_mode": _FLAG,
     "ensure_weight_tying": _FLAG,
-    "bias": (lambda x: x in BIASES, f"one of {', '.join(BIASES)}"),
+    "bias": (lambda x: x in _BIASES, f"one of {', '.join(_BIASES)}"),
     "lora_dropout": (lambda x: _is_number(x) and 0 <= x <= 1, "a probability"),
     "init_lora_weights": (lambda x: isinstance(x, bool | str), "true, false or a name"),
     "modules_to_save": (_or_none(_is_names), "a list of module names or null"),
@@ -141,14 +141,14 @@ class PeftConfig:
 
     def __post_init__(self) -> None:
         for name in _CHECKS:
-            object.__setattr__(self, name, _frozen(getattr(self, name)))
+            object.__setattr__(self, name, _freeze(getattr(self, name)))
         problems = [
-            f"{name} must be {what}, got {_shown(getattr(self, name))}"
+            f"{name} must be {what}, got {_show(getattr(self, name))}"
             for name, (check, what) in _CHECKS.items()
             if not check(getattr(self, name))
         ]
         if not problems:  # these checks rely on valid values
-            problems = [*_bad_patterns(self), *_refused(self)]
+            problems = [*_find_bad_patterns(self), *_find_refused(self)]
         if problems:
             raise ConfigError("; ".join(problems))
 
@@ -225,10 +225,10 @@ def parse_config(text: str | bytes) -> PeftConfig:
     except AdapterFileError as error:
         raise ConfigError(str(error).removeprefix(f"{CONFIG}: ")) from None
     if not isinstance(values, dict):
-        raise ConfigError(f"must be a mapping, got {_shown(values)}")
+        raise ConfigError(f"must be a mapping, got {_show(values)}")
     kind = values.pop("peft_type", None)
     if kind != "LORA":
-        raise ConfigError(f"peft_type must be LORA, the only supported type, got {_shown(kind)}")
+        raise ConfigError(f"peft_type must be LORA, the only supported type, got {_show(kind)}")
     # PEFT writes null for keys that were never set
     unset = {"rank_pattern", "alpha_pattern", "init_lora_weights", "lora_bias"}
     values = {k: v for k, v in values.items() if not (v is None and k in unset)}
@@ -237,21 +237,21 @@ def parse_config(text: str | bytes) -> PeftConfig:
     return PeftConfig(**known, others=values)
 
 
-def _frozen(value: Any) -> Any:
+def _freeze(value: Any) -> Any:
     """Turn lists into tuples, and mappings into plain dicts, recursively."""
     if isinstance(value, list | set | frozenset):
         return tuple(sorted(value) if isinstance(value, set | frozenset) else value)
     if isinstance(value, Mapping):
-        return {key: _frozen(inner) for key, inner in value.items()}
+        return {key: _freeze(inner) for key, inner in value.items()}
     return value
 
 
-def _shown(value: Any) -> str:
+def _show(value: Any) -> str:
     text = json.dumps(value, default=repr)
     return text if len(text) <= 80 else text[:77] + "..."
 
 
-def _bad_patterns(config: PeftConfig) -> Iterable[str]:
+def _find_bad_patterns(config: PeftConfig) -> Iterable[str]:
     """Yield a problem per string that should be a regular expression, but is not."""
     layers = config.layers_pattern or ()
     given = {
@@ -266,17 +266,17 @@ def _bad_patterns(config: PeftConfig) -> Iterable[str]:
         for entry in entries:
             why = bounded_regex.problem(entry) if isinstance(entry, str) else None
             if why:
-                yield f"{name}: {_shown(entry)} is not a regular expression ({why})"
+                yield f"{name}: {_show(entry)} is not a regular expression ({why})"
 
 
-def _refused(config: PeftConfig) -> Iterable[str]:
+def _find_refused(config: PeftConfig) -> Iterable[str]:
     for name, why in REFUSED.items():
         if config.others.get(name):
-            yield f"{name} is {_shown(config.others[name])}: {why}, which is not supported"
+            yield f"{name} is {_show(config.others[name])}: {why}, which is not supported"
     start = config.init_lora_weights
-    if isinstance(start, str) and start.startswith(CHANGES_BASE):
+    if isinstance(start, str) and start.startswith(_CHANGES_BASE):
         yield (
-            f"init_lora_weights is {_shown(start)}, an initialization that changes the base; first "
+            f"init_lora_weights is {_show(start)}, an initialization that changes the base; first "
             "convert the adapter to one for the original base with save_pretrained's "
             "path_initial_model_for_weight_conversion"
         )

@@ -30,7 +30,7 @@ class Target:
     def of(cls, contents: Contents, model: TorchBase, *, complete: bool) -> "Target":
         """Return the target of these contents; `complete` is false without a base."""
         tied = tied_head.find(model)
-        is_adapted = tied is not None and tied_head.is_adapted(tied, contents)
+        is_adapted = tied is not None and tied.is_in(contents)
         return cls(model, complete and not model.adapted_only, tied if is_adapted else None)
 
 
@@ -87,7 +87,7 @@ def _parameters(start: PeftConfig, contents: Contents, target: Target) -> dict[s
     if any(start.targets_parameter(name) != (name in contents.experts) for name in every):
         targets = target_parameters.shortest_names(contents.experts, every, target.complete)
     modules = () if start.target_modules is None else start.target_modules
-    # PEFT refuses dropout beside parameters; and None would be the model's default modules
+    # PEFT rejects dropout beside parameters, and None would mean the model's default modules
     return {"target_parameters": targets, "target_modules": modules, "lora_dropout": 0.0}
 
 
@@ -105,7 +105,7 @@ def _start(given: LoraConfig | PeftConfig | None) -> PeftConfig:
 
 
 def _agrees(config: PeftConfig, module: str, factors: TorchFactors | Experts) -> bool:
-    # the leaf that holds the scale is float32
+    # the scale's leaf is float32
     same_scale = np.float32(config.scale(module)) == np.float32(factors.scale)
     return config.rank(module) == factors.rank and bool(same_scale)
 

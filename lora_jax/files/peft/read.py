@@ -11,8 +11,7 @@ from lora_jax.files.peft.config import PeftConfig
 from lora_jax.files.torch_adapters.contents import (
     Contents,
     TorchBase,
-    is_floating,
-    not_floating,
+    dtype_problem,
     unknown,
 )
 
@@ -30,14 +29,14 @@ def read_contents(file: PeftFile, model: TorchBase) -> tuple[Contents, list[str]
         part = tensor_names.part_of_name(name, tensors, model.index)
         if part is None:
             problems.append(f"{name}: unexpected: PEFT's names start with {tensor_names.PREFIX}")
-        elif not is_floating(tensor):
-            problems.append(f"{name}: {not_floating(tensor)}")
+        elif dtype_problem(tensor):
+            problems.append(f"{name}: {dtype_problem(tensor)}")
         elif part.field:
             by_module.setdefault(part.module, {})[part.field] = tensor
         elif part.module not in model.index:
             problems.append(f"{name}: {unknown(part.module, model.index)}")
         elif tensor.shape != model.shape(part.module):
-            problems.append(_misshaped(name, tensor.shape, model.shape(part.module)))
+            problems.append(_shape_problem(name, tensor.shape, model.shape(part.module)))
         elif tensor_names.is_base_weight(name):
             found.untrained[part.module] = tensor
         else:
@@ -53,7 +52,7 @@ def read_contents(file: PeftFile, model: TorchBase) -> tuple[Contents, list[str]
     return found, problems
 
 
-def _misshaped(name: str, got: tuple[int, ...], wanted: tuple[int, ...]) -> str:
+def _shape_problem(name: str, got: tuple[int, ...], wanted: tuple[int, ...]) -> str:
     return f"{name}: has shape {got}, needs {wanted}"
 
 
@@ -110,7 +109,7 @@ def _check_factors(
         if ending not in allowed:
             problems.append(f"{full}.{ending}: unexpected for a module of kind {kind}")
         elif tensor.shape != wanted[ending]:
-            line = _misshaped(f"{full}.{ending}", tensor.shape, wanted[ending])
+            line = _shape_problem(f"{full}.{ending}", tensor.shape, wanted[ending])
             problems.append(f"{line} at rank {rank}")
     return problems
 
@@ -127,7 +126,7 @@ def _add_rows(
     if kind not in ("embedding", "linear"):
         problems.append(f"{name}: {weight} is not an embedding")
     elif values.shape != (len(numbers), shape[1]):
-        problems.append(_misshaped(name, values.shape, (len(numbers), shape[1])))
+        problems.append(_shape_problem(name, values.shape, (len(numbers), shape[1])))
     elif len(set(numbers)) < len(numbers) or max(numbers, default=-1) >= shape[0]:
         problems.append(f"{name}: trainable_token_indices has duplicates, or rows >= {shape[0]}")
     else:

@@ -22,6 +22,10 @@ class Tied:
     embedding: str
     head: str
 
+    def is_in(self, contents: Contents) -> bool:
+        """Return whether the contents adapt or fully train the embedding."""
+        return self.embedding in contents.factors or self.embedding in contents.whole
+
 
 def find(model: TorchBase) -> Tied | None:
     """Return the embedding of a tree that has no leaf for its head, else None."""
@@ -37,11 +41,6 @@ def find(model: TorchBase) -> Tied | None:
     if len(heads) == len(embeddings) == 1:
         return Tied(embeddings[0], heads[0])
     return None
-
-
-def is_adapted(tied: Tied, contents: Contents) -> bool:
-    """Return whether the contents adapt or fully train the tied embedding."""
-    return tied.embedding in contents.factors or tied.embedding in contents.whole
 
 
 def drop_copies(
@@ -71,7 +70,7 @@ def drop_copies(
 
 def drop_lookup_alone(contents: Contents, tied: Tied) -> list[str]:
     """Remove the embedding where PEFT adapts its lookup alone; return the problem, if it does."""
-    if not is_adapted(tied, contents):
+    if not tied.is_in(contents):
         return []
     contents.factors.pop(tied.embedding, None)
     contents.whole.pop(tied.embedding, None)

@@ -122,13 +122,10 @@ def unknown(name: str, names: Iterable[str]) -> str:
     return f"not in this base; {nearest(name, names)}"
 
 
-def is_floating(x: Any) -> bool:
-    """Return whether a tensor's dtype can be trained."""
-    return x.dtype.name in ("float32", "float16", "bfloat16", "float64")
-
-
-def not_floating(x: Any) -> str:
-    """Return the end of a message about a tensor that `is_floating` rejects."""
+def dtype_problem(x: Any) -> str | None:
+    """Return why a tensor of this dtype cannot be trained, or None if it can."""
+    if x.dtype.name in ("float32", "float16", "bfloat16", "float64"):
+        return None
     return f"is {x.dtype}, but only floating-point tensors can be trained"
 
 

@@ -53,11 +53,11 @@ class TorchFactors:
 
     def drop_padding(self) -> "TorchFactors":
         """Drop components that are zero in both A and B, which never train."""
-        return self.select(_used(self.a) | _used(self.b.T))
+        return self.select(_is_used(self.a) | _is_used(self.b.T))
 
     def drop_unused(self) -> "TorchFactors":
         """Drop components that are zero in B, unless all are."""
-        return self.select(_used(self.b.T))
+        return self.select(_is_used(self.b.T))
 
     def fold(self) -> "TorchFactors":
         """Multiply the scale into B (in float64, rounded once), so that it becomes 1."""
@@ -65,11 +65,13 @@ class TorchFactors:
         return dataclasses.replace(self, b=b, scale=1.0)
 
 
-def _used(rows: np.ndarray) -> np.ndarray:
+def _is_used(rows: np.ndarray) -> np.ndarray:
     return (rows != 0).reshape(len(rows), -1).any(1)
 
 
-def join(parts: Sequence[TorchFactors | None], widths: Sequence[int]) -> TorchFactors | None:
+def join_factors(
+    parts: Sequence[TorchFactors | None], widths: Sequence[int]
+) -> TorchFactors | None:
     """Join the factors of modules with the same input into those of one with all their outputs.
 
     This is exact: the A's are stacked and the B's become diagonal blocks, so the ranks add up.
@@ -85,7 +87,8 @@ def join(parts: Sequence[TorchFactors | None], widths: Sequence[int]) -> TorchFa
 
     >>> one = TorchFactors(np.ones((2, 3), "float32"), np.ones((4, 2), "float32"), 0.5)
     >>> other = dataclasses.replace(one, a=2 * one.a)
-    >>> join([one, None, other], [4, 4, 4]).b.shape, join([one, one], [4, 4]).b.shape
+    >>> joined = join_factors([one, None, other], [4, 4, 4])
+    >>> joined.b.shape, join_factors([one, one], [4, 4]).b.shape
     ((12, 4), (8, 2))
     """
     there = [part for part in parts if part is not None]

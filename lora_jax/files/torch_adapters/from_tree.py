@@ -16,7 +16,7 @@ from lora_jax.core.weights import Adapted, LoraWeight, TrainedLeaf, TrainedRows,
 from lora_jax.files.naming import Naming, Place
 from lora_jax.files.torch_adapters.contents import Contents, TorchBase, part_of
 from lora_jax.files.torch_adapters.experts import stack_experts
-from lora_jax.files.torch_adapters.factors import TorchFactors, join
+from lora_jax.files.torch_adapters.factors import TorchFactors, join_factors
 
 _SWAP = str.maketrans("io", "oi")
 #: The parts of one PyTorch tensor that leaves share, by their start along its out axis.
@@ -41,15 +41,15 @@ def collect_nodes(nodes: Mapping[str, Adapted], model: TorchBase) -> tuple[Conte
             continue
         place, node = model.places[path], jax.device_get(node)
         if isinstance(node, LoraWeight):
-            _take_factors(place, _as_in_row(place, node), factors)
+            _take_factors(place, _align_to_row(place, node), factors)
         elif isinstance(node, TrainedLeaf):
-            _take_whole(place, node, whole)
+            _take_complete(place, node, whole)
         elif node.scale != 0:
             (name,) = place.layers()[0][1]
-            found.rows[name] = node.rows, _rows(place, np.asarray(node.value))
+            found.rows[name] = node.rows, _rows_to_torch(place, np.asarray(node.value))
     for (name, expert), parts in factors.items():
         try:
-            joined = join(*_in_order(name, parts, model))
+            joined = join_factors(*_sort_parts(name, parts, model))
         except ValueError:
             problems.append(f"{name}: only a part of this tensor has DoRA; adapt all of it or none")
             continue
@@ -60,7 +60,7 @@ def collect_nodes(nodes: Mapping[str, Adapted], model: TorchBase) -> tuple[Conte
             experts.setdefault(name, {})[expert] = joined
     found.experts = {name: stack_experts(x, model.count(name)) for name, x in experts.items()}
     for name, values in whole.items():
-        value = _whole(name, values, model)
+        value = _complete(name, values, model)
         if value is None:
             problems.append(f"{name}: only a part of it is trained; pass base= for the rest")
         else:
@@ -89,19 +89,19 @@ def _problem(path: str, node: Adapted, model: TorchBase) -> str | None:
         )
     if place.entry.has_experts and node.magnitude is not None:
         return f"{path}: PEFT does not support DoRA for experts' parameters"
-    if place.entry.has_experts and node.layout.axes == _swapped(axes):
+    if place.entry.has_experts and node.layout.axes == _swap_sides(axes):
         return None
     if node.layout.axes != axes:
-        kind = f"of kind {place.entry.kind!r}, {axes!r}" if axes else "without a kind"
+        kind = f"of kind {place.entry.kind!r}, which means {axes!r}" if axes else "without a kind"
         return f"{path}: has the layout {node.layout.axes!r}, but its row in the naming is {kind}"
     return None
 
 
-def _swapped(axes: str) -> str:
+def _swap_sides(axes: str) -> str:
     return axes.translate(_SWAP)
 
 
-def _as_in_row(place: Place, node: LoraWeight) -> LoraWeight:
+def _align_to_row(place: Place, node: LoraWeight) -> LoraWeight:
     """Return the node with the row's layout: what is an input here may be an output in PEFT.
 
     PEFT takes the last axis of a parameter of experts for the inputs even where it is not, as in
@@ -142,7 +142,7 @@ def _cut(one: TorchFactors, widths: Sequence[int]) -> list[TorchFactors | None]:
     return [part.drop_unused() if part.b.any() else None for part in parts]
 
 
-def _take_whole(place: Place, node: TrainedLeaf, into: _Parts) -> None:
+def _take_complete(place: Place, node: TrainedLeaf, into: _Parts) -> None:
     value = np.asarray(node.value)
     scale = np.broadcast_to(np.asarray(node.scale), value.shape)
     for where, names in place.layers():
@@ -151,7 +151,7 @@ def _take_whole(place: Place, node: TrainedLeaf, into: _Parts) -> None:
                 into.setdefault(name, {})[place.start] = part_of(place, value, where, i)
 
 
-def _in_order(
+def _sort_parts(
     name: str, parts: Mapping[int, TorchFactors], model: TorchBase
 ) -> tuple[list[TorchFactors | None], list[int]]:
     """Return the parts of a tensor along its outputs, None where not adapted, and their widths."""
@@ -167,7 +167,7 @@ def _in_order(
     return (ordered + [None], widths + [rest]) if rest else (ordered, widths)
 
 
-def _whole(name: str, parts: Mapping[int, np.ndarray], model: TorchBase) -> np.ndarray | None:
+def _complete(name: str, parts: Mapping[int, np.ndarray], model: TorchBase) -> np.ndarray | None:
     """Complete a tensor of which these parts are trained; None if the rest is unknown."""
     axis = model.index[name][0][0].entry.out_axis
     first = next(iter(parts.values()))
@@ -185,7 +185,7 @@ def _whole(name: str, parts: Mapping[int, np.ndarray], model: TorchBase) -> np.n
     return value
 
 
-def _rows(place: Place, value: np.ndarray) -> np.ndarray:
+def _rows_to_torch(place: Place, value: np.ndarray) -> np.ndarray:
     """Turn the leaf's `[rows, *out]` into `[rows, dim]` of PyTorch's embedding or head."""
     if place.entry.kind == "embedding":
         return place.b_to_torch(value).T
@@ -205,7 +205,7 @@ def collect(adapters: Any, naming: Naming, base: Any) -> tuple[Contents, TorchBa
     """
     nodes = require_adapted("save", adapters)
     base = _own_base(adapters) if base is None else base
-    known = _shapes(nodes) if base is None else base
+    known = _known_shapes(nodes) if base is None else base
     model = TorchBase(known, naming, adapted_only=base is None)
     check(_misfits(nodes, model))
     contents, problems = collect_nodes(nodes, model)
@@ -226,7 +226,7 @@ def check(problems: list[str]) -> None:
         raise StructureError(f"save: the file cannot hold these adapters:\n{lines}")
 
 
-def _shapes(nodes: Mapping[str, Adapted]) -> dict[str, jax.ShapeDtypeStruct]:
+def _known_shapes(nodes: Mapping[str, Adapted]) -> dict[str, jax.ShapeDtypeStruct]:
     """Return the shapes of the base that the adapters alone tell, by path."""
     of_rows = [path for path, node in nodes.items() if isinstance(node, TrainedRows)]
     check([f"{path}: trained rows of an embedding need its shape; pass base=" for path in of_rows])

@@ -18,7 +18,7 @@ from lora_jax.core.tree import adapted_nodes
 from lora_jax.core.weights import Adapted, LoraWeight, TrainedLeaf, TrainedRows
 from lora_jax.files.naming import Place
 from lora_jax.files.torch_adapters.contents import Contents, TorchBase, by_leaf
-from lora_jax.files.torch_adapters.factors import TorchFactors, join
+from lora_jax.files.torch_adapters.factors import TorchFactors, join_factors
 
 
 def fit_to_base(
@@ -31,13 +31,13 @@ def fit_to_base(
     dtype: Any,
     stacklevel: int = 3,
 ) -> Any:
-    """Return `overlay`; all problems make one error, or with `strict=False` one warning.
+    """Return the overlay of a file's contents; all problems give one error or one warning.
 
     Args:
       source: the file, which messages begin with.
       contents, model, dtype: as for `overlay`.
       problems: what is wrong with the file already.
-      strict: whether problems are an error.
+      strict: whether problems are an error, and not a warning.
       stacklevel: of the warning: 3 where the user called what calls this.
 
     Raises:
@@ -70,7 +70,7 @@ def overlay(contents: Contents, model: TorchBase, dtype: Any = None) -> tuple[An
       dtype: of the factors and the trained values; None for the file's.
     """
     nodes: dict[str, Adapted] = {}
-    problems = _compare(contents, model)
+    problems = _check_untrained(contents, model)
     whole = dict(contents.whole)
     for name, added in contents.added.items():
         value = whole.get(name, model.value(name))
@@ -80,12 +80,12 @@ def overlay(contents: Contents, model: TorchBase, dtype: Any = None) -> tuple[An
             with np.errstate(over="ignore"):  # reported below
                 whole[name] = (value.astype("float64") + added).astype(value.dtype)
     made: list[_Made] = [
-        _lora_weight(model.places[path], contents, model)
+        _make_lora_weight(model.places[path], contents, model)
         for path in by_leaf({**contents.factors, **contents.experts}, model)
     ]
-    made += [_trained_leaf(model.places[path], whole, model) for path in by_leaf(whole, model)]
+    made += [_make_trained_leaf(model.places[path], whole, model) for path in by_leaf(whole, model)]
     for name, (rows, values) in contents.rows.items():
-        made += [_trained_rows(place, at, rows, values) for place, at, _ in model.index[name]]
+        made += [_make_trained_rows(place, at, rows, values) for place, at, _ in model.index[name]]
     for path, node in made:
         if isinstance(node, str):
             problems.append(f"{path}: {node}")
@@ -96,7 +96,7 @@ def overlay(contents: Contents, model: TorchBase, dtype: Any = None) -> tuple[An
             problems.append(f"{path}: has values that overflow {held}")
         else:
             nodes[path] = node
-    leaves = [_in_jax(nodes.get(path), dtype) for path in model.leaves]
+    leaves = [_to_jax(nodes.get(path), dtype) for path in model.leaves]
     return jax.tree_util.tree_unflatten(model.treedef, leaves), problems
 
 
@@ -104,7 +104,7 @@ def overlay(contents: Contents, model: TorchBase, dtype: Any = None) -> tuple[An
 _Made = tuple[str, Adapted | str]
 
 
-def _compare(contents: Contents, model: TorchBase) -> list[str]:
+def _check_untrained(contents: Contents, model: TorchBase) -> list[str]:
     """List copies of base weights that differ from the base, which was resized or trained."""
     problems = []
     for name, tensor in contents.untrained.items():
@@ -125,14 +125,14 @@ def _factors(contents: Contents, name: str, expert: int | None) -> TorchFactors 
     return None if experts is None else experts.of(expert)
 
 
-def _lora_weight(place: Place, contents: Contents, model: TorchBase) -> _Made:
+def _make_lora_weight(place: Place, contents: Contents, model: TorchBase) -> _Made:
     layers: dict[tuple[int, ...], TorchFactors] = {}
     for where, names, expert in place.modules():
         parts = [_factors(contents, name, expert) for name in names]
         if len(place.entry.paths) > 1:
             parts = [part and part.cut(place.start, place.stop) for part in parts]
         try:
-            joined = join(parts, place.widths)
+            joined = join_factors(parts, place.widths)
         except ValueError:
             return place.path, f"cannot join {', '.join(names)}: only some of them have DoRA"
         if joined is not None:
@@ -150,7 +150,9 @@ def _lora_weight(place: Place, contents: Contents, model: TorchBase) -> _Made:
     with_magnitude = [x.magnitude is not None for x in padded.values()]
     if any(with_magnitude):
         magnitudes = {w: place.out_to_tree(x.magnitude) for w, x in padded.items()}
-        node = dataclasses.replace(node, magnitude=_magnitudes(node, magnitudes, place, model))
+        node = dataclasses.replace(
+            node, magnitude=_stack_magnitudes(node, magnitudes, place, model)
+        )
     return place.path, node
 
 
@@ -168,7 +170,7 @@ def _dtype(layers: Mapping[tuple[int, ...], Any]) -> Any:
     return dtypes.pop() if len(dtypes) == 1 else np.dtype("float32")
 
 
-def _magnitudes(
+def _stack_magnitudes(
     node: LoraWeight, layers: Mapping[tuple[int, ...], Any], place: Place, model: TorchBase
 ) -> np.ndarray:
     """Stack the magnitudes, ‖W‖ for layers without one, so that those equal the base."""
@@ -185,7 +187,7 @@ def _magnitudes(
     return stacked
 
 
-def _trained_leaf(place: Place, whole: Mapping[str, np.ndarray], model: TorchBase) -> _Made:
+def _make_trained_leaf(place: Place, whole: Mapping[str, np.ndarray], model: TorchBase) -> _Made:
     base, found = model.leaves[place.path], {}
     for where, names in place.layers():
         parts = [whole.get(name) for name in names]
@@ -208,10 +210,10 @@ def _trained_leaf(place: Place, whole: Mapping[str, np.ndarray], model: TorchBas
         value = np.array(base).astype(value.dtype)
     for where, layer in found.items():
         value[place.at(where)] = layer
-    return place.path, TrainedLeaf(None, value, _mask(place, found))
+    return place.path, TrainedLeaf(None, value, _make_mask(place, found))
 
 
-def _mask(place: Place, found: Mapping[tuple[int, ...], Any]) -> np.ndarray:
+def _make_mask(place: Place, found: Mapping[tuple[int, ...], Any]) -> np.ndarray:
     """Return 1 at the layers found and 0 elsewhere; a single 1 if that is all of them."""
     if len(found) == len(place.layers()):
         return np.ones((), "float32")
@@ -223,7 +225,7 @@ def _mask(place: Place, found: Mapping[tuple[int, ...], Any]) -> np.ndarray:
     return mask.astype("float32")
 
 
-def _trained_rows(
+def _make_trained_rows(
     place: Place, where: tuple[int, ...], rows: tuple[int, ...], values: np.ndarray
 ) -> _Made:
     is_lookup = place.entry.kind == "embedding"
@@ -237,7 +239,7 @@ def _trained_rows(
     return place.path, TrainedRows(None, value, one, rows=rows, axis=axes[0], layout=layout)
 
 
-def _trained(node: Adapted) -> dict[str, Any]:
+def _trained_fields(node: Adapted) -> dict[str, Any]:
     fields = {field: getattr(node, field, None) for field in ("a", "b", "magnitude", "value")}
     return {field: x for field, x in fields.items() if x is not None}
 
@@ -245,14 +247,14 @@ def _trained(node: Adapted) -> dict[str, Any]:
 def _is_finite(node: Adapted, dtype: Any) -> bool:
     """Return whether the trained values stay finite in `dtype`."""
     with np.errstate(over="ignore"):
-        arrays = [np.asarray(x).astype(dtype or x.dtype) for x in _trained(node).values()]
+        arrays = [np.asarray(x).astype(dtype or x.dtype) for x in _trained_fields(node).values()]
     return all(np.isfinite(x).all() for x in arrays)
 
 
-def _in_jax(node: Adapted | None, dtype: Any) -> Adapted | None:
+def _to_jax(node: Adapted | None, dtype: Any) -> Adapted | None:
     """Convert the node's arrays to JAX's, in `dtype`; the scale in the accumulation dtype."""
     if node is None:
         return None
-    trained: dict[str, Any] = {f: jnp.asarray(x, dtype) for f, x in _trained(node).items()}
+    trained: dict[str, Any] = {f: jnp.asarray(x, dtype) for f, x in _trained_fields(node).items()}
     scale = jnp.asarray(node.scale, accumulator(*(x.dtype for x in trained.values())))
     return dataclasses.replace(node, scale=scale, **trained)

@@ -1,4 +1,4 @@
-"""Files and sets of files: whole, whatever happens; nothing of the user's is touched."""
+"""Files and sets of files are complete whatever happens, and other files are never touched."""
 
 import errno
 import os
@@ -17,19 +17,19 @@ NEW = {"config": b"new config", "weights": b"new weights!", "extra": b"the same"
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    """Waiting for the disk is no part of these tests, which lose no power."""
+    """Skip fsync: these tests never lose power."""
     monkeypatch.setattr(os, "fsync", lambda handle: None)
 
 
 class Killed(BaseException):
-    """Stands for kill -9 within one process: nothing is cleaned up after it."""
+    """Simulates kill -9 within one process: nothing is cleaned up after it."""
 
 
 CALLS = ("rename", "replace", "unlink", "mkdir", "rmdir", "fsync", "open")
 
 
 def killed_at(monkeypatch, step, write):
-    """Run `write` up to its `step`-th system call; whether it was killed before its end."""
+    """Run `write` up to its `step`-th system call; return whether it was killed."""
     count = 0
 
     def counted(name):
@@ -55,7 +55,7 @@ def killed_at(monkeypatch, step, write):
 
 
 def foreign(path):
-    """What a reader sees who knows nothing of commits."""
+    """Return what a reader sees that does not know about commits."""
     return {n: (path / n).read_bytes() for n in NAMES if (path / n).is_file()}
 
 
@@ -129,7 +129,7 @@ def test_killed_while_one_file_is_written(tmp_path, monkeypatch):
 
 
 def test_a_set_that_differs_in_one_file_is_one_rename(tmp_path, monkeypatch):
-    """So readers that know nothing of commits see the old or the new set, too."""
+    """So readers that do not know about commits also see the old or the new set."""
     for step in range(20):
         path = tmp_path / f"{step}"
         write_directory(path, OLD)
@@ -189,7 +189,7 @@ def test_links_are_followed(tmp_path):
 
 
 def test_a_commit_that_is_a_link_moves_nothing(tmp_path):
-    """A directory from elsewhere must not make us take files out of another."""
+    """A link to another directory must not make us move files out of it."""
     (tmp_path / "private").mkdir()
     (tmp_path / "private" / "weights").write_bytes(b"private")
     (tmp_path / "a").mkdir()
@@ -219,7 +219,7 @@ def test_a_set_written_since_by_someone_else_counts(tmp_path, monkeypatch):
 
 
 def test_a_living_writers_file_is_not_cleared_up(tmp_path, monkeypatch):
-    """Two threads write to one directory; the second comes while the first is half way."""
+    """Two threads write to one directory; the second starts while the first is halfway."""
     half, go_on = threading.Event(), threading.Event()
     real = os.replace
 
@@ -240,7 +240,7 @@ def test_a_living_writers_file_is_not_cleared_up(tmp_path, monkeypatch):
 
 
 def test_readers_and_two_writers_at_once(tmp_path):
-    """Every call opens the lock anew, so threads exclude one another as processes do."""
+    """Each call opens the lock again, so threads exclude one another as processes do."""
     write_directory(tmp_path / "a", dict.fromkeys(("config", "weights"), b"start"))
 
     def write_often(text):

@@ -19,7 +19,7 @@ KINDS = (
 
 
 def stored(kind: Kind) -> np.ndarray:
-    """Three rows of numbers as the file has them; K-quants, which `gguf` cannot make, of bytes."""
+    """Return three rows of stored numbers; K-quants, which `gguf` cannot write, from bytes."""
     rng = np.random.default_rng(int(kind))
     if not kind.name.endswith("_K"):
         return quantize(rng.normal(size=(3, 512)).astype("float32"), kind)

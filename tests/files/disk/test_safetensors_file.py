@@ -1,4 +1,4 @@
-"""Safetensors files: what the library writes is read, and what is not one is refused clearly."""
+"""Safetensors files: what the library writes is read; anything else is rejected clearly."""
 
 import json
 import os
@@ -33,7 +33,7 @@ def record(shape=(2,), offsets=(0, 8), dtype="F32"):
 
 
 def raw(header, data=b"\0" * 8):
-    """A file's bytes from its header, a value or the very text."""
+    """Return a file's bytes from its header, given as a value or as text."""
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
     return len(text).to_bytes(8, "little") + text + data
 
@@ -148,7 +148,7 @@ def test_hostile_files(tmp_path, data, match):
 
 
 def test_the_library_agrees_or_is_less_strict(tmp_path):
-    """Nothing that the library refuses is taken."""
+    """We accept nothing that the library rejects."""
     for name, (data, _) in HOSTILE.items():
         (tmp_path / "a").write_bytes(data)
         try:

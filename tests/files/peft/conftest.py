@@ -11,7 +11,7 @@ from tests.parity.peft import models
 
 @pytest.fixture
 def edited(tmp_path):
-    """A recorded case, its tensors and configuration changed."""
+    """Return a recorded case with changed tensors and configuration."""
 
     def edit(case, change=lambda tensors: None, **fields):
         folder = models.unpack(case, tmp_path / case)

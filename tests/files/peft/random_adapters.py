@@ -1,4 +1,4 @@
-"""Adapters at random, and comparing them."""
+"""Random adapters, and how to compare them."""
 
 import dataclasses
 
@@ -17,7 +17,7 @@ UP = "model/layers/1/up/kernel"
 
 
 def adapted(config, which="plain"):
-    """Adapters at random, the scales the configuration's; no program is compiled for them."""
+    """Return random adapters with the configuration's scales, without compiling a program."""
     rng = np.random.default_rng(0)
     nodes = lora_jax.init(jax.random.key(0), models.shapes(which), config)
 

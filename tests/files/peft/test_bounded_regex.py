@@ -1,4 +1,4 @@
-"""Regular expressions of a configuration: what `re` says, in bounded time."""
+"""Regular expressions of a configuration: the results of `re`, in bounded time."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""adapter_config.json: what is refused and by which words, and PEFT's rules for names."""
+"""adapter_config.json: what is rejected with which message, and PEFT's rules for names."""
 
 import json
 import re
@@ -178,7 +178,7 @@ def test_alpha_is_the_number_that_was_meant(rank, rslora):
 
 
 def test_a_name_that_is_both_a_factors_and_a_weights():
-    """A module that is adapted and has one inside it called lora_A."""
+    """An adapted module contains a module called lora_A."""
     known = {"x.weight", "x.lora_A.weight"}
     a, b = (f"base_model.model.x.lora_{c}.weight" for c in "AB")
     assert part_of_name(a, {a, b}, known) == ("x", "lora_A.weight")

@@ -1,4 +1,4 @@
-"""Files that do not fit what they are read onto, and what is told of them."""
+"""Files that do not fit the base, and the messages about them."""
 
 import jax
 import jax.numpy as jnp
@@ -135,7 +135,7 @@ def test_a_joined_tree_is_a_base_too(edited):
 
 
 def test_a_copy_of_the_base_weight_must_be_the_bases(edited):
-    """PEFT saves the weights of embeddings that it adapts along with the factors."""
+    """PEFT saves the weights of adapted embeddings together with the factors."""
     name, weight = f"{PREFIX}model.emb.base_layer.weight", np.array(BASE["model/emb/embedding"])
     add = lambda x: lambda tensors: tensors.__setitem__(name, x)
     want = peft.load(edited("embedding"), BASE, PLAIN)

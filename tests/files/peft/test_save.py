@@ -1,4 +1,4 @@
-"""What is written of adapters, and adapters that such a file cannot hold."""
+"""What a PEFT file contains, and adapters that it cannot hold."""
 
 import dataclasses
 import json
@@ -189,7 +189,7 @@ def test_another_layout_than_the_rows(tmp_path):
 
 
 def test_parts_of_a_fused_module(edited, tmp_path):
-    """Different A's of query and value, none of key: one module whose rank is the sum."""
+    """Query and value have different A's and key has none: one module whose rank is the sum."""
     base = models.base("split")
     where = {"layout": "ioo"}
     config = lora_jax.LoraConfig(
@@ -222,7 +222,7 @@ def test_saving_again_replaces_both_files(tmp_path):
 
 
 def test_a_component_that_is_zero_in_b_alone_is_kept(tmp_path):
-    """At the start of training B is zero; A is not padding."""
+    """B is zero before training, but A is not padding."""
     nodes = up_alone()
     node = dataclasses.replace(nodes[UP], b=nodes[UP].b.at[1].set(0))
     padded = dataclasses.replace(node, a=node.a.at[:, 1].set(0))
@@ -233,7 +233,7 @@ def test_a_component_that_is_zero_in_b_alone_is_kept(tmp_path):
 
 
 def test_magnitudes_of_layers_that_are_off_are_the_bases(edited):
-    """Switched on by mistake, a layer without an adapter is still the base."""
+    """If it is switched on by mistake, a layer without an adapter still equals the base."""
 
     def drop(tensors):
         for name in [name for name in tensors if ".layers.1." not in name]:
@@ -278,7 +278,7 @@ def test_what_a_lora_config_says_is_written(tmp_path):
 
 
 def test_modules_whose_names_end_alike_are_saved_along(tmp_path):
-    """PEFT takes modules_to_save for ends of names, dots or no dots: "norm" is "input_norm" too."""
+    """PEFT matches modules_to_save with any end of a name: "norm" includes "input_norm"."""
     entries = (("norm", "norm"), ("h.0.input_norm", "h/input_norm"))
     naming = lora_jax.naming.Naming(
         (

@@ -1,4 +1,4 @@
-"""An embedding that is the head too: one leaf here, two modules there."""
+"""An embedding that is also the output head: one leaf here, two modules in PEFT."""
 
 import jax
 import jax.numpy as jnp

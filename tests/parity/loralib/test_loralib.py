@@ -1,4 +1,4 @@
-"""An adapter that loralib saved, against the weights that it merges it to."""
+"""An adapter that loralib saved, against the weights that loralib merges."""
 
 import pathlib
 
@@ -68,7 +68,7 @@ def test_merged_weights_equal_loralibs(naming, file):
 
 
 def test_a_convolution_under_loralibs_own_names(file):
-    """Its weight and its bias are in a module of their own there."""
+    """loralib keeps the weight and the bias in a submodule."""
     own = {"h.cnn.weight": "h.cnn.conv.weight", "h.cnn.bias": "h.cnn.conv.bias"}
     rows = [
         Entry(new, f"h/cnn/{leaf}", kind)
@@ -89,7 +89,7 @@ def test_a_convolution_under_loralibs_own_names(file):
 
 @pytest.mark.parametrize("shape", [(3, 3, 3, 10), (3, 1, 6, 15), (3, 6, 15), (3, 3, 6, 4)])
 def test_a_convolution_that_does_not_fit(shape, file):
-    """Of 2 groups, of another kernel, of other outputs."""
+    """Two groups, another kernel, another number of outputs."""
     axes = "o i k -> k i o" if len(shape) == 3 else ""
     naming = Naming((Entry("h.cnn.weight", "kernel", "conv", axes),))
     tensors, _ = safetensors_file.read(file)

@@ -1,4 +1,4 @@
-"""Load files that lora_jax writes with real mlx-lm: the other half of the trip.
+"""Load files that lora_jax writes with the real mlx-lm: the other half of the round trip.
 
     python -m tests.parity.mlx_lm.check_mlx PYTHON
 

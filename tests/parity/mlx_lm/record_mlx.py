@@ -63,7 +63,7 @@ def weights(model: nn.Module) -> dict[str, np.ndarray]:
 
 
 def fused(model: nn.Module) -> dict[str, np.ndarray]:
-    """The weights, adapters merged into them."""
+    """Return the weights with merged adapters."""
     plain = dict(tree_flatten(build().parameters()))
     found = {name: np.array(x) for name, x in plain.items()}
     for name, module in model.named_modules():

@@ -1,4 +1,4 @@
-"""Adapters that mlx-lm trained, against the weights that it fuses them to."""
+"""Adapters that mlx-lm trained, against the weights that mlx-lm fuses."""
 
 import json
 import pathlib
@@ -77,7 +77,7 @@ def test_merged_weights_equal_mlxs(case, naming, tmp_path):
 
 
 def test_a_lookup_and_its_tied_head_with_a_magnitude_for_each_row(tmp_path):
-    """The function, not the merged weight alone."""
+    """Compare the function, not only the merged weight."""
     tree = base(PLAIN)
     adapters = mlx.load(unpack("dora embedding", tmp_path), tree, PLAIN)
     node = adapters["embed/embedding"]

@@ -67,7 +67,7 @@ TARGETS = ((BOTH, ["q_proj"]), (BOTH[1:], []))
 
 
 def adapters() -> Iterator[tuple[str, Any, Any]]:
-    """Names, overlays, and what they were made with."""
+    """Yield names, overlays, and their configurations."""
     base = experts_model.base()
     for case in experts_model.CASES:
         folder = experts_model.unpack(case, pathlib.Path(tempfile.mkdtemp()))
@@ -79,7 +79,7 @@ def adapters() -> Iterator[tuple[str, Any, Any]]:
 
 
 def difference(overlay: Any, **options: Any) -> float:
-    """How far the outputs of torch with peft are from JAX's."""
+    """Return the largest difference between the outputs of PyTorch with peft and of JAX."""
     base, x = experts_model.base(), experts_model.RECORDED["x"]
     tree = {path: np.asarray(leaf) for path, leaf in base.items()}
     for path, node in adapted_nodes(overlay).items():
@@ -94,7 +94,7 @@ def difference(overlay: Any, **options: Any) -> float:
 
 
 def transformers_model(name: str) -> torch.nn.Module:
-    """One of `MODELS`, every parameter at random."""
+    """Return one of `MODELS` with random parameters."""
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(MODELS[name][0])
     with torch.no_grad():
@@ -109,7 +109,7 @@ def logits(model: torch.nn.Module) -> torch.Tensor:
 
 
 def round_trip(name: str, parameters: list[str], targets: list[str]) -> float:
-    """How far a model with the file that was read and written again is from peft's own."""
+    """Return how far a model with a file that was read and written again is from peft's."""
     fields = {"target_parameters": parameters, "target_modules": targets}
     config = hugging_face.LoraConfig(r=2, lora_alpha=3, **fields)
     model = move(hugging_face.get_peft_model(transformers_model(name), config)).eval()

@@ -1,4 +1,4 @@
-"""Load files that lora_jax writes with real peft, on real torch models: the other half of the trip.
+"""Load files that lora_jax writes with the real peft, on PyTorch models: the other half.
 
     python -m tests.parity.peft.check_files
 
@@ -57,7 +57,7 @@ CONFIGS: dict[str, Any] = {
 
 
 def moved(adapters: Any, seed: int = 0) -> Any:
-    """Every trained value at random; the scales as they were."""
+    """Return the tree with random trained values and unchanged scales."""
     rng = np.random.default_rng(seed)
 
     def one(path: tuple, x: jax.Array) -> jax.Array:
@@ -69,7 +69,7 @@ def moved(adapters: Any, seed: int = 0) -> Any:
 
 
 def layouts(which: str) -> dict[str, str]:
-    """The layout of every leaf that can be adapted, as the naming has it."""
+    """Return the naming's layout of each adaptable leaf."""
     naming = models.NAMINGS[which]
     shapes = {path: x.shape for path, x in models.shapes(which).items()}
     places = naming.places(shapes)
@@ -77,7 +77,7 @@ def layouts(which: str) -> dict[str, str]:
 
 
 def adapted(which: str, config: lora_jax.LoraConfig) -> Any:
-    """Adapters of a configuration on one of the trees, every value at random."""
+    """Return adapters of a configuration on one of the trees, with random values."""
     base, rows = models.base(which), config.rows
     every = {path: x for path, x in layouts(which).items() if path not in rows}
     if config.targets == "all-linear":
@@ -94,7 +94,7 @@ def adapted(which: str, config: lora_jax.LoraConfig) -> Any:
 
 
 def checks() -> Iterator[tuple[str, Any, str, Any, dict[str, Any]]]:
-    """Names, adapters, and how to save them: peft's own cases, and cases of lora_jax's own."""
+    """Yield names, adapters, and how to save them: peft's cases, and cases of lora_jax."""
     for case in models.CASES:
         folder = models.unpack(case, pathlib.Path(tempfile.mkdtemp()))
         for which, naming in models.NAMINGS.items():
@@ -114,7 +114,7 @@ def checks() -> Iterator[tuple[str, Any, str, Any, dict[str, Any]]]:
 
 
 def difference(which: str, adapters: Any, options: dict[str, Any]) -> float:
-    """How far the outputs of torch with peft are from JAX's; raises where loading is not clean."""
+    """Return how far peft's outputs are from JAX's; raise if loading is not clean."""
     base, naming = models.base(which), models.NAMINGS[which]
     tree = {path: np.asarray(x) for path, x in base.items()}
     for path, node in adapted_nodes(adapters).items():
@@ -130,7 +130,7 @@ def difference(which: str, adapters: Any, options: dict[str, Any]) -> float:
 
 
 def loaded(model: torch.nn.Module, folder: str) -> torch.nn.Module:
-    """peft's model with the files in `folder`, every tensor of them in its place."""
+    """Return peft's model with all tensors of the files in `folder`."""
     file = load_file(pathlib.Path(folder) / peft.TENSORS)
     model = hugging_face.PeftModel.from_pretrained(model, folder).eval()
     held = get_peft_model_state_dict(model, save_embedding_layers=False)

@@ -63,20 +63,20 @@ CASES = (
 
 
 def from_directory(source: pathlib.Path) -> transformers.PreTrainedModel:
-    """The model in a directory, as transformers reads it."""
+    """Return the model in a directory, as transformers reads it."""
     kind = transformers.AutoModel if "bert" in str(source) else transformers.AutoModelForCausalLM
     return kind.from_pretrained(source, attn_implementation="eager").eval()
 
 
 def torch_outputs(model: torch.nn.Module) -> np.ndarray:
-    """Logits, or BERT's hidden states."""
+    """Return logits, or BERT's hidden states."""
     with torch.no_grad():
         found = model(torch.asarray(IDS))
     return (found.logits if "logits" in found else found.last_hidden_state).numpy()
 
 
 def trained(model: models.Pretrained, config: lora.LoraConfig) -> Any:
-    """Parameters with adapters after five steps of Adam towards random outputs."""
+    """Return parameters with adapters after five steps of Adam towards random outputs."""
     params = lora.init(jax.random.key(0), model.params, config, model.apply, IDS, SEGMENTS)
     apply, tx = lora.lora(model.apply, on_dense="error"), lora.freeze(optax.adam(3e-2), params)
     goal = jax.random.normal(jax.random.key(1), (*IDS.shape, 1))
@@ -94,7 +94,7 @@ def trained(model: models.Pretrained, config: lora.LoraConfig) -> Any:
 
 
 def there_and_back(name: str, scan: bool, config: lora.LoraConfig) -> tuple[float, ...]:
-    """Differences: adapters here to peft, the change they make, peft's to here, merged."""
+    """Return the differences: our adapters in peft, the change they make, peft's here, merged."""
     model = models.load(FIXTURES / name, scan=scan)
     params = trained(model, config)
     apply = jax.jit(lora.lora(model.apply, on_dense="error"))
@@ -120,7 +120,7 @@ def there_and_back(name: str, scan: bool, config: lora.LoraConfig) -> tuple[floa
 
 
 def recorded_models(names: list[str]) -> float:
-    """The table of `CASES`; the largest difference."""
+    """Print the table of `CASES`; return the largest difference."""
     print("model       layers    to peft  (change)  from peft  merged")
     worst = 0.0
     for name, scan, config in CASES:
@@ -186,7 +186,7 @@ OURS = {
 
 
 def random_model(name: str) -> torch.nn.Module:
-    """One of `CONFIGS`, every parameter at random."""
+    """Return one of `CONFIGS` with random parameters."""
     torch.manual_seed(0)
     config = CONFIGS[name]
     model = transformers.BertModel(config) if name == "bert" else None
@@ -209,7 +209,7 @@ def report(what: str, got: np.ndarray, want: np.ndarray, plain: np.ndarray) -> f
 
 
 def theirs(name: str, fields: dict[str, Any], loaded: list[models.Pretrained]) -> float:
-    """An adapter of peft's, read here."""
+    """Read an adapter of peft here."""
     config = hugging_face.LoraConfig(**{"r": 4, "lora_alpha": 6, **fields})
     model = move(hugging_face.get_peft_model(random_model(name), config)).eval()
     want, plain, worst = torch_outputs(model), torch_outputs(random_model(name)), 0.0
@@ -223,7 +223,7 @@ def theirs(name: str, fields: dict[str, Any], loaded: list[models.Pretrained]) -
 
 
 def ours(name: str, config: lora.LoraConfig, pretrained: models.Pretrained) -> float:
-    """An adapter made here, loaded by peft."""
+    """Load an adapter made here in peft."""
     params = lora.init(
         jax.random.key(0), pretrained.params, config, pretrained.apply, jnp.asarray(IDS), SEGMENTS
     )
@@ -237,7 +237,7 @@ def ours(name: str, config: lora.LoraConfig, pretrained: models.Pretrained) -> f
 
 
 def random_models(names: list[str]) -> tuple[float, list[int]]:
-    """Every kind of adapter on `CONFIGS`: the largest difference, and how many each way."""
+    """Check every kind of adapter on `CONFIGS`; return the largest difference and the counts."""
     worst, counts = 0.0, [0, 0]
     for name in (name for name in CONFIGS if name in names):
         with tempfile.TemporaryDirectory() as folder:

@@ -1,4 +1,4 @@
-"""The model of `record_experts.py` in JAX, with a tree and the naming of it."""
+"""The model of `record_experts.py` in JAX, with a tree and its naming."""
 
 import pathlib
 from typing import Any
@@ -39,13 +39,13 @@ SHAPES = {
 
 
 def base() -> dict[str, jax.Array]:
-    """The recorded weights as the naming's tree."""
+    """Return the recorded weights as the naming's tree."""
     weights = {name[5:]: x for name, x in RECORDED.items() if name.startswith("base/")}
     return to_tree(NAMING, weights, SHAPES)
 
 
 def apply(p: dict[str, Any], x: jax.Array) -> jax.Array:
-    """What torch's model computes: `[rows, width]` -> `[rows, width]`."""
+    """Compute what the PyTorch model computes: `[rows, width]` -> `[rows, width]`."""
     share = jax.nn.softmax(x @ p["router"]).T[..., None]  # [experts, rows, 1]
     every = lambda x: jnp.broadcast_to(x, (EXPERTS, *x.shape))
     for n in range(LAYERS):
@@ -58,7 +58,7 @@ def apply(p: dict[str, Any], x: jax.Array) -> jax.Array:
 
 
 def unpack(case: str, folder: pathlib.Path) -> pathlib.Path:
-    """The two files that peft saved, in a folder."""
+    """Write the two files that peft saved into a folder."""
     folder.mkdir(parents=True, exist_ok=True)
     for file in ("adapter_config.json", "adapter_model.safetensors"):
         (folder / file).write_bytes(RECORDED[f"{case}/{file}"].tobytes())

@@ -1,4 +1,4 @@
-"""What `record_from_data.py` recorded, and the model that it was recorded on."""
+"""The numbers that `record_from_data.py` recorded, and the model it used."""
 
 import pathlib
 

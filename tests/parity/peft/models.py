@@ -74,7 +74,7 @@ NAMINGS = {"plain": PLAIN, "stacked": STACKED, "split": SPLIT, "joined": JOINED}
 
 
 def shapes(which: str) -> dict[str, jax.ShapeDtypeStruct]:
-    """The leaves of the tree that a naming is for, by path."""
+    """Return the leaves of a naming's tree, by path."""
     plain = {}
     for name, x in BASE.items():
         path = name.replace(".", "/")
@@ -104,12 +104,12 @@ def shapes(which: str) -> dict[str, jax.ShapeDtypeStruct]:
 
 
 def base(which: str) -> dict[str, jax.Array]:
-    """The recorded weights as the tree that a naming is for."""
+    """Return the recorded weights as a naming's tree."""
     return to_tree(NAMINGS[which], BASE, shapes(which))
 
 
 def apply(p: dict[str, jax.Array], ids: jax.Array) -> jax.Array:
-    """What torch's model computes, of the plain tree: ids `[batch, length]` -> `[batch, 4]`."""
+    """Compute the PyTorch model on the plain tree: ids `[batch, length]` -> `[batch, 4]`."""
     x = p["model/emb/embedding"][ids]
     for n in range(LAYERS):
         x = _layer({k.removeprefix(f"model/layers/{n}/"): v for k, v in p.items()}, x)
@@ -142,7 +142,7 @@ def _layer(p: dict[str, jax.Array], x: jax.Array) -> jax.Array:
 
 
 def meaning(node: Any, w: np.ndarray) -> np.ndarray:
-    """The weight that a node stands for, in numpy: the oracle of what is merged."""
+    """Return the weight that a node stands for, in NumPy: the oracle of merging."""
     if isinstance(node, TrainedLeaf):
         return np.where(np.asarray(node.scale) != 0, np.asarray(node.value), w)
     if isinstance(node, TrainedRows):
@@ -164,7 +164,7 @@ def meaning(node: Any, w: np.ndarray) -> np.ndarray:
 
 
 def unpack(case: str, folder: pathlib.Path) -> pathlib.Path:
-    """The two files that peft saved, in a folder."""
+    """Write the two files that peft saved into a folder."""
     folder.mkdir(parents=True, exist_ok=True)
     for file in ("adapter_config.json", "adapter_model.safetensors"):
         (folder / file).write_bytes(RECORDED[f"{case}/{file}"].tobytes())

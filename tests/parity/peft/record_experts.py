@@ -39,7 +39,7 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 class Experts(nn.Module):
-    """Every expert of every row, `[experts, out, in]`; "up" comes before "down" here."""
+    """All experts on every row, `[experts, out, in]`; here "up" comes before "down"."""
 
     def __init__(self):
         super().__init__()
@@ -52,7 +52,7 @@ class Experts(nn.Module):
 
 
 class Transposed(nn.Module):
-    """`[experts, in, out]`, which the module says, as GPT-OSS does."""
+    """`[experts, in, out]`, declared by the module, as in GPT-OSS."""
 
     is_transposed = True
 
@@ -67,7 +67,7 @@ class Transposed(nn.Module):
 
 
 class Unsaid(nn.Module):
-    """`[experts, in, out]`, which the module does not say, as in Llama 4."""
+    """`[experts, in, out]`, not declared by the module, as in Llama 4."""
 
     def __init__(self):
         super().__init__()

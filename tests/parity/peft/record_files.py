@@ -91,7 +91,7 @@ class Body(nn.Module):
 
 
 class Model(nn.Module):
-    """PEFT's names of what a model holds as `model`, as causal language models do."""
+    """Holds the layers as `model`, as causal language models do; PEFT's names show it."""
 
     def __init__(self):
         super().__init__()
@@ -108,7 +108,7 @@ def build() -> nn.Module:
 
 
 def move(model: nn.Module) -> nn.Module:
-    """Every trained parameter moved, so that no factor is zero and no bias the base's."""
+    """Move all trained parameters, so that factors are nonzero and biases differ from the base."""
     with torch.no_grad():
         for x in model.parameters():
             if x.requires_grad:
@@ -131,7 +131,7 @@ def record(name: str, fields: dict[str, Any], ids: torch.Tensor) -> dict[str, np
 
 
 def saved(model: Any) -> dict[str, np.ndarray]:
-    """The bytes of the files that peft writes of a model."""
+    """Return the bytes of the files that peft writes for a model."""
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         return {

@@ -52,7 +52,7 @@ def array(x: torch.Tensor) -> np.ndarray:
 
 
 def eva() -> dict[str, np.ndarray]:
-    """The factors and scales that PEFT's EVA gives the model."""
+    """Return the factors and scales that PEFT's EVA gives the model."""
     model, x, _ = build()
     config = peft.LoraConfig(
         r=3,
@@ -79,7 +79,7 @@ def eva() -> dict[str, np.ndarray]:
 
 
 def lora_ga() -> dict[str, np.ndarray]:
-    """The factors and bases that PEFT's LoRA-GA gives the model, and the gradients it reads."""
+    """Return the factors and bases of PEFT's LoRA-GA, and the gradients it reads."""
     model, x, target = build()
     config = peft.LoraConfig(
         r=2,

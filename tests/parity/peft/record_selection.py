@@ -39,7 +39,7 @@ class Body(nn.Module):
 
 
 class Model(nn.Module):
-    """PEFT finds the number of a layer behind two names or more."""
+    """PEFT finds the number of a layer only after two or more names."""
 
     def __init__(self):
         super().__init__()
@@ -50,7 +50,7 @@ class Model(nn.Module):
 
 
 def adapted(base: dict, factors: dict | None, **fields) -> nn.Module:
-    """The base with adapters; B random, so that A has a gradient."""
+    """Return the base with adapters; B is random, so that A has a gradient."""
     model = Model()
     model.load_state_dict(base)
     config = peft.LoraConfig(

@@ -45,7 +45,7 @@ def array(x: torch.Tensor) -> np.ndarray:
 
 
 def decompositions(weight: np.ndarray) -> dict[str, np.ndarray]:
-    """W [out, in] with singular values that fall, and what PiSSA and OLoRA make of it."""
+    """Return W [out, in] with decreasing singular values, and its PiSSA and OLoRA factors."""
     found = {"w": weight}
     for name in ("pissa", "olora"):
         for rs in (False, True):
@@ -61,7 +61,7 @@ def decompositions(weight: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def some(x: torch.Tensor) -> np.ndarray:
-    """A sample of the entries; one entry, where all are the same."""
+    """Return a sample of the entries, or one entry if all are equal."""
     flat = array(x).ravel()
     return flat[:1] if (flat == flat[0]).all() else flat[:: len(flat) // SAMPLES][:SAMPLES]
 

@@ -48,22 +48,22 @@ def same(x: np.ndarray) -> np.ndarray:
 
 
 def channels_last(x: np.ndarray) -> np.ndarray:
-    """[batch, features, *space] as [batch, *space, features]."""
+    """Turn [batch, features, *space] into [batch, *space, features]."""
     return np.moveaxis(x, 1, -1)
 
 
 def kernel(x: np.ndarray) -> np.ndarray:
-    """[out, in, *window] as [*window, in, out]."""
+    """Turn [out, in, *window] into [*window, in, out]."""
     return np.moveaxis(x, (0, 1), (-1, -2))
 
 
 def mixing(x: np.ndarray) -> np.ndarray:
-    """The 1×1 convolution B, [out, rank, 1, ...], as [rank, out]."""
+    """Turn the 1×1 convolution B, [out, rank, 1, ...], into [rank, out]."""
     return x.reshape(x.shape[:2]).T
 
 
 class Kind(NamedTuple):
-    """A layer, an input for it, and how PEFT's arrays become this project's."""
+    """A layer, an input for it, and how to convert PEFT's arrays to ours."""
 
     layer: Callable[[], nn.Module]
     x: Callable[[], torch.Tensor]
@@ -122,7 +122,7 @@ class Model(nn.Module):
 
 
 def build(kind: Kind, variant: str) -> Any:
-    """A PEFT model on a layer, the same one for every variant."""
+    """Build a PEFT model on a layer, the same for every variant."""
     torch.manual_seed(0)
     config = peft.LoraConfig(
         r=RANK, lora_alpha=ALPHA, target_modules=["layer"], **VARIANTS[variant], **kind.options
@@ -134,7 +134,7 @@ def build(kind: Kind, variant: str) -> Any:
 
 
 def trained(model: Any) -> dict[str, nn.Parameter]:
-    """The parameters that train: A and B, and DoRA's magnitude as m."""
+    """Return the trainable parameters: A and B, and DoRA's magnitude as m."""
     found = {n: p for n, p in model.named_parameters() if p.requires_grad}
     names = {"lora_A": "a", "lora_embedding_A": "a", "lora_B": "b", "lora_embedding_B": "b"}
     names["lora_magnitude_vector"] = "m"
@@ -145,7 +145,7 @@ def trained(model: Any) -> dict[str, nn.Parameter]:
 
 
 def randomize(model: Any) -> None:
-    """Factors of a trained adapter, and a magnitude that is no longer the norm of W."""
+    """Randomize the factors, and a magnitude that no longer equals the norm of W."""
     generator = torch.Generator().manual_seed(1)
     for name, parameter in sorted(trained(model).items()):
         noise = torch.randn(parameter.shape, generator=generator)
@@ -153,7 +153,7 @@ def randomize(model: Any) -> None:
 
 
 def run(name: str, variant: str) -> dict[str, np.ndarray]:
-    """All numbers of one layer kind and variant, in this project's orientation."""
+    """Return all numbers of one layer kind and variant, in our orientation."""
     kind, model = KINDS[name], build(KINDS[name], variant)
     moves = {"a": kind.a, "b": kind.b, "m": np.ravel}
     layer = model.base_model.model.layer

@@ -1,4 +1,4 @@
-"""The recorded steps of `record_step.py`, and the layers they were taken on as plain functions."""
+"""The recorded steps of `record_step.py`, and their layers as plain functions."""
 
 import functools
 import pathlib
@@ -25,12 +25,12 @@ KINDS = {
 
 @functools.cache
 def recorded() -> dict[str, Any]:
-    """Every recorded array by `<kind>/<variant>/<name>`; `record_step.py` says what they are."""
+    """Return the recorded arrays by `<kind>/<variant>/<name>`; see `record_step.py`."""
     return load_file(FILE)
 
 
 def numbers(kind: str, variant: str) -> dict[str, jax.Array]:
-    """The recorded arrays of one layer kind and variant by name."""
+    """Return the recorded arrays of one layer kind and variant by name."""
     start = f"{kind}/{variant}/"
     return {
         key.removeprefix(start): jnp.asarray(x)
@@ -40,7 +40,7 @@ def numbers(kind: str, variant: str) -> dict[str, jax.Array]:
 
 
 def layer(kind: str, params: dict[str, jax.Array], x: jax.Array) -> jax.Array:
-    """The layer that PEFT adapted: `params` holds w and, but for an embedding, bias."""
+    """Compute the layer that PEFT adapted; `params` has w and, except for an embedding, bias."""
     w = params["w"]
     if kind == "embedding":
         return w[x]
@@ -58,7 +58,7 @@ def layer(kind: str, params: dict[str, jax.Array], x: jax.Array) -> jax.Array:
 
 
 def params_of(kind: str, recorded: dict[str, jax.Array]) -> dict[str, Any]:
-    """The layer's parameters as a joined tree, at the recorded start."""
+    """Return the layer's parameters as a joined tree, with the recorded initial values."""
     weight = lora_jax.LoraWeight(
         recorded["w"],
         recorded["a"],

@@ -1,4 +1,4 @@
-"""Adapters of experts' parameters: files of peft 0.21.2 read and written, and what is refused."""
+"""Adapters of experts' parameters: files of peft 0.21.2 read and written, and what is rejected."""
 
 import dataclasses
 import json
@@ -54,7 +54,7 @@ def test_outputs_equal_pefts(case, folder):
 
 
 def test_adapted_outputs_equal_pefts(folder, quick_compile):
-    """Nothing is made dense, though PEFT has one parameter's inputs where its outputs are."""
+    """Nothing is materialized, though PEFT swaps one parameter's inputs and outputs."""
     params = lora_jax.join(BASE, peft.load(folder("patterns"), SHAPES, NAMING))
     y = jax.jit(lora_jax.lora(apply, on_dense="error"))(params, RECORDED["x"])
     np.testing.assert_allclose(y, RECORDED["patterns/y"], atol=5e-6)
@@ -63,7 +63,7 @@ def test_adapted_outputs_equal_pefts(folder, quick_compile):
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("given", [True, False])
 def test_what_was_read_is_written_again(case, given, folder, tmp_path):
-    """The very tensors under the very names, ranks and scales the same."""
+    """The same tensors under the same names, with the same ranks and scales."""
     config = peft.read_config(folder(case))
     adapters = peft.load(folder(case), BASE, NAMING)
     again = tmp_path / "again"
@@ -97,7 +97,7 @@ def test_without_a_base_parameters_are_named_in_full(folder, tmp_path):
 
 
 def test_ranks_and_scales_of_experts_that_differ(folder, tmp_path):
-    """One rank and one scale are there for all experts: padded, and multiplied into B."""
+    """All experts share one rank and one scale: factors are padded, scales multiplied into B."""
     adapters = peft.load(folder("both"), BASE, NAMING)
     node = adapters["layers/up"]
     scale = np.array([[1.5, 3, 1.5], [0, 0, 0]], "f4")
@@ -118,7 +118,7 @@ def test_ranks_and_scales_of_experts_that_differ(folder, tmp_path):
 
 
 def test_what_init_makes_is_written(tmp_path, quick_compile):
-    """`init` knows the true inputs; a file has them the other way where PEFT does."""
+    """`init` knows the true inputs; a file swaps them wherever PEFT does."""
     config = lora_jax.LoraConfig(rank=2, alpha=3, targets=["up", "down", "gate", "q"], dropout=0.1)
     params = lora_jax.init(jax.random.key(0), BASE, config, apply, RECORDED["x"])
     assert params["last/up"].layout.axes == "bio"
@@ -139,7 +139,7 @@ def test_what_init_makes_is_written(tmp_path, quick_compile):
 
 
 def test_experts_in_groups(tmp_path):
-    """A leaf with the experts on two axes of its own: the same file, and the same update."""
+    """A leaf with the experts on two separate axes gives the same file and the same update."""
     plain = Naming((Entry("m.up", "up", "experts"),))
     groups = Naming((Entry("m.up", "up", "experts", "(g e) o i -> e i g o", {"g": 2}),))
     rng = np.random.default_rng(0)

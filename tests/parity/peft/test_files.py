@@ -1,4 +1,4 @@
-"""Files that peft 0.21.2 saved, read onto JAX trees and written again, against what it computed."""
+"""Files that peft 0.21.2 saved, read onto JAX trees and written again, against peft's results."""
 
 import dataclasses
 
@@ -30,7 +30,7 @@ def tensors_in(directory):
 
 
 def merged(which, adapters):
-    """The tree with the weights that the adapters mean."""
+    """Return the tree with the weights that the adapters mean."""
     nodes = adapted_nodes(adapters)
     assert nodes
     tree = {path: np.asarray(x) for path, x in TREES[which].items()}
@@ -64,7 +64,7 @@ def test_adapted_outputs_equal_pefts(folder):
 
 @pytest.mark.parametrize("case", [case for case in CASES if case != "lora_bias"])
 def test_what_was_read_is_written_again(case, folder, tmp_path):
-    """The very tensors, and a configuration that says the same of every module."""
+    """The same tensors, and a configuration that means the same for every module."""
     base, given = TREES["plain"], peft.read_config(folder(case))
     adapters = peft.load(folder(case), base, PLAIN)
     want = tensors_in(folder(case))

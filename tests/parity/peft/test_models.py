@@ -1,4 +1,4 @@
-"""Adapters that peft made of transformers' models, on the Flax models, with the logits of both."""
+"""Adapters that peft made for transformers' models, on the Flax models: the logits of both."""
 
 import pathlib
 

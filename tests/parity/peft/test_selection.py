@@ -1,4 +1,4 @@
-"""What trains and where one step takes it, against a recorded run of peft 0.21.2.
+"""What trains and the result of one step, against a recorded run of peft 0.21.2.
 
 Layers 0 and 2 of three, biases of the adapted ones, two rows of the embedding; and LoRA+.
 """
@@ -49,7 +49,7 @@ def loss(params):
 
 
 def recorded(prefix):
-    """{(our path, our field): array in our orientation} of a recorded set of parameters."""
+    """Return {(our path, our field): array in our orientation} of recorded parameters."""
     found = {}
     for name, x in RECORDED.items():
         if name.startswith(f"{prefix}.base_model"):
@@ -63,7 +63,7 @@ def recorded(prefix):
 
 
 def init(**fields):
-    """Adapted as PEFT did it, with the recorded A and B."""
+    """Adapt as PEFT does, with the recorded A and B."""
     fields = {"targets": ["up", "down"], "layers": LAYERS, "dtype": jnp.float64, **fields}
     config = LoraConfig(rank=2, alpha=3, **fields)
     start = recorded("start")

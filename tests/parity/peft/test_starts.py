@@ -1,4 +1,4 @@
-"""Starting values against recorded ones of peft 0.21.2: same numbers, same distributions."""
+"""Initial values against recorded ones of peft 0.21.2: same numbers, same distributions."""
 
 import pathlib
 
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.usefixtures("quick_compile")
 @pytest.mark.parametrize("scaling", ["standard", "rslora"])
 @pytest.mark.parametrize("name", ["pissa", "olora"])
 def test_the_same_numbers(name, scaling):
-    """PyTorch holds W [out, in]: as the layout "oi" as it is, as "io" transposed."""
+    """PyTorch keeps W as [out, in]: the layout "oi", or "io" transposed."""
     prefix = name if scaling == "standard" else f"{name} with rslora"
     a, b, base, scale = (RECORD[f"{prefix}/{part}"] for part in ("a", "b", "base", "scale"))
     product = b @ a
@@ -50,7 +50,7 @@ LAYERS = {
     "case", sorted({key.rpartition("/")[0] for key in RECORD if key.count("/") == 2})
 )
 def test_the_same_distribution(case):
-    """Equal where it is constant; else a Kolmogorov–Smirnov test does not tell the two apart."""
+    """Equal if constant; otherwise a Kolmogorov–Smirnov test cannot tell the two apart."""
     name, kind = case.split("/")
     module, x = LAYERS[kind]
     shapes = jax.eval_shape(module.init, KEY, x)["params"]

@@ -31,7 +31,7 @@ def trained(params):
 
 @functools.cache
 def measured(kind, variant):
-    """The recorded numbers, the parameters at their start, and our output, loss and gradients."""
+    """Return the recorded numbers, the initial parameters, and our output, loss and gradients."""
     want = steps.numbers(kind, variant)
     params = steps.params_of(kind, want)
     adapted = lora_jax.lora(functools.partial(steps.layer, kind), on_dense="error")
@@ -56,7 +56,7 @@ def test_output_and_merged_weight(kind, variant):
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_scale(kind, variant):
-    """The configuration gives the scale that PEFT does."""
+    """The configuration gives PEFT's scale."""
     scaling = "rslora" if variant == "rslora" else "standard"
     config = lora_jax.LoraConfig(rank=3, alpha=6, scaling=scaling)
     np.testing.assert_allclose(config.for_path("w").scale, steps.numbers(kind, variant)["scale"])

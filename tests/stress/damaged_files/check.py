@@ -1,4 +1,4 @@
-"""What becomes of a damaged file, and whether that is as it should be."""
+"""Read a damaged file, and judge whether the outcome is acceptable."""
 
 import time
 import traceback
@@ -27,7 +27,7 @@ LONG = 100_000  # characters of a message
 
 @dataclass
 class Tally:
-    """How many mutations came to what."""
+    """Counts of the outcomes of the mutations."""
 
     outcomes: Counter = field(default_factory=Counter)  # (format, outcome)
     problems: list[tuple[str, int, str, str]] = field(default_factory=list)
@@ -35,7 +35,7 @@ class Tally:
 
 
 def mutation(seed: int, number: int, formats: Sequence[str]) -> tuple[Subject, Any, str]:
-    """The subject of a mutation, its damaged files, and in what way they are."""
+    """Return the subject of a mutation, its damaged files, and how they are damaged."""
     rng = Random(f"{seed} {number}")
     chosen = subject(name(number, formats))
     files, how = mutate(chosen.files, rng)
@@ -43,7 +43,7 @@ def mutation(seed: int, number: int, formats: Sequence[str]) -> tuple[Subject, A
 
 
 def run(seed: int, numbers: Sequence[int], formats: Sequence[str]) -> Tally:
-    """Damages, reads and judges."""
+    """Damage, read and judge."""
     tally = Tally()
     with TemporaryDirectory() as folder:
         for number in numbers:
@@ -61,7 +61,7 @@ def run(seed: int, numbers: Sequence[int], formats: Sequence[str]) -> Tally:
 
 
 def judge(chosen: Subject, files: dict[str, bytes], folder: Path) -> tuple[str, str]:
-    """The outcome, and what is wrong with it, if anything."""
+    """Return the outcome, and what is wrong with it, if anything."""
     folder.mkdir()
     _write(folder, files)
     before = _listing(folder)
@@ -125,7 +125,7 @@ def _loaded(chosen: Subject, adapters: Any) -> tuple[str, str]:
 
 
 def _is_sane(node: Adapted) -> bool:
-    """Whether what is static has the types and values that the rest of the package counts on."""
+    """Return whether the static fields have the types and values that the package relies on."""
     if isinstance(node, TrainedLeaf):
         return True
     uses = isinstance(node.layout.uses, tuple) and all(type(use) is str for use in node.layout.uses)

@@ -12,7 +12,7 @@ Files = dict[str, bytes]
 
 
 class Repeated(dict):
-    """A mapping that is written with one of its keys twice."""
+    """A mapping that is written with one key twice."""
 
 
 VALUES: tuple[Any, ...] = (
@@ -28,14 +28,14 @@ class Verbatim(str):
 
 
 def deep(rng: Random) -> Verbatim:
-    """Brackets in brackets."""
+    """Return nested brackets."""
     times = rng.choice([5, 100, 500, 2000, 50_000])
     begin, end = rng.choice([("[", "]"), ('{"a": [', "]}")])
     return Verbatim(begin * times + end * times)
 
 
 def spots(value: Any) -> list[tuple[Any, Any]]:
-    """Every (container, key) within a JSON value."""
+    """Return every (container, key) within a JSON value."""
     found, pending = [], [value]
     while pending:
         container = pending.pop()
@@ -47,7 +47,7 @@ def spots(value: Any) -> list[tuple[Any, Any]]:
 
 
 def edit_json(value: Any, rng: Random) -> Any:
-    """A JSON value with one thing in it changed: a value, its type, a key, an item, a pair."""
+    """Change one thing in a JSON value: a value, its type, a key, an item, a pair."""
     value = copy.deepcopy(value)
     found = spots(value)
     if not found:
@@ -75,7 +75,7 @@ def edit_json(value: Any, rng: Random) -> Any:
 
 
 def replaced(value: Any, old: Any, new: Any) -> Any:
-    """`value` with `new` where `old` (the very object) is."""
+    """Return `value` with the object `old` replaced by `new`."""
     if value is old:
         return new
     if isinstance(value, dict):
@@ -84,7 +84,7 @@ def replaced(value: Any, old: Any, new: Any) -> Any:
 
 
 def near(value: Any, rng: Random) -> Any:
-    """A value of the same type that differs a little."""
+    """Return a value of the same type that differs slightly."""
     if isinstance(value, bool):
         return not value
     if isinstance(value, int | float):
@@ -99,7 +99,7 @@ def near(value: Any, rng: Random) -> Any:
 
 
 def dump(value: Any) -> str:
-    """JSON, with NaN, with half characters as escapes, and with repeated keys."""
+    """Write JSON that may have NaN, escaped half characters and repeated keys."""
     if isinstance(value, Verbatim):
         return str(value)
     if isinstance(value, dict):
@@ -126,7 +126,7 @@ def truncate(data: bytes, rng: Random) -> bytes:
 
 
 def splice(data: bytes, rng: Random) -> bytes:
-    """A piece removed, put in once more, overwritten, or exchanged for noise."""
+    """Remove, repeat or overwrite a piece, or replace it with noise."""
     start = rng.randrange(len(data))
     stop = min(len(data), start + rng.choice([1, 4, 8, 100, 1000]))
     at = rng.randrange(len(data))
@@ -144,7 +144,7 @@ def splice(data: bytes, rng: Random) -> bytes:
 
 
 def replace(data: bytes, rng: Random) -> bytes:
-    """Another kind of file altogether."""
+    """Replace the file with one of another kind."""
     return rng.choice([b"", b"{}", b"PK\x03\x04" + data, b"\x80\x04" + data, b"\0" * 4096, b"[]"])
 
 
@@ -173,7 +173,7 @@ def length(data: bytes, rng: Random) -> bytes:
 
 
 def tensor(data: bytes, rng: Random) -> bytes:
-    """Dtype, shape or place of a tensor, often so that the sizes still agree."""
+    """Change a tensor's dtype, shape or position, often so that the sizes still agree."""
     value, rest = parts(data)
     names = [name for name in value if name != "__metadata__"]
     name = rng.choice(names)
@@ -203,7 +203,7 @@ def tensor(data: bytes, rng: Random) -> bytes:
 
 
 def removed(data: bytes, rng: Random) -> bytes:
-    """A tensor taken out, header and data in order; or one more put in."""
+    """Remove a tensor from header and data consistently, or add one."""
     value, rest = parts(data)
     name = rng.choice([name for name in value if name != "__metadata__"])
     if rng.random() < 0.5:
@@ -222,7 +222,7 @@ def removed(data: bytes, rng: Random) -> bytes:
 
 
 def values(data: bytes, rng: Random) -> bytes:
-    """NaN, infinity, or another number, in place of one of the values."""
+    """Replace one value with NaN, infinity, or another number."""
     value, rest = parts(data)
     at = 4 * rng.randrange(len(rest) // 4)
     number = rng.choice([np.nan, np.inf, -np.inf, 3.0e38, 1e-40, 0.0, -7.5])
@@ -230,7 +230,7 @@ def values(data: bytes, rng: Random) -> bytes:
 
 
 def nested(data: bytes, rng: Random) -> bytes:
-    """The JSON that stands as text in the metadata."""
+    """Damage the JSON that is stored as text in the metadata."""
     value, rest = parts(data)
     metadata = value.get("__metadata__", {})
     texts = [key for key, text in metadata.items() if text[:1] in ("{", "[")]
@@ -242,7 +242,7 @@ def nested(data: bytes, rng: Random) -> bytes:
 
 
 def text(data: bytes, rng: Random) -> bytes:
-    """A file that is JSON itself."""
+    """Damage a file that is JSON itself."""
     return dump(edit_json(json.loads(data), rng)).encode("utf-8", "surrogatepass")
 
 
@@ -252,12 +252,12 @@ TENSORS: tuple[Edit, ...] = (header, length, tensor, removed, values, nested)
 
 
 def edits(name: str) -> tuple[Edit, ...]:
-    """What can be done to a file of this name; what knows its parts comes up more often."""
+    """Return the edits for a file of this name; those that know its parts are more frequent."""
     return (*ANY, *(TENSORS * 2 if name.endswith(".safetensors") else (text,) * 12))
 
 
 def mutate(files: Files, rng: Random) -> tuple[Files, str]:
-    """One file of a set damaged (rarely twice, or missing), and in what way."""
+    """Damage one file of a set (rarely twice, or remove it); return the set, and how."""
     files = dict(files)
     name = rng.choice(sorted(files))
     if len(files) > 1 and rng.random() < 0.02:

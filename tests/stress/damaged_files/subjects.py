@@ -1,4 +1,4 @@
-"""What is damaged: the files of each kind of adapter, and how they are read."""
+"""The subjects to damage: the files of each kind of adapter, and how to read them."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -34,7 +34,7 @@ BASE = {
 
 @dataclass(frozen=True)
 class Subject:
-    """Files of one adapter, as they are written, and what reads them."""
+    """The files of one adapter, and the function that reads them."""
 
     name: str
     files: Files
@@ -49,7 +49,7 @@ def read_files(folder: Path) -> Files:
 def lora_node(
     a: tuple[int, ...], b: tuple[int, ...], axes: str, magnitude: tuple[int, ...] | None = None
 ) -> LoraWeight:
-    """Made of numpy arrays, without a compilation."""
+    """Make a node of NumPy arrays, without compiling."""
     scale = np.full(a[: axes.count("b")], 1.5, np.float32)
     norms = None if magnitude is None else values(magnitude)
     layout = Layout(axes, ("dot_general",))
@@ -108,7 +108,7 @@ def _peft_base() -> Any:
 
 
 def of_loralib() -> Subject:
-    """A `MergedLinear` with two of three parts, a bias, and a plain layer."""
+    """Return a `MergedLinear` with two of three parts, a bias, and a plain layer."""
     base = {
         "c_attn": {"kernel": values((4, 6)), "bias": values((6,))},
         "up": {"kernel": values((4, 3))},
@@ -146,7 +146,7 @@ FORMATS = {
 
 
 def name(number: int, formats: Sequence[str]) -> str:
-    """The subject of the mutation with this number."""
+    """Return the subject's name for the mutation with this number."""
     turn, which = divmod(number, len(formats))
     subjects = FORMATS[formats[which]]
     return subjects[turn % len(subjects)]
@@ -154,7 +154,7 @@ def name(number: int, formats: Sequence[str]) -> str:
 
 @functools.cache
 def subject(name: str) -> Subject:
-    """The subject of a name in `FORMATS`."""
+    """Return the subject with a name in `FORMATS`."""
     if name.startswith("native"):
         return native(name.endswith("DoRA"))
     others = {"mlx-lm": of_mlx, "loralib": of_loralib}

@@ -1,1 +1,1 @@
-"""Writers killed at random moments (SIGKILL): readers find the old or the new, whole."""
+"""Writers killed at random moments (SIGKILL): readers find either the old or the new, complete."""

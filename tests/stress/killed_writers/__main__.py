@@ -1,4 +1,4 @@
-"""Writers killed at random moments: what they leave must be the old or the new, whole.
+"""Writers killed at random moments must leave either the old or the new, complete.
 
     python -m tests.stress.killed_writers --count 100
         100 kills of each kind of writer

@@ -1,4 +1,4 @@
-"""Starts a writer, kills it at a random moment, and looks at what is left."""
+"""Start a writer, kill it at a random moment, and check what is left."""
 
 import multiprocessing
 import os
@@ -20,7 +20,7 @@ TEMPORARY = re.compile(r"\.lora_jax-|orbax-checkpoint-tmp")
 
 
 def context() -> Any:
-    """Processes forked from a server that has imported everything and run nothing."""
+    """Return a context that forks from a server with everything imported and nothing run."""
     found = multiprocessing.get_context("forkserver")
     found.set_forkserver_preload(["tests.stress.killed_writers.writers"])
     return found
@@ -33,7 +33,7 @@ def kill(process: BaseProcess) -> None:
 
 
 def saves(kind: str, folder: Path, count: int, seed: int) -> list[str]:
-    """Kills `count` writers of a kind one after another; what was not as it should be."""
+    """Kill `count` writers of a kind one after another; return what was wrong."""
     rng, problems = Random(f"{seed} {kind}"), []
     folder.mkdir(parents=True, exist_ok=True)
     done = context().RawValue("q", -1)
@@ -65,7 +65,7 @@ def saves(kind: str, folder: Path, count: int, seed: int) -> list[str]:
 
 
 def leftovers(folder: Path) -> list[str]:
-    """Outermost files and directories that are named as temporary ones."""
+    """Return the outermost files and directories with names of temporary ones."""
     found = []
     for path, folders, files in os.walk(folder):
         found += [name for name in [*folders, *files] if TEMPORARY.search(name)]
@@ -75,7 +75,7 @@ def leftovers(folder: Path) -> list[str]:
 
 
 def training(folder: Path, count: int, seed: int) -> tuple[list[str], int]:
-    """Kills a run and resumes it, again and again; the log must be that of one never killed."""
+    """Kill and resume a run repeatedly; its log must equal that of a run never killed."""
     rng, problems, kills, runs = Random(f"{seed} training"), [], 0, 0
     whole = _train(folder / "whole", None, rng)
     if whole is not None:
@@ -98,7 +98,7 @@ def training(folder: Path, count: int, seed: int) -> tuple[list[str], int]:
 
 
 def _train(folder: Path, kill_by: Random | None, rng: Random) -> str | None:
-    """None where the run ended by itself as it should, else "killed" or what went wrong."""
+    """Return None if the run ended by itself as expected, else "killed" or what went wrong."""
     done = context().RawValue("q", 0)
     process = context().Process(target=writers.train_on, args=(folder, done))
     process.start()
@@ -127,13 +127,13 @@ def _finished(folder: Path) -> bool:
 
 
 def without_times(folder: Path) -> list[dict[str, Any]]:
-    """The records of a log, as far as they must be the same."""
+    """Return the parts of a log's records that must be equal."""
     records = log.read(folder / "log.jsonl")
     return [{k: v for k, v in r.items() if not k.endswith("seconds")} for r in records]
 
 
 def command(words: Sequence[str], folder: Path, count: int, seed: int) -> tuple[list[str], int]:
-    """A command that trains, killed and gone on with by `--resume`.
+    """Kill a training command and resume it with `--resume`.
 
     Args:
       words: the command; `{out}` in it stands for the directory of a run.

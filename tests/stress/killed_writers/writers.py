@@ -1,4 +1,4 @@
-"""What a killed process was doing: saving one version after another, or training.
+"""What a process does until it is killed: save one version after another, or train.
 
 Nothing here runs JAX when it is imported: the server that forks the processes imports it once.
 """
@@ -32,19 +32,19 @@ def base() -> Any:
 
 
 def scale(version: int) -> float:
-    """The same for two versions in a row: sometimes one file of a set changes, sometimes all."""
+    """Return the same for two versions in a row: sometimes only one file of a set changes."""
     return 2.0 ** (version // 2 % 7)
 
 
 def adapters(version: int) -> Any:
-    """Every value of A and B is the version."""
+    """Return adapters whose values of A and B are all the version."""
     a, b = (np.full(s, version, np.float32) for s in ((SHAPE[0], RANK), (RANK, SHAPE[1])))
     node = LoraWeight(None, a, b, np.float32(scale(version)), layout=Layout("io"))
     return {"up": {"kernel": node}}
 
 
 def version_of(found: Any) -> int:
-    """The version of adapters that are of one version.
+    """Return the version of adapters that have a single one.
 
     Raises:
       AssertionError: they are not.
@@ -78,7 +78,7 @@ def read_peft(folder: Path) -> int:
 
 
 def _foreign_peft(folder: Path) -> None:
-    """What peft would see, where there is a configuration: files of one version."""
+    """Check what peft would see if there is a configuration: files of one version."""
     if (folder / peft.CONFIG).exists():
         config = json.loads((folder / peft.CONFIG).read_bytes())
         tensors = load_file(folder / peft.TENSORS)
@@ -116,7 +116,7 @@ KINDS: dict[str, tuple[Callable[[Path, int], None], Callable[[Path], int]]] = {
 
 
 def save_forever(kind: str, folder: Path, done: Any) -> None:
-    """Saves version after version, `done.value` being the last that is finished."""
+    """Save version after version; `done.value` is the last finished one."""
     save, _ = KINDS[kind]
     for version in itertools.count(done.value + 1):
         save(folder, version)
@@ -127,7 +127,7 @@ STEPS = 60
 
 
 def train_on(folder: Path, done: Any) -> None:
-    """A run of the loop, from its last checkpoint if there is one."""
+    """Run the loop, from its last checkpoint if there is one."""
     jax.config.update("jax_compilation_cache_dir", str(folder.parent / "compiled"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
