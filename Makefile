@@ -37,8 +37,8 @@ published: $(STAMP)-published ## results of papers, made again: a table and pict
 test: $(STAMP)-test ## the default suite: tests, doctests, README, notebooks
 	@$(RUN) pytest $(WORKERS) $(ARGS)
 
-test-all: $(STAMP)-test ## the default suite and the slow tests
-	@$(RUN) pytest $(WORKERS) -m "" $(ARGS)
+test-all: $(STAMP)-test ## the default suite and the slow tests, compiled as users compile
+	@LORA_JAX_OPTIMIZE=1 $(RUN) pytest $(WORKERS) -m "" $(ARGS)
 
 test-newest: ## the default suite on the newest Python found, with the newest jax
 	@python="$$($(MAKE) -s --no-print-directory newest-python)"; \

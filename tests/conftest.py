@@ -3,15 +3,27 @@
 import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
-    flags = [os.environ.get("XLA_FLAGS", ""), "--xla_force_host_platform_device_count=4"]
-    os.environ["XLA_FLAGS"] = " ".join(flags).strip()
 
 import hypothesis
 import jax
+import jaxlib
 import pytest
 
+# Nearly all of a test's time goes into compiling a program that runs once. So XLA compiles
+# quickly: few optimizations, one LLVM module per program and, where there is a choice, the
+# emitters without MLIR. `make test-all` (LORA_JAX_OPTIMIZE=1) compiles as users do.
+OPTIMIZE = os.environ.get("LORA_JAX_OPTIMIZE") == "1"
+flags = {"--xla_force_host_platform_device_count": "4"}
+if not OPTIMIZE:
+    flags["--xla_cpu_parallel_codegen_split_count"] = "1"
+    if jaxlib.version.__version_info__ < (0, 11):  # XLA aborts on flags it does not know
+        flags["--xla_cpu_use_fusion_emitters"] = "false"
+given = os.environ.get("XLA_FLAGS", "")
+added = [f"{name}={value}" for name, value in flags.items() if name not in given]
+os.environ["XLA_FLAGS"] = " ".join([given, *added]).strip()
+
 jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_disable_most_optimizations", not OPTIMIZE)
 
 hypothesis.settings.register_profile("lora_jax", deadline=None, derandomize=True, database=None)
 hypothesis.settings.load_profile("lora_jax")
@@ -26,10 +38,18 @@ def strict():
 
 @pytest.fixture
 def quick_compile():
-    """XLA without most optimizations: for many small programs compiling is most of the time."""
+    """Many small programs, whose compiling is most of the time: quickly in test-all too."""
     jax.config.update("jax_disable_most_optimizations", True)
     yield
+    jax.config.update("jax_disable_most_optimizations", not OPTIMIZE)
+
+
+@pytest.fixture
+def optimized():
+    """Compiled as users compile: FLOPs, memory, and results that are equal to the bit."""
     jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", not OPTIMIZE)
 
 
 @pytest.fixture

@@ -8,6 +8,8 @@ import pytest
 import lora_jax
 from lora_jax import LoraConfig, MemoryReport, StepMemory, StructureError
 
+pytestmark = pytest.mark.usefixtures("optimized")
+
 KEY = jax.random.key(0)
 WIDTH, HIDDEN, TOKENS, RANK = 256, 512, 64, 4
 

@@ -15,6 +15,8 @@ from lora_jax.adapters.merge import LoopForm
 from lora_jax.core import algebra
 from tests.programs import is_node, merged, normal, randomize
 
+pytestmark = pytest.mark.usefixtures("optimized")
+
 KEY = jax.random.key(0)
 
 

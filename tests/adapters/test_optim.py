@@ -88,6 +88,7 @@ def train(form, tx, steps=100):
 TX = optax.chain(optax.clip_by_global_norm(0.5), optax.adamw(3e-2, weight_decay=0.1))
 
 
+@pytest.mark.usefixtures("optimized")
 @pytest.mark.parametrize("form", ["joined", "split"])
 def test_the_base_is_bit_identical_after_100_steps(form):
     losses, params = train(form, TX)
@@ -208,6 +209,7 @@ def step_of(freeze, depth, rank):
     return jax.jit(step, donate_argnums=0).lower(adapters, base, x).compile()
 
 
+@pytest.mark.usefixtures("optimized")
 def test_lora_fa_computes_no_gradient_of_a():
     """dA = xᵀ·(dy·Bᵀ): two products, for x has no gradient of its own here."""
     plain, fa = (
@@ -217,6 +219,7 @@ def test_lora_fa_computes_no_gradient_of_a():
     assert plain - fa == pytest.approx(2 * 2 * 512 * 256 * 64, rel=0.02)
 
 
+@pytest.mark.usefixtures("optimized")
 def test_lora_fa_keeps_no_inputs():
     """Of six layers the inputs, 512 KiB each, are not kept for dA."""
     plain, fa = (

@@ -162,6 +162,7 @@ def test_only_the_rows_move(form, quick_compile):
     np.testing.assert_allclose(table[jnp.array(ROWS)], value, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.usefixtures("optimized")
 def test_rows_beside_a_low_rank_update_start_as_the_base():
     start = init(targets=["up"])
     assert isinstance(start["up"]["kernel"], lora_jax.LoraWeight)
@@ -169,6 +170,7 @@ def test_rows_beside_a_low_rank_update_start_as_the_base():
     np.testing.assert_array_equal(got, jax.jit(tied)(PARAMS, IDS))
 
 
+@pytest.mark.usefixtures("optimized")
 def test_disable_gives_back_the_base():
     off = lora_jax.disable(moved(init()))
     got = jax.jit(lora_jax.lora(tied))(off, IDS)

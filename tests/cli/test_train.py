@@ -49,11 +49,7 @@ def trained(play, tmp_path_factory):
     out = tmp_path_factory.mktemp("runs") / "whole"
     command = words(play, out, "--eval-split", 0.25, "--eval-rows", 4)
     command += ["--steps", "5", "--eval-every", "2"]
-    jax.config.update("jax_disable_most_optimizations", True)
-    try:
-        assert main(command) == 0
-    finally:
-        jax.config.update("jax_disable_most_optimizations", False)
+    assert main(command) == 0
     return out, command
 
 

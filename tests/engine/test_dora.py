@@ -82,6 +82,7 @@ def test_the_merged_weight_has_the_gradient_of_the_formula(quick_compile):
         np.testing.assert_allclose(getattr(got, name), getattr(want, name), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.usefixtures("optimized")
 def test_starts_at_the_base_and_disabled_is_the_base_to_the_bit():
     fn, params, x = dense()
     base, _ = lora_jax.split(params)
@@ -97,6 +98,7 @@ def temporaries(loss, *args):
     return compiled.memory_analysis().temp_size_in_bytes
 
 
+@pytest.mark.usefixtures("optimized")
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_a_step_makes_nothing_weight_sized(dtype):
     """A forward and backward pass has the frozen model's temporaries, and small ones."""

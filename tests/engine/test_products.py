@@ -138,6 +138,7 @@ def test_flattened_products_have_one_token_axis():
     ]
 
 
+@pytest.mark.usefixtures("optimized")
 def test_the_gradient_of_a_is_taken_rank_first():
     """hᵀ·x, and no product whose result is [in, rank]."""
     model, params, x = qkv(("q",))

@@ -114,6 +114,7 @@ def test_layouts_are_inferred(case):
     assert found == case.layouts
 
 
+@pytest.mark.usefixtures("optimized")
 @pytest.mark.parametrize("case", a_few(ALL), ids=str)
 def test_the_start_is_the_base_to_the_bit(case):
     fn, adapted, params, args = prepare(case, jnp.float32)

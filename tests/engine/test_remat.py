@@ -3,11 +3,14 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from jax.ad_checkpoint import checkpoint_name
 
 import lora_jax
 from lora_jax.engine import remat
 from tests.programs import normal, randomize
+
+pytestmark = pytest.mark.usefixtures("optimized")
 
 DOTS = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
 LAYERS, WIDTH, ROWS, RANK = 3, 32, 64, 2

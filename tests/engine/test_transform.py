@@ -278,6 +278,7 @@ def test_bfloat16_compute(stored):
 # --- branch dropout -------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("optimized")
 def test_dropout_needs_a_key_and_leaves_the_base_product_whole():
     params = adapted_params(dropout=0.5)
     apply = jax.jit(lora_jax.lora(lambda p, x: x @ p["kernel"]))
@@ -320,6 +321,7 @@ def test_dropout_of_stacked_layers_differs_by_layer():
 # --- compilations and FLOPs -----------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("optimized")
 def test_one_compilation_for_swapping_scaling_and_disabling():
     """A counter inside the traced function: swapped, rescaled and disabled adapters reuse it."""
     traces = []
@@ -367,6 +369,7 @@ def stack_step_flops(form):
     return lowered.compile().cost_analysis()["flops"]
 
 
+@pytest.mark.usefixtures("optimized")
 def test_training_step_is_at_the_flop_floor():
     """4TKN + 6Tr(K+N) per layer, without the first layer's input gradient, which nothing needs."""
     k, n = SIZES[0]

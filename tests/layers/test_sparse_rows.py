@@ -95,6 +95,7 @@ def test_adam_on_rows_is_torchs_sparse_adam(quick_compile):
         )
 
 
+@pytest.mark.usefixtures("optimized")
 @pytest.mark.parametrize("kind", ["plain", "adapted"])
 def test_cost_does_not_depend_on_the_vocabulary(kind):
     """Nothing but the donated tables has the vocabulary's size, in the program or compiled."""

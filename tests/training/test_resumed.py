@@ -12,10 +12,8 @@ import pytest
 
 from tests.training import resumed
 
-
-@pytest.fixture(scope="module", autouse=True)
-def quickly_compiled():
-    """Compile with every optimization, as the other process does: losses must be bitwise equal."""
+# As the other process compiles, for the losses must be equal to the bit.
+pytestmark = pytest.mark.usefixtures("optimized")
 
 
 def bits(x):
