@@ -64,3 +64,17 @@ def test_a_message_names_every_parameter():
     sine = lambda params, x: jnp.sin(joined(*params.values(), x))
     with pytest.raises(lora_jax.DenseError, match=r"^b or a \+ c: `sin`"):
         lora_jax.lora(sine, on_dense="error")(adapted, x)
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_branch_may_choose_between_concatenations(sign):
+    """Sources are chosen one by one: each of the four weights has its layout and its update."""
+
+    def program(a, b, c, d, x):
+        first, second = (lambda: jnp.concatenate([a, b], 1)), (lambda: jnp.concatenate([c, d], 1))
+        return x @ jax.lax.cond(x.sum() > 0, first, second)
+
+    x = sign * jnp.abs(normal(9, (5, 8), jnp.float32))
+    fn, _, adapted = adapt(program, ("a", "b", "c", "d"), x)
+    got = lora_jax.lora(fn, on_dense="error")(adapted, x)
+    np.testing.assert_allclose(got, fn(merged(adapted), x), atol=1e-5)
