@@ -33,7 +33,7 @@ def adapted(seed=0):
 
 
 def test_lora_inside_lora():
-    """A frozen teacher with adapters of its own, inside a function that is adapted too."""
+    """A frozen teacher that has its own adapters, inside a function that is adapted too."""
     student, teacher = adapted(1), adapted(2)
     inner = lora_jax.lora(model, on_dense="error")
 
@@ -135,7 +135,7 @@ def test_many_adapters_share_the_base_product(batched):
 
 
 def test_many_adapters_of_a_deep_model_share_every_base_product():
-    """From the second layer on the activations differ, and the base products are still plain."""
+    """After the first layer the activations differ, and the base products are still plain."""
     base, _ = lora_jax.split(adapted())
     several = [lora_jax.split(adapted(seed))[1] for seed in range(ADAPTERS)]
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *several)
@@ -155,7 +155,7 @@ def test_many_adapters_of_a_deep_model_share_every_base_product():
 
 
 def test_gradients_of_adapters_mapped_with_their_few_rows():
-    """An adapter for each example: jaxlib 0.10 ended the process at two or three rows each."""
+    """One adapter per example: jaxlib 0.10 aborted the process with two or three rows each."""
 
     def fn(params, x):
         return jnp.tanh(x @ params["w"])

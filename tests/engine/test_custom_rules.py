@@ -1,4 +1,4 @@
-"""Rules of one's own: toy primitives and a Pallas kernel stay lazy; `init` learns from them."""
+"""User-defined rules: toy primitives and a Pallas kernel stay lazy; `init` learns from them."""
 
 import functools
 
@@ -25,7 +25,7 @@ X = normal(0, (6, 7), jnp.float32)
 
 
 def primitive(name, fn, **options):
-    """A primitive that computes `fn`, with JAX's own derivative and batching of it."""
+    """Return a primitive that computes `fn`, with JAX's derivative and batching of it."""
     new = Primitive(name)
     new.multiple_results = options.get("multiple_results", False)
     new.def_impl(fn)
@@ -108,7 +108,7 @@ def test_a_primitive_with_a_rule_stays_lazy(apply, stored):
 
 
 def test_a_stored_layout_that_is_the_other_way_round():
-    """A tied embedding: the rows are looked up, so A holds them; the kernel sums over columns."""
+    """A tied embedding: its rows are looked up, so A has them; the kernel sums over columns."""
     rules = {"toy_matmul": Rule(toy, {1: "io"})}
 
     def fn(params, x):

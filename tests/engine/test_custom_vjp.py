@@ -1,4 +1,4 @@
-"""`custom_vjp` around weights: what is not made, what must be made, and who is told."""
+"""`custom_vjp` around weights: what is never materialized, what must be, and the warning."""
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ X, W = normal(0, (3, 7), jnp.float32), normal(1, (7, 5), jnp.float32)
 
 
 def product(cotangent):
-    """`x @ w` with an author's dW."""
+    """`x @ w` with a user-defined dW."""
 
     @jax.custom_vjp
     def f(w, x):
@@ -56,7 +56,7 @@ def test_a_product_is_never_made(cotangent):
 
 
 def test_what_is_no_product_is_made_and_said():
-    """An author who adds a constant to dW: right, dense, and not without a word."""
+    """A rule that adds a constant to dW: correct, dense, and with a warning."""
     ours, warns, oracle, adapters = gradients(product(lambda w, x, g: x.T @ g + 0.1))
     np.testing.assert_allclose(ours(adapters), oracle(adapters), rtol=1e-5)
     with pytest.raises(lora_jax.DenseError, match=r"w: `custom_vjp_call`.*dW"):

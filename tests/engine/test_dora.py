@@ -31,7 +31,7 @@ def test_equals_the_merged_model(case, x64, quick_compile):
 
 
 def dense(size=64, dtype=jnp.float32, **options):
-    """fn, params, x of one adapted product and its bias, B random."""
+    """Return fn, params and x of one adapted product and its bias, B random."""
 
     def fn(params, x):
         return jnp.tanh(x @ params["kernel"] + params["bias"])
@@ -93,7 +93,7 @@ def test_starts_at_the_base_and_disabled_is_the_base_to_the_bit():
 
 
 def temporaries(loss, *args):
-    """Bytes of temporary memory of the gradient of `loss` for its first argument."""
+    """Return the temporary bytes of the gradient of `loss` with respect to its first argument."""
     compiled = jax.jit(jax.grad(loss)).lower(*args).compile()
     return compiled.memory_analysis().temp_size_in_bytes
 
@@ -101,7 +101,7 @@ def temporaries(loss, *args):
 @pytest.mark.usefixtures("optimized")
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_a_step_makes_nothing_weight_sized(dtype):
-    """Forward and back a step has the temporaries of the frozen model's, and small ones."""
+    """A forward and backward pass has the frozen model's temporaries, and small ones."""
     fn = dense(8)[0]
     params, x = jax.eval_shape(lambda: dense(1024, dtype)[1:])
     base, adapters = lora_jax.split(params)
@@ -117,7 +117,7 @@ def test_a_step_makes_nothing_weight_sized(dtype):
 
 
 def test_trains_saves_and_merges_per_layer(tmp_path, quick_compile):
-    """A stack of layers: the magnitude trains, is saved and merged, and the base does not move."""
+    """A stack of layers: the magnitude trains, is saved and merged; the base does not change."""
 
     def fn(params, x):
         return jax.lax.scan(lambda c, w: (jnp.tanh(c @ w), None), x, params["kernel"])[0]
@@ -149,7 +149,7 @@ def test_trains_saves_and_merges_per_layer(tmp_path, quick_compile):
 def test_unmerge_says_that_the_base_must_be_kept():
     _, params, _ = dense()
     _, adapters = lora_jax.split(params)
-    with pytest.raises(lora_jax.MergeError, match=r"kernel: with a magnitude .* keep it"):
+    with pytest.raises(lora_jax.MergeError, match=r"weight of kernel: with DoRA .* Keep the base"):
         lora_jax.unmerge(lora_jax.merge(params), adapters)
 
 

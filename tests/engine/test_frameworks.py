@@ -19,14 +19,14 @@ X = normal(0, (3, 5, WIDTH), jnp.float32)
 
 
 def drawn(shapes):
-    """Random numbers in these shapes: nothing is compiled to make them."""
+    """Return random numbers in these shapes, without compiling anything."""
     leaves, treedef = jax.tree.flatten(shapes)
     leaves = [normal(i, x.shape, x.dtype, 1 / (1 + x.ndim)) for i, x in enumerate(leaves)]
     return jax.tree.unflatten(treedef, leaves)
 
 
 def ones(shapes):
-    """What a state is filled with: a variance must be positive."""
+    """Fill a state; a variance must be positive."""
     return jax.tree.map(lambda x: jax.device_put(np.ones(x.shape, x.dtype)), shapes)
 
 

@@ -37,7 +37,7 @@ def test_every_combination_of_forms_is_the_merged_model(case, x64, quick_compile
 
 
 def qkv(names=("q", "k", "v"), rank=2, **fields):
-    """A model in which weights of 7 × 5 meet one activation, and its adapted parameters."""
+    """Return a model in which 7 × 5 weights meet one activation, and its adapted parameters."""
     params = {name: normal(i, (7, 5), jnp.float32) for i, name in enumerate(names)}
     x = normal(9, (2, 3, 7), jnp.float32)
 
@@ -50,7 +50,7 @@ def qkv(names=("q", "k", "v"), rank=2, **fields):
 
 
 def dots(fn, *args):
-    """The shapes of the operands of every product in a program."""
+    """Return the shapes of the operands of every product in a program."""
     jaxpr = jax.make_jaxpr(fn)(*args).jaxpr
     return [
         tuple(v.aval.shape for v in eqn.invars)
@@ -91,7 +91,7 @@ def test_weights_are_shared_through_their_casts():
 
 
 def test_what_cannot_be_shared_is_not():
-    """Another activation, another axis of it, or masks of each weight's own."""
+    """Another activation, another axis of it, or a mask per weight."""
     model, params, x = qkv(("q", "k"), dropout=0.5)
     program = lora_jax.lora(model, forms=Forms())
     assert len(dots(program, params, x)) == 5
@@ -110,7 +110,7 @@ def test_what_cannot_be_shared_is_not():
 
 
 def test_a_shared_product_may_come_before_an_unused_one():
-    """What a group prepares early is evaluated once, and let go of as it always is."""
+    """A view that moves before a group is evaluated once, and freed after its last use."""
 
     def model(params, x):
         q = x @ params["q"]

@@ -1,4 +1,4 @@
-"""Every program of the table: adapted equals merged, and nothing weight-sized is made."""
+"""Every program of the table: adapted equals merged, and nothing weight-sized is computed."""
 
 import dataclasses
 import functools
@@ -51,7 +51,7 @@ def check_equal_to_merged(case: Case, dtype):
 
 
 def check_equal(case: Case, fn, adapted, params, args, tolerance):
-    """Outputs and gradients (tangents) of `adapted` on `params` against `fn` on merged ones."""
+    """Compare outputs and gradients (or tangents) of `adapted` with `fn` on merged weights."""
     (got, moved), (want, wanted) = compare(case, fn, adapted, params, args)
     assert_close(got, want, tolerance)
     assert_close(moved, wanted, tolerance)
@@ -60,7 +60,7 @@ def check_equal(case: Case, fn, adapted, params, args, tolerance):
 
 
 def compare(case: Case, fn, adapted, params, args):
-    """(outputs, gradients or tangents) of `adapted` and of `fn` on merged ones, compiled once.
+    """Return (outputs, gradients or tangents) of `adapted` and of `fn` on merged weights.
 
     The gradients are those by the adapters and by the arguments that are floating.
     """
@@ -131,14 +131,14 @@ def test_the_start_is_the_base_to_the_bit(case):
 
 
 def views_of(shape, axes):
-    """The shape of a weight and of one layer of it."""
+    """Return the shape of a weight and that of one of its layers."""
     yield squeezed(shape)
     yield squeezed([size for size, axis in zip(shape, axes, strict=True) if axis != "b"])
 
 
 @pytest.mark.parametrize("case", [c for c in CASES if not c.shapes_collide], ids=str)
 def test_nothing_weight_sized_is_made(case):
-    """Forward and backward hold no more arrays of a weight's shape than the base model's do."""
+    """Forward and backward contain no more arrays of a weight's shape than the base model's."""
     fn, adapted, params, args = prepare(case, jnp.float32)
     nodes = [n for n in jax.tree.leaves(params, is_leaf=is_node) if is_node(n)]
     shapes = {view for n in nodes for view in views_of(n.w.shape, n.layout.axes)}

@@ -1,4 +1,4 @@
-"""Which parameters a view comes from, whatever they are called."""
+"""Views know which parameters they come from, whatever those are called."""
 
 import jax
 import jax.numpy as jnp
@@ -47,7 +47,7 @@ def adapt(program, names, x):
 @pytest.mark.parametrize("program", [conditional, selected, concatenated, joined_choice])
 @pytest.mark.parametrize("names", NAMES.values(), ids=NAMES)
 def test_a_parameter_may_have_any_name(program, names, quick_compile):
-    """Each has its one use, its layout and its update, whatever separators its name contains."""
+    """Each has one use, its layout and its update, whatever separators its name contains."""
     x = normal(9, (5, 8), jnp.float32)
     fn, params, adapted = adapt(program, names, x)
     uses = infer_uses(fn, params, (x,), {})

@@ -1,4 +1,4 @@
-"""What a rematerialised program keeps: of an adapted product the sum, and nothing is redone."""
+"""What a rematerialized program saves: the sum of an adapted product; nothing is recomputed."""
 
 import jax
 import jax.numpy as jnp
@@ -32,7 +32,7 @@ def factors():
 
 
 def loss(block, policy, pairs, weights, x):
-    """The layers in a scan, each one rematerialised; gradients are for A and B alone."""
+    """The layers in a scan, each one rematerialized; gradients for A and B alone."""
     body = jax.checkpoint(block, policy=policy, prevent_cse=False)
     layers = {name: (w, *pairs[name]) for name, w in weights.items()}
     return jax.lax.scan(lambda x, p: (body(x, p), None), x, layers)[0].sum()
@@ -90,7 +90,7 @@ def plain_loss(policy):
 
 
 def compiled(policy):
-    """The gradient of a transformed model that has this policy in it."""
+    """Return the gradient of a transformed model that contains this policy."""
     weights, x = {n: p[0] for n, p in factors().items()}, normal(9, (ROWS, WIDTH), jnp.float32)
     config = lora_jax.LoraConfig(rank=RANK)
     params = lora_jax.init(jax.random.key(0), weights, config, plain_loss(None), x)

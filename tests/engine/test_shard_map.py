@@ -1,4 +1,4 @@
-"""Sharded weights where the table of cases does not reach: sharding in types, shards' shapes."""
+"""Sharded weights beyond the table of programs: sharding in types, shapes of shards."""
 
 import functools
 

@@ -1,4 +1,4 @@
-"""Stricter than users are: leaks, implicit promotion of dtypes and ranks, numbers that are none."""
+"""Stricter than users are: leaks, implicit promotion of dtypes and ranks, NaN and infinity."""
 
 import contextlib
 
@@ -125,7 +125,7 @@ def adapted_block(width, hidden, out, rank):
 
 
 def check(params, x, fn=block):
-    """Values and gradients equal the merged model's, and none is infinite or no number."""
+    """Values and gradients equal the merged model's, and all are finite."""
     run = lora_jax.lora(fn, on_dense="error")
 
     @jax.jit

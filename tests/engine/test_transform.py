@@ -113,7 +113,7 @@ def test_export_and_back():
 
 
 def test_two_weights_that_meet_each_other():
-    """Of two adapted operands one must be dense; the product is still that of the merged two."""
+    """One of two adapted operands must be dense; the product is still that of the merged two."""
     params = {"u": normal(3, (4, 7), jnp.float32), "kernel": W}
 
     def fn(params, x):
@@ -371,7 +371,7 @@ def stack_step_flops(form):
 
 @pytest.mark.usefixtures("optimized")
 def test_training_step_is_at_the_flop_floor():
-    """4TKN + 6Tr(K+N) a layer, the first layer's input gradient aside (nothing asks for it)."""
+    """4TKN + 6Tr(K+N) per layer, without the first layer's input gradient, which nothing needs."""
     k, n = SIZES[0]
     floor = sum(4 * TOKENS * k * n + 6 * TOKENS * RANK * (k + n) for k, n in SIZES)
     floor -= 2 * TOKENS * k * n + 2 * TOKENS * RANK * k

@@ -76,7 +76,7 @@ def fused_qkv_slices(dtype):
 
 @case(layouts={"w": "io"})
 def embedding_row_then_matrix(dtype):
-    """Rows looked up and contracted whole at once, also by one index that counts from the end."""
+    """Rows looked up and contracted over their whole length, also by an index from the end."""
 
     def fn(params, ids, matrix):
         last = lax.dynamic_slice(params["w"], (ids[0] - 2, 0), (1, 5))[0]
@@ -87,7 +87,7 @@ def embedding_row_then_matrix(dtype):
 
 @case(layouts={"w": "bio"})
 def stacked_weights_picked_per_example(dtype):
-    """vmap makes a gather of the dynamic slice that an index into a stack is."""
+    """vmap turns the dynamic slice of an index into a stack into a gather."""
 
     def fn(params, x, which):
         return jax.vmap(lambda row, i: jnp.tanh(row @ params["w"][i]))(x, which)
@@ -125,7 +125,7 @@ def activation_of_the_same_shape(dtype):
 
 @case(layouts={"w": "io", "v": "ioo"})
 def scaled_along_axes(dtype):
-    """Weight normalization's product, and quantization's: a scale an output, or an input."""
+    """Weight normalization and quantization: one scale per output, or per input."""
 
     def fn(params, x):
         w = x.mean() * params["g"] * params["w"] / (2 + jnp.cos(x.mean(0)))[:, None]
@@ -149,7 +149,7 @@ def repeated_heads(dtype):
 
 @case(layouts={"w": "io"})
 def padded_weight(dtype):
-    """To a width that hardware likes; the padding need not be zero."""
+    """Padded to a width that suits the hardware; the padding need not be zero."""
 
     def fn(params, x):
         zeros = jnp.pad(params["w"], ((0, 1), (2, 0)))

@@ -1,4 +1,4 @@
-"""Several kernels made one: concatenated along any kind of axis, or stacked."""
+"""Several kernels made into one: concatenated along any kind of axis, or stacked."""
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -75,7 +75,7 @@ def selected_by_a_flag(dtype):
 
 @case(layouts={"layers/0": "io", "layers/1": "io", "more": "bio"})
 def stacked_for_a_scan(dtype):
-    """Two kernels stacked and two more put behind them, then scanned over."""
+    """Two kernels stacked, two more appended, then scanned over."""
 
     def fn(params, x):
         stack = jnp.concatenate([jnp.stack(params["layers"]), params["more"]])

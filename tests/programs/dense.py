@@ -1,4 +1,4 @@
-"""Programs in which the weight must be made dense."""
+"""Programs in which the weight must be materialized."""
 
 import flax.linen as nn
 import jax
@@ -27,7 +27,7 @@ def opaque_kernel(dtype):
 
 @case(layouts={"w": "io"}, dense="mul")
 def masked_weight(dtype):
-    """What a mask makes of a weight is contracted: that tells the layout, and runs dense."""
+    """A masked weight is contracted: that shows the layout, and runs dense."""
 
     def fn(params, x):
         return x @ (params["w"] * jnp.tri(7, 5, dtype=dtype))

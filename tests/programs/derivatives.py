@@ -1,4 +1,4 @@
-"""Functions with a derivative of their author's; each says another factor than the true one."""
+"""Functions with a user-defined derivative, off by a factor so that one sees which is used."""
 
 import functools
 
@@ -29,7 +29,7 @@ def custom_jvp(dtype):
 
 
 def five_fold(dtype, **options):
-    """tanh(x @ w) · k, whose derivative is said to be five times the true one."""
+    """tanh(x @ w) · k, with a derivative that is five times the true one."""
 
     @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
     def f(w, x, k):

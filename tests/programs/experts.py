@@ -1,4 +1,4 @@
-"""Mixture of experts: tokens in groups, each with a weight of its own."""
+"""Mixture of experts: tokens in groups, each with its own weight."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""Programs that the fuzzer found wrong once (`python -m tests.stress.fuzz`)."""
+"""Programs that the fuzzer (`python -m tests.stress.fuzz`) once found to be wrong."""
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,7 @@ from tests.programs.table import case, normal
 
 @case(layouts={"w": "io"}, reverse=False)
 def while_loop_that_ends_for_each_example(dtype):
-    """vmap gives each example a condition of its own, which `lax.while_loop` does not take."""
+    """vmap gives each example its own condition, which `lax.while_loop` does not accept."""
 
     def fn(params, x, steps):
         def one(row, n):
@@ -25,7 +25,7 @@ def while_loop_that_ends_for_each_example(dtype):
 
 @case(layouts={"w": "io"})
 def custom_jvp_with_a_table(dtype):
-    """From JAX 0.12 on the constants of an author's rule come as its first inputs."""
+    """Since JAX 0.12 the constants of a user-defined rule are its first inputs."""
     table = jnp.arange(5, dtype=dtype)
 
     @jax.custom_jvp
@@ -59,7 +59,7 @@ def two_weights_that_meet_along_different_axes(dtype):
 
 @case(layouts={"w": "io"})
 def custom_jvp_of_a_weight_that_an_input_scales(dtype):
-    """The base of such a view moves with the input: its tangent was taken for zero."""
+    """The base of such a view depends on the input: its tangent was taken for zero."""
 
     @jax.custom_jvp
     def f(w, x):
@@ -113,7 +113,7 @@ def custom_jvp_around_a_barrier_on_the_weight(dtype):
 # The barrier's output is counted as an array of the weight's size, and JAX makes it only later.
 @case(layouts={"w": "io"}, shapes_collide=True)
 def custom_jvp_around_the_gradient_of_a_remat(dtype):
-    """There the barrier is the one before what is computed again."""
+    """There the barrier is the one before the recomputation."""
 
     @jax.custom_jvp
     def f(w, x):
@@ -184,7 +184,7 @@ def custom_jvp_of_a_weight_that_is_made_varying(dtype):
 
 @case(layouts={"w": "bio"})
 def few_rows_for_each_of_several_weights(dtype):
-    """jaxlib 0.10 ended the process: the layout of a transposed A reached a batched product."""
+    """jaxlib 0.10 aborted: the layout of a transposed A reached a batched product."""
     return (
         lambda params, x: jnp.tanh(jnp.einsum("nti,nio->nto", x, params["w"])),
         {"w": normal(1, (4, 7, 5), dtype)},

@@ -1,4 +1,4 @@
-"""Weights picked by number: embeddings, permutations, stacks, and what lies out of bounds."""
+"""Weights picked by number: embeddings, permutations, stacks, and indices out of bounds."""
 
 import functools
 
@@ -11,7 +11,7 @@ from tests.programs.table import case, normal
 
 @case(layouts={"w": "io"})
 def permuted_inputs(dtype):
-    """An axis that A alone holds is picked from, then contracted."""
+    """An axis that only A has is picked from, then contracted."""
 
     def fn(params, x, order):
         return x @ params["w"][order] + x[:, :3] @ params["w"][order[:3]]

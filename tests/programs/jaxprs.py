@@ -11,7 +11,7 @@ def squeezed(shape):
 
 
 def equations(jaxpr) -> Iterator:
-    """Every equation of a program and of the programs inside it."""
+    """Yield every equation of a program and of the programs inside it."""
     for eqn in jaxpr.eqns:
         yield eqn
         for value in jax.tree.leaves(eqn.params, is_leaf=lambda x: hasattr(x, "eqns")):
@@ -21,7 +21,7 @@ def equations(jaxpr) -> Iterator:
 
 
 def weight_sized(jaxpr, shapes) -> Counter:
-    """How often an equation's output has all the axes of a weight, in any order, or more."""
+    """Count the outputs of equations with all axes of a weight, in any order, or more."""
     found: Counter = Counter()
     for eqn in equations(jaxpr):
         # Gradients stop at the base: `stop_gradient` is the weight itself, not a copy of it.

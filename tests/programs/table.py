@@ -17,11 +17,11 @@ KEY = jax.random.key(7)
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A program, its parameters (first argument) and what the library must find out about it.
+    """A program, its parameters (the first argument) and what the library must infer about it.
 
     `build(dtype)` returns (fn, params, args). `layouts` are the targets and what must be inferred;
     `reverse` is False where JAX itself has no reverse mode for the program, `differentiable` False
-    where it has none at all; `dense` names the primitive at which the weight must be made dense;
+    where it has none at all; `dense` names the primitive where the weight must be materialized;
     `vmappable` is False where JAX itself cannot map the program over its arguments alone.
     """
 
@@ -42,7 +42,7 @@ class Case:
 
 
 CASES: list[Case] = []
-DENSE_CASES: list[Case] = []  # those in which the weight must be made dense
+DENSE_CASES: list[Case] = []  # those in which the weight must be materialized
 
 
 def case(**fields: Any) -> Callable[[Callable], Callable]:
@@ -78,21 +78,21 @@ FEW = {
 
 
 def a_few(cases: list[Case]) -> list[Any]:
-    """The cases as parameters of a test: one of every kind, and the others as slow ones."""
+    """Return the cases as test parameters: one of every kind, and the others marked slow."""
     slow = pytest.mark.slow
     return [pytest.param(case, marks=[] if case.name in FEW else slow) for case in cases]
 
 
-# Fixtures are made with numpy (and `device_put`, for `asarray` compiles): for programs this small,
+# Fixtures come from numpy (and `device_put`, as `asarray` compiles): for programs this small,
 # compiling what draws them was most of the suite's time.
 def normal(seed: int, shape: tuple[int, ...], dtype: Any, size: float = 1.0) -> jax.Array:
-    """Normal numbers times `size`."""
+    """Return normal numbers times `size`."""
     drawn = np.random.default_rng(seed).standard_normal(shape) * size
     return jax.device_put(drawn.astype(jnp.dtype(dtype)))
 
 
 def linen(module: nn.Module, *args: Any) -> tuple[Callable, Any, tuple]:
-    """fn(params, *args) of a Flax Linen module, with parameters that are all random."""
+    """Return fn(params, *args) of a Flax Linen module, with all parameters random."""
     shapes = jax.eval_shape(module.init, KEY, *args)["params"]
     leaves, treedef = jax.tree.flatten(shapes)
     leaves = [normal(i, x.shape, x.dtype, 1 / (1 + x.ndim)) for i, x in enumerate(leaves)]
@@ -106,7 +106,7 @@ def linen(module: nn.Module, *args: Any) -> tuple[Callable, Any, tuple]:
 def adapt(
     built: tuple[Callable, Any, tuple], layouts: dict[str, str], dtype: Any, **options: Any
 ) -> Any:
-    """The adapted parameters of a case, A, B random and the scale 1.5: nothing is a no-op."""
+    """Return the adapted parameters of a case, with A and B random and the scale 1.5."""
     fn, params, args = built
     rank = options.pop("rank", 2)
     config = lora_jax.LoraConfig(
@@ -118,7 +118,7 @@ def adapt(
 
 
 def fill(node: Any, w: jax.Array) -> Any:
-    """An adapted weight of shapes, with numbers."""
+    """Fill an adapted weight of shapes with numbers."""
     if not is_node(node):
         return w
     m = node.magnitude
@@ -133,7 +133,7 @@ def fill(node: Any, w: jax.Array) -> Any:
 
 
 def randomize(params: Any) -> Any:
-    """Random factors, where they start as zero, of every adapted weight, and random magnitudes."""
+    """Make the factors that start as zero random, and the magnitudes."""
 
     def one(node: Any) -> Any:
         if not isinstance(node, lora_jax.LoraWeight):
@@ -154,7 +154,7 @@ def is_node(x: Any) -> bool:
 
 
 def merged(params: Any) -> Any:
-    """The oracle: W + scale·A·B, or m·V/‖V‖, with nothing of the library's but the letters."""
+    """Return the oracle: W + scale·A·B, or m·V/‖V‖; of the library only the letters are used."""
 
     def one(node: Any) -> Any:
         if not is_node(node):

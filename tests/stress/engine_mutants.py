@@ -1,9 +1,9 @@
-"""Break the engine on purpose, one way at a time, and see that the suite notices.
+"""Break the engine on purpose, one way at a time, and check that the tests notice.
 
-    python -m tests.stress.engine_mutants            every mutant, a minute or so each
-    python -m tests.stress.engine_mutants scale cast those whose name holds one of the words
+    python -m tests.stress.engine_mutants            every mutant, about a minute each
+    python -m tests.stress.engine_mutants scale cast those whose name contains one of the words
 
-For each it prints how many tests failed, and which. Exits with 1 where a mutant survives.
+Print how many tests fail on each, and which. Exit with 1 if a mutant survives.
 """
 
 import os
@@ -143,7 +143,7 @@ MUTANTS = [
 
 
 def run(mutant: Mutant) -> list[str]:
-    """The ids of the tests that fail on the mutant."""
+    """Return the ids of the tests that fail on the mutant."""
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder)
         for name in ("lora_jax", "tests"):
@@ -153,7 +153,7 @@ def run(mutant: Mutant) -> list[str]:
         source = path.read_text(encoding="utf-8")
         if source.count(mutant.old) != 1:
             raise SystemExit(
-                f"{mutant.name}: its text is not once in {mutant.file}; mend the mutant"
+                f"{mutant.name}: its text is not in {mutant.file} exactly once; update the mutant"
             )
         path.write_text(source.replace(mutant.old, mutant.new), encoding="utf-8")
         failed = []
@@ -171,7 +171,7 @@ def run(mutant: Mutant) -> list[str]:
 
 
 def main(words: list[str]) -> int:
-    """Run the mutants whose name holds one of the words (all, without words)."""
+    """Run the mutants whose name contains one of the words; without words, all."""
     survivors = 0
     for mutant in MUTANTS:
         if words and not any(word in mutant.name for word in words):
