@@ -1,5 +1,6 @@
 """The suite is stricter than users are: several devices, no implicit rank promotion."""
 
+import gc
 import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -27,6 +28,14 @@ jax.config.update("jax_disable_most_optimizations", not OPTIMIZE)
 
 hypothesis.settings.register_profile("lora_jax", deadline=None, derandomize=True, database=None)
 hypothesis.settings.load_profile("lora_jax")
+
+# Tracing makes many objects and hardly a circle; what is imported stays until the end.
+gc.set_threshold(50_000, 20, 50)
+
+
+def pytest_collection_finish():
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from lora_jax.core import weights
 from lora_jax.core.abstract import on_shapes
 from lora_jax.core.algebra import dense
 from lora_jax.core.config import LoraConfig
-from lora_jax.core.dtypes import accumulator
+from lora_jax.core.dtypes import accumulator, round_to
 from lora_jax.core.errors import ConfigError, StructureError
 from lora_jax.core.layout import Layout
 from lora_jax.core.linalg import balanced, matmul, randomized_svd, truncated_svd
@@ -139,9 +139,9 @@ def _best_factors(
     def one(key: jax.Array, before: jax.Array, after: jax.Array) -> tuple[jax.Array, ...]:
         change = _difference(after, before)
         svd = truncated_svd(change, rank) if exact else randomized_svd(key, change, rank)
-        a, b = (x.astype(dtype) for x in balanced(svd, scale))
-        update = scale * matmul(a.astype(change.dtype), b.astype(change.dtype))
-        return a, b, _squares(change, update), _squares(after, before)
+        a, b = (round_to(x, dtype) for x in balanced(svd, scale))
+        update = scale * matmul(a, b)
+        return a.astype(dtype), b.astype(dtype), _squares(change, update), _squares(after, before)
 
     a, b, lost, total = map_matrices(one, key, layout, before, after)
     return *as_factors(a, b, layout, before.shape), lost, total

@@ -13,7 +13,7 @@ from jax import lax
 
 from lora_jax.adapters.split import join, split
 from lora_jax.core.algebra import dense
-from lora_jax.core.dtypes import accumulator
+from lora_jax.core.dtypes import accumulator, round_to
 from lora_jax.core.errors import ConfigError, MergeError, StructureError
 from lora_jax.core.tree import adapted_nodes, map_adapted
 from lora_jax.core.weights import Adapted, LoraWeight, require_whole
@@ -229,9 +229,7 @@ def _squared_norms(node: Adapted, dtype: Any) -> tuple[jax.Array, jax.Array]:
     """Return the squared norms of what rounding to `dtype` loses, and of the leaf's update."""
     wide = accumulator(node.w.dtype, dtype)
     exact = dense(node, wide)
-    # The compiler may skip a cast down and up again, but not reduce_precision.
-    info = jnp.finfo(dtype)
-    lost = lax.reduce_precision(exact, info.nexp, info.nmant) - exact
+    lost = round_to(exact, dtype) - exact
     update = exact - node.w.astype(wide)
     return jnp.sum(lost * lost), jnp.sum(update * update)
 

@@ -2,7 +2,9 @@
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
+from jax import lax
 
 
 def accumulator(*dtypes: Any) -> Any:
@@ -18,6 +20,22 @@ def wider(*dtypes: Any) -> Any:
     dtype('float32')
     """
     return max(dtypes, key=lambda dtype: dtype.itemsize)
+
+
+def round_to(x: jax.Array, dtype: Any) -> jax.Array:
+    """Return `x` in `x.dtype`, with the values that `dtype` can hold.
+
+    Under jit `x.astype(dtype).astype(x.dtype)` may round nothing: XLA is allowed to skip a cast
+    down and up again, and on a GPU it does.
+
+    >>> import jax.numpy as jnp
+    >>> round_to(jnp.float32(1.001), jnp.bfloat16)
+    Array(1., dtype=float32)
+    """
+    info = jnp.finfo(dtype)
+    if info.bits >= jnp.finfo(x.dtype).bits:
+        return x
+    return lax.reduce_precision(x, info.nexp, info.nmant)
 
 
 def compute_dtype(x_dtype: Any, w_dtype: Any) -> Any:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from lora_jax.core.algebra import dense
 from lora_jax.core.checks import is_number
-from lora_jax.core.dtypes import accumulator
+from lora_jax.core.dtypes import accumulator, round_to
 from lora_jax.core.errors import ConfigError, TargetError
 from lora_jax.core.linalg import randomized_svd, truncated_svd
 from lora_jax.core.matrices import as_factors, map_matrices
@@ -172,8 +172,9 @@ def _initialize(
 
     a, b = map_matrices(one, key, layout, gradient)
     a, b = as_factors(a, b, layout, shape)
-    a, b = a.astype(node.a.dtype), b.astype(node.b.dtype)
     # Subtract the update of the rounded factors, which is the one in effect.
+    a = round_to(a, node.a.dtype).astype(node.a.dtype)
+    b = round_to(b, node.b.dtype).astype(node.b.dtype)
     negative = LoraWeight(node.w, a, b, -node.scale, layout=layout)
     return dataclasses.replace(node, w=dense(negative), a=a, b=b)
 

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from lora_jax.core.checks import is_integer
+from lora_jax.core.dtypes import round_to
 from lora_jax.core.errors import ConfigError
 from lora_jax.core.layout import Layout
 from lora_jax.core.linalg import balanced, matmul, truncated_svd
@@ -59,12 +60,11 @@ def loftq(quantizer: Callable[[jax.Array], jax.Array] = nf4, steps: int = 5) -> 
 
         def step(_: int, last: InitialValues) -> InitialValues:
             _, a, b = last
-            rounded = quantizer(wide - scale * matmul(a, b)).astype(w.dtype)
-            lost = wide - rounded.astype(wide.dtype)
-            return rounded, *balanced(truncated_svd(lost, rank), scale)
+            rounded = round_to(quantizer(wide - scale * matmul(a, b)), w.dtype)
+            return rounded, *balanced(truncated_svd(wide - rounded, rank), scale)
 
         a, b = jnp.zeros((w.shape[0], rank)), jnp.zeros((rank, w.shape[1]))
-        return lax.fori_loop(0, steps, step, (w, a.astype(wide.dtype), b.astype(wide.dtype)))
+        return lax.fori_loop(0, steps, step, (wide, a.astype(wide.dtype), b.astype(wide.dtype)))
 
     def initialize(
         key: jax.Array, w: jax.Array, layout: Layout, rank: int, scale: float, dtype: Any

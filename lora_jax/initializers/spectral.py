@@ -5,6 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from lora_jax.core.dtypes import round_to
 from lora_jax.core.layout import Layout
 from lora_jax.core.linalg import balanced, matmul, randomized_svd, truncated_svd
 from lora_jax.initializers.signature import InitialValues, apply_per_matrix, require_positive, widen
@@ -98,5 +99,5 @@ def _subtract_update(
     w: jax.Array, a: jax.Array, b: jax.Array, scale: jax.Array, dtype: Any
 ) -> InitialValues:
     """Return W − scale·A·B, A and B, both rounded to `dtype`: the base keeps what that loses."""
-    w, a, b = widen(w), a.astype(dtype), b.astype(dtype)
-    return w - scale * matmul(a.astype(w.dtype), b.astype(w.dtype)), a, b
+    w, a, b = widen(w), round_to(a, dtype), round_to(b, dtype)
+    return w - scale * matmul(a, b), a, b

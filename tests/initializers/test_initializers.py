@@ -1,6 +1,7 @@
 """Initializers: each one on each kind of weight, against numpy's own decompositions."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -114,6 +115,18 @@ def test_layers_of_a_stack_are_initialized_as_each_alone(name):
     alone = [lora_jax.init(KEY, {"w": w}, config(name))["w"].w for w in PARAMS["stacked"]]
     tolerance = 1e-2 if name == "pissa_fast" else 1e-5  # each layer has its own sketch
     np.testing.assert_allclose(node.w, alone, atol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("name", ["pissa", "olora", "pissa_fast"])
+def test_rounding_is_in_the_program(name, dtype):
+    """A cast down and up again may be skipped by XLA, and is on a GPU; reduce_precision is not."""
+    layout, args = Layout("io"), (jax.random.key(0), jnp.ones((4, 3)))
+    initialize = lambda key, w: getattr(initializers, name)(key, w, layout, 2, 1.5, dtype)
+    info = jnp.finfo(dtype)
+    want = f"exponent_bits={info.nexp} mantissa_bits={info.nmant}"
+    text = " ".join(str(jax.make_jaxpr(initialize)(*args)).split())
+    assert len(re.findall(rf"reduce_precision\[ ?{want} ?\]", text)) == 2  # A and B
 
 
 @pytest.mark.parametrize("name", ["pissa", "olora", "loftq"])
