@@ -1,7 +1,7 @@
 """LoRA for any JAX program: pure functions that put A and B beside the weights of a pytree."""
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lora_jax import initializers
 from lora_jax.adapters.extract import extract
@@ -32,11 +32,13 @@ from lora_jax.engine.custom_rules import Operand, Rule
 from lora_jax.engine.forms import Forms
 from lora_jax.engine.remat import save_sums
 from lora_jax.engine.transform import lora
-from lora_jax.files import loralib, mlx, naming, peft
 from lora_jax.files.native import load, read_metadata, save
 from lora_jax.initializers import rounding
 from lora_jax.initializers.eva import eva
 from lora_jax.initializers.lora_ga import lora_ga
+
+if TYPE_CHECKING:
+    from lora_jax.files import loralib, mlx, naming, peft
 
 __version__ = "0.1.0"
 
@@ -96,11 +98,15 @@ __all__ = [
     "with_dropout",
 ]
 
-_LAZY = ("layers", "models", "training")  # rooms that import flax or optax's larger half
+# Rooms and formats that need more packages: they are imported at their first use.
+_LAZY = {
+    **{name: f"lora_jax.{name}" for name in ("layers", "models", "training")},
+    **{name: f"lora_jax.files.{name}" for name in ("loralib", "mlx", "naming", "peft")},
+}
 
 
 def __getattr__(name: str) -> Any:
-    """Import a room that takes long to import, at its first use."""
+    """Import a module of `_LAZY` at its first use."""
     if name in _LAZY:
-        return importlib.import_module(f"lora_jax.{name}")
+        return importlib.import_module(_LAZY[name])
     raise AttributeError(f"module 'lora_jax' has no attribute {name!r}")
