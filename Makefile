@@ -6,8 +6,8 @@ VENV ?= .venv
 ARGS ?=
 COUNT ?= 10000
 SEED ?= 0
-# Compiling is most of what the tests do, one core a process.
-WORKERS ?= --numprocesses=auto --maxprocesses=4
+# Compiling is most of what the tests do, one core a process; a file's tests share what is compiled.
+WORKERS ?= --numprocesses=auto --maxprocesses=4 --dist=loadfile
 
 # A stamp is written after a whole install, one per Python version and set of extras.
 VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)

@@ -11,11 +11,13 @@ import jaxlib
 import pytest
 
 # Nearly all of a test's time goes into compiling a program that runs once. So XLA compiles
-# quickly: few optimizations, one LLVM module per program and, where there is a choice, the
-# emitters without MLIR. `make test-all` (LORA_JAX_OPTIMIZE=1) compiles as users do.
+# quickly, here and in the processes that tests start: few optimizations, one LLVM module per
+# program and, where there is a choice, the emitters without MLIR. `make test-all`
+# (LORA_JAX_OPTIMIZE=1) compiles as users do.
 OPTIMIZE = os.environ.get("LORA_JAX_OPTIMIZE") == "1"
 flags = {"--xla_force_host_platform_device_count": "4"}
 if not OPTIMIZE:
+    os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
     flags["--xla_cpu_parallel_codegen_split_count"] = "1"
     if jaxlib.version.__version_info__ < (0, 11):  # XLA aborts on flags it does not know
         flags["--xla_cpu_use_fusion_emitters"] = "false"
@@ -23,8 +25,8 @@ given = os.environ.get("XLA_FLAGS", "")
 added = [f"{name}={value}" for name, value in flags.items() if name not in given]
 os.environ["XLA_FLAGS"] = " ".join([given, *added]).strip()
 
-jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_disable_most_optimizations", not OPTIMIZE)
+jax.config.update("jax_numpy_rank_promotion", "raise")
 
 hypothesis.settings.register_profile("lora_jax", deadline=None, derandomize=True, database=None)
 hypothesis.settings.load_profile("lora_jax")

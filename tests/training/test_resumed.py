@@ -12,9 +12,6 @@ import pytest
 
 from tests.training import resumed
 
-# As the other process compiles, for the losses must be equal to the bit.
-pytestmark = pytest.mark.usefixtures("optimized")
-
 
 def bits(x):
     return np.asarray(jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x)
