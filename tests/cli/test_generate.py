@@ -69,6 +69,16 @@ def test_a_file_standard_input_and_a_chat(world, run, monkeypatch):
     )
 
 
+@pytest.mark.filterwarnings("default")
+def test_what_does_not_fit_is_left_out_if_told_so(world, run, fails):
+    more = {"base_model.model.model.layers.9.self_attn.q_proj.lora_A.weight": np.ones((4, 12), "f")}
+    files.peft(world / "more", extra=more)
+    words = ["generate", "-m", "my-model", "--prompt", "Hi", "--max-tokens", 4, "--adapter"]
+    assert "layers.9" in fails(*words, "more")
+    done = run(*words, "more", "--no-strict")
+    assert done.err.startswith("warning: ") and done.out == run(*words, "my-adapter").out
+
+
 def test_it_ends_where_the_text_does(world, run):
     """The head always predicts one token, which config.json declares as an end of text."""
     end = 50

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from lora_jax.cli.errors import PromptError
-from lora_jax.cli.options import ADAPTER, DType, ModelOption
+from lora_jax.cli.options import ADAPTER, DType, ModelOption, StrictOption
 
 EXAMPLES = (
     'lora-jax generate --model my-model --prompt "Once upon a time" --max-tokens 20',
@@ -44,6 +44,7 @@ def command(
         DType | None,
         typer.Option(help="Dtype of the computation; default: the model's, float32 for GGUF."),
     ] = None,
+    strict: StrictOption = True,
 ) -> None:
     """Continue a prompt, and print the new text as it is generated.
 
@@ -64,6 +65,7 @@ def command(
         top_p=top_p,
         seed=seed,
         dtype=dtype,
+        strict=strict,
     )
 
 

@@ -24,6 +24,7 @@ def run(
     max_tokens: int,
     seed: int,
     dtype: str | None,
+    strict: bool,
     **sampling: Any,
 ) -> None:
     """Print the generated text; the arguments are the command's options.
@@ -35,7 +36,7 @@ def run(
     base = sources.find_model(model)
     tokenizer = sources.tokenizer_of(base)
     ids = _encode(tokenizer, prompt, chat)
-    loaded = sources.load(base, adapter, dtype)
+    loaded = sources.load(base, adapter, dtype, strict=strict)
     pretrained = loaded.model
     steps = _room(pretrained, ids, max_tokens)
     stop = _stops(pretrained, tokenizer)
