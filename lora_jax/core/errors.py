@@ -1,8 +1,16 @@
 """The errors and the warning of lora_jax; messages name the parameter path and what to do."""
 
+from lora_jax.core.foreign import escaped
+
 
 class LoraError(ValueError):
-    """Base class of the errors that lora_jax raises on bad input; it is a `ValueError`."""
+    """Base class of the errors that lora_jax raises on bad input; it is a `ValueError`.
+
+    The message may quote a file: control characters are escaped, and a very long one is shortened.
+    """
+
+    def __init__(self, message: object = "") -> None:
+        super().__init__(escaped(str(message)))
 
 
 class ConfigError(LoraError):
