@@ -3,12 +3,20 @@
 import re
 from collections.abc import Iterable
 
+from lora_jax.core.foreign import escaped
+
 _AT_ONCE = 3  # problems of one kind up to this number have a line each
 _NAMED = 3  # paths of a larger group that are named
 
 
 class LoraError(ValueError):
-    """Base class of the errors that lora_jax raises on bad input; it is a `ValueError`."""
+    """Base class of the errors that lora_jax raises on bad input; it is a `ValueError`.
+
+    The message may quote a file: control characters are escaped, and a very long one is shortened.
+    """
+
+    def __init__(self, message: object = "") -> None:
+        super().__init__(escaped(str(message)))
 
 
 class ConfigError(LoraError):

@@ -182,9 +182,7 @@ def test_all_problems_in_one_message(tmp_path):
 
 def test_problems_of_one_kind_are_one_line(tmp_path):
     (tmp_path / "a").write_bytes(raw({f"t{i}": record(dtype="?") for i in range(210)}))
-    with pytest.raises(
-        AdapterFileError, match="210 tensors .* and 207 more.: unknown dtype"
-    ) as error:
+    with pytest.raises(AdapterFileError, match="207 more") as error:
         safetensors_file.read(tmp_path / "a")
     _, line = str(error.value).splitlines()
     assert line.startswith("210 tensors (tensor 't0', ") and line.endswith("unknown dtype '?'")
