@@ -12,7 +12,7 @@ from lora_jax.core.errors import ModelFileError
 from lora_jax.core.paths import flatten_with_paths
 from lora_jax.files import kinds, mlx, native, peft
 from lora_jax.files.naming import Naming
-from lora_jax.models import assets
+from lora_jax.models import assets, stops
 from lora_jax.models.text.byte_tokenizer import byte_tokenizer
 from lora_jax.models.text.tokenizer import Tokenizer
 from lora_jax.models.tiny import tiny
@@ -55,6 +55,11 @@ def tokenizer_of(model: kinds.Found) -> Tokenizer:
         return byte_tokenizer()
     read = Tokenizer.from_gguf if model.kind == kinds.GGUF else Tokenizer.load
     return read(model.path)
+
+
+def stop_ids(model: kinds.Found, tokenizer: Tokenizer) -> frozenset[int]:
+    """Return the token ids at which a model's text ends, as `models.stops.stop_ids`."""
+    return stops.stop_ids(None if model.kind == kinds.TINY else model.path, tokenizer)
 
 
 def naming_of(model: kinds.Found) -> Naming:

@@ -10,6 +10,8 @@ import pytest
 import lora_jax
 from lora_jax import models, peft
 from lora_jax.files.disk import safetensors_file
+from lora_jax.models.stops import stop_ids
+from lora_jax.models.text.tokenizer import Tokenizer
 from tests.cli import files
 
 SCALE = files.ALPHA / files.RANK
@@ -180,6 +182,17 @@ def test_a_tokenizer_beside_the_adapter_replaces_the_bases(world, run):
     assert run(*words, "second").status == 0
     assert (world / "second" / "tokenizer.json").read_text() == "{}"
     assert not (world / "second" / "merges.txt").exists()
+
+
+def test_the_ends_of_a_gguf_models_turns_are_kept(world, run):
+    """Of the files written, only generation_config.json can name the end of a turn, token 259."""
+    files.gguf(world / "model.gguf", eot=259)
+    done = run("merge", "-m", "model.gguf", "--adapter", "my-adapter", "--out", "merged")
+    assert (done.status, done.err) == (0, "")
+    assert json.loads((world / "merged" / "generation_config.json").read_text()) == {
+        "eos_token_id": [258, 259]
+    }
+    assert stop_ids(world / "merged", Tokenizer.load(world / "merged")) == {258, 259}
 
 
 @pytest.mark.filterwarnings("default")

@@ -26,6 +26,10 @@ def command(
     chat: Annotated[
         bool, typer.Option("--chat", help="Apply the chat template: the prompt is a user's turn.")
     ] = False,
+    stop: Annotated[
+        list[str] | None,
+        typer.Option(metavar="TEXT", help="End before this text; may be given several times."),
+    ] = None,
     max_tokens: Annotated[int, typer.Option(min=1, help="Maximum number of new tokens.")] = 128,
     temperature: Annotated[
         float, typer.Option(min=0, help="Sampling temperature; 0 is greedy decoding.")
@@ -48,8 +52,12 @@ def command(
 ) -> None:
     """Continue a prompt, and print the new text as it is generated.
 
-    Generation stops at the model's end-of-text token or after --max-tokens.
+    Generation stops at the tokens that end a text or a turn (config.json, generation_config.json,
+    GGUF's metadata, the tokenizer and the chat template name them), at --stop, or after
+    --max-tokens.
     """
+    if "" in (stop or ()):
+        raise typer.BadParameter("--stop must not be empty")
     text = _prompt(prompt, prompt_file)
 
     from lora_jax.cli.jobs import generate
@@ -59,6 +67,7 @@ def command(
         adapter,
         text,
         chat=chat,
+        stop=stop or (),
         max_tokens=max_tokens,
         temperature=temperature,
         top_k=top_k,

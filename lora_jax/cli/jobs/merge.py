@@ -1,6 +1,7 @@
 """What `lora-jax merge` does: merge, copy the other files, report what rounding lost."""
 
 import dataclasses
+import json
 import statistics
 import sys
 from collections.abc import Mapping
@@ -18,6 +19,7 @@ from lora_jax.files import kinds
 from lora_jax.files.disk.atomic import write_directory
 from lora_jax.models import hf_directory
 from lora_jax.models.own_files import read_own_files, read_tokenizer_files
+from lora_jax.models.stops import GENERATION_CONFIG
 
 NOTABLE = 0.1  # fraction of an update lost in rounding that deserves a warning
 
@@ -58,9 +60,12 @@ def run(
 def _beside(base: kinds.Found, adapter: Path) -> dict[str, bytes]:
     """Return the model's other files; a tokenizer beside the adapter comes first."""
     own = kinds.adapter(adapter).path
-    if base.kind in (kinds.GGUF, kinds.TINY):
-        return sources.tokenizer_of(base).files() | read_tokenizer_files(own)
-    return read_own_files(base.path, own)
+    if base.kind == kinds.CHECKPOINT:
+        return read_own_files(base.path, own)
+    tokenizer = sources.tokenizer_of(base)
+    ends = {"eos_token_id": sorted(sources.stop_ids(base, tokenizer))}
+    generation = {GENERATION_CONFIG: (json.dumps(ends) + "\n").encode()}
+    return generation | tokenizer.files() | read_tokenizer_files(own)
 
 
 def _report(errors: Mapping[str, float], dtype: str) -> None:
