@@ -1,36 +1,48 @@
 """Strict JSON, and error messages that stay short whatever a file contains."""
 
 import json
-import reprlib
+import math
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from lora_jax.core.errors import AdapterFileError, grouped
-from lora_jax.core.foreign import shown
+from lora_jax.core.errors import AdapterFileError, LoraError, grouped
+from lora_jax.core.foreign import shown, shown_value
 
-_REPR = reprlib.Repr()  # shortens values of any depth and size
-_REPR.maxstring = _REPR.maxlong = _REPR.maxother = 120
 _MAX_LINES, _MOST = 200, 300  # lines of one message, characters of each
 
 
-def parse_json(text: str | bytes, source: str) -> Any:
-    """Parse a JSON value strictly: unique keys, no NaN or infinity, UTF-8, not too deep.
+def parse_json(text: str | bytes, source: str, error: type[LoraError] = AdapterFileError) -> Any:
+    """Parse a JSON value strictly: every JSON file is read here.
+
+    Refused are repeated keys, NaN and infinity, numbers that no float can hold (1e999, or hundreds
+    of digits), text that is not UTF-8 or has half a surrogate pair, and nesting without end.
+
+    Args:
+      text: the text; a byte order mark is skipped.
+      source: the file's name, with which the message starts.
+      error: the class of the error.
 
     Raises:
-      AdapterFileError: it is not valid; the message starts with `source`.
+      AdapterFileError: it is not valid, or `error` in its place.
 
     >>> parse_json('{"r": 8}', "adapter_config.json")
     {'r': 8}
     """
     try:
         text = text.decode("utf-8") if isinstance(text, bytes) else text
-        value = json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant)
+        value = json.loads(
+            text.removeprefix("\ufeff"),
+            object_pairs_hook=_unique,
+            parse_constant=_no_constant,
+            parse_int=_integer,
+            parse_float=_float,
+        )
         json.dumps(value, ensure_ascii=False).encode("utf-8")  # rejects half a surrogate pair
     except RecursionError:
-        raise AdapterFileError(f"{source}: the JSON is nested too deeply") from None
-    except ValueError as error:
-        raise AdapterFileError(f"{source}: not valid JSON: {shown(error)}") from None
+        raise error(f"{source}: the JSON is nested too deeply") from None
+    except ValueError as problem:
+        raise error(f"{source}: not valid JSON: {shown(problem)}") from None
     return value
 
 
@@ -38,7 +50,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     value = dict(pairs)
     if len(value) != len(pairs):
         ((twice, _),) = Counter(key for key, _ in pairs).most_common(1)
-        raise ValueError(f"the key {show(twice)} appears twice")
+        raise ValueError(f"the key {shown_value(twice)} appears twice")
     return value
 
 
@@ -46,13 +58,20 @@ def _no_constant(name: str) -> Any:
     raise ValueError(f"{name} is not a JSON number")
 
 
+def _integer(digits: str) -> int:
+    _float(digits)
+    return int(digits)
+
+
+def _float(digits: str) -> float:
+    number = float(digits)
+    if not math.isfinite(number):
+        raise ValueError(f"the number {shown(digits, 40)} is beyond what a float can hold")
+    return number
+
+
 def lines(problems: Sequence[str], noun: str = "tensors") -> str:
     """Join problems into lines for a terminal: one for each kind, without control characters."""
     found = grouped((shown(problem, _MOST) for problem in problems), noun).splitlines()
     more = len(found) - _MAX_LINES
     return "\n".join([*found[:_MAX_LINES], *([f"and {more} more"] if more > 0 else [])])
-
-
-def show(value: Any) -> str:
-    """Return the `repr` of a value of any depth and size, shortened."""
-    return shown(_REPR.repr(value))

@@ -52,7 +52,7 @@ def _report(reader: str, seed: int, count: int) -> int:
     for (_, outcome), n in tally.outcomes.most_common():
         print(f"{n:8} {outcome}")
     for x in tally.problems[:20]:
-        print(f"\n    number {x.number}, {x.name}, {x.how}: {x.outcome}\n{ascii(x.problem)}")
+        print(f"\n    number {x.number}, {x.name}, {x.how}: {x.outcome}\n{x.problem!a}")
     sys.stdout.flush()
     return len(tally.problems)
 

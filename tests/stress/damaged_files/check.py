@@ -1,5 +1,6 @@
 """Read a damaged file, and judge whether the outcome is acceptable."""
 
+import functools
 import re
 import time
 import traceback
@@ -85,7 +86,7 @@ def results(
             for again in range(3 if measured else 0):
                 # what an import or a compilation needs is needed once
                 place = Path(folder) / f"{number} again {again}"
-                grown = growth(lambda place=place: judge(chosen, files, place))
+                grown = growth(functools.partial(judge, chosen, files, place))
                 if grown <= allowed:
                     break
             if not problem and grown > allowed:

@@ -12,6 +12,7 @@ from tests.stress.damaged_files import gguf_bytes, known_fields
 from tests.stress.damaged_files.known_fields import STEERING, WRONG, Verbatim
 from tests.stress.damaged_files.subject import Files
 
+
 class Repeated(dict):
     """A mapping that is written with one key twice."""
 
@@ -323,7 +324,9 @@ def moved(files: Files, rng: Random) -> tuple[Files, str]:
     depth = rng.randrange(len(parts) - 1)
     folder = "/".join(parts[: depth + 1]) + "/"
     to = "/".join([*parts[:depth], rng.choice(FOLDERS), ""])
-    inside = {to + path.removeprefix(folder): files[path] for path in files if path.startswith(folder)}
+    inside = {
+        to + path.removeprefix(folder): files[path] for path in files if path.startswith(folder)
+    }
     if rng.random() < 0.5:
         files = {path: data for path, data in files.items() if not path.startswith(folder)}
     return files | inside, f"{folder} becomes {to}"

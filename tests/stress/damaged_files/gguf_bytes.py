@@ -168,9 +168,7 @@ def wrong_metadata(parts: Parts, rng: Random) -> str:
 
 def wrong_element(parts: Parts, rng: Random) -> str:
     """Change one element of an array of the metadata: a token, a merge, a type."""
-    arrays = [
-        i for i, (_, kind, value) in enumerate(parts.metadata) if kind == ARRAY and value[1]
-    ]
+    arrays = [i for i, (_, kind, value) in enumerate(parts.metadata) if kind == ARRAY and value[1]]
     if not arrays:
         return wrong_metadata(parts, rng)
     at = rng.choice(arrays)

@@ -47,7 +47,10 @@ FIELDS: dict[str, tuple[Path, ...]] = {
         *((x,) for x in ("bias", "fan_in_fan_out", "modules_to_save", "layers_to_transform")),
         *((x,) for x in ("layers_pattern", "trainable_token_indices", "target_parameters")),
         *((x,) for x in ("init_lora_weights", "lora_dropout", "base_model_name_or_path")),
-        *((x,) for x in ("task_type", "revision", "megatron_config", "loftq_config", "auto_mapping")),
+        *(
+            (x,)
+            for x in ("task_type", "revision", "megatron_config", "loftq_config", "auto_mapping")
+        ),
         *((x,) for x in ("fine_tune_type", "num_layers", "model", "lora_parameters")),
         *(("lora_parameters", x) for x in ("rank", "scale", "dropout", "keys", "alpha")),
     ),

@@ -1,5 +1,6 @@
 """Damaged models and tokenizers: directories in Hugging Face's layout, and GGUF files."""
 
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -30,8 +31,12 @@ def directory(name: str) -> Subject:
 
 def _load_model(path: Path) -> tuple[models.Pretrained, Any]:
     model = models.load(path)
-    found = jax.jit(model.apply)(model.params, jnp.asarray(IDS), jnp.ones_like(IDS))
-    return model, found
+    return model, _forward(model.apply, model.params, jnp.asarray(IDS), jnp.ones_like(IDS))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _forward(apply: Any, params: Any, ids: Any, segments: Any) -> Any:
+    return apply(params, ids, segments)
 
 
 def _judge_model(loaded: tuple[models.Pretrained, Any], folder: Path) -> Verdict:

@@ -84,7 +84,9 @@ def data(kind: str) -> Subject:
     row = {
         "text": {"text": "a b"},
         "completion": {"prompt": "a", "completion": "b"},
-        "chat": {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]},
+        "chat": {
+            "messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+        },
         "label": {"text": "a", "label": "x"},
     }[kind]
     files = {"rows.jsonl": b"".join(json.dumps(row).encode() + b"\n" for _ in range(3))}

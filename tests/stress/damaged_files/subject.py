@@ -1,4 +1,4 @@
-"""What is damaged: the files of one thing, the function that reads them, and what may come of it."""
+"""What is damaged: files, the function that reads them, and what may come of it."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

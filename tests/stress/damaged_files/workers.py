@@ -1,7 +1,6 @@
 """Damaged files read in a process of their own, which may die or never end."""
 
 import multiprocessing
-import time
 from collections.abc import Iterator, Sequence
 from multiprocessing.connection import Connection
 
