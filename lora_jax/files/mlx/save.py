@@ -72,6 +72,7 @@ def save(
         scale=scale,
         rank=next(iter(factors.values())).rank,
         use_dora=any(one.magnitude is not None for one in factors.values()),
+        dropout=contents.dropout,
         keys=sorted({_name_in_layer(module_of(name)) for name in factors}),
         base_model=base_model,
     )

@@ -56,8 +56,8 @@ def save(
         saved module was trained; its shapes are needed for trained rows of an embedding.
       complete: whether `base` has every module of the PyTorch model. Without a base, or with a
         part of one, modules are named in full, so that PEFT adapts no others of the same name.
-      config: the configuration the adapters were made with: dropout, rsLoRA, and how to express
-        ranks and targets.
+      config: the configuration the adapters were made with: rsLoRA, and how to express ranks and
+        targets.
       fold: multiply the scales into B, set alpha to the rank, and pad all factors to the largest
         rank, for readers that ignore patterns, such as vLLM and llama.cpp.
       base_model: the name or path of the base model, which PEFT's `AutoPeftModel` loads.

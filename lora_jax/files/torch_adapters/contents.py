@@ -29,6 +29,7 @@ class Contents:
     added: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
     #: Copies of base weights that were not trained.
     untrained: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    dropout: float = 0.0  # the rate at which the inputs of A are dropped in training
 
 
 class TorchBase:

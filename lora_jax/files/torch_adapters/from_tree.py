@@ -1,6 +1,8 @@
 """Turn the adapted leaves of a tree into the `Contents` of a file."""
 
 import dataclasses
+import warnings
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,6 +15,7 @@ from lora_jax.core.layout import Layout
 from lora_jax.core.patterns import nearest
 from lora_jax.core.tree import adapted_nodes, require_adapted
 from lora_jax.core.weights import Adapted, LoraWeight, TrainedLeaf, TrainedRows, check_fits
+from lora_jax.files.disk import strict_json
 from lora_jax.files.naming import Naming, Place
 from lora_jax.files.torch_adapters.contents import Contents, TorchBase, part_of
 from lora_jax.files.torch_adapters.experts import stack_experts
@@ -210,7 +213,26 @@ def collect(adapters: Any, naming: Naming, base: Any) -> tuple[Contents, TorchBa
     check(_misfits(nodes, model))
     contents, problems = collect_nodes(nodes, model)
     check(problems)
+    contents.dropout = _common_dropout(nodes)
     return contents, model
+
+
+def _common_dropout(nodes: Mapping[str, Adapted]) -> float:
+    """Return the one rate that a file can hold; warn if the factors have several."""
+    active = {p: x for p, x in nodes.items() if isinstance(x, LoraWeight) and np.any(x.scale != 0)}
+    counts = Counter(float(node.dropout) for node in active.values())
+    if not counts:
+        return 0.0
+    rate = max(counts, key=lambda x: (counts[x], -x))
+    others = [f"{path} ({x.dropout})" for path, x in active.items() if x.dropout != rate]
+    if others:
+        warnings.warn(
+            f"save: the file holds one dropout rate, and gets {rate}, that of most weights; "
+            f"others: {strict_json.short(', '.join(others))}",
+            UserWarning,
+            stacklevel=4,
+        )
+    return rate
 
 
 def _own_base(adapters: Any) -> Any:

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lora_jax.core.config import LoraConfig
 from lora_jax.core.dora import column_norms
 from lora_jax.core.dtypes import accumulator
 from lora_jax.core.errors import AdapterFileError
@@ -29,6 +30,7 @@ def fit_to_base(
     *,
     strict: bool,
     dtype: Any,
+    dropout: float | None = None,
     stacklevel: int = 3,
 ) -> Any:
     """Return the overlay of a file's contents; all problems give one error or one warning.
@@ -38,11 +40,15 @@ def fit_to_base(
       contents, model, dtype: as for `overlay`.
       problems: what is wrong with the file already.
       strict: whether problems are an error, and not a warning.
+      dropout: the rate of all factors; None for that of the contents.
       stacklevel: of the warning: 3 where the user called what calls this.
 
     Raises:
       AdapterFileError: there are problems and `strict` is true, or nothing is left.
+      ConfigError: `dropout` is not a probability below 1.
     """
+    if dropout is not None:
+        contents.dropout = LoraConfig(dropout=dropout).dropout
     adapters, more = overlay(contents, model, dtype)
     lines = "\n".join(sorted({*problems, *more})) or "it contains no adapters"
     if strict and (problems or more):
@@ -71,6 +77,9 @@ def overlay(contents: Contents, model: TorchBase, dtype: Any = None) -> tuple[An
     """
     nodes: dict[str, Adapted] = {}
     problems = _check_untrained(contents, model)
+    if not 0 <= contents.dropout < 1:  # 1 is a probability, but no rate at which anything trains
+        problems.append(f"the dropout is {contents.dropout}; pass dropout=, a rate below 1")
+        contents.dropout = 0.0
     whole = dict(contents.whole)
     for name, added in contents.added.items():
         value = whole.get(name, model.value(name))
@@ -146,6 +155,7 @@ def _make_lora_weight(place: Place, contents: Contents, model: TorchBase) -> _Ma
         _stack({w: place.b_to_tree(x.b) for w, x in padded.items()}, batch),
         _stack({w: np.float32(x.scale) for w, x in padded.items()}, batch),
         layout=layout,
+        dropout=float(contents.dropout),
     )
     with_magnitude = [x.magnitude is not None for x in padded.values()]
     if any(with_magnitude):
