@@ -41,8 +41,8 @@ def load(
     """Load the adapters in loralib's `lora_state_dict` as an overlay of `base`.
 
     The file contains neither α, nor the dropout, nor which outputs of a `MergedLinear` are adapted,
-    so these are arguments. The scale is α/r. A `MergedLinear` (GPT-2's fused q, k, v) with k of its n parts
-    enabled keeps A `[r·k, in]` and B `[k·out/n, r]`, one block per part
+    so these are arguments. The scale is α/r. A `MergedLinear` (GPT-2's fused q, k, v) with k of its
+    n parts enabled keeps A `[r·k, in]` and B `[k·out/n, r]`, one block per part
     (https://github.com/microsoft/LoRA/blob/main/loralib/layers.py); here B is block-diagonal with
     rank r·k. A convolution with kernel k × k has low rank in another shape of the weight, A
     `[r·k, in·k]` and B `[out·k, r·k]`; here the same update has rank r·k². Grouped convolutions
@@ -58,7 +58,8 @@ def load(
         {"c_attn": [True, False, True]}. By default all outputs are adapted.
 
     Raises:
-      ConfigError: `alpha` is not a finite number, `dropout` is not a probability, or `enabled` is not a mapping to flags.
+      ConfigError: `alpha` is not a finite number, `dropout` is not a probability, or `enabled` is
+        not a mapping to flags.
       AdapterFileError: the file is missing or damaged, or its tensors do not fit the base; all
         problems are listed at once.
 
