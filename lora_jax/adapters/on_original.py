@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from lora_jax.core.dtypes import accumulator
-from lora_jax.core.errors import StructureError
+from lora_jax.core.errors import StructureError, grouped
 from lora_jax.core.layout import subscripts
 from lora_jax.core.paths import flatten_with_paths
 from lora_jax.core.patterns import nearest
@@ -58,7 +58,7 @@ def on_original(start: Any, trained: Any, base: Any) -> Any:
     problems = _differences(before, after, leaves)
     if problems:
         raise StructureError(
-            "on_original: start, trained and base do not fit:\n" + "\n".join(problems)
+            "on_original: start, trained and base do not fit:\n" + grouped(problems)
         )
     nodes = {path: _convert(before[path], node, leaves[path]) for path, node in after.items()}
     return jax.tree_util.tree_unflatten(treedef, [nodes.get(path) for path in leaves])

@@ -99,7 +99,7 @@ def test_the_changed_base_is_refused_by_files_and_the_original_accepted(tmp_path
     after = trained(adapted)
     base, _ = lora_jax.split(adapted)
     lora_jax.save(tmp_path / "changed", after, base=base)
-    with pytest.raises(lora_jax.AdapterFileError, match="linear"):
+    with pytest.raises(lora_jax.AdapterFileError, match=r"attention.*other values"):
         lora_jax.load(tmp_path / "changed", PARAMS)
     jax.tree.map(np.testing.assert_array_equal, lora_jax.load(tmp_path / "changed", base), after)
     overlay = lora_jax.on_original(adapted, after, PARAMS)

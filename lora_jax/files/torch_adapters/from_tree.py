@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from lora_jax.adapters.split import split
-from lora_jax.core.errors import StructureError
+from lora_jax.core.errors import StructureError, grouped
 from lora_jax.core.layout import Layout
 from lora_jax.core.patterns import nearest
 from lora_jax.core.tree import adapted_nodes, require_adapted
@@ -244,7 +244,7 @@ def _own_base(adapters: Any) -> Any:
 def check(problems: list[str]) -> None:
     """Raise one StructureError that lists all problems, if there are any."""
     if problems:
-        lines = "\n".join(sorted(problems))
+        lines = grouped(sorted(problems))
         raise StructureError(f"save: the file cannot hold these adapters:\n{lines}")
 
 

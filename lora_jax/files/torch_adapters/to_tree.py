@@ -13,7 +13,7 @@ import numpy as np
 from lora_jax.core.config import LoraConfig
 from lora_jax.core.dora import column_norms
 from lora_jax.core.dtypes import accumulator
-from lora_jax.core.errors import AdapterFileError
+from lora_jax.core.errors import AdapterFileError, grouped
 from lora_jax.core.layout import Layout
 from lora_jax.core.tree import adapted_nodes
 from lora_jax.core.weights import Adapted, LoraWeight, TrainedLeaf, TrainedRows
@@ -50,7 +50,7 @@ def fit_to_base(
     if dropout is not None:
         contents.dropout = LoraConfig(dropout=dropout).dropout
     adapters, more = overlay(contents, model, dtype)
-    lines = "\n".join(sorted({*problems, *more})) or "it contains no adapters"
+    lines = grouped(sorted({*problems, *more}), "tensors") or "it contains no adapters"
     if strict and (problems or more):
         raise AdapterFileError(f"{source} does not fit the base:\n{lines}")
     if not adapted_nodes(adapters):
