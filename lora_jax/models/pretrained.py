@@ -240,7 +240,8 @@ def _kind(settings: Mapping[str, Any], path: Path) -> str:
     model_type = settings.get("model_type")
     if not isinstance(model_type, str) or model_type not in KIND_OF_MODEL_TYPE:
         raise ModelFileError(
-            f"{path}: model_type {shown_value(model_type)} is not one of {sorted(KIND_OF_MODEL_TYPE)}"
+            f"{path}: model_type {shown_value(model_type)} is not one of "
+            f"{sorted(KIND_OF_MODEL_TYPE)}"
         )
     return KIND_OF_MODEL_TYPE[model_type]
 

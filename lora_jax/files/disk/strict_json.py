@@ -75,3 +75,6 @@ def lines(problems: Sequence[str], noun: str = "tensors") -> str:
     found = grouped((shown(problem, _MOST) for problem in problems), noun).splitlines()
     more = len(found) - _MAX_LINES
     return "\n".join([*found[:_MAX_LINES], *([f"and {more} more"] if more > 0 else [])])
+
+
+show = shown_value  # of values in these messages

@@ -65,7 +65,7 @@ def native(dora: bool) -> Subject:
 
 
 def of_peft(case: str) -> Subject:
-    base = _peft_base()
+    base = peft_base()
     with TemporaryDirectory() as folder:
         files = read_files(models.unpack(case, Path(folder) / case))
     return adapters_of(files, base, lambda folder: peft.load(folder, base, models.PLAIN))
@@ -85,7 +85,7 @@ def of_mlx() -> Subject:
 
 
 @functools.cache
-def _peft_base() -> Any:
+def peft_base() -> Any:
     return jax.tree.map(np.asarray, models.base("plain"))
 
 

@@ -102,6 +102,15 @@ def _value(kind: int, value: Any) -> bytes:
     return struct.pack("<" + _CODES[kind], value)
 
 
+def typed(value: Any) -> tuple[int, Any]:
+    """Return a Python value with the type that it would have in a file."""
+    if isinstance(value, list):
+        kind = typed(value[0])[0] if value else UINT32
+        return ARRAY, (kind, value)
+    kinds = {bool: BOOL, str: STRING, float: FLOAT32}
+    return kinds.get(type(value), UINT64 if isinstance(value, int) and value >= 0 else INT64), value
+
+
 _NUMBERS = (0, 1, 2, 3, 7, 100, 127)
 #: Values of every type that the format has, small and extreme.
 WRONG: tuple[tuple[int, Any], ...] = (
