@@ -274,7 +274,7 @@ _SIZES = {
 
 
 def _check_dtypes(source: _Source) -> None:
-    """Refuse floating dtypes that are parts of a quantization: alone they are no weights."""
+    """Refuse floating dtypes that are parts of a quantization: alone they mean nothing."""
     other = {
         name: str(x.dtype)
         for name, x in source.tensors.items()

@@ -12,7 +12,7 @@ from lora_jax.core.checks import is_within
 from lora_jax.core.foreign import shown_value
 
 ROPE_KINDS = ("default", "linear", "llama3")
-#: The smallest and the largest value of each number: beyond them angles are no finite numbers.
+#: The smallest and the largest value of each number: beyond them angles are not finite.
 _RANGES: dict[str, tuple[float, float]] = {
     "theta": (1.0, 1e15),
     "factor": (0.01, 1e6),

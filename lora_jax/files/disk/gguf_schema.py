@@ -44,7 +44,7 @@ GENERAL: dict[str, Field] = {
     "tokenizer.ggml.tokens": _STRINGS,
     "tokenizer.ggml.merges": _STRINGS,
     "tokenizer.ggml.token_type": Field(_are_types, "an array of integers"),
-    # llama.cpp writes 2³² - 1, which is -1, where there is no such token
+    # llama.cpp writes 2³² - 1, which is -1, where a model lacks the token
     **{
         f"tokenizer.ggml.{name}_token_id": Field(
             lambda x: is_integer(x) and -1 <= x < 2**32, "an integer of 32 bits"

@@ -38,7 +38,8 @@ def parse_json(text: str | bytes, source: str, error: type[LoraError] = AdapterF
             parse_int=_integer,
             parse_float=_float,
         )
-        json.dumps(value, ensure_ascii=False).encode("utf-8")  # rejects half a surrogate pair
+        # rejects half a surrogate pair, and such a number in a list
+        json.dumps(value, ensure_ascii=False, default=_refuse).encode("utf-8")
     except RecursionError:
         raise error(f"{source}: the JSON is nested too deeply") from None
     except ValueError as problem:
@@ -51,6 +52,9 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(value) != len(pairs):
         ((twice, _),) = Counter(key for key, _ in pairs).most_common(1)
         raise ValueError(f"the key {shown_value(twice)} appears twice")
+    for key, x in pairs:
+        if isinstance(x, _Beyond):
+            raise ValueError(f"{shown_value(key)}: {x.problem}")
     return value
 
 
@@ -58,16 +62,24 @@ def _no_constant(name: str) -> Any:
     raise ValueError(f"{name} is not a JSON number")
 
 
-def _integer(digits: str) -> int:
-    _float(digits)
-    return int(digits)
+class _Beyond:
+    """A number that no float can hold."""
+
+    def __init__(self, digits: str) -> None:
+        self.problem = f"the number {shown(digits, 40)} is beyond what a float can hold"
 
 
-def _float(digits: str) -> float:
+def _integer(digits: str) -> Any:
+    return int(digits) if math.isfinite(float(digits)) else _Beyond(digits)
+
+
+def _float(digits: str) -> Any:
     number = float(digits)
-    if not math.isfinite(number):
-        raise ValueError(f"the number {shown(digits, 40)} is beyond what a float can hold")
-    return number
+    return number if math.isfinite(number) else _Beyond(digits)
+
+
+def _refuse(x: Any) -> Any:
+    raise ValueError(x.problem)
 
 
 def lines(problems: Sequence[str], noun: str = "tensors") -> str:

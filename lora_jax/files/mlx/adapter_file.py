@@ -59,8 +59,8 @@ class MlxFile:
         for module, fields in self.modules().items():
             if A not in fields and B not in fields:
                 continue
-            found = missing_factor(fields, A, B) or factor_problem(fields, (A, B))
-            found = found or _factors(fields, self.scale)
+            problem = missing_factor(fields, A, B) or factor_problem(fields, (A, B))
+            found = problem or _factors(fields, self.scale)
             if isinstance(found, str):
                 problems[module] = found
                 continue
