@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from lora_jax.core.errors import AssetError, LoraError
+from lora_jax.core.foreign import escaped
 
 OK, FAILED, USAGE, INTERRUPTED, PIPE_CLOSED = 0, 1, 2, 130, 141
 DEBUG = "LORA_JAX_DEBUG"
@@ -123,6 +124,8 @@ def _usage(error: Any) -> str:
 def one_line(text: str) -> str:
     """Join the lines of a message into one: a heading, then the items of its list.
 
+    Control characters are escaped, wherever the message comes from.
+
     >>> one_line("two are missing:\\n  q\\n  k")
     'two are missing: q; k'
     """
@@ -133,7 +136,7 @@ def one_line(text: str) -> str:
     joined = ""
     for line in lines:
         joined += ("" if not joined else " " if joined.endswith((":", ";", ",")) else "; ") + line
-    return joined
+    return escaped(joined)
 
 
 def _show_warning(message: Any, category: type, *_: Any, **__: Any) -> None:

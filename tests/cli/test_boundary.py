@@ -194,3 +194,13 @@ def test_a_closed_pipe_is_no_failure():
     )
     os.close(write)
     assert (done.returncode, done.stderr) == (boundary.PIPE_CLOSED, "")
+
+
+def test_what_a_message_quotes_does_not_steer_the_terminal(failing, capsys):
+    for error in (KeyError("q\x1b[2J\x07\u202e"), OSError(errno.EIO, "x\x1b", "d\x1b\ud800")):
+        failing(error)
+        assert main([]) == 1
+        err = capsys.readouterr().err
+        assert err[:-1].isprintable() and "\\x1b" in err and err.endswith("\n")
+    failing(lora_jax.LoraError("y" * 200_000))
+    assert main([]) == 1 and len(capsys.readouterr().err) < 25_000

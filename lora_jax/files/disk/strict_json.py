@@ -6,11 +6,12 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from lora_jax.core.errors import AdapterFileError
+from lora_jax.core.errors import AdapterFileError, grouped
+from lora_jax.core.foreign import shown
 
 _REPR = reprlib.Repr()  # shortens values of any depth and size
 _REPR.maxstring = _REPR.maxlong = _REPR.maxother = 120
-_MAX_LINES = 200  # of one message
+_MAX_LINES, _MOST = 200, 300  # lines of one message, characters of each
 
 
 def parse_json(text: str | bytes, source: str) -> Any:
@@ -29,7 +30,7 @@ def parse_json(text: str | bytes, source: str) -> Any:
     except RecursionError:
         raise AdapterFileError(f"{source}: the JSON is nested too deeply") from None
     except ValueError as error:
-        raise AdapterFileError(f"{source}: not valid JSON: {short(str(error))}") from None
+        raise AdapterFileError(f"{source}: not valid JSON: {shown(error)}") from None
     return value
 
 
@@ -45,17 +46,13 @@ def _no_constant(name: str) -> Any:
     raise ValueError(f"{name} is not a JSON number")
 
 
-def lines(problems: Sequence[str]) -> str:
-    """Join problems into lines fit for a terminal: not too many, no control characters."""
-    more = len(problems) - _MAX_LINES
-    shown = [short(problem) for problem in problems[:_MAX_LINES]]
-    return "\n".join([*shown, *([f"and {more} more"] if more > 0 else [])])
+def lines(problems: Sequence[str], noun: str = "tensors") -> str:
+    """Join problems into lines for a terminal: one for each kind, without control characters."""
+    found = grouped((shown(problem, _MOST) for problem in problems), noun).splitlines()
+    more = len(found) - _MAX_LINES
+    return "\n".join([*found[:_MAX_LINES], *([f"and {more} more"] if more > 0 else [])])
 
 
 def show(value: Any) -> str:
-    return short(_REPR.repr(value))
-
-
-def short(text: str) -> str:
-    text = text if len(text) <= 300 else text[:200] + f"... ({len(text):,} characters)"
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+    """Return the `repr` of a value of any depth and size, shortened."""
+    return shown(_REPR.repr(value))

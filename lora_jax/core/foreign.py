@@ -1,0 +1,45 @@
+"""Show text from files, paths and users in messages: short, and without control characters.
+
+A tensor's name, a token or a path may hold what steers a terminal (ESC, BEL), turns the direction
+of a line around (bidirectional marks), cannot be encoded (lone surrogates), or fills the screen.
+"""
+
+MOST = 240  # characters of one name or value
+MOST_OF_MESSAGE = 20_000  # characters of one message
+
+
+def shown(text: object, most: int = MOST) -> str:
+    r"""Return text in one short line that is safe to print.
+
+    Args:
+      text: a string, or anything whose `str` is meant, as a path.
+      most: a longer text keeps its beginning and its end, and says how many characters it has.
+
+    >>> shown("layers.0.q_proj"), shown("a\x1b[2Jb\n"), shown("\ud800\u202e")
+    ('layers.0.q_proj', 'a\\x1b[2Jb\\n', '\\ud800\\u202e')
+    >>> shown("x" * 50 + "y" * 50, most=9)
+    'xxxxxx...yyy (100 characters)'
+    """
+    return _escape(_shorten(str(text), most))
+
+
+def escaped(text: str, most: int = MOST_OF_MESSAGE) -> str:
+    r"""Return a whole message, whose line breaks stay, as `shown` does.
+
+    >>> escaped("two are missing:\n  q\x07\n  k")
+    'two are missing:\n  q\\x07\n  k'
+    """
+    return "\n".join(map(_escape, _shorten(text, most).split("\n")))
+
+
+def _shorten(text: str, most: int) -> str:
+    if len(text) <= most:
+        return text
+    end = most // 3
+    return f"{text[: most - end]}...{text[len(text) - end :]} ({len(text):,} characters)"
+
+
+def _escape(line: str) -> str:
+    if line.isprintable():
+        return line
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
