@@ -14,6 +14,13 @@ from lora_jax.files.peft import bounded_regex
 
 CONFIG = "adapter_config.json"
 _BIASES = ("none", "all", "lora_only")
+#: The expressions in which PEFT puts an entry of these fields, which a list or a mapping holds.
+_WITHIN = {
+    "rank_pattern": r"(.*\.)?({})$",
+    "alpha_pattern": r"(.*\.)?({})$",
+    "modules_to_save": r"(^|.*\.){}($|\..*)",
+    "layers_pattern": r"(?:^|.*?\.)(?:{})\.(?P<number_of_the_layer>\d+)\.",
+}
 # Initializations that change the base: A and B are meaningless without it.
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 # Keys that change the meaning of A and B, and how; supported only if they are off.
@@ -188,7 +195,7 @@ class PeftConfig:
 
     def _saves(self, module: str) -> bool:
         names = self.modules_to_save or ()
-        return any(bounded_regex.match(rf"(^|.*\.){name}($|\..*)", module) for name in names)
+        return any(bounded_regex.match(_within("modules_to_save", x), module) for x in names)
 
     def _layer(self, module: str) -> int | None:
         """Return the number of a module's layer, parsed from the name as PEFT does."""
@@ -197,9 +204,9 @@ class PeftConfig:
             return int(found[1]) if found else None
         names = self.layers_pattern
         for name in (names,) if isinstance(names, str) else names:
-            found = bounded_regex.match(rf"(?:^|.*?\.)(?:{name})\.(?P<number>\d+)\.", module)
+            found = bounded_regex.match(_within("layers_pattern", name), module)
             if found:
-                return int(found["number"])
+                return int(found["number_of_the_layer"])
         return None
 
     def to_json(self) -> str:
@@ -264,7 +271,8 @@ def _find_bad_patterns(config: PeftConfig) -> Iterable[str]:
     }
     for name, entries in given.items():
         for entry in entries:
-            why = bounded_regex.problem(entry) if isinstance(entry, str) else None
+            within = _WITHIN.get(name, "{}")
+            why = bounded_regex.problem(entry, within) if isinstance(entry, str) else None
             if why:
                 yield f"{name}: {_show(entry)} is not a regular expression ({why})"
 
@@ -292,7 +300,12 @@ def _in(targets: Any, module: str) -> bool:
 
 def _first(keys: Iterable[str], module: str) -> str | None:
     """Return the first pattern that matches a module, by PEFT's rule."""
-    return next((key for key in keys if bounded_regex.match(rf"(.*\.)?({key})$", module)), None)
+    within = lambda key: _within("rank_pattern", key)
+    return next((key for key in keys if bounded_regex.match(within(key), module)), None)
+
+
+def _within(field: str, pattern: str) -> str:
+    return _WITHIN[field].replace("{}", pattern)
 
 
 def exact_pattern(module: str, modules: Iterable[str]) -> str:
