@@ -64,7 +64,7 @@ def test_what_cannot_be_within_pefts_expression_is_told_by_its_field(field, patt
 
 
 def test_a_comment_in_the_name_of_a_layer():
-    with pytest.raises(ConfigError, match="^layers_pattern: "):
+    with pytest.raises(ConfigError, match=r"^layers_pattern: "):
         PeftConfig(target_modules=["q"], layers_to_transform=[0], layers_pattern=["(?x) h # h"])
 
 
