@@ -21,6 +21,7 @@ _WITHIN = {
     "modules_to_save": r"(^|.*\.){}($|\..*)",
     "layers_pattern": r"(?:^|.*?\.)(?:{})\.(?P<number_of_the_layer>\d+)\.",
 }
+_WITHIN["last"] = r".*\.(?:{})\.(?P<number_of_the_layer>\d+)\."  # up to PEFT 0.18
 # Initializations that change the base: A and B are meaningless without it.
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 # Keys that change the meaning of A and B, and how; supported only if they are off.
@@ -171,15 +172,23 @@ class PeftConfig:
         rank = self.rank(module) if rank is None else rank
         return alpha / (math.sqrt(rank) if self.use_rslora else rank)
 
-    def targets(self, module: str) -> bool:
-        """Return whether PEFT adapts the module of this name, if its type can be adapted."""
+    def targets(self, module: str, *, last_number: bool = False) -> bool:
+        """Return whether PEFT adapts the module of this name, if its type can be adapted.
+
+        Args:
+          module: the name.
+          last_number: whether the layer is the last number in the name ("experts.3"), as up to PEFT
+            0.18, and not the first.
+        """
         if _in(self.exclude_modules, module) or self._saves(module):
             return False
         if not _in(self.target_modules, module):
             return False
         if self.layers_to_transform in (None, ()) or isinstance(self.target_modules, str):
             return True
-        number, chosen = self._layer(module), self.layers_to_transform
+        if module in self.target_modules:  # a whole name is in no need of a layer
+            return True
+        number, chosen = self._layer(module, last_number), self.layers_to_transform
         return number is not None and number in (chosen if isinstance(chosen, tuple) else (chosen,))
 
     def targets_parameter(self, name: str) -> bool:
@@ -197,14 +206,14 @@ class PeftConfig:
         names = self.modules_to_save or ()
         return any(bounded_regex.match(_within("modules_to_save", x), module) for x in names)
 
-    def _layer(self, module: str) -> int | None:
+    def _layer(self, module: str, last: bool) -> int | None:
         """Return the number of a module's layer, parsed from the name as PEFT does."""
         if not self.layers_pattern:
-            found = re.match(r".*?\.[^.]*\.(\d+)\.", module)
+            found = re.match(rf"{'.*' if last else '.*?'}\.[^.]*\.(\d+)\.", module)
             return int(found[1]) if found else None
         names = self.layers_pattern
         for name in (names,) if isinstance(names, str) else names:
-            found = bounded_regex.match(_within("layers_pattern", name), module)
+            found = bounded_regex.match(_within("last" if last else "layers_pattern", name), module)
             if found:
                 return int(found["number_of_the_layer"])
         return None

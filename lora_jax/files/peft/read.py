@@ -151,12 +151,17 @@ def _add_rows(
 
 
 def _missing(by_module: Mapping[str, Any], config: PeftConfig, model: TorchBase) -> list[str]:
-    """List modules that the configuration targets, but the file lacks."""
-    targeted = [name.removesuffix(".weight") for name in model.adaptable()]
+    """List modules that the configuration targets, in every PEFT's reading, but the file lacks."""
+    if config.target_modules == "all-linear":
+        return []
+    adaptable = [name.removesuffix(".weight") for name in model.adaptable()]
+    lacking = [module for module in adaptable if module not in by_module]
+    missing, older = (
+        [module for module in lacking if config.targets(module, last_number=last)]
+        for last in (False, True)
+    )
     return [
         f"{tensor_names.PREFIX}{module}.{tensor_names.endings(model.kind(module + '.weight'))[0]}: "
         "missing, but target_modules names the module"
-        for module in targeted
-        if module not in by_module and config.target_modules != "all-linear"
-        if config.targets(module)
+        for module in (missing if older else [])
     ]

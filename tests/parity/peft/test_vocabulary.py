@@ -98,6 +98,14 @@ def test_two_trained_copies_that_differ(tmp_path):
         peft.load(folder, base("both saved"), NAMING)
 
 
+def test_new_rows_with_other_values(tmp_path):
+    """PEFT puts the file's copy into the base; here the base is the user's, who is told."""
+    tree = base("embedding adapted")
+    tree["embed"] = tree["embed"].at[11:].set(0)
+    with pytest.raises(AdapterFileError, match=r"differs from this base's in rows \[11, 12\]; the"):
+        peft.load(unpack("embedding adapted", tmp_path), tree, NAMING)
+
+
 def test_the_trained_copy_alone(tmp_path):
     folder = edited("both saved", tmp_path, lambda x: x.pop("base_model.model.lm_head.weight"))
     got = merged(base("both saved"), peft.load(folder, base("both saved"), NAMING))
