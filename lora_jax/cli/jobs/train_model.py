@@ -1,5 +1,7 @@
 """The model that `lora-jax train --model` names, with its tokenizer."""
 
+import dataclasses
+import datetime
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -26,9 +28,13 @@ class TrainableModel:
     head: Callable[[Any], Any]  # params -> that leaf as [width, vocabulary]
     width: int
     longest: int  # tokens per row
+    vocabulary: int  # number of tokens that it has embeddings for
+    stops: frozenset[int]  # ids at which generation ends
 
 
-def open_model(name: str, dtype: str | None, scan: bool) -> TrainableModel:
+def open_model(
+    name: str, dtype: str | None, scan: bool, now: datetime.datetime | None = None
+) -> TrainableModel:
     """Load a model and its tokenizer.
 
     Args:
@@ -36,20 +42,23 @@ def open_model(name: str, dtype: str | None, scan: bool) -> TrainableModel:
         "tiny" (random, made here).
       dtype: of parameters and arithmetic; None for the file's.
       scan: whether layers are stacked, if the model can.
+      now: the time that a chat template sees; that of each call if None.
 
     Raises:
       LoraError, OSError: the model does not exist or cannot be read.
     """
     found = sources.find_model(name)
-    tokenizer = sources.tokenizer_of(found)
+    tokenizer = dataclasses.replace(sources.tokenizer_of(found), now=now)
     is_bert = (
         found.kind == kinds.CHECKPOINT
         and hf_directory.read_config(found.path).get("model_type") == "bert"
     )
-    return _to_trainable(sources.load_model(found, dtype, scan=scan and not is_bert), tokenizer)
+    stops = sources.stop_ids(found, tokenizer)
+    loaded = sources.load_model(found, dtype, scan=scan and not is_bert)
+    return _to_trainable(loaded, tokenizer, stops)
 
 
-def _to_trainable(found: Pretrained, tokenizer: Tokenizer) -> TrainableModel:
+def _to_trainable(found: Pretrained, tokenizer: Tokenizer, stops: frozenset[int]) -> TrainableModel:
     run, is_bert = found.apply, found.kind == "bert"
     tied = isinstance(found.config, LlamaConfig) and found.config.tie_word_embeddings
     untied = "" if is_bert else "head/kernel"
@@ -65,4 +74,6 @@ def _to_trainable(found: Pretrained, tokenizer: Tokenizer) -> TrainableModel:
         ),
         width=found.config.hidden_size,
         longest=found.config.max_position_embeddings,
+        vocabulary=found.config.vocab_size,
+        stops=stops,
     )
