@@ -14,7 +14,7 @@ ScheduleName = Literal["cosine", "constant"]
 TrainDType = Literal["float32", "bfloat16"]
 
 _MODEL = "Base model: a directory in Hugging Face's layout, a .gguf file, smollm2, or tiny."
-_DATA = "Training data: a .jsonl file of rows or a .txt file; may be given several times."
+_DATA = "Training data: a file of rows or a .txt file, see above; may be given several times."
 _OUT = "Output directory of the run: adapter, checkpoints, log."
 _EVAL_SPLIT = "Fraction of the data to hold out for evaluation, instead of --eval."
 _ALPHA = "Numerator of the scale alpha / rank; default: the rank, so the scale is 1."

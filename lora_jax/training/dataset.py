@@ -8,9 +8,9 @@ from typing import Any
 
 from lora_jax.core.foreign import shown
 from lora_jax.training.errors import DataError, list_problems
-from lora_jax.training.json_values import describe
-from lora_jax.training.row_forms import FORMS, KEYS, KNOWN, read_row
-from lora_jax.training.tables import read_csv, read_parquet
+from lora_jax.training.rows.forms import FORMS, KEYS, KNOWN, read_row
+from lora_jax.training.rows.json_values import describe
+from lora_jax.training.rows.tables import read_csv, read_parquet
 
 __all__ = [
     "FORMS",

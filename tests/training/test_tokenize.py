@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 
 from lora_jax.models.text.byte_tokenizer import byte_tokenizer
-from lora_jax.training import dataset, row_forms, tokenize
+from lora_jax.training import dataset, tokenize
 from lora_jax.training.dataset import Row, Rows
 from lora_jax.training.errors import DataError
+from lora_jax.training.rows.forms import read_row
 from tests.training.tiny_model import Letters
 
 A, B, C = 3, 4, 5  # the ids of the letters
@@ -225,7 +226,7 @@ def test_bos_and_eos_in_the_text_are_not_repeated():
 
 def test_alpaca_without_a_template():
     """A model without a chat template reads the prompt that came with these data."""
-    row = row_forms.read_row({"instruction": "Sing", "output": "la"})[1]
+    row = read_row({"instruction": "Sing", "output": "la"})[1]
     tokenizer = byte_tokenizer()
     (example,) = encode("chat", row, length=999, tokenizer=tokenizer).examples
     assert tokenizer.decode(example.ids.tolist(), True) == (

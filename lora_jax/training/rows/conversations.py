@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lora_jax.core.foreign import shown
-from lora_jax.training.json_values import describe, json_type, without_nulls
+from lora_jax.training.rows.json_values import describe, json_type, without_nulls
 
 ASSISTANT = "assistant"
 #: What ShareGPT's `from` and its relatives call the roles that chat templates know.

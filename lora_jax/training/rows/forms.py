@@ -6,8 +6,8 @@ from typing import Any
 
 from lora_jax.core.checks import is_integer
 from lora_jax.core.foreign import shown
-from lora_jax.training.conversations import read_messages, read_tools
-from lora_jax.training.json_values import describe, json_type
+from lora_jax.training.rows.conversations import read_messages, read_tools
+from lora_jax.training.rows.json_values import describe, json_type
 
 # kind -> the keys of its rows
 KEYS = {
