@@ -7,7 +7,7 @@ from typing import Any
 from lora_jax.cli import sources
 from lora_jax.files import kinds
 from lora_jax.files.naming import Naming
-from lora_jax.models import hf_directory
+from lora_jax.models import hf_directory, published_classifier
 from lora_jax.models.llama_config import LlamaConfig
 from lora_jax.models.pretrained import Pretrained
 from lora_jax.models.text import Tokenizer
@@ -24,6 +24,8 @@ class TrainableModel:
     hidden: Callable[[Any, Any, Any], Any]  # (params, ids, segments) -> [rows, length, width]
     head_path: str  # of the leaf that turns hidden states into logits; "" where there is none
     head: Callable[[Any], Any]  # params -> that leaf as [width, vocabulary]
+    kind: str  # of `Pretrained`
+    pooler: Any  # BERT's layer before a classifier's head, if the file has it
     width: int
     longest: int  # tokens per row
 
@@ -46,10 +48,11 @@ def open_model(name: str, dtype: str | None, scan: bool) -> TrainableModel:
         found.kind == kinds.CHECKPOINT
         and hf_directory.read_config(found.path).get("model_type") == "bert"
     )
-    return _to_trainable(sources.load_model(found, dtype, scan=scan and not is_bert), tokenizer)
+    return to_trainable(sources.load_model(found, dtype, scan=scan and not is_bert), tokenizer)
 
 
-def _to_trainable(found: Pretrained, tokenizer: Tokenizer) -> TrainableModel:
+def to_trainable(found: Pretrained, tokenizer: Tokenizer) -> TrainableModel:
+    """Return a loaded model as training sees it."""
     run, is_bert = found.apply, found.kind == "bert"
     tied = isinstance(found.config, LlamaConfig) and found.config.tie_word_embeddings
     untied = "" if is_bert else "head/kernel"
@@ -63,6 +66,8 @@ def _to_trainable(found: Pretrained, tokenizer: Tokenizer) -> TrainableModel:
         head=lambda params: (
             params["embedding"]["embedding"].T if tied else params["head"]["kernel"]
         ),
+        kind=found.kind,
+        pooler=published_classifier.pooler_of(found),
         width=found.config.hidden_size,
         longest=found.config.max_position_embeddings,
     )
