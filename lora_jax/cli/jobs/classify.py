@@ -66,18 +66,13 @@ def log_probabilities(
     Raises:
       DataError: a text has no tokens, or a token that the model lacks.
     """
-    ids, notes = encode_texts(texts, tokenizer, length)
+    places = [f"text {number}" for number in range(1, len(texts) + 1)]
+    vocabulary = classifier.model.config.vocab_size
+    ids, notes = encode_texts("to classify", places, texts, tokenizer, length, vocabulary)
     for note in notes:
         print(f"note: {note}", file=sys.stderr)
-    vocabulary = classifier.model.config.vocab_size
-    for number, its in enumerate(ids, start=1):
-        if not len(its):
-            raise DataError(f"text {number} has no tokens; give some text to classify")
-        if its.max() >= vocabulary:
-            raise DataError(
-                f"text {number} has token {its.max()}, but the model's vocabulary has only "
-                f"{vocabulary}: the tokenizer belongs to another model"
-            )
+    if empty := [place for place, its in zip(places, ids, strict=True) if not len(its)]:
+        raise DataError(f"{empty[0]} has no tokens; give some text to classify")
     slots = min(SLOTS, length)
     data = pack_texts(ids, length, slots)
     apply = jax.jit(lora.lora(classifier.function(slots)))

@@ -75,7 +75,7 @@ def _language_model(
             "BERT without a classifier's head has no loss; give a classifier's --adapter"
         )
     length = row_length(length, model.longest)
-    parts = [_batches_of(rows, tokenizer, length) for rows in files]
+    parts = [_batches_of(rows, tokenizer, length, model.vocabulary) for rows in files]
     data = Data({k: np.concatenate([part.arrays[k] for part in parts]) for k in parts[0].arrays})
     params = loaded.params
     loss = jax.jit(lora.lora(language_loss(model, model.apply, adapted_nodes(params))))
@@ -90,11 +90,11 @@ def _language_model(
     }
 
 
-def _batches_of(rows: Rows, tokenizer: Tokenizer, length: int) -> Data:
+def _batches_of(rows: Rows, tokenizer: Tokenizer, length: int, vocabulary: int) -> Data:
     """Encode a file as training does."""
     if rows.kind == STREAM:
-        return cut_stream(encode_stream(rows, tokenizer), length)
-    encoded = encode_examples(rows, tokenizer, length + 1)
+        return cut_stream(encode_stream(rows, tokenizer, vocabulary=vocabulary), length)
+    encoded = encode_examples(rows, tokenizer, length + 1, vocabulary=vocabulary)
     for note in encoded.notes:
         print(f"note: {note}", file=sys.stderr)
     return pack_examples(encoded.examples, length)

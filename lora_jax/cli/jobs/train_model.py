@@ -1,5 +1,7 @@
 """The model that `lora-jax train --model` names, with its tokenizer."""
 
+import dataclasses
+import datetime
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +12,7 @@ from lora_jax.files.naming import Naming
 from lora_jax.models import hf_directory, published_classifier
 from lora_jax.models.llama_config import LlamaConfig
 from lora_jax.models.pretrained import Pretrained
+from lora_jax.models.stops import stop_ids
 from lora_jax.models.text import Tokenizer
 
 
@@ -28,9 +31,13 @@ class TrainableModel:
     pooler: Any  # BERT's layer before a classifier's head, if the file has it
     width: int
     longest: int  # tokens per row
+    vocabulary: int  # number of tokens that it has embeddings for
+    stops: frozenset[int]  # ids at which generation ends
 
 
-def open_model(name: str, dtype: str | None, scan: bool) -> TrainableModel:
+def open_model(
+    name: str, dtype: str | None, scan: bool, now: datetime.datetime | None = None
+) -> TrainableModel:
     """Load a model and its tokenizer.
 
     Args:
@@ -38,21 +45,26 @@ def open_model(name: str, dtype: str | None, scan: bool) -> TrainableModel:
         "tiny" (random, made here).
       dtype: of parameters and arithmetic; None for the file's.
       scan: whether layers are stacked, if the model can.
+      now: the time that a chat template sees; that of each call if None.
 
     Raises:
       LoraError, OSError: the model does not exist or cannot be read.
     """
     found = sources.find_model(name)
-    tokenizer = sources.tokenizer_of(found)
+    tokenizer = dataclasses.replace(sources.tokenizer_of(found), now=now)
     is_bert = (
         found.kind == kinds.CHECKPOINT
         and hf_directory.read_config(found.path).get("model_type") == "bert"
     )
-    return to_trainable(sources.load_model(found, dtype, scan=scan and not is_bert), tokenizer)
+    stops = stop_ids(None if found.kind == kinds.TINY else found.path, tokenizer)
+    loaded = sources.load_model(found, dtype, scan=scan and not is_bert)
+    return to_trainable(loaded, tokenizer, stops)
 
 
-def to_trainable(found: Pretrained, tokenizer: Tokenizer) -> TrainableModel:
-    """Return a loaded model as training sees it."""
+def to_trainable(
+    found: Pretrained, tokenizer: Tokenizer, stops: frozenset[int] = frozenset()
+) -> TrainableModel:
+    """Return a loaded model as training sees it; `stops` end what it generates."""
     run, is_bert = found.apply, found.kind == "bert"
     tied = isinstance(found.config, LlamaConfig) and found.config.tie_word_embeddings
     untied = "" if is_bert else "head/kernel"
@@ -70,4 +82,6 @@ def to_trainable(found: Pretrained, tokenizer: Tokenizer) -> TrainableModel:
         pooler=published_classifier.pooler_of(found),
         width=found.config.hidden_size,
         longest=found.config.max_position_embeddings,
+        vocabulary=found.config.vocab_size,
+        stops=stops,
     )
