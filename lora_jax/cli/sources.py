@@ -15,6 +15,7 @@ from lora_jax.files.naming import Naming
 from lora_jax.models import assets, stops
 from lora_jax.models.text.byte_tokenizer import byte_tokenizer
 from lora_jax.models.text.tokenizer import Tokenizer
+from lora_jax.models.text.tokenizer_files import has_tokenizer
 from lora_jax.models.tiny import tiny
 
 #: Models by name: one is downloaded, one is made here.
@@ -49,18 +50,30 @@ def find_model(name: str) -> kinds.Found:
     return found
 
 
-def tokenizer_of(model: kinds.Found) -> Tokenizer:
-    """Read the tokenizer in a model's directory or file."""
+def tokenizer_of(model: kinds.Found, adapter: Path | None = None) -> Tokenizer:
+    """Read the tokenizer in a model's directory or file.
+
+    Args:
+      model: see `find_model`.
+      adapter: if given, the tokenizer or the chat template in its directory is used instead.
+    """
+    own = kinds.adapter(adapter).path if adapter else None
+    if own is not None and not own.is_dir():
+        own = None
     if model.kind == kinds.TINY:
-        return byte_tokenizer()
-    read = Tokenizer.from_gguf if model.kind == kinds.GGUF else Tokenizer.load
-    return read(model.path)
+        tokenizer = byte_tokenizer()
+    elif own is not None and has_tokenizer(own) and not has_tokenizer(model.path):
+        return Tokenizer.load(own)
+    else:
+        read = Tokenizer.from_gguf if model.kind == kinds.GGUF else Tokenizer.load
+        tokenizer = read(model.path)
+    return tokenizer if own is None else tokenizer.of_adapter(own)
 
 
-def pad_id_of(model: kinds.Found) -> int | None:
+def pad_id_of(model: kinds.Found, adapter: Path) -> int | None:
     """Return the id of the padding token, or None without one or without a tokenizer."""
     try:
-        return tokenizer_of(model).pad_id
+        return tokenizer_of(model, adapter).pad_id
     except FileNotFoundError:
         return None
 

@@ -35,7 +35,7 @@ def open_classifier(
             f"{adapter or model}: is not a sequence classifier; train one with 'lora-jax train "
             "--task classification', or use 'lora-jax generate'"
         )
-    tokenizer = sources.tokenizer_of(base)
+    tokenizer = sources.tokenizer_of(base, adapter)
     return classifiers.load(base, adapter, dtype, strict=strict), tokenizer
 
 

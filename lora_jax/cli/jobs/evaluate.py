@@ -49,7 +49,7 @@ def run(
         found = _classifier(rows, model, adapter, length, batch, dtype, strict)
     else:
         loaded = sources.load(base, adapter, dtype, strict=strict)
-        found = _language_model(rows, loaded, sources.tokenizer_of(base), length, batch)
+        found = _language_model(rows, loaded, sources.tokenizer_of(base, adapter), length, batch)
     if as_json:
         print(json.dumps(found, ensure_ascii=False))
         return

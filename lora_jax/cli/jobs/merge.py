@@ -77,7 +77,7 @@ def _classifier(
             "transformers does; use it with 'lora-jax predict', or train with --pooling model"
         )
     params, errors = _merge(loaded.params, dtype)
-    pad_id = sources.pad_id_of(base)
+    pad_id = sources.pad_id_of(base, adapter)
     merged = published_classifier.published(loaded.model, params, loaded.labels, pad_id)
     return merged, {path.removeprefix("encoder/"): error for path, error in errors.items()}
 

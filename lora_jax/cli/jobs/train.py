@@ -34,7 +34,8 @@ def main(options: TrainOptions, command: str) -> None:
     console = Console(stderr=True, highlight=False)
     say = lambda text: console.print(text, markup=False, soft_wrap=True)
     optimizer = _optimizer(options)
-    model = open_model(options.model, options.dtype, options.scan)
+    now = run_record.started(options.out, options.resume)
+    model = open_model(options.model, options.dtype, options.scan, now)
     length = options.length or min(512, model.longest)
     if not 2 <= length <= model.longest:
         raise TrainingError(f"--length {length}: must be from 2 to {model.longest} for this model")
@@ -51,7 +52,7 @@ def main(options: TrainOptions, command: str) -> None:
     job, adapters = _job(options, optimizer, task, targets, start)
     steps = job.settings.steps
     this = run_record.identity(
-        _settings_to_record(options, config, steps), task.params, task.data, task.held_out
+        _settings_to_record(options, config, steps), task.params, task.data, task.held_out, now
     )
     if not run_record.begin(options.out, this, options.resume) and options.resume:
         say(f"nothing to resume in {options.out}: starting from the beginning")

@@ -12,7 +12,6 @@ from lora_jax.files.naming import Naming
 from lora_jax.models import hf_directory, published_classifier
 from lora_jax.models.llama_config import LlamaConfig
 from lora_jax.models.pretrained import Pretrained
-from lora_jax.models.stops import stop_ids
 from lora_jax.models.text import Tokenizer
 
 
@@ -56,7 +55,7 @@ def open_model(
         found.kind == kinds.CHECKPOINT
         and hf_directory.read_config(found.path).get("model_type") == "bert"
     )
-    stops = stop_ids(None if found.kind == kinds.TINY else found.path, tokenizer)
+    stops = sources.stop_ids(found, tokenizer)
     loaded = sources.load_model(found, dtype, scan=scan and not is_bert)
     return to_trainable(loaded, tokenizer, stops)
 
