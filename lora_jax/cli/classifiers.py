@@ -1,4 +1,4 @@
-"""Find and load sequence classifiers: a model with a head of its own, or an adapter with one."""
+"""Find and load sequence classifiers: a model with such a head, or an adapter with one."""
 
 import dataclasses
 from pathlib import Path

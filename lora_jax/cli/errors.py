@@ -8,7 +8,7 @@ class PromptError(LoraError):
 
 
 class ClassifierError(LoraError):
-    """A model or an adapter is no sequence classifier, or its labels are not those of the data."""
+    """What was given is not a sequence classifier, or cannot be used as one."""
 
 
 class ConversionError(LoraError):
