@@ -56,4 +56,4 @@ def _fields(node: Adapted) -> dict[str, Any]:
     """Return the leaves of a node by name."""
     named = {f.name: getattr(node, f.name) for f in dataclasses.fields(node)}
     static = {f.name for f in dataclasses.fields(node) if "static" in f.metadata}
-    return {name: x for name, x in named.items() if name not in static and x is not None}
+    return {name: x for name, x in named.items() if name not in static}

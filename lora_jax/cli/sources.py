@@ -15,6 +15,7 @@ from lora_jax.files.naming import Naming
 from lora_jax.models import assets, stops
 from lora_jax.models.text.byte_tokenizer import byte_tokenizer
 from lora_jax.models.text.tokenizer import Tokenizer
+from lora_jax.models.text.tokenizer_files import has_tokenizer
 from lora_jax.models.tiny import tiny
 
 #: Models by name: one is downloaded, one is made here.
@@ -49,12 +50,32 @@ def find_model(name: str) -> kinds.Found:
     return found
 
 
-def tokenizer_of(model: kinds.Found) -> Tokenizer:
-    """Read the tokenizer in a model's directory or file."""
+def tokenizer_of(model: kinds.Found, adapter: Path | None = None) -> Tokenizer:
+    """Read the tokenizer in a model's directory or file.
+
+    Args:
+      model: see `find_model`.
+      adapter: if given, the tokenizer or the chat template in its directory is used instead.
+    """
+    own = kinds.adapter(adapter).path if adapter else None
+    if own is not None and not own.is_dir():
+        own = None
     if model.kind == kinds.TINY:
-        return byte_tokenizer()
-    read = Tokenizer.from_gguf if model.kind == kinds.GGUF else Tokenizer.load
-    return read(model.path)
+        tokenizer = byte_tokenizer()
+    elif own is not None and has_tokenizer(own) and not has_tokenizer(model.path):
+        return Tokenizer.load(own)
+    else:
+        read = Tokenizer.from_gguf if model.kind == kinds.GGUF else Tokenizer.load
+        tokenizer = read(model.path)
+    return tokenizer if own is None else tokenizer.of_adapter(own)
+
+
+def pad_id_of(model: kinds.Found, adapter: Path) -> int | None:
+    """Return the id of the padding token, or None without one or without a tokenizer."""
+    try:
+        return tokenizer_of(model, adapter).pad_id
+    except FileNotFoundError:
+        return None
 
 
 def stop_ids(model: kinds.Found, tokenizer: Tokenizer) -> frozenset[int]:
@@ -122,12 +143,12 @@ def load(
     found = kinds.adapter(adapter)
     pretrained = load_model(model, dtype, scan=is_stacked(found), as_stored=as_stored)
     if found.kind == kinds.NATIVE:
-        return Loaded(pretrained, lora.load(found.path, _as_trained(found, pretrained.params)))
+        return Loaded(pretrained, lora.load(found.path, as_trained(found, pretrained.params)))
     read = peft.load if found.kind == kinds.PEFT else mlx.load
     return Loaded(pretrained, read(found.path, pretrained.params, pretrained.naming, strict=strict))
 
 
-def _as_trained(adapter: kinds.Found, params: Any) -> Any:
+def as_trained(adapter: kinds.Found, params: Any) -> Any:
     """Return parameters in the dtypes that a lora_jax adapter was trained on, for its checksums."""
     trained = native.read_file(adapter.path).base_shapes()
     leaves, treedef = flatten_with_paths(params)
@@ -139,4 +160,5 @@ def is_stacked(adapter: kinds.Found) -> bool:
     """Return whether an adapter is for the tree that `models.load(..., scan=True)` returns."""
     if adapter.kind != kinds.NATIVE:
         return False
-    return any(path.startswith("layers/") for path in lora.read_metadata(adapter.path)["layouts"])
+    stacked = ("layers/", "encoder/layers/")  # of a language model, of a classifier
+    return any(path.startswith(stacked) for path in lora.read_metadata(adapter.path)["layouts"])

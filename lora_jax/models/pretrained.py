@@ -12,7 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
+from lora_jax.core.checks import is_integer
 from lora_jax.core.errors import ModelFileError, StructureError
+from lora_jax.core.foreign import shown, shown_value
 from lora_jax.core.paths import flatten_with_paths
 from lora_jax.files import naming as names
 from lora_jax.files.naming import Naming
@@ -58,7 +60,8 @@ class Pretrained:
       params: the parameter tree.
       naming: Hugging Face's name for every leaf, whatever file they come from.
       settings: the content of its config.json.
-      rest: other tensors in the file by name, such as BERT's pooler; `save` writes them back.
+      rest: other tensors in the file by name, such as BERT's pooler and a classifier's head; `save`
+        writes them back.
     """
 
     kind: str
@@ -104,10 +107,11 @@ def load(
         missing, unexpected or of another shape (all of them are listed); or a file is damaged.
     """
     source = _open(Path(path))
-    dtype = _dtype(dtype, source.tensors.values())
     kept, ignored = namings.KEPT[source.kind], source.ignored
     try:
+        _check_dtypes(source)
         _check_sizes(source)
+        dtype = _dtype(dtype, source.tensors.values())
         module = _module(source, dtype, scan=scan, remat=remat)
         like = _param_shapes(module, dtype)
         like = _stored_shapes(source, like) if as_stored else like
@@ -216,6 +220,7 @@ class _Source:
     naming: Naming  # the names in the file
     torch: Naming  # Hugging Face's names
     ignored: tuple[str, ...]
+    headless: bool = False  # it has no output head, although its settings say so
 
 
 def _open(path: Path) -> _Source:
@@ -230,14 +235,18 @@ def _open(path: Path) -> _Source:
     tensors = hf_directory.tensors(path)
     torch = namings.naming(kind, tensors)
     tied = (namings.TIED_HEAD,) if settings.get("tie_word_embeddings") else ()
-    return _Source(kind, settings, tensors, torch, torch, (*namings.DROPPED[kind], *tied))
+    # a decoder's classifier has no output head: the model here gets that of a tied one
+    headless = not tied and "score.weight" in tensors and "lm_head.weight" not in tensors
+    ignored = (*namings.DROPPED[kind], *tied)
+    return _Source(kind, settings, tensors, torch, torch, ignored, headless)
 
 
 def _kind(settings: Mapping[str, Any], path: Path) -> str:
     model_type = settings.get("model_type")
     if not isinstance(model_type, str) or model_type not in KIND_OF_MODEL_TYPE:
         raise ModelFileError(
-            f"{path}: model_type {model_type!r} is not one of {sorted(KIND_OF_MODEL_TYPE)}"
+            f"{path}: model_type {shown_value(model_type)} is not one of "
+            f"{sorted(KIND_OF_MODEL_TYPE)}"
         )
     return KIND_OF_MODEL_TYPE[model_type]
 
@@ -245,11 +254,47 @@ def _kind(settings: Mapping[str, Any], path: Path) -> str:
 def _check_sizes(source: _Source) -> None:
     """Refuse sizes that exceed the file, before anything is allocated."""
     numbers = sum(math.prod(tensor.shape) for tensor in source.tensors.values())
-    limits = dict.fromkeys(("vocab_size", "hidden_size", "intermediate_size"), numbers)
+    sizes = {name: n for name, n in source.settings.items() if is_integer(n)}
+    sizes["num_attention_heads * head_dim"] = math.prod(
+        sizes.get(name, 1) for name in ("num_attention_heads", "head_dim")
+    )
+    limits = dict.fromkeys(_SIZES[source.kind], numbers)
     for name, limit in (limits | {"num_hidden_layers": len(source.tensors)}).items():
-        size = source.settings.get(name)
-        if isinstance(size, int) and size > limit:
+        if sizes.get(name, 0) > limit:
+            size = shown_value(sizes[name])
             raise ModelFileError(f"{name} is {size}, but the files contain only {limit}")
+
+
+#: The sizes that are an axis of some tensor, or a part of one.
+_SIZES = {
+    "bert": (
+        *("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads"),
+        *("max_position_embeddings", "type_vocab_size"),
+    ),
+    "llama": (
+        *("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads"),
+        *("num_key_value_heads", "head_dim", "num_attention_heads * head_dim"),
+    ),
+}
+
+
+def _check_dtypes(source: _Source) -> None:
+    """Refuse floating dtypes that are parts of a quantization: alone they mean nothing."""
+    other = {
+        name: str(x.dtype)
+        for name, x in source.tensors.items()
+        if jnp.issubdtype(x.dtype, jnp.floating) and str(x.dtype) not in _STORED_DTYPES
+    }
+    if other:
+        name, dtype = next(iter(other.items()))
+        raise ModelFileError(
+            f"{len(other)} of {len(source.tensors)} tensors are {dtype} or the like, first "
+            f"{shown(name)}: quantized weights are not supported. All must be "
+            f"{', '.join(_STORED_DTYPES)}; where several are mixed, the widest is used"
+        )
+
+
+_STORED_DTYPES = (*PARAM_DTYPES, "float64")
 
 
 def _dtype(dtype: Any, tensors: Iterable[Any]) -> str:
@@ -268,7 +313,8 @@ def _dtype(dtype: Any, tensors: Iterable[Any]) -> str:
 def _module(source: _Source, dtype: str, *, scan: bool, remat: bool) -> Bert | Llama:
     if source.kind == "llama":
         ours = {"scan": scan, "remat": remat, "dtype": dtype, "param_dtype": dtype}
-        return Llama(LlamaConfig.from_json(source.settings, **ours))
+        headless = {"tie_word_embeddings": True} if source.headless else {}
+        return Llama(LlamaConfig.from_json({**source.settings, **headless}, **ours))
     if scan or remat:
         raise ValueError(f"scan and remat are not supported for {source.kind} models")
     return Bert(BertConfig.from_json(source.settings))

@@ -194,3 +194,16 @@ def test_schedule_free():
     assert got["up"]["kernel"].w is params["up"]["kernel"].w
     with pytest.raises(ValueError, match="no ScheduleFreeState"):
         lora_jax.schedule_free_eval_params(optax.adam(1.0).init(values), params)
+
+
+def test_the_names_in_a_state_stay_those_of_the_parameters():
+    """So that a checkpoint of an older release, whose state had adapted nodes, can be restored."""
+    older = optax.multi_transform(
+        {"train": optax.adam(1e-2), "freeze": optax.set_to_zero()}, lora_jax.labels
+    )
+
+    def names(tx):
+        flat, _ = jax.tree_util.tree_flatten_with_path(tx.init(PARAMS), is_leaf=lambda x: x is None)
+        return sorted(jax.tree_util.keystr(path, simple=True) for path, _ in flat)
+
+    assert names(lora_jax.freeze(optax.adam(1e-2), PARAMS)) == names(older)

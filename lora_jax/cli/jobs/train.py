@@ -13,7 +13,7 @@ from lora_jax.cli.jobs import train_results
 from lora_jax.cli.jobs.train_data import Task, read_task
 from lora_jax.cli.jobs.train_model import open_model
 from lora_jax.cli.targets import resolve
-from lora_jax.cli.train_options import TrainOptions
+from lora_jax.cli.train_options import CLASSIFICATION, MEAN, TrainOptions
 from lora_jax.training import log, loss_curve, progress, run_record
 from lora_jax.training.errors import TrainingError
 from lora_jax.training.interrupt import interruptible
@@ -34,7 +34,8 @@ def main(options: TrainOptions, command: str) -> None:
     console = Console(stderr=True, highlight=False)
     say = lambda text: console.print(text, markup=False, soft_wrap=True)
     optimizer = _optimizer(options)
-    model = open_model(options.model, options.dtype, options.scan)
+    now = run_record.started(options.out, options.resume)
+    model = open_model(options.model, options.dtype, options.scan, now)
     length = options.length or min(512, model.longest)
     if not 2 <= length <= model.longest:
         raise TrainingError(f"--length {length}: must be from 2 to {model.longest} for this model")
@@ -51,7 +52,7 @@ def main(options: TrainOptions, command: str) -> None:
     job, adapters = _job(options, optimizer, task, targets, start)
     steps = job.settings.steps
     this = run_record.identity(
-        _settings_to_record(options, config, steps), task.params, task.data, task.held_out
+        _settings_to_record(options, config, steps), task.params, task.data, task.held_out, now
     )
     if not run_record.begin(options.out, this, options.resume) and options.resume:
         say(f"nothing to resume in {options.out}: starting from the beginning")
@@ -127,6 +128,7 @@ def _job(
 _NOT_RECORDED = {
     *("out", "resume", "eval_every", "save_every"),
     *("data", "held_out", "eval_split", "eval_rows", "encoding"),  # by a checksum of the batches
+    "pooling",  # of a classifier only
     *("model", "dtype"),  # by a checksum of the parameters
     *("epochs", "targets", "init", "rank", "alpha", "dora", "rslora", "dropout"),  # by the config
 }
@@ -137,6 +139,8 @@ def _settings_to_record(
 ) -> dict[str, Any]:
     """Return all that decides what a step computes, under the names of the command line."""
     given = {name: value for name, value in vars(options).items() if name not in _NOT_RECORDED}
+    if options.task == CLASSIFICATION and options.pooling != MEAN:  # which was once the only one
+        given["pooling"] = options.pooling
     return {
         **given,
         "steps": steps,

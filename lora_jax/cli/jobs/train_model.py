@@ -1,5 +1,7 @@
 """The model that `lora-jax train --model` names, with its tokenizer."""
 
+import dataclasses
+import datetime
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -7,7 +9,7 @@ from typing import Any
 from lora_jax.cli import sources
 from lora_jax.files import kinds
 from lora_jax.files.naming import Naming
-from lora_jax.models import hf_directory
+from lora_jax.models import hf_directory, published_classifier
 from lora_jax.models.llama_config import LlamaConfig
 from lora_jax.models.pretrained import Pretrained
 from lora_jax.models.text import Tokenizer
@@ -24,11 +26,17 @@ class TrainableModel:
     hidden: Callable[[Any, Any, Any], Any]  # (params, ids, segments) -> [rows, length, width]
     head_path: str  # of the leaf that turns hidden states into logits; "" where there is none
     head: Callable[[Any], Any]  # params -> that leaf as [width, vocabulary]
+    kind: str  # of `Pretrained`
+    pooler: Any  # BERT's layer before a classifier's head, if the file has it
     width: int
     longest: int  # tokens per row
+    vocabulary: int  # number of tokens that it has embeddings for
+    stops: frozenset[int]  # ids at which generation ends
 
 
-def open_model(name: str, dtype: str | None, scan: bool) -> TrainableModel:
+def open_model(
+    name: str, dtype: str | None, scan: bool, now: datetime.datetime | None = None
+) -> TrainableModel:
     """Load a model and its tokenizer.
 
     Args:
@@ -36,20 +44,26 @@ def open_model(name: str, dtype: str | None, scan: bool) -> TrainableModel:
         "tiny" (random, made here).
       dtype: of parameters and arithmetic; None for the file's.
       scan: whether layers are stacked, if the model can.
+      now: the time that a chat template sees; that of each call if None.
 
     Raises:
       LoraError, OSError: the model does not exist or cannot be read.
     """
     found = sources.find_model(name)
-    tokenizer = sources.tokenizer_of(found)
+    tokenizer = dataclasses.replace(sources.tokenizer_of(found), now=now)
     is_bert = (
         found.kind == kinds.CHECKPOINT
         and hf_directory.read_config(found.path).get("model_type") == "bert"
     )
-    return _to_trainable(sources.load_model(found, dtype, scan=scan and not is_bert), tokenizer)
+    stops = sources.stop_ids(found, tokenizer)
+    loaded = sources.load_model(found, dtype, scan=scan and not is_bert)
+    return to_trainable(loaded, tokenizer, stops)
 
 
-def _to_trainable(found: Pretrained, tokenizer: Tokenizer) -> TrainableModel:
+def to_trainable(
+    found: Pretrained, tokenizer: Tokenizer, stops: frozenset[int] = frozenset()
+) -> TrainableModel:
+    """Return a loaded model as training sees it; `stops` end what it generates."""
     run, is_bert = found.apply, found.kind == "bert"
     tied = isinstance(found.config, LlamaConfig) and found.config.tie_word_embeddings
     untied = "" if is_bert else "head/kernel"
@@ -63,6 +77,10 @@ def _to_trainable(found: Pretrained, tokenizer: Tokenizer) -> TrainableModel:
         head=lambda params: (
             params["embedding"]["embedding"].T if tied else params["head"]["kernel"]
         ),
+        kind=found.kind,
+        pooler=published_classifier.pooler_of(found),
         width=found.config.hidden_size,
         longest=found.config.max_position_embeddings,
+        vocabulary=found.config.vocab_size,
+        stops=stops,
     )
