@@ -1,4 +1,4 @@
-"""Change the number of a model's tokens, and give it an output head of its own values."""
+"""Change the number of tokens of a model, and separate its output head from the embedding."""
 
 import dataclasses
 import re
