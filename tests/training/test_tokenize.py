@@ -211,9 +211,13 @@ def test_bos_and_eos_in_the_text_are_not_repeated():
     tokenizer = byte_tokenizer()
     (example,) = encode("text", {"text": "ab<|end|>"}, tokenizer=tokenizer).examples
     assert example.ids.tolist() == [*tokenizer.encode("ab"), tokenizer.eos_id]
-    row = {"prompt": "a", "completion": "b<|end|>"}
+    for ending in ("<|end|>", "<|end|>\n"):
+        row = {"prompt": "a", "completion": "b" + ending}
+        (example,) = encode("completion", row, tokenizer=tokenizer).examples
+        assert example.ids.tolist() == tokenizer.encode("ab" + ending)
+    row = {"prompt": "a", "completion": "b<|end|>c"}
     (example,) = encode("completion", row, tokenizer=tokenizer).examples
-    assert example.ids.tolist() == [*tokenizer.encode("ab"), tokenizer.eos_id]
+    assert example.ids.tolist() == tokenizer.encode("ab<|end|>c<|end|>")
 
     class Spells(Letters):
         def encode(self, text, special=False):
@@ -273,6 +277,17 @@ def test_a_call_without_content_trains():
         {"role": "tool", "content": "3"},
         {"role": "assistant", "content": "3!"},
     ]
-    (example,) = encode("chat", {"messages": messages}, length=999, tokenizer=tokenizer).examples
+    found = encode("chat", {"messages": messages}, length=999, tokenizer=tokenizer)
+    (example,) = found.examples
+    assert found.notes == ()
     text = tokenizer.decode(example.ids[example.trains].tolist())
     assert text == '{"name": "f"}|3!|'
+
+
+def test_tools_that_a_template_does_not_write():
+    messages = [{"role": "assistant", "content": "x", "tool_calls": [{"function": {}}]}]
+    row = {"messages": messages, "tools": [{"type": "function"}]}
+    note = "the chat template does not write tools and tool_calls, so they are left out"
+    assert encode("chat", row, row, tokenizer=byte_tokenizer()).notes == (note,)
+    both = dataclasses.replace(byte_tokenizer(), tool_template="{{ tools }}{{ m.tool_calls }}x")
+    assert encode("chat", {"messages": messages[:1]}, tokenizer=both).notes == ()
