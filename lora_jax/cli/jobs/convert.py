@@ -6,7 +6,8 @@ from pathlib import Path
 import lora_jax as lora
 from lora_jax.cli.errors import ConversionError
 from lora_jax.cli.options import refuse_existing
-from lora_jax.core.errors import ConfigError, LoraError, StructureError
+from lora_jax.core.errors import AdapterFileError, ConfigError, LoraError, StructureError
+from lora_jax.core.foreign import escaped
 from lora_jax.files import implied_tree, kinds, mlx, native, peft
 from lora_jax.files.disk import strict_json
 from lora_jax.files.implied_tree import NamedAdapters
@@ -30,10 +31,10 @@ def run(
     source = _read(found, to, model, naming)
     try:
         _write(source, to, out)
-    except (ConfigError, StructureError) as error:
+    except (AdapterFileError, ConfigError, StructureError) as error:
         raise ConversionError(f"{found.path}: cannot be converted: {error}") from error
     kind = "folded PEFT adapter" if to == "folded" else kinds.DESCRIPTIONS[_KIND_OF[to]]
-    print(f"wrote {out}: {kind}")
+    print(f"wrote {escaped(str(out))}: {kind}")
 
 
 def _check(found: kinds.Found, to: str, model: str | None, naming: Path | None) -> None:

@@ -11,6 +11,7 @@ import numpy as np
 import lora_jax as lora
 from lora_jax.cli import classifiers, sources
 from lora_jax.cli.errors import PromptError
+from lora_jax.core.foreign import for_terminal
 from lora_jax.models import Pretrained, generation
 from lora_jax.models.text.stop_text import until_text
 from lora_jax.models.text.tokenizer import Tokenizer
@@ -58,8 +59,9 @@ def run(
         stop=ends,
         **sampling,
     )
+    shown = for_terminal if sys.stdout.isatty() else str
     for piece in until_text(tokenizer.stream(_until(tokens, ends)), stop):
-        sys.stdout.write(piece)
+        sys.stdout.write(shown(piece))
         sys.stdout.flush()
     sys.stdout.write("\n")
 
