@@ -309,7 +309,7 @@ def cond_per_example(dtype):
         one = lambda w, x: jnp.sqrt(x @ w)
         other = lambda w, x: jnp.sin(x @ w)
         per_example = lambda x, flag: lax.cond(flag, one, other, params["w"], x)
-        return jax.vmap(per_example)(x * x * flags[:, None, None], flags)
+        return jax.vmap(per_example)(jnp.where(flags[:, None, None], x * x, 0), flags)
 
     params = {"w": abs(normal(1, (7, 5), dtype)) + 9}
     return fn, params, (normal(0, (4, 3, 7), dtype), FLAGS)

@@ -145,7 +145,7 @@ def _select_members(which: Any, varying: Sequence[int], parts: Parts) -> dict[st
         if len({x.shape for x in given}) > 1:
             return None
         cases = [jnp.zeros_like(given[0]) if x is None else x for x in arrays]
-        sizes = dict(zip(axes, given[0].shape, strict=True))
+        sizes = named_axes.sizes_of((given[0], axes))
         chosen = named_axes.arrange(which, along, axes, sizes) if along else which
         members |= {name: lax.select_n(chosen, *cases), f"{name}_axes": axes}
     return members

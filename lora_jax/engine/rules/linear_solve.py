@@ -31,7 +31,7 @@ def _linear_solve(ctx: Context, eqn: Any, args: Sequence[Any], walk: Walk) -> li
         return call
 
     # matvec, vecmat, solve and transpose_solve; the last is None where the program has none
-    calls = [
+    calls: list[Any] = [
         None if program is None else run(program, own)
         for program, own in zip(programs, consts, strict=True)
     ]
