@@ -144,8 +144,13 @@ def load(
     pretrained = load_model(model, dtype, scan=is_stacked(found), as_stored=as_stored)
     if found.kind == kinds.NATIVE:
         return Loaded(pretrained, lora.load(found.path, as_trained(found, pretrained.params)))
-    read = peft.load if found.kind == kinds.PEFT else mlx.load
-    return Loaded(pretrained, read(found.path, pretrained.params, pretrained.naming, strict=strict))
+    if found.kind == kinds.MLX:
+        adapters = mlx.load(found.path, pretrained.params, pretrained.naming, strict=strict)
+        return Loaded(pretrained, adapters)
+    file = peft.read_file(found.path)
+    pretrained = models.resize_for_adapter(pretrained, file)
+    adapters = peft.fit(file, pretrained.params, pretrained.naming, strict=strict)
+    return Loaded(pretrained, adapters)
 
 
 def as_trained(adapter: kinds.Found, params: Any) -> Any:
