@@ -59,6 +59,8 @@ class PeftFile:
                 count = max([*known[:1], max(self.config.rows(module) or (0,)) + 1])
                 weights[f"{module}.weight"] = "embedding", (count, rows.shape[1])
         variant = "rsLoRA" if self.config.use_rslora else "LoRA"
+        if self.config.changes_base:
+            variant += f", {self.config.changes_base}"
         return FileContents(
             variant=f"{variant}, DoRA" if self.config.use_dora else variant,
             base_model=self.config.base_model_name_or_path,

@@ -22,8 +22,14 @@ _WITHIN = {
     "layers_pattern": r"(?:^|.*?\.)(?:{})\.(?P<number_of_the_layer>\d+)\.",
 }
 _WITHIN["last"] = r".*\.(?:{})\.(?P<number_of_the_layer>\d+)\."  # up to PEFT 0.18
-# Initializations that change the base: A and B are meaningless without it.
-_CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+#: Initializations that change the base, and their names: A and B are meaningless without it.
+CHANGES_BASE = {
+    "pissa": "PiSSA",
+    "olora": "OLoRA",
+    "corda": "CorDA",
+    "loftq": "LoftQ",
+    "lora_ga": "LoRA-GA",
+}
 # Keys that change the meaning of A and B, and how; supported only if they are off.
 REFUSED = {
     "alora_invocation_tokens": "the adapter is active only after these tokens",
@@ -191,6 +197,12 @@ class PeftConfig:
         number, chosen = self._layer(module, last_number), self.layers_to_transform
         return number is not None and number in (chosen if isinstance(chosen, tuple) else (chosen,))
 
+    @property
+    def changes_base(self) -> str | None:
+        """The name of an initialization that changed the base, for which A and B are."""
+        start = str(self.init_lora_weights).lower()
+        return next((CHANGES_BASE[x] for x in CHANGES_BASE if start.startswith(x)), None)
+
     def targets_parameter(self, name: str) -> bool:
         """Return whether PEFT adapts the parameter of this name by `target_parameters`."""
         return _in(self.target_parameters, name)
@@ -290,13 +302,6 @@ def _find_refused(config: PeftConfig) -> Iterable[str]:
     for name, why in REFUSED.items():
         if config.others.get(name):
             yield f"{name} is {_show(config.others[name])}: {why}, which is not supported"
-    start = config.init_lora_weights
-    if isinstance(start, str) and start.startswith(_CHANGES_BASE):
-        yield (
-            f"init_lora_weights is {_show(start)}, an initialization that changes the base; first "
-            "convert the adapter to one for the original base with save_pretrained's "
-            "path_initial_model_for_weight_conversion"
-        )
 
 
 def _in(targets: Any, module: str) -> bool:
