@@ -70,6 +70,14 @@ def tokenizer_of(model: kinds.Found, adapter: Path | None = None) -> Tokenizer:
     return tokenizer if own is None else tokenizer.of_adapter(own)
 
 
+def pad_id_of(model: kinds.Found, adapter: Path) -> int | None:
+    """Return the id of the padding token, or None without one or without a tokenizer."""
+    try:
+        return tokenizer_of(model, adapter).pad_id
+    except FileNotFoundError:
+        return None
+
+
 def stop_ids(model: kinds.Found, tokenizer: Tokenizer) -> frozenset[int]:
     """Return the token ids at which a model's text ends, as `models.stops.stop_ids`."""
     return stops.stop_ids(None if model.kind == kinds.TINY else model.path, tokenizer)
@@ -135,12 +143,12 @@ def load(
     found = kinds.adapter(adapter)
     pretrained = load_model(model, dtype, scan=is_stacked(found), as_stored=as_stored)
     if found.kind == kinds.NATIVE:
-        return Loaded(pretrained, lora.load(found.path, _as_trained(found, pretrained.params)))
+        return Loaded(pretrained, lora.load(found.path, as_trained(found, pretrained.params)))
     read = peft.load if found.kind == kinds.PEFT else mlx.load
     return Loaded(pretrained, read(found.path, pretrained.params, pretrained.naming, strict=strict))
 
 
-def _as_trained(adapter: kinds.Found, params: Any) -> Any:
+def as_trained(adapter: kinds.Found, params: Any) -> Any:
     """Return parameters in the dtypes that a lora_jax adapter was trained on, for its checksums."""
     trained = native.read_file(adapter.path).base_shapes()
     leaves, treedef = flatten_with_paths(params)
@@ -152,4 +160,5 @@ def is_stacked(adapter: kinds.Found) -> bool:
     """Return whether an adapter is for the tree that `models.load(..., scan=True)` returns."""
     if adapter.kind != kinds.NATIVE:
         return False
-    return any(path.startswith("layers/") for path in lora.read_metadata(adapter.path)["layouts"])
+    stacked = ("layers/", "encoder/layers/")  # of a language model, of a classifier
+    return any(path.startswith(stacked) for path in lora.read_metadata(adapter.path)["layouts"])

@@ -13,7 +13,7 @@ from lora_jax.cli.jobs import train_results
 from lora_jax.cli.jobs.train_data import Task, read_task
 from lora_jax.cli.jobs.train_model import open_model
 from lora_jax.cli.targets import resolve
-from lora_jax.cli.train_options import TrainOptions
+from lora_jax.cli.train_options import CLASSIFICATION, MEAN, TrainOptions
 from lora_jax.training import log, loss_curve, progress, run_record
 from lora_jax.training.errors import TrainingError
 from lora_jax.training.interrupt import interruptible
@@ -128,6 +128,7 @@ def _job(
 _NOT_RECORDED = {
     *("out", "resume", "eval_every", "save_every"),
     *("data", "held_out", "eval_split", "eval_rows", "encoding"),  # by a checksum of the batches
+    "pooling",  # of a classifier only
     *("model", "dtype"),  # by a checksum of the parameters
     *("epochs", "targets", "init", "rank", "alpha", "dora", "rslora", "dropout"),  # by the config
 }
@@ -138,6 +139,8 @@ def _settings_to_record(
 ) -> dict[str, Any]:
     """Return all that decides what a step computes, under the names of the command line."""
     given = {name: value for name, value in vars(options).items() if name not in _NOT_RECORDED}
+    if options.task == CLASSIFICATION and options.pooling != MEAN:  # which was once the only one
+        given["pooling"] = options.pooling
     return {
         **given,
         "steps": steps,
