@@ -168,12 +168,12 @@ class PeftConfig:
 
     def rank(self, module: str) -> int:
         """Return a module's rank, from the first matching key of `rank_pattern`, else `r`."""
-        key = _first(self.rank_pattern, module)
+        key = first_match(self.rank_pattern, module)
         return self.r if key is None else self.rank_pattern[key]
 
     def scale(self, module: str, rank: int | None = None) -> float:
         """Return a module's α/r, or α/√r with `use_rslora`; `rank` overrides the configured one."""
-        key = _first(self.alpha_pattern, module)
+        key = first_match(self.alpha_pattern, module)
         alpha = self.lora_alpha if key is None else self.alpha_pattern[key]
         rank = self.rank(module) if rank is None else rank
         return alpha / (math.sqrt(rank) if self.use_rslora else rank)
@@ -312,7 +312,7 @@ def _in(targets: Any, module: str) -> bool:
     return any(module == name or module.endswith("." + name) for name in names)
 
 
-def _first(keys: Iterable[str], module: str) -> str | None:
+def first_match(keys: Iterable[str], module: str) -> str | None:
     """Return the first pattern that matches a module, by PEFT's rule."""
     within = lambda key: _within("rank_pattern", key)
     return next((key for key in keys if bounded_regex.match(within(key), module)), None)
@@ -330,6 +330,8 @@ def exact_pattern(module: str, modules: Iterable[str]) -> str:
     """
     others = [name for name in modules if name != module]
     for pattern in (module, re.escape(module)):
-        if _first([pattern], module) and all(_first([pattern], x) is None for x in others):
+        if first_match([pattern], module) and all(
+            first_match([pattern], x) is None for x in others
+        ):
             return pattern
     return "^" + re.escape(module)

@@ -1,6 +1,7 @@
 """Read a PEFT directory: `adapter_config.json` and `adapter_model.safetensors`."""
 
 import os
+from collections.abc import Mapping
 from typing import Any
 
 from lora_jax.adapters.split import base_of
@@ -10,6 +11,7 @@ from lora_jax.files.peft import changed_base
 from lora_jax.files.peft.adapter_file import PeftFile, read_file
 from lora_jax.files.peft.config import CONFIG
 from lora_jax.files.peft.read import read_contents
+from lora_jax.files.peft.wrong_names import tell_wrong_names
 from lora_jax.files.torch_adapters.contents import TorchBase
 from lora_jax.files.torch_adapters.to_tree import fit_to_base
 
@@ -23,6 +25,7 @@ def load(
     dtype: Any = None,
     dropout: float | None = None,
     residual: bool = False,
+    rename: Mapping[str, str] | None = None,
 ) -> Any:
     """Load the adapters in PEFT's two files as an overlay of `base`, as in `join(base, load(...))`.
 
@@ -52,6 +55,9 @@ def load(
         `lora_dropout`. One rate for all lets overlays of several files be stacked.
       residual: whether `base` is what an initialization such as PiSSA left of the original base, so
         that A and B stand as they are in the file.
+      rename: parts of the tensors' names in the file, and what takes the place of their first
+        occurrence, "" for nothing: {"base_model.model.bert": "base_model.model", "default": ""}.
+        The part "" is the beginning of every name.
 
     Raises:
       AdapterFileError: a file is missing or damaged, contains NaN or infinity, or its configuration
@@ -71,7 +77,8 @@ def load(
     ((4, 2), 2.0)
     """
     file = read_file(directory)
-    return fit(file, base, naming, strict=strict, dtype=dtype, dropout=dropout, residual=residual)
+    options: dict[str, Any] = {"strict": strict, "dtype": dtype, "dropout": dropout}
+    return fit(file, base, naming, **options, residual=residual, rename=rename)
 
 
 def fit(
@@ -83,11 +90,14 @@ def fit(
     dtype: Any = None,
     dropout: float | None = None,
     residual: bool = False,
+    rename: Mapping[str, str] | None = None,
 ) -> Any:
     """Return the adapters of a file as an overlay of `base`; what `load` does after reading."""
     model = TorchBase(base_of(base), naming)
     try:
+        file = file.rename(rename) if rename else file
         contents, problems = read_contents(file, model)
+        problems = tell_wrong_names(file, model, problems)
         if file.config.changes_base and not residual:
             problems += changed_base.undo(contents, file.config, model)
     except ConfigError as error:  # or a pattern takes too long
