@@ -8,7 +8,12 @@ import numpy as np
 
 from lora_jax.adapters.split import base_of
 from lora_jax.files.mlx.adapter_file import MAGNITUDE, A, B, MlxFile, read_file, to_factors
-from lora_jax.files.mlx.limits import EXPERTS_UNSUPPORTED, NOT_ADAPTABLE, with_rows_as_outputs
+from lora_jax.files.mlx.limits import (
+    ADAPTABLE,
+    EXPERTS_UNSUPPORTED,
+    NOT_ADAPTABLE,
+    with_rows_as_outputs,
+)
 from lora_jax.files.naming import Naming
 from lora_jax.files.torch_adapters.contents import (
     Contents,
@@ -146,11 +151,11 @@ def _problems(
 
 def _misfit(fields: Mapping[str, np.ndarray], kind: str, shape: tuple[int, ...]) -> str | None:
     """Return why the shapes of a module's tensors do not fit its weight, or None."""
-    if kind not in ("linear", "embedding"):
+    if kind not in ADAPTABLE:
         return NOT_ADAPTABLE
-    ins, out = shape if kind == "embedding" else shape[::-1]
+    ins, out = shape[::-1] if kind == "linear" else shape
     rank = fields[A].shape[-1] if fields[A].ndim else 0
-    wanted = {A: (ins, rank), B: (rank, out), MAGNITUDE: shape[:1]}
+    wanted = {A: (ins, rank), B: (rank, out), MAGNITUDE: (out if kind == "conv1d" else shape[0],)}
     got = {ending: tensor.shape for ending, tensor in fields.items()}
     if rank and all(got[ending] == wanted[ending] for ending in got):
         return None

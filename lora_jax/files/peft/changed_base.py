@@ -33,9 +33,9 @@ def undo(found: Contents, config: PeftConfig, model: TorchBase) -> list[str]:
     Raises:
       ConfigError: the initialization cannot be recomputed, or not on this base.
     """
-    start = _STARTS.get(str(config.init_lora_weights).lower())
-    if start is None:
+    if not is_determined(config):
         raise ConfigError(cannot_recompute(config))
+    start = _STARTS[str(config.init_lora_weights).lower()]
     problems = [f"{name}: PEFT has no {start.__name__[1:]} of experts" for name in found.experts]
     found.experts.clear()
     found.dropout = 0.0
@@ -46,7 +46,7 @@ def undo(found: Contents, config: PeftConfig, model: TorchBase) -> list[str]:
         if weight is None:
             raise ConfigError(
                 f"{_says(config)}: what that subtracted is recomputed from the base, which must "
-                "have values here; convert on the command line with --model"
+                "have values here"
             )
         undone = _undo(factors, np.asarray(weight, "float64"), model.kind(name), start)
         if isinstance(undone, str):
@@ -57,12 +57,18 @@ def undo(found: Contents, config: PeftConfig, model: TorchBase) -> list[str]:
     return problems
 
 
+def is_determined(config: PeftConfig) -> bool:
+    """Return whether what the initialization subtracted follows from the base alone."""
+    return str(config.init_lora_weights).lower() in _STARTS
+
+
 def cannot_recompute(config: PeftConfig) -> str:
     """Return the message about an initialization that depends on chance or data."""
     return (
         f"{_says(config)} by random numbers or data, so it cannot be recomputed: load the adapter "
-        "on the base that the initialization left, with residual=True (--residual), or convert it "
-        "first in PEFT: save_pretrained(..., path_initial_model_for_weight_conversion=...)"
+        "on the base that the initialization left, with residual=True (lora-jax convert "
+        "--residual), or convert it first in PEFT: "
+        "save_pretrained(..., path_initial_model_for_weight_conversion=...)"
     )
 
 
