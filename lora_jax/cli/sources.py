@@ -148,11 +148,14 @@ def load(
     pretrained = load_model(model, dtype, scan=is_stacked(found), as_stored=as_stored)
     if found.kind == kinds.NATIVE:
         return Loaded(pretrained, lora.load(found.path, as_trained(found, pretrained.params)))
-    base: tuple[Any, Naming] = pretrained.params, pretrained.naming
     if found.kind == kinds.MLX:
-        return Loaded(pretrained, mlx.load(found.path, *base, strict=strict, rename=rename))
-    options: dict[str, Any] = {"strict": strict, "rename": rename, "residual": residual}
-    return Loaded(pretrained, peft.load(found.path, *base, **options))
+        named = pretrained.params, pretrained.naming
+        return Loaded(pretrained, mlx.load(found.path, *named, strict=strict, rename=rename))
+    file = peft.read_file(found.path)
+    file = file.rename(rename) if rename else file
+    pretrained = models.resize_for_adapter(pretrained, file)
+    named = pretrained.params, pretrained.naming
+    return Loaded(pretrained, peft.fit(file, *named, strict=strict, residual=residual))
 
 
 def as_trained(adapter: kinds.Found, params: Any) -> Any:

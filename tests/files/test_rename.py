@@ -45,7 +45,9 @@ def told(error):
     """Return the rules of the one line that a file's error consists of."""
     head, line = str(error.value).splitlines()
     assert "does not fit the base" in head
-    found = re.search(r"pass rename=(\{.*\}), or on the command line (.*)", line)
+    found = re.search(
+        r"pass rename=(\{.*\}), or on the command line first lora-jax convert (.*)", line
+    )
     rules = ast.literal_eval(found[1])
     assert found[2] == " ".join(f"--rename {old}={new}" for old, new in rules.items())
     return rules
