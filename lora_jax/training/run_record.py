@@ -16,6 +16,8 @@ from lora_jax.training.errors import TrainingError
 
 RUN_FILE = "run.json"
 _STARTED = "started"
+#: What reading a damaged record raises.
+_DAMAGED = (ValueError, KeyError, TypeError, AttributeError, RecursionError)
 
 
 def started(directory: Path, resume: bool) -> datetime.datetime:
@@ -26,7 +28,7 @@ def started(directory: Path, resume: bool) -> datetime.datetime:
     try:
         record = json.loads((directory / RUN_FILE).read_text("utf-8")) if resume else {}
         return datetime.datetime.fromisoformat(record[_STARTED])
-    except (OSError, ValueError, KeyError, TypeError):  # `begin` tells what is wrong with the file
+    except (OSError, *_DAMAGED):  # `begin` tells what is wrong with the file
         return datetime.datetime.now().replace(microsecond=0)
 
 
@@ -84,7 +86,7 @@ def begin(directory: Path, this: Mapping[str, Any], resume: bool) -> bool:
     try:
         before = json.loads(file.read_text("utf-8"))
         problems = list_differences(before, this)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except _DAMAGED as error:
         raise TrainingError(
             f"{file} is damaged ({error}). Start again with another --out"
         ) from None
