@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -212,6 +213,29 @@ def test_a_truncated_file_and_one_without_its_other_half(tmp_path, fails):
     extra = {"base_model.model.x.lora_A.weight": np.ones((4, 8), np.float32)}
     half = files.peft(tmp_path / "half", extra=extra)
     assert "x: has lora_A.weight but not lora_B.weight" in fails("inspect", half)
+
+
+def test_the_directory_of_a_run(tmp_path, run, fails):
+    """It stands for its last adapter, here and wherever an adapter is read."""
+    files.peft(tmp_path / "run" / "adapter", seed=1)
+    files.peft(tmp_path / "run" / "best", seed=2)
+    (tmp_path / "run" / "log.jsonl").write_text("{}\n")
+    own, inside = run("inspect", tmp_path / "run"), run("inspect", tmp_path / "run" / "adapter")
+    best = f"{tmp_path / 'run' / 'best'} has the lowest held-out loss of this run.\n"
+    assert own.out == inside.out + best and best not in inside.out
+    record = json.loads(run("inspect", tmp_path / "run", "--json").out)
+    assert record["path"] == str(tmp_path / "run" / "adapter")
+    words = ["convert", tmp_path / "run", "--to", "mlx", "--out", tmp_path / "mlx"]
+    assert run(*words).status == 0
+    a, _ = files.factors(1)[files.MODULES[0]]
+    one = next(x for x in read_factors(tmp_path / "mlx").factors if x.module == files.MODULES[0])
+    np.testing.assert_array_equal(one.a, a)
+    shutil.rmtree(tmp_path / "run" / "adapter")
+    assert str(tmp_path / "run" / "best") in run("inspect", tmp_path / "run", "--json").out
+    (tmp_path / "run" / "best").rename(tmp_path / "run" / "checkpoint-9")
+    assert "; checkpoint-9 is an adapter" in fails("inspect", tmp_path / "run")
+    files.native(tmp_path / "run" / "adapter.safetensors")  # of a classifier
+    assert "lora_jax adapter" in run("inspect", tmp_path / "run").out
 
 
 def test_a_model_is_no_adapter(tmp_path, fails):
