@@ -98,6 +98,8 @@ def _message(error: BaseException) -> str:
         return f"not valid JSON: {error}"
     if isinstance(error, UnicodeDecodeError):
         return f"not UTF-8 text: {error}; save the file as UTF-8"
+    if "No space left on device" in str(error):  # C++ libraries know no OSError
+        return _ADVICE[errno.ENOSPC]
     if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
         return "out of memory; use a smaller batch, a shorter length or --dtype bfloat16"
     return (
