@@ -15,7 +15,7 @@ from lora_jax.core.abstract import on_shapes
 from lora_jax.core.algebra import dense
 from lora_jax.core.config import LoraConfig
 from lora_jax.core.dtypes import accumulator, round_to
-from lora_jax.core.errors import ConfigError, StructureError
+from lora_jax.core.errors import ConfigError, StructureError, grouped
 from lora_jax.core.layout import Layout
 from lora_jax.core.linalg import balanced, matmul, randomized_svd, truncated_svd
 from lora_jax.core.matrices import as_factors, map_matrices
@@ -181,7 +181,7 @@ def _pairs(plan: Plan, tuned: Any) -> dict[str, tuple[Any, Any]]:
             if shapes[0] != shapes[1]:
                 problems.append(f"{path}: {shapes[0]} in base, {shapes[1]} in tuned")
     if problems:
-        raise StructureError("extract: base and tuned differ:\n" + "\n".join(problems))
+        raise StructureError("extract: base and tuned differ:\n" + grouped(problems, "leaves"))
     return pairs
 
 
@@ -190,7 +190,7 @@ def _check_scales(plan: Plan, config: LoraConfig) -> None:
     wrong = [f"{path}: the scale is {x}" for path, x in scales.items() if not x > 0]
     if wrong:
         raise ConfigError(
-            "extract divides by the scale, so alpha must be positive:\n" + "\n".join(wrong)
+            "extract divides by the scale, so alpha must be positive:\n" + grouped(wrong)
         )
 
 

@@ -13,7 +13,7 @@ from lora_jax.core.abstract import on_shapes
 from lora_jax.core.config import LoraConfig
 from lora_jax.core.dora import column_norms
 from lora_jax.core.dtypes import accumulator
-from lora_jax.core.errors import ConfigError
+from lora_jax.core.errors import ConfigError, grouped
 from lora_jax.core.layout import Layout
 from lora_jax.core.paths import path_key
 from lora_jax.core.weights import Adapted, LoraWeight, TrainedLeaf, TrainedRows, restrict
@@ -101,7 +101,7 @@ def _adapt_all(key: jax.Array, plan: Plan, config: LoraConfig) -> dict[str, Lora
         except ConfigError as error:
             problems.append(f"{path}: {error}")
     if problems:
-        raise ConfigError("\n".join(problems))
+        raise ConfigError(grouped(problems))
     return nodes
 
 

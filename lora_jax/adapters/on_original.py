@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from lora_jax.core.dtypes import accumulator
-from lora_jax.core.errors import StructureError
+from lora_jax.core.errors import StructureError, grouped
 from lora_jax.core.layout import subscripts
 from lora_jax.core.paths import flatten_with_paths
 from lora_jax.core.patterns import nearest
@@ -21,7 +21,8 @@ def on_original(start: Any, trained: Any, base: Any) -> Any:
     "pissa", "pissa_fast" and "olora" subtract `scale₀·A₀·B₀` from the base before training, so the
     trained weight is W + scale·A·B − scale₀·A₀·B₀. That is an adapter of W with the factors
     A' = [A, A₀] and B' = [scale·B; −scale₀·B₀] and scale 1 (PiSSA,
-    https://arxiv.org/abs/2404.02948, appendix C). The result needs neither the changed base nor the
+    https://arxiv.org/abs/2404.02948, appendix C). Where that overflows B's dtype, the larger scale
+    stays the scale, and B' is divided by it. The result needs neither the changed base nor the
     initial factors: it can be saved, shipped and joined like any other adapter, and `disable` gives
     the original function.
 
@@ -58,7 +59,7 @@ def on_original(start: Any, trained: Any, base: Any) -> Any:
     problems = _differences(before, after, leaves)
     if problems:
         raise StructureError(
-            "on_original: start, trained and base do not fit:\n" + "\n".join(problems)
+            "on_original: start, trained and base do not fit:\n" + grouped(problems)
         )
     nodes = {path: _convert(before[path], node, leaves[path]) for path, node in after.items()}
     return jax.tree_util.tree_unflatten(treedef, [nodes.get(path) for path in leaves])
@@ -67,27 +68,33 @@ def on_original(start: Any, trained: Any, base: Any) -> Any:
 def _convert(before: Adapted, after: Adapted, w: Any) -> Adapted:
     if not isinstance(after, LoraWeight) or not isinstance(before, LoraWeight) or before.w is w:
         return dataclasses.replace(after, w=None)
+    larger = jnp.maximum(abs(before.scale), abs(after.scale))
     # Layers of a stack that are not adapted keep the scale 0.
-    scale = jnp.where((before.scale == 0) & (after.scale == 0), 0, jnp.ones_like(after.scale))
+    ones = jnp.where(larger == 0, 0, jnp.ones_like(after.scale))
+    folded = _join_b(before, after, ones)
+    fits = jnp.isfinite(folded).all()
     return dataclasses.replace(
         after,
         w=None,
         a=jnp.concatenate([after.a, before.a], axis=-1),
-        b=jnp.concatenate([_scaled(after, 1), _scaled(before, -1)], len(scale.shape)),
-        scale=scale,
+        b=jnp.where(fits, folded, _join_b(before, after, larger)),
+        scale=jnp.where(fits, ones, larger),
         key=None,
         dropout=0.0,
     )
 
 
-def _scaled(node: LoraWeight, sign: int) -> jax.Array:
-    """Return `sign · scale · B`, multiplied in float32 and rounded to B's dtype."""
-    _, sub_b, sub_scale, _ = subscripts(node.layout)
-    dtype = accumulator(node.b.dtype)
-    scaled = jnp.einsum(
-        f"{sub_b},{sub_scale}->{sub_b}", node.b.astype(dtype), sign * node.scale.astype(dtype)
-    )
-    return scaled.astype(node.b.dtype)
+def _join_b(before: LoraWeight, after: LoraWeight, unit: jax.Array) -> jax.Array:
+    """Return `[scale · B; −scale₀ · B₀] / unit`, multiplied in float32 and rounded to B's dtype."""
+    _, sub_b, sub_scale, _ = subscripts(after.layout)
+    dtype = accumulator(after.b.dtype)
+
+    def scaled(node: LoraWeight, sign: int) -> jax.Array:
+        factor = jnp.where(unit == 0, 0, sign * node.scale / jnp.where(unit == 0, 1, unit))
+        b, factor = node.b.astype(dtype), factor.astype(dtype)
+        return jnp.einsum(f"{sub_b},{sub_scale}->{sub_b}", b, factor).astype(node.b.dtype)
+
+    return jnp.concatenate([scaled(after, 1), scaled(before, -1)], len(unit.shape))
 
 
 def _differences(

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import optax
 
-from lora_jax.core.errors import ConfigError, StructureError, TargetError
+from lora_jax.core.errors import ConfigError, StructureError, TargetError, grouped
 from lora_jax.core.paths import flatten_with_paths
 from lora_jax.core.patterns import compile_regex, lookup, nearest
 from lora_jax.core.tree import require_adapted
@@ -243,7 +243,7 @@ def groups(
         if group is None and default is None
     ]
     if problems:
-        raise TargetError("\n".join(problems))
+        raise TargetError(grouped(problems, "leaves"))
 
     def label(path: str, field: str) -> str:
         if (path, field) not in found:

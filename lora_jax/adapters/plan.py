@@ -15,7 +15,7 @@ from lora_jax.adapters.selection import (
 )
 from lora_jax.core.config import ALL_LINEAR, LoraConfig
 from lora_jax.core.dtypes import is_floating
-from lora_jax.core.errors import ConfigError, TargetError
+from lora_jax.core.errors import ConfigError, TargetError, grouped
 from lora_jax.core.layout import Layout
 from lora_jax.core.paths import flatten_with_paths
 from lora_jax.core.patterns import lookup, names_leaf, names_module, nearest, select
@@ -176,7 +176,7 @@ def _check_floating(chosen: Mapping[str, Any], leaves: Mapping[str, Any]) -> Non
         if not is_floating(leaves[path])
     ]
     if wrong:
-        raise TargetError("\n".join(wrong))
+        raise TargetError(grouped(wrong, "leaves"))
 
 
 def _check_ranks(
@@ -193,4 +193,4 @@ def _check_ranks(
                 "leave the weight out with exclude=, or train it fully with train="
             )
     if problems:
-        raise TargetError("\n".join(problems))
+        raise TargetError(grouped(problems))

@@ -9,7 +9,7 @@ import numpy as np
 
 from lora_jax.core import dtypes
 from lora_jax.core.config import LoraConfig
-from lora_jax.core.errors import LayoutError, TargetError
+from lora_jax.core.errors import LayoutError, TargetError, grouped
 from lora_jax.core.layout import Layout
 from lora_jax.core.paths import layer_number
 from lora_jax.core.patterns import lookup, nearest
@@ -139,7 +139,7 @@ def _check_layers(
             if entry not in named
         ]
     if problems:
-        raise TargetError("\n".join(problems))
+        raise TargetError(grouped(problems))
 
 
 def select_biases(

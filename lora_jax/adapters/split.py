@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 
-from lora_jax.core.errors import StructureError
+from lora_jax.core.errors import StructureError, grouped
 from lora_jax.core.paths import flatten_with_paths
 from lora_jax.core.patterns import nearest
 from lora_jax.core.tree import adapted_nodes, map_adapted, require_adapted
@@ -82,7 +82,7 @@ def join(base: Any, adapters: Any) -> Any:
     if not overlay:
         problems.append("the overlay contains no adapters")
     if problems:
-        raise StructureError("join: the adapters do not fit the base:\n" + "\n".join(problems))
+        raise StructureError("join: the adapters do not fit the base:\n" + grouped(problems))
     return jax.tree_util.tree_unflatten(
         treedef,
         [

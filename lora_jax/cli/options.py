@@ -22,6 +22,12 @@ ModelOption = Annotated[
 ForceOption = Annotated[
     bool, typer.Option("--force", "-f", help="Write into an existing output path.")
 ]
+StrictOption = Annotated[
+    bool,
+    typer.Option(
+        help="Refuse an adapter with tensors that do not fit, or leave them out with a warning."
+    ),
+]
 OutOption = Annotated[Path, typer.Option("--out", "-o", help="Output path.")]
 
 ADAPTER = "Adapter of any kind that 'inspect' reads."

@@ -4,12 +4,15 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+import jax
+
 import lora_jax as lora
 from lora_jax import models
 from lora_jax.core.errors import ModelFileError
-from lora_jax.files import kinds, mlx, peft
+from lora_jax.core.paths import flatten_with_paths
+from lora_jax.files import kinds, mlx, native, peft
 from lora_jax.files.naming import Naming
-from lora_jax.models import assets
+from lora_jax.models import assets, stops
 from lora_jax.models.text.byte_tokenizer import byte_tokenizer
 from lora_jax.models.text.tokenizer import Tokenizer
 from lora_jax.models.tiny import tiny
@@ -54,22 +57,27 @@ def tokenizer_of(model: kinds.Found) -> Tokenizer:
     return read(model.path)
 
 
+def stop_ids(model: kinds.Found, tokenizer: Tokenizer) -> frozenset[int]:
+    """Return the token ids at which a model's text ends, as `models.stops.stop_ids`."""
+    return stops.stop_ids(None if model.kind == kinds.TINY else model.path, tokenizer)
+
+
 def naming_of(model: kinds.Found) -> Naming:
     """Return Hugging Face's names of the model's leaves; no weights are read."""
     return models.naming("llama") if model.kind == kinds.TINY else models.naming_of(model.path)
 
 
 def load_model(
-    model: kinds.Found, dtype: str | None = None, *, scan: bool = False
+    model: kinds.Found, dtype: str | None = None, *, scan: bool = False, as_stored: bool = False
 ) -> models.Pretrained:
-    """Load the model itself; `dtype` None is the file's.
+    """Load the model itself; `dtype` None is the file's, `as_stored` as in `models.load`.
 
     Raises:
       ValueError, OSError: as `models.load`.
     """
     if model.kind == kinds.TINY:
         return tiny(len(byte_tokenizer()), dtype or "float32", scan=scan)
-    return models.load(model.path, dtype, scan=scan)
+    return models.load(model.path, dtype, scan=scan, as_stored=as_stored)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,25 +97,42 @@ class Loaded:
         )
 
 
-def load(model: kinds.Found, adapter: Path | None = None, dtype: str | None = None) -> Loaded:
+def load(
+    model: kinds.Found,
+    adapter: Path | None = None,
+    dtype: str | None = None,
+    *,
+    strict: bool = True,
+    as_stored: bool = False,
+) -> Loaded:
     """Load a model, and an adapter of any kind on it.
 
     Args:
       model: see `find_model`.
       adapter: see `kinds.adapter`; checked before the model is read. None for the model alone.
       dtype: of the model's parameters; None for the file's.
+      strict: whether a tensor of the adapter that does not fit is an error, as in `peft.load`.
+      as_stored: keep each parameter's dtype, as in `models.load`.
 
     Raises:
       LoraError: one of them cannot be read, or they do not fit; all problems are listed.
     """
     if adapter is None:
-        return Loaded(load_model(model, dtype), None)
+        return Loaded(load_model(model, dtype, as_stored=as_stored), None)
     found = kinds.adapter(adapter)
-    pretrained = load_model(model, dtype, scan=is_stacked(found))
+    pretrained = load_model(model, dtype, scan=is_stacked(found), as_stored=as_stored)
     if found.kind == kinds.NATIVE:
-        return Loaded(pretrained, lora.load(found.path, pretrained.params))
+        return Loaded(pretrained, lora.load(found.path, _as_trained(found, pretrained.params)))
     read = peft.load if found.kind == kinds.PEFT else mlx.load
-    return Loaded(pretrained, read(found.path, pretrained.params, pretrained.naming))
+    return Loaded(pretrained, read(found.path, pretrained.params, pretrained.naming, strict=strict))
+
+
+def _as_trained(adapter: kinds.Found, params: Any) -> Any:
+    """Return parameters in the dtypes that a lora_jax adapter was trained on, for its checksums."""
+    trained = native.read_file(adapter.path).base_shapes()
+    leaves, treedef = flatten_with_paths(params)
+    cast = [x.astype(trained[path].dtype) if path in trained else x for path, x in leaves.items()]
+    return jax.tree_util.tree_unflatten(treedef, cast)
 
 
 def is_stacked(adapter: kinds.Found) -> bool:

@@ -1,6 +1,12 @@
 """The errors and the warning of lora_jax; messages name the parameter path and what to do."""
 
+import re
+from collections.abc import Iterable
+
 from lora_jax.core.foreign import escaped
+
+_AT_ONCE = 3  # problems of one kind up to this number have a line each
+_NAMED = 3  # paths of a larger group that are named
 
 
 class LoraError(ValueError):
@@ -55,3 +61,39 @@ class DenseError(LoraError):
 
 class DenseWarning(UserWarning):
     """A weight was materialized: the result is correct, but costs the memory of a weight."""
+
+
+def grouped(problems: Iterable[str], noun: str = "weights") -> str:
+    """Join problems into lines, one for all problems of a kind.
+
+    Args:
+      problems: sentences such as "path: what is wrong". They are of one kind if they differ only in
+        the path, in numbers, and in what follows a semicolon.
+      noun: what the paths are, in the plural.
+
+    >>> print(grouped(["b: is odd", *(f"h/{i}/w: rank 9 is above {i}" for i in range(12))]))
+    b: is odd
+    12 weights (h/0/w, h/1/w, h/2/w and 9 more): for the first, rank 9 is above 0
+    """
+    kinds: dict[str, list[tuple[int, str, str]]] = {}
+    for i, problem in enumerate(problems):
+        path, _, sentence = problem.partition(": ")
+        kinds.setdefault(_kind(path, sentence), []).append((i, path, sentence))
+    lines: dict[int, str] = {}
+    for group in kinds.values():
+        if len({path for _, path, _ in group}) <= _AT_ONCE:
+            lines |= {i: f"{path}: {sentence}" if sentence else path for i, path, sentence in group}
+            continue
+        named = ", ".join(path for _, path, _ in group[:_NAMED])
+        first = "" if len({sentence for *_, sentence in group}) == 1 else "for the first, "
+        start = f"{len(group)} {noun} ({named} and {len(group) - _NAMED} more)"
+        lines[group[0][0]] = f"{start}: {first}{group[0][2]}"
+    return "\n".join(line for _, line in sorted(lines.items()))
+
+
+def _kind(path: str, sentence: str) -> str:
+    """Return what all sentences of one kind have in common; a line without a path is alone."""
+    if not sentence:
+        return path
+    itself = rf"(?<![\w/.]){re.escape(path)}(?![\w/.])"
+    return re.sub(r"\d+", "#", re.sub(itself, "", sentence.partition(";")[0]))

@@ -7,7 +7,7 @@ import jax
 
 from lora_jax.core.config import LoraConfig
 from lora_jax.core.dtypes import is_floating
-from lora_jax.core.errors import LayoutError, TargetError
+from lora_jax.core.errors import LayoutError, TargetError, grouped
 from lora_jax.core.layout import Layout
 from lora_jax.engine.context import Context
 from lora_jax.engine.custom_rules import Rule
@@ -49,7 +49,7 @@ def layouts_of(
         except (LayoutError, TargetError) as error:
             problems.append(error)
     if problems:
-        raise type(problems[0])("\n".join(str(problem) for problem in problems))
+        raise type(problems[0])(grouped(map(str, problems)))
     return found
 
 

@@ -72,8 +72,10 @@ def from_native(path: Path, naming: Naming) -> NamedAdapters:
                 "adapters again with save(..., base=base)"
             )
         base[leaf] = jax.ShapeDtypeStruct(node.shape, np.float32)
-    adapters = native.fit(file, base)
-    return NamedAdapters(adapters, base, naming, file.base_model, complete=bool(described))
+    config = PeftConfig(use_rslora=True) if file.use_rslora else None
+    return NamedAdapters(
+        native.fit(file, base), base, naming, file.base_model, config, complete=bool(described)
+    )
 
 
 def _torch_tree(

@@ -36,12 +36,13 @@ def load(
     enabled: Mapping[str, Sequence[bool]] | None = None,
     strict: bool = True,
     dtype: Any = None,
+    dropout: float = 0.0,
 ) -> Any:
     """Load the adapters in loralib's `lora_state_dict` as an overlay of `base`.
 
-    The file contains neither α nor which outputs of a `MergedLinear` are adapted, so these are
-    arguments. The scale is α/r. A `MergedLinear` (GPT-2's fused q, k, v) with k of its n parts
-    enabled keeps A `[r·k, in]` and B `[k·out/n, r]`, one block per part
+    The file contains neither α, nor the dropout, nor which outputs of a `MergedLinear` are adapted,
+    so these are arguments. The scale is α/r. A `MergedLinear` (GPT-2's fused q, k, v) with k of its
+    n parts enabled keeps A `[r·k, in]` and B `[k·out/n, r]`, one block per part
     (https://github.com/microsoft/LoRA/blob/main/loralib/layers.py); here B is block-diagonal with
     rank r·k. A convolution with kernel k × k has low rank in another shape of the weight, A
     `[r·k, in·k]` and B `[out·k, r·k]`; here the same update has rank r·k². Grouped convolutions
@@ -52,11 +53,13 @@ def load(
       path: a safetensors file with names like "h.0.attn.c_attn.lora_A".
       base, naming, strict, dtype: as for `lora_jax.peft.load`.
       alpha: loralib's `lora_alpha`.
+      dropout: loralib's `lora_dropout`, for `with_dropout`.
       enabled: the `enable_lora` of each `MergedLinear`, by the end of the module's name:
         {"c_attn": [True, False, True]}. By default all outputs are adapted.
 
     Raises:
-      ConfigError: `alpha` is not a finite number, or `enabled` is not a mapping to flags.
+      ConfigError: `alpha` is not a finite number, `dropout` is not a probability, or `enabled` is
+        not a mapping to flags.
       AdapterFileError: the file is missing or damaged, or its tensors do not fit the base; all
         problems are listed at once.
 
@@ -80,7 +83,7 @@ def load(
     tensors, _ = safetensors_file.read(path, finite=True)
     model = TorchBase(base, naming)
     contents, problems = _read_contents(tensors, float(alpha), parts, model)
-    return fit_to_base(path, contents, problems, model, strict=strict, dtype=dtype)
+    return fit_to_base(path, contents, problems, model, strict=strict, dtype=dtype, dropout=dropout)
 
 
 def _check_enabled(enabled: Any) -> dict[str, tuple[bool, ...]]:

@@ -12,7 +12,7 @@ import numpy as np
 
 from lora_jax.adapters.split import base_of, split
 from lora_jax.core.config import LoraConfig
-from lora_jax.core.errors import AdapterFileError, StructureError
+from lora_jax.core.errors import AdapterFileError, StructureError, grouped
 from lora_jax.core.paths import flatten_with_paths
 from lora_jax.core.patterns import nearest
 from lora_jax.core.tree import require_adapted
@@ -78,7 +78,7 @@ def save(
             )
         ]
         if problems:
-            raise StructureError("save: the adapters do not fit the base:\n" + "\n".join(problems))
+            raise StructureError("save: the adapters do not fit the base:\n" + grouped(problems))
     header = {
         "format": FORMAT,
         "version": str(VERSION),
@@ -140,7 +140,7 @@ class NativeFile:
         if damaged:
             raise AdapterFileError(
                 f"{self.path}: the header's description of the base is damaged:\n"
-                + strict_json.lines(damaged)
+                + strict_json.lines(damaged, "weights")
             )
         return {name: shape for name, shape in found.items() if shape is not None}
 
@@ -203,7 +203,7 @@ def fit(file: NativeFile, base: Any) -> Any:
     if problems:
         raise AdapterFileError(
             f"{file.path}: the adapters in this file do not fit this base:\n"
-            + strict_json.lines(problems)
+            + strict_json.lines(problems, "weights")
         )
     in_jax = {name: jax.tree.map(jnp.asarray, node) for name, node in nodes.items()}
     return jax.tree_util.tree_unflatten(treedef, [in_jax.get(name) for name in leaves])

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from lora_jax.core.algebra import dense
 from lora_jax.core.checks import is_number
 from lora_jax.core.dtypes import accumulator, round_to
-from lora_jax.core.errors import ConfigError, TargetError
+from lora_jax.core.errors import ConfigError, TargetError, grouped
 from lora_jax.core.linalg import randomized_svd, truncated_svd
 from lora_jax.core.matrices import as_factors, map_matrices
 from lora_jax.core.paths import path_key
@@ -111,7 +111,7 @@ def _check_sizes(nodes: Mapping[str, LoraWeight]) -> None:
                 "it out of targets="
             )
     if problems:
-        raise TargetError("\n".join(problems))
+        raise TargetError(grouped(problems))
 
 
 def _check_gradients(gradients: Mapping[str, jax.Array]) -> None:
@@ -124,9 +124,7 @@ def _check_gradients(gradients: Mapping[str, jax.Array]) -> None:
         if size == 0 or not math.isfinite(size)
     ]
     if problems:
-        raise TargetError(
-            "lora_ga: cannot initialize from these gradients:\n" + "\n".join(problems)
-        )
+        raise TargetError("lora_ga: cannot initialize from these gradients:\n" + grouped(problems))
 
 
 def _gradients(

@@ -75,7 +75,7 @@ def stream(
     top_k: int = 0,
     top_p: float = 1.0,
     key: jax.Array | None = None,
-    stop: Collection[int] = (),
+    stop: Collection[int] | Sequence[Collection[int]] = (),
 ) -> Iterator[np.ndarray]:
     """Generate tokens that continue each row, one step at a time.
 
@@ -93,14 +93,16 @@ def stream(
       segments: integers `[batch, length]`, 0 at padding; ones by default.
       temperature, top_k, top_p: as in `Sampling`; greedy by default.
       key: PRNG key, needed if `temperature` is above 0.
-      stop: tokens that end a row.
+      stop: tokens that end a row (`models.stops.stop_ids` finds a model's); or one collection of
+        tokens per row.
 
     Yields:
       int32 `[batch]`, at most `steps` times, until every row has produced a `stop` token. A row
       that has ended repeats that token.
 
     Raises:
-      ValueError: the cache is too short, `Sampling` refuses a value, or the key is missing.
+      ValueError: the cache is too short, `Sampling` refuses a value, the key is missing, or `stop`
+        has another number of rows.
     """
     sampling = Sampling(temperature, top_k, top_p)
     if sampling.temperature > 0 and key is None:
@@ -113,7 +115,18 @@ def stream(
             "slots; make a longer one with init_cache"
         )
     segments = jnp.ones_like(ids) if segments is None else jnp.asarray(segments, jnp.int32)
-    return _stream(apply, params, ids, segments, cache, steps, sampling, key, stop)
+    ends = _per_row(stop, len(ids))
+    return _stream(apply, params, ids, segments, cache, steps, sampling, key, ends)
+
+
+def _per_row(stop: Collection[int] | Sequence[Collection[int]], rows: int) -> list[Collection[int]]:
+    """Return the tokens that end each row."""
+    given: list[Any] = list(stop)
+    if all(isinstance(x, int | np.integer) for x in given):
+        return [given] * rows
+    if len(given) != rows:
+        raise ValueError(f"stop has tokens for {len(given)} rows, but there are {rows}")
+    return given
 
 
 def _stream(
@@ -125,7 +138,7 @@ def _stream(
     steps: int,
     sampling: Sampling,
     key: jax.Array | None,
-    stop: Collection[int],
+    stop: list[Collection[int]],
 ) -> Iterator[np.ndarray]:
     key = jax.random.key(0) if key is None else key  # greedy decoding does not use it
     ended = np.zeros(len(ids), bool)
@@ -134,7 +147,7 @@ def _stream(
         logits, cache = _advance(apply, params, ids, segments, cache)
         chosen = np.asarray(sample_token(logits, jax.random.fold_in(key, step), sampling))
         tokens = np.where(ended, tokens, chosen)
-        ended |= np.isin(tokens, list(stop))
+        ended |= [int(token) in ends for token, ends in zip(tokens, stop, strict=True)]
         yield tokens
         if ended.all():
             return

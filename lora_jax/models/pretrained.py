@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ import numpy as np
 from flax import linen as nn
 
 from lora_jax.core.errors import ModelFileError, StructureError
+from lora_jax.core.paths import flatten_with_paths
 from lora_jax.files import naming as names
 from lora_jax.files.naming import Naming
 from lora_jax.models import hf_directory, llama_gguf, namings
@@ -75,7 +76,12 @@ class Pretrained:
 
 
 def load(
-    path: str | Path, dtype: Any = None, *, scan: bool = False, remat: bool = False
+    path: str | Path,
+    dtype: Any = None,
+    *,
+    scan: bool = False,
+    remat: bool = False,
+    as_stored: bool = False,
 ) -> Pretrained:
     """Read a published model: BERT, Llama, Mistral, Qwen2 or SmolLM2.
 
@@ -86,6 +92,8 @@ def load(
         widest in the file; quantized tensors are read as float32.
       scan: stack the layers, as in `LlamaConfig`.
       remat: recompute activations, as in `LlamaConfig`.
+      as_stored: keep the dtype that each parameter has in the file; `dtype` is then that of the
+        computation only.
 
     Returns:
       The model, with its parameters on the default device.
@@ -96,12 +104,13 @@ def load(
         missing, unexpected or of another shape (all of them are listed); or a file is damaged.
     """
     source = _open(Path(path))
-    dtype = _dtype(dtype, source.tensors)
+    dtype = _dtype(dtype, source.tensors.values())
     kept, ignored = namings.KEPT[source.kind], source.ignored
     try:
         _check_sizes(source)
         module = _module(source, dtype, scan=scan, remat=remat)
         like = _param_shapes(module, dtype)
+        like = _stored_shapes(source, like) if as_stored else like
         params = names.to_tree(source.naming, source.tensors, like, ignore=(*ignored, *kept))
     except StructureError as error:
         lines = str(error).replace("\n", "\n  ")
@@ -144,27 +153,57 @@ def save(directory: str | Path, pretrained: Pretrained) -> None:
     hf_directory.write(directory, *_file_contents(pretrained))
 
 
-def files(pretrained: Pretrained) -> dict[str, bytes]:
+def files(
+    pretrained: Pretrained, stored: Mapping[str, hf_directory.StoredTensor] | None = None
+) -> dict[str, bytes]:
     """Return the files that `save` writes, by name, to be written together with others.
+
+    Args:
+      pretrained: as in `save`.
+      stored: tensors of a base by name, whose dtypes are kept.
 
     Raises:
       StructureError: as in `save`.
     """
-    return hf_directory.files(*_file_contents(pretrained))
+    return hf_directory.files(*_file_contents(pretrained, stored))
 
 
-def _file_contents(pretrained: Pretrained) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+def _file_contents(
+    pretrained: Pretrained, stored: Mapping[str, hf_directory.StoredTensor] | None = None
+) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """Return the content of config.json, and the tensors."""
-    params, kind = pretrained.params, pretrained.kind
-    tensors = names.to_torch(pretrained.naming, params) | {
+    tensors = names.to_torch(pretrained.naming, pretrained.params) | {
         name: np.asarray(tensor) for name, tensor in pretrained.rest.items()
     }
-    model_type = pretrained.settings.get("model_type", kind)
+    if stored:
+        same = tensors.keys() & stored.keys()
+        tensors |= {name: _as_stored(tensors[name], stored[name]) for name in same}
+    model_type = pretrained.settings.get("model_type", pretrained.kind)
     settings = {"architectures": [_ARCHITECTURES[model_type]], **pretrained.settings}
     # "torch_dtype" up to transformers 4.55; later versions read it too
     key = "torch_dtype" if "torch_dtype" in settings else "dtype"
-    settings[key] = str(jnp.result_type(*jax.tree.leaves(params)))
+    if not stored or key not in settings:
+        settings[key] = _main_dtype(tensors)
     return settings, tensors
+
+
+def _as_stored(tensor: np.ndarray, stored: hf_directory.StoredTensor) -> np.ndarray:
+    """Return a tensor in the dtype of the base's, and the base's own where nothing changed."""
+    if tensor.dtype == stored.dtype:
+        return tensor
+    original = np.asarray(stored)
+    if np.array_equal(original.astype(tensor.dtype), tensor):
+        return original
+    return tensor.astype(original.dtype)
+
+
+def _main_dtype(tensors: Mapping[str, np.ndarray]) -> str:
+    """Return the floating dtype that most numbers have: norms in float32 are few."""
+    count: dict[str, int] = {}
+    for tensor in tensors.values():
+        if jnp.issubdtype(tensor.dtype, jnp.floating):
+            count[str(tensor.dtype)] = count.get(str(tensor.dtype), 0) + tensor.size
+    return max(count, key=lambda dtype: count[dtype])
 
 
 @dataclass(frozen=True)
@@ -213,12 +252,13 @@ def _check_sizes(source: _Source) -> None:
             raise ModelFileError(f"{name} is {size}, but the files contain only {limit}")
 
 
-def _dtype(dtype: Any, tensors: Mapping[str, Any]) -> str:
+def _dtype(dtype: Any, tensors: Iterable[Any]) -> str:
     """Return the name of the requested dtype, or of the widest among the tensors."""
     if dtype is None:
-        stored = {x.dtype for x in tensors.values() if jnp.issubdtype(x.dtype, jnp.floating)}
-        widest = jnp.result_type(*stored) if stored else jnp.float32
-        return "float32" if widest == jnp.float64 else str(jnp.dtype(widest))
+        stored = {x.dtype for x in tensors if jnp.issubdtype(x.dtype, jnp.floating)}
+        if not stored or np.dtype("float64") in stored:
+            return "float32"
+        return str(jnp.result_type(*stored))
     name = str(jnp.dtype(dtype))
     if name not in PARAM_DTYPES:
         raise ValueError(f"dtype {name} is not one of {', '.join(PARAM_DTYPES)}")
@@ -239,3 +279,17 @@ def _param_shapes(module: nn.Module, dtype: str) -> Any:
     ids = jax.ShapeDtypeStruct((1, 1), jnp.int32)
     params = jax.eval_shape(module.init, jax.random.key(0), ids, ids)["params"]
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), params)
+
+
+def _stored_shapes(source: _Source, like: Any) -> Any:
+    """Return the shapes with the dtypes in the file, the widest of a leaf's tensors."""
+    leaves, treedef = flatten_with_paths(like)
+    places = source.naming.places({path: leaf.shape for path, leaf in leaves.items()})
+
+    def one(path: str, leaf: Any) -> Any:
+        layers = places[path].layers() if path in places else ()
+        found = [source.tensors[n] for _, ns in layers for n in ns if n in source.tensors]
+        dtype = _dtype(None, found) if found else leaf.dtype
+        return jax.ShapeDtypeStruct(leaf.shape, dtype)
+
+    return jax.tree_util.tree_unflatten(treedef, [one(p, x) for p, x in leaves.items()])

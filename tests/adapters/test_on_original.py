@@ -9,6 +9,7 @@ import pytest
 
 import lora_jax
 from lora_jax import LoraConfig, StructureError
+from lora_jax.core.layout import Layout
 from tests.programs.weights_of_each_kind import (
     INPUTS,
     PARAMS,
@@ -99,7 +100,7 @@ def test_the_changed_base_is_refused_by_files_and_the_original_accepted(tmp_path
     after = trained(adapted)
     base, _ = lora_jax.split(adapted)
     lora_jax.save(tmp_path / "changed", after, base=base)
-    with pytest.raises(lora_jax.AdapterFileError, match="linear"):
+    with pytest.raises(lora_jax.AdapterFileError, match=r"attention.*other values"):
         lora_jax.load(tmp_path / "changed", PARAMS)
     jax.tree.map(np.testing.assert_array_equal, lora_jax.load(tmp_path / "changed", base), after)
     overlay = lora_jax.on_original(adapted, after, PARAMS)
@@ -174,3 +175,19 @@ def test_what_does_not_fit_is_all_listed():
         lora_jax.on_original(after, after, after)
     with pytest.raises(StructureError, match="no adapters"):
         lora_jax.on_original(params, params, params)
+
+
+def test_scales_that_overflow_a_narrow_dtype_stay_scales():
+    base = {"w": jnp.zeros((4, 3), jnp.float16)}
+    node = lambda b, w: lora_jax.LoraWeight(
+        w,
+        jnp.full((4, 1), 1e-3, jnp.float16),
+        jnp.full((1, 3), b, jnp.float16),
+        jnp.float32(16.0),
+        layout=Layout("io"),
+    )
+    start = {"w": node(1e4, jnp.ones((4, 3), jnp.float16))}
+    (got,) = lora_jax.on_original(start, {"w": node(3e4, None)}, base).values()
+    update = np.float64(got.scale) * (np.float64(got.a) @ np.float64(got.b))
+    want = 16.0 * np.float64(np.float16(1e-3)) * (3e4 - 1e4)
+    np.testing.assert_allclose(update, np.full((4, 3), want), rtol=1e-3)

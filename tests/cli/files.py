@@ -120,6 +120,36 @@ def model(directory, dtype=np.float32, **settings):
     return directory
 
 
+def gguf(path, eot=None):
+    """Write the model as a GGUF file, with a byte tokenizer and the id of a turn's end."""
+    from gguf import GGUFWriter  # not in every environment
+
+    from tests.models.test_llama_gguf import llama_cpp_name
+
+    writer = GGUFWriter(path, "llama")
+    for key, name in {
+        **{"embedding_length": "hidden_size", "feed_forward_length": "intermediate_size"},
+        **{"block_count": "num_hidden_layers", "attention.head_count": "num_attention_heads"},
+        **{"attention.key_length": "head_dim", "context_length": "max_position_embeddings"},
+    }.items():
+        writer.add_uint32(f"llama.{key}", SETTINGS[name])
+    tokens = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "th", "<s>", "</s>", "<eot>"]
+    writer.add_string("tokenizer.ggml.model", "gpt2")
+    writer.add_array("tokenizer.ggml.tokens", tokens)
+    writer.add_array("tokenizer.ggml.token_type", [1] * 257 + [3] * 3)
+    writer.add_array("tokenizer.ggml.merges", ["t h"])
+    for name, number in {"bos": 257, "eos": 258, "eot": eot}.items():
+        if number is not None:
+            writer.add_uint32(f"tokenizer.ggml.{name}_token_id", number)
+    for name, value in weights().items():
+        writer.add_tensor(llama_cpp_name(name), value)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
 def naming(path):
     """Write the rows that name the modules of `native`'s tree, as a user would."""
     rows = [

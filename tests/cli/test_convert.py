@@ -88,6 +88,21 @@ def test_ranks_and_scales_that_differ_are_folded(world, run):
     assert written["lora_parameters"]["keys"] == ["self_attn.q_proj", "self_attn.v_proj"]
 
 
+def test_narrow_factors_with_a_large_scale(world, run):
+    """float16 ends at 65,504: the scale is shared between the factors, and the update stays."""
+    rng, (name, *_) = np.random.default_rng(0), files.MODULES
+    a, b = (rng.uniform(0.1, 1, shape).astype(np.float16) for shape in ((4, 12), (8, 4)))
+    extra = {f"base_model.model.{name}.lora_A.weight": a}
+    extra |= {f"base_model.model.{name}.lora_B.weight": b * np.float16(3e4)}
+    config = {"alpha_pattern": {name: 1e3}}
+    wanted = updates(files.peft(world / "narrow", config=config, extra=extra))
+    for to in ("folded", "mlx"):
+        assert run("convert", "narrow", "--to", to, "--out", to).status == 0
+        got = updates(world / to)
+        for module, update in wanted.items():
+            np.testing.assert_allclose(got[module], update, rtol=0, atol=1e-3 * abs(update).max())
+
+
 def test_every_name_of_an_mlx_file_is_kept_apart(world, run):
     """Only the second layer is adapted: PEFT must not put an adapter on the first."""
     path = world / "my-mlx-adapter" / "adapters.safetensors"

@@ -1,5 +1,6 @@
 """`generate` against tokens chosen from the logits of the whole text, without a cache."""
 
+import dataclasses
 import json
 
 import jax
@@ -10,8 +11,10 @@ import pytest
 import lora_jax
 from lora_jax import models, peft
 from lora_jax.files.disk import safetensors_file
+from lora_jax.models.text.byte_tokenizer import TEMPLATE, byte_tokenizer
 from lora_jax.models.text.tokenizer import Tokenizer
 from tests.cli import files
+from tests.cli import reciter as reciter_model
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -69,6 +72,16 @@ def test_a_file_standard_input_and_a_chat(world, run, monkeypatch):
     )
 
 
+@pytest.mark.filterwarnings("default")
+def test_what_does_not_fit_is_left_out_if_told_so(world, run, fails):
+    more = {"base_model.model.model.layers.9.self_attn.q_proj.lora_A.weight": np.ones((4, 12), "f")}
+    files.peft(world / "more", extra=more)
+    words = ["generate", "-m", "my-model", "--prompt", "Hi", "--max-tokens", 4, "--adapter"]
+    assert "layers.9" in fails(*words, "more")
+    done = run(*words, "more", "--no-strict")
+    assert done.err.startswith("warning: ") and done.out == run(*words, "my-adapter").out
+
+
 def test_it_ends_where_the_text_does(world, run):
     """The head always predicts one token, which config.json declares as an end of text."""
     end = 50
@@ -84,6 +97,63 @@ def test_it_ends_where_the_text_does(world, run):
     (world / "my-model" / "config.json").write_text(json.dumps(settings))
     done = run(*words)
     assert (done.status, done.out) == (0, "\n")
+
+
+ALPHABET = "abcdefghijklmnopqrstuvwxyzé \n."
+
+
+@pytest.fixture
+def reciter(tmp_path, run):
+    """Return a function that generates from a model that recites the alphabet after an "a"."""
+    tokenizer = byte_tokenizer()
+
+    def call(*more, end=(), generation=None, template=TEMPLATE, status=0, **settings):
+        made = dataclasses.replace(tokenizer, chat_template=template)
+        reciter_model.model(tmp_path / "m", made, ALPHABET, end, eos_token_id=None, **settings)
+        if generation is not None:
+            reciter_model.settings_file(tmp_path / "m", **generation)
+        words = ["generate", "--model", tmp_path / "m", "--prompt", "a", "--max-tokens", 40, *more]
+        done = run(*words)
+        assert (done.status, done.err) == (status, ""), done
+        return done.out.removesuffix("\n")
+
+    return call
+
+
+@pytest.mark.parametrize(
+    ("stops", "said"),
+    [
+        (["f"], "bcde"),
+        (["efg"], "bcd"),  # over three tokens
+        (["é"], "bcdefghijklmnopqrstuvwxyz"),  # one character of two tokens
+        (["z\u00e9 "], "bcdefghijklmnopqrstuvwxy"),
+        (["efx", "gh", "i"], "bcdef"),  # "ef" is held back and then given out
+        (["q", "hijk"], "bcdefg"),  # the first to be complete
+        (["b"], ""),
+        (["a", "xx"], ALPHABET[1:]),  # a stop is looked for in the new text only
+        ([".\n"], ALPHABET[1:]),  # what is held back at the end belongs to the text
+    ],
+)
+def test_a_stop_text_ends_it(stops, said, reciter):
+    options = [word for stop in stops for word in ("--stop", stop)]
+    assert reciter(*options, "--max-tokens", len(ALPHABET.encode()) - 1) == said
+
+
+ENDS = {
+    "generation": {"generation": {"eos_token_id": [3, 257]}},
+    "template": {"template": "{% for m in messages %}{{ m.content }}<|system|>{% endfor %}"},
+    "option": {},
+}
+
+
+@pytest.mark.parametrize("named", ENDS)
+def test_every_place_that_names_the_end_of_a_turn(named, reciter):
+    """After the alphabet the model gives the token <|system|>, and then an "A"."""
+    end = [257, *byte_tokenizer().encode("A")]
+    assert byte_tokenizer().decode(end, special=True) == "<|system|>A"
+    assert reciter(end=end).startswith(f"{ALPHABET[1:]}A")
+    options = ["--stop", "<|system|>"] if named == "option" else []
+    assert reciter(*options, end=end, **ENDS[named]) == ALPHABET[1:]
 
 
 def test_a_long_prompt_leaves_fewer_tokens_or_none(world, run, fails):

@@ -62,6 +62,7 @@ def test_rows_stop_and_nothing_is_compiled_again():
     for stop, wanted in [
         ((7,), [[2, 3, 4, 5, 6, 7], [6, 7, 7, 7, 7, 7], [4, 5, 6, 7, 7, 7]]),
         ((4, 6), [[2, 3, 4], [6, 6, 6], [4, 4, 4]]),
+        ([{4}, {6, 7}, ()], [[2, 3, 4, 4, 4, 4, 4], [6] * 7, [4, 5, 6, 7, 0, 1, 2]]),  # per row
         ((), [[2, 3, 4, 5, 6, 7, 0], [6, 7, 0, 1, 2, 3, 4], [4, 5, 6, 7, 0, 1, 2]]),
     ]:
         found = models.generate(apply, {}, prompts, cache(3), steps=7, segments=segments, stop=stop)

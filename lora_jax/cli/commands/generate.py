@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from lora_jax.cli.errors import PromptError
-from lora_jax.cli.options import ADAPTER, DType, ModelOption
+from lora_jax.cli.options import ADAPTER, DType, ModelOption, StrictOption
 
 EXAMPLES = (
     'lora-jax generate --model my-model --prompt "Once upon a time" --max-tokens 20',
@@ -26,6 +26,10 @@ def command(
     chat: Annotated[
         bool, typer.Option("--chat", help="Apply the chat template: the prompt is a user's turn.")
     ] = False,
+    stop: Annotated[
+        list[str] | None,
+        typer.Option(metavar="TEXT", help="End before this text; may be given several times."),
+    ] = None,
     max_tokens: Annotated[int, typer.Option(min=1, help="Maximum number of new tokens.")] = 128,
     temperature: Annotated[
         float, typer.Option(min=0, help="Sampling temperature; 0 is greedy decoding.")
@@ -44,11 +48,16 @@ def command(
         DType | None,
         typer.Option(help="Dtype of the computation; default: the model's, float32 for GGUF."),
     ] = None,
+    strict: StrictOption = True,
 ) -> None:
     """Continue a prompt, and print the new text as it is generated.
 
-    Generation stops at the model's end-of-text token or after --max-tokens.
+    Generation stops at the tokens that end a text or a turn (config.json, generation_config.json,
+    GGUF's metadata, the tokenizer and the chat template name them), at --stop, or after
+    --max-tokens.
     """
+    if "" in (stop or ()):
+        raise typer.BadParameter("--stop must not be empty")
     text = _prompt(prompt, prompt_file)
 
     from lora_jax.cli.jobs import generate
@@ -58,12 +67,14 @@ def command(
         adapter,
         text,
         chat=chat,
+        stop=stop or (),
         max_tokens=max_tokens,
         temperature=temperature,
         top_k=top_k,
         top_p=top_p,
         seed=seed,
         dtype=dtype,
+        strict=strict,
     )
 
 

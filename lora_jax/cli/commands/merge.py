@@ -5,7 +5,14 @@ from typing import Annotated
 
 import typer
 
-from lora_jax.cli.options import ADAPTER, DType, ForceOption, ModelOption, OutOption
+from lora_jax.cli.options import (
+    ADAPTER,
+    DType,
+    ForceOption,
+    ModelOption,
+    OutOption,
+    StrictOption,
+)
 
 EXAMPLES = (
     "lora-jax merge --model my-model --adapter my-adapter --out merged",
@@ -19,16 +26,20 @@ def command(
     out: OutOption,
     dtype: Annotated[
         DType | None,
-        typer.Option(help="Dtype of the result; default: the base's, float32 for a GGUF file."),
+        typer.Option(
+            help="Dtype of the result; default: each tensor's in the base, float32 for GGUF."
+        ),
     ] = None,
+    strict: StrictOption = True,
     force: ForceOption = False,
 ) -> None:
     """Merge an adapter into its base: a model in Hugging Face's layout that needs no adapter.
 
     Weights are added in float32 and rounded once; the share of the update that is lost in rounding
-    is printed. The tokenizer and all other files beside the base's weights are copied. The
-    directory is written completely or not at all, and the base is never changed.
+    is printed. The tokenizer, the chat template and the model's other files are copied, but no data
+    beside them; a tokenizer in the adapter's directory takes the place of the base's. The directory
+    is written completely or not at all, and the base is never changed.
     """
     from lora_jax.cli.jobs import merge
 
-    merge.run(model, adapter, out, dtype=dtype, force=force)
+    merge.run(model, adapter, out, dtype=dtype, force=force, strict=strict)

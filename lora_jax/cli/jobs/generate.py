@@ -1,7 +1,7 @@
 """What `lora-jax generate` does: encode a prompt, and print new tokens as they are generated."""
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import lora_jax as lora
 from lora_jax.cli import sources
 from lora_jax.cli.errors import PromptError
 from lora_jax.models import Pretrained, generation
+from lora_jax.models.text.stop_text import until_text
 from lora_jax.models.text.tokenizer import Tokenizer
 
 
@@ -24,6 +25,8 @@ def run(
     max_tokens: int,
     seed: int,
     dtype: str | None,
+    strict: bool,
+    stop: Sequence[str] = (),
     **sampling: Any,
 ) -> None:
     """Print the generated text; the arguments are the command's options.
@@ -35,10 +38,10 @@ def run(
     base = sources.find_model(model)
     tokenizer = sources.tokenizer_of(base)
     ids = _encode(tokenizer, prompt, chat)
-    loaded = sources.load(base, adapter, dtype)
+    loaded = sources.load(base, adapter, dtype, strict=strict)
     pretrained = loaded.model
     steps = _room(pretrained, ids, max_tokens)
-    stop = _stops(pretrained, tokenizer)
+    ends = sources.stop_ids(base, tokenizer) | special_ids(tokenizer, stop)
     apply = lora.lora(pretrained.apply) if adapter else pretrained.apply
     tokens = generation.stream(
         apply,
@@ -47,10 +50,10 @@ def run(
         pretrained.module.init_cache(1, len(ids) + steps),
         steps=steps,
         key=jax.random.key(seed),
-        stop=stop,
+        stop=ends,
         **sampling,
     )
-    for piece in tokenizer.stream(_until(tokens, stop)):
+    for piece in until_text(tokenizer.stream(_until(tokens, ends)), stop):
         sys.stdout.write(piece)
         sys.stdout.flush()
     sys.stdout.write("\n")
@@ -84,14 +87,13 @@ def _room(pretrained: Pretrained, ids: list[int], max_tokens: int) -> int:
     return min(max_tokens, left)
 
 
-def _stops(pretrained: Pretrained, tokenizer: Tokenizer) -> set[int]:
-    """Return the tokens that end a text, by the model's settings and by the tokenizer's."""
-    said = pretrained.settings.get("eos_token_id")
-    ids = said if isinstance(said, list) else [said]
-    return {i for i in (*ids, tokenizer.eos_id) if isinstance(i, int)}
+def special_ids(tokenizer: Tokenizer, stops: Sequence[str]) -> set[int]:
+    """Return the ids of stop texts that are special tokens, which no decoded text contains."""
+    added = tokenizer.backend.get_added_tokens_decoder()
+    return {i for i, token in added.items() if token.special and token.content in stops}
 
 
-def _until(tokens: Iterator[np.ndarray], stop: set[int]) -> Iterator[int]:
+def _until(tokens: Iterator[np.ndarray], stop: Collection[int]) -> Iterator[int]:
     """Yield the ids of the only row, up to one that ends the text."""
     for row in tokens:
         if int(row[0]) in stop:

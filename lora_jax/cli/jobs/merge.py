@@ -1,31 +1,32 @@
 """What `lora-jax merge` does: merge, copy the other files, report what rounding lost."""
 
 import dataclasses
+import json
 import statistics
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 
 import lora_jax as lora
 from lora_jax import models
 from lora_jax.cli import sources
 from lora_jax.cli.errors import OutputError
 from lora_jax.cli.options import refuse_existing
+from lora_jax.core.paths import flatten_with_paths
 from lora_jax.files import kinds
 from lora_jax.files.disk.atomic import write_directory
 from lora_jax.models import hf_directory
+from lora_jax.models.own_files import read_own_files, read_tokenizer_files
+from lora_jax.models.stops import GENERATION_CONFIG
 
 NOTABLE = 0.1  # fraction of an update lost in rounding that deserves a warning
-_WEIGHTS = (
-    *(".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".onnx", ".gguf", ".ot"),
-    *(".index.json", "/config.json"),
-)
 
 
-def run(model: str, adapter: Path, out: Path, *, dtype: str | None, force: bool) -> None:
+def run(
+    model: str, adapter: Path, out: Path, *, dtype: str | None, force: bool, strict: bool
+) -> None:
     """Write `out`; the arguments are the command's options.
 
     Raises:
@@ -40,29 +41,31 @@ def run(model: str, adapter: Path, out: Path, *, dtype: str | None, force: bool)
     if (out / hf_directory.INDEX).exists():
         raise OutputError(f"{out}: contains a model in several files; choose another --out")
     refuse_existing(out, force)
-    loaded = sources.load(base, adapter)
+    loaded = sources.load(base, adapter, strict=strict, as_stored=True)
     # every leaf: those without an adapter are rounded too
     params, errors = lora.merge(loaded.params, dtype, donate=True, return_error=True)
     if dtype is not None:
         params = jax.tree.map(lambda x: x.astype(dtype), params)
     merged = dataclasses.replace(loaded.model, params=params)
-    beside = _beside(base)
-    write_directory(out, beside | models.files(merged))
-    name = str(jnp.result_type(*jax.tree.leaves(params)))
+    beside = _beside(base, adapter)
+    keeps = dtype is None and base.kind == kinds.CHECKPOINT
+    stored = hf_directory.tensors(base.path) if keeps else None
+    write_directory(out, beside | models.files(merged, stored))
+    leaves, _ = flatten_with_paths(params)
+    name = " and ".join(sorted({str(leaves[path].dtype) for path in errors}))
     print(f"wrote {out}: {len(errors)} merged weights in {name}, {len(beside)} other files")
     _report(errors, name)
 
 
-def _beside(base: kinds.Found) -> dict[str, bytes]:
-    """Return the tokenizer's files, and all others beside the weights."""
-    if base.kind in (kinds.GGUF, kinds.TINY):
-        return sources.tokenizer_of(base).files()
-    return {
-        file.name: file.read_bytes()
-        for file in sorted(base.path.iterdir())
-        if file.is_file() and not file.name.startswith(".")
-        if not f"/{file.name}".endswith(_WEIGHTS)
-    }
+def _beside(base: kinds.Found, adapter: Path) -> dict[str, bytes]:
+    """Return the model's other files; a tokenizer beside the adapter comes first."""
+    own = kinds.adapter(adapter).path
+    if base.kind == kinds.CHECKPOINT:
+        return read_own_files(base.path, own)
+    tokenizer = sources.tokenizer_of(base)
+    ends = {"eos_token_id": sorted(sources.stop_ids(base, tokenizer))}
+    generation = {GENERATION_CONFIG: (json.dumps(ends) + "\n").encode()}
+    return generation | tokenizer.files() | read_tokenizer_files(own)
 
 
 def _report(errors: Mapping[str, float], dtype: str) -> None:

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from lora_jax.core.errors import AdapterFileError
+from lora_jax.core.errors import AdapterFileError, grouped
 from lora_jax.core.foreign import shown
 
 _REPR = reprlib.Repr()  # shortens values of any depth and size
@@ -46,11 +46,11 @@ def _no_constant(name: str) -> Any:
     raise ValueError(f"{name} is not a JSON number")
 
 
-def lines(problems: Sequence[str]) -> str:
-    """Join problems into lines fit for a terminal: not too many, no control characters."""
-    more = len(problems) - _MAX_LINES
-    first = [shown(problem, _MOST) for problem in problems[:_MAX_LINES]]
-    return "\n".join([*first, *([f"and {more} more"] if more > 0 else [])])
+def lines(problems: Sequence[str], noun: str = "tensors") -> str:
+    """Join problems into lines for a terminal: one for each kind, without control characters."""
+    found = grouped((shown(problem, _MOST) for problem in problems), noun).splitlines()
+    more = len(found) - _MAX_LINES
+    return "\n".join([*found[:_MAX_LINES], *([f"and {more} more"] if more > 0 else [])])
 
 
 def show(value: Any) -> str:

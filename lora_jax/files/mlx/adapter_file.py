@@ -36,6 +36,7 @@ class MlxFile:
     tensors: dict[str, np.ndarray]
     scale: float
     use_dora: bool
+    dropout: float
     base_model: str | None
 
     def modules(self) -> dict[str, dict[str, np.ndarray]]:
@@ -137,18 +138,31 @@ def read_file(directory: str | os.PathLike, *, finite: bool = True) -> MlxFile:
     scale = parameters.get("scale") if isinstance(parameters, dict) else None
     if not is_number(scale) or not abs(scale) < 1e30:
         raise AdapterFileError(f"{path}: lora_parameters.scale must be a number, got {scale!r}")
+    dropout = parameters.get("dropout", 0.0) if isinstance(parameters, dict) else 0.0
+    if not is_number(dropout) or not 0 <= dropout < 1:
+        raise AdapterFileError(
+            f"{path}: lora_parameters.dropout must be a rate of at least 0 and below 1, got "
+            f"{strict_json.show(dropout)}"
+        )
     base_model = values.get("model")
     return MlxFile(
         source,
         safetensors_file.decode(files[TENSORS], str(source), finite=finite)[0],
         float(scale),
         kind == "dora",
+        float(dropout),
         base_model if isinstance(base_model, str) else None,
     )
 
 
 def config(
-    *, scale: float, rank: int, use_dora: bool, keys: list[str], base_model: str | None
+    *,
+    scale: float,
+    rank: int,
+    use_dora: bool,
+    dropout: float,
+    keys: list[str],
+    base_model: str | None,
 ) -> dict[str, Any]:
     """Return the values of an `adapter_config.json`.
 
@@ -156,12 +170,13 @@ def config(
       scale: one for all modules, as the rank.
       rank: of all factors.
       use_dora: whether they have magnitudes.
+      dropout: the rate in training.
       keys: the names of the adapted modules within their layers.
       base_model: the name or path of the base model.
     """
     return {
         "fine_tune_type": "dora" if use_dora else "lora",
         "num_layers": -1,  # all layers: where nothing was adapted, the update is zero
-        "lora_parameters": {"rank": rank, "scale": scale, "dropout": 0.0, "keys": keys},
+        "lora_parameters": {"rank": rank, "scale": scale, "dropout": dropout, "keys": keys},
         **({} if base_model is None else {"model": base_model}),
     }

@@ -26,6 +26,7 @@ def load(
     *,
     strict: bool = True,
     dtype: Any = None,
+    dropout: float | None = None,
 ) -> Any:
     """Load the adapters that mlx-lm trained as an overlay of `base`.
 
@@ -37,7 +38,7 @@ def load(
 
     Args:
       directory: with `adapter_config.json` and `adapters.safetensors`.
-      base, naming, strict, dtype: as for `lora_jax.peft.load`.
+      base, naming, strict, dtype, dropout: as for `lora_jax.peft.load`.
 
     Raises:
       AdapterFileError: a file is missing or damaged, or its tensors do not fit the base; all
@@ -54,10 +55,19 @@ def load(
     >>> adapters["up"]["kernel"].a.shape, float(adapters["up"]["kernel"].scale)
     ((4, 2), 2.0)
     """
-    return fit(read_file(directory), base, naming, strict=strict, dtype=dtype)
+    file = read_file(directory)
+    return fit(file, base, naming, strict=strict, dtype=dtype, dropout=dropout)
 
 
-def fit(file: MlxFile, base: Any, naming: Naming, *, strict: bool = True, dtype: Any = None) -> Any:
+def fit(
+    file: MlxFile,
+    base: Any,
+    naming: Naming,
+    *,
+    strict: bool = True,
+    dtype: Any = None,
+    dropout: float | None = None,
+) -> Any:
     """Return the adapters of a file as an overlay of `base`; what `load` does after reading."""
     base = base_of(base)
     model, turned = TorchBase(base, naming), set[str]()
@@ -67,7 +77,14 @@ def fit(file: MlxFile, base: Any, naming: Naming, *, strict: bool = True, dtype:
         model = TorchBase(base, with_rows_as_outputs(naming, lookups))
     contents, problems = _read_contents(file, model, turned)
     return fit_to_base(
-        file.source, contents, problems, model, strict=strict, dtype=dtype, stacklevel=4
+        file.source,
+        contents,
+        problems,
+        model,
+        strict=strict,
+        dtype=dtype,
+        dropout=dropout,
+        stacklevel=4,
     )
 
 
@@ -81,7 +98,7 @@ def _read_contents(
       model: the base.
       turned: the embeddings' weights whose rows are outputs.
     """
-    found, modules = Contents(), file.modules()
+    found, modules = Contents(dropout=file.dropout), file.modules()
     expected = (A, B, MAGNITUDE) if file.use_dora else (A, B)
     fields = {m: {e: x for e, x in all_.items() if e in expected} for m, all_ in modules.items()}
     in_modules = {f"{module}.{ending}" for module, own in fields.items() for ending in own}

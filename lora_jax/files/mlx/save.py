@@ -22,7 +22,7 @@ from lora_jax.files.mlx.limits import (
 from lora_jax.files.naming import Naming
 from lora_jax.files.torch_adapters.contents import Contents, TorchBase, module_of
 from lora_jax.files.torch_adapters.factors import TorchFactors
-from lora_jax.files.torch_adapters.from_tree import collect
+from lora_jax.files.torch_adapters.from_tree import check, collect, find_unloadable
 
 
 def save(
@@ -46,7 +46,7 @@ def save(
     Raises:
       StructureError: the file cannot hold these adapters; all problems are listed at once: fully
         trained leaves or rows, convolutions, DoRA on an embedding whose layout is not "oi", paths
-        that are not in the naming.
+        that are not in the naming, values that are NaN or infinite.
       OSError: the files cannot be written; the old ones are kept.
 
     >>> import tempfile, jax, jax.numpy as jnp, lora_jax
@@ -68,10 +68,12 @@ def save(
         lines = "\n".join(sorted(problems)) or "no module has LoRA factors"
         raise StructureError(f"save: an mlx-lm file cannot hold these adapters:\n{lines}")
     scale, factors = _make_uniform(contents.factors)
+    check(find_unloadable(Contents(factors=factors)))
     config = adapter_file.config(
         scale=scale,
         rank=next(iter(factors.values())).rank,
         use_dora=any(one.magnitude is not None for one in factors.values()),
+        dropout=contents.dropout,
         keys=sorted({_name_in_layer(module_of(name)) for name in factors}),
         base_model=base_model,
     )

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lora_jax.core.checks import is_integer
-from lora_jax.core.errors import ConfigError, StructureError
+from lora_jax.core.errors import ConfigError, StructureError, grouped
 from lora_jax.files.naming.entry import Entry
 from lora_jax.files.naming.patterns import path_regex
 from lora_jax.files.naming.place import Place
@@ -62,7 +62,9 @@ class Naming:
                     found[path] = place
                     break
         if problems:
-            raise StructureError("the naming does not fit these leaves:\n" + "\n".join(problems))
+            raise StructureError(
+                "the naming does not fit these leaves:\n" + grouped(problems, "leaves")
+            )
         return {path: place.among(found) for path, place in found.items()}
 
     def to_json(self) -> list[dict[str, Any]]:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lora_jax.core.errors import StructureError
+from lora_jax.core.errors import StructureError, grouped
 from lora_jax.core.paths import flatten_with_paths
 from lora_jax.files.naming.place import Place
 from lora_jax.files.naming.table import Naming
@@ -52,7 +52,7 @@ def to_tree(
         if name not in wanted and not any(regex.fullmatch(name) for regex in ignored)
     ]
     if problems:
-        raise StructureError("\n".join(sorted(set(problems))))
+        raise StructureError(grouped(sorted(set(problems)), "tensors"))
     return jax.tree_util.tree_unflatten(treedef, [values[path] for path in leaves])
 
 
@@ -125,7 +125,7 @@ def to_torch(naming: Naming, tree: Any) -> dict[str, np.ndarray]:
         if other not in places
     ]
     if problems:
-        raise StructureError("\n".join(sorted(problems)))
+        raise StructureError(grouped(sorted(problems)))
     tensors: dict[str, np.ndarray] = {}
     for path, place in places.items():
         leaf, axis = np.asarray(leaves[path]), place.entry.out_axis

@@ -61,6 +61,7 @@ def build_config(
     config = dataclasses.replace(
         start,
         **_parameters(start, contents, target),
+        lora_dropout=0.0 if contents.experts else contents.dropout,  # PEFT's rule
         use_dora=any(factors.magnitude is not None for factors in modules.values()),
         fan_in_fan_out="conv1d" in kinds,
         ensure_weight_tying=target.tied is not None,
@@ -87,8 +88,8 @@ def _parameters(start: PeftConfig, contents: Contents, target: Target) -> dict[s
     if any(start.targets_parameter(name) != (name in contents.experts) for name in every):
         targets = target_parameters.shortest_names(contents.experts, every, target.complete)
     modules = () if start.target_modules is None else start.target_modules
-    # PEFT rejects dropout beside parameters, and None would mean the model's default modules
-    return {"target_parameters": targets, "target_modules": modules, "lora_dropout": 0.0}
+    # None would mean the model's default modules
+    return {"target_parameters": targets, "target_modules": modules}
 
 
 def _start(given: LoraConfig | PeftConfig | None) -> PeftConfig:
@@ -99,7 +100,6 @@ def _start(given: LoraConfig | PeftConfig | None) -> PeftConfig:
     return PeftConfig(
         r=given.rank,
         lora_alpha=float(given.rank if given.alpha is None else given.alpha),
-        lora_dropout=float(given.dropout),
         use_rslora=given.scaling == "rslora",
     )
 

@@ -20,6 +20,7 @@ def load(
     *,
     strict: bool = True,
     dtype: Any = None,
+    dropout: float | None = None,
 ) -> Any:
     """Load the adapters in PEFT's two files as an overlay of `base`, as in `join(base, load(...))`.
 
@@ -43,6 +44,8 @@ def load(
       strict: whether a tensor that does not fit is an error. Otherwise it is ignored, and one
         `UserWarning` lists all such tensors.
       dtype: of the factors and trained values; None for the file's.
+      dropout: the rate of the factors' dropout, for `with_dropout`; None for the file's
+        `lora_dropout`. One rate for all lets overlays of several files be stacked.
 
     Raises:
       AdapterFileError: a file is missing or damaged, contains NaN or infinity, or its configuration
@@ -61,11 +64,18 @@ def load(
     >>> adapters["up"]["kernel"].a.shape, float(adapters["up"]["kernel"].scale)
     ((4, 2), 2.0)
     """
-    return fit(read_file(directory), base, naming, strict=strict, dtype=dtype)
+    file = read_file(directory)
+    return fit(file, base, naming, strict=strict, dtype=dtype, dropout=dropout)
 
 
 def fit(
-    file: PeftFile, base: Any, naming: Naming, *, strict: bool = True, dtype: Any = None
+    file: PeftFile,
+    base: Any,
+    naming: Naming,
+    *,
+    strict: bool = True,
+    dtype: Any = None,
+    dropout: float | None = None,
 ) -> Any:
     """Return the adapters of a file as an overlay of `base`; what `load` does after reading."""
     model = TorchBase(base_of(base), naming)
@@ -74,5 +84,12 @@ def fit(
     except ConfigError as error:  # a pattern that takes too long
         raise AdapterFileError(f"{file.directory / CONFIG}: {error}") from None
     return fit_to_base(
-        file.source, contents, problems, model, strict=strict, dtype=dtype, stacklevel=4
+        file.source,
+        contents,
+        problems,
+        model,
+        strict=strict,
+        dtype=dtype,
+        dropout=dropout,
+        stacklevel=4,
     )

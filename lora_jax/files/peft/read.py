@@ -23,7 +23,7 @@ def read_contents(file: PeftFile, model: TorchBase) -> tuple[Contents, list[str]
     tensors, problems = file.tensors, list[str]()
     if tied is not None and config.ensure_weight_tying:
         tensors, problems = tied_head.drop_copies(tensors, tied)
-    found = Contents()
+    found = Contents(dropout=float(config.lora_dropout))
     by_module: dict[str, dict[str, np.ndarray]] = {}
     for name, tensor in tensors.items():
         part = tensor_names.part_of_name(name, tensors, model.index)

@@ -20,7 +20,7 @@ from lora_jax.files.peft.config_from_contents import (
     wrong_targets,
 )
 from lora_jax.files.torch_adapters.contents import Contents, TorchBase, module_of
-from lora_jax.files.torch_adapters.from_tree import check, collect
+from lora_jax.files.torch_adapters.from_tree import check, collect, find_unloadable
 
 
 def save(
@@ -56,17 +56,19 @@ def save(
         saved module was trained; its shapes are needed for trained rows of an embedding.
       complete: whether `base` has every module of the PyTorch model. Without a base, or with a
         part of one, modules are named in full, so that PEFT adapts no others of the same name.
-      config: the configuration the adapters were made with: dropout, rsLoRA, and how to express
-        ranks and targets.
+      config: the configuration the adapters were made with: rsLoRA, and how to express ranks and
+        targets.
       fold: multiply the scales into B, set alpha to the rank, and pad all factors to the largest
-        rank, for readers that ignore patterns, such as vLLM and llama.cpp.
+        rank, for readers that ignore patterns, such as vLLM and llama.cpp. What B's dtype cannot
+        hold goes to A, or to float32.
       base_model: the name or path of the base model, which PEFT's `AutoPeftModel` loads.
       task_type: PEFT's, such as "CAUSAL_LM" or "SEQ_CLS".
 
     Raises:
       StructureError: the file cannot hold these adapters; all problems are listed at once: paths
-        that are not in the naming, DoRA on only some modules, no LoRA factors at all, abstract
-        values; with `fold` also everything except factors, which those readers reject.
+        that are not in the naming, DoRA on only some modules, no LoRA factors at all, values that
+        are abstract, NaN or infinite; with `fold` also everything except factors, which those
+        readers reject.
       OSError: the files cannot be written; the old ones are kept.
 
     >>> import tempfile, jax, jax.numpy as jnp, lora_jax
@@ -86,6 +88,7 @@ def save(
     check([*problems, *_problems(contents, target), *(_fold_problems(contents) if fold else [])])
     if fold:
         contents, config = _fold(contents), None
+    check(find_unloadable(contents))
     written = build_config(contents, saved, target, config)
     check(_ambiguous_names(written, contents, model))
     written = dataclasses.replace(

@@ -13,7 +13,7 @@ from lora_jax.core.weights import is_adapted
 from lora_jax.files.naming import Naming, Place, index
 from lora_jax.files.naming.translation import shapes
 from lora_jax.files.torch_adapters.experts import Experts
-from lora_jax.files.torch_adapters.factors import TorchFactors
+from lora_jax.files.torch_adapters.factors import TorchFactors, concatenate
 
 
 @dataclasses.dataclass
@@ -29,6 +29,7 @@ class Contents:
     added: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
     #: Copies of base weights that were not trained.
     untrained: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    dropout: float = 0.0  # the rate at which the inputs of A are dropped in training
 
 
 class TorchBase:
@@ -101,7 +102,7 @@ class TorchBase:
         if len(found) < len(place.entry.paths):
             return None
         parts = [x for _, x in found]
-        return np.concatenate(parts, place.entry.out_axis) if len(parts) > 1 else parts[0]
+        return concatenate(parts, place.entry.out_axis)
 
 
 def part_of(place: Place, leaf: np.ndarray, where: tuple[int, ...], part: int) -> np.ndarray:

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from lora_jax.files.torch_adapters.factors import TorchFactors
+from lora_jax.files.torch_adapters.factors import TorchFactors, common_dtype, concatenate
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +54,8 @@ class Experts:
     def fold(self, rank: int) -> "Experts":
         """Return the same updates with scale 1 at this rank, see `TorchFactors`."""
         experts = [self.of(e).fold().pad(rank) for e in range(len(self.a))]
-        return Experts(np.stack([x.a for x in experts]), np.stack([x.b for x in experts]), 1.0)
+        a, b = ([x.a[None] for x in experts], [x.b[None] for x in experts])
+        return Experts(concatenate(a), concatenate(b), 1.0)
 
 
 def stack_experts(parts: Mapping[int, TorchFactors], count: int) -> Experts:
@@ -72,8 +73,9 @@ def stack_experts(parts: Mapping[int, TorchFactors], count: int) -> Experts:
     if len(scales) > 1:
         parts = {expert: part.fold() for expert, part in parts.items()}
     padded = {expert: part.pad(rank) for expert, part in parts.items()}
-    first = next(iter(padded.values()))
-    a, b = (np.zeros((count, *x.shape), x.dtype) for x in (first.a, first.b))
+    first, every = next(iter(padded.values())), padded.values()
+    a = np.zeros((count, *first.a.shape), common_dtype(x.a for x in every))
+    b = np.zeros((count, *first.b.shape), common_dtype(x.b for x in every))
     for expert, part in padded.items():
         a[expert], b[expert] = part.a, part.b
     return Experts(a, b, scales.pop() if len(scales) == 1 else 1.0)

@@ -1,8 +1,11 @@
 """A and B of one PyTorch module, with PyTorch's axes, and how to join and cut them."""
 
 import dataclasses
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
 
+import ml_dtypes
 import numpy as np
 
 
@@ -60,9 +63,59 @@ class TorchFactors:
         return self.select(_is_used(self.b.T))
 
     def fold(self) -> "TorchFactors":
-        """Multiply the scale into B (in float64, rounded once), so that it becomes 1."""
-        b = (self.b.astype("float64") * self.scale).astype(self.b.dtype)
-        return dataclasses.replace(self, b=b, scale=1.0)
+        """Multiply the scale into B (in float64, rounded once), so that it becomes 1.
+
+        Where B's dtype cannot hold the product (it overflows, or is so small that digits are lost),
+        A takes a part of the scale, a power of two. Where that does not help either, both become
+        float32; values beyond float32 become infinite, see `find_unloadable`.
+
+        >>> one = TorchFactors(np.ones((1, 1), "f2"), np.full((1, 1), 3e4, "f2"), 8.0)
+        >>> folded = one.fold()
+        >>> folded.a.item() * folded.b.item(), folded.b.dtype
+        (240000.0, dtype('float16'))
+        """
+        for shift in (0, self._balance()):
+            a = self.a.astype("float64") * 2.0**shift
+            b = self.b.astype("float64") * (self.scale * 2.0**-shift)
+            if _holds(self.a.dtype, a) and _holds(self.b.dtype, b):
+                return self._replace(a.astype(self.a.dtype), b.astype(self.b.dtype))
+        wide = common_dtype([self.a, self.b], np.dtype("float32"))
+        with np.errstate(over="ignore"):
+            return self._replace(a.astype(wide), b.astype(wide))
+
+    def _replace(self, a: np.ndarray, b: np.ndarray) -> "TorchFactors":
+        return dataclasses.replace(self, a=a, b=b, scale=1.0)
+
+    def _balance(self) -> int:
+        """Return how many powers of two of `scale · B` make A's largest value as large as B's."""
+        a, b = (float(abs(x.astype("float64")).max(initial=0)) for x in (self.a, self.b))
+        b *= abs(self.scale)
+        return round((math.log2(b) - math.log2(a)) / 2) if a > 0 and 0 < b < math.inf else 0
+
+
+def common_dtype(arrays: Iterable[np.ndarray], *more: Any) -> Any:
+    """Return the dtype that holds the values of all these arrays, which have floating dtypes.
+
+    >>> common_dtype([np.ones(1, "float16"), np.ones(1, ml_dtypes.bfloat16)])
+    dtype('float32')
+    """
+    dtypes = {*(np.dtype(x.dtype) for x in arrays), *more}
+    if len(dtypes) == 1:
+        return dtypes.pop()
+    return np.dtype("float64" if np.dtype("float64") in dtypes else "float32")
+
+
+def concatenate(arrays: Sequence[np.ndarray], axis: int = 0) -> np.ndarray:
+    """Concatenate arrays of floating dtypes, also of those that numpy cannot promote."""
+    dtype = common_dtype(arrays)
+    return np.concatenate([x.astype(dtype) for x in arrays], axis)
+
+
+def _holds(dtype: Any, x: np.ndarray) -> bool:
+    """Return whether the dtype holds these float64 values to its own precision, as a whole."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        error = np.linalg.norm(x.astype(dtype).astype("float64") - x)
+    return bool(error <= float(ml_dtypes.finfo(dtype).eps) * np.linalg.norm(x))
 
 
 def _is_used(rows: np.ndarray) -> np.ndarray:
@@ -103,7 +156,7 @@ def join_factors(
         parts = [None if part is None else next(folded) for part in parts]
     groups = _same_a(there)
     starts = dict(zip(groups, np.cumsum([0, *(x.rank for x in groups.values())]), strict=False))
-    dtype = np.result_type(*(part.b.dtype for part in there))
+    dtype = common_dtype(part.b for part in there)
     b = np.zeros((sum(widths), sum(x.rank for x in groups.values())), dtype)
     for part, stop, width in zip(parts, np.cumsum(widths), widths, strict=True):
         if part is not None:
@@ -111,10 +164,10 @@ def join_factors(
             b[stop - width : stop, at : at + part.rank] = part.b
     magnitudes = [x.magnitude for x in there if x.magnitude is not None]
     return TorchFactors(
-        np.concatenate([part.a for part in groups.values()]),
+        concatenate([part.a for part in groups.values()]),
         b,
         there[0].scale,
-        np.concatenate(magnitudes) if magnitudes else None,
+        concatenate(magnitudes) if magnitudes else None,
     )
 
 

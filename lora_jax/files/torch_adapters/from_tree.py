@@ -1,6 +1,8 @@
 """Turn the adapted leaves of a tree into the `Contents` of a file."""
 
 import dataclasses
+import warnings
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -8,15 +10,21 @@ import jax
 import numpy as np
 
 from lora_jax.adapters.split import split
-from lora_jax.core.errors import StructureError
+from lora_jax.core.errors import StructureError, grouped
+from lora_jax.core.foreign import shown
 from lora_jax.core.layout import Layout
 from lora_jax.core.patterns import nearest
 from lora_jax.core.tree import adapted_nodes, require_adapted
 from lora_jax.core.weights import Adapted, LoraWeight, TrainedLeaf, TrainedRows, check_fits
 from lora_jax.files.naming import Naming, Place
-from lora_jax.files.torch_adapters.contents import Contents, TorchBase, part_of
-from lora_jax.files.torch_adapters.experts import stack_experts
-from lora_jax.files.torch_adapters.factors import TorchFactors, join_factors
+from lora_jax.files.torch_adapters.contents import Contents, TorchBase, dtype_problem, part_of
+from lora_jax.files.torch_adapters.experts import Experts, stack_experts
+from lora_jax.files.torch_adapters.factors import (
+    TorchFactors,
+    common_dtype,
+    concatenate,
+    join_factors,
+)
 
 _SWAP = str.maketrans("io", "oi")
 #: The parts of one PyTorch tensor that leaves share, by their start along its out axis.
@@ -175,11 +183,11 @@ def _complete(name: str, parts: Mapping[int, np.ndarray], model: TorchBase) -> n
     if first.shape == shape:
         return first
     if sum(part.shape[axis] for part in parts.values()) == shape[axis]:
-        return np.concatenate([parts[start] for start in sorted(parts)], axis)
+        return concatenate([parts[start] for start in sorted(parts)], axis)
     base = model.value(name)
     if base is None:
         return None
-    value = np.array(base, first.dtype)
+    value = np.array(base, common_dtype([base, first]))
     for start, part in parts.items():
         value[(slice(None),) * axis + (slice(start, start + part.shape[axis]),)] = part
     return value
@@ -210,7 +218,26 @@ def collect(adapters: Any, naming: Naming, base: Any) -> tuple[Contents, TorchBa
     check(_misfits(nodes, model))
     contents, problems = collect_nodes(nodes, model)
     check(problems)
+    contents.dropout = _common_dropout(nodes)
     return contents, model
+
+
+def _common_dropout(nodes: Mapping[str, Adapted]) -> float:
+    """Return the one rate that a file can hold; warn if the factors have several."""
+    active = {p: x for p, x in nodes.items() if isinstance(x, LoraWeight) and np.any(x.scale != 0)}
+    counts = Counter(float(node.dropout) for node in active.values())
+    if not counts:
+        return 0.0
+    rate = max(counts, key=lambda x: (counts[x], -x))
+    others = [f"{path} ({x.dropout})" for path, x in active.items() if x.dropout != rate]
+    if others:
+        warnings.warn(
+            f"save: the file holds one dropout rate, and gets {rate}, that of most weights; "
+            f"others: {shown(', '.join(others))}",
+            UserWarning,
+            stacklevel=4,
+        )
+    return rate
 
 
 def _own_base(adapters: Any) -> Any:
@@ -222,8 +249,23 @@ def _own_base(adapters: Any) -> Any:
 def check(problems: list[str]) -> None:
     """Raise one StructureError that lists all problems, if there are any."""
     if problems:
-        lines = "\n".join(sorted(problems))
+        lines = grouped(sorted(problems))
         raise StructureError(f"save: the file cannot hold these adapters:\n{lines}")
+
+
+def find_unloadable(contents: Contents) -> list[str]:
+    """List values that a reader of the file would reject: not finite, or not floating-point."""
+    arrays: list[tuple[str, np.ndarray | None]] = [*contents.whole.items()]
+    arrays += [(name, values) for name, (_, values) in contents.rows.items()]
+    arrays += [(name, one.magnitude) for name, one in contents.factors.items()]
+    adapters: dict[str, TorchFactors | Experts] = {**contents.factors, **contents.experts}
+    for name, one in adapters.items():
+        arrays += [(name, one.a), (name, one.b), (name, np.asarray(one.scale, "float32"))]
+    problems = {}
+    for name, x in arrays:
+        if x is not None and (dtype_problem(x) or not np.isfinite(x).all()):
+            problems[name] = dtype_problem(x) or "has NaN or infinite values, or exceeds float32"
+    return [f"{name}: {problem}" for name, problem in problems.items()]
 
 
 def _known_shapes(nodes: Mapping[str, Adapted]) -> dict[str, jax.ShapeDtypeStruct]:

@@ -10,15 +10,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lora_jax.core.config import LoraConfig
 from lora_jax.core.dora import column_norms
 from lora_jax.core.dtypes import accumulator
-from lora_jax.core.errors import AdapterFileError
+from lora_jax.core.errors import AdapterFileError, grouped
 from lora_jax.core.layout import Layout
 from lora_jax.core.tree import adapted_nodes
 from lora_jax.core.weights import Adapted, LoraWeight, TrainedLeaf, TrainedRows
 from lora_jax.files.naming import Place
 from lora_jax.files.torch_adapters.contents import Contents, TorchBase, by_leaf
-from lora_jax.files.torch_adapters.factors import TorchFactors, join_factors
+from lora_jax.files.torch_adapters.factors import (
+    TorchFactors,
+    common_dtype,
+    concatenate,
+    join_factors,
+)
 
 
 def fit_to_base(
@@ -29,6 +35,7 @@ def fit_to_base(
     *,
     strict: bool,
     dtype: Any,
+    dropout: float | None = None,
     stacklevel: int = 3,
 ) -> Any:
     """Return the overlay of a file's contents; all problems give one error or one warning.
@@ -38,13 +45,17 @@ def fit_to_base(
       contents, model, dtype: as for `overlay`.
       problems: what is wrong with the file already.
       strict: whether problems are an error, and not a warning.
+      dropout: the rate of all factors; None for that of the contents.
       stacklevel: of the warning: 3 where the user called what calls this.
 
     Raises:
       AdapterFileError: there are problems and `strict` is true, or nothing is left.
+      ConfigError: `dropout` is not a probability below 1.
     """
+    if dropout is not None:
+        contents.dropout = LoraConfig(dropout=dropout).dropout
     adapters, more = overlay(contents, model, dtype)
-    lines = "\n".join(sorted({*problems, *more})) or "it contains no adapters"
+    lines = grouped(sorted({*problems, *more}), "tensors") or "it contains no adapters"
     if strict and (problems or more):
         raise AdapterFileError(f"{source} does not fit the base:\n{lines}")
     if not adapted_nodes(adapters):
@@ -71,14 +82,16 @@ def overlay(contents: Contents, model: TorchBase, dtype: Any = None) -> tuple[An
     """
     nodes: dict[str, Adapted] = {}
     problems = _check_untrained(contents, model)
+    if not 0 <= contents.dropout < 1:  # 1 is a probability, but no rate at which anything trains
+        problems.append(f"the dropout is {contents.dropout}; pass dropout=, a rate below 1")
+        contents.dropout = 0.0
     whole = dict(contents.whole)
     for name, added in contents.added.items():
         value = whole.get(name, model.value(name))
         if value is None:
             problems.append(f"{name}: lora_bias adds to this bias, so base must contain its value")
         else:
-            with np.errstate(over="ignore"):  # reported below
-                whole[name] = (value.astype("float64") + added).astype(value.dtype)
+            whole[name] = _cast(value.astype("float64") + added, value.dtype)
     made: list[_Made] = [
         _make_lora_weight(model.places[path], contents, model)
         for path in by_leaf({**contents.factors, **contents.experts}, model)
@@ -146,6 +159,7 @@ def _make_lora_weight(place: Place, contents: Contents, model: TorchBase) -> _Ma
         _stack({w: place.b_to_tree(x.b) for w, x in padded.items()}, batch),
         _stack({w: np.float32(x.scale) for w, x in padded.items()}, batch),
         layout=layout,
+        dropout=float(contents.dropout),
     )
     with_magnitude = [x.magnitude is not None for x in padded.values()]
     if any(with_magnitude):
@@ -159,15 +173,11 @@ def _make_lora_weight(place: Place, contents: Contents, model: TorchBase) -> _Ma
 def _stack(layers: Mapping[tuple[int, ...], Any], batch: tuple[int, ...]) -> np.ndarray:
     """Stack the layers' arrays, with zeros for missing layers."""
     first = np.asarray(next(iter(layers.values())))
-    whole = np.zeros((*batch, *first.shape), _dtype(layers))
+    dtype = common_dtype(np.asarray(layer) for layer in layers.values())
+    whole = np.zeros((*batch, *first.shape), dtype)
     for where, layer in layers.items():
         whole[where] = layer
     return whole
-
-
-def _dtype(layers: Mapping[tuple[int, ...], Any]) -> Any:
-    dtypes = {np.asarray(layer).dtype for layer in layers.values()}
-    return dtypes.pop() if len(dtypes) == 1 else np.dtype("float32")
 
 
 def _stack_magnitudes(
@@ -200,17 +210,26 @@ def _make_trained_leaf(place: Place, whole: Mapping[str, np.ndarray], model: Tor
                 place.path,
                 "only a part of it is in the file, so base must have the values of the rest",
             )
-        joined = np.concatenate(values, place.entry.out_axis) if len(values) > 1 else values[0]
+        joined = concatenate(values, place.entry.out_axis)
         if len(place.entry.paths) > 1:
             axis = (slice(None),) * place.entry.out_axis
             joined = joined[(*axis, slice(place.start, place.stop))]
         found[where] = place.weight_to_tree(joined)
-    value = np.zeros(place.shape, _dtype(found))
+    value = np.zeros(place.shape, common_dtype(found.values()))
     if not isinstance(base, jax.ShapeDtypeStruct):
-        value = np.array(base).astype(value.dtype)
+        value = _cast(np.array(base), value.dtype)
     for where, layer in found.items():
         value[place.at(where)] = layer
     return place.path, TrainedLeaf(None, value, _make_mask(place, found))
+
+
+def _cast(x: np.ndarray, dtype: Any) -> np.ndarray:
+    """Return `x` in this dtype, or in a wider one if that overflows."""
+    with np.errstate(over="ignore"):
+        narrow = x.astype(dtype)
+    if np.isfinite(narrow).all():
+        return narrow
+    return x.astype(common_dtype([x, narrow]))
 
 
 def _make_mask(place: Place, found: Mapping[tuple[int, ...], Any]) -> np.ndarray:
@@ -245,9 +264,12 @@ def _trained_fields(node: Adapted) -> dict[str, Any]:
 
 
 def _is_finite(node: Adapted, dtype: Any) -> bool:
-    """Return whether the trained values stay finite in `dtype`."""
+    """Return whether the trained values stay finite in `dtype`, or in their own as JAX has it."""
+    fields = _trained_fields(node).values()
     with np.errstate(over="ignore"):
-        arrays = [np.asarray(x).astype(dtype or x.dtype) for x in _trained_fields(node).values()]
+        arrays = [
+            np.asarray(x).astype(jax.dtypes.canonicalize_dtype(dtype or x.dtype)) for x in fields
+        ]
     return all(np.isfinite(x).all() for x in arrays)
 
 

@@ -171,12 +171,21 @@ def test_a_huge_header_is_not_read(tmp_path, monkeypatch):
 
 
 def test_all_problems_in_one_message(tmp_path):
-    names = [f"t{i}" for i in range(210)]
-    (tmp_path / "a").write_bytes(raw({name: record(dtype="?") for name in names}))
+    kinds = [x + y for x in "abcdefghijklmno" for y in "abcdefghijklmn"]
+    header = {f"t{i}": record(dtype=kind) for i, kind in enumerate(kinds)}
+    (tmp_path / "a").write_bytes(raw(header))
     with pytest.raises(AdapterFileError) as error:
         safetensors_file.read(tmp_path / "a")
     lines = str(error.value).splitlines()
     assert len(lines) == 202 and "tensor 't199'" in lines[200] and lines[201] == "and 10 more"
+
+
+def test_problems_of_one_kind_are_one_line(tmp_path):
+    (tmp_path / "a").write_bytes(raw({f"t{i}": record(dtype="?") for i in range(210)}))
+    with pytest.raises(AdapterFileError, match="207 more") as error:
+        safetensors_file.read(tmp_path / "a")
+    _, line = str(error.value).splitlines()
+    assert line.startswith("210 tensors (tensor 't0', ") and line.endswith("unknown dtype '?'")
 
 
 @pytest.mark.parametrize("dtype", ["f2", "f4", "f8", "c8", "bfloat16", "float8_e5m2"])
