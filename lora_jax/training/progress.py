@@ -25,7 +25,7 @@ _RECENT = 20  # steps that the speed is measured over
 
 
 class Pace:
-    """How fast a run goes, by the records of its last steps; the first one, which compiles, apart.
+    """How fast a run goes, by the records of its last steps without the first, which compiles.
 
     >>> pace = Pace()
     >>> for step, seconds in ((1, 60.0), (2, 0.5), (3, 1.5)):
@@ -36,15 +36,18 @@ class Pace:
 
     def __init__(self) -> None:
         self._steps: list[tuple[float, float]] = []  # seconds, tokens
-        self._compiles = True
+        self._has_compiled = False
 
     def add(self, record: Record) -> None:
         """Take the record of a step into account."""
-        self._steps.append((record["seconds"], record["tokens"]))
-        if self._compiles and len(self._steps) > 1:
-            self._compiles = False
-            del self._steps[0]
-        del self._steps[:-_RECENT]
+        if self._has_compiled:
+            self._steps = [*self._steps, (record["seconds"], record["tokens"])][-_RECENT:]
+        self._has_compiled = True
+
+    @property
+    def is_known(self) -> bool:
+        """Whether a step was measured."""
+        return bool(self._steps)
 
     @property
     def seconds_per_step(self) -> float:
@@ -82,19 +85,22 @@ def lines(say: Callable[[str], None], steps: int, every: int) -> Callable[[Recor
 
 
 def describe_step(record: Record, pace: Pace, steps: int) -> str:
-    """Return a step in words: loss, learning rate, speed, time left.
+    """Return a step in words: loss, learning rate, and, once they are known, speed and time left.
 
     >>> pace, record = Pace(), {"step": 3, "loss": 2.5, "lr": 2e-4, "tokens": 1200, "seconds": 0.5}
+    >>> describe_step(record, pace, steps=243)
+    'step 3 of 243: loss 2.500, lr 2.0e-04'
+    >>> pace.add(record)
     >>> pace.add(record)
     >>> describe_step(record, pace, steps=243)
     'step 3 of 243: loss 2.500, lr 2.0e-04, 2,400 tokens/s, 0:02:00 left'
     """
+    rate = f", lr {record['lr']:.1e}" if "lr" in record else ""
+    words = f"step {record['step']} of {steps}: loss {record['loss']:.3f}{rate}"
+    if not pace.is_known:
+        return words
     left = datetime.timedelta(seconds=round(pace.seconds_per_step * (steps - record["step"])))
-    rate = f"lr {record['lr']:.1e}, " if "lr" in record else ""
-    return (
-        f"step {record['step']} of {steps}: loss {record['loss']:.3f}, {rate}"
-        f"{pace.tokens_per_second:,.0f} tokens/s, {left} left"
-    )
+    return f"{words}, {pace.tokens_per_second:,.0f} tokens/s, {left} left"
 
 
 @contextmanager
@@ -116,7 +122,8 @@ def bar(console: Console, steps: int, done: int = 0) -> Iterator[Callable[[Recor
             if "loss" in record:
                 pace.add(record)
                 losses.append(record["loss"])
-                shown = f"loss {np.mean(losses[-10:]):.3f}, {pace.tokens_per_second:,.0f} tok/s"
+                speed = f", {pace.tokens_per_second:,.0f} tok/s" if pace.is_known else ""
+                shown = f"loss {np.mean(losses[-10:]):.3f}{speed}"
                 progress.update(task, completed=record["step"], loss=shown)
             else:
                 progress.update(task, held_out=_describe_briefly(record))

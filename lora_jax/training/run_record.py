@@ -6,6 +6,7 @@ from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from lora_jax.core.foreign import shown
@@ -159,6 +160,15 @@ def list_differences(
 
 def _show(settings: Mapping[str, Any], name: str) -> str:
     return json.dumps(settings[name], ensure_ascii=False) if name in settings else "not given"
+
+
+def checksum(tree: Any) -> str:
+    """Return a short checksum of all values of a tree of arrays."""
+    digest = hashlib.sha256()
+    for x in jax.device_get(jax.tree.leaves(tree)):
+        digest.update(f"{x.dtype} {x.shape}".encode())
+        digest.update(np.ascontiguousarray(x).tobytes())
+    return digest.hexdigest()[:16]
 
 
 def _digest(data: Data) -> str:

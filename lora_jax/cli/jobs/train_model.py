@@ -28,7 +28,9 @@ class TrainableModel:
     longest: int  # tokens per row
 
 
-def open_model(name: str, dtype: str | None, scan: bool) -> TrainableModel:
+def open_model(
+    name: str, dtype: str | None, scan: bool, say: Callable[[str], None] = lambda text: None
+) -> TrainableModel:
     """Load a model and its tokenizer.
 
     Args:
@@ -36,11 +38,13 @@ def open_model(name: str, dtype: str | None, scan: bool) -> TrainableModel:
         "tiny" (random, made here).
       dtype: of parameters and arithmetic; None for the file's.
       scan: whether layers are stacked, if the model can.
+      say: called with a line before anything that takes long.
 
     Raises:
       LoraError, OSError: the model does not exist or cannot be read.
     """
-    found = sources.find_model(name)
+    found = sources.find_model(name, say)
+    say(f"loading {name}")
     tokenizer = sources.tokenizer_of(found)
     is_bert = (
         found.kind == kinds.CHECKPOINT

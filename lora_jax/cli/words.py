@@ -1,0 +1,5 @@
+"""Errors of the library in the words of the command line."""
+import contextlib
+@contextlib.contextmanager
+def in_options():
+    yield
