@@ -11,8 +11,9 @@ import numpy as np
 from lora_jax.models.bert import mean_pool
 from lora_jax.training.batching import Batch, Data, batches, steps_per_epoch
 from lora_jax.training.dataset import Rows
+from lora_jax.training.encoders import Encoder, surrounding
 from lora_jax.training.errors import DataError, list_problems
-from lora_jax.training.tokenize import Encoder, surrounding
+from lora_jax.training.vocabulary import refuse_unknown
 
 Label = str | int
 
@@ -42,7 +43,12 @@ def classes(rows: Rows) -> tuple[Label, ...]:
 
 
 def encode_labelled(
-    rows: Rows, tokenizer: Encoder, known: Sequence[Label], length: int
+    rows: Rows,
+    tokenizer: Encoder,
+    known: Sequence[Label],
+    length: int,
+    *,
+    vocabulary: int | None = None,
 ) -> LabelledTexts:
     """Encode texts, with the tokens that the model expects around each, and number their labels.
 
@@ -53,14 +59,16 @@ def encode_labelled(
       tokenizer: turns text into ids.
       known: the labels as `classes` returns them: label i is class i.
       length: maximum number of tokens per text.
+      vocabulary: number of the model's tokens, to refuse ids beyond it.
 
     Raises:
-      DataError: the rows are not labelled, or a label is not among the `known`.
+      DataError: the rows are not labelled, a label is not among the `known`, or a token is not in
+        the vocabulary.
     """
     _check_kind(rows)
     number = {label: i for i, label in enumerate(known)}
     problems = [
-        f"line {row.line}: the label {row.values['label']!r} is not one of {list(known)}"
+        f"{rows.unit} {row.line}: the label {row.values['label']!r} is not one of {list(known)}"
         for row in rows.rows
         if row.values["label"] not in number
     ]
@@ -71,6 +79,7 @@ def encode_labelled(
         )
     texts = [row.values["text"] for row in rows.rows]
     whole = [np.asarray(tokenizer.encode(text, special=True), np.int32) for text in texts]
+    refuse_unknown(rows.source, rows.places, whole, tokenizer, vocabulary)
     closing = surrounding(tokenizer)[1]
     cut = [
         ids if len(ids) <= length else np.append(ids[: length - len(closing)], closing)

@@ -40,6 +40,12 @@ class Rows:
     kind: str  # a key of KEYS, or STREAM, which has a single row with "text"
     rows: tuple[Row, ...]
     ignored: tuple[str, ...] = ()  # other keys found in some rows
+    unit: str = "line"  # what `Row.line` counts
+
+    @property
+    def places(self) -> list[str]:
+        """What to call each row in messages."""
+        return [f"{self.unit} {row.line}" for row in self.rows]
 
     def __len__(self) -> int:
         return len(self.rows)

@@ -1,29 +1,17 @@
 """Rows as token ids, with a mask of those to train on: prompts and user turns are not."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from functools import partial
+from itertools import pairwise
 
 import numpy as np
 
 from lora_jax.training.dataset import STREAM, Row, Rows
+from lora_jax.training.encoders import Encoder, SpanEncoder, surrounding
 from lora_jax.training.errors import DataError, list_problems
-
-
-class Encoder(Protocol):
-    """What a tokenizer must provide; `lora_jax.models.text.Tokenizer` does."""
-
-    @property
-    def eos_id(self) -> int | None:
-        """The id that ends a text, if there is one."""
-
-    def encode(self, text: str, special: bool = False) -> Sequence[int]:
-        """Encode a text; with `special`, add the ids that the model expects around it."""
-
-    def chat(
-        self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = False
-    ) -> str:
-        """Render a conversation with the chat template; raise `ValueError` without one."""
+from lora_jax.training.turns import Span, assistant_spans
+from lora_jax.training.vocabulary import refuse_unknown
 
 
 @dataclass(frozen=True)
@@ -45,25 +33,38 @@ class Examples:
     notes: tuple[str, ...] = ()  # what was truncated or left out, one sentence each
 
 
-def encode_examples(rows: Rows, tokenizer: Encoder, length: int) -> Examples:
+def encode_examples(
+    rows: Rows,
+    tokenizer: Encoder,
+    length: int,
+    *,
+    vocabulary: int | None = None,
+    stops: Collection[int] | None = None,
+) -> Examples:
     """Encode the rows of a language model's data, with masks of the tokens to train on.
 
     - text: BOS (if the tokenizer itself puts one before a text), the text, EOS; all of it is
       trained on. A text longer than `length` is cut into pieces that train as separate texts.
-    - prompt and completion: encoded separately, as they meet when the model generates, with BOS
-      before and EOS after; the completion and EOS are trained on. Tokens beyond `length` are
-      dropped.
-    - chat: rendered by the tokenizer's template; what the assistant says is trained on, to the end
-      of its turn as the template marks it. Tokens beyond `length` are dropped.
+    - prompt and completion: encoded as one text, after BOS and before EOS; the completion and EOS
+      are trained on. A token that would hold the end of the prompt and the beginning of the
+      completion is divided there, because generation starts from the ids of the prompt alone.
+      Tokens beyond `length` are dropped.
+    - chat: rendered by the tokenizer's template and encoded as one text; what the assistant says
+      is trained on, as the template's `{% generation %}` blocks or else the ends of its turns tell.
+      A token trains if one of its characters does. Tokens beyond `length` are dropped.
+
+    A BOS or EOS that the data itself spells out is not repeated.
 
     Args:
       rows: rows of kind "text", "completion" or "chat".
       tokenizer: turns text into ids.
       length: maximum number of tokens per example, at least 2.
+      vocabulary: number of the model's tokens, to refuse ids beyond it.
+      stops: the ids at which generation ends, to note if none of them is trained on.
 
     Raises:
-      DataError: the rows are of another kind, the template refuses a conversation or does not
-        extend it turn by turn, or no tokens are left to train on.
+      DataError: the rows are of another kind, the template refuses a conversation or leaves out
+        one of its turns, a token is not in the vocabulary, or no tokens are left to train on.
     """
     if rows.kind not in _ENCODERS:
         raise DataError(
@@ -76,39 +77,69 @@ def encode_examples(rows: Rows, tokenizer: Encoder, length: int) -> Examples:
         try:
             encoded.append(_ENCODERS[rows.kind](row, tokenizer))
         except ValueError as error:
-            problems.append(f"line {row.line}: {error}")
+            problems.append(f"{rows.unit} {row.line}: {error}")
     if problems:
         raise DataError(f"{rows.source}: rows that cannot be encoded:\n{list_problems(problems)}")
+    refuse_unknown(rows.source, rows.places, [e.ids for e in encoded], tokenizer, vocabulary)
     fit = _cut_into_pieces if rows.kind == "text" else _cut_off
-    return _keep_trainable(rows, encoded, fit(encoded, length), length)
+    kept = _keep_trainable(rows, encoded, fit(encoded, length), length)
+    return Examples(kept.examples, (*kept.notes, *_note_stops(rows, encoded, stops)))
 
 
-def encode_stream(rows: Rows, tokenizer: Encoder) -> np.ndarray:
+def encode_stream(rows: Rows, tokenizer: Encoder, *, vocabulary: int | None = None) -> np.ndarray:
     """Return the token ids of a `.txt` file, int32 `[n]`, without BOS or EOS.
 
     Raises:
-      DataError: the text is a single token, so there is nothing to predict.
+      DataError: the text is a single token, so there is nothing to predict, or has a token that
+        is not in the vocabulary.
     """
     assert rows.kind == STREAM
     ids = np.asarray(tokenizer.encode(rows.rows[0].values["text"]), np.int32)
     if len(ids) < 2:
         raise DataError(f"{rows.source}: the text is a single token; there is nothing to train on")
+    if vocabulary is not None:
+        place = f"token {int(np.argmax(ids >= vocabulary)) + 1}"
+        refuse_unknown(rows.source, [place], [ids], tokenizer, vocabulary)
     return ids
 
 
 def _encode_text(row: Row, tokenizer: Encoder) -> Example:
-    return _encode_pieces(tokenizer, [(row.values["text"], True)], ended=True)
+    ids = list(tokenizer.encode(row.values["text"]))
+    before = surrounding(tokenizer)[0]
+    return _example([] if ids[: len(before)] == before else before, _ended(ids, tokenizer))
 
 
 def _encode_completion(row: Row, tokenizer: Encoder) -> Example:
-    pieces = [(row.values["prompt"], False), (row.values["completion"], True)]
-    return _encode_pieces(tokenizer, pieces, ended=True)
+    prompt, completion = row.values["prompt"], row.values["completion"]
+    if isinstance(tokenizer, SpanEncoder):
+        asked, rest = tokenizer.encode_continued(prompt, completion)
+    else:
+        asked, rest = tokenizer.encode(prompt), tokenizer.encode(completion)
+        asked = [*surrounding(tokenizer)[0], *asked]
+    return _example(asked, _ended(rest, tokenizer))
+
+
+def _ended(ids: Sequence[int], tokenizer: Encoder) -> list[int]:
+    eos = tokenizer.eos_id
+    return [*ids] if eos is None or list(ids[-1:]) == [eos] else [*ids, eos]
+
+
+def _example(given: Sequence[int], trained: Sequence[int]) -> Example:
+    trains = np.arange(len(given) + len(trained)) >= len(given)
+    return Example(np.array([*given, *trained], np.int32), trains)
 
 
 def _encode_chat(row: Row, tokenizer: Encoder) -> Example:
-    pieces = chat_pieces(row.values["messages"], tokenizer.chat)
-    # The template writes BOS and the ends of turns.
-    return _encode_pieces(tokenizer, pieces, ended=False)
+    """Encode a conversation; the template writes BOS and the ends of turns."""
+    messages = row.values["messages"]
+    more = {"tools": row.values["tools"]} if row.values.get("tools") else {}
+    spans: list[Span] = []
+    if isinstance(tokenizer, SpanEncoder):
+        last = max(i for i, x in enumerate(messages) if x["role"] == "assistant")
+        text, spans = tokenizer.chat_spans(messages[: last + 1], **more)
+    if not spans:
+        text, spans = assistant_spans(messages, partial(tokenizer.chat, **more))
+    return _encode_spans(text, spans, tokenizer)
 
 
 _ENCODERS: Mapping[str, Callable[[Row, Encoder], Example]] = {
@@ -118,56 +149,38 @@ _ENCODERS: Mapping[str, Callable[[Row, Encoder], Example]] = {
 }
 
 
-def _encode_pieces(tokenizer: Encoder, pieces: Sequence[tuple[str, bool]], ended: bool) -> Example:
-    """Encode pieces of text one by one, each with whether it is trained on."""
-    parts = [(list(tokenizer.encode(text)), trains) for text, trains in pieces]
-    if ended:
-        parts.insert(0, (surrounding(tokenizer)[0], False))
-        parts.append(([] if tokenizer.eos_id is None else [tokenizer.eos_id], True))
-    ids = np.array([i for part, _ in parts for i in part], np.int32)
-    trains = np.array([trains for part, trains in parts for _ in part], bool)
-    return Example(ids, trains)
+def _encode_spans(text: str, spans: Sequence[Span], tokenizer: Encoder) -> Example:
+    """Encode a text; the tokens with characters in one of the spans are trained on."""
+    if isinstance(tokenizer, SpanEncoder):
+        ids, places = tokenizer.encode_spans(text)
+        starts, ends = np.array(places, np.int64).reshape(-1, 2).T
+        trains = np.zeros(len(ids), bool)
+        for start, end in spans:
+            trains |= (starts < end) & (ends > start)
+        return Example(np.asarray(ids, np.int32), trains)
+    cuts = [0, *(place for span in spans for place in span), len(text)]
+    parts = [list(tokenizer.encode(text[a:b])) for a, b in pairwise(cuts)]
+    trained = [i % 2 == 1 for i, part in enumerate(parts) for _ in part]
+    return Example(np.array([i for part in parts for i in part], np.int32), np.array(trained, bool))
 
 
-def surrounding(tokenizer: Encoder) -> tuple[list[int], list[int]]:
-    """Return the ids that a tokenizer puts before and after a text, as BERT's [CLS] and [SEP].
-
-    Not every tokenizer with a BOS puts it there.
-    """
-    whole, plain = (list(tokenizer.encode("a", special=special)) for special in (True, False))
-    for i in range(len(whole) - len(plain) + 1):
-        if whole[i : i + len(plain)] == plain:
-            return whole[:i], whole[i + len(plain) :]
-    return [], []
-
-
-def chat_pieces(
-    messages: Sequence[Mapping[str, Any]], render: Callable[..., str]
-) -> list[tuple[str, bool]]:
-    """Render a conversation in pieces, each with whether the assistant said it.
-
-    The conversation is rendered before and after each assistant turn: what the turn adds, after
-    the generation prompt, is what the assistant says.
-
-    Raises:
-      ValueError: a rendering does not start with the previous one, so turns cannot be told apart
-        (the template rewrites earlier turns).
-    """
-    pieces: list[tuple[str, bool]] = []
-    known = ""  # rendered so far
-    for i, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        asked = render(messages[:i], add_generation_prompt=True) if i else ""
-        answered = render(messages[: i + 1], add_generation_prompt=False)
-        if not asked.startswith(known) or not answered.startswith(asked):
-            raise ValueError(
-                f"the chat template rewrites earlier turns at messages[{i}]; give the row as "
-                "prompt and completion"
-            )
-        pieces += [(asked[len(known) :], False), (answered[len(asked) :], True)]
-        known = answered
-    return [piece for piece in pieces if piece[0]]
+def _note_stops(
+    rows: Rows, examples: Sequence[Example], stops: Collection[int] | None
+) -> tuple[str, ...]:
+    """Say so if nothing in the data teaches the model to stop."""
+    if stops is None or rows.kind == "text":
+        return ()
+    ends = list(stops)
+    if any(np.isin(example.ids[example.trains], ends).any() for example in examples):
+        return ()
+    why = (
+        "the chat template leaves the end of the assistant's turn to the next message"
+        if rows.kind == "chat"
+        else "the tokenizer has no end-of-text token"
+    )
+    return (
+        f"no stop token is trained on, because {why}: the tuned model will not learn where to stop",
+    )
 
 
 def _cut_into_pieces(examples: Sequence[Example], length: int) -> list[Example]:

@@ -1,8 +1,11 @@
 """Token ids and masks of each kind of row, by hand."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
+from lora_jax.models.text.byte_tokenizer import byte_tokenizer
 from lora_jax.training import dataset, tokenize
 from lora_jax.training.dataset import Row, Rows
 from lora_jax.training.errors import DataError
@@ -12,9 +15,10 @@ A, B, C = 3, 4, 5  # the ids of the letters
 BOS, EOS = 1, 2
 
 
-def encode(kind, *values, length=12, tokenizer=None):
+def encode(kind, *values, length=12, tokenizer=None, **more):
     numbered = tuple(Row(i, value) for i, value in enumerate(values, start=1))
-    return tokenize.encode_examples(Rows("d.jsonl", kind, numbered), tokenizer or Letters(), length)
+    rows = Rows("d.jsonl", kind, numbered)
+    return tokenize.encode_examples(rows, tokenizer or Letters(), length, **more)
 
 
 def test_text():
@@ -121,3 +125,99 @@ def test_a_stream(tmp_path):
     (tmp_path / "d.txt").write_text("a")
     with pytest.raises(DataError, match="the text is a single token"):
         tokenize.encode_stream(dataset.read_rows(tmp_path / "d.txt"), Letters())
+
+
+def test_tokens_beyond_the_vocabulary(tmp_path):
+    good, bad = {"text": "abc"}, {"text": "abz"}
+    assert encode("text", good, vocabulary=C + 1).examples
+    with pytest.raises(DataError) as error:
+        encode("text", good, bad, bad, bad, vocabulary=C + 1)
+    assert str(error.value) == (
+        "d.jsonl, line 2 and 2 more of 4 rows: the token 28 is beyond the model's vocabulary, "
+        "which ends at 5; use the tokenizer that belongs to the model, remove the token from the "
+        "data, or grow the vocabulary first"
+    )
+    with pytest.raises(DataError, match=r"line 1: the token 2 is .* ends at 1"):
+        encode("completion", {"prompt": "", "completion": ""}, vocabulary=EOS)
+    (tmp_path / "d.txt").write_text("abz")
+    rows = dataset.read_rows(tmp_path / "d.txt")
+    with pytest.raises(DataError, match=r"d\.txt, token 3: the token 28"):
+        tokenize.encode_stream(rows, Letters(), vocabulary=C + 1)
+
+
+def test_a_token_beyond_the_vocabulary_has_a_name():
+    tokenizer = byte_tokenizer()
+    with pytest.raises(DataError, match=r"line 1: the token '<\|end\|>' \(256\) is"):
+        encode("text", {"text": "abc"}, tokenizer=tokenizer, vocabulary=256)
+
+
+TURN = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}
+
+
+def test_a_template_without_a_stop_token():
+    """The end of a turn is left to the next message, or there is none."""
+    leaves = (
+        "{% for m in messages %}{% if not loop.first %}<|end|>{% endif %}"
+        "<|{{ m.role }}|>{{ m.content }}{% endfor %}"
+        "{% if add_generation_prompt %}<|end|><|assistant|>{% endif %}"
+    )
+    tokenizer = byte_tokenizer()
+    stops = {tokenizer.eos_id}
+    assert encode("chat", TURN, tokenizer=tokenizer, stops=stops).notes == ()
+    longer = {"messages": TURN["messages"] * 2}
+    found = encode(
+        "chat",
+        *(TURN, longer),
+        length=99,
+        tokenizer=dataclasses.replace(tokenizer, chat_template=leaves),
+        stops=stops,
+    )
+    assert len(found.examples) == 2 and len(found.notes) == 1
+    assert "no stop token is trained on, because the chat template leaves" in found.notes[0]
+    bare = dataclasses.replace(tokenizer, eos=None)
+    found = encode("completion", {"prompt": "a", "completion": "b"}, tokenizer=bare, stops=stops)
+    assert "because the tokenizer has no end-of-text token" in found.notes[0]
+
+
+OPENINGS = {
+    "ordinary words": ("### {{ m.role }}:\n{{ m.content }}\n\n", "### assistant:\n"),
+    "no line between": ("<{{ m.role }}>{{ m.content }}</s>", "<assistant>"),
+    "capitals": ("{{ m.role | upper }}: {{ m.content }} ", "ASSISTANT: "),
+}
+
+
+@pytest.mark.parametrize("name", OPENINGS)
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_template_that_always_opens(name, count):
+    """The assistant's opening is after its last words, too; it never trains."""
+    turn, opening = OPENINGS[name]
+    template = (
+        "{% for m in messages %}{% if m.role == 'assistant' %}"
+        + turn.replace("### {{ m.role }}:\n", "").replace("<{{ m.role }}>", "")
+        .replace("{{ m.role | upper }}: ", "")
+        + "{% else %}" + turn + "{% endif %}{% if m.role != 'assistant' or loop.last %}" + opening
+        + "{% endif %}{% endfor %}"
+    )  # fmt: skip
+    tokenizer = dataclasses.replace(byte_tokenizer(), chat_template=template)
+    words = [("user", "how?"), ("assistant", "so"), ("user", "why?"), ("assistant", "thus")]
+    (example,) = encode("chat", chat(words[: 2 * count]), length=999, tokenizer=tokenizer).examples
+    ending = turn.partition("{{ m.content }}")[2]
+    text = tokenizer.decode(example.ids[example.trains].tolist())
+    assert text == "".join(word + ending for role, word in words[: 2 * count] if role != "user")
+
+
+def test_bos_and_eos_in_the_text_are_not_repeated():
+    tokenizer = byte_tokenizer()
+    (example,) = encode("text", {"text": "ab<|end|>"}, tokenizer=tokenizer).examples
+    assert example.ids.tolist() == [*tokenizer.encode("ab"), tokenizer.eos_id]
+    row = {"prompt": "a", "completion": "b<|end|>"}
+    (example,) = encode("completion", row, tokenizer=tokenizer).examples
+    assert example.ids.tolist() == [*tokenizer.encode("ab"), tokenizer.eos_id]
+
+    class Spells(Letters):
+        def encode(self, text, special=False):
+            ids = super().encode(text.removeprefix("S"))
+            return [BOS, *ids] if special or text[:1] == "S" else ids
+
+    (example,) = encode("text", {"text": "Sa"}, tokenizer=Spells()).examples
+    assert example.ids.tolist() == [BOS, A, EOS]

@@ -43,7 +43,7 @@ def main(options: TrainOptions, command: str) -> None:
     task = read_task(options, model)
     for note in task.notes:
         say(f"note: {note}")
-    with in_options():
+    with in_options(options):
         start = make_start(options, model, task)
     base, adapters = lora.split(start.params)
     steps = _steps(options, task, resumed)
@@ -93,7 +93,7 @@ def _open(options: TrainOptions, say: Any) -> tuple[TrainOptions, TrainableModel
         found = kinds.adapter(options.adapter)
         if found.kind == kinds.NATIVE:  # the others have one name per layer
             scan = sources.is_stacked(found)
-    model = open_model(options.model, options.dtype, scan, say)
+    model = open_model(options.model, options.dtype, scan, say=say)
     length = options.length or min(512, model.longest)
     if not 2 <= length <= model.longest:
         raise TrainingError(f"--length {length}: must be from 2 to {model.longest} for this model")

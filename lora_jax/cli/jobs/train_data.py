@@ -81,8 +81,9 @@ def _streams(
     options: TrainOptions, model: TrainableModel, files: Sequence[Rows], others: Sequence[Rows]
 ) -> tuple[Data, Data | None, tuple[str, ...]]:
     """Encode texts as streams of tokens; hold out a fraction at the end of each."""
-    trained: list[np.ndarray] = [encode_stream(rows, model.tokenizer) for rows in files]
-    held_out = [encode_stream(rows, model.tokenizer) for rows in others]
+    encode = partial(encode_stream, tokenizer=model.tokenizer, vocabulary=model.vocabulary)
+    trained: list[np.ndarray] = [encode(rows) for rows in files]
+    held_out = [encode(rows) for rows in others]
     if options.eval_split:
         cuts = [len(ids) - round(len(ids) * options.eval_split) for ids in trained]
         held_out = [ids[cut:] for ids, cut in zip(trained, cuts, strict=True)]
@@ -107,14 +108,13 @@ def _examples(
     """Pack rows of text, prompts and completions, or conversations."""
     trained, held_out = _split(options, files, others)
     longest = options.length + 1  # the last token is not read, only predicted
-    parts = [
-        encode_examples(rows, model.tokenizer, longest) for rows in (trained, held_out) if rows
-    ]
+    encode = partial(encode_examples, vocabulary=model.vocabulary, stops=model.stops)
+    parts = [encode(rows, model.tokenizer, longest) for rows in (trained, held_out) if rows]
     packed = [
         pack_examples(part.examples, options.length, by)
         for part, by in zip(parts, _packings(options), strict=False)
     ]
-    notes = tuple(note for part in parts for note in part.notes)
+    notes = tuple(dict.fromkeys(note for part in parts for note in part.notes))
     return packed[0], packed[1] if held_out else None, notes
 
 
@@ -150,7 +150,7 @@ def _classification(
     trained, held_out = _split(options, files, others)
     known = classes(trained)
     parts = [
-        encode_labelled(rows, model.tokenizer, known, options.length)
+        encode_labelled(rows, model.tokenizer, known, options.length, vocabulary=model.vocabulary)
         for rows in (trained, held_out)
         if rows
     ]

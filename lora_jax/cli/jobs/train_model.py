@@ -1,5 +1,7 @@
 """The model that `lora-jax train --model` names, with its tokenizer."""
 
+import dataclasses
+import datetime
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +12,7 @@ from lora_jax.files.naming import Naming
 from lora_jax.models import hf_directory
 from lora_jax.models.llama_config import LlamaConfig
 from lora_jax.models.pretrained import Pretrained
+from lora_jax.models.stops import stop_ids
 from lora_jax.models.text import Tokenizer
 
 
@@ -26,10 +29,16 @@ class TrainableModel:
     head: Callable[[Any], Any]  # params -> that leaf as [width, vocabulary]
     width: int
     longest: int  # tokens per row
+    vocabulary: int  # number of tokens that it has embeddings for
+    stops: frozenset[int]  # ids at which generation ends
 
 
 def open_model(
-    name: str, dtype: str | None, scan: bool, say: Callable[[str], None] = lambda text: None
+    name: str,
+    dtype: str | None,
+    scan: bool,
+    now: datetime.datetime | None = None,
+    say: Callable[[str], None] = lambda text: None,
 ) -> TrainableModel:
     """Load a model and its tokenizer.
 
@@ -38,6 +47,7 @@ def open_model(
         "tiny" (random, made here).
       dtype: of parameters and arithmetic; None for the file's.
       scan: whether layers are stacked, if the model can.
+      now: the time that a chat template sees; that of each call if None.
       say: called with a line before anything that takes long.
 
     Raises:
@@ -45,15 +55,17 @@ def open_model(
     """
     found = sources.find_model(name, say)
     say(f"loading {name}")
-    tokenizer = sources.tokenizer_of(found)
+    tokenizer = dataclasses.replace(sources.tokenizer_of(found), now=now)
     is_bert = (
         found.kind == kinds.CHECKPOINT
         and hf_directory.read_config(found.path).get("model_type") == "bert"
     )
-    return _to_trainable(sources.load_model(found, dtype, scan=scan and not is_bert), tokenizer)
+    stops = stop_ids(None if found.kind == kinds.TINY else found.path, tokenizer)
+    loaded = sources.load_model(found, dtype, scan=scan and not is_bert)
+    return _to_trainable(loaded, tokenizer, stops)
 
 
-def _to_trainable(found: Pretrained, tokenizer: Tokenizer) -> TrainableModel:
+def _to_trainable(found: Pretrained, tokenizer: Tokenizer, stops: frozenset[int]) -> TrainableModel:
     run, is_bert = found.apply, found.kind == "bert"
     tied = isinstance(found.config, LlamaConfig) and found.config.tie_word_embeddings
     untied = "" if is_bert else "head/kernel"
@@ -69,4 +81,6 @@ def _to_trainable(found: Pretrained, tokenizer: Tokenizer) -> TrainableModel:
         ),
         width=found.config.hidden_size,
         longest=found.config.max_position_embeddings,
+        vocabulary=found.config.vocab_size,
+        stops=stops,
     )

@@ -75,7 +75,9 @@ class Watch:
         self._saved = done
         out = self._results.options.out
         before = run_record.recorded(out, "steps")
-        if done:
+        if done == before == self._steps:
+            self._say(f"all {done} steps are done already; --steps N continues the run to step N")
+        elif done:
             self._say(f"resuming after step {done} of {before}")
         if before != self._steps:
             self._say(

@@ -1,19 +1,25 @@
 """A published model's tokenizer, with its special tokens and its chat template."""
 
+import dataclasses
+import datetime
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import tokenizers
 
-from lora_jax.core.errors import ChatTemplateError, ModelFileError
-from lora_jax.files.disk import gguf_file
+from lora_jax.core.errors import ChatTemplateError
 from lora_jax.models.text import chat_template as chat
-from lora_jax.models.text import gguf_vocabulary
+from lora_jax.models.text import tokenizer_files
+from lora_jax.models.text.chat_template import Span
+from lora_jax.models.text.surroundings import beginning, without_repeats, without_trimming
 
 _UNFINISHED = "\N{REPLACEMENT CHARACTER}"  # what part of a character decodes to
+#: Text before a text that keeps a tokenizer from adding a space at its start, tried in this order.
+_ANCHORS = ("", "\n", "a", ".", "0")
 
 
 @dataclass(frozen=True)
@@ -25,6 +31,9 @@ class Tokenizer:
       bos, eos, pad: the tokens at the beginning and end of a text and at padding, if the model has
         them.
       chat_template: Jinja source, if the model has one.
+      tool_template: the one for conversations with tools, if the model has another one for them.
+      named: other special tokens that the template may use, by name: "unk_token".
+      now: the time that a chat template sees; that of each call if None.
     """
 
     backend: tokenizers.Tokenizer
@@ -32,6 +41,9 @@ class Tokenizer:
     eos: str | None = None
     pad: str | None = None
     chat_template: str | None = None
+    tool_template: str | None = None
+    named: Mapping[str, str] = field(default_factory=dict)
+    now: datetime.datetime | None = None
 
     @classmethod
     def load(cls, directory: str | Path) -> "Tokenizer":
@@ -39,30 +51,14 @@ class Tokenizer:
 
         Args:
           directory: contains tokenizer.json. Special tokens and the chat template come from
-            tokenizer_config.json, special_tokens_map.json and chat_template.jinja, if present.
+            tokenizer_config.json, special_tokens_map.json and chat_template.jinja, if present. A
+            padding token that tokenizer.json lacks is left out: nothing here needs one.
 
         Raises:
           FileNotFoundError: tokenizer.json is missing.
           ModelFileError: a file cannot be read, or names a token that does not exist.
         """
-        directory = Path(directory)
-        path = directory / "tokenizer.json"
-        text = _read_text(path)
-        if text is None:
-            raise FileNotFoundError(f"{path} is missing")
-        try:
-            backend = tokenizers.Tokenizer.from_str(text)
-        except Exception as error:  # tokenizers raises nothing more precise
-            raise ModelFileError(f"{path} is not a tokenizer file: {error}") from error
-        # settings for rows of fixed length, which would change what a text encodes to
-        backend.no_truncation()
-        backend.no_padding()
-        settings = _read_object(directory / "special_tokens_map.json")
-        settings |= _read_object(directory / "tokenizer_config.json")
-        template = _read_text(directory / "chat_template.jinja") or settings.get("chat_template")
-        return cls._from_parts(
-            path, backend, _special_tokens(settings), _default_template(template)
-        )
+        return cls(**tokenizer_files.read_directory(Path(directory)))
 
     @classmethod
     def from_gguf(cls, path: str | Path) -> "Tokenizer":
@@ -72,27 +68,28 @@ class Tokenizer:
           FileNotFoundError: the file does not exist.
           ModelFileError: it is not a GGUF file, or its tokenizer is not supported.
         """
-        metadata = gguf_file.read(path).metadata
-        try:
-            backend = gguf_vocabulary.from_metadata(metadata)
-            names = {"bos": "bos", "eos": "eos", "pad": "padding"}
-            special = {ours: gguf_vocabulary.token(metadata, name) for ours, name in names.items()}
-        except ModelFileError as error:
-            raise ModelFileError(f"{path}: {error}") from error
-        return cls._from_parts(path, backend, special, metadata.get("tokenizer.chat_template"))
+        return cls(**tokenizer_files.read_gguf(Path(path)))
 
-    @classmethod
-    def _from_parts(
-        cls,
-        source: str | Path,
-        backend: tokenizers.Tokenizer,
-        special: Mapping[str, str | None],
-        template: Any,
-    ) -> "Tokenizer":
-        missing = [x for x in special.values() if x is not None and backend.token_to_id(x) is None]
-        if missing:
-            raise ModelFileError(f"{source} has no token {missing[0]!r}")
-        return cls(backend, **special, chat_template=template)
+    def of_adapter(self, directory: str | Path) -> "Tokenizer":
+        """Return the tokenizer to use with an adapter on this model.
+
+        It is the one in the adapter's directory, or this one with the chat template from there, or
+        this one if the directory contains neither.
+
+        Raises:
+          ModelFileError: a file cannot be read, or names a token that does not exist.
+        """
+        directory = Path(directory)
+        chat_template, tool_template = tokenizer_files.read_templates(directory)
+        if chat_template is None:
+            chat_template, tool_template = self.chat_template, self.tool_template
+        has_own = (directory / tokenizer_files.TOKENIZER).is_file()
+        return dataclasses.replace(
+            Tokenizer.load(directory) if has_own else self,
+            chat_template=chat_template,
+            tool_template=tool_template,
+            now=self.now,
+        )
 
     @property
     def bos_id(self) -> int | None:
@@ -121,14 +118,56 @@ class Tokenizer:
 
         Args:
           text: a special token spelled out in it becomes that token.
-          special: add the tokens that the model expects at the beginning and the end of a text.
+          special: add the tokens that the model expects at the beginning and the end of a text,
+            where the text itself does not spell them out.
         """
-        return self.backend.encode(text, add_special_tokens=special).ids
+        encoding = self.backend.encode(text, add_special_tokens=special)
+        return without_repeats(encoding) if special else encoding.ids
 
     def encode_batch(self, texts: Sequence[str], special: bool = False) -> list[list[int]]:
         """Encode several texts as `encode` does, on several threads."""
         found = self.backend.encode_batch_fast(list(texts), add_special_tokens=special)
-        return [encoding.ids for encoding in found]
+        return [without_repeats(x) if special else x.ids for x in found]
+
+    def encode_prompt(self, text: str) -> list[int]:
+        """Encode a text to be continued: with what comes before a text, without what ends one."""
+        encoding = self.backend.encode(text)
+        if all(encoding.special_tokens_mask):  # none of the text itself
+            return beginning(self.backend)
+        return without_repeats(encoding, ended=False)
+
+    def encode_spans(self, text: str) -> tuple[list[int], list[Span]]:
+        """Encode a text, and return which characters of it each id stands for.
+
+        Ids that share a character, as the bytes of one that has no id, have the same span.
+        """
+        encoding = self._untrimmed.encode(text, add_special_tokens=False)
+        return encoding.ids, encoding.offsets
+
+    @cached_property
+    def _untrimmed(self) -> tokenizers.Tokenizer:
+        return without_trimming(self.backend)
+
+    def encode_continued(self, prompt: str, completion: str) -> tuple[list[int], list[int]]:
+        """Encode a prompt as `encode_prompt` does, and what the model should continue it with.
+
+        Together they are the ids of the whole text, unless one of these would hold the end of the
+        prompt and the beginning of the completion: generation starts after the prompt's own ids, so
+        the completion is then encoded alone. Only where its ids would not decode to the text in
+        this place, the id that holds both counts as the completion's.
+        """
+        asked, whole = self.encode_prompt(prompt), self.encode_prompt(prompt + completion)
+        if whole[: len(asked)] == asked:
+            return asked, whole[len(asked) :]
+        text = self.decode(whole, special=True)
+        for anchor in _ANCHORS:
+            before, both = self.encode(anchor), self.encode(anchor + completion)
+            rest = both[len(before) :]
+            if both[: len(before)] == before and self.decode(asked + rest, special=True) == text:
+                return asked, rest
+        _, spans = self.encode_spans(prompt + completion)
+        count = sum(end > len(prompt) for _, end in spans)
+        return whole[: len(whole) - count], whole[len(whole) - count :]
 
     def decode(self, ids: Iterable[int], special: bool = False) -> str:
         """Decode ids; special tokens are left out unless `special`."""
@@ -168,63 +207,40 @@ class Tokenizer:
         Raises:
           ChatTemplateError: the model has no chat template, or the template fails.
         """
-        if self.chat_template is None:
+        return self.chat_spans(messages, add_generation_prompt, **more)[0]
+
+    def chat_spans(
+        self,
+        messages: Iterable[Mapping[str, Any]],
+        add_generation_prompt: bool = False,
+        **more: Any,
+    ) -> tuple[str, list[Span]]:
+        """Render as `chat` does, and return what the template marks as said by the assistant.
+
+        Templates mark it with `{% generation %}`; the list is empty where one does not.
+        """
+        template = self.chat_template
+        if more.get("tools") is not None and self.tool_template is not None:
+            template = self.tool_template
+        if template is None:
             raise ChatTemplateError("this model has no chat template")
-        tokens = {f"{x}_token": getattr(self, x) or "" for x in ("bos", "eos", "pad")}
+        given = {f"{x}_token": getattr(self, x) or "" for x in ("bos", "eos", "pad")}
+        given |= {"tools": None, "documents": None, **self.named, **more}
         prompt = {"add_generation_prompt": add_generation_prompt}
-        return chat.render(self.chat_template, messages, **tokens | prompt | more)
+        return chat.render_spans(template, messages, self.now, **given | prompt)
 
     def files(self) -> dict[str, bytes]:
         """Return the files that `load` reads, by name, for a model's directory."""
-        settings = {f"{x}_token": getattr(self, x) for x in ("bos", "eos", "pad")}
-        settings |= {"chat_template": self.chat_template}
+        settings: dict[str, Any] = {f"{x}_token": getattr(self, x) for x in ("bos", "eos", "pad")}
+        settings |= {**self.named, "chat_template": self.chat_template}
+        if self.tool_template is not None:
+            settings["chat_template"] = [
+                {"name": "default", "template": self.chat_template},
+                {"name": "tool_use", "template": self.tool_template},
+            ]
         settings = {key: value for key, value in settings.items() if value is not None}
         settings |= {"tokenizer_class": "PreTrainedTokenizerFast"}
         return {
             "tokenizer.json": self.backend.to_str(pretty=True).encode(),
             "tokenizer_config.json": json.dumps(settings, indent=2, ensure_ascii=False).encode(),
         }
-
-
-def _read_text(path: Path) -> str | None:
-    """Return a file's text, or None without a file."""
-    try:
-        return path.read_text("utf-8")
-    except FileNotFoundError:
-        return None
-    except UnicodeDecodeError as error:
-        raise ModelFileError(f"{path} is not UTF-8 text: {error}") from error
-
-
-def _read_object(path: Path) -> dict[str, Any]:
-    """Return the object in a JSON file, or an empty one without a file."""
-    try:
-        value = json.loads(_read_text(path) or "{}")
-    except (ValueError, RecursionError) as error:
-        raise ModelFileError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise ModelFileError(f"{path} is not a JSON object")
-    return value
-
-
-def _special_tokens(settings: Mapping[str, Any]) -> dict[str, str | None]:
-    """Return bos, eos and pad, each given as text or as an object with `content`."""
-    found: dict[str, str | None] = {}
-    for name in ("bos", "eos", "pad"):
-        value = settings.get(f"{name}_token")
-        value = value.get("content") if isinstance(value, dict) else value
-        if value is not None and not isinstance(value, str):
-            raise ModelFileError(f"{name}_token must be a string, got {value!r}")
-        found[name] = value
-    return found
-
-
-def _default_template(template: Any) -> str | None:
-    """Return the default chat template: some models have several, by name."""
-    if isinstance(template, list):
-        if not all(isinstance(x, dict) and {"name", "template"} <= x.keys() for x in template):
-            raise ModelFileError("chat_template is a list, but not of named templates")
-        template = next((x["template"] for x in template if x["name"] == "default"), None)
-    if template is not None and not isinstance(template, str):
-        raise ModelFileError(f"chat_template must be a string, got {type(template).__name__}")
-    return template
