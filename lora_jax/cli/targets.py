@@ -20,8 +20,9 @@ def resolve(targets: Sequence[str], params: Any, naming: Naming) -> list[str]:
     """Return the paths of the leaves that `targets` name.
 
     A target is the end of a PyTorch module's name ("q_proj", "self_attn.q_proj", or all of it), the
-    end of a path in the tree or a module there ("query/kernel", "query", "layer_0"), or
-    "all-linear": every linear layer except the output head.
+    end of a path in the tree or a module there ("query/kernel", "query", "layer_0"), a PyTorch
+    module that contains others ("self_attn"), or "all-linear": every linear layer except the output
+    head.
 
     Args:
       targets: at least one.
@@ -107,7 +108,9 @@ def _find(
 def _match(target: str, modules: _Names) -> list[str]:
     in_torch = lambda path: any(f".{name}".endswith(f".{target}") for name in modules[path])
     in_tree = lambda path: f"/{path}".endswith(f"/{target}") or f"/{target}/" in f"/{path}/"
-    return [path for path in modules if in_torch(path)] or [p for p in modules if in_tree(p)]
+    above = lambda path: any(f".{target}." in f".{name}." for name in modules[path])
+    tests = (in_torch, in_tree, above)  # the first that matches anything decides
+    return next(filter(None, ([path for path in modules if test(path)] for test in tests)), [])
 
 
 def _unknown(option: str, target: str, modules: _Names, groups: Collection[str]) -> str:

@@ -37,7 +37,7 @@ def describe(error: Any, words: Sequence[str]) -> str:
         return _unknown(error.option_name, context)
     invalid = _INVALID.fullmatch(message)
     if invalid is None:
-        return message
+        return message.removeprefix("Invalid value: ")
     what = invalid["what"].rstrip(".")
     for pattern, better in _WORDS:
         what = re.sub(pattern, better, what)
@@ -54,7 +54,7 @@ def _unknown(name: str, context: Any) -> str:
     if known is not None:
         return f"no such option: {name}; {known}"
     close = difflib.get_close_matches(name, options, n=2, cutoff=0.7)
-    return f"no such option: {name}" + (f"; did you mean {' or '.join(close)}?" if close else "")
+    return f"no such option: {name}" + (f"; perhaps {' or '.join(close)}" if close else "")
 
 
 def _given(words: Sequence[str], option: str) -> str | None:

@@ -14,7 +14,7 @@ _RULES = (
     (r'\binit="(\w+)"', r"--init \1"),
     (r'\bbias="(\w+)": no leaf named bias or b is a bias\. Name it with train=', None),
     (r'\bbias="(\w+)"', r"--bias \1"),
-    (r"\blayers: (\(.*?\)|slice\(.*?\)|-?\d+) selects", "--layers {layers}: selects"),
+    (r"\blayers: (\(.*?\)|slice\(.*?\)|-?\d+) selects", "--layers '{layers}' selects"),
     (r"(?m)^(targets|exclude|train|layers|rank|alpha|dropout|bias|init)\b(?= must|:)", r"--\1"),
     (r"\b(exclude|train|layers|rank|bias)=", r"--\1"),
     (r"\brank (\d+) is above", r"--rank \1 is above"),
