@@ -13,7 +13,12 @@ _OPTIONS = {
     "--dropout": ("lora-dropout",),
     "--steps": ("iters", "iterations", "max-steps", "num-steps", "train-steps", "max-iters"),
     "--epochs": ("num-train-epochs", "num-epochs", "epoch", "n-epochs", "max-epochs"),
-    "--batch": ("batch-size", "per-device-train-batch-size", "micro-batch-size", "train-batch-size"),
+    "--batch": (
+        "batch-size",
+        "per-device-train-batch-size",
+        "micro-batch-size",
+        "train-batch-size",
+    ),
     "--accumulate": (
         *("gradient-accumulation-steps", "grad-accumulation-steps", "accumulation-steps"),
         *("gradient-accumulation", "grad-accum"),

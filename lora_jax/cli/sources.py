@@ -18,6 +18,7 @@ from lora_jax.files.naming import Naming
 from lora_jax.models import assets, stops
 from lora_jax.models.text.byte_tokenizer import byte_tokenizer
 from lora_jax.models.text.tokenizer import Tokenizer
+from lora_jax.models.text.tokenizer_files import has_tokenizer
 from lora_jax.models.tiny import tiny
 
 #: Models by name: one is downloaded, one is made here.
@@ -72,12 +73,24 @@ def _explain_missing(name: str) -> str:
     )
 
 
-def tokenizer_of(model: kinds.Found) -> Tokenizer:
-    """Read the tokenizer in a model's directory or file."""
+def tokenizer_of(model: kinds.Found, adapter: Path | None = None) -> Tokenizer:
+    """Read the tokenizer in a model's directory or file.
+
+    Args:
+      model: see `find_model`.
+      adapter: if given, the tokenizer or the chat template in its directory is used instead.
+    """
+    own = kinds.adapter(adapter).path if adapter else None
+    if own is not None and not own.is_dir():
+        own = None
     if model.kind == kinds.TINY:
-        return byte_tokenizer()
-    read = Tokenizer.from_gguf if model.kind == kinds.GGUF else Tokenizer.load
-    return read(model.path)
+        tokenizer = byte_tokenizer()
+    elif own is not None and has_tokenizer(own) and not has_tokenizer(model.path):
+        return Tokenizer.load(own)
+    else:
+        read = Tokenizer.from_gguf if model.kind == kinds.GGUF else Tokenizer.load
+        tokenizer = read(model.path)
+    return tokenizer if own is None else tokenizer.of_adapter(own)
 
 
 def stop_ids(model: kinds.Found, tokenizer: Tokenizer) -> frozenset[int]:

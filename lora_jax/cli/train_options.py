@@ -82,9 +82,9 @@ class TrainOptions:
         float, Option(min=0, max=0.99, help="Dropout rate on the adapter's input.")
     ] = 0.0
     steps: Annotated[int | None, Option(min=1, help=_STEPS)] = None
-    epochs: Annotated[
-        float | None, Option(min=0.001, help="Passes over the data; default: 1.")
-    ] = None
+    epochs: Annotated[float | None, Option(min=0.001, help="Passes over the data; default: 1.")] = (
+        None
+    )
     batch: Annotated[int, Option(min=1, help="Rows per micro-batch.")] = 4
     accumulate: Annotated[int, Option(min=1, help="Micro-batches per step.")] = 1
     length: Annotated[int, Option(min=0, help=_LENGTH)] = 0

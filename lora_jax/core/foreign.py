@@ -4,8 +4,13 @@ A tensor's name, a token or a path may hold what steers a terminal (ESC, BEL), t
 of a line around (bidirectional marks), cannot be encoded (lone surrogates), or fills the screen.
 """
 
+import reprlib
+from typing import Any
+
 MOST = 240  # characters of one name or value
 MOST_OF_MESSAGE = 20_000  # characters of one message
+_REPR = reprlib.Repr()
+_REPR.maxstring = _REPR.maxlong = _REPR.maxother = 120
 
 
 def shown(text: object, most: int = MOST) -> str:
@@ -21,6 +26,18 @@ def shown(text: object, most: int = MOST) -> str:
     'xxxxxx...yyy (100 characters)'
     """
     return _escape(_shorten(str(text), most))
+
+
+def shown_value(value: Any) -> str:
+    """Return the `repr` of a value of any type, depth and size in one short line.
+
+    >>> shown_value({"r": [8] * 99})
+    "{'r': [8, 8, 8, 8, 8, 8, ...]}"
+    """
+    try:
+        return shown(_REPR.repr(value))
+    except Exception:  # a foreign object's repr can raise anything, as an integer's of 5,000 digits
+        return f"a value of type {type(value).__name__}"
 
 
 def escaped(text: str, most: int = MOST_OF_MESSAGE) -> str:

@@ -14,6 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
+from lora_jax.core.checks import is_size, is_within
+from lora_jax.core.foreign import shown_value
+from lora_jax.models.llama_config import EPSILONS
+
 
 def _gelu(x: jax.Array) -> jax.Array:
     # `jax.nn.gelu(approximate=False)` uses erfc, which takes three times as long on CPU.
@@ -48,20 +52,24 @@ class BertConfig:
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
-            if field.type is int and (not isinstance(value, int) or value < 1):
-                raise ValueError(f"BertConfig.{field.name} must be a positive int, got {value!r}")
+            if field.type is int and not is_size(value):
+                raise ValueError(
+                    f"BertConfig.{field.name} must be a positive int, got {shown_value(value)}"
+                )
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"BertConfig: hidden_size {self.hidden_size} is not a multiple of "
                 f"num_attention_heads {self.num_attention_heads}"
             )
-        if not isinstance(self.layer_norm_eps, int | float) or not self.layer_norm_eps > 0:
+        if not is_within(self.layer_norm_eps, *EPSILONS):
             raise ValueError(
-                f"BertConfig.layer_norm_eps must be a positive number, got {self.layer_norm_eps!r}"
+                "BertConfig.layer_norm_eps must be a positive number up to 1, "
+                f"got {shown_value(self.layer_norm_eps)}"
             )
         if not isinstance(self.hidden_act, str) or self.hidden_act not in ACTIVATIONS:
             raise ValueError(
-                f"BertConfig.hidden_act {self.hidden_act!r} is not one of {sorted(ACTIVATIONS)}"
+                f"BertConfig.hidden_act {shown_value(self.hidden_act)} is not one of "
+                f"{sorted(ACTIVATIONS)}"
             )
 
     @classmethod
@@ -73,7 +81,7 @@ class BertConfig:
         """
         position = settings.get("position_embedding_type", "absolute")
         if position != "absolute":
-            raise ValueError(f"position_embedding_type {position!r} is not supported")
+            raise ValueError(f"position_embedding_type {shown_value(position)} is not supported")
         known = {f.name: settings[f.name] for f in fields(cls) if f.name in settings}
         try:
             return cls(**known)

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from lora_jax.core.errors import AdapterFileError, ModelFileError
+from lora_jax.core.foreign import shown, shown_value
 from lora_jax.files.disk import safetensors_file, strict_json
 from lora_jax.files.disk.atomic import write_directory
 
@@ -43,11 +44,11 @@ def read_config(directory: str | Path) -> dict[str, Any]:
     """
     path = Path(directory) / CONFIG
     try:
-        settings = strict_json.parse_json(path.read_bytes(), str(path))
+        settings = strict_json.parse_json(path.read_bytes(), str(path), ModelFileError)
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: no such file") from None
-    except (AdapterFileError, OSError) as error:
-        raise ModelFileError(str(error)) from None
+    except OSError as error:
+        raise ModelFileError(f"{path}: cannot be read: {error.strerror}") from None
     if not isinstance(settings, dict):
         raise ModelFileError(f"{path}: is not a JSON object")
     return settings
@@ -81,9 +82,10 @@ def tensors(directory: str | Path) -> dict[str, StoredTensor]:
             continue
         stored = _read_header(directory / shard)
         wanted = {name for name, file in index.items() if file == shard}
-        problems += [f"{name}: not in {shard}" for name in wanted - stored.keys()]
+        problems += [f"{shown(name)}: not in {shard}" for name in wanted - stored.keys()]
         problems += [
-            f"{name}: in {shard}, but the index does not say so" for name in stored.keys() - wanted
+            f"{shown(name)}: in {shard}, but the index does not say so"
+            for name in stored.keys() - wanted
         ]
         found |= stored
     if problems:
@@ -114,15 +116,21 @@ def _read_header(path: Path) -> dict[str, StoredTensor]:
 def _read_index(path: Path) -> dict[str, str]:
     """Read an index: {tensor: file}."""
     try:
-        index = strict_json.parse_json(path.read_bytes(), str(path))
-    except (AdapterFileError, OSError) as error:
-        raise ModelFileError(str(error)) from None
+        index = strict_json.parse_json(path.read_bytes(), str(path), ModelFileError)
+    except OSError as error:
+        raise ModelFileError(f"{path}: cannot be read: {error.strerror}") from None
     files = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(files, dict) or not files:
         raise ModelFileError(f"{path}: has no weight_map from tensors to files")
-    if wrong := [x for x in files.values() if not isinstance(x, str) or Path(x).name != x]:
-        raise ModelFileError(f"{path}: {wrong[0]!r} is not the name of a file in its directory")
+    if wrong := [x for x in files.values() if not _is_file_name(x)]:
+        name = shown_value(wrong[0])
+        raise ModelFileError(f"{path}: {name} is not the name of a file in its directory")
     return files
+
+
+def _is_file_name(x: Any) -> bool:
+    """Return whether `x` is a name that every file system takes, without a directory."""
+    return isinstance(x, str) and x.isprintable() and len(x.encode()) < 256 and Path(x).name == x
 
 
 def write(

@@ -5,7 +5,8 @@ from dataclasses import dataclass, field, fields
 from functools import partial
 from typing import Any, ClassVar
 
-from lora_jax.core.checks import is_integer
+from lora_jax.core.checks import is_size, is_within
+from lora_jax.core.foreign import shown_value
 from lora_jax.models.rope import Rope
 
 #: Defaults per model type, for what its config.json leaves out.
@@ -15,6 +16,7 @@ MODEL_TYPES: dict[str, dict[str, Any]] = {
     "qwen2": {"attention_bias": True, "max_position_embeddings": 32768},
 }
 PARAM_DTYPES = ("float32", "bfloat16", "float16")
+EPSILONS = (1e-30, 1.0)  # of a norm: the smallest is above zero in float32 as well
 
 
 @dataclass(frozen=True)
@@ -83,9 +85,10 @@ class LlamaConfig:
             ("dtype", PARAM_DTYPES),
             ("param_dtype", PARAM_DTYPES),
         ):
-            if getattr(self, name) not in allowed:
+            value = getattr(self, name)
+            if not isinstance(value, str) or value not in allowed:
                 raise ValueError(
-                    f"LlamaConfig.{name} {getattr(self, name)!r} is not one of {list(allowed)}"
+                    f"LlamaConfig.{name} {shown_value(value)} is not one of {list(allowed)}"
                 )
 
     def _check_types(self, but: str = "") -> None:
@@ -93,19 +96,24 @@ class LlamaConfig:
             value = getattr(self, f.name)
             if f.name == but:
                 continue
-            is_int = is_integer(value) and value > 0
-            if f.type is int and not is_int:
-                raise ValueError(f"LlamaConfig.{f.name} must be a positive int, got {value!r}")
+            if f.type is int and not is_size(value):
+                raise ValueError(
+                    f"LlamaConfig.{f.name} must be a positive int, got {shown_value(value)}"
+                )
             if f.type is bool and not isinstance(value, bool):
-                raise ValueError(f"LlamaConfig.{f.name} must be true or false, got {value!r}")
-        if not isinstance(self.rms_norm_eps, int | float) or not self.rms_norm_eps > 0:
+                raise ValueError(
+                    f"LlamaConfig.{f.name} must be true or false, got {shown_value(value)}"
+                )
+        if not is_within(self.rms_norm_eps, *EPSILONS):
             raise ValueError(
-                f"LlamaConfig.rms_norm_eps must be a positive number, got {self.rms_norm_eps!r}"
+                f"LlamaConfig.rms_norm_eps must be a positive number up to 1, "
+                f"got {shown_value(self.rms_norm_eps)}"
             )
         window = self.sliding_window
-        if window is not None and (not isinstance(window, int) or window < 1):
+        if window is not None and not is_size(window):
             raise ValueError(
-                f"LlamaConfig.sliding_window must be a positive int or None, got {window!r}"
+                "LlamaConfig.sliding_window must be a positive int or None, "
+                f"got {shown_value(window)}"
             )
 
     @classmethod
@@ -124,7 +132,9 @@ class LlamaConfig:
         """
         model_type = settings.get("model_type", "llama")
         if not isinstance(model_type, str) or model_type not in MODEL_TYPES:
-            raise ValueError(f"model_type {model_type!r} is not one of {sorted(MODEL_TYPES)}")
+            raise ValueError(
+                f"model_type {shown_value(model_type)} is not one of {sorted(MODEL_TYPES)}"
+            )
         if settings.get("quantization_config"):
             raise ValueError(
                 "config.json has a quantization_config: quantized weights are not supported"
@@ -154,7 +164,9 @@ def _window(settings: Mapping[str, Any], model_type: str) -> int | None:
     if model_type == "qwen2" and not settings.get("use_sliding_window"):
         kinds = {"full_attention"}
     elif isinstance(types, list) and types:
-        kinds = set(map(str, types))
+        if not all(isinstance(kind, str) for kind in types):
+            raise ValueError("config.json: layer_types must be a list of names")
+        kinds = set(types)
     else:
         first, layers = settings.get("max_window_layers", 28), settings["num_hidden_layers"]
         if not isinstance(first, int) or not isinstance(layers, int):

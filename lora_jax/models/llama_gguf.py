@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 
 from lora_jax.core.errors import ModelFileError
-from lora_jax.files.disk import gguf_file
+from lora_jax.core.foreign import shown_value
+from lora_jax.files.disk import gguf_file, gguf_schema
 from lora_jax.files.naming import KINDS, Entry, Naming
 
 # The llama.cpp architectures supported here; llama.cpp also calls Mistral "llama".
@@ -78,8 +79,10 @@ def _settings(file: gguf_file.GgufFile) -> dict[str, Any]:
     kind = file.metadata.get("general.architecture")
     if kind not in ARCHITECTURES:
         raise ModelFileError(
-            f"the architecture {kind!r} is not supported, only {' and '.join(ARCHITECTURES)}"
+            f"the architecture {shown_value(kind)} is not supported, only "
+            f"{' and '.join(ARCHITECTURES)}"
         )
+    gguf_schema.check(file.metadata, gguf_schema.DECODER, f"{kind}.")
     known = {
         key.removeprefix(f"{kind}."): _shorten(value)
         for key, value in file.metadata.items()
@@ -113,7 +116,7 @@ def _infer_scaling(known: Mapping[str, Any], factors: Any) -> dict[str, Any] | N
     """Return config.json's `rope_scaling`."""
     kind, factor = known.get("rope.scaling.type", "none"), known.get("rope.scaling.factor", 1.0)
     if kind not in ("none", "linear"):
-        raise ModelFileError(f"rotary embeddings of type {kind!r} are not supported")
+        raise ModelFileError(f"rotary embeddings of type {shown_value(kind)} are not supported")
     size = known.get("attention.key_length")
     size = size or known["embedding_length"] // known["attention.head_count"]
     if known.get("rope.dimension_count", size) != size:

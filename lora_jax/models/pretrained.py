@@ -12,7 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
+from lora_jax.core.checks import is_integer
 from lora_jax.core.errors import ModelFileError, StructureError
+from lora_jax.core.foreign import shown, shown_value
 from lora_jax.core.paths import flatten_with_paths
 from lora_jax.files import naming as names
 from lora_jax.files.naming import Naming
@@ -104,10 +106,11 @@ def load(
         missing, unexpected or of another shape (all of them are listed); or a file is damaged.
     """
     source = _open(Path(path))
-    dtype = _dtype(dtype, source.tensors.values())
     kept, ignored = namings.KEPT[source.kind], source.ignored
     try:
+        _check_dtypes(source)
         _check_sizes(source)
+        dtype = _dtype(dtype, source.tensors.values())
         module = _module(source, dtype, scan=scan, remat=remat)
         like = _param_shapes(module, dtype)
         like = _stored_shapes(source, like) if as_stored else like
@@ -237,7 +240,8 @@ def _kind(settings: Mapping[str, Any], path: Path) -> str:
     model_type = settings.get("model_type")
     if not isinstance(model_type, str) or model_type not in KIND_OF_MODEL_TYPE:
         raise ModelFileError(
-            f"{path}: model_type {model_type!r} is not one of {sorted(KIND_OF_MODEL_TYPE)}"
+            f"{path}: model_type {shown_value(model_type)} is not one of "
+            f"{sorted(KIND_OF_MODEL_TYPE)}"
         )
     return KIND_OF_MODEL_TYPE[model_type]
 
@@ -245,11 +249,47 @@ def _kind(settings: Mapping[str, Any], path: Path) -> str:
 def _check_sizes(source: _Source) -> None:
     """Refuse sizes that exceed the file, before anything is allocated."""
     numbers = sum(math.prod(tensor.shape) for tensor in source.tensors.values())
-    limits = dict.fromkeys(("vocab_size", "hidden_size", "intermediate_size"), numbers)
+    sizes = {name: n for name, n in source.settings.items() if is_integer(n)}
+    sizes["num_attention_heads * head_dim"] = math.prod(
+        sizes.get(name, 1) for name in ("num_attention_heads", "head_dim")
+    )
+    limits = dict.fromkeys(_SIZES[source.kind], numbers)
     for name, limit in (limits | {"num_hidden_layers": len(source.tensors)}).items():
-        size = source.settings.get(name)
-        if isinstance(size, int) and size > limit:
+        if sizes.get(name, 0) > limit:
+            size = shown_value(sizes[name])
             raise ModelFileError(f"{name} is {size}, but the files contain only {limit}")
+
+
+#: The sizes that are an axis of some tensor, or a part of one.
+_SIZES = {
+    "bert": (
+        *("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads"),
+        *("max_position_embeddings", "type_vocab_size"),
+    ),
+    "llama": (
+        *("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads"),
+        *("num_key_value_heads", "head_dim", "num_attention_heads * head_dim"),
+    ),
+}
+
+
+def _check_dtypes(source: _Source) -> None:
+    """Refuse floating dtypes that are parts of a quantization: alone they mean nothing."""
+    other = {
+        name: str(x.dtype)
+        for name, x in source.tensors.items()
+        if jnp.issubdtype(x.dtype, jnp.floating) and str(x.dtype) not in _STORED_DTYPES
+    }
+    if other:
+        name, dtype = next(iter(other.items()))
+        raise ModelFileError(
+            f"{len(other)} of {len(source.tensors)} tensors are {dtype} or the like, first "
+            f"{shown(name)}: quantized weights are not supported. All must be "
+            f"{', '.join(_STORED_DTYPES)}; where several are mixed, the widest is used"
+        )
+
+
+_STORED_DTYPES = (*PARAM_DTYPES, "float64")
 
 
 def _dtype(dtype: Any, tensors: Iterable[Any]) -> str:

@@ -8,9 +8,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lora_jax.core.checks import is_number
+from lora_jax.core.checks import is_within
+from lora_jax.core.foreign import shown_value
 
 ROPE_KINDS = ("default", "linear", "llama3")
+#: The smallest and the largest value of each number: beyond them angles are not finite.
+_RANGES: dict[str, tuple[float, float]] = {
+    "theta": (1.0, 1e15),
+    "factor": (0.01, 1e6),
+    "low_freq_factor": (1e-6, 1e6),
+    "high_freq_factor": (1e-6, 1e6),
+    "original_max_position_embeddings": (1, 2**31 - 1),
+}
 
 
 @dataclass(frozen=True)
@@ -21,7 +30,8 @@ class Rope:
     waves, longer than `original_max_position_embeddings / low_freq_factor`, with a smooth
     transition down to `original_max_position_embeddings / high_freq_factor`.
 
-    Raises `ValueError` for a kind that is not in `ROPE_KINDS` or a number that is not positive.
+    Raises `ValueError` for a kind that is not in `ROPE_KINDS`, or a number beyond what a model can
+    mean: `theta` from 1 to 1e15, `factor` from 0.01 to 1e6, the others positive.
     """
 
     theta: float = 10000.0
@@ -34,15 +44,15 @@ class Rope:
     def __post_init__(self) -> None:
         if self.kind not in ROPE_KINDS:
             raise ValueError(
-                f"rope_type {self.kind!r} is not supported, only {', '.join(ROPE_KINDS)}"
+                f"rope_type {shown_value(self.kind)} is not supported, only {', '.join(ROPE_KINDS)}"
             )
-        for name in (
-            *("theta", "factor", "low_freq_factor", "high_freq_factor"),
-            "original_max_position_embeddings",
-        ):
+        for name, (low, high) in _RANGES.items():
             value = getattr(self, name)
-            if not is_number(value) or not value > 0:
-                raise ValueError(f"rope: {name} must be a positive number, got {value!r}")
+            if not is_within(value, low, high):
+                raise ValueError(
+                    f"rope: {name} must be a positive number from {low:g} to {high:g}, "
+                    f"got {shown_value(value)}"
+                )
         if self.kind == "llama3" and self.high_freq_factor <= self.low_freq_factor:
             raise ValueError(
                 f"rope: high_freq_factor {self.high_freq_factor} must be above "
@@ -58,15 +68,15 @@ class Rope:
         """
         given = settings.get("rope_parameters") or settings.get("rope_scaling") or {}
         if not isinstance(given, Mapping):
-            raise ValueError(f"rope_scaling must be a mapping, got {given!r}")
+            raise ValueError(f"rope_scaling must be a mapping, got {shown_value(given)}")
         partial = given.get("partial_rotary_factor", settings.get("partial_rotary_factor")) or 1.0
         if partial != 1.0:
-            raise ValueError(f"partial_rotary_factor {partial!r} is not supported")
+            raise ValueError(f"partial_rotary_factor {shown_value(partial)} is not supported")
         kind = str(given.get("rope_type", given.get("type")) or "default")
         theta = given.get("rope_theta", settings.get("rope_theta", cls.theta))
         numbers = {"default": (), "linear": ("factor",), "llama3": _LLAMA3_NUMBERS}.get(kind, ())
         if missing := [name for name in numbers if name not in given]:
-            raise ValueError(f"rope_type {kind!r} needs {', '.join(missing)}")
+            raise ValueError(f"rope_type {shown_value(kind)} needs {', '.join(missing)}")
         return cls(theta, kind, **{name: given[name] for name in numbers})
 
     def frequencies(self, size: int) -> np.ndarray:

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from lora_jax.core.checks import is_integer, is_number
 from lora_jax.files.disk.atomic import naming_path, write_atomically
 
 Record = Mapping[str, Any]
@@ -17,19 +18,25 @@ def append(path: Path, record: Record) -> None:
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """Return the records of a log, without a truncated last line; none without a file."""
+    """Return the records of a log, without lines that are damaged; none without a file."""
     if not path.exists():
         return []
-    lines = path.read_text(encoding="utf-8").split("\n")
     records = []
-    for line in lines:
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
         try:
             record = json.loads(line)
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):
             continue
-        if isinstance(record, dict) and "step" in record:
+        if _is_record(record):
             records.append(record)
     return records
+
+
+def _is_record(x: Any) -> bool:
+    """Return whether a line holds a step and, where it names losses, numbers."""
+    if not isinstance(x, dict) or not is_integer(x.get("step")):
+        return False
+    return all(is_number(x[name]) for name in ("loss", "eval_loss") if name in x)
 
 
 def rewind(path: Path, step: int) -> list[dict[str, Any]]:

@@ -116,7 +116,9 @@ def bar(console: Console, steps: int, done: int = 0) -> Iterator[Callable[[Recor
     losses: list[float] = []
     pace = Pace()
     with _progress(console, *more) as progress:
-        task = progress.add_task("train", total=steps, completed=done, loss="compiling", held_out="")
+        task = progress.add_task(
+            "train", total=steps, completed=done, loss="compiling", held_out=""
+        )
 
         def show(record: Record) -> None:
             if "loss" in record:

@@ -18,7 +18,9 @@ class RunFiles:
     """
 
     def __init__(
-        self, directory: Path | None, saved: Callable[[Any, int], None] = lambda adapters, step: None
+        self,
+        directory: Path | None,
+        saved: Callable[[Any, int], None] = lambda adapters, step: None,
     ) -> None:
         self.records: list[dict[str, Any]] = []
         self._report_saved, self._last_saved = saved, -1

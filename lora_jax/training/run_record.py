@@ -1,5 +1,6 @@
 """What a run was started with, so that only the same run can be resumed."""
 
+import datetime
 import hashlib
 import json
 from collections.abc import Callable, Collection, Mapping
@@ -16,11 +17,28 @@ from lora_jax.training.batching import Data
 from lora_jax.training.errors import TrainingError
 
 RUN_FILE = "run.json"
+_STARTED = "started"
 _SHOWN = 3  # files of a directory that is not a run's
 
 
+def started(directory: Path, resume: bool) -> datetime.datetime:
+    """Return when the run in a directory was started, or the present for a new run.
+
+    A chat template may write the day into every row; a run that is resumed keeps that of its start.
+    """
+    try:
+        record = json.loads((directory / RUN_FILE).read_text("utf-8")) if resume else {}
+        return datetime.datetime.fromisoformat(record[_STARTED])
+    except (OSError, ValueError, KeyError, TypeError):  # `begin` tells what is wrong with the file
+        return datetime.datetime.now().replace(microsecond=0)
+
+
 def identity(
-    settings: Mapping[str, Any], base: Any, data: Data, held_out: Data | None
+    settings: Mapping[str, Any],
+    base: Any,
+    data: Data,
+    held_out: Data | None,
+    now: datetime.datetime | None = None,
 ) -> dict[str, Any]:
     """Return everything that decides what a run computes, as JSON values.
 
@@ -29,8 +47,10 @@ def identity(
       base: the parameter tree; dtypes, shapes and checksums are recorded.
       data: token ids and masks; a checksum is recorded.
       held_out: likewise.
+      now: from `started`; it is recorded, and does not tell runs apart.
     """
     return {
+        **({_STARTED: now.isoformat()} if now else {}),
         "settings": json.loads(json.dumps(dict(settings))),
         "base": fingerprint(base),
         "data": {

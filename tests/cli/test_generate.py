@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tokenizers
 
 import lora_jax
 from lora_jax import models, peft
@@ -179,3 +180,21 @@ def test_failures(world, fails):
     assert "no chat template" in fails(*good, "--chat")
     (world / "my-model" / "tokenizer.json").unlink()
     assert "tokenizer.json is missing" in fails(*good)
+
+
+def test_the_tokenizer_beside_the_adapter(world, run):
+    """A template alone changes the prompt of a chat; a whole tokenizer replaces the model's."""
+    words = ["generate", "--model", "my-model", "--adapter", "my-adapter", "--max-tokens", 3]
+    chat, plain = [*words, "--prompt", "Hello", "--chat"], [*words, "--prompt"]
+    before = run(*chat).out
+    template = world / "my-adapter" / "chat_template.jinja"
+    template.write_text("{{ messages[0].content }}, you")
+    assert run(*chat).out == run(*plain, "Hello, you").out != before
+    template.unlink()
+    own = tokenizers.Tokenizer.from_file(str(world / "my-model" / "tokenizer.json"))
+    own.normalizer = tokenizers.normalizers.Replace("Hello", "Bye now")
+    own.save(str(world / "my-adapter" / "tokenizer.json"))
+    expected = run(*plain, "Bye now").out
+    assert run(*plain, "Hello").out == expected
+    (world / "my-model" / "tokenizer.json").unlink()
+    assert run(*plain, "Hello").out == expected

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from gguf import GGUFWriter
 
+from lora_jax import models
 from lora_jax.core.errors import ModelFileError
 from lora_jax.files.disk import safetensors_file
 from lora_jax.files.naming import to_tree
@@ -15,6 +16,7 @@ from lora_jax.models import llama_gguf
 from lora_jax.models.llama import Llama
 from lora_jax.models.llama_config import LlamaConfig
 from lora_jax.models.namings import LLAMA
+from tests.stress.damaged_files import gguf_bytes, published
 
 FIXTURES = pathlib.Path(__file__).parent / "fixtures"
 
@@ -142,3 +144,41 @@ def test_models_that_cannot_be_read(tmp_path, kind, changes, divisors, message):
     path = write_gguf(tmp_path / "x.gguf", "llama", kind, changes=changes, divisors=divisors)
     with pytest.raises(ModelFileError, match=rf"x\.gguf: .*{message}"):
         llama_gguf.read_model(path)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "wanted"),
+    [
+        ("llama.attention.head_count", 0, "an integer from 1"),
+        ("llama.attention.head_count_kv", [1, 2], "an integer from 1"),
+        ("llama.rope.dimension_count", [4, 4], "an integer from 1"),
+        ("llama.block_count", 0.5, "an integer from 1"),
+        ("llama.block_count", True, "an integer from 1"),
+        ("llama.embedding_length", "8", "an integer from 1"),
+        ("llama.embedding_length", 2**63, "an integer from 1"),
+        ("llama.attention.layer_norm_rms_epsilon", float("nan"), "a number from 1e-30 to 1"),
+        ("llama.rope.freq_base", 0.0, "a number from 1 to 1e15"),
+        ("llama.rope.scaling.type", [1.0], "a string"),
+        ("llama.rope.scaling.factor", float("inf"), "a number from 0.01 to 1e6"),
+        ("llama.expert_count", [], "an integer from 0"),
+        ("general.architecture", 3, "a string"),
+        ("tokenizer.ggml.tokens", 1.5, "an array of strings"),
+        ("tokenizer.ggml.tokens", [1, 2], "an array of strings"),
+        ("tokenizer.ggml.token_type", 3, "an array of integers"),
+        ("tokenizer.ggml.token_type", ["a"], "an array of integers"),
+        ("tokenizer.ggml.merges", False, "an array of strings"),
+        ("tokenizer.ggml.pre", ["smollm"], "a string"),
+        ("tokenizer.ggml.bos_token_id", [0], "an integer of 32 bits"),
+        ("tokenizer.ggml.bos_token_id", -2, "an integer of 32 bits"),
+        ("tokenizer.ggml.add_bos_token", [True, False], "true or false"),
+        ("tokenizer.chat_template", 5, "a string"),
+    ],
+)
+def test_metadata_of_another_type_or_range(tmp_path, key, value, wanted):
+    """Every key is checked before anything uses it, and the message names key and value."""
+    parts = gguf_bytes.decode(published.gguf("model").files["model.gguf"])
+    parts.metadata = [item for item in parts.metadata if item[0] != key]
+    parts.metadata.append((key, *gguf_bytes.typed(value)))
+    (tmp_path / "x.gguf").write_bytes(gguf_bytes.encode(parts))
+    with pytest.raises(ModelFileError, match=rf"x\.gguf: .*{key} must be {wanted}.*, got "):
+        models.load(tmp_path / "x.gguf")

@@ -1,5 +1,6 @@
 """The directory of a run: what is refused on resuming."""
 
+import datetime
 import json
 
 import jax.numpy as jnp
@@ -67,3 +68,25 @@ def test_a_damaged_file(tmp_path, content):
         TrainingError, match=r"run\.json is damaged .* Start again with another --out"
     ):
         run_record.begin(tmp_path, identity(), resume=True)
+
+
+def test_the_start_is_kept(tmp_path):
+    """The present for a new run, what the first record says for one that is resumed."""
+    first = datetime.datetime(2020, 2, 3, 4, 5, 6)
+    before = datetime.datetime.now().replace(microsecond=0)
+    assert run_record.started(tmp_path, resume=True) >= before
+    tree = {"a": jnp.ones(3)}
+    record = run_record.identity(SETTINGS, tree, data(), None, first)
+    run_record.begin(tmp_path, record, resume=False)
+    assert run_record.started(tmp_path, resume=True) == first
+    assert run_record.started(tmp_path, resume=False) >= before
+    later = run_record.identity(SETTINGS, tree, data(), None, before)
+    assert run_record.begin(tmp_path, later, resume=True)
+    assert run_record.started(tmp_path, resume=True) == first
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"started": 3}', '{"started": "soon"}'])
+def test_a_record_without_a_start(tmp_path, content):
+    (tmp_path / "run.json").write_text(content)
+    now = datetime.datetime.now()
+    assert abs(run_record.started(tmp_path, resume=True) - now) < datetime.timedelta(minutes=1)

@@ -6,6 +6,7 @@ from pathlib import Path
 import lora_jax as lora
 from lora_jax.cli.errors import ConversionError
 from lora_jax.cli.options import refuse_existing
+from lora_jax.core.errors import ConfigError, LoraError, StructureError
 from lora_jax.files import implied_tree, kinds, mlx, native, peft
 from lora_jax.files.disk import strict_json
 from lora_jax.files.implied_tree import NamedAdapters
@@ -27,7 +28,10 @@ def run(
     _check(found, to, model, naming)
     refuse_existing(out, force)
     source = _read(found, to, model, naming)
-    _write(source, to, out)
+    try:
+        _write(source, to, out)
+    except (ConfigError, StructureError) as error:
+        raise ConversionError(f"{found.path}: cannot be converted: {error}") from error
     kind = "folded PEFT adapter" if to == "folded" else kinds.DESCRIPTIONS[_KIND_OF[to]]
     print(f"wrote {out}: {kind}")
 
@@ -53,7 +57,7 @@ def _check(found: kinds.Found, to: str, model: str | None, naming: Path | None) 
 
 def _read(found: kinds.Found, to: str, model: str | None, naming: Path | None) -> NamedAdapters:
     if naming is not None:
-        return implied_tree.from_native(found.path, _read_naming(naming))
+        return implied_tree.from_native(found.path, read_naming(naming))
     if model is not None:
         from lora_jax.cli import sources
 
@@ -70,8 +74,17 @@ def _read(found: kinds.Found, to: str, model: str | None, naming: Path | None) -
     )
 
 
-def _read_naming(path: Path) -> Naming:
-    return Naming.from_json(strict_json.parse_json(path.read_bytes(), str(path)))
+def read_naming(path: Path) -> Naming:
+    """Read a naming's rows from a JSON file.
+
+    Raises:
+      ConversionError: it is not valid JSON, or a row is wrong.
+    """
+    rows = strict_json.parse_json(path.read_bytes(), str(path), ConversionError)
+    try:
+        return Naming.from_json(rows)
+    except LoraError as error:
+        raise ConversionError(f"{path}: {error}") from error
 
 
 def _write(source: NamedAdapters, to: str, out: Path) -> None:

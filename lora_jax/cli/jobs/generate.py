@@ -36,7 +36,7 @@ def run(
       LoraError: the model, its tokenizer or the adapter cannot be read.
     """
     base = sources.find_model(model)
-    tokenizer = sources.tokenizer_of(base)
+    tokenizer = sources.tokenizer_of(base, adapter)
     ids = _encode(tokenizer, prompt, chat)
     loaded = sources.load(base, adapter, dtype, strict=strict)
     pretrained = loaded.model
@@ -63,7 +63,7 @@ def _encode(tokenizer: Tokenizer, prompt: str, chat: bool) -> list[int]:
     if chat:  # the template writes out the special tokens
         turn = {"role": "user", "content": prompt}
         return tokenizer.encode(tokenizer.chat([turn], add_generation_prompt=True))
-    return tokenizer.encode(prompt, special=True)
+    return tokenizer.encode_prompt(prompt)
 
 
 def _room(pretrained: Pretrained, ids: list[int], max_tokens: int) -> int:

@@ -12,6 +12,7 @@ from rich.measure import Measurement
 from rich.table import Table
 
 from lora_jax.cli.jobs.spectrum import Spectrum
+from lora_jax.core.foreign import shown
 from lora_jax.files.contained_factors import AdapterFile, ShownFactors
 from lora_jax.files.kinds import DESCRIPTIONS
 
@@ -37,9 +38,14 @@ def show(file: AdapterFile, spectra: list[Spectrum], *, every: bool) -> None:
         if found.norm != found.norm
     ]
     if broken:
-        out.print(f"[red]NaN or infinite values in {escape(', '.join(broken))}[/red]")
+        out.print(f"[red]NaN or infinite values in {_safe(', '.join(broken))}[/red]")
     if "DoRA" in file.variant:
         out.print("ΔW is scale·A·B here, without the effect of DoRA's magnitudes.")
+
+
+def _safe(text: str) -> str:
+    """Return text of a file for a table: without control characters, and without markup."""
+    return escape(shown(text, most=4096))
 
 
 def _facts(file: AdapterFile) -> Table:
@@ -57,7 +63,7 @@ def _facts(file: AdapterFile) -> Table:
     if file.whole:
         facts["besides"] = _shorten(f"{name} {list(shape)}" for name, shape in file.whole.items())
     for name, value in facts.items():
-        table.add_row(name, escape(value))
+        table.add_row(name, _safe(value))
     return table
 
 
@@ -76,7 +82,7 @@ def _modules(
         groups.setdefault(name, []).append((one, found))
     for name, members in groups.items():
         count = [] if every else [str(len(members))]
-        table.add_row(escape(name), *count, *(_cells(members)[heading] for heading in headings))
+        table.add_row(_safe(name), *count, *(_cells(members)[heading] for heading in headings))
     return table
 
 

@@ -4,6 +4,9 @@ import dataclasses
 
 import numpy as np
 
+#: Overflows of absurd numbers are shown as they are: inf and NaN.
+_QUIET = np.errstate(over="ignore", invalid="ignore")
+
 
 @dataclasses.dataclass(frozen=True)
 class Spectrum:
@@ -20,6 +23,7 @@ class Spectrum:
     singular_values: np.ndarray
 
     @property
+    @_QUIET
     def norm(self) -> float:
         """‖ΔW‖, its Frobenius norm: √Σσ²."""
         return float(np.linalg.norm(self.singular_values))
@@ -30,10 +34,12 @@ class Spectrum:
         return float(self.singular_values[0]) if self.singular_values.size else 0.0
 
     @property
+    @_QUIET
     def stable_rank(self) -> float:
         """‖ΔW‖² / σ₁²: the number of directions as large as the largest that give this norm."""
         return (self.norm / self.largest) ** 2 if self.largest != 0 else 0.0
 
+    @_QUIET
     def directions(self, share: float) -> int:
         """Return how few singular directions have this share of the energy Σσ²; 0 if ΔW = 0.
 
@@ -46,6 +52,7 @@ class Spectrum:
         return int(np.searchsorted(energy, share * energy[-1] * (1 - 1e-12))) + 1
 
 
+@_QUIET
 def spectrum(a: np.ndarray, b: np.ndarray, scale: float) -> Spectrum:
     """Compute norms and singular values of `scale · A · B`, A `[in, rank]` and B `[rank, out]`.
 
@@ -58,8 +65,10 @@ def spectrum(a: np.ndarray, b: np.ndarray, scale: float) -> Spectrum:
     """
     a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
     norms = float(np.linalg.norm(a)), float(np.linalg.norm(b))
-    if not (np.isfinite(a).all() and np.isfinite(b).all() and np.isfinite(scale)):
+    inner = np.array(np.nan)
+    if np.isfinite(a).all() and np.isfinite(b).all() and np.isfinite(scale):
+        (_, left), (_, right) = np.linalg.qr(a), np.linalg.qr(b.T)
+        inner = left @ right.T
+    if not np.isfinite(inner).all():
         return Spectrum(*norms, np.full(min(a.shape[0], *b.shape), np.nan))
-    (_, left), (_, right) = np.linalg.qr(a), np.linalg.qr(b.T)
-    inner = left @ right.T
     return Spectrum(*norms, abs(scale) * np.linalg.svd(inner, compute_uv=False))

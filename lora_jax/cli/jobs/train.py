@@ -1,6 +1,8 @@
 """What `lora-jax train` does: a model and files in, a trained adapter out."""
 
 import dataclasses
+import datetime
+from collections.abc import Callable
 from typing import Any
 
 from rich.console import Console
@@ -38,7 +40,8 @@ def main(options: TrainOptions, command: str) -> None:
     if options.resume and not resumed:
         say(f"nothing to resume in {options.out}: starting from the beginning")
     optimizer = _optimizer(options)
-    options, model = _open(options, say)
+    now = run_record.started(options.out, options.resume)
+    options, model = _open(options, now, say)
     say(f"reading {', '.join(map(str, [*options.data, *(options.held_out or ())]))}")
     task = read_task(options, model)
     for note in task.notes:
@@ -52,6 +55,7 @@ def main(options: TrainOptions, command: str) -> None:
         task.params,
         task.data,
         task.held_out,
+        now,
     )
     results = train_results.Results(options, task, model.naming, start.config, start.params)
     results.check(adapters)
@@ -86,14 +90,16 @@ def _optimizer(options: TrainOptions) -> Optimizer:
     )
 
 
-def _open(options: TrainOptions, say: Any) -> tuple[TrainOptions, TrainableModel]:
+def _open(
+    options: TrainOptions, now: datetime.datetime, say: Callable[[str], None]
+) -> tuple[TrainOptions, TrainableModel]:
     """Return the model, and the options with the length and the form of layers that it has."""
     scan = options.scan
     if options.adapter is not None:
         found = kinds.adapter(options.adapter)
         if found.kind == kinds.NATIVE:  # the others have one name per layer
             scan = sources.is_stacked(found)
-    model = open_model(options.model, options.dtype, scan, say=say)
+    model = open_model(options.model, options.dtype, scan, options.adapter, now, say)
     length = options.length or min(512, model.longest)
     if not 2 <= length <= model.longest:
         raise TrainingError(f"--length {length}: must be from 2 to {model.longest} for this model")

@@ -4,6 +4,7 @@ import dataclasses
 import datetime
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from lora_jax.cli import sources
@@ -12,7 +13,6 @@ from lora_jax.files.naming import Naming
 from lora_jax.models import hf_directory
 from lora_jax.models.llama_config import LlamaConfig
 from lora_jax.models.pretrained import Pretrained
-from lora_jax.models.stops import stop_ids
 from lora_jax.models.text import Tokenizer
 
 
@@ -37,6 +37,7 @@ def open_model(
     name: str,
     dtype: str | None,
     scan: bool,
+    adapter: Path | None = None,
     now: datetime.datetime | None = None,
     say: Callable[[str], None] = lambda text: None,
 ) -> TrainableModel:
@@ -47,6 +48,7 @@ def open_model(
         "tiny" (random, made here).
       dtype: of parameters and arithmetic; None for the file's.
       scan: whether layers are stacked, if the model can.
+      adapter: to start from; it may bring a tokenizer or a chat template of its own.
       now: the time that a chat template sees; that of each call if None.
       say: called with a line before anything that takes long.
 
@@ -55,12 +57,12 @@ def open_model(
     """
     found = sources.find_model(name, say)
     say(f"loading {name}")
-    tokenizer = dataclasses.replace(sources.tokenizer_of(found), now=now)
+    tokenizer = dataclasses.replace(sources.tokenizer_of(found, adapter), now=now)
     is_bert = (
         found.kind == kinds.CHECKPOINT
         and hf_directory.read_config(found.path).get("model_type") == "bert"
     )
-    stops = stop_ids(None if found.kind == kinds.TINY else found.path, tokenizer)
+    stops = sources.stop_ids(found, tokenizer)
     loaded = sources.load_model(found, dtype, scan=scan and not is_bert)
     return _to_trainable(loaded, tokenizer, stops)
 

@@ -104,7 +104,9 @@ class Watch:
         """End the process here: an exception in the main thread would crash XLA's compiler."""
         if self._console.is_terminal:
             self._console.show_cursor(True)
-        what = f"step {self._saved} of {self._steps} is saved" if self._saved else "no step is saved"
+        what = (
+            f"step {self._saved} of {self._steps} is saved" if self._saved else "no step is saved"
+        )
         print(
             f"error: interrupted at once: {what}; to resume: {self._command}",
             file=sys.stderr,

@@ -11,7 +11,7 @@ import numpy as np
 from lora_jax.core.paths import flatten_with_paths
 from lora_jax.core.weights import is_adapted
 
-_ENTRY = re.compile(r"(\w+)\[((?:\d+(?:,\d+)*)?)\](?::\w+)?")
+_ENTRY = re.compile(r"(\w+)\[((?:\d{1,12}(?:,\d{1,12})*)?)\](?::\w+)?")
 
 
 def fingerprint(base: Any, skip: Collection[str] = ()) -> dict[str, str]:
@@ -45,7 +45,13 @@ def parse_entry(text: Any) -> jax.ShapeDtypeStruct | None:
     match = _ENTRY.fullmatch(text) if isinstance(text, str) else None
     if match is None:
         return None
-    return jax.ShapeDtypeStruct(tuple(int(n) for n in match[2].split(",") if n), match[1])
+    try:
+        dtype = jnp.dtype(match[1])
+    except TypeError:
+        return None
+    is_known = dtype == jnp.bool_ or jnp.issubdtype(dtype, jnp.number)
+    shape = tuple(int(n) for n in match[2].split(",") if n)
+    return jax.ShapeDtypeStruct(shape, dtype) if is_known else None
 
 
 def differences(saved: dict[str, str], base: dict[str, str]) -> list[str]:

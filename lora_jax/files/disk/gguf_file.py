@@ -15,6 +15,8 @@ from typing import Any
 import numpy as np
 
 from lora_jax.core.errors import ModelFileError
+from lora_jax.core.foreign import shown
+from lora_jax.files.disk import gguf_schema
 
 _STRING, _ARRAY = 8, 9
 _NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q"} | {
@@ -53,9 +55,11 @@ class GgufTensor:
             with np.errstate(over="ignore", invalid="ignore"):  # reported below
                 values = dequantize(rows, kind).reshape(self.shape)
         except NotImplementedError as error:
-            raise ModelFileError(f"{self.name}: type {self.kind} is not supported") from error
+            raise ModelFileError(
+                f"{shown(self.name)}: type {self.kind} is not supported"
+            ) from error
         if not np.isfinite(values).all():
-            raise ModelFileError(f"{self.name}: contains NaN or infinite values")
+            raise ModelFileError(f"{shown(self.name)}: contains NaN or infinite values")
         return values.astype(dtype or np.float32, copy=bool(copy))
 
 
@@ -102,12 +106,11 @@ def _parse(data: mmap.mmap) -> GgufFile:
     for _ in range(pairs):
         key = reader.string()
         if key in metadata:
-            raise ModelFileError(f"the key {key} appears twice")
+            raise ModelFileError(f"the key {shown(key)} appears twice")
         metadata[key] = reader.value(reader.number("I"))
     headers = [(reader.string(), *reader.tensor()) for _ in range(tensors)]
+    gguf_schema.check(metadata, gguf_schema.GENERAL)
     alignment = metadata.get("general.alignment", 32)
-    if not isinstance(alignment, int) or alignment < 1 or alignment & (alignment - 1):
-        raise ModelFileError(f"general.alignment {alignment!r} is not a power of two")
     start = -(-reader.at // alignment) * alignment
     return GgufFile(metadata, {tensor.name: tensor for tensor in _tensors(data, start, headers)})
 
@@ -123,15 +126,19 @@ def _tensors(data: mmap.mmap, start: int, headers: list[tuple]) -> Iterator[Gguf
             kind = GGMLQuantizationType(number)
             block, size = GGML_QUANT_SIZES[kind]
         except (ValueError, KeyError):
-            raise ModelFileError(f"{name}: unknown tensor type {number}") from None
+            raise ModelFileError(f"{shown(name)}: unknown tensor type {number}") from None
         count = int(np.prod(shape, dtype=object))
         if not count or shape[-1] % block:
-            raise ModelFileError(f"{name}: shape {shape} does not fit {kind.name}'s block size")
+            raise ModelFileError(
+                f"{shown(name)}: shape {shape} does not fit {kind.name}'s block size"
+            )
         first, last = start + offset, start + offset + count // block * size
         if first < end or last > len(data):
-            raise ModelFileError(f"{name}: bytes {first} to {last} overlap or exceed the file")
+            raise ModelFileError(
+                f"{shown(name)}: bytes {first} to {last} overlap or exceed the file"
+            )
         if name in names:
-            raise ModelFileError(f"the tensor {name} appears twice")
+            raise ModelFileError(f"the tensor {shown(name)} appears twice")
         names.add(name)
         end = last
         yield GgufTensor(name, shape, kind.name, content[first:last])

@@ -16,8 +16,9 @@ import numpy as np
 from safetensors.numpy import save as serialize
 
 from lora_jax.core.errors import AdapterFileError
+from lora_jax.core.foreign import shown_value
 from lora_jax.files.disk.atomic import write_atomically
-from lora_jax.files.disk.strict_json import lines, parse_json, show
+from lora_jax.files.disk.strict_json import lines, parse_json
 
 #: The supported dtypes by their names in safetensors.
 _DTYPES = {
@@ -143,7 +144,7 @@ def encode(
 ) -> bytes:
     """Return the bytes that `write` writes."""
     problems = [
-        f"tensor {show(name)}: {problem}"
+        f"tensor {shown_value(name)}: {problem}"
         for name, x in tensors.items()
         for problem in (
             *_name_problems(name),
@@ -185,10 +186,12 @@ def _read(
         if file.readinto(array.reshape(-1).view(np.uint8).data) != info.stop - info.start:
             raise AdapterFileError(f"{source}: the file became shorter while it was read")
         if info.dtype == np.bool_ and (array.view(np.uint8) > 1).any():
-            raise AdapterFileError(f"{source}: tensor {show(name)} has bools other than 0 and 1")
+            raise AdapterFileError(
+                f"{source}: tensor {shown_value(name)} has bools other than 0 and 1"
+            )
         tensors[name] = array
     if finite:
-        bad = [show(name) for name, x in tensors.items() if not _is_finite(x)]
+        bad = [shown_value(name) for name, x in tensors.items() if not _is_finite(x)]
         if bad:
             raise AdapterFileError(f"{source}: NaN or infinite values in:\n" + lines(bad))
     return tensors, header.metadata
@@ -218,7 +221,7 @@ def _header(file: io.BufferedIOBase, source: str) -> tuple[Header, int]:
     tensors = {}
     for name, record in value.items():
         found = [*_name_problems(name), *_record_problems(record)]
-        problems += [f"tensor {show(name)}: {problem}" for problem in found]
+        problems += [f"tensor {shown_value(name)}: {problem}" for problem in found]
         if not found:
             tensors[name] = TensorInfo(
                 _DTYPES[record["dtype"]], tuple(record["shape"]), *record["data_offsets"]
@@ -253,9 +256,9 @@ def _name_problems(name: str) -> list[str]:
 
 def _metadata_problems(metadata: Any) -> list[str]:
     if not isinstance(metadata, dict):
-        return [f"metadata must be a mapping, got {show(metadata)}"]
+        return [f"metadata must be a mapping, got {shown_value(metadata)}"]
     return [
-        f"metadata {show(str(key))} must be a string, got {show(x)}"
+        f"metadata {shown_value(str(key))} must be a string, got {shown_value(x)}"
         for key, x in metadata.items()
         if not (isinstance(x, str) and isinstance(key, str))
     ]
@@ -264,14 +267,14 @@ def _metadata_problems(metadata: Any) -> list[str]:
 def _record_problems(record: Any) -> list[str]:
     """List what is wrong with a tensor's entry by itself."""
     if not isinstance(record, dict) or sorted(record) != sorted(_FIELDS):
-        return [f"must have dtype, shape and data_offsets, got {show(record)}"]
+        return [f"must have dtype, shape and data_offsets, got {shown_value(record)}"]
     dtype, shape, offsets = (record[field] for field in _FIELDS)
     if not isinstance(dtype, str) or dtype not in _DTYPES:
-        return [f"unknown dtype {show(dtype)}"]
+        return [f"unknown dtype {shown_value(dtype)}"]
     if not _are_sizes(shape) or len(shape) > 32:
-        return [f"shape {show(shape)} is not a list of sizes"]
+        return [f"shape {shown_value(shape)} is not a list of sizes"]
     if not _are_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        return [f"data_offsets {show(offsets)} are not a start and an end"]
+        return [f"data_offsets {shown_value(offsets)} are not a start and an end"]
     itemsize = _DTYPES[dtype].itemsize
     if math.prod(n or 1 for n in shape) * itemsize > sys.maxsize:
         return [f"shape {shape} exceeds any memory"]
@@ -290,7 +293,9 @@ def _offset_problems(tensors: Mapping[str, TensorInfo], size: int) -> list[str]:
     for name, info in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].stop)):
         if info.start != at:
             what = "overlaps the previous one" if info.start < at else "leaves a gap before it"
-            problems.append(f"tensor {show(name)}: {what} (starts at {info.start:,}, not {at:,})")
+            problems.append(
+                f"tensor {shown_value(name)}: {what} (starts at {info.start:,}, not {at:,})"
+            )
         at = max(at, info.stop)
     if at != size:
         problems.append(f"the tensors need {at:,} bytes, but the file contains {size:,}")

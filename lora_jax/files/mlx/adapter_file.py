@@ -18,6 +18,7 @@ from lora_jax.files.torch_adapters.factors import TorchFactors
 from lora_jax.files.torch_adapters.file_contents import (
     FileContents,
     ImpliedWeight,
+    factor_problem,
     missing_factor,
     weight_shape,
 )
@@ -58,7 +59,8 @@ class MlxFile:
         for module, fields in self.modules().items():
             if A not in fields and B not in fields:
                 continue
-            found = missing_factor(fields, A, B) or _factors(fields, self.scale)
+            problem = missing_factor(fields, A, B) or factor_problem(fields, (A, B))
+            found = problem or _factors(fields, self.scale)
             if isinstance(found, str):
                 problems[module] = found
                 continue

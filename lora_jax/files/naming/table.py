@@ -6,6 +6,7 @@ from typing import Any
 
 from lora_jax.core.checks import is_integer
 from lora_jax.core.errors import ConfigError, StructureError, grouped
+from lora_jax.core.foreign import shown_value
 from lora_jax.files.naming.entry import Entry
 from lora_jax.files.naming.patterns import path_regex
 from lora_jax.files.naming.place import Place
@@ -89,12 +90,14 @@ class Naming:
         for i, row in enumerate(rows):
             if not isinstance(row, dict) or not {"torch", "path"} <= row.keys() <= fields:
                 raise ConfigError(
-                    f"row {i} of the naming: {row!r} must be an object with torch, path, and "
-                    f"optionally {', '.join(sorted(fields - {'torch', 'path'}))}"
+                    f"row {i} of the naming: {shown_value(row)} must be an object with torch, "
+                    f"path, and optionally {', '.join(sorted(fields - {'torch', 'path'}))}"
                 )
             for field, kind in _JSON_TYPES.items():
                 if field in row and not _is_json(row[field], kind):
-                    raise ConfigError(f"row {i} of the naming: invalid {field} {row[field]!r}")
+                    raise ConfigError(
+                        f"row {i} of the naming: invalid {field} {shown_value(row[field])}"
+                    )
         return cls(tuple(Entry(**row) for row in rows))
 
 

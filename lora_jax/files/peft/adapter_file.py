@@ -17,6 +17,7 @@ from lora_jax.files.torch_adapters.factors import TorchFactors
 from lora_jax.files.torch_adapters.file_contents import (
     FileContents,
     ImpliedWeight,
+    factor_problem,
     missing_factor,
     weight_shape,
 )
@@ -53,7 +54,7 @@ class PeftFile:
             if isinstance(found, TorchFactors):
                 weights[f"{module}.weight"] = kind, weight_shape(kind, found)
             rows = fields.get(tensor_names.ROWS)
-            if rows is not None and rows.ndim == 2:
+            if rows is not None and rows.ndim == 2 and rows.size:
                 count = max(self.config.rows(module) or (0,)) + 1
                 weights[f"{module}.weight"] = "embedding", (count, rows.shape[1])
         variant = "rsLoRA" if self.config.use_rslora else "LoRA"
@@ -103,6 +104,9 @@ class PeftFile:
         """Return a module's factors, None where it has none, or what is wrong with them."""
         if not fields.keys() & tensor_names.FACTOR_ENDINGS:
             return None
+        problem = factor_problem(fields, tensor_names.FACTOR_ENDINGS)
+        if problem:
+            return problem
         if not kind:
             pairs = [tensor_names.endings(kind) for kind in ("linear", "embedding")]
             missing = [missing_factor(fields, *pair) for pair in pairs]

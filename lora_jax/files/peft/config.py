@@ -43,7 +43,7 @@ def _is_names(x: Any) -> bool:
 
 
 def _is_numbers(x: Any) -> bool:
-    return isinstance(x, tuple) and all(is_integer(i) and 0 <= i < 2**63 for i in x)
+    return isinstance(x, tuple) and all(is_integer(i) and 0 <= i < 2**31 for i in x)
 
 
 def _is_mapping(x: Any, is_value: Callable[[Any], bool]) -> bool:

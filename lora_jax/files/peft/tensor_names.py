@@ -105,7 +105,9 @@ def implied_kind(fields: Mapping[str, np.ndarray], fan_in_fan_out: bool) -> str:
     """
     for kind, ndims in (("embedding", (2,)), ("conv", (3, 4, 5)), ("linear", (2,))):
         a, b = (fields.get(ending) for ending in endings(kind))
-        if a is None or b is None or a.ndim not in ndims or 0 in (*a.shape[:1], *b.shape[:1]):
+        if a is None or b is None or a.ndim not in ndims or b.ndim != a.ndim:
+            continue
+        if 0 in (len(a), len(b)):
             continue
         ones = (1,) * (a.ndim - 2)
         if b.shape == (len(b), len(a), *ones):

@@ -106,7 +106,12 @@ def common_dtype(arrays: Iterable[np.ndarray], *more: Any) -> Any:
 
 
 def concatenate(arrays: Sequence[np.ndarray], axis: int = 0) -> np.ndarray:
-    """Concatenate arrays of floating dtypes, also of those that numpy cannot promote."""
+    """Concatenate arrays of floating dtypes, also of those that numpy cannot promote.
+
+    One array is returned as it is: a scalar that is fully trained has no axis.
+    """
+    if len(arrays) == 1:
+        return arrays[0]
     dtype = common_dtype(arrays)
     return np.concatenate([x.astype(dtype) for x in arrays], axis)
 

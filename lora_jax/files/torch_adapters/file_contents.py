@@ -1,13 +1,14 @@
 """What the adapter file of a PyTorch library contains, read without its base model."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import numpy as np
 
 from lora_jax.core.errors import AdapterFileError
 from lora_jax.files.disk import strict_json
+from lora_jax.files.torch_adapters.contents import dtype_problem
 from lora_jax.files.torch_adapters.experts import Experts
 from lora_jax.files.torch_adapters.factors import TorchFactors
 
@@ -56,6 +57,24 @@ def missing_factor(fields: Mapping[str, np.ndarray], a: str, b: str) -> str | No
         return None
     there, absent = (a, b) if a in fields else (b, a)
     return f"has {there} but not {absent}"
+
+
+def factor_problem(fields: Mapping[str, np.ndarray], endings: Collection[str]) -> str | None:
+    """Return why some tensor of a module cannot be a factor of any weight, or None.
+
+    Args:
+      fields: the module's tensors by ending.
+      endings: the endings of factors.
+
+    >>> factor_problem({"lora_a": np.ones((0, 4), "f4"), "m": np.ones(4, "f4")}, ["lora_a"])
+    'lora_a has shape (0, 4), but a factor is a matrix that is not empty'
+    """
+    for ending, x in fields.items():
+        if dtype_problem(x):
+            return f"{ending} {dtype_problem(x)}"
+        if ending in endings and (x.ndim < 2 or x.size == 0):
+            return f"{ending} has shape {x.shape}, but a factor is a matrix that is not empty"
+    return None
 
 
 def weight_shape(kind: str, factors: TorchFactors) -> tuple[int, ...]:

@@ -83,7 +83,7 @@ class Tokenizer:
         chat_template, tool_template = tokenizer_files.read_templates(directory)
         if chat_template is None:
             chat_template, tool_template = self.chat_template, self.tool_template
-        has_own = (directory / tokenizer_files.TOKENIZER).is_file()
+        has_own = tokenizer_files.has_tokenizer(directory)
         return dataclasses.replace(
             Tokenizer.load(directory) if has_own else self,
             chat_template=chat_template,

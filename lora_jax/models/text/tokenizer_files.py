@@ -65,6 +65,11 @@ def read_gguf(path: Path) -> dict[str, Any]:
     return found | _existing(path, backend, special)
 
 
+def has_tokenizer(directory: Path) -> bool:
+    """Return whether a directory contains a tokenizer."""
+    return (directory / TOKENIZER).is_file()
+
+
 def read_templates(directory: Path) -> tuple[str | None, str | None]:
     """Return the chat template in a directory, and the one for conversations with tools.
 

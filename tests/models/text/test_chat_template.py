@@ -1,5 +1,7 @@
 """Chat templates: what authors of templates rely on, and what a hostile one can do."""
 
+import datetime
+
 import pytest
 
 from lora_jax.core.errors import ChatTemplateError
@@ -17,6 +19,9 @@ MESSAGES = [{"role": "user", "content": "hi <b>"}, {"role": "assistant", "conten
         ("{{ messages[0]['content'] }}", "hi <b>"),  # text, not HTML
         ("{{ messages[0] | tojson }}", '{"role": "user", "content": "hi <b>"}'),
         ("{{ {'a': [1]} | tojson(indent=1) }}", '{\n "a": [\n  1\n ]\n}'),
+        ("{{ {'b': [1, 2], 'a': 'é'} | tojson(separators=(',', ':'), sort_keys=True) }}",
+         '{"a":"é","b":[1,2]}'),
+        ("{{ 'é' | tojson(ensure_ascii=True) }}", '"\\u00e9"'),
         ("{% for m in messages %}{% if not loop.first %}{% break %}{% endif %}x{% endfor %}", "x"),
         ("{% set n = namespace(x=0) %}{% for m in messages %}{% set n.x = n.x + 1 %}{% endfor %}"
          "{{ n.x }}", "2"),
@@ -28,9 +33,39 @@ def test_what_templates_use(template, text):
 
 
 @pytest.mark.parametrize(
+    ("template", "spoken"),
+    [
+        ("{% for m in messages %}<{% generation %}{{ m.content }}|{% endgeneration %}{% endfor %}",
+         ["hi <b>|", "ho|"]),
+        ("{%- generation -%}  x {%- endgeneration -%}y", ["x"]),
+        ("{% macro say(m) %}[{% generation %}{{ m.content }}{% endgeneration %}]{% endmacro %}"
+         "{{ say(messages[1]) }}", ["ho"]),
+        ("{% set said %}{% generation %}a{% endgeneration %}{% endset %}{{ said }}{{ said }}",
+         ["a", "a"]),
+        ("{% generation %}{% endgeneration %}{{ messages[0].content }}", [""]),
+        ("nothing", []),
+    ],
+)  # fmt: skip
+def test_what_the_assistant_says(template, spoken):
+    text, spans = chat_template.render_spans(template, MESSAGES)
+    assert [text[start:end] for start, end in spans] == spoken
+    assert text == chat_template.render(template, MESSAGES) and text.isprintable()
+
+
+def test_the_day_can_be_given():
+    template = "{{ strftime_now('%d %b %Y') }}"
+    day = datetime.datetime(2025, 7, 9, 23, 59)
+    assert chat_template.render(template, MESSAGES, day) == "09 Jul 2025"
+    today = datetime.datetime.now().year
+    assert int(chat_template.render("{{ strftime_now('%Y') }}", MESSAGES)) in (today, today + 1)
+
+
+@pytest.mark.parametrize(
     ("template", "message"),
     [
         ("{% for", "failed"),
+        ("{% generation %}x", "endgeneration"),
+        ("{{ lipsum.__globals__['os'] }}", "unsafe"),
         ("{{ raise_exception('roles must\nalternate') }}", "failed: roles must alternate"),
         ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "unsafe"),
         ("{{ messages.append(1) }}", "unsafe|not safely callable"),

@@ -1,5 +1,7 @@
 """Tokenizers: small ones made here, and that of SmolLM2 if it is in the cache."""
 
+import dataclasses
+import datetime
 import json
 import random
 
@@ -160,6 +162,86 @@ def test_settings_of_a_directory(small, tmp_path):
     assert bare.bos is bare.eos is bare.chat_template is None
     with pytest.raises(ChatTemplateError, match="no chat template"):
         bare.chat([])
+
+
+def test_a_padding_token_that_does_not_exist(small, tmp_path):
+    """Only pad: without the others a text would not end."""
+    config = {"pad_token": "<pad>", "eos_token": "<|end|>"}
+    changed = small.files() | {"tokenizer_config.json": json.dumps(config).encode()}
+    tokenizer = Tokenizer.load(write(tmp_path / "model", changed))
+    assert (tokenizer.pad, tokenizer.pad_id, tokenizer.eos) == (None, None, "<|end|>")
+    assert Tokenizer.load(write(tmp_path / "again", tokenizer.files())).pad is None
+
+
+def test_tokens_that_only_the_settings_have(small, tmp_path):
+    count = len(small)
+    added = {
+        str(count + 1): {"content": "<b>", "special": True},
+        str(count): {"content": "<a>", "special": False, "lstrip": True},
+        "7": {"content": "<c>"},  # the id of another token
+    }
+    config = {"pad_token": "<b>", "added_tokens_decoder": added}
+    changed = small.files() | {"tokenizer_config.json": json.dumps(config).encode()}
+    tokenizer = Tokenizer.load(write(tmp_path / "model", changed))
+    assert tokenizer.pad_id == count + 1 == len(tokenizer) - 1
+    x = TOKENS.index("x")
+    assert tokenizer.encode("x <a><b>x") == [x, count, count + 1, x]
+    assert tokenizer.decode([x, count + 1]) == "x" and tokenizer.encode("<c>")[0] != 7
+
+
+def test_the_tokenizer_of_an_adapter(small, tmp_path):
+    model = dataclasses.replace(small, tool_template="tools", now=datetime.datetime(2026, 1, 2))
+    (tmp_path / "bare").mkdir()
+    assert model.of_adapter(tmp_path / "bare") == model
+    own = write(tmp_path / "template", {"chat_template.jinja": b"{{ strftime_now('%d') }}"})
+    assert model.of_adapter(own).chat([]) == "02" and model.of_adapter(own).tool_template is None
+    backend = tokenizers.Tokenizer.from_str(small.backend.to_str())
+    backend.add_tokens(["<new>"])
+    whole = Tokenizer(backend, eos="<new>")
+    found = model.of_adapter(write(tmp_path / "whole", whole.files()))
+    assert found.encode("<new>") == [len(small)] and found.eos == "<new>"
+    assert (found.chat_template, found.tool_template) == (small.chat_template, "tools")
+
+
+def test_what_the_template_sees(small):
+    """As in transformers: named tokens, and tools and documents that are None, not undefined."""
+    template = (
+        "{{ bos_token }}{{ pad_token }}{{ unk_token }}{{ sep_token is defined }}"
+        "{{ tools is none and documents is none }}{{ tools }}{% if 'content' in messages[0] %}"
+        "{{ messages[0].content }}{% else %}missing{% endif %}{{ messages[0].reasoning_content }}"
+    )
+    tokenizer = dataclasses.replace(small, chat_template=template, named={"unk_token": "<tool>"})
+    message = {"role": "assistant", "content": None, "thinking": "hm"}
+    assert tokenizer.chat([message]) == "<|start|><tool>FalseTrueNonemissinghm"
+    both = dataclasses.replace(tokenizer, tool_template="{{ tools | length }} tools")
+    assert both.chat([message], tools=[1, 2]) == "2 tools" and "True" in both.chat([message])
+
+
+def test_several_templates_come_back(small, tmp_path):
+    named = {"unk_token": "<tool>"}
+    both = dataclasses.replace(small, tool_template="{{ tools }}", named=named)
+    again = Tokenizer.load(write(tmp_path / "model", both.files()))
+    assert again.files() == both.files() and again.tool_template == "{{ tools }}"
+    assert again.named == named
+
+
+def test_bos_and_eos_that_the_text_spells_out(tmp_path):
+    path = write_gguf(tmp_path / "x.gguf", add_bos_token=True, add_eos_token=True)
+    tokenizer, x = Tokenizer.from_gguf(path), TOKENS.index("x")
+    for text in ("x", "<|start|>x", "x<|end|>", "<|start|>x<|end|>"):
+        assert tokenizer.encode(text, special=True) == [0, x, 1]
+        assert tokenizer.encode_batch([text], special=True) == [[0, x, 1]]
+    assert tokenizer.encode("", special=True) == [0, 1] and tokenizer.encode_prompt("") == [0]
+    assert tokenizer.encode_prompt("<|start|>x") == [0, x] == tokenizer.encode_prompt("x")
+    assert tokenizer.encode_prompt("<|start|>") == [0]
+
+
+def test_spans_of_characters(small):
+    """Ids that are bytes of one character share it; spaces belong to a token although trimmed."""
+    small.backend.post_processor = tokenizers.processors.ByteLevel(trim_offsets=True)
+    ids, spans = small.encode_spans("a é the  x")
+    assert [small.backend.id_to_token(i) for i in ids] == [*"aĠÃ©", "Ġthe", *"ĠĠx"]
+    assert spans == [(0, 1), (1, 2), (2, 3), (2, 3), (3, 7), (7, 8), (8, 9), (9, 10)]
 
 
 @pytest.mark.parametrize(

@@ -1,68 +1,68 @@
-"""Adapter files damaged at random: each must give a clear error, or load finite values that fit.
+"""Files damaged at random: each must give a clear error, or load what is finite and fits.
 
-    python -m tests.stress.damaged_files --count 1000 --seed 0
-        the same mutations for the same numbers
-    python -m tests.stress.damaged_files --number 17 --seed 0
+    python -m tests.stress.damaged_files --count 2000 --seed 0
+        so many files for each reader; the same files for the same numbers
+    python -m tests.stress.damaged_files --readers "GGUF model" --number 17
         one of them, and what is said of it
 
-Prints what became of them. Exits with 1 where one came to anything else: another exception, a
-warning, values that are not finite or do not fit, something written, a lot of memory or time.
+Prints what became of them by reader. Exits with 1 where one came to anything else: another
+exception, a warning, values that are not finite or do not fit, something written, more than 50 MB
+beside the file's own size, more than 5 seconds, or the end of the process.
 """
 
 import argparse
 import os
-import resource
 import sys
 import time
-from collections import Counter
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
-from tests.stress.damaged_files import check
-from tests.stress.damaged_files.subjects import FORMATS
-
-MEMORY = 2**30  # bytes more than the process has, from which on there is a MemoryError
-
-
-def memory() -> int:
-    with open("/proc/self/statm", encoding="ascii") as file:
-        return int(file.read().split()[0]) * resource.getpagesize()
+from tests.stress.damaged_files import check, readers, workers
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(
         prog="python -m tests.stress.damaged_files", description=__doc__.split("\n")[0]
     )
-    parser.add_argument("--count", type=int, default=1000, help="how many mutations")
-    parser.add_argument("--seed", type=int, default=0, help="which mutations")
-    parser.add_argument("--number", type=int, help="one mutation alone")
-    parser.add_argument("--formats", nargs="+", default=list(FORMATS), choices=FORMATS)
+    parser.add_argument("--count", type=int, default=1000, help="how many files for each reader")
+    parser.add_argument("--seed", type=int, default=0, help="which files")
+    parser.add_argument("--number", type=int, help="one file alone, of one reader")
+    names = list(readers.READERS)
+    parser.add_argument("--readers", nargs="+", default=names, choices=names)
     options = parser.parse_args()
-    numbers = range(options.count) if options.number is None else [options.number]
-    check.run(options.seed + 1, range(30), options.formats)  # compiles; threads get their stacks
-    limit = memory() + MEMORY
-    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-    peak, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
-    tally = check.run(options.seed, numbers, options.formats)
-    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak) / 1024
     if options.number is not None:
-        print(*check.mutation(options.seed, options.number, options.formats)[1:], sep="\n")
-    report(tally)
+        return _one(options.seed, options.number, options.readers)
+    problems = 0
+    for reader in options.readers:
+        problems += _report(reader, options.seed, options.count)
+    print(f"\n{problems or 'None'} of {options.count * len(options.readers):,} gave anything else.")
+    return 1 if problems else 0
+
+
+def _report(reader: str, seed: int, count: int) -> int:
+    """Read `count` files, and print what became of them."""
+    start, tally = time.perf_counter(), check.Tally()
+    for result in workers.results(seed, range(count), [reader]):
+        tally.add(result)
     seconds = time.perf_counter() - start
-    print(f"\n{len(numbers)} mutations in {seconds:.0f} s, the slowest {tally.slowest:.2f} s; the")
-    print(f"process grew by {grown:.0f} MB. {len(tally.problems) or 'None'} gave anything else.")
+    print(
+        f"{reader}: {count:,} files in {seconds:.0f} s, the slowest {tally.slowest[reader]:.2f} s; "
+        f"at most {tally.grown[reader] / 2**20:.0f} MB; {len(tally.problems)} problems"
+    )
+    for (_, outcome), n in tally.outcomes.most_common():
+        print(f"{n:8} {outcome}")
+    for x in tally.problems[:20]:
+        print(f"\n    number {x.number}, {x.name}, {x.how}: {x.outcome}\n{x.problem!a}")
+    sys.stdout.flush()
+    return len(tally.problems)
+
+
+def _one(seed: int, number: int, among: list[str]) -> int:
+    reader, name, files, how = check.mutation(seed, number, among)
+    tally = check.run(seed, [number], among)
+    print(reader, name, how, *(f"{n}: {x[:1500]!r}" for n, x in files.items()), sep="\n")
+    print(tally.outcomes, *(x.problem for x in tally.problems), sep="\n")
     return 1 if tally.problems else 0
-
-
-def report(tally: check.Tally) -> None:
-    totals: Counter = Counter()
-    for (_, outcome), n in tally.outcomes.items():
-        totals[outcome] += n
-    for outcome, n in totals.most_common():
-        by = ", ".join(f"{format} {tally.outcomes[format, outcome]}" for format in FORMATS)
-        print(f"{n:6} {outcome:36} {by}")
-    for name, number, how, problem in tally.problems[:20]:
-        print(f"\nnumber {number}, {name}, {how}:\n{problem}")
 
 
 if __name__ == "__main__":

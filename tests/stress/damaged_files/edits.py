@@ -8,23 +8,13 @@ from typing import Any
 
 import numpy as np
 
-Files = dict[str, bytes]
+from tests.stress.damaged_files import gguf_bytes, known_fields
+from tests.stress.damaged_files.known_fields import STEERING, WRONG, Verbatim
+from tests.stress.damaged_files.subject import Files
 
 
 class Repeated(dict):
     """A mapping that is written with one key twice."""
-
-
-VALUES: tuple[Any, ...] = (
-    *(None, True, False, 0, 1, -1, 2, 7, 10**6, 2**31, 2**63, -(2**63), 10**30, 0.5, -0.5, 1e-9),
-    *(1e308, float("nan"), float("inf"), "", "a", "lora", "io", "bio", "F32", "F64", "I32", "BF16"),
-    *("../../etc/passwd", "\0", "\x1b[2J", "\ud800", "*", "(", "[a-z", "x" * 300, "é", [], {}, [0]),
-    *([1, 2, 3], [-1], [[]], ["a"], [None], {"a": 1}, {"": {}}, [0] * 100, [True, False]),
-)
-
-
-class Verbatim(str):
-    """JSON that is written as it is."""
 
 
 def deep(rng: Random) -> Verbatim:
@@ -51,11 +41,11 @@ def edit_json(value: Any, rng: Random) -> Any:
     value = copy.deepcopy(value)
     found = spots(value)
     if not found:
-        return rng.choice(VALUES)
+        return rng.choice(WRONG)
     container, key = rng.choice(found)
     how = rng.choice(["value", "value", "near", "drop", "twice", "rename", "swap", "deep"])
     if how == "value":
-        container[key] = rng.choice(VALUES)
+        container[key] = rng.choice(WRONG)
     elif how == "near":
         container[key] = near(container[key], rng)
     elif how == "drop":
@@ -95,7 +85,7 @@ def near(value: Any, rng: Random) -> Any:
         at = rng.randrange(len(value))
         put = rng.choice(["", "x", "../", ".", "/", "\0", "é", value])
         return value[:at] + put + value[at + rng.choice([0, 1]) :]
-    return rng.choice(VALUES) if value is None else [value]
+    return rng.choice(WRONG) if value is None else [value]
 
 
 def dump(value: Any) -> str:
@@ -229,6 +219,57 @@ def values(data: bytes, rng: Random) -> bytes:
     return whole(value, rest[:at] + np.float32(number).tobytes() + rest[at + 4 :])
 
 
+def another_tensor(data: bytes, rng: Random) -> bytes:
+    """Give one or two tensors another name, shape or dtype, and rewrite the file consistently."""
+    value, rest = parts(data)
+    metadata = value.pop("__metadata__", None)
+    tensors = [
+        [name, record["dtype"], record["shape"], rest[slice(*record["data_offsets"])]]
+        for name, record in value.items()
+    ]
+    for _ in range(rng.choice([1, 1, 2])):
+        one = rng.choice(tensors)
+        how = rng.choice(["shape"] * 3 + ["name", "name", "dtype", "copy", "drop", "values"])
+        if how == "shape":
+            one[1:] = "F32", *_zeros(rng)
+        elif how == "name":
+            one[0] = _another_name(one[0], rng)
+        elif how == "dtype":
+            one[1], itemsize = rng.choice(DTYPES)
+            one[3] = rng.randbytes(int(np.prod(one[2])) * itemsize)
+        elif how == "copy":
+            tensors.append([_another_name(one[0], rng), *one[1:]])
+        elif how == "values":
+            value = np.float32(rng.choice([np.nan, np.inf, 3e38, -3e38, 1e-45, 1e30]))
+            one[3] = (value.tobytes() * len(one[3]))[: len(one[3])]
+        elif len(tensors) > 1:
+            tensors.remove(one)
+    header, content = {}, b""
+    for name, dtype, shape, stored in tensors:
+        offsets = [len(content), len(content) + len(stored)]
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": offsets}
+        content += stored
+    return whole({"__metadata__": metadata, **header} if metadata else header, content)
+
+
+DTYPES = (("F16", 2), ("BF16", 2), ("F64", 8), ("F8_E4M3", 1), ("F8_E5M2", 1), ("I8", 1))
+DTYPES = (*DTYPES, ("I64", 8), ("U8", 1), ("U64", 8), ("BOOL", 1), ("C64", 8))
+
+
+def _zeros(rng: Random) -> tuple[list[int], bytes]:
+    shapes = [[], [0], [0, 3], [3, 0], [0, 0], [1], [2], [1, 1], [1, 1, 1], [2, 3, 4], [0] * 5]
+    shape = rng.choice([*shapes, [1] * 20, [2**40, 0], [0, 2**62], [7, 2], [2, 7]])
+    return shape, b"\0\0\x80\x3f" * int(np.prod(shape))
+
+
+def _another_name(name: str, rng: Random) -> str:
+    parts = name.split(".")
+    others = [STEERING, name + STEERING, "y" * 1000, name + "\u202e", "é." + name, name.upper()]
+    others += [".".join(parts[1:]), ".".join(parts[:-1]), parts[-1], "a." + name, name + ".weight"]
+    others += [name.replace("0", "99999999999999999999"), name.replace("0", "-1"), name + ".0"]
+    return rng.choice([x for x in others if x] + [near(name, rng)])
+
+
 def nested(data: bytes, rng: Random) -> bytes:
     """Damage the JSON that is stored as text in the metadata."""
     value, rest = parts(data)
@@ -237,7 +278,8 @@ def nested(data: bytes, rng: Random) -> bytes:
     if not texts:
         return header(data, rng)
     key = rng.choice(texts)
-    metadata[key] = dump(edit_json(json.loads(metadata[key]), rng))
+    change = rng.choice([edit_json, lambda x, rng: known_fields.wrong_fields("", x, rng)])
+    metadata[key] = dump(change(json.loads(metadata[key]), rng))
     return whole(value, rest)
 
 
@@ -246,14 +288,67 @@ def text(data: bytes, rng: Random) -> bytes:
     return dump(edit_json(json.loads(data), rng)).encode("utf-8", "surrogatepass")
 
 
+def fields(name: str) -> "Edit":
+    """Return the edit that puts wrong values into the fields of a JSON file of this name."""
+
+    def wrong_fields(data: bytes, rng: Random) -> bytes:
+        value = known_fields.wrong_fields(name, json.loads(data), rng)
+        return dump(value).encode("utf-8", "surrogatepass")
+
+    return wrong_fields
+
+
+def rows(data: bytes, rng: Random) -> bytes:
+    """Damage one line of a file of JSON lines."""
+    lines = data.split(b"\n")
+    at = rng.choice([i for i, line in enumerate(lines) if line.strip()])
+    change = rng.choice([text, fields("")])
+    lines[at] = change(lines[at], rng)
+    return b"\n".join(lines)
+
+
+def tensors_of_gguf(data: bytes, rng: Random) -> bytes:
+    """Damage a GGUF file at its parts."""
+    parts = gguf_bytes.decode(data)
+    gguf_bytes.mutate(parts, rng)
+    return gguf_bytes.encode(parts)
+
+
+FOLDERS = ("9" * 15, "9" * 30, "-1", "0", "007", "1e3", "3.0", "\u0663", "+5", "5 ", "a", "_6", "4")
+
+
+def moved(files: Files, rng: Random) -> tuple[Files, str]:
+    """Rename or copy a folder of the set, often to an absurd number."""
+    name = rng.choice([name for name in sorted(files) if "/" in name])
+    parts = name.split("/")
+    depth = rng.randrange(len(parts) - 1)
+    folder = "/".join(parts[: depth + 1]) + "/"
+    to = "/".join([*parts[:depth], rng.choice(FOLDERS), ""])
+    inside = {
+        to + path.removeprefix(folder): files[path] for path in files if path.startswith(folder)
+    }
+    if rng.random() < 0.5:
+        files = {path: data for path, data in files.items() if not path.startswith(folder)}
+    return files | inside, f"{folder} becomes {to}"
+
+
 Edit = Callable[[bytes, Random], bytes]
 ANY: tuple[Edit, ...] = (flip, truncate, splice, replace)
 TENSORS: tuple[Edit, ...] = (header, length, tensor, removed, values, nested)
 
 
-def edits(name: str) -> tuple[Edit, ...]:
+def edits(path: str) -> tuple[Edit, ...]:
     """Return the edits for a file of this name; those that know its parts are more frequent."""
-    return (*ANY, *(TENSORS * 2 if name.endswith(".safetensors") else (text,) * 12))
+    name = path.rpartition("/")[2]
+    if name.endswith(".safetensors"):
+        return (*ANY, *TENSORS * 2, *[nested] * 4, *[another_tensor] * 12)
+    if name.endswith(".gguf"):
+        return (*ANY, *[tensors_of_gguf] * 24)
+    if name.endswith(".jsonl"):
+        return (*ANY, *[rows] * 16)
+    if name.endswith(".json") or name in known_fields.FIELDS:
+        return (*ANY, *(text, fields(name)) * 10)
+    return ANY
 
 
 def mutate(files: Files, rng: Random) -> tuple[Files, str]:
@@ -263,6 +358,8 @@ def mutate(files: Files, rng: Random) -> tuple[Files, str]:
     if len(files) > 1 and rng.random() < 0.02:
         del files[name]
         return files, f"{name} missing"
+    if "/" in name and rng.random() < 0.2:
+        return moved(files, rng)
     edit = rng.choice(edits(name))
     files[name] = edit(files[name], rng)
     return files, f"{edit.__name__} of {name}"

@@ -1,8 +1,7 @@
-"""The subjects to damage: the files of each kind of adapter, and how to read them."""
+"""Adapters of every format to damage, how to read them, and what may come of it."""
 
 import functools
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -14,11 +13,13 @@ import numpy as np
 import lora_jax
 from lora_jax import loralib, mlx, peft
 from lora_jax.core.layout import Layout
-from lora_jax.core.weights import LoraWeight, TrainedLeaf, TrainedRows
+from lora_jax.core.paths import flatten_with_paths
+from lora_jax.core.tree import adapted_nodes
+from lora_jax.core.weights import Adapted, LoraWeight, TrainedLeaf, TrainedRows, check_fits
 from lora_jax.files.disk import safetensors_file
 from lora_jax.files.naming import Entry, Naming
 from tests.parity.peft import models
-from tests.stress.damaged_files.edits import Files
+from tests.stress.damaged_files.subject import Files, Subject, read_files, write_files
 
 
 def values(shape: tuple[int, ...]) -> np.ndarray:
@@ -30,20 +31,6 @@ BASE = {
     "stack": values((3, 9, 5)).astype(ml_dtypes.bfloat16),
     "tokens": values((11, 4)),
 }
-
-
-@dataclass(frozen=True)
-class Subject:
-    """The files of one adapter, and the function that reads them."""
-
-    name: str
-    files: Files
-    base: Any
-    load: Callable[[Path], Any]  # of the directory the files are in
-
-
-def read_files(folder: Path) -> Files:
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
 
 def lora_node(
@@ -72,21 +59,16 @@ def native(dora: bool) -> Subject:
         note = {"note": ["mine", {"n": 1}]}
         lora_jax.save(file, adapters, note, base=BASE, config=config)
         files = read_files(Path(folder))
-    return Subject(
-        "native DoRA" if dora else "native",
-        files,
-        BASE,
-        lambda folder: lora_jax.load(folder / "adapter.safetensors", BASE),
+    return adapters_of(
+        files, BASE, lambda folder: lora_jax.load(folder / "adapter.safetensors", BASE)
     )
 
 
 def of_peft(case: str) -> Subject:
-    base = _peft_base()
+    base = peft_base()
     with TemporaryDirectory() as folder:
         files = read_files(models.unpack(case, Path(folder) / case))
-    return Subject(
-        f"PEFT {case}", files, base, lambda folder: peft.load(folder, base, models.PLAIN)
-    )
+    return adapters_of(files, base, lambda folder: peft.load(folder, base, models.PLAIN))
 
 
 def of_mlx() -> Subject:
@@ -99,11 +81,11 @@ def of_mlx() -> Subject:
     with TemporaryDirectory() as folder:
         mlx.save(folder, adapters, naming, base=base)
         files = read_files(Path(folder))
-    return Subject("mlx-lm", files, base, lambda folder: mlx.load(folder, base, naming))
+    return adapters_of(files, base, lambda folder: mlx.load(folder, base, naming))
 
 
 @functools.cache
-def _peft_base() -> Any:
+def peft_base() -> Any:
     return jax.tree.map(np.asarray, models.base("plain"))
 
 
@@ -122,8 +104,7 @@ def of_loralib() -> Subject:
         "up.lora_B": (3, 2),
     }
     tensors = {name: values(shape) for name, shape in shapes.items()}
-    return Subject(
-        "loralib",
+    return adapters_of(
         {"lora.safetensors": safetensors_file.encode(tensors)},
         base,
         lambda folder: loralib.load(
@@ -136,26 +117,50 @@ def of_loralib() -> Subject:
     )
 
 
-#: In turn: each format as often as the others, whatever the number of its files.
-FORMATS = {
-    "native": ["native", "native DoRA"],
-    "PEFT": [f"PEFT {case}" for case in models.CASES],
-    "mlx-lm": ["mlx-lm"],
-    "loralib": ["loralib"],
-}
+def adapters_of(files: Files, base: Any, load: Callable[[Path], Any]) -> Subject:
+    """Return the subject: what is loaded must be finite adapters that fit the base."""
+    original: list[Any] = []
+
+    def judge(adapters: Any, folder: Path) -> tuple[str, str]:
+        if not original:
+            with TemporaryDirectory() as place:
+                write_files(Path(place), files)
+                original.append(load(Path(place)))
+        return _judge(adapters, base, original[0])
+
+    return Subject(files, load, judge)
 
 
-def name(number: int, formats: Sequence[str]) -> str:
-    """Return the subject's name for the mutation with this number."""
-    turn, which = divmod(number, len(formats))
-    subjects = FORMATS[formats[which]]
-    return subjects[turn % len(subjects)]
+def _judge(adapters: Any, base: Any, want: Any) -> tuple[str, str]:
+    bases = flatten_with_paths(base)[0]
+    nodes = adapted_nodes(adapters)
+    problems = [
+        line
+        for path, node in nodes.items()
+        for line in (check_fits(path, node, bases[path]) if path in bases else [f"{path}: unknown"])
+    ]
+    problems += [f"{path}: {node}" for path, node in nodes.items() if not _is_sane(node)]
+    leaves = [np.asarray(x) for x in jax.tree.leaves(adapters)]
+    if not nodes:
+        problems.append("an adapter of nothing")
+    if not all(np.isfinite(x.astype(np.float32)).all() for x in leaves):
+        problems.append("values that are not finite")
+    if problems:
+        return "loads what it should not", "; ".join(problems)
+    same = jax.tree.structure(adapters) == jax.tree.structure(want) and all(
+        np.asarray(x).tobytes() == np.asarray(y).tobytes()
+        for x, y in zip(leaves, jax.tree.leaves(want), strict=True)
+    )
+    return ("loads, equal" if same else "loads, other finite values that fit"), ""
 
 
-@functools.cache
-def subject(name: str) -> Subject:
-    """Return the subject with a name in `FORMATS`."""
-    if name.startswith("native"):
-        return native(name.endswith("DoRA"))
-    others = {"mlx-lm": of_mlx, "loralib": of_loralib}
-    return others[name]() if name in others else of_peft(name.removeprefix("PEFT "))
+def _is_sane(node: Adapted) -> bool:
+    """Return whether the static fields have the types and values that the package relies on."""
+    if isinstance(node, TrainedLeaf):
+        return True
+    uses = isinstance(node.layout.uses, tuple) and all(type(use) is str for use in node.layout.uses)
+    if isinstance(node, TrainedRows):
+        rows = isinstance(node.rows, tuple) and all(type(row) is int for row in node.rows)
+        axis = type(node.axis) is int and node.axis in node.layout.positions("io")
+        return uses and rows and axis and len(set(node.rows)) == len(node.rows)
+    return uses and type(node.dropout) is float and 0 <= node.dropout < 1

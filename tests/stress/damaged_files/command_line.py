@@ -1,0 +1,95 @@
+"""Damaged adapters given to `inspect` and `convert`: what they print must be clean as well."""
+
+import contextlib
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from lora_jax.cli import main
+from tests.cli import files as written
+from tests.parity.peft import models
+from tests.stress.damaged_files.subject import Files, Subject, Verdict, read_files
+
+Said = tuple[int, str, str]  # exit status, stdout, stderr
+LONG = 25_000  # characters of one message
+
+
+def command(*words: Any) -> Said:
+    """Run a command in this process."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        status = main([str(word) for word in words])
+    return status, out.getvalue(), err.getvalue()
+
+
+def judge(said: Said, folder: Path) -> Verdict:
+    """Say what became of a command: success, or one line that says why not."""
+    status, out, err = said
+    steering = sorted({c for c in out + err if not c.isprintable() and c != "\n"})
+    if steering:
+        return "unclear error", f"prints {steering[:5]!r}: {(out + err)[:300]!r}"
+    if status == 0:
+        return "succeeds", err and f"and yet stderr has {err:.300}"
+    if status != 1 or err.count("\n") != 1 or not err.startswith("error: "):
+        return "unclear error", f"status {status}, {err:.300}"
+    if "unexpected" in err and "bug in lora-jax" in err:
+        return "other exception", err[:600]
+    if str(folder) not in err or len(err) > LONG:
+        return "unclear error", f"{len(err)} characters: {err:.300}"
+    return "clear error", ""
+
+
+def files_of(write: Callable[[Path], Any]) -> Files:
+    with TemporaryDirectory() as folder:
+        write(Path(folder))
+        return read_files(Path(folder))
+
+
+def adapter(kind: str) -> Files:
+    """Return the files of an adapter: native, mlx-lm, or one of PEFT's cases."""
+    if kind == "native":
+        return files_of(lambda folder: written.native(folder / "adapter.safetensors"))
+    if kind == "mlx-lm":
+        return files_of(written.mlx)
+    return files_of(lambda folder: models.unpack(kind, folder))
+
+
+def inspect(kind: str) -> Subject:
+    """`lora-jax inspect`, as a table and, for every other adapter, as JSON."""
+    files = adapter(kind)
+
+    def load(folder: Path) -> Said:
+        path = folder / "adapter.safetensors" if kind == "native" else folder
+        said = command("inspect", path)
+        asked = command("inspect", path, "--json", "--all")
+        if asked[0] == 0:
+            json.loads(asked[1])
+        return max(said, asked, key=lambda x: x[0])
+
+    return Subject(files, load, judge)
+
+
+def convert(kind: str) -> Subject:
+    """`lora-jax convert` of a native file with a naming, or of the others to one another."""
+    files = adapter(kind)
+    if kind == "native":
+        files |= files_of(lambda folder: written.naming(folder / "naming.json"))
+
+    def load(folder: Path) -> Said:
+        with TemporaryDirectory() as out:
+            target = Path(out) / "made"
+            if kind == "native":
+                path, to = folder / "adapter.safetensors", "peft"
+                more = ["--naming", folder / "naming.json"]
+            else:
+                path, to, more = folder, "peft" if kind == "mlx-lm" else "mlx", []
+            said = command("convert", path, "--to", to, "--out", target, *more)
+            if said[0] == 0:
+                again = command("inspect", target)
+                said = said if again[0] == 0 else (again[0], "", f"error: {folder} {again[2]}")
+            return said
+
+    return Subject(files, load, judge)

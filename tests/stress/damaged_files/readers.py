@@ -1,0 +1,65 @@
+"""Every reader of the package, and the subjects that it reads in turn."""
+
+import functools
+from collections.abc import Callable, Sequence
+
+from tests.parity.peft import models
+from tests.stress.damaged_files import adapters, command_line, published, runs
+from tests.stress.damaged_files.subject import Subject
+
+CASES = list(models.CASES)
+Make = Callable[[], Subject]
+Turns = list[tuple[str, Make]]
+
+
+def _adapters(make: Callable[[str], Subject]) -> Turns:
+    """Return adapters of each format in turn, and PEFT's cases one after another."""
+    return [
+        (kind, functools.partial(make, kind))
+        for case in CASES
+        for kind in ("native", case, "mlx-lm")
+    ]
+
+
+#: In turn: each reader as often as the others, whatever the number of its files.
+READERS: dict[str, Turns] = {
+    "native": [
+        ("native", functools.partial(adapters.native, False)),
+        ("native DoRA", functools.partial(adapters.native, True)),
+    ],
+    "PEFT": [(f"PEFT {case}", functools.partial(adapters.of_peft, case)) for case in CASES],
+    "mlx-lm": [("mlx-lm", adapters.of_mlx)],
+    "loralib": [("loralib", adapters.of_loralib)],
+    "inspect": _adapters(command_line.inspect),
+    "convert": _adapters(command_line.convert),
+    "model directory": [
+        (name, functools.partial(published.directory, name))
+        for name in ("llama", "llama_tied", "mistral", "qwen2", "bert")
+    ],
+    "GGUF model": [("GGUF model", functools.partial(published.gguf, "model"))],
+    "GGUF tokenizer": [("GGUF tokenizer", functools.partial(published.gguf, "tokenizer"))],
+    "tokenizer": [
+        (kind, functools.partial(published.tokenizer, kind))
+        for kind in ("BPE", "Unigram", "WordPiece")
+    ],
+    "checkpoints": [("checkpoints", runs.checkpoints)],
+    "run": [("run", runs.run)],
+    "data": [
+        (f"{kind} rows", functools.partial(runs.data, kind))
+        for kind in ("text", "completion", "chat", "label")
+    ],
+    "naming": [("naming", runs.naming)],
+}
+
+
+def name(number: int, readers: Sequence[str]) -> tuple[str, str]:
+    """Return the reader and the subject of the file with this number."""
+    turn, which = divmod(number, len(readers))
+    subjects = READERS[readers[which]]
+    return readers[which], subjects[turn % len(subjects)][0]
+
+
+@functools.cache
+def subject(reader: str, name: str) -> Subject:
+    """Return a subject of a reader."""
+    return dict(READERS[reader])[name]()
