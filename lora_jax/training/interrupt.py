@@ -3,10 +3,11 @@
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
+from typing import Any
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -81,7 +82,7 @@ def watched(first: Callable[[], None], second: Callable[[], None]) -> Iterator[I
 
 @contextmanager
 def _handled_by(
-    note: Callable[[int, FrameType | None], None], before: dict[signal.Signals, object]
+    note: Callable[[int, FrameType | None], None], before: Mapping[signal.Signals, Any]
 ) -> Iterator[None]:
     """Install a handler of all `SIGNALS` for a block, and those of `before` after it."""
     for number in SIGNALS:
@@ -92,6 +93,6 @@ def _handled_by(
         _restore(before)
 
 
-def _restore(handlers: dict[signal.Signals, object]) -> None:
+def _restore(handlers: Mapping[signal.Signals, Any]) -> None:
     for number, handler in handlers.items():
-        signal.signal(number, handler)  # type: ignore[arg-type]
+        signal.signal(number, handler)

@@ -11,7 +11,6 @@ from matplotlib.figure import Figure
 from lora_jax.files.disk.atomic import write_atomically
 from lora_jax.training import log
 
-
 MOST = 21  # steps of a mean
 
 
@@ -23,17 +22,16 @@ def draw(records: list[dict[str, Any]], path: Path, title: str = "") -> None:
       path: a `.png` file; an existing one is replaced.
       title: above the picture.
     """
-    figure, canvas = plot(records, title)
     content = io.BytesIO()
-    canvas.print_png(content)
+    plot(records, title).savefig(content, format="png")
     write_atomically(path, content.getvalue())
 
 
-def plot(records: list[dict[str, Any]], title: str) -> tuple[Figure, FigureCanvasAgg]:
+def plot(records: list[dict[str, Any]], title: str) -> Figure:
     """Return the picture that `draw` writes."""
     # A bare Figure needs no pyplot, hence no display and no global state.
     figure = Figure(figsize=(7, 4), layout="constrained")
-    canvas = FigureCanvasAgg(figure)
+    FigureCanvasAgg(figure)
     axes = figure.subplots()
     steps, losses = log.losses(records)
     if steps:
@@ -50,7 +48,7 @@ def plot(records: list[dict[str, Any]], title: str) -> tuple[Figure, FigureCanva
     axes.set(xlabel="step", ylabel="loss", title=title)
     if steps or held_out:
         axes.legend(frameon=False)
-    return figure, canvas
+    return figure
 
 
 def window_of(steps: int) -> int:

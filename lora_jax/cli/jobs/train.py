@@ -41,8 +41,9 @@ def main(options: TrainOptions, command: str) -> None:
         say(f"nothing to resume in {options.out}: starting from the beginning")
     optimizer = _optimizer(options)
     now = run_record.started(options.out, options.resume)
-    options, model = _open(options, now, say)
-    say(f"reading {', '.join(map(str, [*options.data, *(options.held_out or ())]))}")
+    announce = say if console.is_terminal else lambda text: None
+    options, model = _open(options, now, announce)
+    announce(f"reading {', '.join(map(str, [*options.data, *(options.held_out or ())]))}")
     task = read_task(options, model)
     for note in task.notes:
         say(f"note: {note}")
@@ -164,7 +165,11 @@ def _settings_to_record(
 ) -> dict[str, Any]:
     """Return all that decides what a step computes, under the names of the command line."""
     given = {name: value for name, value in vars(options).items() if name not in _NOT_RECORDED}
-    adapter = {} if options.adapter is None else {"adapter": run_record.checksum(adapters)}
+    adapter = (
+        {}
+        if options.adapter is None
+        else {"the checksum of --adapter": run_record.checksum(adapters)}
+    )
     config = start.config.to_dict()
     return {
         **given,

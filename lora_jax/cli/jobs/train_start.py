@@ -41,7 +41,7 @@ def make_start(options: TrainOptions, model: TrainableModel, task: Task) -> Star
       LoraError: modules are not in the model, or the adapter cannot be read or does not fit.
     """
     if options.adapter is not None:
-        return _from_adapter(options, model, task)
+        return _from_adapter(kinds.adapter(options.adapter), options, model, task)
     config = _config(options, model, task)
     ids = jax.ShapeDtypeStruct((1, options.length), jnp.int32)
     key = jax.random.key(options.seed)
@@ -70,9 +70,10 @@ def _config(options: TrainOptions, model: TrainableModel, task: Task) -> lora.Lo
     )
 
 
-def _from_adapter(options: TrainOptions, model: TrainableModel, task: Task) -> Start:
+def _from_adapter(
+    found: kinds.Found, options: TrainOptions, model: TrainableModel, task: Task
+) -> Start:
     """Return the parameters with the adapter that the options name, in float32."""
-    found = kinds.adapter(options.adapter)
     labels = None
     if found.kind == kinds.NATIVE:
         labels = lora.read_metadata(found.path)["metadata"].get("labels")

@@ -81,10 +81,11 @@ class Watch:
             self._say(f"resuming after step {done} of {before}")
         if before != self._steps:
             self._say(
-                f"the run now has {self._steps} steps: {self._optimizer.describe(self._steps, done)}"
+                f"the run now has {self._steps} steps: "
+                f"{self._optimizer.describe(self._steps, done)}"
             )
             run_record.write(out, self._record)
-        if done < self._steps:
+        if done < self._steps and self._console.is_terminal:
             self._say("compiling the first step, which may take minutes")
 
     def _step(self, record: log.Record) -> None:
