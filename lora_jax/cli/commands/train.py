@@ -9,8 +9,8 @@ from lora_jax.cli.train_options import TrainOptions
 
 EXAMPLES = (
     "lora-jax train --model smollm2 --data play.txt --targets q_proj,v_proj --out run",
-    "lora-jax train --model Llama-3.2-1B --data chats.jsonl --eval-split 0.1 --epochs 3 --out run",
-    "lora-jax train --model MiniLM --task classification --data reviews.jsonl --out run",
+    "lora-jax train --model ./llama-1b --data chats.jsonl --eval-split 0.1 --epochs 3 --out run",
+    "lora-jax train --model ./MiniLM --task classification --data reviews.jsonl --out run",
     "lora-jax train --model tiny --data notes.txt --steps 20 --out run --resume",
 )
 
