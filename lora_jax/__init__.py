@@ -14,6 +14,7 @@ from lora_jax.adapters.optim import freeze, groups, labels, lora_fa, lora_plus, 
 from lora_jax.adapters.split import join, split
 from lora_jax.adapters.summary import count_params, summary
 from lora_jax.adapters.switches import disable, set_scale, with_dropout
+from lora_jax.adapters.updates import apply_updates, schedule_free_eval_params
 from lora_jax.core.config import LoraConfig, Override
 from lora_jax.core.errors import (
     AdapterFileError,
@@ -63,6 +64,7 @@ __all__ = [
     "TargetError",
     "TrainedLeaf",
     "TrainedRows",
+    "apply_updates",
     "count_params",
     "disable",
     "eva",
@@ -91,6 +93,7 @@ __all__ = [
     "rounding",
     "save",
     "save_sums",
+    "schedule_free_eval_params",
     "set_scale",
     "split",
     "summary",

@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lora_jax.adapters.optim import TRAIN, labels
+from lora_jax.adapters.optim import labels
+from lora_jax.adapters.partition import TRAIN
 from lora_jax.adapters.split import split
 from lora_jax.core.tree import require_adapted
 from lora_jax.core.weights import require_base

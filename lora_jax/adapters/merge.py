@@ -138,10 +138,13 @@ def _choose_form(base: Any, rest: Adapted) -> LoopForm:
     """Return how to go through a leaf: what it is, where it lies, and whether it is traced."""
     if not isinstance(rest, LoraWeight) or math.prod(rest.scale.shape) == 1:
         return LoopForm.WHOLE
+    stacked = rest.layout.positions("b")
+    if isinstance(base, jax.Array) and any(jax.typeof(base).sharding.spec[i] for i in stacked):
+        return LoopForm.WHOLE
     if not isinstance(base, jax.Array) or any(map(_is_traced, jax.tree.leaves((base, rest)))):
         return LoopForm.LAYERS  # integers have no gradient
     held = base.sharding.shard_shape(base.shape)
-    if any(held[i] != base.shape[i] for i in rest.layout.positions("b")):
+    if any(held[i] != base.shape[i] for i in stacked):
         return LoopForm.WHOLE  # the layers lie on several devices, which work at the same time
     on_cpu = all(device.platform == "cpu" for device in base.devices())
     return LoopForm.BITS if on_cpu and base.dtype.itemsize < 4 else LoopForm.LAYERS

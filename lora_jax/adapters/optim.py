@@ -1,6 +1,7 @@
 """What an optimizer updates, and how fast: labels, masks, `freeze`, groups, LoRA+, LoRA-FA."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -8,13 +9,13 @@ from typing import Any
 import jax
 import optax
 
+from lora_jax.adapters.partition import FREEZE, TRAIN, by_label
 from lora_jax.core.errors import ConfigError, StructureError, TargetError, grouped
 from lora_jax.core.paths import flatten_with_paths
 from lora_jax.core.patterns import compile_regex, lookup, nearest
 from lora_jax.core.tree import require_adapted
 from lora_jax.core.weights import LoraWeight, is_adapted
 
-TRAIN, FREEZE = "train", "freeze"
 TRAINED_FIELDS = ("a", "b", "magnitude", "value")
 
 
@@ -52,12 +53,6 @@ def _map_fields(label: Callable[[str, str], str], params: Any) -> Any:
     return jax.tree_util.tree_unflatten(treedef, [one(path, node) for path, node in nodes.items()])
 
 
-def _by_label(transforms: Mapping[str, optax.GradientTransformation], tree: Any) -> Any:
-    """Apply each transformation to the leaves with its label in `tree`; "freeze" has no update."""
-    # Pass a function: if the tree itself is callable (an Equinox module), optax would call it.
-    return optax.multi_transform({**transforms, FREEZE: optax.set_to_zero()}, lambda _: tree)
-
-
 def mask(params: Any) -> Any:
     """Return a tree of the same structure with True at A, B and fully trained leaves, else False.
 
@@ -75,15 +70,18 @@ def mask(params: Any) -> Any:
 
 def freeze(
     tx: optax.GradientTransformation, params: Any, only: Sequence[str] = TRAINED_FIELDS
-) -> optax.GradientTransformation:
+) -> optax.GradientTransformationExtraArgs:
     """Apply `tx` to A, B and fully trained leaves; every other leaf gets a zero update.
 
     Frozen leaves have no optimizer state, and `tx` does not see them when it measures something,
     such as the global norm for clipping. `params` may be a joined tree, or an overlay, in which
-    `scale` is a frozen leaf.
+    `scale` is a frozen leaf. Apply the updates with `lora_jax.apply_updates`, which does not touch
+    frozen leaves. Their update is -0.0, which changes no bit either, except that a CPU may round a
+    subnormal number to zero.
 
     Args:
-      tx: any optax gradient transformation.
+      tx: any optax gradient transformation. Arguments of `update` beyond the parameters (`value`,
+        `grad`, `value_fn`) are passed on.
       params: the tree whose structure the gradients will have.
       only: names of the fields that train, among "a", "b", "magnitude" (DoRA) and "value" (fully
         trained leaves and trained rows). LoRA-FA leaves out "a", see `lora_fa`.
@@ -104,15 +102,15 @@ def freeze(
     if isinstance(only, str) or unknown or not only:
         raise ConfigError(f"freeze: only must be names among {TRAINED_FIELDS}, got {only!r}")
     require_adapted("freeze", params)
-    tree = _map_fields(lambda path, field: TRAIN if field in only else FREEZE, params)
-    if TRAIN not in jax.tree.leaves(tree):
+    label = lambda path, field: TRAIN if field in only else FREEZE
+    if TRAIN not in jax.tree.leaves(_map_fields(label, params)):
         raise StructureError(
             f"freeze: nothing would train, because no adapter has a field named in only={only!r}"
         )
-    return _by_label({TRAIN: tx}, tree)
+    return by_label({TRAIN: tx}, functools.partial(_map_fields, label), params)
 
 
-def lora_fa(tx: optax.GradientTransformation, params: Any) -> optax.GradientTransformation:
+def lora_fa(tx: optax.GradientTransformation, params: Any) -> optax.GradientTransformationExtraArgs:
     """Apply `tx` to B and all else that trains, but keep A at its initial value (LoRA-FA).
 
     LoRA-FA, https://arxiv.org/abs/2308.03303, is `freeze(tx, params, only=("b", "magnitude",
@@ -156,7 +154,7 @@ def lora_plus(
     params: Any,
     ratio: float = 16.0,
     optimizer: Callable[[Any], optax.GradientTransformation] = optax.adamw,
-) -> optax.GradientTransformation:
+) -> optax.GradientTransformationExtraArgs:
     """Train B with `ratio` times the learning rate of A (LoRA+); frozen leaves get a zero update.
 
     LoRA+, https://arxiv.org/abs/2402.12354, sets η_B = λ·η_A with λ ≫ 1, because with one rate for
@@ -188,18 +186,19 @@ def lora_plus(
     require_adapted("lora_plus", params)
     faster = (lambda step: ratio * learning_rate(step)) if callable(learning_rate) else None
     rates = {TRAIN: learning_rate, "b": faster or ratio * learning_rate}
-    tree = _map_fields(
-        lambda path, field: "b" if field == "b" else TRAIN if field in TRAINED_FIELDS else FREEZE,
-        params,
-    )
-    return _by_label({label: optimizer(rate) for label, rate in rates.items()}, tree)
+
+    def label(path: str, field: str) -> str:
+        return "b" if field == "b" else TRAIN if field in TRAINED_FIELDS else FREEZE
+
+    transforms = {name: optimizer(rate) for name, rate in rates.items()}
+    return by_label(transforms, functools.partial(_map_fields, label), params)
 
 
 def groups(
     transforms: Mapping[str, optax.GradientTransformation],
     params: Any,
     default: optax.GradientTransformation | None = None,
-) -> optax.GradientTransformation:
+) -> optax.GradientTransformationExtraArgs:
     """Apply a separate transformation to each group of adapters; frozen leaves get a zero update.
 
     Args:
@@ -253,7 +252,7 @@ def groups(
 
     named = {f"group {key}": tx for key, tx in transforms.items()}
     rest = {} if default is None else {TRAIN: default}
-    return _by_label({**named, **rest}, _map_fields(label, params))
+    return by_label({**named, **rest}, functools.partial(_map_fields, label), params)
 
 
 def _group(table: Mapping[str, Any], path: str, field: str) -> str | None:

@@ -40,9 +40,9 @@ def set_scale(params: Any, scale: Any, targets: Pattern | None = None) -> Any:
     def one(path: str, node: Adapted) -> Adapted:
         if path not in chosen:
             return node
-        return dataclasses.replace(
-            node, scale=jnp.broadcast_to(jnp.asarray(scale, node.scale.dtype), node.scale.shape)
-        )
+        # A copy for each node: a step that donates them may not get one buffer twice.
+        own = jnp.array(scale, node.scale.dtype, copy=True)
+        return dataclasses.replace(node, scale=jnp.broadcast_to(own, node.scale.shape))
 
     return map_adapted(one, params)
 

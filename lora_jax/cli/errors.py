@@ -7,6 +7,10 @@ class PromptError(LoraError):
     """The prompt is missing, or the model cannot continue it."""
 
 
+class ClassifierError(LoraError):
+    """What was given is not a sequence classifier, or cannot be used as one."""
+
+
 class ConversionError(LoraError):
     """An adapter cannot be converted as requested."""
 

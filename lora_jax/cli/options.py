@@ -28,6 +28,13 @@ StrictOption = Annotated[
         help="Refuse an adapter with tensors that do not fit, or leave them out with a warning."
     ),
 ]
+LengthOption = Annotated[
+    int,
+    typer.Option(min=0, help="Maximum tokens per row; 0: 512, or the model's maximum if smaller."),
+]
+BatchOption = Annotated[int, typer.Option(min=1, help="Rows per batch.")]
+EncodingOption = Annotated[str, typer.Option(help="Text encoding of the data files.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON, one object per line.")]
 OutOption = Annotated[Path, typer.Option("--out", "-o", help="Output path.")]
 
 ADAPTER = "Adapter of any kind that 'inspect' reads."

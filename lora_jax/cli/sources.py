@@ -93,6 +93,14 @@ def tokenizer_of(model: kinds.Found, adapter: Path | None = None) -> Tokenizer:
     return tokenizer if own is None else tokenizer.of_adapter(own)
 
 
+def pad_id_of(model: kinds.Found, adapter: Path) -> int | None:
+    """Return the id of the padding token, or None without one or without a tokenizer."""
+    try:
+        return tokenizer_of(model, adapter).pad_id
+    except FileNotFoundError:
+        return None
+
+
 def stop_ids(model: kinds.Found, tokenizer: Tokenizer) -> frozenset[int]:
     """Return the token ids at which a model's text ends, as `models.stops.stop_ids`."""
     return stops.stop_ids(None if model.kind == kinds.TINY else model.path, tokenizer)
@@ -168,12 +176,12 @@ def read_adapter(found: kinds.Found, params: Any, naming: Naming, *, strict: boo
       LoraError: it cannot be read or does not fit; all problems are listed.
     """
     if found.kind == kinds.NATIVE:
-        return lora.load(found.path, _as_trained(found, params))
+        return lora.load(found.path, as_trained(found, params))
     read = peft.load if found.kind == kinds.PEFT else mlx.load
     return read(found.path, params, naming, strict=strict)
 
 
-def _as_trained(adapter: kinds.Found, params: Any) -> Any:
+def as_trained(adapter: kinds.Found, params: Any) -> Any:
     """Return parameters in the dtypes that a lora_jax adapter was trained on, for its checksums."""
     trained = native.read_file(adapter.path).base_shapes()
     leaves, treedef = flatten_with_paths(params)
@@ -185,5 +193,5 @@ def is_stacked(adapter: kinds.Found) -> bool:
     """Return whether an adapter is for the tree that `models.load(..., scan=True)` returns."""
     if adapter.kind != kinds.NATIVE:
         return False
-    paths = lora.read_metadata(adapter.path)["layouts"]
-    return any(path.removeprefix("encoder/").startswith("layers/") for path in paths)
+    stacked = ("layers/", "encoder/layers/")  # of a language model, of a classifier
+    return any(path.startswith(stacked) for path in lora.read_metadata(adapter.path)["layouts"])

@@ -7,11 +7,13 @@ from typing import Annotated, Literal
 from typer import Option
 
 CLASSIFICATION = "classification"
+MEAN = "mean"  # of --pooling
 
 TaskName = Literal["causal-lm", "classification"]
 InitName = Literal["kaiming", "gaussian", "orthogonal", "pissa", "pissa_fast", "olora"]
 BiasName = Literal["none", "all", "adapted"]
 ScheduleName = Literal["cosine", "constant"]
+PoolingName = Literal["model", "mean"]
 TrainDType = Literal["float32", "bfloat16"]
 
 _MODEL = (
@@ -26,7 +28,7 @@ _BASE_NAME = (
     "Name of the base model to write into the adapter, such as its Hub id; default: the Hub id "
     "where it is known, otherwise --model as an absolute path."
 )
-_DATA = "Training data: a .jsonl file of rows or a .txt file; may be given several times."
+_DATA = "Training data: a file of rows or a .txt file, see above; may be given several times."
 _OUT = "Output directory of the run: adapter, checkpoints, log."
 _EVAL_SPLIT = "Fraction of the data to hold out for evaluation, instead of --eval."
 _ALPHA = "Numerator of the scale alpha / rank; default: the rank, so the scale is 1."
@@ -39,6 +41,7 @@ _STEPS = "Training steps, instead of --epochs; with --resume the run's own by de
 _LOG_EVERY = "Steps between the lines that replace the progress bar where there is no terminal."
 _INIT = "Initialization of A and B."
 _DORA = "Train one magnitude per output as well (DoRA)."
+_POOLING = "Input of a classifier's head: the token that transformers takes, or the mean of all."
 _LENGTH = "Maximum tokens per row; 0: 512, or the model's maximum if smaller."
 _WARMUP = "Warm-up steps; a value below 1 is a fraction of all steps."
 _CLIP = "Maximum global norm of the gradients; 0 disables clipping."
@@ -64,6 +67,7 @@ class TrainOptions:
         Option("--eval", metavar="FILE", help="Evaluation data, of the same kind as --data."),
     ] = None
     eval_split: Annotated[float, Option(min=0, max=0.9, help=_EVAL_SPLIT)] = 0.0
+    pooling: Annotated[PoolingName, Option(help=_POOLING)] = "model"
     eval_rows: Annotated[int, Option(min=0, help="Maximum evaluation rows; 0: all.")] = 0
     encoding: Annotated[str, Option(help="Text encoding of the data files.")] = "utf-8"
     resume: Annotated[bool, Option("--resume", help="Resume the run in --out.")] = False

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from lora_jax.core.dtypes import accumulator
+from lora_jax.core.explicit_mesh import is_sharded
 from lora_jax.core.layout import Layout, pick, subscripts
 from lora_jax.core.weights import LoraWeight, scaled_factors
 
@@ -61,7 +62,7 @@ def column_products(node: LoraWeight) -> tuple[jax.Array, jax.Array, jax.Array]:
 def _rank_first(a: jax.Array, n_batch: int) -> jax.Array:
     """Return A as `[*batch, rank, *in]`; 16-bit, in that layout, or the CPU widens all of W."""
     moved = jnp.moveaxis(a, -1, n_batch)
-    if a.dtype.itemsize > 2 or any(jax.typeof(a).sharding.spec):
+    if a.dtype.itemsize > 2 or is_sharded(a):
         return moved
     return jax.lax.optimization_barrier(moved.reshape(-1)).reshape(moved.shape)
 

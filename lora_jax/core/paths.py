@@ -8,21 +8,47 @@ from typing import Any
 
 import jax
 
+from lora_jax.core.boxes import children, holds_one, is_box
 from lora_jax.core.errors import StructureError
+
+KeyPath = tuple[Any, ...]
 
 
 def path_str(key_path: tuple) -> str:
-    """Return a JAX key path as a string such as "block_0/attn/query/kernel".
+    """Return a JAX key path as a string.
 
-    Flax keeps each array of an `nnx.State`, and each boxed array, as the attribute `value` of an
-    object. The path of such a leaf is that of the object.
-
-    >>> path_str((jax.tree_util.DictKey("kernel"), jax.tree_util.GetAttrKey("value")))
-    'kernel'
+    >>> path_str((jax.tree_util.GetAttrKey("attn"), jax.tree_util.DictKey("kernel")))
+    'attn/kernel'
     """
-    if len(key_path) > 1 and key_path[-1] == jax.tree_util.GetAttrKey("value"):
-        key_path = key_path[:-1]
     return jax.tree_util.keystr(key_path, simple=True, separator="/")
+
+
+def flatten_with_key_paths(
+    tree: Any, is_leaf: Callable[[Any], bool] | None = None
+) -> list[tuple[KeyPath, Any]]:
+    """Return the leaves of `tree` with their key paths, as JAX does, but without Flax's boxes.
+
+    Flax keeps each array of a model or an `nnx.State` in an `nnx.Variable`, and each partitioned
+    array in a box, as their attribute `value`. The path of such a leaf is that of the variable or
+    box. A field `value` of any other class is a name like all others.
+    """
+    stop = (lambda _: False) if is_leaf is None else is_leaf
+    flat, _ = jax.tree_util.tree_flatten_with_path(tree, lambda x: stop(x) or is_box(x))
+    if not any(is_box(node) for _, node in flat):
+        return flat
+    found: list[tuple[KeyPath, Any]] = []
+    for path, node in flat:
+        found += _inside(path, node, is_leaf) if is_box(node) else [(path, node)]
+    return found
+
+
+def _inside(path: KeyPath, box: Any, is_leaf: Any) -> list[tuple[KeyPath, Any]]:
+    """Return the leaves in a box; if its value is itself a tree, the name `value` stays."""
+    return [
+        ((*path, *(() if holds_one(box) and not rest else key), *rest), leaf)
+        for key, child in children(box)
+        for rest, leaf in flatten_with_key_paths(child, is_leaf)
+    ]
 
 
 def path_key(key: jax.Array, path: str) -> jax.Array:
@@ -43,7 +69,7 @@ def flatten_with_paths(
     Raises:
       StructureError: two leaves have the same path, as in {"a/b": 1, "a": {"b": 2}}.
     """
-    flat, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)
+    flat, treedef = flatten_with_key_paths(tree, is_leaf), jax.tree.structure(tree, is_leaf=is_leaf)
     leaves = {path_str(path): leaf for path, leaf in flat}
     if len(leaves) < len(flat):
         counts = Counter(path_str(path) for path, _ in flat)

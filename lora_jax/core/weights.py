@@ -12,6 +12,7 @@ from jax import export
 
 from lora_jax.core.abstract import on_shapes
 from lora_jax.core.errors import StructureError
+from lora_jax.core.explicit_mesh import sharding_without
 from lora_jax.core.layout import Layout, subscripts
 from lora_jax.core.short_repr import describe_fields, describe_node, describe_value, has_arrays
 
@@ -151,12 +152,17 @@ class TrainedRows:
 
     def select(self, w: jax.Array) -> jax.Array:
         """Return the trained rows of `w`, laid out as `value` is."""
-        return jnp.take(w, jnp.asarray(self.rows), self.axis).transpose(self.order)
+        rows = w.at[self._index].get(out_sharding=sharding_without(w, self.axis))
+        return rows.transpose(self.order)
 
     def replace(self, w: jax.Array, value: jax.Array) -> jax.Array:
         """Return `w` with `value` in place of the trained rows, other rows the same to the bit."""
         value = value.transpose([self.order.index(i) for i in range(w.ndim)])
-        return w.at[(slice(None),) * self.axis + (jnp.asarray(self.rows),)].set(value)
+        return w.at[self._index].set(value, out_sharding=sharding_without(w))
+
+    @property
+    def _index(self) -> tuple[Any, ...]:
+        return (*(slice(None) for _ in range(self.axis)), jnp.asarray(self.rows))
 
 
 Adapted = LoraWeight | TrainedLeaf | TrainedRows

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from lora_jax.core.dtypes import accumulator, compute_dtype, wider
+from lora_jax.core.explicit_mesh import on_mesh_of, reshard_like
 from lora_jax.engine import named_axes
 from lora_jax.engine.lazy_weight import Axis, LazyWeight
 
@@ -55,11 +56,14 @@ def cast_for_branch(
 ) -> tuple[jax.Array, jax.Array, Any]:
     """Return both operands of a branch's product in one dtype, and the dtype to accumulate in.
 
+    The factor is on the activation's mesh, where that is part of the activation's type.
+
     They are multiplied in the wider dtype of the activation and the view; 16-bit products are
     accumulated in float32. `dtype` is the activation's, if that is not the dtype of `x`.
     """
     compute = compute_dtype(x.dtype if dtype is None else dtype, lazy.dtype)
     accumulate = compute if compute.itemsize > 2 else jnp.dtype(jnp.float32)
+    factor = on_mesh_of(factor, x)
     return x.astype(compute), factor.astype(compute), accumulate
 
 
@@ -68,13 +72,17 @@ def drop(x: jax.Array, lazy: LazyWeight, site: int) -> jax.Array:
     if lazy.key is None:
         return x
     key = jax.random.fold_in(lazy.key.reshape(-1)[0], site)
-    kept = jax.random.bernoulli(key, 1 - lazy.dropout, x.shape)
+    kept = reshard_like(jax.random.bernoulli(key, 1 - lazy.dropout, x.shape), x)
     return jnp.where(kept, x / jnp.asarray(1 - lazy.dropout, x.dtype), jnp.zeros_like(x))
 
 
 def add(y: Any, update: jax.Array, dtype: Any) -> jax.Array:
-    """Add in the wider dtype, round once to `dtype`; a tangent has no `y`."""
+    """Add in the wider dtype, round once to `dtype`; a tangent has no `y`.
+
+    The sum is sharded as `y` is, where that is part of its type.
+    """
     if y is None:
         return update.astype(dtype)
+    update = reshard_like(update, y)
     wide = wider(y.dtype, update.dtype)
     return lax.add(y.astype(wide), update.astype(wide)).astype(dtype)

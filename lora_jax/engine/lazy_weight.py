@@ -11,6 +11,7 @@ from jax import lax
 
 from lora_jax.core.dora import dora_gain
 from lora_jax.core.dtypes import accumulator
+from lora_jax.core.explicit_mesh import is_sharded, on_mesh_of
 from lora_jax.core.weights import LoraWeight, TrainedRows
 from lora_jax.engine.provenance import Provenance
 
@@ -74,8 +75,9 @@ class LazyWeight:
         With `rank_first` A is `[*batch, rank, *in]`, which is how B is laid out.
         """
         axes, (batch, ins, outs) = _named(node)
+        node = _on_mesh_of_base(node)
         # An explicit mesh's shards cannot be flattened, which a transposed A has to be.
-        rank_first = rank_first and not any(jax.typeof(node.a).sharding.spec)
+        rank_first = rank_first and not is_sharded(node.a)
         a, b = _factors(node.a, node.b, node.scale, rank_first)
         return cls(
             # The base is frozen: no dW is formed, whatever the caller differentiates.
@@ -102,6 +104,7 @@ class LazyWeight:
         The one-hot A `[*batch, k, rows of W]` is a constant, so every rule for factors serves
         trained rows too.
         """
+        node = _on_mesh_of_base(node)
         axes, (batch, _, _) = _named(node)
         w = lax.stop_gradient(node.w)
         dtype = accumulator(node.value.dtype, w.dtype)
@@ -195,6 +198,11 @@ def _named(node: LoraWeight | TrainedRows) -> tuple[tuple[Axis, ...], list[tuple
     """Return names for the axes of a weight, and those of its batch, in and out axes."""
     axes = tuple(Axis((i,), i) for i in range(node.w.ndim))
     return axes, [tuple(axes[i] for i in node.layout.positions(kind)) for kind in "bio"]
+
+
+def _on_mesh_of_base(node: Any) -> Any:
+    """Return an adapted weight with everything in it on the explicit mesh of its base, if any."""
+    return jax.tree.map(lambda x: on_mesh_of(x, node.w), node)
 
 
 @functools.partial(jax.jit, static_argnames="rank_first")

@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from lora_jax.core.explicit_mesh import sharding_of_product
+
 Names = Sequence[Hashable]
 
 
@@ -56,6 +58,7 @@ def contract(
     def positions(names: Names, wanted: Names) -> list[int]:
         return [list(names).index(n) for n in wanted]
 
+    names = result_names(x_names, y_names, keep)
     out = lax.dot_general(
         x,
         y,
@@ -65,8 +68,9 @@ def contract(
         ),
         precision=precision,
         preferred_element_type=preferred_element_type,
+        out_sharding=sharding_of_product([(x, x_names), (y, y_names)], names),
     )
-    return out, result_names(x_names, y_names, keep)
+    return out, names
 
 
 def arrange(x: jax.Array, names: Names, wanted: Names, sizes: Mapping[Hashable, int]) -> jax.Array:

@@ -11,6 +11,7 @@ import jax
 from jax import lax
 
 from lora_jax.core.dtypes import compute_dtype
+from lora_jax.core.explicit_mesh import is_sharded
 from lora_jax.engine import named_axes
 from lora_jax.engine.arithmetic import add, cast_for_branch
 from lora_jax.engine.forms import Forms
@@ -57,7 +58,7 @@ class Product:
             out_axes=tuple(out_axes),
             shape=x.shape,
             dtype=x.dtype,
-            can_flatten=not any(jax.typeof(x).sharding.spec),
+            can_flatten=not is_sharded(x),
             precision=precision,
         )
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 
-from lora_jax.core.paths import path_str
+from lora_jax.core.paths import flatten_with_key_paths, path_str
 from lora_jax.core.weights import is_adapted
 from lora_jax.engine import jaxprs
 from lora_jax.engine.context import Context
@@ -38,7 +38,8 @@ class Program:
 
         A `LoraWeight` or another adapted node counts as one leaf.
         """
-        flat, treedef = jax.tree_util.tree_flatten_with_path((args, kwargs), is_leaf=is_adapted)
+        flat = flatten_with_key_paths((args, kwargs), is_leaf=is_adapted)
+        treedef = jax.tree.structure((args, kwargs), is_leaf=is_adapted)
         leaves = [enter(path[:2], path_str(path[2:]), leaf) for path, leaf in flat]
         dynamic = [i for i, leaf in enumerate(leaves) if is_dynamic(leaf)]
         outs_of: list[Any] = []

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,7 +20,12 @@ from lora_jax.core.tree import require_adapted
 from lora_jax.core.weights import Adapted, TrainedLeaf, check_fits, is_adapted
 from lora_jax.files import native_schema
 from lora_jax.files.disk import safetensors_file, strict_json
-from lora_jax.files.disk.fingerprint import differences, fingerprint, parse_entry
+from lora_jax.files.disk.fingerprint import (
+    differences,
+    fingerprint,
+    parse_entry,
+    weak_entries,
+)
 
 FORMAT, VERSION = "lora_jax", 1
 MODEL = "model"  # the key of the base model's name in the metadata
@@ -188,8 +194,8 @@ def load(path: str | os.PathLike, base: Any) -> Any:
 def fit(file: NativeFile, base: Any) -> Any:
     """Return the adapters of a file as an overlay of `base`; what `load` does after reading."""
     base = base_of(base)
-    nodes, problems = file.nodes, list(file.problems)
     leaves, treedef = flatten_with_paths(base, is_leaf=is_adapted)
+    nodes, problems = _with_todays_names(file.nodes, leaves), list(file.problems)
     unknown = [name for name in nodes if name not in leaves]
     for name in unknown:
         near = f"; {nearest(name, leaves)}" if name in unknown[:_SUGGESTED] else ""
@@ -199,7 +205,17 @@ def fit(file: NativeFile, base: Any) -> Any:
         problems += check_fits(name, node, leaves[name]) if name in leaves else []
     if file.header["base"] and not problems:
         whole = {name for name, node in nodes.items() if isinstance(node, TrainedLeaf)}
-        problems += differences(file.header["base"], fingerprint(base, skip=whole))
+        saved = _with_todays_names(file.header["base"], leaves)
+        weak = weak_entries(saved)
+        problems += differences(saved, fingerprint(base, skip=whole, weak=weak))
+        if weak and not problems:
+            warnings.warn(
+                f"{file.path}: an older release wrote this file. The base passed its check, the "
+                "sum of the weights' bits, which does not see an even number of changed signs; "
+                "save the adapters again for the check of every bit",
+                UserWarning,
+                stacklevel=3,
+            )
     if problems:
         raise AdapterFileError(
             f"{file.path}: the adapters in this file do not fit this base:\n"
@@ -207,6 +223,15 @@ def fit(file: NativeFile, base: Any) -> Any:
         )
     in_jax = {name: jax.tree.map(jnp.asarray, node) for name, node in nodes.items()}
     return jax.tree_util.tree_unflatten(treedef, [in_jax.get(name) for name in leaves])
+
+
+def _with_todays_names(found: Mapping[str, Any], leaves: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a file says by path, under the paths of this base.
+
+    Older releases left a last name `value` out of a path, whatever class had it.
+    """
+    longer = {path: f"{path}/value" for path in found if path not in leaves}
+    return {longer[p] if longer.get(p) in leaves else p: value for p, value in found.items()}
 
 
 def is_header(metadata: Mapping[str, str]) -> bool:

@@ -81,8 +81,13 @@ NAMINGS = {"bert": BERT, "llama": LLAMA}
 
 #: Regexes of tensors that are not parameters of the model, but kept and saved with it.
 KEPT = {
-    "bert": (r"(bert\.)?embeddings\.position_ids", r"(bert\.)?pooler\..*", r"cls\..*"),
-    "llama": (),
+    "bert": (
+        r"(bert\.)?embeddings\.position_ids",
+        r"(bert\.)?pooler\..*",
+        r"cls\..*",
+        r"classifier\..*",
+    ),
+    "llama": (r"score\..*",),
 }
 #: Regexes of tensors that follow from the rest: rotations, and the copy of a tied head.
 DROPPED = {"bert": (), "llama": (r".*\.rotary_emb\.inv_freq",)}

@@ -60,7 +60,8 @@ class Pretrained:
       params: the parameter tree.
       naming: Hugging Face's name for every leaf, whatever file they come from.
       settings: the content of its config.json.
-      rest: other tensors in the file by name, such as BERT's pooler; `save` writes them back.
+      rest: other tensors in the file by name, such as BERT's pooler and a classifier's head; `save`
+        writes them back.
     """
 
     kind: str
@@ -219,6 +220,7 @@ class _Source:
     naming: Naming  # the names in the file
     torch: Naming  # Hugging Face's names
     ignored: tuple[str, ...]
+    headless: bool = False  # it has no output head, although its settings say so
 
 
 def _open(path: Path) -> _Source:
@@ -233,7 +235,10 @@ def _open(path: Path) -> _Source:
     tensors = hf_directory.tensors(path)
     torch = namings.naming(kind, tensors)
     tied = (namings.TIED_HEAD,) if settings.get("tie_word_embeddings") else ()
-    return _Source(kind, settings, tensors, torch, torch, (*namings.DROPPED[kind], *tied))
+    # a decoder's classifier has no output head: the model here gets that of a tied one
+    headless = not tied and "score.weight" in tensors and "lm_head.weight" not in tensors
+    ignored = (*namings.DROPPED[kind], *tied)
+    return _Source(kind, settings, tensors, torch, torch, ignored, headless)
 
 
 def _kind(settings: Mapping[str, Any], path: Path) -> str:
@@ -308,7 +313,8 @@ def _dtype(dtype: Any, tensors: Iterable[Any]) -> str:
 def _module(source: _Source, dtype: str, *, scan: bool, remat: bool) -> Bert | Llama:
     if source.kind == "llama":
         ours = {"scan": scan, "remat": remat, "dtype": dtype, "param_dtype": dtype}
-        return Llama(LlamaConfig.from_json(source.settings, **ours))
+        headless = {"tie_word_embeddings": True} if source.headless else {}
+        return Llama(LlamaConfig.from_json({**source.settings, **headless}, **ours))
     if scan or remat:
         raise ValueError(f"scan and remat are not supported for {source.kind} models")
     return Bert(BertConfig.from_json(source.settings))

@@ -7,6 +7,7 @@ import os
 import shutil
 import sys
 import tempfile
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Self
@@ -15,6 +16,7 @@ import jax
 import orbax.checkpoint as ocp
 
 from lora_jax.core.foreign import shown
+from lora_jax.training import checkpoint_steps
 from lora_jax.training.errors import TrainingError
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -43,6 +45,8 @@ class Checkpoints:
             todelete_subdir=_DELETED,
         )
         self._empty()
+        for name, problem in checkpoint_steps.damaged(self.directory).items():
+            self._move_away(name, problem)
         self._manager = ocp.CheckpointManager(self.directory, options=options)
 
     def __enter__(self) -> Self:
@@ -83,9 +87,12 @@ class Checkpoints:
         if step in self._manager.all_steps():
             return
         self.reserve(state)
+        metadata = {checkpoint_steps.STEP: step}
         try:
             with _quiet():
-                self._manager.save(step, args=ocp.args.StandardSave(state), force=True)
+                self._manager.save(
+                    step, args=ocp.args.StandardSave(state), force=True, custom_metadata=metadata
+                )
         except (OSError, ValueError, RuntimeError) as error:  # tensorstore raises the last two
             for unfinished in self.directory.glob(_UNFINISHED):
                 shutil.rmtree(unfinished, ignore_errors=True)
@@ -111,6 +118,9 @@ class Checkpoints:
     def restore(self, like: Any) -> tuple[int, Any] | None:
         """Return the last readable checkpoint with its step, or None without any checkpoint.
 
+        Later ones that cannot be read are moved to `unreadable/`, and a warning names them: they
+        would stand in the way of the checkpoints to come.
+
         Args:
           like: a pytree of arrays or `ShapeDtypeStruct`s with the structure of the state.
 
@@ -118,22 +128,44 @@ class Checkpoints:
           TrainingError: there are checkpoints, and none of them can be read.
         """
         target = jax.tree.map(_abstract, like)
-        failure: Exception | None = None
+        failures: dict[int, str] = {}
         for step in reversed(self.steps()):
             try:
                 with _quiet():
                     found = self._manager.restore(step, args=ocp.args.StandardRestore(target))
-            except (OSError, ValueError, KeyError, TypeError) as error:
-                failure = error
+                _check_like(found, target)
+            except Exception as error:  # whatever Orbax meets in a damaged file
+                failures[step] = " ".join(str(error).split()) or type(error).__name__
             else:
+                for later, problem in failures.items():
+                    self._move_away(str(later), problem)
+                if failures:
+                    self._manager.reload()
                 return step, found
-        if failure is not None:
+        why = [shown(problem) for problem in failures.values()]
+        why += [f"unreadable/{shown(x)}" for x in checkpoint_steps.moved_away(self.directory)]
+        if why:
             raise TrainingError(
-                f"{self.directory}: cannot read any checkpoint "
-                f"({shown(str(failure).partition(chr(10))[0])}). "
-                "Start again with another --out"
-            ) from failure
+                f"{self.directory}: cannot read any checkpoint ({why[0]}). Start again with "
+                "another --out"
+            )
         return None
+
+    def _move_away(self, name: str, problem: str) -> None:
+        """Move a directory that cannot be read, and say so."""
+        place = checkpoint_steps.move_away(self.directory, name)
+        warnings.warn(
+            f"{self.directory}: the checkpoint {shown(name)} cannot be read ({shown(problem)}); "
+            f"it was moved to {checkpoint_steps.UNREADABLE}/{shown(place.name)}",
+            stacklevel=3,
+        )
+
+
+def _check_like(found: Any, target: Any) -> None:
+    """Raise `ValueError` where an array has another shape or dtype than the state's."""
+    same = jax.tree.map(lambda x, y: (x.shape, x.dtype) == (y.shape, y.dtype), found, target)
+    if not all(jax.tree.leaves(same)):
+        raise ValueError("an array has another shape or dtype")
 
 
 @contextlib.contextmanager

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lora_jax.models.bert import mean_pool
+from lora_jax.models.classifier import Classifier, Pooling
 from lora_jax.training.batching import Batch, Data, batches, steps_per_epoch
 from lora_jax.training.dataset import Rows
 from lora_jax.training.encoders import Encoder, surrounding
@@ -78,8 +78,32 @@ def encode_labelled(
             f"{list_problems(problems)}"
         )
     texts = [row.values["text"] for row in rows.rows]
+    encoded, notes = encode_texts(rows.source, rows.places, texts, tokenizer, length, vocabulary)
+    labels = np.array([number[row.values["label"]] for row in rows.rows], np.int32)
+    return LabelledTexts(encoded, labels, notes)
+
+
+def encode_texts(
+    source: str,
+    places: Sequence[str],
+    texts: Sequence[str],
+    tokenizer: Encoder,
+    length: int,
+    vocabulary: int | None = None,
+) -> tuple[tuple[np.ndarray, ...], tuple[str, ...]]:
+    """Return the token ids of texts, truncated as in `encode_labelled`, and notes about that.
+
+    Args:
+      source: the name of the texts' file, for errors.
+      places: what to call each text: "line 7".
+      texts: the texts.
+      tokenizer, length, vocabulary: as in `encode_labelled`.
+
+    Raises:
+      DataError: a token is not in the vocabulary.
+    """
     whole = [np.asarray(tokenizer.encode(text, special=True), np.int32) for text in texts]
-    refuse_unknown(rows.source, rows.places, whole, tokenizer, vocabulary)
+    refuse_unknown(source, places, whole, tokenizer, vocabulary)
     closing = surrounding(tokenizer)[1]
     cut = [
         ids if len(ids) <= length else np.append(ids[: length - len(closing)], closing)
@@ -87,8 +111,7 @@ def encode_labelled(
     ]
     long = sum(len(ids) > length for ids in whole)
     notes = (f"{long} of {len(whole)} texts exceed {length} tokens: truncated",) if long else ()
-    labels = np.array([number[row.values["label"]] for row in rows.rows], np.int32)
-    return LabelledTexts(tuple(ids.astype(np.int32) for ids in cut), labels, notes)
+    return tuple(ids.astype(np.int32) for ids in cut), notes
 
 
 def _check_kind(rows: Rows) -> None:
@@ -99,29 +122,18 @@ def _check_kind(rows: Rows) -> None:
         )
 
 
-@dataclass(frozen=True)
-class Classifier:
-    """A linear head on the mean of a text's hidden states, as a function of packed texts.
-
-    Its parameters are those that `with_head` returns.
-    """
-
-    hidden: Callable[[Any, Any, Any], jax.Array]
-    slots: int  # maximum number of texts per row
-
-    def embed(self, params: Any, ids: jax.Array, segments: jax.Array) -> jax.Array:
-        """Return each text's mean hidden state: float32 `[rows, slots, width]`."""
-        states = self.hidden(params["encoder"], ids, segments)
-        return mean_pool(states.astype(jnp.float32), segments, self.slots)
-
-    def __call__(self, params: Any, ids: jax.Array, segments: jax.Array) -> jax.Array:
-        """Return each text's logits: float32 `[rows, slots, classes]`."""
-        head = params["head"]
-        return self.embed(params, ids, segments) @ head["kernel"] + head["bias"][None, None]
-
-
 def _normal(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     return jax.random.normal(key, shape) / shape[0] ** 0.5
+
+
+def new_layer(
+    seed: int,
+    width: int,
+    out: int,
+    initializer: Callable[[jax.Array, tuple[int, ...]], jax.Array] = _normal,
+) -> dict[str, jax.Array]:
+    """Return float32 parameters of a linear layer, as `with_head` makes them for the head."""
+    return {"kernel": initializer(jax.random.key(seed), (width, out)), "bias": jnp.zeros(out)}
 
 
 def with_head(
@@ -132,6 +144,10 @@ def with_head(
     slots: int,
     seed: int,
     initializer: Callable[[jax.Array, tuple[int, ...]], jax.Array] = _normal,
+    *,
+    pooling: Pooling = "mean",
+    pooler: Any = None,
+    bias: bool = True,
 ) -> tuple[Classifier, dict[str, Any]]:
     """Put a new head on a pretrained model.
 
@@ -144,13 +160,21 @@ def with_head(
       seed: random seed for the head.
       initializer: for the head's kernel `[width, classes]`, like those in
         `jax.nn.initializers`; N(0, 1/width) by default. The bias is zero.
+      pooling: what represents a text, as in `Classifier`.
+      pooler: parameters of BERT's layer before the head, if there is one.
+      bias: whether the head has a bias.
 
     Returns:
-      The classifier, and its parameters: the model's as "encoder", and a float32 "head".
+      The classifier, and its parameters: the model's as "encoder", a float32 "head", and the
+      "pooler".
     """
-    kernel = initializer(jax.random.key(seed), (width, classes))
-    head = {"kernel": kernel, "bias": jnp.zeros(classes)}
-    return Classifier(hidden, slots), {"encoder": params, "head": head}
+    head = new_layer(seed, width, classes, initializer)
+    if not bias:
+        del head["bias"]
+    found = {"encoder": params, "head": head}
+    return Classifier(hidden, slots, pooling), found | (
+        {} if pooler is None else {"pooler": pooler}
+    )
 
 
 def predict(

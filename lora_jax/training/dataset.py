@@ -1,35 +1,39 @@
-"""Training data: JSON lines of four kinds, or one plain text."""
+"""Training data: rows of four kinds, in JSON or a table, or one plain text."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lora_jax.core.checks import is_integer
+from lora_jax.core.foreign import shown
 from lora_jax.training.errors import DataError, list_problems
+from lora_jax.training.rows.forms import FORMS, KEYS, KNOWN, read_row
+from lora_jax.training.rows.json_values import describe
+from lora_jax.training.rows.tables import read_csv, read_parquet
 
-# kind -> the keys of its rows
-KEYS = {
-    "text": ("text",),
-    "completion": ("prompt", "completion"),
-    "chat": ("messages",),
-    "label": ("text", "label"),
-}
+__all__ = [
+    "FORMS",
+    "KEYS",
+    "KNOWN",
+    "STREAM",
+    "Row",
+    "Rows",
+    "decode_file",
+    "parse_row",
+    "read_rows",
+]
+
 STREAM = "stream"  # a .txt file: one text, not divided into rows
-KNOWN = frozenset(key for keys in KEYS.values() for key in keys)
-FORMS = (
-    '{"text": …}, {"prompt": …, "completion": …}, {"messages": [{"role": …, "content": …}]} or '
-    '{"text": …, "label": …}'
-)
+_LINES, _TABLES = (".jsonl", ".ndjson"), (".csv", ".tsv")
 
 
 @dataclass(frozen=True)
 class Row:
     """One row of a file, checked."""
 
-    line: int  # line number, counted from 1
-    values: Mapping[str, Any]  # by key; every string is non-empty and can be encoded
+    line: int  # number of the line or row, counted from 1
+    values: Mapping[str, Any]  # by key; every string can be encoded
 
 
 @dataclass(frozen=True)
@@ -52,7 +56,12 @@ class Rows:
 
 
 def read_rows(path: str | Path, encoding: str = "utf-8") -> Rows:
-    """Read a `.jsonl` file, one JSON object per line, or a `.txt` file, a single text.
+    """Read a file of rows, or a `.txt` file, a single text.
+
+    `.jsonl` has one JSON object per line, `.json` a list of them, `.csv` and `.tsv` a header and
+    columns, `.parquet` columns. A row has the keys of a kind in `KEYS`, those of ShareGPT
+    (`conversations` of `from` and `value`) or those of Alpaca (`instruction`, `input`, `output`);
+    both of these are of the kind "chat". A conversation may have `tools`.
 
     Args:
       path: the file. Blank lines of a `.jsonl` file and a byte order mark are skipped.
@@ -64,17 +73,27 @@ def read_rows(path: str | Path, encoding: str = "utf-8") -> Rows:
         line number).
     """
     path = Path(path)
+    kind = path.suffix.lower()
+    if kind == ".parquet":
+        return _collect(str(path), "row", _numbered(read_parquet(path)))
     text = decode_file(path, encoding)
-    if path.suffix == ".txt":
-        problem = _string_problem("text", text)
+    if kind == ".txt":
+        problem = "text is empty" if not text.strip() else describe("text", text)
         if problem:
             raise DataError(f"{path}: {problem}; use a file that contains text")
         return Rows(str(path), STREAM, (Row(1, {"text": text}),))
-    if path.suffix != ".jsonl":
+    if kind in _TABLES:
+        return _collect(str(path), "row", _numbered(read_csv(str(path), text, KNOWN)))
+    if kind == ".json" and text.lstrip().startswith("["):
+        return _collect(str(path), "row", _numbered(_parse_list(str(path), text)))
+    if kind not in (*_LINES, ".json"):
         raise DataError(
-            f"{path}: unknown file type; rename it to .jsonl (rows of {FORMS}) or .txt (one text)"
+            f"{path}: unknown file type; rename it to .jsonl, .json, .csv, .tsv or .parquet (rows "
+            f"of {FORMS}) or .txt (one text)"
         )
-    return _read_lines(str(path), text)
+    # `splitlines` would also cut at characters that JSON strings may contain.
+    lines = enumerate(text.split("\n"), start=1)
+    return _collect(str(path), "line", ((n, line) for n, line in lines if line.strip()))
 
 
 def decode_file(path: Path, encoding: str) -> str:
@@ -96,19 +115,33 @@ def decode_file(path: Path, encoding: str) -> str:
         ) from None
 
 
-def _read_lines(source: str, text: str) -> Rows:
-    """Return the rows of JSON lines."""
+def _numbered(rows: Iterable[Any]) -> Iterator[tuple[int, Any]]:
+    return enumerate(rows, start=1)
+
+
+def _parse_list(source: str, text: str) -> list[Any]:
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise DataError(f"{source}: the JSON is nested too deeply") from None
+    except json.JSONDecodeError as error:
+        raise DataError(
+            f"{source}: not valid JSON ({error.msg} at line {error.lineno}, column {error.colno})"
+        ) from None
+    except ValueError as error:  # a number of too many digits
+        raise DataError(f"{source}: not valid JSON ({error})") from None
+
+
+def _collect(source: str, unit: str, found: Iterable[tuple[int, Any]]) -> Rows:
+    """Return rows, given as numbered values, or as numbered lines of JSON."""
     problems: list[str] = []
     rows: list[tuple[str, Row]] = []
     ignored: dict[str, None] = {}
-    # `splitlines` would also cut at characters that JSON strings may contain.
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
+    for number, value in found:
         try:
-            kind, values, others = parse_row(line)
+            kind, values, others = parse_row(value) if unit == "line" else read_row(value)
         except ValueError as error:
-            problems.append(f"line {number}: {error}")
+            problems.append(f"{unit} {number}: {error}")
             continue
         rows.append((kind, Row(number, values)))
         ignored |= dict.fromkeys(others)
@@ -116,16 +149,16 @@ def _read_lines(source: str, text: str) -> Rows:
         raise DataError(f"{source}: the file is empty; it should contain rows of {FORMS}")
     first = rows[0][0] if rows else ""
     problems += [
-        f"line {row.line} is a {kind} row, but line {rows[0][1].line} is a {first} row"
+        f"{unit} {row.line} is a {kind} row, but {unit} {rows[0][1].line} is a {first} row"
         for kind, row in rows
         if kind != first
     ]
     if not problems and first == "label":
-        problems = _label_problems([row for _, row in rows])
+        problems = _label_problems([row for _, row in rows], unit)
     if problems:
         count = "1 bad row" if len(problems) == 1 else f"{len(problems)} bad rows"
         raise DataError(f"{source}: {count}; fix or remove them:\n{list_problems(problems)}")
-    return Rows(source, first, tuple(row for _, row in rows), tuple(ignored))
+    return Rows(source, first, tuple(row for _, row in rows), tuple(ignored), unit)
 
 
 def parse_row(line: str) -> tuple[str, dict[str, Any], list[str]]:
@@ -143,67 +176,15 @@ def parse_row(line: str) -> tuple[str, dict[str, Any], list[str]]:
         raise ValueError("nested too deeply") from None
     except json.JSONDecodeError as error:
         raise ValueError(f"not valid JSON ({error.msg} at column {error.colno})") from None
-    if not isinstance(row, dict):
-        raise ValueError(f"a JSON {_json_type(row)}, not an object")
-    present = KNOWN & row.keys()
-    kind = next((kind for kind, keys in KEYS.items() if present == set(keys)), None)
-    if kind is None:
-        keys = f"the keys {', '.join(map(repr, row))}" if row else "no keys"
-        raise ValueError(f"has {keys}; a row must be {FORMS}")
-    check = {"messages": _messages_problem, "label": _label_problem}
-    found = (check.get(key, lambda x, k=key: _string_problem(k, x))(row[key]) for key in KEYS[kind])
-    problem = next(filter(None, found), None)
-    if problem:
-        raise ValueError(problem)
-    return kind, {key: row[key] for key in KEYS[kind]}, [key for key in row if key not in KNOWN]
+    return read_row(row)
 
 
-def _string_problem(name: str, value: Any) -> str | None:
-    if not isinstance(value, str):
-        return f"{name} is a JSON {_json_type(value)}, not a string"
-    if not value.strip():
-        return f"{name} is empty"
-    if any("\ud800" <= character <= "\udfff" for character in value):
-        return f"{name} contains half of a surrogate pair, which is not a character"
-    return None
-
-
-def _messages_problem(messages: Any) -> str | None:
-    if not isinstance(messages, list) or not messages:
-        return f"messages is {'an empty list' if messages == [] else 'not a list'}"
-    for i, message in enumerate(messages):
-        if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
-            return f"messages[{i}] must have role and content"
-        for key in ("role", "content"):
-            problem = _string_problem(f"messages[{i}].{key}", message[key])
-            if problem:
-                return problem
-    if all(message["role"] != "assistant" for message in messages):
-        return "messages contains no assistant turn to train on"
-    return None
-
-
-def _label_problem(label: Any) -> str | None:
-    if is_integer(label):
-        return None
-    return (
-        "label is neither a string nor an integer"
-        if not isinstance(label, str)
-        else (_string_problem("label", label))
-    )
-
-
-def _label_problems(rows: list[Row]) -> list[str]:
+def _label_problems(rows: list[Row], unit: str) -> list[str]:
     """Describe the labels that are not of the first one's type: all strings, or all integers."""
     first = type(rows[0].values["label"])
     return [
-        f"line {row.line}: the label {row.values['label']!r} has another type than "
-        f"{rows[0].values['label']!r} in line {rows[0].line}"
+        f"{unit} {row.line}: the label {shown(repr(row.values['label']))} has another "
+        f"type than {shown(repr(rows[0].values['label']))} in {unit} {rows[0].line}"
         for row in rows
         if type(row.values["label"]) is not first
     ]
-
-
-def _json_type(value: Any) -> str:
-    names = {dict: "object", list: "list", str: "string", bool: "boolean", type(None): "null"}
-    return names.get(type(value), "number")

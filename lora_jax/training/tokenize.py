@@ -51,7 +51,8 @@ def encode_examples(
       Tokens beyond `length` are dropped.
     - chat: rendered by the tokenizer's template and encoded as one text; what the assistant says
       is trained on, as the template's `{% generation %}` blocks or else the ends of its turns tell.
-      A token trains if one of its characters does. Tokens beyond `length` are dropped.
+      A token trains if one of its characters does. Tokens beyond `length` are dropped. For a
+      tokenizer without a template, rows with Alpaca's keys are a prompt and a completion.
 
     A BOS or EOS that the data itself spells out is not repeated.
 
@@ -131,6 +132,8 @@ def _example(given: Sequence[int], trained: Sequence[int]) -> Example:
 
 def _encode_chat(row: Row, tokenizer: Encoder) -> Example:
     """Encode a conversation; the template writes BOS and the ends of turns."""
+    if "prompt" in row.values and getattr(tokenizer, "chat_template", "") is None:
+        return _encode_completion(row, tokenizer)
     messages = row.values["messages"]
     more = {"tools": row.values["tools"]} if row.values.get("tools") else {}
     spans: list[Span] = []

@@ -134,3 +134,17 @@ def test_disable_gives_back_leaves_trained_whole_too():
     x = jnp.ones((2, 4))
     np.testing.assert_array_equal(lora_jax.lora(fn)(lora_jax.disable(trained), x), fn(PARAMS, x))
     assert float(lora_jax.lora(fn)(trained, x)[0]) != float(fn(PARAMS, x)[0])
+
+
+@pytest.mark.parametrize("scale", [0.5, jnp.float32(0.5)], ids=["number", "array"])
+def test_every_node_owns_its_scale(scale):
+    """A step that donates the tree may not get one buffer twice."""
+    joined = jax.tree.map(lambda x: jnp.array(x, copy=True), JOINED)
+    params = lora_jax.set_scale(joined, scale)
+    scales = [node.scale for node in jax.tree.leaves(params, is_leaf=is_node) if is_node(node)]
+    assert len({x.unsafe_buffer_pointer() for x in scales}) == len(scales)
+    step = jax.jit(lambda p: jax.tree.map(lambda x: x + 1, p), donate_argnums=0)
+    new = step(params)
+    assert all(x.is_deleted() for x in scales)
+    nodes = [node for node in jax.tree.leaves(new, is_leaf=is_node) if is_node(node)]
+    assert [float(node.scale) for node in nodes] == [1.5] * 4

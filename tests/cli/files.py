@@ -173,6 +173,28 @@ def everything(folder):
     native(folder / "adapter.safetensors")
     naming(folder / "naming.json")
     (folder / "prompt.txt").write_text("Hello there\n")
+    (folder / "play.txt").write_text(PLAY)
+    rows = [{"prompt": f"{n} + 1 =", "completion": f" {n + 1}"} for n in range(3)]
+    (folder / "held-out.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    classifier(folder)
+
+
+def classifier(folder):
+    """Write an encoder, labelled rows, and an adapter of peft with a classifier's head."""
+    encoder(folder / "my-encoder")
+    _labelled(folder / "reviews.jsonl")
+    (folder / "my-classifier").mkdir()
+    with np.load(ROOT / "tests" / "parity" / "peft" / "classifiers.npz") as recorded:
+        for name in ("adapter_model.safetensors", "adapter_config.json"):
+            (folder / "my-classifier" / name).write_bytes(recorded[f"bert/{name}"].tobytes())
+    config = json.loads((folder / "my-encoder" / "config.json").read_text())
+    config |= {"id2label": {"0": "a", "1": "b", "2": "c"}, "label2id": {"a": 0, "b": 1, "c": 2}}
+    (folder / "my-encoder" / "config.json").write_text(json.dumps(config))
+
+
+def _labelled(path):
+    rows = [{"text": f"{word} {n}", "label": word} for n in range(5) for word in ("a", "b")]
+    path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
 
 
 PLAY = "To be, or not to be, that is the question.\n" * 20
@@ -187,8 +209,7 @@ def train_data(folder):
         (folder / name).write_text(PLAY)
     turns = [{"role": "user", "content": "Say it"}, {"role": "assistant", "content": "It"}]
     (folder / "chats.jsonl").write_text(f"{json.dumps({'messages': turns})}\n" * 10)
-    labelled = [{"text": f"{word} {n}", "label": word} for n in range(5) for word in ("a", "b")]
-    (folder / "reviews.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in labelled))
+    _labelled(folder / "reviews.jsonl")
 
 
 def encoder(directory):

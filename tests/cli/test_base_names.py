@@ -61,7 +61,7 @@ def test_the_name_is_written(play, tmp_path, run, quick_compile):
 
 
 def test_examples_of_the_help_name_no_model_that_does_not_exist(run):
-    """A model is one that is built in, a path, or the reader's own, which nobody takes for a name."""
+    """A model is one that is built in, a path, or the reader's own."""
     for command in ("train", "generate", "merge", "convert"):
         for line in run(command, "--help").out.splitlines():
             given = line.strip().split()

@@ -177,17 +177,17 @@ def test_all_differences_are_listed_at_once(directory):
     tensors = load_file(directory / "model.safetensors")
     del tensors["encoder.layer.0.output.dense.bias"]
     del tensors["embeddings.LayerNorm.weight"]
-    tensors["classifier.weight"] = np.zeros((2, 12), np.float32)
+    tensors["regressor.weight"] = np.zeros((2, 12), np.float32)
     tensors["encoder.layer.1.intermediate.dense.weight"] = np.zeros((12, 20), np.float32)
     write(directory, tensors)
     with pytest.raises(ValueError) as error:
         models.load(directory)
     assert str(error.value).splitlines()[1:] == [
-        "  classifier.weight: unexpected",
         "  embeddings.LayerNorm.weight: missing, (12,) for embeddings/norm/scale",
         "  encoder.layer.0.output.dense.bias: missing, (12,) for layer_0/output/bias",
         "  encoder.layer.1.intermediate.dense.weight: has shape (12, 20), but "
         "layer_1/intermediate/kernel needs (20, 12)",
+        "  regressor.weight: unexpected",
     ]
 
 

@@ -1,6 +1,7 @@
 """Reading data files: what is read, and the message for each bad row."""
 
 import json
+import sys
 
 import pytest
 
@@ -72,6 +73,22 @@ BAD = {
     '{"messages": [{"role": "user"}]}': "messages[0] must have role and content",
     '{"messages": [{"role": "user", "content": null}]}': "messages[0].content is a JSON null",
     '{"messages": [{"role": "user", "content": "x"}]}': "messages contains no assistant turn",
+    '{"messages": [{"role": "assistant", "content": " "}]}': "messages[0].content is empty",
+    '{"messages": [{"role": "assistant", "tool_calls": []}]}': "messages[0] must have role and",
+    '{"messages": [{"role": 3, "content": "x"}]}': "messages[0].role is not the name of a role",
+    '{"messages": [{"role": "user", "content": [{"type": "image"}]}]}': "messages[0].content[0] is",
+    '{"messages": [{"role": "user", "content": [3]}]}': "messages[0].content[0] is",
+    '{"messages": [{"role": "user", "content": {"a": 1}}]}': "messages[0].content is a JSON",
+    '{"messages": [{"role": "user", "content": "\\ud800"}]}': "messages[0].content contains half",
+    '{"messages": [{"role": "assistant", "tool_calls": [{"\\udfff": 1}]}]}': "a key of messages",
+    '{"messages": [{"role": "assistant", "content": "x"}], "tools": {}}': "tools is not a list",
+    '{"messages": [{"role": "assistant", "content": "x"}], "tools": "[{"}': "tools is a string",
+    '{"conversations": [{"from": "alien", "value": "x"}]}': "conversations[0].from is 'alien',",
+    '{"conversations": [{"from": "human", "value": "x"}]}': "conversations contains no assistant",
+    '{"instruction": "x", "output": ""}': "output is empty",
+    '{"instruction": "x", "input": 3, "output": "y"}': "input is a JSON number",
+    '{"instruction": "x"}': "has the keys 'instruction'; a row must be",
+    '{"prompt": null, "completion": "x"}': "prompt is a JSON null, not a string",
     '{"text": "x", "label": 1.5}': "label is neither a string nor an integer",
     '{"text": "x", "label": true}': "label is neither a string nor an integer",
     '{"text": "x", "label": ""}': "label is empty",
@@ -113,7 +130,16 @@ def test_kinds_are_not_mixed(tmp_path):
         ("d.jsonl", "", "the file is empty"),
         ("d.jsonl", "\n \n", "the file is empty"),
         ("d.txt", " \n", "text is empty"),
-        ("d.csv", "a,b", "rename it to .jsonl"),
+        ("d.xml", "a,b", "rename it to .jsonl"),
+        ("d.csv", "text,label", "the file is empty"),
+        ("d.csv", "text\na,b", "row 1: has 2 columns, but the header has 1; put text .* quotes"),
+        ("d.csv", 'text\n"a', "line 2: unexpected end of data"),
+        ("d.csv", "a,b\nc,d", "row 1: has the keys 'a', 'b'; a row must be"),
+        ("d.json", "[", r"not valid JSON \(Expecting value at line 1, column 2\)"),
+        ("d.json", "[]", "the file is empty"),
+        ("d.json", "[" + "9" * 5000 + "]", "not valid JSON"),
+        ("d.json", '[{"text": "a"}, 3]', "row 2: a JSON number, not an object"),
+        ("d.parquet", "text", "cannot be read as Parquet"),
     ],
 )
 def test_files_that_cannot_be_used(tmp_path, name, content, message):
@@ -128,3 +154,140 @@ def test_files_that_cannot_be_read(tmp_path):
     (tmp_path / "d.txt").write_text("x")
     with pytest.raises(DataError, match="unknown encoding 'latin-99'"):
         dataset.read_rows(tmp_path / "d.txt", "latin-99")
+
+
+USER, SAID = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo"}
+CALL = {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
+TOOL = {"type": "function", "function": {"name": "f"}}
+SHAREGPT = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Yo"}]
+PARTS = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+ACCEPTED = {
+    "empty system": (
+        {"messages": [{"role": "system", "content": ""}, USER, SAID]},
+        {"messages": [{"role": "system", "content": ""}, USER, SAID]},
+    ),
+    "parts": (
+        {"messages": [{"role": "user", "content": [PARTS[0], "b"]}, SAID]},
+        {"messages": [{"role": "user", "content": PARTS}, SAID]},
+    ),
+    "null content beside a call": (
+        {"messages": [USER, {"role": "assistant", "content": None, "tool_calls": [CALL]}]},
+        {"messages": [USER, {"role": "assistant", "tool_calls": [CALL]}]},
+    ),
+    "no content beside a call": (
+        {"messages": [USER, {"role": "assistant", "tool_calls": [CALL]}]},
+        {"messages": [USER, {"role": "assistant", "tool_calls": [CALL]}]},
+    ),
+    "tools": (
+        {"messages": [USER, SAID], "tools": [TOOL]},
+        {"messages": [USER, SAID], "tools": [TOOL]},
+    ),
+    "tools as text": (
+        {"messages": [USER, SAID], "tools": json.dumps([TOOL])},
+        {"messages": [USER, SAID], "tools": [TOOL]},
+    ),
+    "no tools": ({"messages": [USER, SAID], "tools": None}, {"messages": [USER, SAID]}),
+    "ShareGPT": ({"conversations": SHAREGPT}, {"messages": [USER, SAID]}),
+    "ShareGPT's system": (
+        {"conversations": SHAREGPT, "system": "Be"},
+        {"messages": [{"role": "system", "content": "Be"}, USER, SAID]},
+    ),
+    "ShareGPT's roles": (
+        {"conversation": [{"from": "Human", "value": "Hi"}, {"from": "observation", "value": ""},
+                          {"from": "chatgpt", "value": "Yo"}]},
+        {"messages": [USER, {"role": "tool", "content": ""}, SAID]},
+    ),
+    "OpenAI's messages under ShareGPT's key": (
+        {"conversations": [USER, SAID]},
+        {"messages": [USER, SAID]},
+    ),
+    "an empty prompt": (
+        {"prompt": "", "completion": "x"},
+        {"prompt": "", "completion": "x"},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ACCEPTED)
+def test_data_as_it_is(tmp_path, name):
+    given, expected = ACCEPTED[name]
+    (row,) = dataset.read_rows(write(tmp_path / "d.jsonl", [given])).rows
+    assert row.values == expected
+
+
+ALPACA = {"instruction": "Add", "input": "1 2", "output": "3"}
+
+
+def test_alpaca(tmp_path):
+    """A conversation, and the prompt of the file's authors for models without a template."""
+    bare = {"instruction": "Sing", "input": "", "output": "la", "text": "Below is ... la"}
+    path = write(tmp_path / "d.jsonl", [ALPACA, bare, {**bare, "system": "Be"}])
+    found = dataset.read_rows(path)
+    turns = [[(m["role"], m["content"]) for m in row.values["messages"]] for row in found.rows]
+    assert found.kind == "chat" and found.ignored == ()
+    assert turns[0] == [("user", "Add\n1 2"), ("assistant", "3")]
+    assert turns[1] == [("user", "Sing"), ("assistant", "la")]
+    assert turns[2] == [("system", "Be"), *turns[1]]
+    prompts = [row.values["prompt"] for row in found.rows]
+    assert prompts[0].endswith("### Instruction:\nAdd\n\n### Input:\n1 2\n\n### Response:\n")
+    assert prompts[1].endswith("### Instruction:\nSing\n\n### Response:\n")
+    assert prompts[2] == "Be\n\n" + prompts[1] and "paired with an input" in prompts[0]
+    assert [row.values["completion"] for row in found.rows] == ["3", "la", "la"]
+
+
+def test_a_list_in_a_json_file(tmp_path):
+    (tmp_path / "d.json").write_text("\ufeff" + json.dumps([ALPACA, ALPACA], indent=1))
+    found = dataset.read_rows(tmp_path / "d.json")
+    assert (found.kind, found.places) == ("chat", ["row 1", "row 2"])
+    (tmp_path / "d.json").write_text('{"text": "a"}\n{"text": "b"}\n')
+    assert dataset.read_rows(tmp_path / "d.json").places == ["line 1", "line 2"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "expected"),
+    [
+        ("d.csv", 'text,label\n"a, ""b""\nc",1\n\n007,-2\n',
+         [{"text": 'a, "b"\nc', "label": 1}, {"text": "007", "label": -2}]),
+        ("d.csv", "id;prompt;completion\r\n1;a,b;c\r\n2;;d\r\n",
+         [{"prompt": "a,b", "completion": "c"}, {"prompt": "", "completion": "d"}]),
+        ("d.tsv", "text\tlabel\na b\tgood\nc\t2x\n",
+         [{"text": "a b", "label": "good"}, {"text": "c", "label": "2x"}]),
+        ("d.csv", '"messages"\n"[{""role"": ""assistant"", ""content"": ""Yo""}]"\n',
+         [{"messages": [SAID]}]),
+        ("d.csv", "text\n" + "x" * 200_000, [{"text": "x" * 200_000}]),
+    ],
+)  # fmt: skip
+def test_columns(tmp_path, name, content, expected):
+    (tmp_path / name).write_bytes(content.encode())
+    assert [row.values for row in dataset.read_rows(tmp_path / name).rows] == expected
+
+
+def test_parquet(tmp_path):
+    """Tables have every key in every row: those that are null are missing."""
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    called = {"role": "assistant", "content": None, "tool_calls": [CALL]}
+    rows = [
+        {"messages": [USER, SAID], "id": 1, "tools": None},
+        {"messages": [USER, called], "id": 2, "tools": [TOOL]},
+    ]
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "d.parquet")
+    found = dataset.read_rows(tmp_path / "d.parquet")
+    assert [row.values for row in found.rows] == [
+        {"messages": [USER, SAID]},
+        {"messages": [USER, {"role": "assistant", "tool_calls": [CALL]}], "tools": [TOOL]},
+    ]
+    assert (found.ignored, found.places) == (("id",), ["row 1", "row 2"])
+    labels = pyarrow.table({"text": ["a", "b"], "label": pyarrow.array([1, None], "int8")})
+    parquet.write_table(labels, tmp_path / "d.parquet")
+    with pytest.raises(DataError, match="row 2: label is neither a string nor an integer"):
+        dataset.read_rows(tmp_path / "d.parquet")
+    parquet.write_table(pyarrow.table({"text": ["a", "b"]}), tmp_path / "d.parquet")
+    assert len(dataset.read_rows(tmp_path / "d.parquet")) == 2
+
+
+def test_parquet_without_pyarrow(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(DataError, match=r"needs the package pyarrow; pip install 'lora-jax\[parq"):
+        dataset.read_rows(tmp_path / "d.parquet")

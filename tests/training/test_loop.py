@@ -173,9 +173,59 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path):
         if file.is_file() and file.name not in ("commit_success.txt", "_CHECKPOINT_METADATA"):
             file.write_bytes(file.read_bytes()[:3])
     with Checkpoints(tmp_path) as checkpoints:
-        assert checkpoints.restore(state)[0] == 2
         with pytest.raises(TrainingError, match="cannot read any checkpoint"):
             checkpoints.restore({"y": state["x"]})
+        assert checkpoints.steps() == [2, 3]  # of another state: nothing was moved
+        with pytest.warns(
+            UserWarning, match="checkpoint 3 cannot be read .* moved to unreadable/3"
+        ):
+            assert checkpoints.restore(state)[0] == 2
+        checkpoints.save(3, {"x": state["x"] + 3})  # the damaged one does not stand in its place
+    with Checkpoints(tmp_path) as checkpoints:
+        step, found = checkpoints.restore(state)
+        assert step == 3 and found["x"].tolist() == [3, 4, 5]
+
+
+@pytest.mark.parametrize("name", ["9" * 15, "9" * 30, "-1", "007", "+5", "\u0663", "4"])
+def test_a_step_of_an_absurd_number_is_not_the_newest(tmp_path, name):
+    state = {"x": jnp.arange(3.0)}
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(2, {"x": state["x"] + 2})
+        checkpoints.save(3, {"x": state["x"] + 3})
+    (tmp_path / "3").rename(tmp_path / name)
+    with (
+        pytest.warns(UserWarning, match=r"cannot be read .* moved to unreadable/"),
+        Checkpoints(tmp_path) as checkpoints,
+    ):
+        step, found = checkpoints.restore(state)
+        assert step == 2 and found["x"].tolist() == [2, 3, 4]
+        checkpoints.save(4, state)
+        assert checkpoints.steps() == [2, 4]
+
+
+def test_where_no_step_is_left_nothing_starts_again_unsaid(tmp_path):
+    state = {"x": jnp.arange(3.0)}
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(2, state)
+    (tmp_path / "2" / "_CHECKPOINT_METADATA").write_text('{"metrics": ' + "[" * 100_000)
+    with pytest.warns(UserWarning, match="nested too deeply"):
+        Checkpoints(tmp_path).close()
+    for _ in range(2):
+        with (
+            Checkpoints(tmp_path) as checkpoints,
+            pytest.raises(TrainingError, match=r"cannot read any checkpoint \(unreadable/2\)"),
+        ):
+            checkpoints.restore(state)
+
+
+def test_checkpoints_of_earlier_releases_have_no_step_in_their_metadata(tmp_path):
+    state = {"x": jnp.arange(3.0)}
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(2, state)
+    file = tmp_path / "2" / "_CHECKPOINT_METADATA"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"custom_metadata": {}}))
+    with Checkpoints(tmp_path) as checkpoints:
+        assert checkpoints.restore(state)[0] == 2
 
 
 def test_killed_while_an_old_step_is_deleted(tmp_path, monkeypatch, caplog):

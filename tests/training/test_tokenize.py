@@ -9,6 +9,7 @@ from lora_jax.models.text.byte_tokenizer import byte_tokenizer
 from lora_jax.training import dataset, tokenize
 from lora_jax.training.dataset import Row, Rows
 from lora_jax.training.errors import DataError
+from lora_jax.training.rows.forms import read_row
 from tests.training.tiny_model import Letters
 
 A, B, C = 3, 4, 5  # the ids of the letters
@@ -221,3 +222,57 @@ def test_bos_and_eos_in_the_text_are_not_repeated():
 
     (example,) = encode("text", {"text": "Sa"}, tokenizer=Spells()).examples
     assert example.ids.tolist() == [BOS, A, EOS]
+
+
+def test_alpaca_without_a_template():
+    """A model without a chat template reads the prompt that came with these data."""
+    row = read_row({"instruction": "Sing", "output": "la"})[1]
+    tokenizer = byte_tokenizer()
+    (example,) = encode("chat", row, length=999, tokenizer=tokenizer).examples
+    assert tokenizer.decode(example.ids.tolist(), True) == (
+        "<|user|>Sing<|end|><|assistant|>la<|end|>"
+    )
+    bare = dataclasses.replace(tokenizer, chat_template=None)
+    (example,) = encode("chat", row, length=999, tokenizer=bare).examples
+    text = tokenizer.decode(example.ids.tolist(), True)
+    assert text.startswith("Below is an instruction") and text.endswith("Response:\nla<|end|>")
+    assert tokenizer.decode(example.ids[example.trains].tolist(), True) == "la<|end|>"
+
+
+PARTS = [{"type": "text", "text": "how "}, {"type": "text", "text": "so?"}]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "{{ m.content }}",  # text alone, which would write the list
+        "{% for part in m.content %}{{ part.text }}{% endfor %}",  # parts alone
+        "{% if m.content is string %}{{ m.content }}{% else %}{% for part in m.content %}"
+        "{{ part['text'] }}{% endfor %}{% endif %}",
+    ],
+)
+def test_parts_and_text_in_any_template(content):
+    template = "{% for m in messages %}<" + content + ">{% endfor %}"
+    tokenizer = dataclasses.replace(byte_tokenizer(), chat_template=template)
+    turns = [("user", PARTS), ("assistant", "thus"), ("user", "how so?"), ("assistant", PARTS)]
+    (example,) = encode("chat", chat(turns), length=99, tokenizer=tokenizer).examples
+    assert tokenizer.decode(example.ids.tolist()) == "<how so?><thus><how so?><how so?>"
+    assert tokenizer.decode(example.ids[example.trains].tolist()) == "<thus><how so?>"
+
+
+def test_a_call_without_content_trains():
+    template = (
+        "{% for m in messages %}<{{ m.role }}>{{ m.content or '' }}"
+        "{% for c in m.tool_calls or [] %}{{ c.function | tojson }}{% endfor %}|{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    tokenizer = dataclasses.replace(byte_tokenizer(), chat_template=template)
+    messages = [
+        {"role": "user", "content": "add"},
+        {"role": "assistant", "tool_calls": [{"function": {"name": "f"}}]},
+        {"role": "tool", "content": "3"},
+        {"role": "assistant", "content": "3!"},
+    ]
+    (example,) = encode("chat", {"messages": messages}, length=999, tokenizer=tokenizer).examples
+    text = tokenizer.decode(example.ids[example.trains].tolist())
+    assert text == '{"name": "f"}|3!|'

@@ -19,10 +19,10 @@ EXAMPLES = (
 def command(context: typer.Context, options: TrainOptions) -> None:
     """Fine-tune a model on a file with LoRA.
 
-    A .txt file is one text. All rows of a .jsonl file are of one kind: {"text"}, {"prompt",
-    "completion"}, {"messages": [{"role", "content"}, ...]}, or, for classification, {"text",
-    "label"}. The loss ignores prompts and users' turns. Short texts share a row without attending
-    to one another.
+    A .txt file is one text. All rows of a .jsonl, .json, .csv, .tsv or .parquet file are of one
+    kind: {"text"}, {"prompt", "completion"}, {"messages": [{"role", "content"}, ...]}, or, for
+    classification, {"text", "label"}; ShareGPT's and Alpaca's keys are messages. The loss ignores
+    prompts and users' turns. Short texts share a row without attending to one another.
 
     Ctrl-C finishes the step, saves, and prints the command that resumes the run. At the end, --out
     contains adapter/ in PEFT's format (adapter.safetensors for a classifier), best/ for the lowest

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 import lora_jax as lora
-from lora_jax.cli import sources
+from lora_jax.cli import classifiers, sources
 from lora_jax.cli.errors import PromptError
 from lora_jax.models import Pretrained, generation
 from lora_jax.models.text.stop_text import until_text
@@ -36,6 +36,11 @@ def run(
       LoraError: the model, its tokenizer or the adapter cannot be read.
     """
     base = sources.find_model(model)
+    if named := classifiers.find(base, adapter):
+        raise PromptError(
+            f"{named}: is a sequence classifier, which generates no text; use 'lora-jax predict' "
+            "or 'lora-jax eval' with it"
+        )
     tokenizer = sources.tokenizer_of(base, adapter)
     ids = _encode(tokenizer, prompt, chat)
     loaded = sources.load(base, adapter, dtype, strict=strict)

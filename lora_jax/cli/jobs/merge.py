@@ -6,18 +6,19 @@ import statistics
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 
 import lora_jax as lora
 from lora_jax import models
-from lora_jax.cli import sources
+from lora_jax.cli import classifiers, sources
 from lora_jax.cli.errors import OutputError
 from lora_jax.cli.options import refuse_existing
 from lora_jax.core.paths import flatten_with_paths
 from lora_jax.files import kinds
 from lora_jax.files.disk.atomic import write_directory
-from lora_jax.models import hf_directory
+from lora_jax.models import hf_directory, published_classifier
 from lora_jax.models.own_files import read_own_files, read_tokenizer_files
 from lora_jax.models.stops import GENERATION_CONFIG
 
@@ -41,20 +42,57 @@ def run(
     if (out / hf_directory.INDEX).exists():
         raise OutputError(f"{out}: contains a model in several files; choose another --out")
     refuse_existing(out, force)
-    loaded = sources.load(base, adapter, strict=strict, as_stored=True)
-    # every leaf: those without an adapter are rounded too
-    params, errors = lora.merge(loaded.params, dtype, donate=True, return_error=True)
-    if dtype is not None:
-        params = jax.tree.map(lambda x: x.astype(dtype), params)
-    merged = dataclasses.replace(loaded.model, params=params)
+    is_classifier = bool(classifiers.find(base, adapter))
+    load = _classifier if is_classifier else _language_model
+    merged, errors = load(base, adapter, dtype, strict)
     beside = _beside(base, adapter)
-    keeps = dtype is None and base.kind == kinds.CHECKPOINT
-    stored = hf_directory.tensors(base.path) if keeps else None
+    stored: Mapping[str, hf_directory.StoredTensor] | None = None
+    if dtype is None and base.kind == kinds.CHECKPOINT:
+        stored = hf_directory.tensors(base.path)
+        if is_classifier:
+            stored = published_classifier.renamed(merged.kind, stored)
     write_directory(out, beside | models.files(merged, stored))
-    leaves, _ = flatten_with_paths(params)
-    name = " and ".join(sorted({str(leaves[path].dtype) for path in errors}))
+    name = _dtypes(merged.params, errors)
     print(f"wrote {out}: {len(errors)} merged weights in {name}, {len(beside)} other files")
     _report(errors, name)
+
+
+def _language_model(
+    base: kinds.Found, adapter: Path, dtype: str | None, strict: bool
+) -> tuple[models.Pretrained, dict[str, float]]:
+    """Return the merged model, and how much of each update rounding lost."""
+    loaded = sources.load(base, adapter, strict=strict, as_stored=True)
+    params, errors = _merge(loaded.params, dtype)
+    return dataclasses.replace(loaded.model, params=params), errors
+
+
+def _classifier(
+    base: kinds.Found, adapter: Path, dtype: str | None, strict: bool
+) -> tuple[models.Pretrained, dict[str, float]]:
+    """Return the merged classifier as transformers reads it, and the errors as above."""
+    loaded = classifiers.load(base, adapter, strict=strict, as_stored=True)
+    if loaded.pooling != published_classifier.FAMILIES[loaded.model.kind].pooling:
+        raise OutputError(
+            f"{adapter}: its head reads the mean over a text's tokens, which no classifier of "
+            "transformers does; use it with 'lora-jax predict', or train with --pooling model"
+        )
+    params, errors = _merge(loaded.params, dtype)
+    pad_id = sources.pad_id_of(base, adapter)
+    merged = published_classifier.published(loaded.model, params, loaded.labels, pad_id)
+    return merged, {path.removeprefix("encoder/"): error for path, error in errors.items()}
+
+
+def _merge(params: Any, dtype: str | None) -> tuple[Any, dict[str, float]]:
+    merged, errors = lora.merge(params, dtype, donate=True, return_error=True)
+    if dtype is not None:  # those without an adapter are rounded too
+        merged = jax.tree.map(lambda x: x.astype(dtype), merged)
+    return merged, errors
+
+
+def _dtypes(params: Any, merged: Mapping[str, Any]) -> str:
+    """Return the dtypes of the merged leaves, as words."""
+    leaves, _ = flatten_with_paths(params)
+    return " and ".join(sorted({str(x.dtype) for path, x in leaves.items() if path in merged}))
 
 
 def _beside(base: kinds.Found, adapter: Path) -> dict[str, bytes]:

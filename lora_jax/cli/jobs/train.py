@@ -15,7 +15,7 @@ from lora_jax.cli.jobs.train_model import TrainableModel, open_model
 from lora_jax.cli.jobs.train_start import Start, make_start
 from lora_jax.cli.jobs.train_watch import Watch
 from lora_jax.cli.plurals import count
-from lora_jax.cli.train_options import TrainOptions
+from lora_jax.cli.train_options import CLASSIFICATION, MEAN, TrainOptions
 from lora_jax.cli.words import in_options
 from lora_jax.files import kinds
 from lora_jax.training import loss_curve, run_record
@@ -153,6 +153,7 @@ def _job(
 _NOT_RECORDED = {
     *("out", "resume", "eval_every", "save_every", "log_every", "base_name"),
     *("data", "held_out", "eval_split", "eval_rows", "encoding"),  # by a checksum of the batches
+    "pooling",  # of a classifier only
     *("model", "dtype"),  # by a checksum of the parameters
     *("epochs", "targets", "init", "rank", "alpha", "dora", "rslora", "dropout"),  # by the config
     *("exclude", "layers", "train", "bias"),  # by the config
@@ -165,6 +166,8 @@ def _settings_to_record(
 ) -> dict[str, Any]:
     """Return all that decides what a step computes, under the names of the command line."""
     given = {name: value for name, value in vars(options).items() if name not in _NOT_RECORDED}
+    if options.task == CLASSIFICATION and options.pooling != MEAN:  # which was once the only one
+        given["pooling"] = options.pooling
     adapter = (
         {}
         if options.adapter is None

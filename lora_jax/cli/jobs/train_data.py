@@ -7,10 +7,18 @@ from typing import Any
 
 import numpy as np
 
+from lora_jax.cli.classifiers import LABELS, POOLING
 from lora_jax.cli.jobs.train_model import TrainableModel
-from lora_jax.cli.train_options import CLASSIFICATION, TrainOptions
+from lora_jax.cli.train_options import CLASSIFICATION, MEAN, TrainOptions
+from lora_jax.models.published_classifier import FAMILIES
 from lora_jax.training.batching import Data, cut_stream, hold_out, pack_examples, pack_labelled
-from lora_jax.training.classification import classes, encode_labelled, with_head
+from lora_jax.training.classification import (
+    Classifier,
+    classes,
+    encode_labelled,
+    new_layer,
+    with_head,
+)
 from lora_jax.training.dataset import STREAM, Row, Rows, read_rows
 from lora_jax.training.errors import DataError, TrainingError
 from lora_jax.training.loss import class_sums, language_sums, language_sums_of_frozen_head
@@ -62,7 +70,7 @@ def read_task(options: TrainOptions, model: TrainableModel) -> Task:
     else:
         make = _streams if files[0].kind == STREAM else _examples
         data, held_out, more = make(options, model, files, others)
-        loss = partial(_language_loss, model, model.apply)
+        loss = partial(language_loss, model, model.apply)
         task = Task(model.apply, model.params, loss, data, held_out, more)
     held_out = task.held_out
     if held_out is not None and options.eval_rows:
@@ -70,7 +78,7 @@ def read_task(options: TrainOptions, model: TrainableModel) -> Task:
     return dataclasses.replace(task, held_out=held_out, notes=(*notes, *task.notes))
 
 
-def _language_loss(model: TrainableModel, apply: Apply, adapted: Collection[str]) -> Loss:
+def language_loss(model: TrainableModel, apply: Apply, adapted: Collection[str]) -> Loss:
     """Return the loss; a cheaper one if the output head is not adapted."""
     if model.head_path in adapted:
         return language_sums(apply)
@@ -146,7 +154,7 @@ def _join(files: Sequence[Rows]) -> Rows:
 def _classification(
     options: TrainOptions, model: TrainableModel, files: Sequence[Rows], others: Sequence[Rows]
 ) -> Task:
-    """Put a pooled, fully trained head on the model's hidden states."""
+    """Put a fully trained head on the hidden state that transformers takes, or on their mean."""
     trained, held_out = _split(options, files, others)
     known = classes(trained)
     parts = [
@@ -159,9 +167,7 @@ def _classification(
         pack_labelled(part.texts, part.labels.tolist(), options.length, slots, by)
         for part, by in zip(parts, _packings(options), strict=False)
     ]
-    apply, params = with_head(
-        model.hidden, model.params, model.width, len(known), slots, options.seed
-    )
+    apply, params, whole = _with_head(options, model, len(known), slots)
     return Task(
         apply,
         params,
@@ -170,6 +176,22 @@ def _classification(
         packed[1] if held_out else None,
         tuple(note for part in parts for note in part.notes),
         prefix="encoder/",
-        whole=("head/kernel", "head/bias"),
-        metadata={"labels": list(known)},
+        whole=whole,
+        metadata={LABELS: list(known), POOLING: apply.pooling},
     )
+
+
+def _with_head(
+    options: TrainOptions, model: TrainableModel, classes: int, slots: int
+) -> tuple[Classifier, Any, tuple[str, ...]]:
+    """Return a classifier, its parameters, and the paths of those to train in full."""
+    make = partial(with_head, model.hidden, model.params, model.width, classes, slots, options.seed)
+    if options.pooling == MEAN:
+        apply, params = make()
+        return apply, params, ("head/kernel", "head/bias")
+    family = FAMILIES[model.kind]
+    is_new = bool(family.pooler) and model.pooler is None
+    pooler = new_layer(options.seed + 1, model.width, model.width) if is_new else model.pooler
+    apply, params = make(pooling=family.pooling, pooler=pooler, bias=family.bias)
+    trained = ("head", "pooler") if is_new else ("head",)
+    return apply, params, tuple(f"{module}/{leaf}" for module in trained for leaf in params[module])

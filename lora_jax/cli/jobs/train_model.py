@@ -10,7 +10,7 @@ from typing import Any
 from lora_jax.cli import sources
 from lora_jax.files import kinds
 from lora_jax.files.naming import Naming
-from lora_jax.models import hf_directory
+from lora_jax.models import hf_directory, published_classifier
 from lora_jax.models.llama_config import LlamaConfig
 from lora_jax.models.pretrained import Pretrained
 from lora_jax.models.text import Tokenizer
@@ -27,6 +27,8 @@ class TrainableModel:
     hidden: Callable[[Any, Any, Any], Any]  # (params, ids, segments) -> [rows, length, width]
     head_path: str  # of the leaf that turns hidden states into logits; "" where there is none
     head: Callable[[Any], Any]  # params -> that leaf as [width, vocabulary]
+    kind: str  # of `Pretrained`
+    pooler: Any  # BERT's layer before a classifier's head, if the file has it
     width: int
     longest: int  # tokens per row
     vocabulary: int  # number of tokens that it has embeddings for
@@ -64,10 +66,13 @@ def open_model(
     )
     stops = sources.stop_ids(found, tokenizer)
     loaded = sources.load_model(found, dtype, scan=scan and not is_bert)
-    return _to_trainable(loaded, tokenizer, stops)
+    return to_trainable(loaded, tokenizer, stops)
 
 
-def _to_trainable(found: Pretrained, tokenizer: Tokenizer, stops: frozenset[int]) -> TrainableModel:
+def to_trainable(
+    found: Pretrained, tokenizer: Tokenizer, stops: frozenset[int] = frozenset()
+) -> TrainableModel:
+    """Return a loaded model as training sees it; `stops` end what it generates."""
     run, is_bert = found.apply, found.kind == "bert"
     tied = isinstance(found.config, LlamaConfig) and found.config.tie_word_embeddings
     untied = "" if is_bert else "head/kernel"
@@ -81,6 +86,8 @@ def _to_trainable(found: Pretrained, tokenizer: Tokenizer, stops: frozenset[int]
         head=lambda params: (
             params["embedding"]["embedding"].T if tied else params["head"]["kernel"]
         ),
+        kind=found.kind,
+        pooler=published_classifier.pooler_of(found),
         width=found.config.hidden_size,
         longest=found.config.max_position_embeddings,
         vocabulary=found.config.vocab_size,

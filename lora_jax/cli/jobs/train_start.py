@@ -9,12 +9,14 @@ import jax.numpy as jnp
 
 import lora_jax as lora
 from lora_jax.cli import sources
+from lora_jax.cli.classifiers import LABELS, POOLING
 from lora_jax.cli.jobs.train_data import Task
 from lora_jax.cli.jobs.train_model import TrainableModel
 from lora_jax.cli.layers_option import parse_layers
 from lora_jax.cli.targets import resolve, resolve_leaves, without
-from lora_jax.cli.train_options import TrainOptions, names
+from lora_jax.cli.train_options import MEAN, TrainOptions, names
 from lora_jax.core.config import ALL_LINEAR
+from lora_jax.core.foreign import shown
 from lora_jax.core.tree import adapted_nodes, map_adapted
 from lora_jax.files import kinds
 from lora_jax.files.naming import Naming
@@ -74,11 +76,9 @@ def _from_adapter(
     found: kinds.Found, options: TrainOptions, model: TrainableModel, task: Task
 ) -> Start:
     """Return the parameters with the adapter that the options name, in float32."""
-    labels = None
-    if found.kind == kinds.NATIVE:
-        labels = lora.read_metadata(found.path)["metadata"].get("labels")
-    if labels is not None:
-        params = _classifier(found, labels, task, model.naming)
+    metadata = lora.read_metadata(found.path)["metadata"] if found.kind == kinds.NATIVE else {}
+    if LABELS in metadata:
+        params = _classifier(found, metadata, task, model.naming)
     else:
         read = sources.read_adapter(found, model.params, model.naming)
         adapted = lora.join(model.params, read)
@@ -102,15 +102,19 @@ def _widen(x: Any) -> Any:
     return None if x is None else jnp.asarray(x, jnp.float32)
 
 
-def _classifier(found: kinds.Found, labels: Any, task: Task, naming: Naming) -> Any:
+def _classifier(found: kinds.Found, metadata: dict[str, Any], task: Task, naming: Naming) -> Any:
     """Return a classifier's parameters with the adapter and head of another run."""
     if not task.prefix:
         raise TrainingError(f"{found.path}: a classifier's adapter; add --task classification")
-    if labels != task.metadata["labels"]:
+    labels, pooling = metadata[LABELS], metadata.get(POOLING, MEAN)
+    if labels != task.metadata[LABELS]:
         raise TrainingError(
-            f"{found.path}: trained on the labels {labels}, but the data has "
-            f"{task.metadata['labels']}; give data with the same labels"
+            f"{found.path}: trained on the labels {shown(labels)}, but the data has "
+            f"{shown(task.metadata[LABELS])}; give data with the same labels"
         )
+    if pooling != task.metadata[POOLING]:
+        given = MEAN if pooling == MEAN else "model"
+        raise TrainingError(f"{found.path}: trained with --pooling {given}; add it")
     return lora.join(task.params, sources.read_adapter(found, task.params, naming))
 
 

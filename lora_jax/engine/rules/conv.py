@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from lora_jax.core.explicit_mesh import unshard
 from lora_jax.engine import named_axes
 from lora_jax.engine.arithmetic import add, cast_for_branch
 from lora_jax.engine.context import Context
@@ -142,11 +143,10 @@ class ConvBranch(Branch):
         x, a, accumulate = cast_for_branch(x, a, lazy)
         if roles.is_kernel and roles.feature_groups > 1:
             a = jnp.concatenate([a] * roles.feature_groups, wanted.index(RANK))
-        params = {
-            k: v
-            for k, v in self.eqn.params.items()
-            if k not in ("preferred_element_type", "out_sharding")
-        } | {"batch_group_count": 1}
+        params = {k: v for k, v in self.eqn.params.items() if k != "preferred_element_type"}
+        params |= {"batch_group_count": 1}
+        if params.get("out_sharding") is not None and replaced == roles.outer:
+            params["out_sharding"] = unshard(params["out_sharding"], roles.out)  # RANK is there
         operands = (x, a) if roles.is_kernel else (a, x)
         return lax.conv_general_dilated(*operands, **params, preferred_element_type=accumulate)
 

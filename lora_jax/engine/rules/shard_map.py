@@ -7,9 +7,10 @@ from typing import Any
 import jax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from lora_jax.core.explicit_mesh import is_sharded
 from lora_jax.engine import jaxprs
 from lora_jax.engine.context import Context
-from lora_jax.engine.lazy_weight import MEMBERS, LazyWeight, is_lazy
+from lora_jax.engine.lazy_weight import MEMBERS, Axis, LazyWeight, is_lazy
 from lora_jax.engine.rules.registry import Container, PrimitiveRule, Walk, rule
 from lora_jax.engine.rules.views import view_of
 
@@ -54,13 +55,18 @@ def _is_spec(x: Any) -> bool:
 
 def _specs(lazy: LazyWeight, spec: PartitionSpec) -> LazyWeight:
     """Return the weight with a spec in place of each member, by the names of its axes."""
-    entries = [*spec, *[None] * (len(lazy.axes) - len(spec))]
-    where = dict(zip(lazy.axes, entries, strict=True))
     specs: dict[str, Any] = {"w": None if lazy.w is None else spec}
     for name, axes in MEMBERS:
         if getattr(lazy, name) is not None:
-            specs[name] = PartitionSpec(*(where.get(axis) for axis in getattr(lazy, axes)))
+            specs[name] = _spec_of(lazy, spec, getattr(lazy, axes))
     return dataclasses.replace(lazy, **specs)
+
+
+def _spec_of(lazy: LazyWeight, spec: PartitionSpec, axes: Sequence[Axis]) -> PartitionSpec:
+    """Return the spec of an array with these axes, sharded along those of the view as `spec`."""
+    entries = [*spec, *[None] * (len(lazy.axes) - len(spec))]
+    where = dict(zip(lazy.axes, entries, strict=True))
+    return PartitionSpec(*(where.get(axis) for axis in axes))
 
 
 def _splits_inputs(lazy: LazyWeight, spec: PartitionSpec) -> bool:
@@ -73,6 +79,19 @@ def _reshard(x: Any, mesh: Any, spec: PartitionSpec) -> Any:
     """Reshard `x` as `spec` says, where the mesh makes the sharding part of the type."""
     explicit = AxisType.Explicit in mesh.axis_types
     return jax.sharding.reshard(x, NamedSharding(mesh, spec)) if explicit else x
+
+
+@rule(RULES, "reshard")
+def _reshard_weight(ctx: Context, eqn: Any, args: Sequence[Any]) -> Any:
+    """Move every member to the mesh; a factor is sharded there only if it was sharded before."""
+    (lazy,) = args
+    wanted = eqn.params["dst_sharding"]
+
+    def one(x: jax.Array, axes: tuple[Axis, ...]) -> tuple[jax.Array, Sequence[Axis]]:
+        spec = _spec_of(lazy, wanted.spec, axes) if is_sharded(x) else PartitionSpec()
+        return jaxprs.bind(eqn, [x], dst_sharding=wanted.update(spec=spec))[0], axes
+
+    return view_of(eqn, lazy.map_members(one), lazy.axes)
 
 
 @rule(RULES, "pvary")

@@ -7,31 +7,40 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
+from lora_jax.core.meshes import automatic
 from lora_jax.core.paths import flatten_with_paths
 from lora_jax.core.weights import is_adapted
 
 _ENTRY = re.compile(r"(\w+)\[((?:\d{1,12}(?:,\d{1,12})*)?)\](?::\w+)?")
 
+#: What a checksum starts with. Those of older releases start with nothing.
+_MIXED = "mix_"
 
-def fingerprint(base: Any, skip: Collection[str] = ()) -> dict[str, str]:
-    """Return `{path: "float32[4,3]:1a2b3c4d5e6f7a8b"}`: each array's dtype, shape and checksum.
 
-    The checksum covers the bits, and is computed on the arrays' devices, in integers, so it is the
-    same for every backend and sharding.
+def fingerprint(
+    base: Any, skip: Collection[str] = (), weak: Collection[str] = ()
+) -> dict[str, str]:
+    """Return `{path: "float32[4,3]:mix_1a2b3c4d5e6f7a8b"}`: each array's dtype, shape and checksum.
+
+    The checksum moves with any bit of any element: the sum of a mixture of each element's bits and
+    position, twice 32 bits. It is computed where the array lies, in integers, so it is the same for
+    every backend and sharding, and no device gets the parts of another.
     Abstract leaves (`ShapeDtypeStruct`) get no checksum.
 
     Args:
       base: a parameter tree without adapters.
       skip: paths to leave out (the leaves that adapters replace completely).
+      weak: paths that get the checksum of older releases, see `weak_entries`.
     """
     leaves, _ = flatten_with_paths(base, is_leaf=is_adapted)
     arrays = {p: x for p, x in leaves.items() if hasattr(x, "dtype") and p not in skip}
     known = {p: x for p, x in arrays.items() if not isinstance(x, jax.ShapeDtypeStruct)}
-    sums = dict(zip(known, jax.device_get([_checksum(x) for x in known.values()]), strict=True))
+    sums = {p: (weighted if p in weak else mixed)(x) for p, x in known.items()}
+    sums = {p: _hex(pair, p in weak) for p, pair in jax.device_get(sums).items()}
     return {
-        path: f"{x.dtype}[{','.join(map(str, x.shape))}]"
-        + (_hex(sums[path]) if path in sums else "")
+        path: f"{x.dtype}[{','.join(map(str, x.shape))}]" + sums.get(path, "")
         for path, x in arrays.items()
     }
 
@@ -39,7 +48,7 @@ def fingerprint(base: Any, skip: Collection[str] = ()) -> dict[str, str]:
 def parse_entry(text: Any) -> jax.ShapeDtypeStruct | None:
     """Return the shape and dtype in one entry of a fingerprint, or None if it is not an entry.
 
-    >>> parse_entry("float32[4,3]:1a2b3c4d5e6f7a8b")
+    >>> parse_entry("float32[4,3]:mix_1a2b3c4d5e6f7a8b")
     ShapeDtypeStruct(shape=(4, 3), dtype=float32)
     """
     match = _ENTRY.fullmatch(text) if isinstance(text, str) else None
@@ -67,13 +76,56 @@ def differences(saved: dict[str, str], base: dict[str, str]) -> list[str]:
     return sorted(lines)
 
 
-def _hex(pair: Any) -> str:
-    return ":" + "".join(f"{int(x):08x}" for x in pair)
+def weak_entries(saved: dict[str, str]) -> list[str]:
+    """Return the paths with a checksum of an older release.
+
+    That one is a sum of the words and a sum of the words times odd numbers, which an even number of
+    changed signs leaves as they are.
+
+    >>> weak_entries({"a": "float32[1]:1a2b3c4d5e6f7a8b", "b": "float32[1]:mix_1a2b3c4d5e6f7a8b"})
+    ['a']
+    """
+    sums = {path: text.partition(":")[2] for path, text in saved.items()}
+    return [path for path, found in sums.items() if found and not found.startswith(_MIXED)]
+
+
+def _hex(pair: Any, weak: bool) -> str:
+    return f":{'' if weak else _MIXED}" + "".join(f"{int(x):08x}" for x in pair)
 
 
 @jax.jit
-def _checksum(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Compute two sums of the words modulo 2³², the second weighted by position: order counts."""
+@automatic
+def mixed(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Sum two mixtures of each word with its position, modulo 2³².
+
+    For a given position both are one-to-one in the word: one changed word always moves both sums,
+    and several changes cancel in both with a probability of 2⁻⁶⁴.
+    """
+    words = _words(x)
+    place = _scramble(_positions(words.shape) * np.uint32(2654435761) + np.uint32(1))
+    first = _scramble(words ^ place)
+    second = _scramble(first + place)
+    return first.sum(dtype=jnp.uint32), second.sum(dtype=jnp.uint32)
+
+
+def _scramble(x: jax.Array) -> jax.Array:
+    """Return a one-to-one mixture of the bits of uint32: the last step of MurmurHash3."""
+    x = (x ^ (x >> np.uint32(16))) * np.uint32(0x85EBCA6B)
+    x = (x ^ (x >> np.uint32(13))) * np.uint32(0xC2B2AE35)
+    return x ^ (x >> np.uint32(16))
+
+
+@jax.jit
+@automatic
+def weighted(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Sum the words modulo 2³², plain and weighted by position: the checksum of older releases."""
+    words = _words(x)
+    place = _positions(words.shape) * np.uint32(2654435761) | np.uint32(1)
+    return words.sum(dtype=jnp.uint32), (words * place).sum(dtype=jnp.uint32)
+
+
+def _words(x: jax.Array) -> jax.Array:
+    """Return the bits of `x` as uint32, an element of up to 4 bytes as one, a wider one as two."""
     if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
         x = jax.random.key_data(x)
     if x.dtype == jnp.bool_ or jnp.issubdtype(x.dtype, jnp.complexfloating):
@@ -82,8 +134,13 @@ def _checksum(x: jax.Array) -> tuple[jax.Array, jax.Array]:
         x = x.astype(jnp.int8) if jnp.iinfo(x.dtype).bits < 8 else x
     elif jnp.finfo(x.dtype).bits < 8:
         x = x.astype(jnp.float32)
-    words = jax.lax.bitcast_convert_type(x, f"uint{8 * min(4, x.dtype.itemsize)}").ravel()
-    words = words.astype(jnp.uint32)
-    # An odd weight per position, mixed so that no two swapped words cancel out.
-    place = jax.lax.iota(jnp.uint32, words.size) * np.uint32(2654435761) | np.uint32(1)
-    return words.sum(dtype=jnp.uint32), (words * place).sum(dtype=jnp.uint32)
+    return lax.bitcast_convert_type(x, f"uint{8 * min(4, x.dtype.itemsize)}").astype(jnp.uint32)
+
+
+def _positions(shape: tuple[int, ...]) -> jax.Array:
+    """Return the number of each element in row-major order, modulo 2³², without a reshape."""
+    found, stride = jnp.zeros(shape, jnp.uint32), 1
+    for axis in reversed(range(len(shape))):
+        found += lax.broadcasted_iota(jnp.uint32, shape, axis) * np.uint32(stride % 2**32)
+        stride *= shape[axis]
+    return found

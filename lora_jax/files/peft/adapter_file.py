@@ -55,7 +55,8 @@ class PeftFile:
                 weights[f"{module}.weight"] = kind, weight_shape(kind, found)
             rows = fields.get(tensor_names.ROWS)
             if rows is not None and rows.ndim == 2 and rows.size:
-                count = max(self.config.rows(module) or (0,)) + 1
+                _, known = weights.get(f"{module}.weight", ("", ()))
+                count = max([*known[:1], max(self.config.rows(module) or (0,)) + 1])
                 weights[f"{module}.weight"] = "embedding", (count, rows.shape[1])
         variant = "rsLoRA" if self.config.use_rslora else "LoRA"
         return FileContents(
@@ -80,7 +81,9 @@ class PeftFile:
         known = self._names_saved_whole()
         for name, tensor in self.tensors.items():
             part = tensor_names.part_of_name(name, self.tensors, known)
-            if part is not None and part.field:
+            if part is not None and part.field == tensor_names.ORIGINAL:
+                weights.setdefault(part.module, ("", tensor.shape))
+            elif part is not None and part.field:
                 modules.setdefault(part.module, {})[part.field] = tensor
             elif part is not None:
                 weights[part.module] = "", tensor.shape

@@ -14,6 +14,14 @@ from lora_jax.files.peft import bounded_regex
 
 CONFIG = "adapter_config.json"
 _BIASES = ("none", "all", "lora_only")
+#: The expressions in which PEFT puts an entry of these fields, which a list or a mapping holds.
+_WITHIN = {
+    "rank_pattern": r"(.*\.)?({})$",
+    "alpha_pattern": r"(.*\.)?({})$",
+    "modules_to_save": r"(^|.*\.){}($|\..*)",
+    "layers_pattern": r"(?:^|.*?\.)(?:{})\.(?P<number_of_the_layer>\d+)\.",
+}
+_WITHIN["last"] = r".*\.(?:{})\.(?P<number_of_the_layer>\d+)\."  # up to PEFT 0.18
 # Initializations that change the base: A and B are meaningless without it.
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 # Keys that change the meaning of A and B, and how; supported only if they are off.
@@ -164,15 +172,23 @@ class PeftConfig:
         rank = self.rank(module) if rank is None else rank
         return alpha / (math.sqrt(rank) if self.use_rslora else rank)
 
-    def targets(self, module: str) -> bool:
-        """Return whether PEFT adapts the module of this name, if its type can be adapted."""
+    def targets(self, module: str, *, last_number: bool = False) -> bool:
+        """Return whether PEFT adapts the module of this name, if its type can be adapted.
+
+        Args:
+          module: the name.
+          last_number: whether the layer is the last number in the name ("experts.3"), as up to PEFT
+            0.18, and not the first.
+        """
         if _in(self.exclude_modules, module) or self._saves(module):
             return False
         if not _in(self.target_modules, module):
             return False
         if self.layers_to_transform in (None, ()) or isinstance(self.target_modules, str):
             return True
-        number, chosen = self._layer(module), self.layers_to_transform
+        if module in self.target_modules:  # a whole name is in no need of a layer
+            return True
+        number, chosen = self._layer(module, last_number), self.layers_to_transform
         return number is not None and number in (chosen if isinstance(chosen, tuple) else (chosen,))
 
     def targets_parameter(self, name: str) -> bool:
@@ -188,18 +204,18 @@ class PeftConfig:
 
     def _saves(self, module: str) -> bool:
         names = self.modules_to_save or ()
-        return any(bounded_regex.match(rf"(^|.*\.){name}($|\..*)", module) for name in names)
+        return any(bounded_regex.match(_within("modules_to_save", x), module) for x in names)
 
-    def _layer(self, module: str) -> int | None:
+    def _layer(self, module: str, last: bool) -> int | None:
         """Return the number of a module's layer, parsed from the name as PEFT does."""
         if not self.layers_pattern:
-            found = re.match(r".*?\.[^.]*\.(\d+)\.", module)
+            found = re.match(rf"{'.*' if last else '.*?'}\.[^.]*\.(\d+)\.", module)
             return int(found[1]) if found else None
         names = self.layers_pattern
         for name in (names,) if isinstance(names, str) else names:
-            found = bounded_regex.match(rf"(?:^|.*?\.)(?:{name})\.(?P<number>\d+)\.", module)
+            found = bounded_regex.match(_within("last" if last else "layers_pattern", name), module)
             if found:
-                return int(found["number"])
+                return int(found["number_of_the_layer"])
         return None
 
     def to_json(self) -> str:
@@ -264,7 +280,8 @@ def _find_bad_patterns(config: PeftConfig) -> Iterable[str]:
     }
     for name, entries in given.items():
         for entry in entries:
-            why = bounded_regex.problem(entry) if isinstance(entry, str) else None
+            within = _WITHIN.get(name, "{}")
+            why = bounded_regex.problem(entry, within) if isinstance(entry, str) else None
             if why:
                 yield f"{name}: {_show(entry)} is not a regular expression ({why})"
 
@@ -292,7 +309,12 @@ def _in(targets: Any, module: str) -> bool:
 
 def _first(keys: Iterable[str], module: str) -> str | None:
     """Return the first pattern that matches a module, by PEFT's rule."""
-    return next((key for key in keys if bounded_regex.match(rf"(.*\.)?({key})$", module)), None)
+    within = lambda key: _within("rank_pattern", key)
+    return next((key for key in keys if bounded_regex.match(within(key), module)), None)
+
+
+def _within(field: str, pattern: str) -> str:
+    return _WITHIN[field].replace("{}", pattern)
 
 
 def exact_pattern(module: str, modules: Iterable[str]) -> str:

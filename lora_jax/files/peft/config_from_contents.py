@@ -146,8 +146,15 @@ def alpha_of(scale: float, rank: int, use_rslora: bool) -> float:
 def wrong_targets(
     config: PeftConfig, modules: Collection[str], adaptable: Collection[str]
 ) -> list[str]:
-    """Return the modules that the configuration targets and should not, or the converse."""
-    return [m for m in adaptable if config.targets(m) != (m in modules)]
+    """Return the modules that the configuration targets and should not, or the converse.
+
+    Not every PEFT that may read the file counts the layers alike.
+    """
+    return [
+        m
+        for m in adaptable
+        if any(config.targets(m, last_number=last) != (m in modules) for last in (False, True))
+    ]
 
 
 def _targets(modules: Collection[str], adaptable: Sequence[str], complete: bool) -> Any:

@@ -14,15 +14,18 @@ from lora_jax.files.torch_adapters.contents import (
     dtype_problem,
     unknown,
 )
+from lora_jax.files.torch_adapters.vocabulary import OtherVocabulary
 
 
 def read_contents(file: PeftFile, model: TorchBase) -> tuple[Contents, list[str]]:
     """Return what fits the base, and what is wrong with the rest."""
     config = file.config
     tied = tied_head.find(model)
-    tensors, problems = file.tensors, list[str]()
-    if tied is not None and config.ensure_weight_tying:
+    tensors, problems, are_copies = file.tensors, list[str](), config.ensure_weight_tying
+    if tied is not None:
         tensors, problems = tied_head.drop_copies(tensors, tied)
+        are_copies |= len(tensors) < len(file.tensors)
+    vocabulary = OtherVocabulary(model)
     found = Contents(dropout=float(config.lora_dropout))
     by_module: dict[str, dict[str, np.ndarray]] = {}
     for name, tensor in tensors.items():
@@ -31,23 +34,27 @@ def read_contents(file: PeftFile, model: TorchBase) -> tuple[Contents, list[str]
             problems.append(f"{name}: unexpected: PEFT's names start with {tensor_names.PREFIX}")
         elif dtype_problem(tensor):
             problems.append(f"{name}: {dtype_problem(tensor)}")
-        elif part.field:
+        elif part.field and part.field != tensor_names.ORIGINAL:
             by_module.setdefault(part.module, {})[part.field] = tensor
         elif part.module not in model.index:
             problems.append(f"{name}: {unknown(part.module, model.index)}")
         elif tensor.shape != model.shape(part.module):
-            problems.append(_shape_problem(name, tensor.shape, model.shape(part.module)))
-        elif tensor_names.is_base_weight(name):
-            found.untrained[part.module] = tensor
-        else:
-            found.whole[part.module] = tensor
+            got, wanted = tensor.shape, model.shape(part.module)
+            if not vocabulary.explains(part.module, got, wanted):
+                problems.append(_shape_problem(name, got, wanted))
+        elif part.field:
+            if not tensor_names.is_beside_trained(name):
+                found.untrained[part.module] = tensor
+        elif not np.array_equal(found.whole.setdefault(part.module, tensor), tensor):
+            problems.append(f"{name}: differs from the file's other copy of {part.module}")
     wrapped, wrong = target_parameters.take(found, by_module, config, model)
     problems += wrong
     by_module = {module: x for module, x in by_module.items() if module not in wrapped}
     for module, parts in by_module.items():
-        problems += _add(found, module, parts, config, model)
+        problems += _add(found, module, parts, config, model, vocabulary)
+    problems += vocabulary.problems()
     problems += _missing(by_module, config, model)
-    if tied is not None and not config.ensure_weight_tying:
+    if tied is not None and not are_copies:
         problems += tied_head.drop_lookup_alone(found, tied)
     return found, problems
 
@@ -62,6 +69,7 @@ def _add(
     parts: dict[str, np.ndarray],
     config: PeftConfig,
     model: TorchBase,
+    vocabulary: OtherVocabulary,
 ) -> list[str]:
     """Add one module's tensors to `found`, or return what is wrong with them."""
     weight, full = f"{module}.weight", f"{tensor_names.PREFIX}{module}"
@@ -78,8 +86,8 @@ def _add(
         problems += _add_rows(found, module, parts.pop(tensor_names.ROWS), config, model)
         if not parts:
             return problems
-    problems += _check_factors(full, parts, config, kind, model.shape(weight), module)
-    if problems:
+    problems += _check_factors(full, parts, config, model, vocabulary)
+    if problems or not parts:
         return problems
     added = parts.pop(tensor_names.LORA_BIAS, None)
     factors = tensor_names.to_factors(kind, parts, config.scale(module))
@@ -93,24 +101,32 @@ def _add(
 
 def _check_factors(
     full: str,
-    parts: Mapping[str, np.ndarray],
+    parts: dict[str, np.ndarray],
     config: PeftConfig,
-    kind: str,
-    shape: tuple[int, ...],
-    module: str,
+    model: TorchBase,
+    vocabulary: OtherVocabulary,
 ) -> list[str]:
-    rank = config.rank(module)
-    wanted = tensor_names.shapes(kind, shape, rank)
+    """Return what is wrong with one module's tensors; empty `parts` if that is the vocabulary."""
+    module = full.removeprefix(tensor_names.PREFIX)
+    weight, rank = f"{module}.weight", config.rank(module)
+    kind = model.kind(weight)
+    wanted = tensor_names.shapes(kind, model.shape(weight), rank)
     needed = [*tensor_names.endings(kind), *([tensor_names.MAGNITUDE] if config.use_dora else [])]
     allowed = [*needed, *([tensor_names.LORA_BIAS] if config.lora_bias else [])]
     problems = [f"{full}.{ending}: missing, {wanted[ending]}" for ending in needed]
     problems = [line for line, ending in zip(problems, needed, strict=True) if ending not in parts]
+    misfits: list[str] = []
     for ending, tensor in parts.items():
         if ending not in allowed:
             problems.append(f"{full}.{ending}: unexpected for a module of kind {kind}")
         elif tensor.shape != wanted[ending]:
+            if vocabulary.explains(weight, tensor.shape, wanted[ending]):
+                misfits.append(ending)
+                continue
             line = _shape_problem(f"{full}.{ending}", tensor.shape, wanted[ending])
             problems.append(f"{line} at rank {rank}")
+    if misfits:
+        parts.clear()
     return problems
 
 
@@ -135,12 +151,17 @@ def _add_rows(
 
 
 def _missing(by_module: Mapping[str, Any], config: PeftConfig, model: TorchBase) -> list[str]:
-    """List modules that the configuration targets, but the file lacks."""
-    targeted = [name.removesuffix(".weight") for name in model.adaptable()]
+    """List modules that the configuration targets, in every PEFT's reading, but the file lacks."""
+    if config.target_modules == "all-linear":
+        return []
+    adaptable = [name.removesuffix(".weight") for name in model.adaptable()]
+    lacking = [module for module in adaptable if module not in by_module]
+    missing, older = (
+        [module for module in lacking if config.targets(module, last_number=last)]
+        for last in (False, True)
+    )
     return [
         f"{tensor_names.PREFIX}{module}.{tensor_names.endings(model.kind(module + '.weight'))[0]}: "
         "missing, but target_modules names the module"
-        for module in targeted
-        if module not in by_module and config.target_modules != "all-linear"
-        if config.targets(module)
+        for module in (missing if older else [])
     ]

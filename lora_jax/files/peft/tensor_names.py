@@ -15,15 +15,19 @@ MAGNITUDE = "lora_magnitude_vector"
 _FACTORS = {"embedding": ("lora_embedding_A", "lora_embedding_B")}
 _OTHERS = ("lora_A.weight", "lora_B.weight")
 FACTOR_ENDINGS = (*_OTHERS, *_FACTORS["embedding"])
+ORIGINAL = "base_layer"  # an untrained copy of a base tensor, saved with resized embeddings
 _ENDINGS = (*FACTOR_ENDINGS, LORA_BIAS, MAGNITUDE, ROWS)
 _BASE = "base_layer."
+#: What PEFT puts before the last name of a tensor that is a copy of a base tensor, or trained.
+_COPIES = (".token_adapter.base_layer", ".original_module", ".base_layer")
+_TRAINED = ".modules_to_save"
 
 
 class Part(NamedTuple):
     """What one tensor of a file is."""
 
-    module: str  # the module's name in PyTorch; a fully trained tensor's whole name
-    field: str  # an ending of PEFT's names, or "" for a fully trained tensor
+    module: str  # the module's name in PyTorch; of a whole tensor or a copy, its whole name
+    field: str  # an ending of PEFT's names, ORIGINAL, or "" for a fully trained tensor
 
 
 def part_of_name(name: str, names: Container[str], known: Container[str]) -> Part | None:
@@ -41,6 +45,10 @@ def part_of_name(name: str, names: Container[str], known: Container[str]) -> Par
     Part(module='h.0.up', field='lora_A.weight')
     >>> part_of_name("base_model.model.x.lora_A.weight", (), {"x.lora_A.weight"})
     Part(module='x.lora_A.weight', field='')
+    >>> part_of_name("base_model.model.head.modules_to_save.weight", (), {"head.weight"})
+    Part(module='head.weight', field='')
+    >>> part_of_name("base_model.model.head.original_module.weight", (), {"head.weight"})
+    Part(module='head.weight', field='base_layer')
     """
     if not name.startswith(PREFIX):
         return None
@@ -51,9 +59,23 @@ def part_of_name(name: str, names: Container[str], known: Container[str]) -> Par
         module = inner.removesuffix("." + ending)
         if module != inner and (inner not in known or _is_factor(module, names, known)):
             return Part(module, ending)
+    return Part(inner, "") if inner in known else _whole_or_copy(inner)
+
+
+def _whole_or_copy(inner: str) -> Part:
+    """Return what a name means that is neither a factor's nor the base's.
+
+    With resized embeddings PEFT saves all tensors of a module in `modules_to_save`: the trained
+    ones under two names, and the original ones.
+    """
     module, _, leaf = inner.rpartition(".")
-    if module.endswith("." + _BASE[:-1]) and inner not in known:
-        return Part(module.removesuffix(_BASE[:-1]) + leaf, "")
+    if module.endswith(_TRAINED):
+        return Part(f"{module.removesuffix(_TRAINED)}.{leaf}", "")
+    for ending in _COPIES:
+        own = module.removesuffix(ending)
+        if own != module:
+            is_trained = ending == ".base_layer" and leaf != "weight"  # of `bias`
+            return Part(f"{own}.{leaf}", "" if is_trained else ORIGINAL)
     return Part(inner, "")
 
 
@@ -79,13 +101,13 @@ def of_whole(name: str, is_wrapped: bool) -> str:
     return PREFIX + (f"{module}.{_BASE}{leaf}" if is_wrapped else name)
 
 
-def is_base_weight(name: str) -> bool:
-    """Return whether a tensor is an adapted module's base weight, saved with resized embeddings.
+def is_beside_trained(name: str) -> bool:
+    """Return whether a copy of a base tensor stands beside the trained one, which replaces it.
 
-    >>> is_base_weight("base_model.model.emb.base_layer.weight")
+    >>> is_beside_trained("base_model.model.head.original_module.weight")
     True
     """
-    return name.endswith("." + _BASE + "weight")
+    return ".original_module." in name
 
 
 def endings(kind: str) -> tuple[str, str]:

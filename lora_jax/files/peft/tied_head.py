@@ -14,6 +14,16 @@ from lora_jax.files.peft import tensor_names
 from lora_jax.files.torch_adapters.contents import Contents, TorchBase, module_of
 from lora_jax.files.torch_adapters.factors import TorchFactors
 
+#: The endings of tensors that the head and the embedding have alike.
+_SAME = (
+    "weight",
+    "base_layer.weight",
+    "modules_to_save.weight",
+    "original_module.weight",
+    "token_adapter.base_layer.weight",
+    tensor_names.ROWS,
+)
+
 
 @dataclasses.dataclass(frozen=True)
 class Tied:
@@ -51,7 +61,7 @@ def drop_copies(
         f"{tensor_names.PREFIX}{module_of(name)}." for name in (tied.head, tied.embedding)
     )
     (a, b), (own_a, own_b) = tensor_names.endings("linear"), tensor_names.endings("embedding")
-    original = {a: own_b, b: own_a, "weight": "weight", "base_layer.weight": "base_layer.weight"}
+    original = {a: own_b, b: own_a} | {ending: ending for ending in _SAME}
     kept, problems = {}, []
     for name, tensor in tensors.items():
         ending = name.removeprefix(head)

@@ -14,6 +14,7 @@ from lora_jax.core.config import LoraConfig
 from lora_jax.core.dora import column_norms
 from lora_jax.core.dtypes import accumulator
 from lora_jax.core.errors import AdapterFileError, grouped
+from lora_jax.core.foreign import shown
 from lora_jax.core.layout import Layout
 from lora_jax.core.tree import adapted_nodes
 from lora_jax.core.weights import Adapted, LoraWeight, TrainedLeaf, TrainedRows
@@ -126,8 +127,14 @@ def _check_untrained(contents: Contents, model: TorchBase) -> list[str]:
             continue
         coarse = max(float(jnp.finfo(x.dtype).eps) for x in (tensor, value))
         pair = tensor.astype("float32"), value.astype("float32")
-        if not np.allclose(*pair, rtol=2 * coarse, atol=1e-6):
-            problems.append(f"{name}: the file has a base weight that differs from this base's")
+        same = np.isclose(*pair, rtol=2 * coarse, atol=1e-6)
+        if not same.all():
+            rows = np.flatnonzero(~same.reshape(len(same), -1).all(1)).tolist()
+            where = f" in rows {shown(rows, 60)}" if len(rows) < len(same) else ""
+            problems.append(
+                f"{name}: the file has a base weight that differs from this base's{where}; the "
+                "adapter was trained on the file's"
+            )
     return problems
 
 

@@ -13,7 +13,7 @@ import tokenizers
 
 from lora_jax.core.errors import ChatTemplateError
 from lora_jax.models.text import chat_template as chat
-from lora_jax.models.text import tokenizer_files
+from lora_jax.models.text import content_form, tokenizer_files
 from lora_jax.models.text.chat_template import Span
 from lora_jax.models.text.surroundings import beginning, without_repeats, without_trimming
 
@@ -227,7 +227,8 @@ class Tokenizer:
         given = {f"{x}_token": getattr(self, x) or "" for x in ("bos", "eos", "pad")}
         given |= {"tools": None, "documents": None, **self.named, **more}
         prompt = {"add_generation_prompt": add_generation_prompt}
-        return chat.render_spans(template, messages, self.now, **given | prompt)
+        fitting = content_form.fit(template, messages)
+        return chat.render_spans(template, fitting, self.now, **given | prompt)
 
     def files(self) -> dict[str, bytes]:
         """Return the files that `load` reads, by name, for a model's directory."""

@@ -45,6 +45,29 @@ def test_patterns_of_the_world(pattern):
     assert [config.rank(name) == 3 for name in NAMES] == ranks
 
 
+def test_flags_are_those_of_the_whole_expression():
+    """PEFT matches target_modules as it is: a comment at its end ends the expression."""
+    for pattern in (r"(?x) .* q_proj  # the query", r"(?i).*Q_PROJ"):
+        config = PeftConfig(target_modules=pattern)
+        found = [config.targets(name) for name in NAMES]
+        assert found == [re.fullmatch(pattern, name) is not None for name in NAMES] and any(found)
+
+
+@pytest.mark.parametrize("pattern", ["(?x) q  # the query", r"(a)(b)\2"])
+@pytest.mark.parametrize("field", ["rank_pattern", "alpha_pattern"])
+def test_what_cannot_be_within_pefts_expression_is_told_by_its_field(field, pattern):
+    r"""`re` refuses both within `(.*\.)?(...)$`, where PEFT puts them."""
+    with pytest.raises(re.error):
+        re.compile(rf"(.*\.)?({pattern})$")
+    with pytest.raises(ConfigError, match=rf"^{field}: .* is not a regular expression \(.*within"):
+        PeftConfig(**{field: {pattern: 3}})
+
+
+def test_a_comment_in_the_name_of_a_layer():
+    with pytest.raises(ConfigError, match=r"^layers_pattern: "):
+        PeftConfig(target_modules=["q"], layers_to_transform=[0], layers_pattern=["(?x) h # h"])
+
+
 @pytest.fixture
 def impatient(monkeypatch):
     monkeypatch.setattr(bounded_regex, "SECONDS", 0.05)

@@ -3,11 +3,15 @@
 import json
 import re
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from lora_jax import AdapterFileError, peft
 from lora_jax.core.errors import ConfigError
+from lora_jax.core.tree import adapted_nodes
+from lora_jax.files.disk import safetensors_file
+from lora_jax.files.naming import Entry, Naming
 from lora_jax.files.peft.config import REFUSED, PeftConfig, exact_pattern, parse_config
 from lora_jax.files.peft.config_from_contents import alpha_of
 from lora_jax.files.peft.tensor_names import part_of_name
@@ -190,3 +194,49 @@ def test_a_name_that_is_both_a_factors_and_a_weights():
     assert part_of_name("x.lora_A.weight", (), known) is None
     old = "base_model.model.x.lora_magnitude_vector"
     assert part_of_name(old, (), known) == part_of_name(f"{old}.weight", (), known)
+
+
+EXPERTS = [f"model.layers.{n}.experts.{e}.up" for n in range(3) for e in range(2)]
+
+
+@pytest.mark.parametrize("pattern", [None, "experts", "layers", ["layers", "experts"]])
+@pytest.mark.parametrize("chosen", [0, [1], [0, 2]])
+def test_files_of_pefts_that_count_the_last_number(pattern, chosen, tmp_path):
+    """PEFT 0.18 has the greedy expressions below, and adapts other modules than 0.21."""
+
+    def older(name):
+        found = re.match(r".*\.[^.]*\.(\d+)\.", name)
+        for x in [pattern] if isinstance(pattern, str) else pattern or ():
+            found = re.match(rf".*\.{x}\.(\d+)\.", name)
+            if found:
+                break
+        return found and int(found[1]) in ([chosen] if isinstance(chosen, int) else chosen)
+
+    config = {"target_modules": ["up"], "layers_to_transform": chosen, "layers_pattern": pattern}
+    newer = [name for name in EXPERTS if parse(**config).targets(name)]
+    naming = Naming((Entry("{*m}.weight", "{*m}/kernel", "linear"),))
+    base = {f"{name.replace('.', '/')}/kernel": jnp.zeros((3, 2)) for name in EXPERTS}
+    for adapted in filter(None, (newer, [*filter(older, EXPERTS)])):
+        one = {"A": np.ones((8, 3), "f4"), "B": np.ones((2, 8), "f4")}
+        tensors = {f"base_model.model.{n}.lora_{x}.weight": one[x] for n in adapted for x in "AB"}
+        safetensors_file.write(tmp_path / peft.TENSORS, tensors)
+        (tmp_path / peft.CONFIG).write_text(json.dumps({"peft_type": "LORA", "r": 8} | config))
+        nodes = adapted_nodes(peft.load(tmp_path, base, naming))
+        assert [path.removesuffix("/kernel").replace("/", ".") for path in nodes] == adapted
+        given = peft.read_config(tmp_path)  # what is written means the same to both
+        peft.save(tmp_path / "again", peft.load(tmp_path, base, naming), naming, config=given)
+        written = peft.read_config(tmp_path / "again")
+        for last in (False, True):
+            found = [name for name in EXPERTS if written.targets(name, last_number=last)]
+            assert found == adapted
+    few = {name: x for name, x in tensors.items() if name.rpartition(".lora_")[0].endswith("1.up")}
+    if few and len(few) < len(tensors):
+        safetensors_file.write(tmp_path / peft.TENSORS, few)
+        with pytest.raises(AdapterFileError, match="missing, but target_modules names the module"):
+            peft.load(tmp_path, base, naming)
+
+
+def test_whole_names_need_no_layer():
+    """As in PEFT, where only an end of a name is bound to the layers."""
+    config = parse(target_modules=["m.h.1.q", "v"], layers_to_transform=[0])
+    assert config.targets("m.h.1.q") and config.targets("m.h.0.v") and not config.targets("m.h.1.v")

@@ -144,7 +144,7 @@ def test_a_copy_of_the_base_weight_must_be_the_bases(edited):
     equal(peft.load(edited("embedding", add(half)), BASE, PLAIN), want)
     with pytest.raises(AdapterFileError, match="has a base weight that differs"):
         peft.load(edited("embedding", add(weight + 0.1)), BASE, PLAIN)
-    with pytest.raises(AdapterFileError, match=r"has shape \(18, 6\), needs \(17, 6\)"):
+    with pytest.raises(AdapterFileError, match=r"model.emb: .* has 18 tokens, this base 17"):
         peft.load(edited("embedding", add(np.ones((18, 6), "f4"))), BASE, PLAIN)
 
 

@@ -147,7 +147,7 @@ def meaning(node: Any, w: np.ndarray) -> np.ndarray:
         return np.where(np.asarray(node.scale) != 0, np.asarray(node.value), w)
     if isinstance(node, TrainedRows):
         replaced = np.array(w)
-        replaced[list(node.rows)] = np.asarray(node.value)
+        np.moveaxis(replaced, node.axis, 0)[list(node.rows)] = np.asarray(node.value)
         return replaced
     axes = node.layout.axes
     names = {kind: [c for c, k in zip("abcde", axes, strict=False) if k == kind] for kind in "bio"}

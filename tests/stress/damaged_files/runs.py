@@ -43,9 +43,10 @@ def checkpoints() -> Subject:
         files = read_files(Path(folder))
 
     def load(folder: Path) -> Any:
-        with warnings.catch_warnings(), Checkpoints(folder / "checkpoints") as found:
-            warnings.filterwarnings("ignore", message=".*checkpoint")
-            return found.restore(_like())
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*was moved to unreadable/")
+            with Checkpoints(folder / "checkpoints") as found:
+                return found.restore(_like())
 
     def judge(found: Any, folder: Path) -> Verdict:
         if found is None:

@@ -1,0 +1,175 @@
+"""Find and load sequence classifiers: a model with such a head, or an adapter with one."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+
+import lora_jax as lora
+from lora_jax.cli import sources
+from lora_jax.core.errors import AdapterFileError, ModelFileError
+from lora_jax.files import kinds, native, peft
+from lora_jax.files.disk import safetensors_file
+from lora_jax.models import hf_directory, published_classifier
+from lora_jax.models.classifier import Classifier, Pooling
+from lora_jax.models.pretrained import Pretrained
+
+#: Keys of the metadata that `train` writes into a classifier's adapter.
+LABELS, POOLING = "labels", "pooling"
+_HEADS = tuple(family.head for family in published_classifier.FAMILIES.values())
+_KERNEL = "head/kernel"
+
+
+@dataclasses.dataclass(frozen=True)
+class LoadedClassifier:
+    """A classifier, with adapters or none.
+
+    Attributes:
+      model: the base.
+      params: of the `Classifier`, joined with the adapters.
+      labels: label i is class i.
+      pooling: as in `Classifier`.
+    """
+
+    model: Pretrained
+    params: Any
+    labels: tuple[Any, ...]
+    pooling: Pooling
+
+    def function(self, slots: int) -> Classifier:
+        """Return the classifier as a function of its parameters, for `slots` texts per row."""
+        run = self.model.apply
+        is_encoder = self.model.kind == "bert"
+        hidden = run if is_encoder else lambda *inputs: run(*inputs, method="hidden")
+        return Classifier(hidden, slots, self.pooling)
+
+
+def find(model: kinds.Found, adapter: Path | None) -> str:
+    """Return the path that makes this a classifier, the adapter's or the model's, or "".
+
+    Only headers are read.
+    """
+    if adapter is not None:
+        found = kinds.adapter(adapter)
+        if found.kind == kinds.NATIVE:
+            header = lora.read_metadata(found.path)
+            if LABELS in header["metadata"] and _KERNEL in header["layouts"]:
+                return str(adapter)
+        elif found.kind == kinds.PEFT and _has_head(found.path / peft.TENSORS):
+            return str(adapter)
+    if model.kind != kinds.CHECKPOINT:
+        return ""
+    return str(model.path) if _is_classifier(model.path) else ""
+
+
+def _has_head(path: Path) -> bool:
+    """Return whether a PEFT file has a classifier's head, not factors of a module of that name."""
+    names = safetensors_file.headers(path).tensors
+    return any(
+        f"model.{head}." in name and ".lora_" not in name for head in _HEADS for name in names
+    )
+
+
+def _is_classifier(directory: Path) -> bool:
+    classes = hf_directory.read_config(directory).get("architectures")
+    return isinstance(classes, list) and any(
+        isinstance(name, str) and name.endswith(published_classifier.SUFFIX) for name in classes
+    )
+
+
+def load(
+    model: kinds.Found,
+    adapter: Path | None = None,
+    dtype: str | None = None,
+    *,
+    strict: bool = True,
+    as_stored: bool = False,
+) -> LoadedClassifier:
+    """Load a classifier; the arguments are those of `sources.load`.
+
+    Raises:
+      LoraError: a part cannot be read, or the parts do not fit.
+    """
+    found = None if adapter is None else kinds.adapter(adapter)
+    scan = found is not None and sources.is_stacked(found)
+    base = sources.load_model(model, dtype, scan=scan, as_stored=as_stored)
+    if found is not None and found.kind == kinds.NATIVE:
+        header = lora.read_metadata(found.path)
+        if _KERNEL in header["layouts"]:
+            return _trained_here(base, found, header["metadata"])
+    return _published(base, model, found, strict)
+
+
+def _trained_here(
+    base: Pretrained, adapter: kinds.Found, metadata: dict[str, Any]
+) -> LoadedClassifier:
+    """Load an adapter that `lora-jax train` wrote."""
+    file = native.read_file(adapter.path)
+    shapes = {
+        path: node.value.shape
+        for path, node in file.nodes.items()
+        if isinstance(node, lora.TrainedLeaf) and path.startswith(("head/", "pooler/"))
+    }
+    params: dict[str, Any] = {"encoder": base.params}
+    if any(path.startswith("pooler/") for path in [*shapes, *file.header["base"]]):
+        params["pooler"] = published_classifier.pooler_of(base) or {}
+    for path, shape in shapes.items():  # the values are the adapter's
+        module, name = path.split("/")
+        params.setdefault(module, {}).setdefault(name, jnp.zeros(shape))
+    adapters = lora.load(adapter.path, sources.as_trained(adapter, params))
+    labels, pooling = metadata.get(LABELS), metadata.get(POOLING, "mean")
+    classes = params["head"]["kernel"].shape[1]
+    if not isinstance(labels, list) or len(labels) != classes:
+        raise AdapterFileError(f"{adapter.path}: has no list of {classes} labels in its metadata")
+    if pooling not in ("mean", "first", "last"):
+        raise AdapterFileError(f"{adapter.path}: the pooling {pooling!r:.40} is unknown")
+    return LoadedClassifier(base, lora.join(params, adapters), tuple(labels), pooling)
+
+
+def _published(
+    base: Pretrained, model: kinds.Found, adapter: kinds.Found | None, strict: bool
+) -> LoadedClassifier:
+    """Load a classifier of transformers, or the adapter that PEFT wrote for one."""
+    family = published_classifier.FAMILIES[base.kind]
+    head = published_classifier.head_of(base)
+    file = None if adapter is None else _peft_file(adapter)
+    given = None if file is None else _head_in(file, family.head)
+    if given is not None:
+        head = {"kernel": jnp.zeros(given[::-1])}
+        if family.bias:
+            head["bias"] = jnp.zeros(given[0])
+    if head is None:
+        raise ModelFileError(f"{model.path}: has no {family.head}.weight, a classifier's head")
+    params = {"encoder": {k: x for k, x in base.params.items() if k != "head"}, "head": head}
+    if family.pooler:
+        pooler = published_classifier.pooler_of(base)
+        if pooler is None:
+            raise ModelFileError(f"{model.path}: has no pooler, which its classifier needs")
+        params["pooler"] = pooler
+    naming = published_classifier.naming_of_classifier(base.kind)
+    if file is not None:
+        adapters = peft.fit(file, params, naming, strict=strict)
+        params = lora.join(params, adapters)
+    elif adapter is not None:
+        raise AdapterFileError(
+            f"{adapter.path}: a {kinds.DESCRIPTIONS[adapter.kind]} without a head; a classifier "
+            "needs one of PEFT, or one that lora-jax train wrote"
+        )
+    classes = head["kernel"].shape[1]
+    labels = published_classifier.labels_of(base.settings, classes)
+    return LoadedClassifier(base, params, tuple(labels), family.pooling)
+
+
+def _peft_file(adapter: kinds.Found) -> peft.PeftFile | None:
+    return peft.read_file(adapter.path) if adapter.kind == kinds.PEFT else None
+
+
+def _head_in(file: peft.PeftFile, head: str) -> tuple[int, int] | None:
+    """Return the shape of the head's weight in an adapter, `(classes, width)`."""
+    shapes = [
+        x.shape
+        for name, x in file.tensors.items()
+        if f"model.{head}." in name and name.endswith("weight") and ".lora_" not in name
+    ]
+    return next((shape for shape in shapes if len(shape) == 2), None)

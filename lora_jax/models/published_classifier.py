@@ -1,0 +1,160 @@
+"""Sequence classifiers as transformers writes them: names, configuration, labels."""
+
+import dataclasses
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from lora_jax.core.errors import ModelFileError
+from lora_jax.core.foreign import shown
+from lora_jax.files import naming as names
+from lora_jax.files.naming import Entry, Naming
+from lora_jax.models import namings
+from lora_jax.models.classifier import Pooling
+from lora_jax.models.pretrained import Pretrained
+
+SUFFIX = "ForSequenceClassification"  # of the classes in transformers
+
+
+@dataclass(frozen=True)
+class Family:
+    """What transformers' classifiers of one family have in common.
+
+    Attributes:
+      pooling: the token that represents a text.
+      head: the module of the linear layer.
+      prefix: before the model's own tensor names.
+      pooler: the module of the layer before the head, "" where there is none.
+      bias: whether the head has a bias.
+    """
+
+    pooling: Pooling
+    head: str
+    prefix: str = ""
+    pooler: str = ""
+    bias: bool = False
+
+    def naming(self, encoder: Naming) -> Naming:
+        """Return the naming of a `Classifier`'s parameters."""
+        rows = [
+            dataclasses.replace(entry, path=_with_prefix(entry.path))
+            for entry in encoder.with_prefix(self.prefix).entries
+            if not str(entry.torch).startswith("lm_head")
+        ]
+        modules = {"head": self.head} | ({"pooler": self.pooler} if self.pooler else {})
+        for path, module in modules.items():
+            rows += [
+                Entry(f"{module}.weight", f"{path}/kernel", "linear"),
+                Entry(f"{module}.bias", f"{path}/bias"),
+            ]
+        return Naming(tuple(rows))
+
+
+#: model_type in config.json -> how the names of transformers' classes begin.
+_STEMS = {"bert": "Bert", "llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2"}
+#: Kind of model -> its classifiers.
+FAMILIES = {
+    "bert": Family("first", "classifier", "bert.", "bert.pooler.dense", bias=True),
+    "llama": Family("last", "score"),
+}
+
+
+def _with_prefix(path: str | tuple[str, ...]) -> str | tuple[str, ...]:
+    add = lambda one: f"encoder/{one}"
+    return add(path) if isinstance(path, str) else tuple(map(add, path))
+
+
+def naming_of_classifier(kind: str) -> Naming:
+    """Return transformers' names of a classifier's parameters, for a kind of model."""
+    return FAMILIES[kind].naming(namings.naming(kind))
+
+
+def pooler_of(model: Pretrained) -> dict[str, Any] | None:
+    """Return the layer before the head that the model's file has, as float32 parameters."""
+    return _linear(model, FAMILIES[model.kind].pooler.removeprefix(FAMILIES[model.kind].prefix))
+
+
+def head_of(model: Pretrained) -> dict[str, Any] | None:
+    """Return the classifier's head in the model's file, as float32 parameters, or None."""
+    return _linear(model, FAMILIES[model.kind].head)
+
+
+def _linear(model: Pretrained, module: str) -> dict[str, Any] | None:
+    found = {
+        name: np.asarray(tensor)
+        for name, tensor in model.rest.items()
+        if module and re.fullmatch(rf"(bert\.)?{re.escape(module)}\.(weight|bias)", name)
+    }
+    if not any(name.endswith(".weight") for name in found):
+        return None
+    return {
+        "kernel" if name.endswith(".weight") else "bias": jnp.asarray(x.T, jnp.float32)
+        for name, x in found.items()
+    }
+
+
+def labels_of(settings: Mapping[str, Any], classes: int) -> list[str]:
+    """Return the names of a classifier's classes that a config.json has, or their numbers.
+
+    Raises:
+      ModelFileError: the head is for another task than one label per text.
+    """
+    task = settings.get("problem_type")
+    if task not in (None, "single_label_classification") or classes < 2:
+        raise ModelFileError(
+            f"the head has {classes} outputs for the task {shown(task or 'regression')}; only "
+            "classifiers that choose one of several labels are supported"
+        )
+    given = settings.get("id2label")
+    given = given if isinstance(given, dict) else {}
+    found = [given.get(str(i)) for i in range(classes)]
+    names = [name for name in found if isinstance(name, str)]
+    is_usable = len(names) == len(given) == classes and len(set(names)) == classes
+    return names if is_usable else [str(i) for i in range(classes)]
+
+
+def published(
+    model: Pretrained, params: Mapping[str, Any], labels: Sequence[Any], pad_id: int | None
+) -> Pretrained:
+    """Return a classifier as `models.save` writes it for transformers.
+
+    Args:
+      model: the base.
+      params: of a `Classifier` with the pooling of the model's family, plain arrays.
+      labels: label i is class i.
+      pad_id: the tokenizer's padding token, by which transformers finds the last token of each text
+        in a batch, for a decoder.
+    """
+    family = FAMILIES[model.kind]
+    tensors = names.to_torch(naming_of_classifier(model.kind), {**params, "encoder": {}})
+    settings = {key: value for key, value in model.settings.items() if key != "num_labels"}
+    texts = [str(label) for label in labels]
+    settings |= {
+        "architectures": [f"{_STEMS[str(settings.get('model_type', model.kind))]}{SUFFIX}"],
+        "id2label": {str(i): text for i, text in enumerate(texts)},
+        "label2id": {text: i for i, text in enumerate(texts)},
+        "problem_type": "single_label_classification",
+    }
+    if settings.get("pad_token_id") is None and pad_id is not None:
+        settings["pad_token_id"] = pad_id
+    return dataclasses.replace(
+        model,
+        params={name: x for name, x in params["encoder"].items() if name != "head"},
+        naming=namings.naming(model.kind).with_prefix(family.prefix),
+        settings=settings,
+        rest=tensors,
+    )
+
+
+def renamed(kind: str, tensors: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a base's tensors under the names that they have in its classifier's file."""
+    prefix, found = FAMILIES[kind].prefix, {}
+    for name, tensor in tensors.items():
+        new = name.replace(".LayerNorm.gamma", ".LayerNorm.weight")
+        new = new.replace(".LayerNorm.beta", ".LayerNorm.bias")
+        found[prefix + new.removeprefix(prefix)] = tensor
+    return found

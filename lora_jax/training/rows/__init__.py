@@ -1,0 +1,1 @@
+"""The rows of data files: their forms, and the values in them."""

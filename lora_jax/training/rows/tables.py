@@ -1,0 +1,71 @@
+"""Rows of tables: comma-separated files and Parquet."""
+
+import csv
+import io
+import re
+import sys
+from collections.abc import Collection, Iterator
+from pathlib import Path
+from typing import Any
+
+from lora_jax.core.foreign import shown
+from lora_jax.training.errors import DataError
+
+_DELIMITERS = (",", ";", "\t")
+
+
+def read_csv(source: str, text: str, known: Collection[str]) -> Iterator[dict[str, Any]]:
+    """Yield the rows of a comma-separated file by its header; a label in digits is a number.
+
+    Args:
+      source: the file's name, for messages.
+      text: its content. Semicolons or tabs between columns are recognized by the header.
+      known: names of columns, some of which the header should have.
+
+    Raises:
+      DataError: a row has more or fewer columns than the header.
+    """
+    csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
+    first = text.lstrip("\n").partition("\n")[0]
+    fits = lambda mark: len({x.strip().strip('"') for x in first.strip().split(mark)} & {*known})
+    mark = max(_DELIMITERS, key=fits)
+    reader = csv.reader(io.StringIO(text.lstrip("\n"), newline=""), delimiter=mark, strict=True)
+    try:
+        header = next(reader, [])
+        for number, fields in enumerate(filter(None, reader), start=1):
+            if len(fields) != len(header):
+                raise DataError(
+                    f"{source}, row {number}: has {len(fields)} columns, but the header has "
+                    f"{len(header)}; put text that contains {mark!r} into quotes"
+                )
+            yield {
+                key.strip(): _value(key.strip(), x) for key, x in zip(header, fields, strict=True)
+            }
+    except csv.Error as error:
+        raise DataError(f"{source}, line {reader.line_num}: {error}") from None
+
+
+def _value(key: str, text: str) -> str | int:
+    return int(text) if key == "label" and re.fullmatch(r"[+-]?[0-9]{1,18}", text) else text
+
+
+def read_parquet(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield the rows of a Parquet file.
+
+    Raises:
+      DataError: the file cannot be read, or the package pyarrow is missing.
+    """
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ImportError:
+        raise DataError(
+            f"{path}: reading Parquet needs the package pyarrow; pip install 'lora-jax[parquet]', "
+            "or convert the file to .jsonl"
+        ) from None
+    try:
+        for batch in parquet.ParquetFile(path).iter_batches():
+            yield from batch.to_pylist()
+    except (pyarrow.ArrowException, OSError, ValueError) as error:
+        said = shown(" ".join(str(error).split()))
+        raise DataError(f"{path}: cannot be read as Parquet: {said}") from None
