@@ -10,10 +10,10 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
+from lora_jax.cli.exit_status import FAILED, INTERRUPTED, OK, PIPE_CLOSED
 from lora_jax.core.errors import AssetError, LoraError
 from lora_jax.core.foreign import escaped
 
-OK, FAILED, USAGE, INTERRUPTED, PIPE_CLOSED = 0, 1, 2, 130, 141
 DEBUG = "LORA_JAX_DEBUG"
 #: Packages that `pip install lora-jax` alone does not install: all are in the extra "cli".
 OPTIONAL = ("gguf", "jinja2", "matplotlib", "orbax", "rich", "tokenizers", "typer")

@@ -76,7 +76,7 @@ _OPTIONS = {
 
 #: Names without an option of the same meaning.
 _OTHERWISE = {
-    "config": "there is no configuration file; give the options on the command line",
+    "config": "configuration files are not read; give the options on the command line",
     "fine-tune-type": "a low-rank adapter is what it trains; --dora trains magnitudes too",
     "optim": "the optimizer is AdamW",
     "optimizer": "the optimizer is AdamW",

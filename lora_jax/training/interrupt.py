@@ -27,7 +27,7 @@ def interruptible() -> Iterator[Interrupt]:
     """Record the first SIGINT or SIGTERM within its block; a second one acts as usual.
 
     Only the main thread can do this. The previous handlers are restored after the block. Python
-    runs them only once XLA has finished compiling; a program of its own uses `watched` instead.
+    runs them only once XLA has finished compiling; a program that must end at once uses `watched`.
     """
     interrupt = Interrupt()
     before = {number: signal.getsignal(number) for number in SIGNALS}

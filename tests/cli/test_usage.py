@@ -47,7 +47,7 @@ NAMES = {
     "--bf16": "use --dtype",
     "--use_dora": "use --dora",
     "--save_every": "use --save-every",
-    "--config": "there is no configuration file",
+    "--config": "configuration files are not read",
     "--load_in_4bit": "a quantized base is not supported",
     "--eval-splt": "perhaps --eval-split",
     "--frobnicate": "no such option: --frobnicate; 'lora-jax train --help' shows the usage",

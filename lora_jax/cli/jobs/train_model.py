@@ -50,7 +50,7 @@ def open_model(
         "tiny" (random, made here).
       dtype: of parameters and arithmetic; None for the file's.
       scan: whether layers are stacked, if the model can.
-      adapter: to start from; it may bring a tokenizer or a chat template of its own.
+      adapter: to start from; it may bring its own tokenizer or chat template.
       now: the time that a chat template sees; that of each call if None.
       say: called with a line before anything that takes long.
 

@@ -96,10 +96,9 @@ class Results:
 
     def _next(self, adapter: Path) -> str:
         """Return a command that uses the adapter."""
-        if self.task.prefix:
-            return shlex.join(["lora-jax", "inspect", str(adapter)])
-        words = ["lora-jax", "generate", "--model", self.options.model, "--adapter", str(adapter)]
-        return f'{shlex.join(words)} --prompt "..."'
+        verb, rest = ("predict", '"..."') if self.task.prefix else ("generate", '--prompt "..."')
+        words = ["lora-jax", verb, "--model", self.options.model, "--adapter", str(adapter)]
+        return f"{shlex.join(words)} {rest}"
 
 
 def _table(records: list[dict[str, Any]]) -> Table:
@@ -128,8 +127,8 @@ def _best(evaluations: list[dict[str, Any]]) -> dict[str, Any]:
 def base_name(options: TrainOptions) -> str:
     """Return the name of the base model that others can find: a Hub id where it is known.
 
-    Known are the models with a name of their own, and directories of the Hub's cache; any other
-    model is named by its absolute path, valid wherever the adapter is read on this machine.
+    The Hub ids of built-in models and of directories in the Hub's cache are known; any other model
+    is named by its absolute path, valid wherever the adapter is read on this machine.
     """
     if options.base_name is not None:
         return options.base_name

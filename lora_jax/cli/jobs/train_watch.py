@@ -8,7 +8,7 @@ from typing import Any, NoReturn, Self
 
 from rich.console import Console
 
-from lora_jax.cli.boundary import INTERRUPTED
+from lora_jax.cli.exit_status import INTERRUPTED
 from lora_jax.cli.jobs.train_results import Results
 from lora_jax.training import log, progress, run_record
 from lora_jax.training.interrupt import Interrupt, watched
