@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from lora_jax.cli.foreign_options import advice
+from lora_jax.core.foreign import shown
 
 #: What the library that checks values says, and what a person would.
 _WORDS = (
@@ -42,8 +43,8 @@ def describe(error: Any, words: Sequence[str]) -> str:
     for pattern, better in _WORDS:
         what = re.sub(pattern, better, what)
     value = _given(words, invalid["option"])
-    shown = "" if value is None or f"{value!r} is not one of" in what else f" {value}"
-    return f"{invalid['option']}{shown}: {what}"
+    got = "" if value is None or f"{value!r} is not one of" in what else f", got {shown(value)}"
+    return f"Invalid value for '{invalid['option']}': {what}{got}"
 
 
 def _unknown(name: str, context: Any) -> str:
@@ -52,9 +53,9 @@ def _unknown(name: str, context: Any) -> str:
     options = [option for parameter in parameters for option in parameter.opts]
     known = advice(name, options)
     if known is not None:
-        return f"no such option: {name}; {known}"
+        return f"No such option: {name}; {known}"
     close = difflib.get_close_matches(name, options, n=2, cutoff=0.7)
-    return f"no such option: {name}" + (f"; perhaps {' or '.join(close)}" if close else "")
+    return f"No such option: {name}" + (f"; perhaps {' or '.join(close)}" if close else "")
 
 
 def _given(words: Sequence[str], option: str) -> str | None:

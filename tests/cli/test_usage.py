@@ -50,14 +50,14 @@ NAMES = {
     "--config": "configuration files are not read",
     "--load_in_4bit": "a quantized base is not supported",
     "--eval-splt": "perhaps --eval-split",
-    "--frobnicate": "no such option: --frobnicate; 'lora-jax train --help' shows the usage",
+    "--frobnicate": "No such option: --frobnicate; 'lora-jax train --help' shows the usage",
 }
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_options_of_other_tools(name, tmp_path, fails):
     error = fails(*words("a.txt", tmp_path / "out", name, "1"), status=2)
-    assert f"no such option: {name}" in error and NAMES[name] in error
+    assert f"No such option: {name}" in error and NAMES[name] in error
 
 
 @pytest.mark.parametrize(
@@ -76,23 +76,23 @@ def test_advice_names_options_of_the_command(command, name, wanted):
 
 
 VALUES = {
-    "--steps 0": "--steps 0: must be at least 1;",
-    "--steps=x": "--steps x: must be an integer;",
-    "--batch 2.5": "--batch 2.5: must be an integer;",
-    "--dropout 1.5": "--dropout 1.5: must be at most 0.99;",
-    "--epochs -1": "--epochs -1: must be at least 0.001;",
-    "--epochs many": "--epochs many: must be a number;",
-    "--lr -1": "--lr -1: must be above 0;",
-    "--lr 0": "--lr 0: must be above 0;",
-    "--lr nan": "--lr nan: must be above 0;",
-    "--lr inf": "--lr inf: must be above 0;",
-    "--alpha 0": "--alpha 0: must be above 0;",
-    "--clip -2": "--clip -2: must be at least 0;",
-    "--warmup -1": "--warmup -1: must be at least 0;",
-    "--weight-decay nan": "--weight-decay nan: must be at least 0;",
-    "--lora-plus 0": "--lora-plus 0: must be above 0;",
-    "--bias some": "--bias: 'some' is not one of 'none', 'all', 'adapted';",
-    "--dtype int8": "--dtype: 'int8' is not one of 'float32', 'bfloat16';",
+    "--steps 0": "Invalid value for '--steps': must be at least 1, got 0;",
+    "--steps=x": "Invalid value for '--steps': must be an integer, got x;",
+    "--batch 2.5": "Invalid value for '--batch': must be an integer, got 2.5;",
+    "--dropout 1.5": "Invalid value for '--dropout': must be at most 0.99, got 1.5;",
+    "--epochs -1": "Invalid value for '--epochs': must be at least 0.001, got -1;",
+    "--epochs many": "Invalid value for '--epochs': must be a number, got many;",
+    "--lr -1": "Invalid value for '--lr': must be above 0, got -1;",
+    "--lr 0": "Invalid value for '--lr': must be above 0, got 0;",
+    "--lr nan": "Invalid value for '--lr': must be above 0, got nan;",
+    "--lr inf": "Invalid value for '--lr': must be finite, got inf;",
+    "--alpha 0": "Invalid value for '--alpha': must be above 0, got 0;",
+    "--clip -2": "Invalid value for '--clip': must be at least 0, got -2;",
+    "--warmup -1": "Invalid value for '--warmup': must be at least 0, got -1;",
+    "--weight-decay nan": "Invalid value for '--weight-decay': must be at least 0, got nan;",
+    "--lora-plus 0": "Invalid value for '--lora-plus': must be above 0, got 0;",
+    "--bias some": "Invalid value for '--bias': 'some' is not one of 'none', 'all', 'adapted';",
+    "--dtype int8": "Invalid value for '--dtype': 'int8' is not one of 'float32', 'bfloat16';",
     "--steps 3 --epochs 2": "error: give either --steps or --epochs, not both;",
 }
 

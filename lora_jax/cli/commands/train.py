@@ -56,6 +56,7 @@ def _check(context: typer.Context, options: TrainOptions) -> None:
         is_wrong = value is not None and not (0 <= value < float("inf"))
         if is_wrong or (value == 0 and name in _POSITIVE):
             what = "above 0" if name in _POSITIVE else "at least 0"
+            what = "finite" if value == float("inf") else what
             raise typer.BadParameter(f"must be {what}", param_hint=f"--{name.replace('_', '-')}")
     given = [n for n in _OF_NEW_ADAPTERS if options.adapter is not None and _is_given(context, n)]
     if given:
