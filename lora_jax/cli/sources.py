@@ -165,8 +165,16 @@ def load(
         return Loaded(load_model(model, dtype, as_stored=as_stored), None)
     found = kinds.adapter(adapter)
     pretrained = load_model(model, dtype, scan=is_stacked(found), as_stored=as_stored)
+    pretrained = resize_for(pretrained, found)
     params, naming = pretrained.params, pretrained.naming
     return Loaded(pretrained, read_adapter(found, params, naming, strict=strict))
+
+
+def resize_for(model: models.Pretrained, adapter: kinds.Found) -> models.Pretrained:
+    """Return a model with the vocabulary that an adapter was trained with."""
+    if adapter.kind != kinds.PEFT:
+        return model
+    return models.resize_for_adapter(model, peft.read_file(adapter.path))
 
 
 def read_adapter(found: kinds.Found, params: Any, naming: Naming, *, strict: bool = True) -> Any:
