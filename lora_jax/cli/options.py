@@ -57,6 +57,21 @@ LengthOption = Annotated[
 BatchOption = Annotated[int, typer.Option(min=1, help="Rows per batch.")]
 EncodingOption = Annotated[str, typer.Option(help="Text encoding of the data files.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON, one object per line.")]
+RenameOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--rename",
+        metavar="OLD=NEW",
+        help="Replace a part of the adapter's tensor names, such as a prefix; may be repeated.",
+    ),
+]
+ResidualOption = Annotated[
+    bool,
+    typer.Option(
+        "--residual",
+        help="The base is what PiSSA or another initialization left of the original one.",
+    ),
+]
 OutOption = Annotated[Path, typer.Option("--out", "-o", help="Output path.")]
 
 ADAPTER = "Adapter of any kind that 'inspect' reads."

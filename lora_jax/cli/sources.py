@@ -2,7 +2,7 @@
 
 import dataclasses
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -148,6 +148,8 @@ def load(
     *,
     strict: bool = True,
     as_stored: bool = False,
+    rename: Mapping[str, str] | None = None,
+    residual: bool = False,
 ) -> Loaded:
     """Load a model, and an adapter of any kind on it.
 
@@ -157,6 +159,7 @@ def load(
       dtype: of the model's parameters; None for the file's.
       strict: whether a tensor of the adapter that does not fit is an error, as in `peft.load`.
       as_stored: keep each parameter's dtype, as in `models.load`.
+      rename, residual: as in `peft.load`.
 
     Raises:
       LoraError: one of them cannot be read, or they do not fit; all problems are listed.
@@ -165,28 +168,32 @@ def load(
         return Loaded(load_model(model, dtype, as_stored=as_stored), None)
     found = kinds.adapter(adapter)
     pretrained = load_model(model, dtype, scan=is_stacked(found), as_stored=as_stored)
-    pretrained = resize_for(pretrained, found)
-    params, naming = pretrained.params, pretrained.naming
-    return Loaded(pretrained, read_adapter(found, params, naming, strict=strict))
+    return put_on(pretrained, found, strict=strict, rename=rename, residual=residual)
 
 
-def resize_for(model: models.Pretrained, adapter: kinds.Found) -> models.Pretrained:
-    """Return a model with the vocabulary that an adapter was trained with."""
-    if adapter.kind != kinds.PEFT:
-        return model
-    return models.resize_for_adapter(model, peft.read_file(adapter.path))
-
-
-def read_adapter(found: kinds.Found, params: Any, naming: Naming, *, strict: bool = True) -> Any:
-    """Read an adapter of any kind as an overlay of `params`.
+def put_on(
+    pretrained: models.Pretrained,
+    found: kinds.Found,
+    *,
+    strict: bool = True,
+    rename: Mapping[str, str] | None = None,
+    residual: bool = False,
+) -> Loaded:
+    """Load an adapter of any kind on a model; the other arguments are those of `load`.
 
     Raises:
-      LoraError: it cannot be read or does not fit; all problems are listed.
+      LoraError: it cannot be read, or does not fit; all problems are listed.
     """
     if found.kind == kinds.NATIVE:
-        return lora.load(found.path, as_trained(found, params))
-    read = peft.load if found.kind == kinds.PEFT else mlx.load
-    return read(found.path, params, naming, strict=strict)
+        return Loaded(pretrained, lora.load(found.path, as_trained(found, pretrained.params)))
+    if found.kind == kinds.MLX:
+        named = pretrained.params, pretrained.naming
+        return Loaded(pretrained, mlx.load(found.path, *named, strict=strict, rename=rename))
+    file = peft.read_file(found.path)
+    file = file.rename(rename) if rename else file
+    pretrained = models.resize_for_adapter(pretrained, file)
+    named = pretrained.params, pretrained.naming
+    return Loaded(pretrained, peft.fit(file, *named, strict=strict, residual=residual))
 
 
 def as_trained(adapter: kinds.Found, params: Any) -> Any:

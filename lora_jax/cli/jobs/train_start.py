@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 import lora_jax as lora
 from lora_jax.cli import sources
-from lora_jax.cli.classifiers import LABELS, POOLING
+from lora_jax.cli.classifiers import LABELS, POOLING, labels_of
 from lora_jax.cli.jobs.train_data import Task
 from lora_jax.cli.jobs.train_model import TrainableModel
 from lora_jax.cli.layers_option import parse_layers
@@ -19,7 +19,6 @@ from lora_jax.core.config import ALL_LINEAR
 from lora_jax.core.foreign import shown
 from lora_jax.core.tree import adapted_nodes, map_adapted
 from lora_jax.files import kinds
-from lora_jax.files.naming import Naming
 from lora_jax.training.errors import TrainingError
 
 
@@ -76,12 +75,11 @@ def _from_adapter(
     found: kinds.Found, options: TrainOptions, model: TrainableModel, task: Task
 ) -> Start:
     """Return the parameters with the adapter that the options name, in float32."""
-    metadata = lora.read_metadata(found.path)["metadata"] if found.kind == kinds.NATIVE else {}
-    if LABELS in metadata:
-        params = _classifier(found, metadata, task, model.naming)
+    labels = labels_of(found)
+    if labels is not None:
+        params = _classifier(found, labels, task)
     else:
-        read = sources.read_adapter(found, model.params, model.naming)
-        adapted = lora.join(model.params, read)
+        adapted = lora.join(model.params, model.adapters)
         params = _with_new_head(adapted, task) if task.prefix else adapted
 
     def prepare(path: str, node: Any) -> Any:
@@ -102,11 +100,11 @@ def _widen(x: Any) -> Any:
     return None if x is None else jnp.asarray(x, jnp.float32)
 
 
-def _classifier(found: kinds.Found, metadata: dict[str, Any], task: Task, naming: Naming) -> Any:
+def _classifier(found: kinds.Found, labels: list[Any], task: Task) -> Any:
     """Return a classifier's parameters with the adapter and head of another run."""
     if not task.prefix:
         raise TrainingError(f"{found.path}: a classifier's adapter; add --task classification")
-    labels, pooling = metadata[LABELS], metadata.get(POOLING, MEAN)
+    pooling = lora.read_metadata(found.path)["metadata"].get(POOLING, MEAN)
     if labels != task.metadata[LABELS]:
         raise TrainingError(
             f"{found.path}: trained on the labels {shown(labels)}, but the data has "
@@ -115,7 +113,8 @@ def _classifier(found: kinds.Found, metadata: dict[str, Any], task: Task, naming
     if pooling != task.metadata[POOLING]:
         given = MEAN if pooling == MEAN else "model"
         raise TrainingError(f"{found.path}: trained with --pooling {given}; add it")
-    return lora.join(task.params, sources.read_adapter(found, task.params, naming))
+    adapters = lora.load(found.path, sources.as_trained(found, task.params))
+    return lora.join(task.params, adapters)
 
 
 def _with_new_head(adapted: Any, task: Task) -> Any:
