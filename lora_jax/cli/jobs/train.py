@@ -17,6 +17,7 @@ from lora_jax.cli.jobs.train_watch import Watch
 from lora_jax.cli.plurals import count
 from lora_jax.cli.train_options import CLASSIFICATION, MEAN, TrainOptions
 from lora_jax.cli.words import in_options
+from lora_jax.core.foreign import escaped
 from lora_jax.files import kinds
 from lora_jax.training import loss_curve, run_record
 from lora_jax.training.errors import TrainingError
@@ -35,7 +36,7 @@ def main(options: TrainOptions, command: str) -> None:
       KeyboardInterrupt: after Ctrl-C or SIGTERM, once all is saved; it says how to resume.
     """
     console = Console(stderr=True, highlight=False)
-    say = lambda text: console.print(text, markup=False, soft_wrap=True)
+    say = lambda text: console.print(escaped(text), markup=False, soft_wrap=True)
     resumed = run_record.check_directory(options.out, options.resume)
     if options.resume and not resumed:
         say(f"nothing to resume in {options.out}: starting from the beginning")

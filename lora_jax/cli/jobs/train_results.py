@@ -16,6 +16,7 @@ import lora_jax as lora
 from lora_jax.cli import sources
 from lora_jax.cli.jobs.train_data import Task
 from lora_jax.cli.train_options import TrainOptions
+from lora_jax.core.foreign import escaped
 from lora_jax.files import native, peft
 from lora_jax.files.naming import Naming
 from lora_jax.training import log
@@ -92,7 +93,7 @@ class Results:
         out = self.options.out
         lines += [f"wrote {out / 'log.jsonl'}, {out / 'loss.png'}", f"next: {self._next(use)}"]
         for line in lines:
-            console.print(line, markup=False, soft_wrap=True)
+            console.print(escaped(line), markup=False, soft_wrap=True)
 
     def _next(self, adapter: Path) -> str:
         """Return a command that uses the adapter."""

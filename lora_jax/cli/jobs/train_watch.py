@@ -10,6 +10,7 @@ from rich.console import Console
 
 from lora_jax.cli.exit_status import INTERRUPTED
 from lora_jax.cli.jobs.train_results import Results
+from lora_jax.core.foreign import escaped
 from lora_jax.training import log, progress, run_record
 from lora_jax.training.interrupt import Interrupt, watched
 from lora_jax.training.loop import Watcher
@@ -68,7 +69,7 @@ class Watch:
         return f"step {step} of {self._steps} is saved{place}; to resume: {self._command}"
 
     def _say(self, text: str) -> None:
-        self._console.print(text, markup=False, soft_wrap=True)
+        self._console.print(escaped(text), markup=False, soft_wrap=True)
 
     def _start(self, done: int) -> None:
         """Say from where the run continues, and with which learning rate."""
