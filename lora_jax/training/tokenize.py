@@ -185,7 +185,7 @@ def _note_stops(
     if any(np.isin(example.ids[example.trains], ends).any() for example in examples):
         return ()
     why = (
-        "the chat template leaves the end of the assistant's turn to the next message"
+        "the chat template writes none at the end of the assistant's turn"
         if rows.kind == "chat"
         else "the tokenizer has no end-of-text token"
     )

@@ -138,7 +138,7 @@ def test_tokens_beyond_the_vocabulary(tmp_path):
     assert str(error.value) == (
         "d.jsonl, line 2 and 2 more of 4 rows: the token 28 is beyond the model's vocabulary, "
         "which ends at 5; use the tokenizer that belongs to the model, remove the token from the "
-        "data, or grow the vocabulary first"
+        "data, or grow the vocabulary first (models.resize_vocabulary)"
     )
     with pytest.raises(DataError, match=r"line 1: the token 2 is .* ends at 1"):
         encode("completion", {"prompt": "", "completion": ""}, vocabulary=EOS)
@@ -176,7 +176,7 @@ def test_a_template_without_a_stop_token():
         stops=stops,
     )
     assert len(found.examples) == 2 and len(found.notes) == 1
-    assert "no stop token is trained on, because the chat template leaves" in found.notes[0]
+    assert "no stop token is trained on, because the chat template writes none" in found.notes[0]
     bare = dataclasses.replace(tokenizer, eos=None)
     found = encode("completion", {"prompt": "a", "completion": "b"}, tokenizer=bare, stops=stops)
     assert "because the tokenizer has no end-of-text token" in found.notes[0]

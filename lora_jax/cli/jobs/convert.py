@@ -7,8 +7,8 @@ from typing import Any
 import lora_jax as lora
 from lora_jax.cli.errors import ConversionError
 from lora_jax.cli.options import refuse_existing
-from lora_jax.core.errors import ConfigError, LoraError, StructureError
-from lora_jax.core.foreign import shown
+from lora_jax.core.errors import AdapterFileError, ConfigError, LoraError, StructureError
+from lora_jax.core.foreign import escaped, shown
 from lora_jax.files import implied_tree, kinds, mlx, native, peft
 from lora_jax.files.disk import strict_json
 from lora_jax.files.implied_tree import NamedAdapters
@@ -60,10 +60,10 @@ def run(source: Source, to: str, out: Path, *, force: bool) -> None:
     adapters = _read(found, to, source, changed)
     try:
         _write(adapters, to, out)
-    except (ConfigError, StructureError) as error:
+    except (AdapterFileError, ConfigError, StructureError) as error:
         raise ConversionError(f"{found.path}: cannot be converted: {error}") from error
     kind = "folded PEFT adapter" if to == "folded" else kinds.DESCRIPTIONS[_KIND_OF[to]]
-    print(f"wrote {out}: {kind}")
+    print(f"wrote {escaped(str(out))}: {kind}")
 
 
 def _changed_base(found: kinds.Found, source: Source) -> str | None:
