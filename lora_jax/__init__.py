@@ -113,3 +113,8 @@ def __getattr__(name: str) -> Any:
     if name in _LAZY:
         return importlib.import_module(_LAZY[name])
     raise AttributeError(f"module 'lora_jax' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    """List the public names, those of `_LAZY` among them."""
+    return sorted({*__all__, *_LAZY, "__version__", "__doc__", "__file__", "__name__", "__path__"})

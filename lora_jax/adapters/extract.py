@@ -76,7 +76,7 @@ def extract(
     if isinstance(config, int):
         config = LoraConfig(rank=config)
     plan = make_plan("extract", base, config, fn, args, kwargs, rules)
-    pairs = _pairs(plan, tuned)
+    config, pairs = plan.config, _pairs(plan, tuned)
     _check_scales(plan, config)
     if config.dora:
         raise ConfigError("extract: dora=True has no meaning here; leave it out of the config")

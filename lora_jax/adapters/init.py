@@ -76,7 +76,7 @@ def init(
     ((4, 2), (2, 3))
     """
     plan = make_plan("init", params, config, fn, args, kwargs, rules)
-    return finish(plan, _adapt_all(key, plan, config), config)
+    return finish(plan, _adapt_all(key, plan, plan.config), plan.config)
 
 
 def finish(plan: Plan, weights: Mapping[str, LoraWeight], config: LoraConfig) -> Any:
