@@ -130,7 +130,9 @@ def _read_index(path: Path) -> dict[str, str]:
 
 def _is_file_name(x: Any) -> bool:
     """Return whether `x` is a name that every file system takes, without a directory."""
-    return isinstance(x, str) and x.isprintable() and len(x.encode()) < 256 and Path(x).name == x
+    if not isinstance(x, str) or x in ("", ".", ".."):
+        return False
+    return x.isprintable() and len(x.encode()) < 256 and Path(x).name == x
 
 
 def write(

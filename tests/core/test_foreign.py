@@ -6,7 +6,7 @@ import unicodedata
 import pytest
 
 from lora_jax import AdapterFileError, ConfigError, LoraError
-from lora_jax.core.foreign import MOST_OF_MESSAGE, escaped, shown
+from lora_jax.core.foreign import MOST_OF_MESSAGE, escaped, shown, shown_value
 
 CONTROLS = [*range(0x20), *range(0x7F, 0xA0)]
 BIDI = [0x061C, 0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066, 0x206A)]
@@ -56,3 +56,23 @@ def test_an_error_survives_pickling():
     again = pickle.loads(pickle.dumps(ConfigError("rank\x00 is -1")))
     assert type(again) is ConfigError and str(again) == "rank\\x00 is -1"
     assert str(ConfigError()) == ""
+
+
+class Hostile:
+    def __repr__(self):
+        raise RuntimeError("no")
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: 10**4999,  # whose repr Python refuses
+        Hostile,
+        lambda: [[[]]] * 999,
+        lambda: "\x1b" * 10**6,
+        lambda: b"\0" * 999,
+    ],
+)
+def test_the_repr_of_any_value_is_short(make):
+    text = shown_value(make())
+    assert text.isprintable() and len(text) < 700

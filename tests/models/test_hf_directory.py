@@ -6,6 +6,7 @@ import shutil
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
@@ -15,6 +16,7 @@ from lora_jax import models, naming
 from lora_jax.core.errors import ModelFileError, StructureError
 from lora_jax.files.disk import safetensors_file
 from lora_jax.models import hf_directory
+from lora_jax.models.rope import Rope
 from tests.models.recorded import FIXTURES, load
 
 INDEX = "model.safetensors.index.json"
@@ -203,3 +205,59 @@ def test_equal_models_are_one_static_argument():
 def test_bert_has_no_scan():
     with pytest.raises(ModelFileError, match="scan and remat are not supported for bert"):
         models.load(FIXTURES / "bert", scan=True)
+
+
+@pytest.mark.parametrize("name", ["x" * 5000, "a\0b", "a\x1b[2J", "", "..", "é" * 200])
+def test_a_shard_of_a_name_that_is_none(sharded, name):
+    edit(sharded / INDEX, lambda index: index["weight_map"].update(x=name))
+    with pytest.raises(ModelFileError, match="is not the name of a file") as error:
+        models.load(sharded)
+    assert len(str(error.value)) < 500 and str(error.value).isprintable()
+
+
+@pytest.mark.parametrize("value", [0, -1, 0.009, 1e38, 10**30, True, "10000", [10000.0], None])
+@pytest.mark.parametrize("key", ["rope_theta", "factor"])
+def test_rotations_that_no_model_means(sharded, key, value):
+    """Each gives a clear error; of these only None, which stands for the default, is a model's."""
+    scaling = {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4} | {key: value}
+    edit(sharded / "config.json", lambda config: config.update(rope_parameters=scaling))
+    with pytest.raises(ModelFileError, match=f"rope: {key.removeprefix('rope_')} must be"):
+        models.load(sharded)
+
+
+def test_the_widest_rotations_are_finite():
+    for theta in (1.0, 1e15):
+        for factor in (0.01, 1e6):
+            rope = Rope(theta=theta, kind="linear", factor=factor)
+            cos, sin = rope.angles(np.array([0, 2**31 - 1]), 128)
+            assert np.isfinite(cos).all() and np.isfinite(sin).all()
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        *((name, 2**63) for name in ("num_attention_heads", "head_dim", "num_key_value_heads")),
+        *((name, 10**300) for name in ("vocab_size", "rms_norm_eps", "max_position_embeddings")),
+        *(("rms_norm_eps", x) for x in (0, 1e-320, -1, "1e-5", [1e-5], True)),
+        ("sliding_window", 2**40),
+        ("layer_types", [["full_attention"]]),
+    ],
+)
+def test_sizes_and_settings_beyond_their_range(sharded, key, value):
+    more = {"model_type": "mistral"} if key in ("sliding_window", "layer_types") else {}
+    edit(sharded / "config.json", lambda config: config.update({key: value, **more}))
+    with pytest.raises(ModelFileError, match=key) as error:
+        models.load(sharded)
+    assert str(sharded) in str(error.value) and len(str(error.value)) < 600
+
+
+def test_float8_beside_float32(sharded):
+    """The values of a quantization need their scales: no dtype of all tensors makes them right."""
+    file = sharded / "model-00003-of-00003.safetensors"
+    found, metadata = safetensors_file.read(file)
+    name = next(name for name in found if name.endswith("up_proj.weight"))
+    found[name] = found[name].astype(ml_dtypes.float8_e4m3fn)
+    safetensors_file.write(file, found, metadata)
+    for dtype in (None, "float32"):
+        with pytest.raises(ModelFileError, match=r"tensors are float8_e4m3fn.*All must be float32"):
+            models.load(sharded, dtype)

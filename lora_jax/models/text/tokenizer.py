@@ -15,9 +15,11 @@ from lora_jax.core.errors import ChatTemplateError
 from lora_jax.models.text import chat_template as chat
 from lora_jax.models.text import content_form, tokenizer_files
 from lora_jax.models.text.chat_template import Span
+from lora_jax.models.text.library_errors import library_errors
 from lora_jax.models.text.surroundings import beginning, without_repeats, without_trimming
 
 _UNFINISHED = "\N{REPLACEMENT CHARACTER}"  # what part of a character decodes to
+_CANNOT_ENCODE = "the tokenizer cannot encode this text"
 #: Text before a text that keeps a tokenizer from adding a space at its start, tried in this order.
 _ANCHORS = ("", "\n", "a", ".", "0")
 
@@ -113,6 +115,7 @@ class Tokenizer:
         """Return the number of different ids."""
         return self.backend.get_vocab_size()
 
+    @library_errors(_CANNOT_ENCODE)
     def encode(self, text: str, special: bool = False) -> list[int]:
         """Encode a text.
 
@@ -124,11 +127,13 @@ class Tokenizer:
         encoding = self.backend.encode(text, add_special_tokens=special)
         return without_repeats(encoding) if special else encoding.ids
 
+    @library_errors(_CANNOT_ENCODE)
     def encode_batch(self, texts: Sequence[str], special: bool = False) -> list[list[int]]:
         """Encode several texts as `encode` does, on several threads."""
         found = self.backend.encode_batch_fast(list(texts), add_special_tokens=special)
         return [without_repeats(x) if special else x.ids for x in found]
 
+    @library_errors(_CANNOT_ENCODE)
     def encode_prompt(self, text: str) -> list[int]:
         """Encode a text to be continued: with what comes before a text, without what ends one."""
         encoding = self.backend.encode(text)
@@ -136,6 +141,7 @@ class Tokenizer:
             return beginning(self.backend)
         return without_repeats(encoding, ended=False)
 
+    @library_errors(_CANNOT_ENCODE)
     def encode_spans(self, text: str) -> tuple[list[int], list[Span]]:
         """Encode a text, and return which characters of it each id stands for.
 
@@ -169,6 +175,7 @@ class Tokenizer:
         count = sum(end > len(prompt) for _, end in spans)
         return whole[: len(whole) - count], whole[len(whole) - count :]
 
+    @library_errors("the tokenizer cannot decode these ids")
     def decode(self, ids: Iterable[int], special: bool = False) -> str:
         """Decode ids; special tokens are left out unless `special`."""
         return self.backend.decode(list(ids), skip_special_tokens=not special)
@@ -230,6 +237,7 @@ class Tokenizer:
         fitting = content_form.fit(template, messages)
         return chat.render_spans(template, fitting, self.now, **given | prompt)
 
+    @library_errors("the tokenizer cannot be written")
     def files(self) -> dict[str, bytes]:
         """Return the files that `load` reads, by name, for a model's directory."""
         settings: dict[str, Any] = {f"{x}_token": getattr(self, x) for x in ("bos", "eos", "pad")}

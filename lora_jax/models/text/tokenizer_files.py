@@ -1,20 +1,22 @@
 """The parts of a tokenizer, from a directory in Hugging Face's layout or a GGUF file."""
 
-import json
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import tokenizers
 
 from lora_jax.core.errors import ModelFileError
-from lora_jax.core.foreign import shown
-from lora_jax.files.disk import gguf_file
+from lora_jax.core.foreign import shown, shown_value
+from lora_jax.files.disk import gguf_file, strict_json
 from lora_jax.models.text import gguf_vocabulary
+from lora_jax.models.text.library_errors import library_errors
 
 TOKENIZER, SETTINGS, MAP = "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"
 TEMPLATE, TOOL_TEMPLATE = "chat_template.jinja", "additional_chat_templates/tool_use.jinja"
 _ENDS = ("bos", "eos", "pad")
+_MOST_IDS = 2**24  # `tokenizers` counts up to the largest id, and keeps those that are not there
 _NAMED = ("unk_token", "sep_token", "cls_token", "mask_token")
 
 
@@ -29,17 +31,19 @@ def read_directory(directory: Path) -> dict[str, Any]:
     text = _read_text(path)
     if text is None:
         raise FileNotFoundError(f"{path} is missing")
-    try:
+    with library_errors(f"{path} is not a tokenizer file"):
         backend = tokenizers.Tokenizer.from_str(text)
-    except Exception as error:  # tokenizers raises nothing more precise
-        raise ModelFileError(f"{path} is not a tokenizer file: {error}") from error
+    largest = max(backend.get_vocab().values(), default=0)
+    if largest >= _MOST_IDS:
+        raise ModelFileError(f"{path}: an id is {largest}; ids must be below {_MOST_IDS}")
     # settings for rows of fixed length, which would change what a text encodes to
     backend.no_truncation()
     backend.no_padding()
     settings = _read_object(directory / MAP) | _read_object(directory / SETTINGS)
     _add_tokens(backend, settings.get("added_tokens_decoder"))
-    special = {name: _special_token(settings, f"{name}_token") for name in _ENDS}
-    named = {name: token for name in _NAMED if (token := _special_token(settings, name))}
+    with _naming(directory):
+        special = {name: _special_token(settings, f"{name}_token") for name in _ENDS}
+        named = {name: token for name in _NAMED if (token := _special_token(settings, name))}
     chat, tools = read_templates(directory)
     found = {"backend": backend, "named": named, "chat_template": chat, "tool_template": tools}
     return found | _existing(path, backend, special)
@@ -53,16 +57,23 @@ def read_gguf(path: Path) -> dict[str, Any]:
       ModelFileError: it is not a GGUF file, or its tokenizer is not supported.
     """
     metadata = gguf_file.read(path).metadata
-    try:
+    with _naming(path):
         backend = gguf_vocabulary.from_metadata(metadata)
         names = {"bos": "bos", "eos": "eos", "pad": "padding"}
         special = {ours: gguf_vocabulary.token(metadata, name) for ours, name in names.items()}
         chat = _templates(metadata.get("tokenizer.chat_template")).get("default")
         tools = _templates(metadata.get("tokenizer.chat_template.tool_use")).get("default")
-    except ModelFileError as error:
-        raise ModelFileError(f"{path}: {error}") from error
     found = {"backend": backend, "chat_template": chat, "tool_template": tools}
     return found | _existing(path, backend, special)
+
+
+@contextlib.contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Put a path in front of an error about what it contains."""
+    try:
+        yield
+    except ModelFileError as error:
+        raise ModelFileError(f"{path}: {error}") from error
 
 
 def has_tokenizer(directory: Path) -> bool:
@@ -77,7 +88,8 @@ def read_templates(directory: Path) -> tuple[str | None, str | None]:
       ModelFileError: a file cannot be read.
     """
     settings = _read_object(directory / SETTINGS)
-    found = _templates(settings.get("chat_template"))
+    with _naming(directory / SETTINGS):
+        found = _templates(settings.get("chat_template"))
     own = {"default": _read_text(directory / TEMPLATE)}
     own |= {"tool_use": _read_text(directory / TOOL_TEMPLATE)}
     found |= {name: text for name, text in own.items() if text}
@@ -115,13 +127,13 @@ def _special_token(settings: Mapping[str, Any], name: str) -> str | None:
     value = settings.get(name)
     value = value.get("content") if isinstance(value, dict) else value
     if value is not None and not isinstance(value, str):
-        raise ModelFileError(f"{name} must be a string, got {shown(repr(value))}")
+        raise ModelFileError(f"{name} must be a string, got {shown_value(value)}")
     return value
 
 
 def _add_tokens(backend: tokenizers.Tokenizer, tokens: Any) -> None:
     """Add the tokens that only the settings have, where they get the ids that these say."""
-    if not isinstance(tokens, dict) or not all(map(str.isdecimal, tokens)):
+    if not isinstance(tokens, dict) or not all(map(_is_id, tokens)):
         return
     for number, token in sorted((int(i), token) for i, token in tokens.items()):
         content = token.get("content") if isinstance(token, dict) else None
@@ -133,6 +145,10 @@ def _add_tokens(backend: tokenizers.Tokenizer, tokens: Any) -> None:
             flags["normalized"] = bool(token.get("normalized", not is_special))
             add = backend.add_special_tokens if is_special else backend.add_tokens
             add([tokenizers.AddedToken(content, **flags)])
+
+
+def _is_id(text: str) -> bool:
+    return text.isascii() and text.isdecimal() and len(text) < 10
 
 
 def _read_text(path: Path) -> str | None:
@@ -147,10 +163,7 @@ def _read_text(path: Path) -> str | None:
 
 def _read_object(path: Path) -> dict[str, Any]:
     """Return the object in a JSON file, or an empty one without a file."""
-    try:
-        value = json.loads(_read_text(path) or "{}")
-    except (ValueError, RecursionError) as error:
-        raise ModelFileError(f"{path} is not valid JSON: {error}") from error
+    value = strict_json.parse_json(_read_text(path) or "{}", str(path), ModelFileError)
     if not isinstance(value, dict):
         raise ModelFileError(f"{path} is not a JSON object")
     return value

@@ -250,8 +250,8 @@ def test_spans_of_characters(small):
         ({"tokenizer.json": b"{"}, r"tokenizer\.json is not a tokenizer"),
         ({"tokenizer.json": b"\xff"}, r"tokenizer\.json is not UTF-8 text"),
         ({"tokenizer_config.json": b"[1]"}, "is not a JSON object"),
-        ({"tokenizer_config.json": b"{"}, "is not valid JSON"),
-        ({"tokenizer_config.json": b"[" * 100_000}, "is not valid JSON"),
+        ({"tokenizer_config.json": b"{"}, "not valid JSON"),
+        ({"tokenizer_config.json": b"[" * 100_000}, "nested too deeply"),
         ({"tokenizer_config.json": b'{"eos_token": 3}'}, "eos_token must be a string, got 3"),
         ({"tokenizer_config.json": b'{"eos_token": "?!"}'}, r"has no token '\?!'"),
         (
@@ -326,3 +326,57 @@ def test_plays_go_there_and_back(smollm2, play, count):
     ids = smollm2.encode(text)
     assert smollm2.decode(ids) == text
     assert len(ids) == count and np.max(ids) < len(smollm2)
+
+
+def tokenizer_file(**changes):
+    """Return the JSON of a small tokenizer of words, with some parts replaced."""
+    model = {"type": "WordLevel", "vocab": {"a": 0, "b": 1}, "unk_token": "a"}
+    names = ("truncation", "padding", "normalizer", "pre_tokenizer", "post_processor", "decoder")
+    return {"version": "1.0", "added_tokens": [], "model": model} | dict.fromkeys(names) | changes
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"model": {"type": "WordPiece", "vocab": {"a": 0}, "unk_token": "[UNK]"}},
+        {"model": {"type": "Unigram", "vocab": [["a", 0.0]], "unk_id": None}},
+        {  # the library panics: not even an `Exception` of Python
+            "post_processor": {"type": "TemplateProcessing", "pair": [], "special_tokens": {}}
+            | {"single": [{"SpecialToken": {"id": "z", "type_id": 0}}]}
+        },
+    ],
+)
+def test_what_the_library_raises_is_an_error_of_ours(tmp_path, changes):
+    defaults = {"continuing_subword_prefix": "##", "max_input_chars_per_word": 100}
+    if changes.get("model", {}).get("type") == "WordPiece":
+        changes = {"model": changes["model"] | defaults}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(tokenizer_file(**changes)))
+    with pytest.raises(ModelFileError, match=r"tokenizer (cannot encode|file)"):
+        Tokenizer.load(tmp_path).encode("z é", special=True)
+
+
+def test_ids_beyond_any_vocabulary_are_refused_at_once(tmp_path):
+    """The library counts up to the largest id when it writes: minutes, and gigabytes."""
+    model = {"type": "BPE", "vocab": {"a": 0, "b": 2**32 - 1}, "merges": []}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(tokenizer_file(model=model)))
+    with pytest.raises(ModelFileError, match=r"tokenizer\.json: an id is 4294967295; ids must be"):
+        Tokenizer.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("tokenizer_config.json", '{"bos_token": 5}', "bos_token must be a string, got 5"),
+        ("tokenizer_config.json", '{"bos_token": "\\ud800"}', "surrogates not allowed"),
+        ("tokenizer_config.json", '{"n": ' + "9" * 5000 + "}", "beyond what a float can hold"),
+        ("special_tokens_map.json", '{"eos_token": {"content": []}}', "eos_token must be a string"),
+        ("tokenizer_config.json", '{"chat_template": 5}', "chat_template must be a string"),
+        ("tokenizer_config.json", "[" * 100_000, "nested too deeply"),
+    ],
+)
+def test_settings_that_are_wrong_name_their_file(tmp_path, name, text, message):
+    (tmp_path / "tokenizer.json").write_text(json.dumps(tokenizer_file()))
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ModelFileError, match=message) as error:
+        Tokenizer.load(tmp_path)
+    assert str(tmp_path) in str(error.value) and len(str(error.value)) < 500
