@@ -46,6 +46,9 @@ def init(
     - "loftq": the base becomes a rounded W. The outputs are closer to the original than with the
       rounded weight alone, but not equal.
 
+    The last four decompose each weight. One that is sharded along explicit mesh axes is gathered
+    for that: its base keeps the sharding, and A and B are whole on every device.
+
     Args:
       key: a random key. The key of each weight is folded from it and the weight's path.
       params: any pytree of arrays or `ShapeDtypeStruct`s; the first argument of `fn`.

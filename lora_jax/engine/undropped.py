@@ -16,7 +16,7 @@ Say = Callable[[str, float], None]
 
 def say_once() -> Say:
     """Return a function that warns at its first call, and then no more."""
-    said = []
+    said: list[str] = []
 
     def say(path: str, rate: float) -> None:
         if not said:
