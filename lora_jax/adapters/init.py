@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from lora_jax.adapters import flax_bytes
 from lora_jax.adapters.plan import Plan, make_plan
 from lora_jax.adapters.selection import ChosenRows
 from lora_jax.core.abstract import on_shapes
@@ -84,6 +85,7 @@ def init(
 
 def finish(plan: Plan, weights: Mapping[str, LoraWeight], config: LoraConfig) -> Any:
     """Return the adapted tree: these weights in the chosen layers, and all else that trains."""
+    flax_bytes.register()
     nodes: dict[str, Adapted] = {
         **weights,
         **{path: train_whole(plan.leaves[path], config) for path in plan.whole},
