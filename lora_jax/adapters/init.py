@@ -17,6 +17,7 @@ from lora_jax.core.dtypes import accumulator
 from lora_jax.core.errors import ConfigError, grouped
 from lora_jax.core.layout import Layout
 from lora_jax.core.paths import path_key
+from lora_jax.core.placement import on_device
 from lora_jax.core.weights import Adapted, LoraWeight, TrainedLeaf, TrainedRows, restrict
 from lora_jax.engine.custom_rules import Rule
 from lora_jax.initializers import INITIALIZERS
@@ -173,7 +174,7 @@ def train_whole(w: Any, config: LoraConfig) -> TrainedLeaf:
     """Return the node of a fully trained leaf, whose initial value is `w` itself."""
 
     def initialize(w: Any) -> tuple[jax.Array, jax.Array]:
-        return jnp.array(w, config.dtype), jnp.ones((), accumulator(config.dtype))
+        return jnp.array(on_device(w), config.dtype), jnp.ones((), accumulator(config.dtype))
 
     value, scale = on_shapes(initialize, w)
     return TrainedLeaf(w, value, scale)

@@ -15,6 +15,7 @@ from lora_jax.adapters.split import join, split
 from lora_jax.core.algebra import dense
 from lora_jax.core.dtypes import accumulator, round_to
 from lora_jax.core.errors import ConfigError, MergeError, StructureError
+from lora_jax.core.placement import in_memory_of, on_device
 from lora_jax.core.tree import adapted_nodes, map_adapted
 from lora_jax.core.weights import Adapted, LoraWeight, require_whole
 
@@ -153,8 +154,8 @@ def _choose_form(base: Any, rest: Adapted) -> LoopForm:
 def _sum(base: jax.Array, rest: Adapted, *, dtype: Any, form: LoopForm) -> jax.Array:
     """Return `W + scale · A · B` in `dtype`."""
     if form is LoopForm.WHOLE:
-        return dense(dataclasses.replace(rest, w=base), dtype)
-    stack = _to_carry(base, form)
+        return in_memory_of(dense(dataclasses.replace(rest, w=base), dtype), base)
+    stack = _to_carry(on_device(base), form)
     in_place = base.dtype == dtype  # then the sum takes the place of the layer that it read
 
     def one(i: jax.Array, out: jax.Array) -> jax.Array:
@@ -162,7 +163,8 @@ def _sum(base: jax.Array, rest: Adapted, *, dtype: Any, form: LoopForm) -> jax.A
         return lax.dynamic_update_slice(out, _to_carry(dense(layer, dtype), form), start)
 
     start = stack if in_place else _to_carry(jnp.zeros(base.shape, dtype), form)
-    return _bitcast(lax.fori_loop(0, math.prod(rest.scale.shape), one, start), dtype)
+    total = _bitcast(lax.fori_loop(0, math.prod(rest.scale.shape), one, start), dtype)
+    return in_memory_of(total, base)
 
 
 def _to_carry(x: jax.Array, form: LoopForm) -> jax.Array:
@@ -214,6 +216,7 @@ def _combine(base: jax.Array, rest: Adapted, dtype: Any, donate: bool) -> jax.Ar
 @functools.partial(jax.jit, static_argnames=_STATIC)
 def _rounding_error(base: jax.Array, rest: Adapted, dtype: Any, form: LoopForm) -> jax.Array:
     """Return ‖lost‖/‖update‖, with the squares summed layer by layer like the update itself."""
+    base = on_device(base)
     layers = 1 if form is LoopForm.WHOLE else math.prod(rest.scale.shape)
 
     def one(i: jax.Array, sums: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:

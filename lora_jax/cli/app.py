@@ -10,12 +10,13 @@ from typing import Annotated
 import typer
 
 from lora_jax import __version__
-from lora_jax.cli.commands import convert, evaluate, generate, inspect, merge, predict, train
+from lora_jax.cli.commands import chat, convert, evaluate, generate, inspect, merge, predict, train
 
 #: The commands in the help's order: name -> the module whose `command` it runs.
 COMMANDS: dict[str, ModuleType] = {
     "train": train,
     "generate": generate,
+    "chat": chat,
     "predict": predict,
     "eval": evaluate,
     "inspect": inspect,

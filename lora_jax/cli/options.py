@@ -1,7 +1,7 @@
 """Options that several commands share."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -28,6 +28,28 @@ StrictOption = Annotated[
         help="Refuse an adapter with tensors that do not fit, or leave them out with a warning."
     ),
 ]
+SystemOption = Annotated[
+    str | None,
+    typer.Option(metavar="TEXT", help="System message of a conversation; implies --chat."),
+]
+StopOption = Annotated[
+    list[str] | None,
+    typer.Option(metavar="TEXT", help="End before this text; may be given several times."),
+]
+MaxTokensOption = Annotated[int, typer.Option(min=1, help="Maximum number of new tokens.")]
+TemperatureOption = Annotated[
+    float, typer.Option(min=0, help="Sampling temperature; 0 is greedy decoding.")
+]
+TopKOption = Annotated[
+    int, typer.Option(min=0, help="Sample from the k most likely tokens; 0: from all.")
+]
+TopPOption = Annotated[
+    float,
+    typer.Option(
+        min=1e-9, max=1, help="Sample from the most likely tokens with this total probability."
+    ),
+]
+SeedOption = Annotated[int, typer.Option(help="Random seed for sampling.")]
 LengthOption = Annotated[
     int,
     typer.Option(min=0, help="Maximum tokens per row; 0: 512, or the model's maximum if smaller."),
@@ -35,6 +57,21 @@ LengthOption = Annotated[
 BatchOption = Annotated[int, typer.Option(min=1, help="Rows per batch.")]
 EncodingOption = Annotated[str, typer.Option(help="Text encoding of the data files.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON, one object per line.")]
+RenameOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--rename",
+        metavar="OLD=NEW",
+        help="Replace a part of the adapter's tensor names, such as a prefix; may be repeated.",
+    ),
+]
+ResidualOption = Annotated[
+    bool,
+    typer.Option(
+        "--residual",
+        help="The base is what PiSSA or another initialization left of the original one.",
+    ),
+]
 OutOption = Annotated[Path, typer.Option("--out", "-o", help="Output path.")]
 
 ADAPTER = "Adapter of any kind that 'inspect' reads."
@@ -62,6 +99,12 @@ def takes(
         return command
 
     return decorate
+
+
+def refuse_empty(stops: Sequence[str] | None) -> None:
+    """Raise if one of the --stop texts is empty, which every text contains."""
+    if "" in (stops or ()):
+        raise typer.BadParameter("--stop must not be empty")
 
 
 def refuse_existing(out: Path, force: bool) -> None:

@@ -1,6 +1,7 @@
 """Find and load the models and adapters that the command line names."""
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -125,6 +126,8 @@ def load(
     *,
     strict: bool = True,
     as_stored: bool = False,
+    rename: Mapping[str, str] | None = None,
+    residual: bool = False,
 ) -> Loaded:
     """Load a model, and an adapter of any kind on it.
 
@@ -134,6 +137,7 @@ def load(
       dtype: of the model's parameters; None for the file's.
       strict: whether a tensor of the adapter that does not fit is an error, as in `peft.load`.
       as_stored: keep each parameter's dtype, as in `models.load`.
+      rename, residual: as in `peft.load`.
 
     Raises:
       LoraError: one of them cannot be read, or they do not fit; all problems are listed.
@@ -144,8 +148,14 @@ def load(
     pretrained = load_model(model, dtype, scan=is_stacked(found), as_stored=as_stored)
     if found.kind == kinds.NATIVE:
         return Loaded(pretrained, lora.load(found.path, as_trained(found, pretrained.params)))
-    read = peft.load if found.kind == kinds.PEFT else mlx.load
-    return Loaded(pretrained, read(found.path, pretrained.params, pretrained.naming, strict=strict))
+    if found.kind == kinds.MLX:
+        named = pretrained.params, pretrained.naming
+        return Loaded(pretrained, mlx.load(found.path, *named, strict=strict, rename=rename))
+    file = peft.read_file(found.path)
+    file = file.rename(rename) if rename else file
+    pretrained = models.resize_for_adapter(pretrained, file)
+    named = pretrained.params, pretrained.naming
+    return Loaded(pretrained, peft.fit(file, *named, strict=strict, residual=residual))
 
 
 def as_trained(adapter: kinds.Found, params: Any) -> Any:

@@ -1,5 +1,6 @@
 """The algebra of one adapted weight: its update and its dense form."""
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -8,6 +9,7 @@ import jax.numpy as jnp
 from lora_jax.core.dora import by_output, gain_from_norms, output_letters
 from lora_jax.core.dtypes import accumulator
 from lora_jax.core.layout import subscripts
+from lora_jax.core.placement import on_device
 from lora_jax.core.weights import Adapted, LoraWeight, TrainedLeaf, TrainedRows, scaled_factors
 
 
@@ -34,6 +36,7 @@ def dense(node: Adapted, dtype: Any = None) -> jax.Array:
     the dtype of the base leaf.
     """
     dtype = dtype or node.w.dtype
+    node = dataclasses.replace(node, w=on_device(node.w))
     if isinstance(node, TrainedLeaf):
         return jnp.where(node.scale != 0, node.value.astype(dtype), node.w.astype(dtype))
     if isinstance(node, TrainedRows):

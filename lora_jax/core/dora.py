@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 
 from lora_jax.core.dtypes import accumulator
-from lora_jax.core.explicit_mesh import is_sharded
 from lora_jax.core.layout import Layout, pick, subscripts
+from lora_jax.core.placement import is_sharded, on_device
 from lora_jax.core.weights import LoraWeight, scaled_factors
 
 
@@ -42,7 +42,7 @@ def column_products(node: LoraWeight) -> tuple[jax.Array, jax.Array, jax.Array]:
     With `B' = scale·B` they are Σ W², ⟨B', Aᵀ·W⟩ and ⟨B', AᵀA·B'⟩: no array of the weight's size is
     formed. They are constants to the derivative.
     """
-    w, a, b, scale = jax.lax.stop_gradient((node.w, node.a, node.b, node.scale))
+    w, a, b, scale = jax.lax.stop_gradient((on_device(node.w), node.a, node.b, node.scale))
     node = LoraWeight(w, a, b, scale, layout=node.layout)
     sub_a, sub_b, batch, sub_w = subscripts(node.layout)
     dtype = accumulator(w.dtype, a.dtype, b.dtype)

@@ -12,9 +12,9 @@ from jax import export
 
 from lora_jax.core.abstract import on_shapes
 from lora_jax.core.errors import StructureError
-from lora_jax.core.explicit_mesh import sharding_without
 from lora_jax.core.layout import Layout, subscripts
 from lora_jax.core.not_an_array import NotAnArray
+from lora_jax.core.placement import on_device, sharding_without
 from lora_jax.core.short_repr import describe_fields, describe_node, describe_value, has_arrays
 
 
@@ -153,6 +153,7 @@ class TrainedRows(NotAnArray):
 
     def select(self, w: jax.Array) -> jax.Array:
         """Return the trained rows of `w`, laid out as `value` is."""
+        w = on_device(w)
         rows = w.at[self._index].get(out_sharding=sharding_without(w, self.axis))
         return rows.transpose(self.order)
 

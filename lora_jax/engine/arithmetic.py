@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from lora_jax.core.dtypes import accumulator, compute_dtype, wider
-from lora_jax.core.explicit_mesh import on_mesh_of, reshard_like
+from lora_jax.core.placement import in_memory_of, on_device, on_mesh_of, reshard_like
 from lora_jax.engine import named_axes
 from lora_jax.engine.lazy_weight import Axis, LazyWeight
 
@@ -22,8 +22,8 @@ def to_dense(lazy: LazyWeight) -> jax.Array:
         lazy.a.astype(dtype), lazy.a_axes, lazy.b.astype(dtype), lazy.b_axes, lazy.axes
     )
     update = named_axes.arrange(update, names, lazy.axes, lazy.sizes)
-    total = update if lazy.w is None else lazy.w.astype(dtype) + update
-    return apply_gain(total, lazy.axes, lazy).astype(lazy.dtype)
+    total = update if lazy.w is None else on_device(lazy.w).astype(dtype) + update
+    return in_memory_of(apply_gain(total, lazy.axes, lazy).astype(lazy.dtype), lazy.w)
 
 
 def apply_gain(x: jax.Array, axes: Sequence[Axis], lazy: LazyWeight) -> jax.Array:

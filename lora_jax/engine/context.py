@@ -6,7 +6,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
-from jax.ad_checkpoint import checkpoint_name
 
 from lora_jax.core.errors import DenseError, DenseWarning
 from lora_jax.engine import jaxprs
@@ -14,7 +13,7 @@ from lora_jax.engine.arithmetic import to_dense
 from lora_jax.engine.forms import PLAIN, Forms
 from lora_jax.engine.lazy_weight import Axis, LazyWeight
 from lora_jax.engine.products import Hidden
-from lora_jax.engine.remat import SUM
+from lora_jax.engine.remat import mark_sum
 from lora_jax.engine.uses import Use, dense_uses, uses_of
 
 #: What `on_dense` may say: warn once per call site, raise, or materialize the weight silently.
@@ -40,7 +39,8 @@ class Context:
         self.forms = forms
         self.jitted: dict[Any, Any] = {}
         self.hidden: dict[int, Hidden] = {}  # id of an equation -> its x·A, if computed in a group
-        # Where the interpreter is; changed by the three context managers below.
+        # Where the interpreter is; changed by the four context managers below.
+        self.made: Mapping[Any, Any] = {}  # variable of the program -> the equation that makes it
         self.enclosing: Any = None  # the innermost equation around here that has a source line
         self.in_remat = False
         self.in_derivative = False
@@ -56,8 +56,12 @@ class Context:
         """Enter the program that `eqn` contains: its line is named where a line is missing."""
         return self._with(enclosing=eqn)
 
+    def inside_program(self, jaxpr: Any) -> contextlib.AbstractContextManager[None]:
+        """Enter a program: rules may ask which of its equations made a value."""
+        return self._with(made=jaxprs.producers(jaxpr))
+
     def inside_remat(self) -> contextlib.AbstractContextManager[None]:
-        """Enter a `jax.checkpoint`: sums of adapted products get the name its policy looks for."""
+        """Enter a `jax.checkpoint`: sums of adapted products get the mark its policy looks for."""
         return self._with(in_remat=True)
 
     def inside_derivative(self) -> contextlib.AbstractContextManager[None]:
@@ -73,10 +77,9 @@ class Context:
         finally:
             vars(self).update(before)
 
-    def name_sum(self, total: jax.Array) -> jax.Array:
-        """Name the sum of an adapted product, where a `jax.checkpoint` policy may look for it."""
-        # Elsewhere no name: JAX cannot transpose one, and a linear function may be transposed.
-        return checkpoint_name(total, SUM) if self.in_remat and not self.in_derivative else total
+    def mark_sum(self, total: jax.Array) -> jax.Array:
+        """Mark the sum of an adapted product, where a `jax.checkpoint` policy may look for it."""
+        return mark_sum(total) if self.in_remat else total
 
     def next_site(self) -> int:
         """Return a number that no other contraction of this run has."""

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 
 from lora_jax.engine import jaxprs
-from lora_jax.engine.arithmetic import apply_gain, drop, side_that_takes_gain
+from lora_jax.engine.arithmetic import apply_gain, drop, side_that_takes_gain, to_dense
 from lora_jax.engine.context import Context
 from lora_jax.engine.lazy_weight import Axis, LazyWeight
 from lora_jax.engine.products import Product, add_update, tap_inputs
@@ -46,8 +46,13 @@ class Branch(abc.ABC):
     def first_factor(self) -> str | None:
         """Return the factor that meets the activation: "a" for `x @ w`, "b" for `x @ w.T`.
 
-        None where products with the factors cannot take the weight's place, or do not pay.
+        None where products with the factors cannot take the weight's place.
         """
+
+    @property
+    def takes_sum(self) -> bool:
+        """Return whether `x·(W + A·B)` costs less than `x·W` and the branch."""
+        return False
 
     @abc.abstractmethod
     def add_to(self, y: Any, x: jax.Array, ctx: Context) -> jax.Array:
@@ -61,8 +66,9 @@ class Branch(abc.ABC):
 def contract_weight(ctx: Context, equation: Equation, branch: Branch, x: jax.Array) -> Any:
     """Return the outputs of a contraction of `x` with an adapted weight, or NotImplemented.
 
-    `x·W + (x·A)·(scale·B)`, and DoRA's gain on the side that has its axes. While uses are inferred
-    it is `x·W` alone.
+    `x·W + (x·A)·(scale·B)`, and DoRA's gain on the side that has its axes; a weight that is smaller
+    than what its factors take (a depthwise kernel) is summed up first. While uses are inferred it
+    is `x·W` alone.
     """
     lazy = branch.lazy
     ctx.record(lazy, equation.eqn, equation.summed, equation.batch)
@@ -71,6 +77,8 @@ def contract_weight(ctx: Context, equation: Equation, branch: Branch, x: jax.Arr
     side = side_that_takes_gain(lazy, branch.x_axes, branch.out_axes)
     if side is None or branch.first_factor() is None:
         return NotImplemented
+    if branch.takes_sum:
+        return [equation.on(to_dense(lazy), x)]
     if side == "x":
         x = apply_gain(x, branch.x_axes, lazy)
     y = None if lazy.w is None else equation.on(lazy.w, x)  # a tangent has no base

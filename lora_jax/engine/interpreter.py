@@ -20,6 +20,11 @@ def interpret(ctx: Context, jaxpr: Any, consts: Sequence[Any], args: Sequence[An
     An equation without lazy inputs is handed back to JAX unchanged, with its source line and name
     scopes. One with lazy inputs goes to its rule; where there is none, the weight is materialized.
     """
+    with ctx.inside_program(jaxpr):
+        return _interpret(ctx, jaxpr, consts, args)
+
+
+def _interpret(ctx: Context, jaxpr: Any, consts: Sequence[Any], args: Sequence[Any]) -> list[Any]:
     env: dict[Any, Any] = dict(zip(jaxpr.constvars, consts, strict=True))
     env.update(zip(jaxpr.invars, args, strict=True))
 

@@ -1,13 +1,14 @@
 """Reading and rebuilding jaxprs: everything that a new JAX release can break is here."""
 
 import contextlib
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.extend import core, source_info_util
+from jax.interpreters import ad, batching, mlir
 
 Literal = core.Literal
 
@@ -99,6 +100,21 @@ def called_program(eqn: Any) -> JaxprAndConsts | None:
     return None
 
 
+def identity_primitive(name: str) -> core.Primitive:
+    """Return a primitive that returns its input, for a policy of `jax.checkpoint` to find.
+
+    It differs from `jax.ad_checkpoint.checkpoint_name`: JAX can transpose it.
+    """
+    primitive = core.Primitive(name)
+    primitive.def_impl(lambda x: x)
+    primitive.def_abstract_eval(lambda aval: aval)
+    ad.primitive_jvps[primitive] = lambda xs, ts: (primitive.bind(*xs), *ts)
+    ad.primitive_transposes[primitive] = lambda ct, _: [ct]
+    batching.defvectorized(primitive)
+    mlir.register_lowering(primitive, lambda _, x: [x])
+    return primitive
+
+
 def is_var(atom: Any) -> bool:
     """Return whether an equation's input is a variable, not a literal."""
     return not isinstance(atom, Literal)
@@ -159,3 +175,17 @@ def restrict_to(jaxpr: Any, consts: Sequence[Any], outvars: Sequence[Any]) -> Ja
 def producers(jaxpr: Any) -> dict[Any, Any]:
     """Return the equation that makes each variable of this program."""
     return {v: eqn for eqn in jaxpr.eqns for v in eqn.outvars}
+
+
+def varying_dimensions(made: Mapping[Any, Any], atom: Any) -> list[int]:
+    """Return the dimensions along which a value may vary: not those that it was broadcast to.
+
+    Args:
+      made: the producers of its program's variables.
+      atom: the value.
+    """
+    eqn = made.get(atom) if is_var(atom) else None
+    if eqn is None or eqn.primitive.name != "broadcast_in_dim":
+        return list(range(atom.aval.ndim))
+    dims = zip(eqn.params["broadcast_dimensions"], eqn.invars[0].aval.shape, strict=True)
+    return [int(d) for d, size in dims if size == atom.aval.shape[d]]

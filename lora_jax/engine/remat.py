@@ -5,12 +5,21 @@ from typing import Any
 
 import jax
 
-#: `jax.ad_checkpoint.checkpoint_name` of the sum `x·W + (x·A)·(scale·B)`.
-SUM = "lora_jax.sum"
+from lora_jax.engine import jaxprs
+
+#: Marks the sum `x·W + (x·A)·(scale·B)`: the primitive by which a policy finds it.
+SUM = jaxprs.identity_primitive("lora_jax.sum")
 
 Policy = Callable[..., Any]
 
-_sums = jax.checkpoint_policies.save_only_these_names(SUM)
+
+def mark_sum(total: jax.Array) -> jax.Array:
+    """Return `total`, marked as the sum of an adapted product."""
+    return SUM.bind(total)
+
+
+def _sums(prim: Any, *_: Any, **__: Any) -> bool:
+    return prim is SUM
 
 
 def save_sums(prim: Any, *avals: Any, **params: Any) -> Any:

@@ -41,21 +41,34 @@ def base_name(found: kinds.Found) -> str | None:
     return mlx.read_file(found.path).base_model
 
 
-def from_peft(path: Path) -> NamedAdapters:
-    """Read a PEFT adapter onto the modules that it names."""
+def from_peft(
+    path: Path,
+    *,
+    strict: bool = True,
+    rename: Mapping[str, str] | None = None,
+    residual: bool = False,
+) -> NamedAdapters:
+    """Read a PEFT adapter onto the modules that it names; the options are those of `peft.load`."""
     file = peft.read_file(path)
-    contents = file.contents().require_whole(path)
+    file = file.rename(rename) if rename else file
+    contents = file.contents()
+    contents = contents.require_whole(path) if strict else contents
     base, naming = _torch_tree(contents.weights)
-    adapters = peft.fit(file, base, naming)
+    adapters = peft.fit(file, base, naming, strict=strict, residual=residual)
     return NamedAdapters(adapters, base, naming, contents.base_model, file.config)
 
 
-def from_mlx(path: Path) -> NamedAdapters:
-    """Read an mlx-lm adapter onto the modules that it names."""
+def from_mlx(
+    path: Path, *, strict: bool = True, rename: Mapping[str, str] | None = None
+) -> NamedAdapters:
+    """Read an mlx-lm adapter onto the modules that it names; the options are `mlx.load`'s."""
     file = mlx.read_file(path)
-    contents = file.contents().require_whole(path)
+    file = file.rename(rename) if rename else file
+    contents = file.contents()
+    contents = contents.require_whole(path) if strict else contents
     base, naming = _torch_tree(contents.weights)
-    return NamedAdapters(mlx.fit(file, base, naming), base, naming, contents.base_model)
+    adapters = mlx.fit(file, base, naming, strict=strict)
+    return NamedAdapters(adapters, base, naming, contents.base_model)
 
 
 def from_native(path: Path, naming: Naming) -> NamedAdapters:

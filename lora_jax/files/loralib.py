@@ -20,6 +20,7 @@ from lora_jax.files.torch_adapters.contents import (
     unknown,
 )
 from lora_jax.files.torch_adapters.factors import TorchFactors, join_factors
+from lora_jax.files.torch_adapters.rename import describe, find_rules, renamed
 from lora_jax.files.torch_adapters.to_tree import fit_to_base
 
 __all__ = ["load"]
@@ -37,6 +38,7 @@ def load(
     strict: bool = True,
     dtype: Any = None,
     dropout: float = 0.0,
+    rename: Mapping[str, str] | None = None,
 ) -> Any:
     """Load the adapters in loralib's `lora_state_dict` as an overlay of `base`.
 
@@ -51,7 +53,7 @@ def load(
 
     Args:
       path: a safetensors file with names like "h.0.attn.c_attn.lora_A".
-      base, naming, strict, dtype: as for `lora_jax.peft.load`.
+      base, naming, strict, dtype, rename: as for `lora_jax.peft.load`.
       alpha: loralib's `lora_alpha`.
       dropout: loralib's `lora_dropout`, for `with_dropout`.
       enabled: the `enable_lora` of each `MergedLinear`, by the end of the module's name:
@@ -82,8 +84,25 @@ def load(
     base = base_of(base)
     tensors, _ = safetensors_file.read(path, finite=True)
     model = TorchBase(base, naming)
-    contents, problems = _read_contents(tensors, float(alpha), parts, model)
+    if rename:
+        tensors = _rename(tensors, rename)
+    read = lambda tensors: _read_contents(tensors, float(alpha), parts, model)
+    contents, problems = read(tensors)
+    rules = find_rules(list(tensors), lambda name: _weight(name, model), model.index)
+    if rules:
+        problems = [describe(rules, tensors), *read(_rename(tensors, rules))[1]]
     return fit_to_base(path, contents, problems, model, strict=strict, dtype=dtype, dropout=dropout)
+
+
+def _rename(tensors: Mapping[str, np.ndarray], parts: Mapping[str, str]) -> dict[str, np.ndarray]:
+    new = renamed(tensors, parts)
+    return {new[name]: tensor for name, tensor in tensors.items()}
+
+
+def _weight(name: str, model: TorchBase) -> str:
+    """Return the tensor of the base that a name in a file is about."""
+    module, _, ending = name.rpartition(".")
+    return _known(f"{module}.conv.weight" if ending in _ENDINGS else name, model)
 
 
 def _check_enabled(enabled: Any) -> dict[str, tuple[bool, ...]]:

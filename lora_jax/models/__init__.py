@@ -5,9 +5,11 @@
 >>> logits = pretrained.apply(pretrained.params, ids)  # doctest: +SKIP
 """
 
+from lora_jax.models.adapter_vocabulary import resize_for_adapter
 from lora_jax.models.generation import generate, left_pad, stream
 from lora_jax.models.namings import naming
 from lora_jax.models.pretrained import Apply, Pretrained, files, load, naming_of, save
+from lora_jax.models.vocabulary import resize_vocabulary, untie_head
 
 __all__ = [
     "Apply",
@@ -18,6 +20,9 @@ __all__ = [
     "load",
     "naming",
     "naming_of",
+    "resize_for_adapter",
+    "resize_vocabulary",
     "save",
     "stream",
+    "untie_head",
 ]

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import pairwise
+from itertools import chain, pairwise
 
 import numpy as np
 
@@ -84,7 +84,8 @@ def encode_examples(
     refuse_unknown(rows.source, rows.places, [e.ids for e in encoded], tokenizer, vocabulary)
     fit = _cut_into_pieces if rows.kind == "text" else _cut_off
     kept = _keep_trainable(rows, encoded, fit(encoded, length), length)
-    return Examples(kept.examples, (*kept.notes, *_note_stops(rows, encoded, stops)))
+    notes = (*kept.notes, *_note_stops(rows, encoded, stops), *_note_unwritten(rows, tokenizer))
+    return Examples(kept.examples, notes)
 
 
 def encode_stream(rows: Rows, tokenizer: Encoder, *, vocabulary: int | None = None) -> np.ndarray:
@@ -121,8 +122,14 @@ def _encode_completion(row: Row, tokenizer: Encoder) -> Example:
 
 
 def _ended(ids: Sequence[int], tokenizer: Encoder) -> list[int]:
+    """Append EOS, unless the text ends with it, or with it and spaces."""
     eos = tokenizer.eos_id
-    return [*ids] if eos is None or list(ids[-1:]) == [eos] else [*ids, eos]
+    if eos is None:
+        return [*ids]
+    after = list(ids)[::-1].index(eos) if eos in ids else None
+    decode = getattr(tokenizer, "decode", None)
+    is_ended = after == 0 or (after and decode and not decode([*ids][-after:], True).strip())
+    return [*ids] if is_ended else [*ids, eos]
 
 
 def _example(given: Sequence[int], trained: Sequence[int]) -> Example:
@@ -156,7 +163,8 @@ def _encode_spans(text: str, spans: Sequence[Span], tokenizer: Encoder) -> Examp
     """Encode a text; the tokens with characters in one of the spans are trained on."""
     if isinstance(tokenizer, SpanEncoder):
         ids, places = tokenizer.encode_spans(text)
-        starts, ends = np.array(places, np.int64).reshape(-1, 2).T
+        flat = np.fromiter(chain.from_iterable(places), np.int64, 2 * len(places))
+        starts, ends = flat.reshape(-1, 2).T
         trains = np.zeros(len(ids), bool)
         for start, end in spans:
             trains |= (starts < end) & (ends > start)
@@ -177,13 +185,28 @@ def _note_stops(
     if any(np.isin(example.ids[example.trains], ends).any() for example in examples):
         return ()
     why = (
-        "the chat template leaves the end of the assistant's turn to the next message"
+        "the chat template writes none at the end of the assistant's turn"
         if rows.kind == "chat"
         else "the tokenizer has no end-of-text token"
     )
     return (
         f"no stop token is trained on, because {why}: the tuned model will not learn where to stop",
     )
+
+
+def _note_unwritten(rows: Rows, tokenizer: Encoder) -> tuple[str, ...]:
+    """Say so if the rows have tools, or calls of them, that the chat template never writes."""
+    template = getattr(tokenizer, "chat_template", None)
+    if rows.kind != "chat" or template is None:
+        return ()
+    template += getattr(tokenizer, "tool_template", None) or ""
+    found = {
+        "tools": any("tools" in row.values for row in rows.rows),
+        "tool_calls": any("tool_calls" in x for row in rows.rows for x in row.values["messages"]),
+    }
+    missing = [name for name, there in found.items() if there and name not in template]
+    what = " and ".join(missing)
+    return (f"the chat template does not write {what}, so they are left out",) if missing else ()
 
 
 def _cut_into_pieces(examples: Sequence[Example], length: int) -> list[Example]:

@@ -51,11 +51,28 @@ def _span(messages: Messages, i: int, whole: str, render: Callable[..., str]) ->
         if end is not None or is_last:
             return len(asked), len(answered) if end is None else end
     start, content_end = _content(messages, i, whole, render)
-    start = min(start, len(asked)) if is_prefix else start
+    start = min(start, len(asked)) if is_prefix else _opened(messages, i, whole[:start], render)
     _, own_end = _content(messages[: i + 1], i, answered, render)
     closing, rest = answered[own_end:], whole[content_end:]
     common = _common(closing, rest)
     return start, content_end + (common if common == len(closing) else _boundary(closing, common))
+
+
+def _opened(messages: Messages, i: int, text: str, render: Callable[..., str]) -> int:
+    """Return where the generation prompt of a turn ends in the text before its content.
+
+    That is the end of the text where the template writes something else there.
+    """
+    if not i:
+        return len(text)
+    plain, asked = (render(messages[:i], add_generation_prompt=x) for x in (False, True))
+    opening = asked[_common(plain, asked) :]
+    if opening and opening in text:
+        end = text.rfind(opening) + len(opening)
+        before = messages[i - 1].get("content")
+        if not (isinstance(before, str) and before.strip() and before.strip() in text[end:]):
+            return end  # and not that of an earlier turn
+    return len(text)
 
 
 def _end_of_turn(asked: str, answered: str, following: str | None) -> int | None:

@@ -41,5 +41,5 @@ def refuse_unknown(
     raise DataError(
         f"{source}, {places[first]}{others}: the token {name} is beyond the model's vocabulary, "
         f"which ends at {vocabulary - 1}; use the tokenizer that belongs to the model, remove the "
-        "token from the data, or grow the vocabulary first"
+        "token from the data, or grow the vocabulary first (models.resize_vocabulary)"
     )

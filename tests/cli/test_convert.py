@@ -151,6 +151,120 @@ def test_files_of_peft_itself(tmp_path, run, fails):
     assert "is fully trained" in fails("convert", directory, "--to", "folded", "--out", "x")
 
 
+def test_a_prefix_is_removed_from_the_names(world, run, fails):
+    adapter = world / "my-adapter" / "adapter_model.safetensors"
+    tensors, metadata = safetensors_file.read(adapter)
+    start, more = "base_model.model.model.", "base_model.model.model.language_model."
+    wrong = {name.replace(start, more): x for name, x in tensors.items()}
+    safetensors_file.write(adapter, wrong, metadata)
+    told = fails("convert", "my-adapter", "--to", "native", "--model", "my-model", "--out", "a")
+    assert "8 names, such as " in told and "first lora-jax convert --rename" in told
+    rule = "language_model="
+    assert f"--rename {rule}" in told
+    for to in ("peft", "folded", "mlx"):
+        words = ["--to", to, "--out", to, "--rename", rule]
+        assert run("convert", "my-adapter", *words).status == 0
+        assert_same(world / to)
+    assert_same(world / "peft")
+    words = ["--to", "native", "--out", "a.safetensors", "--model", "my-model", "--rename", rule]
+    assert run("convert", "my-adapter", *words).status == 0
+    assert run("merge", "--model", "my-model", "--adapter", "peft", "--out", "m").status == 0
+    words = ["convert", "my-adapter", "--to", "mlx", "--out", "x", "--rename"]
+    assert "is in no name of the file" in fails(*words, "bert=")
+    assert "must be OLD=NEW" in fails(*words, "bert")
+    own = ["convert", "adapter.safetensors", "--naming", "naming.json", "--to", "peft"]
+    assert "PyTorch's names" in fails(*own, "--out", "x", "--rename", "a=b")
+
+
+def test_a_prefix_in_an_mlx_file(world, run):
+    path = world / "my-mlx-adapter" / "adapters.safetensors"
+    tensors, metadata = safetensors_file.read(path)
+    safetensors_file.write(path, {f"language_model.{k}": x for k, x in tensors.items()}, metadata)
+    words = ["--to", "mlx", "--out", "made", "--rename", "language_model="]
+    assert run("convert", "my-mlx-adapter", *words).status == 0
+    assert_same(world / "made")
+
+
+@pytest.mark.filterwarnings("default")
+def test_what_does_not_fit_is_left_out_with_a_warning(world, run, fails):
+    adapter = world / "my-adapter" / "adapter_model.safetensors"
+    tensors, metadata = safetensors_file.read(adapter)
+    del tensors[f"base_model.model.{files.MODULES[0]}.lora_B.weight"]
+    tensors["other.weight"] = np.ones((2, 2), np.float32)
+    safetensors_file.write(adapter, tensors, metadata)
+    wanted = {
+        module: files.ALPHA / files.RANK * a.astype(np.float64) @ b
+        for module, (a, b) in files.factors().items()
+        if module != files.MODULES[0]
+    }
+    assert "lora_B" in fails("convert", "my-adapter", "--to", "folded", "--out", "folded")
+    model = ["--model", "my-model"]
+    for to, more in (("folded", []), ("mlx", []), ("native", model)):
+        done = run("convert", "my-adapter", "--to", to, "--out", to, "--no-strict", *more)
+        assert done.status == 0 and done.err.startswith("warning: ")
+        assert f"{files.MODULES[0]}.lora_" in done.err and "other.weight" in done.err
+    for to in ("folded", "mlx"):
+        assert_same(world / to, wanted)
+
+
+@pytest.fixture
+def pissa(world):
+    """An adapter that was saved on PiSSA's residual, and the updates that it means."""
+    adapter, weights = files.peft(world / "pissa", config={"init_lora_weights": "pissa"}), {}
+    for module, update in updates(adapter).items():
+        weight = files.weights()[f"{module}.weight"].astype(np.float64)
+        u, s, vt = np.linalg.svd(weight)
+        weights[module] = update - ((u[:, :4] * s[:4]) @ vt[:4]).T
+    return weights
+
+
+def test_an_adapter_of_pissas_residual(pissa, world, run, fails):
+    model = ["--model", "my-model"]
+    for to in ("peft", "folded", "mlx"):
+        assert run("convert", "pissa", "--to", to, "--out", to, *model).status == 0
+        assert_same(world / to, pissa)
+    assert run("convert", "pissa", "--to", "native", "--out", "a.safetensors", *model).status == 0
+    assert read_factors(world / "peft").variant == "LoRA"
+    for words in (["--adapter", "pissa"], ["--adapter", "mlx"], ["--adapter", "a.safetensors"]):
+        assert run("merge", *model, *words, "--out", "merged", "--force").status == 0
+        merged, _ = safetensors_file.read(world / "merged" / "model.safetensors")
+        for module, update in pissa.items():
+            want = files.weights()[f"{module}.weight"] + update.T
+            np.testing.assert_allclose(merged[f"{module}.weight"], want, atol=1e-5)
+    told = fails("convert", "pissa", "--to", "mlx", "--out", "x")
+    assert "PiSSA changed the base" in told and "--model" in told
+    assert run("convert", "pissa", "--to", "peft", "--out", "kept", "--residual").status == 0
+    assert_same(world / "kept", updates(world / "pissa"))
+    assert read_factors(world / "kept").variant == "LoRA"
+
+
+def test_a_randomized_initialization_cannot_be_undone(world, run, fails):
+    files.peft(world / "adapter", config={"init_lora_weights": "pissa_niter_16"})
+    words = ["convert", "adapter", "--model", "my-model", "--out", "x", "--to"]
+    for to in ("peft", "folded", "mlx", "native"):
+        assert "cannot be recomputed" in fails(*words, to)
+    merge = ["merge", "--model", "my-model", "--adapter", "adapter", "--out", "x"]
+    assert "lora-jax convert --residual" in fails(*merge)
+    words = ["convert", "adapter", "--out", "kept", "--to", "peft", "--residual"]
+    assert run(*words).status == 0
+    merge = ["merge", "--model", "my-model", "--adapter", "kept", "--out", "m"]
+    assert run(*merge).status == 0
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_an_adapter_of_gpt2(dora, world, run):
+    """Conv1D keeps its weight as [in, out], but A and B as a linear layer does."""
+    config = {"fan_in_fan_out": True, "use_dora": dora}
+    name, extra = "base_model.model.{}.lora_magnitude_vector", {}
+    if dora:
+        extra = {name.format(m): np.full(files.OUT, 1.5, np.float32) for m in files.MODULES}
+    files.peft(world / "gpt2", config=config, extra=extra)
+    assert run("convert", "gpt2", "--to", "mlx", "--out", "mlx").status == 0
+    assert_same(world / "mlx")
+    tensors, _ = safetensors_file.read(world / "mlx" / "adapters.safetensors")
+    assert ({f"{m}.m" for m in files.MODULES} <= tensors.keys()) == dora
+
+
 def test_failures(world, fails):
     words = ["convert", "my-adapter", "--out", "made", "--to"]
     own = ["convert", "adapter.safetensors", "--out", "made", "--to", "peft"]

@@ -1,5 +1,6 @@
 """The examples in the help run, on small files with the names that they use."""
 
+import io
 import shlex
 import shutil
 
@@ -37,6 +38,7 @@ def test_the_examples_run(command, run, tmp_path, monkeypatch):
         assert words[:2] == ["lora-jax", command]
         shutil.rmtree("run", ignore_errors=True)
         words, into = (words[:-2], words[-1]) if words[-2] == ">" else (words, None)
+        monkeypatch.setattr("sys.stdin", io.StringIO("Hello\n"))
         done = run(*words[1:])
         assert done.status == 0 and "error" not in done.err, (example, done)
         assert done.out

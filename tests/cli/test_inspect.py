@@ -7,6 +7,7 @@ import pytest
 
 from lora_jax.cli.jobs.spectrum import spectrum
 from lora_jax.files.contained_factors import read_factors
+from lora_jax.files.disk import safetensors_file
 from tests.cli import files
 
 KINDS = {
@@ -187,3 +188,38 @@ def test_a_model_is_no_adapter(tmp_path, fails):
 def _made(directory):
     directory.mkdir()
     return directory
+
+
+HOSTILE = "a\x1b[2J\x07\u202eb"
+
+
+def test_what_a_file_says_does_not_steer_the_terminal(run, tmp_path):
+    files.peft(tmp_path / "a", config={"base_model_name_or_path": HOSTILE})
+    done = run("inspect", tmp_path / "a")
+    assert done.status == 0 and done.out.replace("\n", "").isprintable()
+    assert "a\\x1b[2J\\x07\\u202eb" in done.out
+    files.peft(tmp_path / "b", config={"r": HOSTILE})
+    done = run("inspect", tmp_path / "b")
+    assert done.status == 1 and done.err[:-1].isprintable() and "\\u202e" in done.err
+
+
+@pytest.mark.parametrize("shape", [(), (0,), (0, 12), (4, 0), (12,), (4, 12, 0)])
+@pytest.mark.parametrize("kind", ["peft", "mlx"])
+def test_a_factor_that_is_no_matrix_or_empty(kind, shape, run, tmp_path):
+    path = KINDS[kind](tmp_path)
+    file = next(path.glob("*.safetensors"))
+    tensors, metadata = safetensors_file.read(file)
+    name = next(iter(tensors))
+    safetensors_file.write(file, tensors | {name: np.ones(shape, np.float32)}, metadata)
+    done = run("inspect", path)
+    assert done.status == 1 and "q_proj" in done.err and str(shape) in done.err
+
+
+def test_values_of_any_size_are_shown_without_a_warning(run, tmp_path):
+    path = files.peft(tmp_path / "a")
+    tensors, metadata = safetensors_file.read(path / "adapter_model.safetensors")
+    large = {name: np.full(x.shape, 1e300) for name, x in tensors.items()}
+    safetensors_file.write(path / "adapter_model.safetensors", large, metadata)
+    done = run("inspect", path, "--json")
+    assert (done.status, done.err) == (0, "")
+    assert json.loads(done.out)["modules"][0]["norm_a"] is None

@@ -1,18 +1,21 @@
-"""The interpreter's state: what its three context managers change, they put back."""
+"""The interpreter's state: what its four context managers change, they put back."""
 
+import jax
+import jax.numpy as jnp
 import pytest
 
 from lora_jax.engine.context import Context
 
 ENTER = {
     "inside": lambda ctx: ctx.inside("equation"),
+    "inside_program": lambda ctx: ctx.inside_program(jax.make_jaxpr(jnp.sin)(1.0).jaxpr),
     "inside_remat": Context.inside_remat,
     "inside_derivative": Context.inside_derivative,
 }
 
 
 def state(ctx):
-    return ctx.enclosing, ctx.in_remat, ctx.in_derivative
+    return ctx.enclosing, ctx.made, ctx.in_remat, ctx.in_derivative
 
 
 @pytest.mark.parametrize("enter", ENTER.values(), ids=ENTER)
@@ -29,5 +32,5 @@ def test_the_inner_of_two_restores_the_outer_one(enter):
     with ctx.inside("outer"), ctx.inside_remat(), ctx.inside_derivative():
         with enter(ctx):
             pass
-        assert state(ctx) == ("outer", True, True)
+        assert state(ctx) == ("outer", {}, True, True)
     assert state(ctx) == state(Context())

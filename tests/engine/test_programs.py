@@ -136,7 +136,9 @@ def views_of(shape, axes):
     yield squeezed([size for size, axis in zip(shape, axes, strict=True) if axis != "b"])
 
 
-@pytest.mark.parametrize("case", [c for c in CASES if not c.shapes_collide], ids=str)
+@pytest.mark.parametrize(
+    "case", [c for c in CASES if not c.shapes_collide and not c.small], ids=str
+)
 def test_nothing_weight_sized_is_made(case):
     """Forward and backward contain no more arrays of a weight's shape than the base model's."""
     fn, adapted, params, args = prepare(case, jnp.float32)

@@ -4,11 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.ad_checkpoint import checkpoint_name
 
 import lora_jax
 from lora_jax.engine import remat
-from tests.programs import normal, randomize
+from tests.programs import merged, normal, randomize
 
 pytestmark = pytest.mark.usefixtures("optimized")
 
@@ -19,7 +18,7 @@ LAYERS, WIDTH, ROWS, RANK = 3, 32, 64, 2
 def by_hand(x, p):
     """Two products, as the rule for `dot_general` writes them, with something between them."""
     for w, a, b in (p["up"], p["down"]):
-        x = jnp.sin(checkpoint_name(x @ w + (x @ a) @ b, remat.SUM))
+        x = jnp.sin(remat.mark_sum(x @ w + (x @ a) @ b))
     return x
 
 
@@ -114,3 +113,16 @@ def test_a_model_that_keeps_nothing_keeps_no_sums():
     assert nothing.cost_analysis()["flops"] > kept.cost_analysis()["flops"]
     saved = kept.memory_analysis().temp_size_in_bytes
     assert saved - nothing.memory_analysis().temp_size_in_bytes >= LAYERS * ROWS * WIDTH * 4
+
+
+@pytest.mark.parametrize("policy", [None, DOTS, lora_jax.save_sums])
+def test_a_product_with_a_checkpoint_inside_can_be_transposed(policy):
+    """As `jax.linear_transpose` and iterative solvers do with `lora(fn)` and fixed adapters."""
+    params = {"w": normal(1, (5, 5), jnp.float32)}
+    product = jax.checkpoint(lambda params, x: params["w"] @ x, policy=policy)
+    x = normal(2, (5,), jnp.float32)
+    config = lora_jax.LoraConfig(rank=2)
+    params = randomize(lora_jax.init(jax.random.key(0), params, config, product, x))
+    apply = lora_jax.lora(product, on_dense="error")
+    (got,) = jax.linear_transpose(lambda x: apply(params, x), x)(x)
+    np.testing.assert_allclose(got, merged(params)["w"].T @ x, rtol=1e-5, atol=1e-5)

@@ -157,3 +157,15 @@ def padded_weight(dtype):
         return (x @ zeros) @ zeros[:7].T, x @ ones
 
     return fn, {"w": normal(1, (7, 5), dtype) / 4}, (normal(0, (4, 8), dtype) / 4,)
+
+
+@case(layouts={"w": "io", "v": "io"})
+def moved_to_the_device(dtype):
+    """As a program does whose weights are kept in host memory: all at once, or layer by layer."""
+
+    def fn(params, x):
+        moved = jax.device_put(params, jax.memory.Space.Device)
+        return jnp.tanh(x @ moved["w"]) @ jax.device_put(moved["v"], jax.devices()[0])
+
+    params = {"w": normal(1, (7, 5), dtype), "v": normal(2, (5, 4), dtype)}
+    return fn, params, (normal(0, (3, 7), dtype),)

@@ -260,3 +260,86 @@ def function_that_is_a_vmap(dtype):
         {"w": normal(1, (7, 5), dtype)},
         (normal(0, (3, 7), dtype),),
     )
+
+
+def neumann(product, b):
+    """Solve `product(x) = b` by as many terms of a series as its digits need."""
+    return lax.fori_loop(0, 40, lambda _, x: b - (product(x) - x), b)
+
+
+@case(layouts={"w": "oi"})
+def linear_solve(dtype):
+    """A solver with a derivative of its own, through a checkpoint, and what it says besides."""
+
+    def fn(params, b):
+        product = jax.checkpoint(lambda x: x + params["w"] @ x / 50, prevent_cse=False)
+        solve = lambda product, b: (neumann(product, b), b.sum())
+        return lax.custom_linear_solve(product, b, solve, solve, has_aux=True)
+
+    return fn, {"w": normal(1, (7, 7), dtype)}, (normal(0, (7,), dtype),)
+
+
+@case(layouts={"w": "oi"})
+def linear_solve_of_a_symmetric_product(dtype):
+    def fn(params, b):
+        product = lambda x: x + params["w"].T @ (params["w"] @ x) / 50
+        return lax.custom_linear_solve(product, b, neumann, symmetric=True)
+
+    return fn, {"w": normal(1, (7, 7), dtype)}, (normal(0, (7,), dtype),)
+
+
+@case(layouts={"w": "io"})
+def linear_transpose_through_a_checkpoint(dtype):
+    def fn(params, x):
+        policy = jax.checkpoint_policies.dots_saveable
+        product = jax.checkpoint(lambda x: params["w"] @ x, policy=policy, prevent_cse=False)
+        return jnp.tanh(jax.linear_transpose(product, x)(x)[0])
+
+    return fn, {"w": normal(1, (7, 7), dtype)}, (normal(0, (7,), dtype),)
+
+
+FLAGS = jnp.array([True, False, True, True])
+
+
+@case(layouts={"w": "io"})
+def cond_per_example(dtype):
+    """JAX selects the operands of each branch too, so that no NaN of the other one comes back."""
+
+    def fn(params, x, flags):
+        one = lambda w, x: jnp.sqrt(x @ w)
+        other = lambda w, x: jnp.sin(x @ w)
+        per_example = lambda x, flag: lax.cond(flag, one, other, params["w"], x)
+        return jax.vmap(per_example)(jnp.where(flags[:, None, None], x * x, 0), flags)
+
+    params = {"w": abs(normal(1, (7, 5), dtype)) + 9}
+    return fn, params, (normal(0, (4, 3, 7), dtype), FLAGS)
+
+
+@case(layouts={"first": "io", "second": "oi"})
+def switch_per_example_chooses_a_weight(dtype):
+    def fn(params, x, i):
+        ws = params["first"], params["second"].T, 2 * params["first"]
+        branches = [lambda w=w: w for w in ws]
+        return jax.vmap(lambda x, i: jnp.tanh(x @ lax.switch(i, branches)))(x, i)
+
+    params = {"first": normal(1, (7, 5), dtype), "second": normal(2, (5, 7), dtype)}
+    return fn, params, (normal(0, (4, 3, 7), dtype), jnp.array([2, 0, 1, 1]))
+
+
+@case(layouts={"w": "bio"})
+def layers_chosen_from_two_stacks(dtype):
+    """The flags are along an axis that both factors have."""
+
+    def fn(params, x, flags):
+        w = jnp.where(flags[:, None, None], params["w"], -params["w"])
+        return jnp.einsum("eti,eio->eto", x, w)
+
+    return fn, {"w": normal(1, (4, 7, 5), dtype)}, (normal(0, (4, 3, 7), dtype), FLAGS)
+
+
+@case(layouts={"w": "io"}, dense="select_n")
+def rows_of_a_weight_masked(dtype):
+    def fn(params, x, flags):
+        return x @ jnp.where(flags[:, None], params["w"], -params["w"])
+
+    return fn, {"w": normal(1, (4, 5), dtype)}, (normal(0, (3, 4), dtype), FLAGS)

@@ -59,6 +59,18 @@ def conv_grouped_channels_first(dtype):
     return fn, {"kernel": normal(1, (15, 2, 3, 3), dtype)}, (normal(0, (2, 6, 5, 4), dtype),)
 
 
+@case(layouts={"kernel": "iiio"}, small=True)
+def conv_depthwise(dtype):
+    module = nn.Conv(8, (3, 3), feature_group_count=8, param_dtype=dtype)
+    return linen(module, normal(0, (2, 6, 6, 8), dtype))
+
+
+@case(layouts={"kernel": "iio"}, small=True)
+def conv_depthwise_with_two_outputs_per_channel(dtype):
+    module = nn.Conv(16, (5,), strides=2, feature_group_count=8, param_dtype=dtype)
+    return linen(module, normal(0, (2, 9, 8), dtype))
+
+
 @case(layouts={"kernel": "oii"})
 def conv_in_batch_groups(dtype):
     def fn(params, x):

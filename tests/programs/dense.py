@@ -1,17 +1,10 @@
 """Programs in which the weight must be materialized."""
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from tests.programs.table import case, linen, normal
-
-
-@case(layouts={"kernel": "iiio"}, dense="conv_general_dilated")
-def depthwise_convolution(dtype):
-    module = nn.Conv(8, (3, 3), feature_group_count=8, param_dtype=dtype)
-    return linen(module, normal(0, (2, 6, 6, 8), dtype))
+from tests.programs.table import case, normal
 
 
 @case(layouts={"w": "io"}, dense="pure_callback", differentiable=False)

@@ -22,6 +22,7 @@ class Case:
     `build(dtype)` returns (fn, params, args). `layouts` are the targets and what must be inferred;
     `reverse` is False where JAX itself has no reverse mode for the program, `differentiable` False
     where it has none at all; `dense` names the primitive where the weight must be materialized;
+    `small` says that it is so small that W + A·B costs less than the branch;
     `vmappable` is False where JAX itself cannot map the program over its arguments alone.
     """
 
@@ -32,6 +33,7 @@ class Case:
     differentiable: bool = True
     dense: str | None = None
     shapes_collide: bool = False
+    small: bool = False
     vmappable: bool = True
 
     def __str__(self) -> str:

@@ -49,6 +49,13 @@ def test_what_is_refused():
             refuse(texts)
 
 
+def test_tokens_beyond_the_vocabulary():
+    found = rows(("a", 1), ("bc", 2))
+    with pytest.raises(DataError, match=r"line 1 and 1 more of 2 rows: the token 99 is beyond"):
+        classification.encode_labelled(found, Marked(), (1, 2), 9, vocabulary=99)
+    assert classification.encode_labelled(found, Marked(), (1, 2), 9, vocabulary=100).texts
+
+
 def hidden(params, ids, segments):
     """Look up two numbers per token."""
     return params["table"][ids]

@@ -291,3 +291,10 @@ def test_parquet_without_pyarrow(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(DataError, match=r"needs the package pyarrow; pip install 'lora-jax\[parq"):
         dataset.read_rows(tmp_path / "d.parquet")
+
+
+def test_values_nested_too_deeply(tmp_path):
+    deep = '{"a":' * 900 + "1" + "}" * 900
+    line = '{"messages": [{"role": "assistant", "content": "x"}], "tools": [' + deep + "]}"
+    with pytest.raises(DataError, match="line 1: nested too deeply"):
+        dataset.read_rows(write(tmp_path / "d.jsonl", [line]))

@@ -1,9 +1,11 @@
 """Token ids and masks of each kind of row, by hand."""
 
 import dataclasses
+import json
 
 import numpy as np
 import pytest
+import tokenizers
 
 from lora_jax.models.text.byte_tokenizer import byte_tokenizer
 from lora_jax.training import dataset, tokenize
@@ -136,7 +138,7 @@ def test_tokens_beyond_the_vocabulary(tmp_path):
     assert str(error.value) == (
         "d.jsonl, line 2 and 2 more of 4 rows: the token 28 is beyond the model's vocabulary, "
         "which ends at 5; use the tokenizer that belongs to the model, remove the token from the "
-        "data, or grow the vocabulary first"
+        "data, or grow the vocabulary first (models.resize_vocabulary)"
     )
     with pytest.raises(DataError, match=r"line 1: the token 2 is .* ends at 1"):
         encode("completion", {"prompt": "", "completion": ""}, vocabulary=EOS)
@@ -174,7 +176,7 @@ def test_a_template_without_a_stop_token():
         stops=stops,
     )
     assert len(found.examples) == 2 and len(found.notes) == 1
-    assert "no stop token is trained on, because the chat template leaves" in found.notes[0]
+    assert "no stop token is trained on, because the chat template writes none" in found.notes[0]
     bare = dataclasses.replace(tokenizer, eos=None)
     found = encode("completion", {"prompt": "a", "completion": "b"}, tokenizer=bare, stops=stops)
     assert "because the tokenizer has no end-of-text token" in found.notes[0]
@@ -211,9 +213,13 @@ def test_bos_and_eos_in_the_text_are_not_repeated():
     tokenizer = byte_tokenizer()
     (example,) = encode("text", {"text": "ab<|end|>"}, tokenizer=tokenizer).examples
     assert example.ids.tolist() == [*tokenizer.encode("ab"), tokenizer.eos_id]
-    row = {"prompt": "a", "completion": "b<|end|>"}
+    for ending in ("<|end|>", "<|end|>\n"):
+        row = {"prompt": "a", "completion": "b" + ending}
+        (example,) = encode("completion", row, tokenizer=tokenizer).examples
+        assert example.ids.tolist() == tokenizer.encode("ab" + ending)
+    row = {"prompt": "a", "completion": "b<|end|>c"}
     (example,) = encode("completion", row, tokenizer=tokenizer).examples
-    assert example.ids.tolist() == [*tokenizer.encode("ab"), tokenizer.eos_id]
+    assert example.ids.tolist() == tokenizer.encode("ab<|end|>c<|end|>")
 
     class Spells(Letters):
         def encode(self, text, special=False):
@@ -273,6 +279,69 @@ def test_a_call_without_content_trains():
         {"role": "tool", "content": "3"},
         {"role": "assistant", "content": "3!"},
     ]
-    (example,) = encode("chat", {"messages": messages}, length=999, tokenizer=tokenizer).examples
+    found = encode("chat", {"messages": messages}, length=999, tokenizer=tokenizer)
+    (example,) = found.examples
+    assert found.notes == ()
     text = tokenizer.decode(example.ids[example.trains].tolist())
     assert text == '{"name": "f"}|3!|'
+
+
+def test_tools_that_a_template_does_not_write():
+    messages = [{"role": "assistant", "content": "x", "tool_calls": [{"function": {}}]}]
+    row = {"messages": messages, "tools": [{"type": "function"}]}
+    note = "the chat template does not write tools and tool_calls, so they are left out"
+    assert encode("chat", row, row, tokenizer=byte_tokenizer()).notes == (note,)
+    both = dataclasses.replace(byte_tokenizer(), tool_template="{{ tools }}{{ m.tool_calls }}x")
+    assert encode("chat", {"messages": messages[:1]}, tokenizer=both).notes == ()
+
+
+def merging(*merges):
+    """Return the tokenizer of bytes with merges: "Ġ x" makes one token of a space and an x."""
+    state = json.loads(byte_tokenizer().backend.to_str())
+    count = len(byte_tokenizer())
+    state["model"]["merges"] = [merge.split() for merge in merges]
+    state["model"]["vocab"] |= {m.replace(" ", ""): count + i for i, m in enumerate(merges)}
+    state["pre_tokenizer"]["use_regex"] = False  # merges across words and lines
+    backend = tokenizers.Tokenizer.from_str(json.dumps(state))
+    return dataclasses.replace(byte_tokenizer(), backend=backend)
+
+
+def tokens(tokenizer, ids):
+    return [tokenizer.backend.id_to_token(int(i)) for i in ids]
+
+
+def test_a_token_across_the_beginning_of_a_turn_trains():
+    """The ids are those of the whole text, and part of the token is the assistant's."""
+    template = (
+        "{% for m in messages %}{{ m.role[0] }}Q\n{{ m.content }}\nE{% endfor %}"
+        "{% if add_generation_prompt %}aQ\n{% endif %}"
+    )
+    tokenizer = dataclasses.replace(merging("Ċ Ċ", "Ċ E"), chat_template=template)
+    turns = [("user", "u"), ("assistant", "\nb"), ("user", "\n")]
+    (example,) = encode("chat", chat(turns), length=99, tokenizer=tokenizer).examples
+    assert tokens(tokenizer, example.ids) == ["u", "Q", "Ċ", "u", "ĊE", "a", "Q", "ĊĊ", "b", "ĊE"]
+    assert tokens(tokenizer, example.ids[example.trains]) == ["ĊĊ", "b", "ĊE"]
+
+
+@pytest.mark.parametrize("merges", [["Ġ x"], ["Ġ x", "Ċ x", "a x", ". x", "0 x"]])
+def test_a_token_across_the_end_of_a_prompt_is_divided(merges):
+    tokenizer = merging(*merges)
+    row = {"prompt": "q ", "completion": "x x"}
+    (example,) = encode("completion", row, tokenizer=tokenizer).examples
+    assert tokens(tokenizer, example.ids) == ["q", "Ġ", "x", "Ġx", "<|end|>"]
+    assert tokens(tokenizer, example.ids[example.trains]) == ["x", "Ġx", "<|end|>"]
+
+
+def test_an_earlier_turn_that_is_written_otherwise_starts_after_the_prompt():
+    """The last turn alone has thoughts and an end; the space is in every turn."""
+    template = (
+        "{% for m in messages %}<{{ m.role }}>{% if m.role == 'assistant' %} "
+        "{% if loop.last %}<think></think>{% endif %}{% endif %}{{ m.content }}"
+        "{% if loop.last %}<|end|>{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    tokenizer = dataclasses.replace(byte_tokenizer(), chat_template=template)
+    turns = [("user", "u"), ("assistant", "a"), ("user", "v"), ("assistant", "b")]
+    (example,) = encode("chat", chat(turns), length=99, tokenizer=tokenizer).examples
+    text = tokenizer.decode(example.ids[example.trains].tolist(), True)
+    assert text == " a <think></think>b<|end|>"

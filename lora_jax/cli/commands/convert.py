@@ -5,7 +5,14 @@ from typing import Annotated, Literal
 
 import typer
 
-from lora_jax.cli.options import ADAPTER, ForceOption, OutOption
+from lora_jax.cli.options import (
+    ADAPTER,
+    ForceOption,
+    OutOption,
+    RenameOption,
+    ResidualOption,
+    StrictOption,
+)
 
 Format = Literal["peft", "native", "mlx", "folded"]
 
@@ -31,6 +38,9 @@ def command(
             help="Names and axes of a custom model, a JSON file; see lora_jax.files.naming."
         ),
     ] = None,
+    rename: RenameOption = None,
+    residual: ResidualOption = False,
+    strict: StrictOption = True,
     force: ForceOption = False,
 ) -> None:
     # \b keeps the help from filling up the lines of the list
@@ -46,8 +56,10 @@ def command(
 
     PEFT and mlx-lm use the same names, so converting between the two needs nothing else. A file of
     lora_jax has the paths and axes of a JAX model: name the model with --model, or, to convert from
-    such a file, describe it with --naming.
+    such a file, describe it with --naming. An adapter that PEFT saved on the base that PiSSA or
+    OLoRA changed becomes one of the original base, which --model names.
     """
     from lora_jax.cli.jobs import convert
 
-    convert.run(adapter, to, out, model=model, naming=naming, force=force)
+    source = convert.Source(adapter, model, naming, strict, convert.parts(rename), residual)
+    convert.run(source, to, out, force=force)

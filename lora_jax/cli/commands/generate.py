@@ -6,12 +6,26 @@ from typing import Annotated
 import typer
 
 from lora_jax.cli.errors import PromptError
-from lora_jax.cli.options import ADAPTER, DType, ModelOption, StrictOption
+from lora_jax.cli.options import (
+    ADAPTER,
+    DType,
+    MaxTokensOption,
+    ModelOption,
+    SeedOption,
+    StopOption,
+    StrictOption,
+    SystemOption,
+    TemperatureOption,
+    TopKOption,
+    TopPOption,
+    refuse_empty,
+)
 
 EXAMPLES = (
     'lora-jax generate --model my-model --prompt "Once upon a time" --max-tokens 20',
     "lora-jax generate -m my-model --adapter my-adapter --prompt Hello --temperature 0.7 --seed 3",
     "lora-jax generate --model my-model --prompt-file prompt.txt --chat --max-tokens 20",
+    'lora-jax generate -m my-model --system "Be brief." --prompt Hello --stop END --max-tokens 20',
 )
 
 
@@ -26,24 +40,13 @@ def command(
     chat: Annotated[
         bool, typer.Option("--chat", help="Apply the chat template: the prompt is a user's turn.")
     ] = False,
-    stop: Annotated[
-        list[str] | None,
-        typer.Option(metavar="TEXT", help="End before this text; may be given several times."),
-    ] = None,
-    max_tokens: Annotated[int, typer.Option(min=1, help="Maximum number of new tokens.")] = 128,
-    temperature: Annotated[
-        float, typer.Option(min=0, help="Sampling temperature; 0 is greedy decoding.")
-    ] = 0.0,
-    top_k: Annotated[
-        int, typer.Option(min=0, help="Sample from the k most likely tokens; 0: from all.")
-    ] = 0,
-    top_p: Annotated[
-        float,
-        typer.Option(
-            min=1e-9, max=1, help="Sample from the most likely tokens with this total probability."
-        ),
-    ] = 1.0,
-    seed: Annotated[int, typer.Option(help="Random seed for sampling.")] = 0,
+    system: SystemOption = None,
+    stop: StopOption = None,
+    max_tokens: MaxTokensOption = 128,
+    temperature: TemperatureOption = 0.0,
+    top_k: TopKOption = 0,
+    top_p: TopPOption = 1.0,
+    seed: SeedOption = 0,
     dtype: Annotated[
         DType | None,
         typer.Option(help="Dtype of the computation; default: the model's, float32 for GGUF."),
@@ -56,8 +59,7 @@ def command(
     GGUF's metadata, the tokenizer and the chat template name them), at --stop, or after
     --max-tokens.
     """
-    if "" in (stop or ()):
-        raise typer.BadParameter("--stop must not be empty")
+    refuse_empty(stop)
     text = _prompt(prompt, prompt_file)
 
     from lora_jax.cli.jobs import generate
@@ -67,20 +69,21 @@ def command(
         adapter,
         text,
         chat=chat,
+        system=system,
         stop=stop or (),
         max_tokens=max_tokens,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
         seed=seed,
         dtype=dtype,
         strict=strict,
+        sampling={"temperature": temperature, "top_k": top_k, "top_p": top_p},
     )
 
 
 def _prompt(prompt: str | None, file: Path | None) -> str:
     if (prompt is None) == (file is None):
-        raise typer.BadParameter("give either --prompt or --prompt-file")
+        raise typer.BadParameter(
+            "give either --prompt or --prompt-file; to talk in turns, use 'lora-jax chat'"
+        )
     if file is not None:
         text = (
             typer.get_text_stream("stdin").read() if str(file) == "-" else file.read_text("utf-8")

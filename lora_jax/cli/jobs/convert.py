@@ -2,44 +2,92 @@
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import lora_jax as lora
 from lora_jax.cli.errors import ConversionError
 from lora_jax.cli.options import refuse_existing
-from lora_jax.core.errors import ConfigError, LoraError, StructureError
+from lora_jax.core.errors import AdapterFileError, ConfigError, LoraError, StructureError
+from lora_jax.core.foreign import escaped, shown
 from lora_jax.files import implied_tree, kinds, mlx, native, peft
 from lora_jax.files.disk import strict_json
 from lora_jax.files.implied_tree import NamedAdapters
 from lora_jax.files.naming import Naming
+from lora_jax.files.peft import changed_base
 
 _KIND_OF = {"peft": kinds.PEFT, "folded": kinds.PEFT, "mlx": kinds.MLX, "native": kinds.NATIVE}
 
 
-def run(
-    adapter: Path, to: str, out: Path, *, model: str | None, naming: Path | None, force: bool
-) -> None:
-    """Read `adapter` and write it to `out` in the format `to`; see the command's help.
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """What is converted, and how it is read; the fields are the command's options."""
+
+    adapter: Path
+    model: str | None
+    naming: Path | None
+    strict: bool
+    rename: dict[str, str]
+    residual: bool
+
+
+def parts(texts: list[str] | None) -> dict[str, str]:
+    """Return the parts of names and what replaces them, from texts such as "module=".
+
+    Raises:
+      ConversionError: a text has no "=".
+    """
+    pairs = [text.partition("=") for text in texts or ()]
+    wrong = [old for old, equals, _ in pairs if not equals]
+    if wrong:
+        raise ConversionError(
+            f"--rename {shown(wrong[0])}: must be OLD=NEW, parts of names; leave NEW empty to "
+            "remove OLD"
+        )
+    return {old: new for old, _, new in pairs}
+
+
+def run(source: Source, to: str, out: Path, *, force: bool) -> None:
+    """Read an adapter and write it to `out` in the format `to`; see the command's help.
 
     Raises:
       ConversionError: names and shapes are needed but not given.
       OutputError: something exists at `out`, without `force`.
     """
-    found = kinds.adapter(adapter)
-    _check(found, to, model, naming)
+    found = kinds.adapter(source.adapter)
+    changed = _changed_base(found, source)
+    _check(found, to, source, changed)
     refuse_existing(out, force)
-    source = _read(found, to, model, naming)
+    adapters = _read(found, to, source, changed)
     try:
-        _write(source, to, out)
-    except (ConfigError, StructureError) as error:
+        _write(adapters, to, out)
+    except (AdapterFileError, ConfigError, StructureError) as error:
         raise ConversionError(f"{found.path}: cannot be converted: {error}") from error
     kind = "folded PEFT adapter" if to == "folded" else kinds.DESCRIPTIONS[_KIND_OF[to]]
-    print(f"wrote {out}: {kind}")
+    print(f"wrote {escaped(str(out))}: {kind}")
 
 
-def _check(found: kinds.Found, to: str, model: str | None, naming: Path | None) -> None:
-    own = found.kind == kinds.NATIVE
-    if to != "folded" and found.kind == _KIND_OF[to]:
+def _changed_base(found: kinds.Found, source: Source) -> str | None:
+    """Return the initialization that changed the base, if that is to be undone."""
+    if found.kind != kinds.PEFT or source.residual:
+        return None
+    config = peft.read_config(found.path)
+    if config.changes_base and not changed_base.is_determined(config):
+        raise ConversionError(f"{found.path}: {changed_base.cannot_recompute(config)}")
+    return config.changes_base
+
+
+def _check(found: kinds.Found, to: str, source: Source, changed: str | None) -> None:
+    own, model, naming = found.kind == kinds.NATIVE, source.model, source.naming
+    is_same = to != "folded" and found.kind == _KIND_OF[to]
+    if is_same and not (changed or source.residual or source.rename):
         raise ConversionError(f"{found.path}: is already a {kinds.DESCRIPTIONS[found.kind]}")
+    if own and (source.rename or source.residual):
+        raise ConversionError("--rename and --residual are for adapters with PyTorch's names")
+    if changed and not model:
+        raise ConversionError(
+            f"{found.path}: {changed} changed the base that it was trained on: give the original "
+            "base with --model, or --residual if the result is for the changed one"
+        )
     if model and naming:
         raise ConversionError("give either --model, which brings its naming, or --naming, not both")
     if own and not (model or naming):
@@ -55,23 +103,26 @@ def _check(found: kinds.Found, to: str, model: str | None, naming: Path | None) 
         raise ConversionError("--naming is only for lora_jax adapters: others have PyTorch's names")
 
 
-def _read(found: kinds.Found, to: str, model: str | None, naming: Path | None) -> NamedAdapters:
-    if naming is not None:
-        return implied_tree.from_native(found.path, read_naming(naming))
-    if model is not None:
+def _read(found: kinds.Found, to: str, source: Source, changed: str | None) -> NamedAdapters:
+    options: dict[str, Any] = {"strict": source.strict, "rename": source.rename}
+    if source.naming is not None:
+        return implied_tree.from_native(found.path, read_naming(source.naming))
+    if source.model is not None:
         from lora_jax.cli import sources
 
-        base = sources.find_model(model)
+        base = sources.find_model(source.model)
         if found.kind == kinds.NATIVE:
-            source = implied_tree.from_native(found.path, sources.naming_of(base))
-            return dataclasses.replace(source, base_name=source.base_name or model)
-        if to == "native":
-            loaded = sources.load(base, found.path)
-            name = implied_tree.base_name(found) or model
-            return NamedAdapters(loaded.adapters, loaded.model.params, loaded.model.naming, name)
-    return (implied_tree.from_peft if found.kind == kinds.PEFT else implied_tree.from_mlx)(
-        found.path
-    )
+            read = implied_tree.from_native(found.path, sources.naming_of(base))
+            return dataclasses.replace(read, base_name=read.base_name or source.model)
+        if to == "native" or changed:
+            loaded = sources.load(base, found.path, **options, residual=source.residual)
+            name = implied_tree.base_name(found) or source.model
+            config = peft.read_config(found.path) if found.kind == kinds.PEFT else None
+            params, naming = loaded.model.params, loaded.model.naming
+            return NamedAdapters(loaded.adapters, params, naming, name, config, complete=True)
+    if found.kind == kinds.MLX:
+        return implied_tree.from_mlx(found.path, **options)
+    return implied_tree.from_peft(found.path, **options, residual=source.residual)
 
 
 def read_naming(path: Path) -> Naming:

@@ -14,6 +14,7 @@ from lora_jax.cli.jobs.train_data import Task, read_task
 from lora_jax.cli.jobs.train_model import open_model
 from lora_jax.cli.targets import resolve
 from lora_jax.cli.train_options import CLASSIFICATION, MEAN, TrainOptions
+from lora_jax.core.foreign import escaped
 from lora_jax.training import log, loss_curve, progress, run_record
 from lora_jax.training.errors import TrainingError
 from lora_jax.training.interrupt import interruptible
@@ -32,7 +33,7 @@ def main(options: TrainOptions, command: str) -> None:
       KeyboardInterrupt: after Ctrl-C or SIGTERM, once all is saved; it says how to resume.
     """
     console = Console(stderr=True, highlight=False)
-    say = lambda text: console.print(text, markup=False, soft_wrap=True)
+    say = lambda text: console.print(escaped(text), markup=False, soft_wrap=True)
     optimizer = _optimizer(options)
     now = run_record.started(options.out, options.resume)
     model = open_model(options.model, options.dtype, options.scan, now)

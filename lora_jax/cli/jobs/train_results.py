@@ -13,6 +13,7 @@ from rich.table import Table
 import lora_jax as lora
 from lora_jax.cli.jobs.train_data import Task
 from lora_jax.cli.train_options import TrainOptions
+from lora_jax.core.foreign import escaped
 from lora_jax.files import native, peft
 from lora_jax.files.naming import Naming
 from lora_jax.training import log
@@ -88,4 +89,5 @@ def show(records: list[dict[str, Any]], files: Sequence[Path]) -> None:
     table.add_row("seconds per step, median", f"{np.median(seconds):.2f}")
     console = Console(highlight=False)
     console.print(table)
-    console.print(f"wrote {', '.join(map(str, files))}", markup=False, soft_wrap=True)
+    written = escaped(", ".join(map(str, files)))
+    console.print(f"wrote {written}", markup=False, soft_wrap=True)

@@ -9,6 +9,7 @@ from lora_jax.engine.rules import (
     dot_general,
     indexing,
     jit_remat,
+    linear_solve,
     ragged_dot,
     scan_while,
     shard_map,
@@ -29,6 +30,7 @@ RULES = {
 #: Rules for equations that contain programs, by primitive name.
 CONTAINERS = {
     **jit_remat.CONTAINERS,
+    **linear_solve.CONTAINERS,
     **cond.CONTAINERS,
     **scan_while.CONTAINERS,
     **custom_jvp.CONTAINERS,

@@ -12,7 +12,7 @@ from jax import lax
 from lora_jax.core.dtypes import wider
 from lora_jax.engine import jaxprs, named_axes, provenance
 from lora_jax.engine.context import Context
-from lora_jax.engine.lazy_weight import RANK, Axis, LazyWeight, is_lazy
+from lora_jax.engine.lazy_weight import MEMBERS, RANK, Axis, LazyWeight, is_lazy
 from lora_jax.engine.rules.registry import PrimitiveRule, rule
 from lora_jax.engine.rules.views import spread
 
@@ -42,11 +42,21 @@ def _stack(ctx: Context, eqn: Any, args: Sequence[Any]) -> Any:
 
 @rule(RULES, "select_n")
 def _select(ctx: Context, eqn: Any, args: Sequence[Any]) -> Any:
-    """Select one of several weights or arrays by a scalar, and so one of their factors."""
+    """Select one of several weights or arrays, and so one of their factors.
+
+    By a scalar, or per example, as `cond` and `switch` under `vmap` do: then each example has its
+    own factors, as it has its own weight in the program.
+    """
     which, *cases = args
-    if is_lazy(which) or eqn.invars[0].aval.shape:
+    if is_lazy(which):
         return NotImplemented
-    return _join(eqn, args, cases, lambda parts: _select_members(which, parts))
+    varying = jaxprs.varying_dimensions(ctx.made, eqn.invars[0])
+    if ctx.infers and any(x.axes[d].origins for x in cases if is_lazy(x) for d in varying):
+        return NotImplemented  # an elementwise mask
+    constant = [0 if d not in varying else slice(None) for d in range(which.ndim)]
+    return _join(
+        eqn, args, cases, lambda parts: _select_members(which[tuple(constant)], varying, parts)
+    )
 
 
 Parts = Sequence[LazyWeight | None]  # None for an array, which has no update
@@ -109,21 +119,41 @@ def _orient_alike(parts: Parts) -> Parts | None:
     return oriented
 
 
-def _select_members(which: Any, parts: Parts) -> dict[str, Any] | None:
-    """Return the factors of the selected part; None where the parts' shapes differ."""
+def _select_members(which: Any, varying: Sequence[int], parts: Parts) -> dict[str, Any] | None:
+    """Return the factors of the selected part; None where the parts' shapes differ.
+
+    `which` has the dimensions `varying` of the view. An axis that one factor alone has is none of
+    them: the other factor would have to be selected along it too, and be as large as the weight.
+    """
     first = next(x for x in parts if x is not None)
-    members: dict[str, Any] = {}
+    if all(x is not None and _has_members_of(x, first) for x in parts):
+        return {}  # one and the same weight
+    along = [first.axes[d] for d in varying]
+    if any(len({"a", "b"} & {*first.holders(axis)}) == 1 for axis in along):
+        return None
     have_gains = _all_have_gain(parts)
     if not have_gains and any(x is not None and x.gain is not None for x in parts):
         return None
-    for name in ("a", "b", *(["gain"] if have_gains else [])):
-        arrays = _align(parts, name)
+    names = ("a", "b", *(["gain"] if have_gains else []))
+    for axis in along:
+        parts = [x and spread(x, axis, names) for x in parts]
+    first = next(x for x in parts if x is not None)
+    members: dict[str, Any] = {}
+    for name in names:
+        arrays, axes = _align(parts, name), first.axes_of(name)
         given = [x for x in arrays if x is not None]
         if len({x.shape for x in given}) > 1:
             return None
         cases = [jnp.zeros_like(given[0]) if x is None else x for x in arrays]
-        members |= {name: lax.select_n(which, *cases), f"{name}_axes": first.axes_of(name)}
+        sizes = named_axes.sizes_of((given[0], axes))
+        chosen = named_axes.arrange(which, along, axes, sizes) if along else which
+        members |= {name: lax.select_n(chosen, *cases), f"{name}_axes": axes}
     return members
+
+
+def _has_members_of(x: LazyWeight, other: LazyWeight) -> bool:
+    """Return whether two views have the very same factors."""
+    return all(getattr(x, name) is getattr(other, name) for name, _ in MEMBERS)
 
 
 def _concatenate_members(parts: Parts, sizes: Sequence[int], at: int) -> dict[str, Any] | None:

@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from lora_jax.core.explicit_mesh import unshard
+from lora_jax.core.placement import unshard
 from lora_jax.engine import named_axes
-from lora_jax.engine.arithmetic import add, cast_for_branch
+from lora_jax.engine.arithmetic import add, cast_for_branch, to_dense
 from lora_jax.engine.context import Context
 from lora_jax.engine.contraction import Branch, Equation, contract_weight
 from lora_jax.engine.lazy_weight import RANK, Axis, LazyWeight, is_lazy
@@ -90,30 +90,39 @@ class ConvBranch(Branch):
         roles = self.roles
         a, b = set(self.lazy.a_axes) - {RANK}, set(self.lazy.b_axes) - {RANK}
         if b <= {roles.outer} and a <= {roles.inner, *roles.window}:
-            return "a" if self.lazy.probe or self._pays() else None
+            return "a" if roles.is_kernel or roles.batch_groups == 1 else None
         if b <= {roles.inner} and a <= {roles.outer, *roles.window} and roles.groups == 1:
             return "b"
         return None
 
-    def _pays(self) -> bool:
-        """Return whether A can serve every group, in fewer operations than the weight itself.
+    @property
+    def takes_sum(self) -> bool:
+        """Return whether one convolution with W + A·B takes the place of two and the branch."""
+        # In 16 bits the sum would lose digits of A·B, and dropout is on the inputs of A.
+        lazy = self.lazy
+        return self._is_small and lazy.w is not None and lazy.dtype.itemsize > 2
 
-        An output position costs groups·rank·window·inner for A and rank·outer for B. A depthwise
-        kernel, which has one window per output, is cheaper as a dense weight.
+    @property
+    def _is_small(self) -> bool:
+        """Return whether the weight takes fewer operations, and less memory, than its factors.
+
+        An output position costs groups·rank·window·inner for A, which each group has whole, and
+        rank·outer for B. A depthwise kernel, which has one window per output, costs less.
         """
         roles, sizes = self.roles, self.lazy.sizes
-        if roles.groups == 1:
-            return True
-        if not roles.is_kernel:
-            return roles.batch_groups == 1
+        if roles.groups == 1 or not roles.is_kernel or self.lazy.probe or self.lazy.key is not None:
+            return False
         summed = math.prod(sizes[axis] for axis in (roles.inner, *roles.window))
         outer = sizes[roles.outer]
-        return self.lazy.rank * (roles.groups * summed + outer) < summed * outer
+        return self.lazy.rank * (roles.groups * summed + outer) >= summed * outer
 
     def add_to(self, y: Any, x: jax.Array, ctx: Context) -> jax.Array:
         """Return `y` plus a convolution with A, and a product with B after it or before it."""
         roles = self.roles
-        if self.first_factor() == "b":
+        if self._is_small:
+            delta = to_dense(dataclasses.replace(self.lazy, w=None, gain=None))
+            update = self._bind(x, delta)
+        elif self.first_factor() == "b":
             h = self._mix(x, roles.x_inner, roles.inner, RANK)
             update = self._convolve(h, self.lazy.a, roles.inner)
         else:
@@ -140,15 +149,20 @@ class ConvBranch(Branch):
         # a: as the weight, RANK in place of `replaced`; every group has the same A
         wanted = [RANK if axis == replaced else axis for axis in lazy.axes]
         a = named_axes.arrange(a, lazy.a_axes, wanted, lazy.sizes)
-        x, a, accumulate = cast_for_branch(x, a, lazy)
         if roles.is_kernel and roles.feature_groups > 1:
             a = jnp.concatenate([a] * roles.feature_groups, wanted.index(RANK))
-        params = {k: v for k, v in self.eqn.params.items() if k != "preferred_element_type"}
-        params |= {"batch_group_count": 1}
-        if params.get("out_sharding") is not None and replaced == roles.outer:
-            params["out_sharding"] = unshard(params["out_sharding"], roles.out)  # RANK is there
-        operands = (x, a) if roles.is_kernel else (a, x)
-        return lax.conv_general_dilated(*operands, **params, preferred_element_type=accumulate)
+        changes: dict[str, Any] = {"batch_group_count": 1}
+        sharding = self.eqn.params.get("out_sharding")
+        if sharding is not None and replaced == roles.outer:
+            changes["out_sharding"] = unshard(sharding, roles.out)  # RANK is there
+        return self._bind(x, a, **changes)
+
+    def _bind(self, x: jax.Array, w: jax.Array, **changes: Any) -> jax.Array:
+        """Return the equation's convolution with `w` in the weight's place."""
+        x, w, accumulate = cast_for_branch(x, w, self.lazy)
+        params = self.eqn.params | {"preferred_element_type": accumulate} | changes
+        operands = (x, w) if self.roles.is_kernel else (w, x)
+        return lax.conv_general_dilated(*operands, **params)
 
     def _mix(self, x: jax.Array, at: int, summed: Axis, made: Axis) -> jax.Array:
         """Contract axis `at` of `x`, which is `summed`, with B; the result has `made` there."""

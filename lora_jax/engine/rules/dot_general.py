@@ -53,7 +53,7 @@ def share(ctx: Context, inputs: Sequence[tuple[Any, Sequence[Any]]]) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class _EquationBranch(DotBranch):
-    """The branch of a `dot_general`: its x·A may be shared, its sum may have a name."""
+    """The branch of a `dot_general`: its x·A may be shared, its sum may be marked."""
 
     eqn: Any = None
     has_batch: bool = False
@@ -61,7 +61,7 @@ class _EquationBranch(DotBranch):
     def add_to(self, y: Any, x: jax.Array, ctx: Context) -> jax.Array:
         half = ctx.hidden.pop(id(self.eqn), None) or self.product(x)
         total = add_update(y, half, self.dtype, ctx.forms)
-        return total if self.has_batch else ctx.name_sum(total)  # policies tell batch axes apart
+        return total if self.has_batch else ctx.mark_sum(total)  # policies tell batch axes apart
 
 
 def _parts(

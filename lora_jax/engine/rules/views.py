@@ -48,6 +48,17 @@ def _same_axes(ctx: Context, eqn: Any, args: Sequence[Any]) -> Any:
     return view_of(eqn, lazy, lazy.axes)
 
 
+@rule(RULES, "device_put")
+def _device_put(ctx: Context, eqn: Any, args: Sequence[Any]) -> Any:
+    """Move the bases between memories or devices; the factors are where they take part."""
+    values = [x.w if is_lazy(x) else x for x in args]
+    if any(w is None for w in values):
+        return args  # a tangent has no base
+    moved = jaxprs.bind(eqn, values)
+    pairs = zip(args, moved, strict=True)
+    return [dataclasses.replace(x, w=w) if is_lazy(x) else w for x, w in pairs]
+
+
 @rule(RULES, "stop_gradient")
 def _stop_gradient(ctx: Context, eqn: Any, args: Sequence[Any]) -> Any:
     (lazy,) = args

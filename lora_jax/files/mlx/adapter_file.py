@@ -22,6 +22,7 @@ from lora_jax.files.torch_adapters.file_contents import (
     missing_factor,
     weight_shape,
 )
+from lora_jax.files.torch_adapters.rename import renamed
 
 CONFIG, TENSORS = "adapter_config.json", "adapters.safetensors"
 #: The endings of a module's tensors.
@@ -39,6 +40,12 @@ class MlxFile:
     use_dora: bool
     dropout: float
     base_model: str | None
+
+    def rename(self, parts: Mapping[str, str]) -> "MlxFile":
+        """Return the file with other names of tensors, see `rename`."""
+        new = renamed(self.tensors, parts)
+        tensors = {new[name]: x for name, x in self.tensors.items()}
+        return dataclasses.replace(self, tensors=tensors)
 
     def modules(self) -> dict[str, dict[str, np.ndarray]]:
         """Group the tensors that make an adapter by module and ending."""

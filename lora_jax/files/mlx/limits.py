@@ -8,6 +8,8 @@ from lora_jax.core.tree import adapted_nodes
 from lora_jax.core.weights import LoraWeight
 from lora_jax.files.naming import Entry, Naming, Place
 
+#: The kinds of modules that it adapts; GPT-2's Conv1D is a linear layer there.
+ADAPTABLE = ("linear", "conv1d", "embedding")
 NOT_ADAPTABLE = "is neither a linear layer nor an embedding"
 EXPERTS_UNSUPPORTED = "adapters of experts' parameters are not supported"
 

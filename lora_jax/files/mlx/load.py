@@ -8,14 +8,21 @@ import numpy as np
 
 from lora_jax.adapters.split import base_of
 from lora_jax.files.mlx.adapter_file import MAGNITUDE, A, B, MlxFile, read_file, to_factors
-from lora_jax.files.mlx.limits import EXPERTS_UNSUPPORTED, NOT_ADAPTABLE, with_rows_as_outputs
+from lora_jax.files.mlx.limits import (
+    ADAPTABLE,
+    EXPERTS_UNSUPPORTED,
+    NOT_ADAPTABLE,
+    with_rows_as_outputs,
+)
 from lora_jax.files.naming import Naming
 from lora_jax.files.torch_adapters.contents import (
     Contents,
     TorchBase,
     dtype_problem,
+    module_of,
     unknown,
 )
+from lora_jax.files.torch_adapters.rename import describe, find_rules
 from lora_jax.files.torch_adapters.to_tree import fit_to_base
 
 
@@ -27,6 +34,7 @@ def load(
     strict: bool = True,
     dtype: Any = None,
     dropout: float | None = None,
+    rename: Mapping[str, str] | None = None,
 ) -> Any:
     """Load the adapters that mlx-lm trained as an overlay of `base`.
 
@@ -38,7 +46,7 @@ def load(
 
     Args:
       directory: with `adapter_config.json` and `adapters.safetensors`.
-      base, naming, strict, dtype, dropout: as for `lora_jax.peft.load`.
+      base, naming, strict, dtype, dropout, rename: as for `lora_jax.peft.load`.
 
     Raises:
       AdapterFileError: a file is missing or damaged, or its tensors do not fit the base; all
@@ -56,7 +64,7 @@ def load(
     ((4, 2), 2.0)
     """
     file = read_file(directory)
-    return fit(file, base, naming, strict=strict, dtype=dtype, dropout=dropout)
+    return fit(file, base, naming, strict=strict, dtype=dtype, dropout=dropout, rename=rename)
 
 
 def fit(
@@ -67,6 +75,7 @@ def fit(
     strict: bool = True,
     dtype: Any = None,
     dropout: float | None = None,
+    rename: Mapping[str, str] | None = None,
 ) -> Any:
     """Return the adapters of a file as an overlay of `base`; what `load` does after reading."""
     base = base_of(base)
@@ -75,7 +84,12 @@ def fit(
         turned = {name for name in model.adaptable() if model.kind(name) == "embedding"}
         lookups = [entry for entry in naming.entries if entry.kind == "embedding"]
         model = TorchBase(base, with_rows_as_outputs(naming, lookups))
+    file = file.rename(rename) if rename else file
     contents, problems = _read_contents(file, model, turned)
+    rules = find_rules(list(file.tensors), lambda x: f"{module_of(x)}.weight", model.index)
+    if rules:
+        _, others = _read_contents(file.rename(rules), model, turned)
+        problems = [describe(rules, file.tensors), *others]
     return fit_to_base(
         file.source,
         contents,
@@ -137,11 +151,11 @@ def _problems(
 
 def _misfit(fields: Mapping[str, np.ndarray], kind: str, shape: tuple[int, ...]) -> str | None:
     """Return why the shapes of a module's tensors do not fit its weight, or None."""
-    if kind not in ("linear", "embedding"):
+    if kind not in ADAPTABLE:
         return NOT_ADAPTABLE
-    ins, out = shape if kind == "embedding" else shape[::-1]
+    ins, out = shape[::-1] if kind == "linear" else shape
     rank = fields[A].shape[-1] if fields[A].ndim else 0
-    wanted = {A: (ins, rank), B: (rank, out), MAGNITUDE: shape[:1]}
+    wanted = {A: (ins, rank), B: (rank, out), MAGNITUDE: (out if kind == "conv1d" else shape[0],)}
     got = {ending: tensor.shape for ending, tensor in fields.items()}
     if rank and all(got[ending] == wanted[ending] for ending in got):
         return None

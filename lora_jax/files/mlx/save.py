@@ -15,6 +15,7 @@ from lora_jax.files.disk.atomic import write_directory
 from lora_jax.files.mlx import adapter_file
 from lora_jax.files.mlx.adapter_file import CONFIG, TENSORS
 from lora_jax.files.mlx.limits import (
+    ADAPTABLE,
     NOT_ADAPTABLE,
     find_turned,
     with_rows_as_outputs,
@@ -103,7 +104,7 @@ def _problems(contents: Contents, model: TorchBase) -> list[str]:
 
 def _unsupported(kind: str, has_magnitude: bool) -> str | None:
     """Return what keeps a module of this kind out of the file, or None."""
-    if kind not in ("linear", "embedding"):
+    if kind not in ADAPTABLE:
         return NOT_ADAPTABLE
     if has_magnitude and kind == "embedding":
         return (

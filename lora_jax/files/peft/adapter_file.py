@@ -12,6 +12,7 @@ from lora_jax.files.disk import safetensors_file
 from lora_jax.files.disk.required_files import read_required
 from lora_jax.files.peft import tensor_names
 from lora_jax.files.peft.config import CONFIG, PeftConfig, parse_config
+from lora_jax.files.peft.renamed_config import RenamedConfig
 from lora_jax.files.torch_adapters.experts import Experts
 from lora_jax.files.torch_adapters.factors import TorchFactors
 from lora_jax.files.torch_adapters.file_contents import (
@@ -21,6 +22,7 @@ from lora_jax.files.torch_adapters.file_contents import (
     missing_factor,
     weight_shape,
 )
+from lora_jax.files.torch_adapters.rename import renamed
 
 TENSORS = "adapter_model.safetensors"
 _PICKLED = "adapter_model.bin"
@@ -33,6 +35,24 @@ class PeftFile:
     directory: Path
     config: PeftConfig
     tensors: dict[str, np.ndarray]
+    #: The configuration as the names of `tensors` ask for it, if they are not the file's.
+    renamed_config: RenamedConfig | None = None
+
+    @property
+    def rules(self) -> PeftConfig:
+        """The configuration, asked by the names of `tensors`."""
+        return self.renamed_config or self.config
+
+    def rename(self, parts: Mapping[str, str]) -> "PeftFile":
+        """Return the file with other names of tensors, see `rename`.
+
+        Raises:
+          ConfigError: a part is in no name, or two names become equal.
+        """
+        new = renamed(self.tensors, parts)
+        tensors = {new[name]: x for name, x in self.tensors.items()}
+        config = RenamedConfig.of(self.config, new)
+        return dataclasses.replace(self, tensors=tensors, renamed_config=config)
 
     @property
     def source(self) -> Path:
@@ -56,9 +76,11 @@ class PeftFile:
             rows = fields.get(tensor_names.ROWS)
             if rows is not None and rows.ndim == 2 and rows.size:
                 _, known = weights.get(f"{module}.weight", ("", ()))
-                count = max([*known[:1], max(self.config.rows(module) or (0,)) + 1])
+                count = max([*known[:1], max(self.rules.rows(module) or (0,)) + 1])
                 weights[f"{module}.weight"] = "embedding", (count, rows.shape[1])
         variant = "rsLoRA" if self.config.use_rslora else "LoRA"
+        if self.config.changes_base:
+            variant += f", {self.config.changes_base}"
         return FileContents(
             variant=f"{variant}, DoRA" if self.config.use_dora else variant,
             base_model=self.config.base_model_name_or_path,
@@ -117,12 +139,12 @@ class PeftFile:
             shapes = " and ".join(f"{ending} {fields[ending].shape}" for ending in there)
             return next(filter(None, missing), f"{shapes} do not fit each other")
         a, b = (fields[ending] for ending in tensor_names.endings(kind))
-        total, rank = len(a), self.config.rank(module)
+        total, rank = len(a), self.rules.rank(module)
         is_experts = bool(self.config.target_parameters) and a.ndim == 2 and total % rank == 0
         if is_experts and total > rank:
             # without the base, experts are recognized only by the rank, a multiple of theirs
-            return Experts.from_tensors(a, b, rank, self.config.scale(module, rank))
-        return tensor_names.to_factors(kind, fields, self.config.scale(module, total))
+            return Experts.from_tensors(a, b, rank, self.rules.scale(module, rank))
+        return tensor_names.to_factors(kind, fields, self.rules.scale(module, total))
 
 
 def read_file(directory: str | os.PathLike, *, finite: bool = True) -> PeftFile:

@@ -22,8 +22,14 @@ _WITHIN = {
     "layers_pattern": r"(?:^|.*?\.)(?:{})\.(?P<number_of_the_layer>\d+)\.",
 }
 _WITHIN["last"] = r".*\.(?:{})\.(?P<number_of_the_layer>\d+)\."  # up to PEFT 0.18
-# Initializations that change the base: A and B are meaningless without it.
-_CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+#: Initializations that change the base, and their names: A and B are meaningless without it.
+CHANGES_BASE = {
+    "pissa": "PiSSA",
+    "olora": "OLoRA",
+    "corda": "CorDA",
+    "loftq": "LoftQ",
+    "lora_ga": "LoRA-GA",
+}
 # Keys that change the meaning of A and B, and how; supported only if they are off.
 REFUSED = {
     "alora_invocation_tokens": "the adapter is active only after these tokens",
@@ -162,12 +168,12 @@ class PeftConfig:
 
     def rank(self, module: str) -> int:
         """Return a module's rank, from the first matching key of `rank_pattern`, else `r`."""
-        key = _first(self.rank_pattern, module)
+        key = first_match(self.rank_pattern, module)
         return self.r if key is None else self.rank_pattern[key]
 
     def scale(self, module: str, rank: int | None = None) -> float:
         """Return a module's α/r, or α/√r with `use_rslora`; `rank` overrides the configured one."""
-        key = _first(self.alpha_pattern, module)
+        key = first_match(self.alpha_pattern, module)
         alpha = self.lora_alpha if key is None else self.alpha_pattern[key]
         rank = self.rank(module) if rank is None else rank
         return alpha / (math.sqrt(rank) if self.use_rslora else rank)
@@ -190,6 +196,12 @@ class PeftConfig:
             return True
         number, chosen = self._layer(module, last_number), self.layers_to_transform
         return number is not None and number in (chosen if isinstance(chosen, tuple) else (chosen,))
+
+    @property
+    def changes_base(self) -> str | None:
+        """The name of an initialization that changed the base, for which A and B are."""
+        start = str(self.init_lora_weights).lower()
+        return next((CHANGES_BASE[x] for x in CHANGES_BASE if start.startswith(x)), None)
 
     def targets_parameter(self, name: str) -> bool:
         """Return whether PEFT adapts the parameter of this name by `target_parameters`."""
@@ -290,13 +302,6 @@ def _find_refused(config: PeftConfig) -> Iterable[str]:
     for name, why in REFUSED.items():
         if config.others.get(name):
             yield f"{name} is {_show(config.others[name])}: {why}, which is not supported"
-    start = config.init_lora_weights
-    if isinstance(start, str) and start.startswith(_CHANGES_BASE):
-        yield (
-            f"init_lora_weights is {_show(start)}, an initialization that changes the base; first "
-            "convert the adapter to one for the original base with save_pretrained's "
-            "path_initial_model_for_weight_conversion"
-        )
 
 
 def _in(targets: Any, module: str) -> bool:
@@ -307,7 +312,7 @@ def _in(targets: Any, module: str) -> bool:
     return any(module == name or module.endswith("." + name) for name in names)
 
 
-def _first(keys: Iterable[str], module: str) -> str | None:
+def first_match(keys: Iterable[str], module: str) -> str | None:
     """Return the first pattern that matches a module, by PEFT's rule."""
     within = lambda key: _within("rank_pattern", key)
     return next((key for key in keys if bounded_regex.match(within(key), module)), None)
@@ -325,6 +330,8 @@ def exact_pattern(module: str, modules: Iterable[str]) -> str:
     """
     others = [name for name in modules if name != module]
     for pattern in (module, re.escape(module)):
-        if _first([pattern], module) and all(_first([pattern], x) is None for x in others):
+        if first_match([pattern], module) and all(
+            first_match([pattern], x) is None for x in others
+        ):
             return pattern
     return "^" + re.escape(module)

@@ -94,7 +94,11 @@ def _parameters(start: PeftConfig, contents: Contents, target: Target) -> dict[s
 
 def _start(given: LoraConfig | PeftConfig | None) -> PeftConfig:
     if isinstance(given, PeftConfig):
-        return dataclasses.replace(given, lora_bias=False, inference_mode=True)
+        # what was read is for the base as it is now
+        start = True if given.changes_base else given.init_lora_weights
+        return dataclasses.replace(
+            given, lora_bias=False, inference_mode=True, init_lora_weights=start
+        )
     if given is None:
         return PeftConfig()
     return PeftConfig(

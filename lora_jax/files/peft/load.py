@@ -1,14 +1,17 @@
 """Read a PEFT directory: `adapter_config.json` and `adapter_model.safetensors`."""
 
 import os
+from collections.abc import Mapping
 from typing import Any
 
 from lora_jax.adapters.split import base_of
 from lora_jax.core.errors import AdapterFileError, ConfigError
 from lora_jax.files.naming import Naming
+from lora_jax.files.peft import changed_base
 from lora_jax.files.peft.adapter_file import PeftFile, read_file
 from lora_jax.files.peft.config import CONFIG
 from lora_jax.files.peft.read import read_contents
+from lora_jax.files.peft.wrong_names import tell_wrong_names
 from lora_jax.files.torch_adapters.contents import TorchBase
 from lora_jax.files.torch_adapters.to_tree import fit_to_base
 
@@ -21,6 +24,8 @@ def load(
     strict: bool = True,
     dtype: Any = None,
     dropout: float | None = None,
+    residual: bool = False,
+    rename: Mapping[str, str] | None = None,
 ) -> Any:
     """Load the adapters in PEFT's two files as an overlay of `base`, as in `join(base, load(...))`.
 
@@ -33,7 +38,9 @@ def load(
     largest rank, and layers that are not in the file get the scale 0. A fused q, k, v gets the
     stacked A's and a block-diagonal B, so its rank is the sum.
 
-    Only safetensors files are read, never a pickle.
+    An adapter that was saved on the base that PiSSA or OLoRA left gets twice the rank: what they
+    subtracted is recomputed from the original base, as PEFT does, and its dropout is off. Only
+    safetensors files are read, never a pickle.
 
     Args:
       directory: with `adapter_config.json` and `adapter_model.safetensors`.
@@ -46,6 +53,11 @@ def load(
       dtype: of the factors and trained values; None for the file's.
       dropout: the rate of the factors' dropout, for `with_dropout`; None for the file's
         `lora_dropout`. One rate for all lets overlays of several files be stacked.
+      residual: whether `base` is what an initialization such as PiSSA left of the original base, so
+        that A and B stand as they are in the file.
+      rename: parts of the tensors' names in the file, and what takes the place of their first
+        occurrence, "" for nothing: {"base_model.model.bert": "base_model.model", "default": ""}.
+        The part "" is the beginning of every name.
 
     Raises:
       AdapterFileError: a file is missing or damaged, contains NaN or infinity, or its configuration
@@ -65,7 +77,8 @@ def load(
     ((4, 2), 2.0)
     """
     file = read_file(directory)
-    return fit(file, base, naming, strict=strict, dtype=dtype, dropout=dropout)
+    options: dict[str, Any] = {"strict": strict, "dtype": dtype, "dropout": dropout}
+    return fit(file, base, naming, **options, residual=residual, rename=rename)
 
 
 def fit(
@@ -76,12 +89,18 @@ def fit(
     strict: bool = True,
     dtype: Any = None,
     dropout: float | None = None,
+    residual: bool = False,
+    rename: Mapping[str, str] | None = None,
 ) -> Any:
     """Return the adapters of a file as an overlay of `base`; what `load` does after reading."""
     model = TorchBase(base_of(base), naming)
     try:
+        file = file.rename(rename) if rename else file
         contents, problems = read_contents(file, model)
-    except ConfigError as error:  # a pattern that takes too long
+        problems = tell_wrong_names(file, model, problems)
+        if file.config.changes_base and not residual:
+            problems += changed_base.undo(contents, file.config, model)
+    except ConfigError as error:  # or a pattern takes too long
         raise AdapterFileError(f"{file.directory / CONFIG}: {error}") from None
     return fit_to_base(
         file.source,

@@ -19,7 +19,7 @@ from lora_jax.files.torch_adapters.vocabulary import OtherVocabulary
 
 def read_contents(file: PeftFile, model: TorchBase) -> tuple[Contents, list[str]]:
     """Return what fits the base, and what is wrong with the rest."""
-    config = file.config
+    config = file.rules
     tied = tied_head.find(model)
     tensors, problems, are_copies = file.tensors, list[str](), config.ensure_weight_tying
     if tied is not None:

@@ -35,5 +35,5 @@ class OtherVocabulary:
         theirs, ours = next(iter(self._found.values()))
         return [
             f"{', '.join(sorted(self._found))}: the adapter's model has {theirs:,} tokens, this "
-            f"base {ours:,}; give the base as many first: models.resize_vocabulary"
+            f"base {ours:,}; give the base as many first: models.resize_for_adapter"
         ]

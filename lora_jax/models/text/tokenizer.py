@@ -44,7 +44,7 @@ class Tokenizer:
     pad: str | None = None
     chat_template: str | None = None
     tool_template: str | None = None
-    named: Mapping[str, str] = field(default_factory=dict)
+    named: Mapping[str, str] = field(default_factory=dict, hash=False)
     now: datetime.datetime | None = None
 
     @classmethod

@@ -58,7 +58,10 @@ def read_row(row: Any) -> tuple[str, Values, list[str]]:
         keys = f"the keys {', '.join(shown(repr(key)) for key in row)}" if row else "no keys"
         raise ValueError(f"has {keys}; a row must be {FORMS}")
     known = {*form.keys, *form.more}
-    return form.kind, form.read(row), [key for key in row if key not in known]
+    try:
+        return form.kind, form.read(row), [key for key in row if key not in known]
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
 
 
 def _form_of(present: set[str]) -> _Form | None:

@@ -6,7 +6,8 @@ from typing import Any
 def json_type(value: Any) -> str:
     """Return the JSON name of a value's type."""
     names = {dict: "object", list: "list", str: "string", bool: "boolean", type(None): "null"}
-    return names.get(type(value), "number")
+    names |= {int: "number", float: "number"}
+    return names.get(type(value), type(value).__name__)  # a table has dates and bytes, too
 
 
 def describe(name: str, value: Any) -> str | None:

@@ -88,11 +88,15 @@ def test_what_changes_the_meaning_is_refused_by_name(key):
     assert parse(**{key: None}).others == {key: None}
 
 
-@pytest.mark.parametrize("start", ["pissa", "pissa_niter_4", "olora", "corda", "loftq", "lora_ga"])
-def test_starts_that_change_the_base_are_refused(start):
-    with pytest.raises(ConfigError, match=f'init_lora_weights is "{start}", an initialization'):
-        parse(init_lora_weights=start)
-    assert parse(init_lora_weights="gaussian").init_lora_weights == "gaussian"
+@pytest.mark.parametrize(
+    ("start", "name"),
+    [("pissa", "PiSSA"), ("pissa_niter_4", "PiSSA"), ("OLoRA", "OLoRA"), ("corda", "CorDA")]
+    + [("loftq", "LoftQ"), ("lora_ga", "LoRA-GA"), ("gaussian", None), (True, None)]
+    + [(False, None), ("orthogonal", None), ("eva", None), ("mica", None)],
+)
+def test_starts_that_change_the_base_are_known(start, name):
+    config = parse(init_lora_weights=start)
+    assert (config.init_lora_weights, config.changes_base) == (start, name)
 
 
 def test_unknown_keys_are_kept():

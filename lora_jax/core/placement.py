@@ -1,10 +1,24 @@
-"""Arrays whose sharding is part of their type: those on a mesh with explicit axes."""
+"""Where arrays are: in host memory, and on a mesh whose axes are explicit, part of the types."""
 
 from collections.abc import Hashable, Sequence
 from typing import Any
 
 import jax
 from jax.sharding import NamedSharding, PartitionSpec
+
+
+def on_device(x: Any) -> Any:
+    """Return `x` in device memory: itself, unless it is kept in host memory."""
+    return jax.device_put(x, jax.memory.Space.Device) if _is_on_host(x) else x
+
+
+def in_memory_of(x: jax.Array, like: Any) -> jax.Array:
+    """Return `x`, which is in device memory, in host memory if `like` is there."""
+    return jax.device_put(x, jax.memory.Space.Host) if _is_on_host(like) else x
+
+
+def _is_on_host(x: Any) -> bool:
+    return isinstance(x, jax.Array) and jax.typeof(x).memory_space is jax.memory.Space.Host
 
 
 def is_sharded(x: Any) -> bool:

@@ -1,0 +1,64 @@
+"""`lora-jax chat`: a conversation with a model, with or without an adapter."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lora_jax.cli.options import (
+    ADAPTER,
+    DType,
+    MaxTokensOption,
+    ModelOption,
+    SeedOption,
+    StopOption,
+    StrictOption,
+    SystemOption,
+    TemperatureOption,
+    TopKOption,
+    TopPOption,
+    refuse_empty,
+)
+
+EXAMPLES = (
+    "lora-jax chat --model my-model --max-tokens 200",
+    'lora-jax chat -m my-model --adapter my-adapter --system "Be brief." --max-tokens 9',
+    "lora-jax chat --model my-model --temperature 0.7 --stop END --max-tokens 20",
+)
+
+
+def command(
+    model: ModelOption,
+    adapter: Annotated[Path | None, typer.Option(help=ADAPTER)] = None,
+    system: SystemOption = None,
+    stop: StopOption = None,
+    max_tokens: MaxTokensOption = 512,
+    temperature: TemperatureOption = 0.0,
+    top_k: TopKOption = 0,
+    top_p: TopPOption = 1.0,
+    seed: SeedOption = 0,
+    dtype: Annotated[
+        DType | None,
+        typer.Option(help="Dtype of the computation; default: the model's, float32 for GGUF."),
+    ] = None,
+    strict: StrictOption = True,
+) -> None:
+    """Talk with a model: each line that you type is a turn, and its answer appears as it is made.
+
+    The model needs a chat template. Ctrl-C ends an answer, /reset starts a new conversation, /exit
+    or Ctrl-D ends. Without a terminal, the lines of standard input are the turns.
+    """
+    refuse_empty(stop)
+    from lora_jax.cli.jobs import chat
+
+    chat.run(
+        model,
+        adapter,
+        system=system,
+        stop=stop or (),
+        max_tokens=max_tokens,
+        seed=seed,
+        dtype=dtype,
+        strict=strict,
+        sampling={"temperature": temperature, "top_k": top_k, "top_p": top_p},
+    )
