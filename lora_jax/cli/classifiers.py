@@ -45,6 +45,17 @@ class LoadedClassifier:
         return Classifier(hidden, slots, self.pooling)
 
 
+def labels_of(adapter: kinds.Found) -> list[Any] | None:
+    """Return the labels of a classifier's adapter that `lora-jax train` wrote; None of any other.
+
+    Only the header is read.
+    """
+    if adapter.kind != kinds.NATIVE:
+        return None
+    labels = lora.read_metadata(adapter.path)["metadata"].get(LABELS)
+    return labels if isinstance(labels, list) else None
+
+
 def find(model: kinds.Found, adapter: Path | None) -> str:
     """Return the path that makes this a classifier, the adapter's or the model's, or "".
 

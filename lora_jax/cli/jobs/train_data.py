@@ -36,7 +36,7 @@ class Task:
 
     apply: Apply
     params: Any
-    loss: Callable[[Collection[str]], Loss]  # of the adapted paths
+    loss: Callable[[Collection[str]], Loss]  # of the paths that train
     data: Data
     held_out: Data | None
     notes: tuple[str, ...]
