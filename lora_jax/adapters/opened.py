@@ -47,8 +47,8 @@ def partition_specs(params: Any) -> Any:
 
     Linen's `nn.get_partition_spec` and NNX's `nnx.get_partition_spec` know one box, and so one
     specification, for a whole adapted weight. Here A `[*batch, *in, rank]` and B
-    `[*batch, rank, *out]` have the names of their own axes, the rank none, and so do scale and
-    magnitude. A leaf without a box has `PartitionSpec()`.
+    `[*batch, rank, *out]` take those names that belong to their axes, and scale and magnitude
+    do, too; the rank has no name. A leaf without a box has `PartitionSpec()`.
 
     Args:
       params: a joined tree or an overlay, of arrays or `ShapeDtypeStruct`s, whose leaves are

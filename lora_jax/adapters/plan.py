@@ -185,7 +185,7 @@ def _check_floating(chosen: Mapping[str, Any], leaves: Mapping[str, Any]) -> Non
 def _with_smaller_ranks(
     config: LoraConfig, layouts: Mapping[str, Layout], leaves: Mapping[str, Any]
 ) -> LoraConfig:
-    """Return the configuration with the largest possible rank for weights that hold no more.
+    """Return the configuration with the largest possible rank for weights too small for it.
 
     Only "all-linear" may name a weight without meaning it, such as the head of a few classes.
     Weights whose rank an override sets keep it, and so does a rank that no weight can hold.

@@ -61,7 +61,7 @@ def _add(x: Any, y: Any) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class Constants:
-    """The leaves of a tree that are no arrays, and where the arrays belong."""
+    """The leaves of a tree other than arrays, and where the arrays belong."""
 
     treedef: Any
     leaves: tuple[Any, ...]  # None in the place of an array
