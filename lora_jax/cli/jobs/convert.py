@@ -108,12 +108,17 @@ def _read(found: kinds.Found, to: str, source: Source, changed: str | None) -> N
     if source.naming is not None:
         return implied_tree.from_native(found.path, read_naming(source.naming))
     if source.model is not None:
-        from lora_jax.cli import sources
+        from lora_jax.cli import classifiers, sources
 
         base = sources.find_model(source.model)
         if found.kind == kinds.NATIVE:
-            read = implied_tree.from_native(found.path, sources.naming_of(base))
-            return dataclasses.replace(read, base_name=read.base_name or source.model)
+            head = None if to == "mlx" else classifiers.naming_for_peft(base, found)
+            read = implied_tree.from_native(found.path, head or sources.naming_of(base))
+            config = read.config
+            if head is not None:
+                config = dataclasses.replace(config or peft.PeftConfig(), task_type="SEQ_CLS")
+            name = read.base_name or source.model
+            return dataclasses.replace(read, base_name=name, config=config)
         if to == "native" or changed:
             loaded = sources.load(base, found.path, **options, residual=source.residual)
             name = implied_tree.base_name(found) or source.model
