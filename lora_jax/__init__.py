@@ -54,6 +54,7 @@ __all__ = [
     "naming",
     "norms",
     "on_original",
+    "partition_specs",
     "peft",
     "read_metadata",
     "rounding",
@@ -67,21 +68,27 @@ __all__ = [
     "with_dropout",
 ]
 
-# Imported at its first use: JAX takes longer than all that `lora-jax --help` does, and rooms and
-# formats need more packages.
-_MODULES = {
+# What is imported at its first use: rooms and formats need more packages, and JAX, which all public
+# names need, takes longer than all that `lora-jax --help` does.
+_LAZY = {
     **{name: f"lora_jax.{name}" for name in ("layers", "models", "training")},
     **{name: f"lora_jax.files.{name}" for name in ("loralib", "mlx", "naming", "peft")},
 }
+_ROOMS = ("adapters", "core", "engine", "files")
 
 
 def __getattr__(name: str) -> Any:
-    """Import a public name or a module of `_MODULES` at its first use."""
-    if name in _MODULES:
-        value = importlib.import_module(_MODULES[name])
+    """Import a public name, a module of `_LAZY` or a room at its first use."""
+    if name in _LAZY or name in _ROOMS:
+        value = importlib.import_module(_LAZY.get(name, f"lora_jax.{name}"))
     elif name in __all__:
         value = getattr(importlib.import_module("lora_jax.public"), name)
     else:
         raise AttributeError(f"module 'lora_jax' has no attribute {name!r}")
     globals()[name] = value
     return value
+
+
+def __dir__() -> list[str]:
+    """List the public names, those of `_LAZY` among them."""
+    return sorted({*__all__, *_LAZY, "__version__", "__doc__", "__file__", "__name__", "__path__"})

@@ -7,6 +7,7 @@ from lora_jax.adapters.memory import MemoryReport, StepMemory, memory_report
 from lora_jax.adapters.merge import merge, unmerge
 from lora_jax.adapters.norms import norms
 from lora_jax.adapters.on_original import on_original
+from lora_jax.adapters.opened import partition_specs
 from lora_jax.adapters.optim import freeze, groups, labels, lora_fa, lora_plus, mask
 from lora_jax.adapters.split import join, split
 from lora_jax.adapters.summary import count_params, summary
@@ -77,6 +78,7 @@ __all__ = [
     "merge",
     "norms",
     "on_original",
+    "partition_specs",
     "read_metadata",
     "rounding",
     "save",
