@@ -10,10 +10,10 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
+from lora_jax.cli.exit_status import FAILED, INTERRUPTED, OK, PIPE_CLOSED
 from lora_jax.core.errors import AssetError, LoraError
 from lora_jax.core.foreign import escaped
 
-OK, FAILED, USAGE, INTERRUPTED, PIPE_CLOSED = 0, 1, 2, 130, 141
 DEBUG = "LORA_JAX_DEBUG"
 #: Packages that `pip install lora-jax` alone does not install: all are in the extra "cli".
 OPTIONAL = ("gguf", "jinja2", "matplotlib", "orbax", "rich", "tokenizers", "typer")
@@ -47,7 +47,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
     except BaseException as error:
         if os.environ.get(DEBUG):
             traceback.print_exc()
-        line, status = explain(error)
+        line, status = explain(error, words)
         print(f"error: {line}", file=sys.stderr)
         return status
 
@@ -69,8 +69,12 @@ def _run(words: list[str]) -> int:
     return OK
 
 
-def explain(error: BaseException) -> tuple[str, int]:
+def explain(error: BaseException, words: Sequence[str] = ()) -> tuple[str, int]:
     """Return what is wrong and what to do, in one line, and the exit status.
+
+    Args:
+      error: what was raised.
+      words: the command line.
 
     >>> explain(LoraError("the base does not fit:\\nq: missing\\nk: missing"))
     ('the base does not fit: q: missing; k: missing', 1)
@@ -78,7 +82,7 @@ def explain(error: BaseException) -> tuple[str, int]:
     if isinstance(error, KeyboardInterrupt):
         return one_line(f"interrupted: {error}" if str(error) else "interrupted"), INTERRUPTED
     if hasattr(error, "format_message") and hasattr(error, "exit_code"):
-        return _usage(error), error.exit_code
+        return _usage(error, words), error.exit_code
     return one_line(_message(error)), FAILED
 
 
@@ -98,6 +102,8 @@ def _message(error: BaseException) -> str:
         return f"not valid JSON: {error}"
     if isinstance(error, UnicodeDecodeError):
         return f"not UTF-8 text: {error}; save the file as UTF-8"
+    if "No space left on device" in str(error):  # C++ libraries know no OSError
+        return _ADVICE[errno.ENOSPC]
     if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
         return "out of memory; use a smaller batch, a shorter length or --dtype bfloat16"
     return (
@@ -113,11 +119,13 @@ def _os_message(error: OSError) -> str:
     return f"{place}: {what}" if place is not None else what
 
 
-def _usage(error: Any) -> str:
+def _usage(error: Any, words: Sequence[str]) -> str:
     """Return the mistake on the command line, and where to read the correct usage."""
+    from lora_jax.cli import usage
+
     context = getattr(error, "ctx", None)
     path = context.command_path if context is not None else "lora-jax"
-    message = one_line(error.format_message()).rstrip(".")
+    message = one_line(usage.describe(error, words)).rstrip(".")
     return f"{message}; '{path} --help' shows the usage"
 
 

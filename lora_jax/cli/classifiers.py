@@ -11,9 +11,10 @@ from lora_jax.cli import sources
 from lora_jax.core.errors import AdapterFileError, ModelFileError
 from lora_jax.files import kinds, native, peft
 from lora_jax.files.disk import safetensors_file
+from lora_jax.files.naming import Naming
 from lora_jax.models import hf_directory, published_classifier
 from lora_jax.models.classifier import Classifier, Pooling
-from lora_jax.models.pretrained import Pretrained
+from lora_jax.models.pretrained import KIND_OF_MODEL_TYPE, Pretrained
 
 #: Keys of the metadata that `train` writes into a classifier's adapter.
 LABELS, POOLING = "labels", "pooling"
@@ -43,6 +44,17 @@ class LoadedClassifier:
         is_encoder = self.model.kind == "bert"
         hidden = run if is_encoder else lambda *inputs: run(*inputs, method="hidden")
         return Classifier(hidden, slots, self.pooling)
+
+
+def labels_of(adapter: kinds.Found) -> list[Any] | None:
+    """Return the labels of a classifier's adapter that `lora-jax train` wrote; None of any other.
+
+    Only the header is read.
+    """
+    if adapter.kind != kinds.NATIVE:
+        return None
+    labels = lora.read_metadata(adapter.path)["metadata"].get(LABELS)
+    return labels if isinstance(labels, list) else None
 
 
 def find(model: kinds.Found, adapter: Path | None) -> str:
@@ -78,6 +90,26 @@ def _is_classifier(directory: Path) -> bool:
     )
 
 
+def naming_for_peft(model: kinds.Found, adapter: kinds.Found) -> Naming | None:
+    """Return the names of a lora_jax classifier's parameters in PEFT's file; None if it is none.
+
+    Raises:
+      AdapterFileError: its head reads the mean over a text's tokens.
+    """
+    header = lora.read_metadata(adapter.path)
+    if LABELS not in header["metadata"] or _KERNEL not in header["layouts"]:
+        return None
+    kind = "llama"
+    if model.kind == kinds.CHECKPOINT:
+        kind = KIND_OF_MODEL_TYPE[hf_directory.read_config(model.path)["model_type"]]
+    if header["metadata"].get(POOLING) != published_classifier.FAMILIES[kind].pooling:
+        raise AdapterFileError(
+            f"{adapter.path}: its head reads the mean over a text's tokens, which no classifier of "
+            "transformers does; train with --pooling model to use it there"
+        )
+    return published_classifier.naming_of_classifier(kind)
+
+
 def load(
     model: kinds.Found,
     adapter: Path | None = None,
@@ -111,7 +143,9 @@ def _trained_here(
         for path, node in file.nodes.items()
         if isinstance(node, lora.TrainedLeaf) and path.startswith(("head/", "pooler/"))
     }
-    params: dict[str, Any] = {"encoder": base.params}
+    params: dict[str, Any] = {"encoder": dict(base.params)}
+    if not any(p.startswith("encoder/head/") for p in [*file.nodes, *file.header["base"]]):
+        params["encoder"].pop("head", None)  # only older files have a decoder's own head
     if any(path.startswith("pooler/") for path in [*shapes, *file.header["base"]]):
         params["pooler"] = published_classifier.pooler_of(base) or {}
     for path, shape in shapes.items():  # the values are the adapter's

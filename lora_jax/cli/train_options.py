@@ -11,16 +11,34 @@ MEAN = "mean"  # of --pooling
 
 TaskName = Literal["causal-lm", "classification"]
 InitName = Literal["kaiming", "gaussian", "orthogonal", "pissa", "pissa_fast", "olora"]
+BiasName = Literal["none", "all", "adapted"]
 ScheduleName = Literal["cosine", "constant"]
 PoolingName = Literal["model", "mean"]
 TrainDType = Literal["float32", "bfloat16"]
 
-_MODEL = "Base model: a directory in Hugging Face's layout, a .gguf file, smollm2, or tiny."
+_MODEL = (
+    "Base model: a directory in Hugging Face's layout, a .gguf file, smollm2 (downloaded), or tiny "
+    "(random)."
+)
+_ADAPTER = (
+    "Adapter to start from, of any kind that 'inspect' reads. It decides which weights train, and "
+    "their ranks."
+)
+_BASE_NAME = (
+    "Name of the base model to write into the adapter, such as its Hub id; default: the Hub id "
+    "where it is known, otherwise --model as an absolute path."
+)
 _DATA = "Training data: a file of rows or a .txt file, see above; may be given several times."
 _OUT = "Output directory of the run: adapter, checkpoints, log."
 _EVAL_SPLIT = "Fraction of the data to hold out for evaluation, instead of --eval."
 _ALPHA = "Numerator of the scale alpha / rank; default: the rank, so the scale is 1."
 _TARGETS = "Comma-separated modules to adapt: PyTorch's names, paths in the tree, or all-linear."
+_EXCLUDE = "Comma-separated modules to leave out of --targets."
+_LAYERS = "Layers to adapt: numbers such as 0,1,-1, or a slice such as -4: for the last four."
+_TRAIN = "Comma-separated modules or paths to train fully, such as lm_head or norm."
+_BIAS = "Biases to train fully: none, all, or those of adapted modules."
+_STEPS = "Training steps, instead of --epochs; with --resume the run's own by default."
+_LOG_EVERY = "Steps between lines of progress, which replace the bar outside a terminal."
 _INIT = "Initialization of A and B."
 _DORA = "Train one magnitude per output as well (DoRA)."
 _POOLING = "Input of a classifier's head: the token that transformers takes, or the mean of all."
@@ -53,17 +71,24 @@ class TrainOptions:
     eval_rows: Annotated[int, Option(min=0, help="Maximum evaluation rows; 0: all.")] = 0
     encoding: Annotated[str, Option(help="Text encoding of the data files.")] = "utf-8"
     resume: Annotated[bool, Option("--resume", help="Resume the run in --out.")] = False
+    adapter: Annotated[Path | None, Option(metavar="DIR", help=_ADAPTER)] = None
     rank: Annotated[int, Option(min=1, help="Rank of A and B.")] = 8
     alpha: Annotated[float | None, Option(help=_ALPHA)] = None
     targets: Annotated[str, Option(help=_TARGETS)] = "all-linear"
+    exclude: Annotated[str, Option(help=_EXCLUDE)] = ""
+    layers: Annotated[str, Option(help=_LAYERS)] = ""
+    train: Annotated[str, Option(help=_TRAIN)] = ""
+    bias: Annotated[BiasName, Option(help=_BIAS)] = "none"
     init: Annotated[InitName, Option(help=_INIT)] = "kaiming"
     dora: Annotated[bool, Option("--dora", help=_DORA)] = False
     rslora: Annotated[bool, Option("--rslora", help="Scale by alpha / √rank (rsLoRA).")] = False
     dropout: Annotated[
         float, Option(min=0, max=0.99, help="Dropout rate on the adapter's input.")
     ] = 0.0
-    steps: Annotated[int | None, Option(min=1, help="Training steps, instead of --epochs.")] = None
-    epochs: Annotated[float, Option(min=0.001, help="Passes over the data.")] = 1.0
+    steps: Annotated[int | None, Option(min=1, help=_STEPS)] = None
+    epochs: Annotated[float | None, Option(min=0.001, help="Passes over the data; default: 1.")] = (
+        None
+    )
     batch: Annotated[int, Option(min=1, help="Rows per micro-batch.")] = 4
     accumulate: Annotated[int, Option(min=1, help="Micro-batches per step.")] = 1
     length: Annotated[int, Option(min=0, help=_LENGTH)] = 0
@@ -77,10 +102,12 @@ class TrainOptions:
     lora_plus: Annotated[float, Option(help=_LORA_PLUS)] = 1.0
     eval_every: Annotated[int, Option(min=0, help=_EVAL_EVERY)] = 0
     save_every: Annotated[int, Option(min=0, help=_SAVE_EVERY)] = 100
+    log_every: Annotated[int, Option(min=1, help=_LOG_EVERY)] = 10
     seed: Annotated[int, Option(min=0, help=_SEED)] = 0
     shuffle: Annotated[bool, Option(help=_SHUFFLE)] = True
     dtype: Annotated[TrainDType | None, Option(help=_DTYPE)] = None
     scan: Annotated[bool, Option(help=_SCAN)] = False
+    base_name: Annotated[str | None, Option(metavar="NAME", help=_BASE_NAME)] = None
 
     @property
     def size(self) -> int:
@@ -90,4 +117,13 @@ class TrainOptions:
     @property
     def target_names(self) -> list[str]:
         """`targets` as a list."""
-        return [name.strip() for name in self.targets.split(",") if name.strip()]
+        return names(self.targets)
+
+
+def names(text: str) -> list[str]:
+    """Return the entries of a comma-separated list.
+
+    >>> names("q_proj, v_proj,")
+    ['q_proj', 'v_proj']
+    """
+    return [name.strip() for name in text.split(",") if name.strip()]

@@ -4,11 +4,13 @@ A tensor's name, a token or a path may hold what steers a terminal (ESC, BEL), t
 of a line around (bidirectional marks), cannot be encoded (lone surrogates), or fills the screen.
 """
 
+import re
 import reprlib
 from typing import Any
 
 MOST = 240  # characters of one name or value
 MOST_OF_MESSAGE = 20_000  # characters of one message
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
 _REPR = reprlib.Repr()
 _REPR.maxstring = _REPR.maxlong = _REPR.maxother = 120
 
@@ -47,6 +49,15 @@ def escaped(text: str, most: int = MOST_OF_MESSAGE) -> str:
     'two are missing:\n  q\\x07\n  k'
     """
     return "\n".join(map(_escape, _shorten(text, most).split("\n")))
+
+
+def for_terminal(text: str) -> str:
+    r"""Return a text that a model wrote, for a terminal: only what would steer it is escaped.
+
+    >>> for_terminal("a tab\tand \x1b[2J\n")
+    'a tab\tand \\x1b[2J\n'
+    """
+    return _CONTROL.sub(lambda found: ascii(found[0])[1:-1], text)
 
 
 def _shorten(text: str, most: int) -> str:

@@ -35,18 +35,28 @@ class Found:
 def adapter(path: Path) -> Found:
     """Find the adapter at `path`: a directory of PEFT or mlx-lm, or a native file.
 
-    The weights file in such a directory stands for the directory.
+    The weights file in such a directory stands for the directory, and the directory of a training
+    run for its last adapter, or for the best one if it has no other.
 
     Raises:
       AdapterFileError: there is none; the message says what there is instead.
     """
-    found = detect(path)
+    found = detect(next(iter(of_run(path).values()), path))
     if found.kind in (CHECKPOINT, GGUF):
         raise AdapterFileError(
             f"{path}: a {DESCRIPTIONS[found.kind]}, not an adapter; give the adapter's directory "
             "or file here"
         )
     return found
+
+
+def of_run(path: Path) -> dict[str, Path]:
+    """Return the adapters in the directory of a training run: the last and the best one."""
+    if any((path / name).is_file() for name in (_CONFIG, _MODEL_CONFIG)):
+        return {}  # an adapter or a model itself
+    places = {name: [path / name, path / f"{name}.safetensors"] for name in ("adapter", "best")}
+    there = {name: next((x for x in xs if x.exists()), None) for name, xs in places.items()}
+    return {name: place for name, place in there.items() if place is not None}
 
 
 def detect(path: Path) -> Found:
@@ -97,8 +107,10 @@ def _kind_of_directory(path: Path) -> str:
     if (path / _MODEL_CONFIG).is_file():
         return CHECKPOINT
     names = sorted(entry.name for entry in path.iterdir())
+    within = [name for name in names if (path / name / _CONFIG).is_file()]
     shown = ", ".join(names[:6]) + (", ..." if len(names) > 6 else "")
     raise AdapterFileError(
         f"{path}: neither an adapter ({_CONFIG}) nor a model ({_MODEL_CONFIG}); "
         + (f"it contains {shown}" if names else "it is empty")
+        + (f"; {within[-1]} is an adapter" if within else "")
     )

@@ -83,10 +83,9 @@ def _settings(file: gguf_file.GgufFile) -> dict[str, Any]:
             f"{' and '.join(ARCHITECTURES)}"
         )
     gguf_schema.check(file.metadata, gguf_schema.DECODER, f"{kind}.")
+    keys = {name: f"{kind}.{name}" for name in gguf_schema.DECODER}
     known = {
-        key.removeprefix(f"{kind}."): _shorten(value)
-        for key, value in file.metadata.items()
-        if key.startswith(f"{kind}.")
+        name: _shorten(file.metadata[key]) for name, key in keys.items() if key in file.metadata
     }
     if missing := [name for name in _SIZES.values() if name not in known]:
         raise ModelFileError(f"it lacks {', '.join(f'{kind}.{x}' for x in missing)}")

@@ -20,6 +20,10 @@ from lora_jax.models.pretrained import Pretrained
 SUFFIX = "ForSequenceClassification"  # of the classes in transformers
 
 
+#: The parameters of a decoder's own head.
+_UNUSED = {"lm_head.weight": "kernel", "lm_head.bias": "bias"}
+
+
 @dataclass(frozen=True)
 class Family:
     """What transformers' classifiers of one family have in common.
@@ -43,8 +47,10 @@ class Family:
         rows = [
             dataclasses.replace(entry, path=_with_prefix(entry.path))
             for entry in encoder.with_prefix(self.prefix).entries
-            if not str(entry.torch).startswith("lm_head")
+            if entry.torch not in _UNUSED
         ]
+        # it may be in the tree, but a classifier does not use it: no kind, so no adapter
+        rows += [Entry(name, f"encoder/head/{leaf}") for name, leaf in _UNUSED.items()]
         modules = {"head": self.head} | ({"pooler": self.pooler} if self.pooler else {})
         for path, module in modules.items():
             rows += [

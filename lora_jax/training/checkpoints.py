@@ -1,7 +1,14 @@
 """Checkpoints of a run, written by Orbax: adapters, optimizer state and step, whole or absent."""
 
+import contextlib
+import errno
+import logging
+import os
 import shutil
+import sys
+import tempfile
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Self
 
@@ -12,6 +19,10 @@ from lora_jax.core.foreign import shown
 from lora_jax.training import checkpoint_steps
 from lora_jax.training.errors import TrainingError
 
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_FULL_WORDS = ("No space left", "quota exceeded", "File too large")  # as C++ libraries say it
+_OVERHEAD = 1 << 20  # bytes of a checkpoint beside its arrays
+_UNFINISHED = "*.orbax-checkpoint-tmp"
 _DELETED = ".deleted"  # old steps are renamed into it, so that none is ever there in part
 
 
@@ -52,6 +63,21 @@ class Checkpoints:
         """Return the steps of the complete checkpoints, ascending."""
         return sorted(self._manager.all_steps())
 
+    def reserve(self, state: Any) -> None:
+        """Check that a checkpoint of `state` fits on the disk; nothing stays written.
+
+        Raises:
+          TrainingError: it does not, or the directory cannot be written to.
+        """
+        arrays = sum(x.nbytes for x in jax.tree.leaves(state))
+        size = arrays + arrays // 4 + _OVERHEAD
+        try:
+            with tempfile.TemporaryFile(dir=self.directory) as file:
+                if hasattr(os, "posix_fallocate"):
+                    os.posix_fallocate(file.fileno(), 0, size)
+        except OSError as error:
+            raise TrainingError(self._explain(error, f"a checkpoint of {size:,} bytes")) from error
+
     def save(self, step: int, state: Any) -> None:
         """Write `state`, a pytree of arrays, unless there is a checkpoint of that step.
 
@@ -60,17 +86,30 @@ class Checkpoints:
         """
         if step in self._manager.all_steps():
             return
+        self.reserve(state)
         metadata = {checkpoint_steps.STEP: step}
         try:
-            self._manager.save(
-                step, args=ocp.args.StandardSave(state), force=True, custom_metadata=metadata
-            )
-        except OSError as error:
-            raise TrainingError(
-                f"{self.directory}: cannot write the checkpoint of step {step} ({error}). Free "
-                "some disk space, then continue with --resume"
-            ) from error
+            with _quiet():
+                self._manager.save(
+                    step, args=ocp.args.StandardSave(state), force=True, custom_metadata=metadata
+                )
+        except (OSError, ValueError, RuntimeError) as error:  # tensorstore raises the last two
+            for unfinished in self.directory.glob(_UNFINISHED):
+                shutil.rmtree(unfinished, ignore_errors=True)
+            message = self._explain(error, f"the checkpoint of step {step}")
+            raise TrainingError(message) from error
         self._empty()
+
+    def _explain(self, error: Exception, what: str) -> str:
+        """Return one line for a failure to write, without the words of other libraries."""
+        is_full = getattr(error, "errno", None) in _FULL or any(
+            word in str(error) for word in _FULL_WORDS
+        )
+        reason = "the disk is full" if is_full else shown(str(error).partition("\n")[0])
+        mend = "Free some disk space" if is_full else "Make the directory writable"
+        return (
+            f"{self.directory}: cannot write {what} ({reason}). {mend}, then continue with --resume"
+        )
 
     def _empty(self) -> None:
         """Delete the old steps that were put aside. After a kill the next process does it."""
@@ -92,7 +131,8 @@ class Checkpoints:
         failures: dict[int, str] = {}
         for step in reversed(self.steps()):
             try:
-                found = self._manager.restore(step, args=ocp.args.StandardRestore(target))
+                with _quiet():
+                    found = self._manager.restore(step, args=ocp.args.StandardRestore(target))
                 _check_like(found, target)
             except Exception as error:  # whatever Orbax meets in a damaged file
                 failures[step] = " ".join(str(error).split()) or type(error).__name__
@@ -126,6 +166,18 @@ def _check_like(found: Any, target: Any) -> None:
     same = jax.tree.map(lambda x, y: (x.shape, x.dtype) == (y.shape, y.dtype), found, target)
     if not all(jax.tree.leaves(same)):
         raise ValueError("an array has another shape or dtype")
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the tracebacks off stderr that Orbax's threads print before the exception is raised."""
+    logger, hook = logging.getLogger("absl"), sys.excepthook
+    before = logger.disabled
+    logger.disabled, sys.excepthook = True, lambda *_: None
+    try:
+        yield
+    finally:
+        logger.disabled, sys.excepthook = before, hook
 
 
 def _abstract(x: Any) -> jax.ShapeDtypeStruct:

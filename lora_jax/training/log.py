@@ -6,14 +6,14 @@ from pathlib import Path
 from typing import Any
 
 from lora_jax.core.checks import is_integer, is_number
-from lora_jax.files.disk.atomic import write_atomically
+from lora_jax.files.disk.atomic import naming_path, write_atomically
 
 Record = Mapping[str, Any]
 
 
 def append(path: Path, record: Record) -> None:
     """Append one line, which survives even if the process is killed."""
-    with path.open("a", encoding="utf-8") as file:
+    with naming_path(path), path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(record) + "\n")
 
 

@@ -74,6 +74,8 @@ class Watcher:
     stop: Callable[[], bool] = lambda: False  # checked between steps
     step: Callable[[log.Record], None] = lambda record: None  # called with every log record
     best: Callable[[Any, log.Record], None] = lambda adapters, record: None  # lowest loss so far
+    start: Callable[[int], None] = lambda done: None  # called once, with the steps done before
+    saved: Callable[[Any, int], None] = lambda adapters, step: None  # called after a checkpoint
 
 
 @dataclass(frozen=True)
@@ -98,11 +100,14 @@ def train(job: Job, adapters: Any, watcher: Watcher = Watcher()) -> Outcome:
 
     Raises:
       TrainingError: the loss or the gradient is not finite (the state before that step is saved,
-        and resuming continues from it), or checkpoints cannot be written or read.
+        and resuming continues from it), checkpoints cannot be written or read, or more steps are
+        done than requested.
     """
     settings = job.settings
-    with RunFiles(job.directory) as files:
+    with RunFiles(job.directory, watcher.saved) as files:
         done, state = files.resume(init_state(adapters, job.tx))
+        _check_done(job, done)
+        watcher.start(done)
 
         def note(record: dict[str, Any]) -> None:
             files.note(record)
@@ -112,7 +117,11 @@ def train(job: Job, adapters: Any, watcher: Watcher = Watcher()) -> Outcome:
         step = make_step(job.loss, job.tx, settings.accumulate, settings.seed)
         evaluate(done, state)
         while done < settings.steps and not watcher.stop():
-            state, record = _take_step(job, step, done, state, files)
+            state, record = _take_step(job, step, done, state)
+            unfit = _what_is_not_finite(record)
+            if unfit:
+                files.save(done, state)  # the step left the state as it was
+                raise TrainingError(_explain_not_finite(unfit, record, files))
             note(record)
             done += 1
             if not watcher.stop():
@@ -123,8 +132,16 @@ def train(job: Job, adapters: Any, watcher: Watcher = Watcher()) -> Outcome:
     return Outcome(state.adapters, done, files.records)
 
 
+def _check_done(job: Job, done: int) -> None:
+    if done > job.settings.steps:
+        raise TrainingError(
+            f"{job.directory}: the run has done {done} steps already, more than --steps "
+            f"{job.settings.steps}; request more steps, or choose another --out"
+        )
+
+
 def _take_step(
-    job: Job, step: Callable[..., Any], done: int, state: State, files: RunFiles
+    job: Job, step: Callable[..., Any], done: int, state: State
 ) -> tuple[State, dict[str, Any]]:
     """Take one step, and return the new state and the step's record for the log."""
     began = time.perf_counter()
@@ -133,10 +150,6 @@ def _take_step(
     batch = batch_of_step(job.data, size, order, done)
     state, measured = step(state, job.base, batch)
     values = {name: float(x) for name, x in jax.device_get(measured).items()}
-    for name in ("loss", "gradient_norm"):
-        if not math.isfinite(values[name]):
-            files.save(done, state)  # the step left it as it was
-            raise TrainingError(_explain_not_finite(done + 1, name, values[name], files))
     return state, {
         "step": done + 1,
         "loss": values["loss"],
@@ -148,10 +161,14 @@ def _take_step(
     }
 
 
-def _explain_not_finite(step: int, name: str, value: float, files: RunFiles) -> str:
+def _what_is_not_finite(record: log.Record) -> str | None:
+    return next((n for n in ("loss", "gradient_norm") if not math.isfinite(record[n])), None)
+
+
+def _explain_not_finite(name: str, record: log.Record, files: RunFiles) -> str:
     advice = (
-        f"step {step}: the {name.replace('_', ' ')} is {value}; lower the learning rate (--lr), "
-        "lengthen the warm-up (--warmup) or use float32 (--dtype float32)"
+        f"step {record['step']}: the {name.replace('_', ' ')} is {record[name]}; lower the "
+        "learning rate (--lr), lengthen the warm-up (--warmup) or use float32 (--dtype float32)"
     )
     if files.checkpoints is None:
         return advice

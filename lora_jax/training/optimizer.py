@@ -55,6 +55,17 @@ class Optimizer:
         )
         return optax.join_schedules([rising, after], [warmup]) if warmup else after
 
+    def describe(self, steps: int, done: int) -> str:
+        """Return in words what the learning rate does after `done` of `steps` steps.
+
+        >>> Optimizer(1e-3, warmup=0).describe(steps=4, done=2)
+        'the learning rate is 5.0e-04 at step 3, and falls to 0 after step 4 (cosine)'
+        """
+        now = f"the learning rate is {float(self.rates(steps)(done)):.1e} at step {done + 1}"
+        if self.schedule == "cosine":
+            return f"{now}, and falls to 0 after step {steps} (cosine)"
+        return f"{now}, and stays at {self.learning_rate:.1e} after the warm-up (constant)"
+
     def transformation(self, adapters: Any, steps: int) -> optax.GradientTransformation:
         """Return the optax transformation for adapters, as `lora_jax.split` returns them.
 

@@ -1,5 +1,6 @@
-"""Progress bars, on the terminal alone."""
+"""Progress of a run: bars on a terminal, lines elsewhere."""
 
+import datetime
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
@@ -19,6 +20,88 @@ from lora_jax.training.log import Record
 
 Item = TypeVar("Item")
 
+_BAR_WIDTH = 14  # so that all columns fit into 80
+_RECENT = 20  # steps that the speed is measured over
+
+
+class Pace:
+    """How fast a run goes, by the records of its last steps without the first, which compiles.
+
+    >>> pace = Pace()
+    >>> for step, seconds in ((1, 60.0), (2, 0.5), (3, 1.5)):
+    ...     pace.add({"step": step, "loss": 1.0, "tokens": 100, "seconds": seconds})
+    >>> pace.seconds_per_step, pace.tokens_per_second
+    (1.0, 100.0)
+    """
+
+    def __init__(self) -> None:
+        self._steps: list[tuple[float, float]] = []  # seconds, tokens
+        self._has_compiled = False
+
+    def add(self, record: Record) -> None:
+        """Take the record of a step into account."""
+        if self._has_compiled:
+            self._steps = [*self._steps, (record["seconds"], record["tokens"])][-_RECENT:]
+        self._has_compiled = True
+
+    @property
+    def is_known(self) -> bool:
+        """Whether a step was measured."""
+        return bool(self._steps)
+
+    @property
+    def seconds_per_step(self) -> float:
+        """The mean over the last steps."""
+        return float(np.mean([seconds for seconds, _ in self._steps]))
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Tokens trained on per second, over the last steps."""
+        seconds, tokens = np.sum(self._steps, axis=0)
+        return float(tokens / max(seconds, 1e-9))
+
+
+def lines(say: Callable[[str], None], steps: int, every: int) -> Callable[[Record], None]:
+    """Return a function of the log's records that says one line every so many steps.
+
+    Args:
+      say: takes a line.
+      steps: number of steps in the whole run.
+      every: steps between lines; the first and the last step have one too.
+    """
+    pace = Pace()
+    first: list[int] = []
+
+    def show(record: Record) -> None:
+        if "loss" not in record:
+            return
+        pace.add(record)
+        step = record["step"]
+        first.append(step)
+        if step in (first[0], steps) or step % every == 0:
+            say(describe_step(record, pace, steps))
+
+    return show
+
+
+def describe_step(record: Record, pace: Pace, steps: int) -> str:
+    """Return a step in words: loss, learning rate, and, once they are known, speed and time left.
+
+    >>> pace, record = Pace(), {"step": 3, "loss": 2.5, "lr": 2e-4, "tokens": 1200, "seconds": 0.5}
+    >>> describe_step(record, pace, steps=243)
+    'step 3 of 243: loss 2.500, lr 2.0e-04'
+    >>> pace.add(record)
+    >>> pace.add(record)
+    >>> describe_step(record, pace, steps=243)
+    'step 3 of 243: loss 2.500, lr 2.0e-04, 2,400 tokens/s, 0:02:00 left'
+    """
+    rate = f", lr {record['lr']:.1e}" if "lr" in record else ""
+    words = f"step {record['step']} of {steps}: loss {record['loss']:.3f}{rate}"
+    if not pace.is_known:
+        return words
+    left = datetime.timedelta(seconds=round(pace.seconds_per_step * (steps - record["step"])))
+    return f"{words}, {pace.tokens_per_second:,.0f} tokens/s, {left} left"
+
 
 @contextmanager
 def bar(console: Console, steps: int, done: int = 0) -> Iterator[Callable[[Record], None]]:
@@ -31,18 +114,29 @@ def bar(console: Console, steps: int, done: int = 0) -> Iterator[Callable[[Recor
     """
     more = (TextColumn("{task.fields[loss]}"), TextColumn("{task.fields[held_out]}"))
     losses: list[float] = []
+    pace = Pace()
     with _progress(console, *more) as progress:
-        task = progress.add_task("train", total=steps, completed=done, loss="", held_out="")
+        task = progress.add_task(
+            "train", total=steps, completed=done, loss="compiling", held_out=""
+        )
 
         def show(record: Record) -> None:
             if "loss" in record:
+                pace.add(record)
                 losses.append(record["loss"])
-                shown = f"loss {np.mean(losses[-10:]):.3f}, {record['seconds']:.2f} s per step"
+                speed = f", {pace.tokens_per_second:,.0f} tok/s" if pace.is_known else ""
+                shown = f"loss {np.mean(losses[-10:]):.3f}{speed}"
                 progress.update(task, completed=record["step"], loss=shown)
             else:
-                progress.update(task, held_out=describe(record))
+                progress.update(task, held_out=_describe_briefly(record))
 
         yield show
+
+
+def _describe_briefly(record: Record) -> str:
+    if "eval_accuracy" in record:
+        return f"acc {record['eval_accuracy']:.1%}"
+    return f"ppl {record['perplexity']:.2f}"
 
 
 def track(console: Console, name: str) -> Callable[[Iterable[Item], int], Iterator[Item]]:
@@ -62,7 +156,7 @@ def track(console: Console, name: str) -> Callable[[Iterable[Item], int], Iterat
 def _progress(console: Console, *more: ProgressColumn) -> Progress:
     columns = (
         TextColumn("{task.description}"),
-        BarColumn(),
+        BarColumn(_BAR_WIDTH),
         MofNCompleteColumn(),
         TimeRemainingColumn(elapsed_when_finished=True),
     )

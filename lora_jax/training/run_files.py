@@ -1,9 +1,11 @@
 """What a run writes while it goes: its log and its checkpoints."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from lora_jax.training import log
+from lora_jax.training.step import State
 
 
 class RunFiles:
@@ -12,10 +14,16 @@ class RunFiles:
     Args:
       directory: for `log.jsonl` and `checkpoints/`, created if missing. With None nothing is
         written, and the log is in memory only.
+      saved: called with the adapters and the step after each checkpoint.
     """
 
-    def __init__(self, directory: Path | None) -> None:
+    def __init__(
+        self,
+        directory: Path | None,
+        saved: Callable[[Any, int], None] = lambda adapters, step: None,
+    ) -> None:
         self.records: list[dict[str, Any]] = []
+        self._report_saved, self._last_saved = saved, -1
         self.checkpoints = None
         if directory is not None:
             # Orbax takes a second to import.
@@ -36,10 +44,14 @@ class RunFiles:
         """Return the step and the state of the last checkpoint, or 0 and `start` without one.
 
         The log is rewound to that step.
+
+        Raises:
+          TrainingError: no checkpoint can be read, or none can be written.
         """
         if self.checkpoints is None:
             return 0, start
         done, state = self.checkpoints.restore(start) or (0, start)
+        self.checkpoints.reserve(state)
         self.records = log.rewind(self._log, done)
         return done, state
 
@@ -49,7 +61,9 @@ class RunFiles:
             log.append(self._log, record)
         self.records.append(record)
 
-    def save(self, step: int, state: Any) -> None:
+    def save(self, step: int, state: State) -> None:
         """Write a checkpoint, unless there is one of that step."""
-        if self.checkpoints is not None:
+        if self.checkpoints is not None and step != self._last_saved:
             self.checkpoints.save(step, state)
+            self._last_saved = step
+            self._report_saved(state.adapters, step)

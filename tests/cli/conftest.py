@@ -7,6 +7,7 @@ import pytest
 pytest.importorskip("typer")
 
 from lora_jax.cli import main
+from tests.cli.train_command import TEXT
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,3 +41,11 @@ def fails(run):
         return done.err
 
     return call
+
+
+@pytest.fixture(scope="session")
+def play(tmp_path_factory):
+    """Return a text file to train on."""
+    path = tmp_path_factory.mktemp("data") / "play.txt"
+    path.write_text(TEXT)
+    return path

@@ -15,7 +15,7 @@ import pytest
 import typer
 
 import lora_jax
-from lora_jax.cli import app, boundary, main
+from lora_jax.cli import app, boundary, exit_status, main
 from lora_jax.models.assets import AssetError
 from tests.cli import files
 
@@ -130,7 +130,7 @@ def test_help_holds_whole_examples_in_any_terminal(command, columns, run, monkey
 
 def test_help_says_the_exit_codes(run):
     out = run("--help").out
-    for status in (boundary.OK, boundary.FAILED, boundary.USAGE, boundary.INTERRUPTED):
+    for status in (boundary.OK, boundary.FAILED, exit_status.USAGE, boundary.INTERRUPTED):
         assert f"  {status} " in out
     assert f"  {boundary.PIPE_CLOSED} " in out and boundary.DEBUG in out
 

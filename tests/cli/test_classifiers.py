@@ -120,6 +120,8 @@ KINDS = [("bert",), ("llama",), ("llama", "--scan"), ("bert", "--pooling", "mean
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: "".join(kind))
 def test_what_training_measured_is_what_eval_measures(kind, trained, run):
     folder = trained(*kind)
+    layouts = lora.read_metadata(folder / "run/adapter.safetensors")["layouts"]
+    assert not any(path.startswith("encoder/head") for path in layouts)
     last = json.loads((folder / "run/log.jsonl").read_text().splitlines()[-1])
     done = run(*words("eval", folder, "--data", folder / "data.jsonl", "--length", 32, "--json"))
     assert (done.status, done.err) == (0, ""), done
@@ -157,6 +159,27 @@ def test_predictions_of_the_adapter_and_of_the_merged_model(kind, trained, run, 
     label, probability = plain.split()[:2]
     assert label == rows[0]["label"] and plain.endswith(f"\t{texts[0]}\n")
     assert float(probability) == pytest.approx(rows[0]["probabilities"][label], abs=1e-4)
+
+
+@pytest.mark.parametrize("kind", [KINDS[0], KINDS[2]], ids=lambda kind: "".join(kind))
+def test_converted_for_peft_it_predicts_the_same(kind, trained, run, tmp_path):
+    """PEFT's file has the head in full, under transformers' name."""
+    folder, out = trained(*kind), tmp_path / "peft"
+    words = ["convert", folder / "run/adapter.safetensors", "--to", "peft", "--out", out]
+    done = run(*words, "--model", folder / "model")
+    assert (done.status, done.err) == (0, ""), done
+    config = json.loads((out / "adapter_config.json").read_text())
+    assert config["task_type"] == "SEQ_CLS"
+    names = {"bert": {"classifier.weight", "classifier.bias"}, "llama": {"score.weight"}}[kind[0]]
+    tensors, _ = safetensors_file.read(out / "adapter_model.safetensors")
+    whole = {name.removeprefix("base_model.model.") for name in tensors if "lora_" not in name}
+    assert whole == names and config["modules_to_save"] == [sorted(names)[0].partition(".")[0]]
+    own = run("predict", "-m", folder / "model", "--adapter", folder / "run/adapter.safetensors",
+              "a 1", "b 2", "--json").out  # fmt: skip
+    found = run("predict", "-m", folder / "model", "--adapter", out, "a 1", "b 2", "--json").out
+    for one, other in zip(own.splitlines(), found.splitlines(), strict=True):
+        values = [[*json.loads(line)["probabilities"].values()] for line in (one, other)]
+        assert values[0] == pytest.approx(values[1], abs=1e-5)
 
 
 def test_a_classifiers_base_in_bfloat16_keeps_its_dtype(trained, run, tmp_path):
@@ -218,8 +241,11 @@ def test_integers_are_labels_or_numbers_of_classes(trained, run, tmp_path):
     assert one == other and "accuracy" in one
 
 
-def test_a_file_from_before_pooling_was_recorded(tmp_path, run):
-    """`train` once wrote a head on the mean, with a bias, and no name of the pooling."""
+def test_an_older_file(tmp_path, run):
+    """`train` once wrote a head on the mean, with a bias, without a name of the pooling.
+
+    "head" also named a decoder's own head, which was trained although nothing uses it.
+    """
     files.model(tmp_path / "model")
     base = models.load(tmp_path / "model")
     hidden = lambda *inputs: base.apply(*inputs, method="hidden")
@@ -227,6 +253,7 @@ def test_a_file_from_before_pooling_was_recorded(tmp_path, run):
     config = lora.LoraConfig(rank=2, targets=["query"], train=["head"])
     params = lora.init(jax.random.key(0), params, config)
     lora.save(tmp_path / "a.safetensors", params, {"labels": ["no", "yes"], "model": "x"})
+    assert "encoder/head/kernel" in lora.read_metadata(tmp_path / "a.safetensors")["layouts"]
     done = run("predict", "-m", tmp_path / "model", "--adapter", tmp_path / "a.safetensors", "hey",
                "--json")  # fmt: skip
     assert done.status == 0, done

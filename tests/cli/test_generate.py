@@ -198,3 +198,12 @@ def test_the_tokenizer_beside_the_adapter(world, run):
     assert run(*plain, "Hello").out == expected
     (world / "my-model" / "tokenizer.json").unlink()
     assert run(*plain, "Hello").out == expected
+
+
+def test_control_characters_of_a_model_do_not_steer_the_terminal(run, world, monkeypatch):
+    """A pipe gets the text as it is, a screen what it can show."""
+    monkeypatch.setattr(Tokenizer, "stream", lambda *_: iter(["a\x1b[2J", "\x07b\tc"]))
+    words = ("generate", "--model", "my-model", "--prompt", "Hello", "--max-tokens", "2")
+    assert run(*words).out == "a\x1b[2J\x07b\tc\n"
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
+    assert run(*words).out == "a\\x1b[2J\\x07b\tc\n"

@@ -1,12 +1,15 @@
 """`inspect` against the dense update and numpy's SVD of it."""
 
 import json
+import re
+import shutil
 
 import numpy as np
 import pytest
 
 from lora_jax.cli.jobs.spectrum import spectrum
 from lora_jax.files.contained_factors import read_factors
+from lora_jax.files.disk import safetensors_file
 from tests.cli import files
 
 KINDS = {
@@ -74,13 +77,28 @@ def test_names_of_stacked_layers(tmp_path):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("columns", [40, 60, 80, 200])
+@pytest.mark.parametrize("columns", [40, 60, 80, 100, 120, 200])
 def test_the_table_fits_the_terminal(kind, columns, run, tmp_path, monkeypatch):
     monkeypatch.setenv("COLUMNS", str(columns))
     done = run("inspect", KINDS[kind](tmp_path))
     assert done.status == 0 and max(map(len, done.out.splitlines())) <= columns
     joined = "".join(done.out.split())
-    assert "320infloat32" in joined and ("stablerank" in joined) == (columns == 200)
+    assert "320infloat32" in joined
+    (line,) = (x for x in done.out.splitlines() if re.search(r"^ .*q_proj\S* ", x))
+    numbers = len(line.split()) - 2  # besides the module and its count
+    assert numbers >= {40: 3, 60: 4, 80: 7, 100: 9, 120: 10, 200: 10}[columns]
+    assert ("alsoshows" in joined) == (numbers < 10)
+
+
+def test_a_narrow_table_says_what_it_leaves_out(run, tmp_path, monkeypatch):
+    """What all names begin with stands above the table; the numbers are those of the wide one."""
+    adapter = files.peft(tmp_path / "adapter")
+    monkeypatch.setenv("COLUMNS", "80")
+    narrow = run("inspect", adapter).out
+    assert re.search(r"modules +in model\.layers\.\*\.self_attn\.\s*\n", narrow)
+    assert "A wider terminal also shows σ₁; --json shows all." in narrow
+    norms = [np.linalg.norm(2.0 * a @ b) for a, b in files.factors().values()][::2]
+    assert f" {min(norms):.2g}–{max(norms):.2g} " in narrow
 
 
 def test_one_line_for_each_module(run, tmp_path):
@@ -115,8 +133,29 @@ def test_experts_have_a_line_each(tmp_path):
     file = read_factors(files.peft(tmp_path / "adapter", config=config, extra=extra))
     found = {one.module: one for one in file.factors}
     for e in range(3):
-        one = found[f"model.layers.0.experts[{e}]"]
+        one = found[f"model.layers.0.experts.up[{e}]"]
         np.testing.assert_array_equal(one.a @ one.b, (b[:, e::3] @ a[4 * e : 4 * e + 4]).T)
+
+
+@pytest.mark.parametrize("case", ["both", "one layer", "transposed", "first axis in", "patterns"])
+def test_parameters_of_experts_have_their_names(case, tmp_path, run):
+    """PEFT wraps a module once a parameter; in the recorded model they differ in their sizes."""
+    recorded = np.load("tests/parity/peft/experts.npz")
+    for file in ("adapter_config.json", "adapter_model.safetensors"):
+        (tmp_path / file).write_bytes(recorded[f"{case}/{file}"].tobytes())
+    sizes = {"up_proj": (4, 5), "down_proj": (5, 4), "gate_up": (4, 10), "down": (5, 4)}
+    sizes |= {"up": (5, 4), "q": (4, 4)}  # PEFT takes the last axis for the inputs
+    file = read_factors(tmp_path)
+    for one in file.factors:
+        leaf = re.sub(r"\[\d\]", "", one.module).rpartition(".")[2]
+        assert (one.a.shape[0], one.b.shape[1]) == sizes[leaf], one.module
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    parameters = {name.rpartition(".")[2] for name in config["target_parameters"]}
+    assert set(file.targets) == parameters | set(config["target_modules"])
+    ranks = {one.module: one.a.shape[1] for one in file.factors}
+    if case == "patterns":
+        assert ranks["layers.0.experts.up_proj[2]"] == 3 and ranks["layers.1.q"] == 1
+    assert "experts.*.up" not in run("inspect", tmp_path).out
 
 
 def test_magnitudes_are_said(tmp_path, run):
@@ -177,6 +216,29 @@ def test_a_truncated_file_and_one_without_its_other_half(tmp_path, fails):
     assert "x: has lora_A.weight but not lora_B.weight" in fails("inspect", half)
 
 
+def test_the_directory_of_a_run(tmp_path, run, fails):
+    """It stands for its last adapter, here and wherever an adapter is read."""
+    files.peft(tmp_path / "run" / "adapter", seed=1)
+    files.peft(tmp_path / "run" / "best", seed=2)
+    (tmp_path / "run" / "log.jsonl").write_text("{}\n")
+    own, inside = run("inspect", tmp_path / "run"), run("inspect", tmp_path / "run" / "adapter")
+    best = f"{tmp_path / 'run' / 'best'} has the lowest held-out loss of this run.\n"
+    assert own.out == inside.out + best and best not in inside.out
+    record = json.loads(run("inspect", tmp_path / "run", "--json").out)
+    assert record["path"] == str(tmp_path / "run" / "adapter")
+    words = ["convert", tmp_path / "run", "--to", "mlx", "--out", tmp_path / "mlx"]
+    assert run(*words).status == 0
+    a, _ = files.factors(1)[files.MODULES[0]]
+    one = next(x for x in read_factors(tmp_path / "mlx").factors if x.module == files.MODULES[0])
+    np.testing.assert_array_equal(one.a, a)
+    shutil.rmtree(tmp_path / "run" / "adapter")
+    assert str(tmp_path / "run" / "best") in run("inspect", tmp_path / "run", "--json").out
+    (tmp_path / "run" / "best").rename(tmp_path / "run" / "checkpoint-9")
+    assert "; checkpoint-9 is an adapter" in fails("inspect", tmp_path / "run")
+    files.native(tmp_path / "run" / "adapter.safetensors")  # of a classifier
+    assert "lora_jax adapter" in run("inspect", tmp_path / "run").out
+
+
 def test_a_model_is_no_adapter(tmp_path, fails):
     (_made(tmp_path / "model") / "config.json").write_text("{}")
     assert "a model checkpoint, not an adapter" in fails("inspect", tmp_path / "model")
@@ -187,3 +249,38 @@ def test_a_model_is_no_adapter(tmp_path, fails):
 def _made(directory):
     directory.mkdir()
     return directory
+
+
+HOSTILE = "a\x1b[2J\x07\u202eb"
+
+
+def test_what_a_file_says_does_not_steer_the_terminal(run, tmp_path):
+    files.peft(tmp_path / "a", config={"base_model_name_or_path": HOSTILE})
+    done = run("inspect", tmp_path / "a")
+    assert done.status == 0 and done.out.replace("\n", "").isprintable()
+    assert "a\\x1b[2J\\x07\\u202eb" in done.out
+    files.peft(tmp_path / "b", config={"r": HOSTILE})
+    done = run("inspect", tmp_path / "b")
+    assert done.status == 1 and done.err[:-1].isprintable() and "\\u202e" in done.err
+
+
+@pytest.mark.parametrize("shape", [(), (0,), (0, 12), (4, 0), (12,), (4, 12, 0)])
+@pytest.mark.parametrize("kind", ["peft", "mlx"])
+def test_a_factor_that_is_no_matrix_or_empty(kind, shape, run, tmp_path):
+    path = KINDS[kind](tmp_path)
+    file = next(path.glob("*.safetensors"))
+    tensors, metadata = safetensors_file.read(file)
+    name = next(iter(tensors))
+    safetensors_file.write(file, tensors | {name: np.ones(shape, np.float32)}, metadata)
+    done = run("inspect", path)
+    assert done.status == 1 and "q_proj" in done.err and str(shape) in done.err
+
+
+def test_values_of_any_size_are_shown_without_a_warning(run, tmp_path):
+    path = files.peft(tmp_path / "a")
+    tensors, metadata = safetensors_file.read(path / "adapter_model.safetensors")
+    large = {name: np.full(x.shape, 1e300) for name, x in tensors.items()}
+    safetensors_file.write(path / "adapter_model.safetensors", large, metadata)
+    done = run("inspect", path, "--json")
+    assert (done.status, done.err) == (0, "")
+    assert json.loads(done.out)["modules"][0]["norm_a"] is None

@@ -23,24 +23,9 @@ from lora_jax.cli.jobs.train_model import open_model
 from lora_jax.models.text.byte_tokenizer import byte_tokenizer
 from lora_jax.training import log
 from lora_jax.training.batching import cut_stream
-from lora_jax.training.dataset import KEYS
 from lora_jax.training.loop import measure
 from lora_jax.training.loss import language_sums
-
-TEXT = "To be, or not to be, that is the question.\n" * 40
-SMALL = ("--length", 32, "--batch", 2, "--rank", 2, "--lr", "3e-2", "--targets", "q_proj,v_proj")
-
-
-@pytest.fixture(scope="module")
-def play(tmp_path_factory):
-    path = tmp_path_factory.mktemp("data") / "play.txt"
-    path.write_text(TEXT)
-    return path
-
-
-def words(data, out, *more):
-    given = ["train", "--model", "tiny", "--data", data, "--out", out, *SMALL, *more]
-    return [str(word) for word in given]
+from tests.cli.train_command import TEXT, jsonl, words
 
 
 @pytest.fixture(scope="module")
@@ -143,23 +128,6 @@ def test_rows_in_the_files_order(task, tmp_path, job_of):
     assert letters == sorted(letters) and len(set(letters)) == 14
 
 
-def jsonl(path, kind, count=6):
-    made = {
-        "text": lambda i: {"text": f"line {i}"},
-        "completion": lambda i: {"prompt": f"{i} + 1 =", "completion": f" {i + 1}"},
-        "chat": lambda i: {
-            "messages": [
-                {"role": "user", "content": f"Say {i}"},
-                {"role": "assistant", "content": str(i)},
-            ]
-        },
-        "label": lambda i: {"text": f"good {i}" if i % 2 else f"bad {i}", "label": i % 2},
-    }
-    assert made.keys() == KEYS.keys()
-    path.write_text("".join(json.dumps(made[kind](i)) + "\n" for i in range(count)))
-    return path
-
-
 def test_a_classifier(tmp_path, run, quick_compile):
     data = jsonl(tmp_path / "d.jsonl", "label", count=40)
     command = words(data, tmp_path / "out", "--task", "classification", "--eval-split", 0.2)
@@ -178,7 +146,6 @@ ERRORS = {
     "no rows": (["--length", 4096], "--length 4096: must be from 2 to 1024"),
     "no encoding": (["--encoding", "x"], "unknown encoding 'x'"),
     "a share": (["--eval-split", 0.0001], "--eval-split 0.0001 leaves a part without a token"),
-    "rate": (["--lr", -1], "learning_rate must be positive, got -1"),
     "labels": (["--task", "classification"], "has stream rows, but a classifier needs"),
     "rank": (["--rank", 100], "rank 100 is above what the weight"),
     "missing": (["--eval", "none.txt"], "cannot read none.txt: No such file"),
@@ -262,7 +229,9 @@ def test_ctrl_c_says_how_to_go_on(play, tmp_path):
     step = log.read(out / "log.jsonl")[-1]["step"]
     assert 3 <= step < 400
     head, _, again = said.partition("to resume: lora-jax ")
-    assert head == f"error: interrupted: step {step} of 400 is saved; "
+    saved = f"step {step} of 400 is saved, with its adapter in {out / 'adapter'}; "
+    assert head == f"error: interrupted: {saved}"
+    assert (out / "adapter" / "adapter_model.safetensors").exists()
     assert again.endswith("--resume")
     whole = [str(tmp_path / "whole") if word == str(out) else word for word in command]
     assert main(again.split()) == 0 and main(whole) == 0

@@ -6,7 +6,7 @@ import unicodedata
 import pytest
 
 from lora_jax import AdapterFileError, ConfigError, LoraError
-from lora_jax.core.foreign import MOST_OF_MESSAGE, escaped, shown, shown_value
+from lora_jax.core.foreign import MOST_OF_MESSAGE, escaped, for_terminal, shown, shown_value
 
 CONTROLS = [*range(0x20), *range(0x7F, 0xA0)]
 BIDI = [0x061C, 0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066, 0x206A)]
@@ -76,3 +76,10 @@ class Hostile:
 def test_the_repr_of_any_value_is_short(make):
     text = shown_value(make())
     assert text.isprintable() and len(text) < 700
+
+
+def test_what_a_model_writes_keeps_its_letters_and_marks():
+    text = "שלום\u200f 👩\u200d💻\u00a0\tx\r\n"
+    assert for_terminal(text) == text.replace("\r", "\\r")
+    controls = "".join(mark for mark in STEERING if unicodedata.category(mark) in ("Cc", "Cs"))
+    assert for_terminal(controls).replace("\n", "").replace("\t", "").isprintable()

@@ -13,7 +13,7 @@ from safetensors.numpy import load_file, save_file
 import lora_jax
 from lora_jax import AdapterFileError, LoraConfig, StructureError
 from lora_jax.files.disk import safetensors_file
-from lora_jax.files.disk.fingerprint import fingerprint
+from lora_jax.files.disk.fingerprint import fingerprint, parse_entry
 from tests.programs import normal, randomize
 
 KEY = jax.random.key(0)
@@ -356,3 +356,16 @@ def test_fingerprint_sees_values_order_dtype_and_shape():
     ]
     assert len(set(prints)) == len(prints)
     assert fingerprint({"x": x})["x"] == prints[0] == fingerprint({"x": np.asarray(x)})["x"]
+
+
+@pytest.mark.parametrize(
+    "entry",
+    ["foo[4,3]", "V8[4,3]", "O[4,3]", "int99[4,3]", "str[1]", "float32[" + "9" * 5000 + "]"],
+)
+def test_a_base_of_no_dtype_or_of_absurd_sizes(entry):
+    assert parse_entry(entry + ":1a2b3c4d5e6f7a8b") is None
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float8_e4m3fn", "int8", "bool", "uint4"])
+def test_a_base_of_any_dtype_of_jax(dtype):
+    assert parse_entry(f"{dtype}[4,3]") == jax.ShapeDtypeStruct((4, 3), dtype)

@@ -261,3 +261,22 @@ def test_float8_beside_float32(sharded):
     for dtype in (None, "float32"):
         with pytest.raises(ModelFileError, match=r"tensors are float8_e4m3fn.*All must be float32"):
             models.load(sharded, dtype)
+
+
+@pytest.mark.parametrize(
+    ("stored", "value", "dtype"),
+    [("float64", 1e300, None), ("bfloat16", 1e30, "float16"), ("float32", 1e5, "float16")],
+)
+def test_values_that_overflow_the_dtype(sharded, stored, value, dtype):
+    file = sharded / "model-00003-of-00003.safetensors"
+    found, metadata = safetensors_file.read(file)
+    name = next(name for name in found if name.endswith("up_proj.weight"))
+    found[name] = found[name].astype(jnp.dtype(stored))
+    found[name][0, 0] = value
+    safetensors_file.write(file, found, metadata)
+    with pytest.raises(ModelFileError, match=rf"{name}: has values that overflow float"):
+        models.load(sharded, dtype)
+    if dtype is not None:
+        assert np.isfinite(
+            np.asarray(models.load(sharded, "float32").params["norm"]["scale"])
+        ).all()

@@ -14,7 +14,7 @@ EXAMPLES = (
 
 def command(
     adapter: Annotated[
-        Path, typer.Argument(help="Directory of PEFT or mlx-lm, or file of lora_jax.")
+        Path, typer.Argument(help="Directory of PEFT, mlx-lm or a run, or file of lora_jax.")
     ],
     every: Annotated[
         bool, typer.Option("--all", help="One line per module instead of one per kind of module.")

@@ -9,8 +9,8 @@ from lora_jax.cli.train_options import TrainOptions
 
 EXAMPLES = (
     "lora-jax train --model smollm2 --data play.txt --targets q_proj,v_proj --out run",
-    "lora-jax train --model Llama-3.2-1B --data chats.jsonl --eval-split 0.1 --epochs 3 --out run",
-    "lora-jax train --model MiniLM --task classification --data reviews.jsonl --out run",
+    "lora-jax train --model ./llama-1b --data chats.jsonl --eval-split 0.1 --epochs 3 --out run",
+    "lora-jax train --model ./MiniLM --task classification --data reviews.jsonl --out run",
     "lora-jax train --model tiny --data notes.txt --steps 20 --out run --resume",
 )
 
@@ -28,11 +28,45 @@ def command(context: typer.Context, options: TrainOptions) -> None:
     contains adapter/ in PEFT's format (adapter.safetensors for a classifier), best/ for the lowest
     evaluation loss, log.jsonl, loss.png, and checkpoints/ for --resume.
     """
-    if options.held_out and options.eval_split:
-        raise typer.BadParameter("give either --eval or --eval-split, not both")
+    _check(context, options)
     from lora_jax.cli.jobs import train
 
     train.main(options, _resume_command(context))
+
+
+#: Options that must be above 0, or at least 0; infinite values are refused too.
+_POSITIVE = ("lr", "lora_plus", "alpha")
+_NOT_NEGATIVE = ("warmup", "clip", "weight_decay")
+
+#: Options of new adapters, which an adapter to start from decides.
+_OF_NEW_ADAPTERS = (
+    *("rank", "alpha", "targets", "exclude", "layers", "train", "bias"),
+    *("init", "dora", "rslora"),
+)
+
+
+def _check(context: typer.Context, options: TrainOptions) -> None:
+    """Raise `BadParameter` for values without meaning, and for options that exclude each other."""
+    if options.held_out and options.eval_split:
+        raise typer.BadParameter("give either --eval or --eval-split, not both")
+    if options.steps is not None and options.epochs is not None:
+        raise typer.BadParameter("give either --steps or --epochs, not both")
+    for name in (*_POSITIVE, *_NOT_NEGATIVE):
+        value = getattr(options, name)
+        is_wrong = value is not None and not (0 <= value < float("inf"))
+        if is_wrong or (value == 0 and name in _POSITIVE):
+            what = "above 0" if name in _POSITIVE else "at least 0"
+            what = "finite" if value == float("inf") else what
+            raise typer.BadParameter(f"must be {what}", param_hint=f"--{name.replace('_', '-')}")
+    given = [n for n in _OF_NEW_ADAPTERS if options.adapter is not None and _is_given(context, n)]
+    if given:
+        named = ", ".join(f"--{name}" for name in given)
+        raise typer.BadParameter(f"--adapter decides what trains, and how; leave out {named}")
+
+
+def _is_given(context: typer.Context, name: str) -> bool:
+    parameter = next(p for p in context.command.params if p.name == name)
+    return context.params[name] != parameter.get_default(context)
 
 
 def _resume_command(context: typer.Context) -> str:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lora_jax.cli import terminal
 from lora_jax.cli.errors import PromptError
 from lora_jax.cli.jobs.speaker import Speaker, open_speaker
 from lora_jax.core.errors import ChatTemplateError
@@ -112,8 +113,7 @@ def _reply(conversation: Conversation, text: str, seed: int) -> None:
     try:
         with contextlib.closing(conversation.answer(text, seed)) as pieces:
             for piece in pieces:
-                sys.stdout.write(piece)
-                sys.stdout.flush()
+                terminal.write(piece)
     except KeyboardInterrupt:
         if not sys.stdin.isatty():
             raise
@@ -121,8 +121,7 @@ def _reply(conversation: Conversation, text: str, seed: int) -> None:
         if not sys.stdin.isatty():
             raise
         print(f"error: {error}", file=sys.stderr)
-    sys.stdout.write("\n")
-    sys.stdout.flush()
+    terminal.write("\n")
 
 
 def _lines() -> Iterator[str]:

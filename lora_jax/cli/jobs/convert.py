@@ -7,8 +7,8 @@ from typing import Any
 import lora_jax as lora
 from lora_jax.cli.errors import ConversionError
 from lora_jax.cli.options import refuse_existing
-from lora_jax.core.errors import ConfigError, LoraError, StructureError
-from lora_jax.core.foreign import shown
+from lora_jax.core.errors import AdapterFileError, ConfigError, LoraError, StructureError
+from lora_jax.core.foreign import escaped, shown
 from lora_jax.files import implied_tree, kinds, mlx, native, peft
 from lora_jax.files.disk import strict_json
 from lora_jax.files.implied_tree import NamedAdapters
@@ -60,10 +60,10 @@ def run(source: Source, to: str, out: Path, *, force: bool) -> None:
     adapters = _read(found, to, source, changed)
     try:
         _write(adapters, to, out)
-    except (ConfigError, StructureError) as error:
+    except (AdapterFileError, ConfigError, StructureError) as error:
         raise ConversionError(f"{found.path}: cannot be converted: {error}") from error
     kind = "folded PEFT adapter" if to == "folded" else kinds.DESCRIPTIONS[_KIND_OF[to]]
-    print(f"wrote {out}: {kind}")
+    print(f"wrote {escaped(str(out))}: {kind}")
 
 
 def _changed_base(found: kinds.Found, source: Source) -> str | None:
@@ -108,12 +108,17 @@ def _read(found: kinds.Found, to: str, source: Source, changed: str | None) -> N
     if source.naming is not None:
         return implied_tree.from_native(found.path, read_naming(source.naming))
     if source.model is not None:
-        from lora_jax.cli import sources
+        from lora_jax.cli import classifiers, sources
 
         base = sources.find_model(source.model)
         if found.kind == kinds.NATIVE:
-            read = implied_tree.from_native(found.path, sources.naming_of(base))
-            return dataclasses.replace(read, base_name=read.base_name or source.model)
+            head = None if to == "mlx" else classifiers.naming_for_peft(base, found)
+            read = implied_tree.from_native(found.path, head or sources.naming_of(base))
+            config = read.config
+            if head is not None:
+                config = dataclasses.replace(config or peft.PeftConfig(), task_type="SEQ_CLS")
+            name = read.base_name or source.model
+            return dataclasses.replace(read, base_name=name, config=config)
         if to == "native" or changed:
             loaded = sources.load(base, found.path, **options, residual=source.residual)
             name = implied_tree.base_name(found) or source.model

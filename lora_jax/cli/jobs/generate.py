@@ -1,10 +1,10 @@
 """What `lora-jax generate` does: encode a prompt, and print new tokens as they are generated."""
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from lora_jax.cli import terminal
 from lora_jax.cli.jobs.speaker import open_speaker
 from lora_jax.models.text.tokenizer import Tokenizer
 
@@ -33,9 +33,8 @@ def run(
 
     speaker = open_speaker(model, adapter, encode=encode, sampling=sampling, **loading)
     for piece in speaker.speak(ids, seed):
-        sys.stdout.write(piece)
-        sys.stdout.flush()
-    sys.stdout.write("\n")
+        terminal.write(piece)
+    terminal.write("\n")
 
 
 def _encode(tokenizer: Tokenizer, prompt: str, chat: bool, system: str | None) -> Sequence[int]:

@@ -6,6 +6,8 @@ from typing import Any
 
 from lora_jax.cli.jobs import inspect_table
 from lora_jax.cli.jobs.spectrum import Spectrum, spectrum
+from lora_jax.core.foreign import shown
+from lora_jax.files import kinds
 from lora_jax.files.contained_factors import AdapterFile, read_factors
 from lora_jax.files.kinds import DESCRIPTIONS
 
@@ -22,6 +24,9 @@ def run(adapter: Path, *, every: bool, as_json: bool) -> None:
         print(json.dumps(_record(file, spectra), indent=2, allow_nan=False))
     else:
         inspect_table.show(file, spectra, every=every)
+        best = kinds.of_run(adapter).get("best", file.path)
+        if best != file.path:
+            print(f"{shown(best)} has the lowest held-out loss of this run.")
 
 
 def _record(file: AdapterFile, spectra: list[Spectrum]) -> dict[str, Any]:

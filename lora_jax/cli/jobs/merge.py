@@ -15,6 +15,7 @@ from lora_jax import models
 from lora_jax.cli import classifiers, sources
 from lora_jax.cli.errors import OutputError
 from lora_jax.cli.options import refuse_existing
+from lora_jax.core.foreign import escaped, shown
 from lora_jax.core.paths import flatten_with_paths
 from lora_jax.files import kinds
 from lora_jax.files.disk.atomic import write_directory
@@ -53,7 +54,8 @@ def run(
             stored = published_classifier.renamed(merged.kind, stored)
     write_directory(out, beside | models.files(merged, stored))
     name = _dtypes(merged.params, errors)
-    print(f"wrote {out}: {len(errors)} merged weights in {name}, {len(beside)} other files")
+    place = escaped(str(out))
+    print(f"wrote {place}: {len(errors)} merged weights in {name}, {len(beside)} other files")
     _report(errors, name)
 
 
@@ -117,7 +119,7 @@ def _report(errors: Mapping[str, float], dtype: str) -> None:
     median = statistics.median(errors.values())
     print(
         f"relative rounding error of the updates in {dtype}: median {median:.2g}, maximum "
-        f"{errors[worst]:.2g} ({worst})"
+        f"{errors[worst]:.2g} ({shown(worst)})"
     )
     if errors[worst] > NOTABLE:
         print(

@@ -1,23 +1,27 @@
 """What `lora-jax train` does: a model and files in, a trained adapter out."""
 
 import dataclasses
+import datetime
 from collections.abc import Callable
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 from rich.console import Console
 
 import lora_jax as lora
+from lora_jax.cli import sources
 from lora_jax.cli.jobs import train_results
 from lora_jax.cli.jobs.train_data import Task, read_task
-from lora_jax.cli.jobs.train_model import open_model
-from lora_jax.cli.targets import resolve
+from lora_jax.cli.jobs.train_model import TrainableModel, open_model
+from lora_jax.cli.jobs.train_start import Start, make_start
+from lora_jax.cli.jobs.train_watch import Watch
+from lora_jax.cli.plurals import count
 from lora_jax.cli.train_options import CLASSIFICATION, MEAN, TrainOptions
-from lora_jax.training import log, loss_curve, progress, run_record
+from lora_jax.cli.words import in_options
+from lora_jax.core.foreign import escaped
+from lora_jax.files import kinds
+from lora_jax.training import loss_curve, run_record
 from lora_jax.training.errors import TrainingError
-from lora_jax.training.interrupt import interruptible
-from lora_jax.training.loop import Job, Outcome, Settings, Watcher, steps_of_epochs, train
+from lora_jax.training.loop import Job, Settings, steps_of_epochs, train
 from lora_jax.training.optimizer import Optimizer
 
 
@@ -32,56 +36,49 @@ def main(options: TrainOptions, command: str) -> None:
       KeyboardInterrupt: after Ctrl-C or SIGTERM, once all is saved; it says how to resume.
     """
     console = Console(stderr=True, highlight=False)
-    say = lambda text: console.print(text, markup=False, soft_wrap=True)
+    say = lambda text: console.print(escaped(text), markup=False, soft_wrap=True)
+    resumed = run_record.check_directory(options.out, options.resume)
+    if options.resume and not resumed:
+        say(f"nothing to resume in {options.out}: starting from the beginning")
     optimizer = _optimizer(options)
     now = run_record.started(options.out, options.resume)
-    model = open_model(options.model, options.dtype, options.scan, now)
-    length = options.length or min(512, model.longest)
-    if not 2 <= length <= model.longest:
-        raise TrainingError(f"--length {length}: must be from 2 to {model.longest} for this model")
-    options = dataclasses.replace(options, length=length)
+    announce = say if console.is_terminal else lambda text: None
+    options, model = _open(options, now, announce)
+    announce(f"reading {', '.join(map(str, [*options.data, *(options.held_out or ())]))}")
     task = read_task(options, model)
     for note in task.notes:
         say(f"note: {note}")
-    targets = [
-        task.prefix + path for path in resolve(options.target_names, model.params, model.naming)
-    ]
-    config = _config(options, targets, task.whole)
-    ids = jax.ShapeDtypeStruct((1, length), jnp.int32)
-    start = lora.init(jax.random.key(options.seed), task.params, config, task.apply, ids, ids)
-    job, adapters = _job(options, optimizer, task, targets, start)
-    steps = job.settings.steps
+    with in_options(options):
+        start = make_start(options, model, task)
+    base, adapters = lora.split(start.params)
+    steps = _steps(options, task, resumed)
     this = run_record.identity(
-        _settings_to_record(options, config, steps), task.params, task.data, task.held_out, now
+        _settings_to_record(options, start, adapters, steps),
+        task.params,
+        task.data,
+        task.held_out,
+        now,
     )
-    if not run_record.begin(options.out, this, options.resume) and options.resume:
-        say(f"nothing to resume in {options.out}: starting from the beginning")
-    counts = lora.count_params(start)
+    results = train_results.Results(options, task, model.naming, start.config, start.params)
+    results.check(adapters)
+    run_record.begin(options.out, this, resumed, free=("steps",))
+    counts = lora.count_params(start.params)
     say(
-        f"{len(task.data):,} rows of {length} tokens, {steps:,} steps of "
-        f"{options.size} rows; {counts.trainable:,} trainable parameters, "
+        f"{count(len(task.data), 'row')} of {options.length} tokens, "
+        f"{count(steps, 'step')} of {count(options.size, 'row')}"
+    )
+    say(
+        f"{count(counts.trainable, 'trainable parameter')}, "
         f"{counts.trainable / counts.total:.2%} of all"
     )
-    results = train_results.Results(options, task, model.naming, config, start)
-    outcome = _train_watched(job, adapters, results, console, say)
-    loss_curve.draw(outcome.records, options.out / "loss.png")
+    job = _job(options, optimizer, task, start, base, adapters, steps)
+    with Watch(results, steps, optimizer, this, command, console) as watch:
+        outcome = train(job, adapters, watch.watcher)
+    title = f"{options.model}: rank {start.config.rank}, learning rate {options.lr:g}"
+    loss_curve.draw(outcome.records, options.out / "loss.png", title)
     if outcome.step < steps:
-        raise KeyboardInterrupt(f"step {outcome.step} of {steps} is saved; to resume: {command}")
-    path = results.write("adapter", outcome.adapters, {"step": outcome.step})
-    train_results.show(outcome.records, [path, options.out / "log.jsonl", options.out / "loss.png"])
-
-
-def _config(options: TrainOptions, targets: list[str], whole: tuple[str, ...]) -> lora.LoraConfig:
-    return lora.LoraConfig(
-        targets=targets,
-        train=whole,
-        rank=options.rank,
-        alpha=options.alpha,
-        init=options.init,
-        dora=options.dora,
-        scaling="rslora" if options.rslora else "standard",
-        dropout=options.dropout,
-    )
+        raise KeyboardInterrupt(watch.describe_interruption(outcome.step))
+    results.show(outcome.records)
 
 
 def _optimizer(options: TrainOptions) -> Optimizer:
@@ -95,12 +92,42 @@ def _optimizer(options: TrainOptions) -> Optimizer:
     )
 
 
+def _open(
+    options: TrainOptions, now: datetime.datetime, say: Callable[[str], None]
+) -> tuple[TrainOptions, TrainableModel]:
+    """Return the model, and the options with the length and the form of layers that it has."""
+    scan = options.scan
+    if options.adapter is not None:
+        found = kinds.adapter(options.adapter)
+        if found.kind == kinds.NATIVE:  # the others have one name per layer
+            scan = sources.is_stacked(found)
+    model = open_model(options.model, options.dtype, scan, options.adapter, now, say)
+    length = options.length or min(512, model.longest)
+    if not 2 <= length <= model.longest:
+        raise TrainingError(f"--length {length}: must be from 2 to {model.longest} for this model")
+    return dataclasses.replace(options, length=length, scan=scan), model
+
+
+def _steps(options: TrainOptions, task: Task, resumed: bool) -> int:
+    """Return how many steps to train: those requested, else the run's own, else one epoch."""
+    if options.steps is not None:
+        return options.steps
+    if resumed and options.epochs is None:
+        before = run_record.recorded(options.out, "steps")
+        if isinstance(before, int) and before > 0:
+            return before
+    return steps_of_epochs(options.epochs or 1.0, task.data, options.size)
+
+
 def _job(
-    options: TrainOptions, optimizer: Optimizer, task: Task, targets: list[str], start: Any
-) -> tuple[Job, Any]:
-    """Return what to train, and the initial adapters."""
-    base, adapters = lora.split(start)
-    steps = options.steps or steps_of_epochs(options.epochs, task.data, options.size)
+    options: TrainOptions,
+    optimizer: Optimizer,
+    task: Task,
+    start: Start,
+    base: Any,
+    adapters: Any,
+    steps: int,
+) -> Job:
     settings = Settings(
         steps=steps,
         rows=options.batch,
@@ -110,8 +137,8 @@ def _job(
         eval_every=options.eval_every,
         save_every=options.save_every,
     )
-    job = Job(
-        loss=task.loss(targets),
+    return Job(
+        loss=task.loss(start.paths),
         base=base,
         tx=optimizer.transformation(adapters, steps),
         rates=optimizer.rates(steps),
@@ -120,50 +147,37 @@ def _job(
         settings=settings,
         directory=options.out,
     )
-    return job, adapters
 
 
 #: Options that a resumed run may change, or that are recorded by other means. All others, new ones
 #: too, must stay the same.
 _NOT_RECORDED = {
-    *("out", "resume", "eval_every", "save_every"),
+    *("out", "resume", "eval_every", "save_every", "log_every", "base_name"),
     *("data", "held_out", "eval_split", "eval_rows", "encoding"),  # by a checksum of the batches
     "pooling",  # of a classifier only
     *("model", "dtype"),  # by a checksum of the parameters
     *("epochs", "targets", "init", "rank", "alpha", "dora", "rslora", "dropout"),  # by the config
+    *("exclude", "layers", "train", "bias"),  # by the config
+    "adapter",  # by a checksum of its values
 }
 
 
 def _settings_to_record(
-    options: TrainOptions, config: lora.LoraConfig, steps: int
+    options: TrainOptions, start: Start, adapters: Any, steps: int
 ) -> dict[str, Any]:
     """Return all that decides what a step computes, under the names of the command line."""
     given = {name: value for name, value in vars(options).items() if name not in _NOT_RECORDED}
     if options.task == CLASSIFICATION and options.pooling != MEAN:  # which was once the only one
         given["pooling"] = options.pooling
+    adapter = (
+        {}
+        if options.adapter is None
+        else {"the checksum of --adapter": run_record.checksum(adapters)}
+    )
+    config = start.config.to_dict()
     return {
         **given,
+        **adapter,
         "steps": steps,
-        **{name: value for name, value in config.to_dict().items() if name != "dtype"},
+        **{name: value for name, value in config.items() if name != "dtype"},
     }
-
-
-def _train_watched(
-    job: Job,
-    adapters: Any,
-    results: train_results.Results,
-    console: Console,
-    say: Callable[[str], None],
-) -> Outcome:
-    """Train under a progress bar, until it is done or the process is asked to stop."""
-    with interruptible() as interrupt, progress.bar(console, job.settings.steps) as told:
-
-        def watch(record: log.Record) -> None:
-            told(record)
-            if "eval_loss" in record:
-                say(f"step {record['step']}, {progress.describe(record)}")
-
-        def best(adapters: Any, record: log.Record) -> None:
-            results.write("best", adapters, record)
-
-        return train(job, adapters, Watcher(interrupt, watch, best))

@@ -36,7 +36,7 @@ class Task:
 
     apply: Apply
     params: Any
-    loss: Callable[[Collection[str]], Loss]  # of the adapted paths
+    loss: Callable[[Collection[str]], Loss]  # of the paths that train
     data: Data
     held_out: Data | None
     notes: tuple[str, ...]
@@ -185,7 +185,9 @@ def _with_head(
     options: TrainOptions, model: TrainableModel, classes: int, slots: int
 ) -> tuple[Classifier, Any, tuple[str, ...]]:
     """Return a classifier, its parameters, and the paths of those to train in full."""
-    make = partial(with_head, model.hidden, model.params, model.width, classes, slots, options.seed)
+    # a decoder's own head is not used, and `head/kernel` would name it too
+    encoder = {name: x for name, x in model.params.items() if name != "head"}
+    make = partial(with_head, model.hidden, encoder, model.width, classes, slots, options.seed)
     if options.pooling == MEAN:
         apply, params = make()
         return apply, params, ("head/kernel", "head/bias")

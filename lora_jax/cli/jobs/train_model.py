@@ -4,9 +4,10 @@ import dataclasses
 import datetime
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from lora_jax.cli import sources
+from lora_jax.cli import classifiers, sources
 from lora_jax.files import kinds
 from lora_jax.files.naming import Naming
 from lora_jax.models import hf_directory, published_classifier
@@ -32,10 +33,16 @@ class TrainableModel:
     longest: int  # tokens per row
     vocabulary: int  # number of tokens that it has embeddings for
     stops: frozenset[int]  # ids at which generation ends
+    adapters: Any = None  # to start from: an overlay of `params`
 
 
 def open_model(
-    name: str, dtype: str | None, scan: bool, now: datetime.datetime | None = None
+    name: str,
+    dtype: str | None,
+    scan: bool,
+    adapter: Path | None = None,
+    now: datetime.datetime | None = None,
+    say: Callable[[str], None] = lambda text: None,
 ) -> TrainableModel:
     """Load a model and its tokenizer.
 
@@ -44,20 +51,30 @@ def open_model(
         "tiny" (random, made here).
       dtype: of parameters and arithmetic; None for the file's.
       scan: whether layers are stacked, if the model can.
+      adapter: to start from, unless it is a classifier's; it may bring its own tokenizer, chat
+        template or vocabulary.
       now: the time that a chat template sees; that of each call if None.
+      say: called with a line before anything that takes long.
 
     Raises:
       LoraError, OSError: the model does not exist or cannot be read.
     """
-    found = sources.find_model(name)
-    tokenizer = dataclasses.replace(sources.tokenizer_of(found), now=now)
+    found = sources.find_model(name, say)
+    say(f"loading {name}")
+    tokenizer = dataclasses.replace(sources.tokenizer_of(found, adapter), now=now)
     is_bert = (
         found.kind == kinds.CHECKPOINT
         and hf_directory.read_config(found.path).get("model_type") == "bert"
     )
     stops = sources.stop_ids(found, tokenizer)
     loaded = sources.load_model(found, dtype, scan=scan and not is_bert)
-    return to_trainable(loaded, tokenizer, stops)
+    start = None if adapter is None else kinds.adapter(adapter)
+    if start is None or classifiers.labels_of(start) is not None:
+        return to_trainable(loaded, tokenizer, stops)
+    adapted = sources.put_on(loaded, start)
+    return dataclasses.replace(
+        to_trainable(adapted.model, tokenizer, stops), adapters=adapted.adapters
+    )
 
 
 def to_trainable(

@@ -1,7 +1,9 @@
 """What `lora-jax train` writes and prints at the end: adapters, and a table."""
 
 import os
-from collections.abc import Sequence
+import re
+import shlex
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,13 +13,16 @@ from rich.console import Console
 from rich.table import Table
 
 import lora_jax as lora
+from lora_jax.cli import sources
 from lora_jax.cli.jobs.train_data import Task
 from lora_jax.cli.train_options import TrainOptions
+from lora_jax.core.foreign import escaped
 from lora_jax.files import native, peft
 from lora_jax.files.naming import Naming
 from lora_jax.training import log
 
 _CHANGES_BASE = ("pissa", "pissa_fast", "olora")  # initializations that change the base
+_IN_HUB_CACHE = re.compile(r"models--([\w.-]+?)--([\w.-]+)")  # a directory's name
 
 
 @dataclass(frozen=True)
@@ -30,46 +35,74 @@ class Results:
     config: lora.LoraConfig
     start: Any  # the joined tree before the first step
 
-    def write(self, name: str, adapters: Any, record: log.Record) -> Path:
+    def path(self, name: str) -> Path:
+        """Return where adapters are written: a directory, or a classifier's file."""
+        return self.options.out / (f"{name}.safetensors" if self.task.prefix else name)
+
+    def check(self, adapters: Any) -> None:
+        """Check before the first step that the adapters can be written; nothing stays written.
+
+        Raises:
+          LoraError: the format cannot hold them.
+        """
+        with tempfile.TemporaryDirectory() as scratch:
+            self._write(Path(scratch) / "adapter", adapters, {})
+
+    def write(self, name: str, adapters: Any, record: log.Record) -> None:
         """Write adapters for the model as it was published.
 
-        Returns:
-          The path: a directory of PEFT; for a classifier a file of lora_jax, because its head reads
-          the mean over a text's tokens, and the heads of transformers read the first or last one.
+        They become a directory of PEFT; for a classifier a file of lora_jax, because its head reads
+        the mean over a text's tokens, and the heads of transformers read the first or last one.
         """
-        options, base = self.options, self.task.params
         if self.config.init in _CHANGES_BASE:
-            adapters = lora.on_original(self.start, adapters, base)
-        if not self.task.prefix:
-            path = options.out / name
-            peft.save(
-                path,
-                adapters,
-                self.naming,
-                base=base,
-                config=self.config,
-                base_model=_absolute(options.model),
-                task_type="CAUSAL_LM",
-            )
-            return path
-        path = options.out / f"{name}.safetensors"
-        metadata = {native.MODEL: _absolute(options.model), **self.task.metadata, **record}
-        lora.save(path, adapters, metadata, base=base, config=self.config)
-        return path
+            adapters = lora.on_original(self.start, adapters, self.task.params)
+        self._write(self.path(name), adapters, record)
+
+    def _write(self, path: Path, adapters: Any, record: log.Record) -> None:
+        base, name = self.task.params, base_name(self.options)
+        if self.task.prefix:
+            metadata = {native.MODEL: name, **self.task.metadata, **record}
+            lora.save(path, adapters, metadata, base=base, config=self.config)
+            return
+        peft.save(
+            path,
+            adapters,
+            self.naming,
+            base=base,
+            config=self.config,
+            base_model=name,
+            task_type="CAUSAL_LM",
+        )
+
+    def show(self, records: list[dict[str, Any]]) -> None:
+        """Print the table of a finished run on stdout, the files written, and a next command.
+
+        Args:
+          records: the run's log.
+        """
+        console = Console(highlight=False)
+        console.print(_table(records))
+        last = next(r["step"] for r in reversed(records) if "loss" in r)
+        evaluations = log.evaluations(records)
+        lines = [f"wrote {self.path('adapter')}: the adapter after step {last:,}"]
+        use = self.path("adapter")
+        if evaluations:
+            best = _best(evaluations)["step"]
+            use = self.path("best")
+            lines.append(f"wrote {use}: the one with the lowest held-out loss, after step {best:,}")
+        out = self.options.out
+        lines += [f"wrote {out / 'log.jsonl'}, {out / 'loss.png'}", f"next: {self._next(use)}"]
+        for line in lines:
+            console.print(escaped(line), markup=False, soft_wrap=True)
+
+    def _next(self, adapter: Path) -> str:
+        """Return a command that uses the adapter."""
+        verb, rest = ("predict", '"..."') if self.task.prefix else ("generate", '--prompt "..."')
+        words = ["lora-jax", verb, "--model", self.options.model, "--adapter", str(adapter)]
+        return f"{shlex.join(words)} {rest}"
 
 
-def _absolute(model: str) -> str:
-    """Return an absolute path, valid wherever the adapter is read; a name stays a name."""
-    return os.path.abspath(model) if os.path.exists(model) else model
-
-
-def show(records: list[dict[str, Any]], files: Sequence[Path]) -> None:
-    """Print the table of a finished run on stdout, and the files written.
-
-    Args:
-      records: the run's log.
-      files: what it wrote.
-    """
+def _table(records: list[dict[str, Any]]) -> Table:
     steps, losses = log.losses(records)
     held_out = log.evaluations(records)
     seconds = [record["seconds"] for record in records if "seconds" in record]
@@ -83,9 +116,25 @@ def show(records: list[dict[str, Any]], files: Sequence[Path]) -> None:
         name = "eval_accuracy" if is_classifier else "perplexity"
         values = [f"{record[name]:{'.1%' if is_classifier else '.2f'}}" for record in held_out]
         table.add_row(f"held-out {name.removeprefix('eval_')}", f"{values[0]} → {values[-1]}")
-        best = min(held_out, key=lambda record: record["eval_loss"])
-        table.add_row("lowest held-out loss at step", f"{best['step']:,}")
+        table.add_row("lowest held-out loss at step", f"{_best(held_out)['step']:,}")
     table.add_row("seconds per step, median", f"{np.median(seconds):.2f}")
-    console = Console(highlight=False)
-    console.print(table)
-    console.print(f"wrote {', '.join(map(str, files))}", markup=False, soft_wrap=True)
+    return table
+
+
+def _best(evaluations: list[dict[str, Any]]) -> dict[str, Any]:
+    return min(evaluations, key=lambda record: record["eval_loss"])
+
+
+def base_name(options: TrainOptions) -> str:
+    """Return the name of the base model that others can find: a Hub id where it is known.
+
+    The Hub ids of built-in models and of directories in the Hub's cache are known; any other model
+    is named by its absolute path, valid wherever the adapter is read on this machine.
+    """
+    if options.base_name is not None:
+        return options.base_name
+    if not os.path.exists(options.model):
+        return sources.HUB_IDS.get(options.model, options.model)
+    path = Path(os.path.abspath(options.model))
+    cached = (_IN_HUB_CACHE.fullmatch(part) for part in path.parts)
+    return next((f"{found[1]}/{found[2]}" for found in cached if found), str(path))

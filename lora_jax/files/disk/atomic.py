@@ -41,11 +41,12 @@ def write_atomically(path: str | os.PathLike, data: bytes) -> None:
     (b'whole', ['a.txt'])
     """
     path = Path(os.path.realpath(path))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    _remove_stale(path.parent)
-    with _lock(path.parent, exclusive=False):
-        _replace(path, data)
-        _sync(path.parent)
+    with naming_path(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _remove_stale(path.parent)
+        with _lock(path.parent, exclusive=False):
+            _replace(path, data)
+            _sync(path.parent)
 
 
 def write_directory(path: str | os.PathLike, files: Mapping[str, bytes]) -> None:
@@ -83,6 +84,11 @@ def write_directory(path: str | os.PathLike, files: Mapping[str, bytes]) -> None
     path = Path(os.path.realpath(path))
     for name in files:
         _check_name(name)
+    with naming_path(path):
+        _write_directory(path, files)
+
+
+def _write_directory(path: Path, files: Mapping[str, bytes]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     if not path.exists():
         _remove_stale(path.parent)
@@ -103,6 +109,17 @@ def write_directory(path: str | os.PathLike, files: Mapping[str, bytes]) -> None
         _complete(path)
         _replace_set(path, files)
         _sync(path)
+
+
+@contextlib.contextmanager
+def naming_path(path: Path) -> Iterator[None]:
+    """Give an `OSError` within the block a file name where it has none: writing has none."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno is not None:
+            error.filename = str(path)
+        raise
 
 
 def read_directory(path: str | os.PathLike, names: Sequence[str]) -> dict[str, bytes]:

@@ -198,7 +198,10 @@ def _read(
 
 
 def _is_finite(x: np.ndarray) -> bool:
-    return x.dtype.kind in "biu" or bool(np.isfinite(x).all())
+    if x.dtype.kind in "biu":
+        return True
+    with np.errstate(invalid="ignore"):  # of the 8- and 16-bit dtypes, some NaNs warn
+        return bool(np.isfinite(x).all())
 
 
 def _header(file: io.BufferedIOBase, source: str) -> tuple[Header, int]:

@@ -69,8 +69,24 @@ def _gather(place: Place, tensors: Mapping[str, Any], dtype: Any) -> tuple[Any, 
             # only after the first tensor fits: an untrusted file may demand any size
             value = np.empty(place.shape, dtype) if value is None else value
             joined = np.concatenate(parts, place.entry.out_axis) if len(parts) > 1 else parts[0]
-            value[place.at(where)] = place.weight_to_tree(_part(place, joined))
+            layer = place.weight_to_tree(_part(place, joined))
+            with np.errstate(over="ignore", invalid="ignore"):  # reported below
+                value[place.at(where)] = layer
+            if _overflows(layer, value[place.at(where)]):
+                problems.append(
+                    f"{', '.join(names)}: has values that overflow {value.dtype}; choose a dtype "
+                    "of a wider range"
+                )
     return (jnp.asarray(value) if not problems else None), problems
+
+
+def _overflows(x: np.ndarray, cast: np.ndarray) -> bool:
+    """Return whether finite values of `x` are not finite in the dtype that they were cast to."""
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        return False
+    if jnp.finfo(x.dtype).max <= jnp.finfo(cast.dtype).max:
+        return False
+    return not np.isfinite(cast).all() and bool(np.isfinite(x).sum() > np.isfinite(cast).sum())
 
 
 def shapes(place: Place) -> list[tuple[int, ...]]:

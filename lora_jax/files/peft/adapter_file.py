@@ -2,7 +2,8 @@
 
 import dataclasses
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -64,7 +65,9 @@ class PeftFile:
         modules, weights, others = self._sort_tensors()
         factors: dict[str, TorchFactors | Experts] = {}
         problems: dict[str, str] = {}
-        for module, fields in modules.items():
+        parameters = _parameter_names(modules, self.rules)
+        for wrapper, fields in modules.items():
+            module = parameters.get(wrapper, wrapper)
             kind = tensor_names.implied_kind(fields, self.config.fan_in_fan_out)
             found = self._factors(module, kind, fields)
             if isinstance(found, str):
@@ -145,6 +148,29 @@ class PeftFile:
             # without the base, experts are recognized only by the rank, a multiple of theirs
             return Experts.from_tensors(a, b, rank, self.rules.scale(module, rank))
         return tensor_names.to_factors(kind, fields, self.rules.scale(module, total))
+
+
+def _parameter_names(modules: Iterable[str], config: PeftConfig) -> dict[str, str]:
+    """Return the names of experts' parameters by those of their wrappers, where they are certain.
+
+    The wrappers of one module are nested, the module's first parameter innermost. All experts in
+    transformers have their down projection last.
+    """
+    wrappers: dict[str, list[str]] = {}
+    for module in modules:
+        wrappers.setdefault(re.sub(r"(\.base_layer)+$", "", module), []).append(module)
+    found: dict[str, str] = {}
+    for module, nested in wrappers.items():
+        if config.targets(module):
+            continue
+        entries = [entry.rpartition(".") for entry in config.target_parameters or ()]
+        named = {leaf for x, _, leaf in entries if x and f".{module}".endswith(f".{x}")}
+        leaves = named or {leaf for x, _, leaf in entries if not x}
+        ordered = sorted(leaves, key=lambda leaf: ("down" in leaf, leaf))
+        if len(ordered) == len(nested):
+            inside_out = sorted(nested, key=len, reverse=True)
+            found |= {x: f"{module}.{leaf}" for x, leaf in zip(inside_out, ordered, strict=True)}
+    return found
 
 
 def read_file(directory: str | os.PathLike, *, finite: bool = True) -> PeftFile:

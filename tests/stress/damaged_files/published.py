@@ -33,7 +33,8 @@ def directory(name: str) -> Subject:
 
 def _load_model(path: Path) -> tuple[models.Pretrained, Any]:
     model = models.load(path)
-    return model, _forward(model.apply, model.params, jnp.asarray(IDS), jnp.ones_like(IDS))
+    ids = jnp.asarray(IDS[:, : model.config.max_position_embeddings])
+    return model, _forward(model.apply, model.params, ids, jnp.ones_like(ids))
 
 
 @functools.partial(jax.jit, static_argnums=0)
