@@ -10,6 +10,7 @@ from lora_jax.adapters.memory import MemoryReport, StepMemory, memory_report
 from lora_jax.adapters.merge import merge, unmerge
 from lora_jax.adapters.norms import norms
 from lora_jax.adapters.on_original import on_original
+from lora_jax.adapters.opened import partition_specs
 from lora_jax.adapters.optim import freeze, groups, labels, lora_fa, lora_plus, mask
 from lora_jax.adapters.split import join, split
 from lora_jax.adapters.summary import count_params, summary
@@ -88,6 +89,7 @@ __all__ = [
     "naming",
     "norms",
     "on_original",
+    "partition_specs",
     "peft",
     "read_metadata",
     "rounding",
@@ -113,3 +115,8 @@ def __getattr__(name: str) -> Any:
     if name in _LAZY:
         return importlib.import_module(_LAZY[name])
     raise AttributeError(f"module 'lora_jax' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    """List the public names, those of `_LAZY` among them."""
+    return sorted({*__all__, *_LAZY, "__version__", "__doc__", "__file__", "__name__", "__path__"})

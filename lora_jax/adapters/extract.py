@@ -39,7 +39,8 @@ def extract(
     For each targeted weight, scale·A·B is the truncated SVD of ΔW = tuned − base in float32: no
     other matrix of its rank is closer to ΔW (Eckart and Young, 1936). By default the SVD is
     randomized (https://arxiv.org/abs/0909.4061, with 8 extra columns and two power iterations),
-    which is many times faster on large weights and nearly as close.
+    which is many times faster on large weights and nearly as close. A weight that is sharded along
+    explicit mesh axes is gathered for it.
 
     Args:
       base: the parameters before fine-tuning.
@@ -76,7 +77,7 @@ def extract(
     if isinstance(config, int):
         config = LoraConfig(rank=config)
     plan = make_plan("extract", base, config, fn, args, kwargs, rules)
-    pairs = _pairs(plan, tuned)
+    config, pairs = plan.config, _pairs(plan, tuned)
     _check_scales(plan, config)
     if config.dora:
         raise ConfigError("extract: dora=True has no meaning here; leave it out of the config")

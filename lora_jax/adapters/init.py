@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from lora_jax.adapters import flax_bytes
 from lora_jax.adapters.plan import Plan, make_plan
 from lora_jax.adapters.selection import ChosenRows
 from lora_jax.core.abstract import on_shapes
@@ -47,6 +48,9 @@ def init(
     - "loftq": the base becomes a rounded W. The outputs are closer to the original than with the
       rounded weight alone, but not equal.
 
+    The last four decompose each weight. One that is sharded along explicit mesh axes is gathered
+    for that: its base keeps the sharding, and A and B are whole on every device.
+
     Args:
       key: a random key. The key of each weight is folded from it and the weight's path.
       params: any pytree of arrays or `ShapeDtypeStruct`s; the first argument of `fn`.
@@ -77,11 +81,12 @@ def init(
     ((4, 2), (2, 3))
     """
     plan = make_plan("init", params, config, fn, args, kwargs, rules)
-    return finish(plan, _adapt_all(key, plan, config), config)
+    return finish(plan, _adapt_all(key, plan, plan.config), plan.config)
 
 
 def finish(plan: Plan, weights: Mapping[str, LoraWeight], config: LoraConfig) -> Any:
     """Return the adapted tree: these weights in the chosen layers, and all else that trains."""
+    flax_bytes.register()
     nodes: dict[str, Adapted] = {
         **weights,
         **{path: train_whole(plan.leaves[path], config) for path in plan.whole},

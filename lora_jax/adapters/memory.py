@@ -14,6 +14,7 @@ from lora_jax.adapters.partition import TRAIN
 from lora_jax.adapters.split import split
 from lora_jax.core.tree import require_adapted
 from lora_jax.core.weights import require_base
+from lora_jax.initializers.example_batches import separate
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +67,8 @@ def memory_report(
       fn: a scalar loss of `(params, *args)` for adapted parameters, such as one that calls a
         function made by `lora`. It must accept the base without adapters too.
       params: a joined tree of arrays, or of `ShapeDtypeStruct`s if nothing should be allocated.
-      *args: the other arguments of `fn`; arrays or `ShapeDtypeStruct`s.
+      *args: the other arguments of `fn`; arrays or `ShapeDtypeStruct`s. What is neither, here or in
+        `params` (a flag, the activation function of an Equinox model), is a constant of the step.
       tx: the optimizer of what trains, without `freeze`: of A, B and fully trained leaves in one
         step, of every floating leaf of the base in the other. None for Adam.
 
@@ -115,8 +117,11 @@ def _step_memory(
     trained = [leaf for leaf, train in zip(leaves, trains, strict=True) if train]
     frozen = [leaf for leaf, train in zip(leaves, trains, strict=True) if not train]
     state = jax.eval_shape(tx.init, trained)
+    constants, arrays = separate((frozen, args))  # an activation function, a flag: fixed
 
-    def step(trained: Any, state: Any, frozen: Any, args: Any) -> Any:
+    def step(trained: Any, state: Any, arrays: Any) -> Any:
+        frozen, args = constants.with_arrays(arrays)
+
         def loss(trained: Any) -> Any:
             each = {True: iter(trained), False: iter(frozen)}
             return fn(jax.tree.unflatten(treedef, [next(each[train]) for train in trains]), *args)
@@ -125,7 +130,7 @@ def _step_memory(
         updates, state = tx.update(grads, state, trained)
         return optax.apply_updates(trained, updates), state, value
 
-    compiled = jax.jit(step, donate_argnums=(0, 1)).lower(trained, state, frozen, args).compile()
+    compiled = jax.jit(step, donate_argnums=(0, 1)).lower(trained, state, arrays).compile()
     found = compiled.memory_analysis()
     if found is None:
         raise NotImplementedError("memory_report: this backend's compiler reports no memory sizes")

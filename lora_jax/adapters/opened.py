@@ -9,9 +9,10 @@ import dataclasses
 from typing import Any
 
 import jax
+from jax.sharding import PartitionSpec
 
-from lora_jax.core.boxes import is_variable, opened
-from lora_jax.core.weights import Adapted, is_adapted
+from lora_jax.core.boxes import axis_names, is_box, is_variable, opened, with_axis_names
+from lora_jax.core.weights import Adapted, TrainedLeaf, TrainedRows, is_adapted
 
 
 def open_nodes(tree: Any) -> Any:
@@ -26,24 +27,82 @@ def open_nodes(tree: Any) -> Any:
     """
 
     def one(unit: Any) -> Any:
-        value, put = opened(unit)
-        if not is_adapted(value):
+        node, put = opened(unit)
+        if not is_adapted(node):
             return unit
-        keep = put if is_variable(unit) else lambda x: x
-        return {name: keep(x) for name, x in _fields(value).items()}
+        names, own = axis_names(unit), _axis_names_of_fields(node, axis_names(unit) or ())
+        boxed = lambda field, x: x
+        if names is not None:
+            boxed = lambda field, x: with_axis_names(unit, x, own[field])
+        elif is_variable(unit):
+            boxed = lambda field, x: put(x)
+        fields = _fields(node).items()
+        return {field: None if x is None else boxed(field, x) for field, x in fields}
 
     return jax.tree.map(one, tree, is_leaf=_is_unit)
+
+
+def partition_specs(params: Any) -> Any:
+    """Return the `PartitionSpec` of each leaf, from the axis names in Flax's boxes.
+
+    Linen's `nn.get_partition_spec` and NNX's `nnx.get_partition_spec` know one box, and so one
+    specification, for a whole adapted weight. Here A `[*batch, *in, rank]` and B
+    `[*batch, rank, *out]` take those names that belong to their axes, and scale and magnitude
+    do, too; the rank has no name. A leaf without a box has `PartitionSpec()`.
+
+    Args:
+      params: a joined tree or an overlay, of arrays or `ShapeDtypeStruct`s, whose leaves are
+        Linen's `Partitioned` or `LogicallyPartitioned`, or NNX variables with `out_sharding`.
+
+    Returns:
+      A tree without boxes, with adapted nodes of `PartitionSpec`s. Logical names stay, for
+      `nn.logical_to_mesh`.
+
+    >>> import flax.linen as nn, jax, jax.numpy as jnp, lora_jax
+    >>> params = {"kernel": nn.Partitioned(jnp.ones((4, 3)), names=("data", "model"))}
+    >>> params = lora_jax.init(jax.random.key(0), params, lora_jax.LoraConfig(rank=2))
+    >>> specs = partition_specs(params)["kernel"]
+    >>> specs.w, specs.a, specs.b, specs.scale
+    (P('data', 'model'), P('data', None), P(None, 'model'), P())
+    """
+
+    def one(unit: Any) -> Any:
+        node, _ = opened(unit)
+        names = axis_names(unit) or ()
+        if not is_adapted(node):
+            return PartitionSpec(*names)
+        own = _axis_names_of_fields(node, names)
+        fields = {field: x for field, x in _fields(node).items() if x is not None}
+        return dataclasses.replace(node, **{name: PartitionSpec(*own[name]) for name in fields})
+
+    return jax.tree.map(one, params, is_leaf=lambda x: is_box(x) or is_adapted(x))
+
+
+def _axis_names_of_fields(node: Adapted, names: tuple[Any, ...]) -> dict[str, tuple[Any, ...]]:
+    """Return the axis names of each field of a node whose weight has these."""
+    if isinstance(node, TrainedLeaf):
+        return {"w": names, "value": names, "scale": ()}
+    if not names:
+        return dict.fromkeys(_fields(node), ())
+    if isinstance(node, TrainedRows):
+        value = tuple(None if i == node.axis else names[i] for i in node.order)
+        return {"w": names, "value": value, "scale": ()}
+    batch, ins, outs = (node.layout.select(kind, names) for kind in "bio")
+    return {
+        **{"w": names, "a": (*batch, *ins, None), "b": (*batch, None, *outs)},
+        **{"scale": batch, "magnitude": (*batch, *outs), "key": batch},
+    }
 
 
 def close_nodes(tree: Any, like: Any) -> Any:
     """Return what `open_nodes` made of a tree such as `like` with the nodes of that tree again."""
 
     def one(unit: Any, part: Any) -> Any:
-        value, put = opened(unit)
-        if not is_adapted(value):
+        node, put = opened(unit)
+        if not is_adapted(node):
             return part
         fields = {name: opened(x)[0] for name, x in part.items()}
-        return put(dataclasses.replace(value, **fields))
+        return put(dataclasses.replace(node, **fields))
 
     return jax.tree.map(one, like, tree, is_leaf=_is_unit)
 

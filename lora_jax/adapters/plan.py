@@ -1,6 +1,7 @@
 """`Plan`: which leaves of a tree a configuration adapts, and with which layouts."""
 
 import dataclasses
+import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
@@ -13,7 +14,7 @@ from lora_jax.adapters.selection import (
     select_layers,
     select_rows,
 )
-from lora_jax.core.config import ALL_LINEAR, LoraConfig
+from lora_jax.core.config import ALL_LINEAR, LoraConfig, Override
 from lora_jax.core.dtypes import is_floating
 from lora_jax.core.errors import ConfigError, TargetError, grouped
 from lora_jax.core.layout import Layout
@@ -29,6 +30,7 @@ from lora_jax.engine.uses import Uses
 class Plan:
     """What a configuration does to a parameter tree, before any factor is made."""
 
+    config: LoraConfig  # with the ranks of weights that are too small for the configured one
     leaves: Mapping[str, Any]  # every leaf by path, in tree order
     treedef: Any
     layouts: Mapping[str, Layout]  # of the weights to adapt
@@ -68,10 +70,11 @@ def make_plan(
     _check_floating({**targets, **dict.fromkeys(whole)}, leaves)
     layouts = layout_inference.layouts_of(config, targets, leaves, uses)
     layouts, masks = select_layers(config, targets, layouts, leaves)
+    config = _with_smaller_ranks(config, layouts, leaves)
     _check_ranks(config, layouts, leaves)
     biases = select_biases(config, layouts, leaves, uses)
     masks |= {bias: masks[kernel] for bias, kernel in biases.items() if kernel in masks}
-    return Plan(leaves, treedef, layouts, list(whole | biases), rows, masks)
+    return Plan(config, leaves, treedef, layouts, list(whole | biases), rows, masks)
 
 
 def _check_arguments(caller: str, config: Any, fn: Any, rules: Mapping[str, Rule] | None) -> None:
@@ -179,13 +182,51 @@ def _check_floating(chosen: Mapping[str, Any], leaves: Mapping[str, Any]) -> Non
         raise TargetError(grouped(wrong, "leaves"))
 
 
+def _with_smaller_ranks(
+    config: LoraConfig, layouts: Mapping[str, Layout], leaves: Mapping[str, Any]
+) -> LoraConfig:
+    """Return the configuration with the largest possible rank for weights too small for it.
+
+    Only "all-linear" may name a weight without meaning it, such as the head of a few classes.
+    Weights whose rank an override sets keep it, and so does a rank that no weight can hold.
+    """
+    sizes = {path: _largest_rank(layout, leaves[path].shape) for path, layout in layouts.items()}
+    largest = max(sizes.values(), default=0)
+    if config.targets != ALL_LINEAR or largest < config.rank:
+        return config
+    step = 2 if config.init == "orthogonal" else 1  # it needs an even rank
+    smaller = {}
+    for path, size in sizes.items():
+        found = lookup(config.overrides, path)
+        override = found[1] if found else Override()
+        if override.rank is None and size < config.rank and size >= step:
+            smaller[path] = dataclasses.replace(override, rank=size - size % step)
+    if not smaller:
+        return config
+    problems = [
+        f"{path}: the weight {tuple(leaves[path].shape)} can hold only rank {override.rank}, so it "
+        f"gets that in place of {config.rank}"
+        for path, override in smaller.items()
+    ]
+    warnings.warn(
+        grouped(problems) + "\nSet the rank with overrides=, or leave weights out with exclude=",
+        UserWarning,
+        stacklevel=4,
+    )
+    return dataclasses.replace(config, overrides={**smaller, **config.overrides})
+
+
+def _largest_rank(layout: Layout, shape: tuple[int, ...]) -> int:
+    return min(layout.fan_in(shape), layout.fan_out(shape))
+
+
 def _check_ranks(
     config: LoraConfig, layouts: Mapping[str, Layout], leaves: Mapping[str, Any]
 ) -> None:
     problems = []
     for path, layout in layouts.items():
         rank, shape = config.for_path(path).rank, leaves[path].shape
-        size = min(layout.fan_in(shape), layout.fan_out(shape))
+        size = _largest_rank(layout, shape)
         if rank > size:
             problems.append(
                 f"{path}: rank {rank} is above what the weight {tuple(shape)} can hold, {size}. "

@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 
+from lora_jax.adapters import flax_bytes
 from lora_jax.core.errors import StructureError, grouped
 from lora_jax.core.paths import flatten_with_paths
 from lora_jax.core.patterns import nearest
@@ -31,6 +32,7 @@ def split(params: Any) -> tuple[Any, Any]:
     >>> base["kernel"] is params["kernel"], adapters["bias"], adapters["kernel"].a.shape
     (True, None, (4, 1))
     """
+    flax_bytes.register()
     require_adapted("split", params)
 
     def base_leaf(path: str, node: Adapted) -> Any:
@@ -69,6 +71,7 @@ def join(base: Any, adapters: Any) -> Any:
     >>> join(base, adapters)["kernel"].w is base["kernel"]
     True
     """
+    flax_bytes.register()
     leaves, treedef = flatten_with_paths(base, is_leaf=is_adapted)
     overlay, _ = flatten_with_paths(adapters, is_leaf=is_adapted)
     problems = [f"{path}: the base is adapted already" for path in adapted_nodes(base)]

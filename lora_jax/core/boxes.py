@@ -44,3 +44,22 @@ def opened(node: Any) -> tuple[Any, Callable[[Any], Any]]:
         return node, lambda value: value
     (value,), treedef = jax.tree.flatten(node, is_leaf=lambda x: x is not node)
     return value, lambda value: jax.tree.unflatten(treedef, [value])
+
+
+def axis_names(box: Any) -> tuple[Any, ...] | None:
+    """Return the mesh axis or logical name of each axis of the value in a box, or None."""
+    if is_variable(box):
+        found = box.get_metadata().get("out_sharding")
+    else:
+        found = getattr(box, "names", None) if is_box(box) else None
+    return tuple(found) if isinstance(found, tuple) else None
+
+
+def with_axis_names(box: Any, value: Any, names: tuple[Any, ...]) -> Any:
+    """Return a box of the same class with another value, whose axes have these names."""
+    if not is_variable(box):
+        return box.replace(value=value, names=names)
+    _, put = opened(box)
+    new = put(value)
+    new.set_metadata(out_sharding=names)
+    return new

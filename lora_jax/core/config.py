@@ -3,12 +3,13 @@
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Self
 
 import jax.numpy as jnp
 
 from lora_jax.core.checks import is_integer, is_number
 from lora_jax.core.errors import ConfigError
+from lora_jax.core.option_names import check_options
 from lora_jax.core.patterns import Pattern, compile_regex, lookup
 
 ALL_LINEAR = "all-linear"
@@ -98,7 +99,8 @@ class LoraConfig:
       alpha: numerator of the scale; None means alpha = rank, so that the standard scale is 1.
       targets: the weights to adapt. "all-linear" selects every weight that the function contracts
         with an activation (without a function: every kernel with two axes and every convolution
-        kernel). Any other string is a regex for the whole path. A sequence contains path suffixes
+        kernel); of these, one too small for `rank` gets the largest that it can hold, with a
+        warning. Any other string is a regex for the whole path. A sequence contains path suffixes
         ("query/kernel") or module names ("query"). A callable gets the path and the leaf.
       exclude: what to leave out of `targets`, in the same forms; it wins over `targets`.
       overrides: pattern -> `Override` (or a dict of its fields). The whole path of the leaf wins,
@@ -159,6 +161,11 @@ class LoraConfig:
     layers_pattern: str | None = None
     rows: Mapping[str, Sequence[int]] = dataclasses.field(default_factory=dict)
     dtype: Any = jnp.float32
+
+    def __new__(cls, *args: Any, **fields: Any) -> Self:
+        """Make the object; raise a ConfigError that names the option meant by an unknown one."""
+        check_options(fields, [field.name for field in dataclasses.fields(cls)])
+        return super().__new__(cls)
 
     def __post_init__(self) -> None:
         _check_rank("rank", self.rank)

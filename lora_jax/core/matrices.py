@@ -8,6 +8,7 @@ import jax
 from jax import lax
 
 from lora_jax.core.layout import Layout
+from lora_jax.core.meshes import gathered
 
 
 def to_matrices(w: jax.Array, layout: Layout) -> jax.Array:
@@ -34,9 +35,11 @@ def map_matrices(fn: Callable[..., Any], key: jax.Array, layout: Layout, *weight
     """Apply `fn(key, *matrices)` to each matrix of some weights of one layout.
 
     The results are stacked as `[*batch, ...]`. The matrices are processed one after the other, each
-    with a separate key, so that a stack of layers takes one layer's temporary memory.
+    with a separate key, so that a stack of layers takes one layer's temporary memory. On a mesh
+    with explicit axes the weights are gathered first, because decompositions take only whole
+    matrices there, and the results are whole on every device.
     """
-    stacks = [to_matrices(w, layout) for w in weights]
+    stacks = [to_matrices(gathered(w), layout) for w in weights]
     batch = stacks[0].shape[:-2]
     flat = [stack.reshape(-1, *stack.shape[-2:]) for stack in stacks]
     keys = jax.random.split(key, math.prod(batch))

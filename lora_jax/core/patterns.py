@@ -82,6 +82,11 @@ def select(field: str, pattern: Pattern, leaves: Mapping[str, Any]) -> dict[str,
         lines = [
             f"{field}: {entry!r} matches no path; {nearest(entry, leaves)}" for entry in unmatched
         ]
+        if isinstance(pattern, str) and any(names_module(pattern, path) for path in leaves):
+            lines.append(
+                f"A string is a regex for the whole path, and a list holds names of modules and "
+                f"ends of paths: write {field}=[{pattern!r}]"
+            )
         raise TargetError("\n".join(lines))
     return chosen
 

@@ -13,13 +13,14 @@ from jax import export
 from lora_jax.core.abstract import on_shapes
 from lora_jax.core.errors import StructureError
 from lora_jax.core.layout import Layout, subscripts
+from lora_jax.core.not_an_array import NotAnArray
 from lora_jax.core.placement import on_device, sharding_without
 from lora_jax.core.short_repr import describe_fields, describe_node, describe_value, has_arrays
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class LoraWeight:
+class LoraWeight(NotAnArray):
     """Takes the place of a kernel `W` in a parameter tree, and means `W + scale · A · B`.
 
     LoRA: Low-Rank Adaptation of Large Language Models, https://arxiv.org/abs/2106.09685. With a
@@ -71,7 +72,7 @@ class LoraWeight:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class TrainedLeaf:
+class TrainedLeaf(NotAnArray):
     """Takes the place of a leaf that is fully trained: a bias, a norm, a new head.
 
     It means `value` unless `scale` is 0, and then the untouched base leaf `w`, so that `disable`
@@ -99,7 +100,7 @@ class TrainedLeaf:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class TrainedRows:
+class TrainedRows(NotAnArray):
     """Takes the place of a weight `W` of which some rows train, such as new tokens of an embedding.
 
     It means `W` with `value` in place of its rows `rows`, unless `scale` is 0, and then `W`. Row n

@@ -15,6 +15,7 @@ from lora_jax.engine.custom_rules import Rule, check_rules
 from lora_jax.engine.forms import Forms
 from lora_jax.engine.lazy_weight import LazyWeight
 from lora_jax.engine.program import Argument, Program, adapted_arguments
+from lora_jax.engine.undropped import Say, say_once, watch
 
 
 def lora(
@@ -30,7 +31,8 @@ def lora(
     program. Wherever an adapted weight is contracted, it computes `x·W + (x·A)·(scale·B)` and
     leaves `W` as it is (https://arxiv.org/abs/2106.09685, section 4.1). The model does not change.
     In every argument that contains an adapted weight, gradients stop at the frozen leaves; they
-    flow to A, B, the fully trained leaves, and to the other arguments.
+    flow to A, B, the fully trained leaves, and to the other arguments. A gradient through weights
+    that have a dropout rate but no key, see `with_dropout`, warns once.
 
     Args:
       fn: any function that JAX can trace. Arrays among its arguments are traced; other arguments
@@ -66,6 +68,8 @@ def lora(
         raise ConfigError(f"on_dense must be one of {POLICIES}, got {on_dense!r}")
     check_rules(rules)
 
+    say = say_once()
+
     @functools.wraps(fn)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         adapted = adapted_arguments(args, kwargs)
@@ -74,7 +78,7 @@ def lora(
         chosen = forms or Forms.for_backend()
 
         def enter(argument: Argument, path: str, leaf: Any) -> Any:
-            return _enter(path, leaf, chosen) if argument in adapted else leaf
+            return _enter(path, leaf, chosen, say) if argument in adapted else leaf
 
         ctx = Context(on_dense, rules=rules, forms=chosen)
         return Program.of(fn, args, kwargs, enter).evaluate(ctx)
@@ -82,12 +86,12 @@ def lora(
     return wrapped
 
 
-def _enter(path: str, leaf: Any, forms: Forms) -> Any:
+def _enter(path: str, leaf: Any, forms: Forms, say: Say) -> Any:
     """Return what stands in the program for a leaf of an argument that contains adapted weights."""
     if is_adapted(leaf):
         require_whole(path, leaf)
     if isinstance(leaf, LoraWeight):
-        return LazyWeight.of(leaf, path, forms.rank_first)
+        return LazyWeight.of(watch(leaf, path, say), path, forms.rank_first)
     if isinstance(leaf, TrainedRows):
         return LazyWeight.of_rows(leaf, path)
     if isinstance(leaf, TrainedLeaf):

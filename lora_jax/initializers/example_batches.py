@@ -38,16 +38,18 @@ def sum_over_batches(fn: Callable, fixed: Sequence[Any], batches: Sequence[Batch
     """Return the sum over batches of `fn(*fixed, *batch)`, a tree of arrays.
 
     `fn` is compiled once for batches of the same shapes. What is not an array in a batch (a flag, a
-    name) is a constant of the compiled function, and must be hashable.
+    name) or in `fixed` (an activation function of an Equinox model) is a constant of the compiled
+    function, and must be hashable.
     """
 
-    @functools.partial(jax.jit, static_argnums=0)
-    def one(constants: "_Constants", arrays: Sequence[Any], fixed: Sequence[Any]) -> Any:
-        return fn(*fixed, *constants.with_arrays(arrays))
+    @functools.partial(jax.jit, static_argnums=(0, 2))
+    def one(constants: Constants, arrays: Any, own: Constants, fixed: Sequence[Any]) -> Any:
+        return fn(*own.with_arrays(fixed), *constants.with_arrays(arrays))
 
     total = None
+    own, arrays_of_fixed = separate(tuple(fixed))
     for batch in batches:
-        value = one(*_separate(batch), fixed)
+        value = one(*separate(batch), own, arrays_of_fixed)
         total = value if total is None else _add(total, value)
     return total
 
@@ -58,24 +60,25 @@ def _add(x: Any, y: Any) -> Any:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Constants:
-    """What is the same in all batches that share a compiled function."""
+class Constants:
+    """The leaves of a tree other than arrays, and where the arrays belong."""
 
     treedef: Any
     leaves: tuple[Any, ...]  # None in the place of an array
     positions: tuple[int, ...]  # of the arrays
 
-    def with_arrays(self, arrays: Sequence[Any]) -> Batch:
-        """Return the batch with these arrays in their places."""
+    def with_arrays(self, arrays: Sequence[Any]) -> Any:
+        """Return the tree with these arrays in their places."""
         leaves = list(self.leaves)
         for i, array in zip(self.positions, arrays, strict=True):
             leaves[i] = array
         return jax.tree_util.tree_unflatten(self.treedef, leaves)
 
 
-def _separate(batch: Batch) -> tuple[_Constants, list[Any]]:
-    """Split a batch into its constants and its arrays."""
-    leaves, treedef = jax.tree_util.tree_flatten(batch)
-    at = tuple(i for i, leaf in enumerate(leaves) if isinstance(leaf, jax.Array | np.ndarray))
+def separate(tree: Any) -> tuple[Constants, list[Any]]:
+    """Split a tree into its constants and its arrays, or what stands for an array."""
+    leaves, treedef = jax.tree_util.tree_flatten(tree)
+    arrays = jax.Array | np.ndarray | jax.ShapeDtypeStruct
+    at = tuple(i for i, leaf in enumerate(leaves) if isinstance(leaf, arrays))
     constants = tuple(None if i in at else leaf for i, leaf in enumerate(leaves))
-    return _Constants(treedef, constants, at), [leaves[i] for i in at]
+    return Constants(treedef, constants, at), [leaves[i] for i in at]

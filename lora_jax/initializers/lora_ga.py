@@ -15,6 +15,7 @@ from lora_jax.core.dtypes import accumulator, round_to
 from lora_jax.core.errors import ConfigError, TargetError, grouped
 from lora_jax.core.linalg import randomized_svd, truncated_svd
 from lora_jax.core.matrices import as_factors, map_matrices
+from lora_jax.core.meshes import gathered, sharded_like
 from lora_jax.core.paths import path_key
 from lora_jax.core.patterns import Pattern
 from lora_jax.core.tree import map_adapted
@@ -57,7 +58,7 @@ def lora_ga(
       gamma: γ, positive; the larger it is, the smaller A and B are.
       targets: a pattern as in `LoraConfig` over the adapted paths; None for all. The gradients of
         all targeted weights are in memory at the same time; if that is too much, initialize them in
-        several calls.
+        several calls. On a mesh with explicit axes each weight and its gradient are gathered.
 
     Returns:
       The same tree with new A and B, and a new base in its own dtype, for each target.
@@ -173,8 +174,8 @@ def _initialize(
     # Subtract the update of the rounded factors, which is the one in effect.
     a = round_to(a, node.a.dtype).astype(node.a.dtype)
     b = round_to(b, node.b.dtype).astype(node.b.dtype)
-    negative = LoraWeight(node.w, a, b, -node.scale, layout=layout)
-    return dataclasses.replace(node, w=dense(negative), a=a, b=b)
+    negative = LoraWeight(gathered(node.w), a, b, -node.scale, layout=layout)
+    return dataclasses.replace(node, w=sharded_like(dense(negative), node.w), a=a, b=b)
 
 
 def _svd(key: jax.Array, matrix: jax.Array, rank: int) -> tuple[jax.Array, jax.Array, jax.Array]:

@@ -11,6 +11,7 @@ import jax
 import numpy as np
 
 from lora_jax.core.foreign import shown
+from lora_jax.files.disk import strict_json
 from lora_jax.files.disk.atomic import write_atomically
 from lora_jax.files.disk.fingerprint import fingerprint
 from lora_jax.training.batching import Data
@@ -18,6 +19,7 @@ from lora_jax.training.errors import TrainingError
 
 RUN_FILE = "run.json"
 _STARTED = "started"
+_DAMAGED = (ValueError, KeyError, TypeError, AttributeError)  # what reading a record raises
 _SHOWN = 3  # files of a directory that is not a run's
 
 
@@ -27,9 +29,9 @@ def started(directory: Path, resume: bool) -> datetime.datetime:
     A chat template may write the day into every row; a run that is resumed keeps that of its start.
     """
     try:
-        record = json.loads((directory / RUN_FILE).read_text("utf-8")) if resume else {}
+        record = _read(directory) if resume else {}
         return datetime.datetime.fromisoformat(record[_STARTED])
-    except (OSError, ValueError, KeyError, TypeError):  # `begin` tells what is wrong with the file
+    except (OSError, *_DAMAGED):  # `begin` tells what is wrong with the file
         return datetime.datetime.now().replace(microsecond=0)
 
 
@@ -135,13 +137,17 @@ def recorded(directory: Path, name: str) -> Any:
 
 
 def _from_file(directory: Path, read: Callable[[Mapping[str, Any]], Any]) -> Any:
-    file = directory / RUN_FILE
     try:
-        return read(json.loads(file.read_text("utf-8")))
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        return read(_read(directory))
+    except _DAMAGED as error:
         raise TrainingError(
-            f"{file} is damaged ({shown(error)}). Start again with another --out"
+            f"{directory / RUN_FILE} is damaged ({shown(error)}). Start again with another --out"
         ) from None
+
+
+def _read(directory: Path) -> Any:
+    data = (directory / RUN_FILE).read_bytes()
+    return strict_json.parse_json(data, RUN_FILE, TrainingError)
 
 
 def list_differences(

@@ -1,5 +1,7 @@
 """`init`: what is chosen, how it starts, and what it refuses."""
 
+import contextlib
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -196,6 +198,39 @@ def test_rank_above_the_size_lists_every_weight():
     message = refusal(rank=17, targets=["up", "head", "query"])
     assert all(path in message for path in ("up/kernel", "head/kernel", "attn/query/kernel"))
     assert "16" in message and "Override(rank=16)" in message
+
+
+HEAD = {"up": {"kernel": jnp.ones((6, 12))}, "head": {"kernel": jnp.ones((12, 3))}}
+
+
+@pytest.mark.parametrize(
+    ("fields", "rank", "scale"),
+    [
+        ({}, 3, 1.0),
+        ({"rank": 4, "alpha": 6}, 3, 2.0),
+        ({"rank": 4, "overrides": {"head": {"alpha": 6}}}, 3, 2.0),
+        ({"rank": 4, "init": "orthogonal"}, 2, 1.0),
+        ({"rank": 4, "overrides": {"head": {"rank": 1}}}, 1, 1.0),
+        ({"rank": 3}, 3, 1.0),
+    ],
+)
+def test_all_linear_gives_a_small_head_the_rank_that_it_can_hold(fields, rank, scale):
+    config = LoraConfig(**{"rank": 6, **fields})
+    small = config.for_path("head/kernel").rank > 3
+    said = pytest.warns(UserWarning, match=r"head/kernel: the weight \(12, 3\) can hold only")
+    with said if small else contextlib.nullcontext():
+        params = lora_jax.init(KEY, HEAD, config)
+    assert params["head"]["kernel"].rank == rank and params["up"]["kernel"].rank == config.rank
+    np.testing.assert_allclose(params["head"]["kernel"].scale, scale)
+
+
+def test_a_named_head_and_a_rank_for_no_weight_are_still_errors():
+    with pytest.raises(TargetError, match="head/kernel: rank 4 is above"):
+        lora_jax.init(KEY, HEAD, LoraConfig(rank=4, targets=["head"]))
+    with pytest.raises(TargetError, match="head/kernel: rank 4 is above"):
+        lora_jax.init(KEY, HEAD, LoraConfig(rank=2, overrides={"head": {"rank": 4}}))
+    with pytest.raises(TargetError, match="up/kernel: rank 7 is above"):
+        lora_jax.init(KEY, HEAD, LoraConfig(rank=7))
 
 
 def test_integer_weights():

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import pickle
 
 import jax.numpy as jnp
 import numpy as np
@@ -134,3 +135,20 @@ def test_layers_are_plain_data():
     last = LoraConfig(layers=slice(-4, None))
     assert last.to_dict()["layers"] == {"start": -4, "stop": None, "step": None}
     assert hash(last) == hash(LoraConfig(layers=slice(-4, None))) and last != config
+
+
+def test_options_of_other_libraries_are_named():
+    with pytest.raises(ConfigError) as error:
+        LoraConfig(r=8, lora_alpha=16, target_modules=["query"], lora_dropout=0.1, ranks=3, x=1)
+    message = str(error.value)
+    for name, meant in [
+        ("r", "rank;"),
+        ("lora_alpha", "alpha;"),
+        ("target_modules", "targets;"),
+        ("lora_dropout", "dropout;"),
+        ("ranks", "rank;"),
+        ("x", "one of rank, alpha, targets"),
+    ]:
+        assert f"for {name} write {meant}" in message
+    assert pickle.loads(pickle.dumps(LoraConfig(rank=3))) == LoraConfig(rank=3)
+    assert dataclasses.replace(LoraConfig(rank=3), alpha=2.0) == LoraConfig(3, 2.0)

@@ -58,6 +58,14 @@ def test_a_regex_matches_the_whole_path():
         select("targets", "block_0/attn/query", LEAVES)
 
 
+@pytest.mark.parametrize("pattern", ["attn", "query", "head", "query/kernel"])
+def test_a_string_that_would_be_right_in_a_list(pattern):
+    with pytest.raises(TargetError, match=r"A string is a regex") as error:
+        select("targets", pattern, LEAVES)
+    assert f"write targets=[{pattern!r}]" in str(error.value)
+    assert select("targets", [pattern], LEAVES)
+
+
 def test_every_unmatched_entry_is_named_with_the_nearest_paths():
     with pytest.raises(TargetError) as error:
         select("targets", ["qeury/kernel", "head/kernel", "hed"], LEAVES)

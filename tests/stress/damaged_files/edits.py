@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from tests.stress.damaged_files import gguf_bytes, known_fields
-from tests.stress.damaged_files.known_fields import STEERING, WRONG, Verbatim
+from tests.stress.damaged_files.known_fields import STEERING, Verbatim, wrong
 from tests.stress.damaged_files.subject import Files
 
 
@@ -41,11 +41,11 @@ def edit_json(value: Any, rng: Random) -> Any:
     value = copy.deepcopy(value)
     found = spots(value)
     if not found:
-        return rng.choice(WRONG)
+        return wrong(rng)
     container, key = rng.choice(found)
     how = rng.choice(["value", "value", "near", "drop", "twice", "rename", "swap", "deep"])
     if how == "value":
-        container[key] = rng.choice(WRONG)
+        container[key] = wrong(rng)
     elif how == "near":
         container[key] = near(container[key], rng)
     elif how == "drop":
@@ -54,7 +54,9 @@ def edit_json(value: Any, rng: Random) -> Any:
         container[key] = deep(rng)
     elif how == "swap":
         other, second = rng.choice(found)
-        container[key], other[second] = other[second], copy.deepcopy(container[key])
+        # copies: one of the two may contain the other
+        pair = copy.deepcopy(other[second]), copy.deepcopy(container[key])
+        container[key], other[second] = pair
     elif isinstance(container, list):
         container.append(container[key])
     elif how == "rename":
@@ -85,7 +87,7 @@ def near(value: Any, rng: Random) -> Any:
         at = rng.randrange(len(value))
         put = rng.choice(["", "x", "../", ".", "/", "\0", "é", value])
         return value[:at] + put + value[at + rng.choice([0, 1]) :]
-    return rng.choice(WRONG) if value is None else [value]
+    return wrong(rng) if value is None else [value]
 
 
 def dump(value: Any) -> str:

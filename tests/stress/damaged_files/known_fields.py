@@ -1,5 +1,6 @@
 """The fields that each format knows, in the files or not, and wrong values to put into them."""
 
+import copy
 from random import Random
 from typing import Any
 
@@ -23,6 +24,12 @@ WRONG: tuple[Any, ...] = (
     *({"a": 1}, {"": {}}, {"a": []}, {STEERING: 1}, {"content": 5}, {"factor": "x"}),
     *([0] * 100, [True, False], [""] * 3, [[1, 2], [3]], {"type": "yarn"}, {"name": 0}),
 )
+
+
+def wrong(rng: Random) -> Any:
+    """Return a wrong value of its own, which may be changed further."""
+    return copy.deepcopy(rng.choice(WRONG))
+
 
 Path = tuple[str, ...]
 _ROPE = ("rope_type", "type", "factor", "rope_theta", "low_freq_factor", "high_freq_factor")
@@ -110,16 +117,16 @@ def put(value: Any, path: tuple, new: Any) -> None:
 def wrong_fields(name: str, value: Any, rng: Random) -> Any:
     """Put wrong values into one to three of the fields that a file of this name may have."""
     if not isinstance(value, dict | list):
-        return rng.choice(WRONG)
+        return wrong(rng)
     known = list(FIELDS.get(name, ()))
     for _ in range(rng.choice([1, 1, 1, 2, 3])):
         here = paths_in(value)
         pool = known if known and (not here or rng.random() < 0.5) else here
         if not pool:
-            return rng.choice(WRONG)
+            return wrong(rng)
         path = rng.choice(pool)
         try:
-            put(value, path, rng.choice(WRONG))
+            put(value, path, wrong(rng))
         except (KeyError, IndexError, TypeError, AttributeError):
             continue  # an earlier value took the place of what the path leads through
     return value

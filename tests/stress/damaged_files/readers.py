@@ -45,8 +45,10 @@ READERS: dict[str, Turns] = {
     "checkpoints": [("checkpoints", runs.checkpoints)],
     "run": [("run", runs.run)],
     "data": [
-        (f"{kind} rows", functools.partial(runs.data, kind))
-        for kind in ("text", "completion", "chat", "label")
+        (f"{kind} rows in {suffix}", functools.partial(runs.data, kind, suffix))
+        for kind in runs.ROWS
+        for suffix in runs.SUFFIXES
+        if suffix != ".csv" or kind in ("text", "completion", "label", "Alpaca")
     ],
     "naming": [("naming", runs.naming)],
 }

@@ -73,6 +73,7 @@ def run() -> Subject:
     }
 
     def load(folder: Path) -> Any:
+        assert run_record.started(folder, resume=True).year > 0
         run_record.begin(folder, identity, resume=True)
         found = log.rewind(folder / "log.jsonl", 2)
         return log.losses(found), log.evaluations(found)
@@ -80,18 +81,40 @@ def run() -> Subject:
     return Subject(files, load, lambda *_: ("loads", ""), writes=True)
 
 
-def data(kind: str) -> Subject:
-    """Rows of one kind."""
-    row = {
-        "text": {"text": "a b"},
-        "completion": {"prompt": "a", "completion": "b"},
-        "chat": {
-            "messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-        },
-        "label": {"text": "a", "label": "x"},
-    }[kind]
-    files = {"rows.jsonl": b"".join(json.dumps(row).encode() + b"\n" for _ in range(3))}
-    return Subject(files, lambda folder: read_rows(folder / "rows.jsonl"), lambda *_: ("loads", ""))
+ROWS: dict[str, dict[str, Any]] = {
+    "text": {"text": "a b"},
+    "completion": {"prompt": "a", "completion": "b"},
+    "chat": {
+        "messages": [
+            {"role": "user", "content": [{"type": "text", "text": "a"}]},
+            {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f"}}]},
+        ],
+        "tools": [{"type": "function", "function": {"name": "f", "parameters": {}}}],
+    },
+    "label": {"text": "a", "label": "x"},
+    "ShareGPT": {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]},
+    "Alpaca": {"instruction": "a", "input": "b", "output": "c", "system": "d"},
+}
+SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
+
+
+def data(kind: str, suffix: str) -> Subject:
+    """Rows of one kind in one format of file."""
+    rows = [ROWS[kind]] * 3
+    if suffix == ".parquet":
+        from pyarrow import Table, parquet
+
+        table = Table.from_pylist([{k: json.dumps(x) for k, x in row.items()} for row in rows])
+        files = files_of(lambda folder: parquet.write_table(table, folder / "rows.parquet"))
+    elif suffix == ".csv":
+        lines = [",".join(ROWS[kind]), *(",".join(map(str, row.values())) for row in rows)]
+        files = {"rows.csv": "\n".join(lines).encode()}
+    elif suffix == ".json":
+        files = {"rows.json": json.dumps(rows).encode()}
+    else:
+        files = {"rows.jsonl": b"".join(json.dumps(row).encode() + b"\n" for row in rows)}
+    (name,) = files
+    return Subject(files, lambda folder: read_rows(folder / name), lambda *_: ("loads", ""))
 
 
 def naming() -> Subject:
