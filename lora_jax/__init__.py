@@ -65,6 +65,7 @@ __all__ = [
     "split",
     "summary",
     "unmerge",
+    "value_and_grad_from_state",
     "with_dropout",
 ]
 
@@ -79,10 +80,11 @@ _ROOMS = ("adapters", "core", "engine", "files")
 
 def __getattr__(name: str) -> Any:
     """Import a public name, a module of `_LAZY` or a room at its first use."""
-    if name in _LAZY or name in _ROOMS:
-        value = importlib.import_module(_LAZY.get(name, f"lora_jax.{name}"))
-    elif name in __all__:
-        value = getattr(importlib.import_module("lora_jax.public"), name)
+    if name in _LAZY:
+        value = importlib.import_module(_LAZY[name])
+    elif name in __all__ or name in _ROOMS:
+        public = importlib.import_module("lora_jax.public")  # which imports all modules of _ROOMS
+        value = globals()[name] if name in _ROOMS else getattr(public, name)
     else:
         raise AttributeError(f"module 'lora_jax' has no attribute {name!r}")
     globals()[name] = value

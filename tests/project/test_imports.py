@@ -149,6 +149,14 @@ def test_public_names_come_from_one_module():
         _ = package.nothing
 
 
+@pytest.mark.parametrize("room", ["core.errors", "files.native"])
+def test_rooms_are_attributes_of_the_package(room):
+    """As they were when `import lora_jax` imported them at once."""
+    code = f"import lora_jax as l; l.{room}; l.adapters.split, l.engine.forms"
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+
+
 def test_import_is_light():
     code = "import sys, lora_jax as lora; lora.lora; print(*{n.split('.')[0] for n in sys.modules})"
     run = subprocess.run(

@@ -59,6 +59,7 @@ def main(options: TrainOptions, command: str) -> None:
         task.data,
         task.held_out,
         now,
+        run_record.older_checksums(options.out) if resumed else (),
     )
     results = train_results.Results(
         options,
