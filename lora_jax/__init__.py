@@ -65,6 +65,7 @@ __all__ = [
     "split",
     "summary",
     "unmerge",
+    "value_and_grad_from_state",
     "with_dropout",
 ]
 
