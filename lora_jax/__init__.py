@@ -3,6 +3,18 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
+
+    AdapterFileError,
+    ConfigError,
+    DenseError,
+    DenseWarning,
+    LayoutError,
+    LeftOutWarning,
+    LoraError,
+    MergeError,
+    StructureError,
+    TargetError,
+)
 from lora_jax import initializers
 from lora_jax.adapters.extract import extract
 from lora_jax.adapters.init import init
@@ -18,17 +30,6 @@ from lora_jax.adapters.switches import disable, set_scale, with_dropout
 from lora_jax.adapters.updates import apply_updates, schedule_free_eval_params
 from lora_jax.core.config import LoraConfig, Override
 from lora_jax.core.errors import (
-    AdapterFileError,
-    ConfigError,
-    DenseError,
-    DenseWarning,
-    LayoutError,
-    LeftOutWarning,
-    LoraError,
-    MergeError,
-    StructureError,
-    TargetError,
-)
 from lora_jax.core.layout import Layout
 from lora_jax.core.weights import LoraWeight, TrainedLeaf, TrainedRows
 from lora_jax.engine.custom_rules import Operand, Rule
@@ -39,9 +40,9 @@ from lora_jax.files.native import load, read_metadata, save
 from lora_jax.initializers import rounding
 from lora_jax.initializers.eva import eva
 from lora_jax.initializers.lora_ga import lora_ga
-
 if TYPE_CHECKING:
     from lora_jax.files import loralib, mlx, naming, peft
+    from lora_jax.public import *
 
 __version__ = "0.1.0"
 
@@ -102,21 +103,30 @@ __all__ = [
     "split",
     "summary",
     "unmerge",
+    "value_and_grad_from_state",
     "with_dropout",
 ]
 
-# Rooms and formats that need more packages: they are imported at their first use.
+# What is imported at its first use: rooms and formats need more packages, and JAX, which all public
+# names need, takes longer than all that `lora-jax --help` does.
 _LAZY = {
     **{name: f"lora_jax.{name}" for name in ("layers", "models", "training")},
     **{name: f"lora_jax.files.{name}" for name in ("loralib", "mlx", "naming", "peft")},
 }
+_ROOMS = ("adapters", "core", "engine", "files")
 
 
 def __getattr__(name: str) -> Any:
-    """Import a module of `_LAZY` at its first use."""
+    """Import a public name, a module of `_LAZY` or a room at its first use."""
     if name in _LAZY:
-        return importlib.import_module(_LAZY[name])
-    raise AttributeError(f"module 'lora_jax' has no attribute {name!r}")
+        value = importlib.import_module(_LAZY[name])
+    elif name in __all__ or name in _ROOMS:
+        public = importlib.import_module("lora_jax.public")  # which imports all modules of _ROOMS
+        value = globals()[name] if name in _ROOMS else getattr(public, name)
+    else:
+        raise AttributeError(f"module 'lora_jax' has no attribute {name!r}")
+    globals()[name] = value
+    return value
 
 
 def __dir__() -> list[str]:

@@ -1,6 +1,6 @@
 """Errors of the command line itself."""
 
-from lora_jax import LoraError
+from lora_jax.core.errors import LoraError
 
 
 class PromptError(LoraError):

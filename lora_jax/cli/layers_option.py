@@ -1,6 +1,6 @@
 """The value of `--layers`: numbers, or a slice."""
 
-from lora_jax import ConfigError
+from lora_jax.core.errors import ConfigError
 
 
 def parse_layers(text: str) -> slice | tuple[int, ...] | None:

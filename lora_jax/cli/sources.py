@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import jax
 import lora_jax as lora
 from lora_jax import models
 from lora_jax.core.errors import ModelFileError
-from lora_jax.core.foreign import shown
+from lora_jax.core.foreign import escaped, shown
 from lora_jax.core.paths import flatten_with_paths
 from lora_jax.files import kinds, mlx, native, peft
 from lora_jax.files.naming import Naming
@@ -28,7 +29,13 @@ HUB_IDS = {SMOLLM2: "HuggingFaceTB/SmolLM2-135M-Instruct"}
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 
 
-def find_model(name: str, say: Callable[[str], None] = lambda text: None) -> kinds.Found:
+def announce(text: str) -> None:
+    """Print a line on stderr, if that is a terminal, before something that takes long."""
+    if sys.stderr.isatty():
+        print(escaped(text), file=sys.stderr)
+
+
+def find_model(name: str, say: Callable[[str], None] = announce) -> kinds.Found:
     """Find a model: a directory in Hugging Face's layout, a GGUF file, or a known name.
 
     Args:

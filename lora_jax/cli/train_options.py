@@ -40,6 +40,11 @@ _BIAS = "Biases to train fully: none, all, or those of adapted modules."
 _STEPS = "Training steps, instead of --epochs; with --resume the run's own by default."
 _LOG_EVERY = "Steps between lines of progress, which replace the bar outside a terminal."
 _INIT = "Initialization of A and B."
+_ADD_TOKEN = (
+    "Text that becomes one token; trains the embedding and the head in full. May be given several "
+    "times."
+)
+_UNTIE_HEAD = "Train an output head apart from the embedding that it is tied to."
 _DORA = "Train one magnitude per output as well (DoRA)."
 _POOLING = "Input of a classifier's head: the token that transformers takes, or the mean of all."
 _LENGTH = "Maximum tokens per row; 0: 512, or the model's maximum if smaller."
@@ -75,6 +80,10 @@ class TrainOptions:
     rank: Annotated[int, Option(min=1, help="Rank of A and B.")] = 8
     alpha: Annotated[float | None, Option(help=_ALPHA)] = None
     targets: Annotated[str, Option(help=_TARGETS)] = "all-linear"
+    add_token: Annotated[
+        list[str] | None, Option("--add-token", metavar="TEXT", help=_ADD_TOKEN)
+    ] = None
+    untie_head: Annotated[bool, Option("--untie-head", help=_UNTIE_HEAD)] = False
     exclude: Annotated[str, Option(help=_EXCLUDE)] = ""
     layers: Annotated[str, Option(help=_LAYERS)] = ""
     train: Annotated[str, Option(help=_TRAIN)] = ""

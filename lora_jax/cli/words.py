@@ -4,8 +4,8 @@ import contextlib
 import re
 from collections.abc import Iterator
 
-from lora_jax import LoraError
 from lora_jax.cli.train_options import TrainOptions
+from lora_jax.core.errors import LoraError
 
 #: Python's words in the messages of `lora_jax.init`, and the options that mean the same. In a
 #: replacement, {name} is the value of an option.

@@ -54,28 +54,16 @@ def _problem(path: Path) -> str:
 def _metadata_problem(value: Any, step: int) -> str:
     if not isinstance(value, Mapping):
         return f"{METADATA} is not an object"
-    for field, kinds in _FIELDS.items():
-        if not isinstance(value.get(field), (*kinds, type(None))):
-            return f"{METADATA}: {field} has another type"
-    for field in ("init_timestamp_nsecs", "commit_timestamp_nsecs"):
-        time = value.get(field)
-        if time is not None and not (is_integer(time) and 0 <= time < 2**63):
-            return f"{METADATA}: {field} is not a time"
-    handlers = value.get("item_handlers")
-    if isinstance(handlers, dict) and not all(isinstance(x, str) for x in handlers.values()):
-        return f"{METADATA}: item_handlers has another type"
-    recorded = (value.get("custom_metadata") or {}).get(STEP, step)
+    custom = value.get("custom_metadata")
+    recorded = custom.get(STEP, step) if isinstance(custom, Mapping) else step
     if not is_integer(recorded) or recorded != step:
         return "it was saved as another step"
     return ""
 
 
-_FIELDS: dict[str, tuple[type, ...]] = {
-    "item_handlers": (dict, str),
-    "metrics": (dict,),
-    "performance_metrics": (dict,),
-    "custom_metadata": (dict,),
-}
+def steps_in(directory: Path) -> list[str]:
+    """Return the names of the directories that Orbax takes for steps."""
+    return sorted(path.name for path in directory.iterdir() if path.name.isdecimal())
 
 
 def move_away(directory: Path, name: str) -> Path:

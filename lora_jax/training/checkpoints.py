@@ -47,7 +47,22 @@ class Checkpoints:
         self._empty()
         for name, problem in checkpoint_steps.damaged(self.directory).items():
             self._move_away(name, problem)
-        self._manager = ocp.CheckpointManager(self.directory, options=options)
+        self._manager = self._open(options)
+
+    def _open(self, options: ocp.CheckpointManagerOptions) -> ocp.CheckpointManager:
+        """Open the directory, without the steps that Orbax cannot open."""
+        try:
+            with _quiet():
+                return ocp.CheckpointManager(self.directory, options=options)
+        except Exception:  # whatever Orbax meets in the metadata of one of the steps
+            for name in checkpoint_steps.steps_in(self.directory):
+                problem = _open_alone(self.directory / name)
+                if problem:
+                    self._move_away(name, problem)
+        try:
+            return ocp.CheckpointManager(self.directory, options=options)
+        except Exception as error:
+            raise TrainingError(f"{self.directory}: cannot be opened ({shown(error)})") from error
 
     def __enter__(self) -> Self:
         return self
@@ -159,6 +174,18 @@ class Checkpoints:
             f"it was moved to {checkpoint_steps.UNREADABLE}/{shown(place.name)}",
             stacklevel=3,
         )
+
+
+def _open_alone(step: Path) -> str:
+    """Return what Orbax says about the directory of one step; empty if it can open it."""
+    options = ocp.CheckpointManagerOptions(read_only=True)
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / step.name).symlink_to(step, target_is_directory=True)
+        try:
+            ocp.CheckpointManager(folder, options=options).close()
+        except Exception as error:
+            return " ".join(str(error).split()) or type(error).__name__
+    return ""
 
 
 def _check_like(found: Any, target: Any) -> None:

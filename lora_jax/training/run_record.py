@@ -13,7 +13,7 @@ import numpy as np
 from lora_jax.core.foreign import shown
 from lora_jax.files.disk import strict_json
 from lora_jax.files.disk.atomic import write_atomically
-from lora_jax.files.disk.fingerprint import fingerprint
+from lora_jax.files.disk.fingerprint import fingerprint, weak_entries
 from lora_jax.training.batching import Data
 from lora_jax.training.errors import TrainingError
 
@@ -41,6 +41,7 @@ def identity(
     data: Data,
     held_out: Data | None,
     now: datetime.datetime | None = None,
+    weak: Collection[str] = (),
 ) -> dict[str, Any]:
     """Return everything that decides what a run computes, as JSON values.
 
@@ -50,11 +51,12 @@ def identity(
       data: token ids and masks; a checksum is recorded.
       held_out: likewise.
       now: from `started`; it is recorded, and does not tell runs apart.
+      weak: from `older_checksums`.
     """
     return {
         **({_STARTED: now.isoformat()} if now else {}),
         "settings": json.loads(json.dumps(dict(settings))),
-        "base": fingerprint(base),
+        "base": fingerprint(base, weak=weak),
         "data": {
             "training": _digest(data),
             "held-out": None if held_out is None else _digest(held_out),
@@ -134,6 +136,15 @@ def recorded(directory: Path, name: str) -> Any:
       TrainingError: the record is damaged.
     """
     return _from_file(directory, lambda before: before["settings"].get(name))
+
+
+def older_checksums(directory: Path) -> list[str]:
+    """Return the paths whose weights were recorded by an older release, to compare them likewise.
+
+    Raises:
+      TrainingError: the record is damaged.
+    """
+    return _from_file(directory, lambda before: weak_entries(before["base"]))
 
 
 def _from_file(directory: Path, read: Callable[[Mapping[str, Any]], Any]) -> Any:

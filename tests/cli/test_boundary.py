@@ -20,7 +20,7 @@ from lora_jax.models.assets import AssetError
 from tests.cli import files
 
 ROOT = pathlib.Path(__file__).parents[2]
-HEAVY = {"flax", "gguf", "jinja2", "matplotlib", "orbax", "tokenizers"}
+HEAVY = {"flax", "gguf", "jax", "jinja2", "matplotlib", "numpy", "optax", "orbax", "tokenizers"}
 
 
 def python(code, **environment):
@@ -140,7 +140,8 @@ def test_help_loads_nothing_heavy():
         """
         import sys
         from lora_jax.cli import main
-        for words in (["--help"], ["inspect", "--help"], ["--version"]):
+        from lora_jax.cli.app import COMMANDS
+        for words in (["--help"], ["--version"], *([name, "--help"] for name in COMMANDS)):
             assert main(words) == 0
         print(*{name.split(".")[0] for name in sys.modules})
         """
@@ -171,9 +172,10 @@ def test_the_console_script_is_main():
     assert {"typer", "gguf", "jinja2"} <= set(project["optional-dependencies"]["cli"])
 
 
-def test_the_module_runs(tmp_path):
+@pytest.mark.parametrize("module", ["lora_jax", "lora_jax.cli"])
+def test_the_module_runs(module, tmp_path):
     done = subprocess.run(
-        [sys.executable, "-m", "lora_jax.cli", "inspect", tmp_path / "none"],
+        [sys.executable, "-m", module, "inspect", tmp_path / "none"],
         capture_output=True,
         text=True,
         timeout=120,

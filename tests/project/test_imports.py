@@ -22,6 +22,8 @@ ROOMS = (
     *("training", "cli"),
 )
 ABOVE_THE_PUBLIC_NAMES = ("training", "cli")
+# In no room: the package, the public names that it imports at their first use, `python -m`.
+FACE = ("", "public", "__main__")
 
 HEAVY = {
     *("flax", "gguf", "jinja2", "matplotlib", "orbax", "rich", "tokenizers", "torch"),
@@ -85,10 +87,10 @@ def circle(start: str) -> list[str]:
 
 
 def test_every_module_is_in_a_room():
-    assert {room(name) for name in MODULES} == {"", *ROOMS}
+    assert {room(name) for name in MODULES} == {*FACE, *ROOMS}
 
 
-@pytest.mark.parametrize("name", sorted(MODULES.keys() - {""}))
+@pytest.mark.parametrize("name", sorted(MODULES.keys() - {*FACE}))
 def test_imports_point_down(name):
     allowed = {*ROOMS[: ROOMS.index(room(name)) + 1]}
     if room(name) in ABOVE_THE_PUBLIC_NAMES:
@@ -135,8 +137,28 @@ def test_every_public_name_is_documented():
     assert inspect.getdoc(package)
 
 
+def test_public_names_come_from_one_module():
+    """What `import lora_jax` imports at first use is all of `__all__`, and types say the same."""
+    package = importlib.import_module("lora_jax")
+    public = importlib.import_module("lora_jax.public")
+    names = {*public.__all__, "loralib", "mlx", "naming", "peft"}
+    assert names == {*package.__all__} and len(names) == len(package.__all__)
+    for name in public.__all__:
+        assert getattr(package, name) is getattr(public, name)
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = package.nothing
+
+
+@pytest.mark.parametrize("room", ["core.errors", "files.native"])
+def test_rooms_are_attributes_of_the_package(room):
+    """As they were when `import lora_jax` imported them at once."""
+    code = f"import lora_jax as l; l.{room}; l.adapters.split, l.engine.forms"
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+
+
 def test_import_is_light():
-    code = "import sys, lora_jax; print(*{name.split('.')[0] for name in sys.modules})"
+    code = "import sys, lora_jax as lora; lora.lora; print(*{n.split('.')[0] for n in sys.modules})"
     run = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120
     )

@@ -218,6 +218,31 @@ def test_where_no_step_is_left_nothing_starts_again_unsaid(tmp_path):
             checkpoints.restore(state)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"performance_metrics": {"a": 0.5}},
+        {"performance_metrics": "x"},
+        {"metrics": [1]},
+        {"commit_timestamp_nsecs": "now"},
+        {"unknown": 1},
+        {"item_handlers": 3},
+    ],
+)
+def test_metadata_that_orbax_cannot_open_is_moved_aside(tmp_path, change):
+    state = {"x": jnp.arange(3.0)}
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(2, state)
+        checkpoints.save(3, state)
+    file = tmp_path / "3" / "_CHECKPOINT_METADATA"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    with (
+        pytest.warns(UserWarning, match="checkpoint 3 cannot be read .* moved to unreadable/3"),
+        Checkpoints(tmp_path) as checkpoints,
+    ):
+        assert checkpoints.restore(state)[0] == 2
+
+
 def test_checkpoints_of_earlier_releases_have_no_step_in_their_metadata(tmp_path):
     state = {"x": jnp.arange(3.0)}
     with Checkpoints(tmp_path) as checkpoints:

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from lora_jax.files.disk.fingerprint import fingerprint
 from lora_jax.training import run_record
 from lora_jax.training.batching import Data
 from lora_jax.training.errors import TrainingError
@@ -90,3 +91,27 @@ def test_a_record_without_a_start(tmp_path, content):
     (tmp_path / "run.json").write_text(content)
     now = datetime.datetime.now()
     assert abs(run_record.started(tmp_path, resume=True) - now) < datetime.timedelta(minutes=1)
+
+
+def test_a_run_of_an_older_release_is_resumed(tmp_path):
+    """Its checksums are compared with checksums of the same kind, and still tell models apart."""
+    tree = {"a": jnp.full(3, 1.0), "b": jnp.zeros(2)}
+    before = identity() | {"base": fingerprint(tree, weak=tree)}
+    run_record.write(tmp_path, before)
+    with pytest.raises(TrainingError, match="the model is different"):
+        run_record.begin(tmp_path, identity(), resume=True)
+    weak = run_record.older_checksums(tmp_path)
+    again = run_record.identity(SETTINGS, tree, data(), None, weak=weak)
+    assert run_record.begin(tmp_path, again, resume=True)
+    other = run_record.identity(SETTINGS, tree | {"b": jnp.ones(2)}, data(), None, weak=weak)
+    with pytest.raises(TrainingError, match="the model is different: 1 of 2 arrays, b first"):
+        run_record.begin(tmp_path, other, resume=True)
+
+
+def test_settings_that_may_change(tmp_path):
+    run_record.begin(tmp_path, identity(), resume=False)
+    longer = identity({"rank": 4})
+    assert run_record.begin(tmp_path, longer, resume=True, free=("rank",))
+    assert run_record.recorded(tmp_path, "rank") == 8
+    run_record.write(tmp_path, longer)
+    assert run_record.recorded(tmp_path, "rank") == 4

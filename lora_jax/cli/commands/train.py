@@ -5,7 +5,7 @@ import shlex
 import typer
 
 from lora_jax.cli.options import takes
-from lora_jax.cli.train_options import TrainOptions
+from lora_jax.cli.train_options import CLASSIFICATION, TrainOptions
 
 EXAMPLES = (
     "lora-jax train --model smollm2 --data play.txt --targets q_proj,v_proj --out run",
@@ -41,7 +41,7 @@ _NOT_NEGATIVE = ("warmup", "clip", "weight_decay")
 #: Options of new adapters, which an adapter to start from decides.
 _OF_NEW_ADAPTERS = (
     *("rank", "alpha", "targets", "exclude", "layers", "train", "bias"),
-    *("init", "dora", "rslora"),
+    *("init", "dora", "rslora", "add_token", "untie_head"),
 )
 
 
@@ -58,15 +58,18 @@ def _check(context: typer.Context, options: TrainOptions) -> None:
             what = "above 0" if name in _POSITIVE else "at least 0"
             what = "finite" if value == float("inf") else what
             raise typer.BadParameter(f"must be {what}", param_hint=f"--{name.replace('_', '-')}")
+    if options.task == CLASSIFICATION and (options.add_token or options.untie_head):
+        raise typer.BadParameter("--add-token and --untie-head are for --task causal-lm")
     given = [n for n in _OF_NEW_ADAPTERS if options.adapter is not None and _is_given(context, n)]
     if given:
-        named = ", ".join(f"--{name}" for name in given)
+        named = ", ".join(f"--{name.replace('_', '-')}" for name in given)
         raise typer.BadParameter(f"--adapter decides what trains, and how; leave out {named}")
 
 
 def _is_given(context: typer.Context, name: str) -> bool:
     parameter = next(p for p in context.command.params if p.name == name)
-    return context.params[name] != parameter.get_default(context)
+    value = context.params[name]
+    return value not in (parameter.get_default(context), (), [])
 
 
 def _resume_command(context: typer.Context) -> str:

@@ -13,6 +13,7 @@ from lora_jax.cli.jobs import train_results
 from lora_jax.cli.jobs.train_data import Task, read_task
 from lora_jax.cli.jobs.train_model import TrainableModel, open_model
 from lora_jax.cli.jobs.train_start import Start, make_start
+from lora_jax.cli.jobs.train_vocabulary import Vocabulary
 from lora_jax.cli.jobs.train_watch import Watch
 from lora_jax.cli.plurals import count
 from lora_jax.cli.train_options import CLASSIFICATION, MEAN, TrainOptions
@@ -58,8 +59,16 @@ def main(options: TrainOptions, command: str) -> None:
         task.data,
         task.held_out,
         now,
+        run_record.older_checksums(options.out) if resumed else (),
     )
-    results = train_results.Results(options, task, model.naming, start.config, start.params)
+    results = train_results.Results(
+        options,
+        task,
+        model.naming,
+        start.config,
+        start.params,
+        model.tokenizer.files() if options.add_token else {},
+    )
     results.check(adapters)
     run_record.begin(options.out, this, resumed, free=("steps",))
     counts = lora.count_params(start.params)
@@ -101,7 +110,10 @@ def _open(
         found = kinds.adapter(options.adapter)
         if found.kind == kinds.NATIVE:  # the others have one name per layer
             scan = sources.is_stacked(found)
-    model = open_model(options.model, options.dtype, scan, options.adapter, now, say)
+    vocabulary = Vocabulary(options.add_token or (), options.untie_head)
+    model = open_model(
+        options.model, options.dtype, scan, options.adapter, now, say, vocabulary=vocabulary
+    )
     length = options.length or min(512, model.longest)
     if not 2 <= length <= model.longest:
         raise TrainingError(f"--length {length}: must be from 2 to {model.longest} for this model")
@@ -159,6 +171,7 @@ _NOT_RECORDED = {
     *("epochs", "targets", "init", "rank", "alpha", "dora", "rslora", "dropout"),  # by the config
     *("exclude", "layers", "train", "bias"),  # by the config
     "adapter",  # by a checksum of its values
+    *("add_token", "untie_head"),  # by the config and the checksums of the parameters and batches
 }
 
 

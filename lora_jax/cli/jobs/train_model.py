@@ -8,12 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from lora_jax.cli import classifiers, sources
+from lora_jax.cli.jobs.train_vocabulary import Vocabulary
 from lora_jax.files import kinds
 from lora_jax.files.naming import Naming
 from lora_jax.models import hf_directory, published_classifier
 from lora_jax.models.llama_config import LlamaConfig
 from lora_jax.models.pretrained import Pretrained
 from lora_jax.models.text import Tokenizer
+
+_AS_IT_IS = Vocabulary()
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,7 @@ class TrainableModel:
     vocabulary: int  # number of tokens that it has embeddings for
     stops: frozenset[int]  # ids at which generation ends
     adapters: Any = None  # to start from: an overlay of `params`
+    whole: tuple[str, ...] = ()  # leaves to train in full
 
 
 def open_model(
@@ -43,6 +47,7 @@ def open_model(
     adapter: Path | None = None,
     now: datetime.datetime | None = None,
     say: Callable[[str], None] = lambda text: None,
+    vocabulary: Vocabulary = _AS_IT_IS,
 ) -> TrainableModel:
     """Load a model and its tokenizer.
 
@@ -55,6 +60,7 @@ def open_model(
         template or vocabulary.
       now: the time that a chat template sees; that of each call if None.
       say: called with a line before anything that takes long.
+      vocabulary: tokens to add, and whether to untie the head.
 
     Raises:
       LoraError, OSError: the model does not exist or cannot be read.
@@ -66,11 +72,15 @@ def open_model(
         found.kind == kinds.CHECKPOINT
         and hf_directory.read_config(found.path).get("model_type") == "bert"
     )
+    vocabulary.extend(tokenizer)
     stops = sources.stop_ids(found, tokenizer)
     loaded = sources.load_model(found, dtype, scan=scan and not is_bert)
+    loaded = vocabulary.apply(loaded, tokenizer)
     start = None if adapter is None else kinds.adapter(adapter)
     if start is None or classifiers.labels_of(start) is not None:
-        return to_trainable(loaded, tokenizer, stops)
+        return dataclasses.replace(
+            to_trainable(loaded, tokenizer, stops), whole=vocabulary.whole(loaded)
+        )
     adapted = sources.put_on(loaded, start)
     return dataclasses.replace(
         to_trainable(adapted.model, tokenizer, stops), adapters=adapted.adapters

@@ -4,6 +4,7 @@ import os
 import re
 import shlex
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from lora_jax.cli.jobs.train_data import Task
 from lora_jax.cli.train_options import TrainOptions
 from lora_jax.core.foreign import escaped
 from lora_jax.files import native, peft
+from lora_jax.files.disk.atomic import write_atomically
 from lora_jax.files.naming import Naming
 from lora_jax.training import log
 
@@ -34,6 +36,7 @@ class Results:
     naming: Naming
     config: lora.LoraConfig
     start: Any  # the joined tree before the first step
+    tokenizer: Mapping[str, bytes]  # the files of a tokenizer that is not the base's
 
     def path(self, name: str) -> Path:
         """Return where adapters are written: a directory, or a classifier's file."""
@@ -51,8 +54,8 @@ class Results:
     def write(self, name: str, adapters: Any, record: log.Record) -> None:
         """Write adapters for the model as it was published.
 
-        They become a directory of PEFT; for a classifier a file of lora_jax, because its head reads
-        the mean over a text's tokens, and the heads of transformers read the first or last one.
+        They become a directory of PEFT; for a classifier a file of lora_jax, which also records the
+        labels and what its head reads.
         """
         if self.config.init in _CHANGES_BASE:
             adapters = lora.on_original(self.start, adapters, self.task.params)
@@ -73,6 +76,8 @@ class Results:
             base_model=name,
             task_type="CAUSAL_LM",
         )
+        for file, data in self.tokenizer.items():
+            write_atomically(path / file, data)
 
     def show(self, records: list[dict[str, Any]]) -> None:
         """Print the table of a finished run on stdout, the files written, and a next command.

@@ -55,6 +55,7 @@ def _config(options: TrainOptions, model: TrainableModel, task: Task) -> lora.Lo
     if options.exclude:
         targets = without(targets, names(options.exclude), params, naming)
     trained = resolve_leaves(names(options.train), params, naming) if options.train else []
+    trained += [path for path in model.whole if path not in trained]
     if ALL_LINEAR in options.target_names:
         targets = [path for path in targets if path not in trained]
     return lora.LoraConfig(

@@ -1,0 +1,97 @@
+"""The public names that need JAX: `import lora_jax` imports this module at their first use."""
+
+from lora_jax import initializers
+from lora_jax.adapters.extract import extract
+from lora_jax.adapters.init import init
+from lora_jax.adapters.memory import MemoryReport, StepMemory, memory_report
+from lora_jax.adapters.merge import merge, unmerge
+from lora_jax.adapters.norms import norms
+from lora_jax.adapters.on_original import on_original
+from lora_jax.adapters.opened import partition_specs
+from lora_jax.adapters.optim import freeze, groups, labels, lora_fa, lora_plus, mask
+from lora_jax.adapters.split import join, split
+from lora_jax.adapters.summary import count_params, summary
+from lora_jax.adapters.switches import disable, set_scale, with_dropout
+from lora_jax.adapters.updates import (
+    apply_updates,
+    schedule_free_eval_params,
+    value_and_grad_from_state,
+)
+from lora_jax.core.config import LoraConfig, Override
+from lora_jax.core.errors import (
+    AdapterFileError,
+    ConfigError,
+    DenseError,
+    DenseWarning,
+    LayoutError,
+    LoraError,
+    MergeError,
+    StructureError,
+    TargetError,
+)
+from lora_jax.core.layout import Layout
+from lora_jax.core.weights import LoraWeight, TrainedLeaf, TrainedRows
+from lora_jax.engine.custom_rules import Operand, Rule
+from lora_jax.engine.forms import Forms
+from lora_jax.engine.remat import save_sums
+from lora_jax.engine.transform import lora
+from lora_jax.files.native import load, read_metadata, save
+from lora_jax.initializers import rounding
+from lora_jax.initializers.eva import eva
+from lora_jax.initializers.lora_ga import lora_ga
+
+__all__ = [
+    "AdapterFileError",
+    "ConfigError",
+    "DenseError",
+    "DenseWarning",
+    "Forms",
+    "Layout",
+    "LayoutError",
+    "LoraConfig",
+    "LoraError",
+    "LoraWeight",
+    "MemoryReport",
+    "MergeError",
+    "Operand",
+    "Override",
+    "Rule",
+    "StepMemory",
+    "StructureError",
+    "TargetError",
+    "TrainedLeaf",
+    "TrainedRows",
+    "apply_updates",
+    "count_params",
+    "disable",
+    "eva",
+    "extract",
+    "freeze",
+    "groups",
+    "init",
+    "initializers",
+    "join",
+    "labels",
+    "load",
+    "lora",
+    "lora_fa",
+    "lora_ga",
+    "lora_plus",
+    "mask",
+    "memory_report",
+    "merge",
+    "norms",
+    "on_original",
+    "partition_specs",
+    "read_metadata",
+    "rounding",
+    "save",
+    "save_sums",
+    "schedule_free_eval_params",
+    "set_scale",
+    "split",
+    "summary",
+    "unmerge",
+    "value_and_grad_from_state",
+    "with_dropout",
+]
