@@ -3,43 +3,6 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
-
-    AdapterFileError,
-    ConfigError,
-    DenseError,
-    DenseWarning,
-    LayoutError,
-    LeftOutWarning,
-    LoraError,
-    MergeError,
-    StructureError,
-    TargetError,
-)
-from lora_jax import initializers
-from lora_jax.adapters.extract import extract
-from lora_jax.adapters.init import init
-from lora_jax.adapters.memory import MemoryReport, StepMemory, memory_report
-from lora_jax.adapters.merge import merge, unmerge
-from lora_jax.adapters.norms import norms
-from lora_jax.adapters.on_original import on_original
-from lora_jax.adapters.opened import partition_specs
-from lora_jax.adapters.optim import freeze, groups, labels, lora_fa, lora_plus, mask
-from lora_jax.adapters.split import join, split
-from lora_jax.adapters.summary import count_params, summary
-from lora_jax.adapters.switches import disable, set_scale, with_dropout
-from lora_jax.adapters.updates import apply_updates, schedule_free_eval_params
-from lora_jax.core.config import LoraConfig, Override
-from lora_jax.core.errors import (
-from lora_jax.core.layout import Layout
-from lora_jax.core.weights import LoraWeight, TrainedLeaf, TrainedRows
-from lora_jax.engine.custom_rules import Operand, Rule
-from lora_jax.engine.forms import Forms
-from lora_jax.engine.remat import save_sums
-from lora_jax.engine.transform import lora
-from lora_jax.files.native import load, read_metadata, save
-from lora_jax.initializers import rounding
-from lora_jax.initializers.eva import eva
-from lora_jax.initializers.lora_ga import lora_ga
 if TYPE_CHECKING:
     from lora_jax.files import loralib, mlx, naming, peft
     from lora_jax.public import *
