@@ -17,6 +17,7 @@ __all__ = [
     "Forms",
     "Layout",
     "LayoutError",
+    "LeftOutWarning",
     "LoraConfig",
     "LoraError",
     "LoraWeight",
@@ -65,6 +66,7 @@ __all__ = [
     "split",
     "summary",
     "unmerge",
+    "value_and_grad_from_state",
     "with_dropout",
 ]
 

@@ -12,7 +12,11 @@ from lora_jax.adapters.optim import freeze, groups, labels, lora_fa, lora_plus, 
 from lora_jax.adapters.split import join, split
 from lora_jax.adapters.summary import count_params, summary
 from lora_jax.adapters.switches import disable, set_scale, with_dropout
-from lora_jax.adapters.updates import apply_updates, schedule_free_eval_params
+from lora_jax.adapters.updates import (
+    apply_updates,
+    schedule_free_eval_params,
+    value_and_grad_from_state,
+)
 from lora_jax.core.config import LoraConfig, Override
 from lora_jax.core.errors import (
     AdapterFileError,
@@ -20,6 +24,7 @@ from lora_jax.core.errors import (
     DenseError,
     DenseWarning,
     LayoutError,
+    LeftOutWarning,
     LoraError,
     MergeError,
     StructureError,
@@ -44,6 +49,7 @@ __all__ = [
     "Forms",
     "Layout",
     "LayoutError",
+    "LeftOutWarning",
     "LoraConfig",
     "LoraError",
     "LoraWeight",
@@ -88,5 +94,6 @@ __all__ = [
     "split",
     "summary",
     "unmerge",
+    "value_and_grad_from_state",
     "with_dropout",
 ]

@@ -1,8 +1,10 @@
 """What optax computed, applied to adapted parameters."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from lora_jax.adapters.optim import TRAINED_FIELDS
@@ -81,3 +83,48 @@ def schedule_free_eval_params(state: Any, params: Any) -> Any:
         evaluated = contrib.schedule_free_eval_params(one, only_trained(params, one.z))
         params = with_frozen(evaluated, params)
     return params
+
+
+def value_and_grad_from_state(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """Return `jax.value_and_grad(fn)` that takes what a line search has computed from its state.
+
+    It is `optax.value_and_grad_from_state` for a state of `freeze(optax.lbfgs(), params)`: the line
+    search of the last step evaluated the loss and its gradient at these parameters already.
+
+    Args:
+      fn: a scalar function of adapted parameters.
+
+    Returns:
+      A function `(params, *args, state=...) -> (value, gradients)`; the gradients of frozen leaves
+      are zeros.
+
+    Raises:
+      ValueError: the state contains no value and gradient.
+
+    >>> import jax, jax.numpy as jnp, lora_jax, optax
+    >>> config = lora_jax.LoraConfig(rank=1)
+    >>> params = lora_jax.init(jax.random.key(0), {"kernel": jnp.ones((4, 3))}, config)
+    >>> loss = lambda params: (params["kernel"].b ** 2 + 1).sum()
+    >>> state = lora_jax.freeze(optax.lbfgs(), params).init(params)
+    >>> value, grads = value_and_grad_from_state(loss)(params, state=state)
+    >>> float(value)
+    3.0
+    """
+
+    def call(params: Any, *args: Any, state: Any, **kwargs: Any) -> tuple[jax.Array, Any]:
+        is_search = lambda x: {"value", "grad"} <= set(getattr(x, "_fields", ()))
+        found = [x for x in jax.tree.leaves(state, is_leaf=is_search) if is_search(x)]
+        if not found:
+            raise ValueError(
+                "value_and_grad_from_state: the state contains no value and gradient of a line "
+                "search; use jax.value_and_grad(fn)"
+            )
+        value, grad = found[0].value, found[0].grad
+        trained = only_trained(params, grad)
+        compute = jax.value_and_grad(lambda t: fn(with_frozen(t, params), *args, **kwargs))
+        value, grad = jax.lax.cond(
+            jnp.isfinite(value), lambda _: (value, grad), lambda t: compute(t), trained
+        )
+        return value, with_frozen(grad, jax.tree.map(jnp.zeros_like, params))
+
+    return call

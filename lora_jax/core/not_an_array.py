@@ -7,7 +7,7 @@ from lora_jax.core.errors import StructureError
 _OPERATORS = (
     *("add", "radd", "sub", "rsub", "mul", "rmul", "matmul", "rmatmul", "pow", "rpow"),
     *("truediv", "rtruediv", "floordiv", "rfloordiv", "mod", "rmod", "neg", "pos", "abs"),
-    *("lt", "le", "gt", "ge", "getitem", "iter", "len", "float", "int", "array", "jax_array"),
+    *("lt", "le", "gt", "ge", "getitem", "float", "int", "array", "jax_array"),
 )
 _ATTRIBUTES = (
     *("T", "mT", "at", "ndim", "size", "astype", "reshape", "transpose", "swapaxes", "ravel"),

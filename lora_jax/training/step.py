@@ -74,7 +74,7 @@ def make_step(
         measured = {**sums, "loss": sums["loss"] / sums["weight"], "gradient_norm": norm}
         mean = jax.tree.map(lambda g, x: g.astype(x.dtype), mean, state.adapters)
         updates, optimizer = tx.update(mean, state.optimizer, state.adapters)
-        adapters = optax.apply_updates(state.adapters, updates)
+        adapters = lora.apply_updates(state.adapters, updates)
         # The state is donated, so a caller could not go back to it: choose here.
         finite = jnp.isfinite(measured["loss"]) & jnp.isfinite(norm)
         adapters, optimizer = jax.tree.map(

@@ -162,6 +162,23 @@ def test_lbfgs_with_its_own_line_search():
     assert float(loss(minimize(tx, loss, PARAMS, steps=2))) < 0.9 * float(loss(PARAMS))
 
 
+def test_value_and_gradient_from_the_state():
+    """The recipe of optax's guide: the line search has computed both already."""
+    tx = lora_jax.freeze(optax.lbfgs(), PARAMS)
+    params, state = PARAMS, tx.init(PARAMS)
+    value_and_grad = jax.jit(lora_jax.value_and_grad_from_state(loss))
+    for _ in range(2):
+        value, grad = value_and_grad(params, state=state)
+        want = jax.value_and_grad(loss)(params)
+        np.testing.assert_allclose(value, want[0], rtol=1e-5)
+        jax.tree.map(lambda g, w: np.testing.assert_allclose(g, w, atol=1e-5), grad, want[1])
+        updates, state = tx.update(grad, state, params, value=value, grad=grad, value_fn=loss)
+        params = lora_jax.apply_updates(params, updates)
+    assert float(loss(params)) < 0.9 * float(loss(PARAMS))
+    with pytest.raises(ValueError, match="no value and gradient"):
+        lora_jax.value_and_grad_from_state(loss)(PARAMS, state=optax.adam(1.0).init(PARAMS))
+
+
 def test_reduce_on_plateau():
     tx = lora_jax.freeze(
         optax.chain(optax.sgd(1.0), optax.contrib.reduce_on_plateau(factor=0.5, patience=1)), PARAMS

@@ -1,5 +1,8 @@
 """A function that `lora` did not transform gets the library's own error, and no arrays."""
 
+import copy
+import pickle
+
 import equinox as eqx
 import flax.linen as nn
 import haiku as hk
@@ -99,3 +102,10 @@ def test_models(name):
         fn(adapted)
     check(error)
     np.testing.assert_allclose(lora_jax.lora(fn)(adapted), fn(params), rtol=1e-6)
+
+
+def test_what_any_object_can_do_stays():
+    assert NODE and copy.deepcopy(NODE).rank == 2 and pickle.loads(pickle.dumps(NODE)).rank == 2
+    with pytest.raises(StructureError) as error:
+        list(NODE)
+    check(error)

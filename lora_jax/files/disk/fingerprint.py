@@ -11,6 +11,7 @@ from jax import lax
 
 from lora_jax.core.meshes import automatic
 from lora_jax.core.paths import flatten_with_paths
+from lora_jax.core.placement import on_device
 from lora_jax.core.weights import is_adapted
 
 _ENTRY = re.compile(r"(\w+)\[((?:\d{1,12}(?:,\d{1,12})*)?)\](?::\w+)?")
@@ -126,6 +127,7 @@ def weighted(x: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 def _words(x: jax.Array) -> jax.Array:
     """Return the bits of `x` as uint32, an element of up to 4 bytes as one, a wider one as two."""
+    x = on_device(x)
     if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
         x = jax.random.key_data(x)
     if x.dtype == jnp.bool_ or jnp.issubdtype(x.dtype, jnp.complexfloating):

@@ -92,6 +92,14 @@ def test_sharded(kinds, spec):
             assert checksum(x) == checksum(W)
 
 
+def test_empty_scalar_and_on_the_host():
+    assert checksum(np.zeros((3, 0), np.float32)) != checksum(np.zeros((0, 3), np.float32))
+    assert checksum(np.float32(0.0)) != checksum(np.float32(-0.0))
+    device = jax.devices()[0]
+    host = jax.sharding.SingleDeviceSharding(device, memory_kind="pinned_host")
+    assert checksum(jax.device_put(W, host)) == checksum(W)
+
+
 def test_a_sharded_leaf_is_not_gathered():
     mesh = jax.make_mesh((4,), ("m",), axis_types=(AxisType.Auto,))
     for spec in (P("m", None), P(None, "m")):
