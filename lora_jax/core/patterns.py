@@ -2,10 +2,13 @@
 
 import difflib
 import re
+import sys
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from lora_jax.core.errors import ConfigError, TargetError
+from lora_jax.core.foreign import shown
 
 #: A regex that must match the whole path, path suffixes in whole segments, or a predicate.
 Pattern = str | Sequence[str] | Callable[[str, Any], bool]
@@ -49,7 +52,8 @@ def select(field: str, pattern: Pattern, leaves: Mapping[str, Any]) -> dict[str,
 
     A string is a regex for the whole path. A sequence contains path suffixes of whole segments; an
     entry at which no path ends may name a module, and selects the leaves under it. A callable is
-    called with the path and the leaf.
+    called with the path and the leaf. A `UserWarning` says where an entry ends a path and names
+    modules too, which it then does not select.
 
     Raises:
       TargetError: an entry selects nothing; each such entry is listed with the nearest paths.
@@ -67,7 +71,10 @@ def select(field: str, pattern: Pattern, leaves: Mapping[str, Any]) -> dict[str,
         chosen, unmatched = {}, []
         for entry in pattern:
             found = [p for p in leaves if names_leaf(entry, p)]
-            found = found or [p for p in leaves if names_module(entry, p)]
+            inside = [p for p in leaves if names_module(entry, p) and p not in found]
+            if found and inside:
+                _tell_leaf_won(field, entry, found[0], inside[0])
+            found = found or inside
             chosen.update({path: entry for path in found if path not in chosen})
             if not found:
                 unmatched.append(entry)
@@ -82,6 +89,24 @@ def select(field: str, pattern: Pattern, leaves: Mapping[str, Any]) -> dict[str,
             )
         raise TargetError("\n".join(lines))
     return chosen
+
+
+def _tell_leaf_won(field: str, entry: str, leaf: str, inside: str) -> None:
+    module, _, rest = f"/{inside}".partition(f"/{entry}/")
+    warnings.warn(
+        f"{field}: {entry!r} selects the leaf {shown(leaf)}, which wins over the module "
+        f"{shown(f'{module}/{entry}'.strip('/'))}; for that, name a leaf in it: {entry}/{rest}",
+        UserWarning,
+        stacklevel=_users_level(),
+    )
+
+
+def _users_level() -> int:
+    """Return the `stacklevel` with which a warning of the caller is told where the user called."""
+    frame, level = sys._getframe(1), 1
+    while frame.f_back and frame.f_globals["__name__"].startswith("lora_jax."):
+        frame, level = frame.f_back, level + 1
+    return level
 
 
 def lookup(table: Mapping[str, Any], path: str) -> tuple[str, Any] | None:

@@ -17,7 +17,6 @@ from lora_jax.files.torch_adapters.contents import (
     Contents,
     TorchBase,
     dtype_problem,
-    unknown,
 )
 from lora_jax.files.torch_adapters.factors import TorchFactors, join_factors
 from lora_jax.files.torch_adapters.rename import describe, find_rules, renamed
@@ -131,7 +130,7 @@ def _read_contents(
         elif ending in _ENDINGS:
             by_module.setdefault(module, {})[ending] = tensor
         elif name not in model.index or ending != "bias":
-            problems.append(f"{full}: {unknown(name, model.index)}")
+            problems.append(f"{full}: {model.unknown(name)}")
         elif tensor.shape != model.shape(name):
             problems.append(f"{full}: has shape {tensor.shape}, needs {model.shape(name)}")
         else:
@@ -140,7 +139,7 @@ def _read_contents(
         weight = _known(f"{module}.conv.weight", model)
         flags = next((x for name, x in enabled.items() if _ends(module, name)), (True,))
         if weight not in model.index:
-            problems.append(f"{module}: {unknown(weight, model.index)}")
+            problems.append(f"{module}: {model.unknown(weight)}")
             continue
         factors = _factors(arrays, alpha, flags, model, weight)
         if isinstance(factors, str):

@@ -20,7 +20,6 @@ from lora_jax.files.torch_adapters.contents import (
     TorchBase,
     dtype_problem,
     module_of,
-    unknown,
 )
 from lora_jax.files.torch_adapters.rename import describe, find_rules
 from lora_jax.files.torch_adapters.to_tree import fit_to_base
@@ -137,7 +136,7 @@ def _problems(
     """Return what keeps one module's tensors from standing on the base."""
     weight, names = f"{module}.weight", [f"{module}.{ending}" for ending in fields]
     if weight not in model.index:
-        return [f"{name}: {unknown(weight, model.index)}" for name in names]
+        return [f"{name}: {model.unknown(weight)}" for name in names]
     if model.has_experts(weight):
         return [f"{name}: {EXPERTS_UNSUPPORTED}" for name in names]
     problems = [f"{module}.{ending}: missing" for ending in needed if ending not in fields]

@@ -12,7 +12,6 @@ from lora_jax.files.torch_adapters.contents import (
     Contents,
     TorchBase,
     dtype_problem,
-    unknown,
 )
 from lora_jax.files.torch_adapters.vocabulary import OtherVocabulary
 
@@ -37,7 +36,7 @@ def read_contents(file: PeftFile, model: TorchBase) -> tuple[Contents, list[str]
         elif part.field and part.field != tensor_names.ORIGINAL:
             by_module.setdefault(part.module, {})[part.field] = tensor
         elif part.module not in model.index:
-            problems.append(f"{name}: {unknown(part.module, model.index)}")
+            problems.append(f"{name}: {model.unknown(part.module)}")
         elif tensor.shape != model.shape(part.module):
             got, wanted = tensor.shape, model.shape(part.module)
             if not vocabulary.explains(part.module, got, wanted):
@@ -74,7 +73,7 @@ def _add(
     """Add one module's tensors to `found`, or return what is wrong with them."""
     weight, full = f"{module}.weight", f"{tensor_names.PREFIX}{module}"
     if weight not in model.index:
-        return [f"{full}.{ending}: {unknown(weight, model.index)}" for ending in parts]
+        return [f"{full}.{ending}: {model.unknown(weight)}" for ending in parts]
     kind = model.kind(weight)
     if not kind or model.has_experts(weight):
         return [

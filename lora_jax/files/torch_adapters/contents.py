@@ -1,7 +1,7 @@
 """What an adapter file contributes to a base, by PyTorch's names and axes, in any format."""
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -14,6 +14,8 @@ from lora_jax.files.naming import Naming, Place, index
 from lora_jax.files.naming.translation import shapes
 from lora_jax.files.torch_adapters.experts import Experts
 from lora_jax.files.torch_adapters.factors import TorchFactors, concatenate
+
+_SUGGESTED = 20  # unknown names that are told with the nearest ones
 
 
 @dataclasses.dataclass
@@ -49,6 +51,7 @@ class TorchBase:
         shaped = {path: tuple(x.shape) for path, x in self.leaves.items() if hasattr(x, "shape")}
         self.places = naming.places(shaped)
         self.index = index(self.places)
+        self._suggested = 0
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Return the shape in PyTorch of a tensor in the index."""
@@ -89,6 +92,16 @@ class TorchBase:
         place, _, part = self.index[name][0]
         return self.naming.entries.index(place.entry), part
 
+    def unknown(self, name: str) -> str:
+        """Return the end of a message about a name that the base does not have.
+
+        Only the first ones come with the nearest names, which take time to find.
+        """
+        self._suggested += 1
+        if self._suggested > _SUGGESTED:
+            return "not in this base"
+        return f"not in this base; {nearest(name, self.index)}"
+
     def value(self, name: str) -> np.ndarray | None:
         """Return a tensor of the base, or None if the base lacks values or leaves of it."""
         found = []
@@ -116,11 +129,6 @@ def part_of(place: Place, leaf: np.ndarray, where: tuple[int, ...], part: int) -
 def module_of(name: str) -> str:
     """Return the module of a tensor: `"h.0.up"` for `"h.0.up.weight"`."""
     return name.rpartition(".")[0]
-
-
-def unknown(name: str, names: Iterable[str]) -> str:
-    """Return the end of a message about a name that the base does not have."""
-    return f"not in this base; {nearest(name, names)}"
 
 
 def dtype_problem(x: Any) -> str | None:
