@@ -17,6 +17,7 @@ __all__ = [
     "Forms",
     "Layout",
     "LayoutError",
+    "LeftOutWarning",
     "LoraConfig",
     "LoraError",
     "LoraWeight",

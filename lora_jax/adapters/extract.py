@@ -19,6 +19,7 @@ from lora_jax.core.errors import ConfigError, StructureError, grouped
 from lora_jax.core.layout import Layout
 from lora_jax.core.linalg import balanced, matmul, randomized_svd, truncated_svd
 from lora_jax.core.matrices import as_factors, map_matrices
+from lora_jax.core.params_argument import params_first
 from lora_jax.core.paths import flatten_with_paths, path_key
 from lora_jax.core.weights import Adapted, is_adapted
 from lora_jax.engine.custom_rules import Rule
@@ -32,6 +33,8 @@ def extract(
     *args: Any,
     exact: bool = False,
     rules: Mapping[str, Rule] | None = None,
+    argnum: int = 0,
+    argname: str | None = None,
     **kwargs: Any,
 ) -> tuple[Any, dict[str, Any]]:
     """Compute the low-rank adapter that comes closest to a full fine-tune.
@@ -48,9 +51,11 @@ def extract(
       config: which weights, layers, ranks and scales, as for `init`, or only a rank. Leaves and
         rows that `train`, `bias` and `rows` name are copied from `tuned`. `init` is not used.
       fn: the function of the parameters, from which layouts are inferred as by `init`.
-      *args: its example arguments after the parameters.
+      *args: its other example arguments.
       exact: whether to use the exact SVD.
       rules: as for `init`.
+      argnum: the position of the parameters among the arguments of `fn`, as for `init`.
+      argname: their name, as for `init`.
       **kwargs: example keyword arguments.
 
     Returns:
@@ -76,6 +81,8 @@ def extract(
     """
     if isinstance(config, int):
         config = LoraConfig(rank=config)
+    if callable(fn):
+        fn = params_first("extract", fn, argnum, argname)
     plan = make_plan("extract", base, config, fn, args, kwargs, rules)
     config, pairs = plan.config, _pairs(plan, tuned)
     _check_scales(plan, config)

@@ -16,6 +16,7 @@ from lora_jax.core.dora import column_norms
 from lora_jax.core.dtypes import accumulator
 from lora_jax.core.errors import ConfigError, grouped
 from lora_jax.core.layout import Layout
+from lora_jax.core.params_argument import params_first
 from lora_jax.core.paths import path_key
 from lora_jax.core.placement import on_device
 from lora_jax.core.weights import Adapted, LoraWeight, TrainedLeaf, TrainedRows, restrict
@@ -30,6 +31,8 @@ def init(
     fn: Callable | None = None,
     *args: Any,
     rules: Mapping[str, Rule] | None = None,
+    argnum: int = 0,
+    argname: str | None = None,
     **kwargs: Any,
 ) -> Any:
     """Replace each targeted kernel by a `LoraWeight`; the function does not change yet.
@@ -53,12 +56,14 @@ def init(
 
     Args:
       key: a random key. The key of each weight is folded from it and the weight's path.
-      params: any pytree of arrays or `ShapeDtypeStruct`s; the first argument of `fn`.
+      params: any pytree of arrays or `ShapeDtypeStruct`s; an argument of `fn`, see `argnum`.
       config: what to adapt, and how.
       fn: the function that will run on the parameters. Without it only kernels with two axes and
         2-D convolution kernels can be adapted, because their shape leaves no choice.
-      *args: example arguments after `params`; arrays or `ShapeDtypeStruct`s.
+      *args: the other example arguments, in their order; arrays or `ShapeDtypeStruct`s.
       rules: what custom primitives in `fn` do with weights, as for `lora`; see `Rule`.
+      argnum: the position of the parameters among the arguments of `fn`, if they are not first.
+      argname: the name of the keyword argument that they are, in place of `argnum`.
       **kwargs: example keyword arguments.
 
     Returns:
@@ -80,6 +85,8 @@ def init(
     >>> adapted["dense"]["kernel"].a.shape, adapted["dense"]["kernel"].b.shape
     ((4, 2), (2, 3))
     """
+    if callable(fn):
+        fn = params_first("init", fn, argnum, argname)
     plan = make_plan("init", params, config, fn, args, kwargs, rules)
     return finish(plan, _adapt_all(key, plan, plan.config), plan.config)
 

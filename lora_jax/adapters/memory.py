@@ -12,6 +12,7 @@ import optax
 from lora_jax.adapters.optim import labels
 from lora_jax.adapters.partition import TRAIN
 from lora_jax.adapters.split import split
+from lora_jax.core.params_argument import params_first
 from lora_jax.core.tree import require_adapted
 from lora_jax.core.weights import require_base
 from lora_jax.initializers.example_batches import separate
@@ -55,7 +56,12 @@ class MemoryReport:
 
 
 def memory_report(
-    fn: Callable, params: Any, *args: Any, tx: optax.GradientTransformation | None = None
+    fn: Callable,
+    params: Any,
+    *args: Any,
+    tx: optax.GradientTransformation | None = None,
+    argnum: int = 0,
+    argname: str | None = None,
 ) -> MemoryReport:
     """Report the memory of one training step, and of the same step of full fine-tuning.
 
@@ -71,6 +77,8 @@ def memory_report(
         `params` (a flag, the activation function of an Equinox model), is a constant of the step.
       tx: the optimizer of what trains, without `freeze`: of A, B and fully trained leaves in one
         step, of every floating leaf of the base in the other. None for Adam.
+      argnum: the position of the parameters among the arguments of `fn`, as for `init`.
+      argname: their name, as for `init`.
 
     Returns:
       A `MemoryReport`, whose fields are bytes; `print` shows it as a table.
@@ -88,6 +96,7 @@ def memory_report(
     >>> report.adapted.base, report.adapted.optimizer, report.full.optimizer
     (4194304, 131076, 8388612)
     """
+    fn = params_first("memory_report", fn, argnum, argname)
     nodes = require_adapted("memory_report", params)
     for path, node in nodes.items():
         require_base(path, node)

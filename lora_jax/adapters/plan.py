@@ -16,13 +16,14 @@ from lora_jax.adapters.selection import (
 )
 from lora_jax.core.config import ALL_LINEAR, LoraConfig, Override
 from lora_jax.core.dtypes import is_floating
-from lora_jax.core.errors import ConfigError, TargetError, grouped
+from lora_jax.core.errors import ConfigError, LeftOutWarning, TargetError, grouped
 from lora_jax.core.layout import Layout
 from lora_jax.core.paths import flatten_with_paths
 from lora_jax.core.patterns import lookup, names_leaf, names_module, nearest, select
 from lora_jax.core.weights import is_adapted
 from lora_jax.engine import layout_inference
 from lora_jax.engine.custom_rules import Rule, check_rules
+from lora_jax.engine.left_out import matrices_left_out
 from lora_jax.engine.uses import Uses
 
 
@@ -108,14 +109,53 @@ def _select_targets(
     excluded = select("exclude", config.exclude, leaves)
     if isinstance(config.targets, str) and config.targets == ALL_LINEAR:
         found = {p: ALL_LINEAR for p, leaf in leaves.items() if _is_linear(p, leaf, uses)}
-        if not found:
-            raise TargetError("targets: no leaf is contracted with an activation")
-        return {p: e for p, e in found.items() if p not in excluded and p not in taken}
+        unwanted = {*excluded, *taken}
+        _report_left_out({p: x for p, x in leaves.items() if p not in unwanted}, uses, not found)
+        return {p: e for p, e in found.items() if p not in unwanted}
     found = _expand_modules(select("targets", config.targets, leaves), leaves, uses)
     for field in ("train", "rows"):
         trained = [path for path in taken if taken[path] == field]
         _check_once(found, trained, f"in targets and in {field}")
     return {path: entry for path, entry in found.items() if path not in excluded}
+
+
+def _report_left_out(leaves: Mapping[str, Any], uses: Uses, is_empty: bool) -> None:
+    """Warn of the matrices that "all-linear" leaves out although the function uses them.
+
+    Raises:
+      TargetError: it finds nothing to adapt; the reasons are in the message.
+    """
+    if uses is None:
+        if is_empty:
+            raise TargetError(
+                "targets: without the function all-linear selects kernels by their shape and name, "
+                "and no leaf is one. Pass init the function and its arguments, or name the targets"
+            )
+        return
+    found = matrices_left_out(leaves, uses)
+    reasons = {path: reason for path, (reason, is_surprise) in found.items() if is_surprise}
+    shown = [f"{path}: {reason}" for path, reason in (reasons or _reasons(found)).items()]
+    if is_empty:
+        head = (
+            "targets: all-linear finds no weight that meets an activation as it is"
+            if reasons
+            else "targets: no leaf is contracted with an activation"
+        )
+        raise TargetError("\n".join([head, *([grouped(shown)] if shown else [])]))
+    if reasons:
+        some = f"{len(reasons)} matrices" if len(reasons) > 1 else "a matrix"
+        more = f"; and {len(shown) - 3} more" if len(shown) > 3 else ""
+        warnings.warn(
+            f"targets: all-linear leaves out {some} that the function uses ({'; '.join(shown[:3])}"
+            f"{more}). Name it in targets= to adapt it, in train= to train all of it, or in "
+            "exclude= to leave it out without this warning; summary(params, fn, ...) lists all",
+            LeftOutWarning,
+            stacklevel=5,
+        )
+
+
+def _reasons(found: Mapping[str, tuple[str, bool]]) -> dict[str, str]:
+    return {path: reason for path, (reason, _) in found.items()}
 
 
 def _expand_modules(

@@ -1,12 +1,19 @@
 """`summary` and `count_params`: what is adapted, how each weight is used, and what trains."""
 
 import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 
+from lora_jax.adapters.split import split
+from lora_jax.core.params_argument import params_first
 from lora_jax.core.paths import flatten_with_paths
 from lora_jax.core.weights import Adapted, LoraWeight, TrainedLeaf, TrainedRows, is_adapted
+from lora_jax.engine.custom_rules import Rule
+from lora_jax.engine.layout_inference import infer_uses
+from lora_jax.engine.left_out import matrices_left_out
+from lora_jax.engine.uses import Use
 
 USE_NAMES = {
     "dot_general": "matmul",
@@ -64,12 +71,35 @@ def _trained(node: Adapted) -> int:
     return _size(node.value)
 
 
-def summary(params: Any) -> str:
+def summary(
+    params: Any,
+    fn: Callable | None = None,
+    *args: Any,
+    rules: Mapping[str, Rule] | None = None,
+    argnum: int = 0,
+    argname: str | None = None,
+    **kwargs: Any,
+) -> str:
     """Return a table of the adapted leaves, and below it how many parameters train.
 
     It has one line per leaf: path, shape, layout (b batch, i in, o out), what the program does with
     it, rank, and number of trained parameters. The last line has the format of Hugging Face PEFT.
-    `params` may contain arrays or `ShapeDtypeStruct`s.
+
+    With the function and its example arguments, as for `init`, another table lists the matrices
+    (leaves of two axes or more) that are not adapted, each with the reason: the primitives that use
+    it and their lines.
+
+    Args:
+      params: a tree of arrays or `ShapeDtypeStruct`s, as `init` returns it.
+      fn: the function that runs on the parameters; None for the first table alone.
+      *args: its other example arguments.
+      rules: as for `init`.
+      argnum: the position of the parameters among the arguments of `fn`, as for `init`.
+      argname: their name, as for `init`.
+      **kwargs: example keyword arguments.
+
+    Returns:
+      The tables as one string of several lines.
 
     >>> import jax, jax.numpy as jnp, lora_jax
     >>> config = lora_jax.LoraConfig(rank=1)
@@ -81,20 +111,41 @@ def summary(params: Any) -> str:
     nodes, _ = flatten_with_paths(params, is_leaf=is_adapted)
     rows: list[tuple[str, ...]] = [("path", "shape", "layout", "used by", "rank", "trained")]
     rows += [_row(path, node) for path, node in nodes.items() if is_adapted(node)]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = [
-        "  ".join(
-            cell.rjust(width) if i >= 4 else cell.ljust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in rows
-    ]
+    lines = _aligned(rows)
     trainable, total = count_params(params)
     percent = 100 * trainable / total if total else 0.0
     lines.append(
         f"trainable params: {trainable:,} || all params: {total:,} || trainable%: {percent:.4f}"
     )
+    if fn is not None:
+        uses_of = params_first("summary", fn, argnum, argname)
+        lines += _left_out(params, infer_uses(uses_of, split(params)[0], args, kwargs, rules))
     return "\n".join(lines)
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Return the rows as lines; columns from the fifth on are numbers."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return [
+        "  ".join(
+            cell.rjust(width) if i >= 4 else cell.ljust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
+
+
+def _left_out(params: Any, uses: Mapping[str, Sequence[Use]]) -> list[str]:
+    """Return the lines about matrices that are not adapted, if there are any."""
+    leaves, _ = flatten_with_paths(params, is_leaf=is_adapted)
+    plain = {path: leaf for path, leaf in leaves.items() if not is_adapted(leaf)}
+    reasons = matrices_left_out(plain, uses)
+    rows = [("left out", "shape", "why")]
+    for path, leaf in plain.items():
+        if len(getattr(leaf, "shape", ())) > 1:
+            why, _ = reasons.get(path, ("the configuration leaves it out", False))
+            rows.append((path, str(list(leaf.shape)), why))
+    return ["", *_aligned(rows)] if len(rows) > 1 else []
 
 
 def _row(path: str, node: Adapted) -> tuple[str, ...]:

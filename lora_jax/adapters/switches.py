@@ -70,8 +70,12 @@ def with_dropout(params: Any, key: jax.Array | None) -> Any:
     Each adapter drops its inputs at the rate of `LoraConfig.dropout`, with a key folded from `key`
     and its path; the base weight still sees every input. Use a new key in every step, and take
     gradients outside: `jax.grad(lambda a: lora(loss)(with_dropout(join(base, a), key), batch))`.
-    Lookups have no input to drop. A weight that several steps of a loop share drops the same inputs
-    in each.
+    Lookups have no input to drop.
+
+    A weight that the function uses in several places drops other inputs in each, also where that
+    is one jitted module called twice. Under `jax.vmap`, inside the function or around it, each
+    example drops its own, as it does in a batch. A weight that several steps of a loop (`scan`,
+    `while`) share drops the same inputs in each.
 
     >>> import jax, jax.numpy as jnp, lora_jax
     >>> config = lora_jax.LoraConfig(rank=1, dropout=0.1)

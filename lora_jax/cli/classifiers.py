@@ -7,8 +7,10 @@ from typing import Any
 import jax.numpy as jnp
 
 import lora_jax as lora
+from lora_jax import models
 from lora_jax.cli import sources
 from lora_jax.core.errors import AdapterFileError, ModelFileError
+from lora_jax.core.foreign import shown
 from lora_jax.files import kinds, native, peft
 from lora_jax.files.disk import safetensors_file
 from lora_jax.files.naming import Naming
@@ -20,6 +22,7 @@ from lora_jax.models.pretrained import KIND_OF_MODEL_TYPE, Pretrained
 LABELS, POOLING = "labels", "pooling"
 _HEADS = tuple(family.head for family in published_classifier.FAMILIES.values())
 _KERNEL = "head/kernel"
+_TASK = "SEQ_CLS"  # PEFT's name of the task
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,19 +71,33 @@ def find(model: kinds.Found, adapter: Path | None) -> str:
             header = lora.read_metadata(found.path)
             if LABELS in header["metadata"] and _KERNEL in header["layouts"]:
                 return str(adapter)
-        elif found.kind == kinds.PEFT and _has_head(found.path / peft.TENSORS):
+        elif found.kind == kinds.PEFT and _is_for_classifier(found.path):
             return str(adapter)
     if model.kind != kinds.CHECKPOINT:
         return ""
     return str(model.path) if _is_classifier(model.path) else ""
 
 
-def _has_head(path: Path) -> bool:
-    """Return whether a PEFT file has a classifier's head, not factors of a module of that name."""
-    names = safetensors_file.headers(path).tensors
-    return any(
-        f"model.{head}." in name and ".lora_" not in name for head in _HEADS for name in names
-    )
+def _is_for_classifier(directory: Path) -> bool:
+    """Return whether an adapter of PEFT says so, or has a whole head without saying what for.
+
+    Raises:
+      AdapterFileError: its head is for another task, such as labels of tokens.
+    """
+    task = peft.read_config(directory).task_type
+    names = safetensors_file.headers(directory / peft.TENSORS).tensors
+    has_head = any(_is_of_head(name, head) for head in _HEADS for name in names)
+    if has_head and task not in (None, _TASK):
+        raise AdapterFileError(
+            f"{directory}: has a head for the task {shown(task)}; of tasks with such a head only "
+            f"the classification of whole texts ({_TASK}) is supported"
+        )
+    return has_head or task == _TASK
+
+
+def _is_of_head(name: str, head: str) -> bool:
+    """Return whether a tensor of PEFT is one of a head's own, not a factor."""
+    return name.startswith(f"base_model.model.{head}.") and ".lora_" not in name
 
 
 def _is_classifier(directory: Path) -> bool:
@@ -168,6 +185,8 @@ def _published(
     family = published_classifier.FAMILIES[base.kind]
     head = published_classifier.head_of(base)
     file = None if adapter is None else _peft_file(adapter)
+    if file is not None and not family.prefix:
+        base = models.resize_for_adapter(base, file)
     given = None if file is None else _head_in(file, family.head)
     if given is not None:
         head = {"kernel": jnp.zeros(given[::-1])}
@@ -204,6 +223,6 @@ def _head_in(file: peft.PeftFile, head: str) -> tuple[int, int] | None:
     shapes = [
         x.shape
         for name, x in file.tensors.items()
-        if f"model.{head}." in name and name.endswith("weight") and ".lora_" not in name
+        if _is_of_head(name, head) and name.endswith("weight")
     ]
     return next((shape for shape in shapes if len(shape) == 2), None)

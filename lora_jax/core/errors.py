@@ -63,6 +63,10 @@ class DenseWarning(UserWarning):
     """A weight was materialized: the result is correct, but costs the memory of a weight."""
 
 
+class LeftOutWarning(UserWarning):
+    """`targets="all-linear"` left out a matrix that the function uses in another way."""
+
+
 def grouped(problems: Iterable[str], noun: str = "weights") -> str:
     """Join problems into lines, one for all problems of a kind.
 

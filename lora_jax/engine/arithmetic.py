@@ -72,8 +72,31 @@ def drop(x: jax.Array, lazy: LazyWeight, site: int) -> jax.Array:
     if lazy.key is None:
         return x
     key = jax.random.fold_in(lazy.key.reshape(-1)[0], site)
-    kept = reshard_like(jax.random.bernoulli(key, 1 - lazy.dropout, x.shape), x)
+    kept = reshard_like(_keep(key, x, 1 - lazy.dropout), x)
     return jnp.where(kept, x / jnp.asarray(1 - lazy.dropout, x.dtype), jnp.zeros_like(x))
+
+
+def _keep(keys: jax.Array, x: jax.Array, probability: float) -> jax.Array:
+    """Return which entries of `x` to keep; under `vmap` different ones for each example.
+
+    Every key is for one entry of the first axes of `x`.
+    """
+    n = keys.ndim
+
+    @jax.custom_batching.custom_vmap
+    def keep(keys: jax.Array, x: jax.Array) -> jax.Array:
+        draw = lambda key: jax.random.bernoulli(key, probability, x.shape[n:])
+        return jax.vmap(draw)(keys.reshape(-1)).reshape(x.shape) if n else draw(keys)
+
+    @keep.def_vmap
+    def _(size: int, is_batched: Sequence[bool], keys: jax.Array, x: jax.Array) -> Any:
+        if is_batched[0]:
+            x = x if is_batched[1] else jnp.broadcast_to(x, (size, *x.shape))
+            return _keep(keys, x, probability), True
+        # one key for all examples, which are one array: [examples, *keys, ...] as [*keys, examples]
+        return jnp.moveaxis(_keep(keys, jnp.moveaxis(x, 0, n), probability), n, 0), True
+
+    return keep(keys, lax.stop_gradient(x))
 
 
 def add(y: Any, update: jax.Array, dtype: Any) -> jax.Array:

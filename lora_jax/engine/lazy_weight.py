@@ -142,9 +142,13 @@ class LazyWeight:
 
     @property
     def is_whole(self) -> bool:
-        """Whether the view has all axes of one parameter, of two axes or more, and no other."""
-        ndim, origins = self.origin.ndim, sorted(axis.origins for axis in self.axes)
-        return ndim > 1 and not self.origin.looked_up and origins == [(i,) for i in range(ndim)]
+        """Whether the view has all axes of one parameter, or of one layer of a stack, and no other.
+
+        It has two of them or more.
+        """
+        origins = sorted(axis.origins for axis in self.axes)
+        own = [(i,) for i in range(self.origin.ndim) if i not in self.origin.indexed]
+        return len(own) > 1 and not self.origin.looked_up and origins == own
 
     def axes_of(self, member: str) -> tuple[Axis, ...]:
         """Return the names of the axes of a member, "a", "b", "key" or "gain"."""

@@ -13,6 +13,7 @@ import numpy as np
 from lora_jax.core.checks import is_integer, is_number
 from lora_jax.core.errors import ConfigError, TargetError
 from lora_jax.core.linalg import matmul
+from lora_jax.core.params_argument import params_first
 from lora_jax.core.paths import path_key
 from lora_jax.core.patterns import Pattern
 from lora_jax.core.weights import LoraWeight
@@ -37,6 +38,8 @@ def eva(
     targets: Pattern | None = None,
     passes: int = 3,
     rules: Mapping[str, Rule] | None = None,
+    argnum: int = 0,
+    argname: str | None = None,
 ) -> Any:
     """Initialize A with the directions in which a weight's inputs vary most; B stays zero.
 
@@ -54,16 +57,18 @@ def eva(
     columns, refined `passes` times.
 
     Args:
-      fn: the function of the parameters, its first argument. Its floating outputs must depend on
+      fn: the function of the parameters. Its floating outputs must depend on
         the weights: a weight that they do not depend on would not train either.
       params: a tree as `init` returns it, which says what is adapted, with which layout and rank.
-      batches: tuples of the arguments of `fn` after the parameters. Padding tokens count like all
+      batches: tuples of the other arguments of `fn`. Padding tokens count like all
         others, so leave them out. All batches are kept until the end.
       rho: the factor by which a rank may grow at most; 1 leaves the ranks as they are.
       targets: a pattern as in `LoraConfig` over the adapted paths; None for all. Other weights keep
         their initialization and rank.
       passes: how often the sketch of a wide weight is refined, each time over all batches.
       rules: as for `lora`.
+      argnum: the position of the parameters among the arguments of `fn`, as for `init`.
+      argname: their name, as for `init`.
 
     Returns:
       The same tree with new A, and B of the new ranks. A weight whose new rank is zero is no longer
@@ -88,6 +93,7 @@ def eva(
     """
     _check(rho, passes)
     check_rules(rules)
+    fn = params_first("eva", fn, argnum, argname)
     nodes = require_untrained("eva", params, targets)
     inputs = Inputs(fn, params, as_batches("eva", batches), rules)
     sums = inputs.sums(nodes)

@@ -15,9 +15,11 @@ from lora_jax.core.dtypes import accumulator, round_to
 from lora_jax.core.errors import ConfigError, TargetError, grouped
 from lora_jax.core.linalg import randomized_svd, truncated_svd
 from lora_jax.core.matrices import as_factors, map_matrices
-from lora_jax.core.meshes import gathered, sharded_like
+from lora_jax.core.meshes import gathered
+from lora_jax.core.params_argument import params_first
 from lora_jax.core.paths import path_key
 from lora_jax.core.patterns import Pattern
+from lora_jax.core.placement import reshard_like
 from lora_jax.core.tree import map_adapted
 from lora_jax.core.weights import LoraWeight
 from lora_jax.initializers.example_batches import Batch, as_batches, sum_over_batches
@@ -38,6 +40,8 @@ def lora_ga(
     scale: str = "stable",
     gamma: float = 16.0,
     targets: Pattern | None = None,
+    argnum: int = 0,
+    argname: str | None = None,
 ) -> Any:
     """Initialize A and B so that their first step moves the weight as full fine-tuning would.
 
@@ -51,7 +55,7 @@ def lora_ga(
       loss: a function of the base parameters and a batch that returns a scalar, the mean over the
         batch; `loss(params, *batch)` is called without adapters.
       params: a tree as `init` returns it, which says what is adapted, with which layout and rank.
-      batches: tuples of the arguments of `loss` after the parameters.
+      batches: tuples of the other arguments of `loss`.
       scale: "stable": A and B are multiplied by `fan_out^¼/√γ`, as in the paper and its code;
         "unit": their columns and rows have length one; "peft": as in PEFT, B alone is multiplied,
         also by the singular values, so that it is as large as the gradient.
@@ -59,6 +63,8 @@ def lora_ga(
       targets: a pattern as in `LoraConfig` over the adapted paths; None for all. The gradients of
         all targeted weights are in memory at the same time; if that is too much, initialize them in
         several calls. On a mesh with explicit axes each weight and its gradient are gathered.
+      argnum: the position of the parameters among the arguments of `loss`, as for `init`.
+      argname: their name, as for `init`.
 
     Returns:
       The same tree with new A and B, and a new base in its own dtype, for each target.
@@ -82,6 +88,7 @@ def lora_ga(
     True
     """
     _check(scale, gamma)
+    loss = params_first("lora_ga", loss, argnum, argname)
     nodes = require_untrained("lora_ga", params, targets)
     _check_sizes(nodes)
     gradients = _gradients(loss, params, nodes, as_batches("lora_ga", batches))
@@ -175,7 +182,7 @@ def _initialize(
     a = round_to(a, node.a.dtype).astype(node.a.dtype)
     b = round_to(b, node.b.dtype).astype(node.b.dtype)
     negative = LoraWeight(gathered(node.w), a, b, -node.scale, layout=layout)
-    return dataclasses.replace(node, w=sharded_like(dense(negative), node.w), a=a, b=b)
+    return dataclasses.replace(node, w=reshard_like(dense(negative), node.w), a=a, b=b)
 
 
 def _svd(key: jax.Array, matrix: jax.Array, rank: int) -> tuple[jax.Array, jax.Array, jax.Array]:

@@ -231,6 +231,45 @@ def test_failures(trained, fails, tmp_path):
     assert "has no loss" in fails("eval", "-m", folder / "model", "--data", other)
 
 
+def test_heads_for_other_tasks_are_not_taken_for_classifiers_of_texts(adapter, fails, tmp_path):
+    """PEFT calls the head for labels of tokens "classifier" too."""
+    folder = adapter("bert")
+    config = json.loads((folder / "adapter_config.json").read_text())
+    for task in ("TOKEN_CLS", "QUESTION_ANS"):
+        (folder / "adapter_config.json").write_text(json.dumps({**config, "task_type": task}))
+        for command in (["predict", "a"], ["merge", "--out", tmp_path / "out"]):
+            said = fails(*command, "--model", MODELS / "bert", "--adapter", folder)
+            assert f"has a head for the task {task}; of tasks with such a head only" in said
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    tensors, _ = safetensors_file.read(folder / "adapter_model.safetensors")
+    tensors = {name: x for name, x in tensors.items() if "classifier" not in name}
+    safetensors_file.write(folder / "adapter_model.safetensors", tensors)
+    files.encoder(tmp_path / "model")
+    words = ["--model", tmp_path / "model", "--adapter", folder]
+    assert "has no classifier.weight, a classifier's head" in fails("predict", "a", *words)
+    assert "is a sequence classifier" in fails("generate", "--prompt", "a", *words)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"problem_type": "multi_label_classification"}, "for the task multi_label_classification"),
+        ({"problem_type": "regression"}, "for the task regression"),
+    ],
+)
+def test_heads_that_do_not_choose_one_label_are_refused(
+    change, said, adapter, run, fails, tmp_path
+):
+    out = tmp_path / "merged"
+    words = ["merge", "--model", MODELS / "llama", "--adapter", adapter("llama"), "--out", out]
+    assert run(*words).status == 0
+    config = json.loads((out / "config.json").read_text())
+    (out / "config.json").write_text(json.dumps(config | change))
+    files.model(tmp_path / "other")
+    shutil.copy(tmp_path / "other" / "tokenizer.json", out)
+    assert said in fails("predict", "a", "--model", out)
+
+
 def test_integers_are_labels_or_numbers_of_classes(trained, run, tmp_path):
     folder = trained("bert")
     by_name = folder / "data.jsonl"

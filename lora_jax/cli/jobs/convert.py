@@ -112,7 +112,11 @@ def _read(found: kinds.Found, to: str, source: Source, changed: str | None) -> N
 
         base = sources.find_model(source.model)
         if found.kind == kinds.NATIVE:
-            head = None if to == "mlx" else classifiers.naming_for_peft(base, found)
+            head = classifiers.naming_for_peft(base, found)
+            if head is not None and to == "mlx":
+                raise ConversionError(
+                    f"{found.path}: a sequence classifier, which mlx-lm lacks; use --to peft"
+                )
             read = implied_tree.from_native(found.path, head or sources.naming_of(base))
             config = read.config
             if head is not None:

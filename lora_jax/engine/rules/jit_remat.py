@@ -12,7 +12,7 @@ from jax import lax
 
 from lora_jax.engine import jaxprs, remat
 from lora_jax.engine.context import Context
-from lora_jax.engine.lazy_weight import MEMBERS, is_lazy
+from lora_jax.engine.lazy_weight import MEMBERS, LazyWeight, is_lazy
 from lora_jax.engine.rules.registry import Container, Walk, rule
 
 CONTAINERS: dict[str, Container] = {}
@@ -23,6 +23,8 @@ def _jit(ctx: Context, eqn: Any, args: Sequence[Any], walk: Walk) -> list[Any]:
     """Call one jitted function per inner program: what JAX traced once is still traced once."""
     inner = eqn.params.get("jaxpr", eqn.params.get("call_jaxpr"))
     jaxpr, consts = jaxprs.open_jaxpr(inner)
+    site = ctx.next_site()  # a program that is called twice drops other inputs in each call
+    args = [_fold_key(x, site) if is_lazy(x) else x for x in args]
     shardings_in, shardings_out = jaxprs.shardings(eqn)
     if any(shardings_in) or any(shardings_out):
 
@@ -44,6 +46,14 @@ def _jit(ctx: Context, eqn: Any, args: Sequence[Any], walk: Walk) -> list[Any]:
             inner,
         )  # `inner` is kept alive, or its id could be reused
     return ctx.jitted[id(inner)][0](*args)
+
+
+def _fold_key(lazy: LazyWeight, site: int) -> LazyWeight:
+    """Return the weight with another dropout key, if it has one."""
+    if lazy.key is None:
+        return lazy
+    keys = jax.vmap(jax.random.fold_in, (0, None))(lazy.key.reshape(-1), site)
+    return dataclasses.replace(lazy, key=keys.reshape(lazy.key.shape))
 
 
 def _sharding_of(x: Any, sharding: Any) -> Any:
