@@ -136,7 +136,7 @@ def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def _left_out(params: Any, uses: Mapping[str, Sequence[Use]]) -> list[str]:
-    """Return the lines about matrices that are not adapted; none if there are no such."""
+    """Return the lines about matrices that are not adapted, if there are any."""
     leaves, _ = flatten_with_paths(params, is_leaf=is_adapted)
     plain = {path: leaf for path, leaf in leaves.items() if not is_adapted(leaf)}
     reasons = matrices_left_out(plain, uses)

@@ -28,13 +28,6 @@ def gathered(x: Any) -> Any:
     )
 
 
-def sharded_like(x: Any, w: Any) -> Any:
-    """Return `x` with the sharding of `w`, if that lies on a mesh with explicit axes."""
-    if not isinstance(w, jax.Array) or not has_explicit_mesh(w):
-        return x
-    return jax.sharding.reshard(x, jax.typeof(w).sharding)
-
-
 def automatic(fn: Callable[[Any], Any]) -> Callable[[Any], Any]:
     """Return `fn` of one array, with scalars for results, for arrays on any mesh.
 

@@ -14,7 +14,7 @@ def matrices_left_out(
     """Return the leaves of two axes or more that are not linear layers: why not, and if it shows.
 
     By path: (the reason with its primitives and lines, whether a user might not expect it). A table
-    whose rows are looked up, a bias of several axes and a stack of norms are no layers to anybody.
+    whose rows are looked up, a bias of several axes and a stack of norms are not taken for layers.
     """
     found: dict[str, tuple[str, bool]] = {}
     for path, leaf in leaves.items():
@@ -34,7 +34,7 @@ def matrices_left_out(
 
 
 def _why_not_linear(uses: Sequence[Use]) -> tuple[str, bool]:
-    """Return how a weight is used that is no linear layer's, and whether it may yet be one."""
+    """Return how a weight is used that does not look like a layer's, and if it may be one's."""
     contracted = contractions(uses)
     others = [use for use in uses if use not in contracted]
     opaque = [use for use in others if use.primitive in OPAQUE]

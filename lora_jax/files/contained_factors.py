@@ -14,6 +14,7 @@ from lora_jax.core.errors import AdapterFileError
 from lora_jax.core.weights import LoraWeight, check_fits
 from lora_jax.files import kinds, mlx, native, peft
 from lora_jax.files.disk import strict_json
+from lora_jax.files.peft.wrong_names import rules_of_format
 from lora_jax.files.torch_adapters.experts import Experts
 from lora_jax.files.torch_adapters.factors import TorchFactors
 from lora_jax.files.torch_adapters.file_contents import FileContents
@@ -60,8 +61,12 @@ def read_factors(path: Path) -> AdapterFile:
     found = kinds.adapter(path)
     if found.kind == kinds.NATIVE:
         return _from_native(found.path)
-    read_file = peft.read_file if found.kind == kinds.PEFT else mlx.read_file
-    file = read_file(found.path, finite=False)
+    file: peft.PeftFile | mlx.MlxFile
+    if found.kind == kinds.MLX:
+        file = mlx.read_file(found.path, finite=False)
+    else:
+        file = peft.read_file(found.path, finite=False)
+        file = file.rename(rules_of_format(file.tensors))
     contents = file.contents().require_whole(found.path)
     return AdapterFile(
         kind=found.kind,

@@ -17,7 +17,9 @@ from lora_jax.core.weights import TrainedRows
 from lora_jax.files import kinds, mlx, native, peft
 from lora_jax.files.naming import Entry, Naming
 from lora_jax.files.peft import PeftConfig
+from lora_jax.files.peft.wrong_names import rules_of_format
 from lora_jax.files.torch_adapters.file_contents import ImpliedWeight
+from lora_jax.files.torch_adapters.rename import describe
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +53,9 @@ def from_peft(
     """Read a PEFT adapter onto the modules that it names; the options are those of `peft.load`."""
     file = peft.read_file(path)
     file = file.rename(rename) if rename else file
+    rules = rules_of_format(file.tensors)
+    if rules and strict:
+        raise AdapterFileError(f"{file.source}: {describe(rules, file.tensors)}")
     contents = file.contents()
     contents = contents.require_whole(path) if strict else contents
     base, naming = _torch_tree(contents.weights)

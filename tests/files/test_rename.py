@@ -11,10 +11,13 @@ import tests.parity.loralib.test_loralib as of_loralib
 import tests.parity.mlx_lm.test_mlx as of_mlx
 from lora_jax import AdapterFileError, ConfigError, loralib, mlx, peft
 from lora_jax.core.tree import adapted_nodes
+from lora_jax.files import implied_tree
+from lora_jax.files.contained_factors import read_factors
 from lora_jax.files.disk import safetensors_file
+from lora_jax.files.peft.wrong_names import rules_of_format
 from tests.files.peft.random_adapters import BASE, equal
 from tests.parity.peft import models
-from tests.parity.peft.models import PLAIN
+from tests.parity.peft.models import CASES, PLAIN
 
 START = "base_model.model."
 #: What other programs make of a name in PEFT's file.
@@ -182,3 +185,29 @@ def test_mlx_and_loralib(prefix, tmp_path):
     with pytest.raises(AdapterFileError) as error:
         loralib.load(path, *base, **options)
     assert told(error) == {"": "h"}
+
+
+@pytest.mark.parametrize("foreign", ["compiled", "distributed", "both", "adapter", "bare"])
+def test_names_that_are_not_pefts_are_known_without_a_base(foreign, tmp_path):
+    folder = models.unpack("linear", tmp_path)
+    want = read_factors(folder)
+    renamed(folder / peft.TENSORS, FOREIGN[foreign])
+    got = read_factors(folder)
+    assert [one.module for one in got.factors] == [one.module for one in want.factors]
+    with pytest.raises(AdapterFileError) as error:
+        implied_tree.from_peft(folder)
+    (line,) = str(error.value).splitlines()
+    rules = ast.literal_eval(re.search(r"pass rename=(\{.*\}), or", line)[1])
+    equal(implied_tree.from_peft(folder, rename=rules).adapters, _as_implied(tmp_path))
+
+
+def _as_implied(folder):
+    """Return what the file with its own names is, on the tree that it implies."""
+    models.unpack("linear", folder / "own")
+    return implied_tree.from_peft(folder / "own").adapters
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_pefts_own_names_have_no_part_too_much(case, tmp_path):
+    names = safetensors_file.headers(models.unpack(case, tmp_path) / peft.TENSORS).tensors
+    assert rules_of_format(names) == {}

@@ -1,5 +1,7 @@
 """A few damaged files of each reader; `python -m tests.stress.damaged_files` reads any number."""
 
+import sys
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -10,9 +12,14 @@ from tests.parity.peft.models import PLAIN
 from tests.stress.damaged_files import adapters, check, gguf_bytes, known_fields, published
 from tests.stress.damaged_files.readers import READERS, subject
 
-FEWER = {"model directory": 15, "GGUF model": 15, "checkpoints": 12}  # what compiles or waits
+FEWER = {
+    "generate, merge": 4,
+    "model directory": 15,
+    "GGUF model": 15,
+    "checkpoints": 12,
+}  # what compiles or waits
 #: Readers that take nearly everything: a value may be any JSON.
-LENIENT = ("data", "run", "naming", "checkpoints")
+LENIENT = ("data", "run", "naming", "checkpoints", "generate, merge")
 
 
 @pytest.mark.parametrize("reader", READERS)
@@ -38,9 +45,10 @@ def test_gguf_files_are_taken_apart_and_put_together():
     assert gguf_bytes.encode(gguf_bytes.decode(whole)) == whole
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="asks Linux for the process's memory")
 def test_memory_of_one_reading_is_measured():
     """The figure that the command prints is not zero by construction."""
-    large = check.growth(lambda: np.ones(40 * 2**20 // 8).sum())
+    _, large = check.growth(lambda: np.ones(40 * 2**20 // 8).sum())
     assert 35 * 2**20 < large < 100 * 2**20
 
 

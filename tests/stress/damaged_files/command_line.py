@@ -93,3 +93,22 @@ def convert(kind: str) -> Subject:
             return said
 
     return Subject(files, load, judge)
+
+
+def with_model(word: str) -> Subject:
+    """`lora-jax generate` or `merge` of a model and an adapter on it, one of them damaged."""
+    files = files_of(
+        lambda folder: (written.model(folder / "model"), written.peft(folder / "adapter"))
+    )
+    ends = {"eos_token_id": [258, 257], "pad_token_id": 256, "max_length": 20}
+    files["model/generation_config.json"] = json.dumps(ends).encode()
+
+    def load(folder: Path) -> Said:
+        with TemporaryDirectory() as out:
+            words: list[Any] = [word, "--model", folder / "model", "--adapter", folder / "adapter"]
+            if word == "merge":
+                return command(*words, "--out", Path(out) / "made")
+            status, _, err = command(*words, "--prompt", "Hi", "--max-tokens", 2, "--chat")
+            return status, "", err  # a pipe gets what the model says as it is
+
+    return Subject(files, load, judge)

@@ -32,6 +32,9 @@ READERS: dict[str, Turns] = {
     "loralib": [("loralib", adapters.of_loralib)],
     "inspect": _adapters(command_line.inspect),
     "convert": _adapters(command_line.convert),
+    "generate, merge": [
+        (word, functools.partial(command_line.with_model, word)) for word in ("generate", "merge")
+    ],
     "model directory": [
         (name, functools.partial(published.directory, name))
         for name in ("llama", "llama_tied", "mistral", "qwen2", "bert")
