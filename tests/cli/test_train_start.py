@@ -194,6 +194,7 @@ MISTAKES = {
         "leaves no module of --targets",
     ),
     "train": (("--train", "norms"), "--train: no module is called 'norms'; choose from norm"),
+    "tied": (("--train", "lm_head"), "choose from embed_tokens, which is the head too"),
     "twice": (("--targets", "q_proj", "--train", "q_proj"), "in --targets and in --train; choose"),
     "layer": (("--layers", "9"), "--layers '9' selects no target; the targets are in layers 0, 1"),
     "layers": (("--layers", "last"), "--layers 'last': give numbers such as 0,1,-1, ranges"),

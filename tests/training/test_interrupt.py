@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from lora_jax.training.interrupt import SIGNALS, watched
+from lora_jax.core.signals import SIGNALS, watched
 
 
 @pytest.mark.parametrize("number", SIGNALS)

@@ -11,8 +11,8 @@ from rich.console import Console
 from lora_jax.cli.exit_status import INTERRUPTED
 from lora_jax.cli.jobs.train_results import Results
 from lora_jax.core.foreign import escaped
+from lora_jax.core.signals import Interrupt, watched
 from lora_jax.training import log, progress, run_record
-from lora_jax.training.interrupt import Interrupt, watched
 from lora_jax.training.loop import Watcher
 from lora_jax.training.optimizer import Optimizer
 
