@@ -3,8 +3,9 @@
 import dataclasses
 import json
 import os
+import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -197,9 +198,11 @@ def fit(file: NativeFile, base: Any) -> Any:
     leaves, treedef = flatten_with_paths(base, is_leaf=is_adapted)
     nodes, problems = _with_todays_names(file.nodes, leaves), list(file.problems)
     unknown = [name for name in nodes if name not in leaves]
-    for name in unknown:
-        near = f"; {nearest(name, leaves)}" if name in unknown[:_SUGGESTED] else ""
-        problems.append(f"{name}: not in this base{near}")
+    problems += _tell_prefix(unknown, leaves) or [
+        f"{name}: not in this base"
+        + (f"; {nearest(name, leaves)}" if name in unknown[:_SUGGESTED] else "")
+        for name in unknown
+    ]
     for name, node in nodes.items():
         problems += [f"{name}: {line}" for line in native_schema.dtype_problems(node)]
         problems += check_fits(name, node, leaves[name]) if name in leaves else []
@@ -232,6 +235,26 @@ def _with_todays_names(found: Mapping[str, Any], leaves: Mapping[str, Any]) -> d
     """
     longer = {path: f"{path}/value" for path in found if path not in leaves}
     return {longer[p] if longer.get(p) in leaves else p: value for p, value in found.items()}
+
+
+def _tell_prefix(unknown: Sequence[str], leaves: Collection[str]) -> list[str]:
+    """Return one line where all these paths have a module too much or too little, else none."""
+    for path in leaves if unknown else ():
+        prefix = path.removesuffix(unknown[0])
+        if prefix != path and prefix.endswith("/") and all(prefix + x in leaves for x in unknown):
+            return [
+                f"{len(unknown)} paths, such as {unknown[0]}, are in the base's {prefix}: load the "
+                "file on that part of the base"
+            ]
+    for end in re.finditer("/", unknown[0] if unknown else ""):
+        prefix = unknown[0][: end.end()]
+        if all(x.startswith(prefix) and x.removeprefix(prefix) in leaves for x in unknown):
+            whole = "".join(f"{{{part!r}: " for part in prefix.strip("/").split("/"))
+            return [
+                f"{len(unknown)} paths, such as {unknown[0]}, begin with {prefix}, which the "
+                f"base's do not: load the file on {whole}base{'}' * prefix.count('/')}"
+            ]
+    return []
 
 
 def is_header(metadata: Mapping[str, str]) -> bool:

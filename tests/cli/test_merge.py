@@ -208,6 +208,19 @@ def test_what_does_not_fit_is_left_out_if_told_so(world, run, fails):
         np.testing.assert_allclose(tensors[name], value, rtol=1e-5, atol=1e-5)
 
 
+def test_weights_without_an_adapter_that_overflow_the_dtype(world, run, fails):
+    """65,504 is float16's largest number; nothing is written."""
+    path = world / "my-model" / "model.safetensors"
+    tensors, metadata = safetensors_file.read(path)
+    tensors["model.norm.weight"][3] = 1e6
+    safetensors_file.write(path, tensors, metadata)
+    words = ["merge", "-m", "my-model", "--adapter", "my-adapter", "--out", "merged", "--dtype"]
+    told = fails(*words, "float16")
+    assert "values of norm/scale overflow float16; --dtype bfloat16 or float32" in told
+    assert not (world / "merged").exists()
+    assert run(*words, "bfloat16").status == 0
+
+
 def test_existing_output_stands(world, run, fails):
     words = ["merge", "--model", "my-model", "--adapter", "my-adapter", "--out"]
     (world / "taken").mkdir()

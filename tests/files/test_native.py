@@ -369,3 +369,23 @@ def test_a_base_of_no_dtype_or_of_absurd_sizes(entry):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float8_e4m3fn", "int8", "bool", "uint4"])
 def test_a_base_of_any_dtype_of_jax(dtype):
     assert parse_entry(f"{dtype}[4,3]") == jax.ShapeDtypeStruct((4, 3), dtype)
+
+
+@pytest.mark.parametrize(
+    ("saved", "asked", "told"),
+    [
+        ("inner", "outer", r"2 paths, such as a/kernel, are in the base's params/model/: load"),
+        ("outer", "inner", r"2 paths, such as params/model/a/kernel, begin with params/model/, "),
+    ],
+)
+def test_a_module_around_all_paths_is_one_line(saved, asked, told, tmp_path):
+    inner = {name: {"kernel": jnp.ones((4, 3))} for name in "ab"}
+    trees = {"inner": inner, "outer": {"params": {"model": inner}}}
+    params = lora_jax.init(jax.random.key(0), trees[saved], lora_jax.LoraConfig(rank=1))
+    lora_jax.save(tmp_path / "a.safetensors", params)
+    with pytest.raises(AdapterFileError, match=told) as caught:
+        lora_jax.load(tmp_path / "a.safetensors", trees[asked])
+    assert len(str(caught.value).splitlines()) == 2
+    if saved == "outer":
+        assert str(caught.value).endswith("load the file on {'params': {'model': base}}")
+    lora_jax.load(tmp_path / "a.safetensors", trees[saved])

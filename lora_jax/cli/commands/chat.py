@@ -43,10 +43,11 @@ def command(
     ] = None,
     strict: StrictOption = True,
 ) -> None:
-    """Talk with a model: each line that you type is a turn, and its answer appears as it is made.
+    """Talk with a model in turns.
 
-    The model needs a chat template. Ctrl-C ends an answer, /reset starts a new conversation, /exit
-    or Ctrl-D ends. Without a terminal, the lines of standard input are the turns.
+    Each line that you type is a turn, and the answer appears as it is made. The model needs a chat
+    template. Ctrl-C ends an answer, /reset starts a new conversation, /exit or Ctrl-D ends. Without
+    a terminal, the lines of standard input are the turns.
     """
     refuse_empty(stop)
     from lora_jax.cli.jobs import chat

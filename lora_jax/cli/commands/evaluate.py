@@ -39,9 +39,10 @@ def command(
     ] = None,
     strict: StrictOption = True,
 ) -> None:
-    """Measure a model on a file: loss and perplexity, or for a classifier loss and accuracy.
+    """Measure the loss of a model on a file.
 
-    Every token that training would train on counts once, and so does every labelled text.
+    For a language model perplexity is printed too, for a classifier its accuracy. Every token that
+    training would train on counts once, and so does every labelled text.
     """
     from lora_jax.cli.jobs import evaluate
 

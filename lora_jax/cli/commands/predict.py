@@ -39,10 +39,11 @@ def command(
     ] = None,
     strict: StrictOption = True,
 ) -> None:
-    """Classify texts, and print each label with its probability, the likeliest first.
+    """Classify texts with a sequence classifier.
 
-    The classifier is an adapter that 'lora-jax train --task classification' or PEFT (SEQ_CLS)
-    wrote, or a directory of a model with a classifier's head, such as 'lora-jax merge' writes.
+    Each label is printed with its probability, the likeliest first. The classifier is an adapter
+    that 'lora-jax train --task classification' or PEFT (SEQ_CLS) wrote, or a directory of a model
+    with a classifier's head, such as 'lora-jax merge' writes.
     """
     if bool(texts) == bool(data):
         raise typer.BadParameter("give either texts or --data")

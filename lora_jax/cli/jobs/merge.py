@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 import lora_jax as lora
 from lora_jax import models
 from lora_jax.cli import classifiers, sources
 from lora_jax.cli.errors import OutputError
 from lora_jax.cli.options import refuse_existing
+from lora_jax.core.errors import MergeError
 from lora_jax.core.foreign import escaped, shown
 from lora_jax.core.paths import flatten_with_paths
 from lora_jax.files import kinds
@@ -87,8 +89,25 @@ def _classifier(
 def _merge(params: Any, dtype: str | None) -> tuple[Any, dict[str, float]]:
     merged, errors = lora.merge(params, dtype, donate=True, return_error=True)
     if dtype is not None:  # those without an adapter are rounded too
-        merged = jax.tree.map(lambda x: x.astype(dtype), merged)
+        merged = _cast(merged, dtype)
     return merged, errors
+
+
+def _cast(params: Any, dtype: str) -> Any:
+    """Return the parameters in this dtype.
+
+    Raises:
+      MergeError: values that are finite overflow it.
+    """
+    leaves, treedef = flatten_with_paths(params)
+    cast = {path: x.astype(dtype) for path, x in leaves.items()}
+    over = [p for p, x in leaves.items() if (jnp.isfinite(x) & ~jnp.isfinite(cast[p])).any()]
+    if over:
+        raise MergeError(
+            f"values of {shown(', '.join(over))} overflow {dtype}; --dtype bfloat16 or float32 "
+            "holds them"
+        )
+    return jax.tree_util.tree_unflatten(treedef, list(cast.values()))
 
 
 def _dtypes(params: Any, merged: Mapping[str, Any]) -> str:
