@@ -71,15 +71,8 @@ def main(options: TrainOptions, command: str) -> None:
     )
     results.check(adapters)
     run_record.begin(options.out, this, resumed, free=("steps",))
-    counts = lora.count_params(start.params)
-    say(
-        f"{count(len(task.data), 'row')} of {options.length} tokens, "
-        f"{count(steps, 'step')} of {count(options.size, 'row')}"
-    )
-    say(
-        f"{count(counts.trainable, 'trainable parameter')}, "
-        f"{counts.trainable / counts.total:.2%} of all"
-    )
+    for line in _describe(options, task, start, steps):
+        say(line)
     job = _job(options, optimizer, task, start, base, adapters, steps)
     with Watch(results, steps, optimizer, this, command, console) as watch:
         outcome = train(job, adapters, watch.watcher)
@@ -88,6 +81,17 @@ def main(options: TrainOptions, command: str) -> None:
     if outcome.step < steps:
         raise KeyboardInterrupt(watch.describe_interruption(outcome.step))
     results.show(outcome.records)
+
+
+def _describe(options: TrainOptions, task: Task, start: Start, steps: int) -> tuple[str, str]:
+    """Return what is trained on, and how much trains."""
+    counts = lora.count_params(start.params)
+    return (
+        f"{count(len(task.data), 'row')} of {options.length} tokens, "
+        f"{count(steps, 'step')} of {count(options.size, 'row')}",
+        f"{count(counts.trainable, 'trainable parameter')}, "
+        f"{counts.trainable / counts.total:.2%} of all",
+    )
 
 
 def _optimizer(options: TrainOptions) -> Optimizer:
