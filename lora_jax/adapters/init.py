@@ -15,10 +15,10 @@ from lora_jax.core.config import LoraConfig
 from lora_jax.core.dora import column_norms
 from lora_jax.core.dtypes import accumulator
 from lora_jax.core.errors import ConfigError, grouped
+from lora_jax.core.host_memory import on_device
 from lora_jax.core.layout import Layout
 from lora_jax.core.params_argument import params_first
 from lora_jax.core.paths import path_key
-from lora_jax.core.placement import on_device
 from lora_jax.core.weights import Adapted, LoraWeight, TrainedLeaf, TrainedRows, restrict
 from lora_jax.engine.custom_rules import Rule
 from lora_jax.initializers import INITIALIZERS

@@ -15,7 +15,7 @@ from lora_jax.adapters.split import join, split
 from lora_jax.core.algebra import dense
 from lora_jax.core.dtypes import accumulator, round_to
 from lora_jax.core.errors import ConfigError, MergeError, StructureError
-from lora_jax.core.placement import in_memory_of, on_device
+from lora_jax.core.host_memory import in_memory_of, on_device
 from lora_jax.core.tree import adapted_nodes, map_adapted
 from lora_jax.core.weights import Adapted, LoraWeight, require_whole
 

@@ -12,7 +12,7 @@ import jax
 from jax.sharding import PartitionSpec
 
 from lora_jax.core.boxes import axis_names, is_box, is_variable, opened, with_axis_names
-from lora_jax.core.weights import Adapted, TrainedLeaf, TrainedRows, is_adapted
+from lora_jax.core.weights import Adapted, LoraWeight, TrainedLeaf, TrainedRows, is_adapted
 
 
 def open_nodes(tree: Any) -> Any:
@@ -107,12 +107,23 @@ def close_nodes(tree: Any, like: Any) -> Any:
     return jax.tree.map(one, like, tree, is_leaf=_is_unit)
 
 
+def opened_class(x: Any) -> type[Adapted] | None:
+    """Return the class of node that `open_nodes` made the dictionary `x` of; None for all else."""
+    if isinstance(x, dict):
+        for kind in (LoraWeight, TrainedLeaf, TrainedRows):
+            if x.keys() == set(_field_names(kind)):
+                return kind
+    return None
+
+
 def _is_unit(x: Any) -> bool:
     return is_adapted(opened(x)[0])
 
 
 def _fields(node: Adapted) -> dict[str, Any]:
     """Return the leaves of a node by name."""
-    named = {f.name: getattr(node, f.name) for f in dataclasses.fields(node)}
-    static = {f.name for f in dataclasses.fields(node) if "static" in f.metadata}
-    return {name: x for name, x in named.items() if name not in static}
+    return {name: getattr(node, name) for name in _field_names(type(node))}
+
+
+def _field_names(kind: type[Adapted]) -> tuple[str, ...]:
+    return tuple(f.name for f in dataclasses.fields(kind) if "static" not in f.metadata)

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 
 from lora_jax.core.dora import by_output, gain_from_norms, output_letters
 from lora_jax.core.dtypes import accumulator
+from lora_jax.core.host_memory import on_device
 from lora_jax.core.layout import subscripts
-from lora_jax.core.placement import on_device
 from lora_jax.core.weights import Adapted, LoraWeight, TrainedLeaf, TrainedRows, scaled_factors
 
 

@@ -1,6 +1,6 @@
 """Arrays on meshes with explicit axes, where a program must say how each result is sharded."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import jax
@@ -21,11 +21,9 @@ def gathered(x: Any) -> Any:
         return x
     sharding = jax.typeof(x).sharding
     whole = PartitionSpec(*(None for _ in x.shape))
-    return (
-        x
-        if sharding.spec == whole
-        else jax.sharding.reshard(x, NamedSharding(sharding.mesh, whole))
-    )
+    if sharding.spec == whole:
+        return x
+    return jax.sharding.reshard(x, NamedSharding(sharding.mesh, whole))
 
 
 def automatic(fn: Callable[[Any], Any]) -> Callable[[Any], Any]:
@@ -40,3 +38,76 @@ def automatic(fn: Callable[[Any], Any]) -> Callable[[Any], Any]:
         return jax.sharding.auto_axes(fn, out_sharding=PartitionSpec())(x)
 
     return call
+
+
+def is_sharded(x: Any) -> bool:
+    """Return whether the type of `x` says that it is sharded."""
+    return any(jax.typeof(x).sharding.spec)
+
+
+def on_mesh_of(x: jax.Array, like: Any) -> jax.Array:
+    """Return `x`, replicated on the explicit mesh of `like` where `x` is on none.
+
+    Its gradient is then summed over the mesh. JAX cannot sum it for an array that is on no mesh.
+    """
+    if jax.typeof(like).sharding.mesh.empty or not jax.typeof(x).sharding.mesh.empty:
+        return x
+    return _replicate(x, like)
+
+
+@jax.jit(keep_unused=True)
+def _replicate(x: jax.Array, like: Any) -> jax.Array:
+    # `like` tells jit the devices, which the mesh in a type does not know.
+    mesh = jax.typeof(like).sharding.mesh
+    return jax.sharding.reshard(x, NamedSharding(mesh, PartitionSpec()))
+
+
+def reshard_like(x: jax.Array, like: Any) -> jax.Array:
+    """Return `x` with the sharding that the type of `like` says."""
+    mine, wanted = jax.typeof(x).sharding, jax.typeof(like).sharding
+    if mine.spec == wanted.spec or wanted.mesh.empty:
+        return x
+    return jax.sharding.reshard(x, wanted)
+
+
+def sharding_without(x: Any, *axes: int) -> NamedSharding | None:
+    """Return the sharding that the type of `x` says, if any, with these axes not sharded."""
+    if not is_sharded(x):
+        return None
+    return unshard(jax.typeof(x).sharding, *axes)
+
+
+def unshard(sharding: NamedSharding, *axes: int) -> NamedSharding:
+    """Return the sharding with these axes not sharded."""
+    entries = [None if i in axes else entry for i, entry in enumerate(sharding.spec)]
+    return sharding.update(spec=PartitionSpec(*entries))
+
+
+def sharding_of_product(
+    operands: Sequence[tuple[Any, Sequence[Hashable]]], out_names: Sequence[Hashable]
+) -> NamedSharding | None:
+    """Return how a product is sharded whose operands have named axes; None where nothing says it.
+
+    An axis of the result is sharded as in the first operand that shards it. JAX asks for this
+    where an axis is sharded that is summed over, or one mesh axis shards both operands.
+    """
+    sharded = [(x, names) for x, names in operands if is_sharded(x)]
+    if not sharded:
+        return None
+    where: dict[Hashable, Any] = {}
+    for x, names in sharded:
+        for name, entry in zip(names, jax.typeof(x).sharding.spec, strict=True):
+            where[name] = where.get(name) or entry
+    mesh = jax.typeof(sharded[0][0]).sharding.mesh
+    return NamedSharding(mesh, PartitionSpec(*_each_once([where.get(n) for n in out_names])))
+
+
+def _each_once(entries: Sequence[Any]) -> list[Any]:
+    """Return the entries of a spec, without those whose mesh axes an earlier one has."""
+    used: set[Any] = set()
+    kept = []
+    for entry in entries:
+        axes = set(entry) if isinstance(entry, tuple) else {entry} - {None}
+        kept.append(None if axes & used else entry)
+        used |= axes
+    return kept

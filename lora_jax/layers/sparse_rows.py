@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from lora_jax.adapters.opened import opened_class
 from lora_jax.core.errors import StructureError
 from lora_jax.core.weights import LoraWeight, TrainedLeaf, is_adapted
 
@@ -51,7 +52,7 @@ def take_rows(tree: Any, at: jax.Array) -> Any:
             return x
         return jnp.take(x, at, axis=0, mode="fill", fill_value=0)
 
-    return jax.tree.map(lambda node: _map_rows(take, node), tree, is_leaf=is_adapted)
+    return jax.tree.map(lambda node: _map_rows(take, node), tree, is_leaf=_is_node)
 
 
 def put_rows(tree: Any, at: jax.Array, rows: Any) -> Any:
@@ -70,32 +71,45 @@ def put_rows(tree: Any, at: jax.Array, rows: Any) -> Any:
         return x.at[at].set(new, mode="drop") if _is_table(x) else new
 
     def one(node: Any, new: Any) -> Any:
-        if not is_adapted(node):
+        if not _is_node(node):
             return put(node, new)
         trained = _trained_rows(node)
-        return dataclasses.replace(
-            new, w=node.w, **{trained: put(getattr(node, trained), getattr(new, trained))}
-        )
+        table = put(_get(node, trained), _get(new, trained))
+        return _replace(new, w=_get(node, "w"), **{trained: table})
 
-    return jax.tree.map(one, tree, rows, is_leaf=is_adapted)
+    return jax.tree.map(one, tree, rows, is_leaf=_is_node)
 
 
 def _map_rows(fn: Any, node: Any) -> Any:
     """Apply `fn` to an array, or to the arrays of an adapted node that have one row per id."""
-    if not is_adapted(node):
+    if not _is_node(node):
         return fn(node)
     fields = ("w", _trained_rows(node))
-    return dataclasses.replace(node, **{name: fn(getattr(node, name)) for name in fields})
+    return _replace(node, **{name: fn(_get(node, name)) for name in fields})
 
 
 def _trained_rows(node: Any) -> str:
     """Return the name of the field that has one trained row per id."""
-    if isinstance(node, TrainedLeaf):
+    kind = opened_class(node) or type(node)
+    if kind is TrainedLeaf:
         return "value"
-    if isinstance(node, LoraWeight) and node.magnitude is None:
+    if kind is LoraWeight and _get(node, "magnitude") is None:
         return "a"
-    what = "a magnitude (DoRA)" if isinstance(node, LoraWeight) else type(node).__name__
+    what = "a magnitude (DoRA)" if kind is LoraWeight else kind.__name__
     raise StructureError(f"take_rows: cannot take rows of a table with {what}")
+
+
+def _is_node(x: Any) -> bool:
+    """Return whether `x` is an adapted node, or its dictionary in the state of an optimizer."""
+    return is_adapted(x) or opened_class(x) is not None
+
+
+def _get(node: Any, name: str) -> Any:
+    return node[name] if isinstance(node, dict) else getattr(node, name)
+
+
+def _replace(node: Any, **fields: Any) -> Any:
+    return {**node, **fields} if isinstance(node, dict) else dataclasses.replace(node, **fields)
 
 
 def _is_table(x: Any) -> bool:
@@ -111,7 +125,7 @@ def _check_lengths(tree: Any) -> None:
             lengths.add(x.shape[0])
         return x
 
-    jax.tree.map(lambda node: _map_rows(note, node), tree, is_leaf=is_adapted)
+    jax.tree.map(lambda node: _map_rows(note, node), tree, is_leaf=_is_node)
     if len(lengths) > 1:
         raise StructureError(
             f"take_rows: the tree contains arrays of {sorted(lengths)} rows. Pass the parameters "
