@@ -17,6 +17,12 @@ class Done:
     err: str
 
 
+@pytest.fixture(autouse=True)
+def no_columns(monkeypatch):
+    """Output goes to a pipe whose width nobody has set; workers of pytest-xdist inherit one."""
+    monkeypatch.delenv("COLUMNS", raising=False)
+
+
 @pytest.fixture
 def run(capfd):
     """`run("inspect", path)`: the command in this process."""

@@ -184,7 +184,7 @@ def classifier(folder):
     encoder(folder / "my-encoder")
     _labelled(folder / "reviews.jsonl")
     (folder / "my-classifier").mkdir()
-    with np.load(ROOT / "tests" / "parity" / "peft" / "classifiers.npz") as recorded:
+    with np.load(ROOT / "tests" / "parity" / "peft" / "recorded" / "classifiers.npz") as recorded:
         for name in ("adapter_model.safetensors", "adapter_config.json"):
             (folder / "my-classifier" / name).write_bytes(recorded[f"bert/{name}"].tobytes())
     config = json.loads((folder / "my-encoder" / "config.json").read_text())

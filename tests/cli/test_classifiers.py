@@ -20,7 +20,7 @@ from tests.cli import files
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
 MODELS = pathlib.Path(__file__).parents[1] / "models" / "fixtures"
-RECORDED = pathlib.Path(__file__).parents[1] / "parity" / "peft" / "classifiers.npz"
+RECORDED = pathlib.Path(__file__).parents[1] / "parity" / "peft" / "recorded" / "classifiers.npz"
 NAMES = ("bert", "llama", "qwen2")
 
 

@@ -130,8 +130,8 @@ def test_a_file_saved_without_its_base_names_every_module_in_full(world, run):
 
 
 def test_files_of_peft_itself(tmp_path, run, fails):
-    """Files of peft 0.21.2 (tests/parity/peft/record_files.py), without their base."""
-    recorded = np.load("tests/parity/peft/files.npz")
+    """Files of peft 0.21.2 (tests/parity/peft/recorded/record_files.py), without their base."""
+    recorded = np.load("tests/parity/peft/recorded/files.npz")
     can = {"linear", "patterns", "rslora", "some layers", "regex", "all-linear", "embedding"}
     can |= {"conv1d", "convolutions", "one module"}
     names = {key.split("/")[0] for key in recorded if key.endswith("adapter_config.json")}

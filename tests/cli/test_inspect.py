@@ -140,7 +140,7 @@ def test_experts_have_a_line_each(tmp_path):
 @pytest.mark.parametrize("case", ["both", "one layer", "transposed", "first axis in", "patterns"])
 def test_parameters_of_experts_have_their_names(case, tmp_path, run):
     """PEFT wraps a module once a parameter; in the recorded model they differ in their sizes."""
-    recorded = np.load("tests/parity/peft/experts.npz")
+    recorded = np.load("tests/parity/peft/recorded/experts.npz")
     for file in ("adapter_config.json", "adapter_model.safetensors"):
         (tmp_path / file).write_bytes(recorded[f"{case}/{file}"].tobytes())
     sizes = {"up_proj": (4, 5), "down_proj": (5, 4), "gate_up": (4, 10), "down": (5, 4)}

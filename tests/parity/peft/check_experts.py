@@ -23,9 +23,10 @@ import lora_jax
 from lora_jax import peft
 from lora_jax.core.tree import adapted_nodes
 from lora_jax.files.naming import Entry, Naming
-from tests.parity.peft import experts_model, models, record_experts
+from tests.parity.peft import experts_model, models
 from tests.parity.peft.check_files import loaded, moved
-from tests.parity.peft.record_files import move
+from tests.parity.peft.recorded import record_experts
+from tests.parity.peft.recorded.record_files import move
 
 TOLERANCE = 1e-5
 CONFIGS = {

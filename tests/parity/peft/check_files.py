@@ -31,7 +31,8 @@ from lora_jax import peft
 from lora_jax.core.patterns import lookup, select
 from lora_jax.core.tree import adapted_nodes
 from lora_jax.files.naming import to_torch, to_tree
-from tests.parity.peft import models, record_files
+from tests.parity.peft import models
+from tests.parity.peft.recorded import record_files
 
 TOLERANCE = 1e-5
 CONFIGS: dict[str, Any] = {

@@ -36,7 +36,7 @@ import lora_jax as lora
 from lora_jax import models, peft
 from tests.models.recorded import FIXTURES
 from tests.parity.peft import check_files
-from tests.parity.peft.record_files import move
+from tests.parity.peft.recorded.record_files import move
 
 LIMIT = 1e-4
 IDS = np.array([[3, 17, 5, 9, 11, 63, 1], [2, 5, 5, 3, 40, 41, 42]])

@@ -9,7 +9,7 @@ import numpy as np
 
 from lora_jax.files.naming import Entry, Naming, to_tree
 
-RECORDED = dict(np.load(pathlib.Path(__file__).parent / "experts.npz"))
+RECORDED = dict(np.load(pathlib.Path(__file__).parent / "recorded" / "experts.npz"))
 CASES = sorted({name.split("/")[0] for name in RECORDED if name.endswith(".safetensors")})
 EXPERTS, WIDTH, HIDDEN, LAYERS = 3, 4, 5, 2
 NAMING = Naming(

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from safetensors.numpy import load_file
 
-RECORDED = load_file(pathlib.Path(__file__).parent / "from_data.safetensors")
+RECORDED = load_file(pathlib.Path(__file__).parent / "recorded" / "from_data.safetensors")
 
 
 def recorded_model(params, x):

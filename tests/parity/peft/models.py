@@ -10,7 +10,7 @@ import numpy as np
 from lora_jax.core.weights import TrainedLeaf, TrainedRows
 from lora_jax.files.naming import Entry, Naming, to_tree
 
-RECORDED = np.load(pathlib.Path(__file__).parent / "files.npz")
+RECORDED = np.load(pathlib.Path(__file__).parent / "recorded" / "files.npz")
 BASE = {name[5:]: RECORDED[name] for name in RECORDED.files if name.startswith("base/")}
 CASES = sorted({name.split("/")[0] for name in RECORDED.files if name.endswith(".safetensors")})
 LAYERS = 3

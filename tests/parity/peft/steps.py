@@ -10,7 +10,7 @@ from safetensors.numpy import load_file
 
 import lora_jax
 
-FILE = pathlib.Path(__file__).parent / "step.safetensors"
+FILE = pathlib.Path(__file__).parent / "recorded" / "step.safetensors"
 SGD_RATE, ADAM_RATE = 0.1, 0.01
 
 # kind -> layout of its weight

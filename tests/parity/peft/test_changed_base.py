@@ -16,7 +16,7 @@ from tests.files.peft.random_adapters import SHAPES
 from tests.parity.peft import models
 from tests.parity.peft.models import NAMINGS, PLAIN
 
-RECORDED = np.load(pathlib.Path(__file__).parent / "changed_base.npz")
+RECORDED = np.load(pathlib.Path(__file__).parent / "recorded" / "changed_base.npz")
 CASES = sorted({name.split("/")[0] for name in RECORDED.files})
 DETERMINED = [case for case in CASES if "niter" not in case]
 APPLY = jax.jit(models.apply)

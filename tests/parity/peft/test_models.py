@@ -12,7 +12,7 @@ from lora_jax import models, peft
 from lora_jax.files.disk import safetensors_file
 
 HERE = pathlib.Path(__file__).parent
-RECORDED = np.load(HERE / "models.npz")
+RECORDED = np.load(HERE / "recorded" / "models.npz")
 
 
 @pytest.mark.parametrize(

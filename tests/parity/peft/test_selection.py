@@ -17,7 +17,7 @@ from lora_jax import LoraConfig, LoraWeight
 from lora_jax.core.tree import adapted_nodes
 
 pytestmark = pytest.mark.usefixtures("x64", "quick_compile")
-RECORDED = dict(np.load(Path(__file__).with_name("selection.npz")))
+RECORDED = dict(np.load(Path(__file__).parent / "recorded" / "selection.npz"))
 ROWS, LAYERS = (9, 2), (0, 2)
 KINDS = {"lora_A": "a", "lora_B": "b", "base_layer": "value", "token_adapter": "value"}
 

@@ -13,7 +13,7 @@ from scipy import stats
 import lora_jax
 from lora_jax import LoraConfig
 
-RECORD = load_file(pathlib.Path(__file__).parent / "starts.safetensors")
+RECORD = load_file(pathlib.Path(__file__).parent / "recorded" / "starts.safetensors")
 KEY = jax.random.key(0)
 pytestmark = pytest.mark.usefixtures("quick_compile")
 

@@ -15,7 +15,7 @@ from tests.models.recorded import FIXTURES, load
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
-FILE = pathlib.Path(__file__).parent / "vocabulary.npz"
+FILE = pathlib.Path(__file__).parent / "recorded" / "vocabulary.npz"
 CASES = {  # -> the model, and whether the head must be untied
     "frozen": ("llama", False),
     "frozen tied": ("qwen2", False),

@@ -1,6 +1,6 @@
 """Record adapters of peft 0.21.2 on models whose vocabulary was resized: see test_vocabulary.py.
 
-    python -m tests.parity.peft.record_vocabulary
+    python -m tests.parity.peft.recorded.record_vocabulary
 
 writes `vocabulary.npz`: of each case the two files of an adapter, as bytes, and the logits of
 transformers' model with it for `ids`, which contain new tokens.
@@ -14,7 +14,7 @@ import peft
 import torch
 import transformers
 
-from tests.parity.peft.record_files import move
+from tests.parity.peft.recorded.record_files import move
 
 FILE = pathlib.Path(__file__).parent / "vocabulary.npz"
 MODELS = pathlib.Path(__file__).parents[2] / "models" / "fixtures"

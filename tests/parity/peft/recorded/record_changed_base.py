@@ -1,6 +1,6 @@
 """Record adapters of a changed base as peft 0.21.2 (torch 2.13) saves them unconverted.
 
-    python -m tests.parity.peft.record_changed_base
+    python -m tests.parity.peft.recorded.record_changed_base
 
 writes `changed_base.npz`, adapters of record_files' model, whose base stays as it was in files.npz:
 
@@ -19,7 +19,7 @@ import numpy as np
 import peft
 import torch
 
-from tests.parity.peft import record_files
+from tests.parity.peft.recorded import record_files
 
 FILE = pathlib.Path(__file__).parent / "changed_base.npz"
 LINEAR = ["up", "down"]

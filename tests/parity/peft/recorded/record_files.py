@@ -1,6 +1,6 @@
 """Record adapter files that peft 0.21.2 (torch 2.13) saves: the oracle of test_files.py.
 
-    python -m tests.parity.peft.record_files
+    python -m tests.parity.peft.recorded.record_files
 
 writes `files.npz`, a model with layers of every kind and adapters of every kind on it:
 

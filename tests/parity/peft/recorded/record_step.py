@@ -1,6 +1,6 @@
 """Record one optimisation step of peft 0.21.2 on torch: the oracle of test_step.py.
 
-    python -m tests.parity.peft.record_step
+    python -m tests.parity.peft.recorded.record_step
 
 writes `step.safetensors`. Every layer kind is run as LoRA, as rsLoRA and as DoRA on the same W, A,
 B, x and target, with the loss mean((y - target)²). The keys are `<layer>/<variant>/<name>`:

@@ -1,6 +1,6 @@
 """Record what adapters of peft 0.21.2 (torch 2.13) start with: the oracle of test_starts.py.
 
-    python -m tests.parity.peft.record_starts
+    python -m tests.parity.peft.recorded.record_starts
 
 writes `starts.safetensors`:
 

@@ -1,6 +1,6 @@
 """Record sequence classifiers of peft 0.21.2 and transformers on the models of tests/models.
 
-    python -m tests.parity.peft.record_classifiers
+    python -m tests.parity.peft.recorded.record_classifiers
 
 writes `classifiers.npz`: of each model the two files of an adapter with a head, as bytes; `ids` and
 `mask`, padded on the right; `logits` of transformers' model with the adapter; and `names`, the
@@ -15,7 +15,7 @@ import peft
 import torch
 import transformers
 
-from tests.parity.peft.record_files import move
+from tests.parity.peft.recorded.record_files import move
 
 FILE = pathlib.Path(__file__).parent / "classifiers.npz"
 MODELS = pathlib.Path(__file__).parents[2] / "models" / "fixtures"

@@ -1,6 +1,6 @@
 """Record adapters that peft 0.21.2 (torch 2.13) makes of experts' parameters: of test_experts.py.
 
-    python -m tests.parity.peft.record_experts
+    python -m tests.parity.peft.recorded.record_experts
 
 writes `experts.npz`:
 
@@ -20,7 +20,7 @@ import peft
 import torch
 from torch import nn
 
-from tests.parity.peft.record_files import move, saved
+from tests.parity.peft.recorded.record_files import move, saved
 
 FILE = pathlib.Path(__file__).parent / "experts.npz"
 EXPERTS, WIDTH, HIDDEN, LAYERS = 3, 4, 5, 2

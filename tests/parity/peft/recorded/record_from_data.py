@@ -1,6 +1,6 @@
 """Record how peft 0.21.2 starts EVA and LoRA-GA: the oracle of test_eva.py and test_lora_ga.py.
 
-    python -m tests.parity.peft.record_from_data
+    python -m tests.parity.peft.recorded.record_from_data
 
 writes `from_data.safetensors`. A perceptron of two layers on torch, `gelu(x·up + bias)·down`, and
 one batch. The arrays are in this project's orientation, W `[in, out]`, A `[in, rank]`, B

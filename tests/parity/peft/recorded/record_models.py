@@ -1,6 +1,6 @@
 """Record adapters of peft 0.21.2 on the models of tests/models/fixtures: see test_models.py.
 
-    python -m tests.parity.peft.record_models
+    python -m tests.parity.peft.recorded.record_models
 
 writes `models.npz`: of each of the models below the two files of an adapter, as bytes, and `ids`
 and `y`, the outputs of transformers' model with it.
@@ -15,7 +15,7 @@ import peft
 import torch
 import transformers
 
-from tests.parity.peft.record_files import move
+from tests.parity.peft.recorded.record_files import move
 
 FILE = pathlib.Path(__file__).parent / "models.npz"
 MODELS = pathlib.Path(__file__).parents[2] / "models" / "fixtures"

@@ -1,0 +1,1 @@
+"""What PEFT computed, and the scripts that record it."""
