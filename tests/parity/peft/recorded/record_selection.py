@@ -1,6 +1,6 @@
 """Record what PEFT trains of a small model, and where one step takes it: selection.npz.
 
-    python -m tests.parity.peft.recorded.record_selection   (needs torch and peft 0.21.2)
+python -m tests.parity.peft.recorded.record_selection   (needs torch and peft 0.21.2)
 """
 
 from pathlib import Path
