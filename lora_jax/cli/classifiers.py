@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import lora_jax as lora
 from lora_jax import models
 from lora_jax.cli import sources
+from lora_jax.cli.fit import EXACT, Fit
 from lora_jax.core.errors import AdapterFileError, ModelFileError
 from lora_jax.core.foreign import shown
 from lora_jax.files import kinds, native, peft
@@ -131,8 +132,8 @@ def load(
     model: kinds.Found,
     adapter: Path | None = None,
     dtype: str | None = None,
+    fit: Fit = EXACT,
     *,
-    strict: bool = True,
     as_stored: bool = False,
 ) -> LoadedClassifier:
     """Load a classifier; the arguments are those of `sources.load`.
@@ -142,12 +143,14 @@ def load(
     """
     found = None if adapter is None else kinds.adapter(adapter)
     scan = found is not None and sources.is_stacked(found)
+    if found is not None:
+        fit.refuse_unused(found)
     base = sources.load_model(model, dtype, scan=scan, as_stored=as_stored)
     if found is not None and found.kind == kinds.NATIVE:
         header = lora.read_metadata(found.path)
         if _KERNEL in header["layouts"]:
             return _trained_here(base, found, header["metadata"])
-    return _published(base, model, found, strict)
+    return _published(base, model, found, fit)
 
 
 def _trained_here(
@@ -179,12 +182,12 @@ def _trained_here(
 
 
 def _published(
-    base: Pretrained, model: kinds.Found, adapter: kinds.Found | None, strict: bool
+    base: Pretrained, model: kinds.Found, adapter: kinds.Found | None, fit: Fit
 ) -> LoadedClassifier:
     """Load a classifier of transformers, or the adapter that PEFT wrote for one."""
     family = published_classifier.FAMILIES[base.kind]
     head = published_classifier.head_of(base)
-    file = None if adapter is None else _peft_file(adapter)
+    file = None if adapter is None else _peft_file(adapter, fit)
     if file is not None and not family.prefix:
         base = models.resize_for_adapter(base, file)
     given = None if file is None else _head_in(file, family.head)
@@ -202,7 +205,7 @@ def _published(
         params["pooler"] = pooler
     naming = published_classifier.naming_of_classifier(base.kind)
     if file is not None:
-        adapters = peft.fit(file, params, naming, strict=strict)
+        adapters = peft.fit(file, params, naming, strict=fit.strict, residual=fit.residual)
         params = lora.join(params, adapters)
     elif adapter is not None:
         raise AdapterFileError(
@@ -214,8 +217,8 @@ def _published(
     return LoadedClassifier(base, params, tuple(labels), family.pooling)
 
 
-def _peft_file(adapter: kinds.Found) -> peft.PeftFile | None:
-    return peft.read_file(adapter.path) if adapter.kind == kinds.PEFT else None
+def _peft_file(adapter: kinds.Found, fit: Fit) -> peft.PeftFile | None:
+    return sources.read_peft(adapter, fit) if adapter.kind == kinds.PEFT else None
 
 
 def _head_in(file: peft.PeftFile, head: str) -> tuple[int, int] | None:

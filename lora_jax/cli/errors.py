@@ -3,6 +3,10 @@
 from lora_jax.core.errors import LoraError
 
 
+class AdapterOptionError(LoraError):
+    """An option of reading an adapter is wrong, or not for this kind of adapter."""
+
+
 class PromptError(LoraError):
     """The prompt is missing, or the model cannot continue it."""
 

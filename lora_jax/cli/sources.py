@@ -3,7 +3,7 @@
 import dataclasses
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import jax
 
 import lora_jax as lora
 from lora_jax import models
+from lora_jax.cli.fit import EXACT, Fit
 from lora_jax.core.errors import ModelFileError
 from lora_jax.core.foreign import escaped, shown
 from lora_jax.core.paths import flatten_with_paths
@@ -152,11 +153,9 @@ def load(
     model: kinds.Found,
     adapter: Path | None = None,
     dtype: str | None = None,
+    fit: Fit = EXACT,
     *,
-    strict: bool = True,
     as_stored: bool = False,
-    rename: Mapping[str, str] | None = None,
-    residual: bool = False,
 ) -> Loaded:
     """Load a model, and an adapter of any kind on it.
 
@@ -164,9 +163,8 @@ def load(
       model: see `find_model`.
       adapter: see `kinds.adapter`; checked before the model is read. None for the model alone.
       dtype: of the model's parameters; None for the file's.
-      strict: whether a tensor of the adapter that does not fit is an error, as in `peft.load`.
+      fit: how the adapter is fitted onto the model.
       as_stored: keep each parameter's dtype, as in `models.load`.
-      rename, residual: as in `peft.load`.
 
     Raises:
       LoraError: one of them cannot be read, or they do not fit; all problems are listed.
@@ -175,32 +173,36 @@ def load(
         return Loaded(load_model(model, dtype, as_stored=as_stored), None)
     found = kinds.adapter(adapter)
     pretrained = load_model(model, dtype, scan=is_stacked(found), as_stored=as_stored)
-    return put_on(pretrained, found, strict=strict, rename=rename, residual=residual)
+    return put_on(pretrained, found, fit)
 
 
-def put_on(
-    pretrained: models.Pretrained,
-    found: kinds.Found,
-    *,
-    strict: bool = True,
-    rename: Mapping[str, str] | None = None,
-    residual: bool = False,
-) -> Loaded:
+def put_on(pretrained: models.Pretrained, found: kinds.Found, fit: Fit = EXACT) -> Loaded:
     """Load an adapter of any kind on a model; the other arguments are those of `load`.
 
     Raises:
       LoraError: it cannot be read, or does not fit; all problems are listed.
     """
+    fit.refuse_unused(found)
     if found.kind == kinds.NATIVE:
         return Loaded(pretrained, lora.load(found.path, as_trained(found, pretrained.params)))
     if found.kind == kinds.MLX:
         named = pretrained.params, pretrained.naming
-        return Loaded(pretrained, mlx.load(found.path, *named, strict=strict, rename=rename))
-    file = peft.read_file(found.path)
-    file = file.rename(rename) if rename else file
+        options: dict[str, Any] = {"strict": fit.strict, "rename": fit.rename}
+        return Loaded(pretrained, mlx.load(found.path, *named, **options))
+    file = read_peft(found, fit)
     pretrained = models.resize_for_adapter(pretrained, file)
     named = pretrained.params, pretrained.naming
-    return Loaded(pretrained, peft.fit(file, *named, strict=strict, residual=residual))
+    return Loaded(pretrained, peft.fit(file, *named, strict=fit.strict, residual=fit.residual))
+
+
+def read_peft(found: kinds.Found, fit: Fit) -> peft.PeftFile:
+    """Read an adapter of PEFT, its tensors renamed as `fit` says.
+
+    Raises:
+      LoraError: it cannot be read, or a part that is to be replaced is in no name.
+    """
+    file = peft.read_file(found.path)
+    return file.rename(fit.rename) if fit.rename else file
 
 
 def as_trained(adapter: kinds.Found, params: Any) -> Any:

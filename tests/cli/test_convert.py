@@ -158,9 +158,12 @@ def test_a_prefix_is_removed_from_the_names(world, run, fails):
     wrong = {name.replace(start, more): x for name, x in tensors.items()}
     safetensors_file.write(adapter, wrong, metadata)
     told = fails("convert", "my-adapter", "--to", "native", "--model", "my-model", "--out", "a")
-    assert "8 names, such as " in told and "first lora-jax convert --rename" in told
+    assert "8 names, such as " in told in told
     rule = "language_model="
-    assert f"--rename {rule}" in told
+    assert f"on the command line --rename {rule} (for train" in told
+    merge = ["merge", "--model", "my-model", "--adapter", "my-adapter", "--out"]
+    assert f"--rename {rule}" in fails(*merge, "no")
+    assert run(*merge, "renamed", "--rename", rule).status == 0
     for to in ("peft", "folded", "mlx"):
         words = ["--to", to, "--out", to, "--rename", rule]
         assert run("convert", "my-adapter", *words).status == 0
@@ -169,6 +172,11 @@ def test_a_prefix_is_removed_from_the_names(world, run, fails):
     words = ["--to", "native", "--out", "a.safetensors", "--model", "my-model", "--rename", rule]
     assert run("convert", "my-adapter", *words).status == 0
     assert run("merge", "--model", "my-model", "--adapter", "peft", "--out", "m").status == 0
+    for made in ("renamed", "m"):
+        merged, _ = safetensors_file.read(world / made / "model.safetensors")
+        for module, update in updates(world / "peft").items():
+            want = files.weights()[f"{module}.weight"] + update.T
+            np.testing.assert_allclose(merged[f"{module}.weight"], want, atol=1e-6)
     words = ["convert", "my-adapter", "--to", "mlx", "--out", "x", "--rename"]
     assert "is in no name of the file" in fails(*words, "bert=")
     assert "must be OLD=NEW" in fails(*words, "bert")
@@ -236,6 +244,14 @@ def test_an_adapter_of_pissas_residual(pissa, world, run, fails):
     assert run("convert", "pissa", "--to", "peft", "--out", "kept", "--residual").status == 0
     assert_same(world / "kept", updates(world / "pissa"))
     assert read_factors(world / "kept").variant == "LoRA"
+    merge = ["merge", *model, "--out", "left", "--residual", "--adapter"]
+    assert run(*merge, "pissa").status == 0  # the base here stands for what PiSSA left
+    merged, _ = safetensors_file.read(world / "left" / "model.safetensors")
+    for module, update in updates(world / "pissa").items():
+        want = files.weights()[f"{module}.weight"] + update.T
+        np.testing.assert_allclose(merged[f"{module}.weight"], want, atol=1e-6)
+    for other in ("mlx", "a.safetensors"):
+        assert "--residual is for adapters of PEFT" in fails(*merge, other, "--force")
 
 
 def test_a_randomized_initialization_cannot_be_undone(world, run, fails):
@@ -244,7 +260,7 @@ def test_a_randomized_initialization_cannot_be_undone(world, run, fails):
     for to in ("peft", "folded", "mlx", "native"):
         assert "cannot be recomputed" in fails(*words, to)
     merge = ["merge", "--model", "my-model", "--adapter", "adapter", "--out", "x"]
-    assert "lora-jax convert --residual" in fails(*merge)
+    assert "--residual on the command line" in fails(*merge)
     words = ["convert", "adapter", "--out", "kept", "--to", "peft", "--residual"]
     assert run(*words).status == 0
     merge = ["merge", "--model", "my-model", "--adapter", "kept", "--out", "m"]

@@ -192,5 +192,5 @@ def test_a_file_with_the_shorter_path_loads(tmp_path):
     safetensors_file.write(tmp_path / "a", tensors, header)
     adapters = lora_jax.load(tmp_path / "a", tree)
     np.testing.assert_array_equal(adapters["attn"].value.a, params["attn"].value.a)
-    with pytest.raises(lora_jax.AdapterFileError, match="attn/value: has other values"):
+    with pytest.raises(lora_jax.AdapterFileError, match="attn/value: other values"):
         lora_jax.load(tmp_path / "a", {"attn": tree["attn"]._replace(value=jnp.zeros((4, 4)))})

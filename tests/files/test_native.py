@@ -86,7 +86,7 @@ def test_another_base_is_refused_leaf_by_leaf(file):
     other = {**BASE, "up": {**BASE["up"], "kernel": BASE["up"]["kernel"].at[3, 4].add(1e-3)}}
     with pytest.raises(AdapterFileError) as error:
         lora_jax.load(file, other)
-    assert "up/kernel: has other values" in str(error.value) and "stack" not in str(error.value)
+    assert "up/kernel: other values" in str(error.value) and "stack" not in str(error.value)
 
 
 def test_a_leaf_that_is_trained_whole_may_differ(file):

@@ -49,7 +49,7 @@ def told(error):
     head, line = str(error.value).splitlines()
     assert "does not fit the base" in head
     found = re.search(
-        r"pass rename=(\{.*\}), or on the command line first lora-jax convert (.*)", line
+        r"pass rename=(\{.*\}), or on the command line (.*) \(for train, of lora-jax convert", line
     )
     rules = ast.literal_eval(found[1])
     assert found[2] == " ".join(f"--rename {old}={new}" for old, new in rules.items())

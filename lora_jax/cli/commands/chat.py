@@ -10,6 +10,8 @@ from lora_jax.cli.options import (
     DType,
     MaxTokensOption,
     ModelOption,
+    RenameOption,
+    ResidualOption,
     SeedOption,
     StopOption,
     StrictOption,
@@ -41,6 +43,8 @@ def command(
         DType | None,
         typer.Option(help="Dtype of the computation; default: the model's, float32 for GGUF."),
     ] = None,
+    rename: RenameOption = None,
+    residual: ResidualOption = False,
     strict: StrictOption = True,
 ) -> None:
     """Talk with a model in turns.
@@ -50,6 +54,7 @@ def command(
     a terminal, the lines of standard input are the turns.
     """
     refuse_empty(stop)
+    from lora_jax.cli.fit import Fit
     from lora_jax.cli.jobs import chat
 
     chat.run(
@@ -60,6 +65,6 @@ def command(
         max_tokens=max_tokens,
         seed=seed,
         dtype=dtype,
-        strict=strict,
+        fit=Fit.of_options(strict, rename, residual),
         sampling={"temperature": temperature, "top_k": top_k, "top_p": top_p},
     )

@@ -59,7 +59,9 @@ def command(
     such a file, describe it with --naming. An adapter that PEFT saved on the base that PiSSA or
     OLoRA changed becomes one of the original base, which --model names.
     """
+    from lora_jax.cli.fit import Fit
     from lora_jax.cli.jobs import convert
 
-    source = convert.Source(adapter, model, naming, strict, convert.parts(rename), residual)
+    fit = Fit.of_options(strict, rename, residual)
+    source = convert.Source(adapter, model, naming, fit)
     convert.run(source, to, out, force=force)

@@ -13,6 +13,8 @@ from lora_jax.cli.options import (
     JsonOption,
     LengthOption,
     ModelOption,
+    RenameOption,
+    ResidualOption,
     StrictOption,
 )
 
@@ -37,6 +39,8 @@ def command(
     dtype: Annotated[
         DType | None, typer.Option(help="Dtype of the computation; default: the model's.")
     ] = None,
+    rename: RenameOption = None,
+    residual: ResidualOption = False,
     strict: StrictOption = True,
 ) -> None:
     """Measure the loss of a model on a file.
@@ -44,6 +48,7 @@ def command(
     For a language model perplexity is printed too, for a classifier its accuracy. Every token that
     training would train on counts once, and so does every labelled text.
     """
+    from lora_jax.cli.fit import Fit
     from lora_jax.cli.jobs import evaluate
 
     evaluate.run(
@@ -55,5 +60,5 @@ def command(
         encoding=encoding,
         as_json=json,
         dtype=dtype,
-        strict=strict,
+        fit=Fit.of_options(strict, rename, residual),
     )

@@ -11,6 +11,8 @@ from lora_jax.cli.options import (
     DType,
     MaxTokensOption,
     ModelOption,
+    RenameOption,
+    ResidualOption,
     SeedOption,
     StopOption,
     StrictOption,
@@ -51,6 +53,8 @@ def command(
         DType | None,
         typer.Option(help="Dtype of the computation; default: the model's, float32 for GGUF."),
     ] = None,
+    rename: RenameOption = None,
+    residual: ResidualOption = False,
     strict: StrictOption = True,
 ) -> None:
     """Continue a prompt, and print the new text as it is generated.
@@ -62,6 +66,7 @@ def command(
     refuse_empty(stop)
     text = _prompt(prompt, prompt_file)
 
+    from lora_jax.cli.fit import Fit
     from lora_jax.cli.jobs import generate
 
     generate.run(
@@ -74,7 +79,7 @@ def command(
         max_tokens=max_tokens,
         seed=seed,
         dtype=dtype,
-        strict=strict,
+        fit=Fit.of_options(strict, rename, residual),
         sampling={"temperature": temperature, "top_k": top_k, "top_p": top_p},
     )
 

@@ -11,6 +11,8 @@ from lora_jax.cli.options import (
     ForceOption,
     ModelOption,
     OutOption,
+    RenameOption,
+    ResidualOption,
     StrictOption,
 )
 
@@ -30,6 +32,8 @@ def command(
             help="Dtype of the result; default: each tensor's in the base, float32 for GGUF."
         ),
     ] = None,
+    rename: RenameOption = None,
+    residual: ResidualOption = False,
     strict: StrictOption = True,
     force: ForceOption = False,
 ) -> None:
@@ -40,6 +44,8 @@ def command(
     beside them; a tokenizer in the adapter's directory takes the place of the base's. The directory
     is written completely or not at all, and the base is never changed.
     """
+    from lora_jax.cli.fit import Fit
     from lora_jax.cli.jobs import merge
 
-    merge.run(model, adapter, out, dtype=dtype, force=force, strict=strict)
+    fit = Fit.of_options(strict, rename, residual)
+    merge.run(model, adapter, out, dtype=dtype, force=force, fit=fit)

@@ -13,6 +13,8 @@ from lora_jax.cli.options import (
     JsonOption,
     LengthOption,
     ModelOption,
+    RenameOption,
+    ResidualOption,
     StrictOption,
 )
 
@@ -37,6 +39,8 @@ def command(
     dtype: Annotated[
         DType | None, typer.Option(help="Dtype of the computation; default: the model's.")
     ] = None,
+    rename: RenameOption = None,
+    residual: ResidualOption = False,
     strict: StrictOption = True,
 ) -> None:
     """Classify texts with a sequence classifier.
@@ -47,6 +51,7 @@ def command(
     """
     if bool(texts) == bool(data):
         raise typer.BadParameter("give either texts or --data")
+    from lora_jax.cli.fit import Fit
     from lora_jax.cli.jobs import predict
 
     predict.run(
@@ -58,5 +63,5 @@ def command(
         encoding=encoding,
         as_json=json,
         dtype=dtype,
-        strict=strict,
+        fit=Fit.of_options(strict, rename, residual),
     )

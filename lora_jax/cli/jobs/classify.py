@@ -11,6 +11,7 @@ import lora_jax as lora
 from lora_jax.cli import classifiers, sources
 from lora_jax.cli.classifiers import LoadedClassifier
 from lora_jax.cli.errors import ClassifierError
+from lora_jax.cli.fit import Fit
 from lora_jax.models.text.tokenizer import Tokenizer
 from lora_jax.training.batching import pack_texts
 from lora_jax.training.classification import encode_texts, predict
@@ -21,7 +22,7 @@ LENGTH = 512  # tokens per row by default
 
 
 def open_classifier(
-    model: str, adapter: Path | None, dtype: str | None, strict: bool
+    model: str, adapter: Path | None, dtype: str | None, fit: Fit
 ) -> tuple[LoadedClassifier, Tokenizer]:
     """Load a classifier and its tokenizer.
 
@@ -36,7 +37,7 @@ def open_classifier(
             "--task classification', or use 'lora-jax generate'"
         )
     tokenizer = sources.tokenizer_of(base, adapter)
-    return classifiers.load(base, adapter, dtype, strict=strict), tokenizer
+    return classifiers.load(base, adapter, dtype, fit), tokenizer
 
 
 def row_length(asked: int, longest: int) -> int:

@@ -6,9 +6,10 @@ from typing import Any
 
 import lora_jax as lora
 from lora_jax.cli.errors import ConversionError
+from lora_jax.cli.fit import Fit
 from lora_jax.cli.options import refuse_existing
 from lora_jax.core.errors import AdapterFileError, ConfigError, LoraError, StructureError
-from lora_jax.core.foreign import escaped, shown
+from lora_jax.core.foreign import escaped
 from lora_jax.files import implied_tree, kinds, mlx, native, peft
 from lora_jax.files.disk import strict_json
 from lora_jax.files.implied_tree import NamedAdapters
@@ -25,25 +26,7 @@ class Source:
     adapter: Path
     model: str | None
     naming: Path | None
-    strict: bool
-    rename: dict[str, str]
-    residual: bool
-
-
-def parts(texts: list[str] | None) -> dict[str, str]:
-    """Return the parts of names and what replaces them, from texts such as "module=".
-
-    Raises:
-      ConversionError: a text has no "=".
-    """
-    pairs = [text.partition("=") for text in texts or ()]
-    wrong = [old for old, equals, _ in pairs if not equals]
-    if wrong:
-        raise ConversionError(
-            f"--rename {shown(wrong[0])}: must be OLD=NEW, parts of names; leave NEW empty to "
-            "remove OLD"
-        )
-    return {old: new for old, _, new in pairs}
+    fit: Fit
 
 
 def run(source: Source, to: str, out: Path, *, force: bool) -> None:
@@ -68,7 +51,7 @@ def run(source: Source, to: str, out: Path, *, force: bool) -> None:
 
 def _changed_base(found: kinds.Found, source: Source) -> str | None:
     """Return the initialization that changed the base, if that is to be undone."""
-    if found.kind != kinds.PEFT or source.residual:
+    if found.kind != kinds.PEFT or source.fit.residual:
         return None
     config = peft.read_config(found.path)
     if config.changes_base and not changed_base.is_determined(config):
@@ -77,12 +60,11 @@ def _changed_base(found: kinds.Found, source: Source) -> str | None:
 
 
 def _check(found: kinds.Found, to: str, source: Source, changed: str | None) -> None:
+    source.fit.refuse_unused(found)
     own, model, naming = found.kind == kinds.NATIVE, source.model, source.naming
     is_same = to != "folded" and found.kind == _KIND_OF[to]
-    if is_same and not (changed or source.residual or source.rename):
+    if is_same and not (changed or source.fit.residual or source.fit.rename):
         raise ConversionError(f"{found.path}: is already a {kinds.DESCRIPTIONS[found.kind]}")
-    if own and (source.rename or source.residual):
-        raise ConversionError("--rename and --residual are for adapters with PyTorch's names")
     if changed and not model:
         raise ConversionError(
             f"{found.path}: {changed} changed the base that it was trained on: give the original "
@@ -104,7 +86,7 @@ def _check(found: kinds.Found, to: str, source: Source, changed: str | None) -> 
 
 
 def _read(found: kinds.Found, to: str, source: Source, changed: str | None) -> NamedAdapters:
-    options: dict[str, Any] = {"strict": source.strict, "rename": source.rename}
+    options: dict[str, Any] = {"strict": source.fit.strict, "rename": source.fit.rename}
     if source.naming is not None:
         return implied_tree.from_native(found.path, read_naming(source.naming))
     if source.model is not None:
@@ -124,14 +106,14 @@ def _read(found: kinds.Found, to: str, source: Source, changed: str | None) -> N
             name = read.base_name or source.model
             return dataclasses.replace(read, base_name=name, config=config)
         if to == "native" or changed:
-            loaded = sources.load(base, found.path, **options, residual=source.residual)
+            loaded = sources.load(base, found.path, fit=source.fit)
             name = implied_tree.base_name(found) or source.model
             config = peft.read_config(found.path) if found.kind == kinds.PEFT else None
             params, naming = loaded.model.params, loaded.model.naming
             return NamedAdapters(loaded.adapters, params, naming, name, config, complete=True)
     if found.kind == kinds.MLX:
         return implied_tree.from_mlx(found.path, **options)
-    return implied_tree.from_peft(found.path, **options, residual=source.residual)
+    return implied_tree.from_peft(found.path, **options, residual=source.fit.residual)
 
 
 def read_naming(path: Path) -> Naming:

@@ -12,6 +12,7 @@ import numpy as np
 import lora_jax as lora
 from lora_jax.cli import classifiers, sources
 from lora_jax.cli.errors import ClassifierError
+from lora_jax.cli.fit import Fit
 from lora_jax.cli.jobs.classify import log_probabilities, open_classifier, row_length
 from lora_jax.cli.jobs.train_data import language_loss
 from lora_jax.cli.jobs.train_model import to_trainable
@@ -35,7 +36,7 @@ def run(
     encoding: str,
     as_json: bool,
     dtype: str | None,
-    strict: bool,
+    fit: Fit,
 ) -> None:
     """Print what was measured; the arguments are the command's options.
 
@@ -46,9 +47,9 @@ def run(
     rows = [read_rows(path, encoding) for path in files]
     base = sources.find_model(model)
     if classifiers.find(base, adapter):
-        found = _classifier(rows, model, adapter, length, batch, dtype, strict)
+        found = _classifier(rows, model, adapter, length, batch, dtype, fit)
     else:
-        loaded = sources.load(base, adapter, dtype, strict=strict)
+        loaded = sources.load(base, adapter, dtype, fit)
         found = _language_model(rows, loaded, sources.tokenizer_of(base, adapter), length, batch)
     if as_json:
         print(json.dumps(found, ensure_ascii=False))
@@ -107,7 +108,7 @@ def _classifier(
     length: int,
     batch: int,
     dtype: str | None,
-    strict: bool,
+    fit: Fit,
 ) -> dict[str, Any]:
     for rows in files:
         if rows.kind != "label":
@@ -115,7 +116,7 @@ def _classifier(
                 f"{rows.source} has {rows.kind} rows, but the accuracy of a classifier needs rows "
                 'of the form {"text": …, "label": …}'
             )
-    classifier, tokenizer = open_classifier(model, adapter, dtype, strict)
+    classifier, tokenizer = open_classifier(model, adapter, dtype, fit)
     length = row_length(length, classifier.model.config.max_position_embeddings)
     wanted = np.array([n for rows in files for n in _numbers(rows, classifier.labels)])
     texts = [row.values["text"] for rows in files for row in rows.rows]

@@ -15,6 +15,7 @@ import lora_jax as lora
 from lora_jax import models
 from lora_jax.cli import classifiers, sources
 from lora_jax.cli.errors import OutputError
+from lora_jax.cli.fit import Fit
 from lora_jax.cli.options import refuse_existing
 from lora_jax.core.errors import MergeError
 from lora_jax.core.foreign import escaped, shown
@@ -28,9 +29,7 @@ from lora_jax.models.stops import GENERATION_CONFIG
 NOTABLE = 0.1  # fraction of an update lost in rounding that deserves a warning
 
 
-def run(
-    model: str, adapter: Path, out: Path, *, dtype: str | None, force: bool, strict: bool
-) -> None:
+def run(model: str, adapter: Path, out: Path, *, dtype: str | None, force: bool, fit: Fit) -> None:
     """Write `out`; the arguments are the command's options.
 
     Raises:
@@ -47,7 +46,7 @@ def run(
     refuse_existing(out, force)
     is_classifier = bool(classifiers.find(base, adapter))
     load = _classifier if is_classifier else _language_model
-    merged, errors = load(base, adapter, dtype, strict)
+    merged, errors = load(base, adapter, dtype, fit)
     beside = _beside(base, adapter)
     stored: Mapping[str, hf_directory.StoredTensor] | None = None
     if dtype is None and base.kind == kinds.CHECKPOINT:
@@ -62,19 +61,19 @@ def run(
 
 
 def _language_model(
-    base: kinds.Found, adapter: Path, dtype: str | None, strict: bool
+    base: kinds.Found, adapter: Path, dtype: str | None, fit: Fit
 ) -> tuple[models.Pretrained, dict[str, float]]:
     """Return the merged model, and how much of each update rounding lost."""
-    loaded = sources.load(base, adapter, strict=strict, as_stored=True)
+    loaded = sources.load(base, adapter, fit=fit, as_stored=True)
     params, errors = _merge(loaded.params, dtype)
     return dataclasses.replace(loaded.model, params=params), errors
 
 
 def _classifier(
-    base: kinds.Found, adapter: Path, dtype: str | None, strict: bool
+    base: kinds.Found, adapter: Path, dtype: str | None, fit: Fit
 ) -> tuple[models.Pretrained, dict[str, float]]:
     """Return the merged classifier as transformers reads it, and the errors as above."""
-    loaded = classifiers.load(base, adapter, strict=strict, as_stored=True)
+    loaded = classifiers.load(base, adapter, fit=fit, as_stored=True)
     if loaded.pooling != published_classifier.FAMILIES[loaded.model.kind].pooling:
         raise OutputError(
             f"{adapter}: its head reads the mean over a text's tokens, which no classifier of "

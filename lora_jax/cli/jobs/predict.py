@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from lora_jax.cli.fit import Fit
 from lora_jax.cli.jobs.classify import log_probabilities, open_classifier, row_length
 from lora_jax.core.foreign import shown
 from lora_jax.training.dataset import STREAM, read_rows
@@ -24,7 +25,7 @@ def run(
     encoding: str,
     as_json: bool,
     dtype: str | None,
-    strict: bool,
+    fit: Fit,
 ) -> None:
     """Print a line per text; `source` is the texts or a file, the rest the command's options.
 
@@ -33,7 +34,7 @@ def run(
       LoraError: the classifier cannot be read.
     """
     texts = read_texts(source, encoding) if isinstance(source, Path) else list(source)
-    classifier, tokenizer = open_classifier(model, adapter, dtype, strict)
+    classifier, tokenizer = open_classifier(model, adapter, dtype, fit)
     length = row_length(length, classifier.model.config.max_position_embeddings)
     found = np.exp(log_probabilities(classifier, tokenizer, texts, length, batch))
     for text, row in zip(texts, found, strict=True):

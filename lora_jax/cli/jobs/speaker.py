@@ -11,6 +11,7 @@ import numpy as np
 import lora_jax as lora
 from lora_jax.cli import classifiers, sources
 from lora_jax.cli.errors import PromptError
+from lora_jax.cli.fit import Fit
 from lora_jax.models import Pretrained, generation
 from lora_jax.models.text.stop_text import until_text
 from lora_jax.models.text.tokenizer import Tokenizer
@@ -103,7 +104,7 @@ def open_speaker(
     *,
     max_tokens: int,
     dtype: str | None,
-    strict: bool,
+    fit: Fit,
     stop: Sequence[str],
     sampling: Mapping[str, Any],
     encode: Callable[[Tokenizer], object] = lambda tokenizer: None,
@@ -126,7 +127,7 @@ def open_speaker(
         )
     tokenizer = sources.tokenizer_of(base, adapter)
     encode(tokenizer)
-    loaded = sources.load(base, adapter, dtype, strict=strict)
+    loaded = sources.load(base, adapter, dtype, fit)
     if loaded.model.kind == "bert":
         raise PromptError("BERT cannot generate text; give a model of the Llama family")
     run = loaded.model.apply

@@ -73,7 +73,7 @@ def differences(saved: dict[str, str], base: dict[str, str]) -> list[str]:
         if was != now:
             lines.append(f"{path}: is {now}, but the adapters were trained on {was}")
         elif was_sum and now_sum and was_sum != now_sum:
-            lines.append(f"{path}: has other values than the adapters were trained on")
+            lines.append(f"{path}: other values than the adapters were trained on")
     return sorted(lines)
 
 

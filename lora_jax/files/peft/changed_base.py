@@ -66,8 +66,8 @@ def cannot_recompute(config: PeftConfig) -> str:
     """Return the message about an initialization that depends on chance or data."""
     return (
         f"{_says(config)} by random numbers or data, so it cannot be recomputed: load the adapter "
-        "on the base that the initialization left, with residual=True (lora-jax convert "
-        "--residual), or convert it first in PEFT: "
+        "on the base that the initialization left, with residual=True (--residual on "
+        "the command line), or convert it first in PEFT: "
         "save_pretrained(..., path_initial_model_for_weight_conversion=...)"
     )
 

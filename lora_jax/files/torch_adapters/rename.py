@@ -152,5 +152,6 @@ def describe(rules: Mapping[str, str], names: Iterable[str]) -> str:
     words = " ".join(f"--rename {shown(old)}={shown(new)}" for old, new in rules.items())
     return (
         f"{len(changed)} names, such as {shown(changed[0])}, have {' and '.join(parts)}: pass "
-        f"rename={dict(rules)!r}, or on the command line first lora-jax convert {words}"
+        f"rename={dict(rules)!r}, or on the command line {words} (for train, of lora-jax convert "
+        "first)"
     )

@@ -137,7 +137,7 @@ def test_an_old_file_loads_and_its_weaker_check_is_named(old_file):
 
 
 def test_an_old_file_still_refuses_other_values(old_file):
-    with pytest.raises(lora_jax.AdapterFileError, match="kernel: has other values"):
+    with pytest.raises(lora_jax.AdapterFileError, match="kernel: other values"):
         lora_jax.load(old_file, {"kernel": BASE["kernel"].at[2, 3].add(1)})
 
 
@@ -145,5 +145,5 @@ def test_an_old_file_still_refuses_other_values(old_file):
 def test_load_refuses_changed_signs(tmp_path, change):
     params = lora_jax.init(jax.random.key(0), BASE, lora_jax.LoraConfig(rank=1))
     lora_jax.save(tmp_path / "a", params)
-    with pytest.raises(lora_jax.AdapterFileError, match="kernel: has other values"):
+    with pytest.raises(lora_jax.AdapterFileError, match="kernel: other values"):
         lora_jax.load(tmp_path / "a", jax.tree.map(change, BASE))
