@@ -1,5 +1,6 @@
 """What optax computed, applied to adapted parameters."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -45,7 +46,7 @@ def apply_updates(params: Any, updates: Any) -> Any:
             for field in TRAINED_FIELDS
             if getattr(node, field, None) is not None
         }
-        return type(node)(**{**vars(node), **trained})
+        return dataclasses.replace(node, **trained)
 
     return jax.tree.map(one, params, updates, is_leaf=is_adapted)
 
