@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from lora_jax.core.dtypes import accumulator
 from lora_jax.core.host_memory import on_device
 from lora_jax.core.layout import Layout, pick, subscripts
-from lora_jax.core.meshes import is_sharded
+from lora_jax.core.sharding.meshes import is_sharded
 from lora_jax.core.weights import LoraWeight, scaled_factors
 
 
