@@ -66,9 +66,8 @@ def shardings(
 ) -> Any:
     """Return how each parameter of a model lies on a mesh.
 
-    Axes that the mesh does not have are ignored. An axis of a parameter whose size is not a multiple
-    of the devices along it is replicated, and so is an axis of heads that would be cut inside a
-    head.
+    Axes that the mesh does not have are ignored. An axis of a parameter whose size is not a
+    multiple of the devices along it is replicated, and so is one that would be cut inside a head.
 
     Args:
       shapes: a tree of arrays or `ShapeDtypeStruct`s.
@@ -80,12 +79,12 @@ def shardings(
       A tree of `NamedSharding`s.
 
     Raises:
-      ConfigError: `mesh` is not a mesh of devices, or a rule does not fit a parameter that it matches.
+      ConfigError: `mesh` is not a mesh of devices, or a rule does not fit a parameter.
 
     >>> mesh = jax.make_mesh((1,), ("tensor",))
     >>> kernel = jax.ShapeDtypeStruct((12, 8, 16), "float32")  # 12 layers
-    >>> shardings({"mlp": {"up": {"kernel": kernel}}}, mesh)["mlp"]["up"]["kernel"].spec
-    PartitionSpec(None, None, 'tensor')
+    >>> tuple(shardings({"up": {"kernel": kernel}}, mesh)["up"]["kernel"].spec)
+    (None, None, 'tensor')
     """
     if not isinstance(mesh, Mesh):
         raise ConfigError(
