@@ -1,5 +1,6 @@
 """Published models by path: load, save, and the naming of their leaves."""
 
+import dataclasses
 import math
 import re
 from collections.abc import Iterable, Mapping
@@ -18,6 +19,7 @@ from lora_jax.core.errors import ConfigError, ModelFileError, StructureError
 from lora_jax.core.foreign import shown, shown_value
 from lora_jax.core.paths import flatten_with_paths
 from lora_jax.files import naming as names
+from lora_jax.files.disk import processes
 from lora_jax.files.naming import Naming
 from lora_jax.models import hf_directory, llama_gguf, namings
 from lora_jax.models.bert import Bert, BertConfig
@@ -159,6 +161,8 @@ def naming_of(path: str | Path) -> Naming:
 def save(directory: str | Path, pretrained: Pretrained) -> None:
     """Write config.json and model.safetensors, for `transformers` and for `load`.
 
+    Where parameters span processes, all processes call this together, and process 0 writes.
+
     Args:
       directory: created if missing; other files in it, such as a tokenizer's, are kept.
       pretrained: a model whose `params` are plain arrays (merge adapters first). They are written
@@ -168,8 +172,15 @@ def save(directory: str | Path, pretrained: Pretrained) -> None:
       StructureError: `params` has leaves that the model does not have, such as adapters; all are
         listed.
       ModelFileError: the directory contains a model in several files.
+      OtherProcessError: in the other processes, if process 0 raises an error.
     """
-    hf_directory.write(directory, *_file_contents(pretrained))
+    several = processes.span_processes(pretrained.params)
+    if several:
+        params = processes.to_first(pretrained.params)
+        pretrained = dataclasses.replace(pretrained, params=params)
+    processes.by_first(
+        lambda: hf_directory.write(directory, *_file_contents(pretrained)), several=several
+    )
 
 
 def files(
