@@ -108,7 +108,7 @@ def _of_node(node: Adapted, placement: Placement, keep: bool) -> Adapted:
 
 
 def _of_leaf(x: Any, mesh: Any) -> Any:
-    """Return the sharding of an array that is no adapter's."""
+    """Return the sharding of an array that the rule leaves where it lies."""
     own = named_sharding(x)
     if own is not None:
         return own
