@@ -6,6 +6,8 @@ from typing import Annotated, Literal
 
 from typer import Option
 
+from lora_jax.cli.compile_cache import CompileCacheOption
+
 CLASSIFICATION = "classification"
 MEAN = "mean"  # of --pooling
 
@@ -116,6 +118,7 @@ class TrainOptions:
     shuffle: Annotated[bool, Option(help=_SHUFFLE)] = True
     dtype: Annotated[TrainDType | None, Option(help=_DTYPE)] = None
     scan: Annotated[bool, Option(help=_SCAN)] = False
+    compile_cache: CompileCacheOption = None
     base_name: Annotated[str | None, Option(metavar="NAME", help=_BASE_NAME)] = None
 
     @property
