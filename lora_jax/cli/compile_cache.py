@@ -44,8 +44,11 @@ def compile_cache(chosen: str | None) -> Iterator[None]:
     """
     import jax  # not for --help
 
-    is_set = jax.config.jax_compilation_cache_dir or not jax.config.jax_enable_compilation_cache
-    if chosen is None and is_set:
+    directory, is_enabled = (
+        getattr(jax.config, name)
+        for name in ("jax_compilation_cache_dir", "jax_enable_compilation_cache")
+    )
+    if chosen is None and (directory or not is_enabled):
         yield
         return
     directory = default_directory() if chosen is None else Path(chosen).expanduser()
