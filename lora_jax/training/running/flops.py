@@ -8,8 +8,6 @@ import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from jax.extend import core
-
 from lora_jax.engine.jaxprs import open_jaxpr
 
 
@@ -28,8 +26,8 @@ def flops(jaxpr: Any) -> int:
 
     A product of `[m, k]` and `[k, n]` has 2·m·k·n; elementwise operations do not count. What is
     computed again in the backward pass (remat) counts again, so these are the operations of the
-    hardware, not those of the model alone. Of a `cond` the largest branch counts, of a `while` loop
-    of unknown length one pass.
+    hardware, not those of the model alone. The largest branch of a `cond` counts, and one pass of a
+    `while` loop, whose length is not known.
 
     >>> import jax
     >>> import jax.numpy as jnp
@@ -60,7 +58,7 @@ def _inner(params: Any) -> Iterator[Any]:
     """Yield the jaxprs among an equation's parameters."""
     for value in params.values():
         for x in value if isinstance(value, tuple | list) else [value]:
-            if isinstance(x, core.Jaxpr | core.ClosedJaxpr):
+            if hasattr(open_jaxpr(x)[0], "eqns"):
                 yield x
 
 
