@@ -15,7 +15,7 @@ import pytest
 # program and, where there is a choice, the emitters without MLIR. `make test-all`
 # (LORA_JAX_OPTIMIZE=1) compiles as users do.
 OPTIMIZE = os.environ.get("LORA_JAX_OPTIMIZE") == "1"
-flags = {"--xla_force_host_platform_device_count": "4"}
+flags = {"--xla_force_host_platform_device_count": "8"}
 if not OPTIMIZE:
     os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
     flags["--xla_cpu_parallel_codegen_split_count"] = "1"

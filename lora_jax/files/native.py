@@ -20,7 +20,7 @@ from lora_jax.core.patterns import nearest
 from lora_jax.core.tree import require_adapted
 from lora_jax.core.weights import Adapted, TrainedLeaf, check_fits, is_adapted
 from lora_jax.files import native_schema
-from lora_jax.files.disk import safetensors_file, strict_json
+from lora_jax.files.disk import processes, safetensors_file, strict_json
 from lora_jax.files.disk.fingerprint import (
     differences,
     fingerprint,
@@ -48,6 +48,8 @@ def save(
     contains the layouts, the configuration, `metadata`, and a fingerprint of the base, so that
     `load` can reject another base.
 
+    Where arrays span processes, all processes call this together, and process 0 writes.
+
     Args:
       path: the file; an existing one is replaced in one step.
       adapters: an overlay, or a joined tree, which brings its own base.
@@ -59,6 +61,7 @@ def save(
       StructureError: the tree contains no adapters, a value is abstract, NaN or infinite, or
         `base` does not fit.
       TypeError: `metadata` contains something that JSON cannot represent.
+      OtherProcessError: process 0 cannot write the file; it raises the `OSError`.
 
     >>> import tempfile, jax, jax.numpy as jnp, lora_jax
     >>> config = lora_jax.LoraConfig(rank=1)
@@ -94,7 +97,11 @@ def save(
         "config": json.dumps(config.to_dict() if config is not None else None),
         "metadata": json.dumps(dict(metadata or {})),
     }
-    safetensors_file.write(path, _tensors(nodes), header)
+    tensors = _tensors(nodes)
+    processes.by_first(
+        lambda: safetensors_file.write(path, tensors, header),
+        several=processes.span_processes(adapters, base),
+    )
 
 
 def _tensors(nodes: Mapping[str, Adapted]) -> dict[str, np.ndarray]:
@@ -108,7 +115,7 @@ def _tensors(nodes: Mapping[str, Adapted]) -> dict[str, np.ndarray]:
         raise StructureError(
             "save: these are abstract (ShapeDtypeStruct), without values: " + ", ".join(abstract)
         )
-    values: dict[str, np.ndarray] = jax.device_get(arrays)
+    values: dict[str, np.ndarray] = processes.to_host(arrays)
     bad = [name for name, x in values.items() if not np.isfinite(x).all()]
     if bad:  # `load` would reject them
         raise StructureError("save: NaN or infinite values in " + ", ".join(bad))
