@@ -27,7 +27,8 @@ class TrainableModel:
     naming: Naming
     tokenizer: Tokenizer
     apply: Callable[[Any, Any, Any], Any] | None  # (params, ids, segments) -> logits; None for BERT
-    hidden: Callable[[Any, Any, Any], Any]  # (params, ids, segments) -> [rows, length, width]
+    hidden: Callable[..., Any]  # (params, ids, segments or None) -> [rows, length, width]
+    logits: Callable[[Any, Any], Any]  # (params, hidden states) -> [..., vocabulary]
     head_path: str  # of the leaf that turns hidden states into logits; "" where there is none
     head: Callable[[Any], Any]  # params -> that leaf as [width, vocabulary]
     kind: str  # of `Pretrained`
@@ -100,6 +101,7 @@ def to_trainable(
         tokenizer=tokenizer,
         apply=None if is_bert else run,
         hidden=run if is_bert else lambda *inputs: run(*inputs, method="hidden"),
+        logits=lambda params, states: run(params, states, method="logits"),
         head_path="embedding/embedding" if tied else untied,
         head=lambda params: (
             params["embedding"]["embedding"].T if tied else params["head"]["kernel"]
