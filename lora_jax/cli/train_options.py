@@ -14,6 +14,7 @@ InitName = Literal["kaiming", "gaussian", "orthogonal", "pissa", "pissa_fast", "
 BiasName = Literal["none", "all", "adapted"]
 ScheduleName = Literal["cosine", "constant"]
 PoolingName = Literal["model", "mean"]
+RematName = Literal["none", "sums", "full", "auto"]
 TrainDType = Literal["float32", "bfloat16"]
 
 _MODEL = (
@@ -56,6 +57,11 @@ _SAVE_EVERY = "Steps between checkpoints; 0: only after the last step."
 _SEED = "Random seed for initialization, data order and dropout."
 _SHUFFLE = "Shuffle rows every epoch, or keep the files' order and pack less tightly."
 _DTYPE = "Dtype of the frozen model; default: the file's."
+_REMAT = (
+    "What is recomputed in the backward pass to save memory: nothing, all but products (sums), or "
+    "whole layers; auto: the least that fits into memory."
+)
+_MEMORY = "Memory per device for --remat auto, in GB; default: what the device or machine has."
 _SCAN = "Scan over stacked layers: compiles faster, but runs slower on a CPU."
 
 
@@ -116,6 +122,8 @@ class TrainOptions:
     shuffle: Annotated[bool, Option(help=_SHUFFLE)] = True
     dtype: Annotated[TrainDType | None, Option(help=_DTYPE)] = None
     scan: Annotated[bool, Option(help=_SCAN)] = False
+    remat: Annotated[RematName, Option(help=_REMAT)] = "none"
+    memory: Annotated[float | None, Option(metavar="GB", help=_MEMORY)] = None
     base_name: Annotated[str | None, Option(metavar="NAME", help=_BASE_NAME)] = None
 
     @property

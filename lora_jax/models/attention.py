@@ -29,7 +29,7 @@ _FLASH_BLOCK = 1024  # of cuDNN, whose memory beside the mask is linear anyway
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Sight:
-    """Which keys a query sees: those of its own segment, if causal up to its own place.
+    """Which keys a query sees: those of its segment, if causal up to its place.
 
     Attributes:
       segments: integers `[batch or 1, queries]`, or None if all tokens see one another.

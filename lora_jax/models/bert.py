@@ -122,7 +122,7 @@ class SelfAttention(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, segments: jax.Array) -> jax.Array:
-        """Mix each token with those of its own segment.
+        """Mix each token with those of its segment.
 
         Args:
           x: `[batch, length, width]`.

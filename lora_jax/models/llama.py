@@ -14,6 +14,7 @@ from flax import linen as nn
 
 from lora_jax.models.attention import Sight, attend
 from lora_jax.models.llama_config import LlamaConfig
+from lora_jax.models.remat import rematerialized
 from lora_jax.models.rope import rotate
 
 
@@ -158,7 +159,7 @@ class Llama(nn.Module):
 
     def setup(self) -> None:
         c = self.config
-        layer = nn.remat(LlamaLayer, prevent_cse=not c.scan) if c.remat else LlamaLayer
+        layer = rematerialized(LlamaLayer, c.remat, scan=c.scan)
         self.embedding = nn.Embed(
             c.vocab_size, c.hidden_size, dtype=c.dtype, param_dtype=c.param_dtype
         )
@@ -276,7 +277,7 @@ def _locate(
 
 
 def _positions(sight: Sight) -> jax.Array:
-    """Return the position of each token in its own text, which may have begun in the cache."""
+    """Return the position of each token in its text, part of which may be in the cache."""
     own, every = sight.segments, sight.key_segments
     assert own is not None and every is not None
     slot = jnp.arange(own.shape[1]) + (0 if sight.first is None else sight.first)

@@ -40,7 +40,7 @@ class Task:
 
     apply: Apply
     params: Any
-    loss: Callable[[Collection[str]], Loss]  # of the paths that train
+    loss: Callable[[TrainableModel, Collection[str]], Loss]  # of the model and what trains
     data: Data
     held_out: Data | None
     notes: tuple[str, ...]
@@ -74,7 +74,7 @@ def read_task(options: TrainOptions, model: TrainableModel) -> Task:
     else:
         make = _streams if files[0].kind == STREAM else _examples
         data, held_out, more = make(options, model, files, others)
-        loss = partial(language_loss, model, packed=is_packed(data, held_out))
+        loss = partial(language_loss, packed=is_packed(data, held_out))
         task = Task(model.apply, model.params, loss, data, held_out, more)
     held_out = task.held_out
     if held_out is not None and options.eval_rows:
@@ -189,7 +189,7 @@ def _classification(
     return Task(
         apply,
         params,
-        lambda adapted: class_sums(apply),
+        lambda model, _: class_sums(dataclasses.replace(apply, hidden=model.hidden)),
         packed[0],
         packed[1] if held_out else None,
         tuple(note for part in parts for note in part.notes),
