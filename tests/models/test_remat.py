@@ -47,7 +47,7 @@ def test_later_policies_take_less_memory(optimized):
         grad, adapters = gradient(remat, 96, scan=True, **sizes)
         needed.append(jax.jit(grad).lower(adapters).compile().memory_analysis().temp_size_in_bytes)
     none, sums, full = needed
-    assert none > 1.3 * sums and sums > 1.3 * full
+    assert none > 3 * sums and sums > 1.1 * full
 
 
 def test_sums_recompute_no_product_of_a_layer_with_its_weights():
