@@ -24,14 +24,16 @@ def command(context: typer.Context, options: TrainOptions) -> None:
     classification, {"text", "label"}; ShareGPT's and Alpaca's keys are messages. The loss ignores
     prompts and users' turns. Short texts share a row without attending to one another.
 
-    Ctrl-C finishes the step, saves, and prints the command that resumes the run. At the end, --out
-    contains adapter/ in PEFT's format (adapter.safetensors for a classifier), best/ for the lowest
-    evaluation loss, log.jsonl, loss.png, and checkpoints/ for --resume.
+    Ctrl-C finishes the steps under way, saves, and prints the command that resumes. At the end,
+    --out contains adapter/ in PEFT's format (adapter.safetensors for a classifier), best/ for the
+    lowest evaluation loss, log.jsonl, loss.png, and checkpoints/ for --resume.
     """
     _check(context, options)
+    from lora_jax.cli import compile_cache
     from lora_jax.cli.jobs import train
 
-    train.main(options, _resume_command(context))
+    with compile_cache.compile_cache(options.compile_cache):
+        train.main(options, _resume_command(context))
 
 
 #: Options that must be above 0, or at least 0; infinite values are refused too.

@@ -61,7 +61,7 @@ class Watch:
     def watcher(self) -> Watcher:
         """The callbacks for the loop."""
         best = lambda adapters, record: self._results.write("best", adapters, record)
-        return Watcher(self._interrupt, self._step, best, self._start, self._save)
+        return Watcher(self._interrupt, self._step, best, self._start, self._save, self._say)
 
     def describe_interruption(self, step: int) -> str:
         """Return what an interrupted run leaves, and how to resume it."""
@@ -100,7 +100,7 @@ class Watch:
             self._results.write("adapter", adapters, {"step": step})
 
     def _ask(self) -> None:
-        self._say("finishing the step, then saving; Ctrl-C again stops at once")
+        self._say("finishing the steps under way, then saving; Ctrl-C again stops at once")
 
     def _end(self) -> NoReturn:
         """End the process here: an exception in the main thread would crash XLA's compiler."""
