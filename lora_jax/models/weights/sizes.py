@@ -8,7 +8,7 @@ from lora_jax.core.errors import ConfigError
 from lora_jax.core.foreign import shown_value
 from lora_jax.files.disk.safetensors_stream import Tensor, size_of
 
-#: Of a file, by default.
+#: The largest file, by default.
 MAX_SHARD_SIZE = "5GB"
 _UNITS = {"": 1, **{f"{x}B": 1000**i for i, x in enumerate("KMGT", 1)}}
 _UNITS |= {f"{x}IB": 1024**i for i, x in enumerate("KMGT", 1)}
