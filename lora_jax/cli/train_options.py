@@ -56,6 +56,16 @@ _SAVE_EVERY = "Steps between checkpoints; 0: only after the last step."
 _SEED = "Random seed for initialization, data order and dropout."
 _SHUFFLE = "Shuffle rows every epoch, or keep the files' order and pack less tightly."
 _DTYPE = "Dtype of the frozen model; default: the file's."
+_MESH = (
+    "Devices to train on, by axis, such as fsdp=4,tensor=2 (also data, expert), or auto; default: "
+    "one device."
+)
+_COORDINATOR = (
+    "Address of process 0, in every process of a run where JAX cannot find it out (as it does under "
+    "Slurm, Open MPI and on Cloud TPUs)."
+)
+_PROCESSES = "Number of processes, with --coordinator."
+_PROCESS_ID = "Number of this process, counted from 0, with --coordinator."
 _SCAN = "Scan over stacked layers: compiles faster, but runs slower on a CPU."
 
 
@@ -116,6 +126,10 @@ class TrainOptions:
     shuffle: Annotated[bool, Option(help=_SHUFFLE)] = True
     dtype: Annotated[TrainDType | None, Option(help=_DTYPE)] = None
     scan: Annotated[bool, Option(help=_SCAN)] = False
+    mesh: Annotated[str | None, Option(metavar="AXES", help=_MESH)] = None
+    coordinator: Annotated[str | None, Option(metavar="HOST:PORT", help=_COORDINATOR)] = None
+    processes: Annotated[int | None, Option(min=1, help=_PROCESSES)] = None
+    process_id: Annotated[int | None, Option(min=0, help=_PROCESS_ID)] = None
     base_name: Annotated[str | None, Option(metavar="NAME", help=_BASE_NAME)] = None
 
     @property

@@ -1,6 +1,6 @@
 """Several processes as one program: values on every host, files written by the first process."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -81,8 +81,8 @@ def together(do: Callable[[], Any], *, several: bool = True) -> Any:
       What `do` returns here.
 
     Raises:
-      OtherProcessError: it failed in another process; the message is the one there.
-      Exception: what `do` raises here.
+      OtherProcessError: it failed in another process; the message is that of the first one.
+      Exception: what `do` raises here, if this process is the first one that failed.
 
     >>> together(lambda: 1 + 1)
     2
@@ -95,9 +95,11 @@ def together(do: Callable[[], Any], *, several: bool = True) -> Any:
     except Exception as error:
         failure = error
     said = tell_all("" if failure is None else explain(failure))
-    if failure is not None:
+    first = next((number for number, text in enumerate(said) if text), None)
+    if failure is not None and first == jax.process_index():
         raise failure
-    raise_first(said)
+    if first is not None:
+        raise OtherProcessError(first, said[first]) from failure
     return result
 
 
@@ -113,17 +115,6 @@ def by_first(write: Callable[[], None], *, several: bool = True) -> None:
       Exception: in process 0, what `write` raises.
     """
     together(lambda: write() if not several or is_first() else None, several=several)
-
-
-def raise_first(said: Sequence[str]) -> None:
-    """Raise the first message of those that processes said, if any of them is not empty.
-
-    Raises:
-      OtherProcessError: the message, with the number of its process.
-    """
-    for number, text in enumerate(said):
-        if text:
-            raise OtherProcessError(number, text)
 
 
 def explain(error: BaseException) -> str:
