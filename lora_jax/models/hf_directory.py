@@ -27,12 +27,21 @@ class StoredTensor:
     offset: int  # of its bytes in the file
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-        size = math.prod(self.shape) * self.dtype.itemsize
-        stored = np.fromfile(self.file, np.uint8, size, offset=self.offset)
+        values = self._read(self.shape, self.offset)
+        return values if dtype is None else values.astype(dtype, copy=False)
+
+    def rows(self, start: int, stop: int) -> np.ndarray:
+        """Read a part of the first axis, without the rest of the tensor."""
+        others = self.shape[1:]
+        bytes_of_row = math.prod(others) * self.dtype.itemsize
+        return self._read((stop - start, *others), self.offset + start * bytes_of_row)
+
+    def _read(self, shape: tuple[int, ...], offset: int) -> np.ndarray:
+        size = math.prod(shape) * self.dtype.itemsize
+        stored = np.fromfile(self.file, np.uint8, size, offset=offset)
         if stored.size != size:
             raise ModelFileError(f"{self.file}: was truncated while it was being read")
-        values = stored.view(self.dtype).reshape(self.shape)
-        return values if dtype is None else values.astype(dtype, copy=False)
+        return stored.view(self.dtype).reshape(shape)
 
 
 def read_config(directory: str | Path) -> dict[str, Any]:

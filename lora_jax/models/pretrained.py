@@ -12,9 +12,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
+from jax.sharding import Mesh, PartitionSpec
 
 from lora_jax.core.checks import is_integer
-from lora_jax.core.errors import ModelFileError, StructureError
+from lora_jax.core.errors import ConfigError, ModelFileError, StructureError
 from lora_jax.core.foreign import shown, shown_value
 from lora_jax.core.paths import flatten_with_paths
 from lora_jax.files import naming as names
@@ -24,6 +25,7 @@ from lora_jax.models import hf_directory, llama_gguf, namings
 from lora_jax.models.bert import Bert, BertConfig
 from lora_jax.models.llama import Llama
 from lora_jax.models.llama_config import MODEL_TYPES, PARAM_DTYPES, LlamaConfig
+from lora_jax.models.weights import sharding_rules
 
 #: model_type in config.json -> the kind of model here.
 KIND_OF_MODEL_TYPE = {"bert": "bert", **dict.fromkeys(MODEL_TYPES, "llama")}
@@ -87,6 +89,8 @@ def load(
     scan: bool = False,
     remat: bool = False,
     as_stored: bool = False,
+    mesh: Mesh | None = None,
+    rules: Mapping[str, PartitionSpec] | None = None,
 ) -> Pretrained:
     """Read a published model: BERT, Llama, Mistral, Qwen2 or SmolLM2.
 
@@ -99,15 +103,23 @@ def load(
       remat: recompute activations, as in `LlamaConfig`.
       as_stored: keep the dtype that each parameter has in the file; `dtype` is then that of the
         computation only.
+      mesh: of devices, on which the parameters are sharded: each process reads only its own shards,
+        one part of a tensor at a time. By default all are on the default device.
+      rules: how parameters are sharded, `{the end of a path, a module or a regex: PartitionSpec}`,
+        by default `models.RULES`: Megatron's axes along "tensor", the other ones along "fsdp".
+        Axes that the mesh does not have, or that do not divide a size, are left out.
 
     Returns:
-      The model, with its parameters on the default device.
+      The model, with its parameters where `mesh` says.
 
     Raises:
       FileNotFoundError: the path does not exist, or the directory has no weights.
+      ConfigError: `mesh` is not a mesh of devices, or a rule does not fit a parameter.
       ValueError: the kind of model is unknown, the model refuses the configuration, or tensors are
         missing, unexpected or of another shape (all of them are listed); or a file is damaged.
     """
+    if rules is not None and mesh is None:
+        raise ConfigError("rules: say how parameters lie on a mesh, so give mesh= too")
     source = _open(Path(path))
     kept, ignored = namings.KEPT[source.kind], source.ignored
     try:
@@ -117,7 +129,10 @@ def load(
         module = _module(source, dtype, scan=scan, remat=remat)
         like = _param_shapes(module, dtype)
         like = _stored_shapes(source, like) if as_stored else like
+        like = _on_mesh(like, mesh, rules, module.config)
         params = names.to_tree(source.naming, source.tensors, like, ignore=(*ignored, *kept))
+    except ConfigError:
+        raise  # of an argument, not of the file
     except StructureError as error:
         lines = str(error).replace("\n", "\n  ")
         problem = f"{path}: tensors and configuration do not match:\n  {lines}"
@@ -336,6 +351,19 @@ def _param_shapes(module: nn.Module, dtype: str) -> Any:
     ids = jax.ShapeDtypeStruct((1, 1), jnp.int32)
     params = jax.eval_shape(module.init, jax.random.key(0), ids, ids)["params"]
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), params)
+
+
+def _on_mesh(
+    like: Any, mesh: Mesh | None, rules: Mapping[str, PartitionSpec] | None, config: Any
+) -> Any:
+    """Return the shapes with the sharding that the rules give each."""
+    if mesh is None:
+        return like
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        like,
+        sharding_rules.shardings(like, mesh, rules, config),
+    )
 
 
 def _stored_shapes(source: _Source, like: Any) -> Any:

@@ -1,5 +1,6 @@
 """Rows of packed tokens, and batches of them in an order that depends on seed and step alone."""
 
+import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -174,12 +175,21 @@ def batch_of_step(data: Data, size: int, seed: int | None, step: int) -> Batch:
       seed: random seed for the order; with None every epoch takes the rows as they stand.
       step: counted from 0.
     """
-    epoch, place = divmod(step, steps_per_epoch(len(data), size))
-    if seed is None:
-        order = np.arange(len(data))
-    else:
-        order = np.random.default_rng([seed, epoch]).permutation(len(data))
-    return data.take(_fill_up(order[place * size : (place + 1) * size], size))
+    return next(batches_from(data, size, seed, step))
+
+
+def batches_from(data: Data, size: int, seed: int | None, step: int) -> Iterator[Batch]:
+    """Yield the batches of a step and of all later ones, without end, as `batch_of_step` does."""
+    per_epoch = steps_per_epoch(len(data), size)
+    first, place = divmod(step, per_epoch)
+    for epoch in itertools.count(first):
+        if seed is None:
+            order = np.arange(len(data))
+        else:
+            order = np.random.default_rng([seed, epoch]).permutation(len(data))
+        for start in range(place * size, len(data), size):
+            yield data.take(_fill_up(order[start : start + size], size))
+        place = 0
 
 
 def batches(data: Data, size: int) -> Iterator[Batch]:

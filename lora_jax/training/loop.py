@@ -1,19 +1,24 @@
 """The loop: steps, evaluations, checkpoints and a log. Resuming is exact to the bit."""
 
+import dataclasses
+import itertools
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import optax
 
 from lora_jax.training import log
-from lora_jax.training.batching import Data, batch_of_step, batches, steps_per_epoch
+from lora_jax.training.batching import Batch, Data, batches, batches_from, steps_per_epoch
+from lora_jax.training.distributed.agreement import agreeing
 from lora_jax.training.errors import TrainingError
 from lora_jax.training.run_files import RunFiles
+from lora_jax.training.running.ahead import Late, place_ahead
 from lora_jax.training.step import Loss, State, init_state, make_evaluation, make_step
 
 
@@ -55,6 +60,8 @@ class Job:
       held_out: rows to evaluate on, if any.
       rates: the learning rate of each step, only for the log.
       directory: for the checkpoints and `log.jsonl`; with None nothing is written.
+      place: puts a batch on the device, or on the devices of a mesh: `jax.device_put`, if need be
+        with a sharding. The loop calls it before the step that the batch is for.
     """
 
     loss: Loss
@@ -65,6 +72,7 @@ class Job:
     held_out: Data | None = None
     rates: Callable[[int], Any] | None = None
     directory: Path | None = None
+    place: Callable[[Batch], Any] = jax.device_put
 
 
 @dataclass(frozen=True)
@@ -93,6 +101,13 @@ def train(job: Job, adapters: Any, watcher: Watcher = Watcher()) -> Outcome:
     Data order and dropout depend on seed and step alone, so a resumed run takes the same steps,
     to the bit, as one that was never interrupted.
 
+    The device does not wait for the host: batches are placed before their step, and what a step
+    measured is read once one or two more are dispatched. Those are in the run, too, when the
+    watcher asks to stop. A checkpoint or an evaluation comes after the records of all its steps.
+
+    In a run of several processes, all call this with the same job, whose arrays span them. They
+    stop together when a watcher of one of them asks for it, and process 0 writes the log.
+
     Args:
       job: the loss, the data, the settings.
       adapters: the initial adapters, as `lora_jax.split` returns them; they are left unchanged.
@@ -103,33 +118,18 @@ def train(job: Job, adapters: Any, watcher: Watcher = Watcher()) -> Outcome:
         and resuming continues from it), checkpoints cannot be written or read, or more steps are
         done than requested.
     """
-    settings = job.settings
-    with RunFiles(job.directory, watcher.saved) as files:
+    with (
+        agreeing(watcher.stop) as (stop, fail),
+        RunFiles(job.directory, watcher.saved, fail) as files,
+    ):
+        watcher = dataclasses.replace(watcher, stop=stop)
         done, state = files.resume(init_state(adapters, job.tx))
         _check_done(job, done)
         watcher.start(done)
-
-        def note(record: dict[str, Any]) -> None:
-            files.note(record)
-            watcher.step(record)
-
-        evaluate = _make_evaluate(job, watcher, files.records, note)
-        step = make_step(job.loss, job.tx, settings.accumulate, settings.seed)
-        evaluate(done, state)
-        while done < settings.steps and not watcher.stop():
-            state, record = _take_step(job, step, done, state)
-            unfit = _what_is_not_finite(record)
-            if unfit:
-                files.save(done, state)  # the step left the state as it was
-                raise TrainingError(_explain_not_finite(unfit, record, files))
-            note(record)
-            done += 1
-            if not watcher.stop():
-                evaluate(done, state)
-            if _is_due(done, settings.save_every, settings.steps):
-                files.save(done, state)
-        files.save(done, state)
-    return Outcome(state.adapters, done, files.records)
+        run = _Run(job, watcher, files, done, state)
+        run.steps()
+        files.save(run.done, run.state)
+    return Outcome(run.state.adapters, run.done, files.records)
 
 
 def _check_done(job: Job, done: int) -> None:
@@ -140,23 +140,74 @@ def _check_done(job: Job, done: int) -> None:
         )
 
 
-def _take_step(
-    job: Job, step: Callable[..., Any], done: int, state: State
-) -> tuple[State, dict[str, Any]]:
-    """Take one step, and return the new state and the step's record for the log."""
-    began = time.perf_counter()
+class _Run:
+    """The steps of a run that are dispatched, and the records of those that were read."""
+
+    def __init__(
+        self, job: Job, watcher: Watcher, files: RunFiles, done: int, state: State
+    ) -> None:
+        self.done, self.state = done, state  # the last step dispatched, and the state after it
+        self._job, self._watcher, self._files = job, watcher, files
+        self._evaluate = _make_evaluate(job, watcher, files.records, self._note)
+        self._late: Late[int] = Late(self._read)
+
+    def steps(self) -> None:
+        """Take the steps that are left, until the watcher stops them."""
+        job, settings, stop = self._job, self._job.settings, self._watcher.stop
+        step = make_step(job.loss, job.tx, settings.accumulate, settings.seed, self.state)
+        ahead = int(self.state.step) - self.done
+        self._evaluate(self.done, self.state)
+        placed = place_ahead(_batches(job, self.done), job.place)
+        while self.done < settings.steps and not stop():
+            began = time.perf_counter()
+            self.state, measured = step(
+                self.state, job.base, next(placed), np.int32(self.done + ahead)
+            )
+            rate = job.rates(self.done) if job.rates else None
+            self.done += 1
+            self._late.put(self.done, (measured, rate), began)
+            is_saved = _is_due(self.done, settings.save_every, settings.steps)
+            if is_saved or _is_due(self.done, settings.eval_every, settings.steps):
+                self._late.read_all()
+                if not stop():
+                    self._evaluate(self.done, self.state)
+            if is_saved:
+                self._files.save(self.done, self.state)
+        self._late.read_all()
+
+    def _read(self, step: int, found: tuple[Any, Any], seconds: float) -> None:
+        """Write the record of a step, unless it failed."""
+        measured, rate = found
+        record = _record(step, measured, rate, seconds)
+        unfit = _what_is_not_finite(record)
+        if unfit:
+            self._files.save(step - 1, self.state)  # this step and later ones left it as it was
+            raise TrainingError(_explain_not_finite(unfit, record, self._files))
+        self._note(record)
+
+    def _note(self, record: dict[str, Any]) -> None:
+        self._files.note(record)
+        self._watcher.step(record)
+
+
+def _batches(job: Job, done: int) -> Iterator[Batch]:
+    """Yield the batches of the steps that are left."""
     settings = job.settings
     size, order = settings.rows * settings.accumulate, settings.seed if settings.shuffle else None
-    batch = batch_of_step(job.data, size, order, done)
-    state, measured = step(state, job.base, batch)
-    values = {name: float(x) for name, x in jax.device_get(measured).items()}
-    return state, {
-        "step": done + 1,
+    found = batches_from(job.data, size, order, done)
+    return itertools.islice(found, settings.steps - done)
+
+
+def _record(step: int, measured: Mapping[str, Any], rate: Any, seconds: float) -> dict[str, Any]:
+    """Return a step's record for the log."""
+    values = {name: float(x) for name, x in measured.items()}
+    return {
+        "step": step,
         "loss": values["loss"],
         "tokens": round(values["weight"]),
-        **({"lr": float(job.rates(done))} if job.rates else {}),
+        **({} if rate is None else {"lr": float(rate)}),
         "gradient_norm": values["gradient_norm"],
-        "seconds": round(time.perf_counter() - began, 4),
+        "seconds": round(seconds, 4),
         **({"accuracy": values["right"] / values["weight"]} if "right" in values else {}),
     }
 
@@ -191,7 +242,7 @@ def _make_evaluate(
         if held_out is None or not due or any(r["step"] == done for r in known):
             return
         began = time.perf_counter()
-        found = measure(run, state.adapters, job.base, held_out, job.settings.rows)
+        found = measure(run, state.adapters, job.base, held_out, job.settings.rows, job.place)
         record = {"step": done, **found, "eval_seconds": round(time.perf_counter() - began, 4)}
         if all(found["eval_loss"] < r["eval_loss"] for r in known):
             watcher.best(state.adapters, record)
@@ -201,22 +252,34 @@ def _make_evaluate(
 
 
 def measure(
-    run: Callable[..., Any], adapters: Any, base: Any, data: Data, rows: int
+    run: Callable[..., Any],
+    adapters: Any,
+    base: Any,
+    data: Data,
+    rows: int,
+    place: Callable[[Batch], Any] = jax.device_put,
 ) -> dict[str, float]:
     """Measure the loss over all of `data`, counting each token or text once.
 
     Args:
       run: from `make_evaluation`.
       rows: rows per batch.
+      place: as in `Job`.
 
     Returns:
       "eval_loss", and "perplexity" (its exponential) for a language model or "eval_accuracy" for
       a classifier.
     """
     total: dict[str, float] = {}
-    for batch in batches(data, rows):
-        for name, value in jax.device_get(run(adapters, base, batch)).items():
+
+    def add(_: None, sums: Mapping[str, Any], __: float) -> None:
+        for name, value in sums.items():
             total[name] = total.get(name, 0.0) + float(value)
+
+    late: Late[None] = Late(add)
+    for batch in place_ahead(batches(data, rows), place):
+        late.put(None, run(adapters, base, batch), 0.0)
+    late.read_all()
     loss = total["loss"] / total["weight"]
     if "right" in total:
         return {"eval_loss": loss, "eval_accuracy": total["right"] / total["weight"]}

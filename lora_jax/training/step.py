@@ -44,8 +44,8 @@ def make_step(
     accumulate: int = 1,
     seed: int = 0,
     like: State | None = None,
-) -> Callable[[State, Any, JaxBatch], tuple[State, LossSums]]:
-    """Return a compiled training step, `(state, base, batch) -> (state, measured)`.
+) -> Callable[..., tuple[State, LossSums]]:
+    """Return a compiled training step, `(state, base, batch, done=None) -> (state, measured)`.
 
     The loss is that of the whole batch, Σ losses / Σ weights, however many micro-batches its rows
     are split into. The mean of their means would differ where prompts or padding take unequal
@@ -63,7 +63,9 @@ def make_step(
       A function of the state, whose arrays are donated; the base, which gets no gradient; and a
       batch `[rows, ...]` whose rows `accumulate` divides. It measures float32 scalars: "loss", the
       mean; "weight"; "gradient_norm" before clipping; and the other sums of `loss`. If loss or
-      norm is not finite, the state is returned unchanged.
+      norm is not finite, the state is returned unchanged. So it is where `done`, the steps that the
+      caller dispatched before, is not the state's own number: no step follows one that failed,
+      though the caller may read only later that it did.
     """
     adapted = lora.lora(loss)
     mesh = mesh_of(like)
@@ -79,7 +81,7 @@ def make_step(
         return jax.tree.map(_widen, (gradients, sums))
 
     @partial(jax.jit, donate_argnums=0, out_shardings=where)
-    def step(state: State, base: Any, batch: JaxBatch) -> tuple[State, LossSums]:
+    def step(state: State, base: Any, batch: JaxBatch, done: Any = None) -> tuple[State, LossSums]:
         keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), state.step), accumulate)
         one = lambda part, key: differentiate(state.adapters, base, part, key)
         gradients, sums = _sum_over_parts(one, batch, keys, mesh)
@@ -91,6 +93,8 @@ def make_step(
         adapters = lora.apply_updates(state.adapters, updates)
         # The state is donated, so a caller could not go back to it: choose here.
         finite = jnp.isfinite(measured["loss"]) & jnp.isfinite(norm)
+        if done is not None:
+            finite &= state.step == done
         adapters, optimizer = jax.tree.map(
             partial(jnp.where, finite), (adapters, optimizer), (state.adapters, state.optimizer)
         )

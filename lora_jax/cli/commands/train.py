@@ -25,9 +25,9 @@ def command(context: typer.Context, options: TrainOptions) -> None:
     classification, {"text", "label"}; ShareGPT's and Alpaca's keys are messages. The loss ignores
     prompts and users' turns. Short texts share a row without attending to one another.
 
-    Ctrl-C finishes the step, saves, and prints the command that resumes the run. At the end, --out
-    contains adapter/ in PEFT's format (adapter.safetensors for a classifier), best/ for the lowest
-    evaluation loss, log.jsonl, loss.png, and checkpoints/ for --resume.
+    Ctrl-C finishes the steps under way, saves, and prints the command that resumes. At the end,
+    --out contains adapter/ in PEFT's format (adapter.safetensors for a classifier), best/ for the
+    lowest evaluation loss, log.jsonl, loss.png, and checkpoints/ for --resume.
     """
     _check(context, options)
     from lora_jax.cli.jobs import train
@@ -62,8 +62,9 @@ def _check(context: typer.Context, options: TrainOptions) -> None:
     together = ("coordinator", "processes", "process_id")
     missing = [f"--{n.replace('_', '-')}" for n in together if getattr(options, n) is None]
     if 0 < len(missing) < len(together):
-        raise typer.BadParameter(f"--coordinator, --processes and --process-id go together; "
-                                 f"add {' and '.join(missing)}")
+        raise typer.BadParameter(
+            f"--coordinator, --processes and --process-id go together; add {' and '.join(missing)}"
+        )
     if options.processes is not None and options.process_id >= options.processes:
         raise typer.BadParameter(
             f"must be below --processes {options.processes}", param_hint="--process-id"

@@ -100,7 +100,7 @@ class Watch:
             self._results.write("adapter", adapters, {"step": step})
 
     def _ask(self) -> None:
-        self._say("finishing the step, then saving; Ctrl-C again stops at once")
+        self._say("finishing the steps under way, then saving; Ctrl-C again stops at once")
 
     def _end(self) -> NoReturn:
         """End the process here: an exception in the main thread would crash XLA's compiler."""

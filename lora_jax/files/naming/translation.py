@@ -11,6 +11,7 @@ import numpy as np
 from lora_jax.core.errors import StructureError, grouped
 from lora_jax.core.paths import flatten_with_paths
 from lora_jax.files.naming.place import Place
+from lora_jax.files.naming.reading import read
 from lora_jax.files.naming.table import Naming
 
 
@@ -23,6 +24,7 @@ def to_tree(
       naming: which tensor is which leaf.
       tensors: arrays by name, read one at a time, so the mapping may load them from a file.
       like: a tree of arrays or `ShapeDtypeStruct`s: the structure, shapes and dtypes of the result.
+        A leaf with a `NamedSharding` is read into its shards: a process reads only its own.
       ignore: regexes that match the whole names of tensors to ignore.
 
     Raises:
@@ -40,53 +42,41 @@ def to_tree(
     places = naming.places({path: leaf.shape for path, leaf in leaves.items()})
     problems = [f"{path}: no row of the naming has this path" for path in leaves.keys() - places]
     wanted: set[str] = set()
-    values: dict[str, Any] = {}
     for path, place in places.items():
-        values[path], found = _gather(place, tensors, leaves[path].dtype)
         wanted |= {name for _, names in place.layers() for name in names}
-        problems += found
+        problems += _problems(place, tensors, leaves[path].dtype)
     ignored = [re.compile(pattern) for pattern in ignore]
     problems += [
         f"{name}: unexpected"
         for name in tensors
         if name not in wanted and not any(regex.fullmatch(name) for regex in ignored)
     ]
-    if problems:
-        raise StructureError(grouped(sorted(set(problems)), "tensors"))
+    _refuse(problems)  # before anything is allocated: an untrusted file may demand any size
+    values: dict[str, jax.Array] = {}
+    for path, place in places.items():
+        values[path], over = read(place, tensors, leaves[path])
+        problems += [
+            f"{', '.join(names)}: has values that overflow {values[path].dtype}; choose a dtype "
+            "of a wider range"
+            for names in over
+        ]
+    _refuse(problems)
     return jax.tree_util.tree_unflatten(treedef, [values[path] for path in leaves])
 
 
-def _gather(place: Place, tensors: Mapping[str, Any], dtype: Any) -> tuple[Any, list[str]]:
-    """Return one leaf, and what is wrong with its tensors."""
-    value, problems = None, []
-    for where, names in place.layers():
-        parts: list[np.ndarray] = []
-        for name, shape in zip(names, shapes(place), strict=True):
-            problem = _problem(place, name, shape, tensors, dtype)
-            problems += [problem] if problem else []
-            parts += [] if problem else [np.asarray(tensors[name])]
-        if not problems:
-            # only after the first tensor fits: an untrusted file may demand any size
-            value = np.empty(place.shape, dtype) if value is None else value
-            joined = np.concatenate(parts, place.entry.out_axis) if len(parts) > 1 else parts[0]
-            layer = place.weight_to_tree(_part(place, joined))
-            with np.errstate(over="ignore", invalid="ignore"):  # reported below
-                value[place.at(where)] = layer
-            if _overflows(layer, value[place.at(where)]):
-                problems.append(
-                    f"{', '.join(names)}: has values that overflow {value.dtype}; choose a dtype "
-                    "of a wider range"
-                )
-    return (jnp.asarray(value) if not problems else None), problems
+def _refuse(problems: Iterable[str]) -> None:
+    if problems:
+        raise StructureError(grouped(sorted(set(problems)), "tensors"))
 
 
-def _overflows(x: np.ndarray, cast: np.ndarray) -> bool:
-    """Return whether finite values of `x` are not finite in the dtype that they were cast to."""
-    if not jnp.issubdtype(x.dtype, jnp.floating):
-        return False
-    if jnp.finfo(x.dtype).max <= jnp.finfo(cast.dtype).max:
-        return False
-    return not np.isfinite(cast).all() and bool(np.isfinite(x).sum() > np.isfinite(cast).sum())
+def _problems(place: Place, tensors: Mapping[str, Any], dtype: Any) -> list[str]:
+    """List what is wrong with a leaf's tensors."""
+    found = [
+        _problem(place, name, shape, tensors, dtype)
+        for _, names in place.layers()
+        for name, shape in zip(names, shapes(place), strict=True)
+    ]
+    return [problem for problem in found if problem]
 
 
 def shapes(place: Place) -> list[tuple[int, ...]]:
@@ -96,13 +86,6 @@ def shapes(place: Place) -> list[tuple[int, ...]]:
         return [()]
     widths = (place.total,) if len(place.entry.torch_names) == 1 else place.widths
     return [(*shape[:axis], width, *shape[axis + 1 :]) for width in widths]
-
-
-def _part(place: Place, joined: np.ndarray) -> np.ndarray:
-    """Return the leaf's part of a tensor that it shares, or the whole tensor."""
-    if len(place.entry.paths) == 1:
-        return joined
-    return joined[(slice(None),) * place.entry.out_axis + (slice(place.start, place.stop),)]
 
 
 def _problem(
@@ -150,7 +133,7 @@ def to_torch(naming: Naming, tree: Any) -> dict[str, np.ndarray]:
             if len(place.entry.paths) > 1:
                 (shape,) = shapes(place)
                 shared = tensors.setdefault(names[0], np.empty(shape, leaf.dtype))
-                _part(place, shared)[...] = weight
+                place.part_of(shared)[...] = weight
             elif len(names) > 1:
                 ends = np.cumsum(place.widths)[:-1]
                 tensors.update(zip(names, np.split(weight, ends, axis), strict=True))

@@ -1,7 +1,8 @@
 """What all processes of a run decide together between steps: to stop, or to fail."""
 
+import contextlib
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import jax
@@ -76,3 +77,19 @@ class Agreement:
 
 def _part(flags: np.ndarray, index: tuple[slice, ...]) -> np.ndarray:
     return flags[index]
+
+
+@contextlib.contextmanager
+def agreeing(
+    stop: Callable[[], bool],
+) -> Iterator[tuple[Callable[[], bool], Callable[[Exception], None] | None]]:
+    """Yield `stop` as all processes agree on it, and what makes all of them fail.
+
+    In a program of one process these are `stop` itself and None.
+    """
+    if jax.process_count() == 1:
+        yield stop, None
+        return
+    agreement = Agreement(stop)
+    yield agreement, agreement.fail
+    agreement.finish()
