@@ -52,8 +52,33 @@ def run(arguments: Sequence[str] | None = None) -> int:
         if os.environ.get(DEBUG):
             traceback.print_exc()
         line, status = explain(error, words)
-        print(f"error: {line}", file=sys.stderr)
+        if not _is_said_elsewhere(error):
+            print(f"error: {line}", file=sys.stderr)
+        _leave_others(error, status)
         return status
+
+
+def _is_said_elsewhere(error: BaseException) -> bool:
+    """Return whether process 0 of a run tells this error."""
+    jax = sys.modules.get("jax")
+    if jax is None or not jax.distributed.is_initialized() or jax.process_index() == 0:
+        return False
+    from lora_jax.files.disk.processes import is_told
+
+    return is_told(error)
+
+
+def _leave_others(error: BaseException, status: int) -> None:
+    """End a process of a run at once, if the others do not know why: they wait for it otherwise."""
+    jax = sys.modules.get("jax")
+    if jax is None or not jax.distributed.is_initialized() or jax.process_count() == 1:
+        return
+    from lora_jax.files.disk.processes import is_told
+
+    if not is_told(error) and not isinstance(error, KeyboardInterrupt):
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
 
 
 @contextlib.contextmanager

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 
 import lora_jax as lora
 from lora_jax import models
@@ -120,16 +121,23 @@ def naming_of(model: kinds.Found) -> Naming:
 
 
 def load_model(
-    model: kinds.Found, dtype: str | None = None, *, scan: bool = False, as_stored: bool = False
+    model: kinds.Found,
+    dtype: str | None = None,
+    *,
+    scan: bool = False,
+    as_stored: bool = False,
+    mesh: Mesh | None = None,
 ) -> models.Pretrained:
-    """Load the model itself; `dtype` None is the file's, `as_stored` as in `models.load`.
+    """Load the model itself; `dtype` None is the file's, the others are as in `models.load`.
+
+    The tiny model is made on one device.
 
     Raises:
       ValueError, OSError: as `models.load`.
     """
     if model.kind == kinds.TINY:
         return tiny(len(byte_tokenizer()), dtype or "float32", scan=scan)
-    return models.load(model.path, dtype, scan=scan, as_stored=as_stored)
+    return models.load(model.path, dtype, scan=scan, as_stored=as_stored, mesh=mesh)
 
 
 @dataclasses.dataclass(frozen=True)

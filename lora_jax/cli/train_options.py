@@ -61,8 +61,8 @@ _MESH = (
     "one device."
 )
 _COORDINATOR = (
-    "Address of process 0, in every process of a run where JAX cannot find it out (as it does under "
-    "Slurm, Open MPI and on Cloud TPUs)."
+    "Address of process 0, for every process of a run, where JAX does not know it (as it does "
+    "under Slurm and Open MPI and on Cloud TPUs)."
 )
 _PROCESSES = "Number of processes, with --coordinator."
 _PROCESS_ID = "Number of this process, counted from 0, with --coordinator."

@@ -65,7 +65,7 @@ def _check(context: typer.Context, options: TrainOptions) -> None:
         raise typer.BadParameter(
             f"--coordinator, --processes and --process-id go together; add {' and '.join(missing)}"
         )
-    if options.processes is not None and options.process_id >= options.processes:
+    if (options.process_id or 0) >= (options.processes or 1):
         raise typer.BadParameter(
             f"must be below --processes {options.processes}", param_hint="--process-id"
         )

@@ -10,6 +10,7 @@ from jax.experimental import multihost_utils
 from lora_jax.core.errors import OtherProcessError
 
 _BYTES = 2048  # of a message that processes tell one another
+_TOLD = "All processes of this program know of this error."
 
 
 def span_processes(*trees: Any) -> bool:
@@ -70,12 +71,19 @@ def tell_all(text: str) -> list[str]:
     return [bytes(row).rstrip(b"\0").decode(errors="replace") for row in rows]
 
 
-def together(do: Callable[[], Any], *, several: bool = True) -> Any:
+def together(
+    do: Callable[[], Any],
+    *,
+    several: bool = True,
+    errors: type[Exception] | tuple[type[Exception], ...] = Exception,
+) -> Any:
     """Do something in every process, and go on only if none of them failed.
 
     Args:
-      do: what may fail in one process alone; it must not wait for other processes.
+      do: what may fail in one process alone. It must not wait for other processes, except for
+        those that fail in the same way.
       several: whether the other processes call this too.
+      errors: those that the others are told; any other is raised at once.
 
     Returns:
       What `do` returns here.
@@ -92,18 +100,19 @@ def together(do: Callable[[], Any], *, several: bool = True) -> Any:
     result, failure = None, None
     try:
         result = do()
-    except Exception as error:
+    except errors as error:
         failure = error
     said = tell_all("" if failure is None else explain(failure))
     first = next((number for number, text in enumerate(said) if text), None)
     if failure is not None and first == jax.process_index():
+        failure.add_note(_TOLD)
         raise failure
     if first is not None:
         raise OtherProcessError(first, said[first]) from failure
     return result
 
 
-def by_first(write: Callable[[], None], *, several: bool = True) -> None:
+def by_first(write: Callable[[], object], *, several: bool = True) -> None:
     """Do something in process 0 while the others wait for it.
 
     Args:
@@ -115,6 +124,11 @@ def by_first(write: Callable[[], None], *, several: bool = True) -> None:
       Exception: in process 0, what `write` raises.
     """
     together(lambda: write() if not several or is_first() else None, several=several)
+
+
+def is_told(error: BaseException) -> bool:
+    """Return whether all processes know of an error, so that they end together."""
+    return isinstance(error, OtherProcessError) or _TOLD in getattr(error, "__notes__", ())
 
 
 def explain(error: BaseException) -> str:

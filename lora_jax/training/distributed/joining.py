@@ -8,6 +8,7 @@ from lora_jax.training.errors import TrainingError
 #: Seconds that a process waits at its end for the others, and for all of them to begin.
 _SHUTDOWN, _BEGIN = 30, 300
 _ALONE = "should be defined"  # what JAX says where it finds no cluster
+_IN_USE = "must be called before"  # a program that uses JAX already has joined, or is alone
 
 
 def join_processes(coordinator: str, processes: int, process_id: int) -> None:
@@ -38,11 +39,13 @@ def join_processes(coordinator: str, processes: int, process_id: int) -> None:
 
 
 def join_cluster() -> None:
-    """Join the processes of a job that JAX knows by itself, as under Slurm; if any.
+    """Join the processes of a job that JAX knows by itself, as under Slurm, if this is in one.
 
     Raises:
       TrainingError: they do not all begin within five minutes.
     """
+    if jax.distributed.is_initialized():
+        return
     try:
         jax.distributed.initialize(
             initialization_timeout=_BEGIN, shutdown_timeout_seconds=_SHUTDOWN
@@ -51,6 +54,8 @@ def join_cluster() -> None:
         if _ALONE not in str(error):
             raise TrainingError(f"--mesh: {shown(str(error))}") from None
     except RuntimeError as error:
+        if _IN_USE in str(error):
+            return
         raise TrainingError(
             f"--mesh: the processes of this job cannot be joined ({shown(str(error))}); "
             "--coordinator, --processes and --process-id say where they are"

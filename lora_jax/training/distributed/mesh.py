@@ -47,28 +47,19 @@ def parse_mesh(text: str) -> dict[str, int]:
     return {name: found[name] for name in AXES if name in found}
 
 
-def choose_axes(devices: int, rows: int, heads: int = 1) -> dict[str, int]:
+def choose_axes(devices: int, rows: int) -> dict[str, int]:
     """Return the axes for `auto`: FSDP over as many devices as divide the rows, then tensor.
 
     Args:
       devices: how many there are.
       rows: of a micro-batch.
-      heads: a number that the tensor axis has to divide, such as that of key and value heads.
 
-    Raises:
-      TrainingError: neither the rows nor the heads can be divided over all devices.
-
-    >>> choose_axes(8, rows=16), choose_axes(8, rows=4, heads=2)
-    ({'fsdp': 8}, {'fsdp': 4, 'tensor': 2})
+    >>> choose_axes(8, rows=16), choose_axes(8, rows=4), choose_axes(2, rows=3)
+    ({'fsdp': 8}, {'fsdp': 4, 'tensor': 2}, {'tensor': 2})
     """
-    for fsdp in sorted((n for n in range(1, devices + 1) if devices % n == 0), reverse=True):
-        if rows % fsdp == 0 and heads % (devices // fsdp) == 0:
-            axes = {"fsdp": fsdp, "tensor": devices // fsdp}
-            return {name: n for name, n in axes.items() if n > 1} or {"fsdp": 1}
-    raise TrainingError(
-        f"--mesh auto: --batch {rows} rows cannot be divided over {devices} devices; use --batch "
-        f"{_next_multiple(rows, devices)}, or name the axes, as in --mesh tensor={devices}"
-    )
+    fsdp = math.gcd(devices, rows)
+    axes = {"fsdp": fsdp, "tensor": devices // fsdp}
+    return {name: n for name, n in axes.items() if n > 1} or {"fsdp": 1}
 
 
 def make_mesh(axes: Mapping[str, int]) -> Mesh:
@@ -132,6 +123,7 @@ def mesh_of(tree: object) -> Mesh | None:
     """
     for x in jax.tree.leaves(tree):
         sharding = getattr(x, "sharding", None)
-        if isinstance(sharding, NamedSharding) and sharding.mesh.size > 1:
-            return sharding.mesh
+        mesh = getattr(sharding, "mesh", None)
+        if isinstance(mesh, Mesh) and mesh.size > 1:
+            return mesh
     return None
