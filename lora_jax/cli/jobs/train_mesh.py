@@ -39,9 +39,10 @@ def open_mesh(options: TrainOptions) -> Mesh | None:
     Raises:
       TrainingError: the mesh does not fit the devices or the rows.
     """
-    given = options.mesh or (meshes.AUTO if jax.process_count() > 1 else None)
-    if given is None:
+    given = options.mesh
+    if given is None and jax.process_count() == 1:
         return None
+    given = meshes.AUTO if given is None else given
     if given.strip() == meshes.AUTO:
         axes = meshes.choose_axes(jax.device_count(), options.batch)
     else:

@@ -83,7 +83,7 @@ def together(
       do: what may fail in one process alone. It must not wait for other processes, except for
         those that fail in the same way.
       several: whether the other processes call this too.
-      errors: those that the others are told; any other is raised at once.
+      errors: those that the others are told, unless they are already; any other is raised at once.
 
     Returns:
       What `do` returns here.
@@ -100,7 +100,9 @@ def together(
     result, failure = None, None
     try:
         result = do()
-    except errors as error:
+    except Exception as error:
+        if is_told(error) or not isinstance(error, errors):
+            raise
         failure = error
     said = tell_all("" if failure is None else explain(failure))
     first = next((number for number, text in enumerate(said) if text), None)

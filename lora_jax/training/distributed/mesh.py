@@ -1,5 +1,6 @@
 """The mesh of a run: its axes by name, and how rows are divided over it."""
 
+import difflib
 import math
 from collections.abc import Mapping
 
@@ -7,7 +8,6 @@ import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from lora_jax.core.foreign import shown
-from lora_jax.core.patterns import nearest
 from lora_jax.training.errors import TrainingError
 
 #: From the slowest links to the fastest: devices of one process are neighbours along the last.
@@ -37,9 +37,10 @@ def parse_mesh(text: str) -> dict[str, int]:
                 "write it like fsdp=4,tensor=2, or auto"
             )
         if name not in AXES:
+            near = difflib.get_close_matches(name, AXES, 1)
+            hint = f"; did you mean {near[0]}?" if near else "."
             raise TrainingError(
-                f"--mesh: unknown axis {shown(repr(name))}; {nearest(name, AXES)}. The axes are "
-                f"{', '.join(AXES)}"
+                f"--mesh: unknown axis {shown(repr(name))}{hint} The axes are {', '.join(AXES)}"
             )
         if name in found:
             raise TrainingError(f"--mesh: the axis {name} is given twice")
