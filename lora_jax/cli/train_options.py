@@ -6,6 +6,8 @@ from typing import Annotated, Literal
 
 from typer import Option
 
+from lora_jax.cli.compile_cache import CompileCacheOption
+
 CLASSIFICATION = "classification"
 MEAN = "mean"  # of --pooling
 
@@ -53,6 +55,7 @@ _CLIP = "Maximum global norm of the gradients; 0 disables clipping."
 _LORA_PLUS = "Learning rate of B, as a multiple of the learning rate of A (LoRA+)."
 _EVAL_EVERY = "Steps between evaluations; 0: only before the first and after the last step."
 _SAVE_EVERY = "Steps between checkpoints; 0: only after the last step."
+_PROFILE = "Steps to trace, after the first ones, for TensorBoard and Perfetto."
 _SEED = "Random seed for initialization, data order and dropout."
 _SHUFFLE = "Shuffle rows every epoch, or keep the files' order and pack less tightly."
 _DTYPE = "Dtype of the frozen model; default: the file's."
@@ -130,6 +133,8 @@ class TrainOptions:
     coordinator: Annotated[str | None, Option(metavar="HOST:PORT", help=_COORDINATOR)] = None
     processes: Annotated[int | None, Option(min=1, help=_PROCESSES)] = None
     process_id: Annotated[int | None, Option(min=0, help=_PROCESS_ID)] = None
+    compile_cache: CompileCacheOption = None
+    profile: Annotated[int, Option(min=0, metavar="STEPS", help=_PROFILE)] = 0
     base_name: Annotated[str | None, Option(metavar="NAME", help=_BASE_NAME)] = None
 
     @property

@@ -52,6 +52,16 @@ def rewind(path: Path, step: int) -> list[dict[str, Any]]:
     return kept
 
 
+def without_speed(record: Record) -> dict[str, Any]:
+    """Return a record without what differs between two runs of the same steps: time and memory."""
+    return {name: x for name, x in record.items() if name not in _OF_THE_MACHINE}
+
+
+_OF_THE_MACHINE = {
+    *("seconds", "eval_seconds", "tokens_per_second", "flops", "flops_per_second", "peak_bytes"),
+}
+
+
 def losses(records: list[dict[str, Any]]) -> tuple[list[int], list[float]]:
     """Return the steps and their training losses."""
     found = [(r["step"], r["loss"]) for r in records if "loss" in r]

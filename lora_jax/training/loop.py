@@ -19,6 +19,9 @@ from lora_jax.training.distributed.agreement import agreeing
 from lora_jax.training.errors import TrainingError
 from lora_jax.training.run_files import RunFiles
 from lora_jax.training.running.ahead import Late, place_ahead
+from lora_jax.training.running.flops import flops_of_step
+from lora_jax.training.running.profile import Profile, steps_to_profile
+from lora_jax.training.running.speed import speed
 from lora_jax.training.step import Loss, State, init_state, make_evaluation, make_step
 
 
@@ -37,12 +40,13 @@ class Settings:
     shuffle: bool = True  # a new order every epoch; otherwise the rows as they stand
     eval_every: int = 0  # steps; 0 evaluates only before the first step and after the last
     save_every: int = 0  # steps; 0 saves only after the last
+    profile: int = 0  # steps to trace into the job's directory, once the first ones are done
 
     def __post_init__(self) -> None:
         for name in ("steps", "rows", "accumulate"):
             if getattr(self, name) < 1:
                 raise TrainingError(f"{name} must be positive, got {getattr(self, name)}")
-        for name in ("seed", "eval_every", "save_every"):
+        for name in ("seed", "eval_every", "save_every", "profile"):
             if getattr(self, name) < 0:
                 raise TrainingError(f"{name} must not be negative, got {getattr(self, name)}")
 
@@ -84,6 +88,7 @@ class Watcher:
     best: Callable[[Any, log.Record], None] = lambda adapters, record: None  # lowest loss so far
     start: Callable[[int], None] = lambda done: None  # called once, with the steps done before
     saved: Callable[[Any, int], None] = lambda adapters, step: None  # called after a checkpoint
+    profiled: Callable[[str], None] = lambda line: None  # called with where the trace is
 
 
 @dataclass(frozen=True)
@@ -147,6 +152,8 @@ class _Run:
         self, job: Job, watcher: Watcher, files: RunFiles, done: int, state: State
     ) -> None:
         self.done, self.state = done, state  # the last step dispatched, and the state after it
+        self._first = done + 1
+        self._flops: int | None = None  # of a step, once that was traced
         self._job, self._watcher, self._files = job, watcher, files
         self._evaluate = _make_evaluate(job, watcher, files.records, self._note)
         self._late: Late[int] = Late(self._read)
@@ -158,27 +165,45 @@ class _Run:
         ahead = int(self.state.step) - self.done
         self._evaluate(self.done, self.state)
         placed = place_ahead(_batches(job, self.done), job.place)
-        while self.done < settings.steps and not stop():
-            began = time.perf_counter()
-            self.state, measured = step(
-                self.state, job.base, next(placed), np.int32(self.done + ahead)
-            )
-            rate = job.rates(self.done) if job.rates else None
-            self.done += 1
-            self._late.put(self.done, (measured, rate), began)
-            is_saved = _is_due(self.done, settings.save_every, settings.steps)
-            if is_saved or _is_due(self.done, settings.eval_every, settings.steps):
-                self._late.read_all()
-                if not stop():
-                    self._evaluate(self.done, self.state)
-            if is_saved:
-                self._files.save(self.done, self.state)
+        with self._profile() as profile:
+            while self.done < settings.steps and not stop():
+                profile.before(self.done + 1)
+                began = time.perf_counter()
+                inputs = (self.state, job.base, next(placed), np.int32(self.done + ahead))
+                self._flops = self._flops or flops_of_step(step, *inputs)
+                with jax.profiler.StepTraceAnnotation("train", step_num=self.done + 1):
+                    self.state, measured = step(*inputs)
+                rate = job.rates(self.done) if job.rates else None
+                self.done += 1
+                self._late.put(self.done, (measured, rate), began)
+                profile.after(self.done)
+                self._pause()
         self._late.read_all()
+
+    def _pause(self) -> None:
+        """Evaluate and save after a step, if that is due."""
+        settings, stop = self._job.settings, self._watcher.stop
+        is_saved = _is_due(self.done, settings.save_every, settings.steps)
+        if is_saved or _is_due(self.done, settings.eval_every, settings.steps):
+            self._late.read_all()
+            if not stop():
+                self._evaluate(self.done, self.state)
+        if is_saved:
+            self._files.save(self.done, self.state)
+
+    def _profile(self) -> Profile:
+        job, count = self._job, self._job.settings.profile
+        steps = range(self._first, job.settings.steps + 1)
+        chosen = range(0) if job.directory is None else steps_to_profile(steps, count)
+        directory = (job.directory or Path()) / "profile"
+        return Profile(chosen, directory, self._late.read_all, self._watcher.profiled)
 
     def _read(self, step: int, found: tuple[Any, Any], seconds: float) -> None:
         """Write the record of a step, unless it failed."""
         measured, rate = found
         record = _record(step, measured, rate, seconds)
+        if step > self._first:  # which compiled
+            record |= speed(record, self._flops)
         unfit = _what_is_not_finite(record)
         if unfit:
             self._files.save(step - 1, self.state)  # this step and later ones left it as it was

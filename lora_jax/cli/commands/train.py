@@ -30,9 +30,11 @@ def command(context: typer.Context, options: TrainOptions) -> None:
     lowest evaluation loss, log.jsonl, loss.png, and checkpoints/ for --resume.
     """
     _check(context, options)
+    from lora_jax.cli import compile_cache
     from lora_jax.cli.jobs import train
 
-    train.main(options, _resume_command(context))
+    with compile_cache.compile_cache(options.compile_cache):
+        train.main(options, _resume_command(context))
 
 
 #: Options that must be above 0, or at least 0; infinite values are refused too.

@@ -184,6 +184,7 @@ def _job(
         shuffle=options.shuffle,
         eval_every=options.eval_every,
         save_every=options.save_every,
+        profile=options.profile,
     )
     return Job(
         loss=task.loss(start.paths),
@@ -204,6 +205,7 @@ _NOT_RECORDED = {
     *("mesh", "coordinator", "processes", "process_id"),
     *("out", "resume", "eval_every", "save_every", "log_every", "base_name"),
     *("data", "held_out", "eval_split", "eval_rows", "encoding"),  # by a checksum of the batches
+    *("compile_cache", "profile"),  # which change no result
     "pooling",  # of a classifier only
     *("model", "dtype"),  # by a checksum of the parameters
     *("epochs", "targets", "init", "rank", "alpha", "dora", "rslora", "dropout"),  # by the config

@@ -62,7 +62,7 @@ class Watch:
     def watcher(self) -> Watcher:
         """The callbacks for the loop."""
         best = lambda adapters, record: self._results.write("best", adapters, record)
-        return Watcher(self._interrupt, self._step, best, self._start, self._save)
+        return Watcher(self._interrupt, self._step, best, self._start, self._save, self._say)
 
     def describe_interruption(self, step: int) -> str:
         """Return what an interrupted run leaves, and how to resume it."""

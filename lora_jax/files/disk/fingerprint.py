@@ -10,8 +10,8 @@ import numpy as np
 from jax import lax
 
 from lora_jax.core.host_memory import on_device
-from lora_jax.core.meshes import automatic
 from lora_jax.core.paths import flatten_with_paths
+from lora_jax.core.sharding.meshes import automatic
 from lora_jax.core.weights import is_adapted
 
 _ENTRY = re.compile(r"(\w+)\[((?:\d{1,12}(?:,\d{1,12})*)?)\](?::\w+)?")
