@@ -13,7 +13,7 @@ _LOST = re.compile(
 
 def are_there() -> bool:
     """Return whether this is one of several processes of a run."""
-    jax = sys.modules.get("jax")  # a run has begun only with it
+    jax = sys.modules.get("jax")  # without it no run has started
     return jax is not None and jax.distributed.is_initialized() and jax.process_count() > 1
 
 

@@ -16,6 +16,7 @@ InitName = Literal["kaiming", "gaussian", "orthogonal", "pissa", "pissa_fast", "
 BiasName = Literal["none", "all", "adapted"]
 ScheduleName = Literal["cosine", "constant"]
 PoolingName = Literal["model", "mean"]
+RematName = Literal["none", "sums", "full", "auto"]
 TrainDType = Literal["float32", "bfloat16"]
 
 _MODEL = (
@@ -69,6 +70,11 @@ _COORDINATOR = (
 )
 _PROCESSES = "Number of processes, with --coordinator."
 _PROCESS_ID = "Number of this process, counted from 0, with --coordinator."
+_REMAT = (
+    "What is recomputed in the backward pass to save memory: nothing, all but products (sums), or "
+    "whole layers; auto: the least that fits into memory."
+)
+_MEMORY = "Memory per device for --remat auto, in GB; default: what the device or machine has."
 _SCAN = "Scan over stacked layers: compiles faster, but runs slower on a CPU."
 
 
@@ -133,6 +139,8 @@ class TrainOptions:
     coordinator: Annotated[str | None, Option(metavar="HOST:PORT", help=_COORDINATOR)] = None
     processes: Annotated[int | None, Option(min=1, help=_PROCESSES)] = None
     process_id: Annotated[int | None, Option(min=0, help=_PROCESS_ID)] = None
+    remat: Annotated[RematName, Option(help=_REMAT)] = "none"
+    memory: Annotated[float | None, Option(metavar="GB", help=_MEMORY)] = None
     compile_cache: CompileCacheOption = None
     profile: Annotated[int, Option(min=0, metavar="STEPS", help=_PROFILE)] = 0
     base_name: Annotated[str | None, Option(metavar="NAME", help=_BASE_NAME)] = None

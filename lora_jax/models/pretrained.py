@@ -25,6 +25,7 @@ from lora_jax.models import hf_directory, llama_gguf, namings
 from lora_jax.models.bert import Bert, BertConfig
 from lora_jax.models.llama import Llama
 from lora_jax.models.llama_config import MODEL_TYPES, PARAM_DTYPES, LlamaConfig
+from lora_jax.models.remat import NONE, policy_name
 from lora_jax.models.weights import sharding_rules
 
 #: model_type in config.json -> the kind of model here.
@@ -87,7 +88,7 @@ def load(
     dtype: Any = None,
     *,
     scan: bool = False,
-    remat: bool = False,
+    remat: bool | str = False,
     as_stored: bool = False,
     mesh: Mesh | None = None,
     rules: Mapping[str, PartitionSpec] | None = None,
@@ -100,7 +101,7 @@ def load(
       dtype: dtype of parameters and computation: float32, bfloat16 or float16. By default the
         widest in the file; quantized tensors are read as float32.
       scan: stack the layers, as in `LlamaConfig`.
-      remat: recompute activations, as in `LlamaConfig`.
+      remat: which activations are recomputed, as in `LlamaConfig`: True, False, or a name.
       as_stored: keep the dtype that each parameter has in the file; `dtype` is then that of the
         computation only.
       mesh: of devices, on which the parameters are sharded: each process reads only its own shards,
@@ -336,12 +337,12 @@ def _dtype(dtype: Any, tensors: Iterable[Any]) -> str:
     return name
 
 
-def _module(source: _Source, dtype: str, *, scan: bool, remat: bool) -> Bert | Llama:
+def _module(source: _Source, dtype: str, *, scan: bool, remat: bool | str) -> Bert | Llama:
     if source.kind == "llama":
         ours = {"scan": scan, "remat": remat, "dtype": dtype, "param_dtype": dtype}
         headless = {"tie_word_embeddings": True} if source.headless else {}
         return Llama(LlamaConfig.from_json({**source.settings, **headless}, **ours))
-    if scan or remat:
+    if scan or policy_name(remat) != NONE:
         raise ValueError(f"scan and remat are not supported for {source.kind} models")
     return Bert(BertConfig.from_json(source.settings))
 

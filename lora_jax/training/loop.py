@@ -13,6 +13,7 @@ import jax
 import numpy as np
 import optax
 
+from lora_jax.files.disk.processes import is_first
 from lora_jax.training import log
 from lora_jax.training.batching import Batch, Data, batches, batches_from, steps_per_epoch
 from lora_jax.training.distributed.agreement import agreeing
@@ -194,7 +195,8 @@ class _Run:
     def _profile(self) -> Profile:
         job, count = self._job, self._job.settings.profile
         steps = range(self._first, job.settings.steps + 1)
-        chosen = range(0) if job.directory is None else steps_to_profile(steps, count)
+        is_here = job.directory is not None and is_first()
+        chosen = steps_to_profile(steps, count) if is_here else range(0)
         directory = (job.directory or Path()) / "profile"
         return Profile(chosen, directory, self._late.read_all, self._watcher.profiled)
 

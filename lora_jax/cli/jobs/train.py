@@ -12,7 +12,7 @@ from rich.console import Console
 import lora_jax as lora
 from lora_jax.cli import sources
 from lora_jax.cli.exit_status import INTERRUPTED
-from lora_jax.cli.jobs import train_mesh, train_results
+from lora_jax.cli.jobs import train_mesh, train_remat, train_results
 from lora_jax.cli.jobs.train_data import Task, read_task
 from lora_jax.cli.jobs.train_model import TrainableModel, open_model
 from lora_jax.cli.jobs.train_start import Start, make_start
@@ -86,12 +86,13 @@ def _run(options: TrainOptions, command: str) -> None:
         model.tokenizer.files() if options.add_token else {},
     )
     results.check(adapters)
+    job = _job(options, optimizer, model, task, start, base, adapters, steps, mesh)
+    job = train_remat.choose(options, model, task, start.paths, job, adapters, say)
     processes.by_first(lambda: run_record.begin(options.out, this, resumed, free=("steps",)))
     for line in _describe(options, task, start, steps):
         say(line)
     for line in [] if mesh is None else train_mesh.describe(mesh, model.config):
         say(line)
-    job = _job(options, optimizer, task, start, base, adapters, steps, mesh)
     with Watch(results, steps, optimizer, this, command, console) as watch:
         outcome = train(job, adapters, watch.watcher)
     title = f"{options.model}: rank {start.config.rank}, learning rate {options.lr:g}"
@@ -169,6 +170,7 @@ def _steps(options: TrainOptions, task: Task, resumed: bool) -> int:
 def _job(
     options: TrainOptions,
     optimizer: Optimizer,
+    model: TrainableModel,
     task: Task,
     start: Start,
     base: Any,
@@ -187,7 +189,7 @@ def _job(
         profile=options.profile,
     )
     return Job(
-        loss=task.loss(start.paths),
+        loss=task.loss(model, start.paths),
         base=base,
         tx=optimizer.transformation(adapters, steps),
         rates=optimizer.rates(steps),
@@ -211,6 +213,7 @@ _NOT_RECORDED = {
     *("epochs", "targets", "init", "rank", "alpha", "dora", "rslora", "dropout"),  # by the config
     *("exclude", "layers", "train", "bias"),  # by the config
     "adapter",  # by a checksum of its values
+    *("remat", "memory"),  # the same numbers, computed again or not
     *("add_token", "untie_head"),  # by the config and the checksums of the parameters and batches
 }
 
