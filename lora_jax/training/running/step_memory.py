@@ -25,8 +25,8 @@ def needed_bytes(job: Job, adapters: Any) -> int:
     """
     settings = job.settings
     batch = job.place(batch_of_step(job.data, settings.rows * settings.accumulate, None, 0))
-    step: Any = make_step(job.loss, job.tx, settings.accumulate, settings.seed)
     state = init_state(adapters, job.tx)
+    step: Any = make_step(job.loss, job.tx, settings.accumulate, settings.seed, state)
     found = step.lower(state, job.base, batch, np.int32(0)).compile().memory_analysis()
     if found is None:
         raise NotImplementedError("this backend's compiler reports no memory sizes")
