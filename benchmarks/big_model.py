@@ -123,9 +123,7 @@ CASES: dict[str, tuple[int, Callable[[pathlib.Path], None]]] = {
     "merge": (1, lambda x: run(x, *_MERGE, "--out", "DIR/merged", "--force")),
     "merge, stacked": (
         1,
-        lambda x: run(
-            x, *_MERGE[:3], "--adapter", "DIR/stacked", "--out", "DIR/merged-s"
-        ),
+        lambda x: run(x, *_MERGE[:3], "--adapter", "DIR/stacked", "--out", "DIR/merged-s"),
     ),
 }
 
