@@ -1,5 +1,6 @@
 """The loop: steps, evaluations, checkpoints and a log. Resuming is exact to the bit."""
 
+import dataclasses
 import itertools
 import math
 import time
@@ -12,8 +13,10 @@ import jax
 import numpy as np
 import optax
 
+from lora_jax.files.disk.processes import is_first
 from lora_jax.training import log
 from lora_jax.training.batching import Batch, Data, batches, batches_from, steps_per_epoch
+from lora_jax.training.distributed.agreement import agreeing
 from lora_jax.training.errors import TrainingError
 from lora_jax.training.run_files import RunFiles
 from lora_jax.training.running.ahead import Late, place_ahead
@@ -108,6 +111,9 @@ def train(job: Job, adapters: Any, watcher: Watcher = Watcher()) -> Outcome:
     measured is read once one or two more are dispatched. Those are in the run, too, when the
     watcher asks to stop. A checkpoint or an evaluation comes after the records of all its steps.
 
+    In a run of several processes, all call this with the same job, whose arrays span them. They
+    stop together when a watcher of one of them asks for it, and process 0 writes the log.
+
     Args:
       job: the loss, the data, the settings.
       adapters: the initial adapters, as `lora_jax.split` returns them; they are left unchanged.
@@ -118,7 +124,11 @@ def train(job: Job, adapters: Any, watcher: Watcher = Watcher()) -> Outcome:
         and resuming continues from it), checkpoints cannot be written or read, or more steps are
         done than requested.
     """
-    with RunFiles(job.directory, watcher.saved) as files:
+    with (
+        agreeing(watcher.stop) as (stop, fail),
+        RunFiles(job.directory, watcher.saved, fail) as files,
+    ):
+        watcher = dataclasses.replace(watcher, stop=stop)
         done, state = files.resume(init_state(adapters, job.tx))
         _check_done(job, done)
         watcher.start(done)
@@ -152,7 +162,7 @@ class _Run:
     def steps(self) -> None:
         """Take the steps that are left, until the watcher stops them."""
         job, settings, stop = self._job, self._job.settings, self._watcher.stop
-        step = make_step(job.loss, job.tx, settings.accumulate, settings.seed)
+        step = make_step(job.loss, job.tx, settings.accumulate, settings.seed, self.state)
         ahead = int(self.state.step) - self.done
         self._evaluate(self.done, self.state)
         placed = place_ahead(_batches(job, self.done), job.place)
@@ -185,7 +195,8 @@ class _Run:
     def _profile(self) -> Profile:
         job, count = self._job, self._job.settings.profile
         steps = range(self._first, job.settings.steps + 1)
-        chosen = range(0) if job.directory is None else steps_to_profile(steps, count)
+        is_here = job.directory is not None and is_first()
+        chosen = steps_to_profile(steps, count) if is_here else range(0)
         directory = (job.directory or Path()) / "profile"
         return Profile(chosen, directory, self._late.read_all, self._watcher.profiled)
 

@@ -12,6 +12,10 @@ from lora_jax.cli.jobs.train_model import TrainableModel
 from lora_jax.cli.train_options import CLASSIFICATION, MEAN, TrainOptions
 from lora_jax.models.published_classifier import FAMILIES
 from lora_jax.training.batching import Data, cut_stream, hold_out, pack_examples, pack_labelled
+from lora_jax.training.chunked_loss import (
+    language_sums_of_frozen_head,
+    language_sums_of_trained_head,
+)
 from lora_jax.training.classification import (
     Classifier,
     classes,
@@ -21,7 +25,7 @@ from lora_jax.training.classification import (
 )
 from lora_jax.training.dataset import STREAM, Row, Rows, read_rows
 from lora_jax.training.errors import DataError, TrainingError
-from lora_jax.training.loss import class_sums, language_sums, language_sums_of_frozen_head
+from lora_jax.training.loss import class_sums
 from lora_jax.training.packing import Assign, assign, assign_in_order
 from lora_jax.training.step import Loss
 from lora_jax.training.tokenize import encode_examples, encode_stream
@@ -36,7 +40,7 @@ class Task:
 
     apply: Apply
     params: Any
-    loss: Callable[[Collection[str]], Loss]  # of the paths that train
+    loss: Callable[[TrainableModel, Collection[str]], Loss]  # of the model and what trains
     data: Data
     held_out: Data | None
     notes: tuple[str, ...]
@@ -70,7 +74,7 @@ def read_task(options: TrainOptions, model: TrainableModel) -> Task:
     else:
         make = _streams if files[0].kind == STREAM else _examples
         data, held_out, more = make(options, model, files, others)
-        loss = partial(language_loss, model, model.apply)
+        loss = partial(language_loss, packed=is_packed(data, held_out))
         task = Task(model.apply, model.params, loss, data, held_out, more)
     held_out = task.held_out
     if held_out is not None and options.eval_rows:
@@ -78,11 +82,25 @@ def read_task(options: TrainOptions, model: TrainableModel) -> Task:
     return dataclasses.replace(task, held_out=held_out, notes=(*notes, *task.notes))
 
 
-def language_loss(model: TrainableModel, apply: Apply, adapted: Collection[str]) -> Loss:
-    """Return the loss; a cheaper one if the output head is not adapted."""
+def language_loss(model: TrainableModel, adapted: Collection[str], *, packed: bool) -> Loss:
+    """Return the loss, whose logits are never whole if they are large.
+
+    Args:
+      model: whose head is frozen or trains.
+      adapted: the paths of all that trains.
+      packed: whether a row may contain several texts. Otherwise segments say nothing that a causal
+        model's own mask does not, and cuDNN's attention is faster without them.
+    """
+    hidden = model.hidden if packed else lambda params, ids, segments: model.hidden(params, ids)
     if model.head_path in adapted:
-        return language_sums(apply)
-    return language_sums_of_frozen_head(model.hidden, model.head)
+        return language_sums_of_trained_head(hidden, model.logits)
+    return language_sums_of_frozen_head(hidden, model.head)
+
+
+def is_packed(*parts: Data | None) -> bool:
+    """Return whether a row has several texts, or padding before its end."""
+    segments = [part.arrays["segments"] for part in parts if part is not None]
+    return any((x > 1).any() or (x[:, 1:] > x[:, :-1]).any() for x in segments)
 
 
 def _streams(
@@ -171,7 +189,7 @@ def _classification(
     return Task(
         apply,
         params,
-        lambda adapted: class_sums(apply),
+        lambda model, _: class_sums(dataclasses.replace(apply, hidden=model.hidden)),
         packed[0],
         packed[1] if held_out else None,
         tuple(note for part in parts for note in part.notes),
