@@ -3,7 +3,7 @@
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,8 +13,8 @@ import numpy as np
 import optax
 
 from lora_jax.training import log
-from lora_jax.training.batching import Batch, Data, batches, batches_from, steps_per_epoch
-from lora_jax.training.errors import TrainingError
+from lora_jax.training.batching import Batch, Data, Source, batches
+from lora_jax.training.errors import DataError, TrainingError
 from lora_jax.training.run_files import RunFiles
 from lora_jax.training.running.ahead import Late, place_ahead
 from lora_jax.training.running.flops import flops_of_step
@@ -64,17 +64,20 @@ class Job:
       directory: for the checkpoints and `log.jsonl`; with None nothing is written.
       place: puts a batch on the device, or on the devices of a mesh: `jax.device_put`, if need be
         with a sharding. The loop calls it before the step that the batch is for.
+      own_rows: the rows of each batch that this process's devices get, as `rows_of` returns them; a
+        stream reads no others. None for all.
     """
 
     loss: Loss
     base: Any
     tx: optax.GradientTransformation
-    data: Data
+    data: Source
     settings: Settings
     held_out: Data | None = None
     rates: Callable[[int], Any] | None = None
     directory: Path | None = None
     place: Callable[[Batch], Any] = jax.device_put
+    own_rows: Collection[int] | None = None
 
 
 @dataclass(frozen=True)
@@ -160,7 +163,7 @@ class _Run:
             while self.done < settings.steps and not stop():
                 profile.before(self.done + 1)
                 began = time.perf_counter()
-                inputs = (self.state, job.base, next(placed), np.int32(self.done + ahead))
+                inputs = (self.state, job.base, self._next(placed), np.int32(self.done + ahead))
                 self._flops = self._flops or flops_of_step(step, *inputs)
                 with jax.profiler.StepTraceAnnotation("train", step_num=self.done + 1):
                     self.state, measured = step(*inputs)
@@ -170,6 +173,15 @@ class _Run:
                 profile.after(self.done)
                 self._pause()
         self._late.read_all()
+
+    def _next(self, placed: Iterator[Any]) -> Any:
+        """Return the next batch; what was trained is saved if its rows cannot be read."""
+        try:
+            return next(placed)
+        except DataError:
+            self._late.read_all()
+            self._files.save(self.done, self.state)
+            raise
 
     def _pause(self) -> None:
         """Evaluate and save after a step, if that is due."""
@@ -210,7 +222,7 @@ def _batches(job: Job, done: int) -> Iterator[Batch]:
     """Yield the batches of the steps that are left."""
     settings = job.settings
     size, order = settings.rows * settings.accumulate, settings.seed if settings.shuffle else None
-    found = batches_from(job.data, size, order, done)
+    found = job.data.batches_from(size, order, done, job.own_rows)
     return itertools.islice(found, settings.steps - done)
 
 
@@ -306,11 +318,11 @@ def _is_due(done: int, every: int, steps: int) -> bool:
     return done == steps or (every > 0 and done % every == 0)
 
 
-def steps_of_epochs(epochs: float, data: Data, size: int) -> int:
+def steps_of_epochs(epochs: float, data: Source, size: int) -> int:
     """Return how many steps of `size` rows go through `data` that many times.
 
     >>> import numpy as np
     >>> steps_of_epochs(2, Data({"ids": np.zeros((10, 3))}), size=4)
     6
     """
-    return max(1, round(epochs * steps_per_epoch(len(data), size)))
+    return max(1, round(epochs * data.steps_per_epoch(size)))

@@ -13,6 +13,7 @@ from lora_jax.cli.jobs import train_results
 from lora_jax.cli.jobs.train_data import Task, read_task
 from lora_jax.cli.jobs.train_model import TrainableModel, open_model
 from lora_jax.cli.jobs.train_start import Start, make_start
+from lora_jax.cli.jobs.train_stream import choose_streaming, describe_rows
 from lora_jax.cli.jobs.train_vocabulary import Vocabulary
 from lora_jax.cli.jobs.train_watch import Watch
 from lora_jax.cli.plurals import count
@@ -44,6 +45,7 @@ def main(options: TrainOptions, command: str) -> None:
     optimizer = _optimizer(options)
     now = run_record.started(options.out, options.resume)
     announce = say if console.is_terminal else lambda text: None
+    options = choose_streaming(options, resumed)
     options, model = _open(options, now, announce)
     announce(f"reading {', '.join(map(str, [*options.data, *(options.held_out or ())]))}")
     task = read_task(options, model)
@@ -87,7 +89,7 @@ def _describe(options: TrainOptions, task: Task, start: Start, steps: int) -> tu
     """Return what is trained on, and how much trains."""
     counts = lora.count_params(start.params)
     return (
-        f"{count(len(task.data), 'row')} of {options.length} tokens, "
+        f"{describe_rows(task.data)} of {options.length} tokens, "
         f"{count(steps, 'step')} of {count(options.size, 'row')}",
         f"{count(counts.trainable, 'trainable parameter')}, "
         f"{counts.trainable / counts.total:.2%} of all",
@@ -171,6 +173,7 @@ def _job(
 _NOT_RECORDED = {
     *("out", "resume", "eval_every", "save_every", "log_every", "base_name"),
     *("data", "held_out", "eval_split", "eval_rows", "encoding"),  # by a checksum of the batches
+    "stream",  # of a run that streams only
     *("compile_cache", "profile"),  # which change no result
     "pooling",  # of a classifier only
     *("model", "dtype"),  # by a checksum of the parameters
@@ -188,6 +191,8 @@ def _settings_to_record(
     given = {name: value for name, value in vars(options).items() if name not in _NOT_RECORDED}
     if options.task == CLASSIFICATION and options.pooling != MEAN:  # which was once the only one
         given["pooling"] = options.pooling
+    if options.stream:
+        given["stream"] = True
     adapter = (
         {}
         if options.adapter is None

@@ -9,9 +9,17 @@ import numpy as np
 
 from lora_jax.cli.classifiers import LABELS, POOLING
 from lora_jax.cli.jobs.train_model import TrainableModel
+from lora_jax.cli.jobs.train_stream import open_stream
 from lora_jax.cli.train_options import CLASSIFICATION, MEAN, TrainOptions
 from lora_jax.models.published_classifier import FAMILIES
-from lora_jax.training.batching import Data, cut_stream, hold_out, pack_examples, pack_labelled
+from lora_jax.training.batching import (
+    Data,
+    Source,
+    cut_streams,
+    hold_out,
+    pack_examples,
+    pack_labelled,
+)
 from lora_jax.training.classification import (
     Classifier,
     classes,
@@ -24,6 +32,7 @@ from lora_jax.training.errors import DataError, TrainingError
 from lora_jax.training.loss import class_sums, language_sums, language_sums_of_frozen_head
 from lora_jax.training.packing import Assign, assign, assign_in_order
 from lora_jax.training.step import Loss
+from lora_jax.training.streaming.files import find_files
 from lora_jax.training.tokenize import encode_examples, encode_stream
 
 SLOTS = 16  # maximum texts per row of a classifier
@@ -37,7 +46,7 @@ class Task:
     apply: Apply
     params: Any
     loss: Callable[[Collection[str]], Loss]  # of the paths that train
-    data: Data
+    data: Source
     held_out: Data | None
     notes: tuple[str, ...]
     prefix: str = ""  # before the model's own paths
@@ -52,8 +61,10 @@ def read_task(options: TrainOptions, model: TrainableModel) -> Task:
       DataError: files cannot be read or encoded, or are of several kinds.
       TrainingError: the model cannot do the task.
     """
-    files = [read_rows(path, options.encoding) for path in options.data]
-    others = [read_rows(path, options.encoding) for path in options.held_out or ()]
+    if options.stream:
+        return _streamed(options, model)
+    files = [read_rows(path, options.encoding) for path in find_files(options.data)]
+    others = [read_rows(path, options.encoding) for path in find_files(options.held_out or ())]
     kinds = {rows.kind: rows.source for rows in [*files, *others]}
     if len(kinds) > 1:
         named = ", ".join(f"{source} contains {kind} rows" for kind, source in kinds.items())
@@ -62,20 +73,38 @@ def read_task(options: TrainOptions, model: TrainableModel) -> Task:
     notes = (f"ignored keys: {', '.join(ignored)}",) if ignored else ()
     if options.task == CLASSIFICATION:
         task = _classification(options, model, files, others)
-    elif model.apply is None:
-        raise TrainingError(
-            f"{options.model} is an encoder, which cannot predict the next token; use --task "
-            "classification"
-        )
     else:
+        _check_decoder(options, model)
         make = _streams if files[0].kind == STREAM else _examples
-        data, held_out, more = make(options, model, files, others)
-        loss = partial(language_loss, model, model.apply)
-        task = Task(model.apply, model.params, loss, data, held_out, more)
+        task = _language_task(model, *make(options, model, files, others))
     held_out = task.held_out
     if held_out is not None and options.eval_rows:
         held_out = held_out.first(options.eval_rows)
     return dataclasses.replace(task, held_out=held_out, notes=(*notes, *task.notes))
+
+
+def _check_decoder(options: TrainOptions, model: TrainableModel) -> None:
+    if model.apply is None:
+        raise TrainingError(
+            f"{options.model} is an encoder, which cannot predict the next token; use --task "
+            "classification"
+        )
+
+
+def _language_task(
+    model: TrainableModel, data: Source, held_out: Data | None, notes: tuple[str, ...]
+) -> Task:
+    assert model.apply is not None
+    loss = partial(language_loss, model, model.apply)
+    return Task(model.apply, model.params, loss, data, held_out, notes)
+
+
+def _streamed(options: TrainOptions, model: TrainableModel) -> Task:
+    """Return a task whose data is read while it is trained on."""
+    if options.task == CLASSIFICATION:
+        raise TrainingError("--stream is for --task causal-lm; leave it out")
+    _check_decoder(options, model)
+    return _language_task(model, *open_stream(options, model))
 
 
 def language_loss(model: TrainableModel, apply: Apply, adapted: Collection[str]) -> Loss:
@@ -101,13 +130,8 @@ def _streams(
                 f"--eval-split {options.eval_split} leaves a part without a token to predict; "
                 "choose another fraction, or give a file with --eval"
             )
-    judged = _rows_of(held_out, options.length) if held_out else None
-    return _rows_of(trained, options.length), judged, ()
-
-
-def _rows_of(streams: Sequence[np.ndarray], length: int) -> Data:
-    parts = [cut_stream(ids, length).arrays for ids in streams]
-    return Data({name: np.concatenate([part[name] for part in parts]) for name in parts[0]})
+    judged = cut_streams(held_out, options.length) if held_out else None
+    return cut_streams(trained, options.length), judged, ()
 
 
 def _examples(
