@@ -16,6 +16,7 @@ InitName = Literal["kaiming", "gaussian", "orthogonal", "pissa", "pissa_fast", "
 BiasName = Literal["none", "all", "adapted"]
 ScheduleName = Literal["cosine", "constant"]
 PoolingName = Literal["model", "mean"]
+RematName = Literal["none", "sums", "full", "auto"]
 TrainDType = Literal["float32", "bfloat16"]
 
 _MODEL = (
@@ -63,6 +64,11 @@ _PROFILE = "Steps to trace, after the first ones, for TensorBoard and Perfetto."
 _SEED = "Random seed for initialization, data order and dropout."
 _SHUFFLE = "Shuffle rows every epoch, or keep the files' order and pack less tightly."
 _DTYPE = "Dtype of the frozen model; default: the file's."
+_REMAT = (
+    "What is recomputed in the backward pass to save memory: nothing, all but products (sums), or "
+    "whole layers; auto: the least that fits into memory."
+)
+_MEMORY = "Memory per device for --remat auto, in GB; default: what the device or machine has."
 _SCAN = "Scan over stacked layers: compiles faster, but runs slower on a CPU."
 
 
@@ -124,6 +130,8 @@ class TrainOptions:
     shuffle: Annotated[bool, Option(help=_SHUFFLE)] = True
     dtype: Annotated[TrainDType | None, Option(help=_DTYPE)] = None
     scan: Annotated[bool, Option(help=_SCAN)] = False
+    remat: Annotated[RematName, Option(help=_REMAT)] = "none"
+    memory: Annotated[float | None, Option(metavar="GB", help=_MEMORY)] = None
     compile_cache: CompileCacheOption = None
     profile: Annotated[int, Option(min=0, metavar="STEPS", help=_PROFILE)] = 0
     base_name: Annotated[str | None, Option(metavar="NAME", help=_BASE_NAME)] = None

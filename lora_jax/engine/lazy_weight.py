@@ -11,7 +11,7 @@ from jax import lax
 
 from lora_jax.core.dora import dora_gain
 from lora_jax.core.dtypes import accumulator
-from lora_jax.core.meshes import is_sharded, on_mesh_of
+from lora_jax.core.sharding.meshes import is_sharded, on_mesh_of
 from lora_jax.core.weights import LoraWeight, TrainedRows
 from lora_jax.engine.provenance import Provenance
 

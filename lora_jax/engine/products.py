@@ -11,7 +11,7 @@ import jax
 from jax import lax
 
 from lora_jax.core.dtypes import compute_dtype
-from lora_jax.core.meshes import is_sharded
+from lora_jax.core.sharding.meshes import is_sharded
 from lora_jax.engine import named_axes
 from lora_jax.engine.arithmetic import add, cast_for_branch
 from lora_jax.engine.forms import Forms

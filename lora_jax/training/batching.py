@@ -30,6 +30,9 @@ class Source(Protocol):
           own: the rows of each batch that this process needs; others may be empty. None for all.
         """
 
+    def example(self, size: int) -> Batch:
+        """Return a batch for its shapes and dtypes, which all batches share."""
+
     def steps_per_epoch(self, size: int) -> int:
         """Return in how many batches all rows are visited once, if need be an estimate."""
 
@@ -64,6 +67,10 @@ class Data:
             for start in range(place * size, len(self), size):
                 yield self.take(_fill_up(order[start : start + size], size))
             place = 0
+
+    def example(self, size: int) -> Batch:
+        """Return a batch of empty rows, for its shapes and dtypes."""
+        return {name: np.zeros((size, *x.shape[1:]), x.dtype) for name, x in self.arrays.items()}
 
     def steps_per_epoch(self, size: int) -> int:
         """Return how many batches of `size` rows contain all rows."""

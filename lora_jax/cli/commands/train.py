@@ -37,7 +37,7 @@ def command(context: typer.Context, options: TrainOptions) -> None:
 
 
 #: Options that must be above 0, or at least 0; infinite values are refused too.
-_POSITIVE = ("lr", "lora_plus", "alpha")
+_POSITIVE = ("lr", "lora_plus", "alpha", "memory")
 _NOT_NEGATIVE = ("warmup", "clip", "weight_decay")
 
 #: Options of new adapters, which an adapter to start from decides.

@@ -14,7 +14,7 @@ from lora_jax.cli import classifiers, sources
 from lora_jax.cli.errors import ClassifierError
 from lora_jax.cli.fit import Fit
 from lora_jax.cli.jobs.classify import log_probabilities, open_classifier, row_length
-from lora_jax.cli.jobs.train_data import language_loss
+from lora_jax.cli.jobs.train_data import is_packed, language_loss
 from lora_jax.cli.jobs.train_model import to_trainable
 from lora_jax.core.foreign import shown
 from lora_jax.core.tree import adapted_nodes
@@ -80,7 +80,8 @@ def _language_model(
     parts = [_batches_of(rows, tokenizer, length, model.vocabulary) for rows in files]
     data = Data({k: np.concatenate([part.arrays[k] for part in parts]) for k in parts[0].arrays})
     params = loaded.params
-    loss = jax.jit(lora.lora(language_loss(model, model.apply, adapted_nodes(params))))
+    sums = language_loss(model, adapted_nodes(params), packed=is_packed(data))
+    loss = jax.jit(lora.lora(sums))
     found = measure(
         lambda adapters, base, rows: loss(base, rows), None, params, data, min(batch, len(data))
     )

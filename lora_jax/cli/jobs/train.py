@@ -9,7 +9,7 @@ from rich.console import Console
 
 import lora_jax as lora
 from lora_jax.cli import sources
-from lora_jax.cli.jobs import train_results
+from lora_jax.cli.jobs import train_remat, train_results
 from lora_jax.cli.jobs.train_data import Task, read_task
 from lora_jax.cli.jobs.train_model import TrainableModel, open_model
 from lora_jax.cli.jobs.train_start import Start, make_start
@@ -72,10 +72,11 @@ def main(options: TrainOptions, command: str) -> None:
         model.tokenizer.files() if options.add_token else {},
     )
     results.check(adapters)
+    job = _job(options, optimizer, model, task, start, base, adapters, steps)
+    job = train_remat.choose(options, model, task, start.paths, job, adapters, say)
     run_record.begin(options.out, this, resumed, free=("steps",))
     for line in _describe(options, task, start, steps):
         say(line)
-    job = _job(options, optimizer, task, start, base, adapters, steps)
     with Watch(results, steps, optimizer, this, command, console) as watch:
         outcome = train(job, adapters, watch.watcher)
     title = f"{options.model}: rank {start.config.rank}, learning rate {options.lr:g}"
@@ -140,6 +141,7 @@ def _steps(options: TrainOptions, task: Task, resumed: bool) -> int:
 def _job(
     options: TrainOptions,
     optimizer: Optimizer,
+    model: TrainableModel,
     task: Task,
     start: Start,
     base: Any,
@@ -157,7 +159,7 @@ def _job(
         profile=options.profile,
     )
     return Job(
-        loss=task.loss(start.paths),
+        loss=task.loss(model, start.paths),
         base=base,
         tx=optimizer.transformation(adapters, steps),
         rates=optimizer.rates(steps),
@@ -180,6 +182,7 @@ _NOT_RECORDED = {
     *("epochs", "targets", "init", "rank", "alpha", "dora", "rslora", "dropout"),  # by the config
     *("exclude", "layers", "train", "bias"),  # by the config
     "adapter",  # by a checksum of its values
+    *("remat", "memory"),  # the same numbers, computed again or not
     *("add_token", "untie_head"),  # by the config and the checksums of the parameters and batches
 }
 

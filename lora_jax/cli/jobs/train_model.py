@@ -12,9 +12,13 @@ from lora_jax.cli.jobs.train_vocabulary import Vocabulary
 from lora_jax.files import kinds
 from lora_jax.files.naming import Naming
 from lora_jax.models import hf_directory, published_classifier
+from lora_jax.models.bert import Bert
+from lora_jax.models.llama import Llama
 from lora_jax.models.llama_config import LlamaConfig
-from lora_jax.models.pretrained import Pretrained
+from lora_jax.models.pretrained import Apply, Pretrained
+from lora_jax.models.remat import NONE
 from lora_jax.models.text import Tokenizer
+from lora_jax.training.errors import TrainingError
 
 _AS_IT_IS = Vocabulary()
 
@@ -27,7 +31,9 @@ class TrainableModel:
     naming: Naming
     tokenizer: Tokenizer
     apply: Callable[[Any, Any, Any], Any] | None  # (params, ids, segments) -> logits; None for BERT
-    hidden: Callable[[Any, Any, Any], Any]  # (params, ids, segments) -> [rows, length, width]
+    hidden: Callable[..., Any]  # (params, ids, segments or None) -> [rows, length, width]
+    logits: Callable[[Any, Any], Any]  # (params, hidden states) -> [..., vocabulary]
+    module: Bert | Llama  # which these are functions of
     head_path: str  # of the leaf that turns hidden states into logits; "" where there is none
     head: Callable[[Any], Any]  # params -> that leaf as [width, vocabulary]
     kind: str  # of `Pretrained`
@@ -91,15 +97,14 @@ def to_trainable(
     found: Pretrained, tokenizer: Tokenizer, stops: frozenset[int] = frozenset()
 ) -> TrainableModel:
     """Return a loaded model as training sees it; `stops` end what it generates."""
-    run, is_bert = found.apply, found.kind == "bert"
+    is_bert = found.kind == "bert"
     tied = isinstance(found.config, LlamaConfig) and found.config.tie_word_embeddings
     untied = "" if is_bert else "head/kernel"
     return TrainableModel(
         params=found.params,
         naming=found.naming,
         tokenizer=tokenizer,
-        apply=None if is_bert else run,
-        hidden=run if is_bert else lambda *inputs: run(*inputs, method="hidden"),
+        **_functions(found.module),
         head_path="embedding/embedding" if tied else untied,
         head=lambda params: (
             params["embedding"]["embedding"].T if tied else params["head"]["kernel"]
@@ -111,3 +116,28 @@ def to_trainable(
         vocabulary=found.config.vocab_size,
         stops=stops,
     )
+
+
+def with_remat(model: TrainableModel, remat: str) -> TrainableModel:
+    """Return the model with layers that recompute what `remat` says; see `models.remat`.
+
+    Raises:
+      TrainingError: its layers cannot.
+    """
+    if isinstance(model.module, Bert):
+        if remat == NONE:
+            return model
+        raise TrainingError(f"--remat {remat}: is not supported for bert models; leave it out")
+    config = dataclasses.replace(model.module.config, remat=remat)
+    return dataclasses.replace(model, **_functions(model.module.clone(config=config)))
+
+
+def _functions(module: Bert | Llama) -> dict[str, Any]:
+    """Return the fields of a `TrainableModel` that are functions of its module."""
+    run, is_bert = Apply(module), isinstance(module, Bert)
+    return {
+        "module": module,
+        "apply": None if is_bert else run,
+        "hidden": run if is_bert else lambda *inputs: run(*inputs, method="hidden"),
+        "logits": lambda params, states: run(params, states, method="logits"),
+    }

@@ -163,6 +163,10 @@ class Stream:
             while True:
                 yield _lay_out([next(lane) for lane in taken], rows, size)
 
+    def example(self, size: int) -> Batch:
+        """Return a batch of empty rows, for its shapes and dtypes."""
+        return self._samples()[0].example(size)
+
     def steps_per_epoch(self, size: int) -> int:
         """Estimate in how many batches all rows are visited once, by some pieces of them."""
         pieces, samples = self.reader.pieces, self._samples()

@@ -4,6 +4,7 @@ from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 
@@ -100,6 +101,14 @@ def sharding_of_product(
             where[name] = where.get(name) or entry
     mesh = jax.typeof(sharded[0][0]).sharding.mesh
     return NamedSharding(mesh, PartitionSpec(*_each_once([where.get(n) for n in out_names])))
+
+
+def einsum(subscripts: str, x: jax.Array, y: jax.Array, **options: Any) -> jax.Array:
+    """Return `jnp.einsum(subscripts, x, y)`, sharded as `sharding_of_product` says."""
+    operands, _, out = subscripts.partition("->")
+    pairs = list(zip((x, y), operands.split(","), strict=True))
+    sharding = sharding_of_product(pairs, out)
+    return jnp.einsum(subscripts, x, y, out_sharding=sharding, **options)
 
 
 def _each_once(entries: Sequence[Any]) -> list[Any]:
