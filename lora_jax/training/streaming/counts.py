@@ -17,7 +17,7 @@ class Counts:
 
     Args:
       directory: None keeps the counts in memory alone.
-      process: the number of this process, which writes a file of its own.
+      process: the number of this process, which has its own file.
     """
 
     def __init__(self, directory: Path | None, process: int = 0) -> None:

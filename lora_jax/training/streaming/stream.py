@@ -3,8 +3,8 @@
 Row `i` of every batch comes from lane `i`, and the pieces of an epoch are dealt out to the lanes in
 a new order: so a batch mixes rows from as many places as it has rows, times the pieces of a
 window, whose rows are packed together and shuffled. All depends on the seed, the size of a batch
-and the step, not on how many processes read: each reads the lanes of its own rows, and every piece
-is read and tokenized by one process, once per epoch.
+and the step, not on how many processes read: each reads the lanes of the rows that its devices get,
+and every piece is read and tokenized by one process, once per epoch.
 
 Grain would bring worker processes and a shuffle of indices, but packing makes an unknown number of
 rows of each piece, so its samplers have nothing to count; its iterators resume from a state, not
