@@ -64,6 +64,16 @@ _PROFILE = "Steps to trace, after the first ones, for TensorBoard and Perfetto."
 _SEED = "Random seed for initialization, data order and dropout."
 _SHUFFLE = "Shuffle rows every epoch, or keep the files' order and pack less tightly."
 _DTYPE = "Dtype of the frozen model; default: the file's."
+_MESH = (
+    "Devices to train on, by axis, such as fsdp=4,tensor=2 (also data, expert), or auto; default: "
+    "one device."
+)
+_COORDINATOR = (
+    "Address of process 0, for every process of a run, where JAX does not know it (as it does "
+    "under Slurm and Open MPI and on Cloud TPUs)."
+)
+_PROCESSES = "Number of processes, with --coordinator."
+_PROCESS_ID = "Number of this process, counted from 0, with --coordinator."
 _REMAT = (
     "What is recomputed in the backward pass to save memory: nothing, all but products (sums), or "
     "whole layers; auto: the least that fits into memory."
@@ -130,6 +140,10 @@ class TrainOptions:
     shuffle: Annotated[bool, Option(help=_SHUFFLE)] = True
     dtype: Annotated[TrainDType | None, Option(help=_DTYPE)] = None
     scan: Annotated[bool, Option(help=_SCAN)] = False
+    mesh: Annotated[str | None, Option(metavar="AXES", help=_MESH)] = None
+    coordinator: Annotated[str | None, Option(metavar="HOST:PORT", help=_COORDINATOR)] = None
+    processes: Annotated[int | None, Option(min=1, help=_PROCESSES)] = None
+    process_id: Annotated[int | None, Option(min=0, help=_PROCESS_ID)] = None
     remat: Annotated[RematName, Option(help=_REMAT)] = "none"
     memory: Annotated[float | None, Option(metavar="GB", help=_MEMORY)] = None
     compile_cache: CompileCacheOption = None

@@ -14,6 +14,7 @@ from lora_jax.core.foreign import shown
 from lora_jax.files.disk import strict_json
 from lora_jax.files.disk.atomic import write_atomically
 from lora_jax.files.disk.fingerprint import fingerprint, weak_entries
+from lora_jax.files.disk.processes import to_host
 from lora_jax.training.batching import Source
 from lora_jax.training.errors import TrainingError
 
@@ -202,7 +203,7 @@ def _show(settings: Mapping[str, Any], name: str) -> str:
 def checksum(tree: Any) -> str:
     """Return a short checksum of all values of a tree of arrays."""
     digest = hashlib.sha256()
-    for x in jax.device_get(jax.tree.leaves(tree)):
+    for x in to_host(jax.tree.leaves(tree)):
         digest.update(f"{x.dtype} {x.shape}".encode())
         digest.update(np.ascontiguousarray(x).tobytes())
     return digest.hexdigest()[:16]

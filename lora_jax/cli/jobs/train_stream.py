@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from lora_jax.cli.jobs.train_model import TrainableModel
@@ -60,7 +61,7 @@ def open_stream(
         held_out = held_out_rows(judged, options.eval_rows or _EVAL_ROWS)
         if not options.eval_rows and len(held_out) == _EVAL_ROWS:
             notes.append(f"{_EVAL_ROWS} held-out rows are evaluated (see --eval-rows)")
-    return Stream(reader, options.out), held_out, tuple(notes)
+    return Stream(reader, options.out, jax.process_index()), held_out, tuple(notes)
 
 
 def _reader(
