@@ -84,7 +84,9 @@ def main() -> None:
     console = Console()
     table = Table(title=f"losses of {steps} steps; {versions()}")
     for heading in ("processes × devices", "mesh", "first", "last", "largest difference"):
-        table.add_column(heading, justify="left" if heading == "mesh" else "right")
+        table.add_column(
+            heading, justify="left" if heading == "mesh" else "right", no_wrap=heading == "mesh"
+        )
     with tempfile.TemporaryDirectory() as folder:
         alone: list[float] = []
         for processes, devices, mesh in RUNS:
