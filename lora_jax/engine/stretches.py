@@ -8,6 +8,7 @@ JAX inlines them: the program that it records is the same, with the same source 
 """
 
 import functools
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -131,7 +132,8 @@ def _following(
 
 def _place(eqn: Any) -> Any:
     """Return what equations of one stretch have in common: line, name scopes and settings."""
-    return jaxprs.source_line(eqn), eqn.source_info.name_stack, eqn.ctx
+    line = re.sub(r":(\d+):\d+ \(", r":\1 (", jaxprs.source_line(eqn))  # without the column
+    return line, eqn.source_info.name_stack, eqn.ctx
 
 
 def _spelling(eqn: Any) -> Any:
