@@ -20,7 +20,8 @@ def interpret(ctx: Context, jaxpr: Any, consts: Sequence[Any], args: Sequence[An
     """Evaluate `jaxpr`; inputs and outputs are arrays or `LazyWeight`s.
 
     Equations without lazy inputs are handed back to JAX unchanged, with their source lines and name
-    scopes, in stretches where JAX differentiates or maps them. One with lazy inputs goes to its rule; where there is none, the weight is materialized.
+    scopes; in stretches, where JAX differentiates or maps them. One with lazy inputs goes to its
+    rule; where there is none, the weight is materialized.
     """
     with ctx.inside_program(jaxpr):
         return _interpret(ctx, jaxpr, consts, args)

@@ -43,6 +43,11 @@ def equation_context(eqn: Any) -> Iterator[None]:
         yield
 
 
+def line_context(eqn: Any) -> contextlib.AbstractContextManager[None]:
+    """Give what is traced inside the source line of `eqn`, not its name scopes."""
+    return source_info_util.user_context(eqn.source_info.traceback)
+
+
 def are_transformed(values: Any) -> bool:
     """Return whether an array among these is being differentiated or mapped, not only recorded."""
     return any(

@@ -3,8 +3,9 @@
 The equations of a traced program no longer belong to the functions of `jax.numpy` that made them.
 JAX differentiates such a function once for all its calls, and a lone equation again each time,
 which takes several times as long. A stretch is such a function again. Two are equal if they
-compute the same, so the second one, in the next layer or the next program, costs next to nothing.
-JAX inlines them: the program that it records is the same, with the same source lines and names.
+compute the same on the same line, so that of the next layer, or of the next call, costs next to
+nothing.
+JAX inlines them: the program that it compiles is the same, with the same source lines and names.
 """
 
 import functools
@@ -21,7 +22,7 @@ from lora_jax.engine.schedule import Step
 
 
 class _Function:
-    """What a stretch computes; equal to another one that computes the same.
+    """What a stretch computes; equal to another one that computes the same on the same line.
 
     `operations` are equations, each with the numbers of the values that it reads (None for a
     literal): the function's arguments come first, then what each equation returns.
@@ -48,7 +49,9 @@ class _Function:
         values = list(arrays)
         for eqn, reads in self._operations:
             pairs = zip(reads, eqn.invars, strict=True)
-            values += jaxprs.bind(eqn, [a.val if i is None else values[i] for i, a in pairs])
+            inputs = [a.val if i is None else values[i] for i, a in pairs]
+            with jaxprs.line_context(eqn):
+                values += jaxprs.bind(eqn, inputs)
         return [values[i] for i in self._outputs]
 
 
@@ -93,7 +96,8 @@ class Stretch(NamedTuple):
         ]
         operations = [(eqn, i) for (eqn, _), i in zip(found, reads, strict=True)]
         returned = tuple(number[v] for v in outputs)
-        spelling = (len(inputs), returned, *reads, *(spelled for _, spelled in found))
+        line = _line(found[0][0])
+        spelling = (line, len(inputs), returned, *reads, *(spelled for _, spelled in found))
         return cls(_Function(operations, returned, spelling), inputs, outputs, len(found))
 
     def run(self, env: Mapping[Any, Any]) -> list[Any]:
@@ -108,7 +112,8 @@ def bind(eqn: Any, values: Sequence[Any]) -> list[Any]:
         return jaxprs.bind(eqn, values)
     n = len(values)
     outputs = range(n, n + len(eqn.outvars))
-    return _jitted(_Function([(eqn, range(n))], outputs, (n, spelled)))(*values)
+    spelling = (_line(eqn), n, spelled)
+    return _jitted(_Function([(eqn, range(n))], outputs, spelling))(*values)
 
 
 def _following(
@@ -132,8 +137,12 @@ def _following(
 
 def _place(eqn: Any) -> Any:
     """Return what equations of one stretch have in common: line, name scopes and settings."""
-    line = re.sub(r":(\d+):\d+ \(", r":\1 (", jaxprs.source_line(eqn))  # without the column
-    return line, eqn.source_info.name_stack, eqn.ctx
+    return _line(eqn), eqn.source_info.name_stack, eqn.ctx
+
+
+def _line(eqn: Any) -> str:
+    """Return the user's line, without the column."""
+    return re.sub(r":(\d+):\d+ \(", r":\1 (", jaxprs.source_line(eqn))
 
 
 def _spelling(eqn: Any) -> Any:
