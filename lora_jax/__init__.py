@@ -63,6 +63,7 @@ __all__ = [
     "save_sums",
     "schedule_free_eval_params",
     "set_scale",
+    "shardings",
     "split",
     "summary",
     "unmerge",

@@ -9,6 +9,7 @@ from lora_jax.adapters.norms import norms
 from lora_jax.adapters.on_original import on_original
 from lora_jax.adapters.opened import partition_specs
 from lora_jax.adapters.optim import freeze, groups, labels, lora_fa, lora_plus, mask
+from lora_jax.adapters.shardings import shardings
 from lora_jax.adapters.split import join, split
 from lora_jax.adapters.summary import count_params, summary
 from lora_jax.adapters.switches import disable, set_scale, with_dropout
@@ -91,6 +92,7 @@ __all__ = [
     "save_sums",
     "schedule_free_eval_params",
     "set_scale",
+    "shardings",
     "split",
     "summary",
     "unmerge",

@@ -1,7 +1,7 @@
 """`init`: add A and B to every targeted weight of a parameter tree."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -19,6 +19,7 @@ from lora_jax.core.host_memory import on_device
 from lora_jax.core.layout import Layout
 from lora_jax.core.params_argument import params_first
 from lora_jax.core.paths import path_key
+from lora_jax.core.sharding.placement import Placement
 from lora_jax.core.weights import Adapted, LoraWeight, TrainedLeaf, TrainedRows, restrict
 from lora_jax.engine.custom_rules import Rule
 from lora_jax.initializers import INITIALIZERS
@@ -33,6 +34,7 @@ def init(
     rules: Mapping[str, Rule] | None = None,
     argnum: int = 0,
     argname: str | None = None,
+    fsdp: str | Sequence[str] | None = None,
     **kwargs: Any,
 ) -> Any:
     """Replace each targeted kernel by a `LoraWeight`; the function does not change yet.
@@ -52,7 +54,13 @@ def init(
       rounded weight alone, but not equal.
 
     The last four decompose each weight. One that is sharded along explicit mesh axes is gathered
-    for that: its base keeps the sharding, and A and B are whole on every device.
+    for that, and its base keeps the sharding.
+
+    On a mesh every array that trains is sharded as its weight is: A along the in axes, B and the
+    magnitude along the out axes, all along the axis of experts, but not along the mesh axes that
+    shard the examples (FSDP), see `fsdp`. So a step pays for no communication beyond that of the
+    frozen model but the sum of the gradients. See `shardings` for the tree of them. Under `jax.jit`
+    only shardings along explicit axes are known: pass `out_shardings=shardings(...)` to it there.
 
     Args:
       key: a random key. The key of each weight is folded from it and the weight's path.
@@ -64,6 +72,10 @@ def init(
       rules: what custom primitives in `fn` do with weights, as for `lora`; see `Rule`.
       argnum: the position of the parameters among the arguments of `fn`, if they are not first.
       argname: the name of the keyword argument that they are, in place of `argnum`.
+      fsdp: the names of the mesh axes that shard weights only to save memory. None means those that
+        shard the first sharded axis of an array in `args` or `kwargs`, and those called `data`,
+        `fsdp`, `dp`, `ddp`, `batch` or `replica`, also as a part, as in `dcn_data`. Experts stay
+        sharded along an axis that shards the batch too, unless it has such a name.
       **kwargs: example keyword arguments.
 
     Returns:
@@ -77,7 +89,8 @@ def init(
       LayoutError: the shape of a weight does not decide its layout, and no function is given.
       ConfigError: `config` is not a `LoraConfig`, `fn` not a function or a rule not a `Rule`; or a
         weight cannot be initialized: "orthogonal" needs an even rank, initializers that divide by
-        the scale a positive one, and a custom initializer must return the expected shapes.
+        the scale a positive one, and a custom initializer must return the expected shapes. Or
+        `fsdp` names no axis of the base's mesh, or the example arguments do not agree on the axes.
 
     >>> import jax, jax.numpy as jnp
     >>> params = {"dense": {"kernel": jnp.ones((4, 3)), "bias": jnp.ones(3)}}
@@ -88,10 +101,13 @@ def init(
     if callable(fn):
         fn = params_first("init", fn, argnum, argname)
     plan = make_plan("init", params, config, fn, args, kwargs, rules)
-    return finish(plan, _adapt_all(key, plan, plan.config), plan.config)
+    placement = Placement.of("init", plan.leaves.values(), fsdp, (args, kwargs))
+    return finish(plan, _adapt_all(key, plan, plan.config, placement), plan.config, placement)
 
 
-def finish(plan: Plan, weights: Mapping[str, LoraWeight], config: LoraConfig) -> Any:
+def finish(
+    plan: Plan, weights: Mapping[str, LoraWeight], config: LoraConfig, placement: Placement
+) -> Any:
     """Return the adapted tree: these weights in the chosen layers, and all else that trains."""
     flax_bytes.register()
     nodes: dict[str, Adapted] = {
@@ -101,16 +117,19 @@ def finish(plan: Plan, weights: Mapping[str, LoraWeight], config: LoraConfig) ->
     }
     for path, mask in plan.masks.items():
         nodes[path] = restrict(nodes[path], plan.leaves[path], mask)
+    nodes = {path: placement.place(node, plan.leaves[path]) for path, node in nodes.items()}
     return plan.rebuild([nodes.get(path, leaf) for path, leaf in plan.leaves.items()])
 
 
-def _adapt_all(key: jax.Array, plan: Plan, config: LoraConfig) -> dict[str, LoraWeight]:
+def _adapt_all(
+    key: jax.Array, plan: Plan, config: LoraConfig, placement: Placement
+) -> dict[str, LoraWeight]:
     """Return the adapted weights by path; all that cannot be initialized are listed at once."""
     nodes: dict[str, LoraWeight] = {}
     problems: list[str] = []
     for path, layout in plan.layouts.items():
         try:
-            nodes[path] = _adapt(key, path, plan.leaves[path], layout, config)
+            nodes[path] = _adapt(key, path, plan.leaves[path], layout, config, placement)
         except ConfigError as error:
             problems.append(f"{path}: {error}")
     if problems:
@@ -118,7 +137,9 @@ def _adapt_all(key: jax.Array, plan: Plan, config: LoraConfig) -> dict[str, Lora
     return nodes
 
 
-def _adapt(key: jax.Array, path: str, w: Any, layout: Layout, config: LoraConfig) -> LoraWeight:
+def _adapt(
+    key: jax.Array, path: str, w: Any, layout: Layout, config: LoraConfig, placement: Placement
+) -> LoraWeight:
     chosen = config.for_path(path)
     initializer = config.init if callable(config.init) else INITIALIZERS[config.init]
 
@@ -129,7 +150,7 @@ def _adapt(key: jax.Array, path: str, w: Any, layout: Layout, config: LoraConfig
 
     node = on_shapes(initialize, key, w)
     _check_initialized(node, w, chosen.rank, config.dtype)
-    node = dataclasses.replace(node, w=_place_like(w, node.w))
+    node = placement.place(dataclasses.replace(node, w=_place_like(w, node.w)), w)
     if not config.dora:
         return node
     norms = on_shapes(lambda node: column_norms(node).astype(config.dtype), node)

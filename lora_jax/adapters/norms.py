@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lora_jax.adapters.optim import TRAINED_FIELDS
+from lora_jax.adapters.kept_shardings import TRAINED_FIELDS
 from lora_jax.core.dora import column_products, dora_gain
 from lora_jax.core.dtypes import accumulator
 from lora_jax.core.errors import StructureError

@@ -6,12 +6,15 @@ where the parameters have a `LoraWeight`.
 """
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 from jax.sharding import PartitionSpec
 
 from lora_jax.core.boxes import axis_names, is_box, is_variable, opened, with_axis_names
+from lora_jax.core.sharding.data_axes import DataAxes, as_names
+from lora_jax.core.sharding.placement import entries_of_fields
 from lora_jax.core.weights import Adapted, LoraWeight, TrainedLeaf, TrainedRows, is_adapted
 
 
@@ -30,7 +33,8 @@ def open_nodes(tree: Any) -> Any:
         node, put = opened(unit)
         if not is_adapted(node):
             return unit
-        names, own = axis_names(unit), _axis_names_of_fields(node, axis_names(unit) or ())
+        names = axis_names(unit)
+        own = entries_of_fields(node, names or (), DataAxes())
         boxed = lambda field, x: x
         if names is not None:
             boxed = lambda field, x: with_axis_names(unit, x, own[field])
@@ -42,17 +46,20 @@ def open_nodes(tree: Any) -> Any:
     return jax.tree.map(one, tree, is_leaf=_is_unit)
 
 
-def partition_specs(params: Any) -> Any:
+def partition_specs(params: Any, *, fsdp: str | Sequence[str] | None = None) -> Any:
     """Return the `PartitionSpec` of each leaf, from the axis names in Flax's boxes.
 
     Linen's `nn.get_partition_spec` and NNX's `nnx.get_partition_spec` know one box, and so one
     specification, for a whole adapted weight. Here A `[*batch, *in, rank]` and B
-    `[*batch, rank, *out]` take those names that belong to their axes, and scale and magnitude
-    do, too; the rank has no name. A leaf without a box has `PartitionSpec()`.
+    `[*batch, rank, *out]` take those names that belong to their axes, without the names of axes
+    that shard the examples, and scale and magnitude do, too; the rank has no name. A leaf without
+    a box has `PartitionSpec()`. For arrays that lie on a mesh already, see `shardings`.
 
     Args:
       params: a joined tree or an overlay, of arrays or `ShapeDtypeStruct`s, whose leaves are
         Linen's `Partitioned` or `LogicallyPartitioned`, or NNX variables with `out_sharding`.
+      fsdp: the names that A and B do without, as for `init`: also logical ones that stand for such
+        a mesh axis, ("embed",). None means `data`, `fsdp`, `dp`, `ddp`, `batch` and `replica`.
 
     Returns:
       A tree without boxes, with adapted nodes of `PartitionSpec`s. Logical names stay, for
@@ -63,35 +70,21 @@ def partition_specs(params: Any) -> Any:
     >>> params = lora_jax.init(jax.random.key(0), params, lora_jax.LoraConfig(rank=2))
     >>> specs = partition_specs(params)["kernel"]
     >>> specs.w, specs.a, specs.b, specs.scale
-    (P('data', 'model'), P('data', None), P(None, 'model'), P())
+    (P('data', 'model'), P(None, None), P(None, 'model'), P())
     """
+
+    axes = DataAxes(None if fsdp is None else as_names("partition_specs", fsdp))
 
     def one(unit: Any) -> Any:
         node, _ = opened(unit)
         names = axis_names(unit) or ()
         if not is_adapted(node):
             return PartitionSpec(*names)
-        own = _axis_names_of_fields(node, names)
+        own = entries_of_fields(node, names, axes)
         fields = {field: x for field, x in _fields(node).items() if x is not None}
         return dataclasses.replace(node, **{name: PartitionSpec(*own[name]) for name in fields})
 
     return jax.tree.map(one, params, is_leaf=lambda x: is_box(x) or is_adapted(x))
-
-
-def _axis_names_of_fields(node: Adapted, names: tuple[Any, ...]) -> dict[str, tuple[Any, ...]]:
-    """Return the axis names of each field of a node whose weight has these."""
-    if isinstance(node, TrainedLeaf):
-        return {"w": names, "value": names, "scale": ()}
-    if not names:
-        return dict.fromkeys(_fields(node), ())
-    if isinstance(node, TrainedRows):
-        value = tuple(None if i == node.axis else names[i] for i in node.order)
-        return {"w": names, "value": value, "scale": ()}
-    batch, ins, outs = (node.layout.select(kind, names) for kind in "bio")
-    return {
-        **{"w": names, "a": (*batch, *ins, None), "b": (*batch, None, *outs)},
-        **{"scale": batch, "magnitude": (*batch, *outs), "key": batch},
-    }
 
 
 def close_nodes(tree: Any, like: Any) -> Any:

@@ -9,14 +9,13 @@ from typing import Any
 import jax
 import optax
 
+from lora_jax.adapters.kept_shardings import TRAINED_FIELDS
 from lora_jax.adapters.partition import FREEZE, TRAIN, by_label
 from lora_jax.core.errors import ConfigError, StructureError, TargetError, grouped
 from lora_jax.core.paths import flatten_with_paths
 from lora_jax.core.patterns import compile_regex, lookup, nearest
 from lora_jax.core.tree import require_adapted
 from lora_jax.core.weights import LoraWeight, is_adapted
-
-TRAINED_FIELDS = ("a", "b", "magnitude", "value")
 
 
 def labels(params: Any) -> Any:

@@ -8,6 +8,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from lora_jax.adapters.kept_shardings import (
+    keep_shardings,
+    place_state,
+    shardings_of_trained,
+)
 from lora_jax.adapters.opened import close_nodes, open_nodes
 from lora_jax.core.dtypes import is_floating
 from lora_jax.core.tree import adapted_nodes
@@ -23,6 +28,7 @@ def by_label(
     """Apply each transformation to the leaves with its label; "freeze" gets an update of -0.0.
 
     The transformations, and their state, see adapted nodes as dictionaries, see `open_nodes`.
+    Gradients and state are sharded as the arrays that train in `params` are, on a mesh.
     Arguments beyond the parameters are passed on: trees like the gradients with the same leaves
     left out, and functions of the parameters so that they get whole trees.
 
@@ -33,7 +39,7 @@ def by_label(
       params: a tree to take the labels of where what comes has no adapted nodes, such as the
         placeholder of `optax.tree_map_params`.
     """
-    own = label(params)
+    own, shardings = label(params), shardings_of_trained(params)
     transforms = {**transforms, FREEZE: _unchanged()}
 
     def partition(tree: Any) -> optax.GradientTransformationExtraArgs:
@@ -41,7 +47,7 @@ def by_label(
         return optax.partition(transforms, lambda _: labels, mask_compatible_extra_args=True)
 
     def init(params: Any) -> Any:
-        return partition(params).init(open_nodes(params))
+        return place_state(partition(params).init(open_nodes(params)), shardings)
 
     def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> Any:
         like: Any = jax.tree.structure(updates)
@@ -51,7 +57,8 @@ def by_label(
             elif callable(value):
                 extra[name] = _on_whole(value, params)
         opened = None if params is None else open_nodes(params)
-        new, state = partition(updates).update(open_nodes(updates), state, opened, **extra)
+        gradients = keep_shardings(open_nodes(updates), shardings)
+        new, state = partition(updates).update(gradients, state, opened, **extra)
         return close_nodes(new, updates), state
 
     return optax.GradientTransformationExtraArgs(init, update)

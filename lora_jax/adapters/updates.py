@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lora_jax.adapters.optim import TRAINED_FIELDS
+from lora_jax.adapters.kept_shardings import TRAINED_FIELDS
 from lora_jax.adapters.partition import only_trained, with_frozen
 from lora_jax.core.tree import require_adapted
 from lora_jax.core.weights import is_adapted

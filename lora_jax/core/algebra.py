@@ -10,6 +10,7 @@ from lora_jax.core.dora import by_output, gain_from_norms, output_letters
 from lora_jax.core.dtypes import accumulator
 from lora_jax.core.host_memory import on_device
 from lora_jax.core.layout import subscripts
+from lora_jax.core.sharding.meshes import einsum, on_mesh_of, reshard_like
 from lora_jax.core.weights import Adapted, LoraWeight, TrainedLeaf, TrainedRows, scaled_factors
 
 
@@ -26,7 +27,7 @@ def delta(weight: LoraWeight) -> jax.Array:
     sub_a, sub_b, _, sub_w = subscripts(weight.layout)
     a, b = scaled_factors(weight, accumulator(weight.a.dtype, weight.b.dtype))
     # A merge must not lose digits to an accelerator's fast modes of reduced precision.
-    return jnp.einsum(f"{sub_a},{sub_b}->{sub_w}", a, b, precision=jax.lax.Precision.HIGHEST)
+    return einsum(f"{sub_a},{sub_b}->{sub_w}", a, b, precision=jax.lax.Precision.HIGHEST)
 
 
 def dense(node: Adapted, dtype: Any = None) -> jax.Array:
@@ -42,7 +43,7 @@ def dense(node: Adapted, dtype: Any = None) -> jax.Array:
     if isinstance(node, TrainedRows):
         w = node.w.astype(dtype)
         return node.replace(w, jnp.where(node.scale != 0, node.value.astype(dtype), node.select(w)))
-    update = delta(node)
+    update = reshard_like(on_mesh_of(delta(node), node.w), node.w)
     total = node.w.astype(accumulator(update.dtype, node.w.dtype)) + update
     if node.magnitude is not None:
         ins = node.layout.positions("i")

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from lora_jax.core.dtypes import accumulator
 from lora_jax.core.host_memory import on_device
 from lora_jax.core.layout import Layout, pick, subscripts
-from lora_jax.core.meshes import is_sharded
+from lora_jax.core.sharding.meshes import einsum, is_sharded, on_mesh_of, reshard_like
 from lora_jax.core.weights import LoraWeight, scaled_factors
 
 
@@ -44,20 +44,21 @@ def column_products(node: LoraWeight) -> tuple[jax.Array, jax.Array, jax.Array]:
     formed. They are constants to the derivative.
     """
     w, a, b, scale = jax.lax.stop_gradient((on_device(node.w), node.a, node.b, node.scale))
+    a, b = on_mesh_of(a, w), on_mesh_of(b, w)
     node = LoraWeight(w, a, b, scale, layout=node.layout)
     sub_a, sub_b, batch, sub_w = subscripts(node.layout)
     dtype = accumulator(w.dtype, a.dtype, b.dtype)
-    einsum = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
+    product = functools.partial(einsum, precision=jax.lax.Precision.HIGHEST)
     narrow = w.dtype if w.dtype.itemsize <= 2 else dtype
     pair = _rank_first(a.astype(narrow), len(batch)), w.astype(narrow)
     sub_rank_first = f"{batch}Z{sub_a[len(batch) : -1]}"
-    crossed = einsum(f"{sub_rank_first},{sub_w}->{sub_b}", *pair, preferred_element_type=dtype)
+    crossed = product(f"{sub_rank_first},{sub_w}->{sub_b}", *pair, preferred_element_type=dtype)
     a, b = scaled_factors(node, dtype)
-    gram = einsum(f"{sub_a},{sub_a.replace('Z', 'Y')}->{batch}ZY", a, a)
-    squared = einsum(f"{batch}ZY,{sub_b.replace('Z', 'Y')}->{sub_b}", gram, b)
+    gram = product(f"{sub_a},{sub_a.replace('Z', 'Y')}->{batch}ZY", a, a)
+    squared = product(f"{batch}ZY,{sub_b.replace('Z', 'Y')}->{sub_b}", gram, b)
     own = jnp.square(w.astype(dtype)).sum(node.layout.positions("i"))
-    rank = len(batch)
-    return by_output(node.layout, own), (b * crossed).sum(rank), (b * squared).sum(rank)
+    crossed, squared = ((b * reshard_like(x, b)).sum(len(batch)) for x in (crossed, squared))
+    return reshard_like(by_output(node.layout, own), squared), crossed, squared
 
 
 def _rank_first(a: jax.Array, n_batch: int) -> jax.Array:
@@ -71,8 +72,10 @@ def _rank_first(a: jax.Array, n_batch: int) -> jax.Array:
 def gain_from_norms(node: LoraWeight, norms: jax.Array) -> jax.Array:
     """Return `magnitude / norms`; 1 where the scale or the norm is 0."""
     scale, norms = jax.lax.stop_gradient((node.scale, norms))
+    magnitude = on_mesh_of(node.magnitude, norms)
+    norms = reshard_like(norms, magnitude)
     on = jnp.expand_dims(scale != 0, range(scale.ndim, norms.ndim)) & (norms > 0)
-    return jnp.where(on, node.magnitude.astype(norms.dtype) / jnp.where(on, norms, 1), 1)
+    return jnp.where(on, magnitude.astype(norms.dtype) / jnp.where(on, norms, 1), 1)
 
 
 def output_letters(layout: Layout) -> str:

@@ -51,6 +51,19 @@ class ChatTemplateError(LoraError):
     """A chat template is malformed, violates its sandbox, or rejects the conversation."""
 
 
+class OtherProcessError(LoraError):
+    """Another process of the same program failed, so this one stops too.
+
+    Attributes:
+      process: the number of the one that failed.
+      reason: its message.
+    """
+
+    def __init__(self, process: int, reason: str) -> None:
+        super().__init__(f"process {process}: {reason}")
+        self.process, self.reason = process, reason
+
+
 class AssetError(RuntimeError):
     """A published file cannot be downloaded; the message says what to do in one line."""
 

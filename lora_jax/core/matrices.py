@@ -8,7 +8,7 @@ import jax
 from jax import lax
 
 from lora_jax.core.layout import Layout
-from lora_jax.core.meshes import gathered
+from lora_jax.core.sharding.meshes import gathered
 
 
 def to_matrices(w: jax.Array, layout: Layout) -> jax.Array:

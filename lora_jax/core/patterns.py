@@ -109,16 +109,16 @@ def _users_level() -> int:
     return level
 
 
-def lookup(table: Mapping[str, Any], path: str) -> tuple[str, Any] | None:
+def lookup(table: Mapping[str, Any], path: str, field: str = "overrides") -> tuple[str, Any] | None:
     """Return (key, value) for the first key in `table` that matches `path`, or None.
 
     A key matches as a path suffix, as a module above the leaf, or as a regex for the whole path.
-    The path itself wins, then that of its module.
+    The path itself wins, then that of its module. `field` names the table in errors.
     """
     for exact in (path, path.rpartition("/")[0]):
         if exact in table:
             return exact, table[exact]
     for key, value in table.items():
-        if names_module(key, path) or compile_regex("overrides", key).fullmatch(path):
+        if names_module(key, path) or compile_regex(field, key).fullmatch(path):
             return key, value
     return None

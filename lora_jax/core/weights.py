@@ -14,8 +14,8 @@ from lora_jax.core.abstract import on_shapes
 from lora_jax.core.errors import StructureError
 from lora_jax.core.host_memory import on_device
 from lora_jax.core.layout import Layout, subscripts
-from lora_jax.core.meshes import sharding_without
 from lora_jax.core.not_an_array import NotAnArray
+from lora_jax.core.sharding.meshes import sharding_without
 from lora_jax.core.short_repr import describe_fields, describe_node, describe_value, has_arrays
 
 

@@ -9,7 +9,7 @@ from jax import lax
 
 from lora_jax.core.dtypes import accumulator, compute_dtype, wider
 from lora_jax.core.host_memory import in_memory_of, on_device
-from lora_jax.core.meshes import on_mesh_of, reshard_like
+from lora_jax.core.sharding.meshes import on_mesh_of, reshard_like
 from lora_jax.engine import named_axes
 from lora_jax.engine.lazy_weight import Axis, LazyWeight
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from lora_jax.core.meshes import sharding_of_product
+from lora_jax.core.sharding.meshes import sharding_of_product
 
 Names = Sequence[Hashable]
 

@@ -17,10 +17,11 @@ from lora_jax.core.config import LoraConfig
 from lora_jax.core.errors import AdapterFileError, StructureError, grouped
 from lora_jax.core.paths import flatten_with_paths
 from lora_jax.core.patterns import nearest
+from lora_jax.core.sharding.placement import Placement
 from lora_jax.core.tree import require_adapted
 from lora_jax.core.weights import Adapted, TrainedLeaf, check_fits, is_adapted
 from lora_jax.files import native_schema
-from lora_jax.files.disk import safetensors_file, strict_json
+from lora_jax.files.disk import processes, safetensors_file, strict_json
 from lora_jax.files.disk.fingerprint import (
     differences,
     fingerprint,
@@ -48,6 +49,8 @@ def save(
     contains the layouts, the configuration, `metadata`, and a fingerprint of the base, so that
     `load` can reject another base.
 
+    Where arrays span processes, all processes call this together, and process 0 writes.
+
     Args:
       path: the file; an existing one is replaced in one step.
       adapters: an overlay, or a joined tree, which brings its own base.
@@ -59,6 +62,7 @@ def save(
       StructureError: the tree contains no adapters, a value is abstract, NaN or infinite, or
         `base` does not fit.
       TypeError: `metadata` contains something that JSON cannot represent.
+      OtherProcessError: process 0 cannot write the file; it raises the `OSError`.
 
     >>> import tempfile, jax, jax.numpy as jnp, lora_jax
     >>> config = lora_jax.LoraConfig(rank=1)
@@ -94,7 +98,11 @@ def save(
         "config": json.dumps(config.to_dict() if config is not None else None),
         "metadata": json.dumps(dict(metadata or {})),
     }
-    safetensors_file.write(path, _tensors(nodes), header)
+    tensors = _tensors(nodes)
+    processes.by_first(
+        lambda: safetensors_file.write(path, tensors, header),
+        several=processes.span_processes(adapters, base),
+    )
 
 
 def _tensors(nodes: Mapping[str, Adapted]) -> dict[str, np.ndarray]:
@@ -108,7 +116,7 @@ def _tensors(nodes: Mapping[str, Adapted]) -> dict[str, np.ndarray]:
         raise StructureError(
             "save: these are abstract (ShapeDtypeStruct), without values: " + ", ".join(abstract)
         )
-    values: dict[str, np.ndarray] = jax.device_get(arrays)
+    values: dict[str, np.ndarray] = processes.to_host(arrays)
     bad = [name for name, x in values.items() if not np.isfinite(x).all()]
     if bad:  # `load` would reject them
         raise StructureError("save: NaN or infinite values in " + ", ".join(bad))
@@ -177,22 +185,25 @@ def read_metadata(path: str | os.PathLike) -> dict[str, Any]:
     return _header(path, safetensors_file.headers(path).metadata)
 
 
-def load(path: str | os.PathLike, base: Any) -> Any:
+def load(path: str | os.PathLike, base: Any, *, fsdp: str | Sequence[str] | None = None) -> Any:
     """Load the adapters in a file as an overlay of `base`, as in `join(base, load(path, base))`.
 
     Args:
       path: a file that `save` wrote.
       base: the parameter tree that the adapters were trained on, or a joined tree, of which only
         the base is used. Concrete leaves must have the values that the file was saved with.
+      fsdp: the names of the mesh axes that shard weights only to save memory. On a mesh factors
+        are sharded as their weights are, but not along these; None stands for `data`, `fsdp`, `dp`,
+        `ddp`, `batch` and `replica`, see `shardings`.
 
     Raises:
       AdapterFileError: the file is missing, damaged (NaN and infinite values count as damage), not
         lora_jax's, or made for another base. All differences are listed at once.
     """
-    return fit(read_file(path), base)
+    return fit(read_file(path), base, fsdp)
 
 
-def fit(file: NativeFile, base: Any) -> Any:
+def fit(file: NativeFile, base: Any, fsdp: str | Sequence[str] | None = None) -> Any:
     """Return the adapters of a file as an overlay of `base`; what `load` does after reading."""
     base = base_of(base)
     leaves, treedef = flatten_with_paths(base, is_leaf=is_adapted)
@@ -224,7 +235,11 @@ def fit(file: NativeFile, base: Any) -> Any:
             f"{file.path}: the adapters in this file do not fit this base:\n"
             + strict_json.lines(problems, "weights")
         )
-    in_jax = {name: jax.tree.map(jnp.asarray, node) for name, node in nodes.items()}
+    placement = Placement.of("load", leaves.values(), fsdp)
+    in_jax = {
+        name: placement.place(jax.tree.map(jnp.asarray, node), leaves[name])
+        for name, node in nodes.items()
+    }
     return jax.tree_util.tree_unflatten(treedef, [in_jax.get(name) for name in leaves])
 
 

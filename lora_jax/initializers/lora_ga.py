@@ -15,10 +15,10 @@ from lora_jax.core.dtypes import accumulator, round_to
 from lora_jax.core.errors import ConfigError, TargetError, grouped
 from lora_jax.core.linalg import randomized_svd, truncated_svd
 from lora_jax.core.matrices import as_factors, map_matrices
-from lora_jax.core.meshes import gathered, reshard_like
 from lora_jax.core.params_argument import params_first
 from lora_jax.core.paths import path_key
 from lora_jax.core.patterns import Pattern
+from lora_jax.core.sharding.meshes import gathered, reshard_like
 from lora_jax.core.tree import map_adapted
 from lora_jax.core.weights import LoraWeight
 from lora_jax.initializers.example_batches import Batch, as_batches, sum_over_batches

@@ -10,7 +10,7 @@ from lora_jax.core.dtypes import accumulator
 from lora_jax.core.errors import ConfigError
 from lora_jax.core.layout import Layout
 from lora_jax.core.matrices import as_factors, from_matrices, map_matrices
-from lora_jax.core.meshes import reshard_like
+from lora_jax.core.sharding.meshes import reshard_like
 
 #: `(w', a, b)`: the base weight to keep (`w` itself if it stays as it is), A and B.
 InitialValues = tuple[Any, jax.Array, jax.Array]

@@ -16,6 +16,7 @@ from flax import linen as nn
 
 from lora_jax.core.checks import is_size, is_within
 from lora_jax.core.foreign import shown_value
+from lora_jax.models.attention import Sight, attend
 from lora_jax.models.llama_config import EPSILONS
 
 
@@ -120,13 +121,12 @@ class SelfAttention(nn.Module):
     config: BertConfig
 
     @nn.compact
-    def __call__(self, x: jax.Array, visible: jax.Array) -> jax.Array:
-        """Mix each token with those it can see.
+    def __call__(self, x: jax.Array, segments: jax.Array) -> jax.Array:
+        """Mix each token with those of its segment.
 
         Args:
           x: `[batch, length, width]`.
-          visible: boolean `[batch, 1, query, key]`, true where the query may see the
-            key.
+          segments: integers or booleans `[batch, length]`.
 
         Returns:
           The same shape and dtype as `x`.
@@ -139,9 +139,7 @@ class SelfAttention(nn.Module):
             return y.reshape(batch, length, heads, width // heads)
 
         query, key, value = project("query"), project("key"), project("value")
-        scores = jnp.einsum("bqhd,bkhd->bhqk", query, key) / np.sqrt(width // heads).astype(x.dtype)
-        scores = jnp.where(visible, scores, jnp.finfo(x.dtype).min)
-        mixed = jnp.einsum("bhqk,bkhd->bqhd", jax.nn.softmax(scores, axis=-1), value)
+        mixed = attend(query, key, value, Sight(segments, segments), causal=False)
         return nn.Dense(width, name="output")(mixed.reshape(batch, length, width))
 
 
@@ -151,11 +149,11 @@ class BertLayer(nn.Module):
     config: BertConfig
 
     @nn.compact
-    def __call__(self, x: jax.Array, visible: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, segments: jax.Array) -> jax.Array:
         """Map `[batch, length, width]` to the same shape and dtype, as `SelfAttention` does."""
         c = self.config
         norm = partial(nn.LayerNorm, epsilon=c.layer_norm_eps)
-        x = norm(name="attention_norm")(x + SelfAttention(c, name="attention")(x, visible))
+        x = norm(name="attention_norm")(x + SelfAttention(c, name="attention")(x, segments))
         y = ACTIVATIONS[c.hidden_act](nn.Dense(c.intermediate_size, name="intermediate")(x))
         return norm(name="output_norm")(x + nn.Dense(c.hidden_size, name="output")(y))
 
@@ -192,9 +190,8 @@ class Bert(nn.Module):
             )
         types = jnp.zeros_like(ids) if types is None else types
         x = Embeddings(c, name="embeddings")(ids, segments, types)
-        visible = segments[:, None, :, None] == segments[:, None, None, :]
         for i in range(c.num_hidden_layers):
-            x = BertLayer(c, name=f"layer_{i}")(x, visible)
+            x = BertLayer(c, name=f"layer_{i}")(x, segments)
         return x
 
 

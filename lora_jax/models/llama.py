@@ -12,7 +12,9 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from lora_jax.models.attention import Sight, attend
 from lora_jax.models.llama_config import LlamaConfig
+from lora_jax.models.remat import rematerialized
 from lora_jax.models.rope import rotate
 
 
@@ -52,8 +54,7 @@ class _Places:
 
     cos: jax.Array  # [batch or 1, length, head_dim / 2]
     sin: jax.Array
-    visible: jax.Array  # bool [batch or 1, length, slots]
-    filled: jax.Array  # slot of the first of them in the cache, 0 without one
+    sight: Sight  # where they are in the cache, and what they see of it
 
 
 class Attention(nn.Module):
@@ -81,25 +82,20 @@ class Attention(nn.Module):
         def project(name: str, heads: int) -> jax.Array:
             return _dense(c, heads * size, c.attention_bias, name)(x)
 
-        query = project("query", c.num_attention_heads).reshape(batch, length, groups, -1, size)
+        heads = c.num_attention_heads
+        query = project("query", heads).reshape(batch, length, heads, size)
         key = project("key", groups).reshape(batch, length, groups, size)
         value = project("value", groups).reshape(batch, length, groups, size)
         query, key = (rotate(t, places.cos, places.sin) for t in (query, key))
-        key, value = key.swapaxes(1, 2), value.swapaxes(1, 2)
         if cached is not None:
-            start = (0, 0, places.filled, 0)
-            cached = key, value = tuple(
-                jax.lax.dynamic_update_slice(old, new.astype(old.dtype), start)
+            start = (0, 0, jnp.asarray(places.sight.first), 0)
+            cached = tuple(
+                jax.lax.dynamic_update_slice(old, new.swapaxes(1, 2).astype(old.dtype), start)
                 for old, new in zip(cached, (key, value), strict=True)
             )
-        # The heads that share a key are adjacent (g): no key is repeated in memory.
-        scores = jnp.einsum(
-            "bqkgd,bktd->bkqgt", query, key.astype(c.dtype), preferred_element_type=jnp.float32
-        )
-        scores = jnp.where(places.visible[:, None, :, None], scores * size**-0.5, -1e30)
-        weights = jax.nn.softmax(scores, axis=-1).astype(c.dtype)
-        mixed = jnp.einsum("bkqgt,bktd->bqkgd", weights, value.astype(c.dtype))
-        mixed = mixed.reshape(batch, length, c.num_attention_heads * size)
+            key, value = (x.swapaxes(1, 2).astype(c.dtype) for x in cached)
+        mixed = attend(query, key, value, places.sight, causal=True, window=c.sliding_window)
+        mixed = mixed.reshape(batch, length, heads * size)
         return _dense(c, c.hidden_size, c.output_bias, "output")(mixed), cached
 
 
@@ -163,7 +159,7 @@ class Llama(nn.Module):
 
     def setup(self) -> None:
         c = self.config
-        layer = nn.remat(LlamaLayer, prevent_cse=not c.scan) if c.remat else LlamaLayer
+        layer = rematerialized(LlamaLayer, c.remat, scan=c.scan)
         self.embedding = nn.Embed(
             c.vocab_size, c.hidden_size, dtype=c.dtype, param_dtype=c.param_dtype
         )
@@ -267,20 +263,24 @@ def _locate(
     _check_length(c, length)
     if cache is not None and length > cache.length:
         raise ValueError(f"{length} tokens do not fit into a cache with {cache.length} slots")
-    filled = jnp.zeros((), jnp.int32) if cache is None else cache.filled
-    slots = length if cache is None else cache.length
-    back = jnp.arange(length)[None, :, None] + filled - jnp.arange(slots)[None, None, :]
-    visible = back >= 0
     if segments is None and cache is None:
-        positions = jnp.arange(length)[None]
+        places = jnp.arange(length)[None]
+        return _Places(*c.rope.angles(places, c.head_dim), Sight()), None
+    own = jnp.ones(ids.shape, jnp.int32) if segments is None else segments.astype(jnp.int32)
+    if cache is None:
+        sight = Sight(own, own)
     else:
-        own = jnp.ones(ids.shape, jnp.int32) if segments is None else segments.astype(jnp.int32)
-        segments = own
-        if cache is not None:
-            segments = jax.lax.dynamic_update_slice(cache.segments, own, (0, filled))
-        visible = visible & (own[:, :, None] == segments[:, None, :])
-        positions = visible.sum(-1) - 1  # of each token in its own text
-    if c.sliding_window is not None:
-        visible = visible & (back < c.sliding_window)
-    cos, sin = c.rope.angles(positions, c.head_dim)
-    return _Places(cos, sin, visible, filled), segments
+        every = jax.lax.dynamic_update_slice(cache.segments, own, (0, cache.filled))
+        sight = Sight(own, every, cache.filled)
+    cos, sin = c.rope.angles(_positions(sight), c.head_dim)
+    return _Places(cos, sin, sight), sight.key_segments
+
+
+def _positions(sight: Sight) -> jax.Array:
+    """Return the position of each token in its text, part of which may be in the cache."""
+    own, every = sight.segments, sight.key_segments
+    assert own is not None and every is not None
+    slot = jnp.arange(own.shape[1]) + (0 if sight.first is None else sight.first)
+    before = slot[:, None] >= jnp.arange(every.shape[1])[None, :]
+    # One fused sum: the square is never in memory.
+    return ((own[:, :, None] == every[:, None, :]) & before[None]).sum(-1) - 1

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 from lora_jax.core.checks import is_size, is_within
 from lora_jax.core.foreign import shown_value
+from lora_jax.models.remat import policy_name
 from lora_jax.models.rope import Rope
 
 #: Defaults per model type, for what its config.json leaves out.
@@ -31,12 +32,14 @@ class LlamaConfig:
         have a bias.
       sliding_window: how many tokens a token sees, itself included; None for all before it.
       scan: stack the layers' parameters and run the layers in one `lax.scan`.
-      remat: recompute each layer in the backward pass instead of storing its activations.
+      remat: which activations each layer recomputes in the backward pass instead of storing them:
+        none (False), full (True), or sums (all but the results of products).
       dtype: dtype of the computation; norms, rotations and the softmax are always in float32.
       param_dtype: dtype of the parameters that `init` creates.
 
     Raises `ValueError` at construction for a size below one, head counts that do not divide, an
-    odd head size, an activation other than `silu` or a dtype that is not in `PARAM_DTYPES`.
+    odd head size, an activation other than `silu`, an unknown `remat`, or a dtype that is not in
+    `PARAM_DTYPES`.
     """
 
     vocab_size: int
@@ -56,7 +59,7 @@ class LlamaConfig:
     mlp_bias: bool = False
     sliding_window: int | None = None
     scan: bool = False
-    remat: bool = False
+    remat: bool | str = False
     dtype: str = "float32"
     param_dtype: str = "float32"
 
@@ -80,6 +83,10 @@ class LlamaConfig:
             )
         if self.head_dim % 2:
             raise ValueError(f"LlamaConfig: rotations need an even head_dim, got {self.head_dim}")
+        try:
+            policy_name(self.remat)
+        except ValueError as error:
+            raise ValueError(f"LlamaConfig: {error}") from None
         for name, allowed in (
             ("hidden_act", ("silu",)),
             ("dtype", PARAM_DTYPES),

@@ -24,8 +24,8 @@ A model is any function `(params, ids, segments) -> logits`; a loss returns sums
 program: a classifier on a pretrained encoder.
 
 Step by step: `dataset` reads files, `tokenize` and `classification` make token ids, `batching`
-packs them into rows, `loss` and `step` train on a batch, `loop` runs the steps. `progress` and
-`loss_curve` show a run; they need the extra `lora-jax[demo]`.
+packs them into rows, `loss`, `chunked_loss` and `step` train on a batch, `loop` runs the steps.
+`progress` and `loss_curve` show a run; they need the extra `lora-jax[demo]`.
 """
 
 from lora_jax.training.batching import (
@@ -39,6 +39,10 @@ from lora_jax.training.batching import (
     pack_labelled,
     pack_texts,
 )
+from lora_jax.training.chunked_loss import (
+    language_sums_of_frozen_head,
+    language_sums_of_trained_head,
+)
 from lora_jax.training.classification import (
     Classifier,
     classes,
@@ -50,7 +54,7 @@ from lora_jax.training.dataset import Row, Rows, read_rows
 from lora_jax.training.errors import DataError, TrainingError
 from lora_jax.training.interrupt import interruptible
 from lora_jax.training.loop import Job, Outcome, Settings, Watcher, steps_of_epochs, train
-from lora_jax.training.loss import class_sums, language_sums, language_sums_of_frozen_head
+from lora_jax.training.loss import class_sums, language_sums
 from lora_jax.training.optimizer import Optimizer
 from lora_jax.training.step import State, init_state, make_evaluation, make_step
 from lora_jax.training.tokenize import encode_examples, encode_stream
@@ -82,6 +86,7 @@ __all__ = [
     "interruptible",
     "language_sums",
     "language_sums_of_frozen_head",
+    "language_sums_of_trained_head",
     "make_evaluation",
     "make_step",
     "pack_examples",

@@ -9,13 +9,17 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from lora_jax.core.foreign import shown
+from lora_jax.files.disk import processes
 from lora_jax.training import checkpoint_steps
 from lora_jax.training.errors import TrainingError
 
@@ -28,6 +32,9 @@ _DELETED = ".deleted"  # old steps are renamed into it, so that none is ever the
 
 class Checkpoints:
     """The last checkpoints in a directory, by step.
+
+    In a program of several processes all of them make one, and call its methods together; each
+    writes its shards, so the directory must be one that all of them see.
 
     Args:
       directory: created if missing.
@@ -45,7 +52,9 @@ class Checkpoints:
             todelete_subdir=_DELETED,
         )
         self._empty()
-        for name, problem in checkpoint_steps.damaged(self.directory).items():
+        damaged = checkpoint_steps.damaged(self.directory)
+        processes.together(lambda: None)  # all have looked before one of them moves it
+        for name, problem in damaged.items():
             self._move_away(name, problem)
         self._manager = self._open(options)
 
@@ -84,7 +93,9 @@ class Checkpoints:
         Raises:
           TrainingError: it does not, or the directory cannot be written to.
         """
-        arrays = sum(x.nbytes for x in jax.tree.leaves(state))
+        processes.together(lambda: self._reserve(sum(map(_bytes_here, jax.tree.leaves(state)))))
+
+    def _reserve(self, arrays: int) -> None:
         size = arrays + arrays // 4 + _OVERHEAD
         try:
             with tempfile.TemporaryFile(dir=self.directory) as file:
@@ -102,6 +113,10 @@ class Checkpoints:
         if step in self._manager.all_steps():
             return
         self.reserve(state)
+        processes.together(lambda: self._save(step, jax.tree.map(_on_all_processes, state)))
+        self._empty()
+
+    def _save(self, step: int, state: Any) -> None:
         metadata = {checkpoint_steps.STEP: step}
         try:
             with _quiet():
@@ -113,7 +128,6 @@ class Checkpoints:
                 shutil.rmtree(unfinished, ignore_errors=True)
             message = self._explain(error, f"the checkpoint of step {step}")
             raise TrainingError(message) from error
-        self._empty()
 
     def _explain(self, error: Exception, what: str) -> str:
         """Return one line for a failure to write, without the words of other libraries."""
@@ -128,7 +142,8 @@ class Checkpoints:
 
     def _empty(self) -> None:
         """Delete the old steps that were put aside. After a kill the next process does it."""
-        shutil.rmtree(self.directory / _DELETED, ignore_errors=True)
+        if processes.is_first():
+            shutil.rmtree(self.directory / _DELETED, ignore_errors=True)
 
     def restore(self, like: Any) -> tuple[int, Any] | None:
         """Return the last readable checkpoint with its step, or None without any checkpoint.
@@ -146,9 +161,7 @@ class Checkpoints:
         failures: dict[int, str] = {}
         for step in reversed(self.steps()):
             try:
-                with _quiet():
-                    found = self._manager.restore(step, args=ocp.args.StandardRestore(target))
-                _check_like(found, target)
+                found = processes.together(partial(self._restore, step, target))
             except Exception as error:  # whatever Orbax meets in a damaged file
                 failures[step] = " ".join(str(error).split()) or type(error).__name__
             else:
@@ -156,7 +169,7 @@ class Checkpoints:
                     self._move_away(str(later), problem)
                 if failures:
                     self._manager.reload()
-                return step, found
+                return step, jax.tree.map(_placed_like, found, like)
         why = [shown(problem) for problem in failures.values()]
         why += [f"unreadable/{shown(x)}" for x in checkpoint_steps.moved_away(self.directory)]
         if why:
@@ -166,9 +179,21 @@ class Checkpoints:
             )
         return None
 
+    def _restore(self, step: int, target: Any) -> Any:
+        with _quiet():
+            found = self._manager.restore(step, args=ocp.args.StandardRestore(target))
+        _check_like(found, target)
+        return found
+
     def _move_away(self, name: str, problem: str) -> None:
         """Move a directory that cannot be read, and say so."""
-        place = checkpoint_steps.move_away(self.directory, name)
+        place = self.directory / name
+
+        def move() -> None:
+            nonlocal place
+            place = checkpoint_steps.move_away(self.directory, name)
+
+        processes.by_first(move)
         warnings.warn(
             f"{self.directory}: the checkpoint {shown(name)} cannot be read ({shown(problem)}); "
             f"it was moved to {checkpoint_steps.UNREADABLE}/{shown(place.name)}",
@@ -208,4 +233,38 @@ def _quiet() -> Iterator[None]:
 
 
 def _abstract(x: Any) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=getattr(x, "sharding", None))
+    sharding = _everywhere() if _is_local(x) else getattr(x, "sharding", None)
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+
+def _is_local(x: Any) -> bool:
+    """Return whether an array lies in this process alone, which Orbax saves only if it is alone."""
+    return isinstance(x, jax.Array) and x.is_fully_addressable and jax.process_count() > 1
+
+
+def _everywhere() -> NamedSharding:
+    """Return the sharding of arrays that every device of every process has whole."""
+    mesh = jax.make_mesh((jax.device_count(),), ("all",), (AxisType.Auto,))
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def _on_all_processes(x: Any) -> Any:
+    """Return an array as Orbax saves it; one that lies in one process is the same in all."""
+    if not _is_local(x):
+        return x
+    value = jax.device_get(x)
+    return jax.make_array_from_callback(x.shape, _everywhere(), lambda index: value[index])
+
+
+def _placed_like(found: Any, like: Any) -> Any:
+    """Return an array that was read where `like` is."""
+    if not _is_local(like):
+        return found
+    return jax.device_put(np.asarray(found), like.sharding)
+
+
+def _bytes_here(x: Any) -> int:
+    """Return how many bytes of an array this process writes."""
+    if not isinstance(x, jax.Array):
+        return x.nbytes
+    return sum(shard.data.nbytes for shard in x.addressable_shards if shard.replica_id == 0)

@@ -39,12 +39,27 @@ def _is_record(x: Any) -> bool:
     return all(is_number(x[name]) for name in ("loss", "eval_loss") if name in x)
 
 
+def read_until(path: Path, step: int) -> list[dict[str, Any]]:
+    """Return the records up to `step`."""
+    return [record for record in read(path) if record["step"] <= step]
+
+
 def rewind(path: Path, step: int) -> list[dict[str, Any]]:
     """Drop the records after `step`, which a resumed run writes again, and return the others."""
-    kept = [record for record in read(path) if record["step"] <= step]
+    kept = read_until(path, step)
     if path.exists():
         write_atomically(path, "".join(json.dumps(r) + "\n" for r in kept).encode())
     return kept
+
+
+def without_speed(record: Record) -> dict[str, Any]:
+    """Return a record without what differs between two runs of the same steps: time and memory."""
+    return {name: x for name, x in record.items() if name not in _OF_THE_MACHINE}
+
+
+_OF_THE_MACHINE = {
+    *("seconds", "eval_seconds", "tokens_per_second", "flops", "flops_per_second", "peak_bytes"),
+}
 
 
 def losses(records: list[dict[str, Any]]) -> tuple[list[int], list[float]]:

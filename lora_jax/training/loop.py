@@ -1,19 +1,29 @@
 """The loop: steps, evaluations, checkpoints and a log. Resuming is exact to the bit."""
 
+import dataclasses
+import itertools
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import optax
 
+from lora_jax.files.disk.processes import is_first, together
 from lora_jax.training import log
-from lora_jax.training.batching import Data, batch_of_step, batches, steps_per_epoch
+from lora_jax.training.batching import Batch, Data, Source, batches
+from lora_jax.training.distributed.agreement import agreeing
 from lora_jax.training.errors import TrainingError
 from lora_jax.training.run_files import RunFiles
+from lora_jax.training.running.ahead import Late, place_ahead
+from lora_jax.training.running.feed import Feed
+from lora_jax.training.running.flops import flops_of_step
+from lora_jax.training.running.profile import Profile, steps_to_profile
+from lora_jax.training.running.speed import speed
 from lora_jax.training.step import Loss, State, init_state, make_evaluation, make_step
 
 
@@ -32,12 +42,13 @@ class Settings:
     shuffle: bool = True  # a new order every epoch; otherwise the rows as they stand
     eval_every: int = 0  # steps; 0 evaluates only before the first step and after the last
     save_every: int = 0  # steps; 0 saves only after the last
+    profile: int = 0  # steps to trace into the job's directory, once the first ones are done
 
     def __post_init__(self) -> None:
         for name in ("steps", "rows", "accumulate"):
             if getattr(self, name) < 1:
                 raise TrainingError(f"{name} must be positive, got {getattr(self, name)}")
-        for name in ("seed", "eval_every", "save_every"):
+        for name in ("seed", "eval_every", "save_every", "profile"):
             if getattr(self, name) < 0:
                 raise TrainingError(f"{name} must not be negative, got {getattr(self, name)}")
 
@@ -55,16 +66,22 @@ class Job:
       held_out: rows to evaluate on, if any.
       rates: the learning rate of each step, only for the log.
       directory: for the checkpoints and `log.jsonl`; with None nothing is written.
+      place: puts a batch on the device, or on the devices of a mesh: `jax.device_put`, if need be
+        with a sharding. The loop calls it before the step that the batch is for.
+      own_rows: the rows of each batch that this process's devices get, as `rows_of` returns them; a
+        stream reads no others. None for all.
     """
 
     loss: Loss
     base: Any
     tx: optax.GradientTransformation
-    data: Data
+    data: Source
     settings: Settings
     held_out: Data | None = None
     rates: Callable[[int], Any] | None = None
     directory: Path | None = None
+    place: Callable[[Batch], Any] = jax.device_put
+    own_rows: Collection[int] | None = None
 
 
 @dataclass(frozen=True)
@@ -76,6 +93,7 @@ class Watcher:
     best: Callable[[Any, log.Record], None] = lambda adapters, record: None  # lowest loss so far
     start: Callable[[int], None] = lambda done: None  # called once, with the steps done before
     saved: Callable[[Any, int], None] = lambda adapters, step: None  # called after a checkpoint
+    profiled: Callable[[str], None] = lambda line: None  # called with where the trace is
 
 
 @dataclass(frozen=True)
@@ -93,43 +111,36 @@ def train(job: Job, adapters: Any, watcher: Watcher = Watcher()) -> Outcome:
     Data order and dropout depend on seed and step alone, so a resumed run takes the same steps,
     to the bit, as one that was never interrupted.
 
+    The device does not wait for the host: batches are placed before their step, and what a step
+    measured is read once one or two more are dispatched. Those are in the run, too, when the
+    watcher asks to stop. A checkpoint or an evaluation comes after the records of all its steps.
+
+    In a run of several processes, all call this with the same job, whose arrays span them. They
+    stop together when a watcher of one of them asks for it, and process 0 writes the log.
+
     Args:
       job: the loss, the data, the settings.
       adapters: the initial adapters, as `lora_jax.split` returns them; they are left unchanged.
       watcher: callbacks, one of which may stop the run.
 
     Raises:
+      DataError: rows of a stream cannot be read; the state before their step is saved.
       TrainingError: the loss or the gradient is not finite (the state before that step is saved,
         and resuming continues from it), checkpoints cannot be written or read, or more steps are
         done than requested.
     """
-    settings = job.settings
-    with RunFiles(job.directory, watcher.saved) as files:
+    with (
+        agreeing(watcher.stop) as (stop, fail),
+        RunFiles(job.directory, watcher.saved, fail) as files,
+    ):
+        watcher = dataclasses.replace(watcher, stop=stop)
         done, state = files.resume(init_state(adapters, job.tx))
         _check_done(job, done)
         watcher.start(done)
-
-        def note(record: dict[str, Any]) -> None:
-            files.note(record)
-            watcher.step(record)
-
-        evaluate = _make_evaluate(job, watcher, files.records, note)
-        step = make_step(job.loss, job.tx, settings.accumulate, settings.seed)
-        evaluate(done, state)
-        while done < settings.steps and not watcher.stop():
-            state, record = _take_step(job, step, done, state)
-            unfit = _what_is_not_finite(record)
-            if unfit:
-                files.save(done, state)  # the step left the state as it was
-                raise TrainingError(_explain_not_finite(unfit, record, files))
-            note(record)
-            done += 1
-            if not watcher.stop():
-                evaluate(done, state)
-            if _is_due(done, settings.save_every, settings.steps):
-                files.save(done, state)
-        files.save(done, state)
-    return Outcome(state.adapters, done, files.records)
+        run = _Run(job, watcher, files, done, state)
+        run.steps()
+        files.save(run.done, run.state)
+    return Outcome(run.state.adapters, run.done, files.records)
 
 
 def _check_done(job: Job, done: int) -> None:
@@ -140,34 +151,108 @@ def _check_done(job: Job, done: int) -> None:
         )
 
 
-def _take_step(
-    job: Job, step: Callable[..., Any], done: int, state: State
-) -> tuple[State, dict[str, Any]]:
-    """Take one step, and return the new state and the step's record for the log."""
-    began = time.perf_counter()
+class _Run:
+    """The steps of a run that are dispatched, and the records of those that were read."""
+
+    def __init__(
+        self, job: Job, watcher: Watcher, files: RunFiles, done: int, state: State
+    ) -> None:
+        self.done, self.state = done, state  # the last step dispatched, and the state after it
+        self._first = done + 1
+        self._flops: int | None = None  # of a step, once that was traced
+        self._job, self._watcher, self._files = job, watcher, files
+        self._evaluate = _make_evaluate(job, watcher, files.records, self._note)
+        self._feed = _feed(job, done)
+        self._late: Late[int] = Late(self._read)
+
+    def steps(self) -> None:
+        """Take the steps that are left, until the watcher stops them."""
+        job, settings, stop = self._job, self._job.settings, self._watcher.stop
+        step = make_step(job.loss, job.tx, settings.accumulate, settings.seed, self.state)
+        ahead = int(self.state.step) - self.done
+        self._evaluate(self.done, self.state)
+        with self._profile() as profile:
+            while self.done < settings.steps and not stop():
+                profile.before(self.done + 1)
+                began = time.perf_counter()
+                inputs = (self.state, job.base, self._feed.next(), np.int32(self.done + ahead))
+                self._flops = self._flops or flops_of_step(step, *inputs)
+                with jax.profiler.StepTraceAnnotation("train", step_num=self.done + 1):
+                    self.state, measured = step(*inputs)
+                rate = job.rates(self.done) if job.rates else None
+                self.done += 1
+                self._late.put(self.done, (measured, rate), began)
+                profile.after(self.done)
+                self._pause()
+        self._late.read_all()
+
+    def _pause(self) -> None:
+        """Evaluate and save after a step, if that is due."""
+        settings, stop = self._job.settings, self._watcher.stop
+        is_saved = _is_due(self.done, settings.save_every, settings.steps)
+        if is_saved or _is_due(self.done, settings.eval_every, settings.steps):
+            self._late.read_all()
+            if not stop():
+                self._evaluate(self.done, self.state)
+        if is_saved:
+            self._files.save(self.done, self.state)
+
+    def _profile(self) -> Profile:
+        job, count = self._job, self._job.settings.profile
+        steps = range(self._first, job.settings.steps + 1)
+        is_here = job.directory is not None and is_first()
+        chosen = steps_to_profile(steps, count) if is_here else range(0)
+        directory = (job.directory or Path()) / "profile"
+        return Profile(chosen, directory, self._late.read_all, self._watcher.profiled)
+
+    def _read(self, step: int, found: tuple[Any, Any], seconds: float) -> None:
+        """Write the record of a step, unless it failed."""
+        measured, rate = found
+        values = {name: float(x) for name, x in measured.items()}
+        unfit = _what_is_not_finite(values)
+        if unfit:
+            self._files.save(step - 1, self.state)  # this step and later ones left it as it was
+            together(self._feed.check)
+            raise TrainingError(_explain_not_finite(unfit, values[unfit], step, self._files))
+        record = _record(step, values, rate, seconds)
+        if step > self._first:  # which compiled
+            record |= speed(record, self._flops)
+        self._note(record)
+
+    def _note(self, record: dict[str, Any]) -> None:
+        self._files.note(record)
+        self._watcher.step(record)
+
+
+def _feed(job: Job, done: int) -> Feed:
+    """Return the batches of the steps that are left."""
     settings = job.settings
     size, order = settings.rows * settings.accumulate, settings.seed if settings.shuffle else None
-    batch = batch_of_step(job.data, size, order, done)
-    state, measured = step(state, job.base, batch)
-    values = {name: float(x) for name, x in jax.device_get(measured).items()}
-    return state, {
-        "step": done + 1,
+    found = job.data.batches_from(size, order, done, job.own_rows)
+    left = itertools.islice(found, settings.steps - done)
+    return Feed(left, job.place, lambda: job.data.example(size))
+
+
+def _record(step: int, values: Mapping[str, float], rate: Any, seconds: float) -> dict[str, Any]:
+    """Return a step's record for the log."""
+    return {
+        "step": step,
         "loss": values["loss"],
         "tokens": round(values["weight"]),
-        **({"lr": float(job.rates(done))} if job.rates else {}),
+        **({} if rate is None else {"lr": float(rate)}),
         "gradient_norm": values["gradient_norm"],
-        "seconds": round(time.perf_counter() - began, 4),
+        "seconds": round(seconds, 4),
         **({"accuracy": values["right"] / values["weight"]} if "right" in values else {}),
     }
 
 
-def _what_is_not_finite(record: log.Record) -> str | None:
-    return next((n for n in ("loss", "gradient_norm") if not math.isfinite(record[n])), None)
+def _what_is_not_finite(values: Mapping[str, float]) -> str | None:
+    return next((n for n in ("loss", "gradient_norm") if not math.isfinite(values[n])), None)
 
 
-def _explain_not_finite(name: str, record: log.Record, files: RunFiles) -> str:
+def _explain_not_finite(name: str, value: float, step: int, files: RunFiles) -> str:
     advice = (
-        f"step {record['step']}: the {name.replace('_', ' ')} is {record[name]}; lower the "
+        f"step {step}: the {name.replace('_', ' ')} is {value}; lower the "
         "learning rate (--lr), lengthen the warm-up (--warmup) or use float32 (--dtype float32)"
     )
     if files.checkpoints is None:
@@ -191,7 +276,7 @@ def _make_evaluate(
         if held_out is None or not due or any(r["step"] == done for r in known):
             return
         began = time.perf_counter()
-        found = measure(run, state.adapters, job.base, held_out, job.settings.rows)
+        found = measure(run, state.adapters, job.base, held_out, job.settings.rows, job.place)
         record = {"step": done, **found, "eval_seconds": round(time.perf_counter() - began, 4)}
         if all(found["eval_loss"] < r["eval_loss"] for r in known):
             watcher.best(state.adapters, record)
@@ -201,22 +286,34 @@ def _make_evaluate(
 
 
 def measure(
-    run: Callable[..., Any], adapters: Any, base: Any, data: Data, rows: int
+    run: Callable[..., Any],
+    adapters: Any,
+    base: Any,
+    data: Data,
+    rows: int,
+    place: Callable[[Batch], Any] = jax.device_put,
 ) -> dict[str, float]:
     """Measure the loss over all of `data`, counting each token or text once.
 
     Args:
       run: from `make_evaluation`.
       rows: rows per batch.
+      place: as in `Job`.
 
     Returns:
       "eval_loss", and "perplexity" (its exponential) for a language model or "eval_accuracy" for
       a classifier.
     """
     total: dict[str, float] = {}
-    for batch in batches(data, rows):
-        for name, value in jax.device_get(run(adapters, base, batch)).items():
+
+    def add(_: None, sums: Mapping[str, Any], __: float) -> None:
+        for name, value in sums.items():
             total[name] = total.get(name, 0.0) + float(value)
+
+    late: Late[None] = Late(add)
+    for batch in place_ahead(batches(data, rows), place):
+        late.put(None, run(adapters, base, batch), 0.0)
+    late.read_all()
     loss = total["loss"] / total["weight"]
     if "right" in total:
         return {"eval_loss": loss, "eval_accuracy": total["right"] / total["weight"]}
@@ -227,11 +324,11 @@ def _is_due(done: int, every: int, steps: int) -> bool:
     return done == steps or (every > 0 and done % every == 0)
 
 
-def steps_of_epochs(epochs: float, data: Data, size: int) -> int:
+def steps_of_epochs(epochs: float, data: Source, size: int) -> int:
     """Return how many steps of `size` rows go through `data` that many times.
 
     >>> import numpy as np
     >>> steps_of_epochs(2, Data({"ids": np.zeros((10, 3))}), size=4)
     6
     """
-    return max(1, round(epochs * steps_per_epoch(len(data), size)))
+    return max(1, round(epochs * data.steps_per_epoch(size)))

@@ -58,81 +58,9 @@ def language_sums(
     def sums(params: Any, batch: JaxBatch) -> LossSums:
         read, (targets, weights) = split_batch(batch)
         losses = cross_entropy(apply(params, *read), targets)
-        return _sum_weighted(losses, weights)
+        return sum_weighted(losses, weights)
 
     return sums
-
-
-def language_sums_of_frozen_head(
-    hidden: Callable[[Any, jax.Array, jax.Array], jax.Array],
-    head: Callable[[Any], jax.Array],
-    chunk: int = 512,
-) -> Callable[[Any, JaxBatch], LossSums]:
-    """Return `language_sums` for a model whose head is frozen, `chunk` tokens at a time.
-
-    The gradient of the hidden states is computed together with the loss, so logits live no longer
-    than their chunk and are computed once. The head gets no gradient.
-
-    Args:
-      hidden: `(params, ids, segments) -> [rows, length, width]`.
-      head: `params -> [width, vocabulary]`, a plain array.
-      chunk: tokens per chunk, static.
-    """
-
-    def sums(params: Any, batch: JaxBatch) -> LossSums:
-        read, (targets, weights) = split_batch(batch)
-        states = hidden(params, *read)
-        flat = (states.reshape(-1, states.shape[-1]), targets.ravel(), weights.ravel())
-        pieces = tuple(_split_into_chunks(x, chunk) for x in flat)
-        return {"loss": _total_loss(pieces[0], head(params), *pieces[1:]), "weight": weights.sum()}
-
-    return sums
-
-
-@jax.custom_vjp
-def _total_loss(
-    states: jax.Array, kernel: jax.Array, targets: jax.Array, weights: jax.Array
-) -> jax.Array:
-    """Sum the loss of states in chunks `[chunks, chunk, width]`."""
-
-    def one(total: jax.Array, piece: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
-        return total + _chunk_loss(piece[0], kernel, *piece[1:]), None
-
-    zero = jnp.zeros((), jnp.promote_types(states.dtype, jnp.float32))
-    return jax.lax.scan(one, zero, (states, targets, weights))[0]
-
-
-def _chunk_loss(
-    states: jax.Array, kernel: jax.Array, targets: jax.Array, weights: jax.Array
-) -> jax.Array:
-    return _sum_weighted(cross_entropy(states @ kernel, targets), weights)["loss"]
-
-
-def _total_and_slopes(
-    states: jax.Array, kernel: jax.Array, targets: jax.Array, weights: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """Return the same sum, and its gradient with respect to the states."""
-
-    def one(total: jax.Array, piece: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
-        loss, slope = jax.value_and_grad(_chunk_loss)(piece[0], kernel, *piece[1:])
-        return total + loss, slope
-
-    zero = jnp.zeros((), jnp.promote_types(states.dtype, jnp.float32))
-    return jax.lax.scan(one, zero, (states, targets, weights))
-
-
-def _scale_slopes(slopes: jax.Array, outer: jax.Array) -> tuple[jax.Array, None, None, None]:
-    return (slopes * outer).astype(slopes.dtype), None, None, None
-
-
-_total_loss.defvjp(_total_and_slopes, _scale_slopes)
-
-
-def _split_into_chunks(x: jax.Array, chunk: int) -> jax.Array:
-    """Reshape `[n, ...]` to `[chunks, chunk, ...]`, padded with zeros: targets of weight 0."""
-    missing = -len(x) % chunk
-    padded = jnp.pad(x, [(0, missing), *[(0, 0)] * (x.ndim - 1)])
-    return padded.reshape(-1, chunk, *x.shape[1:])
 
 
 def class_sums(
@@ -150,14 +78,15 @@ def class_sums(
 
     def sums(params: Any, batch: JaxBatch) -> LossSums:
         logits = apply(params, batch["ids"], batch["segments"])
-        found = _sum_weighted(cross_entropy(logits, batch["labels"]), batch["weights"])
+        found = sum_weighted(cross_entropy(logits, batch["labels"]), batch["weights"])
         hits = (logits.argmax(axis=-1) == batch["labels"]) * batch["weights"]
         return {**found, "right": hits.sum()}
 
     return sums
 
 
-def _sum_weighted(losses: jax.Array, weights: jax.Array) -> LossSums:
+def sum_weighted(losses: jax.Array, weights: jax.Array) -> LossSums:
+    """Sum losses times weights, and weights, of one shape."""
     # `where`, not a product: values at padding may be infinite.
     counted = jnp.where(weights > 0, losses * weights.astype(losses.dtype), 0)
     return {"loss": counted.sum(), "weight": weights.sum()}

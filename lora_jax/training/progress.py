@@ -17,10 +17,12 @@ from rich.progress import (
 )
 
 from lora_jax.training.log import Record
+from lora_jax.training.running.speed import in_units
 
 Item = TypeVar("Item")
 
 _BAR_WIDTH = 14  # so that all columns fit into 80
+_WIDE = 110  # columns that hold all of the speed
 _RECENT = 20  # steps that the speed is measured over
 
 
@@ -35,13 +37,14 @@ class Pace:
     """
 
     def __init__(self) -> None:
-        self._steps: list[tuple[float, float]] = []  # seconds, tokens
+        self._steps: list[tuple[float, float, float]] = []  # seconds, tokens, operations
         self._has_compiled = False
 
     def add(self, record: Record) -> None:
         """Take the record of a step into account."""
         if self._has_compiled:
-            self._steps = [*self._steps, (record["seconds"], record["tokens"])][-_RECENT:]
+            measured = (record["seconds"], record["tokens"], record.get("flops", 0))
+            self._steps = [*self._steps, measured][-_RECENT:]
         self._has_compiled = True
 
     @property
@@ -52,13 +55,21 @@ class Pace:
     @property
     def seconds_per_step(self) -> float:
         """The mean over the last steps."""
-        return float(np.mean([seconds for seconds, _ in self._steps]))
+        return float(np.mean([seconds for seconds, *_ in self._steps]))
 
     @property
     def tokens_per_second(self) -> float:
         """Tokens trained on per second, over the last steps."""
-        seconds, tokens = np.sum(self._steps, axis=0)
-        return float(tokens / max(seconds, 1e-9))
+        return self._per_second(1)
+
+    @property
+    def flops_per_second(self) -> float:
+        """Operations per second, over the last steps; 0 if they are not known."""
+        return self._per_second(2)
+
+    def _per_second(self, column: int) -> float:
+        sums = np.sum(self._steps, axis=0)
+        return float(sums[column] / max(sums[0], 1e-9))
 
 
 def lines(say: Callable[[str], None], steps: int, every: int) -> Callable[[Record], None]:
@@ -85,7 +96,7 @@ def lines(say: Callable[[str], None], steps: int, every: int) -> Callable[[Recor
 
 
 def describe_step(record: Record, pace: Pace, steps: int) -> str:
-    """Return a step in words: loss, learning rate, and, once they are known, speed and time left.
+    """Return a step in words: loss, learning rate, and once they are known speed and time left.
 
     >>> pace, record = Pace(), {"step": 3, "loss": 2.5, "lr": 2e-4, "tokens": 1200, "seconds": 0.5}
     >>> describe_step(record, pace, steps=243)
@@ -94,13 +105,27 @@ def describe_step(record: Record, pace: Pace, steps: int) -> str:
     >>> pace.add(record)
     >>> describe_step(record, pace, steps=243)
     'step 3 of 243: loss 2.500, lr 2.0e-04, 2,400 tokens/s, 0:02:00 left'
+    >>> pace, record = Pace(), {**record, "flops": 3 * 10**12, "peak_bytes": 27 * 10**9}
+    >>> pace.add(record)
+    >>> pace.add(record)
+    >>> describe_step(record, pace, steps=243).partition("tokens/s, ")[2]
+    '6.00 TFLOP/s, peak 27.0 GB, 0:02:00 left'
     """
     rate = f", lr {record['lr']:.1e}" if "lr" in record else ""
     words = f"step {record['step']} of {steps}: loss {record['loss']:.3f}{rate}"
     if not pace.is_known:
         return words
     left = datetime.timedelta(seconds=round(pace.seconds_per_step * (steps - record["step"])))
-    return f"{words}, {pace.tokens_per_second:,.0f} tokens/s, {left} left"
+    return ", ".join([words, *_describe_speed(record, pace, "tokens/s"), f"{left} left"])
+
+
+def _describe_speed(record: Record, pace: Pace, tokens: str) -> list[str]:
+    words = [f"{pace.tokens_per_second:,.0f} {tokens}"]
+    if pace.flops_per_second:
+        words.append(in_units(pace.flops_per_second, "FLOP/s"))
+    if "peak_bytes" in record:
+        words.append(f"peak {in_units(record['peak_bytes'], 'B')}")
+    return words
 
 
 @contextmanager
@@ -124,8 +149,9 @@ def bar(console: Console, steps: int, done: int = 0) -> Iterator[Callable[[Recor
             if "loss" in record:
                 pace.add(record)
                 losses.append(record["loss"])
-                speed = f", {pace.tokens_per_second:,.0f} tok/s" if pace.is_known else ""
-                shown = f"loss {np.mean(losses[-10:]):.3f}{speed}"
+                speed = _describe_speed(record, pace, "tok/s") if pace.is_known else []
+                fitting = speed if console.width >= _WIDE else speed[:1]
+                shown = ", ".join([f"loss {np.mean(losses[-10:]):.3f}", *fitting])
                 progress.update(task, completed=record["step"], loss=shown)
             else:
                 progress.update(task, held_out=_describe_briefly(record))

@@ -8,8 +8,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
 
 import lora_jax as lora
+from lora_jax.training.distributed.mesh import mesh_of, row_sharding
+from lora_jax.training.distributed.placing import complete
 from lora_jax.training.loss import JaxBatch, LossSums
 
 # (params, batch) -> the sums of a batch, such as `loss.language_sums` returns
@@ -27,15 +30,22 @@ class State:
 
 
 def init_state(adapters: Any, tx: optax.GradientTransformation) -> State:
-    """Return the state before the first step. It owns its arrays, since steps donate them."""
+    """Return the state before the first step. It owns its arrays, since steps donate them.
+
+    If adapters lie on a mesh, so does all of the state.
+    """
     own = jax.tree.map(lambda x: jnp.array(x, copy=True), adapters)
-    return State(own, tx.init(own), jnp.zeros((), jnp.int32))
+    return complete(State(own, tx.init(own), jnp.zeros((), jnp.int32)), mesh_of(adapters))
 
 
 def make_step(
-    loss: Loss, tx: optax.GradientTransformation, accumulate: int = 1, seed: int = 0
-) -> Callable[[State, Any, JaxBatch], tuple[State, LossSums]]:
-    """Return a compiled training step, `(state, base, batch) -> (state, measured)`.
+    loss: Loss,
+    tx: optax.GradientTransformation,
+    accumulate: int = 1,
+    seed: int = 0,
+    like: State | None = None,
+) -> Callable[..., tuple[State, LossSums]]:
+    """Return a compiled training step, `(state, base, batch, done=None) -> (state, measured)`.
 
     The loss is that of the whole batch, Σ losses / Σ weights, however many micro-batches its rows
     are split into. The mean of their means would differ where prompts or padding take unequal
@@ -46,14 +56,20 @@ def make_step(
       tx: the optimizer of the adapters.
       accumulate: number of micro-batches per batch; memory is that of one micro-batch.
       seed: random seed for dropout, if the adapters have any; each step draws its own.
+      like: the first state. If it lies on a mesh, the state stays where it is there, so a step
+        compiles once; and the rows of each micro-batch are divided over the mesh.
 
     Returns:
       A function of the state, whose arrays are donated; the base, which gets no gradient; and a
       batch `[rows, ...]` whose rows `accumulate` divides. It measures float32 scalars: "loss", the
       mean; "weight"; "gradient_norm" before clipping; and the other sums of `loss`. If loss or
-      norm is not finite, the state is returned unchanged.
+      norm is not finite, the state is returned unchanged. So it is where `done`, the steps that the
+      caller dispatched before, is not the state's own number: no step follows one that failed,
+      though the caller may read only later that it did.
     """
     adapted = lora.lora(loss)
+    mesh = mesh_of(like)
+    where = None if mesh is None else (jax.tree.map(lambda x: x.sharding, like), None)
 
     def differentiate(adapters: Any, base: Any, batch: JaxBatch, key: jax.Array) -> Any:
         def total(adapters: Any) -> tuple[jax.Array, LossSums]:
@@ -64,11 +80,11 @@ def make_step(
         (_, sums), gradients = jax.value_and_grad(total, has_aux=True)(adapters)
         return jax.tree.map(_widen, (gradients, sums))
 
-    @partial(jax.jit, donate_argnums=0)
-    def step(state: State, base: Any, batch: JaxBatch) -> tuple[State, LossSums]:
+    @partial(jax.jit, donate_argnums=0, out_shardings=where)
+    def step(state: State, base: Any, batch: JaxBatch, done: Any = None) -> tuple[State, LossSums]:
         keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), state.step), accumulate)
         one = lambda part, key: differentiate(state.adapters, base, part, key)
-        gradients, sums = _sum_over_parts(one, batch, keys)
+        gradients, sums = _sum_over_parts(one, batch, keys, mesh)
         mean = jax.tree.map(lambda g: g / jnp.maximum(sums["weight"], 1e-9), gradients)
         norm = _gradient_norm(mean, state.adapters)
         measured = {**sums, "loss": sums["loss"] / sums["weight"], "gradient_norm": norm}
@@ -77,6 +93,8 @@ def make_step(
         adapters = lora.apply_updates(state.adapters, updates)
         # The state is donated, so a caller could not go back to it: choose here.
         finite = jnp.isfinite(measured["loss"]) & jnp.isfinite(norm)
+        if done is not None:
+            finite &= state.step == done
         adapters, optimizer = jax.tree.map(
             partial(jnp.where, finite), (adapters, optimizer), (state.adapters, state.optimizer)
         )
@@ -86,13 +104,18 @@ def make_step(
 
 
 def _sum_over_parts(
-    one: Callable[[JaxBatch, jax.Array], Any], batch: JaxBatch, keys: jax.Array
+    one: Callable[[JaxBatch, jax.Array], Any],
+    batch: JaxBatch,
+    keys: jax.Array,
+    mesh: Mesh | None,
 ) -> Any:
     """Sum `one` over the parts of a batch, one part per key, with one part in memory at a time."""
     count = len(keys)
     if count == 1:
         return one(batch, keys[0])
     parts = jax.tree.map(lambda x: x.reshape(count, len(x) // count, *x.shape[1:]), dict(batch))
+    if mesh is not None:
+        parts = jax.lax.with_sharding_constraint(parts, row_sharding(mesh, axis=1))
     first = jax.tree.map(lambda x: x[0], parts)
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(one, first, keys[0]))
     add = lambda total, part: (jax.tree.map(jnp.add, total, one(*part)), None)

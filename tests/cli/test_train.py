@@ -236,5 +236,4 @@ def test_ctrl_c_says_how_to_go_on(play, tmp_path):
     whole = [str(tmp_path / "whole") if word == str(out) else word for word in command]
     assert main(again.split()) == 0 and main(whole) == 0
     one, other = (log.read(path / "log.jsonl") for path in (out, tmp_path / "whole"))
-    bare = lambda r: {k: v for k, v in r.items() if not k.endswith("seconds")}
-    assert [bare(r) for r in one] == [bare(r) for r in other]
+    assert [log.without_speed(r) for r in one] == [log.without_speed(r) for r in other]

@@ -14,7 +14,7 @@ from tests.cli.train_command import words
 
 def without_seconds(out):
     records = log.read(out / "log.jsonl")
-    return [{k: v for k, v in r.items() if not k.endswith("seconds")} for r in records]
+    return [log.without_speed(record) for record in records]
 
 
 @pytest.fixture(scope="module")

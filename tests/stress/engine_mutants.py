@@ -110,7 +110,7 @@ MUTANTS = [
     ),
     Mutant(
         "train the scale",
-        "adapters/optim.py",
+        "adapters/kept_shardings.py",
         '("a", "b", "magnitude", "value")',
         '("a", "b", "magnitude", "value", "scale")',
     ),

@@ -33,7 +33,7 @@ def leaves(tree):
 
 
 def without_seconds(records):
-    return [{k: v for k, v in r.items() if not k.endswith("seconds")} for r in records]
+    return [log.without_speed(record) for record in records]
 
 
 @pytest.fixture(scope="module")
@@ -53,8 +53,14 @@ def test_the_log(whole):
     order = [(r["step"], "eval_loss" in r) for r in records]
     steps = [(step, False) for step in range(1, 8)]
     assert order == sorted([*steps, *((step, True) for step in (0, 3, 6, 7))])
-    step = next(r for r in records if "loss" in r)
+    step, second, *_ = (r for r in records if "loss" in r)
     assert step.keys() == {"step", "loss", "tokens", "lr", "gradient_norm", "seconds"}
+    speed = {"tokens_per_second", "flops", "flops_per_second", "peak_bytes"}
+    assert second.keys() - step.keys() == speed  # the first step compiles
+    seconds = max(second["seconds"], 1e-4)
+    assert second["tokens_per_second"] == pytest.approx(second["tokens"] / seconds, abs=0.1)
+    assert second["flops_per_second"] == pytest.approx(second["flops"] / seconds, abs=1)
+    assert 50e6 < second["peak_bytes"] < 50e9  # of this process, which has imported JAX
     assert step["lr"] == pytest.approx(1e-2)  # the first of two steps of warm-up to 3e-2
     evaluation = log.evaluations(records)[-1]
     assert evaluation["perplexity"] == pytest.approx(math.exp(evaluation["eval_loss"]))

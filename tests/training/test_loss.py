@@ -3,12 +3,9 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 
-import lora_jax as lora
 from lora_jax.training import batching, loss
 from lora_jax.training.tokenize import Example
-from tests.programs.jaxprs import equations
 from tests.training import tiny_model
 
 # Jitted: op by op, each operation would be compiled separately.
@@ -78,48 +75,6 @@ def test_padding_counts_for_nothing():
     found = jax.jit(loss.language_sums(broken))(tiny_model.params(), batch)
     np.testing.assert_allclose(
         found["loss"], LANGUAGE(tiny_model.params(), batch)["loss"], rtol=1e-6
-    )
-
-
-FROZEN_HEAD = lora.LoraConfig(rank=2, targets=["query", "value"], dtype=jnp.float64)
-
-
-@pytest.mark.parametrize("chunk", [5, 64])
-def test_a_frozen_head_in_chunks(x64, chunk):
-    """Values and gradients agree to the last digits."""
-    base, adapters = tiny_model.adapters(FROZEN_HEAD, dtype=jnp.float64)
-    adapters = jax.tree.map(lambda x: x + 0.1, adapters)
-    batch = batching.pack_examples(EXAMPLES, 8).arrays
-    whole = lora.lora(loss.language_sums(tiny_model.apply))
-    cut = loss.language_sums_of_frozen_head(tiny_model.hidden, lambda p: p["head"], chunk)
-    results = []
-    for sums in (whole, lora.lora(cut, on_dense="error")):
-        of = lambda a, sums=sums: 3 * sums(lora.join(base, a), batch)["loss"]
-        results.append(jax.jit(jax.value_and_grad(of))(adapters))
-    for a, b in zip(*map(jax.tree.leaves, results), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-11, atol=1e-13)
-
-
-def test_chunks_hold_no_logits_of_all_tokens_and_compute_them_once():
-    batch = batching.pack_examples(EXAMPLES * 8, 8).arrays
-    tokens, sizes = batch["ids"][:, 1:].size, (tiny_model.WIDTH, tiny_model.VOCABULARY)
-    sums = loss.language_sums_of_frozen_head(tiny_model.hidden, lambda p: p["head"], 4)
-    of = lambda p: sums(p, batch)["loss"]
-    forward, both = (jax.make_jaxpr(f)(tiny_model.params()) for f in (of, jax.grad(of)))
-    text = str(both)
-    assert (
-        f"[{tokens},{tiny_model.VOCABULARY}]" not in text and f"[4,{tiny_model.VOCABULARY}]" in text
-    )
-    assert f",8,{tiny_model.VOCABULARY}]" not in text
-    # forward only: the logits; with a gradient: the logits and the gradient of the states
-    assert [products_with(jaxpr, sizes) for jaxpr in (forward, both)] == [1, 2]
-
-
-def products_with(jaxpr, shape):
-    """Count the products with an operand of that shape, in inner programs too."""
-    return sum(
-        eqn.primitive.name == "dot_general" and any(x.aval.shape == shape for x in eqn.invars)
-        for eqn in equations(jaxpr)
     )
 
 

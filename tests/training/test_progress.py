@@ -47,6 +47,19 @@ def test_the_bar_fits_into_80_columns():
     assert "…" not in last
 
 
+def test_a_wide_bar_has_all_of_the_speed_and_fits():
+    out = io.StringIO()
+    console = Console(file=out, force_terminal=True, width=112, _environ={"TERM": "xterm"})
+    more = {"flops": 9_500_000_000_000, "peak_bytes": 127_300_000_000}
+    with progress.bar(console, 100_000, done=99_990) as show:
+        for record in records(3, seconds=0.05, first=99_991):
+            show({**record, **more})
+        show({"step": 99_993, "eval_loss": 9.0, "perplexity": 8103.08})
+    text = Console(file=io.StringIO()).render_str(out.getvalue()).plain
+    last = [line for line in text.splitlines() if "99993/100000" in line][-1]
+    assert "40,960 tok/s, 190 TFLOP/s, peak 127 GB" in last and "ppl 8103.08" in last
+
+
 def lines_of(count, held_out=()):
     log = [{"step": i + 1, "loss": float(x)} for i, x in enumerate(np.exp(-np.arange(count) / 9))]
     log += [{"step": step, "eval_loss": loss} for step, loss in held_out]

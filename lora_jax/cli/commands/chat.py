@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from lora_jax.cli.compile_cache import CompileCacheOption
 from lora_jax.cli.options import (
     ADAPTER,
     DType,
@@ -46,6 +47,7 @@ def command(
     rename: RenameOption = None,
     residual: ResidualOption = False,
     strict: StrictOption = True,
+    compile_cache: CompileCacheOption = None,
 ) -> None:
     """Talk with a model in turns.
 
@@ -54,17 +56,19 @@ def command(
     a terminal, the lines of standard input are the turns.
     """
     refuse_empty(stop)
+    from lora_jax.cli import compile_cache as programs
     from lora_jax.cli.fit import Fit
     from lora_jax.cli.jobs import chat
 
-    chat.run(
-        model,
-        adapter,
-        system=system,
-        stop=stop or (),
-        max_tokens=max_tokens,
-        seed=seed,
-        dtype=dtype,
-        fit=Fit.of_options(strict, rename, residual),
-        sampling={"temperature": temperature, "top_k": top_k, "top_p": top_p},
-    )
+    with programs.compile_cache(compile_cache):
+        chat.run(
+            model,
+            adapter,
+            system=system,
+            stop=stop or (),
+            max_tokens=max_tokens,
+            seed=seed,
+            dtype=dtype,
+            fit=Fit.of_options(strict, rename, residual),
+            sampling={"temperature": temperature, "top_k": top_k, "top_p": top_p},
+        )

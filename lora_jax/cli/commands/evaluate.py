@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from lora_jax.cli.compile_cache import CompileCacheOption
 from lora_jax.cli.options import (
     ADAPTER,
     BatchOption,
@@ -42,23 +43,26 @@ def command(
     rename: RenameOption = None,
     residual: ResidualOption = False,
     strict: StrictOption = True,
+    compile_cache: CompileCacheOption = None,
 ) -> None:
     """Measure the loss of a model on a file.
 
     For a language model perplexity is printed too, for a classifier its accuracy. Every token that
     training would train on counts once, and so does every labelled text.
     """
+    from lora_jax.cli import compile_cache as programs
     from lora_jax.cli.fit import Fit
     from lora_jax.cli.jobs import evaluate
 
-    evaluate.run(
-        model,
-        adapter,
-        data,
-        length=length,
-        batch=batch,
-        encoding=encoding,
-        as_json=json,
-        dtype=dtype,
-        fit=Fit.of_options(strict, rename, residual),
-    )
+    with programs.compile_cache(compile_cache):
+        evaluate.run(
+            model,
+            adapter,
+            data,
+            length=length,
+            batch=batch,
+            encoding=encoding,
+            as_json=json,
+            dtype=dtype,
+            fit=Fit.of_options(strict, rename, residual),
+        )

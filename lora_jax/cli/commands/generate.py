@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from lora_jax.cli.compile_cache import CompileCacheOption
 from lora_jax.cli.errors import PromptError
 from lora_jax.cli.options import (
     ADAPTER,
@@ -56,6 +57,7 @@ def command(
     rename: RenameOption = None,
     residual: ResidualOption = False,
     strict: StrictOption = True,
+    compile_cache: CompileCacheOption = None,
 ) -> None:
     """Continue a prompt, and print the new text as it is generated.
 
@@ -66,22 +68,24 @@ def command(
     refuse_empty(stop)
     text = _prompt(prompt, prompt_file)
 
+    from lora_jax.cli import compile_cache as programs
     from lora_jax.cli.fit import Fit
     from lora_jax.cli.jobs import generate
 
-    generate.run(
-        model,
-        adapter,
-        text,
-        chat=chat,
-        system=system,
-        stop=stop or (),
-        max_tokens=max_tokens,
-        seed=seed,
-        dtype=dtype,
-        fit=Fit.of_options(strict, rename, residual),
-        sampling={"temperature": temperature, "top_k": top_k, "top_p": top_p},
-    )
+    with programs.compile_cache(compile_cache):
+        generate.run(
+            model,
+            adapter,
+            text,
+            chat=chat,
+            system=system,
+            stop=stop or (),
+            max_tokens=max_tokens,
+            seed=seed,
+            dtype=dtype,
+            fit=Fit.of_options(strict, rename, residual),
+            sampling={"temperature": temperature, "top_k": top_k, "top_p": top_p},
+        )
 
 
 def _prompt(prompt: str | None, file: Path | None) -> str:

@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from lora_jax.cli.compile_cache import CompileCacheOption
 from lora_jax.cli.options import (
     ADAPTER,
     BatchOption,
@@ -42,6 +43,7 @@ def command(
     rename: RenameOption = None,
     residual: ResidualOption = False,
     strict: StrictOption = True,
+    compile_cache: CompileCacheOption = None,
 ) -> None:
     """Classify texts with a sequence classifier.
 
@@ -51,17 +53,19 @@ def command(
     """
     if bool(texts) == bool(data):
         raise typer.BadParameter("give either texts or --data")
+    from lora_jax.cli import compile_cache as programs
     from lora_jax.cli.fit import Fit
     from lora_jax.cli.jobs import predict
 
-    predict.run(
-        model,
-        adapter,
-        data if data is not None else list(texts or ()),
-        length=length,
-        batch=batch,
-        encoding=encoding,
-        as_json=json,
-        dtype=dtype,
-        fit=Fit.of_options(strict, rename, residual),
-    )
+    with programs.compile_cache(compile_cache):
+        predict.run(
+            model,
+            adapter,
+            data if data is not None else list(texts or ()),
+            length=length,
+            batch=batch,
+            encoding=encoding,
+            as_json=json,
+            dtype=dtype,
+            fit=Fit.of_options(strict, rename, residual),
+        )

@@ -14,7 +14,7 @@ from lora_jax.cli import classifiers, sources
 from lora_jax.cli.errors import ClassifierError
 from lora_jax.cli.fit import Fit
 from lora_jax.cli.jobs.classify import log_probabilities, open_classifier, row_length
-from lora_jax.cli.jobs.train_data import language_loss
+from lora_jax.cli.jobs.train_data import is_packed, language_loss
 from lora_jax.cli.jobs.train_model import to_trainable
 from lora_jax.core.foreign import shown
 from lora_jax.core.tree import adapted_nodes
@@ -23,6 +23,7 @@ from lora_jax.training.batching import Data, cut_stream, pack_examples
 from lora_jax.training.dataset import STREAM, Rows, read_rows
 from lora_jax.training.errors import DataError, list_problems
 from lora_jax.training.loop import measure
+from lora_jax.training.streaming.files import find_files
 from lora_jax.training.tokenize import encode_examples, encode_stream
 
 
@@ -44,7 +45,7 @@ def run(
       DataError: a file cannot be read or has rows of another kind.
       LoraError: the model cannot be read.
     """
-    rows = [read_rows(path, encoding) for path in files]
+    rows = [read_rows(path, encoding) for path in find_files(files)]
     base = sources.find_model(model)
     if classifiers.find(base, adapter):
         found = _classifier(rows, model, adapter, length, batch, dtype, fit)
@@ -79,7 +80,8 @@ def _language_model(
     parts = [_batches_of(rows, tokenizer, length, model.vocabulary) for rows in files]
     data = Data({k: np.concatenate([part.arrays[k] for part in parts]) for k in parts[0].arrays})
     params = loaded.params
-    loss = jax.jit(lora.lora(language_loss(model, model.apply, adapted_nodes(params))))
+    sums = language_loss(model, adapted_nodes(params), packed=is_packed(data))
+    loss = jax.jit(lora.lora(sums))
     found = measure(
         lambda adapters, base, rows: loss(base, rows), None, params, data, min(batch, len(data))
     )

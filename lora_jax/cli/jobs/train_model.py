@@ -7,14 +7,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from jax.sharding import Mesh
+
 from lora_jax.cli import classifiers, sources
+from lora_jax.cli.jobs import train_mesh
 from lora_jax.cli.jobs.train_vocabulary import Vocabulary
 from lora_jax.files import kinds
 from lora_jax.files.naming import Naming
 from lora_jax.models import hf_directory, published_classifier
+from lora_jax.models.bert import Bert
+from lora_jax.models.llama import Llama
 from lora_jax.models.llama_config import LlamaConfig
-from lora_jax.models.pretrained import Pretrained
+from lora_jax.models.pretrained import Apply, Pretrained
+from lora_jax.models.remat import NONE
 from lora_jax.models.text import Tokenizer
+from lora_jax.training.errors import TrainingError
 
 _AS_IT_IS = Vocabulary()
 
@@ -27,10 +34,13 @@ class TrainableModel:
     naming: Naming
     tokenizer: Tokenizer
     apply: Callable[[Any, Any, Any], Any] | None  # (params, ids, segments) -> logits; None for BERT
-    hidden: Callable[[Any, Any, Any], Any]  # (params, ids, segments) -> [rows, length, width]
+    hidden: Callable[..., Any]  # (params, ids, segments or None) -> [rows, length, width]
+    logits: Callable[[Any, Any], Any]  # (params, hidden states) -> [..., vocabulary]
+    module: Bert | Llama  # which these are functions of
     head_path: str  # of the leaf that turns hidden states into logits; "" where there is none
     head: Callable[[Any], Any]  # params -> that leaf as [width, vocabulary]
     kind: str  # of `Pretrained`
+    config: Any  # of `Pretrained`
     pooler: Any  # BERT's layer before a classifier's head, if the file has it
     width: int
     longest: int  # tokens per row
@@ -48,6 +58,7 @@ def open_model(
     now: datetime.datetime | None = None,
     say: Callable[[str], None] = lambda text: None,
     vocabulary: Vocabulary = _AS_IT_IS,
+    mesh: Mesh | None = None,
 ) -> TrainableModel:
     """Load a model and its tokenizer.
 
@@ -61,6 +72,7 @@ def open_model(
       now: the time that a chat template sees; that of each call if None.
       say: called with a line before anything that takes long.
       vocabulary: tokens to add, and whether to untie the head.
+      mesh: of devices, on which the parameters are sharded.
 
     Raises:
       LoraError, OSError: the model does not exist or cannot be read.
@@ -74,8 +86,10 @@ def open_model(
     )
     vocabulary.extend(tokenizer)
     stops = sources.stop_ids(found, tokenizer)
-    loaded = sources.load_model(found, dtype, scan=scan and not is_bert)
-    loaded = vocabulary.apply(loaded, tokenizer)
+    is_changed = bool(vocabulary.tokens) or vocabulary.untie  # on the host, and placed then
+    scan = scan and not is_bert
+    loaded = sources.load_model(found, dtype, scan=scan, mesh=None if is_changed else mesh)
+    loaded = train_mesh.place(vocabulary.apply(loaded, tokenizer), mesh)
     start = None if adapter is None else kinds.adapter(adapter)
     if start is None or classifiers.labels_of(start) is not None:
         return dataclasses.replace(
@@ -91,23 +105,48 @@ def to_trainable(
     found: Pretrained, tokenizer: Tokenizer, stops: frozenset[int] = frozenset()
 ) -> TrainableModel:
     """Return a loaded model as training sees it; `stops` end what it generates."""
-    run, is_bert = found.apply, found.kind == "bert"
+    is_bert = found.kind == "bert"
     tied = isinstance(found.config, LlamaConfig) and found.config.tie_word_embeddings
     untied = "" if is_bert else "head/kernel"
     return TrainableModel(
         params=found.params,
         naming=found.naming,
         tokenizer=tokenizer,
-        apply=None if is_bert else run,
-        hidden=run if is_bert else lambda *inputs: run(*inputs, method="hidden"),
+        **_functions(found.module),
         head_path="embedding/embedding" if tied else untied,
         head=lambda params: (
             params["embedding"]["embedding"].T if tied else params["head"]["kernel"]
         ),
         kind=found.kind,
+        config=found.config,
         pooler=published_classifier.pooler_of(found),
         width=found.config.hidden_size,
         longest=found.config.max_position_embeddings,
         vocabulary=found.config.vocab_size,
         stops=stops,
     )
+
+
+def with_remat(model: TrainableModel, remat: str) -> TrainableModel:
+    """Return the model with layers that recompute what `remat` says; see `models.remat`.
+
+    Raises:
+      TrainingError: its layers cannot.
+    """
+    if isinstance(model.module, Bert):
+        if remat == NONE:
+            return model
+        raise TrainingError(f"--remat {remat}: is not supported for bert models; leave it out")
+    config = dataclasses.replace(model.module.config, remat=remat)
+    return dataclasses.replace(model, **_functions(model.module.clone(config=config)))
+
+
+def _functions(module: Bert | Llama) -> dict[str, Any]:
+    """Return the fields of a `TrainableModel` that are functions of its module."""
+    run, is_bert = Apply(module), isinstance(module, Bert)
+    return {
+        "module": module,
+        "apply": None if is_bert else run,
+        "hidden": run if is_bert else lambda *inputs: run(*inputs, method="hidden"),
+        "logits": lambda params, states: run(params, states, method="logits"),
+    }

@@ -12,6 +12,7 @@ from lora_jax.cli.exit_status import INTERRUPTED
 from lora_jax.cli.jobs.train_results import Results
 from lora_jax.core.foreign import escaped
 from lora_jax.core.signals import Interrupt, watched
+from lora_jax.files.disk import processes
 from lora_jax.training import log, progress, run_record
 from lora_jax.training.loop import Watcher
 from lora_jax.training.optimizer import Optimizer
@@ -61,7 +62,7 @@ class Watch:
     def watcher(self) -> Watcher:
         """The callbacks for the loop."""
         best = lambda adapters, record: self._results.write("best", adapters, record)
-        return Watcher(self._interrupt, self._step, best, self._start, self._save)
+        return Watcher(self._interrupt, self._step, best, self._start, self._save, self._say)
 
     def describe_interruption(self, step: int) -> str:
         """Return what an interrupted run leaves, and how to resume it."""
@@ -85,7 +86,8 @@ class Watch:
                 f"the run now has {self._steps} steps: "
                 f"{self._optimizer.describe(self._steps, done)}"
             )
-            run_record.write(out, self._record)
+            if processes.is_first():
+                run_record.write(out, self._record)
         if done < self._steps and self._console.is_terminal:
             self._say("compiling the first step, which may take minutes")
 
@@ -100,7 +102,7 @@ class Watch:
             self._results.write("adapter", adapters, {"step": step})
 
     def _ask(self) -> None:
-        self._say("finishing the step, then saving; Ctrl-C again stops at once")
+        self._say("finishing the steps under way, then saving; Ctrl-C again stops at once")
 
     def _end(self) -> NoReturn:
         """End the process here: an exception in the main thread would crash XLA's compiler."""

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from lora_jax.core.meshes import unshard
+from lora_jax.core.sharding.meshes import unshard
 from lora_jax.engine import named_axes
 from lora_jax.engine.arithmetic import add, cast_for_branch, to_dense
 from lora_jax.engine.context import Context

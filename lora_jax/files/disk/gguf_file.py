@@ -45,22 +45,32 @@ class GgufTensor:
         return np.dtype(np.float32)
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return self._decode(self.stored, self.shape).astype(dtype or np.float32, copy=bool(copy))
+
+    def rows(self, start: int, stop: int) -> np.ndarray:
+        """Read a part of the first axis, without the rest; the last axis is always read whole."""
+        if len(self.shape) == 1:
+            return np.asarray(self)[start:stop]
+        stored = self.stored.reshape(self.shape[0], -1)[start:stop]
+        return self._decode(stored, (stop - start, *self.shape[1:]))
+
+    def _decode(self, stored: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
         from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
         from gguf.quants import dequantize
 
         kind = GGMLQuantizationType[self.kind]
         block, size = GGML_QUANT_SIZES[kind]
-        rows = self.stored.reshape(-1, self.shape[-1] // block * size)
+        rows = stored.reshape(-1, shape[-1] // block * size)
         try:
             with np.errstate(over="ignore", invalid="ignore"):  # reported below
-                values = dequantize(rows, kind).reshape(self.shape)
+                values = dequantize(rows, kind).reshape(shape)
         except NotImplementedError as error:
             raise ModelFileError(
                 f"{shown(self.name)}: type {self.kind} is not supported"
             ) from error
         if not np.isfinite(values).all():
             raise ModelFileError(f"{shown(self.name)}: contains NaN or infinite values")
-        return values.astype(dtype or np.float32, copy=bool(copy))
+        return values
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from lora_jax.core.errors import StructureError
-from lora_jax.files.disk import safetensors_file
+from lora_jax.files.disk import processes, safetensors_file
 from lora_jax.files.disk.atomic import write_directory
 from lora_jax.files.mlx import adapter_file
 from lora_jax.files.mlx.adapter_file import CONFIG, TENSORS
@@ -37,7 +37,8 @@ def save(
     """Write adapters as mlx-lm does, so that its `--adapter-path` accepts them.
 
     mlx-lm knows one rank and one scale: factors are padded with zeros to the largest rank, and
-    scales that differ from the most common one are multiplied into B.
+    scales that differ from the most common one are multiplied into B. Where arrays span processes,
+    all processes call this together, and process 0 writes.
 
     Args:
       directory: created if missing; an older pair of files is replaced as a whole.
@@ -49,6 +50,7 @@ def save(
         trained leaves or rows, convolutions, DoRA on an embedding whose layout is not "oi", paths
         that are not in the naming, values that are NaN or infinite.
       OSError: the files cannot be written; the old ones are kept.
+      OtherProcessError: in the other processes, where process 0 raises `OSError`.
 
     >>> import tempfile, jax, jax.numpy as jnp, lora_jax
     >>> from lora_jax.files.naming import Entry
@@ -83,7 +85,10 @@ def save(
         CONFIG: json.dumps(config, indent=4, sort_keys=True).encode(),
         TENSORS: safetensors_file.encode(_tensors(factors, by_rows), {"format": "mlx"}),
     }
-    write_directory(directory, files)
+    processes.by_first(
+        lambda: write_directory(directory, files),
+        several=processes.span_processes(adapters, base),
+    )
 
 
 def _problems(contents: Contents, model: TorchBase) -> list[str]:

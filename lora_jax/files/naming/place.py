@@ -145,6 +145,28 @@ class Place:
         groups = self.entry.groups(len(self.shape))[1]
         return tuple(numbers.get(g[0], slice(None)) if g else slice(None) for g in groups)
 
+    def part_of(self, joined: np.ndarray) -> np.ndarray:
+        """Return the leaf's part of a tensor that it shares, or the whole tensor, as a view."""
+        if len(self.entry.paths) == 1:
+            return joined
+        return joined[(slice(None),) * self.entry.out_axis + (slice(self.start, self.stop),)]
+
+    def permutation(self) -> tuple[int, ...]:
+        """Return the PyTorch axis of each axis of a layer, if a layer is one transposed tensor.
+
+        Otherwise, and for a number without axes, the result is empty.
+
+        >>> row = Entry("h.{n}.w", "h/w", "linear", "o i -> n i o")
+        >>> Place("h/w", (2, 4, 3), row, {}).permutation()
+        (1, 0)
+        """
+        if len(self.entry.torch_names) > 1 or len(self.entry.paths) > 1:
+            return ()
+        left, right = self._sides("iob")
+        if any(len(group) != 1 for group in (*left, *right)):
+            return ()
+        return tuple(left.index(group) for group in right)
+
     def weight_to_tree(self, weight: Any) -> Any:
         """Convert one layer's weight from PyTorch's axes to the leaf's."""
         left, right = self._sides("iob")

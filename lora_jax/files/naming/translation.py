@@ -11,7 +11,9 @@ import numpy as np
 from lora_jax.core.errors import StructureError, grouped
 from lora_jax.core.paths import flatten_with_paths
 from lora_jax.files.naming.place import Place
+from lora_jax.files.naming.reading import StoredLeaf, read
 from lora_jax.files.naming.table import Naming
+from lora_jax.files.naming.writing import Part, TorchTensor
 
 
 def to_tree(
@@ -23,6 +25,7 @@ def to_tree(
       naming: which tensor is which leaf.
       tensors: arrays by name, read one at a time, so the mapping may load them from a file.
       like: a tree of arrays or `ShapeDtypeStruct`s: the structure, shapes and dtypes of the result.
+        A leaf with a `NamedSharding` is read into its shards: a process reads only its own.
       ignore: regexes that match the whole names of tensors to ignore.
 
     Raises:
@@ -37,56 +40,65 @@ def to_tree(
     (2, 3)
     """
     leaves, treedef = flatten_with_paths(like)
+    values, problems = {}, []
+    for path, place in _checked_places(naming, tensors, leaves, ignore).items():
+        values[path], over = read(place, tensors, leaves[path])
+        problems += [
+            f"{', '.join(names)}: has values that overflow {values[path].dtype}; choose a dtype "
+            "of a wider range"
+            for names in over
+        ]
+    _refuse(problems)
+    return jax.tree_util.tree_unflatten(treedef, [values[path] for path in leaves])
+
+
+def to_stored_tree(
+    naming: Naming, tensors: Mapping[str, Any], like: Any, *, ignore: Iterable[str] = ()
+) -> Any:
+    """Return the tree that `to_tree` returns, of `StoredLeaf`s that are read when asked for.
+
+    Raises:
+      StructureError: as in `to_tree`, but not for values that overflow.
+    """
+    leaves, treedef = flatten_with_paths(like)
+    places = _checked_places(naming, tensors, leaves, ignore)
+    stored = [StoredLeaf(places[path], tensors, leaf.dtype) for path, leaf in leaves.items()]
+    return jax.tree_util.tree_unflatten(treedef, stored)
+
+
+def _checked_places(
+    naming: Naming, tensors: Mapping[str, Any], leaves: Mapping[str, Any], ignore: Iterable[str]
+) -> dict[str, Place]:
+    """Return the place of each leaf, before anything is allocated: a file may demand any size."""
     places = naming.places({path: leaf.shape for path, leaf in leaves.items()})
     problems = [f"{path}: no row of the naming has this path" for path in leaves.keys() - places]
     wanted: set[str] = set()
-    values: dict[str, Any] = {}
     for path, place in places.items():
-        values[path], found = _gather(place, tensors, leaves[path].dtype)
         wanted |= {name for _, names in place.layers() for name in names}
-        problems += found
+        problems += _problems(place, tensors, leaves[path].dtype)
     ignored = [re.compile(pattern) for pattern in ignore]
     problems += [
         f"{name}: unexpected"
         for name in tensors
         if name not in wanted and not any(regex.fullmatch(name) for regex in ignored)
     ]
+    _refuse(problems)
+    return places
+
+
+def _refuse(problems: Iterable[str]) -> None:
     if problems:
         raise StructureError(grouped(sorted(set(problems)), "tensors"))
-    return jax.tree_util.tree_unflatten(treedef, [values[path] for path in leaves])
 
 
-def _gather(place: Place, tensors: Mapping[str, Any], dtype: Any) -> tuple[Any, list[str]]:
-    """Return one leaf, and what is wrong with its tensors."""
-    value, problems = None, []
-    for where, names in place.layers():
-        parts: list[np.ndarray] = []
-        for name, shape in zip(names, shapes(place), strict=True):
-            problem = _problem(place, name, shape, tensors, dtype)
-            problems += [problem] if problem else []
-            parts += [] if problem else [np.asarray(tensors[name])]
-        if not problems:
-            # only after the first tensor fits: an untrusted file may demand any size
-            value = np.empty(place.shape, dtype) if value is None else value
-            joined = np.concatenate(parts, place.entry.out_axis) if len(parts) > 1 else parts[0]
-            layer = place.weight_to_tree(_part(place, joined))
-            with np.errstate(over="ignore", invalid="ignore"):  # reported below
-                value[place.at(where)] = layer
-            if _overflows(layer, value[place.at(where)]):
-                problems.append(
-                    f"{', '.join(names)}: has values that overflow {value.dtype}; choose a dtype "
-                    "of a wider range"
-                )
-    return (jnp.asarray(value) if not problems else None), problems
-
-
-def _overflows(x: np.ndarray, cast: np.ndarray) -> bool:
-    """Return whether finite values of `x` are not finite in the dtype that they were cast to."""
-    if not jnp.issubdtype(x.dtype, jnp.floating):
-        return False
-    if jnp.finfo(x.dtype).max <= jnp.finfo(cast.dtype).max:
-        return False
-    return not np.isfinite(cast).all() and bool(np.isfinite(x).sum() > np.isfinite(cast).sum())
+def _problems(place: Place, tensors: Mapping[str, Any], dtype: Any) -> list[str]:
+    """List what is wrong with a leaf's tensors."""
+    found = [
+        _problem(place, name, shape, tensors, dtype)
+        for _, names in place.layers()
+        for name, shape in zip(names, shapes(place), strict=True)
+    ]
+    return [problem for problem in found if problem]
 
 
 def shapes(place: Place) -> list[tuple[int, ...]]:
@@ -96,13 +108,6 @@ def shapes(place: Place) -> list[tuple[int, ...]]:
         return [()]
     widths = (place.total,) if len(place.entry.torch_names) == 1 else place.widths
     return [(*shape[:axis], width, *shape[axis + 1 :]) for width in widths]
-
-
-def _part(place: Place, joined: np.ndarray) -> np.ndarray:
-    """Return the leaf's part of a tensor that it shares, or the whole tensor."""
-    if len(place.entry.paths) == 1:
-        return joined
-    return joined[(slice(None),) * place.entry.out_axis + (slice(place.start, place.stop),)]
 
 
 def _problem(
@@ -131,6 +136,18 @@ def to_torch(naming: Naming, tree: Any) -> dict[str, np.ndarray]:
     >>> to_torch(naming, {"up": {"kernel": np.ones((2, 3))}})["up.weight"].shape
     (3, 2)
     """
+    tensors = to_torch_tensors(naming, tree)
+    return {name: np.asarray(tensor, order="C") for name, tensor in tensors.items()}
+
+
+def to_torch_tensors(naming: Naming, tree: Any) -> dict[str, TorchTensor]:
+    """Return what `to_torch` returns, as tensors whose values are made when asked for.
+
+    The leaves may be `StoredLeaf`s too, or others with a shape, a dtype and `layer`.
+
+    Raises:
+      StructureError: as in `to_torch`.
+    """
     leaves, _ = flatten_with_paths(tree)
     places = naming.places({path: leaf.shape for path, leaf in leaves.items()})
     problems = [f"{path}: no row of the naming has this path" for path in leaves.keys() - places]
@@ -142,21 +159,14 @@ def to_torch(naming: Naming, tree: Any) -> dict[str, np.ndarray]:
     ]
     if problems:
         raise StructureError(grouped(sorted(problems)))
-    tensors: dict[str, np.ndarray] = {}
-    for path, place in places.items():
-        leaf, axis = np.asarray(leaves[path]), place.entry.out_axis
-        for where, names in place.layers():
-            weight = place.weight_to_torch(leaf[place.at(where)])
-            if len(place.entry.paths) > 1:
-                (shape,) = shapes(place)
-                shared = tensors.setdefault(names[0], np.empty(shape, leaf.dtype))
-                _part(place, shared)[...] = weight
-            elif len(names) > 1:
-                ends = np.cumsum(place.widths)[:-1]
-                tensors.update(zip(names, np.split(weight, ends, axis), strict=True))
-            else:
-                tensors[names[0]] = weight
-    return {name: np.asarray(tensor, order="C") for name, tensor in tensors.items()}
+    return {
+        name: TorchTensor(
+            shapes(parts[0][0])[parts[0][2]],
+            np.dtype(leaves[parts[0][0].path].dtype),
+            tuple(Part(place, where, i, leaves[place.path]) for place, where, i in parts),
+        )
+        for name, parts in index(places).items()
+    }
 
 
 def index(places: Mapping[str, Place]) -> dict[str, list[tuple[Place, tuple[int, ...], int]]]:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from lora_jax.core.config import LoraConfig
-from lora_jax.files.disk import safetensors_file
+from lora_jax.files.disk import processes, safetensors_file
 from lora_jax.files.disk.atomic import write_directory
 from lora_jax.files.naming import Naming
 from lora_jax.files.peft import target_parameters, tensor_names, tied_head
@@ -46,6 +46,7 @@ def save(
     a bias, is covered by `bias`.
 
     The files replace an older pair as a whole, see `write_directory` in `files/disk/atomic.py`.
+    Where arrays span processes, all processes call this together, and process 0 writes.
 
     Args:
       directory: created if missing.
@@ -70,6 +71,7 @@ def save(
         are abstract, NaN or infinite; with `fold` also everything except factors, which those
         readers reject.
       OSError: the files cannot be written; the old ones are kept.
+      OtherProcessError: in the other processes, where process 0 raises `OSError`.
 
     >>> import tempfile, jax, jax.numpy as jnp, lora_jax
     >>> from lora_jax.files.naming import Entry
@@ -100,7 +102,10 @@ def save(
         CONFIG: written.to_json().encode(),
         TENSORS: safetensors_file.encode(_tensors(contents, target), {"format": "pt"}),
     }
-    write_directory(directory, files)
+    processes.by_first(
+        lambda: write_directory(directory, files),
+        several=processes.span_processes(adapters, base),
+    )
 
 
 def _add_saved_modules(

@@ -10,6 +10,7 @@ import numpy as np
 from lora_jax.core.paths import flatten_with_paths
 from lora_jax.core.patterns import nearest
 from lora_jax.core.weights import is_adapted
+from lora_jax.files.disk.processes import to_host
 from lora_jax.files.naming import Naming, Place, index
 from lora_jax.files.naming.translation import shapes
 from lora_jax.files.torch_adapters.experts import Experts
@@ -109,7 +110,7 @@ class TorchBase:
             leaf = self.leaves[place.path]
             if isinstance(leaf, jax.ShapeDtypeStruct):
                 return None
-            found.append((place.start, part_of(place, np.asarray(leaf), where, part)))
+            found.append((place.start, part_of(place, np.asarray(to_host(leaf)), where, part)))
         found.sort(key=lambda item: item[0])
         place = self.index[name][0][0]
         if len(found) < len(place.entry.paths):

@@ -16,6 +16,7 @@ from lora_jax.core.layout import Layout
 from lora_jax.core.patterns import nearest
 from lora_jax.core.tree import adapted_nodes, require_adapted
 from lora_jax.core.weights import Adapted, LoraWeight, TrainedLeaf, TrainedRows, check_fits
+from lora_jax.files.disk.processes import to_host
 from lora_jax.files.naming import Naming, Place
 from lora_jax.files.torch_adapters.contents import Contents, TorchBase, dtype_problem, part_of
 from lora_jax.files.torch_adapters.experts import Experts, stack_experts
@@ -47,7 +48,7 @@ def collect_nodes(nodes: Mapping[str, Adapted], model: TorchBase) -> tuple[Conte
         if problem:
             problems.append(problem)
             continue
-        place, node = model.places[path], jax.device_get(node)
+        place, node = model.places[path], to_host(node)
         if isinstance(node, LoraWeight):
             _take_factors(place, _align_to_row(place, node), factors)
         elif isinstance(node, TrainedLeaf):

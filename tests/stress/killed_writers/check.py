@@ -129,7 +129,7 @@ def _finished(folder: Path) -> bool:
 def without_times(folder: Path) -> list[dict[str, Any]]:
     """Return the parts of a log's records that must be equal."""
     records = log.read(folder / "log.jsonl")
-    return [{k: v for k, v in r.items() if not k.endswith("seconds")} for r in records]
+    return [log.without_speed(record) for record in records]
 
 
 def command(words: Sequence[str], folder: Path, count: int, seed: int) -> tuple[list[str], int]:

@@ -4,12 +4,28 @@ from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 
 def has_explicit_mesh(x: Any) -> bool:
     """Return whether an array lies on a mesh with explicit axes."""
     return AxisType.Explicit in jax.typeof(x).sharding.mesh.axis_types
+
+
+def is_on_mesh(x: Any) -> bool:
+    """Return whether an array lies on a mesh of more than one device, also under tracing.
+
+    It may be replicated there. Within `shard_map` it is a device's own: axes that are manual do not
+    count.
+
+    >>> import jax.numpy as jnp
+    >>> is_on_mesh(jnp.zeros(3))
+    False
+    """
+    mesh = jax.typeof(x).sharding.mesh
+    types = zip(mesh.axis_sizes, mesh.axis_types, strict=True)
+    return any(size > 1 and kind is not AxisType.Manual for size, kind in types)
 
 
 def gathered(x: Any) -> Any:
@@ -100,6 +116,14 @@ def sharding_of_product(
             where[name] = where.get(name) or entry
     mesh = jax.typeof(sharded[0][0]).sharding.mesh
     return NamedSharding(mesh, PartitionSpec(*_each_once([where.get(n) for n in out_names])))
+
+
+def einsum(subscripts: str, x: jax.Array, y: jax.Array, **options: Any) -> jax.Array:
+    """Return `jnp.einsum(subscripts, x, y)`, sharded as `sharding_of_product` says."""
+    operands, _, out = subscripts.partition("->")
+    pairs = list(zip((x, y), operands.split(","), strict=True))
+    sharding = sharding_of_product(pairs, out)
+    return jnp.einsum(subscripts, x, y, out_sharding=sharding, **options)
 
 
 def _each_once(entries: Sequence[Any]) -> list[Any]:

@@ -1,0 +1,77 @@
+"""Gradients and optimizer states that are sharded as what trains, in a jitted step too.
+
+The compiler chooses shardings within a jitted function, and may shard the gradient of a factor as
+the weight is sharded. Then the state and the factors themselves would be, after the first step:
+the second would compile again, and gather them.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from lora_jax.core.paths import flatten_with_paths
+from lora_jax.core.sharding.data_axes import named_sharding
+from lora_jax.core.sharding.placement import arrays_of, put
+from lora_jax.core.tree import adapted_nodes
+
+#: The fields of adapted nodes that train.
+TRAINED_FIELDS = ("a", "b", "magnitude", "value")
+
+Shardings = Mapping[str, NamedSharding]  # by the path of an opened node's array: "up/kernel/a"
+
+
+def shardings_of_trained(params: Any) -> Shardings:
+    """Return how the arrays that train are sharded, of those that lie on a mesh."""
+    found = {
+        f"{path}/{field}" if path else field: named_sharding(x)
+        for path, node in adapted_nodes(params).items()
+        for field, x in arrays_of(node).items()
+        if field in TRAINED_FIELDS
+    }
+    return {path: sharding for path, sharding in found.items() if sharding is not None}
+
+
+def keep_shardings(opened: Any, shardings: Shardings) -> Any:
+    """Return a tree with opened nodes, such as gradients, with its arrays sharded like that.
+
+    Only under tracing and along automatic axes: elsewhere arrays are sharded as they are.
+    """
+    if not shardings:
+        return opened
+    leaves, treedef = flatten_with_paths(opened)
+    kept = [_constrain(x, shardings.get(path)) for path, x in leaves.items()]
+    return jax.tree_util.tree_unflatten(treedef, kept)
+
+
+def _constrain(x: Any, sharding: NamedSharding | None) -> Any:
+    if sharding is None or not isinstance(x, jax.core.Tracer):
+        return x
+    mesh = jax.typeof(x).sharding.mesh
+    if mesh.shape != sharding.mesh.shape or set(mesh.axis_types) != {AxisType.Auto}:
+        return x
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, sharding.spec))
+
+
+def place_state(state: Any, shardings: Shardings) -> Any:
+    """Return a new optimizer state with all its arrays on the mesh of what trains.
+
+    What is on no mesh, such as a count of steps, is replicated. Under tracing the arrays whose path
+    ends as that of a trained one are sharded alike.
+    """
+    meshes = {sharding.mesh for sharding in shardings.values()}
+    if len(meshes) != 1:
+        return state
+    whole = NamedSharding(meshes.pop(), PartitionSpec())
+    if set(whole.mesh.axis_types) != {AxisType.Auto}:
+        return state
+    leaves, treedef = flatten_with_paths(state)
+
+    def one(path: str, x: Any) -> Any:
+        if isinstance(x, jax.core.Tracer):
+            return x
+        is_free = isinstance(x, jax.Array) and named_sharding(x) is None and not x.committed
+        return put(x, whole) if is_free else x
+
+    return jax.tree_util.tree_unflatten(treedef, [one(*item) for item in leaves.items()])

@@ -1,0 +1,1 @@
+"""What the loop uses while steps run: batches placed ahead, measurements read late, the speed."""

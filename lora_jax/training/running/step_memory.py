@@ -1,0 +1,51 @@
+"""The memory that a training step needs, by the compiler, and the memory that there is."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from lora_jax.training.loop import Job
+from lora_jax.training.step import init_state, make_step
+
+#: The part that a step may take: the rest is for the next batch, the program, and on a CPU for the
+#: host's own needs.
+OF_DEVICE, OF_MACHINE = 0.95, 0.8
+_CGROUP = Path("/sys/fs/cgroup/memory.max")
+
+
+def needed_bytes(job: Job, adapters: Any) -> int:
+    """Compile a job's step, and return the bytes that it needs on each device: all its arrays.
+
+    Raises:
+      NotImplementedError: the compiler reports no memory sizes.
+    """
+    settings = job.settings
+    batch = job.place(job.data.example(settings.rows * settings.accumulate))
+    state = init_state(adapters, job.tx)
+    step: Any = make_step(job.loss, job.tx, settings.accumulate, settings.seed, state)
+    found = step.lower(state, job.base, batch, np.int32(0)).compile().memory_analysis()
+    if found is None:
+        raise NotImplementedError("this backend's compiler reports no memory sizes")
+    outputs = found.output_size_in_bytes - found.alias_size_in_bytes
+    return found.argument_size_in_bytes + found.temp_size_in_bytes + outputs
+
+
+def available_bytes() -> int:
+    """Return the bytes of each device that a step may take."""
+    device = jax.local_devices()[0]
+    stats = device.memory_stats() or {}
+    if "bytes_limit" in stats:
+        return int(OF_DEVICE * stats["bytes_limit"])
+    return int(OF_MACHINE * _machine_bytes() / len(jax.local_devices()))
+
+
+def _machine_bytes() -> int:
+    """Return the machine's memory, or what this process may have of it."""
+    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    try:
+        return min(machine, int(_CGROUP.read_text()))
+    except (OSError, ValueError):  # no such file, or "max"
+        return machine

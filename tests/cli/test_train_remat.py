@@ -1,0 +1,78 @@
+"""`--remat auto` takes the policy that recomputes least of those that fit."""
+
+import dataclasses
+
+import pytest
+
+from lora_jax.cli.jobs import train_remat
+from lora_jax.cli.jobs.train_model import TrainableModel, open_model, with_remat
+from lora_jax.cli.train_options import TrainOptions
+from lora_jax.models.bert import Bert, BertConfig
+from lora_jax.training.errors import TrainingError
+from lora_jax.training.running import step_memory
+from tests.training import tiny_model
+
+NEEDED = {"none": 9e9, "sums": 5e9, "full": 2e9}
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    loss: str = ""
+
+
+class Task:
+    def loss(self, model, trained):
+        return model.module.config.remat
+
+
+@pytest.fixture
+def model():
+    return open_model("tiny", "float32", scan=False)
+
+
+def chosen(model, monkeypatch, remat="auto", memory=None, machine=16e9):
+    monkeypatch.setattr(train_remat, "needed_bytes", lambda job, adapters: NEEDED[job.loss])
+    monkeypatch.setattr(train_remat, "available_bytes", lambda: machine)
+    options, said = TrainOptions("tiny", [], None, remat=remat, memory=memory), []
+    job = train_remat.choose(options, model, Task(), (), Job(), None, said.append)
+    return job.loss, said
+
+
+@pytest.mark.parametrize(
+    ("given", "policy", "line"),
+    [
+        ({}, "none", "--remat none: a step needs 9.00 GB of 16.00 GB"),
+        ({"machine": 8e9}, "sums", "--remat sums: a step needs 5.00 GB of 8.00 GB"),
+        ({"memory": 4.5}, "full", "--remat full: a step needs 2.00 GB of 4.50 GB"),
+        (
+            {"memory": 1.0},
+            "full",
+            "--remat full: a step needs 2.00 GB of 1.00 GB; that is too much: lower --batch or "
+            "--length",
+        ),
+        ({"remat": "sums"}, "sums", None),
+        ({"remat": "none"}, "none", None),
+    ],
+)
+def test_the_first_that_fits(model, monkeypatch, given, policy, line):
+    assert chosen(model, monkeypatch, **given) == (policy, [line] if line else [])
+
+
+def test_an_encoder_cannot(model):
+    config = BertConfig(9, 4, 1, 2, 4)
+    encoder: TrainableModel = dataclasses.replace(model, module=Bert(config))
+    assert with_remat(encoder, "none") is encoder
+    with pytest.raises(TrainingError, match="--remat full: is not supported for bert models"):
+        with_remat(encoder, "full")
+
+
+def test_what_a_step_needs_and_what_there_is(tmp_path, optimized):
+    """The bytes of the arguments are known; a machine has more than this test takes."""
+    job, adapters = tiny_model.job(None, rows=3)
+    few, many = (
+        step_memory.needed_bytes(dataclasses.replace(job, settings=settings), adapters)
+        for settings in (job.settings, dataclasses.replace(job.settings, rows=300))
+    )
+    base = sum(x.nbytes for x in job.base.values())
+    assert base < few < many
+    assert step_memory.available_bytes() > many
