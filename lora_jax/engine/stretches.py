@@ -106,7 +106,7 @@ class Stretch(NamedTuple):
 
 
 def bind(eqn: Any, values: Sequence[Any]) -> list[Any]:
-    """Evaluate one equation on other inputs, as a stretch of its own where JAX transforms it."""
+    """Evaluate one equation on other inputs, as a stretch where JAX differentiates or maps it."""
     spelled = _spelling(eqn) if jaxprs.are_transformed(values) else None
     if spelled is None:
         return jaxprs.bind(eqn, values)
