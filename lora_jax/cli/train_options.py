@@ -31,7 +31,11 @@ _BASE_NAME = (
     "Name of the base model to write into the adapter, such as its Hub id; default: the Hub id "
     "where it is known, otherwise --model as an absolute path."
 )
-_DATA = "Training data: a file of rows or a .txt file, see above; may be given several times."
+_DATA = (
+    "Training data: a file of rows or a .txt file, see above, a directory of them, or a pattern; "
+    "may be given several times."
+)
+_STREAM = "Read data piece by piece while training, or all at first; default: by its size."
 _OUT = "Output directory of the run: adapter, checkpoints, log."
 _EVAL_SPLIT = "Fraction of the data to hold out for evaluation, instead of --eval."
 _ALPHA = "Numerator of the scale alpha / rank; default: the rank, so the scale is 1."
@@ -93,6 +97,7 @@ class TrainOptions:
     eval_split: Annotated[float, Option(min=0, max=0.9, help=_EVAL_SPLIT)] = 0.0
     pooling: Annotated[PoolingName, Option(help=_POOLING)] = "model"
     eval_rows: Annotated[int, Option(min=0, help="Maximum evaluation rows; 0: all.")] = 0
+    stream: Annotated[bool | None, Option("--stream/--no-stream", help=_STREAM)] = None
     encoding: Annotated[str, Option(help="Text encoding of the data files.")] = "utf-8"
     resume: Annotated[bool, Option("--resume", help="Resume the run in --out.")] = False
     adapter: Annotated[Path | None, Option(metavar="DIR", help=_ADAPTER)] = None

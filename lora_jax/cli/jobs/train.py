@@ -3,6 +3,7 @@
 import dataclasses
 import datetime
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -16,6 +17,7 @@ from lora_jax.cli.jobs import train_mesh, train_remat, train_results
 from lora_jax.cli.jobs.train_data import Task, read_task
 from lora_jax.cli.jobs.train_model import TrainableModel, open_model
 from lora_jax.cli.jobs.train_start import Start, make_start
+from lora_jax.cli.jobs.train_stream import choose_streaming, describe_rows
 from lora_jax.cli.jobs.train_vocabulary import Vocabulary
 from lora_jax.cli.jobs.train_watch import Watch
 from lora_jax.cli.plurals import count
@@ -26,9 +28,9 @@ from lora_jax.core.foreign import escaped
 from lora_jax.files import kinds
 from lora_jax.files.disk import processes
 from lora_jax.training import loss_curve, run_record
-from lora_jax.training.distributed.placing import complete, place_rows
+from lora_jax.training.distributed.placing import complete, own_rows, place_rows
 from lora_jax.training.errors import TrainingError
-from lora_jax.training.loop import Job, Settings, steps_of_epochs, train
+from lora_jax.training.loop import Job, Outcome, Settings, steps_of_epochs, train
 from lora_jax.training.optimizer import Optimizer
 
 
@@ -48,8 +50,7 @@ def main(options: TrainOptions, command: str) -> None:
 
 def _run(options: TrainOptions, command: str) -> None:
     """Do what `main` says, in each of the run's processes; process 0 alone writes and speaks."""
-    is_first = processes.is_first()
-    console = Console(stderr=True, highlight=False, quiet=not is_first)
+    console = Console(stderr=True, highlight=False, quiet=not processes.is_first())
     say = lambda text: console.print(escaped(text), markup=False, soft_wrap=True)
     resumed = processes.together(lambda: run_record.check_directory(options.out, options.resume))
     if options.resume and not resumed:
@@ -57,6 +58,7 @@ def _run(options: TrainOptions, command: str) -> None:
     optimizer = _optimizer(options)
     now = _started(options)
     announce = say if console.is_terminal else lambda text: None
+    options = processes.together(partial(choose_streaming, options, resumed))
     processes.by_first(lambda: sources.find_model(options.model, announce))  # or downloads it
     options, model, mesh = processes.together(lambda: _open(options, now, announce))
     announce(f"reading {', '.join(map(str, [*options.data, *(options.held_out or ())]))}")
@@ -95,15 +97,21 @@ def _run(options: TrainOptions, command: str) -> None:
         say(line)
     with Watch(results, steps, optimizer, this, command, console) as watch:
         outcome = train(job, adapters, watch.watcher)
-    title = f"{options.model}: rank {start.config.rank}, learning rate {options.lr:g}"
+    _finish(outcome, steps, results, watch)
+
+
+def _finish(outcome: Outcome, steps: int, results: train_results.Results, watch: Watch) -> None:
+    """Draw the losses, and say what was written, or how to continue."""
+    options = results.options
+    title = f"{options.model}: rank {results.config.rank}, learning rate {options.lr:g}"
     picture = options.out / "loss.png"
     processes.by_first(lambda: loss_curve.draw(outcome.records, picture, title))
-    if outcome.step < steps and is_first:
-        raise KeyboardInterrupt(watch.describe_interruption(outcome.step))
-    if outcome.step < steps:
-        raise SystemExit(INTERRUPTED)
-    if is_first:
+    if processes.is_first():
+        if outcome.step < steps:
+            raise KeyboardInterrupt(watch.describe_interruption(outcome.step))
         results.show(outcome.records)
+    elif outcome.step < steps:
+        raise SystemExit(INTERRUPTED)
 
 
 def _started(options: TrainOptions) -> datetime.datetime:
@@ -116,7 +124,7 @@ def _describe(options: TrainOptions, task: Task, start: Start, steps: int) -> tu
     """Return what is trained on, and how much trains."""
     counts = lora.count_params(start.params)
     return (
-        f"{count(len(task.data), 'row')} of {options.length} tokens, "
+        f"{describe_rows(task.data)} of {options.length} tokens, "
         f"{count(steps, 'step')} of {count(options.size, 'row')}",
         f"{count(counts.trainable, 'trainable parameter')}, "
         f"{counts.trainable / counts.total:.2%} of all",
@@ -198,6 +206,7 @@ def _job(
         settings=settings,
         directory=options.out,
         place=jax.device_put if mesh is None else place_rows(mesh),
+        own_rows=None if mesh is None else own_rows(mesh, options.size),
     )
 
 
@@ -207,6 +216,7 @@ _NOT_RECORDED = {
     *("mesh", "coordinator", "processes", "process_id"),
     *("out", "resume", "eval_every", "save_every", "log_every", "base_name"),
     *("data", "held_out", "eval_split", "eval_rows", "encoding"),  # by a checksum of the batches
+    "stream",  # of a run that streams only
     *("compile_cache", "profile"),  # which change no result
     "pooling",  # of a classifier only
     *("model", "dtype"),  # by a checksum of the parameters
@@ -225,6 +235,8 @@ def _settings_to_record(
     given = {name: value for name, value in vars(options).items() if name not in _NOT_RECORDED}
     if options.task == CLASSIFICATION and options.pooling != MEAN:  # which was once the only one
         given["pooling"] = options.pooling
+    if options.stream:
+        given["stream"] = True
     adapter = (
         {}
         if options.adapter is None

@@ -14,7 +14,8 @@ from lora_jax.training.distributed.mesh import row_sharding
 def place_rows(mesh: Mesh) -> Callable[[Batch], dict[str, jax.Array]]:
     """Return a function that puts a batch on a mesh, its rows divided over `data` and `fsdp`.
 
-    Every process calls it with the same batch, and its devices get only their rows.
+    Every process calls it with the same batch, and its devices get only their rows: those that
+    `own_rows` tells, so the others may be empty.
     """
     sharding = row_sharding(mesh)
 
@@ -22,6 +23,12 @@ def place_rows(mesh: Mesh) -> Callable[[Batch], dict[str, jax.Array]]:
         return {name: put(x, sharding) for name, x in batch.items()}
 
     return place
+
+
+def own_rows(mesh: Mesh, size: int) -> list[int]:
+    """Return which of a batch's `size` rows the devices of this process get, ascending."""
+    parts = row_sharding(mesh).addressable_devices_indices_map((size,)).values()
+    return sorted({row for part in parts if part for row in range(*part[0].indices(size))})
 
 
 def put(x: Any, sharding: NamedSharding) -> jax.Array:
