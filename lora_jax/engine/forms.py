@@ -29,6 +29,8 @@ class Forms:
     #                                       two token axes by a slow path
     rank_first: bool = True  # 1.31  1.17   one weight of 512 × 512: a product that contracts the
     #                                       leading axis of a wide matrix is four times as slow
+    narrow: bool = False
+    apart: bool = False
     # Measured and left out: x·(W + A·B) where tokens outnumber the width. It was faster by 0.01 to
     # 0.03 on these shapes, makes an array of the weight's size, and loses the update in bfloat16.
     # Flattening x in the base product as well compiles to the same code.

@@ -68,11 +68,17 @@ class Product:
         return compute_dtype(self.dtype, self.lazy.dtype)
 
     def contract(
-        self, x: jax.Array, x_axes: Sequence[Axis], f: jax.Array, f_axes: Sequence[Axis], keep: Any
+        self,
+        x: jax.Array,
+        x_axes: Sequence[Axis],
+        f: jax.Array,
+        f_axes: Sequence[Axis],
+        keep: Any,
+        forms: Forms,
     ) -> tuple[jax.Array, Any]:
         """Contract `x` or `x·A` with a factor, over the axes that are not in `keep`."""
         x, f, accumulate = cast_for_branch(x, f, self.lazy, self.dtype)
-        options = {"precision": self.precision, "preferred_element_type": accumulate}
+        options = {"precision": self.precision, "preferred_element_type": x.dtype if forms.narrow else accumulate}
         return named_axes.contract(x, x_axes, f, f_axes, keep, **options)
 
     @property
@@ -121,20 +127,24 @@ def add_update(
     Jitted, so that JAX traces, differentiates and lowers products of the same shapes once.
     """
     hidden = product if isinstance(product, Hidden) else _first_half(product, forms)
-    return add(y, _second_half(hidden), dtype)
+    update = _second_half(hidden, forms)
+    if forms.apart:
+        update = lax.optimization_barrier(update)
+    return add(y, update, dtype)
 
 
 def _first_half(product: Product, forms: Forms) -> Hidden:
     flat, tokens = flatten_tokens(product) if forms.flatten else (product, ())
     (f, f_axes), (_, s_axes) = flat.factors()
-    h, axes = flat.contract(flat.x, flat.x_axes, f, f_axes, {*s_axes, *flat.out_axes})
+    x = lax.optimization_barrier(flat.x) if forms.apart else flat.x
+    h, axes = flat.contract(x, flat.x_axes, f, f_axes, {*s_axes, *flat.out_axes}, forms)
     return Hidden(flat, h, axes=axes, tokens=tokens)
 
 
-def _second_half(hidden: Hidden) -> jax.Array:
+def _second_half(hidden: Hidden, forms: Forms) -> jax.Array:
     product, out_axes = hidden.product, hidden.product.out_axes
     _, (s, s_axes) = product.factors()
-    y, y_axes = product.contract(hidden.h, hidden.axes, s, s_axes, {*out_axes})
+    y, y_axes = product.contract(hidden.h, hidden.axes, s, s_axes, {*out_axes}, forms)
     y = named_axes.arrange(y, y_axes, out_axes, product.sizes)
     if not hidden.tokens:
         return y
@@ -224,12 +234,14 @@ def _multiply_together(
     first = flats[0]
     summed = [i for i, axis in enumerate(first.x_axes) if axis not in first.out_axes]
     x, f, accumulate = cast_for_branch(first.x, lax.concatenate(parts, 0), first.lazy)
+    if forms.apart:
+        x = lax.optimization_barrier(x)
     h = lax.dot_general(
         x,
         f,
         ((summed, range(1, len(summed) + 1)), ((), ())),
         precision=first.precision,
-        preferred_element_type=accumulate,
+        preferred_element_type=x.dtype if forms.narrow else accumulate,
     )
     return lax.split(h, [len(part) for part in parts], axis=h.ndim - 1)
 
