@@ -55,9 +55,7 @@ class Setting:
     def _block(self, x: jax.Array, p: Any, product: Callable) -> jax.Array:
         h = _rms_norm(x, p["attn_norm"])
         q, k, v = (product(h, p[name]).reshape(*x.shape[:2], self.size.heads, -1) for name in "qkv")
-        mixed = jax.nn.dot_product_attention(
-            q, k, v, is_causal=True, implementation=self.attention
-        )
+        mixed = jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation=self.attention)
         x = x + product(mixed.reshape(x.shape), p["o"])
         h = _rms_norm(x, p["mlp_norm"])
         hidden = jax.nn.silu(product(h, p["gate"])) * product(h, p["up"])
@@ -166,9 +164,9 @@ def lora(setting: Setting, forms: lora_jax.Forms | None = None, name: str = "") 
         made = lora_jax.init(jax.random.key(0), layers, config, setting.loss, x)
         base, adapters = lora_jax.split(made)
         pairs = setting.size.factors(setting.rank, setting.stack)
-        put = lambda p, ab: p | {
-            n: dataclasses.replace(p[n], a=ab[n][0], b=ab[n][1]) for n in ADAPTED
-        }
+        put = lambda p, ab: (
+            p | {n: dataclasses.replace(p[n], a=ab[n][0], b=ab[n][1]) for n in ADAPTED}
+        )
         return setting.each_block(put, adapters, pairs), base, x
 
     tx = lora_jax.freeze(optax.adamw(LEARNING_RATE), jax.eval_shape(lambda: start()[0]))

@@ -13,6 +13,24 @@ def has_explicit_mesh(x: Any) -> bool:
     return AxisType.Explicit in jax.typeof(x).sharding.mesh.axis_types
 
 
+def mesh_of(x: Any) -> Any:
+    """Return the mesh, of any kind of axes, that the type of an array names; None if there is none.
+
+    >>> import jax.numpy as jnp
+    >>> mesh_of(jnp.ones(3)) is None, mesh_of("relu") is None
+    (True, True)
+    """
+    if not isinstance(x, jax.Array):
+        return None
+    mesh = jax.typeof(x).sharding.mesh
+    return None if mesh.empty else mesh
+
+
+def platform_of(mesh: Any) -> str | None:
+    """Return the platform of a mesh's devices, such as "cpu" or "tpu"; None where it is unknown."""
+    return getattr(getattr(mesh, "abstract_device", None), "platform", None)
+
+
 def gathered(x: Any) -> Any:
     """Return `x` whole on every device, if it is sharded along explicit axes; else `x` itself.
 
