@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 
 import lora_jax as lora
 from lora_jax import models
@@ -121,11 +122,17 @@ def naming_of(model: kinds.Found) -> Naming:
 
 
 def load_model(
-    model: kinds.Found, dtype: str | None = None, *, scan: bool = False, in_files: bool = False
+    model: kinds.Found,
+    dtype: str | None = None,
+    *,
+    scan: bool = False,
+    in_files: bool = False,
+    mesh: Mesh | None = None,
 ) -> models.Pretrained:
-    """Load the model itself; `dtype` None is the file's.
+    """Load the model itself; `dtype` None is the file's, and `mesh` as in `models.load`.
 
-    With `in_files` the parameters keep their dtypes, and stay in the files until they are read.
+    With `in_files` the parameters keep their dtypes, and stay in the files until they are read. The
+    tiny model is made on one device.
 
     Raises:
       ValueError, OSError: as `models.load`.
@@ -134,7 +141,7 @@ def load_model(
         return tiny(len(byte_tokenizer()), dtype or "float32", scan=scan)
     if in_files:
         return open_stored(model.path, scan=scan)
-    return models.load(model.path, dtype, scan=scan)
+    return models.load(model.path, dtype, scan=scan, mesh=mesh)
 
 
 @dataclasses.dataclass(frozen=True)

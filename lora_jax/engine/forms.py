@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 
-from lora_jax.core.sharding.meshes import mesh_of, platform_of
+from lora_jax.core.sharding.meshes import is_on_mesh, platform_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,9 +77,9 @@ class Forms:
 
         Under `jit` an array's type names the mesh that it was placed on, if any.
         """
-        meshes = [mesh for mesh in map(mesh_of, jax.tree.leaves(arrays)) if mesh is not None]
-        platform = next(filter(None, map(platform_of, meshes)), None)
-        return cls.for_backend(platform, on_mesh=any(mesh.size > 1 for mesh in meshes))
+        found = [x for x in jax.tree.leaves(arrays) if isinstance(x, jax.Array)]
+        platform = next(filter(None, map(platform_of, found)), None)
+        return cls.for_backend(platform, on_mesh=any(map(is_on_mesh, found)))
 
 
 #: Every choice off: the branch as one would write it.

@@ -153,7 +153,7 @@ def _naming_file(path: str | Path) -> Iterator[None]:
 
 
 def _outline(
-    source: "_Source", dtype: Any, scan: bool, remat: bool, as_stored: bool
+    source: "_Source", dtype: Any, scan: bool, remat: bool | str, as_stored: bool
 ) -> tuple[Bert | Llama, Any]:
     """Return the module, and the shapes and dtypes of its parameters."""
     _check_dtypes(source)

@@ -233,5 +233,5 @@ def test_memory_does_not_grow_with_the_model(tmp_path, monkeypatch, run):
 
     weight, more = 4 * files.WIDTH * 20_000, 6 * 4 * 20_012  # six more pairs of factors
     assert peaks[8] - peaks[2] < 3 * more + weight, peaks
-    assert (tmp_path / "merged-8" / "model.safetensors").stat().st_size > 30e6
+    assert (tmp_path / "merged-8" / "model.safetensors").stat().st_size > 20e6
     assert peaks[8] < 4 * weight, peaks

@@ -13,22 +13,30 @@ def has_explicit_mesh(x: Any) -> bool:
     return AxisType.Explicit in jax.typeof(x).sharding.mesh.axis_types
 
 
-def mesh_of(x: Any) -> Any:
-    """Return the mesh, of any kind of axes, that the type of an array names; None if there is none.
+def is_on_mesh(x: Any) -> bool:
+    """Return whether an array lies on a mesh of more than one device, also under tracing.
+
+    It may be replicated there. Within `shard_map` it is a device's own: axes that are manual do not
+    count.
 
     >>> import jax.numpy as jnp
-    >>> mesh_of(jnp.ones(3)) is None, mesh_of("relu") is None
-    (True, True)
+    >>> is_on_mesh(jnp.zeros(3))
+    False
     """
-    if not isinstance(x, jax.Array):
-        return None
     mesh = jax.typeof(x).sharding.mesh
-    return None if mesh.empty else mesh
+    types = zip(mesh.axis_sizes, mesh.axis_types, strict=True)
+    return any(size > 1 and kind is not AxisType.Manual for size, kind in types)
 
 
-def platform_of(mesh: Any) -> str | None:
-    """Return the platform of a mesh's devices, such as "cpu" or "tpu"; None where it is unknown."""
-    return getattr(getattr(mesh, "abstract_device", None), "platform", None)
+def platform_of(x: Any) -> str | None:
+    """Return the platform of the mesh that an array lies on, also under tracing; None without one.
+
+    >>> import jax.numpy as jnp
+    >>> platform_of(jnp.zeros(3)) is None
+    True
+    """
+    device = getattr(jax.typeof(x).sharding.mesh, "abstract_device", None)
+    return getattr(device, "platform", None)
 
 
 def gathered(x: Any) -> Any:
