@@ -1,6 +1,7 @@
 """Single products of a branch: the base's, the skinny ones of both passes, and sums of both."""
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import jax
@@ -15,7 +16,7 @@ def rows(size: Size, rank: int) -> Iterator[tuple[str, Callable[[], dict[str, An
     """Return (name, a function that measures it) for outputs of the width and of the ffn."""
     for columns in (size.width, size.ffn):
         for name, make in _PRODUCTS.items():
-            yield f"{name}, N={columns}, r={rank}", lambda m=make, n=columns: _time(m, size, n, rank)
+            yield f"{name}, N={columns}, r={rank}", partial(_time, make, size, columns, rank)
 
 
 def _time(make: Callable, size: Size, columns: int, rank: int) -> dict[str, Any]:

@@ -12,7 +12,7 @@ ADAPTED = ("q", "k", "v", "o", "gate", "up", "down")
 
 @dataclasses.dataclass(frozen=True)
 class Size:
-    """Size of a stack of decoder blocks and of its batch; bfloat16, adapters in float32."""
+    """Size of a stack of decoder blocks and of its batch; adapters in float32."""
 
     layers: int
     width: int
@@ -23,6 +23,7 @@ class Size:
     scanned_layers: int = 8
     repeats: int = 5  # timings, of which the median counts
     steps: int = 4  # steps of one timing
+    dtype: str = "bfloat16"
 
     @property
     def tokens(self) -> int:
@@ -51,17 +52,17 @@ class Size:
     def activations(self) -> jax.Array:
         """Draw the input of the first block, `[batch, time, width]`."""
         shape = (self.batch, self.time, self.width)
-        return jax.random.normal(jax.random.key(2), shape, jnp.bfloat16)
+        return jax.random.normal(jax.random.key(2), shape, self.dtype)
 
     def _block(self, key: jax.Array, stack: tuple[int, ...]) -> dict[str, jax.Array]:
         keys = jax.random.split(key, len(ADAPTED))
         shapes = self.kernels()
         drawn = {
-            name: _draw(k, (*stack, *shapes[name]), jnp.bfloat16)
+            name: _draw(k, (*stack, *shapes[name]), self.dtype)
             for name, k in zip(ADAPTED, keys, strict=True)
         }
         norms = ("attn_norm", "mlp_norm")
-        return drawn | {name: jnp.ones((*stack, self.width), jnp.bfloat16) for name in norms}
+        return drawn | {name: jnp.ones((*stack, self.width), self.dtype) for name in norms}
 
     def _pairs(self, key: jax.Array, rank: int, stack: tuple[int, ...]) -> dict[str, Any]:
         shapes = self.kernels()
@@ -69,13 +70,13 @@ class Size:
         for name, k in zip(ADAPTED, jax.random.split(key, len(ADAPTED)), strict=True):
             rows, columns = shapes[name]
             first, second = jax.random.split(k)
-            a = _draw(first, (*stack, rows, rank), jnp.float32)
-            made[name] = (a, 0.03 * _draw(second, (*stack, rank, columns), jnp.float32))
+            a = _draw(first, (*stack, rows, rank), "float32")
+            made[name] = (a, 0.03 * _draw(second, (*stack, rank, columns), "float32"))
         return made
 
 
 @jax.jit(static_argnums=(1, 2))
-def _draw(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+def _draw(key: jax.Array, shape: tuple[int, ...], dtype: str) -> jax.Array:
     """Draw values whose variance keeps activations in range."""
     return jax.random.normal(key, shape, dtype) * jnp.asarray(shape[-2] ** -0.5, dtype)
 
@@ -83,6 +84,6 @@ def _draw(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
 SIZES = {
     "full": Size(layers=4, width=4096, ffn=11008, heads=32, batch=2, time=2048),
     "small": Size(
-        layers=2, width=64, ffn=96, heads=4, batch=2, time=16, scanned_layers=2, repeats=2, steps=2
+        layers=1, width=64, ffn=96, heads=4, batch=2, time=16, scanned_layers=1, repeats=2, steps=1
     ),
 }

@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 
-from lora_jax.core.sharding.meshes import is_on_mesh, platform_of
+from lora_jax.core.sharding.meshes import platform_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,29 +57,27 @@ class Forms:
     # and x on a GPU: 67 MB more per product of 4096 × 4096 than `narrow` and `apart`.
 
     @classmethod
-    def for_backend(cls, backend: str | None = None, *, on_mesh: bool = False) -> "Forms":
+    def for_backend(cls, backend: str | None = None) -> "Forms":
         """Return what is fast on a backend, by default JAX's default backend.
 
-        Args:
-          backend: "cpu", "tpu", "gpu", "cuda" or "rocm".
-          on_mesh: whether the arrays are on a mesh of several devices. Reshaping an axis that is
-            sharded may gather it, so there nothing is reshaped for the CPU's sake.
+        `backend` is "cpu", "tpu", "gpu", "cuda" or "rocm". Where an array is on a mesh of several
+        devices, its products are neither flattened nor taken rank first, whatever is chosen here:
+        reshaping an axis that is sharded may gather it.
         """
         backend = backend or jax.default_backend()
         if backend in ("gpu", "cuda", "rocm"):
             return cls(share=False, flatten=False, rank_first=False, narrow=True, apart=True)
-        alone_on_cpu = backend == "cpu" and not on_mesh
-        return cls(share=True, flatten=alone_on_cpu, rank_first=alone_on_cpu)
+        cpu = backend == "cpu"
+        return cls(share=True, flatten=cpu, rank_first=cpu)
 
     @classmethod
     def for_arrays(cls, arrays: Any) -> "Forms":
-        """Return what is fast where the arrays of a tree lie, as far as their types say.
+        """Return what is fast on the backend of a tree's arrays, by default JAX's default backend.
 
         Under `jit` an array's type names the mesh that it was placed on, if any.
         """
-        found = [x for x in jax.tree.leaves(arrays) if isinstance(x, jax.Array)]
-        platform = next(filter(None, map(platform_of, found)), None)
-        return cls.for_backend(platform, on_mesh=any(map(is_on_mesh, found)))
+        found = (x for x in jax.tree.leaves(arrays) if isinstance(x, jax.Array))
+        return cls.for_backend(next(filter(None, map(platform_of, found)), None))
 
 
 #: Every choice off: the branch as one would write it.

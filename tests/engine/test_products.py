@@ -168,28 +168,15 @@ def test_backends_get_what_is_fast_there():
     assert Forms.for_backend() == Forms()  # the suite runs on the CPU
 
 
-def test_on_a_mesh_nothing_is_reshaped_for_the_cpu():
-    """Under `jit` too an array's type names its mesh; a flattened axis would be gathered."""
-    mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:2])
-    model, params, _ = qkv(("q",))
-    base, adapters = lora_jax.split(params)
-    x = normal(9, (3, 4, 7), jnp.float32)
-    placed = jax.device_put(x, NamedSharding(mesh, P(None, "data")))
-
-    def gathers(forms):
-        """In the compiled step of a loss of the model, or of the base where `forms` is None."""
-        adapted = model if forms == "base" else lora_jax.lora(model, forms=forms)
-
-        def loss(x, adapters):
-            tree = base if forms == "base" else lora_jax.join(base, adapters)
-            return sum((y**2).sum() for y in adapted(tree, x))
-
-        text = jax.jit(jax.grad(loss, (0, 1))).lower(placed, adapters).compile().as_text()
-        return len(re.findall(r"all-gather|all-to-all|collective-permute", text))
-
-    assert gathers(None) == gathers("base") == 0 < gathers(Forms())
-    assert Forms.for_arrays((params, placed, "relu", 3)) == Forms.for_backend("cpu", on_mesh=True)
-    assert Forms.for_arrays((params, x, "relu", 3)) == Forms()
+def test_the_backend_is_that_of_the_arrays(monkeypatch):
+    """Under `jit` an array's type names its mesh, and that its platform."""
+    mesh = jax.make_mesh((1,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:1])
+    placed = jax.device_put(jnp.ones(4), NamedSharding(mesh, P("data")))
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    seen = []
+    jax.jit(lambda *x: seen.append(Forms.for_arrays((x, "relu", 3))))(jnp.ones(4), placed)
+    jax.jit(lambda *x: seen.append(Forms.for_arrays(x)))(jnp.ones(4))
+    assert seen == [Forms.for_backend("cpu"), Forms.for_backend("gpu")]
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
