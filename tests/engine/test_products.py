@@ -140,6 +140,7 @@ def test_flattened_products_have_one_token_axis():
 
 
 @pytest.mark.usefixtures("optimized")
+@pytest.mark.cpu("it reads the text of a CPU's program")
 def test_the_gradient_of_a_is_taken_rank_first():
     """hᵀ·x, and no product whose result is [in, rank]."""
     model, params, x = qkv(("q",))
@@ -165,18 +166,19 @@ def test_backends_get_what_is_fast_there():
     assert Forms.for_backend("tpu") == Forms(flatten=False, rank_first=False)
     for name in ("gpu", "cuda", "rocm"):
         assert Forms.for_backend(name) == dataclasses.replace(PLAIN, narrow=True, apart=True)
-    assert Forms.for_backend() == Forms()  # the suite runs on the CPU
+    assert Forms.for_backend() == Forms.for_backend(jax.default_backend())
 
 
 def test_the_backend_is_that_of_the_arrays(monkeypatch):
     """Under `jit` an array's type names its mesh, and that its platform."""
     mesh = jax.make_mesh((1,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:1])
     placed = jax.device_put(jnp.ones(4), NamedSharding(mesh, P("data")))
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    own, other = jax.default_backend(), "tpu"
+    monkeypatch.setattr(jax, "default_backend", lambda: other)
     seen = []
     jax.jit(lambda *x: seen.append(Forms.for_arrays((x, "relu", 3))))(jnp.ones(4), placed)
     jax.jit(lambda *x: seen.append(Forms.for_arrays(x)))(jnp.ones(4))
-    assert seen == [Forms.for_backend("cpu"), Forms.for_backend("gpu")]
+    assert seen == [Forms.for_backend(own), Forms.for_backend(other)]
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
