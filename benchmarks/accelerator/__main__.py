@@ -1,6 +1,6 @@
 """Measure what the adapters cost on this device; print tables, and write them as JSON.
 
-A row that fails shows its error, and the others go on. After `--seconds` no row is begun.
+A row that fails shows its error, and the others go on. After `--seconds` no row is started.
 """
 
 import argparse
