@@ -132,8 +132,7 @@ def mixed(words: jax.Array, positions: jax.Array) -> Pair:
     """
     place = _scramble(positions * np.uint32(2654435761) + np.uint32(1))
     first = _scramble(words ^ place)
-    second = _scramble(first + place)
-    return first.sum(dtype=jnp.uint32), second.sum(dtype=jnp.uint32)
+    return _add_up(first, _scramble(first + place))
 
 
 def _scramble(x: jax.Array) -> jax.Array:
@@ -147,7 +146,14 @@ def _scramble(x: jax.Array) -> jax.Array:
 def weighted(words: jax.Array, positions: jax.Array) -> Pair:
     """Sum the words modulo 2³², plain and weighted by position: the checksum of older releases."""
     place = positions * np.uint32(2654435761) | np.uint32(1)
-    return words.sum(dtype=jnp.uint32), (words * place).sum(dtype=jnp.uint32)
+    return _add_up(words, words * place)
+
+
+def _add_up(*found: jax.Array) -> Pair:
+    """Return the sums of arrays of one shape, in one reduction: no device holds the arrays."""
+    zeros = tuple(np.uint32(0) for _ in found)
+    add = lambda x, y: tuple(a + b for a, b in zip(x, y, strict=True))
+    return lax.reduce(found, zeros, add, tuple(range(found[0].ndim)))
 
 
 def _words(x: jax.Array) -> jax.Array:
