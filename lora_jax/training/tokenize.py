@@ -76,12 +76,14 @@ def encode_examples(
         )
     encoded: list[Example] = []
     problems: list[str] = []
-    known = _encode_together(rows, tokenizer)
-    for row in rows.rows:
-        try:
-            encoded.append(_ENCODERS[rows.kind](row, known))
-        except ValueError as error:
-            problems.append(f"{rows.unit} {row.line}: {error}")
+    for start in range(0, len(rows), _TOGETHER):
+        some = rows.rows[start : start + _TOGETHER]
+        known = _encode_together(rows.kind, some, tokenizer)
+        for row in some:
+            try:
+                encoded.append(_ENCODERS[rows.kind](row, known))
+            except ValueError as error:
+                problems.append(f"{rows.unit} {row.line}: {error}")
     if problems:
         raise DataError(f"{rows.source}: rows that cannot be encoded:\n{list_problems(problems)}")
     refuse_unknown(rows.source, rows.places, [e.ids for e in encoded], tokenizer, vocabulary)
@@ -126,14 +128,17 @@ def encode_stream(
     return ids
 
 
-def _encode_together(rows: Rows, tokenizer: Encoder) -> Encoder:
+_TOGETHER = 64  # texts that are encoded at once
+
+
+def _encode_together(kind: str, rows: Sequence[Row], tokenizer: Encoder) -> Encoder:
     """Return a tokenizer that has encoded all texts already, if it can on several threads.
 
     It does that outside Python's lock, so a step can be dispatched meanwhile.
     """
-    if rows.kind != "text" or not isinstance(tokenizer, BatchEncoder):
+    if kind != "text" or not isinstance(tokenizer, BatchEncoder):
         return tokenizer
-    texts = [row.values["text"] for row in rows.rows]
+    texts = [row.values["text"] for row in rows]
     try:
         return Encoded(tokenizer, dict(zip(texts, tokenizer.encode_batch(texts), strict=True)))
     except ValueError:  # encoding row by row tells which one it is
