@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -21,6 +21,7 @@ from lora_jax.core.linalg import balanced, matmul, randomized_svd, truncated_svd
 from lora_jax.core.matrices import as_factors, map_matrices
 from lora_jax.core.params_argument import params_first
 from lora_jax.core.paths import flatten_with_paths, path_key
+from lora_jax.core.sharding.placement import Placement
 from lora_jax.core.weights import Adapted, is_adapted
 from lora_jax.engine.custom_rules import Rule
 
@@ -35,6 +36,7 @@ def extract(
     rules: Mapping[str, Rule] | None = None,
     argnum: int = 0,
     argname: str | None = None,
+    fsdp: str | Sequence[str] | None = None,
     **kwargs: Any,
 ) -> tuple[Any, dict[str, Any]]:
     """Compute the low-rank adapter that comes closest to a full fine-tune.
@@ -56,6 +58,7 @@ def extract(
       rules: as for `init`.
       argnum: the position of the parameters among the arguments of `fn`, as for `init`.
       argname: their name, as for `init`.
+      fsdp: as for `init`; the adapters are placed as `init` places them.
       **kwargs: example keyword arguments.
 
     Returns:
@@ -92,7 +95,9 @@ def extract(
         path: on_shapes(functools.partial(_extract_leaf, path, plan, config, exact), *pair)
         for path, pair in pairs.items()
     }
-    overlay = plan.rebuild([found[path][0] if path in found else None for path in plan.leaves])
+    placement = Placement.of("extract", plan.leaves.values(), fsdp, (args, kwargs))
+    nodes = {path: placement.place(x, plan.leaves[path]) for path, (x, _) in found.items() if x}
+    overlay = plan.rebuild([nodes.get(path) for path in plan.leaves])
     return overlay, {path: _as_float(missed) for path, (_, missed) in found.items()}
 
 

@@ -5,6 +5,7 @@ import enum
 import functools
 import math
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -17,7 +18,13 @@ from lora_jax.core.dtypes import accumulator, round_to
 from lora_jax.core.errors import ConfigError, MergeError, StructureError
 from lora_jax.core.host_memory import in_memory_of, on_device
 from lora_jax.core.tree import adapted_nodes, map_adapted
-from lora_jax.core.weights import Adapted, LoraWeight, require_whole
+from lora_jax.core.weights import (
+    Adapted,
+    LoraWeight,
+    TrainedLeaf,
+    TrainedRows,
+    require_whole,
+)
 
 
 def merge(
@@ -56,7 +63,7 @@ def merge(
     nodes = adapted_nodes(params)
     for path, node in nodes.items():
         require_whole(path, node)
-    _check_finite(nodes)
+    check_finite(nodes)
     errors: dict[str, Any] = {}
     owners = _owners(nodes)
 
@@ -71,6 +78,40 @@ def merge(
     if not return_error:
         return merged
     return merged, {path: _as_float(error) for path, error in errors.items()}
+
+
+def merge_layer(node: Adapted, dtype: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Return one merged leaf, and the squared norms of what rounding lost and of the update.
+
+    The leaf is what `merge` makes of it, to the bit; `merge`'s error is the root of the quotient,
+    summed over the layers of a stack.
+    """
+    base, rest = split(node)
+    merged = _sum_kept(base, rest, dtype=jnp.dtype(dtype), form=LoopForm.WHOLE)
+    return (merged, *_norms_of(node, jnp.dtype(dtype)))
+
+
+def take_layer(node: Adapted, w: Any, at: Sequence[Any]) -> Adapted:
+    """Return the part of a stacked node for one layer, its stacked axes of size 1.
+
+    Args:
+      node: adapters of a whole stack.
+      w: the layer of the base, its stacked axes of size 1.
+      at: the layer's number for each stacked axis of the leaf, `slice(None)` for other axes.
+    """
+    cut = tuple(slice(i, i + 1) if isinstance(i, int) else i for i in at)
+    if isinstance(node, TrainedLeaf):
+        scale = node.scale
+        if jnp.ndim(scale):  # sizes of stacked layers followed by ones
+            sizes = zip(cut, scale.shape, strict=True)
+            scale = scale[tuple(part if size > 1 else slice(None) for part, size in sizes)]
+        return dataclasses.replace(node, w=w, value=node.value[cut], scale=scale)
+    batch = tuple(cut[i] for i in node.layout.positions("b"))
+    if isinstance(node, TrainedRows):
+        return dataclasses.replace(node, w=w, value=node.value[batch])
+    magnitude = None if node.magnitude is None else node.magnitude[batch]
+    parts = {"a": node.a[batch], "b": node.b[batch], "scale": node.scale[batch]}
+    return dataclasses.replace(node, w=w, magnitude=magnitude, **parts)
 
 
 def unmerge(merged: Any, adapters: Any, *, donate: bool = False) -> Any:
@@ -108,7 +149,7 @@ def unmerge(merged: Any, adapters: Any, *, donate: bool = False) -> Any:
             "the column norms are not stored in the merged weight. Keep the base instead: "
             "base, adapters = split(params), later join(base, adapters)"
         )
-    _check_finite(nodes)
+    check_finite(nodes)
     owners = _owners(nodes)
 
     def one(path: str, node: Adapted) -> Adapted:
@@ -240,6 +281,9 @@ def _squared_norms(node: Adapted, dtype: Any) -> tuple[jax.Array, jax.Array]:
     return jnp.sum(lost * lost), jnp.sum(update * update)
 
 
+_norms_of = jax.jit(_squared_norms, static_argnums=1)
+
+
 def _is_traced(x: Any) -> bool:
     return isinstance(x, jax.core.Tracer)
 
@@ -248,7 +292,12 @@ def _as_float(x: jax.Array) -> Any:
     return x if _is_traced(x) else float(x)
 
 
-def _check_finite(nodes: dict[str, Adapted]) -> None:
+def check_finite(nodes: dict[str, Adapted]) -> None:
+    """Raise if adapters contain NaN or infinity, or have shapes but no values.
+
+    Raises:
+      MergeError, StructureError: as in `merge`; all are named.
+    """
     parts = {
         f"{path}: {field.name}": getattr(node, field.name)
         for path, node in nodes.items()

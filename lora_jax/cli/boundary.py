@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any, NoReturn
 
+from lora_jax.cli import other_processes
 from lora_jax.cli.exit_status import FAILED, INTERRUPTED, OK, PIPE_CLOSED
 from lora_jax.core.errors import AssetError, LoraError
 from lora_jax.core.foreign import escaped
@@ -52,7 +53,9 @@ def run(arguments: Sequence[str] | None = None) -> int:
         if os.environ.get(DEBUG):
             traceback.print_exc()
         line, status = explain(error, words)
-        print(f"error: {line}", file=sys.stderr)
+        if other_processes.is_first() or not other_processes.know(error):
+            print(f"error: {line}", file=sys.stderr)
+        other_processes.leave(error, status)
         return status
 
 
@@ -127,6 +130,8 @@ def _message(error: BaseException) -> str:
         return f"not valid JSON: {error}"
     if isinstance(error, UnicodeDecodeError):
         return f"not UTF-8 text: {error}; save the file as UTF-8"
+    if lost := other_processes.explain_loss(error):
+        return lost
     if "No space left on device" in str(error):  # C++ libraries know no OSError
         return _ADVICE[errno.ENOSPC]
     if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
@@ -173,7 +178,8 @@ def one_line(text: str) -> str:
 
 
 def _show_warning(message: Any, category: type, *_: Any, **__: Any) -> None:
-    print(f"warning: {one_line(str(message))}", file=sys.stderr)
+    if other_processes.is_first():
+        print(f"warning: {one_line(str(message))}", file=sys.stderr)
 
 
 def _discard_output() -> None:

@@ -134,7 +134,7 @@ def load(
     dtype: str | None = None,
     fit: Fit = EXACT,
     *,
-    as_stored: bool = False,
+    in_files: bool = False,
 ) -> LoadedClassifier:
     """Load a classifier; the arguments are those of `sources.load`.
 
@@ -145,7 +145,7 @@ def load(
     scan = found is not None and sources.is_stacked(found)
     if found is not None:
         fit.refuse_unused(found)
-    base = sources.load_model(model, dtype, scan=scan, as_stored=as_stored)
+    base = sources.load_model(model, dtype, scan=scan, in_files=in_files)
     if found is not None and found.kind == kinds.NATIVE:
         header = lora.read_metadata(found.path)
         if _KERNEL in header["layouts"]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 
 import lora_jax as lora
 from lora_jax import models
@@ -18,6 +19,7 @@ from lora_jax.core.paths import flatten_with_paths
 from lora_jax.files import kinds, mlx, native, peft
 from lora_jax.files.naming import Naming
 from lora_jax.models import assets, stops
+from lora_jax.models.pretrained import open_stored
 from lora_jax.models.text.byte_tokenizer import byte_tokenizer
 from lora_jax.models.text.tokenizer import Tokenizer
 from lora_jax.models.text.tokenizer_files import has_tokenizer
@@ -120,16 +122,26 @@ def naming_of(model: kinds.Found) -> Naming:
 
 
 def load_model(
-    model: kinds.Found, dtype: str | None = None, *, scan: bool = False, as_stored: bool = False
+    model: kinds.Found,
+    dtype: str | None = None,
+    *,
+    scan: bool = False,
+    in_files: bool = False,
+    mesh: Mesh | None = None,
 ) -> models.Pretrained:
-    """Load the model itself; `dtype` None is the file's, `as_stored` as in `models.load`.
+    """Load the model itself; `dtype` None is the file's, and `mesh` as in `models.load`.
+
+    With `in_files` the parameters keep their dtypes, and stay in the files until they are read. The
+    tiny model is made on one device.
 
     Raises:
       ValueError, OSError: as `models.load`.
     """
     if model.kind == kinds.TINY:
         return tiny(len(byte_tokenizer()), dtype or "float32", scan=scan)
-    return models.load(model.path, dtype, scan=scan, as_stored=as_stored)
+    if in_files:
+        return open_stored(model.path, scan=scan)
+    return models.load(model.path, dtype, scan=scan, mesh=mesh)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,7 +167,7 @@ def load(
     dtype: str | None = None,
     fit: Fit = EXACT,
     *,
-    as_stored: bool = False,
+    in_files: bool = False,
 ) -> Loaded:
     """Load a model, and an adapter of any kind on it.
 
@@ -164,15 +176,15 @@ def load(
       adapter: see `kinds.adapter`; checked before the model is read. None for the model alone.
       dtype: of the model's parameters; None for the file's.
       fit: how the adapter is fitted onto the model.
-      as_stored: keep each parameter's dtype, as in `models.load`.
+      in_files: as in `load_model`.
 
     Raises:
       LoraError: one of them cannot be read, or they do not fit; all problems are listed.
     """
     if adapter is None:
-        return Loaded(load_model(model, dtype, as_stored=as_stored), None)
+        return Loaded(load_model(model, dtype, in_files=in_files), None)
     found = kinds.adapter(adapter)
-    pretrained = load_model(model, dtype, scan=is_stacked(found), as_stored=as_stored)
+    pretrained = load_model(model, dtype, scan=is_stacked(found), in_files=in_files)
     return put_on(pretrained, found, fit)
 
 

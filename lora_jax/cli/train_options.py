@@ -31,7 +31,11 @@ _BASE_NAME = (
     "Name of the base model to write into the adapter, such as its Hub id; default: the Hub id "
     "where it is known, otherwise --model as an absolute path."
 )
-_DATA = "Training data: a file of rows or a .txt file, see above; may be given several times."
+_DATA = (
+    "Training data: a file of rows or a .txt file, see above, a directory of them, or a pattern; "
+    "may be given several times."
+)
+_STREAM = "Read data piece by piece while training, or all at first; default: by its size."
 _OUT = "Output directory of the run: adapter, checkpoints, log."
 _EVAL_SPLIT = "Fraction of the data to hold out for evaluation, instead of --eval."
 _ALPHA = "Numerator of the scale alpha / rank; default: the rank, so the scale is 1."
@@ -60,6 +64,16 @@ _PROFILE = "Steps to trace, after the first ones, for TensorBoard and Perfetto."
 _SEED = "Random seed for initialization, data order and dropout."
 _SHUFFLE = "Shuffle rows every epoch, or keep the files' order and pack less tightly."
 _DTYPE = "Dtype of the frozen model; default: the file's."
+_MESH = (
+    "Devices to train on, by axis, such as fsdp=4,tensor=2 (also data, expert), or auto; default: "
+    "one device."
+)
+_COORDINATOR = (
+    "Address of process 0, for every process of a run, where JAX does not know it (as it does "
+    "under Slurm and Open MPI and on Cloud TPUs)."
+)
+_PROCESSES = "Number of processes, with --coordinator."
+_PROCESS_ID = "Number of this process, counted from 0, with --coordinator."
 _REMAT = (
     "What is recomputed in the backward pass to save memory: nothing, all but products (sums), or "
     "whole layers; auto: the least that fits into memory."
@@ -83,6 +97,7 @@ class TrainOptions:
     eval_split: Annotated[float, Option(min=0, max=0.9, help=_EVAL_SPLIT)] = 0.0
     pooling: Annotated[PoolingName, Option(help=_POOLING)] = "model"
     eval_rows: Annotated[int, Option(min=0, help="Maximum evaluation rows; 0: all.")] = 0
+    stream: Annotated[bool | None, Option("--stream/--no-stream", help=_STREAM)] = None
     encoding: Annotated[str, Option(help="Text encoding of the data files.")] = "utf-8"
     resume: Annotated[bool, Option("--resume", help="Resume the run in --out.")] = False
     adapter: Annotated[Path | None, Option(metavar="DIR", help=_ADAPTER)] = None
@@ -125,6 +140,10 @@ class TrainOptions:
     shuffle: Annotated[bool, Option(help=_SHUFFLE)] = True
     dtype: Annotated[TrainDType | None, Option(help=_DTYPE)] = None
     scan: Annotated[bool, Option(help=_SCAN)] = False
+    mesh: Annotated[str | None, Option(metavar="AXES", help=_MESH)] = None
+    coordinator: Annotated[str | None, Option(metavar="HOST:PORT", help=_COORDINATOR)] = None
+    processes: Annotated[int | None, Option(min=1, help=_PROCESSES)] = None
+    process_id: Annotated[int | None, Option(min=0, help=_PROCESS_ID)] = None
     remat: Annotated[RematName, Option(help=_REMAT)] = "none"
     memory: Annotated[float | None, Option(metavar="GB", help=_MEMORY)] = None
     compile_cache: CompileCacheOption = None

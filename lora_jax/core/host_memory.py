@@ -3,6 +3,8 @@
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
 
 def on_device(x: Any) -> Any:
@@ -13,6 +15,19 @@ def on_device(x: Any) -> Any:
 def in_memory_of(x: jax.Array, like: Any) -> jax.Array:
     """Return `x`, which is in device memory, in host memory if `like` is there."""
     return jax.device_put(x, jax.memory.Space.Host) if _is_on_host(like) else x
+
+
+def fetch(x: Any, index: tuple[Any, ...] = ()) -> np.ndarray:
+    """Return `x[index]` as NumPy, a view where a CPU has it.
+
+    `np.asarray` would leave a copy of the whole array in `x`, for as long as `x` lives.
+    """
+    if not isinstance(x, jax.Array):
+        return np.asarray(x)[index]
+    devices = x.devices()
+    if len(devices) == 1 and next(iter(devices)).platform == "cpu":
+        return np.asarray(x)[index]
+    return np.asarray(x[index] if index else jnp.copy(x))
 
 
 def _is_on_host(x: Any) -> bool:

@@ -11,7 +11,7 @@ from jax import lax
 
 from lora_jax.core.dora import dora_gain
 from lora_jax.core.dtypes import accumulator
-from lora_jax.core.sharding.meshes import is_sharded, on_mesh_of
+from lora_jax.core.sharding.meshes import is_on_mesh, on_mesh_of
 from lora_jax.core.weights import LoraWeight, TrainedRows
 from lora_jax.engine.provenance import Provenance
 
@@ -76,8 +76,8 @@ class LazyWeight:
         """
         axes, (batch, ins, outs) = _named(node)
         node = _on_mesh_of_base(node)
-        # An explicit mesh's shards cannot be flattened, which a transposed A has to be.
-        rank_first = rank_first and not is_sharded(node.a)
+        # A transposed A has to be flattened, and on a mesh it would be gathered for that.
+        rank_first = rank_first and not is_on_mesh(node.a)
         a, b = _factors(node.a, node.b, node.scale, rank_first)
         return cls(
             # The base is frozen: no dW is formed, whatever the caller differentiates.

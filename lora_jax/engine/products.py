@@ -11,7 +11,7 @@ import jax
 from jax import lax
 
 from lora_jax.core.dtypes import compute_dtype
-from lora_jax.core.sharding.meshes import is_sharded
+from lora_jax.core.sharding.meshes import is_on_mesh
 from lora_jax.engine import named_axes
 from lora_jax.engine.arithmetic import add, cast_for_branch
 from lora_jax.engine.forms import Forms
@@ -35,7 +35,7 @@ class Product:
     out_axes: tuple[Axis, ...] = dataclasses.field(metadata=STATIC)
     shape: tuple[int, ...] = dataclasses.field(metadata=STATIC)  # of x
     dtype: Any = dataclasses.field(metadata=STATIC)  # of x
-    # whether axes of x may be flattened: no explicit mesh shards them
+    # whether axes of x may be flattened: on a mesh that could gather them
     can_flatten: bool = dataclasses.field(metadata=STATIC)
     precision: Any = dataclasses.field(metadata=STATIC, default=None)
 
@@ -58,7 +58,7 @@ class Product:
             out_axes=tuple(out_axes),
             shape=x.shape,
             dtype=x.dtype,
-            can_flatten=not is_sharded(x),
+            can_flatten=not is_on_mesh(x),
             precision=precision,
         )
 

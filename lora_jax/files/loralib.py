@@ -38,6 +38,7 @@ def load(
     dtype: Any = None,
     dropout: float = 0.0,
     rename: Mapping[str, str] | None = None,
+    fsdp: str | Sequence[str] | None = None,
 ) -> Any:
     """Load the adapters in loralib's `lora_state_dict` as an overlay of `base`.
 
@@ -52,7 +53,7 @@ def load(
 
     Args:
       path: a safetensors file with names like "h.0.attn.c_attn.lora_A".
-      base, naming, strict, dtype, rename: as for `lora_jax.peft.load`.
+      base, naming, strict, dtype, rename, fsdp: as for `lora_jax.peft.load`.
       alpha: loralib's `lora_alpha`.
       dropout: loralib's `lora_dropout`, for `with_dropout`.
       enabled: the `enable_lora` of each `MergedLinear`, by the end of the module's name:
@@ -90,7 +91,8 @@ def load(
     rules = find_rules(list(tensors), lambda name: _weight(name, model), model.index)
     if rules:
         problems = [describe(rules, tensors), *read(_rename(tensors, rules))[1]]
-    return fit_to_base(path, contents, problems, model, strict=strict, dtype=dtype, dropout=dropout)
+    options: dict[str, Any] = {"strict": strict, "dtype": dtype, "dropout": dropout}
+    return fit_to_base(path, contents, problems, model, **options, fsdp=fsdp)
 
 
 def _rename(tensors: Mapping[str, np.ndarray], parts: Mapping[str, str]) -> dict[str, np.ndarray]:

@@ -17,6 +17,7 @@ from lora_jax.core.config import LoraConfig
 from lora_jax.core.errors import AdapterFileError, StructureError, grouped
 from lora_jax.core.paths import flatten_with_paths
 from lora_jax.core.patterns import nearest
+from lora_jax.core.sharding.placement import Placement
 from lora_jax.core.tree import require_adapted
 from lora_jax.core.weights import Adapted, TrainedLeaf, check_fits, is_adapted
 from lora_jax.files import native_schema
@@ -184,22 +185,25 @@ def read_metadata(path: str | os.PathLike) -> dict[str, Any]:
     return _header(path, safetensors_file.headers(path).metadata)
 
 
-def load(path: str | os.PathLike, base: Any) -> Any:
+def load(path: str | os.PathLike, base: Any, *, fsdp: str | Sequence[str] | None = None) -> Any:
     """Load the adapters in a file as an overlay of `base`, as in `join(base, load(path, base))`.
 
     Args:
       path: a file that `save` wrote.
       base: the parameter tree that the adapters were trained on, or a joined tree, of which only
         the base is used. Concrete leaves must have the values that the file was saved with.
+      fsdp: the names of the mesh axes that shard weights only to save memory. On a mesh factors
+        are sharded as their weights are, but not along these; None stands for `data`, `fsdp`, `dp`,
+        `ddp`, `batch` and `replica`, see `shardings`.
 
     Raises:
       AdapterFileError: the file is missing, damaged (NaN and infinite values count as damage), not
         lora_jax's, or made for another base. All differences are listed at once.
     """
-    return fit(read_file(path), base)
+    return fit(read_file(path), base, fsdp)
 
 
-def fit(file: NativeFile, base: Any) -> Any:
+def fit(file: NativeFile, base: Any, fsdp: str | Sequence[str] | None = None) -> Any:
     """Return the adapters of a file as an overlay of `base`; what `load` does after reading."""
     base = base_of(base)
     leaves, treedef = flatten_with_paths(base, is_leaf=is_adapted)
@@ -231,7 +235,11 @@ def fit(file: NativeFile, base: Any) -> Any:
             f"{file.path}: the adapters in this file do not fit this base:\n"
             + strict_json.lines(problems, "weights")
         )
-    in_jax = {name: jax.tree.map(jnp.asarray, node) for name, node in nodes.items()}
+    placement = Placement.of("load", leaves.values(), fsdp)
+    in_jax = {
+        name: placement.place(jax.tree.map(jnp.asarray, node), leaves[name])
+        for name, node in nodes.items()
+    }
     return jax.tree_util.tree_unflatten(treedef, [in_jax.get(name) for name in leaves])
 
 

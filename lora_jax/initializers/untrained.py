@@ -1,5 +1,6 @@
 """Adapted weights that are not trained yet, for the initializers that run after `init`."""
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -8,6 +9,8 @@ import numpy as np
 
 from lora_jax.core.errors import StructureError
 from lora_jax.core.patterns import Pattern, select
+from lora_jax.core.sharding.data_axes import named_sharding
+from lora_jax.core.sharding.placement import put
 from lora_jax.core.tree import map_adapted, require_adapted
 from lora_jax.core.weights import LoraWeight, require_base, restrict
 
@@ -57,9 +60,20 @@ def put_nodes(params: Any, nodes: Mapping[str, Any]) -> Any:
     """Return `params` with these nodes at their paths, and all else the same objects."""
 
     def one(path: str, node: Any) -> Any:
-        return _keep_left_out_layers(node, nodes[path]) if path in nodes else node
+        if path not in nodes:
+            return node
+        return _place_like(node, _keep_left_out_layers(node, nodes[path]))
 
     return map_adapted(one, params)
+
+
+def _place_like(before: LoraWeight, after: Any) -> Any:
+    """Return `after` with its factors where those of `before` lie, if that is on a mesh."""
+    if not isinstance(after, LoraWeight):
+        return after
+    shardings = {field: named_sharding(getattr(before, field)) for field in ("a", "b", "scale")}
+    placed = {f: put(getattr(after, f), where) for f, where in shardings.items() if where}
+    return dataclasses.replace(after, **placed)
 
 
 def _keep_left_out_layers(before: Any, after: Any) -> Any:

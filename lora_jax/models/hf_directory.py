@@ -2,7 +2,8 @@
 
 import json
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,13 @@ import numpy as np
 from lora_jax.core.errors import AdapterFileError, ModelFileError
 from lora_jax.core.foreign import shown, shown_value
 from lora_jax.files.disk import safetensors_file, strict_json
-from lora_jax.files.disk.atomic import write_directory
+from lora_jax.files.disk.atomic import Content, write_directory
+from lora_jax.files.disk.safetensors_stream import SafetensorsStream, Tensor, size_of
+from lora_jax.files.naming import row_ranges
+from lora_jax.models.weights.sizes import MAX_SHARD_SIZE, parse_size, split_into_files
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+_WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
 
 
 @dataclass(frozen=True)
@@ -35,6 +40,14 @@ class StoredTensor:
         others = self.shape[1:]
         bytes_of_row = math.prod(others) * self.dtype.itemsize
         return self._read((stop - start, *others), self.offset + start * bytes_of_row)
+
+    def blocks(self) -> Iterator[np.ndarray]:
+        """Yield the values in parts, in the order of the file."""
+        if not self.shape:
+            yield np.asarray(self)
+            return
+        for start, stop in row_ranges(self):
+            yield self.rows(start, stop)
 
     def _read(self, shape: tuple[int, ...], offset: int) -> np.ndarray:
         size = math.prod(shape) * self.dtype.itemsize
@@ -145,23 +158,55 @@ def _is_file_name(x: Any) -> bool:
 
 
 def write(
-    directory: str | Path, settings: Mapping[str, Any], values: Mapping[str, np.ndarray]
+    directory: str | Path,
+    settings: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    max_shard_size: int | str = MAX_SHARD_SIZE,
 ) -> None:
-    """Write config.json and model.safetensors, each whole or not at all.
+    """Write config.json and the weights: all of the old files or all of the new ones.
 
     Raises:
-      ModelFileError: the directory contains a model in several files, which would remain.
+      ConfigError: `max_shard_size` is not a size.
+      ModelFileError: the directory contains weights in other files, which would remain.
     """
-    directory = Path(directory)
-    if (directory / INDEX).exists():
+    found = files(settings, tensors, max_shard_size)
+    if others := other_weights(directory, found):
         raise ModelFileError(
-            f"{directory} contains a model in several files; write to another directory"
+            f"{directory}: contains a model in other files ({shown(others[0])}), which would "
+            "remain; write to another directory"
         )
-    write_directory(directory, files(settings, values))
+    write_directory(directory, found)
 
 
-def files(settings: Mapping[str, Any], values: Mapping[str, np.ndarray]) -> dict[str, bytes]:
-    """Return the files that `write` writes, by name."""
+def other_weights(directory: str | Path, names: Collection[str]) -> list[str]:
+    """Return the files of weights in a directory that are not among these names."""
+    directory = Path(directory)
+    found = directory.iterdir() if directory.is_dir() else ()
+    return sorted(x.name for x in found if _WEIGHTS.fullmatch(x.name) and x.name not in names)
+
+
+def files(
+    settings: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    max_shard_size: int | str | None = None,
+) -> dict[str, Content]:
+    """Return the files that `write` writes, by name, in one file of weights if no size is given."""
     config = json.dumps(settings, indent=2, sort_keys=True) + "\n"
-    data = safetensors_file.encode(values, {"format": "pt"}, source=WEIGHTS)
-    return {CONFIG: config.encode(), WEIGHTS: data}
+    split = [list(tensors)]
+    if max_shard_size is not None:
+        split = split_into_files(tensors, parse_size(max_shard_size)) or split
+    count = len(split)
+    shard_names = [f"model-{i:05}-of-{count:05}.safetensors" for i in range(1, count + 1)]
+    shard_names = shard_names if count > 1 else [WEIGHTS]
+    found: dict[str, Content] = {CONFIG: config.encode()}
+    if count > 1:
+        size = sum(map(size_of, tensors.values()))
+        where = {
+            name: file for file, names in zip(shard_names, split, strict=True) for name in names
+        }
+        index = {"metadata": {"total_size": size}, "weight_map": where}
+        found[INDEX] = (json.dumps(index, indent=2, sort_keys=True) + "\n").encode()
+    for file, names in zip(shard_names, split, strict=True):
+        own = {name: tensors[name] for name in names}
+        found[file] = SafetensorsStream(own, {"format": "pt"}, file)
+    return found

@@ -1,9 +1,9 @@
-"""Published models by path: load, save, and the naming of their leaves."""
+"""Published models by path: load them, and the naming of their leaves."""
 
-import dataclasses
+import contextlib
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,6 @@ from lora_jax.core.errors import ConfigError, ModelFileError, StructureError
 from lora_jax.core.foreign import shown, shown_value
 from lora_jax.core.paths import flatten_with_paths
 from lora_jax.files import naming as names
-from lora_jax.files.disk import processes
 from lora_jax.files.naming import Naming
 from lora_jax.models import hf_directory, llama_gguf, namings
 from lora_jax.models.bert import Bert, BertConfig
@@ -30,13 +29,6 @@ from lora_jax.models.weights import sharding_rules
 
 #: model_type in config.json -> the kind of model here.
 KIND_OF_MODEL_TYPE = {"bert": "bert", **dict.fromkeys(MODEL_TYPES, "llama")}
-#: What transformers calls the classes that read what `save` writes.
-_ARCHITECTURES = {
-    "bert": "BertModel",
-    "llama": "LlamaForCausalLM",
-    "mistral": "MistralForCausalLM",
-    "qwen2": "Qwen2ForCausalLM",
-}
 
 
 @dataclass(frozen=True)
@@ -122,16 +114,34 @@ def load(
     if rules is not None and mesh is None:
         raise ConfigError("rules: say how parameters lie on a mesh, so give mesh= too")
     source = _open(Path(path))
-    kept, ignored = namings.KEPT[source.kind], source.ignored
+    with _naming_file(path):
+        module, like = _outline(source, dtype, scan, remat, as_stored)
+        if mesh is not None:
+            like = _on_mesh(like, sharding_rules.shardings(like, mesh, rules, module.config))
+        params = names.to_tree(source.naming, source.tensors, like, ignore=source.ignored)
+    return _pretrained(source, module, params)
+
+
+def open_stored(path: str | Path, *, scan: bool = False) -> Pretrained:
+    """Return what `load` returns with `as_stored`, but with parameters that stay in their files.
+
+    They are `StoredLeaf`s: `np.asarray` reads one, and `models.save` one after the other.
+
+    Raises:
+      FileNotFoundError, ValueError: as in `load`.
+    """
+    source = _open(Path(path))
+    with _naming_file(path):
+        module, like = _outline(source, None, scan, False, as_stored=True)
+        params = names.to_stored_tree(source.naming, source.tensors, like, ignore=source.ignored)
+    return _pretrained(source, module, params)
+
+
+@contextlib.contextmanager
+def _naming_file(path: str | Path) -> Iterator[None]:
+    """Give the errors within the block the name of the file."""
     try:
-        _check_dtypes(source)
-        _check_sizes(source)
-        dtype = _dtype(dtype, source.tensors.values())
-        module = _module(source, dtype, scan=scan, remat=remat)
-        like = _param_shapes(module, dtype)
-        like = _stored_shapes(source, like) if as_stored else like
-        like = _on_mesh(like, mesh, rules, module.config)
-        params = names.to_tree(source.naming, source.tensors, like, ignore=(*ignored, *kept))
+        yield
     except ConfigError:
         raise  # of an argument, not of the file
     except StructureError as error:
@@ -140,10 +150,25 @@ def load(
         raise ModelFileError(problem) from error
     except ValueError as error:
         raise ModelFileError(f"{path}: {error}") from error
+
+
+def _outline(
+    source: "_Source", dtype: Any, scan: bool, remat: bool | str, as_stored: bool
+) -> tuple[Bert | Llama, Any]:
+    """Return the module, and the shapes and dtypes of its parameters."""
+    _check_dtypes(source)
+    _check_sizes(source)
+    dtype = _dtype(dtype, source.tensors.values())
+    module = _module(source, dtype, scan=scan, remat=remat)
+    like = _param_shapes(module, dtype)
+    return module, _stored_shapes(source, like) if as_stored else like
+
+
+def _pretrained(source: "_Source", module: Bert | Llama, params: Any) -> Pretrained:
     rest = {
         name: tensor
         for name, tensor in source.tensors.items()
-        if any(re.fullmatch(pattern, name) for pattern in kept)
+        if any(re.fullmatch(pattern, name) for pattern in namings.KEPT[source.kind])
     }
     return Pretrained(
         source.kind, module.config, module, params, source.torch, source.settings, rest
@@ -157,84 +182,6 @@ def naming_of(path: str | Path) -> Naming:
       FileNotFoundError, ValueError: as in `load`.
     """
     return _open(Path(path)).torch
-
-
-def save(directory: str | Path, pretrained: Pretrained) -> None:
-    """Write config.json and model.safetensors, for `transformers` and for `load`.
-
-    Where parameters span processes, all processes call this together, and process 0 writes.
-
-    Args:
-      directory: created if missing; other files in it, such as a tokenizer's, are kept.
-      pretrained: a model whose `params` are plain arrays (merge adapters first). They are written
-        in their dtype.
-
-    Raises:
-      StructureError: `params` has leaves that the model does not have, such as adapters; all are
-        listed.
-      ModelFileError: the directory contains a model in several files.
-      OtherProcessError: in the other processes, if process 0 raises an error.
-    """
-    several = processes.span_processes(pretrained.params)
-    if several:
-        params = processes.to_first(pretrained.params)
-        pretrained = dataclasses.replace(pretrained, params=params)
-    processes.by_first(
-        lambda: hf_directory.write(directory, *_file_contents(pretrained)), several=several
-    )
-
-
-def files(
-    pretrained: Pretrained, stored: Mapping[str, hf_directory.StoredTensor] | None = None
-) -> dict[str, bytes]:
-    """Return the files that `save` writes, by name, to be written together with others.
-
-    Args:
-      pretrained: as in `save`.
-      stored: tensors of a base by name, whose dtypes are kept.
-
-    Raises:
-      StructureError: as in `save`.
-    """
-    return hf_directory.files(*_file_contents(pretrained, stored))
-
-
-def _file_contents(
-    pretrained: Pretrained, stored: Mapping[str, hf_directory.StoredTensor] | None = None
-) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """Return the content of config.json, and the tensors."""
-    tensors = names.to_torch(pretrained.naming, pretrained.params) | {
-        name: np.asarray(tensor) for name, tensor in pretrained.rest.items()
-    }
-    if stored:
-        same = tensors.keys() & stored.keys()
-        tensors |= {name: _as_stored(tensors[name], stored[name]) for name in same}
-    model_type = pretrained.settings.get("model_type", pretrained.kind)
-    settings = {"architectures": [_ARCHITECTURES[model_type]], **pretrained.settings}
-    # "torch_dtype" up to transformers 4.55; later versions read it too
-    key = "torch_dtype" if "torch_dtype" in settings else "dtype"
-    if not stored or key not in settings:
-        settings[key] = _main_dtype(tensors)
-    return settings, tensors
-
-
-def _as_stored(tensor: np.ndarray, stored: hf_directory.StoredTensor) -> np.ndarray:
-    """Return a tensor in the dtype of the base's, and the base's own where nothing changed."""
-    if tensor.dtype == stored.dtype:
-        return tensor
-    original = np.asarray(stored)
-    if np.array_equal(original.astype(tensor.dtype), tensor):
-        return original
-    return tensor.astype(original.dtype)
-
-
-def _main_dtype(tensors: Mapping[str, np.ndarray]) -> str:
-    """Return the floating dtype that most numbers have: norms in float32 are few."""
-    count: dict[str, int] = {}
-    for tensor in tensors.values():
-        if jnp.issubdtype(tensor.dtype, jnp.floating):
-            count[str(tensor.dtype)] = count.get(str(tensor.dtype), 0) + tensor.size
-    return max(count, key=lambda dtype: count[dtype])
 
 
 @dataclass(frozen=True)
@@ -256,7 +203,8 @@ def _open(path: Path) -> _Source:
         kind = _kind(settings, path)
         torch = namings.naming(kind)
         in_file = llama_gguf.file_naming(torch, settings)
-        return _Source(kind, settings, quantized, in_file, torch, llama_gguf.IGNORED)
+        ignored = (*llama_gguf.IGNORED, *namings.KEPT[kind])
+        return _Source(kind, settings, quantized, in_file, torch, ignored)
     settings = hf_directory.read_config(path)
     kind = _kind(settings, path)
     tensors = hf_directory.tensors(path)
@@ -264,7 +212,7 @@ def _open(path: Path) -> _Source:
     tied = (namings.TIED_HEAD,) if settings.get("tie_word_embeddings") else ()
     # a decoder's classifier has no output head: the model here gets that of a tied one
     headless = not tied and "score.weight" in tensors and "lm_head.weight" not in tensors
-    ignored = (*namings.DROPPED[kind], *tied)
+    ignored = (*namings.DROPPED[kind], *tied, *namings.KEPT[kind])
     return _Source(kind, settings, tensors, torch, torch, ignored, headless)
 
 
@@ -354,16 +302,12 @@ def _param_shapes(module: nn.Module, dtype: str) -> Any:
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), params)
 
 
-def _on_mesh(
-    like: Any, mesh: Mesh | None, rules: Mapping[str, PartitionSpec] | None, config: Any
-) -> Any:
-    """Return the shapes with the sharding that the rules give each."""
-    if mesh is None:
-        return like
+def _on_mesh(like: Any, shardings: Any) -> Any:
+    """Return the shapes with their shardings."""
     return jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         like,
-        sharding_rules.shardings(like, mesh, rules, config),
+        shardings,
     )
 
 

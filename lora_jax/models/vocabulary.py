@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_jax.core.errors import ConfigError, StructureError
+from lora_jax.files.naming import StoredLeaf
 from lora_jax.models.llama_config import LlamaConfig
 from lora_jax.models.pretrained import Pretrained
 
@@ -103,6 +104,8 @@ def _replace(tree: Any, path: tuple[str, ...], change: Callable[[Any], Any], at:
 
 
 def _require_array(leaf: Any, path: str) -> Any:
+    if isinstance(leaf, StoredLeaf):
+        return jnp.asarray(leaf)
     if not isinstance(leaf, jax.Array | np.ndarray):
         raise StructureError(
             f"{path}: is a {type(leaf).__name__}, but the vocabulary of a model is changed before "

@@ -1,9 +1,11 @@
 """Rows of packed tokens, and batches of them in an order that depends on seed and step alone."""
 
+import hashlib
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
@@ -11,6 +13,31 @@ from lora_jax.training.packing import Assign, assign, lay_out, number_segments, 
 from lora_jax.training.tokenize import Example
 
 Batch = Mapping[str, np.ndarray]
+
+
+class Source(Protocol):
+    """Rows to train on: `Data`, which is in memory, or `streaming.stream.Stream`."""
+
+    def batches_from(
+        self, size: int, seed: int | None, step: int, own: Collection[int] | None = None
+    ) -> Iterator[Batch]:
+        """Yield the batches of a step and of all later ones, without end.
+
+        Args:
+          size: rows per batch.
+          seed: for the order of the rows; None for the order of the files.
+          step: counted from 0.
+          own: the rows of each batch that this process needs; others may be empty. None for all.
+        """
+
+    def example(self, size: int) -> Batch:
+        """Return a batch for its shapes and dtypes, which all batches share."""
+
+    def steps_per_epoch(self, size: int) -> int:
+        """Return in how many batches all rows are visited once, if need be an estimate."""
+
+    def checksum(self) -> str:
+        """Return a checksum that tells this data from other data."""
 
 
 @dataclass(frozen=True)
@@ -21,6 +48,41 @@ class Data:
 
     def __len__(self) -> int:
         return len(next(iter(self.arrays.values())))
+
+    def batches_from(
+        self, size: int, seed: int | None, step: int, own: Collection[int] | None = None
+    ) -> Iterator[Batch]:
+        """Yield the batches of a step and of all later ones, without end, as `batch_of_step` does.
+
+        Args:
+          own: which rows of a batch are needed; all are given.
+        """
+        per_epoch = self.steps_per_epoch(size)
+        first, place = divmod(step, per_epoch)
+        for epoch in itertools.count(first):
+            if seed is None:
+                order = np.arange(len(self))
+            else:
+                order = np.random.default_rng([seed, epoch]).permutation(len(self))
+            for start in range(place * size, len(self), size):
+                yield self.take(_fill_up(order[start : start + size], size))
+            place = 0
+
+    def example(self, size: int) -> Batch:
+        """Return a batch of empty rows, for its shapes and dtypes."""
+        return {name: np.zeros((size, *x.shape[1:]), x.dtype) for name, x in self.arrays.items()}
+
+    def steps_per_epoch(self, size: int) -> int:
+        """Return how many batches of `size` rows contain all rows."""
+        return steps_per_epoch(len(self), size)
+
+    def checksum(self) -> str:
+        """Return a checksum of all values."""
+        digest = hashlib.sha256()
+        for name, x in sorted(self.arrays.items()):
+            digest.update(f"{name} {x.dtype} {x.shape}".encode())
+            digest.update(np.ascontiguousarray(x).tobytes())
+        return digest.hexdigest()
 
     def first(self, count: int) -> "Data":
         """Return the first `count` rows, or all if there are fewer."""
@@ -92,6 +154,12 @@ def cut_stream(ids: np.ndarray, length: int) -> Data:
     return Data(
         {**{name: lay_out(rows, x, length + 1) for name, x in laid.items()}, "weights": weights}
     )
+
+
+def cut_streams(streams: Sequence[np.ndarray], length: int) -> Data:
+    """Cut several streams as `cut_stream` does, one after the other."""
+    parts = [cut_stream(ids, length).arrays for ids in streams]
+    return Data({name: np.concatenate([part[name] for part in parts]) for name in parts[0]})
 
 
 def pack_texts(texts: Sequence[np.ndarray], length: int, slots: int, by: Assign = assign) -> Data:
@@ -175,21 +243,7 @@ def batch_of_step(data: Data, size: int, seed: int | None, step: int) -> Batch:
       seed: random seed for the order; with None every epoch takes the rows as they stand.
       step: counted from 0.
     """
-    return next(batches_from(data, size, seed, step))
-
-
-def batches_from(data: Data, size: int, seed: int | None, step: int) -> Iterator[Batch]:
-    """Yield the batches of a step and of all later ones, without end, as `batch_of_step` does."""
-    per_epoch = steps_per_epoch(len(data), size)
-    first, place = divmod(step, per_epoch)
-    for epoch in itertools.count(first):
-        if seed is None:
-            order = np.arange(len(data))
-        else:
-            order = np.random.default_rng([seed, epoch]).permutation(len(data))
-        for start in range(place * size, len(data), size):
-            yield data.take(_fill_up(order[start : start + size], size))
-        place = 0
+    return next(data.batches_from(size, seed, step))
 
 
 def batches(data: Data, size: int) -> Iterator[Batch]:

@@ -75,7 +75,7 @@ def read_rows(path: str | Path, encoding: str = "utf-8") -> Rows:
     path = Path(path)
     kind = path.suffix.lower()
     if kind == ".parquet":
-        return _collect(str(path), "row", _numbered(read_parquet(path)))
+        return collect(str(path), "row", _numbered(read_parquet(path)))
     text = decode_file(path, encoding)
     if kind == ".txt":
         problem = "text is empty" if not text.strip() else describe("text", text)
@@ -83,9 +83,9 @@ def read_rows(path: str | Path, encoding: str = "utf-8") -> Rows:
             raise DataError(f"{path}: {problem}; use a file that contains text")
         return Rows(str(path), STREAM, (Row(1, {"text": text}),))
     if kind in _TABLES:
-        return _collect(str(path), "row", _numbered(read_csv(str(path), text, KNOWN)))
+        return collect(str(path), "row", _numbered(read_csv(str(path), text, KNOWN)))
     if kind == ".json" and text.lstrip().startswith("["):
-        return _collect(str(path), "row", _numbered(_parse_list(str(path), text)))
+        return collect(str(path), "row", _numbered(_parse_list(str(path), text)))
     if kind not in (*_LINES, ".json"):
         raise DataError(
             f"{path}: unknown file type; rename it to .jsonl, .json, .csv, .tsv or .parquet (rows "
@@ -93,7 +93,7 @@ def read_rows(path: str | Path, encoding: str = "utf-8") -> Rows:
         )
     # `splitlines` would also cut at characters that JSON strings may contain.
     lines = enumerate(text.split("\n"), start=1)
-    return _collect(str(path), "line", ((n, line) for n, line in lines if line.strip()))
+    return collect(str(path), "line", ((n, line) for n, line in lines if line.strip()))
 
 
 def decode_file(path: Path, encoding: str) -> str:
@@ -102,17 +102,32 @@ def decode_file(path: Path, encoding: str) -> str:
         data = path.read_bytes()
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror}") from None
+    return decode(path, data, encoding)
+
+
+def decode(path: Path, data: bytes, encoding: str, offset: int = 0, line: int = 1) -> str:
+    """Return the text of a part of a file; raise `DataError` as `read_rows` does.
+
+    Args:
+      path: the file, for messages.
+      data: the part.
+      encoding: a name that Python knows.
+      offset: where the part begins in the file.
+      line: the number of its first line.
+    """
     try:
-        return data.decode(encoding).removeprefix("\ufeff")
+        text = data.decode(encoding)
     except LookupError:
         raise DataError(f"{path}: unknown encoding {encoding!r}; try utf-8") from None
     except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
+        line += data.count(b"\n", 0, error.start)
         other = "latin-1" if encoding.lower().replace("_", "-") != "latin-1" else "utf-8"
         raise DataError(
-            f"{path}, line {line}: byte 0x{data[error.start]:02x} at offset {error.start} is not "
-            f"valid {encoding}; convert the file, or name its encoding (perhaps --encoding {other})"
+            f"{path}, line {line}: byte 0x{data[error.start]:02x} at offset "
+            f"{offset + error.start} is not valid {encoding}; convert the file, or name its "
+            f"encoding (perhaps --encoding {other})"
         ) from None
+    return text if offset else text.removeprefix("\ufeff")
 
 
 def _numbered(rows: Iterable[Any]) -> Iterator[tuple[int, Any]]:
@@ -132,8 +147,12 @@ def _parse_list(source: str, text: str) -> list[Any]:
         raise DataError(f"{source}: not valid JSON ({error})") from None
 
 
-def _collect(source: str, unit: str, found: Iterable[tuple[int, Any]]) -> Rows:
-    """Return rows, given as numbered values, or as numbered lines of JSON."""
+def collect(source: str, unit: str, found: Iterable[tuple[int, Any]]) -> Rows:
+    """Return rows, given as numbered values, or, where the unit is "line", as lines of JSON.
+
+    Raises:
+      DataError: as `read_rows`.
+    """
     problems: list[str] = []
     rows: list[tuple[str, Row]] = []
     ignored: dict[str, None] = {}

@@ -39,9 +39,14 @@ def _is_record(x: Any) -> bool:
     return all(is_number(x[name]) for name in ("loss", "eval_loss") if name in x)
 
 
+def read_until(path: Path, step: int) -> list[dict[str, Any]]:
+    """Return the records up to `step`."""
+    return [record for record in read(path) if record["step"] <= step]
+
+
 def rewind(path: Path, step: int) -> list[dict[str, Any]]:
     """Drop the records after `step`, which a resumed run writes again, and return the others."""
-    kept = [record for record in read(path) if record["step"] <= step]
+    kept = read_until(path, step)
     if path.exists():
         write_atomically(path, "".join(json.dumps(r) + "\n" for r in kept).encode())
     return kept

@@ -1,9 +1,10 @@
 """The loop: steps, evaluations, checkpoints and a log. Resuming is exact to the bit."""
 
+import dataclasses
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,14 @@ import jax
 import numpy as np
 import optax
 
+from lora_jax.files.disk.processes import is_first, together
 from lora_jax.training import log
-from lora_jax.training.batching import Batch, Data, batches, batches_from, steps_per_epoch
+from lora_jax.training.batching import Batch, Data, Source, batches
+from lora_jax.training.distributed.agreement import agreeing
 from lora_jax.training.errors import TrainingError
 from lora_jax.training.run_files import RunFiles
 from lora_jax.training.running.ahead import Late, place_ahead
+from lora_jax.training.running.feed import Feed
 from lora_jax.training.running.flops import flops_of_step
 from lora_jax.training.running.profile import Profile, steps_to_profile
 from lora_jax.training.running.speed import speed
@@ -64,17 +68,20 @@ class Job:
       directory: for the checkpoints and `log.jsonl`; with None nothing is written.
       place: puts a batch on the device, or on the devices of a mesh: `jax.device_put`, if need be
         with a sharding. The loop calls it before the step that the batch is for.
+      own_rows: the rows of each batch that this process's devices get, as `rows_of` returns them; a
+        stream reads no others. None for all.
     """
 
     loss: Loss
     base: Any
     tx: optax.GradientTransformation
-    data: Data
+    data: Source
     settings: Settings
     held_out: Data | None = None
     rates: Callable[[int], Any] | None = None
     directory: Path | None = None
     place: Callable[[Batch], Any] = jax.device_put
+    own_rows: Collection[int] | None = None
 
 
 @dataclass(frozen=True)
@@ -108,17 +115,25 @@ def train(job: Job, adapters: Any, watcher: Watcher = Watcher()) -> Outcome:
     measured is read once one or two more are dispatched. Those are in the run, too, when the
     watcher asks to stop. A checkpoint or an evaluation comes after the records of all its steps.
 
+    In a run of several processes, all call this with the same job, whose arrays span them. They
+    stop together when a watcher of one of them asks for it, and process 0 writes the log.
+
     Args:
       job: the loss, the data, the settings.
       adapters: the initial adapters, as `lora_jax.split` returns them; they are left unchanged.
       watcher: callbacks, one of which may stop the run.
 
     Raises:
+      DataError: rows of a stream cannot be read; the state before their step is saved.
       TrainingError: the loss or the gradient is not finite (the state before that step is saved,
         and resuming continues from it), checkpoints cannot be written or read, or more steps are
         done than requested.
     """
-    with RunFiles(job.directory, watcher.saved) as files:
+    with (
+        agreeing(watcher.stop) as (stop, fail),
+        RunFiles(job.directory, watcher.saved, fail) as files,
+    ):
+        watcher = dataclasses.replace(watcher, stop=stop)
         done, state = files.resume(init_state(adapters, job.tx))
         _check_done(job, done)
         watcher.start(done)
@@ -147,20 +162,20 @@ class _Run:
         self._flops: int | None = None  # of a step, once that was traced
         self._job, self._watcher, self._files = job, watcher, files
         self._evaluate = _make_evaluate(job, watcher, files.records, self._note)
+        self._feed = _feed(job, done)
         self._late: Late[int] = Late(self._read)
 
     def steps(self) -> None:
         """Take the steps that are left, until the watcher stops them."""
         job, settings, stop = self._job, self._job.settings, self._watcher.stop
-        step = make_step(job.loss, job.tx, settings.accumulate, settings.seed)
+        step = make_step(job.loss, job.tx, settings.accumulate, settings.seed, self.state)
         ahead = int(self.state.step) - self.done
         self._evaluate(self.done, self.state)
-        placed = place_ahead(_batches(job, self.done), job.place)
         with self._profile() as profile:
             while self.done < settings.steps and not stop():
                 profile.before(self.done + 1)
                 began = time.perf_counter()
-                inputs = (self.state, job.base, next(placed), np.int32(self.done + ahead))
+                inputs = (self.state, job.base, self._feed.next(), np.int32(self.done + ahead))
                 self._flops = self._flops or flops_of_step(step, *inputs)
                 with jax.profiler.StepTraceAnnotation("train", step_num=self.done + 1):
                     self.state, measured = step(*inputs)
@@ -185,20 +200,23 @@ class _Run:
     def _profile(self) -> Profile:
         job, count = self._job, self._job.settings.profile
         steps = range(self._first, job.settings.steps + 1)
-        chosen = range(0) if job.directory is None else steps_to_profile(steps, count)
+        is_here = job.directory is not None and is_first()
+        chosen = steps_to_profile(steps, count) if is_here else range(0)
         directory = (job.directory or Path()) / "profile"
         return Profile(chosen, directory, self._late.read_all, self._watcher.profiled)
 
     def _read(self, step: int, found: tuple[Any, Any], seconds: float) -> None:
         """Write the record of a step, unless it failed."""
         measured, rate = found
-        record = _record(step, measured, rate, seconds)
-        if step > self._first:  # which compiled
-            record |= speed(record, self._flops)
-        unfit = _what_is_not_finite(record)
+        values = {name: float(x) for name, x in measured.items()}
+        unfit = _what_is_not_finite(values)
         if unfit:
             self._files.save(step - 1, self.state)  # this step and later ones left it as it was
-            raise TrainingError(_explain_not_finite(unfit, record, self._files))
+            together(self._feed.check)
+            raise TrainingError(_explain_not_finite(unfit, values[unfit], step, self._files))
+        record = _record(step, values, rate, seconds)
+        if step > self._first:  # which compiled
+            record |= speed(record, self._flops)
         self._note(record)
 
     def _note(self, record: dict[str, Any]) -> None:
@@ -206,17 +224,17 @@ class _Run:
         self._watcher.step(record)
 
 
-def _batches(job: Job, done: int) -> Iterator[Batch]:
-    """Yield the batches of the steps that are left."""
+def _feed(job: Job, done: int) -> Feed:
+    """Return the batches of the steps that are left."""
     settings = job.settings
     size, order = settings.rows * settings.accumulate, settings.seed if settings.shuffle else None
-    found = batches_from(job.data, size, order, done)
-    return itertools.islice(found, settings.steps - done)
+    found = job.data.batches_from(size, order, done, job.own_rows)
+    left = itertools.islice(found, settings.steps - done)
+    return Feed(left, job.place, lambda: job.data.example(size))
 
 
-def _record(step: int, measured: Mapping[str, Any], rate: Any, seconds: float) -> dict[str, Any]:
+def _record(step: int, values: Mapping[str, float], rate: Any, seconds: float) -> dict[str, Any]:
     """Return a step's record for the log."""
-    values = {name: float(x) for name, x in measured.items()}
     return {
         "step": step,
         "loss": values["loss"],
@@ -228,13 +246,13 @@ def _record(step: int, measured: Mapping[str, Any], rate: Any, seconds: float) -
     }
 
 
-def _what_is_not_finite(record: log.Record) -> str | None:
-    return next((n for n in ("loss", "gradient_norm") if not math.isfinite(record[n])), None)
+def _what_is_not_finite(values: Mapping[str, float]) -> str | None:
+    return next((n for n in ("loss", "gradient_norm") if not math.isfinite(values[n])), None)
 
 
-def _explain_not_finite(name: str, record: log.Record, files: RunFiles) -> str:
+def _explain_not_finite(name: str, value: float, step: int, files: RunFiles) -> str:
     advice = (
-        f"step {record['step']}: the {name.replace('_', ' ')} is {record[name]}; lower the "
+        f"step {step}: the {name.replace('_', ' ')} is {value}; lower the "
         "learning rate (--lr), lengthen the warm-up (--warmup) or use float32 (--dtype float32)"
     )
     if files.checkpoints is None:
@@ -306,11 +324,11 @@ def _is_due(done: int, every: int, steps: int) -> bool:
     return done == steps or (every > 0 and done % every == 0)
 
 
-def steps_of_epochs(epochs: float, data: Data, size: int) -> int:
+def steps_of_epochs(epochs: float, data: Source, size: int) -> int:
     """Return how many steps of `size` rows go through `data` that many times.
 
     >>> import numpy as np
     >>> steps_of_epochs(2, Data({"ids": np.zeros((10, 3))}), size=4)
     6
     """
-    return max(1, round(epochs * steps_per_epoch(len(data), size)))
+    return max(1, round(epochs * data.steps_per_epoch(size)))

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from lora_jax.files.disk import processes
 from lora_jax.training import log
 from lora_jax.training.step import State
 
@@ -15,21 +16,26 @@ class RunFiles:
       directory: for `log.jsonl` and `checkpoints/`, created if missing. With None nothing is
         written, and the log is in memory only.
       saved: called with the adapters and the step after each checkpoint.
+      fail: called with what keeps process 0 from writing the log, in a run of several processes,
+        where it must not stop without the others.
+
+    All processes of a run have one of these; process 0 alone writes the log.
     """
 
     def __init__(
         self,
         directory: Path | None,
         saved: Callable[[Any, int], None] = lambda adapters, step: None,
+        fail: Callable[[Exception], None] | None = None,
     ) -> None:
         self.records: list[dict[str, Any]] = []
-        self._report_saved, self._last_saved = saved, -1
+        self._report_saved, self._last_saved, self._fail = saved, -1, fail
         self.checkpoints = None
         if directory is not None:
             # Orbax takes a second to import.
             from lora_jax.training.checkpoints import Checkpoints
 
-            directory.mkdir(parents=True, exist_ok=True)
+            processes.by_first(lambda: directory.mkdir(parents=True, exist_ok=True))
             self._log = directory / "log.jsonl"
             self.checkpoints = Checkpoints(directory / "checkpoints")
 
@@ -52,14 +58,23 @@ class RunFiles:
             return 0, start
         done, state = self.checkpoints.restore(start) or (0, start)
         self.checkpoints.reserve(state)
-        self.records = log.rewind(self._log, done)
+        self.records = log.read_until(self._log, done)
+        processes.by_first(lambda: log.rewind(self._log, done))
         return done, state
 
     def note(self, record: dict[str, Any]) -> None:
         """Append a record to the log."""
-        if self.checkpoints is not None:
-            log.append(self._log, record)
+        if self.checkpoints is not None and processes.is_first():
+            self._append(record)
         self.records.append(record)
+
+    def _append(self, record: dict[str, Any]) -> None:
+        try:
+            log.append(self._log, record)
+        except OSError as error:
+            if self._fail is None:
+                raise
+            self._fail(error)
 
     def save(self, step: int, state: State) -> None:
         """Write a checkpoint, unless there is one of that step."""

@@ -14,7 +14,8 @@ from lora_jax.core.foreign import shown
 from lora_jax.files.disk import strict_json
 from lora_jax.files.disk.atomic import write_atomically
 from lora_jax.files.disk.fingerprint import fingerprint, weak_entries
-from lora_jax.training.batching import Data
+from lora_jax.files.disk.processes import to_host
+from lora_jax.training.batching import Source
 from lora_jax.training.errors import TrainingError
 
 RUN_FILE = "run.json"
@@ -38,8 +39,8 @@ def started(directory: Path, resume: bool) -> datetime.datetime:
 def identity(
     settings: Mapping[str, Any],
     base: Any,
-    data: Data,
-    held_out: Data | None,
+    data: Source,
+    held_out: Source | None,
     now: datetime.datetime | None = None,
     weak: Collection[str] = (),
 ) -> dict[str, Any]:
@@ -58,8 +59,8 @@ def identity(
         "settings": json.loads(json.dumps(dict(settings))),
         "base": fingerprint(base, weak=weak),
         "data": {
-            "training": _digest(data),
-            "held-out": None if held_out is None else _digest(held_out),
+            "training": data.checksum(),
+            "held-out": None if held_out is None else held_out.checksum(),
         },
     }
 
@@ -202,15 +203,7 @@ def _show(settings: Mapping[str, Any], name: str) -> str:
 def checksum(tree: Any) -> str:
     """Return a short checksum of all values of a tree of arrays."""
     digest = hashlib.sha256()
-    for x in jax.device_get(jax.tree.leaves(tree)):
+    for x in to_host(jax.tree.leaves(tree)):
         digest.update(f"{x.dtype} {x.shape}".encode())
         digest.update(np.ascontiguousarray(x).tobytes())
     return digest.hexdigest()[:16]
-
-
-def _digest(data: Data) -> str:
-    digest = hashlib.sha256()
-    for name, x in sorted(data.arrays.items()):
-        digest.update(f"{name} {x.dtype} {x.shape}".encode())
-        digest.update(np.ascontiguousarray(x).tobytes())
-    return digest.hexdigest()

@@ -8,8 +8,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
 
 import lora_jax as lora
+from lora_jax.training.distributed.mesh import mesh_of, row_sharding
+from lora_jax.training.distributed.placing import complete
 from lora_jax.training.loss import JaxBatch, LossSums
 
 # (params, batch) -> the sums of a batch, such as `loss.language_sums` returns
@@ -27,13 +30,20 @@ class State:
 
 
 def init_state(adapters: Any, tx: optax.GradientTransformation) -> State:
-    """Return the state before the first step. It owns its arrays, since steps donate them."""
+    """Return the state before the first step. It owns its arrays, since steps donate them.
+
+    If adapters lie on a mesh, so does all of the state.
+    """
     own = jax.tree.map(lambda x: jnp.array(x, copy=True), adapters)
-    return State(own, tx.init(own), jnp.zeros((), jnp.int32))
+    return complete(State(own, tx.init(own), jnp.zeros((), jnp.int32)), mesh_of(adapters))
 
 
 def make_step(
-    loss: Loss, tx: optax.GradientTransformation, accumulate: int = 1, seed: int = 0
+    loss: Loss,
+    tx: optax.GradientTransformation,
+    accumulate: int = 1,
+    seed: int = 0,
+    like: State | None = None,
 ) -> Callable[..., tuple[State, LossSums]]:
     """Return a compiled training step, `(state, base, batch, done=None) -> (state, measured)`.
 
@@ -46,6 +56,8 @@ def make_step(
       tx: the optimizer of the adapters.
       accumulate: number of micro-batches per batch; memory is that of one micro-batch.
       seed: random seed for dropout, if the adapters have any; each step draws its own.
+      like: the first state. If it lies on a mesh, the state stays where it is there, so a step
+        compiles once; and the rows of each micro-batch are divided over the mesh.
 
     Returns:
       A function of the state, whose arrays are donated; the base, which gets no gradient; and a
@@ -56,6 +68,8 @@ def make_step(
       though the caller may read only later that it did.
     """
     adapted = lora.lora(loss)
+    mesh = mesh_of(like)
+    where = None if mesh is None else (jax.tree.map(lambda x: x.sharding, like), None)
 
     def differentiate(adapters: Any, base: Any, batch: JaxBatch, key: jax.Array) -> Any:
         def total(adapters: Any) -> tuple[jax.Array, LossSums]:
@@ -66,11 +80,11 @@ def make_step(
         (_, sums), gradients = jax.value_and_grad(total, has_aux=True)(adapters)
         return jax.tree.map(_widen, (gradients, sums))
 
-    @partial(jax.jit, donate_argnums=0)
+    @partial(jax.jit, donate_argnums=0, out_shardings=where)
     def step(state: State, base: Any, batch: JaxBatch, done: Any = None) -> tuple[State, LossSums]:
         keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), state.step), accumulate)
         one = lambda part, key: differentiate(state.adapters, base, part, key)
-        gradients, sums = _sum_over_parts(one, batch, keys)
+        gradients, sums = _sum_over_parts(one, batch, keys, mesh)
         mean = jax.tree.map(lambda g: g / jnp.maximum(sums["weight"], 1e-9), gradients)
         norm = _gradient_norm(mean, state.adapters)
         measured = {**sums, "loss": sums["loss"] / sums["weight"], "gradient_norm": norm}
@@ -90,13 +104,18 @@ def make_step(
 
 
 def _sum_over_parts(
-    one: Callable[[JaxBatch, jax.Array], Any], batch: JaxBatch, keys: jax.Array
+    one: Callable[[JaxBatch, jax.Array], Any],
+    batch: JaxBatch,
+    keys: jax.Array,
+    mesh: Mesh | None,
 ) -> Any:
     """Sum `one` over the parts of a batch, one part per key, with one part in memory at a time."""
     count = len(keys)
     if count == 1:
         return one(batch, keys[0])
     parts = jax.tree.map(lambda x: x.reshape(count, len(x) // count, *x.shape[1:]), dict(batch))
+    if mesh is not None:
+        parts = jax.lax.with_sharding_constraint(parts, row_sharding(mesh, axis=1))
     first = jax.tree.map(lambda x: x[0], parts)
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(one, first, keys[0]))
     add = lambda total, part: (jax.tree.map(jnp.add, total, one(*part)), None)

@@ -40,6 +40,7 @@ def encode_examples(
     *,
     vocabulary: int | None = None,
     stops: Collection[int] | None = None,
+    may_be_empty: bool = False,
 ) -> Examples:
     """Encode the rows of a language model's data, with masks of the tokens to train on.
 
@@ -62,6 +63,7 @@ def encode_examples(
       length: maximum number of tokens per example, at least 2.
       vocabulary: number of the model's tokens, to refuse ids beyond it.
       stops: the ids at which generation ends, to note if none of them is trained on.
+      may_be_empty: whether no example may be left, as in a part of a file.
 
     Raises:
       DataError: the rows are of another kind, the template refuses a conversation or leaves out
@@ -84,12 +86,25 @@ def encode_examples(
     refuse_unknown(rows.source, rows.places, [e.ids for e in encoded], tokenizer, vocabulary)
     fit = _cut_into_pieces if rows.kind == "text" else _cut_off
     kept = _keep_trainable(rows, encoded, fit(encoded, length), length)
+    if not kept.examples and not may_be_empty:
+        raise DataError(
+            f"{rows.source}: no tokens to train on are left in rows of {length} tokens; increase "
+            "--length"
+        )
     notes = (*kept.notes, *_note_stops(rows, encoded, stops), *_note_unwritten(rows, tokenizer))
     return Examples(kept.examples, notes)
 
 
-def encode_stream(rows: Rows, tokenizer: Encoder, *, vocabulary: int | None = None) -> np.ndarray:
+def encode_stream(
+    rows: Rows, tokenizer: Encoder, *, vocabulary: int | None = None, may_be_empty: bool = False
+) -> np.ndarray:
     """Return the token ids of a `.txt` file, int32 `[n]`, without BOS or EOS.
+
+    Args:
+      rows: of kind `STREAM`.
+      tokenizer: turns text into ids.
+      vocabulary: number of the model's tokens, to refuse ids beyond it.
+      may_be_empty: whether there may be a single token or none, as in a part of a file.
 
     Raises:
       DataError: the text is a single token, so there is nothing to predict, or has a token that
@@ -97,7 +112,7 @@ def encode_stream(rows: Rows, tokenizer: Encoder, *, vocabulary: int | None = No
     """
     assert rows.kind == STREAM
     ids = np.asarray(tokenizer.encode(rows.rows[0].values["text"]), np.int32)
-    if len(ids) < 2:
+    if len(ids) < 2 and not may_be_empty:
         raise DataError(f"{rows.source}: the text is a single token; there is nothing to train on")
     if vocabulary is not None:
         place = f"token {int(np.argmax(ids >= vocabulary)) + 1}"
@@ -238,11 +253,6 @@ def _keep_trainable(
         )
     # The first token of a row is never predicted.
     kept = tuple(example for example in cut if example.trains[1:].any())
-    if not kept:
-        raise DataError(
-            f"{rows.source}: no tokens to train on are left in rows of {length} tokens; increase "
-            "--length"
-        )
     if rows.kind != "text" and len(kept) < len(cut):
         notes.append(
             f"{len(cut) - len(kept)} rows left out: nothing to train on in {length} tokens"

@@ -133,11 +133,15 @@ def rebuilt(values):
 
 
 def minimize(tx, fn, params, steps=4):
-    state = tx.init(params)
-    for _ in range(steps):
+    @jax.jit
+    def step(params, state):
         value, grad = jax.value_and_grad(fn)(params)
         updates, state = tx.update(grad, state, params, value=value, grad=grad, value_fn=fn)
-        params = optax.apply_updates(params, updates)
+        return optax.apply_updates(params, updates), state
+
+    state = tx.init(params)
+    for _ in range(steps):
+        params, state = step(params, state)
     return params
 
 

@@ -133,7 +133,12 @@ CHOICES = {
 }
 
 
-@pytest.mark.parametrize("name", CHOICES)
+SLOW = ("slice", "range")  # other ways to write the layers, which tests of patterns have too
+
+
+@pytest.mark.parametrize(
+    "name", [n if n not in SLOW else pytest.param(n, marks=pytest.mark.slow) for n in CHOICES]
+)
 def test_layers_and_exclusions(name, play, tmp_path, run, quick_compile):
     more, expected = CHOICES[name]
     done = run(*words(play, tmp_path / "out", "--steps", 1, "--rank", 2, *more, small=BARE))

@@ -21,7 +21,7 @@ def operands(draw):
 
 
 @hypothesis.given(operands())
-@hypothesis.settings(max_examples=60)
+@hypothesis.settings(max_examples=30)
 def test_contract_is_einsum(drawn):
     x_names, y_names, keep = drawn
     rng = np.random.default_rng(0)

@@ -177,7 +177,7 @@ def test_adapters_are_merged_before_a_model_is_saved(tmp_path):
 
 
 def test_a_directory_with_several_files_is_not_written_to(sharded):
-    with pytest.raises(ModelFileError, match="contains a model in several files"):
+    with pytest.raises(ModelFileError, match="contains a model in other files"):
         models.save(sharded, load("llama"))
 
 

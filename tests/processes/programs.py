@@ -12,7 +12,7 @@ from jax.sharding import AxisType
 import lora_jax as lora
 from lora_jax.core.errors import OtherProcessError
 from lora_jax.files.disk import processes
-from lora_jax.models import pretrained
+from lora_jax.models import pretrained, saving
 from lora_jax.training.checkpoints import Checkpoints
 from lora_jax.training.errors import TrainingError
 from tests.processes.made import CONFIG, global_mesh, model_and_adapters, on_mesh
@@ -35,7 +35,7 @@ def write(folder: pathlib.Path, model: pretrained.Pretrained, adapters: object) 
     lora.save(folder / "native.safetensors", adapters, base=base, config=CONFIG)
     lora.peft.save(folder / "peft", adapters, naming, base=base)
     lora.mlx.save(folder / "mlx", adapters, naming, base=base)
-    pretrained.save(folder / "model", model)
+    saving.save(folder / "model", model)
 
 
 def check_loaded(
@@ -61,7 +61,7 @@ def fail_to_write(folder: pathlib.Path) -> None:
         lambda: lora.save(obstacle / "a.safetensors", there, base=base),
         lambda: lora.peft.save(obstacle / "peft", there, model.naming, base=base),
         lambda: lora.mlx.save(obstacle / "mlx", there, model.naming, base=base),
-        lambda: pretrained.save(obstacle / "m", dataclasses.replace(model, params=base)),
+        lambda: saving.save(obstacle / "m", dataclasses.replace(model, params=base)),
     ):
         try:
             save()
@@ -73,7 +73,7 @@ def fail_to_write(folder: pathlib.Path) -> None:
             raise AssertionError("no error")
     bad = dataclasses.replace(model, params={**base, "extra": {"kernel": base["embedding"]}})
     try:
-        pretrained.save(folder / "bad", bad)
+        saving.save(folder / "bad", bad)
     except lora.LoraError as error:
         assert "no row of the naming has this path" in str(error)
 

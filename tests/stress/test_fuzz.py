@@ -34,7 +34,9 @@ KNOWN = Program(
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("part", range(6))
+@pytest.mark.parametrize(
+    "part", [part if part < 4 else pytest.param(part, marks=pytest.mark.slow) for part in range(6)]
+)
 def test_random_programs(x64, quick_compile, part):
     """Sixty programs; where one fails hypothesis makes it small."""
 
@@ -63,11 +65,15 @@ def scaled(factor):
     return lambda params: merged(jax.tree.map(one, params, is_leaf=is_node))
 
 
-def test_a_wrong_engine_is_seen_and_the_program_made_small(x64):
+def test_a_wrong_engine_is_seen(x64):
     """The oracle is what is wrong here, by one percent of the scale, or by all of it."""
     assert "off by" in check(KNOWN, scaled(1.01)).problem
     coarse = dataclasses.replace(KNOWN, compute="bfloat16")
     assert "off by" in check(coarse, scaled(0.0)).problem
+
+
+@pytest.mark.slow  # some hundred programs
+def test_a_program_that_fails_is_made_small(x64):
     program, problem = smallest(0, 0, lambda program: check(program, scaled(1.01)))
     assert "off by" in problem and len(operations(program.block)) <= 3
 

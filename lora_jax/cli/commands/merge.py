@@ -32,6 +32,9 @@ def command(
             help="Dtype of the result; default: each tensor's in the base, float32 for GGUF."
         ),
     ] = None,
+    max_shard_size: Annotated[
+        str, typer.Option(help="Largest file of weights: 5GB, 500MB, 2GiB.")
+    ] = "5GB",
     rename: RenameOption = None,
     residual: ResidualOption = False,
     strict: StrictOption = True,
@@ -40,12 +43,13 @@ def command(
     """Merge an adapter into its base: a model in Hugging Face's layout that needs no adapter.
 
     Weights are added in float32 and rounded once; the share of the update that is lost in rounding
-    is printed. The tokenizer, the chat template and the model's other files are copied, but no data
-    beside them; a tokenizer in the adapter's directory takes the place of the base's. The directory
-    is written completely or not at all, and the base is never changed.
+    is printed. One weight at a time is in memory, however large the model is. The tokenizer, the
+    chat template and the model's other files are copied, but no data beside them; a tokenizer in
+    the adapter's directory takes the place of the base's. The directory is written completely or
+    not at all, and the base is never changed.
     """
     from lora_jax.cli.fit import Fit
     from lora_jax.cli.jobs import merge
 
     fit = Fit.of_options(strict, rename, residual)
-    merge.run(model, adapter, out, dtype=dtype, force=force, fit=fit)
+    merge.run(model, adapter, out, dtype=dtype, force=force, fit=fit, max_shard_size=max_shard_size)

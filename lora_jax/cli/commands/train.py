@@ -12,6 +12,7 @@ EXAMPLES = (
     "lora-jax train --model ./llama-1b --data chats.jsonl --eval-split 0.1 --epochs 3 --out run",
     "lora-jax train --model ./MiniLM --task classification --data reviews.jsonl --out run",
     "lora-jax train --model tiny --data notes.txt --steps 20 --out run --resume",
+    "lora-jax train --model ./llama-8b --data chats.jsonl --mesh fsdp=4,tensor=2 --out run",
 )
 
 
@@ -60,6 +61,16 @@ def _check(context: typer.Context, options: TrainOptions) -> None:
             what = "above 0" if name in _POSITIVE else "at least 0"
             what = "finite" if value == float("inf") else what
             raise typer.BadParameter(f"must be {what}", param_hint=f"--{name.replace('_', '-')}")
+    together = ("coordinator", "processes", "process_id")
+    missing = [f"--{n.replace('_', '-')}" for n in together if getattr(options, n) is None]
+    if 0 < len(missing) < len(together):
+        raise typer.BadParameter(
+            f"--coordinator, --processes and --process-id go together; add {' and '.join(missing)}"
+        )
+    if (options.process_id or 0) >= (options.processes or 1):
+        raise typer.BadParameter(
+            f"must be below --processes {options.processes}", param_hint="--process-id"
+        )
     if options.task == CLASSIFICATION and (options.add_token or options.untie_head):
         raise typer.BadParameter("--add-token and --untie-head are for --task causal-lm")
     given = [n for n in _OF_NEW_ADAPTERS if options.adapter is not None and _is_given(context, n)]

@@ -23,6 +23,7 @@ from lora_jax.training.batching import Data, cut_stream, pack_examples
 from lora_jax.training.dataset import STREAM, Rows, read_rows
 from lora_jax.training.errors import DataError, list_problems
 from lora_jax.training.loop import measure
+from lora_jax.training.streaming.files import find_files
 from lora_jax.training.tokenize import encode_examples, encode_stream
 
 
@@ -44,7 +45,7 @@ def run(
       DataError: a file cannot be read or has rows of another kind.
       LoraError: the model cannot be read.
     """
-    rows = [read_rows(path, encoding) for path in files]
+    rows = [read_rows(path, encoding) for path in find_files(files)]
     base = sources.find_model(model)
     if classifiers.find(base, adapter):
         found = _classifier(rows, model, adapter, length, batch, dtype, fit)

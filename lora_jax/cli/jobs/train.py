@@ -3,24 +3,32 @@
 import dataclasses
 import datetime
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
+import jax
+from jax.sharding import Mesh
 from rich.console import Console
 
 import lora_jax as lora
 from lora_jax.cli import sources
-from lora_jax.cli.jobs import train_remat, train_results
+from lora_jax.cli.exit_status import INTERRUPTED
+from lora_jax.cli.jobs import train_mesh, train_remat, train_results
 from lora_jax.cli.jobs.train_data import Task, read_task
 from lora_jax.cli.jobs.train_model import TrainableModel, open_model
 from lora_jax.cli.jobs.train_start import Start, make_start
+from lora_jax.cli.jobs.train_stream import choose_streaming, describe_rows
 from lora_jax.cli.jobs.train_vocabulary import Vocabulary
 from lora_jax.cli.jobs.train_watch import Watch
 from lora_jax.cli.plurals import count
 from lora_jax.cli.train_options import CLASSIFICATION, MEAN, TrainOptions
 from lora_jax.cli.words import in_options
+from lora_jax.core.errors import LoraError
 from lora_jax.core.foreign import escaped
 from lora_jax.files import kinds
+from lora_jax.files.disk import processes
 from lora_jax.training import loss_curve, run_record
+from lora_jax.training.distributed.placing import complete, own_rows, place_rows
 from lora_jax.training.errors import TrainingError
 from lora_jax.training.loop import Job, Settings, steps_of_epochs, train
 from lora_jax.training.optimizer import Optimizer
@@ -36,21 +44,32 @@ def main(options: TrainOptions, command: str) -> None:
     Raises:
       KeyboardInterrupt: after Ctrl-C or SIGTERM, once all is saved; it says how to resume.
     """
-    console = Console(stderr=True, highlight=False)
+    train_mesh.join(options)
+    processes.together(lambda: _run(options, command), errors=LoraError)
+
+
+def _run(options: TrainOptions, command: str) -> None:
+    """Do what `main` says, in each of the run's processes; process 0 alone writes and speaks."""
+    is_first = processes.is_first()
+    console = Console(stderr=True, highlight=False, quiet=not is_first)
     say = lambda text: console.print(escaped(text), markup=False, soft_wrap=True)
-    resumed = run_record.check_directory(options.out, options.resume)
+    resumed = processes.together(lambda: run_record.check_directory(options.out, options.resume))
     if options.resume and not resumed:
         say(f"nothing to resume in {options.out}: starting from the beginning")
     optimizer = _optimizer(options)
-    now = run_record.started(options.out, options.resume)
+    now = _started(options)
     announce = say if console.is_terminal else lambda text: None
-    options, model = _open(options, now, announce)
+    options = processes.together(partial(choose_streaming, options, resumed))
+    processes.by_first(lambda: sources.find_model(options.model, announce))  # or downloads it
+    options, model, mesh = processes.together(lambda: _open(options, now, announce))
     announce(f"reading {', '.join(map(str, [*options.data, *(options.held_out or ())]))}")
-    task = read_task(options, model)
+    task = processes.together(lambda: read_task(options, model))
+    task = dataclasses.replace(task, params=complete(task.params, mesh))
     for note in task.notes:
         say(f"note: {note}")
     with in_options(options):
         start = make_start(options, model, task)
+    start = dataclasses.replace(start, params=complete(start.params, mesh))
     base, adapters = lora.split(start.params)
     steps = _steps(options, task, resumed)
     this = run_record.identity(
@@ -70,25 +89,37 @@ def main(options: TrainOptions, command: str) -> None:
         model.tokenizer.files() if options.add_token else {},
     )
     results.check(adapters)
-    job = _job(options, optimizer, model, task, start, base, adapters, steps)
+    job = _job(options, optimizer, model, task, start, base, adapters, steps, mesh)
     job = train_remat.choose(options, model, task, start.paths, job, adapters, say)
-    run_record.begin(options.out, this, resumed, free=("steps",))
+    processes.by_first(lambda: run_record.begin(options.out, this, resumed, free=("steps",)))
     for line in _describe(options, task, start, steps):
+        say(line)
+    for line in [] if mesh is None else train_mesh.describe(mesh, model.config):
         say(line)
     with Watch(results, steps, optimizer, this, command, console) as watch:
         outcome = train(job, adapters, watch.watcher)
     title = f"{options.model}: rank {start.config.rank}, learning rate {options.lr:g}"
-    loss_curve.draw(outcome.records, options.out / "loss.png", title)
-    if outcome.step < steps:
+    picture = options.out / "loss.png"
+    processes.by_first(lambda: loss_curve.draw(outcome.records, picture, title))
+    if outcome.step < steps and is_first:
         raise KeyboardInterrupt(watch.describe_interruption(outcome.step))
-    results.show(outcome.records)
+    if outcome.step < steps:
+        raise SystemExit(INTERRUPTED)
+    if is_first:
+        results.show(outcome.records)
+
+
+def _started(options: TrainOptions) -> datetime.datetime:
+    """Return when the run was started, by the clock of process 0."""
+    now = processes.together(lambda: run_record.started(options.out, options.resume))
+    return datetime.datetime.fromisoformat(processes.tell_all(now.isoformat())[0])
 
 
 def _describe(options: TrainOptions, task: Task, start: Start, steps: int) -> tuple[str, str]:
     """Return what is trained on, and how much trains."""
     counts = lora.count_params(start.params)
     return (
-        f"{count(len(task.data), 'row')} of {options.length} tokens, "
+        f"{describe_rows(task.data)} of {options.length} tokens, "
         f"{count(steps, 'step')} of {count(options.size, 'row')}",
         f"{count(counts.trainable, 'trainable parameter')}, "
         f"{counts.trainable / counts.total:.2%} of all",
@@ -108,21 +139,24 @@ def _optimizer(options: TrainOptions) -> Optimizer:
 
 def _open(
     options: TrainOptions, now: datetime.datetime, say: Callable[[str], None]
-) -> tuple[TrainOptions, TrainableModel]:
-    """Return the model, and the options with the length and the form of layers that it has."""
+) -> tuple[TrainOptions, TrainableModel, Mesh | None]:
+    """Return the model on its mesh, and the options with the length and layers that it has."""
     scan = options.scan
     if options.adapter is not None:
         found = kinds.adapter(options.adapter)
         if found.kind == kinds.NATIVE:  # the others have one name per layer
             scan = sources.is_stacked(found)
     vocabulary = Vocabulary(options.add_token or (), options.untie_head)
+    mesh = train_mesh.open_mesh(options)
     model = open_model(
-        options.model, options.dtype, scan, options.adapter, now, say, vocabulary=vocabulary
+        *(options.model, options.dtype, scan, options.adapter, now, say),
+        vocabulary=vocabulary,
+        mesh=mesh,
     )
     length = options.length or min(512, model.longest)
     if not 2 <= length <= model.longest:
         raise TrainingError(f"--length {length}: must be from 2 to {model.longest} for this model")
-    return dataclasses.replace(options, length=length, scan=scan), model
+    return dataclasses.replace(options, length=length, scan=scan), model, mesh
 
 
 def _steps(options: TrainOptions, task: Task, resumed: bool) -> int:
@@ -145,6 +179,7 @@ def _job(
     base: Any,
     adapters: Any,
     steps: int,
+    mesh: Mesh | None,
 ) -> Job:
     settings = Settings(
         steps=steps,
@@ -165,14 +200,18 @@ def _job(
         held_out=task.held_out,
         settings=settings,
         directory=options.out,
+        place=jax.device_put if mesh is None else place_rows(mesh),
+        own_rows=None if mesh is None else own_rows(mesh, options.size),
     )
 
 
 #: Options that a resumed run may change, or that are recorded by other means. All others, new ones
 #: too, must stay the same.
 _NOT_RECORDED = {
+    *("mesh", "coordinator", "processes", "process_id"),
     *("out", "resume", "eval_every", "save_every", "log_every", "base_name"),
     *("data", "held_out", "eval_split", "eval_rows", "encoding"),  # by a checksum of the batches
+    "stream",  # of a run that streams only
     *("compile_cache", "profile"),  # which change no result
     "pooling",  # of a classifier only
     *("model", "dtype"),  # by a checksum of the parameters
@@ -191,6 +230,8 @@ def _settings_to_record(
     given = {name: value for name, value in vars(options).items() if name not in _NOT_RECORDED}
     if options.task == CLASSIFICATION and options.pooling != MEAN:  # which was once the only one
         given["pooling"] = options.pooling
+    if options.stream:
+        given["stream"] = True
     adapter = (
         {}
         if options.adapter is None

@@ -9,9 +9,17 @@ import numpy as np
 
 from lora_jax.cli.classifiers import LABELS, POOLING
 from lora_jax.cli.jobs.train_model import TrainableModel
+from lora_jax.cli.jobs.train_stream import open_stream
 from lora_jax.cli.train_options import CLASSIFICATION, MEAN, TrainOptions
 from lora_jax.models.published_classifier import FAMILIES
-from lora_jax.training.batching import Data, cut_stream, hold_out, pack_examples, pack_labelled
+from lora_jax.training.batching import (
+    Data,
+    Source,
+    cut_streams,
+    hold_out,
+    pack_examples,
+    pack_labelled,
+)
 from lora_jax.training.chunked_loss import (
     language_sums_of_frozen_head,
     language_sums_of_trained_head,
@@ -28,6 +36,7 @@ from lora_jax.training.errors import DataError, TrainingError
 from lora_jax.training.loss import class_sums
 from lora_jax.training.packing import Assign, assign, assign_in_order
 from lora_jax.training.step import Loss
+from lora_jax.training.streaming.files import find_files
 from lora_jax.training.tokenize import encode_examples, encode_stream
 
 SLOTS = 16  # maximum texts per row of a classifier
@@ -41,7 +50,7 @@ class Task:
     apply: Apply
     params: Any
     loss: Callable[[TrainableModel, Collection[str]], Loss]  # of the model and what trains
-    data: Data
+    data: Source
     held_out: Data | None
     notes: tuple[str, ...]
     prefix: str = ""  # before the model's own paths
@@ -56,8 +65,10 @@ def read_task(options: TrainOptions, model: TrainableModel) -> Task:
       DataError: files cannot be read or encoded, or are of several kinds.
       TrainingError: the model cannot do the task.
     """
-    files = [read_rows(path, options.encoding) for path in options.data]
-    others = [read_rows(path, options.encoding) for path in options.held_out or ()]
+    if options.stream:
+        return _streamed(options, model)
+    files = [read_rows(path, options.encoding) for path in find_files(options.data)]
+    others = [read_rows(path, options.encoding) for path in find_files(options.held_out or ())]
     kinds = {rows.kind: rows.source for rows in [*files, *others]}
     if len(kinds) > 1:
         named = ", ".join(f"{source} contains {kind} rows" for kind, source in kinds.items())
@@ -66,20 +77,35 @@ def read_task(options: TrainOptions, model: TrainableModel) -> Task:
     notes = (f"ignored keys: {', '.join(ignored)}",) if ignored else ()
     if options.task == CLASSIFICATION:
         task = _classification(options, model, files, others)
-    elif model.apply is None:
-        raise TrainingError(
-            f"{options.model} is an encoder, which cannot predict the next token; use --task "
-            "classification"
-        )
     else:
+        apply = _decoder(options, model)
         make = _streams if files[0].kind == STREAM else _examples
         data, held_out, more = make(options, model, files, others)
         loss = partial(language_loss, packed=is_packed(data, held_out))
-        task = Task(model.apply, model.params, loss, data, held_out, more)
+        task = Task(apply, model.params, loss, data, held_out, more)
     held_out = task.held_out
     if held_out is not None and options.eval_rows:
         held_out = held_out.first(options.eval_rows)
     return dataclasses.replace(task, held_out=held_out, notes=(*notes, *task.notes))
+
+
+def _decoder(options: TrainOptions, model: TrainableModel) -> Apply:
+    if model.apply is None:
+        raise TrainingError(
+            f"{options.model} is an encoder, which cannot predict the next token; use --task "
+            "classification"
+        )
+    return model.apply
+
+
+def _streamed(options: TrainOptions, model: TrainableModel) -> Task:
+    """Return a task whose data is read while it is trained on."""
+    if options.task == CLASSIFICATION:
+        raise TrainingError("--stream is for --task causal-lm; leave it out")
+    apply = _decoder(options, model)
+    data, held_out, notes = open_stream(options, model)
+    loss = partial(language_loss, packed=data.reader.kind != STREAM)
+    return Task(apply, model.params, loss, data, held_out, notes)
 
 
 def language_loss(model: TrainableModel, adapted: Collection[str], *, packed: bool) -> Loss:
@@ -119,13 +145,8 @@ def _streams(
                 f"--eval-split {options.eval_split} leaves a part without a token to predict; "
                 "choose another fraction, or give a file with --eval"
             )
-    judged = _rows_of(held_out, options.length) if held_out else None
-    return _rows_of(trained, options.length), judged, ()
-
-
-def _rows_of(streams: Sequence[np.ndarray], length: int) -> Data:
-    parts = [cut_stream(ids, length).arrays for ids in streams]
-    return Data({name: np.concatenate([part[name] for part in parts]) for name in parts[0]})
+    judged = cut_streams(held_out, options.length) if held_out else None
+    return cut_streams(trained, options.length), judged, ()
 
 
 def _examples(

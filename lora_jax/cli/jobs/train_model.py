@@ -7,7 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from jax.sharding import Mesh
+
 from lora_jax.cli import classifiers, sources
+from lora_jax.cli.jobs import train_mesh
 from lora_jax.cli.jobs.train_vocabulary import Vocabulary
 from lora_jax.files import kinds
 from lora_jax.files.naming import Naming
@@ -37,6 +40,7 @@ class TrainableModel:
     head_path: str  # of the leaf that turns hidden states into logits; "" where there is none
     head: Callable[[Any], Any]  # params -> that leaf as [width, vocabulary]
     kind: str  # of `Pretrained`
+    config: Any  # of `Pretrained`
     pooler: Any  # BERT's layer before a classifier's head, if the file has it
     width: int
     longest: int  # tokens per row
@@ -54,6 +58,7 @@ def open_model(
     now: datetime.datetime | None = None,
     say: Callable[[str], None] = lambda text: None,
     vocabulary: Vocabulary = _AS_IT_IS,
+    mesh: Mesh | None = None,
 ) -> TrainableModel:
     """Load a model and its tokenizer.
 
@@ -67,6 +72,7 @@ def open_model(
       now: the time that a chat template sees; that of each call if None.
       say: called with a line before anything that takes long.
       vocabulary: tokens to add, and whether to untie the head.
+      mesh: of devices, on which the parameters are sharded.
 
     Raises:
       LoraError, OSError: the model does not exist or cannot be read.
@@ -80,8 +86,10 @@ def open_model(
     )
     vocabulary.extend(tokenizer)
     stops = sources.stop_ids(found, tokenizer)
-    loaded = sources.load_model(found, dtype, scan=scan and not is_bert)
-    loaded = vocabulary.apply(loaded, tokenizer)
+    is_changed = bool(vocabulary.tokens) or vocabulary.untie  # on the host, and placed then
+    scan = scan and not is_bert
+    loaded = sources.load_model(found, dtype, scan=scan, mesh=None if is_changed else mesh)
+    loaded = train_mesh.place(vocabulary.apply(loaded, tokenizer), mesh)
     start = None if adapter is None else kinds.adapter(adapter)
     if start is None or classifiers.labels_of(start) is not None:
         return dataclasses.replace(
@@ -110,6 +118,7 @@ def to_trainable(
             params["embedding"]["embedding"].T if tied else params["head"]["kernel"]
         ),
         kind=found.kind,
+        config=found.config,
         pooler=published_classifier.pooler_of(found),
         width=found.config.hidden_size,
         longest=found.config.max_position_embeddings,

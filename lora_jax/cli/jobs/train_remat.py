@@ -7,6 +7,7 @@ from typing import Any
 from lora_jax.cli.jobs.train_data import Task
 from lora_jax.cli.jobs.train_model import TrainableModel, with_remat
 from lora_jax.cli.train_options import TrainOptions
+from lora_jax.files.disk import processes
 from lora_jax.models.bert import Bert
 from lora_jax.models.remat import NONE, POLICIES
 from lora_jax.training.loop import Job
@@ -40,11 +41,12 @@ def choose(
         return with_policy(options.remat)
     policies = [NONE] if isinstance(model.module, Bert) else [*POLICIES]
     room = available_bytes() if options.memory is None else int(options.memory * 1e9)
+    least = min(map(float, processes.tell_all(repr(room))))
     for name in policies:
         found = with_policy(name)
         needed = needed_bytes(found, adapters)
-        if needed <= room:
+        if needed <= least:
             break
-    fits = "" if needed <= room else "; that is too much: lower --batch or --length"
-    say(f"--remat {name}: a step needs {needed / 1e9:.2f} GB of {room / 1e9:.2f} GB{fits}")
+    fits = "" if needed <= least else "; that is too much: lower --batch or --length"
+    say(f"--remat {name}: a step needs {needed / 1e9:.2f} GB of {least / 1e9:.2f} GB{fits}")
     return found

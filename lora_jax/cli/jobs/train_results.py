@@ -6,6 +6,7 @@ import shlex
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from lora_jax.cli.jobs.train_data import Task
 from lora_jax.cli.train_options import TrainOptions
 from lora_jax.core.foreign import escaped
 from lora_jax.files import native, peft
+from lora_jax.files.disk import processes
 from lora_jax.files.disk.atomic import write_atomically
 from lora_jax.files.naming import Naming
 from lora_jax.training import log
@@ -76,6 +78,9 @@ class Results:
             base_model=name,
             task_type="CAUSAL_LM",
         )
+        processes.by_first(partial(self._write_tokenizer, path))
+
+    def _write_tokenizer(self, path: Path) -> None:
         for file, data in self.tokenizer.items():
             write_atomically(path / file, data)
 

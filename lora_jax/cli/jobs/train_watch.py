@@ -12,6 +12,7 @@ from lora_jax.cli.exit_status import INTERRUPTED
 from lora_jax.cli.jobs.train_results import Results
 from lora_jax.core.foreign import escaped
 from lora_jax.core.signals import Interrupt, watched
+from lora_jax.files.disk import processes
 from lora_jax.training import log, progress, run_record
 from lora_jax.training.loop import Watcher
 from lora_jax.training.optimizer import Optimizer
@@ -85,7 +86,8 @@ class Watch:
                 f"the run now has {self._steps} steps: "
                 f"{self._optimizer.describe(self._steps, done)}"
             )
-            run_record.write(out, self._record)
+            if processes.is_first():
+                run_record.write(out, self._record)
         if done < self._steps and self._console.is_terminal:
             self._say("compiling the first step, which may take minutes")
 

@@ -114,7 +114,7 @@ def _axes_of_batch(caller: str, batch: Any) -> frozenset[str]:
     if known or not together:
         return known
     shown = {axes: path_str(path[1:]) for path, axes in reversed(found.items())}
-    where = "; ".join(f"{path}: {', '.join(sorted(axes))}" for axes, path in shown.items())
+    where = "; ".join(sorted(f"{path}: {', '.join(sorted(x))}" for x, path in shown.items()))
     raise ConfigError(
         f"{caller}: which axes of the mesh shard the batch? The arguments do not agree ({where}). "
         "Name those that shard weights only to save memory, fsdp=('x',), or fsdp=() for none"

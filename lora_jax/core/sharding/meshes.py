@@ -13,6 +13,21 @@ def has_explicit_mesh(x: Any) -> bool:
     return AxisType.Explicit in jax.typeof(x).sharding.mesh.axis_types
 
 
+def is_on_mesh(x: Any) -> bool:
+    """Return whether an array lies on a mesh of more than one device, also under tracing.
+
+    It may be replicated there. Within `shard_map` it is a device's own: axes that are manual do not
+    count.
+
+    >>> import jax.numpy as jnp
+    >>> is_on_mesh(jnp.zeros(3))
+    False
+    """
+    mesh = jax.typeof(x).sharding.mesh
+    types = zip(mesh.axis_sizes, mesh.axis_types, strict=True)
+    return any(size > 1 and kind is not AxisType.Manual for size, kind in types)
+
+
 def gathered(x: Any) -> Any:
     """Return `x` whole on every device, if it is sharded along explicit axes; else `x` itself.
 

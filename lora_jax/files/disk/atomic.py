@@ -7,12 +7,15 @@ import secrets
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 if sys.platform != "win32":  # which has no such locks: nothing stale is removed there
     import fcntl
 
+#: A file's bytes, or a function that writes them to an open file, for what exceeds the memory.
+Content = bytes | Callable[[BinaryIO], None]
 #: Holds a set of files from the moment it is complete until each file is in its place.
 COMMIT = ".lora_jax-commit"
 _STALE = re.compile(r"\.lora_jax-[0-9a-f]{16}\.tmp")
@@ -49,7 +52,7 @@ def write_atomically(path: str | os.PathLike, data: bytes) -> None:
             _sync(path.parent)
 
 
-def write_directory(path: str | os.PathLike, files: Mapping[str, bytes]) -> None:
+def write_directory(path: str | os.PathLike, files: Mapping[str, Content]) -> None:
     """Write a set of files that belong together: all of the old ones or all of the new ones.
 
     This holds even if the process is killed at any time:
@@ -67,8 +70,9 @@ def write_directory(path: str | os.PathLike, files: Mapping[str, bytes]) -> None
 
     Args:
       path: the directory; created if missing.
-      files: content by file name. The first file should be the one without which no reader
-        considers the others valid.
+      files: content by file name: bytes, or a function that writes them to an open file. If one of
+        these raises an error, nothing is changed. The first file should be the one without which no
+        reader considers the others valid.
 
     Raises:
       ValueError: a name is not a plain file name.
@@ -88,7 +92,7 @@ def write_directory(path: str | os.PathLike, files: Mapping[str, bytes]) -> None
         _write_directory(path, files)
 
 
-def _write_directory(path: Path, files: Mapping[str, bytes]) -> None:
+def _write_directory(path: Path, files: Mapping[str, Content]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     if not path.exists():
         _remove_stale(path.parent)
@@ -138,7 +142,7 @@ def read_directory(path: str | os.PathLike, names: Sequence[str]) -> dict[str, b
         return {name: file.read_bytes() for name, file in found.items() if file.is_file()}
 
 
-def _replace(path: Path, data: bytes) -> None:
+def _replace(path: Path, data: Content) -> None:
     """Write a file beside `path`, and rename it into place."""
     temporary = path.with_name(_temporary_name())
     try:
@@ -149,7 +153,7 @@ def _replace(path: Path, data: bytes) -> None:
         raise
 
 
-def _replace_set(path: Path, files: Mapping[str, bytes]) -> None:
+def _replace_set(path: Path, files: Mapping[str, Content]) -> None:
     """Do step 3 of `write_directory`, or step 2 if it suffices."""
     new = {name: data for name, data in files.items() if not _holds(path / name, data)}
     if len(new) == 1:
@@ -191,7 +195,7 @@ def _complete(path: Path) -> None:
         _move_into_place(path, names)
 
 
-def _stage(parent: Path, files: Mapping[str, bytes]) -> Path:
+def _stage(parent: Path, files: Mapping[str, Content]) -> Path:
     """Write the files to a new directory, flushed to the disk."""
     staged = parent / _temporary_name()
     try:
@@ -205,14 +209,19 @@ def _stage(parent: Path, files: Mapping[str, bytes]) -> Path:
     return staged
 
 
-def _write(path: Path, data: bytes) -> None:
+def _write(path: Path, data: Content) -> None:
     with path.open("xb") as file:
-        file.write(data)
+        if callable(data):
+            data(file)
+        else:
+            file.write(data)
         file.flush()
         os.fsync(file.fileno())
 
 
-def _holds(path: Path, data: bytes) -> bool:
+def _holds(path: Path, data: Content) -> bool:
+    if callable(data):
+        return False  # it would have to be made to be compared
     return path.is_file() and path.stat().st_size == len(data) and path.read_bytes() == data
 
 

@@ -1,7 +1,8 @@
 """Checksums of a base, which show leaf by leaf whether two trees have the same weights."""
 
+import functools
 import re
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Any
 
 import jax
@@ -15,6 +16,8 @@ from lora_jax.core.sharding.meshes import automatic
 from lora_jax.core.weights import is_adapted
 
 _ENTRY = re.compile(r"(\w+)\[((?:\d{1,12}(?:,\d{1,12})*)?)\](?::\w+)?")
+
+Pair = tuple[Any, Any]  # two sums, uint32
 
 #: What a checksum starts with. Those of older releases start with nothing.
 _MIXED = "mix_"
@@ -38,10 +41,10 @@ def fingerprint(
     leaves, _ = flatten_with_paths(base, is_leaf=is_adapted)
     arrays = {p: x for p, x in leaves.items() if hasattr(x, "dtype") and p not in skip}
     known = {p: x for p, x in arrays.items() if not isinstance(x, jax.ShapeDtypeStruct)}
-    sums = {p: (weighted if p in weak else mixed)(x) for p, x in known.items()}
-    sums = {p: _hex(pair, p in weak) for p, pair in jax.device_get(sums).items()}
+    sums = {p: _sums(x, weighted if p in weak else mixed) for p, x in known.items()}
+    texts = {p: _hex(pair, p in weak) for p, pair in jax.device_get(sums).items()}
     return {
-        path: f"{x.dtype}[{','.join(map(str, x.shape))}]" + sums.get(path, "")
+        path: f"{x.dtype}[{','.join(map(str, x.shape))}]" + texts.get(path, "")
         for path, x in arrays.items()
     }
 
@@ -94,19 +97,42 @@ def _hex(pair: Any, weak: bool) -> str:
     return f":{'' if weak else _MIXED}" + "".join(f"{int(x):08x}" for x in pair)
 
 
-@jax.jit
-@automatic
-def mixed(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _sums(x: Any, checksum: Callable[..., Pair]) -> Pair:
+    """Return the checksum of an array, or of a leaf that stays in its file."""
+    if not hasattr(x, "parts"):
+        return checksum(x)
+    first, second = 0, 0
+    for start, part in x.parts():  # the sum of the parts' sums; one part is in memory at a time
+        sums = checksum(jnp.asarray(part), x.shape, np.asarray(start, np.uint32))
+        first, second = (int(a) + int(b) for a, b in zip((first, second), sums, strict=True))
+    return np.uint32(first % 2**32), np.uint32(second % 2**32)
+
+
+def _compiled(checksum: Callable[[jax.Array, jax.Array], Pair]) -> Callable[..., Pair]:
+    """Return a function of an array, or of a part of one, its shape, and where the part starts."""
+
+    @functools.partial(jax.jit, static_argnums=1)
+    def call(x: Any, shape: tuple[int, ...] | None = None, start: Any = None) -> Pair:
+        def sums(x: Any) -> Pair:
+            words = _words(x)
+            whole = words.shape if shape is None else (*shape, *words.shape[len(shape) :])
+            return checksum(words, _positions(words.shape, whole, start))
+
+        return automatic(sums)(x)
+
+    return functools.wraps(checksum)(call)
+
+
+@_compiled
+def mixed(words: jax.Array, positions: jax.Array) -> Pair:
     """Sum two mixtures of each word with its position, modulo 2³².
 
     For a given position both are one-to-one in the word: one changed word always moves both sums,
     and several changes cancel in both with a probability of 2⁻⁶⁴.
     """
-    words = _words(x)
-    place = _scramble(_positions(words.shape) * np.uint32(2654435761) + np.uint32(1))
+    place = _scramble(positions * np.uint32(2654435761) + np.uint32(1))
     first = _scramble(words ^ place)
-    second = _scramble(first + place)
-    return first.sum(dtype=jnp.uint32), second.sum(dtype=jnp.uint32)
+    return _add_up(first, _scramble(first + place))
 
 
 def _scramble(x: jax.Array) -> jax.Array:
@@ -116,13 +142,18 @@ def _scramble(x: jax.Array) -> jax.Array:
     return x ^ (x >> np.uint32(16))
 
 
-@jax.jit
-@automatic
-def weighted(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+@_compiled
+def weighted(words: jax.Array, positions: jax.Array) -> Pair:
     """Sum the words modulo 2³², plain and weighted by position: the checksum of older releases."""
-    words = _words(x)
-    place = _positions(words.shape) * np.uint32(2654435761) | np.uint32(1)
-    return words.sum(dtype=jnp.uint32), (words * place).sum(dtype=jnp.uint32)
+    place = positions * np.uint32(2654435761) | np.uint32(1)
+    return _add_up(words, words * place)
+
+
+def _add_up(*found: jax.Array) -> Pair:
+    """Return the sums of arrays of one shape, in one reduction: no device holds the arrays."""
+    zeros = tuple(np.uint32(0) for _ in found)
+    add = lambda x, y: tuple(a + b for a, b in zip(x, y, strict=True))
+    return lax.reduce(found, zeros, add, tuple(range(found[0].ndim)))
 
 
 def _words(x: jax.Array) -> jax.Array:
@@ -139,10 +170,18 @@ def _words(x: jax.Array) -> jax.Array:
     return lax.bitcast_convert_type(x, f"uint{8 * min(4, x.dtype.itemsize)}").astype(jnp.uint32)
 
 
-def _positions(shape: tuple[int, ...]) -> jax.Array:
-    """Return the number of each element in row-major order, modulo 2³², without a reshape."""
+def _positions(shape: tuple[int, ...], whole: tuple[int, ...], start: Any = None) -> jax.Array:
+    """Return the number of each element in row-major order, modulo 2³², without a reshape.
+
+    Args:
+      shape: of a part of an array, or of all of it.
+      whole: the array's shape.
+      start: where the part starts along the first axes.
+    """
     found, stride = jnp.zeros(shape, jnp.uint32), 1
     for axis in reversed(range(len(shape))):
-        found += lax.broadcasted_iota(jnp.uint32, shape, axis) * np.uint32(stride % 2**32)
-        stride *= shape[axis]
+        index = lax.broadcasted_iota(jnp.uint32, shape, axis)
+        index += 0 if start is None or axis >= len(start) else start[axis]
+        found += index * np.uint32(stride % 2**32)
+        stride *= whole[axis]
     return found

@@ -1,6 +1,6 @@
 """Several processes as one program: values on every host, files written by the first process."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -10,6 +10,7 @@ from jax.experimental import multihost_utils
 from lora_jax.core.errors import OtherProcessError
 
 _BYTES = 2048  # of a message that processes tell one another
+_TOLD = "All processes of this program know of this error."
 
 
 def span_processes(*trees: Any) -> bool:
@@ -70,19 +71,26 @@ def tell_all(text: str) -> list[str]:
     return [bytes(row).rstrip(b"\0").decode(errors="replace") for row in rows]
 
 
-def together(do: Callable[[], Any], *, several: bool = True) -> Any:
+def together(
+    do: Callable[[], Any],
+    *,
+    several: bool = True,
+    errors: type[Exception] | tuple[type[Exception], ...] = Exception,
+) -> Any:
     """Do something in every process, and go on only if none of them failed.
 
     Args:
-      do: what may fail in one process alone; it must not wait for other processes.
+      do: what may fail in one process alone. It must not wait for other processes, except for
+        those that fail in the same way.
       several: whether the other processes call this too.
+      errors: those that the others are told, unless they are already; any other is raised at once.
 
     Returns:
       What `do` returns here.
 
     Raises:
-      OtherProcessError: it failed in another process; the message is the one there.
-      Exception: what `do` raises here.
+      OtherProcessError: it failed in another process; the message is that of the first one.
+      Exception: what `do` raises here, if this process is the first one that failed.
 
     >>> together(lambda: 1 + 1)
     2
@@ -93,15 +101,20 @@ def together(do: Callable[[], Any], *, several: bool = True) -> Any:
     try:
         result = do()
     except Exception as error:
+        if is_told(error) or not isinstance(error, errors):
+            raise
         failure = error
     said = tell_all("" if failure is None else explain(failure))
-    if failure is not None:
+    first = next((number for number, text in enumerate(said) if text), None)
+    if failure is not None and first == jax.process_index():
+        failure.add_note(_TOLD)
         raise failure
-    raise_first(said)
+    if first is not None:
+        raise OtherProcessError(first, said[first]) from failure
     return result
 
 
-def by_first(write: Callable[[], None], *, several: bool = True) -> None:
+def by_first(write: Callable[[], object], *, several: bool = True) -> None:
     """Do something in process 0 while the others wait for it.
 
     Args:
@@ -115,15 +128,9 @@ def by_first(write: Callable[[], None], *, several: bool = True) -> None:
     together(lambda: write() if not several or is_first() else None, several=several)
 
 
-def raise_first(said: Sequence[str]) -> None:
-    """Raise the first message of those that processes said, if any of them is not empty.
-
-    Raises:
-      OtherProcessError: the message, with the number of its process.
-    """
-    for number, text in enumerate(said):
-        if text:
-            raise OtherProcessError(number, text)
+def is_told(error: BaseException) -> bool:
+    """Return whether all processes know of an error, so that they end together."""
+    return isinstance(error, OtherProcessError) or _TOLD in getattr(error, "__notes__", ())
 
 
 def explain(error: BaseException) -> str:

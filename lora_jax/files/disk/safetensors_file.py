@@ -35,6 +35,14 @@ _DTYPES = {
     "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
 }
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+#: From the last in a file to the first, as in safetensors' own library.
+_ORDER = [
+    _DTYPES[name]
+    for name in (
+        *("BOOL", "U8", "I8", "F8_E5M2", "F8_E4M3", "I16", "U16", "F16", "BF16"),
+        *("I32", "U32", "F32", "C64", "F64", "I64", "U64"),
+    )
+]
 
 #: Maximum size of a header in bytes, enough for 250,000 tensors.
 MAX_HEADER = 2**25
@@ -143,6 +151,24 @@ def encode(
     source: str = "safetensors",
 ) -> bytes:
     """Return the bytes that `write` writes."""
+    refuse_unwritable(source, tensors, metadata)
+    data = serialize(
+        {name: np.asarray(x, order="C") for name, x in tensors.items()},
+        dict(metadata) if metadata else None,
+    )
+    if int.from_bytes(data[:8], "little") > MAX_HEADER:
+        raise AdapterFileError(f"{source}: cannot be written: the header would exceed 32 MiB")
+    return data
+
+
+def refuse_unwritable(
+    source: str, tensors: Mapping[str, Any], metadata: Mapping[str, str] | None
+) -> None:
+    """Raise if `read` would reject a file of these tensors; only their dtypes are looked at.
+
+    Raises:
+      AdapterFileError: it would; all reasons are listed.
+    """
     problems = [
         f"tensor {shown_value(name)}: {problem}"
         for name, x in tensors.items()
@@ -154,13 +180,16 @@ def encode(
     problems += _metadata_problems(dict(metadata or {}))
     if problems:
         raise AdapterFileError(f"{source}: cannot be written:\n" + lines(problems))
-    data = serialize(
-        {name: np.asarray(x, order="C") for name, x in tensors.items()},
-        dict(metadata) if metadata else None,
-    )
-    if int.from_bytes(data[:8], "little") > MAX_HEADER:
-        raise AdapterFileError(f"{source}: cannot be written: the header would exceed 32 MiB")
-    return data
+
+
+def name_of_dtype(dtype: Any) -> str:
+    """Return a dtype's name in safetensors: "BF16"."""
+    return _NAMES[np.dtype(dtype)]
+
+
+def in_file_order(tensors: Mapping[str, Any]) -> list[str]:
+    """Return the names in the order that safetensors writes: the widest dtypes first."""
+    return sorted(tensors, key=lambda name: (-_ORDER.index(tensors[name].dtype), name))
 
 
 def _open(path: str | os.PathLike) -> io.BufferedIOBase:

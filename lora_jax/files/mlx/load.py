@@ -34,6 +34,7 @@ def load(
     dtype: Any = None,
     dropout: float | None = None,
     rename: Mapping[str, str] | None = None,
+    fsdp: str | Sequence[str] | None = None,
 ) -> Any:
     """Load the adapters that mlx-lm trained as an overlay of `base`.
 
@@ -45,7 +46,7 @@ def load(
 
     Args:
       directory: with `adapter_config.json` and `adapters.safetensors`.
-      base, naming, strict, dtype, dropout, rename: as for `lora_jax.peft.load`.
+      base, naming, strict, dtype, dropout, rename, fsdp: as for `lora_jax.peft.load`.
 
     Raises:
       AdapterFileError: a file is missing or damaged, or its tensors do not fit the base; all
@@ -63,7 +64,8 @@ def load(
     ((4, 2), 2.0)
     """
     file = read_file(directory)
-    return fit(file, base, naming, strict=strict, dtype=dtype, dropout=dropout, rename=rename)
+    options: dict[str, Any] = {"strict": strict, "dtype": dtype, "dropout": dropout}
+    return fit(file, base, naming, **options, rename=rename, fsdp=fsdp)
 
 
 def fit(
@@ -75,6 +77,7 @@ def fit(
     dtype: Any = None,
     dropout: float | None = None,
     rename: Mapping[str, str] | None = None,
+    fsdp: str | Sequence[str] | None = None,
 ) -> Any:
     """Return the adapters of a file as an overlay of `base`; what `load` does after reading."""
     base = base_of(base)
@@ -97,6 +100,7 @@ def fit(
         strict=strict,
         dtype=dtype,
         dropout=dropout,
+        fsdp=fsdp,
         stacklevel=4,
     )
 

@@ -8,7 +8,26 @@ the other. The same rows serve whole weights (`to_tree`, `to_torch`) and adapter
 
 from lora_jax.files.naming.entry import KINDS, Entry
 from lora_jax.files.naming.place import Place
+from lora_jax.files.naming.reading import StoredLeaf, row_ranges
 from lora_jax.files.naming.table import Naming
-from lora_jax.files.naming.translation import index, to_torch, to_tree
+from lora_jax.files.naming.translation import (
+    index,
+    to_stored_tree,
+    to_torch,
+    to_torch_tensors,
+    to_tree,
+)
 
-__all__ = ["KINDS", "Entry", "Naming", "Place", "index", "to_torch", "to_tree"]
+__all__ = [
+    "KINDS",
+    "Entry",
+    "Naming",
+    "Place",
+    "StoredLeaf",
+    "index",
+    "row_ranges",
+    "to_stored_tree",
+    "to_torch",
+    "to_torch_tensors",
+    "to_tree",
+]

@@ -4,8 +4,8 @@ In memory are then the shards of this process and one block; a CPU takes the sha
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -38,18 +38,113 @@ def read(
       The leaf, and the names of the tensors with finite values that are not finite in its dtype.
     """
     mine = _shards(like)
+    over = _fill(place, tensors, mine.values(), place.layers())
+    return _to_devices(like, mine), over
+
+
+@dataclass(frozen=True)
+class StoredLeaf:
+    """A leaf that stays in its files until its values are asked for.
+
+    Attributes:
+      place: where it is in PyTorch's files.
+      tensors: as in `read`.
+      dtype: of its values.
+    """
+
+    place: Place
+    tensors: Mapping[str, Any]
+    dtype: Any
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The leaf's shape."""
+        return self.place.shape
+
+    @property
+    def ndim(self) -> int:
+        """The number of its axes."""
+        return len(self.shape)
+
+    def astype(self, dtype: Any) -> "StoredLeaf":
+        """Return the leaf in another dtype."""
+        return replace(self, dtype=jnp.dtype(dtype))
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        values = self._read(self.shape, self.place.layers())
+        return values if dtype is None else values.astype(dtype, copy=False)
+
+    def layer(self, where: tuple[int, ...]) -> np.ndarray:
+        """Read one layer, whose index is as in `Place.layers`; its stacked axes have size 1."""
+        sizes = zip(self.place.at(where), self.shape, strict=True)
+        one = tuple(1 if isinstance(index, int) else size for index, size in sizes)
+        return self._read(one, [(where, dict(self.place.layers())[where])])
+
+    def parts(self) -> Iterator[tuple[tuple[int, ...], np.ndarray]]:
+        """Yield each layer, with where it starts in the leaf."""
+        for where, _ in self.place.layers():
+            at = self.place.at(where)
+            yield tuple(i if isinstance(i, int) else 0 for i in at), self.layer(where)
+
+    def _read(self, shape: tuple[int, ...], layers: Sequence[tuple]) -> np.ndarray:
+        first = [
+            index if isinstance(index, int) and len(layers) == 1 else 0
+            for index in self.place.at(layers[0][0])
+        ]
+        ranges = tuple((n, n + size) for n, size in zip(first, shape, strict=True))
+        shard = _Shard(ranges, _empty(shape, self.dtype))
+        _fill(self.place, self.tensors, [shard], layers)
+        return shard.values
+
+
+def stored_blocks(
+    leaf: StoredLeaf, place: Place, where: tuple[int, ...]
+) -> Iterator[np.ndarray] | None:
+    """Return one layer's tensor in parts, in a file's order, if its axes are those of the leaf's.
+
+    Args:
+      leaf: stays in a file.
+      place: the leaf's in the file that is to be written.
+      where: the layer, as in `Place.layers`.
+    """
+    (name, *others) = dict(leaf.place.layers())[where]
+    tensor = leaf.tensors[name]
+    axes = lambda place: (place.permutation(), place.torch_shape)
+    if (
+        others
+        or not hasattr(tensor, "rows")
+        or not axes(place)[0]
+        or axes(place) != axes(leaf.place)
+    ):
+        return None
+    steps = row_ranges(tensor)
+    return (tensor.rows(start, stop).astype(leaf.dtype, copy=False) for start, stop in steps)
+
+
+def row_ranges(tensor: Any) -> list[tuple[int, int]]:
+    """Return the parts of the first axis that are read at a time."""
+    bytes_of_row = math.prod(tensor.shape[1:]) * tensor.dtype.itemsize
+    step = max(1, BLOCK // max(1, bytes_of_row))
+    size = tensor.shape[0]
+    return [(start, min(start + step, size)) for start in range(0, size, step)]
+
+
+def _fill(
+    place: Place, tensors: Mapping[str, Any], shards: Collection["_Shard"], layers: Sequence[tuple]
+) -> tuple[tuple[str, ...], ...]:
+    """Read these layers into shards, and return the names of the tensors that overflow them."""
     over: dict[tuple[str, ...], None] = {}
-    for where, names in place.layers():
+    for where, names in layers:
         at = place.at(where)
         for block in _blocks(place, names, tensors):
-            meets = [(x, found) for x in mine.values() if (found := x.meet(at, block.ranges))]
+            meets = [(shard, found) for shard in shards if (found := shard.meet(at, block.ranges))]
             if not meets:
                 continue
             values = block.read()
             for shard, (into, part) in meets:
                 if shard.write(into, values[part]):
                     over[names] = None
-    return _to_devices(like, mine), tuple(over)
+    return tuple(over)
 
 
 @dataclass(frozen=True)
@@ -150,10 +245,7 @@ def _blocks(place: Place, names: tuple[str, ...], tensors: Mapping[str, Any]) ->
         whole = [n for i, n in zip(at, place.shape, strict=True) if not isinstance(i, int)]
         yield _Block(tuple((0, n) for n in whole), lambda: _layer(place, names, tensors))
         return
-    bytes_of_row = math.prod(tensor.shape[1:]) * tensor.dtype.itemsize
-    step = max(1, BLOCK // max(1, bytes_of_row))
-    for start in range(0, tensor.shape[0], step):
-        stop = min(start + step, tensor.shape[0])
+    for start, stop in row_ranges(tensor):
         ranges = ((start, stop), *((0, n) for n in tensor.shape[1:]))
         read = partial(_transposed_rows, tensor, start, stop, permutation)
         yield _Block(tuple(ranges[axis] for axis in permutation), read)

@@ -11,8 +11,9 @@ import numpy as np
 from lora_jax.core.errors import StructureError, grouped
 from lora_jax.core.paths import flatten_with_paths
 from lora_jax.files.naming.place import Place
-from lora_jax.files.naming.reading import read
+from lora_jax.files.naming.reading import StoredLeaf, read
 from lora_jax.files.naming.table import Naming
+from lora_jax.files.naming.writing import Part, TorchTensor
 
 
 def to_tree(
@@ -39,6 +40,36 @@ def to_tree(
     (2, 3)
     """
     leaves, treedef = flatten_with_paths(like)
+    values, problems = {}, []
+    for path, place in _checked_places(naming, tensors, leaves, ignore).items():
+        values[path], over = read(place, tensors, leaves[path])
+        problems += [
+            f"{', '.join(names)}: has values that overflow {values[path].dtype}; choose a dtype "
+            "of a wider range"
+            for names in over
+        ]
+    _refuse(problems)
+    return jax.tree_util.tree_unflatten(treedef, [values[path] for path in leaves])
+
+
+def to_stored_tree(
+    naming: Naming, tensors: Mapping[str, Any], like: Any, *, ignore: Iterable[str] = ()
+) -> Any:
+    """Return the tree that `to_tree` returns, of `StoredLeaf`s that are read when asked for.
+
+    Raises:
+      StructureError: as in `to_tree`, but not for values that overflow.
+    """
+    leaves, treedef = flatten_with_paths(like)
+    places = _checked_places(naming, tensors, leaves, ignore)
+    stored = [StoredLeaf(places[path], tensors, leaf.dtype) for path, leaf in leaves.items()]
+    return jax.tree_util.tree_unflatten(treedef, stored)
+
+
+def _checked_places(
+    naming: Naming, tensors: Mapping[str, Any], leaves: Mapping[str, Any], ignore: Iterable[str]
+) -> dict[str, Place]:
+    """Return the place of each leaf, before anything is allocated: a file may demand any size."""
     places = naming.places({path: leaf.shape for path, leaf in leaves.items()})
     problems = [f"{path}: no row of the naming has this path" for path in leaves.keys() - places]
     wanted: set[str] = set()
@@ -51,17 +82,8 @@ def to_tree(
         for name in tensors
         if name not in wanted and not any(regex.fullmatch(name) for regex in ignored)
     ]
-    _refuse(problems)  # before anything is allocated: an untrusted file may demand any size
-    values: dict[str, jax.Array] = {}
-    for path, place in places.items():
-        values[path], over = read(place, tensors, leaves[path])
-        problems += [
-            f"{', '.join(names)}: has values that overflow {values[path].dtype}; choose a dtype "
-            "of a wider range"
-            for names in over
-        ]
     _refuse(problems)
-    return jax.tree_util.tree_unflatten(treedef, [values[path] for path in leaves])
+    return places
 
 
 def _refuse(problems: Iterable[str]) -> None:
@@ -114,6 +136,18 @@ def to_torch(naming: Naming, tree: Any) -> dict[str, np.ndarray]:
     >>> to_torch(naming, {"up": {"kernel": np.ones((2, 3))}})["up.weight"].shape
     (3, 2)
     """
+    tensors = to_torch_tensors(naming, tree)
+    return {name: np.asarray(tensor, order="C") for name, tensor in tensors.items()}
+
+
+def to_torch_tensors(naming: Naming, tree: Any) -> dict[str, TorchTensor]:
+    """Return what `to_torch` returns, as tensors whose values are made when asked for.
+
+    The leaves may be `StoredLeaf`s too, or others with a shape, a dtype and `layer`.
+
+    Raises:
+      StructureError: as in `to_torch`.
+    """
     leaves, _ = flatten_with_paths(tree)
     places = naming.places({path: leaf.shape for path, leaf in leaves.items()})
     problems = [f"{path}: no row of the naming has this path" for path in leaves.keys() - places]
@@ -125,21 +159,14 @@ def to_torch(naming: Naming, tree: Any) -> dict[str, np.ndarray]:
     ]
     if problems:
         raise StructureError(grouped(sorted(problems)))
-    tensors: dict[str, np.ndarray] = {}
-    for path, place in places.items():
-        leaf, axis = np.asarray(leaves[path]), place.entry.out_axis
-        for where, names in place.layers():
-            weight = place.weight_to_torch(leaf[place.at(where)])
-            if len(place.entry.paths) > 1:
-                (shape,) = shapes(place)
-                shared = tensors.setdefault(names[0], np.empty(shape, leaf.dtype))
-                place.part_of(shared)[...] = weight
-            elif len(names) > 1:
-                ends = np.cumsum(place.widths)[:-1]
-                tensors.update(zip(names, np.split(weight, ends, axis), strict=True))
-            else:
-                tensors[names[0]] = weight
-    return {name: np.asarray(tensor, order="C") for name, tensor in tensors.items()}
+    return {
+        name: TorchTensor(
+            shapes(parts[0][0])[parts[0][2]],
+            np.dtype(leaves[parts[0][0].path].dtype),
+            tuple(Part(place, where, i, leaves[place.path]) for place, where, i in parts),
+        )
+        for name, parts in index(places).items()
+    }
 
 
 def index(places: Mapping[str, Place]) -> dict[str, list[tuple[Place, tuple[int, ...], int]]]:

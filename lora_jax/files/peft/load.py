@@ -1,7 +1,7 @@
 """Read a PEFT directory: `adapter_config.json` and `adapter_model.safetensors`."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lora_jax.adapters.split import base_of
@@ -26,6 +26,7 @@ def load(
     dropout: float | None = None,
     residual: bool = False,
     rename: Mapping[str, str] | None = None,
+    fsdp: str | Sequence[str] | None = None,
 ) -> Any:
     """Load the adapters in PEFT's two files as an overlay of `base`, as in `join(base, load(...))`.
 
@@ -58,6 +59,9 @@ def load(
       rename: parts of the tensors' names in the file, and what takes the place of their first
         occurrence, "" for nothing: {"base_model.model.bert": "base_model.model", "default": ""}.
         The part "" is the beginning of every name.
+      fsdp: the names of the mesh axes that shard weights only to save memory. On a mesh factors
+        are sharded as their weights are, but not along these; None stands for `data`, `fsdp`, `dp`,
+        `ddp`, `batch` and `replica`, see `lora_jax.shardings`.
 
     Raises:
       AdapterFileError: a file is missing or damaged, contains NaN or infinity, or its configuration
@@ -78,7 +82,7 @@ def load(
     """
     file = read_file(directory)
     options: dict[str, Any] = {"strict": strict, "dtype": dtype, "dropout": dropout}
-    return fit(file, base, naming, **options, residual=residual, rename=rename)
+    return fit(file, base, naming, **options, residual=residual, rename=rename, fsdp=fsdp)
 
 
 def fit(
@@ -91,6 +95,7 @@ def fit(
     dropout: float | None = None,
     residual: bool = False,
     rename: Mapping[str, str] | None = None,
+    fsdp: str | Sequence[str] | None = None,
 ) -> Any:
     """Return the adapters of a file as an overlay of `base`; what `load` does after reading."""
     model = TorchBase(base_of(base), naming)
@@ -110,5 +115,6 @@ def fit(
         strict=strict,
         dtype=dtype,
         dropout=dropout,
+        fsdp=fsdp,
         stacklevel=4,
     )

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -16,8 +16,10 @@ from lora_jax.core.dtypes import accumulator
 from lora_jax.core.errors import AdapterFileError, grouped
 from lora_jax.core.foreign import shown
 from lora_jax.core.layout import Layout
+from lora_jax.core.sharding.placement import Placement
 from lora_jax.core.tree import adapted_nodes
 from lora_jax.core.weights import Adapted, LoraWeight, TrainedLeaf, TrainedRows
+from lora_jax.files.disk.processes import to_host
 from lora_jax.files.naming import Place
 from lora_jax.files.torch_adapters.contents import Contents, TorchBase, by_leaf
 from lora_jax.files.torch_adapters.factors import (
@@ -37,6 +39,7 @@ def fit_to_base(
     strict: bool,
     dtype: Any,
     dropout: float | None = None,
+    fsdp: str | Sequence[str] | None = None,
     stacklevel: int = 3,
 ) -> Any:
     """Return the overlay of a file's contents; all problems give one error or one warning.
@@ -47,6 +50,7 @@ def fit_to_base(
       problems: what is wrong with the file already.
       strict: whether problems are an error, and not a warning.
       dropout: the rate of all factors; None for that of the contents.
+      fsdp: as for `lora_jax.init`; factors are placed by the shardings of their weights.
       stacklevel: of the warning: 3 where the user called what calls this.
 
     Raises:
@@ -55,7 +59,8 @@ def fit_to_base(
     """
     if dropout is not None:
         contents.dropout = LoraConfig(dropout=dropout).dropout
-    adapters, more = overlay(contents, model, dtype)
+    placement = Placement.of("load", model.leaves.values(), fsdp)
+    adapters, more = overlay(contents, model, dtype, placement)
     lines = grouped(sorted({*problems, *more}), "tensors") or "it contains no adapters"
     if strict and (problems or more):
         raise AdapterFileError(f"{source} does not fit the base:\n{lines}")
@@ -70,7 +75,9 @@ def fit_to_base(
     return adapters
 
 
-def overlay(contents: Contents, model: TorchBase, dtype: Any = None) -> tuple[Any, list[str]]:
+def overlay(
+    contents: Contents, model: TorchBase, dtype: Any, placement: Placement
+) -> tuple[Any, list[str]]:
     """Return the overlay of a file's contents, and the problems of what was left out.
 
     Layers of a stack that are not in the file get zero factors and the scale 0. Different ranks in
@@ -80,6 +87,7 @@ def overlay(contents: Contents, model: TorchBase, dtype: Any = None) -> tuple[An
       contents: all names are in the model.
       model: the base.
       dtype: of the factors and the trained values; None for the file's.
+      placement: where the arrays belong.
     """
     nodes: dict[str, Adapted] = {}
     problems = _check_untrained(contents, model)
@@ -110,7 +118,11 @@ def overlay(contents: Contents, model: TorchBase, dtype: Any = None) -> tuple[An
             problems.append(f"{path}: has values that overflow {held}")
         else:
             nodes[path] = node
-    leaves = [_to_jax(nodes.get(path), dtype) for path in model.leaves]
+    in_jax = {path: _to_jax(node, dtype) for path, node in nodes.items()}
+    leaves = [
+        placement.place(in_jax[path], leaf) if path in in_jax else None
+        for path, leaf in model.leaves.items()
+    ]
     return jax.tree_util.tree_unflatten(model.treedef, leaves), problems
 
 
@@ -197,7 +209,7 @@ def _stack_magnitudes(
     if len(layers) < math.prod(batch):
         norms = np.ones_like(stacked)
         if not isinstance(base, jax.ShapeDtypeStruct):
-            norms = np.asarray(column_norms(dataclasses.replace(node, w=jnp.asarray(base))))
+            norms = to_host(column_norms(dataclasses.replace(node, w=jnp.asarray(base))))
         for where in np.ndindex(*batch):
             if where not in layers:
                 stacked[where] = norms[where]
@@ -224,7 +236,7 @@ def _make_trained_leaf(place: Place, whole: Mapping[str, np.ndarray], model: Tor
         found[where] = place.weight_to_tree(joined)
     value = np.zeros(place.shape, common_dtype(found.values()))
     if not isinstance(base, jax.ShapeDtypeStruct):
-        value = _cast(np.array(base), value.dtype)
+        value = _cast(np.array(to_host(base)), value.dtype)
     for where, layer in found.items():
         value[place.at(where)] = layer
     return place.path, TrainedLeaf(None, value, _make_mask(place, found))
@@ -280,10 +292,8 @@ def _is_finite(node: Adapted, dtype: Any) -> bool:
     return all(np.isfinite(x).all() for x in arrays)
 
 
-def _to_jax(node: Adapted | None, dtype: Any) -> Adapted | None:
+def _to_jax(node: Adapted, dtype: Any) -> Adapted:
     """Convert the node's arrays to JAX's, in `dtype`; the scale in the accumulation dtype."""
-    if node is None:
-        return None
     trained: dict[str, Any] = {f: jnp.asarray(x, dtype) for f, x in _trained_fields(node).items()}
     scale = jnp.asarray(node.scale, accumulator(*(x.dtype for x in trained.values())))
     return dataclasses.replace(node, scale=scale, **trained)

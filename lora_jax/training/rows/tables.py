@@ -5,6 +5,7 @@ import io
 import re
 import sys
 from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,25 +15,33 @@ from lora_jax.training.errors import DataError
 _DELIMITERS = (",", ";", "\t")
 
 
-def read_csv(source: str, text: str, known: Collection[str]) -> Iterator[dict[str, Any]]:
+def delimiter(text: str, known: Collection[str]) -> str:
+    """Return what stands between the columns of a comma-separated file, judged by its header."""
+    first = text.lstrip("\n").partition("\n")[0]
+    fits = lambda mark: len({x.strip().strip('"') for x in first.strip().split(mark)} & {*known})
+    return max(_DELIMITERS, key=fits)
+
+
+def read_csv(
+    source: str, text: str, known: Collection[str], first: int = 1
+) -> Iterator[dict[str, Any]]:
     """Yield the rows of a comma-separated file by its header; a label in digits is a number.
 
     Args:
       source: the file's name, for messages.
       text: its content. Semicolons or tabs between columns are recognized by the header.
       known: names of columns, some of which the header should have.
+      first: the number of the first row, for messages.
 
     Raises:
       DataError: a row has more or fewer columns than the header.
     """
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
-    first = text.lstrip("\n").partition("\n")[0]
-    fits = lambda mark: len({x.strip().strip('"') for x in first.strip().split(mark)} & {*known})
-    mark = max(_DELIMITERS, key=fits)
+    mark = delimiter(text, known)
     reader = csv.reader(io.StringIO(text.lstrip("\n"), newline=""), delimiter=mark, strict=True)
     try:
         header = next(reader, [])
-        for number, fields in enumerate(filter(None, reader), start=1):
+        for number, fields in enumerate(filter(None, reader), start=first):
             if len(fields) != len(header):
                 raise DataError(
                     f"{source}, row {number}: has {len(fields)} columns, but the header has "
@@ -55,6 +64,18 @@ def read_parquet(path: Path) -> Iterator[dict[str, Any]]:
     Raises:
       DataError: the file cannot be read, or the package pyarrow is missing.
     """
+    with open_parquet(path) as file:
+        for batch in file.iter_batches():
+            yield from batch.to_pylist()
+
+
+@contextmanager
+def open_parquet(path: Path) -> Iterator[Any]:
+    """Open a `pyarrow.parquet.ParquetFile` in a block; pyarrow's errors become `DataError`.
+
+    Raises:
+      DataError: the file cannot be read, or the package pyarrow is missing.
+    """
     try:
         import pyarrow
         from pyarrow import parquet
@@ -64,8 +85,8 @@ def read_parquet(path: Path) -> Iterator[dict[str, Any]]:
             "or convert the file to .jsonl"
         ) from None
     try:
-        for batch in parquet.ParquetFile(path).iter_batches():
-            yield from batch.to_pylist()
+        with parquet.ParquetFile(path) as file:
+            yield file
     except (pyarrow.ArrowException, OSError, ValueError) as error:
         said = shown(" ".join(str(error).split()))
         raise DataError(f"{path}: cannot be read as Parquet: {said}") from None

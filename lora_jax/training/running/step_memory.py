@@ -7,7 +7,6 @@ from typing import Any
 import jax
 import numpy as np
 
-from lora_jax.training.batching import batch_of_step
 from lora_jax.training.loop import Job
 from lora_jax.training.step import init_state, make_step
 
@@ -24,9 +23,9 @@ def needed_bytes(job: Job, adapters: Any) -> int:
       NotImplementedError: the compiler reports no memory sizes.
     """
     settings = job.settings
-    batch = job.place(batch_of_step(job.data, settings.rows * settings.accumulate, None, 0))
-    step: Any = make_step(job.loss, job.tx, settings.accumulate, settings.seed)
+    batch = job.place(job.data.example(settings.rows * settings.accumulate))
     state = init_state(adapters, job.tx)
+    step: Any = make_step(job.loss, job.tx, settings.accumulate, settings.seed, state)
     found = step.lower(state, job.base, batch, np.int32(0)).compile().memory_analysis()
     if found is None:
         raise NotImplementedError("this backend's compiler reports no memory sizes")

@@ -1,5 +1,6 @@
 """`models.load(mesh=, rules=)`: where each parameter lies, and that nothing else changes."""
 
+import gc
 import math
 import tracemalloc
 
@@ -190,6 +191,7 @@ def test_memory_is_the_parameters_and_one_block(tmp_path, monkeypatch):
         tracemalloc.start()
         try:
             tree = jax.block_until_ready(names.to_tree(stacked, stored, {"h": {"kernel": like}}))
+            gc.collect()
             kept, peak = tracemalloc.get_traced_memory()
         finally:
             tracemalloc.stop()
