@@ -148,8 +148,7 @@ MODELS = {
     "bert": bert,
 }
 KINDS = {"auto": AxisType.Auto, "explicit": AxisType.Explicit}
-DEFAULT = {("scan", "fsdp_tp", "auto"), ("trained_head", "fsdp_tp", "explicit")}
-DEFAULT |= {("bert", "fsdp_tp", "explicit")}
+DEFAULT = {("trained_head", "fsdp_tp", "explicit"), ("bert", "fsdp_tp", "explicit")}
 CASES = [
     pytest.param(*case, marks=() if case in DEFAULT else pytest.mark.slow, id="-".join(case))
     for case in ((m, n, k) for m in MODELS for n in MESHES for k in KINDS)
