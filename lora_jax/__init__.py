@@ -24,6 +24,7 @@ __all__ = [
     "MemoryReport",
     "MergeError",
     "Operand",
+    "OtherProcessError",
     "Override",
     "Rule",
     "StepMemory",

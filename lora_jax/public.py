@@ -28,6 +28,7 @@ from lora_jax.core.errors import (
     LeftOutWarning,
     LoraError,
     MergeError,
+    OtherProcessError,
     StructureError,
     TargetError,
 )
@@ -57,6 +58,7 @@ __all__ = [
     "MemoryReport",
     "MergeError",
     "Operand",
+    "OtherProcessError",
     "Override",
     "Rule",
     "StepMemory",

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 import optax
 
-from lora_jax.files.disk.processes import is_first, together
+from lora_jax.files.disk.processes import is_first, span_processes, together
 from lora_jax.training import log
 from lora_jax.training.batching import Batch, Data, Source, batches
 from lora_jax.training.distributed.agreement import agreeing
@@ -130,7 +130,7 @@ def train(job: Job, adapters: Any, watcher: Watcher = Watcher()) -> Outcome:
         done than requested.
     """
     with (
-        agreeing(watcher.stop) as (stop, fail),
+        agreeing(watcher.stop, several=span_processes(adapters, job.base)) as (stop, fail),
         RunFiles(job.directory, watcher.saved, fail) as files,
     ):
         watcher = dataclasses.replace(watcher, stop=stop)

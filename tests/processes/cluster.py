@@ -30,6 +30,12 @@ def free_port() -> int:
         return found.getsockname()[1]
 
 
+def is_free(port: int) -> bool:
+    """Return whether nothing listens on a port."""
+    with socket.socket() as found:
+        return found.connect_ex(("127.0.0.1", port)) != 0
+
+
 class Cluster:
     """Processes that were started together; none outlives its `with` block.
 
@@ -37,9 +43,16 @@ class Cluster:
       commands: arguments of Python, for one process each; `{port}` is replaced by a free port.
       devices: CPU devices of each process.
       folder: for the output of each process: 0.out, 0.err, 1.out, ...
+      more: environment variables of each process.
     """
 
-    def __init__(self, commands: Sequence[Sequence[str]], devices: int, folder: pathlib.Path):
+    def __init__(
+        self,
+        commands: Sequence[Sequence[str]],
+        devices: int,
+        folder: pathlib.Path,
+        more: Sequence[dict[str, str]] | None = None,
+    ):
         self.folder, port = folder, free_port()
         folder.mkdir(parents=True, exist_ok=True)
         self.processes = []
@@ -55,7 +68,7 @@ class Cluster:
                     stderr=err,
                     stdin=subprocess.DEVNULL,
                     cwd=ROOT,
-                    env=environment(devices),
+                    env=environment(devices) | (more[number] if more else {}),
                     start_new_session=True,
                 )
             self.processes.append(started)

@@ -14,6 +14,7 @@ from lora_jax.core.errors import OtherProcessError
 from lora_jax.files.disk import processes
 from lora_jax.models import pretrained, saving
 from lora_jax.training.checkpoints import Checkpoints
+from lora_jax.training.distributed.agreement import agreeing
 from lora_jax.training.errors import TrainingError
 from tests.processes.made import CONFIG, global_mesh, model_and_adapters, on_mesh
 
@@ -41,13 +42,16 @@ def write(folder: pathlib.Path, model: pretrained.Pretrained, adapters: object) 
 def check_loaded(
     folder: pathlib.Path, model: pretrained.Pretrained, base: object, adapters: object
 ) -> None:
-    """Load adapters in every process, and compare them with those that were saved."""
+    """Load adapters in every process: those that were saved, sharded as their weights are."""
+    _, where = lora.split(lora.shardings(lora.join(base, adapters)))
     for found in (
         lora.load(folder / "native.safetensors", base),
         lora.peft.load(folder / "peft", base, model.naming),
         lora.mlx.load(folder / "mlx", base, model.naming),
     ):
         jax.tree.map(np.testing.assert_array_equal, processes.to_host(found), adapters)
+        placed = lambda x, sharding: sharding.is_equivalent_to(x.sharding, x.ndim)
+        assert all(jax.tree.leaves(jax.tree.map(placed, found, where)))
 
 
 def fail_to_write(folder: pathlib.Path) -> None:
@@ -122,6 +126,46 @@ def refuse_checkpoint(folder: pathlib.Path) -> None:
         else:
             raise AssertionError("no error")
         assert checkpoints.steps() == []
+
+
+def agree(folder: pathlib.Path) -> None:
+    """Stop at the same call in all processes, whoever asks; and fail together."""
+    number = jax.process_index()
+    for asks in range(jax.process_count()):
+        wants = iter([False, False, False, *[number == asks] * 9])
+        with agreeing(lambda wants=wants: next(wants)) as (stop, _):
+            calls = next(n for n in range(12) if stop())
+        told = processes.tell_all(str(calls))
+        assert len(set(told)) == 1 and 3 <= calls < 8, told
+    for fails in range(jax.process_count()):
+        try:
+            with agreeing(lambda: False) as (stop, fail):
+                for calls in range(100):
+                    if calls == 3 and number == fails:
+                        fail(OSError(28, "No space left on device", "log.jsonl"))
+                    stop()
+        except OtherProcessError as error:
+            assert number != fails and error.process == fails, error
+            assert error.reason == "log.jsonl: No space left on device", error
+        except OSError:
+            assert number == fails
+        told = processes.tell_all(str(calls))
+        assert len(set(told)) == 1 and 3 <= calls < 8, told
+
+
+def fail_at_the_end(folder: pathlib.Path) -> None:
+    """Fail after the last question: all fail when the block ends."""
+    try:
+        with agreeing(lambda: False) as (stop, fail):
+            assert not stop()
+            if jax.process_index() == 1:
+                fail(OSError(28, "No space left on device", "log.jsonl"))
+    except OtherProcessError:
+        assert jax.process_index() == 0
+    except OSError:
+        assert jax.process_index() == 1
+    else:
+        raise AssertionError("no error")
 
 
 if __name__ == "__main__":

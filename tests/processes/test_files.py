@@ -66,3 +66,9 @@ def test_checkpoints_of_all_processes(tmp_path):
 @pytest.mark.slow
 def test_a_checkpoint_that_one_process_cannot_write(tmp_path):
     run_function("refuse_checkpoint", 2, 2, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["agree", "fail_at_the_end"])
+def test_processes_agree(tmp_path, name):
+    run_function(name, 2, 2, tmp_path)

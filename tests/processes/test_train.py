@@ -1,6 +1,8 @@
 """`lora-jax train` in several processes: the run of one device, whoever stops or fails."""
 
+import json
 import os
+import random
 import signal
 
 import numpy as np
@@ -11,7 +13,7 @@ pytest.importorskip("typer")
 from lora_jax.files.disk import safetensors_file
 from lora_jax.training import log
 from tests.cli.train_command import TEXT, jsonl, words
-from tests.processes.cluster import Cluster, train
+from tests.processes.cluster import Cluster, is_free, train
 
 STEPS = ("--batch", 4, "--accumulate", 2, "--eval-split", 0.2, "--warmup", 0, "--log-every", 1)
 MORE = ("--schedule", "constant", "--dropout", 0.1)
@@ -23,6 +25,17 @@ def play(tmp_path_factory):
     path = tmp_path_factory.mktemp("data") / "play.txt"
     path.write_text(TEXT)
     return path
+
+
+@pytest.fixture
+def run_alone():
+    """Return a function that trains in this process, on one device."""
+    from lora_jax.cli import main
+
+    def call(given):
+        assert main(given) == 0
+
+    return call
 
 
 @pytest.fixture(scope="module")
@@ -160,3 +173,42 @@ def test_a_process_that_is_killed(play, tmp_path):
     assert [one.status for one in ended] == [1, -9], cluster.output()
     (errors, _) = one_line_errors(ended)
     assert len(errors) == 1 and "another process" in errors[0], cluster.output()
+
+
+@pytest.mark.slow
+def test_slurm_is_found(play, tmp_path):
+    """Without --coordinator, as `srun lora-jax train` runs it."""
+    last = 2**16 - 2**12  # JAX takes a port above, by the job's number
+    port = next(p for p in random.sample(range(last, 2**16), 50) if is_free(p))
+    job = {
+        "SLURM_JOB_ID": str(port - last),
+        "SLURM_STEP_NODELIST": "localhost",
+        "SLURM_NTASKS": "2",
+    }
+    own = [job | dict.fromkeys(("SLURM_PROCID", "SLURM_LOCALID"), n) for n in "01"]
+    given = words(play, tmp_path / "out", *STEPS, "--steps", 2, "--mesh", "tensor=2")
+    with Cluster([["-m", "lora_jax", *given]] * 2, 1, tmp_path / "logs", own) as cluster:
+        ended = cluster.wait(SECONDS)
+    assert [one.status for one in ended] == [0, 0], cluster.output()
+    assert "mesh tensor=2: 2 devices in 2 processes" in ended[0].err
+    assert ended[1].err == ""
+
+
+@pytest.mark.slow
+def test_each_process_reads_its_own_rows(tmp_path, run_alone):
+    """With --stream: the batches of one process, and no part of the files is read by two."""
+    data = jsonl(tmp_path / "rows.jsonl", "text", 400)
+    given = ["--stream", "--length", 32, "--batch", 2, "--steps", 4, "--save-every", 2]
+    more = [*given, "--schedule", "constant", "--warmup", 0]
+    alone, out = tmp_path / "alone", tmp_path / "out"
+    run_alone(words(data, alone, *more))
+    with train(words(data, out, *more, "--mesh", "data=2"), 2, 1, tmp_path / "logs") as cluster:
+        ended = cluster.wait(SECONDS)
+    assert [one.status for one in ended] == [0, 0], cluster.output()
+    assert_same_run(out, alone)
+    read = [
+        {tuple(json.loads(line)[:3]) for line in (out / f"rows-{n}.jsonl").read_text().splitlines()}
+        for n in range(2)
+    ]
+    assert all(read) and not read[0] & read[1]
+    assert {lane for lane, _, _ in read[0]} == {0} and {lane for lane, _, _ in read[1]} == {1}

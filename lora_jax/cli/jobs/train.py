@@ -30,7 +30,7 @@ from lora_jax.files.disk import processes
 from lora_jax.training import loss_curve, run_record
 from lora_jax.training.distributed.placing import complete, own_rows, place_rows
 from lora_jax.training.errors import TrainingError
-from lora_jax.training.loop import Job, Settings, steps_of_epochs, train
+from lora_jax.training.loop import Job, Outcome, Settings, steps_of_epochs, train
 from lora_jax.training.optimizer import Optimizer
 from lora_jax.training.running.step_memory import widened_bytes
 
@@ -51,8 +51,7 @@ def main(options: TrainOptions, command: str) -> None:
 
 def _run(options: TrainOptions, command: str) -> None:
     """Do what `main` says, in each of the run's processes; process 0 alone writes and speaks."""
-    is_first = processes.is_first()
-    console = Console(stderr=True, highlight=False, quiet=not is_first)
+    console = Console(stderr=True, highlight=False, quiet=not processes.is_first())
     say = lambda text: console.print(escaped(text), markup=False, soft_wrap=True)
     resumed = processes.together(lambda: run_record.check_directory(options.out, options.resume))
     if options.resume and not resumed:
@@ -101,15 +100,21 @@ def _run(options: TrainOptions, command: str) -> None:
     watch = Watch(results, steps, optimizer, this, command, console)
     with train_mesh.in_use(mesh), watch:
         outcome = train(job, adapters, watch.watcher)
-    title = f"{options.model}: rank {start.config.rank}, learning rate {options.lr:g}"
+    _finish(outcome, steps, results, watch)
+
+
+def _finish(outcome: Outcome, steps: int, results: train_results.Results, watch: Watch) -> None:
+    """Draw the losses, and say what was written, or how to continue."""
+    options = results.options
+    title = f"{options.model}: rank {results.config.rank}, learning rate {options.lr:g}"
     picture = options.out / "loss.png"
     processes.by_first(lambda: loss_curve.draw(outcome.records, picture, title))
-    if outcome.step < steps and is_first:
-        raise KeyboardInterrupt(watch.describe_interruption(outcome.step))
-    if outcome.step < steps:
-        raise SystemExit(INTERRUPTED)
-    if is_first:
+    if processes.is_first():
+        if outcome.step < steps:
+            raise KeyboardInterrupt(watch.describe_interruption(outcome.step))
         results.show(outcome.records)
+    elif outcome.step < steps:
+        raise SystemExit(INTERRUPTED)
 
 
 def _started(options: TrainOptions) -> datetime.datetime:

@@ -81,13 +81,13 @@ def _part(flags: np.ndarray, index: tuple[slice, ...]) -> np.ndarray:
 
 @contextlib.contextmanager
 def agreeing(
-    stop: Callable[[], bool],
+    stop: Callable[[], bool], *, several: bool = True
 ) -> Iterator[tuple[Callable[[], bool], Callable[[Exception], None] | None]]:
     """Yield `stop` as all processes agree on it, and what makes all of them fail.
 
-    In a program of one process these are `stop` itself and None.
+    In a program of one process, or with `several` false, these are `stop` itself and None.
     """
-    if jax.process_count() == 1:
+    if not several or jax.process_count() == 1:
         yield stop, None
         return
     agreement = Agreement(stop)
