@@ -13,7 +13,13 @@ import jax.numpy as jnp
 from jax.sharding import AxisType
 
 from lora_jax.models.on_mesh import AXES_OF_ROWS
-from lora_jax.training.loss import JaxBatch, LossSums, cross_entropy, split_batch, sum_weighted
+from lora_jax.training.cross_entropy import (
+    JaxBatch,
+    LossSums,
+    cross_entropy,
+    split_batch,
+    sum_weighted,
+)
 
 #: Tokens per chunk and device: so many that a chunk's products keep a device busy.
 CHUNK = 512
