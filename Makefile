@@ -17,7 +17,7 @@ RUN := $(VENV)/bin/python -m
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help demo bench bench-run published test test-all test-newest newest-python fuzz docs wheel lint format clean
+.PHONY: help demo bench bench-run published test test-accelerator test-all test-newest newest-python fuzz docs wheel lint format clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):[^#]*## /\1 \t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -39,6 +39,9 @@ test: $(STAMP)-test ## the default suite: tests, doctests, README, notebooks
 
 test-all: $(STAMP)-test ## the default suite and the slow tests, compiled as users compile
 	@LORA_JAX_OPTIMIZE=1 $(RUN) pytest $(WORKERS) -m "" $(ARGS)
+
+test-accelerator: $(STAMP)-test ## what makes sense on one GPU or TPU (needs jax[cuda12] or jax[tpu] in VENV)
+	@LORA_JAX_ACCELERATOR=1 $(RUN) pytest -p no:xdist $(ARGS)
 
 test-newest: ## the default suite on the newest Python found, with the newest jax
 	@python="$$($(MAKE) -s --no-print-directory newest-python)"; \

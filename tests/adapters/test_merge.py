@@ -13,6 +13,8 @@ from lora_jax import Layout, LoraConfig, LoraWeight, MergeError, StructureError
 from lora_jax.adapters import merge
 from lora_jax.adapters.merge import LoopForm
 from lora_jax.core import algebra
+from tests import devices
+from tests.devices import assert_same
 from tests.programs import is_node, merged, normal, randomize
 
 pytestmark = pytest.mark.usefixtures("optimized")
@@ -176,7 +178,7 @@ def at_once(node, dtype):
 def assert_sums(got, node):
     """To the bit; where XLA adds rank + 1 terms in another order, to what float32 then allows."""
     if node.layout.axes != "boio":
-        np.testing.assert_array_equal(got, at_once(node, got.dtype))
+        assert_same(got, at_once(node, got.dtype))
         return
     sums = np.asarray(at_once(node, jnp.float32))
     terms = at_once(jax.tree.map(lambda x: abs(x.astype(jnp.float32)), node), jnp.float32)
@@ -253,7 +255,7 @@ def test_gradients_flow_through_the_merge_of_a_stack(dtype):
 
 
 def test_a_stack_that_lies_on_several_devices_stays_there():
-    mesh = jax.sharding.Mesh(np.array(jax.devices()[:2]), ("x",))
+    mesh = jax.sharding.Mesh(np.array(devices.some(2)), ("x",))
     node = stacked("bbio", jnp.float32)
     want = lora_jax.merge(node)
     for spec, form in ((("x",), LoopForm.WHOLE), ((None, None, "x"), LoopForm.LAYERS)):

@@ -8,6 +8,7 @@ import pytest
 
 import lora_jax
 from lora_jax import ConfigError, LoraConfig, StructureError, TargetError
+from tests.devices import temporary_bytes
 from tests.programs import is_node, normal
 
 KEY = jax.random.key(0)
@@ -223,8 +224,7 @@ def test_lora_fa_computes_no_gradient_of_a():
 def test_lora_fa_keeps_no_inputs():
     """Of six layers the inputs, 512 KiB each, are not kept for dA."""
     plain, fa = (
-        step_of(freeze, 6, 2).memory_analysis().temp_size_in_bytes
-        for freeze in (lora_jax.freeze, lora_jax.lora_fa)
+        temporary_bytes(step_of(freeze, 6, 2)) for freeze in (lora_jax.freeze, lora_jax.lora_fa)
     )
     assert plain - fa >= 4 * 512 * 256 * 4
 

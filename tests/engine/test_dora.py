@@ -7,6 +7,7 @@ import optax
 import pytest
 
 import lora_jax
+from tests.devices import temporary_bytes
 from tests.engine.test_programs import TOLERANCE, check_equal
 from tests.programs import CASES, a_few, adapt, merged, normal, randomize
 
@@ -94,8 +95,7 @@ def test_starts_at_the_base_and_disabled_is_the_base_to_the_bit():
 
 def temporaries(loss, *args):
     """Return the temporary bytes of the gradient of `loss` with respect to its first argument."""
-    compiled = jax.jit(jax.grad(loss)).lower(*args).compile()
-    return compiled.memory_analysis().temp_size_in_bytes
+    return temporary_bytes(jax.jit(jax.grad(loss)).lower(*args).compile())
 
 
 @pytest.mark.usefixtures("optimized")

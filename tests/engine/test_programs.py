@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import lora_jax
+from tests.devices import assert_same
 from tests.programs import CASES, DENSE_CASES, Case, a_few, adapt, is_node, merged
 from tests.programs.jaxprs import squeezed, weight_sized
 
@@ -124,7 +125,7 @@ def test_the_start_is_the_base_to_the_bit(case):
     # Functions of their own, for jit remembers what was compiled with `quick_compile`.
     got = jax.jit(lambda *args: adapted(*args))(start, *args)
     want = jax.jit(lambda *args: fn(*args))(base, *args)
-    jax.tree.map(np.testing.assert_array_equal, got, want)
+    jax.tree.map(assert_same, got, want)
 
 
 # --- nothing weight-sized -------------------------------------------------------------------------

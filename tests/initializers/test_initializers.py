@@ -14,6 +14,7 @@ from lora_jax import ConfigError, Layout, LoraConfig, initializers
 from lora_jax.adapters.plan import make_plan
 from lora_jax.core.config import INITS
 from lora_jax.core.linalg import randomized_svd, truncated_svd
+from tests.devices import ON_ACCELERATOR
 from tests.programs import CASES
 from tests.programs.weights_of_each_kind import (
     INPUTS,
@@ -136,7 +137,7 @@ def test_factors_in_a_coarse_dtype(name):
     assert node.a.dtype == node.b.dtype == jnp.bfloat16
     w, a, b = as_matrices(LINEAR, node)
     error = np.abs(w + 1.5 * a @ b - original(LINEAR)).max()
-    assert error < (0.3 if name == "loftq" else 1e-6)
+    assert error < (0.3 if name == "loftq" else 4e-6 if ON_ACCELERATOR else 1e-6)
 
 
 # --- what each initializer does -------------------------------------------------------------------

@@ -17,14 +17,15 @@ from lora_jax.core.paths import flatten_with_paths
 from lora_jax.files import naming as names
 from lora_jax.files.naming import Entry, Naming, reading
 from lora_jax.models import hf_directory
+from tests import devices
 from tests.models.recorded import FIXTURES, load
 from tests.models.test_llama_gguf import write_gguf
 
 
 def mesh_of(sizes, kind=AxisType.Auto):
     count = int(np.prod(list(sizes.values())))
-    devices = np.array(jax.devices()[:count]).reshape(tuple(sizes.values()))
-    return jax.sharding.Mesh(devices, tuple(sizes), axis_types=(kind,) * len(sizes))
+    found = np.array(devices.some(count)).reshape(tuple(sizes.values()))
+    return jax.sharding.Mesh(found, tuple(sizes), axis_types=(kind,) * len(sizes))
 
 
 def specs(params):
