@@ -55,8 +55,8 @@ MUTANTS = [
     Mutant(
         "skip the cast of the factors",
         "engine/arithmetic.py",
-        "return x.astype(compute), factor.astype(compute), accumulate",
-        "return x.astype(factor.dtype), factor, accumulate",
+        "return x.astype(compute), factor.astype(compute), result",
+        "return x.astype(factor.dtype), factor, result",
     ),
     Mutant(
         "skip the cast of the sum",
