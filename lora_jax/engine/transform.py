@@ -41,8 +41,8 @@ def lora(
         an opaque kernel), so that `W + scale·A·B` must be materialized: "warn" once per call site,
         "error", or "allow".
       rules: user-defined rules for custom primitives, by primitive name; see `Rule`.
-      forms: which of several equivalent forms of the branch to compute; None takes what was
-        measured to be fast on the default backend, `Forms.for_backend()`.
+      forms: which of several equivalent forms of the branch to compute; None takes what is fast
+        where the arguments lie, `Forms.for_arrays`.
 
     Returns:
       A function with `fn`'s signature. Wrap it in `jax.jit`: every call traces `fn` again.
@@ -75,7 +75,7 @@ def lora(
         adapted = adapted_arguments(args, kwargs)
         if not adapted:
             return fn(*args, **kwargs)
-        chosen = forms or Forms.for_backend()
+        chosen = forms or Forms.for_arrays((args, kwargs))
 
         def enter(argument: Argument, path: str, leaf: Any) -> Any:
             return _enter(path, leaf, chosen, say) if argument in adapted else leaf

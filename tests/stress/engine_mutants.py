@@ -55,8 +55,8 @@ MUTANTS = [
     Mutant(
         "skip the cast of the factors",
         "engine/arithmetic.py",
-        "return x.astype(compute), factor.astype(compute), accumulate",
-        "return x.astype(factor.dtype), factor, accumulate",
+        "return x.astype(compute), factor.astype(compute), result",
+        "return x.astype(factor.dtype), factor, result",
     ),
     Mutant(
         "skip the cast of the sum",
@@ -69,6 +69,18 @@ MUTANTS = [
         "engine/products.py",
         "return lax.split(h, [len(part) for part in parts], axis=h.ndim - 1)",
         "return [h[..., : len(part)] for part in parts]",
+    ),
+    Mutant(
+        "narrow an update whose result is in float32",
+        "engine/products.py",
+        "narrow=forms.narrow and jnp.dtype(dtype).itemsize <= 2",
+        "narrow=forms.narrow",
+    ),
+    Mutant(
+        "leave out the barriers that keep the branch apart",
+        "engine/products.py",
+        "return lax.optimization_barrier(x) if forms.apart else x",
+        "return x",
     ),
     Mutant(
         "let XLA fold the transpose of A",
