@@ -174,8 +174,12 @@ def state_on_mesh(tx: Any, adapters: Any, mesh: Mesh) -> Any:
 
 
 def count(text: str) -> Counts:
-    """Count the collectives of a compiled program; an asynchronous one once, a loop's body once."""
-    return Counter(re.findall(rf"= .*? ({'|'.join(KINDS)})(?:-start)?\(", text))
+    """Count the collectives of a compiled program; those of a loop's body once.
+
+    A TPU's program writes one that runs beside other work several times, with the same channel.
+    """
+    pattern = rf"= .*? ({'|'.join(KINDS)})(?:-start)?\(.*?channel_id=(\d+)"
+    return Counter(kind for kind, _ in {*re.findall(pattern, text)})
 
 
 class Counted(NamedTuple):
