@@ -54,7 +54,7 @@ MODELS = {
     },
     "tiny": {
         "vocab_size": 256, "hidden_size": 64, "intermediate_size": 128,
-        "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+        "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 4,
     },
 }  # fmt: skip
 #: Choices of `Forms`: what an accelerator gets, and the branch as one would write it.
@@ -129,7 +129,7 @@ class Step:
         self._module = Llama(setting.config())
         self._key = jax.random.key(0)  # before the mesh is in use, whose devices cannot run
         self._platform = topologies.chip(setting.topology).platform
-        self._base = self._shapes_of_base()
+        self.base = self._shapes_of_base()
         self._batch = self._shapes_of_batch()
 
     def adapted(self, forms: Forms | None = None) -> Figures:
@@ -137,7 +137,8 @@ class Step:
         config = lora_jax.LoraConfig(rank=self.setting.rank, targets=list(SEVEN))
         ids = jax.ShapeDtypeStruct((1, 8), jnp.int32)
         with self._as_on_the_device():
-            params = lora_jax.init(self._key, self._base, config, self._apply, ids)
+            fsdp = [name for name in ("data", "fsdp") if name in self.mesh.shape]
+            params = lora_jax.init(self._key, self.base, config, self._apply, ids, fsdp=fsdp)
             base, adapters = lora_jax.split(params)
             adapters = jax.tree.map(self._placed, adapters)
             tx = optax.adamw(1e-4)
@@ -164,7 +165,7 @@ class Step:
                 return self._loss(base, batch)["loss"]
 
         with self._as_on_the_device():
-            return self._compile(jax.jit(jax.value_and_grad(loss)), x, self._base, self._batch)
+            return self._compile(jax.jit(jax.value_and_grad(loss)), x, self.base, self._batch)
 
     def _apply(self, params: Any, ids: jax.Array) -> jax.Array:
         return self._module.apply({"params": params}, ids)
