@@ -17,7 +17,7 @@ RUN := $(VENV)/bin/python -m
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help demo bench bench-run published test test-accelerator test-all test-newest newest-python fuzz docs wheel lint format clean
+.PHONY: help demo bench bench-run bench-accelerator published test test-accelerator test-all test-newest newest-python fuzz docs wheel lint format clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):[^#]*## /\1 \t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -30,6 +30,10 @@ bench: ## a training step beside other ways to do LoRA, in an environment of its
 
 bench-run: $(STAMP)-bench
 	@$(RUN) benchmarks.train_step $(ARGS)
+
+# With the Python that has the device's own jax (and torch); pip would bring JAX for the CPU.
+bench-accelerator: ## what adapters cost on this GPU or TPU: tables, and accelerator.json (PYTHON=...)
+	@$(PYTHON) -m benchmarks.accelerator $(ARGS)
 
 published: $(STAMP)-published ## results of papers, made again: a table and pictures in published/
 	@$(RUN) benchmarks.published $(ARGS)

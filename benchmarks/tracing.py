@@ -42,12 +42,12 @@ def losses(setting: Setting) -> dict[str, tuple[Callable, tuple]]:
 
 
 def lowering(fn: Callable, args: tuple, cold: bool) -> float:
-    """Measure the seconds to trace and lower; with `cold`, JAX's caches are empty."""
+    """Measure the CPU seconds to trace and lower; with `cold`, JAX's caches are empty."""
     if cold:
         jax.clear_caches()
-    start = time.perf_counter()
+    start = time.process_time()  # one thread: other processes take no part of it
     jax.jit(lambda *args: fn(*args)).lower(*args)
-    return time.perf_counter() - start
+    return time.process_time() - start
 
 
 def calling(fn: Callable, args: tuple) -> Callable[[], float]:

@@ -53,19 +53,21 @@ def side_that_takes_gain(
 
 
 def cast_for_branch(
-    x: jax.Array, factor: jax.Array, lazy: LazyWeight, dtype: Any = None
+    x: jax.Array, factor: jax.Array, lazy: LazyWeight, dtype: Any = None, narrow: bool = False
 ) -> tuple[jax.Array, jax.Array, Any]:
-    """Return both operands of a branch's product in one dtype, and the dtype to accumulate in.
+    """Return both operands of a branch's product in one dtype, and the dtype of the result.
 
     The factor is on the activation's mesh, where that is part of the activation's type.
 
     They are multiplied in the wider dtype of the activation and the view; 16-bit products are
-    accumulated in float32. `dtype` is the activation's, if that is not the dtype of `x`.
+    accumulated in float32, and returned so if they need not be `narrow`. `dtype` is the
+    activation's, if that is not the dtype of `x`.
     """
     compute = compute_dtype(x.dtype if dtype is None else dtype, lazy.dtype)
-    accumulate = compute if compute.itemsize > 2 else jnp.dtype(jnp.float32)
+    keeps = compute.itemsize > 2 or (narrow and compute.itemsize == 2)
+    result = compute if keeps else jnp.dtype(jnp.float32)
     factor = on_mesh_of(factor, x)
-    return x.astype(compute), factor.astype(compute), accumulate
+    return x.astype(compute), factor.astype(compute), result
 
 
 def drop(x: jax.Array, lazy: LazyWeight, site: int) -> jax.Array:

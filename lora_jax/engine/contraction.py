@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 
-from lora_jax.engine import jaxprs
+from lora_jax.engine import stretches
 from lora_jax.engine.arithmetic import apply_gain, drop, side_that_takes_gain, to_dense
 from lora_jax.engine.context import Context
 from lora_jax.engine.lazy_weight import Axis, LazyWeight
@@ -27,7 +27,7 @@ class Equation:
     def on(self, w: Any, x: jax.Array) -> jax.Array:
         """Return the output for this weight and this activation."""
         operands = (w, x) if self.weight_is_left else (x, w)
-        return jaxprs.bind(self.eqn, (*operands, *self.others))[0]
+        return stretches.bind(self.eqn, (*operands, *self.others))[0]
 
 
 @dataclasses.dataclass(frozen=True)

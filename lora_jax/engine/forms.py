@@ -1,46 +1,83 @@
 """`Forms`: which of several equivalent forms of the branch to compute."""
 
 import dataclasses
+from typing import Any
 
 import jax
+
+from lora_jax.core.sharding.meshes import platform_of
 
 
 @dataclasses.dataclass(frozen=True)
 class Forms:
     """Choices among forms of `(x·A)·(scale·B)` that are equal but not equally fast.
 
-    They are made from static shapes while the program is traced. Any combination gives the same
-    numbers up to rounding.
+    They are made from static shapes, dtypes and places while the program is traced. Any combination
+    gives the same numbers up to rounding; `narrow` changes which sum is rounded, and only where the
+    program computes in 16 bits.
 
     Args:
       share: multiply an activation that several weights meet (q, k and v) with all their A at once,
         `x · [A_q | A_k | A_v]`, so that it is read once, forward and backward.
       flatten: multiply an activation with several leading axes as one matrix `[tokens, in]`.
       rank_first: lay A out as `[rank, in]`, so that its gradient is `hᵀ·x` and not `xᵀ·h`.
+      narrow: return products of 16-bit operands in 16 bits. They are accumulated in float32 and
+        rounded once all the same. The sum is in 16 bits, so that a GPU adds it in the epilogue of
+        the base product (before that one is rounded), and the products of the gradients read
+        16-bit operands and not copies in float32.
+      apart: keep the branch's products apart from the base's: XLA would compute `x·[W | A]` on a
+        copy of W.
 
     >>> Forms.for_backend("cpu").rank_first, Forms.for_backend("gpu").rank_first
     (True, False)
     """
 
-    # Time over that of the frozen model, two CPU cores, 512 tokens, width 512, rank 8, float32.
+    # Measured: time over that of the frozen model, two CPU cores, 512 tokens, width 512, rank 8,
+    # float32.
     #                          off   on
     share: bool = True  #      1.20  1.12   q, k and v of 512 × 512 with their gradients
     flatten: bool = True  #    1.84  1.11   a whole training step: XLA's CPU backend contracts
     #                                       two token axes by a slow path
     rank_first: bool = True  # 1.31  1.17   one weight of 512 × 512: a product that contracts the
     #                                       leading axis of a wide matrix is four times as slow
+    narrow: bool = False
+    apart: bool = False
+    # Derived: MB that the kernels of a step read and write above the frozen blocks' 4221, compiled
+    # for an H100 without one (jax 0.10.2, cuBLAS), 1 block of width 4096, ffn 11008, 4096 tokens,
+    # bfloat16, rank 16; as `python -m benchmarks.accelerator` defines it.
+    #   all off 7091, share 6703, narrow 2938, narrow + apart 1541 (rank 8: 1513, rank 64: 1710),
+    #   narrow + apart + share 1450 with 14 kernels more, + flatten 1541, + rank_first 1556
+    #   by hand, the sum in bfloat16 2938, in float32 7057
+    # Measured on an H200, 4 such blocks, over the frozen blocks: share 1.187, all off 1.157. So a
+    # GPU does not get `share`, whose additional kernels cost more than the bytes that they save.
+    #
     # Measured and left out: x·(W + A·B) where tokens outnumber the width. It was faster by 0.01 to
     # 0.03 on these shapes, makes an array of the weight's size, and loses the update in bfloat16.
-    # Flattening x in the base product as well compiles to the same code.
+    # Flattening x in the base product as well compiles to the same code. [x | h]·[W ; B] copies W
+    # and x on a GPU: 67 MB more per product of 4096 × 4096 than `narrow` and `apart`.
 
     @classmethod
     def for_backend(cls, backend: str | None = None) -> "Forms":
-        """Return what was measured to be fast on a backend, by default JAX's default backend.
+        """Return what is fast on a backend, by default JAX's default backend.
 
-        On other backends than the CPU, what was not measured is left to the compiler.
+        `backend` is "cpu", "tpu", "gpu", "cuda" or "rocm". Where an array is on a mesh of several
+        devices, its products are neither flattened nor taken rank first, whatever is chosen here:
+        reshaping an axis that is sharded may gather it.
         """
-        cpu = (backend or jax.default_backend()) == "cpu"
+        backend = backend or jax.default_backend()
+        if backend in ("gpu", "cuda", "rocm"):
+            return cls(share=False, flatten=False, rank_first=False, narrow=True, apart=True)
+        cpu = backend == "cpu"
         return cls(share=True, flatten=cpu, rank_first=cpu)
+
+    @classmethod
+    def for_arrays(cls, arrays: Any) -> "Forms":
+        """Return what is fast on the backend of a tree's arrays, by default JAX's default backend.
+
+        Under `jit` an array's type names the mesh that it was placed on, if any.
+        """
+        found = (x for x in jax.tree.leaves(arrays) if isinstance(x, jax.Array))
+        return cls.for_backend(next(filter(None, map(platform_of, found)), None))
 
 
 #: Every choice off: the branch as one would write it.

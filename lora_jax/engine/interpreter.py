@@ -1,6 +1,7 @@
 """The interpreter: evaluate a jaxpr some of whose values are lazy weights."""
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,14 +12,16 @@ from lora_jax.engine.lazy_weight import is_lazy
 from lora_jax.engine.rules import CONTAINERS, RULES, is_view
 from lora_jax.engine.rules.dot_general import share
 from lora_jax.engine.schedule import schedule
+from lora_jax.engine.stretches import Stretch
 from lora_jax.engine.uses import OPAQUE
 
 
 def interpret(ctx: Context, jaxpr: Any, consts: Sequence[Any], args: Sequence[Any]) -> list[Any]:
     """Evaluate `jaxpr`; inputs and outputs are arrays or `LazyWeight`s.
 
-    An equation without lazy inputs is handed back to JAX unchanged, with its source line and name
-    scopes. One with lazy inputs goes to its rule; where there is none, the weight is materialized.
+    Equations without lazy inputs are handed back to JAX unchanged, with their source lines and name
+    scopes; in stretches, where JAX differentiates or maps them. One with lazy inputs goes to its
+    rule; where there is none, the weight is materialized.
     """
     with ctx.inside_program(jaxpr):
         return _interpret(ctx, jaxpr, consts, args)
@@ -33,15 +36,24 @@ def _interpret(ctx: Context, jaxpr: Any, consts: Sequence[Any], args: Sequence[A
 
     can_share = [ctx.forms.share and is_lazy(x) and x.a is not None for x in args]
     weights = {v for v, can in zip(jaxpr.invars, can_share, strict=True) if can}
-    for step, unread in schedule(jaxpr, weights, is_view):
-        inputs = [(eqn, [read(atom) for atom in eqn.invars]) for eqn in step.eqns]
+    steps = schedule(jaxpr, weights, is_view)
+    transformed = jaxprs.are_transformed([*consts, *args])
+    at = 0
+    while at < len(steps):
+        step, end = steps[at][0], at + 1
         with jaxprs.equation_context(step.eqns[0]):
-            if step.is_group:
-                share(ctx, inputs)
+            if transformed and (stretch := Stretch.at(steps, at, env)):
+                env.update(zip(stretch.outputs, stretch.run(env), strict=True))
+                end = at + stretch.length
             else:
-                env.update(zip(step.eqns[0].outvars, _evaluate(ctx, *inputs[0]), strict=True))
-        for v in unread:
-            del env[v]
+                inputs = [(eqn, [read(atom) for atom in eqn.invars]) for eqn in step.eqns]
+                if step.is_group:
+                    share(ctx, inputs)
+                else:
+                    env.update(zip(step.eqns[0].outvars, _evaluate(ctx, *inputs[0]), strict=True))
+        for v in itertools.chain.from_iterable(unread for _, unread in steps[at:end]):
+            env.pop(v, None)
+        at = end
     return [read(atom) for atom in jaxpr.outvars]
 
 

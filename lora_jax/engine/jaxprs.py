@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.extend import core, source_info_util
-from jax.interpreters import ad, batching, mlir
+from jax.interpreters import ad, batching, mlir, partial_eval
 
 Literal = core.Literal
 
@@ -41,6 +41,19 @@ def equation_context(eqn: Any) -> Iterator[None]:
         eqn.ctx.manager,
     ):
         yield
+
+
+def line_context(eqn: Any) -> contextlib.AbstractContextManager[None]:
+    """Give what is traced inside the source line of `eqn`, not its name scopes."""
+    return source_info_util.user_context(eqn.source_info.traceback)
+
+
+def are_transformed(values: Any) -> bool:
+    """Return whether an array among these is being differentiated or mapped, not only recorded."""
+    return any(
+        isinstance(x, jax.core.Tracer) and not isinstance(x, partial_eval.DynamicJaxprTracer)
+        for x in jax.tree.leaves(values)
+    )
 
 
 def bind(eqn: Any, values: Sequence[Any], **changes: Any) -> list[Any]:

@@ -13,6 +13,7 @@ from lora_jax.core.dora import dora_gain
 from lora_jax.core.dtypes import accumulator
 from lora_jax.core.sharding.meshes import is_on_mesh, on_mesh_of
 from lora_jax.core.weights import LoraWeight, TrainedRows
+from lora_jax.engine.frozen import frozen
 from lora_jax.engine.provenance import Provenance
 
 
@@ -81,7 +82,7 @@ class LazyWeight:
         a, b = _factors(node.a, node.b, node.scale, rank_first)
         return cls(
             # The base is frozen: no dW is formed, whatever the caller differentiates.
-            lax.stop_gradient(node.w),
+            frozen(node.w),
             a,
             b,
             node.key,
@@ -106,7 +107,7 @@ class LazyWeight:
         """
         node = _on_mesh_of_base(node)
         axes, (batch, _, _) = _named(node)
-        w = lax.stop_gradient(node.w)
+        w = frozen(node.w)
         dtype = accumulator(node.value.dtype, w.dtype)
         update = node.value.astype(dtype) - node.select(w).astype(dtype)
         one_hot = jax.nn.one_hot(jnp.asarray(node.rows), w.shape[node.axis], dtype=dtype)

@@ -8,6 +8,7 @@ from collections.abc import Hashable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 
 from lora_jax.core.dtypes import compute_dtype
@@ -68,11 +69,17 @@ class Product:
         return compute_dtype(self.dtype, self.lazy.dtype)
 
     def contract(
-        self, x: jax.Array, x_axes: Sequence[Axis], f: jax.Array, f_axes: Sequence[Axis], keep: Any
+        self,
+        x: jax.Array,
+        x_axes: Sequence[Axis],
+        f: jax.Array,
+        f_axes: Sequence[Axis],
+        keep: Any,
+        narrow: bool = False,
     ) -> tuple[jax.Array, Any]:
         """Contract `x` or `x·A` with a factor, over the axes that are not in `keep`."""
-        x, f, accumulate = cast_for_branch(x, f, self.lazy, self.dtype)
-        options = {"precision": self.precision, "preferred_element_type": accumulate}
+        x, f, result = cast_for_branch(x, f, self.lazy, self.dtype, narrow)
+        options = {"precision": self.precision, "preferred_element_type": result}
         return named_axes.contract(x, x_axes, f, f_axes, keep, **options)
 
     @property
@@ -121,20 +128,31 @@ def add_update(
     Jitted, so that JAX traces, differentiates and lowers products of the same shapes once.
     """
     hidden = product if isinstance(product, Hidden) else _first_half(product, forms)
-    return add(y, _second_half(hidden), dtype)
+    # A result in float32 takes an update in float32, whatever its operands are.
+    update = _second_half(hidden, narrow=forms.narrow and jnp.dtype(dtype).itemsize <= 2)
+    return add(y, _apart(update, forms), dtype)
+
+
+def _apart(x: jax.Array, forms: Forms) -> jax.Array:
+    """Return `x` as an array that the compiler cannot tell to be the base product's too.
+
+    Its cotangent passes the same barrier, so the products of the gradients stay apart as well.
+    """
+    return lax.optimization_barrier(x) if forms.apart else x
 
 
 def _first_half(product: Product, forms: Forms) -> Hidden:
     flat, tokens = flatten_tokens(product) if forms.flatten else (product, ())
     (f, f_axes), (_, s_axes) = flat.factors()
-    h, axes = flat.contract(flat.x, flat.x_axes, f, f_axes, {*s_axes, *flat.out_axes})
+    x, keep = _apart(flat.x, forms), {*s_axes, *flat.out_axes}
+    h, axes = flat.contract(x, flat.x_axes, f, f_axes, keep, forms.narrow)
     return Hidden(flat, h, axes=axes, tokens=tokens)
 
 
-def _second_half(hidden: Hidden) -> jax.Array:
+def _second_half(hidden: Hidden, narrow: bool) -> jax.Array:
     product, out_axes = hidden.product, hidden.product.out_axes
     _, (s, s_axes) = product.factors()
-    y, y_axes = product.contract(hidden.h, hidden.axes, s, s_axes, {*out_axes})
+    y, y_axes = product.contract(hidden.h, hidden.axes, s, s_axes, {*out_axes}, narrow)
     y = named_axes.arrange(y, y_axes, out_axes, product.sizes)
     if not hidden.tokens:
         return y
@@ -223,13 +241,15 @@ def _multiply_together(
     # [*tokens, *in] · [all ranks, *in] -> [*tokens, all ranks]
     first = flats[0]
     summed = [i for i, axis in enumerate(first.x_axes) if axis not in first.out_axes]
-    x, f, accumulate = cast_for_branch(first.x, lax.concatenate(parts, 0), first.lazy)
+    x, f, result = cast_for_branch(
+        _apart(first.x, forms), lax.concatenate(parts, 0), first.lazy, narrow=forms.narrow
+    )
     h = lax.dot_general(
         x,
         f,
         ((summed, range(1, len(summed) + 1)), ((), ())),
         precision=first.precision,
-        preferred_element_type=accumulate,
+        preferred_element_type=result,
     )
     return lax.split(h, [len(part) for part in parts], axis=h.ndim - 1)
 

@@ -94,6 +94,7 @@ def _last_reads(steps: Sequence[Step], outvars: Sequence[Any]) -> list[list[Any]
     found, read = [], {v for v in outvars if jaxprs.is_var(v)}
     for step in reversed(steps):
         here = {v for eqn in step.eqns for v in eqn.invars if jaxprs.is_var(v)}
-        found.append([*(here - read)])
+        made = () if step.is_group else step.eqns[0].outvars
+        found.append([*(here - read), *(v for v in made if v not in read)])
         read |= here
     return found[::-1]

@@ -5,7 +5,6 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
-from jax import lax
 
 from lora_jax.core.algebra import dense
 from lora_jax.core.errors import ConfigError
@@ -13,6 +12,7 @@ from lora_jax.core.weights import LoraWeight, TrainedLeaf, TrainedRows, is_adapt
 from lora_jax.engine.context import POLICIES, Context
 from lora_jax.engine.custom_rules import Rule, check_rules
 from lora_jax.engine.forms import Forms
+from lora_jax.engine.frozen import frozen
 from lora_jax.engine.lazy_weight import LazyWeight
 from lora_jax.engine.program import Argument, Program, adapted_arguments
 from lora_jax.engine.undropped import Say, say_once, watch
@@ -41,8 +41,8 @@ def lora(
         an opaque kernel), so that `W + scale·A·B` must be materialized: "warn" once per call site,
         "error", or "allow".
       rules: user-defined rules for custom primitives, by primitive name; see `Rule`.
-      forms: which of several equivalent forms of the branch to compute; None takes what was
-        measured to be fast on the default backend, `Forms.for_backend()`.
+      forms: which of several equivalent forms of the branch to compute; None takes what is fast
+        where the arguments lie, `Forms.for_arrays`.
 
     Returns:
       A function with `fn`'s signature. Wrap it in `jax.jit`: every call traces `fn` again.
@@ -75,7 +75,7 @@ def lora(
         adapted = adapted_arguments(args, kwargs)
         if not adapted:
             return fn(*args, **kwargs)
-        chosen = forms or Forms.for_backend()
+        chosen = forms or Forms.for_arrays((args, kwargs))
 
         def enter(argument: Argument, path: str, leaf: Any) -> Any:
             return _enter(path, leaf, chosen, say) if argument in adapted else leaf
@@ -95,8 +95,6 @@ def _enter(path: str, leaf: Any, forms: Forms, say: Say) -> Any:
     if isinstance(leaf, TrainedRows):
         return LazyWeight.of_rows(leaf, path)
     if isinstance(leaf, TrainedLeaf):
-        return dense(
-            TrainedLeaf(lax.stop_gradient(leaf.w), leaf.value, lax.stop_gradient(leaf.scale))
-        )
+        return dense(TrainedLeaf(frozen(leaf.w), leaf.value, frozen(leaf.scale)))
     # Gradients stop inside the program: no dW is formed, and a global norm for clipping has none.
-    return lax.stop_gradient(leaf) if isinstance(leaf, jax.Array) else leaf
+    return frozen(leaf) if isinstance(leaf, jax.Array) else leaf

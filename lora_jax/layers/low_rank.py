@@ -96,7 +96,8 @@ def apply(params: Params, x: jax.Array, alpha: Any = None) -> jax.Array:
     )
     free = [Axis((), -2 - i) for i in range(x.ndim - 1)]
     product = Product.of(lazy, x, (*free, inner), (*free, outer))
-    return add_update(None, product, jnp.result_type(x.dtype, lazy.dtype), Forms.for_backend())
+    dtype = jnp.result_type(x.dtype, lazy.dtype)
+    return add_update(None, product, dtype, Forms.for_arrays((x, params)))
 
 
 def weight(params: Params, alpha: Any = None) -> jax.Array:

@@ -18,6 +18,7 @@ from lora_jax.core.checks import is_size, is_within
 from lora_jax.core.foreign import shown_value
 from lora_jax.models.attention import Sight, attend
 from lora_jax.models.llama_config import EPSILONS
+from lora_jax.models.on_mesh import Embedding, dot_general
 
 
 def _gelu(x: jax.Array) -> jax.Array:
@@ -94,8 +95,19 @@ def _positions(segments: jax.Array) -> jax.Array:
     """Return the position of each token in its own segment: `[..., length]` -> the same shape."""
     index = jnp.broadcast_to(jnp.arange(segments.shape[-1]), segments.shape)
     # Signed, since `segments` may be a boolean mask, which has no -1 to start from.
-    opens = jnp.diff(segments.astype(jnp.int32), axis=-1, prepend=-1) != 0
+    segments = segments.astype(jnp.int32)
+    before = jnp.pad(
+        segments[..., :-1],
+        [*[(0, 0)] * (segments.ndim - 1), (1, 0)],
+        "constant",
+        constant_values=-1,
+    )
+    opens = segments != before
     return index - jax.lax.cummax(jnp.where(opens, index, 0), axis=segments.ndim - 1)
+
+
+def _dense(width: int, name: str) -> nn.Dense:
+    return nn.Dense(width, name=name, dot_general=dot_general)
 
 
 class Embeddings(nn.Module):
@@ -107,11 +119,11 @@ class Embeddings(nn.Module):
     def __call__(self, ids: jax.Array, segments: jax.Array, types: jax.Array) -> jax.Array:
         """Map three integer arrays `[batch, length]` to `[batch, length, width]`."""
         c = self.config
-        word = nn.Embed(c.vocab_size, c.hidden_size, name="word")(ids)
-        position = nn.Embed(c.max_position_embeddings, c.hidden_size, name="position")(
+        word = Embedding(c.vocab_size, c.hidden_size, name="word")(ids)
+        position = Embedding(c.max_position_embeddings, c.hidden_size, name="position")(
             _positions(segments)
         )
-        kind = nn.Embed(c.type_vocab_size, c.hidden_size, name="type")(types)
+        kind = Embedding(c.type_vocab_size, c.hidden_size, name="type")(types)
         return nn.LayerNorm(epsilon=c.layer_norm_eps, name="norm")(word + position + kind)
 
 
@@ -135,12 +147,12 @@ class SelfAttention(nn.Module):
         heads = self.config.num_attention_heads
 
         def project(name: str) -> jax.Array:
-            y = nn.Dense(width, name=name)(x)
+            y = _dense(width, name)(x)
             return y.reshape(batch, length, heads, width // heads)
 
         query, key, value = project("query"), project("key"), project("value")
         mixed = attend(query, key, value, Sight(segments, segments), causal=False)
-        return nn.Dense(width, name="output")(mixed.reshape(batch, length, width))
+        return _dense(width, "output")(mixed.reshape(batch, length, width))
 
 
 class BertLayer(nn.Module):
@@ -154,8 +166,8 @@ class BertLayer(nn.Module):
         c = self.config
         norm = partial(nn.LayerNorm, epsilon=c.layer_norm_eps)
         x = norm(name="attention_norm")(x + SelfAttention(c, name="attention")(x, segments))
-        y = ACTIVATIONS[c.hidden_act](nn.Dense(c.intermediate_size, name="intermediate")(x))
-        return norm(name="output_norm")(x + nn.Dense(c.hidden_size, name="output")(y))
+        y = ACTIVATIONS[c.hidden_act](_dense(c.intermediate_size, "intermediate")(x))
+        return norm(name="output_norm")(x + _dense(c.hidden_size, "output")(y))
 
 
 class Bert(nn.Module):

@@ -14,6 +14,7 @@ from flax import linen as nn
 
 from lora_jax.models.attention import Sight, attend
 from lora_jax.models.llama_config import LlamaConfig
+from lora_jax.models.on_mesh import Embedding, by_rows, dot_general
 from lora_jax.models.remat import rematerialized
 from lora_jax.models.rope import rotate
 
@@ -125,12 +126,14 @@ class LlamaLayer(nn.Module):
         mixed, cached = Attention(c, name="attention")(
             _norm(c, "attention_norm")(x), places, cached
         )
-        x = x + mixed
-        return x + FeedForward(c, name="mlp")(_norm(c, "mlp_norm")(x)), cached
+        x = by_rows(x + mixed)
+        return by_rows(x + FeedForward(c, name="mlp")(_norm(c, "mlp_norm")(x))), cached
 
 
 def _dense(c: LlamaConfig, width: int, bias: bool, name: str | None) -> nn.Dense:
-    return nn.Dense(width, bias, dtype=c.dtype, param_dtype=c.param_dtype, name=name)
+    return nn.Dense(
+        width, bias, dtype=c.dtype, param_dtype=c.param_dtype, name=name, dot_general=dot_general
+    )
 
 
 def _norm(c: LlamaConfig, name: str | None) -> nn.RMSNorm:
@@ -160,7 +163,7 @@ class Llama(nn.Module):
     def setup(self) -> None:
         c = self.config
         layer = rematerialized(LlamaLayer, c.remat, scan=c.scan)
-        self.embedding = nn.Embed(
+        self.embedding = Embedding(
             c.vocab_size, c.hidden_size, dtype=c.dtype, param_dtype=c.param_dtype
         )
         if c.scan:

@@ -12,13 +12,19 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType
 
-from lora_jax.training.loss import JaxBatch, LossSums, cross_entropy, split_batch, sum_weighted
+from lora_jax.models.on_mesh import AXES_OF_ROWS
+from lora_jax.training.cross_entropy import (
+    JaxBatch,
+    LossSums,
+    cross_entropy,
+    split_batch,
+    sum_weighted,
+)
 
 #: Tokens per chunk and device: so many that a chunk's products keep a device busy.
 CHUNK = 512
 #: Logits of a head that trains are computed whole up to this many bytes in float32.
 WHOLE = 2**26
-_AXES_OF_ROWS = ("data", "fsdp")  # of a mesh
 
 Hidden = Callable[[Any, jax.Array, jax.Array], jax.Array]
 
@@ -74,9 +80,8 @@ def language_sums_of_trained_head(
         if chunk is None and whole <= WHOLE:
             return {"loss": loss(states, targets, weights), "weight": weights.sum()}
         again = jax.checkpoint(loss, prevent_cse=False)  # a scan's body is not merged anyway
-        add = lambda total, piece: (total + again(*piece), None)
-        total, _ = jax.lax.scan(add, _zero(states), _cut(chunk, states, targets, weights))
-        return {"loss": total, "weight": weights.sum()}
+        losses = jax.lax.map(lambda piece: again(*piece), _cut(chunk, states, targets, weights))
+        return {"loss": losses.sum(), "weight": weights.sum()}
 
     return sums
 
@@ -101,7 +106,7 @@ def _devices_of_rows() -> int:
     mesh = jax.sharding.get_abstract_mesh()
     axes = zip(mesh.axis_names, mesh.axis_sizes, mesh.axis_types, strict=True)
     return math.prod(
-        size for name, size, kind in axes if name in _AXES_OF_ROWS and kind != AxisType.Manual
+        size for name, size, kind in axes if name in AXES_OF_ROWS and kind != AxisType.Manual
     )
 
 
@@ -111,14 +116,8 @@ def _total_loss(
 ) -> jax.Array:
     """Sum the loss of states in chunks `[chunks, rows, positions, width]`."""
 
-    def one(total: jax.Array, piece: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
-        return total + _chunk_loss(piece[0], kernel, *piece[1:]), None
-
-    return jax.lax.scan(one, _zero(states), (states, targets, weights))[0]
-
-
-def _zero(states: jax.Array) -> jax.Array:
-    return jnp.zeros((), jnp.promote_types(states.dtype, jnp.float32))
+    one = lambda piece: _chunk_loss(piece[0], kernel, *piece[1:])
+    return jax.lax.map(one, (states, targets, weights)).sum()
 
 
 def _chunk_loss(
@@ -132,11 +131,9 @@ def _total_and_slopes(
 ) -> tuple[jax.Array, jax.Array]:
     """Return the same sum, and its gradient with respect to the states."""
 
-    def one(total: jax.Array, piece: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
-        loss, slope = jax.value_and_grad(_chunk_loss)(piece[0], kernel, *piece[1:])
-        return total + loss, slope
-
-    return jax.lax.scan(one, _zero(states), (states, targets, weights))
+    one = lambda piece: jax.value_and_grad(_chunk_loss)(piece[0], kernel, *piece[1:])
+    losses, slopes = jax.lax.map(one, (states, targets, weights))
+    return losses.sum(), slopes
 
 
 def _scale_slopes(slopes: jax.Array, outer: jax.Array) -> tuple[jax.Array, None, None, None]:

@@ -42,6 +42,46 @@ class SpanEncoder(Protocol):
         """Render as `chat` does, and return what the template marks as the assistant's, if any."""
 
 
+@runtime_checkable
+class BatchEncoder(Protocol):
+    """A tokenizer that encodes several texts at once, on several threads."""
+
+    def encode_batch(self, texts: Sequence[str]) -> Sequence[Sequence[int]]:
+        """Encode texts, each as `encode` does."""
+
+
+class Encoded:
+    """A tokenizer that looks up the ids of texts that are encoded already.
+
+    Args:
+      tokenizer: for all else.
+      known: the ids of texts.
+    """
+
+    def __init__(self, tokenizer: Encoder, known: Mapping[str, Sequence[int]]) -> None:
+        self._tokenizer, self._known = tokenizer, known
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._tokenizer, name)
+
+    @property
+    def eos_id(self) -> int | None:
+        """The id that ends a text, if there is one."""
+        return self._tokenizer.eos_id
+
+    def encode(self, text: str, special: bool = False) -> Sequence[int]:
+        """Encode a text."""
+        if not special and text in self._known:
+            return self._known[text]
+        return self._tokenizer.encode(text, special)
+
+    def chat(
+        self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = False
+    ) -> str:
+        """Render a conversation."""
+        return self._tokenizer.chat(messages, add_generation_prompt)
+
+
 def surrounding(tokenizer: Encoder) -> tuple[list[int], list[int]]:
     """Return the ids that a tokenizer puts before and after a text, as BERT's [CLS] and [SEP].
 

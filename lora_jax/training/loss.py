@@ -1,45 +1,20 @@
-"""Cross-entropy of tokens and of classes, as sums over a batch: they add up across batches."""
+"""Losses of language models and classifiers, as sums over a batch: they add up across batches."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
-# "loss": the weighted sum, "weight": the sum of weights; for a classifier also "right".
-LossSums = dict[str, jax.Array]
-JaxBatch = Mapping[str, jax.Array]
-
-
-def cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
-    """Compute -log softmax(logits)[target], in float32 or wider.
-
-    Args:
-      logits: floating `[..., classes]`.
-      targets: integers `[...]`, in 0 .. classes - 1.
-
-    Returns:
-      `[...]`, float32 unless the logits are float64.
-
-    >>> round(float(cross_entropy(jnp.log(jnp.array([0.25, 0.75])), jnp.array(1))), 4)
-    0.2877
-    """
-    logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
-    classes = jax.lax.broadcasted_iota(targets.dtype, logits.shape, logits.ndim - 1)
-    # A comparison and a sum fuse; the gradient of a gather would be a scatter.
-    picked = jnp.where(classes == targets[..., None], logits, 0).sum(axis=-1)
-    return jax.nn.logsumexp(logits, axis=-1) - picked
-
-
-def split_batch(batch: JaxBatch) -> tuple[tuple[jax.Array, ...], tuple[jax.Array, ...]]:
-    """Split a batch into what the model reads and what it predicts.
-
-    Returns:
-      Ids and segments without the last token, and ids and weights without the first; each
-      `[rows, length]` where the batch has `[rows, length + 1]`.
-    """
-    read = (batch["ids"][:, :-1], batch["segments"][:, :-1])
-    return read, (batch["ids"][:, 1:], batch["weights"][:, 1:])
+from lora_jax.training.chunked_loss import (
+    language_sums_of_frozen_head as language_sums_of_frozen_head,
+)
+from lora_jax.training.cross_entropy import (
+    JaxBatch,
+    LossSums,
+    cross_entropy,
+    split_batch,
+    sum_weighted,
+)
 
 
 def language_sums(
@@ -83,10 +58,3 @@ def class_sums(
         return {**found, "right": hits.sum()}
 
     return sums
-
-
-def sum_weighted(losses: jax.Array, weights: jax.Array) -> LossSums:
-    """Sum losses times weights, and weights, of one shape."""
-    # `where`, not a product: values at padding may be infinite.
-    counted = jnp.where(weights > 0, losses * weights.astype(losses.dtype), 0)
-    return {"loss": counted.sum(), "weight": weights.sum()}

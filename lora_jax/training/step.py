@@ -11,9 +11,9 @@ import optax
 from jax.sharding import Mesh
 
 import lora_jax as lora
+from lora_jax.training.cross_entropy import JaxBatch, LossSums
 from lora_jax.training.distributed.mesh import mesh_of, row_sharding
 from lora_jax.training.distributed.placing import complete
-from lora_jax.training.loss import JaxBatch, LossSums
 
 # (params, batch) -> the sums of a batch, such as `loss.language_sums` returns
 Loss = Callable[[Any, JaxBatch], LossSums]

@@ -8,7 +8,7 @@ from itertools import chain, pairwise
 import numpy as np
 
 from lora_jax.training.dataset import STREAM, Row, Rows
-from lora_jax.training.encoders import Encoder, SpanEncoder, surrounding
+from lora_jax.training.encoders import BatchEncoder, Encoded, Encoder, SpanEncoder, surrounding
 from lora_jax.training.errors import DataError, list_problems
 from lora_jax.training.turns import Span, assistant_spans
 from lora_jax.training.vocabulary import refuse_unknown
@@ -76,11 +76,14 @@ def encode_examples(
         )
     encoded: list[Example] = []
     problems: list[str] = []
-    for row in rows.rows:
-        try:
-            encoded.append(_ENCODERS[rows.kind](row, tokenizer))
-        except ValueError as error:
-            problems.append(f"{rows.unit} {row.line}: {error}")
+    for start in range(0, len(rows), _TOGETHER):
+        some = rows.rows[start : start + _TOGETHER]
+        known = _encode_together(rows.kind, some, tokenizer)
+        for row in some:
+            try:
+                encoded.append(_ENCODERS[rows.kind](row, known))
+            except ValueError as error:
+                problems.append(f"{rows.unit} {row.line}: {error}")
     if problems:
         raise DataError(f"{rows.source}: rows that cannot be encoded:\n{list_problems(problems)}")
     refuse_unknown(rows.source, rows.places, [e.ids for e in encoded], tokenizer, vocabulary)
@@ -111,13 +114,35 @@ def encode_stream(
         is not in the vocabulary.
     """
     assert rows.kind == STREAM
-    ids = np.asarray(tokenizer.encode(rows.rows[0].values["text"]), np.int32)
+    text = rows.rows[0].values["text"]
+    if isinstance(tokenizer, BatchEncoder):  # outside Python's lock
+        (found,) = tokenizer.encode_batch([text])
+    else:
+        found = tokenizer.encode(text)
+    ids = np.asarray(found, np.int32)
     if len(ids) < 2 and not may_be_empty:
         raise DataError(f"{rows.source}: the text is a single token; there is nothing to train on")
     if vocabulary is not None:
         place = f"token {int(np.argmax(ids >= vocabulary)) + 1}"
         refuse_unknown(rows.source, [place], [ids], tokenizer, vocabulary)
     return ids
+
+
+_TOGETHER = 64  # texts that are encoded at once
+
+
+def _encode_together(kind: str, rows: Sequence[Row], tokenizer: Encoder) -> Encoder:
+    """Return a tokenizer that has encoded all texts already, if it can on several threads.
+
+    It does that outside Python's lock, so a step can be dispatched meanwhile.
+    """
+    if kind != "text" or not isinstance(tokenizer, BatchEncoder):
+        return tokenizer
+    texts = [row.values["text"] for row in rows]
+    try:
+        return Encoded(tokenizer, dict(zip(texts, tokenizer.encode_batch(texts), strict=True)))
+    except ValueError:  # encoding row by row tells which one it is
+        return tokenizer
 
 
 def _encode_text(row: Row, tokenizer: Encoder) -> Example:

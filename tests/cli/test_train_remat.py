@@ -2,6 +2,8 @@
 
 import dataclasses
 
+import jax
+import jax.numpy as jnp
 import pytest
 
 from lora_jax.cli.jobs import train_remat
@@ -76,3 +78,10 @@ def test_what_a_step_needs_and_what_there_is(tmp_path, optimized):
     base = sum(x.nbytes for x in job.base.values())
     assert base < few < many
     assert step_memory.available_bytes() > many
+
+
+def test_copies_of_a_narrow_base(optimized):
+    """On a CPU each weight is widened once; a vector is not worth counting."""
+    base = {"kernel": jnp.ones((30, 20), "bfloat16"), "scale": jnp.ones(20, "bfloat16")}
+    assert step_memory.widened_bytes(base) == 4 * 30 * 20
+    assert step_memory.widened_bytes(jax.tree.map(lambda x: x.astype("float32"), base)) == 0

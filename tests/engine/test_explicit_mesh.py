@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding
 
 import lora_jax
 from tests.programs import is_node, merged, normal
@@ -23,20 +24,24 @@ def make_mesh():
 
 
 def adapt(at, name, **options):
-    """Return (fn, adapted, args) with random A and B, which `init` leaves on no mesh."""
+    """Return (fn, adapted, args) with random A and B where `init` places them."""
     fn, params, args = EXPLICIT[name](at)
     config = lora_jax.LoraConfig(2, targets=list(params), dtype=jnp.float64, **options)
     adapted = lora_jax.init(jax.random.key(0), params, config, fn, *args)
 
     def fill(node):
-        a, b = (normal(i, getattr(node, f).shape, "float64") for i, f in ((5, "a"), (6, "b")))
+        a, b = (like(normal(i, x.shape, "float64"), x) for i, x in ((5, node.a), (6, node.b)))
         return dataclasses.replace(node, a=a, b=b)
+
+    def like(x, placed):
+        on_mesh = isinstance(placed.sharding, NamedSharding)
+        return jax.device_put(x, placed.sharding) if on_mesh else x
 
     return fn, jax.tree.map(fill, adapted, is_leaf=is_node), args
 
 
 def place(at, adapted, how):
-    """Return the tree with its factors replicated, or sharded as the axes of their weight are."""
+    """Return the tree with its factors on no mesh, or replicated, or sharded as their weight is."""
 
     def one(node):
         if getattr(node.w.sharding, "spec", None) is None:
@@ -50,7 +55,9 @@ def place(at, adapted, how):
                 where = node.layout.positions(part) if part else ()
                 entries += [spec[i] for i in where] if part else [None]
             x = getattr(node, field)
-            placed[field] = at.put(x, *(entries if how == "as the weight" else ()))
+            x = jnp.asarray(np.asarray(x))
+            entries = entries if how == "as the weight" else ()
+            placed[field] = x if how == "on no mesh" else at.put(x, *entries)
         return dataclasses.replace(node, **placed)
 
     return jax.tree.map(one, adapted, is_leaf=is_node)
@@ -125,7 +132,7 @@ def test_as_init_leaves_the_factors(name, x64, quick_compile):
 
 
 @pytest.mark.parametrize("in_mesh", [False, True])
-@pytest.mark.parametrize("how", [None, "replicated", "as the weight"])
+@pytest.mark.parametrize("how", [None, "on no mesh", "replicated", "as the weight"])
 @pytest.mark.parametrize(
     "name", [n if n in FEW else pytest.param(n, marks=pytest.mark.slow) for n in EXPLICIT]
 )
@@ -152,7 +159,10 @@ def test_dropout_drops_what_it_drops_on_one_device(name, x64, quick_compile):
     assert abs(dropped - kept) > 1e-3
 
 
-@pytest.mark.parametrize("name", ["columns_then_rows", "convolution", "scan_of_a_checkpoint"])
+@pytest.mark.parametrize(
+    "name",
+    ["columns_then_rows", "convolution", "scan_of_a_checkpoint", "inputs_and_outputs_sharded"],
+)
 def test_dora(name, x64, quick_compile):
     on_both(lambda at: adapt(at, name, dora=True), value_and_gradients)
 

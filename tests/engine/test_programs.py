@@ -12,6 +12,7 @@ import pytest
 import lora_jax
 from tests.devices import assert_same
 from tests.programs import CASES, DENSE_CASES, Case, a_few, adapt, is_node, merged
+from tests.programs.forms import ALL_ON, GPU
 from tests.programs.jaxprs import squeezed, weight_sized
 
 ALL = CASES + DENSE_CASES
@@ -101,6 +102,15 @@ def test_equals_the_merged_model(case, quick_compile):
 @pytest.mark.parametrize("case", ALL, ids=str)
 def test_equals_the_merged_model_in_float64(case, x64, quick_compile):
     check_equal_to_merged(case, jnp.float64)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("forms", [GPU, ALL_ON], ids=["gpu", "all on"])
+@pytest.mark.parametrize("case", ALL, ids=str)
+def test_equals_the_merged_model_in_other_forms(case, forms, x64, quick_compile):
+    fn, _, params, args = prepare(case, jnp.float64)
+    adapted = lora_jax.lora(fn, on_dense="allow" if case.dense else "error", forms=forms)
+    check_equal(case, fn, adapted, params, args, TOLERANCE["float64"])
 
 
 @pytest.mark.parametrize("case", ALL, ids=str)

@@ -63,7 +63,9 @@ def sights(length):
 def test_equals_the_definition(length, case, x64):
     sight, causal, window = sights(length)[case]
     run = functools.partial(attend, causal=causal, window=window)
-    for dtype, tolerance in (("float32", 2e-6), ("float64", 1e-14)):
+    # In float64 the core is another one: once is enough.
+    dtypes = [("float32", 2e-6), ("float64", 1e-14)][: 2 if case == "window" else 1]
+    for dtype, tolerance in dtypes:
         given = inputs(length, dtype=dtype)
         found = jax.jit(run)(*given, sight)
         assert found.dtype == dtype
@@ -71,7 +73,7 @@ def test_equals_the_definition(length, case, x64):
         np.testing.assert_allclose(found, wanted, rtol=0, atol=tolerance)
 
 
-@pytest.mark.parametrize(("queries", "window"), [(1, None), (300, 5), (521, None)])
+@pytest.mark.parametrize(("queries", "window"), [(1, None), (521, 5)])
 def test_with_a_cache(queries, window):
     """Keys beyond those written belong to no text, and queries are anywhere among the keys."""
     keys, first = 600, 40
@@ -95,12 +97,11 @@ def test_gradients_are_those_of_whole_scores(x64, monkeypatch):
         ).sum()
         return jax.jit(jax.grad(of, (0, 1, 2)))(*given)
 
-    found = [gradients(window) for window in (None, 100)]
+    found = gradients(100)
     monkeypatch.setattr(attention, "KEPT_WHOLE", 521)
     monkeypatch.setattr(attention, "_GROUPS", 1)
-    for cut, whole in zip(found, [gradients(window) for window in (None, 100)], strict=True):
-        for a, b in zip(cut, whole, strict=True):
-            np.testing.assert_allclose(a, b, rtol=0, atol=1e-12)
+    for a, b in zip(found, gradients(100), strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("case", [pytest.param("packed", marks=pytest.mark.slow), "encoder"])

@@ -55,8 +55,8 @@ MUTANTS = [
     Mutant(
         "skip the cast of the factors",
         "engine/arithmetic.py",
-        "return x.astype(compute), factor.astype(compute), accumulate",
-        "return x.astype(factor.dtype), factor, accumulate",
+        "return x.astype(compute), factor.astype(compute), result",
+        "return x.astype(factor.dtype), factor, result",
     ),
     Mutant(
         "skip the cast of the sum",
@@ -79,7 +79,7 @@ MUTANTS = [
     Mutant(
         "let gradients into the base",
         "engine/lazy_weight.py",
-        "lax.stop_gradient(node.w),",
+        "frozen(node.w),",
         "node.w,",
     ),
     Mutant(
@@ -91,7 +91,7 @@ MUTANTS = [
     Mutant(
         "let gradients into the other leaves",
         "engine/transform.py",
-        "return lax.stop_gradient(leaf) if isinstance(leaf, jax.Array) else leaf",
+        "return frozen(leaf) if isinstance(leaf, jax.Array) else leaf",
         "return leaf",
     ),
     Mutant(

@@ -32,6 +32,7 @@ from lora_jax.training.distributed.placing import complete, own_rows, place_rows
 from lora_jax.training.errors import TrainingError
 from lora_jax.training.loop import Job, Outcome, Settings, steps_of_epochs, train
 from lora_jax.training.optimizer import Optimizer
+from lora_jax.training.running.step_memory import widened_bytes
 
 
 def main(options: TrainOptions, command: str) -> None:
@@ -89,13 +90,15 @@ def _run(options: TrainOptions, command: str) -> None:
     )
     results.check(adapters)
     job = _job(options, optimizer, model, task, start, base, adapters, steps, mesh)
-    job = train_remat.choose(options, model, task, start.paths, job, adapters, say)
+    with train_mesh.in_use(mesh):
+        job = train_remat.choose(options, model, task, start.paths, job, adapters, say)
     processes.by_first(lambda: run_record.begin(options.out, this, resumed, free=("steps",)))
     for line in _describe(options, task, start, steps):
         say(line)
     for line in [] if mesh is None else train_mesh.describe(mesh, model.config):
         say(line)
-    with Watch(results, steps, optimizer, this, command, console) as watch:
+    watch = Watch(results, steps, optimizer, this, command, console)
+    with train_mesh.in_use(mesh), watch:
         outcome = train(job, adapters, watch.watcher)
     _finish(outcome, steps, results, watch)
 
@@ -120,15 +123,24 @@ def _started(options: TrainOptions) -> datetime.datetime:
     return datetime.datetime.fromisoformat(processes.tell_all(now.isoformat())[0])
 
 
-def _describe(options: TrainOptions, task: Task, start: Start, steps: int) -> tuple[str, str]:
-    """Return what is trained on, and how much trains."""
+_WORTH_A_LINE = 1e8  # bytes of copies
+
+
+def _describe(options: TrainOptions, task: Task, start: Start, steps: int) -> list[str]:
+    """Return what is trained on, how much trains, and what a CPU makes of a narrow dtype."""
     counts = lora.count_params(start.params)
-    return (
+    widened = widened_bytes(start.params)
+    copies = (
+        "a CPU computes bfloat16 in float32 and keeps float32 copies of the weights: about "
+        f"{widened / 1e9:.1f} GB more; --dtype float32 needs less memory"
+    )
+    return [
         f"{describe_rows(task.data)} of {options.length} tokens, "
         f"{count(steps, 'step')} of {count(options.size, 'row')}",
         f"{count(counts.trainable, 'trainable parameter')}, "
         f"{counts.trainable / counts.total:.2%} of all",
-    )
+        *([copies] if widened >= _WORTH_A_LINE else []),
+    ]
 
 
 def _optimizer(options: TrainOptions) -> Optimizer:

@@ -1,5 +1,6 @@
 """The devices of `lora-jax train`: joining its processes, its mesh, and a model placed on it."""
 
+import contextlib
 import dataclasses
 from typing import Any
 
@@ -75,3 +76,8 @@ def place(model: Pretrained, mesh: Mesh | None) -> Pretrained:
         return model
     where = sharding_rules.shardings(model.params, mesh, config=model.config)
     return dataclasses.replace(model, params=jax.tree.map(put, model.params, where))
+
+
+def in_use(mesh: Mesh | None) -> contextlib.AbstractContextManager[Any]:
+    """Return a context in which models constrain their activations to the mesh, if there is one."""
+    return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)

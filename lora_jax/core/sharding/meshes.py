@@ -28,6 +28,17 @@ def is_on_mesh(x: Any) -> bool:
     return any(size > 1 and kind is not AxisType.Manual for size, kind in types)
 
 
+def platform_of(x: Any) -> str | None:
+    """Return the platform of the mesh that an array lies on, also under tracing; None without one.
+
+    >>> import jax.numpy as jnp
+    >>> platform_of(jnp.zeros(3)) is None
+    True
+    """
+    device = getattr(jax.typeof(x).sharding.mesh, "abstract_device", None)
+    return getattr(device, "platform", None)
+
+
 def gathered(x: Any) -> Any:
     """Return `x` whole on every device, if it is sharded along explicit axes; else `x` itself.
 

@@ -3,6 +3,7 @@
 A `LazyWeight` is a pytree, so it passes through JAX's own `jit`, `checkpoint` and control flow.
 """
 
+import contextlib
 import dataclasses
 from collections.abc import Sequence
 from typing import Any
@@ -79,7 +80,8 @@ def _remat(ctx: Context, eqn: Any, args: Sequence[Any], walk: Walk) -> list[Any]
         args = _add_barrier(ctx, args)
 
     def call(*args: Any) -> list[Any]:
-        with ctx.inside_remat():
+        # Only a policy looks for marks: without one they would be equations to no purpose.
+        with contextlib.nullcontext() if policy is None else ctx.inside_remat():
             return walk(jaxpr, consts, args)
 
     return jax.checkpoint(call, policy=policy, prevent_cse=params["prevent_cse"])(*args)

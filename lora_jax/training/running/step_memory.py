@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from lora_jax.training.loop import Job
@@ -40,6 +41,18 @@ def available_bytes() -> int:
     if "bytes_limit" in stats:
         return int(OF_DEVICE * stats["bytes_limit"])
     return int(OF_MACHINE * _machine_bytes() / len(jax.local_devices()))
+
+
+def widened_bytes(base: Any) -> int:
+    """Return the bytes of the float32 copies that a step keeps of narrower weights.
+
+    A CPU computes products in float32, and XLA widens a weight once for the forward and the
+    backward pass, a stacked one whole. Other devices keep none.
+    """
+    if jax.default_backend() != "cpu":
+        return 0
+    narrow = (jnp.bfloat16, jnp.float16)
+    return sum(4 * x.size for x in jax.tree.leaves(base) if x.ndim > 1 and x.dtype in narrow)
 
 
 def _machine_bytes() -> int:

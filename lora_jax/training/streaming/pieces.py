@@ -6,7 +6,9 @@ contain an end of line. A piece of a Parquet file is a slice of a row group.
 """
 
 import csv
+import io
 import itertools
+from codecs import BOM_UTF8
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -63,7 +65,7 @@ def _divide(path: Path, size: int, encoding: str) -> Iterator[Piece]:
     if kind == ".parquet":
         yield from _of_parquet(path, size)
     elif kind in _TABLES:
-        yield from _of_table(path, size, encoding)
+        yield from _of_table(path, size)
     elif kind in (*_LINES, ".txt"):
         cuts = [0, *_line_ends(path, size, whole), whole]
         for start, stop in itertools.pairwise(cuts):
@@ -89,27 +91,32 @@ def _line_ends(path: Path, size: int, whole: int) -> Iterator[int]:
                 yield end
 
 
-def _of_table(path: Path, size: int, encoding: str) -> Iterator[Piece]:
+def _of_table(path: Path, size: int) -> Iterator[Piece]:
     with path.open("rb") as file:
         read = 0
 
         def lines() -> Iterator[str]:
             nonlocal read
             for raw in file:
-                read += len(raw)
-                yield raw.decode(encoding, "replace")
+                for line in io.StringIO(raw.decode("latin-1"), newline=""):  # a byte a character
+                    read += len(line)
+                    yield line
 
-        start_of_file = file.read(_BLOCK).decode(encoding, "replace").removeprefix("\ufeff")
+        mark = delimiter(file.read(_BLOCK).removeprefix(BOM_UTF8).decode("latin-1"), KNOWN)
         file.seek(0)
         csv.field_size_limit(2**31 - 1)
-        rows = filter(None, csv.reader(lines(), delimiter=delimiter(start_of_file, KNOWN)))
-        next(rows, None)
-        header = start = read
-        first, number = 1, 0
-        for number, _ in enumerate(rows, start=1):
-            if read - start >= size:
-                yield Piece(path, start, read, read - start, first, header)
-                start, first = read, number + 1
+        reader = csv.reader(lines(), delimiter=mark)
+        rows = filter(None, reader)
+        try:
+            next(rows, None)
+            header = start = read
+            first, number = 1, 0
+            for number, _ in enumerate(rows, start=1):
+                if read - start >= size:
+                    yield Piece(path, start, read, read - start, first, header)
+                    start, first = read, number + 1
+        except csv.Error as error:
+            raise DataError(f"{path}, line {reader.line_num}: {error}") from None
         if number >= first:
             yield Piece(path, start, read, read - start, first, header)
 

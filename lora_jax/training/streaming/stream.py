@@ -8,8 +8,8 @@ and every piece is read and tokenized by one process, once per epoch.
 
 Grain would bring worker processes and a shuffle of indices, but packing makes an unknown number of
 rows of each piece, so its samplers have nothing to count; its iterators resume from a state, not
-from a step; and their order depends on the number of processes. Tokenizers encode outside Python's
-lock, so threads are enough.
+from a step; and their order depends on the number of processes. Threads are enough where tokenizers
+encode outside Python's lock, as they do texts.
 """
 
 import hashlib

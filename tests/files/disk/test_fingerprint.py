@@ -103,8 +103,10 @@ def test_empty_scalar_and_on_the_host():
 
 def test_a_sharded_leaf_is_not_gathered():
     mesh = jax.make_mesh((4,), ("m",), axis_types=(AxisType.Auto,))
-    for spec in (P("m", None), P(None, "m")):
-        x = jax.ShapeDtypeStruct((8, 12), jnp.float32, sharding=NamedSharding(mesh, spec))
+    stacks = [P("m"), P(None, "m"), P(None, None, "m")]
+    cases = [(W.shape, spec) for spec in stacks[:2]] + [((4, 8, 8), spec) for spec in stacks]
+    for shape, spec in cases:
+        x = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=NamedSharding(mesh, spec))
         program = fingerprint.mixed.lower(x).compile().as_text()
         moved = re.findall(r"= u32\[([\d,]*)\]\S* all-[a-z]+\(", program)
         assert len(moved) == 2  # of the two sums, one number of each device

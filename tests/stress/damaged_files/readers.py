@@ -48,7 +48,11 @@ READERS: dict[str, Turns] = {
     "checkpoints": [("checkpoints", runs.checkpoints)],
     "run": [("run", runs.run)],
     "data": [
-        (f"{kind} rows in {suffix}", functools.partial(runs.data, kind, suffix))
+        (
+            f"{kind} rows in {'pieces of ' * streamed}{suffix}",
+            functools.partial(runs.data, kind, suffix, streamed),
+        )
+        for streamed in (False, True)
         for kind in runs.ROWS
         for suffix in runs.SUFFIXES
         if suffix != ".csv" or kind in ("text", "completion", "label", "Alpaca")

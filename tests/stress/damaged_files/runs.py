@@ -15,6 +15,7 @@ from lora_jax.training import log, run_record
 from lora_jax.training.batching import Data
 from lora_jax.training.checkpoints import Checkpoints
 from lora_jax.training.dataset import read_rows
+from lora_jax.training.streaming.pieces import divide, read_piece
 from tests.cli import files as written
 from tests.stress.damaged_files.command_line import files_of
 from tests.stress.damaged_files.subject import Subject, Verdict, read_files
@@ -98,8 +99,8 @@ ROWS: dict[str, dict[str, Any]] = {
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 
 
-def data(kind: str, suffix: str) -> Subject:
-    """Rows of one kind in one format of file."""
+def data(kind: str, suffix: str, streamed: bool) -> Subject:
+    """Rows of one kind in one format of file, read whole or in pieces."""
     rows = [ROWS[kind]] * 3
     if suffix == ".parquet":
         from pyarrow import Table, parquet
@@ -114,7 +115,14 @@ def data(kind: str, suffix: str) -> Subject:
     else:
         files = {"rows.jsonl": b"".join(json.dumps(row).encode() + b"\n" for row in rows)}
     (name,) = files
-    return Subject(files, lambda folder: read_rows(folder / name), lambda *_: ("loads", ""))
+
+    def load(folder: Path) -> Any:
+        if not streamed:
+            return read_rows(folder / name)
+        pieces = divide([folder / name], size=20)
+        return [read_piece(piece, "utf-8") for piece in pieces]
+
+    return Subject(files, load, lambda *_: ("loads", ""))
 
 
 def naming() -> Subject:

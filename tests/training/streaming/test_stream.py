@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import itertools
 import json
+import tracemalloc
 from collections import Counter
 from functools import partial
 
@@ -301,6 +302,25 @@ def test_little_is_read_before_the_first_batch(tmp_path, monkeypatch):
     take(data, 0, 1)
     # the kind of rows is judged by the first piece
     assert sum(read) < (1 + 2 * SIZE * stream.WINDOW) * 2100 < path.stat().st_size / 8
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_file(tmp_path):
+    """Of 80 MB, 200 batches of 4 rows take few, and a tenth of them as much as the whole."""
+    text = "".join(json.dumps({"text": text * 20}) + "\n" for text in TEXTS)
+    path = tmp_path / "d.jsonl"
+    long = partial(encode_examples, tokenizer=LETTERS, length=13, may_be_empty=True)
+    peaks = []
+    for times in (80, 800):
+        path.write_text(text * times)
+        reader = Reader(divide([path], stream.PIECE), lambda rows: long(rows).examples, pack)
+        tracemalloc.start()
+        for _ in itertools.islice(Stream(reader).batches_from(4, 5, 0), 200):
+            pass
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert path.stat().st_size > 30e6
+    assert max(peaks) < 1.3 * min(peaks) < 400e6, peaks
 
 
 def test_too_little_data_for_so_many_rows(tmp_path):

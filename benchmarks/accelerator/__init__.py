@@ -1,0 +1,1 @@
+"""What the adapters cost on an accelerator: `python -m benchmarks.accelerator --help`."""

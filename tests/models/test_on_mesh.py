@@ -1,0 +1,197 @@
+"""Models on meshes: the loss and the gradient of one device, and the collectives of a plain one."""
+
+import collections
+import dataclasses
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+import lora_jax as lora
+from lora_jax.models.bert import Bert, BertConfig, mean_pool
+from lora_jax.models.llama import Llama
+from lora_jax.models.llama_config import LlamaConfig
+from lora_jax.models.weights.sharding_rules import shardings
+from lora_jax.training.chunked_loss import (
+    language_sums_of_frozen_head,
+    language_sums_of_trained_head,
+)
+from tests.programs import normal
+
+CONFIG = LlamaConfig(
+    vocab_size=32,
+    hidden_size=16,
+    intermediate_size=32,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=64,
+)
+ENCODER = BertConfig(32, 16, 1, 4, 32, max_position_embeddings=64)
+MESHES = {
+    "tp": {"tensor": 2},
+    "fsdp": {"fsdp": 4},
+    "fsdp_tp": {"fsdp": 2, "tensor": 2},
+    "data_fsdp_tp": {"data": 2, "fsdp": 2, "tensor": 2},
+}
+COLLECTIVE = re.compile(r"(all-gather|all-reduce|reduce-scatter|all-to-all)(?:-start)?\(")
+TARGETS = ["query/kernel", "value/kernel", "up/kernel", "down/kernel"]
+
+
+def random(shapes):
+    leaves, treedef = jax.tree.flatten(shapes)
+    drawn = [normal(i, x.shape, x.dtype, 0.3) for i, x in enumerate(leaves)]
+    return jax.tree.unflatten(treedef, drawn)
+
+
+def batch():
+    ids = np.random.default_rng(0).integers(0, 32, (8, 17)).astype(np.int32)
+    segments = np.where(np.arange(17) < 9, 1, 2)[None] * np.ones((8, 1), np.int32)
+    return {"ids": ids, "segments": segments, "weights": np.ones((8, 17), np.float32)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """A model's parameters, the loss of a batch, and what is adapted."""
+
+    params: dict
+    loss: object
+    apply: object
+    config: object
+    targets: tuple
+
+
+def llama(*, scan=False, tied=False, trained_head=False, layers=2):
+    config = dataclasses.replace(
+        CONFIG, scan=scan, tie_word_embeddings=tied, remat=scan, num_hidden_layers=layers
+    )
+    module = Llama(config)
+    ids = jax.ShapeDtypeStruct((1, 4), jnp.int32)
+    params = random(jax.eval_shape(module.init, jax.random.key(0), ids)["params"])
+    run = lambda params, *args, **options: module.apply({"params": params}, *args, **options)
+    hidden = functools.partial(run, method="hidden")
+    if trained_head:
+        sums = language_sums_of_trained_head(hidden, functools.partial(run, method="logits"), 16)
+    else:
+        head = lambda p: p["embedding"]["embedding"].T if tied else p["head"]["kernel"]
+        sums = language_sums_of_frozen_head(hidden, head, 16)
+    own = ("embedding/embedding" if tied else "head/kernel",) if trained_head else ()
+    loss = lambda params, batch: sums(params, batch)["loss"]
+    apply = lambda params, batch: run(params, batch["ids"][:, :-1])
+    return Model(params, loss, apply, config, (*TARGETS, *own))
+
+
+def bert():
+    module, given = Bert(ENCODER), jax.ShapeDtypeStruct((1, 4), jnp.int32)
+    params = random(jax.eval_shape(module.init, jax.random.key(0), given, given)["params"])
+
+    def apply(params, batch):
+        states = module.apply({"params": params}, batch["ids"], batch["segments"])
+        return mean_pool(states, batch["segments"], 2)
+
+    loss = lambda params, batch: jnp.sin(apply(params, batch)).sum()
+    targets = ("query/kernel", "intermediate/kernel", "attention/output/kernel")
+    return Model(params, loss, apply, ENCODER, targets)
+
+
+def adapt(model, params, batch):
+    config = lora.LoraConfig(rank=2, targets=list(model.targets))
+    return lora.split(lora.init(jax.random.key(1), params, config, model.apply, batch))
+
+
+def gradient(model):
+    def of(adapters, base, batch):
+        return lora.lora(model.loss, on_dense="error")(lora.join(base, adapters), batch)
+
+    return jax.value_and_grad(of)
+
+
+def mesh_of(name, kind):
+    sizes = MESHES[name]
+    return jax.make_mesh(tuple(sizes.values()), tuple(sizes), (kind,) * len(sizes))
+
+
+def place(model, mesh):
+    """Return parameters and a batch on a mesh."""
+    rows = tuple(name for name in mesh.axis_names if name != "tensor")
+    where = NamedSharding(mesh, PartitionSpec(rows or None))
+    params = jax.device_put(model.params, shardings(model.params, mesh, config=model.config))
+    return params, jax.device_put(batch(), where)
+
+
+def on_mesh(model, name, kind):
+    """Return the loss and the gradient on one device, and on the mesh."""
+    base, zero = adapt(model, model.params, batch())
+    adapters = random(zero)
+    alone = jax.jit(gradient(model))(adapters, base, batch())
+    mesh = mesh_of(name, kind)
+    with jax.set_mesh(mesh):
+        params, rows = place(model, mesh)
+        base, zero = adapt(model, params, rows)
+        adapters = jax.tree.map(lambda x, z: jax.device_put(x, z.sharding), adapters, zero)
+        return alone, jax.jit(gradient(model))(adapters, base, rows)
+
+
+def close(alone, other):
+    for a, b in zip(jax.tree.leaves(alone), jax.tree.leaves(other), strict=True):
+        np.testing.assert_allclose(b, a, rtol=2e-5, atol=2e-5)
+
+
+MODELS = {
+    "unrolled": llama,
+    "scan": functools.partial(llama, scan=True, tied=True),
+    "trained_head": functools.partial(llama, tied=True, trained_head=True, layers=1),
+    "bert": bert,
+}
+KINDS = {"auto": AxisType.Auto, "explicit": AxisType.Explicit}
+DEFAULT = {("trained_head", "fsdp_tp", "explicit"), ("bert", "fsdp_tp", "explicit")}
+CASES = [
+    pytest.param(*case, marks=() if case in DEFAULT else pytest.mark.slow, id="-".join(case))
+    for case in ((m, n, k) for m in MODELS for n in MESHES for k in KINDS)
+]
+
+
+@pytest.mark.parametrize(("model", "name", "kind"), CASES)
+def test_equals_one_device(model, name, kind, quick_compile):
+    close(*on_mesh(MODELS[model](), name, KINDS[kind]))
+
+
+@pytest.mark.parametrize("auto", [(), pytest.param(("tensor",), marks=pytest.mark.slow)])
+def test_inside_a_shard_map(auto, quick_compile):
+    """Rows are cut by hand; what is left to the compiler is sharded along other axes."""
+    model = llama(scan=bool(auto), tied=True, layers=1)
+    base, zero = adapt(model, model.params, batch())
+    adapters = random(zero)
+    alone = jax.jit(gradient(model))(adapters, base, batch())
+    axes = ("data", *auto)
+    mesh = jax.make_mesh((2,) * len(axes), axes, (AxisType.Auto,) * len(axes))
+
+    def of(adapters, base, batch):
+        one = lora.lora(model.loss, on_dense="error")
+        return jax.lax.psum(one(lora.join(base, adapters), batch), "data")
+
+    specs = (PartitionSpec(), PartitionSpec(), PartitionSpec("data"))
+    with jax.set_mesh(mesh):
+        base = jax.device_put(base, shardings(base, mesh, config=model.config))
+        manual = jax.shard_map(of, in_specs=specs, out_specs=PartitionSpec(), axis_names={"data"})
+        close(alone, jax.jit(jax.value_and_grad(manual))(adapters, base, batch()))
+
+
+@pytest.mark.parametrize(
+    "kind", [pytest.param("auto"), pytest.param("explicit", marks=pytest.mark.slow)]
+)
+def test_a_plain_model_gathers_each_weight_once_and_sums_each_block(kind, optimized):
+    """Counted by hand: seven weights, the head, the embedding and what was looked up in it; a sum
+    for each of the two blocks, and for the softmax over a sharded vocabulary its maximum, its sum
+    with the targets' logits, and the loss.
+    """
+    model = llama(layers=1)
+    mesh = mesh_of("fsdp_tp", KINDS[kind])
+    with jax.set_mesh(mesh):
+        compiled = jax.jit(model.loss).lower(*place(model, mesh)).compile()
+    found = collections.Counter(COLLECTIVE.findall(compiled.as_text()))
+    assert found == {"all-gather": 10, "all-reduce": 5}
