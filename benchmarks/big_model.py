@@ -181,7 +181,7 @@ def main() -> None:
     parser.add_argument("--size", default="2GB", help="bytes of the weights")
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
     parser.add_argument("--only", default="", help="cases that contain this")
-    parser.add_argument("--folder", type=pathlib.Path, help="where the files stay; else temporary")
+    parser.add_argument("--folder", type=pathlib.Path, help="where files stay, and are reused")
     parser.add_argument("--case", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.case:
@@ -199,7 +199,11 @@ def main() -> None:
 
 def report(folder: pathlib.Path, size: int, dtype: str, only: str) -> None:
     """Measure the cases whose names contain `only`, and print the table."""
-    written = write_model(folder / "model", size, dtype)
+    if (folder / "model").exists():
+        stored = hf_directory.tensors(folder / "model").values()
+        written = sum(map(size_of, stored))
+    else:
+        written = write_model(folder / "model", size, dtype)
     (folder / "data.txt").write_text("A large model in little memory. " * 100)
     table = Table(title=f"a Llama of {written / 1e9:.2f} GB in {dtype}: peak memory above imports")
     for heading in ("", "devices", "GB", "of the weights", "seconds"):
@@ -209,6 +213,7 @@ def report(folder: pathlib.Path, size: int, dtype: str, only: str) -> None:
             found = child(case, folder)
             gigabytes = f"{found['peak'] / 1e9:.2f}"
             share = f"{found['peak'] / written:.2f}"
+            print(f"{case}: {gigabytes} GB", file=sys.stderr, flush=True)
             table.add_row(case, str(devices), gigabytes, share, f"{found['seconds']:.0f}")
     console = Console(width=max(Console().width, 100))  # rich assumes 80 columns in a pipe
     console.print(table)

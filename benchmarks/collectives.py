@@ -246,7 +246,7 @@ def main() -> None:
     forced = "--xla_force_host_platform_device_count=8"  # read when JAX starts its backend
     os.environ["XLA_FLAGS"] = f"{forced} {os.environ.get('XLA_FLAGS', '')}"
     devices, platform = devices_of(args.topology)
-    size = decoder.Size(layers=2, width=256, heads=8, vocabulary=512, batch=16, time=64)
+    size = decoder.Size(layers=2, width=64, heads=8, vocabulary=128, batch=8, time=16)
     table = Table("mesh", "program", *KINDS, "arrays that train")
     for name in args.mesh or MESHES:
         mesh = make_mesh(MESHES[name], devices)

@@ -121,12 +121,12 @@ def _following(
 ) -> list[tuple[Any, Any]]:
     """Return the equations of a stretch, each with its spelling."""
     found: list[tuple[Any, Any]] = []
-    place = _place(steps[start][0].eqns[0])
+    first = steps[start][0].eqns[0]
     for step, _ in steps[start:]:
         eqn = step.eqns[0]
-        if step.is_group or _place(eqn) != place:
+        if step.is_group or any(jaxprs.is_var(v) and is_lazy(env.get(v)) for v in eqn.invars):
             break
-        if any(jaxprs.is_var(v) and is_lazy(env.get(v)) for v in eqn.invars):
+        if eqn is not first and not _in_one_place(first, eqn):
             break
         spelled = _spelling(eqn)
         if spelled is None:
@@ -135,9 +135,12 @@ def _following(
     return found
 
 
-def _place(eqn: Any) -> Any:
-    """Return what equations of one stretch have in common: line, name scopes and settings."""
-    return _line(eqn), eqn.source_info.name_stack, eqn.ctx
+def _in_one_place(eqn: Any, other: Any) -> bool:
+    """Return whether two equations have one line, one name scope and the same settings."""
+    one, two = eqn.source_info, other.source_info
+    if eqn.ctx is not other.ctx or one.name_stack != two.name_stack:
+        return False
+    return one.traceback is two.traceback or _line(eqn) == _line(other)
 
 
 def _line(eqn: Any) -> str:

@@ -25,6 +25,7 @@ program: a classifier on a pretrained encoder.
 
 Step by step: `dataset` reads files, `tokenize` and `classification` make token ids, `batching`
 packs them into rows, `loss`, `chunked_loss` and `step` train on a batch, `loop` runs the steps.
+`streaming` does the first three piece by piece, for data that is larger than memory.
 `progress` and `loss_curve` show a run; they need the extra `lora-jax[demo]`.
 """
 

@@ -71,6 +71,18 @@ MUTANTS = [
         "return [h[..., : len(part)] for part in parts]",
     ),
     Mutant(
+        "narrow an update whose result is in float32",
+        "engine/products.py",
+        "narrow=forms.narrow and jnp.dtype(dtype).itemsize <= 2",
+        "narrow=forms.narrow",
+    ),
+    Mutant(
+        "leave out the barriers that keep the branch apart",
+        "engine/products.py",
+        "return lax.optimization_barrier(x) if forms.apart else x",
+        "return x",
+    ),
+    Mutant(
         "let XLA fold the transpose of A",
         "engine/lazy_weight.py",
         "a = lax.optimization_barrier(a.reshape(-1)).reshape(a.shape)",

@@ -75,7 +75,7 @@ def test_a_stop_ends_the_run_after_the_steps_that_are_dispatched(events, tmp_pat
         assert checkpoints.steps() == [3]
 
 
-@pytest.mark.parametrize("late", [0, 1, 2])
+@pytest.mark.parametrize("late", [1, 2])
 def test_steps_after_one_that_failed_change_nothing(late, monkeypatch, tmp_path):
     """The state that is saved is the one before it, to the bit, however late it is read."""
     job, start = tiny_model.job(tmp_path / "bad", steps=6, shuffle=False, rows=2)

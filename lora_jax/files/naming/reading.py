@@ -92,7 +92,7 @@ class StoredLeaf:
             for index in self.place.at(layers[0][0])
         ]
         ranges = tuple((n, n + size) for n, size in zip(first, shape, strict=True))
-        shard = _Shard(ranges, _empty(shape, self.dtype))
+        shard = _Shard(ranges, empty(shape, self.dtype))
         _fill(self.place, self.tensors, [shard], layers)
         return shard.values
 
@@ -196,7 +196,7 @@ def _shards(like: Any) -> dict[Ranges, _Shard]:
         ranges = _ranges(index, like.shape)
         if ranges not in found:
             shape = tuple(stop - start for start, stop in ranges)
-            found[ranges] = _Shard(ranges, _empty(shape, like.dtype))
+            found[ranges] = _Shard(ranges, empty(shape, like.dtype))
     return found
 
 
@@ -210,7 +210,7 @@ def _ranges(index: Any, shape: tuple[int, ...]) -> Ranges:
     return tuple(part.indices(size)[:2] for part, size in zip(index, shape, strict=True))
 
 
-def _empty(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+def empty(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
     """Return an array of any values, aligned so that a device of the CPU takes it as it is."""
     dtype = jnp.dtype(dtype)
     size = math.prod(shape) * dtype.itemsize

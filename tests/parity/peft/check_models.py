@@ -113,7 +113,7 @@ def there_and_back(name: str, scan: bool, config: lora.LoraConfig) -> tuple[floa
         read = lora.join(base, peft.load(back, base, model.naming))
         returned = np.abs(apply(read, IDS, SEGMENTS) - torch_outputs(theirs)).max()
         plain = models.Pretrained(**vars(model) | {"params": lora.merge(params)})
-        models.save(merged, plain)
+        models.save(merged, plain, max_shard_size="20KB")
         written = np.abs(ours - torch_outputs(from_directory(merged))).max()
     change = np.abs(ours - np.asarray(model.apply(model.params, IDS, SEGMENTS))).max()
     return tuple(map(float, (np.abs(ours - outputs).max(), change, returned, written)))
