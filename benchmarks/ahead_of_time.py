@@ -16,7 +16,7 @@ import contextlib
 import dataclasses
 import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 from unittest import mock
 
@@ -54,14 +54,19 @@ MODELS = {
     },
     "tiny": {
         "vocab_size": 256, "hidden_size": 64, "intermediate_size": 128,
-        "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+        "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 4,
     },
 }  # fmt: skip
-#: Choices of `Forms`: what an accelerator gets, and the branch as one would write it.
-FORMS = {
-    "default": Forms.for_backend("gpu"),
-    "flattened": dataclasses.replace(Forms.for_backend("gpu"), flatten=True),
-    "plain": PLAIN,
+#: Rows of the branch's table: what a backend gets, each choice of it the other way, and none.
+FORMS: dict[str, Callable[[Forms], Forms]] = {
+    "the backend's": lambda given: given,
+    **{
+        f"{'not ' if name in ('narrow', 'apart') else ''}{name}": (
+            lambda given, name=name: dataclasses.replace(given, **{name: not getattr(given, name)})
+        )
+        for name in ("share", "narrow", "apart")
+    },
+    "as one would write it": lambda given: PLAIN,
 }
 
 
@@ -129,7 +134,7 @@ class Step:
         self._module = Llama(setting.config())
         self._key = jax.random.key(0)  # before the mesh is in use, whose devices cannot run
         self._platform = topologies.chip(setting.topology).platform
-        self._base = self._shapes_of_base()
+        self.base = self._shapes_of_base()
         self._batch = self._shapes_of_batch()
 
     def adapted(self, forms: Forms | None = None) -> Figures:
@@ -137,13 +142,14 @@ class Step:
         config = lora_jax.LoraConfig(rank=self.setting.rank, targets=list(SEVEN))
         ids = jax.ShapeDtypeStruct((1, 8), jnp.int32)
         with self._as_on_the_device():
-            params = lora_jax.init(self._key, self._base, config, self._apply, ids)
+            fsdp = [name for name in ("data", "fsdp") if name in self.mesh.shape]
+            params = lora_jax.init(self._key, self.base, config, self._apply, ids, fsdp=fsdp)
             base, adapters = lora_jax.split(params)
             adapters = jax.tree.map(self._placed, adapters)
             tx = optax.adamw(1e-4)
             state = jax.eval_shape(lambda x: training.init_state(x, tx), adapters)
             state = self._like(state, adapters)
-            with _forms(forms):
+            with _forms(forms or Forms.for_backend(self._platform)):
                 step = training.make_step(self._loss, tx)
                 return self._compile(step, state, base, self._batch)
 
@@ -164,7 +170,7 @@ class Step:
                 return self._loss(base, batch)["loss"]
 
         with self._as_on_the_device():
-            return self._compile(jax.jit(jax.value_and_grad(loss)), x, self._base, self._batch)
+            return self._compile(jax.jit(jax.value_and_grad(loss)), x, self.base, self._batch)
 
     def _apply(self, params: Any, ids: jax.Array) -> jax.Array:
         return self._module.apply({"params": params}, ids)
@@ -241,9 +247,8 @@ def _automatic(mesh: Mesh) -> Mesh:
 
 
 @contextlib.contextmanager
-def _forms(forms: Forms | None) -> Iterator[None]:
-    """Take an accelerator's forms, which are chosen by the default backend: here it is the CPU."""
-    chosen = forms or Forms.for_backend("gpu")
+def _forms(chosen: Forms) -> Iterator[None]:
+    """Take these forms, which are otherwise chosen by the default backend: here it is the CPU."""
     with mock.patch.object(Forms, "for_backend", classmethod(lambda cls, backend=None: chosen)):
         yield
 
@@ -270,7 +275,8 @@ def steps(settings: Sequence[Setting]) -> Table:
             "-" if math.isnan(bound) else f"{bound:,.0f}",
             hlo.listed(floor.cost.collectives.items()) + "; "
             + hlo.listed(floor.cost.payload.items(), lambda x: f"{x / 1e9:.2f}"),
-            hlo.listed(hlo.compare(mine.cost, floor.cost).items()),
+            hlo.listed(hlo.compare(mine.cost, floor.cost).items()) + "; "
+            + f"{(mine.cost.payload.total() - floor.cost.payload.total()) / 1e9:.2f} GB",
         )  # fmt: skip
     return table
 
@@ -284,8 +290,8 @@ def branch(topology: str, ranks: Sequence[int], model: str = "branch", length: i
     for rank in ranks:
         step = Step(Setting(topology, "", model, "none", rank, rows=2, length=length, scan=False))
         floor = step.floor()
-        for name, forms in FORMS.items():
-            mine = step.adapted(forms)
+        for name, change in FORMS.items():
+            mine = step.adapted(change(Forms.for_backend(chip.platform)))
             table.add_row(
                 name, str(rank), f"{mine.flops / 1e9:,.1f}", f"{mine.flops / floor.flops:.3f}",
                 f"{mine.cost.bytes / 1e9:.2f}", f"{mine.cost.bytes / floor.cost.bytes:.3f}",
