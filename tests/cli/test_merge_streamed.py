@@ -143,7 +143,7 @@ def test_the_tensors_are_those_of_the_whole_model(case, tmp_path, run):
     same(safetensors_file.decode(models.files(again)["model.safetensors"], "again")[0], found)
 
 
-@pytest.mark.parametrize("dtype", [None, "bfloat16"])
+@pytest.mark.parametrize("dtype", [None, pytest.param("bfloat16", marks=pytest.mark.slow)])
 def test_stacked_layers_of_every_kind_of_adapter(dtype, tmp_path, run):
     base = mixed(tmp_path / "base")
     adapter = stacked(tmp_path / "a.safetensors", base)

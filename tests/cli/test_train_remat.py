@@ -80,8 +80,18 @@ def test_what_a_step_needs_and_what_there_is(tmp_path, optimized):
     assert step_memory.available_bytes() > many
 
 
-def test_copies_of_a_narrow_base(optimized):
-    """On a CPU each weight is widened once; a vector is not worth counting."""
+def test_copies_of_a_narrow_base(optimized, monkeypatch):
+    """A CPU that widens weights does so once for each; a vector is not worth counting."""
     base = {"kernel": jnp.ones((30, 20), "bfloat16"), "scale": jnp.ones(20, "bfloat16")}
-    assert step_memory.widened_bytes(base) == 4 * 30 * 20
-    assert step_memory.widened_bytes(jax.tree.map(lambda x: x.astype("float32"), base)) == 0
+    for widens in (True, False):
+        monkeypatch.setattr(step_memory, "is_widened", lambda _, widens=widens: widens)
+        assert step_memory.widened_bytes(base) == 4 * 30 * 20 * widens
+        assert step_memory.widened_bytes(jax.tree.map(lambda x: x.astype("float32"), base)) == 0
+
+
+def test_whether_a_cpu_widens_is_what_the_compiler_says(optimized):
+    """Forward and dx of one matrix, whose float32 copy is most of the temporary memory, or none."""
+    step = jax.jit(jax.value_and_grad(lambda x, w: (x @ w).sum()))
+    x, w = (jax.ShapeDtypeStruct(s, jnp.bfloat16) for s in ((8, 512), (512, 512)))
+    temporary = step.lower(x, w).compile().memory_analysis().temp_size_in_bytes
+    assert step_memory.is_widened(jnp.dtype("bfloat16")) == (temporary >= 4 * 512 * 512)

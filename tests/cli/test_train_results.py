@@ -51,10 +51,10 @@ def test_a_classifiers_next_command(tmp_path, run, quick_compile):
 
 
 def test_nothing_but_steps_is_printed_without_a_terminal(play, tmp_path, run, quick_compile):
-    """At most 80 columns, notes and paths aside."""
+    """At most 110 columns, notes and paths aside."""
     done = run(*words(play, tmp_path / "out", "--steps", 12, "--log-every", 5))
     lines = done.err.splitlines()
     assert [line.split(":")[0] for line in lines[2:]] == [
         f"step {step} of 12" for step in (1, 5, 10, 12)
     ]
-    assert max(map(len, lines)) <= 80
+    assert max(map(len, lines)) <= 110

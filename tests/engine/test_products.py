@@ -181,6 +181,18 @@ def test_the_backend_is_that_of_the_arrays(monkeypatch):
     assert seen == [Forms.for_backend(own), Forms.for_backend(other)]
 
 
+def test_products_are_shared_on_a_mesh(monkeypatch):
+    """On a GPU they are not, but on several devices that adds all-reduces of dx."""
+    gpu, seen = Forms.for_backend("gpu"), []
+    monkeypatch.setattr(Forms, "for_backend", classmethod(lambda *_: gpu))
+    for count in (1, 2):
+        kind = (AxisType.Auto,)
+        mesh = jax.make_mesh((count,), ("tensor",), kind, devices=jax.devices()[:count])
+        placed = jax.device_put(jnp.ones(4), NamedSharding(mesh, P("tensor")))
+        jax.jit(lambda *x: seen.append(Forms.for_arrays(x)))(placed, jnp.ones(4))
+    assert seen == [gpu, dataclasses.replace(gpu, share=True)]
+
+
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_narrow_products_lose_no_more_than_a_rounding(x64, dtype):
     """Against NumPy in float64: the same gradients, and an output that is rounded once more.

@@ -1,5 +1,6 @@
 """The memory that a training step needs, by the compiler, and the memory that there is."""
 
+import functools
 import os
 from pathlib import Path
 from typing import Any
@@ -46,13 +47,21 @@ def available_bytes() -> int:
 def widened_bytes(base: Any) -> int:
     """Return the bytes of the float32 copies that a step keeps of narrower weights.
 
-    A CPU computes products in float32, and XLA widens a weight once for the forward and the
-    backward pass, a stacked one whole. Other devices keep none.
+    A CPU may compute products in float32. XLA then widens a weight once for the forward and the
+    backward pass, a stacked one whole. Other devices keep no copies.
     """
     if jax.default_backend() != "cpu":
         return 0
-    narrow = (jnp.bfloat16, jnp.float16)
-    return sum(4 * x.size for x in jax.tree.leaves(base) if x.ndim > 1 and x.dtype in narrow)
+    matrices = [x for x in jax.tree.leaves(base) if x.ndim > 1 and x.dtype in (jnp.bfloat16, jnp.float16)]
+    return sum(4 * x.size for x in matrices if is_widened(jnp.dtype(x.dtype)))
+
+
+@functools.cache
+def is_widened(dtype: np.dtype) -> bool:
+    """Return whether XLA copies a matrix of this dtype to float32: some versions and CPUs do."""
+    x, w = jax.ShapeDtypeStruct((64, 256), dtype), jax.ShapeDtypeStruct((256, 256), dtype)
+    found = jax.jit(lambda x, w: jnp.tanh(x @ w)).lower(x, w).compile().memory_analysis()
+    return found is not None and found.temp_size_in_bytes >= 4 * 256 * 256
 
 
 def _machine_bytes() -> int:
