@@ -93,3 +93,9 @@ def x64():
         pytest.skip("a TPU has no float64")
     with jax.enable_x64(True):
         yield
+
+
+@pytest.fixture
+def small_heap():
+    """Spare what there is, where garbage is collected: the heap of a suite takes seconds."""
+    gc.freeze()

@@ -7,7 +7,7 @@ import pytest
 pytest.importorskip("typer")
 
 from lora_jax.cli import main
-from tests.cli.train_command import TEXT
+from tests.cli.train.command import TEXT
 
 
 @dataclasses.dataclass(frozen=True)

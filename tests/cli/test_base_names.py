@@ -10,7 +10,7 @@ pytest.importorskip("typer")
 
 from lora_jax.cli.jobs.train_results import base_name
 from lora_jax.cli.train_options import TrainOptions
-from tests.cli.train_command import words
+from tests.cli.train.command import words
 
 
 @pytest.mark.parametrize("command", ["train", "generate", "merge"])

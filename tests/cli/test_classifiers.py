@@ -115,9 +115,10 @@ def words(command, folder, *more):
 
 
 KINDS = [("bert",), ("llama",), ("llama", "--scan"), ("bert", "--pooling", "mean")]
+SLOW_FROM_2 = [*KINDS[:2], *(pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS[2:])]
 
 
-@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: "".join(kind))
+@pytest.mark.parametrize("kind", SLOW_FROM_2, ids=lambda kind: "".join(kind))
 def test_what_training_measured_is_what_eval_measures(kind, trained, run):
     folder = trained(*kind)
     layouts = lora.read_metadata(folder / "run/adapter.safetensors")["layouts"]

@@ -12,7 +12,7 @@ pytest.importorskip("typer")
 
 from lora_jax.cli import compile_cache
 from lora_jax.training import log
-from tests.cli.train_command import words
+from tests.cli.train.command import words
 
 HIT, MISS = "/jax/compilation_cache/cache_hits", "/jax/compilation_cache/cache_misses"
 

@@ -8,7 +8,7 @@ from typer.main import get_command
 
 from lora_jax.cli import app
 from lora_jax.cli.foreign_options import advice
-from tests.cli.train_command import words
+from tests.cli.train.command import words
 
 OPTIONS = {
     name: {option for parameter in command.params for option in parameter.opts}

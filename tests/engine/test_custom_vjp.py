@@ -68,7 +68,7 @@ def test_what_is_no_product_is_made_and_said():
     np.testing.assert_allclose(got.b, want.b, rtol=1e-4, atol=1e-4)
 
 
-def test_no_tracer_leaks():
+def test_no_tracer_leaks(small_heap):
     ours, _, _, adapters = gradients(product(lambda w, x, g: x.T @ g))
     with jax.checking_leaks():
         jax.jit(jax.grad(ours))(adapters)

@@ -83,7 +83,7 @@ def test_no_implicit_promotion_of_mixed_dtypes(dtype, stored):
 @pytest.mark.parametrize(
     "name", [*LEAKS, *(pytest.param(name, marks=pytest.mark.slow) for name in MORE_LEAKS)]
 )
-def test_no_tracer_leaks(name):
+def test_no_tracer_leaks(name, small_heap):
     case = named(name)
     built = case.build(jnp.float32)
     fn, _, args = built

@@ -183,7 +183,7 @@ def test_adapters_without_their_base():
         lora_jax.lora(model)(adapters, X)
 
 
-def test_no_tracer_leaks():
+def test_no_tracer_leaks(small_heap):
     params = adapted_params()
     with jax.checking_leaks():
         jax.jit(jax.grad(lambda p: lora_jax.lora(model)(p, X).sum()))(params)

@@ -40,6 +40,7 @@ def test_gradients_are_the_same(scan, quick_compile):
             np.testing.assert_allclose(a, b, rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_later_policies_take_less_memory(optimized):
     needed = []
     for remat in POLICIES:

@@ -13,7 +13,7 @@ pytest.importorskip("typer")
 
 from lora_jax.files.disk import safetensors_file
 from lora_jax.training import log
-from tests.cli.train_command import TEXT, jsonl, words
+from tests.cli.train.command import TEXT, jsonl, words
 from tests.processes.cluster import Cluster, is_free, train
 
 STEPS = ("--batch", 4, "--accumulate", 2, "--eval-split", 0.2, "--warmup", 0, "--log-every", 1)

@@ -24,8 +24,9 @@ def weight_sized(jaxpr, shapes) -> Counter:
     """Count the outputs of equations with all axes of a weight, in any order, or more."""
     found: Counter = Counter()
     for eqn in equations(jaxpr):
-        # Gradients stop at the base: `stop_gradient` is the weight itself, not a copy of it.
-        if eqn.primitive.name != "stop_gradient":
+        # Gradients stop at the base: `stop_gradient` is the weight itself, not a copy of it. What
+        # `jit` returns is made by an equation in it, which counts.
+        if eqn.primitive.name not in ("stop_gradient", "jit"):
             made = [Counter(var.aval.shape) for var in eqn.outvars]
             found.update(shape for shape in shapes for axes in made if Counter(shape) <= axes)
     return found

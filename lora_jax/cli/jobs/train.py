@@ -131,7 +131,7 @@ def _describe(options: TrainOptions, task: Task, start: Start, steps: int) -> li
     counts = lora.count_params(start.params)
     widened = widened_bytes(start.params)
     copies = (
-        "this CPU computes 16-bit weights in float32 and keeps float32 copies of the weights: about "
+        "this CPU computes 16-bit weights in float32 and keeps float32 copies of them: about "
         f"{widened / 1e9:.1f} GB more; --dtype float32 needs less memory"
     )
     return [

@@ -52,7 +52,8 @@ def widened_bytes(base: Any) -> int:
     """
     if jax.default_backend() != "cpu":
         return 0
-    matrices = [x for x in jax.tree.leaves(base) if x.ndim > 1 and x.dtype in (jnp.bfloat16, jnp.float16)]
+    narrow = (jnp.bfloat16, jnp.float16)
+    matrices = [x for x in jax.tree.leaves(base) if x.ndim > 1 and x.dtype in narrow]
     return sum(4 * x.size for x in matrices if is_widened(jnp.dtype(x.dtype)))
 
 

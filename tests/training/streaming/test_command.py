@@ -12,7 +12,7 @@ from lora_jax.cli import main
 from lora_jax.cli.jobs import train_stream
 from lora_jax.cli.train_options import TrainOptions
 from lora_jax.training import log, run_record
-from tests.cli.train_command import jsonl, words
+from tests.cli.train.command import jsonl, words
 
 CONSTANT = ("--schedule", "constant", "--warmup", 0)
 

@@ -8,8 +8,8 @@ import pytest
 pytest.importorskip("typer")
 
 from lora_jax.training import log, run_record
-from tests.cli.test_train_interrupted import CONSTANT, tensors
-from tests.cli.train_command import words
+from tests.cli.train.command import words
+from tests.cli.train.test_interrupted import CONSTANT, tensors
 
 
 def without_seconds(out):

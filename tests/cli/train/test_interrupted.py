@@ -13,7 +13,7 @@ pytest.importorskip("typer")
 
 from lora_jax.files.disk import safetensors_file
 from lora_jax.training import log, progress
-from tests.cli.train_command import words
+from tests.cli.train.command import words
 
 CONSTANT = ("--schedule", "constant", "--warmup", 0)
 

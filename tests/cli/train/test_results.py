@@ -7,7 +7,7 @@ import pytest
 pytest.importorskip("typer")
 
 from lora_jax.training import log
-from tests.cli.train_command import jsonl, words
+from tests.cli.train.command import jsonl, words
 
 
 def said_next(out):

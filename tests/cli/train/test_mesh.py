@@ -8,7 +8,7 @@ pytest.importorskip("typer")
 
 from lora_jax.files.disk import safetensors_file
 from lora_jax.training import log, loop
-from tests.cli.train_command import words
+from tests.cli.train.command import words
 
 STEPS = ("--batch", 4, "--accumulate", 2, "--steps", 4, "--dropout", 0.1, "--eval-split", 0.2)
 MORE = ("--warmup", 0, "--schedule", "constant", "--lr", "3e-3")

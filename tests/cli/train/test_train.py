@@ -25,7 +25,7 @@ from lora_jax.training import log
 from lora_jax.training.batching import cut_stream
 from lora_jax.training.loop import measure
 from lora_jax.training.loss import language_sums
-from tests.cli.train_command import TEXT, jsonl, words
+from tests.cli.train.command import TEXT, jsonl, words
 
 
 @pytest.fixture(scope="module")

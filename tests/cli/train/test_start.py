@@ -18,7 +18,7 @@ from lora_jax.training.batching import cut_stream
 from lora_jax.training.loop import measure
 from lora_jax.training.loss import language_sums
 from tests.cli import files
-from tests.cli.train_command import TEXT, jsonl, words
+from tests.cli.train.command import TEXT, jsonl, words
 
 BARE = ("--length", 32, "--batch", 2, "--lr", "3e-2")
 HELD_OUT = ("--eval-split", 0.25, "--eval-rows", 4)
