@@ -283,7 +283,7 @@ def steps(settings: Sequence[Setting]) -> Table:
 
 def branch(topology: str, ranks: Sequence[int], model: str = "branch", length: int = 2048) -> Table:
     """Compile four unrolled layers with each form of the branch, one row per form and rank."""
-    table = Table(title=f"the branch on {topology}: 4 layers, 2 x {length} tokens, no optimizer")
+    table = Table(title=f"the branch on {topology}: 4 layers, 2 x {length} tokens, with AdamW")
     for heading in ("form", "rank", "GFLOP", "/ floor", "GB moved", "/ floor", "bound / floor"):
         table.add_column(heading, justify="left" if heading == "form" else "right")
     chip = topologies.chip(topology)
