@@ -1,6 +1,7 @@
 """Time contenders in turn, and read what XLA says about their programs."""
 
 import dataclasses
+import gc
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -49,6 +50,7 @@ class Stepper:
     def trace(self) -> float:
         """Measure the seconds to trace and lower a function that JAX has not seen."""
         fresh = jax.jit(self._make(), donate_argnums=0)
+        gc.collect()  # a full collection takes as long as a trace; it would meet one or another
         start = time.perf_counter()
         fresh.lower(*self._shapes)
         return time.perf_counter() - start
