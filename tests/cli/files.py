@@ -202,7 +202,7 @@ PLAY = "To be, or not to be, that is the question.\n" * 20
 
 def train_data(folder):
     """Write what the examples of `train` name: data, and small models, so nothing is downloaded."""
-    for name in ("smollm2", "llama-1b"):
+    for name in ("smollm2", "llama-1b", "llama-8b"):
         model(folder / name, max_position_embeddings=512)
     encoder(folder / "MiniLM")
     for name in ("play.txt", "notes.txt"):
