@@ -11,6 +11,7 @@ import importlib
 import json
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -99,10 +100,12 @@ def load(folder: pathlib.Path, *, fsdp: int = 0, **options: object) -> None:
 
 
 def run(folder: pathlib.Path, *words: str) -> None:
-    """Run a command of lora-jax."""
+    """Run a command of lora-jax, which writes its --out anew."""
     from lora_jax.cli import main
 
-    status = main([word.replace("DIR", str(folder)) for word in words])
+    words = tuple(word.replace("DIR", str(folder)) for word in words)
+    shutil.rmtree(words[words.index("--out") + 1], ignore_errors=True)
+    status = main(words)
     if status:
         raise SystemExit(status)
 
@@ -120,7 +123,7 @@ CASES: dict[str, tuple[int, Callable[[pathlib.Path], None]]] = {
     "load as float32, fsdp=8": (8, lambda x: load(x, fsdp=8, dtype="float32")),
     "train, 2 steps of 32 tokens": (1, lambda x: run(x, *_TRAIN, "--out", "DIR/run")),
     "train, stacked": (1, lambda x: run(x, *_TRAIN, "--scan", "--out", "DIR/stacked")),
-    "merge": (1, lambda x: run(x, *_MERGE, "--out", "DIR/merged", "--force")),
+    "merge": (1, lambda x: run(x, *_MERGE, "--out", "DIR/merged")),
     "merge, stacked": (
         1,
         lambda x: run(x, *_MERGE[:3], "--adapter", "DIR/stacked", "--out", "DIR/merged-s"),
