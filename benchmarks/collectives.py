@@ -7,7 +7,6 @@ optimizer's update. On eight forced CPU devices, or for a TPU that need not be t
 
 import argparse
 import os
-import re
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import fields
@@ -23,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 import lora_jax
-from benchmarks import decoder
+from benchmarks import decoder, hlo
 from benchmarks.report import versions
 from lora_jax import Forms, LoraConfig
 from lora_jax.core.paths import flatten_with_paths
@@ -34,6 +33,7 @@ Counts = Counter[str]
 #: What the forms of an accelerator are, on a CPU too.
 ACCELERATOR = Forms.for_backend("gpu")
 
+#: The columns of the table.
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 
 #: By name: the sizes of the axes of eight devices.
@@ -173,15 +173,6 @@ def state_on_mesh(tx: Any, adapters: Any, mesh: Mesh) -> Any:
     return jax.tree_util.tree_unflatten(treedef, [one(*item) for item in leaves.items()])
 
 
-def count(text: str) -> Counts:
-    """Count the collectives of a compiled program; those of a loop's body once.
-
-    A TPU's program writes one that runs beside other work several times, with the same channel.
-    """
-    pattern = rf"= .*? ({'|'.join(KINDS)})(?:-start)?\(.*?channel_id=(\d+)"
-    return Counter(kind for kind, _ in {*re.findall(pattern, text)})
-
-
 class Counted(NamedTuple):
     """The collectives of the two programs on one mesh."""
 
@@ -219,8 +210,8 @@ def compare(
         return lowered.compile().as_text()
 
     return Counted(
-        count(text(frozen_step(program), params, x, targets)),
-        count(text(step, base, x, targets, adapters, state)),
+        hlo.count(text(frozen_step(program), params, x, targets)),
+        hlo.count(text(step, base, x, targets, adapters, state)),
         sum(jax.tree.leaves(lora_jax.mask(adapters))),
     )
 

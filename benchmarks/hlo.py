@@ -237,6 +237,15 @@ def _closed(text: str) -> int:
     return len(text)
 
 
+def count(text: str) -> Counter[str]:
+    """Count the collectives in the text of a compiled program; those of a loop's body once.
+
+    A TPU's program writes one that runs beside other work several times, with the same channel.
+    """
+    pattern = rf"= .*? ({'|'.join(_COLLECTIVES)})(?:-start)?\(.*?channel_id=(\d+)"
+    return Counter(kind for kind, _ in {*re.findall(pattern, text)})
+
+
 def compare(found: Cost, floor: Cost) -> dict[str, int]:
     """Return the collectives that a program has beyond another one's, by kind."""
     more = found.collectives.copy()

@@ -19,6 +19,7 @@ import numpy as np
 
 from benchmarks.contenders import LEARNING_RATE, SCALE, Setting
 from benchmarks.decoder import ADAPTED, Size
+from benchmarks.torch_blocks import blocks
 
 
 def is_installed() -> bool:
@@ -100,31 +101,14 @@ def _decoder(size: Size, remat: bool) -> Any:
     from torch import nn
     from torch.utils.checkpoint import checkpoint
 
-    class Block(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            for name, (rows, columns) in size.kernels().items():
-                setattr(self, name, nn.Linear(rows, columns, bias=False))
-            self.attn_norm = nn.RMSNorm(size.width, eps=1e-6)
-            self.mlp_norm = nn.RMSNorm(size.width, eps=1e-6)
-
-        def forward(self, x: Any) -> Any:
-            batch, steps, width = x.shape
-            h = self.attn_norm(x)
-            q, k, v = (
-                f(h).view(batch, steps, size.heads, -1).transpose(1, 2)
-                for f in (self.q, self.k, self.v)
-            )
-            mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-            x = x + self.o(mixed.transpose(1, 2).reshape(batch, steps, width))
-            return x + self.down(F.gelu(self.up(self.mlp_norm(x)), approximate="tanh"))
+    feed_forward = lambda block, h: block.down(F.gelu(block.up(h), approximate="tanh"))
 
     class Decoder(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.embed = nn.Embedding(size.vocabulary, size.width)
             self.positions = nn.Parameter(torch.zeros(size.time, size.width))
-            self.blocks = nn.ModuleList(Block() for _ in range(size.layers))
+            self.blocks = nn.ModuleList(blocks(size, feed_forward))
             self.norm = nn.RMSNorm(size.width, eps=1e-6)
             self.unembed = nn.Linear(size.width, size.vocabulary, bias=False)
 

@@ -9,6 +9,7 @@ import time
 from typing import Any
 
 from benchmarks.accelerator.size import ADAPTED, Size
+from benchmarks.torch_blocks import blocks
 
 #: Name -> (whether the adapters are float32 under autocast, whether `torch.compile` is used).
 WAYS = {
@@ -75,27 +76,8 @@ def _blocks(size: Size) -> Any:
     import torch.nn.functional as F
     from torch import nn
 
-    class Block(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            for name, (rows, columns) in size.kernels().items():
-                setattr(self, name, nn.Linear(rows, columns, bias=False))
-            self.attn_norm = nn.RMSNorm(size.width, eps=1e-6)
-            self.mlp_norm = nn.RMSNorm(size.width, eps=1e-6)
-
-        def forward(self, x: Any) -> Any:
-            batch, steps, width = x.shape
-            h = self.attn_norm(x)
-            q, k, v = (
-                f(h).view(batch, steps, size.heads, -1).transpose(1, 2)
-                for f in (self.q, self.k, self.v)
-            )
-            mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-            x = x + self.o(mixed.transpose(1, 2).reshape(batch, steps, width))
-            h = self.mlp_norm(x)
-            return x + self.down(F.silu(self.gate(h)) * self.up(h))
-
-    return nn.Sequential(*(Block() for _ in range(size.layers)))
+    gated = lambda block, h: block.down(F.silu(block.gate(h)) * block.up(h))
+    return nn.Sequential(*blocks(size, gated))
 
 
 if __name__ == "__main__":

@@ -5,9 +5,6 @@ from typing import Any
 
 import jax
 
-from lora_jax.training.chunked_loss import (
-    language_sums_of_frozen_head as language_sums_of_frozen_head,
-)
 from lora_jax.training.cross_entropy import (
     JaxBatch,
     LossSums,

@@ -9,7 +9,8 @@ import pytest
 
 import lora_jax
 from benchmarks import collectives, decoder
-from benchmarks.collectives import MESHES, arguments, count, frozen_step, make_mesh
+from benchmarks.collectives import MESHES, arguments, frozen_step, make_mesh
+from benchmarks.hlo import count
 from lora_jax import Forms, LoraConfig
 from tests.programs import is_node, normal, randomize
 
