@@ -3,9 +3,14 @@
 It needs the packages in the extra "cli": `pip install "lora-jax[cli]"`.
 """
 
+import signal
+import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 from lora_jax.cli import boundary
+from lora_jax.cli.exit_status import INTERRUPTED
+from lora_jax.core.signals import SIGNALS
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -18,3 +23,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     0
     """
     return boundary.run(arguments)
+
+
+def entry() -> NoReturn:
+    """Run `lora-jax` as a process, and end it.
+
+    Once it was interrupted, later signals do not disturb the interpreter's end.
+    """
+    status = main()
+    if status == INTERRUPTED:
+        for number in SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
+    sys.exit(status)

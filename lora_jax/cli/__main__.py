@@ -1,8 +1,6 @@
 """`python -m lora_jax.cli`."""
 
-import sys
-
-from lora_jax.cli import main
+from lora_jax.cli import entry
 
 if __name__ == "__main__":
-    sys.exit(main())
+    entry()

@@ -98,9 +98,10 @@ def _run(options: TrainOptions, command: str) -> None:
     for line in [] if mesh is None else train_mesh.describe(mesh, model.config):
         say(line)
     watch = Watch(results, steps, optimizer, this, command, console)
-    with train_mesh.in_use(mesh), watch:
-        outcome = train(job, adapters, watch.watcher)
-    _finish(outcome, steps, results, watch)
+    with watch:  # to the end: a second signal may come while the picture is drawn
+        with train_mesh.in_use(mesh), watch.progress():
+            outcome = train(job, adapters, watch.watcher)
+        _finish(outcome, steps, results, watch)
 
 
 def _finish(outcome: Outcome, steps: int, results: train_results.Results, watch: Watch) -> None:

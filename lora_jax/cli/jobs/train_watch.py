@@ -3,7 +3,7 @@
 import contextlib
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NoReturn, Self
 
 from rich.console import Console
@@ -48,15 +48,21 @@ class Watch:
 
     def __enter__(self) -> Self:
         self._interrupt = self._open.enter_context(watched(self._ask, self._end))
-        if self._console.is_terminal:
-            self._show = self._open.enter_context(progress.bar(self._console, self._steps))
-        else:
-            every = self._results.options.log_every
-            self._show = progress.lines(self._say, self._steps, every)
         return self
 
     def __exit__(self, *_: object) -> None:
         self._open.close()
+
+    @contextlib.contextmanager
+    def progress(self) -> Iterator[None]:
+        """Show the steps: as a bar in a terminal, else as lines."""
+        if self._console.is_terminal:
+            with progress.bar(self._console, self._steps) as self._show:
+                yield
+        else:
+            every = self._results.options.log_every
+            self._show = progress.lines(self._say, self._steps, every)
+            yield
 
     @property
     def watcher(self) -> Watcher:
