@@ -166,10 +166,13 @@ def test_a_missing_package_is_named_with_its_extra(package, tmp_path):
     assert done.returncode == 1 and done.stderr == "error: this needs " + wanted
 
 
-def test_the_console_script_is_main():
+def test_the_console_script_ends_with_the_status_of_main(monkeypatch):
     project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
     module, _, function = project["scripts"]["lora-jax"].partition(":")
-    assert getattr(importlib.import_module(module), function) is main
+    monkeypatch.setattr(sys, "argv", ["lora-jax", "nothing-like-it"])
+    with pytest.raises(SystemExit) as ended:
+        getattr(importlib.import_module(module), function)()
+    assert ended.value.code == main(["nothing-like-it"]) == 2
     assert {"typer", "gguf", "jinja2"} <= set(project["optional-dependencies"]["cli"])
 
 
