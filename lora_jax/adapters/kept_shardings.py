@@ -57,8 +57,7 @@ def _constrain(x: Any, sharding: NamedSharding | None) -> Any:
 def place_state(state: Any, shardings: Shardings) -> Any:
     """Return a new optimizer state with all its arrays on the mesh of what trains.
 
-    What is on no mesh, such as a count of steps, is replicated. Under tracing the arrays whose path
-    ends as that of a trained one are sharded alike.
+    What is on no mesh, such as a count of steps, is replicated. Under tracing nothing is placed.
     """
     meshes = {sharding.mesh for sharding in shardings.values()}
     if len(meshes) != 1:
@@ -66,12 +65,10 @@ def place_state(state: Any, shardings: Shardings) -> Any:
     whole = NamedSharding(meshes.pop(), PartitionSpec())
     if set(whole.mesh.axis_types) != {AxisType.Auto}:
         return state
-    leaves, treedef = flatten_with_paths(state)
 
-    def one(path: str, x: Any) -> Any:
-        if isinstance(x, jax.core.Tracer):
+    def one(x: Any) -> Any:
+        if isinstance(x, jax.core.Tracer) or not isinstance(x, jax.Array):
             return x
-        is_free = isinstance(x, jax.Array) and named_sharding(x) is None and not x.committed
-        return put(x, whole) if is_free else x
+        return x if named_sharding(x) is not None or x.committed else put(x, whole)
 
-    return jax.tree_util.tree_unflatten(treedef, [one(*item) for item in leaves.items()])
+    return jax.tree.map(one, state)

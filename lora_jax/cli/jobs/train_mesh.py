@@ -9,11 +9,11 @@ from jax.sharding import Mesh
 
 from lora_jax.cli.plurals import count
 from lora_jax.cli.train_options import TrainOptions
+from lora_jax.core.sharding.placement import put
 from lora_jax.models.pretrained import Pretrained
 from lora_jax.models.weights import sharding_rules
 from lora_jax.training.distributed import mesh as meshes
 from lora_jax.training.distributed.joining import join_cluster, join_processes
-from lora_jax.training.distributed.placing import put
 
 _HEADS = ("num_key_value_heads", "num_attention_heads")
 

@@ -8,11 +8,11 @@ import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from lora_jax.core.foreign import shown
+from lora_jax.models.on_mesh import AXES_OF_ROWS
 from lora_jax.training.errors import TrainingError
 
 #: From the slowest links to the fastest: devices of one process are neighbours along the last.
 AXES = ("data", "fsdp", "expert", "tensor")
-ROW_AXES = ("data", "fsdp")  # over which the rows of a batch are divided
 AUTO = "auto"
 
 
@@ -98,9 +98,9 @@ def check_rows(mesh: Mesh, rows: int) -> None:
     Raises:
       TrainingError: they cannot; the message says how many could.
     """
-    parts = math.prod(mesh.shape[name] for name in ROW_AXES if name in mesh.shape)
+    parts = math.prod(mesh.shape[name] for name in AXES_OF_ROWS if name in mesh.shape)
     if rows % parts:
-        over = " × ".join(f"{n}={mesh.shape[n]}" for n in ROW_AXES if n in mesh.shape)
+        over = " × ".join(f"{n}={mesh.shape[n]}" for n in AXES_OF_ROWS if n in mesh.shape)
         raise TrainingError(
             f"--batch {rows}: the rows cannot be divided over {over}; use --batch "
             f"{_next_multiple(rows, parts)}, or fewer devices along these axes"
@@ -113,7 +113,7 @@ def _next_multiple(rows: int, parts: int) -> int:
 
 def row_sharding(mesh: Mesh, axis: int = 0) -> NamedSharding:
     """Return how an array lies on a mesh one of whose axes is the rows of a batch."""
-    names = tuple(name for name in ROW_AXES if name in mesh.shape)
+    names = tuple(name for name in AXES_OF_ROWS if name in mesh.shape)
     return NamedSharding(mesh, PartitionSpec(*(None,) * axis, names or None))
 
 

@@ -7,6 +7,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from lora_jax.core.sharding.placement import put
 from lora_jax.training.batching import Batch
 from lora_jax.training.distributed.mesh import row_sharding
 
@@ -29,19 +30,6 @@ def own_rows(mesh: Mesh, size: int) -> list[int]:
     """Return which of a batch's `size` rows the devices of this process get, ascending."""
     parts = row_sharding(mesh).addressable_devices_indices_map((size,)).values()
     return sorted({row for part in parts if part for row in range(*part[0].indices(size))})
-
-
-def put(x: Any, sharding: NamedSharding) -> jax.Array:
-    """Return an array as a global one; all processes call this with the same values.
-
-    An array that lies on the devices of the sharding already is only moved where it has to be.
-    """
-    if not isinstance(x, jax.Array) or x.is_fully_addressable:
-        if jax.process_count() == 1:
-            return jax.device_put(x, sharding)
-        values = np.asarray(x)
-        return jax.make_array_from_callback(values.shape, sharding, lambda index: values[index])
-    return x if x.sharding.is_equivalent_to(sharding, x.ndim) else jax.device_put(x, sharding)
 
 
 def complete(tree: Any, mesh: Mesh | None) -> Any:
