@@ -205,7 +205,9 @@ def test_faq_triggers_ten_errors():
 
 
 def test_readme_says_how_many_programs_there_are():
-    assert f"the jaxprs of {len(CASES)} programs" in README.read_text(encoding="utf-8")
+    """Those whose jaxprs are looked at: of the others a weight's shape says nothing."""
+    asserted = [case for case in CASES if not case.shapes_collide and not case.small]
+    assert f"the jaxprs of {len(asserted)} programs" in README.read_text(encoding="utf-8")
 
 
 def test_there_are_notebooks():
