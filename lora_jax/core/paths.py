@@ -10,6 +10,7 @@ import jax
 
 from lora_jax.core.boxes import children, holds_one, is_box
 from lora_jax.core.errors import StructureError
+from lora_jax.core.quantized.weight import is_quantized
 
 KeyPath = tuple[Any, ...]
 
@@ -30,9 +31,10 @@ def flatten_with_key_paths(
 
     Flax keeps each array of a model or an `nnx.State` in an `nnx.Variable`, and each partitioned
     array in a box, as their attribute `value`. The path of such a leaf is that of the variable or
-    box. A field `value` of any other class is a name like all others.
+    box. A field `value` of any other class is a name like all others. A quantized weight is one
+    leaf.
     """
-    stop = (lambda _: False) if is_leaf is None else is_leaf
+    stop = _or_quantized(is_leaf)
     flat, _ = jax.tree_util.tree_flatten_with_path(tree, lambda x: stop(x) or is_box(x))
     if not any(is_box(node) for _, node in flat):
         return flat
@@ -40,6 +42,10 @@ def flatten_with_key_paths(
     for path, node in flat:
         found += _inside(path, node, is_leaf) if is_box(node) else [(path, node)]
     return found
+
+
+def _or_quantized(is_leaf: Callable[[Any], bool] | None) -> Callable[[Any], bool]:
+    return lambda x: is_quantized(x) or (is_leaf is not None and is_leaf(x))
 
 
 def _inside(path: KeyPath, box: Any, is_leaf: Any) -> list[tuple[KeyPath, Any]]:
@@ -66,10 +72,13 @@ def flatten_with_paths(
 ) -> tuple[dict[str, Any], Any]:
     """Return the leaves of `tree` by path, in tree order, and the structure of the tree.
 
+    A quantized weight is one leaf.
+
     Raises:
       StructureError: two leaves have the same path, as in {"a/b": 1, "a": {"b": 2}}.
     """
-    flat, treedef = flatten_with_key_paths(tree, is_leaf), jax.tree.structure(tree, is_leaf=is_leaf)
+    flat = flatten_with_key_paths(tree, is_leaf)
+    treedef = jax.tree.structure(tree, is_leaf=_or_quantized(is_leaf))
     leaves = {path_str(path): leaf for path, leaf in flat}
     if len(leaves) < len(flat):
         counts = Counter(path_str(path) for path, _ in flat)

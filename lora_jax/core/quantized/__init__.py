@@ -1,0 +1,1 @@
+"""Quantized weights: packed codes and scales that stand where a floating weight stood."""

@@ -1,0 +1,39 @@
+"""Codes of four bits, packed two in a byte along an axis, and small tables of values."""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+
+
+def unpack_nibbles(codes: jax.Array, axis: int) -> jax.Array:
+    """Return the codes of packed bytes: the low halves of all bytes, then the high halves.
+
+    >>> unpack_nibbles(jnp.array([0x21, 0x43], jnp.uint8), -1)
+    Array([1, 3, 2, 4], dtype=uint8)
+    """
+    return jnp.concatenate([codes & jnp.uint8(15), codes >> jnp.uint8(4)], axis)
+
+
+def pack_nibbles(codes: jax.Array, axis: int) -> jax.Array:
+    """Return bytes whose low halves are the first half of the codes; see `unpack_nibbles`."""
+    low, high = jnp.split(codes.astype(jnp.uint8), 2, axis)
+    return low | (high << jnp.uint8(4))
+
+
+def look_up(codes: jax.Array, table: Sequence[float]) -> jax.Array:
+    """Return `table[codes]` in float32, by selects between constants and not by a gather.
+
+    The table has a power of two entries, and every code is smaller than that.
+
+    >>> look_up(jnp.array([3, 0], jnp.uint8), (0.5, 1.0, 2.0, 4.0))
+    Array([4. , 0.5], dtype=float32)
+    """
+    values = [jnp.float32(x) for x in table]
+    bit = 1
+    while len(values) > 1:
+        is_set = (codes & jnp.uint8(bit)) != 0
+        pairs = zip(values[::2], values[1::2], strict=True)
+        values = [jnp.where(is_set, odd, even) for even, odd in pairs]
+        bit *= 2
+    return values[0]

@@ -1,0 +1,141 @@
+"""`QuantizedWeight`: packed codes and scales in the place of a floating weight."""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lora_jax.core.errors import ConfigError
+from lora_jax.core.not_an_array import NotAnArray
+from lora_jax.core.quantized.kind import Kind
+from lora_jax.core.quantized.kinds import KINDS, kind_named
+from lora_jax.core.short_repr import describe_array, is_array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class QuantizedWeight(NotAnArray):
+    """Takes the place of a floating weight in a parameter tree, and means its dequantized values.
+
+    It is a pytree node: its arrays are leaves, and the rest is static. Each array has the axes of
+    the weight in their order, and is shorter along the one axis that is divided into blocks. That
+    axis is counted from the end, so whatever slices or stacks leading axes (a scan over layers, a
+    `vmap`, `jax.tree.map`) slices or stacks weights.
+
+    >>> import jax.numpy as jnp
+    >>> w = quantize_array(jnp.ones((64, 3)), "nf4", axis=0)
+    >>> w.shape, w.dtype, w.fields["codes"].shape, w.dequantize()[0, 0]
+    ((64, 3), dtype('float32'), (32, 3), Array(1., dtype=float32))
+    """
+
+    fields: Mapping[str, Any]  # the arrays of `KINDS[kind]` by name
+    kind: str = dataclasses.field(metadata={"static": True})
+    axis: int = dataclasses.field(metadata={"static": True})  # of the blocks, negative
+    dtype: Any = dataclasses.field(metadata={"static": True})  # of the weight that it stands for
+
+    @property
+    def format(self) -> Kind:
+        """The kind itself."""
+        return KINDS[self.kind]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the weight."""
+        shape = list(self.fields[self.format.codes].shape)
+        shape[self.axis] = self.format.size(shape[self.axis])
+        return tuple(shape)
+
+    @property
+    def ndim(self) -> int:
+        """The number of axes of the weight."""
+        return len(self.fields[self.format.codes].shape)
+
+    @property
+    def size(self) -> int:
+        """How many numbers the weight has."""
+        return math.prod(self.shape)
+
+    @property
+    def block(self) -> int:
+        """Numbers per block."""
+        return self.format.block or self.shape[self.axis]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the arrays."""
+        return sum(math.prod(x.shape) * jnp.dtype(x.dtype).itemsize for x in self.fields.values())
+
+    def dequantize(self) -> jax.Array:
+        """Return the values, computed in float32 and rounded once to `dtype`."""
+        return dequantize_array(self)
+
+    def __repr__(self) -> str:
+        if not all(map(is_array, self.fields.values())):
+            return f"QuantizedWeight({self.kind}, {self.fields})"
+        return f"QuantizedWeight({describe_array(self)}, {self.kind}, axis={self.axis})"
+
+
+def is_quantized(x: Any) -> bool:
+    """Return whether a node stands for a weight by its codes."""
+    return isinstance(x, QuantizedWeight)
+
+
+def quantize_array(w: jax.Array, kind: str, axis: int) -> QuantizedWeight:
+    """Return a floating array, quantized along an axis.
+
+    Args:
+      w: any floating array; it is read in float32.
+      kind: a name in `KINDS` that can be written.
+      axis: the axis that is divided into blocks.
+
+    Raises:
+      ConfigError: the kind is unknown or cannot be written, or its blocks do not divide the axis.
+    """
+    form = kind_named(kind)
+    if form.encode is None:
+        raise ConfigError(f"quantize: {kind} can be read from files, but not written")
+    axis = axis % w.ndim - w.ndim
+    size = w.shape[axis]
+    block = form.block or size
+    if size % block:
+        raise ConfigError(
+            f"quantize: blocks of {block} ({kind}) do not divide axis {axis} of {list(w.shape)}"
+        )
+    blocks = _split(w.astype(jnp.float32), axis, size // block)
+    fields = {name: _join(x, axis) for name, x in form.encode(blocks, axis).items()}
+    return QuantizedWeight(fields, kind, axis, w.dtype)
+
+
+def dequantize_array(w: QuantizedWeight, one: jax.Array | None = None) -> jax.Array:
+    """Return the values of a weight, in its dtype.
+
+    Args:
+      w: the weight.
+      one: a scalar that is 1: the values then depend on what it was computed from, so that XLA
+        cannot compute them earlier.
+    """
+    fields = dict(w.fields)
+    if one is not None:
+        last = list(w.format.fields)[-1]  # the smallest array; times one it is the same to the bit
+        fields[last] = fields[last] * one.astype(fields[last].dtype)
+    blocks = w.shape[w.axis] // w.block
+    split = {
+        name: _split(x, w.axis, blocks if w.format.fields[name].per_weight != 0 else 1)
+        for name, x in fields.items()
+    }
+    return _join(w.format.decode(split, w.axis), w.axis).astype(w.dtype)
+
+
+def _split(x: jax.Array, axis: int, blocks: int) -> jax.Array:
+    """Return `[..., size, ...]` as `[..., blocks, size / blocks, ...]`."""
+    at = axis % x.ndim
+    return x.reshape(*x.shape[:at], blocks, x.shape[at] // blocks, *x.shape[at + 1 :])
+
+
+def _join(x: jax.Array, axis: int) -> jax.Array:
+    """Return `[..., blocks, size / blocks, ...]` as `[..., size, ...]`."""
+    at = axis % x.ndim
+    return x.reshape(*x.shape[: at - 1], x.shape[at - 1] * x.shape[at], *x.shape[at + 1 :])
