@@ -10,7 +10,7 @@ from lora_jax.core.errors import StructureError, grouped
 from lora_jax.core.paths import flatten_with_paths
 from lora_jax.core.patterns import nearest
 from lora_jax.core.tree import adapted_nodes, map_adapted, require_adapted
-from lora_jax.core.weights import Adapted, check_fits, is_adapted, require_base
+from lora_jax.core.weights import Adapted, check_fits, is_adapted, is_weight, require_base
 
 
 def split(params: Any) -> tuple[Any, Any]:
@@ -40,7 +40,7 @@ def split(params: Any) -> tuple[Any, Any]:
         return node.w
 
     base = map_adapted(base_leaf, params)
-    nodes, treedef = jax.tree_util.tree_flatten(params, is_leaf=is_adapted)
+    nodes, treedef = jax.tree_util.tree_flatten(params, is_leaf=is_weight)
     overlay = [dataclasses.replace(n, w=None) if is_adapted(n) else None for n in nodes]
     return base, jax.tree_util.tree_unflatten(treedef, overlay)
 

@@ -15,6 +15,7 @@ from lora_jax.core.errors import StructureError
 from lora_jax.core.host_memory import on_device
 from lora_jax.core.layout import Layout, subscripts
 from lora_jax.core.not_an_array import NotAnArray
+from lora_jax.core.quantized.weight import is_quantized
 from lora_jax.core.sharding.meshes import sharding_without
 from lora_jax.core.short_repr import describe_fields, describe_node, describe_value, has_arrays
 
@@ -174,6 +175,11 @@ Adapted = LoraWeight | TrainedLeaf | TrainedRows
 def is_adapted(node: Any) -> bool:
     """Return whether a node takes the place of an adapted leaf."""
     return isinstance(node, LoraWeight | TrainedLeaf | TrainedRows)
+
+
+def is_weight(node: Any) -> bool:
+    """Return whether a node counts as one leaf: adapted, or quantized."""
+    return is_adapted(node) or is_quantized(node)
 
 
 def check_fits(path: str, node: Adapted, w: Any) -> list[str]:

@@ -12,19 +12,26 @@ from lora_jax.core.host_memory import in_memory_of, on_device
 from lora_jax.core.sharding.meshes import on_mesh_of, reshard_like
 from lora_jax.engine import named_axes
 from lora_jax.engine.lazy_weight import Axis, LazyWeight
+from lora_jax.engine.quantized import QuantizedView
 
 
 def to_dense(lazy: LazyWeight) -> jax.Array:
     """Return the view as an array: added in float32, rounded once to the view's dtype."""
+    w = base_values(lazy.w)
     if lazy.a is None or lazy.probe:
-        return lazy.w
+        return w
     dtype = accumulator(lazy.a.dtype, lazy.b.dtype, lazy.dtype)
     update, names = named_axes.contract(
         lazy.a.astype(dtype), lazy.a_axes, lazy.b.astype(dtype), lazy.b_axes, lazy.axes
     )
     update = named_axes.arrange(update, names, lazy.axes, lazy.sizes)
-    total = update if lazy.w is None else on_device(lazy.w).astype(dtype) + update
-    return in_memory_of(apply_gain(total, lazy.axes, lazy).astype(lazy.dtype), lazy.w)
+    total = update if w is None else on_device(w).astype(dtype) + update
+    return in_memory_of(apply_gain(total, lazy.axes, lazy).astype(lazy.dtype), w)
+
+
+def base_values(w: Any) -> Any:
+    """Return a view of a base weight as an array; a tangent has None."""
+    return w.dequantize() if isinstance(w, QuantizedView) else w
 
 
 def apply_gain(x: jax.Array, axes: Sequence[Axis], lazy: LazyWeight) -> jax.Array:

@@ -12,6 +12,7 @@ from lora_jax.engine.arithmetic import apply_gain, drop, side_that_takes_gain, t
 from lora_jax.engine.context import Context
 from lora_jax.engine.lazy_weight import Axis, LazyWeight
 from lora_jax.engine.products import Product, add_update, tap_inputs
+from lora_jax.engine.quantized import QuantizedView, multiply
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,8 +27,14 @@ class Equation:
 
     def on(self, w: Any, x: jax.Array) -> jax.Array:
         """Return the output for this weight and this activation."""
+        if isinstance(w, QuantizedView):
+            key = (stretches.spelling(self.eqn) or id(self.eqn), self.weight_is_left)
+            return multiply(self._bind, w, x, self.others, key)
+        return self._bind(w, x, *self.others)
+
+    def _bind(self, w: jax.Array, x: jax.Array, *others: Any) -> jax.Array:
         operands = (w, x) if self.weight_is_left else (x, w)
-        return stretches.bind(self.eqn, (*operands, *self.others))[0]
+        return stretches.bind(self.eqn, (*operands, *others))[0]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -128,6 +128,52 @@ def identity_primitive(name: str) -> core.Primitive:
     return primitive
 
 
+def linear_primitive(name: str) -> core.Primitive:
+    """Return a primitive that applies `linear`, a function of constants and, last, an array `x`.
+
+    `linear(*constants, x)` must be linear in `x`. Its `flip()` is the transpose of it, and its
+    `map(dims)` the function of many examples. Constants have no tangents and no cotangents.
+    """
+    primitive = core.Primitive(name)
+
+    def infer_type(*avals: Any, linear: Any) -> Any:
+        return trace(linear, *avals)[0].outvars[0].aval
+
+    def push_forward(args: Sequence[Any], tangents: Sequence[Any], *, linear: Any) -> Any:
+        y, dx = primitive.bind(*args, linear=linear), tangents[-1]
+        if isinstance(dx, ad.Zero):
+            return y, ad.Zero(jax.typeof(y).to_tangent_aval())
+        return y, primitive.bind(*args[:-1], dx, linear=linear)
+
+    def pull_back(ct: Any, *args: Any, linear: Any) -> Any:
+        constants, x = args[:-1], args[-1]
+        if isinstance(ct, ad.Zero):
+            dx = ad.Zero(x.aval)
+        else:
+            dx = primitive.bind(*constants, ct, linear=linear.flip())
+        return [*(None for _ in constants), dx]
+
+    def map_examples(args: Sequence[Any], dims: Sequence[Any], *, linear: Any) -> Any:
+        *constants, x = args
+        if dims[-1] is None:
+            size = next(x.shape[d] for x, d in zip(args, dims, strict=True) if d is not None)
+            x = jnp.broadcast_to(x, (size, *x.shape))
+        else:
+            x = jnp.moveaxis(x, dims[-1], 0)
+        return primitive.bind(*constants, x, linear=linear.map(dims[:-1])), 0
+
+    def lower(*args: Any, linear: Any) -> Any:
+        return linear(*args)
+
+    primitive.def_impl(jax.jit(lower, static_argnames="linear"))
+    primitive.def_abstract_eval(infer_type)
+    ad.primitive_jvps[primitive] = push_forward
+    ad.primitive_transposes[primitive] = pull_back
+    batching.primitive_batchers[primitive] = map_examples
+    mlir.register_lowering(primitive, mlir.lower_fun(lower, multiple_results=False))
+    return primitive
+
+
 def is_var(atom: Any) -> bool:
     """Return whether an equation's input is a variable, not a literal."""
     return not isinstance(atom, Literal)

@@ -9,6 +9,7 @@ from lora_jax.core.config import LoraConfig
 from lora_jax.core.dtypes import is_floating
 from lora_jax.core.errors import LayoutError, TargetError, grouped
 from lora_jax.core.layout import Layout
+from lora_jax.core.quantized.weight import is_quantized
 from lora_jax.engine.context import Context
 from lora_jax.engine.custom_rules import Rule
 from lora_jax.engine.lazy_weight import LazyWeight
@@ -64,12 +65,13 @@ def infer_uses(
 
     By path. The interpreter runs on shapes alone; nothing is computed or allocated.
     """
-    leaves, treedef = jax.tree.flatten(((params, *args), kwargs))  # those of params come first
-    n_params = len(jax.tree.leaves(params))
+    # those of params come first
+    leaves, treedef = jax.tree.flatten(((params, *args), kwargs), is_leaf=is_quantized)
+    n_params = len(jax.tree.leaves(params, is_leaf=is_quantized))
     traced = {
         i: _abstract(leaf)
         for i, leaf in enumerate(leaves)
-        if is_dynamic(leaf) or (i < n_params and _is_weight(leaf))
+        if is_dynamic(leaf) or is_quantized(leaf) or (i < n_params and _is_weight(leaf))
     }
     seen: list[Use] = []
     found: dict[str, list[Use]] = {}

@@ -11,10 +11,12 @@ from jax import lax
 
 from lora_jax.core.dora import dora_gain
 from lora_jax.core.dtypes import accumulator
+from lora_jax.core.quantized.weight import QuantizedWeight, is_quantized
 from lora_jax.core.sharding.meshes import is_on_mesh, on_mesh_of
 from lora_jax.core.weights import LoraWeight, TrainedRows
 from lora_jax.engine.frozen import frozen
 from lora_jax.engine.provenance import Provenance
+from lora_jax.engine.quantized import QuantizedView
 
 
 class Axis(NamedTuple):
@@ -81,8 +83,7 @@ class LazyWeight:
         rank_first = rank_first and not is_on_mesh(node.a)
         a, b = _factors(node.a, node.b, node.scale, rank_first)
         return cls(
-            # The base is frozen: no dW is formed, whatever the caller differentiates.
-            frozen(node.w),
+            _frozen_base(node.w),
             a,
             b,
             node.key,
@@ -107,9 +108,10 @@ class LazyWeight:
         """
         node = _on_mesh_of_base(node)
         axes, (batch, _, _) = _named(node)
-        w = frozen(node.w)
+        w = _frozen_base(node.w)
         dtype = accumulator(node.value.dtype, w.dtype)
-        update = node.value.astype(dtype) - node.select(w).astype(dtype)
+        values = w.dequantize() if isinstance(w, QuantizedView) else w
+        update = node.value.astype(dtype) - node.select(values).astype(dtype)
         one_hot = jax.nn.one_hot(jnp.asarray(node.rows), w.shape[node.axis], dtype=dtype)
         return cls(
             w,
@@ -130,6 +132,11 @@ class LazyWeight:
         axes = tuple(Axis((i,), i) for i in range(w.ndim))
         origin = Provenance.of(path, w.ndim)
         return cls(w, None, None, None, axes=axes, shape=w.shape, dtype=w.dtype, origin=origin)
+
+    @classmethod
+    def of_quantized(cls, w: QuantizedWeight, path: str) -> "LazyWeight":
+        """Return a quantized weight without adapters."""
+        return cls.tracked(QuantizedView.of(w), path)
 
     @property
     def sizes(self) -> dict[Hashable, int]:
@@ -205,9 +212,15 @@ def _named(node: LoraWeight | TrainedRows) -> tuple[tuple[Axis, ...], list[tuple
     return axes, [tuple(axes[i] for i in node.layout.positions(kind)) for kind in "bio"]
 
 
+def _frozen_base(w: Any) -> Any:
+    """Return the base: no dW is formed, whatever the caller differentiates."""
+    return QuantizedView.of(w) if is_quantized(w) else frozen(w)
+
+
 def _on_mesh_of_base(node: Any) -> Any:
     """Return an adapted weight with everything in it on the explicit mesh of its base, if any."""
-    return jax.tree.map(lambda x: on_mesh_of(x, node.w), node)
+    like = jax.tree.leaves(node.w)[0]  # of a quantized base, its codes
+    return jax.tree.map(lambda x: on_mesh_of(x, like), node)
 
 
 @functools.partial(jax.jit, static_argnames="rank_first")

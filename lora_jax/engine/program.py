@@ -7,7 +7,7 @@ from typing import Any
 import jax
 
 from lora_jax.core.paths import flatten_with_key_paths, path_str
-from lora_jax.core.weights import is_adapted
+from lora_jax.core.weights import is_adapted, is_weight
 from lora_jax.engine import jaxprs
 from lora_jax.engine.context import Context
 from lora_jax.engine.interpreter import interpret
@@ -39,7 +39,7 @@ class Program:
         A `LoraWeight` or another adapted node counts as one leaf.
         """
         flat = flatten_with_key_paths((args, kwargs), is_leaf=is_adapted)
-        treedef = jax.tree.structure((args, kwargs), is_leaf=is_adapted)
+        treedef = jax.tree.structure((args, kwargs), is_leaf=is_weight)
         leaves = [enter(path[:2], path_str(path[2:]), leaf) for path, leaf in flat]
         dynamic = [i for i, leaf in enumerate(leaves) if is_dynamic(leaf)]
         outs_of: list[Any] = []
@@ -72,9 +72,9 @@ class Program:
 
 
 def adapted_arguments(args: Any, kwargs: Mapping[str, Any]) -> set[Argument]:
-    """Return the arguments that contain adapted weights."""
-    flat, _ = jax.tree_util.tree_flatten_with_path((args, kwargs), is_leaf=is_adapted)
-    return {path[:2] for path, leaf in flat if is_adapted(leaf)}
+    """Return the arguments that contain adapted or quantized weights."""
+    flat, _ = jax.tree_util.tree_flatten_with_path((args, kwargs), is_leaf=is_weight)
+    return {path[:2] for path, leaf in flat if is_weight(leaf)}
 
 
 def is_dynamic(leaf: Any) -> bool:

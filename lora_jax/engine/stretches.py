@@ -107,13 +107,18 @@ class Stretch(NamedTuple):
 
 def bind(eqn: Any, values: Sequence[Any]) -> list[Any]:
     """Evaluate one equation on other inputs, as a stretch where JAX differentiates or maps it."""
-    spelled = _spelling(eqn) if jaxprs.are_transformed(values) else None
+    spelled = spelling(eqn) if jaxprs.are_transformed(values) else None
     if spelled is None:
         return jaxprs.bind(eqn, values)
     n = len(values)
     outputs = range(n, n + len(eqn.outvars))
-    spelling = (_line(eqn), n, spelled)
-    return _jitted(_Function([(eqn, range(n))], outputs, spelling))(*values)
+    return _jitted(_Function([(eqn, range(n))], outputs, (n, spelled)))(*values)
+
+
+def spelling(eqn: Any) -> Any:
+    """Return what an equation computes and on which line, for comparison; None if nothing tells."""
+    spelled = _spelling(eqn)
+    return None if spelled is None else (_line(eqn), spelled)
 
 
 def _following(

@@ -8,6 +8,7 @@ import jax
 
 from lora_jax.core.algebra import dense
 from lora_jax.core.errors import ConfigError
+from lora_jax.core.quantized.weight import is_quantized
 from lora_jax.core.weights import LoraWeight, TrainedLeaf, TrainedRows, is_adapted, require_whole
 from lora_jax.engine.context import POLICIES, Context
 from lora_jax.engine.custom_rules import Rule, check_rules
@@ -96,5 +97,7 @@ def _enter(path: str, leaf: Any, forms: Forms, say: Say) -> Any:
         return LazyWeight.of_rows(leaf, path)
     if isinstance(leaf, TrainedLeaf):
         return dense(TrainedLeaf(frozen(leaf.w), leaf.value, frozen(leaf.scale)))
+    if is_quantized(leaf):
+        return LazyWeight.of_quantized(leaf, path)
     # Gradients stop inside the program: no dW is formed, and a global norm for clipping has none.
     return frozen(leaf) if isinstance(leaf, jax.Array) else leaf

@@ -91,8 +91,8 @@ MUTANTS = [
     Mutant(
         "let gradients into the base",
         "engine/lazy_weight.py",
-        "frozen(node.w),",
-        "node.w,",
+        "return QuantizedView.of(w) if is_quantized(w) else frozen(w)",
+        "return QuantizedView.of(w) if is_quantized(w) else w",
     ),
     Mutant(
         "let gradients into the scale",

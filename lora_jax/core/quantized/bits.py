@@ -1,23 +1,25 @@
 """Codes of four bits, packed two in a byte along an axis, and small tables of values."""
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 
 
-def unpack_nibbles(codes: jax.Array, axis: int) -> jax.Array:
-    """Return the codes of packed bytes: the low halves of all bytes, then the high halves.
+def map_nibbles(fn: Callable[[jax.Array], jax.Array], codes: jax.Array, axis: int) -> jax.Array:
+    """Return `fn` of packed codes: of the low halves of all bytes, then of the high halves.
 
-    >>> unpack_nibbles(jnp.array([0x21, 0x43], jnp.uint8), -1)
-    Array([1, 3, 2, 4], dtype=uint8)
+    `fn` is applied to the halves, not to the unpacked codes, which XLA would make an array of.
+
+    >>> map_nibbles(lambda c: c * 10, jnp.array([0x21, 0x43], jnp.uint8), -1)
+    Array([10, 30, 20, 40], dtype=uint8)
     """
-    return jnp.concatenate([codes & jnp.uint8(15), codes >> jnp.uint8(4)], axis)
+    return jnp.concatenate([fn(codes & jnp.uint8(15)), fn(codes >> jnp.uint8(4))], axis)
 
 
 def pack_nibbles(codes: jax.Array, axis: int) -> jax.Array:
-    """Return bytes whose low halves are the first half of the codes; see `unpack_nibbles`."""
+    """Return bytes whose low halves are the first half of the codes; see `map_nibbles`."""
     low, high = jnp.split(codes.astype(jnp.uint8), 2, axis)
     return low | (high << jnp.uint8(4))
 

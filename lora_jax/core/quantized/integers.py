@@ -5,7 +5,7 @@ from fractions import Fraction
 import jax
 import jax.numpy as jnp
 
-from lora_jax.core.quantized.bits import pack_nibbles, unpack_nibbles
+from lora_jax.core.quantized.bits import map_nibbles, pack_nibbles
 from lora_jax.core.quantized.kind import Field, Fields, Kind
 
 
@@ -28,7 +28,7 @@ def _encode_8(values: jax.Array, axis: int) -> dict[str, jax.Array]:
 
 
 def _decode_4(fields: Fields, axis: int) -> jax.Array:
-    codes = unpack_nibbles(fields["codes"], axis).astype(jnp.float32) - 8
+    codes = map_nibbles(lambda c: c.astype(jnp.float32) - 8, fields["codes"], axis)
     return codes * fields["scales"].astype(jnp.float32)
 
 

@@ -6,7 +6,7 @@ from fractions import Fraction
 import jax
 import jax.numpy as jnp
 
-from lora_jax.core.quantized.bits import look_up, pack_nibbles, unpack_nibbles
+from lora_jax.core.quantized.bits import look_up, map_nibbles, pack_nibbles
 from lora_jax.core.quantized.kind import Field, Fields, Kind
 
 _POSITIVE = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
@@ -17,7 +17,7 @@ _NAN = 255  # of a scale (e8m0)
 
 def _decode(fields: Fields, axis: int) -> jax.Array:
     """Return `VALUES[code] · 2^(scale - 127)`."""
-    values = look_up(unpack_nibbles(fields["codes"], axis), VALUES)
+    values = map_nibbles(lambda codes: look_up(codes, VALUES), fields["codes"], axis)
     scales = fields["scales"].astype(jnp.int32)
     # In two factors: 2^-127 alone is subnormal in float32, and XLA may take it for zero.
     half = scales >> 1

@@ -6,7 +6,7 @@ from fractions import Fraction
 import jax
 import jax.numpy as jnp
 
-from lora_jax.core.quantized.bits import look_up, nearest, pack_nibbles, unpack_nibbles
+from lora_jax.core.quantized.bits import look_up, map_nibbles, nearest, pack_nibbles
 from lora_jax.core.quantized.kind import Field, Fields, Kind
 
 # QLoRA, https://arxiv.org/abs/2305.14314, appendix E: quantiles of a normal distribution in
@@ -35,7 +35,7 @@ BLOCK = 64
 
 def _decode(fields: Fields, axis: int) -> jax.Array:
     """Return `VALUES[code] · absmax`, absmax = `largest · (scale / 255)²`."""
-    values = look_up(unpack_nibbles(fields["codes"], axis), VALUES)
+    values = map_nibbles(lambda codes: look_up(codes, VALUES), fields["codes"], axis)
     return values * _absmax(fields["scales"], fields["largest"])
 
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from lora_jax.core.quantized import nf4
-from lora_jax.core.quantized.bits import look_up, pack_nibbles, unpack_nibbles
+from lora_jax.core.quantized.bits import look_up, map_nibbles, pack_nibbles
 from lora_jax.core.quantized.kind import Field, Fields, Kind
 
 #: Two bits of exponent and one of mantissa after the sign, as bitsandbytes' `get_4bit_type`:
@@ -21,7 +21,8 @@ _FIELDS = {"codes": Field(jnp.uint8, Fraction(1, 2)), "scales": Field(jnp.float3
 
 def _kind(name: str, table: Sequence[float], source: str) -> Kind:
     def decode(fields: Fields, axis: int) -> jax.Array:
-        return look_up(unpack_nibbles(fields["codes"], axis), table) * fields["scales"]
+        values = map_nibbles(lambda codes: look_up(codes, table), fields["codes"], axis)
+        return values * fields["scales"].astype(jnp.float32)
 
     def encode(values: jax.Array, axis: int) -> dict[str, jax.Array]:
         absmax = jnp.abs(values).max(axis, keepdims=True)

@@ -112,18 +112,18 @@ def quantize_array(w: jax.Array, kind: str, axis: int) -> QuantizedWeight:
     return QuantizedWeight(fields, kind, axis, w.dtype)
 
 
-def dequantize_array(w: QuantizedWeight, one: jax.Array | None = None) -> jax.Array:
+def dequantize_array(w: QuantizedWeight, zero: jax.Array | None = None) -> jax.Array:
     """Return the values of a weight, in its dtype.
 
     Args:
       w: the weight.
-      one: a scalar that is 1: the values then depend on what it was computed from, so that XLA
-        cannot compute them earlier.
+      zero: an integer scalar that is 0: the values then depend on what it was computed from, so
+        that XLA cannot compute them earlier.
     """
     fields = dict(w.fields)
-    if one is not None:
-        last = list(w.format.fields)[-1]  # the smallest array; times one it is the same to the bit
-        fields[last] = fields[last] * one.astype(fields[last].dtype)
+    if zero is not None:
+        codes = fields[w.format.codes]
+        fields[w.format.codes] = codes + zero.astype(codes.dtype)
     blocks = w.shape[w.axis] // w.block
     split = {
         name: _split(x, w.axis, blocks if w.format.fields[name].per_weight != 0 else 1)

@@ -5,7 +5,7 @@ from fractions import Fraction
 import jax
 import jax.numpy as jnp
 
-from lora_jax.core.quantized.bits import pack_nibbles, unpack_nibbles
+from lora_jax.core.quantized.bits import map_nibbles, pack_nibbles
 from lora_jax.core.quantized.kind import Field, Fields, Kind
 
 
@@ -26,7 +26,7 @@ def _decode(codes: jax.Array, fields: Fields) -> jax.Array:
 
 
 def _decode_4(fields: Fields, axis: int) -> jax.Array:
-    return _decode(unpack_nibbles(fields["codes"], axis), fields)
+    return map_nibbles(lambda codes: _decode(codes, fields), fields["codes"], axis)
 
 
 def _encode_4(values: jax.Array, axis: int) -> dict[str, jax.Array]:

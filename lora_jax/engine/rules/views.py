@@ -12,6 +12,7 @@ from lora_jax.core.dtypes import wider
 from lora_jax.engine import jaxprs, named_axes
 from lora_jax.engine.context import Context
 from lora_jax.engine.lazy_weight import MEMBERS, Axis, LazyWeight, is_lazy
+from lora_jax.engine.quantized import QuantizedView
 from lora_jax.engine.rules.registry import PrimitiveRule, rule
 
 RULES: dict[str, PrimitiveRule] = {}
@@ -19,6 +20,8 @@ RULES: dict[str, PrimitiveRule] = {}
 
 def on_base(eqn: Any, lazy: LazyWeight, *others: Any) -> Any:
     """Return the equation's output on the base view; None for a tangent, whose base is zero."""
+    if isinstance(lazy.w, QuantizedView):
+        return lazy.w.apply(eqn, *others)
     return None if lazy.w is None else jaxprs.bind(eqn, [lazy.w, *others])[0]
 
 

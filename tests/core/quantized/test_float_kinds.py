@@ -19,7 +19,7 @@ def weight(kind: str, dtype=jnp.float32, axis=-1, **fields) -> QuantizedWeight:
 
 
 def packed(codes: np.ndarray) -> np.ndarray:
-    """Pack blocks of 4-bit codes `[..., blocks, block]` as `unpack_nibbles` reads them."""
+    """Pack blocks of 4-bit codes `[..., blocks, block]` as `map_nibbles` reads them."""
     low, high = np.split(codes.astype(np.uint8), 2, -1)
     return (low | high << 4).reshape(*codes.shape[:-2], -1)
 
