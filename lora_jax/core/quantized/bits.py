@@ -1,5 +1,6 @@
 """Codes of four bits, packed two in a byte along an axis, and small tables of values."""
 
+import itertools
 from collections.abc import Callable, Sequence
 
 import jax
@@ -39,3 +40,21 @@ def look_up(codes: jax.Array, table: Sequence[float]) -> jax.Array:
         values = [jnp.where(is_set, odd, even) for even, odd in pairs]
         bit *= 2
     return values[0]
+
+
+def nearest(values: jax.Array, table: Sequence[float]) -> jax.Array:
+    """Return the code of the nearest number in a table, the inverse of `look_up`.
+
+    Halfway between two it is the smaller one, and the first code of a number that is there twice.
+
+    >>> nearest(jnp.array([0.9, 0.75, 9.0]), (0.5, 1.0, 2.0, 4.0))
+    Array([1, 0, 3], dtype=uint8)
+    """
+    codes: dict[float, int] = {}
+    for code, value in enumerate(table):
+        codes.setdefault(value, code)
+    rising = sorted(codes.items())
+    found = jnp.full(values.shape, rising[0][1], jnp.uint8)
+    for (low, _), (high, code) in itertools.pairwise(rising):
+        found = jnp.where(values > (low + high) / 2, jnp.uint8(code), found)
+    return found
