@@ -31,7 +31,7 @@ def to_dense(lazy: LazyWeight) -> jax.Array:
 
 def base_values(w: Any) -> Any:
     """Return a view of a base weight as an array; a tangent has None."""
-    return w.dequantize() if isinstance(w, QuantizedView) else w
+    return in_memory_of(w.dequantize(), w.codes) if isinstance(w, QuantizedView) else w
 
 
 def apply_gain(x: jax.Array, axes: Sequence[Axis], lazy: LazyWeight) -> jax.Array:
