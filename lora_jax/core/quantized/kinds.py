@@ -1,12 +1,21 @@
 """The table of kinds of quantized numbers."""
 
 from lora_jax.core.errors import ConfigError
+from lora_jax.core.quantized.gguf_blocks import Q4_0, Q4_1, Q5_0, Q5_1, Q8_0
 from lora_jax.core.quantized.integers import INT4, INT8, INT8_BLOCK
+from lora_jax.core.quantized.k_quants import Q4_K, Q5_K, Q6_K
 from lora_jax.core.quantized.kind import Kind
 from lora_jax.core.quantized.nf4 import NF4
 
 #: Every kind by name.
-KINDS: dict[str, Kind] = {kind.name: kind for kind in (NF4, INT8, INT8_BLOCK, INT4)}
+KINDS: dict[str, Kind] = {
+    kind.name: kind
+    for kind in (
+        *(NF4, INT8, INT8_BLOCK, INT4),
+        *(Q8_0, Q4_0, Q4_1, Q5_0, Q5_1),
+        *(Q4_K, Q5_K, Q6_K),
+    )
+}
 
 #: Those that `quantize` can make of floating numbers.
 WRITABLE = tuple(name for name, kind in KINDS.items() if kind.encode is not None)
