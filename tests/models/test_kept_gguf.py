@@ -1,4 +1,4 @@
-"""`models.load(quantize="keep")` on GGUF files: the file's codes, and the values of a float load."""
+"""`models.load(quantize="keep")` on GGUF files: their codes, and the values of a float load."""
 
 import os
 

@@ -1,5 +1,6 @@
 """Codes of a few bits, packed in bytes along an axis, and small tables of values."""
 
+import itertools
 from collections.abc import Callable, Sequence
 
 import jax
@@ -26,7 +27,7 @@ def pack_nibbles(codes: jax.Array, axis: int) -> jax.Array:
 def unpack(x: jax.Array, bits: int, axis: int, run: int) -> jax.Array:
     """Return the codes of packed bytes, `8 / bits` of each, in uint8.
 
-    Of each `run` of bytes come first the codes in their lowest bits, then those in the next.
+    The codes in the lowest bits of each `run` of bytes come first, then those in the next bits.
 
     >>> unpack(jnp.array([0x21, 0x43], jnp.uint8), bits=4, axis=-1, run=2)
     Array([1, 3, 2, 4], dtype=uint8)
@@ -71,3 +72,21 @@ def look_up(codes: jax.Array, table: Sequence[float]) -> jax.Array:
         values = [jnp.where(is_set, odd, even) for even, odd in pairs]
         bit *= 2
     return values[0]
+
+
+def nearest(values: jax.Array, table: Sequence[float]) -> jax.Array:
+    """Return the code of the nearest number in a table, the inverse of `look_up`.
+
+    Halfway between two it is the smaller one, and the first code of a number that is there twice.
+
+    >>> nearest(jnp.array([0.9, 0.75, 9.0]), (0.5, 1.0, 2.0, 4.0))
+    Array([1, 0, 3], dtype=uint8)
+    """
+    codes: dict[float, int] = {}
+    for code, value in enumerate(table):
+        codes.setdefault(value, code)
+    rising = sorted(codes.items())
+    found = jnp.full(values.shape, rising[0][1], jnp.uint8)
+    for (low, _), (high, code) in itertools.pairwise(rising):
+        found = jnp.where(values > (low + high) / 2, jnp.uint8(code), found)
+    return found

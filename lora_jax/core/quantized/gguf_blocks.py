@@ -76,7 +76,7 @@ def _encode_offset(values: jax.Array, axis: int, bits: int) -> dict[str, jax.Arr
 
 
 def _divide(x: jax.Array, number: int) -> jax.Array:
-    """Return finite numbers, divided; XLA would multiply by the rounded reciprocal of a constant."""
+    """Divide finite numbers exactly; XLA multiplies by the rounded reciprocal of constants."""
     return x / (x - x + number)
 
 

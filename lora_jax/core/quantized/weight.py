@@ -61,7 +61,10 @@ class QuantizedWeight(NotAnArray):
     @property
     def block(self) -> int:
         """Numbers per block."""
-        return self.format.block or self.shape[self.axis]
+        size, per_block = self.shape[self.axis], self.format.per_block
+        if per_block is None:
+            return self.format.block or size
+        return size // self.fields[per_block].shape[self.axis]
 
     @property
     def nbytes(self) -> int:

@@ -11,7 +11,7 @@ from lora_jax.core.quantized.kinds import KINDS
 
 #: The fields of a block in the order of the file, by GGUF's name of the type. Our kind has the same
 #: name in lower case.
-_FIELDS = {
+FIELDS = {
     "Q8_0": ("scales", "codes"),
     "Q4_0": ("scales", "codes"),
     "Q4_1": ("scales", "mins", "codes"),
@@ -62,22 +62,20 @@ def fields(
     shape: tuple[int, ...],
     stored: np.ndarray,
     check: Callable[[np.ndarray], np.ndarray],
-) -> Mapping[str, StoredField] | None:
-    """Return the fields of a tensor's blocks, or None if there is no kind for its type.
+) -> Mapping[str, StoredField]:
+    """Return the fields of a tensor's blocks.
 
     Args:
-      name: of the type, such as "Q4_1".
+      name: of the type, in `FIELDS`.
       shape: of the tensor; the blocks are along its last axis.
       stored: its bytes.
       check: is given each array that is read, and returns it.
     """
-    if name not in _FIELDS:
-        return None
     kind = KINDS[name.lower()]
     block = kind.block or shape[-1]
     blocks = stored.reshape(math.prod(shape[:-1]), shape[-1] // block, -1)
     found, start = {}, 0
-    for field_name in _FIELDS[name]:
+    for field_name in FIELDS[name]:
         field = kind.fields[field_name]
         entries = (*shape[:-1], field.entries(shape[-1], block))
         found[field_name] = StoredField(entries, np.dtype(field.dtype), blocks, start, check)

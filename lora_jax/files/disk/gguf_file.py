@@ -59,12 +59,14 @@ class GgufTensor:
         return np.dtype({"F16": "float16", "BF16": "bfloat16"}.get(self.kind, "float32"))
 
     def codes(self) -> QuantizedWeight | None:
-        """Return the quantized numbers as they are in the file; None if no kind here is theirs.
+        """Return the quantized numbers as they are in the file; None if a kind for them is missing.
 
         The blocks lie along the last axis. A field is read by `np.asarray` or its method `rows`.
         """
+        if self.kind not in gguf_blocks.FIELDS:
+            return None
         fields = gguf_blocks.fields(self.kind, self.shape, self.stored, self._finite)
-        return fields and QuantizedWeight(fields, self.kind.lower(), -1, self.dtype)
+        return QuantizedWeight(fields, self.kind.lower(), -1, self.dtype)
 
     def rows(self, start: int, stop: int) -> np.ndarray:
         """Read a part of the first axis, without the rest; the last axis is always read whole."""

@@ -80,9 +80,7 @@ def _sharding(sharding: Any, shape: tuple[int, ...], axis: int, blocks: int) -> 
     return jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec(*spec))
 
 
-def read_codes(
-    place: Place, tensors: Mapping[str, Any], like: QuantizedWeight
-) -> QuantizedWeight:
+def read_codes(place: Place, tensors: Mapping[str, Any], like: QuantizedWeight) -> QuantizedWeight:
     """Read one leaf from tensors that are stored as codes, one tensor after the other.
 
     Args:
@@ -93,9 +91,9 @@ def read_codes(
     places = {name: _field_place(place, like, name) for name in like.fields}
     shards = {name: shards_of(field) for name, field in like.fields.items()}
     for where, names in place.layers():
-        codes = {name: codes_of(tensors[name]) for name in names}
+        codes = {name: tensors[name].codes() for name in names}
         for field, part in places.items():
-            arrays = {name: _whole(one.fields[field], one, part) for name, one in codes.items()}
+            arrays = {name: _whole(x.fields[field], x.axis, part) for name, x in codes.items()}
             fill(part, arrays, shards[field].values(), [(where, names)])
     fields = {name: to_devices(like.fields[name], found) for name, found in shards.items()}
     return dataclasses.replace(like, fields=fields)
@@ -111,7 +109,7 @@ def _field_place(place: Place, like: QuantizedWeight, name: str) -> Place:
     )
 
 
-def _whole(field: Any, codes: QuantizedWeight, place: Place) -> Any:
+def _whole(field: Any, axis: int, place: Place) -> Any:
     """Return a tensor's field; one entry for the whole axis is repeated where that is divided."""
-    size = place.torch_shape[codes.axis]
-    return field if field.shape[codes.axis] == size else np.repeat(field, size, codes.axis)
+    size = place.torch_shape[axis]
+    return field if field.shape[axis] == size else np.repeat(field, size, axis)

@@ -44,7 +44,8 @@ def to_tree(
     (2, 3)
     """
     leaves, treedef = flatten_with_paths(like)
-    values, problems = {}, []
+    values: dict[str, Any] = {}
+    problems: list[str] = []
     for path, place in _checked_places(naming, tensors, leaves, ignore).items():
         if is_quantized(leaves[path]):
             values[path] = read_codes(place, tensors, leaves[path])

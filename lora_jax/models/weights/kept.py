@@ -65,7 +65,7 @@ def _format(tensor: Any) -> str:
 
 
 def warn_of_floats(path: Any, tensors: Iterable[Any]) -> None:
-    """Warn of quantized tensors that become floats, because there is no kind for their type."""
+    """Warn of quantized tensors that become floats, because a kind for their type is missing."""
     lost = [x for x in tensors if getattr(x, "is_quantized", False) and codes_of(x) is None]
     if lost:
         counts = ", ".join(f"{n} {kind}" for kind, n in Counter(x.kind for x in lost).items())

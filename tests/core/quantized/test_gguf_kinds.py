@@ -1,4 +1,4 @@
-"""GGUF's kinds against the package `gguf`: the same values of any bytes, the same codes of values."""
+"""GGUF's kinds against the package `gguf`: values of any bytes, and codes of values."""
 
 import math
 
