@@ -25,7 +25,7 @@ from lora_jax.models.bert import Bert, BertConfig
 from lora_jax.models.llama import Llama
 from lora_jax.models.llama_config import MODEL_TYPES, PARAM_DTYPES, LlamaConfig
 from lora_jax.models.remat import NONE, policy_name
-from lora_jax.models.weights import sharding_rules
+from lora_jax.models.weights import published, sharding_rules
 from lora_jax.models.weights.kept import kept_shapes, warn_of_floats
 
 #: model_type in config.json -> the kind of model here.
@@ -124,6 +124,11 @@ def load(
     if quantize not in (None, "keep"):
         raise ConfigError(f"quantize: {shown_value(quantize)} is not 'keep' or None")
     source = _open(Path(path))
+    if source.quantized and dtype is None and quantize is None:
+        raise ConfigError(
+            f"{path}: its weights are quantized ({shown(source.quantized)}): pass quantize='keep' "
+            "to keep their codes, or dtype= such as 'bfloat16' to dequantize them"
+        )
     with _naming_file(path):
         module, like = _outline(source, dtype, scan, remat, as_stored)
         if mesh is not None:
@@ -208,6 +213,7 @@ class _Source:
     torch: Naming  # Hugging Face's names
     ignored: tuple[str, ...]
     headless: bool = False  # it has no output head, although its settings say so
+    quantized: str | None = None  # how, by config.json
 
 
 def _open(path: Path) -> _Source:
@@ -220,13 +226,14 @@ def _open(path: Path) -> _Source:
         return _Source(kind, settings, quantized, in_file, torch, ignored)
     settings = hf_directory.read_config(path)
     kind = _kind(settings, path)
-    tensors = hf_directory.tensors(path)
+    opened = published.open_directory(path, settings)
+    settings, tensors = opened.settings, opened.tensors
     torch = namings.naming(kind, tensors)
     tied = (namings.TIED_HEAD,) if settings.get("tie_word_embeddings") else ()
     # a decoder's classifier has no output head: the model here gets that of a tied one
     headless = not tied and "score.weight" in tensors and "lm_head.weight" not in tensors
-    ignored = (*namings.DROPPED[kind], *tied, *namings.KEPT[kind])
-    return _Source(kind, settings, tensors, torch, torch, ignored, headless)
+    ignored = (*namings.DROPPED[kind], *tied, *namings.KEPT[kind], *opened.ignored)
+    return _Source(kind, settings, tensors, torch, torch, ignored, headless, opened.method)
 
 
 def _kind(settings: Mapping[str, Any], path: Path) -> str:

@@ -52,7 +52,7 @@ def _weight(tensors: Mapping[str, Any], module: str, dtype: Any) -> StoredCodes:
         LazyArray((out, count), np.dtype(np.uint8), lambda: _outputs(zeros)),
         _BITS,
         lambda: regular(size, size // count),
-        dtype,
+        dtype or scales.dtype,
     )
 
 

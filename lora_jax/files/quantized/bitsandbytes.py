@@ -55,7 +55,7 @@ def read(tensors: Mapping[str, Any], config: Mapping[str, Any], dtype: Any) -> d
 def _eight_bits(tensors: Mapping[str, Any], name: str, dtype: Any) -> StoredCodes:
     """Return a weight of LLM.int8(): `SCB` is the largest number of each output."""
     weight = part(tensors, name, (-1, -1), "int8")
-    out = weight.shape[0]
+    out, dtype = weight.shape[0], dtype or np.dtype(np.float16)
     largest = part(tensors, name.removesuffix("weight") + "SCB", (out,), "float32")
 
     def scales() -> np.ndarray:

@@ -9,6 +9,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 
 from lora_jax.core.checks import is_size
@@ -147,7 +148,7 @@ def _integers(
         return Groups(where.groups.block, index)
 
     zeros = where.spread(zeros) if zeros is not None else None
-    return stored_integers(name, codes, scales, zeros, bits, groups, dtype)
+    return stored_integers(name, codes, scales, zeros, bits, groups, dtype or scales.dtype)
 
 
 def _mxfp4(tensors: Mapping[str, Any], module: str, dtype: Any) -> StoredCodes:
@@ -159,6 +160,7 @@ def _mxfp4(tensors: Mapping[str, Any], module: str, dtype: Any) -> StoredCodes:
         return pack_blocks(unpack_nibbles(np.asarray(packed)), 32)
 
     fields = {"codes": LazyArray(packed.shape, _BYTE, codes), "scales": scales}
+    dtype = dtype or np.dtype(ml_dtypes.bfloat16)
     return StoredCodes(
         f"{module}.weight", (out, size), dtype, lambda: QuantizedWeight(fields, "mxfp4", -1, dtype)
     )

@@ -28,7 +28,7 @@ def read(tensors: Mapping[str, Any], config: Any, dtype: Any) -> dict[str, Any]:
     Args:
       tensors: of the file, read by `np.asarray`.
       config: `quantization_config` of config.json.
-      dtype: of the quantized weights, where their own parts do not say.
+      dtype: of the quantized weights, where their own parts do not say; None if it is unknown.
 
     Raises:
       ModelFileError: the format is unknown, or parts are missing or of another shape or dtype.

@@ -7,6 +7,7 @@ its FbgemmFp8Config calls them `weight_scale`, one per output.
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 
 from lora_jax.core.quantized.weight import QuantizedWeight
@@ -52,4 +53,5 @@ def stored_fp8(
         ),
         "scales": where.spread(tensors[scale], np.dtype(np.float32)),
     }
+    dtype = dtype or np.dtype(ml_dtypes.bfloat16)
     return StoredCodes(name, weight.shape, dtype, lambda: QuantizedWeight(fields, "fp8", -1, dtype))

@@ -80,7 +80,7 @@ def _weight(
     )
     per_group = LazyArray((out, count), scales.dtype, lambda: np.asarray(scales).T)
     zero_points = LazyArray((out, count), np.dtype(np.uint8), zeros)
-    return stored_integers(name, codes, per_group, zero_points, bits, groups, dtype)
+    return stored_integers(name, codes, per_group, zero_points, bits, groups, dtype or scales.dtype)
 
 
 def _zeros(words: np.ndarray, bits: int, less_one: bool) -> np.ndarray:

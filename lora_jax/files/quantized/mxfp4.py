@@ -7,6 +7,7 @@ in transformers' `GptOssExperts`.
 from collections.abc import Mapping
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 
 from lora_jax.core.quantized.weight import QuantizedWeight
@@ -41,5 +42,6 @@ def _weight(tensors: Mapping[str, Any], name: str, dtype: Any) -> StoredCodes:
             (experts, groups, out), byte, lambda: np.asarray(scales).swapaxes(1, 2)
         ),
     }
+    dtype = dtype or np.dtype(ml_dtypes.bfloat16)
     shape = (experts, groups * _BLOCK, out)
     return StoredCodes(name, shape, dtype, lambda: QuantizedWeight(fields, "mxfp4", -2, dtype))
