@@ -15,7 +15,7 @@ from flax import linen as nn
 from jax.sharding import Mesh, PartitionSpec
 
 from lora_jax.core.checks import is_integer
-from lora_jax.core.errors import ConfigError, ModelFileError, StructureError
+from lora_jax.core.errors import ConfigError, ModelFileError, StructureError, TargetError
 from lora_jax.core.foreign import shown, shown_value
 from lora_jax.core.paths import flatten_with_paths
 from lora_jax.files import naming as names
@@ -26,6 +26,12 @@ from lora_jax.models.llama import Llama
 from lora_jax.models.llama_config import MODEL_TYPES, PARAM_DTYPES, LlamaConfig
 from lora_jax.models.remat import NONE, policy_name
 from lora_jax.models.weights import sharding_rules
+from lora_jax.models.weights.quantization import (
+    Quantize,
+    on_mesh,
+    parse_quantize,
+    quantized_shapes,
+)
 
 #: model_type in config.json -> the kind of model here.
 KIND_OF_MODEL_TYPE = {"bert": "bert", **dict.fromkeys(MODEL_TYPES, "llama")}
@@ -84,6 +90,7 @@ def load(
     as_stored: bool = False,
     mesh: Mesh | None = None,
     rules: Mapping[str, PartitionSpec] | None = None,
+    quantize: Quantize | None = None,
 ) -> Pretrained:
     """Read a published model: BERT, Llama, Mistral, Qwen2 or SmolLM2.
 
@@ -101,21 +108,33 @@ def load(
       rules: how parameters are sharded, `{the end of a path, a module or a regex: PartitionSpec}`,
         by default `models.RULES`: Megatron's axes along "tensor", the other ones along "fsdp".
         Axes that the mesh does not have, or that do not divide a size, are left out.
+      quantize: the kind into which the kernels of all linear layers are quantized while they are
+        read, such as "nf4": one block of a tensor is in memory beside the codes. As in QLoRA,
+        embeddings and the output head stay as they are, tied or not, and so do norms and biases. A
+        mapping `{the end of a path, a module, a regex or "all-linear": kind}` names them too; the
+        first entry that selects a weight decides, and None leaves it as it is. The model then runs
+        transformed: `lora.lora(model.apply)(model.params, ids)`.
 
     Returns:
       The model, with its parameters where `mesh` says.
 
     Raises:
       FileNotFoundError: the path does not exist, or the directory has no weights.
-      ConfigError: `mesh` is not a mesh of devices, or a rule does not fit a parameter.
+      ConfigError: `mesh` is not a mesh of devices, a rule does not fit a parameter, a kind cannot
+        be written, or its blocks do not divide a weight or its shards.
+      TargetError: an entry of `quantize` selects no weight.
       ValueError: the kind of model is unknown, the model refuses the configuration, or tensors are
         missing, unexpected or of another shape (all of them are listed); or a file is damaged.
     """
     if rules is not None and mesh is None:
         raise ConfigError("rules: say how parameters lie on a mesh, so give mesh= too")
+    if quantize is not None:
+        parse_quantize(quantize)  # before anything is read
     source = _open(Path(path))
     with _naming_file(path):
         module, like = _outline(source, dtype, scan, remat, as_stored)
+        if quantize is not None:
+            like = quantized_shapes(like, source.naming, quantize)
         if mesh is not None:
             like = _on_mesh(like, sharding_rules.shardings(like, mesh, rules, module.config))
         params = names.to_tree(source.naming, source.tensors, like, ignore=source.ignored)
@@ -142,7 +161,7 @@ def _naming_file(path: str | Path) -> Iterator[None]:
     """Give the errors within the block the name of the file."""
     try:
         yield
-    except ConfigError:
+    except (ConfigError, TargetError):
         raise  # of an argument, not of the file
     except StructureError as error:
         lines = str(error).replace("\n", "\n  ")
@@ -304,11 +323,10 @@ def _param_shapes(module: nn.Module, dtype: str) -> Any:
 
 def _on_mesh(like: Any, shardings: Any) -> Any:
     """Return the shapes with their shardings."""
-    return jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        like,
-        shardings,
-    )
+    leaves, treedef = flatten_with_paths(like)
+    where = jax.tree.leaves(shardings)
+    placed = [on_mesh(path, x, one) for (path, x), one in zip(leaves.items(), where, strict=True)]
+    return jax.tree_util.tree_unflatten(treedef, placed)
 
 
 def _stored_shapes(source: _Source, like: Any) -> Any:

@@ -10,7 +10,9 @@ import numpy as np
 
 from lora_jax.core.errors import StructureError, grouped
 from lora_jax.core.paths import flatten_with_paths
+from lora_jax.core.quantized.weight import is_quantized
 from lora_jax.files.naming.place import Place
+from lora_jax.files.naming.quantizing import read_quantized
 from lora_jax.files.naming.reading import StoredLeaf, read
 from lora_jax.files.naming.table import Naming
 from lora_jax.files.naming.writing import Part, TorchTensor
@@ -25,7 +27,8 @@ def to_tree(
       naming: which tensor is which leaf.
       tensors: arrays by name, read one at a time, so the mapping may load them from a file.
       like: a tree of arrays or `ShapeDtypeStruct`s: the structure, shapes and dtypes of the result.
-        A leaf with a `NamedSharding` is read into its shards: a process reads only its own.
+        A leaf with a `NamedSharding` is read into its shards: a process reads only its own. A
+        `QuantizedWeight` of `ShapeDtypeStruct`s is quantized while it is read.
       ignore: regexes that match the whole names of tensors to ignore.
 
     Raises:
@@ -42,7 +45,8 @@ def to_tree(
     leaves, treedef = flatten_with_paths(like)
     values, problems = {}, []
     for path, place in _checked_places(naming, tensors, leaves, ignore).items():
-        values[path], over = read(place, tensors, leaves[path])
+        make: Any = read_quantized if is_quantized(leaves[path]) else read
+        values[path], over = make(place, tensors, leaves[path])
         problems += [
             f"{', '.join(names)}: has values that overflow {values[path].dtype}; choose a dtype "
             "of a wider range"
