@@ -26,9 +26,10 @@ from lora_jax.models.llama import Llama
 from lora_jax.models.llama_config import MODEL_TYPES, PARAM_DTYPES, LlamaConfig
 from lora_jax.models.remat import NONE, policy_name
 from lora_jax.models.weights import sharding_rules
+from lora_jax.models.weights.kept import kept_shapes, warn_of_floats
 from lora_jax.models.weights.quantization import (
+    KEEP,
     Quantize,
-    on_mesh,
     parse_quantize,
     quantized_shapes,
 )
@@ -88,9 +89,9 @@ def load(
     scan: bool = False,
     remat: bool | str = False,
     as_stored: bool = False,
+    quantize: Quantize | None = None,
     mesh: Mesh | None = None,
     rules: Mapping[str, PartitionSpec] | None = None,
-    quantize: Quantize | None = None,
 ) -> Pretrained:
     """Read a published model: BERT, Llama, Mistral, Qwen2 or SmolLM2.
 
@@ -103,40 +104,46 @@ def load(
       remat: which activations are recomputed, as in `LlamaConfig`: True, False, or a name.
       as_stored: keep the dtype that each parameter has in the file; `dtype` is then that of the
         computation only.
+      quantize: "keep" for parameters as they are in the file: quantized ones become
+        `QuantizedWeight`s of the same codes, which stand for weights of `dtype`; floating ones keep
+        their dtype, as with `as_stored`. Types without a kind here are read as floats, with a
+        warning. Or the kind into which the kernels of all linear layers are quantized while they
+        are read, such as "nf4": one part of a tensor is in memory beside the codes. As in QLoRA,
+        embeddings and the output head stay as they are, tied or not, and so do norms and biases. A
+        mapping `{the end of a path, a module, a regex or "all-linear": kind}` can name them; the
+        first entry that selects a weight decides, and None leaves the weight as it is. The model is
+        then `lora_jax.lora(model.apply)`. By default quantized tensors are dequantized.
       mesh: of devices, on which the parameters are sharded: each process reads only its own shards,
         one part of a tensor at a time. By default all are on the default device.
       rules: how parameters are sharded, `{the end of a path, a module or a regex: PartitionSpec}`,
         by default `models.RULES`: Megatron's axes along "tensor", the other ones along "fsdp".
         Axes that the mesh does not have, or that do not divide a size, are left out.
-      quantize: the kind into which the kernels of all linear layers are quantized while they are
-        read, such as "nf4": one block of a tensor is in memory beside the codes. As in QLoRA,
-        embeddings and the output head stay as they are, tied or not, and so do norms and biases. A
-        mapping `{the end of a path, a module, a regex or "all-linear": kind}` names them too; the
-        first entry that selects a weight decides, and None leaves it as it is. The model then runs
-        transformed: `lora.lora(model.apply)(model.params, ids)`.
 
     Returns:
       The model, with its parameters where `mesh` says.
 
     Raises:
       FileNotFoundError: the path does not exist, or the directory has no weights.
-      ConfigError: `mesh` is not a mesh of devices, a rule does not fit a parameter, a kind cannot
-        be written, or its blocks do not divide a weight or its shards.
+      ConfigError: `mesh` is not a mesh of devices, or a rule does not fit a parameter; or
+        `quantize` is unknown, cannot keep stacked layers that are quantized in several ways, or has
+        blocks that do not divide a weight or its shards.
       TargetError: an entry of `quantize` selects no weight.
       ValueError: the kind of model is unknown, the model refuses the configuration, or tensors are
         missing, unexpected or of another shape (all of them are listed); or a file is damaged.
     """
     if rules is not None and mesh is None:
         raise ConfigError("rules: say how parameters lie on a mesh, so give mesh= too")
-    if quantize is not None:
-        parse_quantize(quantize)  # before anything is read
+    kinds = None if quantize in (None, KEEP) else parse_quantize(quantize)
     source = _open(Path(path))
     with _naming_file(path):
         module, like = _outline(source, dtype, scan, remat, as_stored)
-        if quantize is not None:
-            like = quantized_shapes(like, source.naming, quantize)
         if mesh is not None:
             like = _on_mesh(like, sharding_rules.shardings(like, mesh, rules, module.config))
+        if kinds is not None:
+            like = quantized_shapes(like, source.naming, kinds)
+        elif quantize == KEEP:
+            warn_of_floats(path, source.tensors.values())
+            like = kept_shapes(source.naming, source.tensors, like)
         params = names.to_tree(source.naming, source.tensors, like, ignore=source.ignored)
     return _pretrained(source, module, params)
 
@@ -323,10 +330,11 @@ def _param_shapes(module: nn.Module, dtype: str) -> Any:
 
 def _on_mesh(like: Any, shardings: Any) -> Any:
     """Return the shapes with their shardings."""
-    leaves, treedef = flatten_with_paths(like)
-    where = jax.tree.leaves(shardings)
-    placed = [on_mesh(path, x, one) for (path, x), one in zip(leaves.items(), where, strict=True)]
-    return jax.tree_util.tree_unflatten(treedef, placed)
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        like,
+        shardings,
+    )
 
 
 def _stored_shapes(source: _Source, like: Any) -> Any:

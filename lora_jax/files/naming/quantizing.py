@@ -17,8 +17,8 @@ from lora_jax.files.naming.reading import (
     Ranges,
     blocks_of_layer,
     overflows,
-    put_shards,
     shards_of,
+    to_devices,
 )
 
 
@@ -57,7 +57,7 @@ def read_quantized(
             codes = _encode(rounded, like.kind, axis - rounded.ndim)
             for name, shard, (into, part) in meets:
                 shard.write(into, codes[name][part])
-    fields = {name: put_shards(x, shards[name]) for name, x in like.fields.items()}
+    fields = {name: to_devices(x, shards[name]) for name, x in like.fields.items()}
     return dataclasses.replace(like, fields=fields), tuple(over)
 
 

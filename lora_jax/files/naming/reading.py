@@ -38,8 +38,8 @@ def read(
       The leaf, and the names of the tensors with finite values that are not finite in its dtype.
     """
     mine = shards_of(like)
-    over = _fill(place, tensors, mine.values(), place.layers())
-    return put_shards(like, mine), over
+    over = fill(place, tensors, mine.values(), place.layers())
+    return to_devices(like, mine), over
 
 
 @dataclass(frozen=True)
@@ -92,8 +92,8 @@ class StoredLeaf:
             for index in self.place.at(layers[0][0])
         ]
         ranges = tuple((n, n + size) for n, size in zip(first, shape, strict=True))
-        shard = Shard(ranges, empty(shape, self.dtype))
-        _fill(self.place, self.tensors, [shard], layers)
+        shard = _Shard(ranges, empty(shape, self.dtype))
+        fill(self.place, self.tensors, [shard], layers)
         return shard.values
 
 
@@ -129,8 +129,8 @@ def row_ranges(tensor: Any) -> list[tuple[int, int]]:
     return [(start, min(start + step, size)) for start in range(0, size, step)]
 
 
-def _fill(
-    place: Place, tensors: Mapping[str, Any], shards: Collection["Shard"], layers: Sequence[tuple]
+def fill(
+    place: Place, tensors: Mapping[str, Any], shards: Collection["_Shard"], layers: Sequence[tuple]
 ) -> tuple[tuple[str, ...], ...]:
     """Read these layers into shards, and return the names of the tensors that overflow them."""
     over: dict[tuple[str, ...], None] = {}
@@ -148,7 +148,7 @@ def _fill(
 
 
 @dataclass(frozen=True)
-class Shard:
+class _Shard:
     """A part of a leaf, in host memory."""
 
     ranges: Ranges  # of the leaf
@@ -185,18 +185,18 @@ class Shard:
         return overflows(values, self.values[into])
 
 
-def shards_of(like: Any) -> dict[Ranges, Shard]:
-    """Return the distinct parts of a leaf that devices of this process hold."""
+def shards_of(like: Any) -> dict[Ranges, _Shard]:
+    """Return the distinct parts of a leaf, or of its shape, that devices of this process hold."""
     sharding = sharding_of(like)
     parts: Any = [(slice(None),) * len(like.shape)]
     if sharding is not None:
         parts = sharding.addressable_devices_indices_map(like.shape).values()
-    found: dict[Ranges, Shard] = {}
+    found: dict[Ranges, _Shard] = {}
     for index in parts:
         ranges = _ranges(index, like.shape)
         if ranges not in found:
             shape = tuple(stop - start for start, stop in ranges)
-            found[ranges] = Shard(ranges, empty(shape, like.dtype))
+            found[ranges] = _Shard(ranges, empty(shape, like.dtype))
     return found
 
 
@@ -219,8 +219,8 @@ def empty(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
     return memory[start : start + size].view(dtype).reshape(shape)
 
 
-def put_shards(like: Any, shards: Mapping[Ranges, Shard]) -> jax.Array:
-    """Return the array of the shards that `shards_of` returned, on its devices."""
+def to_devices(like: Any, shards: Mapping[Ranges, _Shard]) -> jax.Array:
+    """Return the leaf of shards that were filled, sharded as `like`."""
     sharding = sharding_of(like)
     if sharding is None:
         (only,) = shards.values()

@@ -1,8 +1,9 @@
 """Which parameters of a model are quantized while they are loaded, and into which kinds."""
 
+import dataclasses
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -15,10 +16,12 @@ from lora_jax.core.foreign import shown, shown_value
 from lora_jax.core.paths import flatten_with_paths
 from lora_jax.core.patterns import names_module, nearest
 from lora_jax.core.quantized.kinds import KINDS, WRITABLE
-from lora_jax.core.quantized.weight import QuantizedWeight, is_quantized, quantize_array
+from lora_jax.core.quantized.weight import QuantizedWeight, quantize_array
 from lora_jax.files.naming import Naming, Place
+from lora_jax.files.naming.reading import sharding_of
 
-#: A kind for all linear layers; or a kind, or None for no kind, for what a pattern selects.
+KEEP = "keep"  # the codes in the file, see `weights.kept`
+#: "keep"; a kind for all linear layers; or a kind, or None for no kind, for what a pattern selects.
 Quantize = str | Mapping[str, str | None]
 
 _HEAD = "head/kernel"  # which all-linear leaves as it is, tied or not, as QLoRA does
@@ -39,8 +42,8 @@ def parse_quantize(quantize: Any) -> dict[str, str | None]:
     table = {ALL_LINEAR: quantize} if isinstance(quantize, str) else quantize
     if not isinstance(table, Mapping) or not table:
         raise ConfigError(
-            f"quantize: {shown_value(quantize)} must be a kind, one of {', '.join(WRITABLE)}, or a "
-            'mapping such as {"mlp": "nf4", "all-linear": "int8"}'
+            f"quantize: {shown_value(quantize)} must be a kind ({', '.join(WRITABLE)}), {KEEP!r}, "
+            'or a mapping such as {"mlp": "nf4", "all-linear": "int8"}'
         )
     for pattern, kind in table.items():
         where = "quantize" if pattern == ALL_LINEAR else f"quantize: {shown_value(pattern)}"
@@ -50,26 +53,26 @@ def parse_quantize(quantize: Any) -> dict[str, str | None]:
             continue
         what = "can be read from files, but not written" if kind in KINDS else "is not a kind"
         raise ConfigError(
-            f"{where}: {shown_value(kind)} {what}; choose one of {', '.join(WRITABLE)}"
+            f"{where}: {shown_value(kind)} {what}; choose one of {', '.join(WRITABLE)}, or "
+            f"{KEEP!r} for the codes in the file"
         )
     return dict(table)
 
 
-def quantized_shapes(like: Any, naming: Naming, quantize: Quantize) -> Any:
+def quantized_shapes(like: Any, naming: Naming, table: Mapping[str, str | None]) -> Any:
     """Return the shapes of a model's parameters, those to quantize as `QuantizedWeight`s of shapes.
 
     The blocks lie along the axis that a linear layer sums, and along the width of an embedding.
 
     Args:
-      like: a tree of `ShapeDtypeStruct`s.
+      like: a tree of `ShapeDtypeStruct`s, with a `NamedSharding` each where they lie on a mesh.
       naming: of its leaves.
-      quantize: as in `models.load`.
+      table: from `parse_quantize`.
 
     Raises:
-      ConfigError: as `parse_quantize`; or blocks do not divide an axis: all such leaves are listed.
+      ConfigError: blocks do not divide an axis or its shards: all such leaves are listed.
       TargetError: a pattern selects no weight of a layer.
     """
-    table = parse_quantize(quantize)
     leaves, treedef = flatten_with_paths(like)
     places = naming.places({path: leaf.shape for path, leaf in leaves.items()})
     weights = {path: place for path, place in places.items() if place.entry.kind}
@@ -81,14 +84,13 @@ def quantized_shapes(like: Any, naming: Naming, quantize: Quantize) -> Any:
     for path, kind in kinds.items():
         if kind is None:
             continue
-        axis = _block_axis(places[path])
-        make = partial(quantize_array, kind=kind, axis=axis)
         try:
-            leaves[path] = jax.eval_shape(make, leaves[path])
+            leaves[path] = _quantized(leaves[path], kind, _block_axis(places[path]))
         except ConfigError as error:
             problem = str(error).removeprefix("quantize: ")
             rest = f'quantize={{"{path}": None, "{ALL_LINEAR}": "{kind}"}}'
-            problems.append(f"{path}: {problem}; choose another kind, or leave it out: {rest}")
+            mends = "choose another kind, " if "; " not in problem else ""
+            problems.append(f"{path}: {problem}; {mends}or leave it out: {rest}")
     if problems:
         raise ConfigError("quantize: " + grouped(problems))
     return jax.tree_util.tree_unflatten(treedef, leaves.values())
@@ -126,36 +128,39 @@ def _block_axis(place: Place) -> int:
     return layout.rindex(summed) - len(layout)
 
 
-def on_mesh(path: str, like: Any, sharding: NamedSharding) -> Any:
-    """Return the shape of a parameter, with the sharding of the parameter or of each of its fields.
+def _quantized(like: Any, kind: str, axis: int) -> QuantizedWeight:
+    """Return the shapes of a weight's fields, sharded as the weight is.
 
     Raises:
-      ConfigError: a shard of the blocked axis does not have whole blocks.
+      ConfigError: the blocks do not divide the axis, or a shard of it does not have whole blocks.
     """
-    if not is_quantized(like):
-        return jax.ShapeDtypeStruct(like.shape, like.dtype, sharding=sharding)
-    entries = [*sharding.spec, *(None for _ in range(like.ndim - len(sharding.spec)))]
-    _check_blocks(path, like, entries[like.axis], sharding)
-
-    def one(field: Any) -> jax.ShapeDtypeStruct:
-        own = list(entries)
-        if field.shape[like.axis] == 1:  # one entry for all blocks
-            own[like.axis] = None
-        where = NamedSharding(sharding.mesh, PartitionSpec(*own))
-        return jax.ShapeDtypeStruct(field.shape, field.dtype, sharding=where)
-
-    fields = {name: one(field) for name, field in like.fields.items()}
-    return QuantizedWeight(fields, like.kind, like.axis, like.dtype)
-
-
-def _check_blocks(path: str, like: QuantizedWeight, entry: Any, sharding: NamedSharding) -> None:
-    names = entry if isinstance(entry, tuple) else (entry,)
+    plain = jax.ShapeDtypeStruct(like.shape, like.dtype)
+    found = jax.eval_shape(partial(quantize_array, kind=kind, axis=axis), plain)
+    sharding = sharding_of(like)
+    if sharding is None:
+        return found
+    entries = [*sharding.spec, *(None for _ in range(found.ndim - len(sharding.spec)))]
+    names = entries[axis] if isinstance(entries[axis], tuple) else (entries[axis],)
     parts = math.prod(sharding.mesh.shape[name] for name in names if name is not None)
-    blocks = like.shape[like.axis] // like.block
+    blocks = found.shape[axis] // found.block
     if blocks > 1 and blocks % parts:
         along = "+".join(str(name) for name in names)
         raise ConfigError(
-            f"quantize: {path}: axis {like.axis} of {list(like.shape)} has {blocks} blocks of "
-            f"{like.block} ({like.kind}), which {along}={parts} does not divide; choose another "
-            "kind, fewer devices along the axis, or rules= that do not shard it"
+            f"axis {axis} of {list(found.shape)} has {blocks} blocks of {found.block} ({kind}), "
+            f"which {along}={parts} does not divide; fewer devices along the axis, rules= that do "
+            "not shard it"
         )
+    return dataclasses.replace(
+        found,
+        fields={name: _sharded(x, axis, sharding, entries) for name, x in found.fields.items()},
+    )
+
+
+def _sharded(
+    field: Any, axis: int, sharding: NamedSharding, entries: Sequence[Any]
+) -> jax.ShapeDtypeStruct:
+    own = list(entries)
+    if field.shape[axis] == 1:  # one entry for all blocks
+        own[axis] = None
+    where = NamedSharding(sharding.mesh, PartitionSpec(*own))
+    return jax.ShapeDtypeStruct(field.shape, field.dtype, sharding=where)

@@ -109,7 +109,7 @@ def test_on_a_mesh_codes_are_sharded_as_the_weight(directory):
 
 def test_blocks_must_divide_a_shard(directory):
     mesh = devices.make_mesh((4,), ("fsdp",))
-    what = r"key/kernel: axis -2 of \[64, 32\] has 2 blocks of 32 \(int4\), which fsdp=4 does not"
+    what = r"for the first, axis -2 of \[64, 32\] has 2 blocks of 32 \(int4\), which fsdp=4 does"
     with pytest.raises(ConfigError, match=what):
         models.load(directory, quantize="int4", mesh=mesh)
     # one block for all inputs: the codes are sharded, and each device has the scales of all rows
