@@ -21,7 +21,7 @@ class Field:
     """An array of a quantized weight: it has the weight's axes, the blocked one shorter.
 
     Attributes:
-      dtype: of the array.
+      dtype: of the array that `quantize` makes; scales from a file keep the file's dtype.
       per_weight: entries per number of the weight, such as 1/2 for packed 4-bit codes; None for one
         entry per block, 0 for one entry per index of the other axes.
     """
@@ -47,7 +47,9 @@ class Kind:
     Attributes:
       name: as in `lora.quantize(params, name)`.
       fields: the arrays by name. The first has the codes, and so shows the size of the weight.
-      block: numbers per block; None where the block is the whole axis.
+      block: numbers per block as `quantize` makes them; None where the block is the whole axis. A
+        weight from a file may have other blocks: where a field has one entry per block, it is that
+        field's size which counts.
       decode: `decode(fields, axis)` returns float32 values.
       encode: `encode(values, axis)` returns the fields of float32 values; None where files of this
         kind can be read but not written.
@@ -66,6 +68,11 @@ class Kind:
     def codes(self) -> str:
         """The name of the field with the codes."""
         return next(iter(self.fields))
+
+    @property
+    def per_block(self) -> str | None:
+        """The name of the first field with one entry per block, or None."""
+        return next((x for x, field in self.fields.items() if field.per_weight is None), None)
 
     def size(self, entries: int) -> int:
         """Return the size of the blocked axis of a weight whose codes have so many entries."""

@@ -1,12 +1,12 @@
-"""NF4, the 4-bit format of QLoRA, with 8-bit scales."""
+"""NF4, the 4-bit format of QLoRA, with 8-bit scales or float32 ones."""
 
-import itertools
+from collections.abc import Sequence
 from fractions import Fraction
 
 import jax
 import jax.numpy as jnp
 
-from lora_jax.core.quantized.bits import look_up, map_nibbles, pack_nibbles
+from lora_jax.core.quantized.bits import look_up, map_nibbles, nearest, pack_nibbles
 from lora_jax.core.quantized.kind import Field, Fields, Kind
 
 # QLoRA, https://arxiv.org/abs/2305.14314, appendix E: quantiles of a normal distribution in
@@ -49,17 +49,13 @@ def _encode(values: jax.Array, axis: int) -> dict[str, jax.Array]:
     largest = absmax.max(axis - 1, keepdims=True)
     ratio = absmax / jnp.where(largest > 0, largest, 1)
     scales = jnp.round(jnp.sqrt(ratio) * 255).astype(jnp.uint8)
-    codes = nearest(values, _absmax(scales, largest))
+    codes = absmax_codes(values, _absmax(scales, largest), VALUES)
     return {"codes": pack_nibbles(codes, axis), "scales": scales, "largest": largest}
 
 
-def nearest(values: jax.Array, absmax: jax.Array) -> jax.Array:
-    """Return the code of the nearest of the 16 values times `absmax`."""
-    scaled = values / jnp.where(absmax > 0, absmax, 1)
-    codes = jnp.zeros(values.shape, jnp.uint8)
-    for low, high in itertools.pairwise(VALUES):
-        codes += scaled > (low + high) / 2
-    return codes
+def absmax_codes(values: jax.Array, absmax: jax.Array, table: Sequence[float]) -> jax.Array:
+    """Return the code of the nearest number of the table times `absmax`."""
+    return nearest(values / jnp.where(absmax > 0, absmax, 1), table)
 
 
 NF4 = Kind(
