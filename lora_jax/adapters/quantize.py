@@ -46,16 +46,15 @@ def quantize(
 ) -> Any:
     """Replace each targeted weight by its codes and scales, a `QuantizedWeight`.
 
-    `lora(fn)` takes the tree that comes, with and without adapters, and `init` adapts it. Each
-    weight is divided into blocks along its innermost in axis, the one that products sum over, whose
-    size the block divides; a table whose rows are looked up along its embed axis, so that each row
-    is whole, also if it is a tied head. Layers and experts that are stacked in one array keep
-    blocks of their own, and are quantized one after another: at no time are there float32 copies of
-    more than one.
+    `lora(fn)` takes the new tree, with and without adapters, and `init` adapts it. Each weight is
+    divided into blocks along an in axis, which products sum over: the innermost one that the block
+    divides. A table whose rows are looked up is divided along its embed axis, so that rows stay
+    whole, also if it is a tied head. Layers and experts that are stacked in one array are
+    quantized in turn, so that float32 values exist of one at a time.
 
     Args:
-      params: any pytree of arrays or `ShapeDtypeStruct`s. Of an adapted tree the base is quantized,
-        and the adapters stay.
+      params: any pytree of arrays or `ShapeDtypeStruct`s. If it has adapters, its base is quantized
+        and the adapters stay as they are.
       kind: a name in `QUANTIZED_KINDS` ("nf4", "int8", ...), or pattern -> name, in which the first
         pattern that matches a target wins.
       fn: the function that will run on the parameters, as for `init`. Without it only weights with

@@ -243,7 +243,7 @@ def check_pattern(field: str, pattern: Any) -> Pattern:
     """Return a pattern that selects paths, its entries as a tuple.
 
     Raises:
-      ConfigError: it is no pattern.
+      ConfigError: it is not a pattern.
     """
     if callable(pattern):
         return pattern
