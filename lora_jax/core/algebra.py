@@ -10,6 +10,8 @@ from lora_jax.core.dora import by_output, gain_from_norms, output_letters
 from lora_jax.core.dtypes import accumulator
 from lora_jax.core.host_memory import on_device
 from lora_jax.core.layout import subscripts
+from lora_jax.core.quantized.coding import Coding
+from lora_jax.core.quantized.weight import QuantizedWeight, is_quantized
 from lora_jax.core.sharding.meshes import einsum, on_mesh_of, reshard_like
 from lora_jax.core.weights import Adapted, LoraWeight, TrainedLeaf, TrainedRows, scaled_factors
 
@@ -34,10 +36,11 @@ def dense(node: Adapted, dtype: Any = None) -> jax.Array:
     """Return the leaf that `node` means, `W + scale · A · B`, as one array.
 
     The sum is computed in float32 (float64 if an array is) and rounded once to `dtype`, by default
-    the dtype of the base leaf.
+    the dtype of the base leaf. A quantized base counts with its values, in its dtype.
     """
     dtype = dtype or node.w.dtype
-    node = dataclasses.replace(node, w=on_device(node.w))
+    w = on_device(node.w)
+    node = dataclasses.replace(node, w=w.dequantize() if is_quantized(w) else w)
     if isinstance(node, TrainedLeaf):
         return jnp.where(node.scale != 0, node.value.astype(dtype), node.w.astype(dtype))
     if isinstance(node, TrainedRows):
@@ -52,3 +55,34 @@ def dense(node: Adapted, dtype: Any = None) -> jax.Array:
         gains = jnp.einsum(f"{output_letters(node.layout)}->{order}", gains)
         total = total * jnp.expand_dims(gains, ins)
     return total.astype(dtype)
+
+
+def requantized(node: Adapted, coding: Coding) -> QuantizedWeight:
+    """Return the leaf that `node` means, quantized; its base is quantized too.
+
+    The sum is computed in float32, from values that are not rounded to the base's dtype. Where the
+    adapter changes nothing, because its scale, A or B is zero, the base's own codes are kept.
+    """
+    w = on_device(node.w)
+    values = dataclasses.replace(w, dtype=jnp.dtype(jnp.float32)).dequantize()
+    made = coding.encode(dense(dataclasses.replace(node, w=values), jnp.float32))
+    if coding != Coding.of(w):
+        return made
+    off = _changes_nothing(node)
+    return jax.tree.map(lambda old, new: jnp.where(off, old, new), w, made)
+
+
+def _changes_nothing(node: Adapted) -> jax.Array:
+    """Return whether an adapter is without effect, of a stack per layer, beside ones."""
+    off = node.scale == 0
+    if not isinstance(node, LoraWeight):
+        return off
+    if node.magnitude is None:
+        n = off.ndim
+        off |= ~(_any(node.a, n) & _any(node.b, n))
+    inner = [i for i in range(len(node.layout.axes)) if i not in node.layout.positions("b")]
+    return jnp.expand_dims(off, inner)
+
+
+def _any(x: jax.Array, n_batch: int) -> jax.Array:
+    return (x != 0).any(range(n_batch, x.ndim))

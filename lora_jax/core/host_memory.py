@@ -12,7 +12,7 @@ def on_device(x: Any) -> Any:
     return jax.device_put(x, jax.memory.Space.Device) if _is_on_host(x) else x
 
 
-def in_memory_of(x: jax.Array, like: Any) -> jax.Array:
+def in_memory_of(x: Any, like: Any) -> Any:
     """Return `x`, which is in device memory, in host memory if `like` is there."""
     return jax.device_put(x, jax.memory.Space.Host) if _is_on_host(like) else x
 
@@ -31,4 +31,5 @@ def fetch(x: Any, index: tuple[Any, ...] = ()) -> np.ndarray:
 
 
 def _is_on_host(x: Any) -> bool:
-    return isinstance(x, jax.Array) and jax.typeof(x).memory_space is jax.memory.Space.Host
+    arrays = [leaf for leaf in jax.tree.leaves(x) if isinstance(leaf, jax.Array)]
+    return any(jax.typeof(leaf).memory_space is jax.memory.Space.Host for leaf in arrays)

@@ -10,8 +10,8 @@ import pytest
 
 import lora_jax
 from lora_jax import Layout, LoraConfig, LoraWeight, MergeError, StructureError
-from lora_jax.adapters import merge
-from lora_jax.adapters.merge import LoopForm
+from lora_jax.adapters import merge_leaf
+from lora_jax.adapters.merge_leaf import LoopForm
 from lora_jax.core import algebra
 from tests import devices
 from tests.devices import assert_same
@@ -203,9 +203,9 @@ def test_a_stack_is_merged_layer_by_layer_to_the_same_values(axes, dtype, target
 
 def compiled(node, dtype, donate=False):
     base, rest = lora_jax.split(node)
-    fn = merge._sum_donated if donate else merge._sum_kept
-    form = merge._choose_form(base, rest)
-    return fn.lower(base, rest, dtype=jnp.dtype(dtype), form=form).compile()
+    fn = merge_leaf.sum_donated if donate else merge_leaf.sum_kept
+    form = merge_leaf.choose_form(base, rest)
+    return fn.lower(base, rest, target=jnp.dtype(dtype), form=form).compile()
 
 
 @pytest.mark.parametrize("donate", [True, False], ids=["donated", "kept"])
@@ -261,7 +261,7 @@ def test_a_stack_that_lies_on_several_devices_stays_there():
     for spec, form in ((("x",), LoopForm.WHOLE), ((None, None, "x"), LoopForm.LAYERS)):
         sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*spec))
         spread = dataclasses.replace(node, w=jax.device_put(node.w, sharding))
-        assert merge._choose_form(spread.w, spread) is form
+        assert merge_leaf.choose_form(spread.w, spread) is form
         got = lora_jax.merge(spread)
         assert got.sharding.is_equivalent_to(sharding, got.ndim)
         np.testing.assert_allclose(got, want, rtol=1e-6)

@@ -7,7 +7,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from lora_jax.adapters.merge import merge_layer, take_layer
+from lora_jax.adapters.merge_leaf import merge_layer, take_layer
 from lora_jax.core.errors import MergeError
 from lora_jax.core.foreign import shown
 from lora_jax.core.host_memory import fetch

@@ -86,13 +86,14 @@ def is_quantized(x: Any) -> bool:
     return isinstance(x, QuantizedWeight)
 
 
-def quantize_array(w: jax.Array, kind: str, axis: int) -> QuantizedWeight:
+def quantize_array(w: jax.Array, kind: str, axis: int, block: int | None = None) -> QuantizedWeight:
     """Return a floating array, quantized along an axis.
 
     Args:
       w: any floating array; it is read in float32.
       kind: a name in `KINDS` that can be written.
       axis: the axis that is divided into blocks.
+      block: numbers per block; None for the kind's own.
 
     Raises:
       ConfigError: the kind is unknown or cannot be written, or its blocks do not divide the axis.
@@ -102,7 +103,7 @@ def quantize_array(w: jax.Array, kind: str, axis: int) -> QuantizedWeight:
         raise ConfigError(f"quantize: {kind} can be read from files, but not written")
     axis = axis % w.ndim - w.ndim
     size = w.shape[axis]
-    block = form.block or size
+    block = block or form.block or size
     if size % block:
         raise ConfigError(
             f"quantize: blocks of {block} ({kind}) do not divide axis {axis} of {list(w.shape)}"

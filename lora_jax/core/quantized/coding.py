@@ -1,0 +1,62 @@
+"""`Coding`: how a weight is quantized, apart from its values, so that others can be likewise."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lora_jax.core.errors import ConfigError
+from lora_jax.core.quantized.kinds import WRITABLE, kind_named
+from lora_jax.core.quantized.weight import QuantizedWeight, quantize_array
+
+
+@dataclasses.dataclass(frozen=True)
+class Coding:
+    """The kind, the axis and the blocks of a quantized weight, and the dtypes of its arrays.
+
+    >>> import jax.numpy as jnp
+    >>> w = quantize_array(jnp.arange(64.0).reshape(64, 1), "int4", axis=0)
+    >>> again = Coding.of(w).encode(w.dequantize())
+    >>> bool((again.fields["codes"] == w.fields["codes"]).all())
+    True
+    """
+
+    kind: str
+    axis: int  # counted from the end
+    block: int | None  # None for the kind's own
+    dtype: Any  # that the weight stands for
+    floats: tuple[tuple[str, Any], ...] = ()  # dtypes of the floating arrays, by name
+
+    @classmethod
+    def of(cls, w: QuantizedWeight, kind: str | None = None) -> "Coding":
+        """Return the coding of a weight, or that of another kind along the same axis."""
+        if kind is not None and kind != w.kind:
+            return cls(kind, w.axis, None, w.dtype)
+        is_float = lambda x: jnp.issubdtype(x.dtype, jnp.floating)
+        floats = tuple((name, x.dtype) for name, x in w.fields.items() if is_float(x))
+        block = None if w.format.block is None else w.block
+        return cls(w.kind, w.axis, block, w.dtype, floats)
+
+    def encode(self, values: jax.Array) -> QuantizedWeight:
+        """Return these values, quantized."""
+        made = quantize_array(values, self.kind, self.axis, self.block)
+        fields = dict(made.fields)
+        for name, dtype in self.floats:
+            fields[name] = fields[name].astype(dtype)
+        return dataclasses.replace(made, fields=fields, dtype=self.dtype)
+
+
+def check_kind(caller: str, option: str, kind: Any) -> None:
+    """Raise unless an option is True or False, or names a kind that can be written.
+
+    Raises:
+      ConfigError: it does not.
+    """
+    if isinstance(kind, bool):
+        return
+    if kind_named(kind).encode is None:
+        raise ConfigError(
+            f"{caller}: {option}={kind!r} can be read from files, but not written; choose one of "
+            f"{', '.join(WRITABLE)}"
+        )
