@@ -26,6 +26,7 @@ from lora_jax.models.llama import Llama
 from lora_jax.models.llama_config import MODEL_TYPES, PARAM_DTYPES, LlamaConfig
 from lora_jax.models.remat import NONE, policy_name
 from lora_jax.models.weights import sharding_rules
+from lora_jax.models.weights.kept import kept_shapes, warn_of_floats
 
 #: model_type in config.json -> the kind of model here.
 KIND_OF_MODEL_TYPE = {"bert": "bert", **dict.fromkeys(MODEL_TYPES, "llama")}
@@ -82,6 +83,7 @@ def load(
     scan: bool = False,
     remat: bool | str = False,
     as_stored: bool = False,
+    quantize: str | None = None,
     mesh: Mesh | None = None,
     rules: Mapping[str, PartitionSpec] | None = None,
 ) -> Pretrained:
@@ -96,6 +98,11 @@ def load(
       remat: which activations are recomputed, as in `LlamaConfig`: True, False, or a name.
       as_stored: keep the dtype that each parameter has in the file; `dtype` is then that of the
         computation only.
+      quantize: "keep" for parameters as they are in the file: quantized ones become
+        `QuantizedWeight`s of the same codes, which stand for weights of `dtype`; floating ones keep
+        their dtype, as with `as_stored`. Types without a kind here are read as floats, with a
+        warning. The model is then `lora_jax.lora(model.apply)`. By default quantized tensors are
+        dequantized.
       mesh: of devices, on which the parameters are sharded: each process reads only its own shards,
         one part of a tensor at a time. By default all are on the default device.
       rules: how parameters are sharded, `{the end of a path, a module or a regex: PartitionSpec}`,
@@ -107,17 +114,23 @@ def load(
 
     Raises:
       FileNotFoundError: the path does not exist, or the directory has no weights.
-      ConfigError: `mesh` is not a mesh of devices, or a rule does not fit a parameter.
+      ConfigError: `mesh` is not a mesh of devices, or a rule does not fit a parameter; or
+        `quantize` is unknown, or cannot keep stacked layers that are quantized in several ways.
       ValueError: the kind of model is unknown, the model refuses the configuration, or tensors are
         missing, unexpected or of another shape (all of them are listed); or a file is damaged.
     """
     if rules is not None and mesh is None:
         raise ConfigError("rules: say how parameters lie on a mesh, so give mesh= too")
+    if quantize not in (None, "keep"):
+        raise ConfigError(f"quantize: {shown_value(quantize)} is not 'keep' or None")
     source = _open(Path(path))
     with _naming_file(path):
         module, like = _outline(source, dtype, scan, remat, as_stored)
         if mesh is not None:
             like = _on_mesh(like, sharding_rules.shardings(like, mesh, rules, module.config))
+        if quantize == "keep":
+            warn_of_floats(path, source.tensors.values())
+            like = kept_shapes(source.naming, source.tensors, like)
         params = names.to_tree(source.naming, source.tensors, like, ignore=source.ignored)
     return _pretrained(source, module, params)
 

@@ -37,9 +37,9 @@ def read(
     Returns:
       The leaf, and the names of the tensors with finite values that are not finite in its dtype.
     """
-    mine = _shards(like)
-    over = _fill(place, tensors, mine.values(), place.layers())
-    return _to_devices(like, mine), over
+    mine = shards_of(like)
+    over = fill(place, tensors, mine.values(), place.layers())
+    return to_devices(like, mine), over
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ class StoredLeaf:
         ]
         ranges = tuple((n, n + size) for n, size in zip(first, shape, strict=True))
         shard = _Shard(ranges, empty(shape, self.dtype))
-        _fill(self.place, self.tensors, [shard], layers)
+        fill(self.place, self.tensors, [shard], layers)
         return shard.values
 
 
@@ -129,7 +129,7 @@ def row_ranges(tensor: Any) -> list[tuple[int, int]]:
     return [(start, min(start + step, size)) for start in range(0, size, step)]
 
 
-def _fill(
+def fill(
     place: Place, tensors: Mapping[str, Any], shards: Collection["_Shard"], layers: Sequence[tuple]
 ) -> tuple[tuple[str, ...], ...]:
     """Read these layers into shards, and return the names of the tensors that overflow them."""
@@ -185,8 +185,8 @@ class _Shard:
         return _overflows(values, self.values[into])
 
 
-def _shards(like: Any) -> dict[Ranges, _Shard]:
-    """Return the distinct parts of a leaf that devices of this process hold."""
+def shards_of(like: Any) -> dict[Ranges, _Shard]:
+    """Return the distinct parts of a leaf, or of its shape, that devices of this process hold."""
     sharding = sharding_of(like)
     parts: Any = [(slice(None),) * len(like.shape)]
     if sharding is not None:
@@ -219,7 +219,8 @@ def empty(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
     return memory[start : start + size].view(dtype).reshape(shape)
 
 
-def _to_devices(like: Any, shards: Mapping[Ranges, _Shard]) -> jax.Array:
+def to_devices(like: Any, shards: Mapping[Ranges, _Shard]) -> jax.Array:
+    """Return the leaf of shards that were filled, sharded as `like`."""
     sharding = sharding_of(like)
     if sharding is None:
         (only,) = shards.values()

@@ -10,6 +10,8 @@ import numpy as np
 
 from lora_jax.core.errors import StructureError, grouped
 from lora_jax.core.paths import flatten_with_paths
+from lora_jax.core.quantized.weight import is_quantized
+from lora_jax.files.naming.codes import codes_of, read_codes
 from lora_jax.files.naming.place import Place
 from lora_jax.files.naming.reading import StoredLeaf, read
 from lora_jax.files.naming.table import Naming
@@ -25,7 +27,9 @@ def to_tree(
       naming: which tensor is which leaf.
       tensors: arrays by name, read one at a time, so the mapping may load them from a file.
       like: a tree of arrays or `ShapeDtypeStruct`s: the structure, shapes and dtypes of the result.
-        A leaf with a `NamedSharding` is read into its shards: a process reads only its own.
+        A leaf with a `NamedSharding` is read into its shards: a process reads only its own. A
+        leaf that is a `QuantizedWeight` of shapes is read as codes, which are moved as the numbers
+        would be; its tensors have a method `codes` (see `naming.codes`).
       ignore: regexes that match the whole names of tensors to ignore.
 
     Raises:
@@ -40,8 +44,12 @@ def to_tree(
     (2, 3)
     """
     leaves, treedef = flatten_with_paths(like)
-    values, problems = {}, []
+    values: dict[str, Any] = {}
+    problems: list[str] = []
     for path, place in _checked_places(naming, tensors, leaves, ignore).items():
+        if is_quantized(leaves[path]):
+            values[path] = read_codes(place, tensors, leaves[path])
+            continue
         values[path], over = read(place, tensors, leaves[path])
         problems += [
             f"{', '.join(names)}: has values that overflow {values[path].dtype}; choose a dtype "
@@ -75,7 +83,7 @@ def _checked_places(
     wanted: set[str] = set()
     for path, place in places.items():
         wanted |= {name for _, names in place.layers() for name in names}
-        problems += _problems(place, tensors, leaves[path].dtype)
+        problems += _problems(place, tensors, leaves[path])
     ignored = [re.compile(pattern) for pattern in ignore]
     problems += [
         f"{name}: unexpected"
@@ -91,10 +99,10 @@ def _refuse(problems: Iterable[str]) -> None:
         raise StructureError(grouped(sorted(set(problems)), "tensors"))
 
 
-def _problems(place: Place, tensors: Mapping[str, Any], dtype: Any) -> list[str]:
+def _problems(place: Place, tensors: Mapping[str, Any], like: Any) -> list[str]:
     """List what is wrong with a leaf's tensors."""
     found = [
-        _problem(place, name, shape, tensors, dtype)
+        _problem(place, name, shape, tensors, like)
         for _, names in place.layers()
         for name, shape in zip(names, shapes(place), strict=True)
     ]
@@ -111,15 +119,20 @@ def shapes(place: Place) -> list[tuple[int, ...]]:
 
 
 def _problem(
-    place: Place, name: str, shape: tuple[int, ...], tensors: Mapping[str, Any], dtype: Any
+    place: Place, name: str, shape: tuple[int, ...], tensors: Mapping[str, Any], like: Any
 ) -> str | None:
     if name not in tensors:
         return f"{name}: missing, {shape} for {place.path}"
     tensor = tensors[name]
     if tuple(tensor.shape) != shape:
         return f"{name}: has shape {tuple(tensor.shape)}, but {place.path} needs {shape}"
-    if jnp.issubdtype(tensor.dtype, jnp.floating) != jnp.issubdtype(dtype, jnp.floating):
-        return f"{name}: is {tensor.dtype}, but {place.path} is {jnp.dtype(dtype)}"
+    if jnp.issubdtype(tensor.dtype, jnp.floating) != jnp.issubdtype(like.dtype, jnp.floating):
+        return f"{name}: is {tensor.dtype}, but {place.path} is {jnp.dtype(like.dtype)}"
+    if is_quantized(like):
+        codes = codes_of(tensor)
+        if codes is None or codes.kind != like.kind:
+            kind = codes.kind if codes is not None else "not stored as codes"
+            return f"{name}: is {kind}, but {place.path} is {like.kind}"
     return None
 
 
