@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lora_jax.core.errors import ConfigError
 from lora_jax.core.quantized.weight import QuantizedWeight, quantize_array
 from lora_jax.files.naming.place import Place
 from lora_jax.files.naming.reading import (
@@ -35,6 +36,9 @@ def read_quantized(
 
     Returns:
       As `reading.read`.
+
+    Raises:
+      ConfigError: the leaf contains NaN, infinity, or numbers too large for the kind.
     """
     shards = {name: shards_of(x) for name, x in like.fields.items()}
     axis = _axis_of_layer(place, like)
@@ -55,6 +59,11 @@ def read_quantized(
             if overflows(values, rounded):
                 over[names] = None
             codes = _encode(rounded, like.kind, axis - rounded.ndim)
+            if not all(map(_is_finite, (rounded, *codes.values()))) and names not in over:
+                raise ConfigError(
+                    f"quantize: {place.path}: contains NaN, infinity or numbers too large for "
+                    f"{like.kind}; leave it out"
+                )
             for name, shard, (into, part) in meets:
                 shard.write(into, codes[name][part])
     fields = {name: to_devices(x, shards[name]) for name, x in like.fields.items()}
@@ -79,6 +88,10 @@ def _round(values: np.ndarray, dtype: Any) -> np.ndarray:
 
 def _encode(values: np.ndarray, kind: str, axis: int) -> dict[str, np.ndarray]:
     return jax.device_get(dict(_quantize(jnp.asarray(values), kind, axis).fields))
+
+
+def _is_finite(x: np.ndarray) -> bool:
+    return not jnp.issubdtype(x.dtype, jnp.floating) or bool(np.isfinite(x).all())
 
 
 _quantize = jax.jit(quantize_array, static_argnames=("kind", "axis"))

@@ -1,24 +1,20 @@
 """Which parameters of a model are quantized while they are loaded, and into which kinds."""
 
-import dataclasses
-import math
 import re
-from collections.abc import Mapping, Sequence
-from functools import partial
+from collections.abc import Mapping
 from typing import Any
 
 import jax
-from jax.sharding import NamedSharding, PartitionSpec
 
+from lora_jax.adapters.block_axis import choose_axis
 from lora_jax.core.config import ALL_LINEAR
 from lora_jax.core.errors import ConfigError, TargetError, grouped
 from lora_jax.core.foreign import shown, shown_value
 from lora_jax.core.paths import flatten_with_paths
 from lora_jax.core.patterns import names_module, nearest
 from lora_jax.core.quantized.kinds import KINDS, WRITABLE
-from lora_jax.core.quantized.weight import QuantizedWeight, quantize_array
+from lora_jax.core.quantized.layerwise import quantize_leaf
 from lora_jax.files.naming import Naming, Place
-from lora_jax.files.naming.reading import sharding_of
 
 KEEP = "keep"  # the codes in the file, see `weights.kept`
 #: "keep"; a kind for all linear layers; or a kind, or None for no kind, for what a pattern selects.
@@ -85,12 +81,12 @@ def quantized_shapes(like: Any, naming: Naming, table: Mapping[str, str | None])
         if kind is None:
             continue
         try:
-            leaves[path] = _quantized(leaves[path], kind, _block_axis(places[path]))
+            named = _block_axis(places[path])
+            axis = choose_axis(path, leaves[path], kind, None, None, named)
+            leaves[path], _ = quantize_leaf(leaves[path], kind, axis)
         except ConfigError as error:
-            problem = str(error).removeprefix("quantize: ")
-            rest = f'quantize={{"{path}": None, "{ALL_LINEAR}": "{kind}"}}'
-            mends = "choose another kind, " if "; " not in problem else ""
-            problems.append(f"{path}: {problem}; {mends}or leave it out: {rest}")
+            left_out = f'{{"{path}": None, "{ALL_LINEAR}": "{kind}"}}'
+            problems.append(str(error).replace("with exclude=", f"with quantize={left_out}"))
     if problems:
         raise ConfigError("quantize: " + grouped(problems))
     return jax.tree_util.tree_unflatten(treedef, leaves.values())
@@ -126,41 +122,3 @@ def _block_axis(place: Place) -> int:
     layout = place.entry.layout
     summed = "o" if place.entry.kind == "embedding" else "i"  # a lookup returns whole rows
     return layout.rindex(summed) - len(layout)
-
-
-def _quantized(like: Any, kind: str, axis: int) -> QuantizedWeight:
-    """Return the shapes of a weight's fields, sharded as the weight is.
-
-    Raises:
-      ConfigError: the blocks do not divide the axis, or a shard of it does not have whole blocks.
-    """
-    plain = jax.ShapeDtypeStruct(like.shape, like.dtype)
-    found = jax.eval_shape(partial(quantize_array, kind=kind, axis=axis), plain)
-    sharding = sharding_of(like)
-    if sharding is None:
-        return found
-    entries = [*sharding.spec, *(None for _ in range(found.ndim - len(sharding.spec)))]
-    names = entries[axis] if isinstance(entries[axis], tuple) else (entries[axis],)
-    parts = math.prod(sharding.mesh.shape[name] for name in names if name is not None)
-    blocks = found.shape[axis] // found.block
-    if blocks > 1 and blocks % parts:
-        along = "+".join(str(name) for name in names)
-        raise ConfigError(
-            f"axis {axis} of {list(found.shape)} has {blocks} blocks of {found.block} ({kind}), "
-            f"which {along}={parts} does not divide; fewer devices along the axis, rules= that do "
-            "not shard it"
-        )
-    return dataclasses.replace(
-        found,
-        fields={name: _sharded(x, axis, sharding, entries) for name, x in found.fields.items()},
-    )
-
-
-def _sharded(
-    field: Any, axis: int, sharding: NamedSharding, entries: Sequence[Any]
-) -> jax.ShapeDtypeStruct:
-    own = list(entries)
-    if field.shape[axis] == 1:  # one entry for all blocks
-        own[axis] = None
-    where = NamedSharding(sharding.mesh, PartitionSpec(*own))
-    return jax.ShapeDtypeStruct(field.shape, field.dtype, sharding=where)

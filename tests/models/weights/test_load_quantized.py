@@ -11,7 +11,9 @@ from lora_jax import models
 from lora_jax.core.errors import ConfigError, TargetError
 from lora_jax.core.paths import flatten_with_paths
 from lora_jax.core.quantized.weight import is_quantized, quantize_array
+from lora_jax.files.disk.safetensors_stream import InMemory
 from lora_jax.files.naming import reading
+from lora_jax.models import hf_directory
 from lora_jax.models.tiny import tiny
 from tests import devices
 
@@ -109,7 +111,7 @@ def test_on_a_mesh_codes_are_sharded_as_the_weight(directory):
 
 def test_blocks_must_divide_a_shard(directory):
     mesh = devices.make_mesh((4,), ("fsdp",))
-    what = r"for the first, axis -2 of \[64, 32\] has 2 blocks of 32 \(int4\), which fsdp=4 does"
+    what = r"for the first, blocks of 32 \(int4\) do not divide the part of axis 0 of \(64, 32\)"
     with pytest.raises(ConfigError, match=what):
         models.load(directory, quantize="int4", mesh=mesh)
     # one block for all inputs: the codes are sharded, and each device has the scales of all rows
@@ -117,6 +119,18 @@ def test_blocks_must_divide_a_shard(directory):
     down = found["layer_0/attention/query/kernel"]
     assert down.fields["codes"].sharding.spec == PartitionSpec("fsdp", None)
     assert down.fields["scales"].sharding.is_fully_replicated
+
+
+def test_numbers_that_are_not_finite_are_refused(directory, tmp_path):
+    weights = hf_directory.tensors(directory)
+    name = "model.layers.1.mlp.up_proj.weight"
+    broken = {key: InMemory(np.asarray(x)) for key, x in weights.items()}
+    values = np.array(weights[name])
+    values[3, 5] = np.inf
+    broken[name] = InMemory(values)
+    hf_directory.write(tmp_path, hf_directory.read_config(directory), broken)
+    with pytest.raises(ConfigError, match="layer_1/mlp/up/kernel: contains NaN, infinity"):
+        models.load(tmp_path, quantize="int8")
 
 
 @pytest.mark.parametrize(
@@ -130,7 +144,7 @@ def test_blocks_must_divide_a_shard(directory):
         ({"mpl": "int8"}, TargetError, "mpl selects no weight of a layer; nearest paths: .*mlp"),
         ({"norm/scale": "int8"}, TargetError, "norm/scale selects no weight of a layer"),
         ({"(": "int8"}, ConfigError, "is not a regular expression"),
-        ("int8_block", ConfigError, r"12 weights .*blocks of 128 .* leave it out: quantize=\{"),
+        ("int8_block", ConfigError, r"12 weights .*blocks of 128 .* with quantize=\{"),
     ],
 )
 def test_what_cannot_be_is_told_in_a_line(directory, quantize, error, words):
