@@ -93,7 +93,9 @@ def test_types_without_a_kind_become_floats_with_a_warning(tmp_path):
 
 
 def test_an_unknown_quantize_is_refused(tmp_path):
-    with pytest.raises(ConfigError, match="quantize: 'kept' is not 'keep'"):
+    with pytest.raises(
+        ConfigError, match=r"quantize: 'kept' is not a kind; .* or 'keep' for the codes"
+    ):
         models.load(tmp_path, quantize="kept")
 
 

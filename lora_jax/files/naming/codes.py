@@ -26,6 +26,18 @@ def codes_of(tensor: Any) -> QuantizedWeight | None:
     return tensor.codes() if hasattr(tensor, "codes") else None
 
 
+def is_stored_as(tensor: Any, like: QuantizedWeight) -> bool:
+    """Return whether a tensor is stored as codes of a leaf's kind, in blocks of its size."""
+    codes = codes_of(tensor)
+    return codes is not None and (codes.kind, codes.block) == (like.kind, like.block)
+
+
+def has_codes(place: Place, tensors: Mapping[str, Any], like: Any) -> bool:
+    """Return whether `read_codes` can read a leaf: all of its tensors are stored as it says."""
+    names = [name for _, names in place.layers() for name in names]
+    return isinstance(like, QuantizedWeight) and all(is_stored_as(tensors[x], like) for x in names)
+
+
 def leaf_like(place: Place, codes: QuantizedWeight, like: Any) -> QuantizedWeight:
     """Return the shapes of a leaf whose tensors are stored as codes.
 
