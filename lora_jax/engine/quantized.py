@@ -78,6 +78,7 @@ def multiply(
     x: jax.Array,
     others: Sequence[Any],
     key: Hashable,
+    tie: str | None,
 ) -> jax.Array:
     """Return `product(values, x, *others)`, and keep the codes and not the values for its gradient.
 
@@ -88,26 +89,31 @@ def multiply(
       x: the activation.
       others: the other arrays.
       key: equal for products that compute the same.
+      tie: as in `Forms`.
     """
     constants, treedef = jax.tree.flatten((view, tuple(others)))
     like = jax.typeof(x)
 
     def forward(constants: Sequence[Any], x: jax.Array) -> jax.Array:
         view, others = jax.tree.unflatten(treedef, constants)
-        return product(_values(view, after=x), x, *others)
+        return product(_values(view, x, tie), x, *others)
 
     def transposed(constants: Sequence[Any], ct: jax.Array) -> jax.Array:
         view, others = jax.tree.unflatten(treedef, constants)
-        values = _values(view, after=ct)
+        values = _values(view, ct, tie)
         return jax.linear_transpose(lambda x: product(values, x, *others), like)(ct)[0]
 
-    return apply_linear(Linear(forward, transposed, (key, treedef, like)), constants, x)
+    return apply_linear(Linear(forward, transposed, (key, treedef, like, tie)), constants, x)
 
 
-def _values(view: QuantizedView, after: jax.Array) -> jax.Array:
+def _values(view: QuantizedView, after: jax.Array, tie: str | None) -> jax.Array:
     """Return the values of a view, which are not computed before the array `after` is."""
-    if is_on_mesh(after) or not after.size:
+    if tie is None or not after.size:
         return view.dequantize()
+    if tie == "barrier" or is_on_mesh(after):
+        fields, _ = lax.optimization_barrier((dict(view.weight.fields), after))
+        weight = dataclasses.replace(view.weight, fields=fields)
+        return dataclasses.replace(view, weight=weight).dequantize()
     return view.dequantize(_zero_from(after))
 
 

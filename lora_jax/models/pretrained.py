@@ -15,7 +15,7 @@ from flax import linen as nn
 from jax.sharding import Mesh, PartitionSpec
 
 from lora_jax.core.checks import is_integer
-from lora_jax.core.errors import ConfigError, ModelFileError, StructureError
+from lora_jax.core.errors import ConfigError, ModelFileError, StructureError, TargetError
 from lora_jax.core.foreign import shown, shown_value
 from lora_jax.core.paths import flatten_with_paths
 from lora_jax.files import naming as names
@@ -27,6 +27,12 @@ from lora_jax.models.llama_config import MODEL_TYPES, PARAM_DTYPES, LlamaConfig
 from lora_jax.models.remat import NONE, policy_name
 from lora_jax.models.weights import published, sharding_rules
 from lora_jax.models.weights.kept import kept_shapes, warn_of_floats
+from lora_jax.models.weights.quantization import (
+    KEEP,
+    Quantize,
+    parse_quantize,
+    quantized_shapes,
+)
 
 #: model_type in config.json -> the kind of model here.
 KIND_OF_MODEL_TYPE = {"bert": "bert", **dict.fromkeys(MODEL_TYPES, "llama")}
@@ -83,7 +89,7 @@ def load(
     scan: bool = False,
     remat: bool | str = False,
     as_stored: bool = False,
-    quantize: str | None = None,
+    quantize: Quantize | None = None,
     mesh: Mesh | None = None,
     rules: Mapping[str, PartitionSpec] | None = None,
 ) -> Pretrained:
@@ -101,8 +107,12 @@ def load(
       quantize: "keep" for parameters as they are in the file: quantized ones become
         `QuantizedWeight`s of the same codes, which stand for weights of `dtype`; floating ones keep
         their dtype, as with `as_stored`. Types without a kind here are read as floats, with a
-        warning. The model is then `lora_jax.lora(model.apply)`. By default quantized tensors are
-        dequantized.
+        warning. Or the kind into which the kernels of all linear layers are quantized while they
+        are read, such as "nf4": one part of a tensor is in memory beside the codes. As in QLoRA,
+        embeddings and the output head stay as they are, tied or not, and so do norms and biases. A
+        mapping `{the end of a path, a module, a regex or "all-linear": kind}` can name them; the
+        first entry that selects a weight decides, and None leaves the weight as it is. The model is
+        then `lora_jax.lora(model.apply)`. By default quantized tensors are dequantized.
       mesh: of devices, on which the parameters are sharded: each process reads only its own shards,
         one part of a tensor at a time. By default all are on the default device.
       rules: how parameters are sharded, `{the end of a path, a module or a regex: PartitionSpec}`,
@@ -115,14 +125,15 @@ def load(
     Raises:
       FileNotFoundError: the path does not exist, or the directory has no weights.
       ConfigError: `mesh` is not a mesh of devices, or a rule does not fit a parameter; or
-        `quantize` is unknown, or cannot keep stacked layers that are quantized in several ways.
+        `quantize` is unknown, cannot keep stacked layers that are quantized in several ways, or has
+        blocks that do not divide a weight or its shards.
+      TargetError: an entry of `quantize` selects no weight.
       ValueError: the kind of model is unknown, the model refuses the configuration, or tensors are
         missing, unexpected or of another shape (all of them are listed); or a file is damaged.
     """
     if rules is not None and mesh is None:
         raise ConfigError("rules: say how parameters lie on a mesh, so give mesh= too")
-    if quantize not in (None, "keep"):
-        raise ConfigError(f"quantize: {shown_value(quantize)} is not 'keep' or None")
+    kinds = None if quantize in (None, KEEP) else parse_quantize(quantize)
     source = _open(Path(path))
     if source.quantized and dtype is None and quantize is None:
         raise ConfigError(
@@ -133,7 +144,9 @@ def load(
         module, like = _outline(source, dtype, scan, remat, as_stored)
         if mesh is not None:
             like = _on_mesh(like, sharding_rules.shardings(like, mesh, rules, module.config))
-        if quantize == "keep":
+        if kinds is not None:
+            like = quantized_shapes(like, source.naming, kinds)
+        elif quantize == KEEP:
             warn_of_floats(path, source.tensors.values())
             like = kept_shapes(source.naming, source.tensors, like)
         params = names.to_tree(source.naming, source.tensors, like, ignore=source.ignored)
@@ -160,7 +173,7 @@ def _naming_file(path: str | Path) -> Iterator[None]:
     """Give the errors within the block the name of the file."""
     try:
         yield
-    except ConfigError:
+    except (ConfigError, TargetError):
         raise  # of an argument, not of the file
     except StructureError as error:
         lines = str(error).replace("\n", "\n  ")

@@ -23,6 +23,21 @@ KINDS: dict[str, Kind] = {
     )
 }
 
+
+class KindTable(dict[str, Kind]):
+    """The kinds of quantized numbers, by the name that `quantize` takes.
+
+    Each says its block, its source, and how many bits a number takes. Those whose `encode` is None
+    come from files, and `quantize` cannot make them.
+
+    >>> QUANTIZED_KINDS["nf4"].block, QUANTIZED_KINDS["nf4"].bits(4096)
+    (64, 4.1328125)
+    """
+
+
+#: The same table, to read.
+QUANTIZED_KINDS = KindTable(KINDS)
+
 #: Those that `quantize` can make of floating numbers.
 WRITABLE = tuple(name for name, kind in KINDS.items() if kind.encode is not None)
 

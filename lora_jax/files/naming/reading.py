@@ -136,7 +136,7 @@ def fill(
     over: dict[tuple[str, ...], None] = {}
     for where, names in layers:
         at = place.at(where)
-        for block in _blocks(place, names, tensors):
+        for block in blocks_of_layer(place, names, tensors):
             meets = [(shard, found) for shard in shards if (found := shard.meet(at, block.ranges))]
             if not meets:
                 continue
@@ -182,7 +182,7 @@ class _Shard:
         """Write a part, and return whether finite values of it overflow the dtype here."""
         with np.errstate(over="ignore", invalid="ignore"):
             self.values[into] = values
-        return _overflows(values, self.values[into])
+        return overflows(values, self.values[into])
 
 
 def shards_of(like: Any) -> dict[Ranges, _Shard]:
@@ -231,25 +231,35 @@ def to_devices(like: Any, shards: Mapping[Ranges, _Shard]) -> jax.Array:
 
 
 @dataclass(frozen=True)
-class _Block:
+class Block:
     """A part of one layer of a leaf: its ranges along the layer's axes, and how it is read."""
 
     ranges: Ranges
     read: Callable[[], np.ndarray]
 
 
-def _blocks(place: Place, names: tuple[str, ...], tensors: Mapping[str, Any]) -> Iterator[_Block]:
-    """Yield the parts of one layer: blocks of a tensor's rows, or the layer at once."""
+def blocks_of_layer(
+    place: Place, names: tuple[str, ...], tensors: Mapping[str, Any], whole: int | None = None
+) -> Iterator[Block]:
+    """Yield the parts of one layer: blocks of a tensor's rows, or the layer at once.
+
+    Args:
+      place: of the leaf.
+      names: of the layer's tensors.
+      tensors: as in `read`.
+      whole: an axis of the layer that no part divides.
+    """
     permutation, tensor = place.permutation(), tensors[names[0]]
-    if not permutation or not hasattr(tensor, "rows"):
+    is_divided = whole is not None and permutation[whole : whole + 1] == (0,)
+    if not permutation or is_divided or not hasattr(tensor, "rows"):
         at = place.at(place.layers()[0][0])
-        whole = [n for i, n in zip(at, place.shape, strict=True) if not isinstance(i, int)]
-        yield _Block(tuple((0, n) for n in whole), lambda: _layer(place, names, tensors))
+        sizes = [n for i, n in zip(at, place.shape, strict=True) if not isinstance(i, int)]
+        yield Block(tuple((0, n) for n in sizes), lambda: _layer(place, names, tensors))
         return
     for start, stop in row_ranges(tensor):
         ranges = ((start, stop), *((0, n) for n in tensor.shape[1:]))
         read = partial(_transposed_rows, tensor, start, stop, permutation)
-        yield _Block(tuple(ranges[axis] for axis in permutation), read)
+        yield Block(tuple(ranges[axis] for axis in permutation), read)
 
 
 def _transposed_rows(
@@ -266,7 +276,7 @@ def _layer(place: Place, names: tuple[str, ...], tensors: Mapping[str, Any]) -> 
     return place.weight_to_tree(place.part_of(joined))
 
 
-def _overflows(x: np.ndarray, cast: np.ndarray) -> bool:
+def overflows(x: np.ndarray, cast: np.ndarray) -> bool:
     """Return whether finite values of `x` are not finite in the dtype that they were cast to."""
     if not jnp.issubdtype(x.dtype, jnp.floating):
         return False

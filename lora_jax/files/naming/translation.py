@@ -11,8 +11,9 @@ import numpy as np
 from lora_jax.core.errors import StructureError, grouped
 from lora_jax.core.paths import flatten_with_paths
 from lora_jax.core.quantized.weight import is_quantized
-from lora_jax.files.naming.codes import codes_of, read_codes
+from lora_jax.files.naming.codes import codes_of, has_codes, is_stored_as, read_codes
 from lora_jax.files.naming.place import Place
+from lora_jax.files.naming.quantizing import read_quantized
 from lora_jax.files.naming.reading import StoredLeaf, read
 from lora_jax.files.naming.table import Naming
 from lora_jax.files.naming.writing import Part, TorchTensor
@@ -28,8 +29,9 @@ def to_tree(
       tensors: arrays by name, read one at a time, so the mapping may load them from a file.
       like: a tree of arrays or `ShapeDtypeStruct`s: the structure, shapes and dtypes of the result.
         A leaf with a `NamedSharding` is read into its shards: a process reads only its own. A
-        leaf that is a `QuantizedWeight` of shapes is read as codes, which are moved as the numbers
-        would be; its tensors have a method `codes` (see `naming.codes`).
+        leaf that is a `QuantizedWeight` of shapes is read as codes: those of its tensors, if they
+        are stored as such (see `naming.codes`), are moved as the numbers would be; others are
+        quantized while they are read.
       ignore: regexes that match the whole names of tensors to ignore.
 
     Raises:
@@ -47,10 +49,11 @@ def to_tree(
     values: dict[str, Any] = {}
     problems: list[str] = []
     for path, place in _checked_places(naming, tensors, leaves, ignore).items():
-        if is_quantized(leaves[path]):
+        if has_codes(place, tensors, leaves[path]):
             values[path] = read_codes(place, tensors, leaves[path])
             continue
-        values[path], over = read(place, tensors, leaves[path])
+        make: Any = read_quantized if is_quantized(leaves[path]) else read
+        values[path], over = make(place, tensors, leaves[path])
         problems += [
             f"{', '.join(names)}: has values that overflow {values[path].dtype}; choose a dtype "
             "of a wider range"
@@ -128,11 +131,10 @@ def _problem(
         return f"{name}: has shape {tuple(tensor.shape)}, but {place.path} needs {shape}"
     if jnp.issubdtype(tensor.dtype, jnp.floating) != jnp.issubdtype(like.dtype, jnp.floating):
         return f"{name}: is {tensor.dtype}, but {place.path} is {jnp.dtype(like.dtype)}"
-    if is_quantized(like):
+    if is_quantized(like) and like.format.encode is None and not is_stored_as(place, tensor, like):
         codes = codes_of(tensor)
-        if codes is None or codes.kind != like.kind:
-            kind = codes.kind if codes is not None else "not stored as codes"
-            return f"{name}: is {kind}, but {place.path} is {like.kind}"
+        kind = codes.kind if codes is not None else "not stored as codes"
+        return f"{name}: is {kind}, but {place.path} is {like.kind}"
     return None
 
 
