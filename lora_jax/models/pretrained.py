@@ -99,7 +99,9 @@ def load(
       path: a directory in Hugging Face's layout (config.json, and safetensors in one or more
         files), or a GGUF file of the Llama family.
       dtype: dtype of parameters and computation: float32, bfloat16 or float16. By default the
-        widest in the file; quantized tensors are read as float32.
+        widest in the file; GGUF's quantized tensors are read as float32. Directories with a
+        `quantization_config` (bitsandbytes, GPTQ, AWQ, compressed-tensors, FP8) need a `dtype`, to
+        which they are dequantized, or `quantize`.
       scan: stack the layers, as in `LlamaConfig`.
       remat: which activations are recomputed, as in `LlamaConfig`: True, False, or a name.
       as_stored: keep the dtype that each parameter has in the file; `dtype` is then that of the
@@ -237,9 +239,9 @@ def _open(path: Path) -> _Source:
         in_file = llama_gguf.file_naming(torch, settings)
         ignored = (*llama_gguf.IGNORED, *namings.KEPT[kind])
         return _Source(kind, settings, quantized, in_file, torch, ignored)
-    settings = hf_directory.read_config(path)
-    kind = _kind(settings, path)
-    opened = published.open_directory(path, settings)
+    config = hf_directory.read_config(path)
+    kind = _kind(config, path)
+    opened = published.open_directory(path, config)
     settings, tensors = opened.settings, opened.tensors
     torch = namings.naming(kind, tensors)
     tied = (namings.TIED_HEAD,) if settings.get("tie_word_embeddings") else ()
@@ -297,7 +299,7 @@ def _check_dtypes(source: _Source) -> None:
         name, dtype = next(iter(other.items()))
         raise ModelFileError(
             f"{len(other)} of {len(source.tensors)} tensors are {dtype} or the like, first "
-            f"{shown(name)}: quantized weights are not supported. All must be "
+            f"{shown(name)}, but config.json has no quantization_config. All must be "
             f"{', '.join(_STORED_DTYPES)}; where several are mixed, the widest is used"
         )
 

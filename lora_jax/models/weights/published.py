@@ -34,7 +34,7 @@ class Published:
       ignored: regexes of tensors that mean nothing where the model has no place for them.
     """
 
-    settings: Mapping[str, Any]
+    settings: dict[str, Any]
     tensors: Mapping[str, Any]
     method: str | None = None
     ignored: tuple[str, ...] = ()
