@@ -12,6 +12,7 @@ from lora_jax import models
 from lora_jax.core.errors import ConfigError
 from lora_jax.core.paths import flatten_with_paths
 from lora_jax.core.quantized.weight import is_quantized
+from tests import devices
 from tests.models import quantized_gguf
 
 # as llama.cpp's mixes: one kind for most, others for the embedding and some of the layers
@@ -37,7 +38,7 @@ def test_the_codes_of_the_file_are_the_values_of_a_float_load(tmp_path, kinds, t
     path = quantized_gguf.write(tmp_path / "x.gguf", kinds, tied)
     kept = models.load(path, quantize="keep", scan=scan)
     floats = models.load(path, scan=scan)
-    jax.tree.map(np.testing.assert_array_equal, dequantized(kept.params), floats.params)
+    jax.tree.map(np.testing.assert_array_equal, jax.jit(dequantized)(kept.params), floats.params)
     assert nbytes(kept.params) <= os.path.getsize(path)
     found = {path: kind_of(leaf) for path, leaf in flatten_with_paths(kept.params)[0].items()}
     if scan:
@@ -107,3 +108,16 @@ def test_the_dtype_is_that_which_the_codes_stand_for(tmp_path):
     values = models.load(path).params["layer_0"]["attention"]["key"]["kernel"]
     np.testing.assert_array_equal(codes.dequantize(), values.astype(jnp.bfloat16))
     assert kept["norm"]["scale"].dtype == jnp.float32
+
+
+def test_codes_are_sharded_as_weights_but_blocks_stay_whole(tmp_path):
+    path = quantized_gguf.write(tmp_path / "x.gguf", MIX)
+    mesh = jax.make_mesh((2, 2), ("fsdp", "tensor"), devices=devices.some(4))
+    kept, whole = (models.load(path, quantize="keep", mesh=m).params for m in (mesh, None))
+    jax.tree.map(np.testing.assert_array_equal, kept, whole)
+    mlp = kept["layer_0"]["mlp"]
+    spec = lambda w: {name: tuple(x.sharding.spec) for name, x in w.fields.items()}
+    assert set(spec(mlp["down"]["kernel"]).values()) == {("tensor", "fsdp")}  # two blocks of 256
+    assert set(spec(mlp["up"]["kernel"]).values()) == {(None, "tensor")}  # one block
+    codes = mlp["down"]["kernel"].fields["codes"]
+    assert codes.addressable_shards[0].data.shape == (128, 128)

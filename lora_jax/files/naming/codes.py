@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from lora_jax.core.errors import StructureError
@@ -26,16 +27,25 @@ def codes_of(tensor: Any) -> QuantizedWeight | None:
     return tensor.codes() if hasattr(tensor, "codes") else None
 
 
-def is_stored_as(tensor: Any, like: QuantizedWeight) -> bool:
-    """Return whether a tensor is stored as codes of a leaf's kind, in blocks of its size."""
+def is_stored_as(place: Place, tensor: Any, like: QuantizedWeight) -> bool:
+    """Return whether a tensor is stored as the codes of a leaf, in the same blocks."""
     codes = codes_of(tensor)
-    return codes is not None and (codes.kind, codes.block) == (like.kind, like.block)
+    if codes is None or codes.kind != like.kind:
+        return False
+    try:
+        own = leaf_like(place, codes, jax.ShapeDtypeStruct(like.shape, like.dtype))
+    except StructureError:
+        return False
+    arrays = lambda w: {name: (tuple(x.shape), jnp.dtype(x.dtype)) for name, x in w.fields.items()}
+    return own.axis == like.axis and arrays(own) == arrays(like)
 
 
 def has_codes(place: Place, tensors: Mapping[str, Any], like: Any) -> bool:
     """Return whether `read_codes` can read a leaf: all of its tensors are stored as it says."""
     names = [name for _, names in place.layers() for name in names]
-    return isinstance(like, QuantizedWeight) and all(is_stored_as(tensors[x], like) for x in names)
+    return isinstance(like, QuantizedWeight) and all(
+        is_stored_as(place, tensors[name], like) for name in names
+    )
 
 
 def leaf_like(place: Place, codes: QuantizedWeight, like: Any) -> QuantizedWeight:

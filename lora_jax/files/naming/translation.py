@@ -131,7 +131,7 @@ def _problem(
         return f"{name}: has shape {tuple(tensor.shape)}, but {place.path} needs {shape}"
     if jnp.issubdtype(tensor.dtype, jnp.floating) != jnp.issubdtype(like.dtype, jnp.floating):
         return f"{name}: is {tensor.dtype}, but {place.path} is {jnp.dtype(like.dtype)}"
-    if is_quantized(like) and like.format.encode is None and not is_stored_as(tensor, like):
+    if is_quantized(like) and like.format.encode is None and not is_stored_as(place, tensor, like):
         codes = codes_of(tensor)
         kind = codes.kind if codes is not None else "not stored as codes"
         return f"{name}: is {kind}, but {place.path} is {like.kind}"
