@@ -154,7 +154,7 @@ class TrainedRows(NotAnArray):
         """Return the shape of `value` for a weight of this shape."""
         return tuple(len(self.rows) if i == self.axis else shape[i] for i in self.order)
 
-    def select(self, w: jax.Array) -> jax.Array:
+    def select(self, w: Any) -> jax.Array:
         """Return the trained rows of `w`, laid out as `value` is."""
         if is_quantized(w):
             return rows_of(w, self.rows, self.axis).transpose(self.order)

@@ -13,7 +13,7 @@ from lora_jax.engine import jaxprs, named_axes
 from lora_jax.engine.context import Context
 from lora_jax.engine.contraction import DotBranch, add_branch
 from lora_jax.engine.lazy_weight import RANK, Axis, LazyWeight, is_lazy
-from lora_jax.engine.quantized import QuantizedView
+from lora_jax.engine.quantized.view import QuantizedView
 
 
 @dataclasses.dataclass(frozen=True)

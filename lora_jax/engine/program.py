@@ -12,7 +12,7 @@ from lora_jax.engine import jaxprs
 from lora_jax.engine.context import Context
 from lora_jax.engine.interpreter import interpret
 from lora_jax.engine.lazy_weight import is_lazy
-from lora_jax.engine.quantized import QuantizedView
+from lora_jax.engine.quantized.view import QuantizedView
 
 #: Which argument a leaf of (args, kwargs) belongs to: the first two keys of its path.
 Argument = tuple[Any, ...]

@@ -74,7 +74,7 @@ def _join(
 ) -> Any:
     """Return one weight made of the parts: its base by the equation, its members by `combine`.
 
-    `which` is as in `quantized_moves.apply`.
+    `which` is as in `moves.apply`.
     """
     weights = [x for x in parts if is_lazy(x)]
     if any(x.origin.looked_up for x in weights):

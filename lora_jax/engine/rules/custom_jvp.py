@@ -12,7 +12,7 @@ from lora_jax.engine import jaxprs
 from lora_jax.engine.arithmetic import to_dense
 from lora_jax.engine.context import Context
 from lora_jax.engine.lazy_weight import is_lazy, tangents
-from lora_jax.engine.quantized import QuantizedView
+from lora_jax.engine.quantized.view import QuantizedView
 from lora_jax.engine.rules.registry import Container, Walk, rule
 
 CONTAINERS: dict[str, Container] = {}

@@ -14,7 +14,7 @@ from lora_jax.engine.arithmetic import to_dense
 from lora_jax.engine.context import Context
 from lora_jax.engine.jaxprs import JaxprAndConsts
 from lora_jax.engine.lazy_weight import LazyWeight, is_lazy
-from lora_jax.engine.quantized import QuantizedView
+from lora_jax.engine.quantized.view import QuantizedView
 from lora_jax.engine.rules.custom_jvp import instantiate, without_moving_base
 from lora_jax.engine.rules.registry import Container, Walk, rule
 

@@ -15,8 +15,8 @@ from lora_jax.engine import named_axes
 from lora_jax.engine.arithmetic import to_dense
 from lora_jax.engine.context import Context
 from lora_jax.engine.lazy_weight import Axis, LazyWeight, is_lazy
-from lora_jax.engine.quantized import QuantizedView, Step
-from lora_jax.engine.rules import quantized_moves
+from lora_jax.engine.quantized import moves
+from lora_jax.engine.quantized.view import QuantizedView, Step
 from lora_jax.engine.rules.registry import PrimitiveRule, rule
 from lora_jax.engine.rules.views import mark_indexed, on_base, view_of, view_with
 
@@ -39,7 +39,7 @@ def _dynamic_slice(ctx: Context, eqn: Any, args: Sequence[Any]) -> Any:
                 lookup = lookup or _only_factor(lazy, old) == "a"
                 moved = mark_indexed(moved, old)
     outs = view_of(eqn, moved, axes, *starts)
-    waits = [isinstance(out.w, QuantizedView) and not out.w.moves for out in outs]
+    waits = [isinstance(out.w, QuantizedView) and not out.w.is_movable for out in outs]
     return [_looked_up(ctx, eqn, *x) for x in zip(outs, waits, strict=True)] if lookup else outs
 
 
@@ -188,7 +188,7 @@ class _Gather:
         """Return the base view that is gathered from codes and scales."""
         view: QuantizedView = self.view.w
         if self.divides_blocks:
-            return quantized_moves.apply(eqn, [view, self.indices])[0]
+            return moves.apply(eqn, [view, self.indices])[0]
         at = blocked_axis(view.weight)
         blocks = self.view.new_axis(skip=1000)  # a name that no axis of the result has
         names = tuple(blocks if i == at else axis for i, axis in enumerate(self.view.axes))
@@ -206,7 +206,7 @@ class _Gather:
     def divides_blocks(self) -> bool:
         """Whether the base has to be dequantized before it is gathered."""
         view: QuantizedView = self.view.w
-        if not view.moves:
+        if not view.is_movable:
             return True
         at = blocked_axis(view.weight)
         indexed = at in self.columns and self._sizes[at] == 1

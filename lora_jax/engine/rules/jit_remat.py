@@ -14,8 +14,8 @@ from jax import lax
 from lora_jax.engine import jaxprs, remat
 from lora_jax.engine.context import Context
 from lora_jax.engine.lazy_weight import MEMBERS, LazyWeight, is_lazy
-from lora_jax.engine.quantized import QuantizedView
-from lora_jax.engine.quantized_specs import shardings_of
+from lora_jax.engine.quantized.specs import shardings_of
+from lora_jax.engine.quantized.view import QuantizedView
 from lora_jax.engine.rules.registry import Container, Walk, rule
 
 CONTAINERS: dict[str, Container] = {}

@@ -11,7 +11,7 @@ from lora_jax.core.quantized.parts import blocked_axis
 from lora_jax.engine import jaxprs, named_axes
 from lora_jax.engine.context import Context
 from lora_jax.engine.lazy_weight import MEMBERS, LazyWeight, is_lazy
-from lora_jax.engine.quantized import QuantizedView
+from lora_jax.engine.quantized.view import QuantizedView
 from lora_jax.engine.rules.registry import Container, Walk, rule
 
 CONTAINERS: dict[str, Container] = {}
@@ -53,7 +53,7 @@ def _with_base_in_steps(ctx: Context, eqn: Any, x: Any) -> Any:
     """Return a weight among the `xs`, dequantized if its first axis does not divide its codes."""
     if not is_lazy(x) or not isinstance(x.w, QuantizedView):
         return x
-    if x.w.moves and blocked_axis(x.w.weight) != 0:
+    if x.w.is_movable and blocked_axis(x.w.weight) != 0:
         return x
     return ctx.dequantize(x, eqn, " (its steps are not whole codes and scales)")
 

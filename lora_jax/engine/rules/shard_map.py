@@ -11,8 +11,8 @@ from lora_jax.core.sharding.meshes import is_sharded
 from lora_jax.engine import jaxprs
 from lora_jax.engine.context import Context
 from lora_jax.engine.lazy_weight import MEMBERS, Axis, LazyWeight, is_lazy
-from lora_jax.engine.quantized import QuantizedView
-from lora_jax.engine.quantized_specs import divides, view_of_specs
+from lora_jax.engine.quantized.specs import divides, view_of_specs
+from lora_jax.engine.quantized.view import QuantizedView
 from lora_jax.engine.rules.registry import Container, PrimitiveRule, Walk, rule
 from lora_jax.engine.rules.views import view_of
 
@@ -60,7 +60,7 @@ def _in_whole_blocks(ctx: Context, eqn: Any, x: Any, spec: PartitionSpec, mesh: 
     """Return a weight, dequantized where a device's part is not whole codes and scales."""
     if not is_lazy(x) or not isinstance(x.w, QuantizedView):
         return x
-    if x.w.moves and divides(x.w.weight, spec, mesh.shape):
+    if x.w.is_movable and divides(x.w.weight, spec, mesh.shape):
         return x
     return ctx.dequantize(x, eqn, " (the shards are not whole blocks of it)")
 

@@ -12,8 +12,8 @@ from lora_jax.core.dtypes import wider
 from lora_jax.engine import jaxprs, named_axes
 from lora_jax.engine.context import Context
 from lora_jax.engine.lazy_weight import MEMBERS, Axis, LazyWeight, is_lazy
-from lora_jax.engine.quantized import QuantizedView
-from lora_jax.engine.rules import quantized_moves
+from lora_jax.engine.quantized import moves
+from lora_jax.engine.quantized.view import QuantizedView
 from lora_jax.engine.rules.registry import PrimitiveRule, rule
 
 RULES: dict[str, PrimitiveRule] = {}
@@ -27,12 +27,12 @@ def on_base(eqn: Any, lazy: LazyWeight, *others: Any) -> Any:
 def bind_base(eqn: Any, values: Sequence[Any], which: Any = None) -> Sequence[Any]:
     """Return the equation's outputs on base views and arrays; None for those of a tangent.
 
-    `which` is as in `quantized_moves.apply`.
+    `which` is as in `moves.apply`.
     """
     if any(x is None for x in values):
         return [None] * len(eqn.outvars)
     if any(isinstance(x, QuantizedView) for x in values):
-        return quantized_moves.apply(eqn, values, which)
+        return moves.apply(eqn, values, which)
     return jaxprs.bind(eqn, values)
 
 
@@ -65,7 +65,7 @@ def _device_put(ctx: Context, eqn: Any, args: Sequence[Any]) -> Any:
     values = [x.w if is_lazy(x) else x for x in args]
     if any(w is None for w in values):
         return args  # a tangent has no base
-    moved = quantized_moves.put(eqn, values)
+    moved = moves.put(eqn, values)
     pairs = zip(args, moved, strict=True)
     return [dataclasses.replace(x, w=w) if is_lazy(x) else w for x, w in pairs]
 

@@ -14,7 +14,7 @@ from jax import lax
 from lora_jax.core.quantized.weight import QuantizedWeight, dequantize_array
 from lora_jax.core.sharding.meshes import is_on_mesh
 from lora_jax.engine.frozen import frozen
-from lora_jax.engine.linear import Linear, apply_linear
+from lora_jax.engine.quantized.linear import Linear, apply_linear
 
 STATIC = {"static": True}
 
@@ -81,12 +81,12 @@ class QuantizedView:
     def aval(self) -> Any:
         """The type of the view: where its codes are, and varying over a mesh as they do."""
         aval = jax.typeof(self.codes)
-        if self.moves:
+        if self.is_movable:
             return aval.update(shape=self.shape, dtype=jnp.dtype(self.dtype))
         return jax.eval_shape(self.dequantize)
 
     @property
-    def moves(self) -> bool:
+    def is_movable(self) -> bool:
         """Whether the pending steps hold for any part of the weight: each goes number by number."""
         return all(step.shape is None for step in self.pending)
 
@@ -124,6 +124,7 @@ def multiply(
     x: jax.Array,
     others: Sequence[Any],
     key: Hashable,
+    tie: str | None,
 ) -> jax.Array:
     """Return `product(values, x, *others)`, and keep the codes and not the values for its gradient.
 
@@ -134,6 +135,7 @@ def multiply(
       x: the activation.
       others: the other arrays.
       key: equal for products that compute the same.
+      tie: as in `Forms`.
     """
     if view.may_have_gradient:
         # The region that follows has constants alone: here JAX differentiates by all inputs.
@@ -143,14 +145,14 @@ def multiply(
 
     def forward(constants: Sequence[Any], x: jax.Array) -> jax.Array:
         view, others = jax.tree.unflatten(treedef, constants)
-        return product(_values(view, after=x), x, *others)
+        return product(_values(view, x, tie), x, *others)
 
     def transposed(constants: Sequence[Any], ct: jax.Array) -> jax.Array:
         view, others = jax.tree.unflatten(treedef, constants)
-        values = _values(view, after=ct)
+        values = _values(view, ct, tie)
         return jax.linear_transpose(lambda x: product(values, x, *others), like)(ct)[0]
 
-    return apply_linear(Linear(forward, transposed, (key, treedef, like)), constants, x)
+    return apply_linear(Linear(forward, transposed, (key, treedef, like, tie)), constants, x)
 
 
 def _multiply_again(
@@ -165,10 +167,14 @@ def _multiply_again(
     return again(view, x)
 
 
-def _values(view: QuantizedView, after: jax.Array) -> jax.Array:
+def _values(view: QuantizedView, after: jax.Array, tie: str | None) -> jax.Array:
     """Return the values of a view, which are not computed before the array `after` is."""
-    if is_on_mesh(after) or not after.size:
+    if tie is None or not after.size:
         return view.dequantize()
+    if tie == "barrier" or is_on_mesh(after):
+        fields, _ = lax.optimization_barrier((dict(view.weight.fields), after))
+        weight = dataclasses.replace(view.weight, fields=fields)
+        return dataclasses.replace(view, weight=weight).dequantize()
     return view.dequantize(_zero_from(after))
 
 

@@ -24,8 +24,8 @@ from lora_jax.core.quantized.parts import (
 )
 from lora_jax.core.quantized.weight import QuantizedWeight
 from lora_jax.engine import jaxprs, named_axes, stretches
-from lora_jax.engine.quantized import QuantizedView, Step
-from lora_jax.engine.quantized_specs import specs_of
+from lora_jax.engine.quantized.specs import specs_of
+from lora_jax.engine.quantized.view import QuantizedView, Step
 
 #: `move(eqn, *inputs)` returns the outputs as codes and scales, None for one that cannot be.
 Move = Callable[..., Sequence[QuantizedWeight | None]]
@@ -63,7 +63,7 @@ def apply(eqn: Any, values: Sequence[Any], which: Any = None) -> list[QuantizedV
         joined = _joined(eqn, values, which)
         if joined is not None:
             return [QuantizedView(joined)]
-    elif name in MOVES and at == 0 and view.moves and are_arrays:
+    elif name in MOVES and at == 0 and view.is_movable and are_arrays:
         moved = MOVES[name](eqn, view.weight, *others)
     return [
         view.then(_step_of(eqn, at, i), *others)

@@ -10,7 +10,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from lora_jax.core.quantized.parts import block_count, blocked_axis, is_loose
 from lora_jax.core.quantized.weight import QuantizedWeight
-from lora_jax.engine.quantized import QuantizedView
+from lora_jax.engine.quantized.view import QuantizedView
 
 
 def specs_of(
@@ -36,7 +36,7 @@ def specs_of(
 def shardings_of(view: QuantizedView, sharding: Any) -> QuantizedView:
     """Return a view with the sharding of each array in its place, None where nothing is said."""
     none = jax.tree.map(lambda _: None, view)
-    if not isinstance(sharding, NamedSharding) or not view.moves:
+    if not isinstance(sharding, NamedSharding) or not view.is_movable:
         return none
     specs = specs_of(view.weight, sharding.spec, sharding.mesh.shape)
     fields = {name: sharding.update(spec=spec) for name, spec in specs.items()}
