@@ -110,7 +110,7 @@ def read_codes(place: Place, tensors: Mapping[str, Any], like: QuantizedWeight) 
       tensors: by name; see the module.
       like: from `leaf_like`.
     """
-    places = {name: _field_place(place, like, name) for name in like.fields}
+    places = {name: field_place(place, like, name) for name in like.fields}
     shards = {name: shards_of(field) for name, field in like.fields.items()}
     for where, names in place.layers():
         codes = {name: tensors[name].codes() for name in names}
@@ -121,7 +121,7 @@ def read_codes(place: Place, tensors: Mapping[str, Any], like: QuantizedWeight) 
     return dataclasses.replace(like, fields=fields)
 
 
-def _field_place(place: Place, like: QuantizedWeight, name: str) -> Place:
+def field_place(place: Place, like: QuantizedWeight, name: str) -> Place:
     """Return the place of one field: that of the weight, shorter along the blocked axis."""
     shape = tuple(like.fields[name].shape)
     letter = place.entry.groups(len(shape))[1][like.axis][-1]
