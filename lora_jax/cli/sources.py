@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 import lora_jax as lora
 from lora_jax import models
 from lora_jax.cli.fit import EXACT, Fit
-from lora_jax.cli.quantize_option import parse_quantize
+from lora_jax.cli.quantize_option import in_options, parse_quantize
 from lora_jax.core.errors import ModelFileError
 from lora_jax.core.foreign import escaped, shown
 from lora_jax.core.paths import flatten_with_paths
@@ -142,12 +142,13 @@ def load_model(
       ValueError, OSError: as `models.load`.
     """
     table = parse_quantize(quantize)
-    if model.kind == kinds.TINY:
-        return tiny(len(byte_tokenizer()), dtype or "float32", scan=scan, quantize=table)
-    if in_files:
+    if in_files and model.kind != kinds.TINY:
         return open_stored(model.path, scan=scan)
-    options: Any = {"scan": scan, "mesh": mesh, "quantize": table, "as_stored": as_stored}
-    return models.load(model.path, dtype, **options)
+    with in_options():
+        if model.kind == kinds.TINY:
+            return tiny(len(byte_tokenizer()), dtype or "float32", scan=scan, quantize=table)
+        options: Any = {"scan": scan, "mesh": mesh, "quantize": table, "as_stored": as_stored}
+        return models.load(model.path, dtype, **options)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,13 +12,13 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from lora_jax.files.quantized.stored import StoredCodes
 
 from lora_jax.core.checks import is_integer
 from lora_jax.core.errors import ModelFileError
 from lora_jax.core.foreign import shown, shown_value
 from lora_jax.core.quantized.kinds import KINDS
 from lora_jax.core.quantized.weight import QuantizedWeight
+from lora_jax.files.quantized.stored import StoredCodes
 
 METHOD, VERSION = "lora_jax", 1
 CONFIG = "quantization_config"  # of config.json
