@@ -4,7 +4,7 @@ import contextlib
 import re
 from collections.abc import Iterator
 
-from lora_jax.core.errors import ConfigError
+from lora_jax.core.errors import ConfigError, TargetError
 
 
 def parse_quantize(text: str | None) -> str | dict[str, str | None] | None:
@@ -46,11 +46,11 @@ _WORDS = (
 
 @contextlib.contextmanager
 def in_options() -> Iterator[None]:
-    """Reword a `ConfigError` of the block, so that it names options, not parameters of Python."""
+    """Reword what `models.load` raises in the block, so that it names options of commands."""
     try:
         yield
-    except ConfigError as error:
+    except (ConfigError, TargetError) as error:
         message = str(error)
         for pattern, words in _WORDS:
             message = re.sub(pattern, words, message, flags=re.MULTILINE)
-        raise ConfigError(message) from error
+        raise type(error)(message) from error

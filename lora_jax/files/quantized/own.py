@@ -113,6 +113,8 @@ def _check(weight: QuantizedWeight) -> None:
         is_same = jnp.issubdtype(x.dtype, jnp.floating) == jnp.issubdtype(field.dtype, jnp.floating)
         is_same &= jnp.issubdtype(x.dtype, jnp.floating) or x.dtype == field.dtype
         if list(x.shape) != want or not is_same:
-            wrong.append(f"{name} is {x.dtype} {list(x.shape)}, not {field.dtype} {want}")
+            wrong.append(
+                f"{name} is {x.dtype} {list(x.shape)}, not {jnp.dtype(field.dtype)} {want}"
+            )
     if wrong:
         raise ModelFileError(f"of the kind {weight.kind}: {'; '.join(wrong)}")
