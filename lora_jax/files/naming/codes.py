@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lora_jax.core.errors import StructureError
+from lora_jax.core.errors import ModelFileError, StructureError
 from lora_jax.core.quantized.weight import QuantizedWeight, dequantize_array
 from lora_jax.files.naming.place import Place
 from lora_jax.files.naming.reading import fill, sharding_of, shards_of, to_devices
@@ -29,12 +29,12 @@ def codes_of(tensor: Any) -> QuantizedWeight | None:
 
 def is_stored_as(place: Place, tensor: Any, like: QuantizedWeight) -> bool:
     """Return whether a tensor is stored as the codes of a leaf, in the same blocks."""
-    codes = codes_of(tensor)
-    if codes is None or codes.kind != like.kind:
-        return False
     try:
+        codes = codes_of(tensor)
+        if codes is None or codes.kind != like.kind:
+            return False
         own = leaf_like(place, codes, jax.ShapeDtypeStruct(like.shape, like.dtype))
-    except StructureError:
+    except (StructureError, ModelFileError):  # it can be read as floats only
         return False
     arrays = lambda w: {name: (tuple(x.shape), jnp.dtype(x.dtype)) for name, x in w.fields.items()}
     return own.axis == like.axis and arrays(own) == arrays(like)
