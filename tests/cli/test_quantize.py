@@ -1,6 +1,5 @@
 """`lora-jax quantize`, and `--quantize` of the commands that read a model."""
 
-import dataclasses
 import json
 
 import jax
@@ -9,8 +8,6 @@ import pytest
 
 import lora_jax as lora
 from lora_jax import models
-from lora_jax.core.paths import flatten_with_paths
-from lora_jax.core.quantized.weight import is_quantized
 from lora_jax.models.text.byte_tokenizer import byte_tokenizer
 from lora_jax.models.tiny import tiny
 
@@ -95,36 +92,3 @@ def test_a_damaged_description_is_refused(model, run, fails, tmp_path):
         assert words in fails("generate", "-m", path.parent, "--quantize", "keep", *GENERATE)
     path.write_text(json.dumps(good | {"quantization_config": {"quant_method": "lora_jax"}}))
     assert "version None of our own format" in fails("generate", "-m", path.parent, *GENERATE)
-
-
-def losses(directory):
-    lines = (directory / "log.jsonl").read_text().splitlines()
-    return [record["loss"] for record in map(json.loads, lines) if "loss" in record]
-
-
-def test_training_on_codes_is_training_on_their_values(model, run, fails, play, tmp_path):
-    base = models.load(model, quantize="int4", scan=True)
-    floats = dataclasses.replace(base, params=lora.dequantize(base.params))
-    models.save(tmp_path / "floats", floats)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        (tmp_path / "floats" / name).write_bytes((model / name).read_bytes())
-    small = ("--data", play, "--length", 32, "--batch", 2, "--rank", 2, "--lr", 0.01, "--scan")
-    train = ("train", *small, "--model", model, "--quantize", "int4", "--out", tmp_path / "run")
-    done = run(*train, "--steps", 2)
-    assert done.status == 0, done
-    assert "--adapter" in done.out and "--quantize int4" in done.out
-    assert json.loads((tmp_path / "run" / "run.json").read_text())["settings"]["quantize"] == "int4"
-    other = (*train[:-3], "int8", "--out", tmp_path / "run", "--resume", "--steps", 4)
-    assert 'quantize was "int4", now "int8"' in fails(*other)
-    assert run(*train, "--resume", "--steps", 4).status == 0
-    plain = ("train", *small, "--model", tmp_path / "floats", "--out", tmp_path / "plain")
-    assert run(*plain, "--steps", 4).status == 0
-    np.testing.assert_allclose(losses(tmp_path / "run"), losses(tmp_path / "plain"), rtol=1e-5)
-
-    # the adapter is one of the float model too; merged into codes it loses most of its update
-    adapter = ("--adapter", tmp_path / "run", "--out", tmp_path / "merged")
-    merged = run("merge", "--model", model, "--quantize", "int4", *adapter)
-    assert "14 merged weights in int4" in merged.out and "rounding error of the" in merged.out
-    assert "merge without --quantize to keep it" in merged.err
-    kept, _ = flatten_with_paths(models.load(tmp_path / "merged", quantize="keep").params)
-    assert sum(is_quantized(x) and x.kind == "int4" for x in kept.values()) == 14
