@@ -8,7 +8,7 @@ from lora_jax.cli.options import DType, ForceOption, ModelOption, OutOption
 
 EXAMPLES = (
     "lora-jax quantize --model my-model --kind int8 --out my-model-int8",
-    "lora-jax quantize -m my-model --kind lm_head=int8,int8_zero --out my-model-8",
+    "lora-jax quantize -m my-model --kind lm_head=int8,fp8 --out my-model-8",
 )
 
 
@@ -19,7 +19,7 @@ def command(
         typer.Option(
             metavar="KIND",
             help="nf4, int8, int4 or another kind; keep: the codes in the file. Or by name: "
-            "embedding=int8,nf4.",
+            "lm_head=int8,nf4.",
         ),
     ],
     out: OutOption,

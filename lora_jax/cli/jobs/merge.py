@@ -13,9 +13,10 @@ from lora_jax import models
 from lora_jax.adapters.merge import check_finite
 from lora_jax.cli import classifiers, sources
 from lora_jax.cli.fit import Fit
-from lora_jax.cli.jobs import merge_quantized, model_output
-from lora_jax.cli.jobs.merge_leaves import Merges
-from lora_jax.cli.jobs.merge_published import published
+from lora_jax.cli.jobs import model_output
+from lora_jax.cli.jobs.merging import quantized
+from lora_jax.cli.jobs.merging.classifier import published
+from lora_jax.cli.jobs.merging.leaves import Merges
 from lora_jax.core.foreign import escaped, shown
 from lora_jax.core.paths import flatten_with_paths
 from lora_jax.core.tree import adapted_nodes
@@ -79,7 +80,7 @@ def _requantized(
     max_shard_size: str,
 ) -> None:
     """Write a model with codes."""
-    found = merge_quantized.merge(base, adapter, quantize, dtype, fit)
+    found = quantized.merge(base, adapter, quantize, dtype, fit)
     beside = model_output.files_beside(base, adapter)
     files = saving.streamed_files(found.model, max_shard_size=max_shard_size)
     model_output.check_files(out, files)

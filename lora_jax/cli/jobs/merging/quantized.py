@@ -9,7 +9,7 @@ import lora_jax as lora
 from lora_jax import models
 from lora_jax.cli import classifiers, sources
 from lora_jax.cli.fit import Fit
-from lora_jax.cli.jobs.merge_published import published
+from lora_jax.cli.jobs.merging.classifier import published
 from lora_jax.core.errors import ConfigError
 from lora_jax.core.paths import flatten_with_paths
 from lora_jax.core.quantized.weight import is_quantized
