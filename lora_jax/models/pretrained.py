@@ -18,6 +18,7 @@ from lora_jax.core.checks import is_integer
 from lora_jax.core.errors import ConfigError, ModelFileError, StructureError, TargetError
 from lora_jax.core.foreign import shown, shown_value
 from lora_jax.core.paths import flatten_with_paths
+from lora_jax.core.quantized.weight import is_quantized
 from lora_jax.files import naming as names
 from lora_jax.files.naming import Naming
 from lora_jax.models import hf_directory, llama_gguf, namings
@@ -49,7 +50,18 @@ class Apply:
     module: nn.Module
 
     def __call__(self, params: Any, *args: Any, **kwargs: Any) -> Any:
-        """Call `module.apply` with `params` as its parameters; the rest is passed on."""
+        """Call `module.apply` with `params` as its parameters; the rest is passed on.
+
+        Raises:
+          StructureError: some of the parameters are quantized.
+        """
+        quantized = [x for x in jax.tree.leaves(params, is_leaf=is_quantized) if is_quantized(x)]
+        if quantized:
+            raise StructureError(
+                f"{len(quantized)} parameters of the model are quantized, first {quantized[0]!r}: "
+                "call lora_jax.lora(model.apply)(params, ...) instead of model.apply, or make "
+                "floats of them with lora_jax.dequantize(params)"
+            )
         return self.module.apply({"params": params}, *args, **kwargs)
 
 
@@ -112,9 +124,10 @@ def load(
         warning. Or the kind into which the kernels of all linear layers are quantized while they
         are read, such as "nf4": one part of a tensor is in memory beside the codes. As in QLoRA,
         embeddings and the output head stay as they are, tied or not, and so do norms and biases. A
-        mapping `{the end of a path, a module, a regex or "all-linear": kind}` can name them; the
-        first entry that selects a weight decides, and None leaves the weight as it is. The model is
-        then `lora_jax.lora(model.apply)`. By default quantized tensors are dequantized.
+        mapping `{the end of a path, a module (PyTorch's names too), a regex or "all-linear": kind}`
+        can name them; the first entry that selects a weight decides, and None leaves the weight as
+        it is. The model is then `lora_jax.lora(model.apply)`. By default quantized tensors are
+        dequantized.
       mesh: of devices, on which the parameters are sharded: each process reads only its own shards,
         one part of a tensor at a time. By default all are on the default device.
       rules: how parameters are sharded, `{the end of a path, a module or a regex: PartitionSpec}`,
