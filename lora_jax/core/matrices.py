@@ -8,6 +8,7 @@ import jax
 from jax import lax
 
 from lora_jax.core.layout import Layout
+from lora_jax.core.quantized.weight import dequantized, is_quantized
 from lora_jax.core.sharding.meshes import gathered
 
 
@@ -37,13 +38,26 @@ def map_matrices(fn: Callable[..., Any], key: jax.Array, layout: Layout, *weight
     The results are stacked as `[*batch, ...]`. The matrices are processed one after the other, each
     with a separate key, so that a stack of layers takes one layer's temporary memory. On a mesh
     with explicit axes the weights are gathered first, because decompositions take only whole
-    matrices there, and the results are whole on every device.
+    matrices there, and the results are whole on every device. Quantized weights are
+    dequantized, one matrix at a time where their batch axes come first.
     """
-    stacks = [to_matrices(gathered(w), layout) for w in weights]
-    batch = stacks[0].shape[:-2]
-    flat = [stack.reshape(-1, *stack.shape[-2:]) for stack in stacks]
+    batch = layout.select("b", weights[0].shape)
+    if not layout.axes.startswith("b" * len(batch)):
+        weights = tuple(map(dequantized, weights))
+    inner = Layout(layout.axes[len(batch) :])
+
+    def stacked(w: Any) -> Any:
+        if is_quantized(w):
+            return jax.tree.map(lambda x: gathered(x).reshape(-1, *x.shape[len(batch) :]), w)
+        stack = to_matrices(gathered(w), layout)
+        return stack.reshape(-1, *stack.shape[-2:])
+
+    def one(args: tuple[Any, ...]) -> Any:
+        to_matrix = lambda w: to_matrices(w.dequantize(), inner) if is_quantized(w) else w
+        return fn(args[0], *map(to_matrix, args[1:]))
+
     keys = jax.random.split(key, math.prod(batch))
-    results = lax.map(lambda args: fn(*args), (keys, *flat))
+    results = lax.map(one, (keys, *map(stacked, weights)))
     return jax.tree.map(lambda x: x.reshape(*batch, *x.shape[1:]), results)
 
 

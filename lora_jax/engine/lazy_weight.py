@@ -110,8 +110,8 @@ class LazyWeight:
         axes, (batch, _, _) = _named(node)
         w = _frozen_base(node.w)
         dtype = accumulator(node.value.dtype, w.dtype)
-        values = w.dequantize() if isinstance(w, QuantizedView) else w
-        update = node.value.astype(dtype) - node.select(values).astype(dtype)
+        base = w.weight if isinstance(w, QuantizedView) else w
+        update = node.value.astype(dtype) - node.select(base).astype(dtype)
         one_hot = jax.nn.one_hot(jnp.asarray(node.rows), w.shape[node.axis], dtype=dtype)
         return cls(
             w,
