@@ -15,6 +15,7 @@ from lora_jax.core.errors import StructureError
 from lora_jax.core.host_memory import on_device
 from lora_jax.core.layout import Layout, subscripts
 from lora_jax.core.not_an_array import NotAnArray
+from lora_jax.core.quantized.parts import rows_of
 from lora_jax.core.quantized.weight import QuantizedWeight, is_quantized
 from lora_jax.core.sharding.meshes import sharding_without
 from lora_jax.core.short_repr import describe_fields, describe_node, describe_value, has_arrays
@@ -156,11 +157,10 @@ class TrainedRows(NotAnArray):
     def select(self, w: Any) -> jax.Array:
         """Return the trained rows of `w`, an array or quantized, laid out as `value` is."""
         w = on_device(w)
-        if is_quantized(w) and w.axis % w.ndim == self.axis:
-            w = w.dequantize()
-        take = lambda x: x.at[self._index].get(out_sharding=sharding_without(x, self.axis))
-        rows = jax.tree.map(take, w)  # of a quantized weight, their codes
-        return (rows.dequantize() if is_quantized(rows) else rows).transpose(self.order)
+        if is_quantized(w):
+            return rows_of(w, self.rows, self.axis).transpose(self.order)
+        rows = w.at[self._index].get(out_sharding=sharding_without(w, self.axis))
+        return rows.transpose(self.order)
 
     def replace(self, w: jax.Array, value: jax.Array) -> jax.Array:
         """Return `w` with `value` in place of the trained rows, other rows the same to the bit."""

@@ -12,7 +12,7 @@ from lora_jax.engine.arithmetic import apply_gain, drop, side_that_takes_gain, t
 from lora_jax.engine.context import Context
 from lora_jax.engine.lazy_weight import Axis, LazyWeight
 from lora_jax.engine.products import Product, add_update, tap_inputs
-from lora_jax.engine.quantized import QuantizedView, multiply
+from lora_jax.engine.quantized.view import QuantizedView, multiply
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,7 +16,7 @@ from lora_jax.core.sharding.meshes import is_on_mesh, on_mesh_of
 from lora_jax.core.weights import LoraWeight, TrainedRows
 from lora_jax.engine.frozen import frozen
 from lora_jax.engine.provenance import Provenance
-from lora_jax.engine.quantized import QuantizedView
+from lora_jax.engine.quantized.view import QuantizedView
 
 
 class Axis(NamedTuple):

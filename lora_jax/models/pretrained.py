@@ -18,6 +18,7 @@ from lora_jax.core.checks import is_integer
 from lora_jax.core.errors import ConfigError, ModelFileError, StructureError, TargetError
 from lora_jax.core.foreign import shown, shown_value
 from lora_jax.core.paths import flatten_with_paths
+from lora_jax.core.quantized.weight import is_quantized
 from lora_jax.files import naming as names
 from lora_jax.files.naming import Naming
 from lora_jax.models import hf_directory, llama_gguf, namings
@@ -25,7 +26,7 @@ from lora_jax.models.bert import Bert, BertConfig
 from lora_jax.models.llama import Llama
 from lora_jax.models.llama_config import MODEL_TYPES, PARAM_DTYPES, LlamaConfig
 from lora_jax.models.remat import NONE, policy_name
-from lora_jax.models.weights import sharding_rules
+from lora_jax.models.weights import published, sharding_rules
 from lora_jax.models.weights.kept import kept_shapes, warn_of_floats
 from lora_jax.models.weights.quantization import (
     KEEP,
@@ -49,7 +50,18 @@ class Apply:
     module: nn.Module
 
     def __call__(self, params: Any, *args: Any, **kwargs: Any) -> Any:
-        """Call `module.apply` with `params` as its parameters; the rest is passed on."""
+        """Call `module.apply` with `params` as its parameters; the rest is passed on.
+
+        Raises:
+          StructureError: some of the parameters are quantized.
+        """
+        quantized = [x for x in jax.tree.leaves(params, is_leaf=is_quantized) if is_quantized(x)]
+        if quantized:
+            raise StructureError(
+                f"{len(quantized)} parameters of the model are quantized, first {quantized[0]!r}: "
+                "call lora_jax.lora(model.apply)(params, ...) instead of model.apply, or make "
+                "floats of them with lora_jax.dequantize(params)"
+            )
         return self.module.apply({"params": params}, *args, **kwargs)
 
 
@@ -99,7 +111,9 @@ def load(
       path: a directory in Hugging Face's layout (config.json, and safetensors in one or more
         files), or a GGUF file of the Llama family.
       dtype: dtype of parameters and computation: float32, bfloat16 or float16. By default the
-        widest in the file; quantized tensors are read as float32.
+        widest in the file; GGUF's quantized tensors are read as float32. Directories with a
+        `quantization_config` (bitsandbytes, GPTQ, AWQ, compressed-tensors, FP8) need a `dtype`, to
+        which they are dequantized, or `quantize`.
       scan: stack the layers, as in `LlamaConfig`.
       remat: which activations are recomputed, as in `LlamaConfig`: True, False, or a name.
       as_stored: keep the dtype that each parameter has in the file; `dtype` is then that of the
@@ -135,6 +149,11 @@ def load(
         raise ConfigError("rules: say how parameters lie on a mesh, so give mesh= too")
     kinds = None if quantize in (None, KEEP) else parse_quantize(quantize)
     source = _open(Path(path))
+    if source.quantized and dtype is None and quantize is None:
+        raise ConfigError(
+            f"{path}: its weights are quantized ({shown(source.quantized)}): pass quantize='keep' "
+            "to keep their codes, or dtype= such as 'bfloat16' to dequantize them"
+        )
     with _naming_file(path):
         module, like = _outline(source, dtype, scan, remat, as_stored)
         if mesh is not None:
@@ -221,6 +240,7 @@ class _Source:
     torch: Naming  # Hugging Face's names
     ignored: tuple[str, ...]
     headless: bool = False  # it has no output head, although its settings say so
+    quantized: str | None = None  # how, by config.json
 
 
 def _open(path: Path) -> _Source:
@@ -231,15 +251,16 @@ def _open(path: Path) -> _Source:
         in_file = llama_gguf.file_naming(torch, settings)
         ignored = (*llama_gguf.IGNORED, *namings.KEPT[kind])
         return _Source(kind, settings, quantized, in_file, torch, ignored)
-    settings = hf_directory.read_config(path)
-    kind = _kind(settings, path)
-    tensors = hf_directory.tensors(path)
+    config = hf_directory.read_config(path)
+    kind = _kind(config, path)
+    opened = published.open_directory(path, config)
+    settings, tensors = opened.settings, opened.tensors
     torch = namings.naming(kind, tensors)
     tied = (namings.TIED_HEAD,) if settings.get("tie_word_embeddings") else ()
     # a decoder's classifier has no output head: the model here gets that of a tied one
     headless = not tied and "score.weight" in tensors and "lm_head.weight" not in tensors
-    ignored = (*namings.DROPPED[kind], *tied, *namings.KEPT[kind])
-    return _Source(kind, settings, tensors, torch, torch, ignored, headless)
+    ignored = (*namings.DROPPED[kind], *tied, *namings.KEPT[kind], *opened.ignored)
+    return _Source(kind, settings, tensors, torch, torch, ignored, headless, opened.method)
 
 
 def _kind(settings: Mapping[str, Any], path: Path) -> str:
@@ -290,7 +311,7 @@ def _check_dtypes(source: _Source) -> None:
         name, dtype = next(iter(other.items()))
         raise ModelFileError(
             f"{len(other)} of {len(source.tensors)} tensors are {dtype} or the like, first "
-            f"{shown(name)}: quantized weights are not supported. All must be "
+            f"{shown(name)}, but config.json has no quantization_config. All must be "
             f"{', '.join(_STORED_DTYPES)}; where several are mixed, the widest is used"
         )
 

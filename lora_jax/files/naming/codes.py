@@ -13,10 +13,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from lora_jax.core.errors import StructureError
-from lora_jax.core.quantized.weight import QuantizedWeight
+from lora_jax.core.errors import ModelFileError, StructureError
+from lora_jax.core.quantized.weight import QuantizedWeight, dequantize_array
 from lora_jax.files.naming.place import Place
 from lora_jax.files.naming.reading import fill, sharding_of, shards_of, to_devices
 
@@ -26,16 +27,25 @@ def codes_of(tensor: Any) -> QuantizedWeight | None:
     return tensor.codes() if hasattr(tensor, "codes") else None
 
 
-def is_stored_as(tensor: Any, like: QuantizedWeight) -> bool:
-    """Return whether a tensor is stored as codes of a leaf's kind, in blocks of its size."""
-    codes = codes_of(tensor)
-    return codes is not None and (codes.kind, codes.block) == (like.kind, like.block)
+def is_stored_as(place: Place, tensor: Any, like: QuantizedWeight) -> bool:
+    """Return whether a tensor is stored as the codes of a leaf, in the same blocks."""
+    try:
+        codes = codes_of(tensor)
+        if codes is None or codes.kind != like.kind:
+            return False
+        own = leaf_like(place, codes, jax.ShapeDtypeStruct(like.shape, like.dtype))
+    except (StructureError, ModelFileError):  # it can be read as floats only
+        return False
+    arrays = lambda w: {name: (tuple(x.shape), jnp.dtype(x.dtype)) for name, x in w.fields.items()}
+    return own.axis == like.axis and arrays(own) == arrays(like)
 
 
 def has_codes(place: Place, tensors: Mapping[str, Any], like: Any) -> bool:
     """Return whether `read_codes` can read a leaf: all of its tensors are stored as it says."""
     names = [name for _, names in place.layers() for name in names]
-    return isinstance(like, QuantizedWeight) and all(is_stored_as(tensors[x], like) for x in names)
+    return isinstance(like, QuantizedWeight) and all(
+        is_stored_as(place, tensors[name], like) for name in names
+    )
 
 
 def leaf_like(place: Place, codes: QuantizedWeight, like: Any) -> QuantizedWeight:
@@ -92,23 +102,40 @@ def _sharding(sharding: Any, shape: tuple[int, ...], axis: int, blocks: int) -> 
     return jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec(*spec))
 
 
-def read_codes(place: Place, tensors: Mapping[str, Any], like: QuantizedWeight) -> QuantizedWeight:
+def read_codes(
+    place: Place, tensors: Mapping[str, Any], like: QuantizedWeight
+) -> tuple[QuantizedWeight, tuple[tuple[str, ...], ...]]:
     """Read one leaf from tensors that are stored as codes, one tensor after the other.
 
     Args:
       place: where it is in PyTorch's files.
       tensors: by name; see the module.
       like: from `leaf_like`.
+
+    Returns:
+      The leaf, and the names of the tensors with values that are not finite in its dtype.
     """
+    over: dict[tuple[str, ...], None] = {}
     places = {name: _field_place(place, like, name) for name in like.fields}
     shards = {name: shards_of(field) for name, field in like.fields.items()}
     for where, names in place.layers():
         codes = {name: tensors[name].codes() for name in names}
+        if not all(_fits(one, like.dtype) for one in codes.values()):
+            over[names] = None
         for field, part in places.items():
             arrays = {name: _whole(x.fields[field], x.axis, part) for name, x in codes.items()}
             fill(part, arrays, shards[field].values(), [(where, names)])
     fields = {name: to_devices(like.fields[name], found) for name, found in shards.items()}
-    return dataclasses.replace(like, fields=fields)
+    return dataclasses.replace(like, fields=fields), tuple(over)
+
+
+def _fits(codes: QuantizedWeight, dtype: Any) -> bool:
+    """Return whether values are finite in a dtype; those of float32's range are not looked at."""
+    if dtype != jnp.float16:
+        return True
+    fields = {name: jnp.asarray(np.asarray(x)) for name, x in codes.fields.items()}
+    values = dequantize_array(dataclasses.replace(codes, fields=fields, dtype=jnp.dtype(dtype)))
+    return bool(jnp.isfinite(values).all())
 
 
 def _field_place(place: Place, like: QuantizedWeight, name: str) -> Place:

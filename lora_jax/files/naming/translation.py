@@ -49,10 +49,9 @@ def to_tree(
     values: dict[str, Any] = {}
     problems: list[str] = []
     for path, place in _checked_places(naming, tensors, leaves, ignore).items():
-        if has_codes(place, tensors, leaves[path]):
-            values[path] = read_codes(place, tensors, leaves[path])
-            continue
         make: Any = read_quantized if is_quantized(leaves[path]) else read
+        if has_codes(place, tensors, leaves[path]):
+            make = read_codes
         values[path], over = make(place, tensors, leaves[path])
         problems += [
             f"{', '.join(names)}: has values that overflow {values[path].dtype}; choose a dtype "
@@ -131,7 +130,7 @@ def _problem(
         return f"{name}: has shape {tuple(tensor.shape)}, but {place.path} needs {shape}"
     if jnp.issubdtype(tensor.dtype, jnp.floating) != jnp.issubdtype(like.dtype, jnp.floating):
         return f"{name}: is {tensor.dtype}, but {place.path} is {jnp.dtype(like.dtype)}"
-    if is_quantized(like) and like.format.encode is None and not is_stored_as(tensor, like):
+    if is_quantized(like) and like.format.encode is None and not is_stored_as(place, tensor, like):
         codes = codes_of(tensor)
         kind = codes.kind if codes is not None else "not stored as codes"
         return f"{name}: is {kind}, but {place.path} is {like.kind}"

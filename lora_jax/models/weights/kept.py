@@ -43,10 +43,12 @@ def kept_shapes(naming: Naming, tensors: Mapping[str, Any], like: Any) -> Any:
 def _kept_leaf(place: Place, tensors: Mapping[str, Any], like: Any) -> Any:
     layers = [[tensors[name] for name in names if name in tensors] for _, names in place.layers()]
     found = [tensor for layer in layers for tensor in layer]
-    kinds = [_format(tensor) for tensor in found]
+    formats = [_format(tensor) for tensor in found]
     codes = codes_of(found[0]) if found else None
-    if any(codes_of(tensor) is not None for tensor in found) and len(set(kinds)) > 1:
-        counts = ", ".join(f"{n} {kind}" for kind, n in Counter(kinds).most_common())
+    if any(codes_of(tensor) is not None for tensor in found) and len(set(formats)) > 1:
+        alike = len({kind for kind, _ in formats}) == 1
+        told = Counter(f"{kind} in blocks of {n}" if alike else kind for kind, n in formats)
+        counts = ", ".join(f"{n} {kind}" for kind, n in told.most_common())
         raise ConfigError(
             f"{place.path}: quantize='keep' cannot stack tensors of several kinds: {counts}. "
             "Load the model with scan=False"
@@ -59,9 +61,12 @@ def _kept_leaf(place: Place, tensors: Mapping[str, Any], like: Any) -> Any:
     return jax.ShapeDtypeStruct(like.shape, dtype, sharding=like.sharding)
 
 
-def _format(tensor: Any) -> str:
+def _format(tensor: Any) -> tuple[str, int]:
+    """Return the kind of a tensor, or its dtype, and the numbers per block."""
     codes = codes_of(tensor)
-    return codes.kind if codes is not None else str(getattr(tensor, "kind", tensor.dtype))
+    if codes is None:
+        return str(getattr(tensor, "kind", tensor.dtype)), 1
+    return codes.kind, codes.block
 
 
 def warn_of_floats(path: Any, tensors: Iterable[Any]) -> None:

@@ -13,25 +13,43 @@ from jax import lax
 
 from lora_jax.core.quantized.weight import QuantizedWeight, dequantize_array
 from lora_jax.core.sharding.meshes import is_on_mesh
-from lora_jax.engine import jaxprs
 from lora_jax.engine.frozen import frozen
-from lora_jax.engine.linear import Linear, apply_linear
+from lora_jax.engine.quantized.linear import Linear, apply_linear
 
 STATIC = {"static": True}
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """What waits to be done to the values of a view: `call(values, *others)`.
+
+    Two are equal if they compute the same: JAX then traces and compiles one of them.
+
+    Attributes:
+      call: what it is; views of quantized weights among `others` come dequantized.
+      key: equal for steps that compute the same.
+      shape: of the result; None where the step goes number by number, whatever the shape is.
+      dtype: of the result.
+    """
+
+    call: Callable[..., jax.Array] = dataclasses.field(compare=False)
+    key: Hashable
+    shape: tuple[int, ...] | None
+    dtype: Any
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class QuantizedView:
-    """A quantized weight, and the equations that turn its values into the view.
+    """A quantized weight, and the steps that turn its values into the view.
 
-    `pending` are equations with one output, which take the values so far first; `others` are their
-    other inputs.
+    `pending` are those that cannot be taken on codes and scales. A product takes them where it
+    dequantizes. `others` are their other inputs: arrays, or views of quantized weights.
     """
 
     weight: QuantizedWeight
     others: tuple[tuple[Any, ...], ...] = ()
-    pending: tuple[Any, ...] = dataclasses.field(metadata=STATIC, default=())
+    pending: tuple[Step, ...] = dataclasses.field(metadata=STATIC, default=())
 
     @classmethod
     def of(cls, weight: QuantizedWeight) -> "QuantizedView":
@@ -39,14 +57,10 @@ class QuantizedView:
         return cls(jax.tree.map(frozen, weight))
 
     @property
-    def aval(self) -> Any:
-        """The type of the view."""
-        return self.pending[-1].outvars[0].aval if self.pending else self.weight
-
-    @property
     def shape(self) -> tuple[int, ...]:
         """The shape of the view."""
-        return tuple(self.aval.shape)
+        shapes = [step.shape for step in self.pending if step.shape is not None]
+        return shapes[-1] if shapes else self.weight.shape
 
     @property
     def ndim(self) -> int:
@@ -56,20 +70,52 @@ class QuantizedView:
     @property
     def dtype(self) -> Any:
         """The dtype of the view."""
-        return self.aval.dtype
+        return self.pending[-1].dtype if self.pending else self.weight.dtype
 
-    def apply(self, eqn: Any, *others: Any) -> "QuantizedView":
-        """Return the output of an equation on this view; it is computed where it is needed."""
+    @property
+    def codes(self) -> jax.Array:
+        """The codes of the weight."""
+        return self.weight.fields[self.weight.format.codes]
+
+    @property
+    def aval(self) -> Any:
+        """The type of the view: where its codes are, and varying over a mesh as they do."""
+        aval = jax.typeof(self.codes)
+        if self.is_movable:
+            return aval.update(shape=self.shape, dtype=jnp.dtype(self.dtype))
+        return jax.eval_shape(self.dequantize)
+
+    @property
+    def is_movable(self) -> bool:
+        """Whether the pending steps hold for any part of the weight: each goes number by number."""
+        return all(step.shape is None for step in self.pending)
+
+    @property
+    def may_have_gradient(self) -> bool:
+        """Whether a gradient may flow to the other inputs of the pending steps."""
+        values = [x for others in self.others for x in others]
+        return any(
+            x.may_have_gradient if isinstance(x, QuantizedView) else _may_have_gradient(x)
+            for x in values
+        )
+
+    def then(self, step: Step, *others: Any) -> "QuantizedView":
+        """Return the view after a step, which is taken where the values are needed."""
         return dataclasses.replace(
-            self, others=(*self.others, others), pending=(*self.pending, eqn)
+            self, others=(*self.others, others), pending=(*self.pending, step)
         )
 
     def dequantize(self, zero: jax.Array | None = None) -> jax.Array:
         """Return the values of the view; `zero` is as in `dequantize_array`."""
         values = dequantize_array(self.weight, zero)
-        for eqn, others in zip(self.pending, self.others, strict=True):
-            (values,) = jaxprs.bind(eqn, [values, *others])
+        for step, others in zip(self.pending, self.others, strict=True):
+            arrays = [x.dequantize(zero) if isinstance(x, QuantizedView) else x for x in others]
+            values = step.call(values, *arrays)
         return values
+
+
+def _may_have_gradient(x: Any) -> bool:
+    return isinstance(x, jax.core.Tracer) and jnp.issubdtype(x.dtype, jnp.inexact)
 
 
 def multiply(
@@ -91,6 +137,9 @@ def multiply(
       key: equal for products that compute the same.
       tie: as in `Forms`.
     """
+    if view.may_have_gradient:
+        # The region that follows has constants alone: here JAX differentiates by all inputs.
+        return _multiply_again(product, view, x, others)
     constants, treedef = jax.tree.flatten((view, tuple(others)))
     like = jax.typeof(x)
 
@@ -104,6 +153,18 @@ def multiply(
         return jax.linear_transpose(lambda x: product(values, x, *others), like)(ct)[0]
 
     return apply_linear(Linear(forward, transposed, (key, treedef, like, tie)), constants, x)
+
+
+def _multiply_again(
+    product: Callable[..., jax.Array], view: QuantizedView, x: jax.Array, others: Sequence[Any]
+) -> jax.Array:
+    """Return the product, which the backward pass computes again from the codes."""
+
+    @jax.checkpoint
+    def again(view: QuantizedView, x: jax.Array) -> jax.Array:
+        return product(view.dequantize(), x, *others)
+
+    return again(view, x)
 
 
 def _values(view: QuantizedView, after: jax.Array, tie: str | None) -> jax.Array:
