@@ -18,6 +18,7 @@ from lora_jax.core.checks import is_integer
 from lora_jax.core.errors import ConfigError, ModelFileError, StructureError, TargetError
 from lora_jax.core.foreign import shown, shown_value
 from lora_jax.core.paths import flatten_with_paths
+from lora_jax.core.quantized.weight import is_quantized
 from lora_jax.files import naming as names
 from lora_jax.files.naming import Naming
 from lora_jax.models import hf_directory, llama_gguf, namings
@@ -49,7 +50,18 @@ class Apply:
     module: nn.Module
 
     def __call__(self, params: Any, *args: Any, **kwargs: Any) -> Any:
-        """Call `module.apply` with `params` as its parameters; the rest is passed on."""
+        """Call `module.apply` with `params` as its parameters; the rest is passed on.
+
+        Raises:
+          StructureError: some of the parameters are quantized.
+        """
+        quantized = [x for x in jax.tree.leaves(params, is_leaf=is_quantized) if is_quantized(x)]
+        if quantized:
+            raise StructureError(
+                f"{len(quantized)} parameters of the model are quantized, first {quantized[0]!r}: "
+                "call lora_jax.lora(model.apply)(params, ...) instead of model.apply, or make "
+                "floats of them with lora_jax.dequantize(params)"
+            )
         return self.module.apply({"params": params}, *args, **kwargs)
 
 

@@ -9,14 +9,16 @@ import pytest
 
 import lora_jax
 from lora_jax import models
-from lora_jax.core.errors import ConfigError
+from lora_jax.core.errors import ConfigError, ModelFileError, StructureError
 from lora_jax.core.paths import flatten_with_paths
 from lora_jax.core.quantized.weight import is_quantized
+from lora_jax.files.disk import gguf_file
 from tests import devices
 from tests.models import quantized_gguf
 
 # as llama.cpp's mixes: one kind for most, others for the embedding and some of the layers
-MIX = {"token_embd": "Q8_0", "blk.1.ffn_down": "Q6_K", "attn_v": "Q5_K", "": "Q4_K"}
+MIX = {"token_embd": "Q8_0", "blk.1.ffn_down": "Q6_K", "attn_v": "Q5_K", "attn_output": "BF16"}
+MIX |= {"": "Q4_K"}
 PLAIN = {"token_embd": "Q4_0", "attn_v": "Q5_0", "ffn_down": "Q5_1", "attn_q": "F16", "": "Q4_1"}
 
 
@@ -47,6 +49,7 @@ def test_the_codes_of_the_file_are_the_values_of_a_float_load(tmp_path, kinds, t
     else:
         assert found["layer_0/mlp/down/kernel"] == "q4_k"
         assert found["layer_1/mlp/down/kernel"] == "q6_k"
+        assert found["layer_1/attention/output/kernel"] == "bfloat16"
     assert found["norm/scale"] == "float32"
 
 
@@ -69,6 +72,44 @@ def test_logits_and_gradients_are_those_of_the_float_model(tmp_path):
 
     close = lambda x, y: np.testing.assert_allclose(x, y, rtol=2e-4, atol=1e-5)
     jax.tree.map(close, run(base, adapters), run(floats.params, adapters))
+
+
+def test_a_model_of_codes_is_called_through_lora(tmp_path):
+    kept = models.load(quantized_gguf.write(tmp_path / "x.gguf", PLAIN, True), quantize="keep")
+    message = (
+        r"parameters of the model are quantized, first QuantizedWeight\(.*: call "
+        r"lora_jax.lora\(model.apply\)\(params, ...\) instead of model.apply"
+    )
+    with pytest.raises(StructureError, match=message):
+        kept.apply(kept.params, jnp.ones((1, 2), int))
+
+
+def test_another_vocabulary_and_an_untied_head(tmp_path):
+    kept = models.load(quantized_gguf.write(tmp_path / "x.gguf", PLAIN, True), quantize="keep")
+    values = kept.params["embedding"]["embedding"].dequantize()
+    head = models.untie_head(kept).params["head"]["kernel"]
+    assert head.kind == "q4_0"
+    np.testing.assert_array_equal(head.dequantize(), values.T)
+    grown = models.resize_vocabulary(kept, 100).params["embedding"]["embedding"]
+    np.testing.assert_array_equal(grown[:96], values)
+
+
+@pytest.mark.parametrize(
+    ("scale", "dtype", "message"),
+    [
+        (np.inf, None, "blk.1.ffn_up.weight: contains NaN or infinite values"),
+        (60000, "float16", "blk.1.ffn_up.weight: has values that overflow float16"),
+    ],
+)
+def test_scales_that_are_too_large(tmp_path, scale, dtype, message):
+    path = quantized_gguf.write(tmp_path / "x.gguf", {"": "Q8_0"})
+    tensor = gguf_file.read(path).tensors["blk.1.ffn_up.weight"]
+    data = bytearray(path.read_bytes())
+    at = data.find(tensor.stored[:64].tobytes())
+    data[at : at + 2] = np.array([scale], np.float16).tobytes()
+    path.write_bytes(data)
+    with pytest.raises(ModelFileError, match=message):
+        models.load(path, dtype, quantize="keep")
 
 
 def test_layers_of_several_kinds_are_not_stacked(tmp_path):

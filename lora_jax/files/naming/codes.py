@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_jax.core.errors import ModelFileError, StructureError
-from lora_jax.core.quantized.weight import QuantizedWeight
+from lora_jax.core.quantized.weight import QuantizedWeight, dequantize_array
 from lora_jax.files.naming.place import Place
 from lora_jax.files.naming.reading import fill, sharding_of, shards_of, to_devices
 
@@ -102,23 +102,40 @@ def _sharding(sharding: Any, shape: tuple[int, ...], axis: int, blocks: int) -> 
     return jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec(*spec))
 
 
-def read_codes(place: Place, tensors: Mapping[str, Any], like: QuantizedWeight) -> QuantizedWeight:
+def read_codes(
+    place: Place, tensors: Mapping[str, Any], like: QuantizedWeight
+) -> tuple[QuantizedWeight, tuple[tuple[str, ...], ...]]:
     """Read one leaf from tensors that are stored as codes, one tensor after the other.
 
     Args:
       place: where it is in PyTorch's files.
       tensors: by name; see the module.
       like: from `leaf_like`.
+
+    Returns:
+      The leaf, and the names of the tensors with values that are not finite in its dtype.
     """
+    over: dict[tuple[str, ...], None] = {}
     places = {name: _field_place(place, like, name) for name in like.fields}
     shards = {name: shards_of(field) for name, field in like.fields.items()}
     for where, names in place.layers():
         codes = {name: tensors[name].codes() for name in names}
+        if not all(_fits(one, like.dtype) for one in codes.values()):
+            over[names] = None
         for field, part in places.items():
             arrays = {name: _whole(x.fields[field], x.axis, part) for name, x in codes.items()}
             fill(part, arrays, shards[field].values(), [(where, names)])
     fields = {name: to_devices(like.fields[name], found) for name, found in shards.items()}
-    return dataclasses.replace(like, fields=fields)
+    return dataclasses.replace(like, fields=fields), tuple(over)
+
+
+def _fits(codes: QuantizedWeight, dtype: Any) -> bool:
+    """Return whether values are finite in a dtype; those of float32's range are not looked at."""
+    if dtype != jnp.float16:
+        return True
+    fields = {name: jnp.asarray(np.asarray(x)) for name, x in codes.fields.items()}
+    values = dequantize_array(dataclasses.replace(codes, fields=fields, dtype=jnp.dtype(dtype)))
+    return bool(jnp.isfinite(values).all())
 
 
 def _field_place(place: Place, like: QuantizedWeight, name: str) -> Place:

@@ -49,10 +49,9 @@ def to_tree(
     values: dict[str, Any] = {}
     problems: list[str] = []
     for path, place in _checked_places(naming, tensors, leaves, ignore).items():
-        if has_codes(place, tensors, leaves[path]):
-            values[path] = read_codes(place, tensors, leaves[path])
-            continue
         make: Any = read_quantized if is_quantized(leaves[path]) else read
+        if has_codes(place, tensors, leaves[path]):
+            make = read_codes
         values[path], over = make(place, tensors, leaves[path])
         problems += [
             f"{', '.join(names)}: has values that overflow {values[path].dtype}; choose a dtype "
