@@ -42,6 +42,7 @@ __all__ = [
     "eva",
     "extract",
     "freeze",
+    "from_qwix",
     "groups",
     "init",
     "initializers",
