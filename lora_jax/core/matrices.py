@@ -44,7 +44,6 @@ def map_matrices(fn: Callable[..., Any], key: jax.Array, layout: Layout, *weight
     batch = layout.select("b", weights[0].shape)
     if not layout.axes.startswith("b" * len(batch)):
         weights = tuple(map(dequantized, weights))
-    inner = Layout(layout.axes[len(batch) :])
 
     def stacked(w: Any) -> Any:
         if is_quantized(w):
@@ -53,12 +52,18 @@ def map_matrices(fn: Callable[..., Any], key: jax.Array, layout: Layout, *weight
         return stack.reshape(-1, *stack.shape[-2:])
 
     def one(args: tuple[Any, ...]) -> Any:
-        to_matrix = lambda w: to_matrices(w.dequantize(), inner) if is_quantized(w) else w
-        return fn(args[0], *map(to_matrix, args[1:]))
+        return fn(args[0], *(_one_matrix(w, layout, len(batch)) for w in args[1:]))
 
     keys = jax.random.split(key, math.prod(batch))
     results = lax.map(one, (keys, *map(stacked, weights)))
     return jax.tree.map(lambda x: x.reshape(*batch, *x.shape[1:]), results)
+
+
+def _one_matrix(w: Any, layout: Layout, n_batch: int) -> jax.Array:
+    """Return a matrix as it is, and a quantized weight without its batch axes as a matrix."""
+    if not is_quantized(w):
+        return w
+    return to_matrices(w.dequantize(), Layout(layout.axes[n_batch:]))
 
 
 def as_factors(

@@ -19,8 +19,8 @@ class NotAnArray:
     """A parent of what stands for a weight, for which arithmetic is an error that says what to do.
 
     Attributes:
-      what: a class of its own says in a few words what it is.
-      to_arrays: and the function that makes plain arrays of a tree of it.
+      what: what it is, in a few words.
+      to_arrays: the name of the function that makes plain arrays of it.
     """
 
     __array_ufunc__ = None  # numpy leaves the operation to the weight
