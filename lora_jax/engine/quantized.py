@@ -11,13 +11,24 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from lora_jax.core.quantized.weight import QuantizedWeight, dequantize_array
+from lora_jax.core.quantized.weight import QuantizedWeight
 from lora_jax.core.sharding.meshes import is_on_mesh
 from lora_jax.engine import jaxprs
 from lora_jax.engine.frozen import frozen
 from lora_jax.engine.linear import Linear, apply_linear
 
 STATIC = {"static": True}
+
+
+@dataclasses.dataclass(frozen=True)
+class Served:
+    """What a merge-aware weight is merged to: a kind, or None for its own.
+
+    `size` is that of the blocked axis of the whole weight.
+    """
+
+    kind: str | None
+    size: int
 
 
 @jax.tree_util.register_dataclass
@@ -29,7 +40,7 @@ class QuantizedView:
     other inputs.
     """
 
-    weight: QuantizedWeight
+    weight: Any  # a QuantizedWeight, or one with merged factors: see `merge_aware`
     others: tuple[tuple[Any, ...], ...] = ()
     pending: tuple[Any, ...] = dataclasses.field(metadata=STATIC, default=())
 
@@ -66,7 +77,7 @@ class QuantizedView:
 
     def dequantize(self, zero: jax.Array | None = None) -> jax.Array:
         """Return the values of the view; `zero` is as in `dequantize_array`."""
-        values = dequantize_array(self.weight, zero)
+        values = self.weight.dequantize(zero)
         for eqn, others in zip(self.pending, self.others, strict=True):
             (values,) = jaxprs.bind(eqn, [values, *others])
         return values
