@@ -10,6 +10,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "QUANTIZED_KINDS",
     "AdapterFileError",
     "ConfigError",
     "DenseError",
@@ -26,6 +27,7 @@ __all__ = [
     "Operand",
     "OtherProcessError",
     "Override",
+    "QuantizedWeight",
     "Rule",
     "StepMemory",
     "StructureError",
@@ -34,6 +36,7 @@ __all__ = [
     "TrainedRows",
     "apply_updates",
     "count_params",
+    "dequantize",
     "disable",
     "eva",
     "extract",
@@ -58,6 +61,7 @@ __all__ = [
     "on_original",
     "partition_specs",
     "peft",
+    "quantize",
     "read_metadata",
     "rounding",
     "save",

@@ -9,6 +9,7 @@ from lora_jax.adapters.norms import norms
 from lora_jax.adapters.on_original import on_original
 from lora_jax.adapters.opened import partition_specs
 from lora_jax.adapters.optim import freeze, groups, labels, lora_fa, lora_plus, mask
+from lora_jax.adapters.quantize import dequantize, quantize
 from lora_jax.adapters.shardings import shardings
 from lora_jax.adapters.split import join, split
 from lora_jax.adapters.summary import count_params, summary
@@ -33,6 +34,8 @@ from lora_jax.core.errors import (
     TargetError,
 )
 from lora_jax.core.layout import Layout
+from lora_jax.core.quantized.kinds import QUANTIZED_KINDS
+from lora_jax.core.quantized.weight import QuantizedWeight
 from lora_jax.core.weights import LoraWeight, TrainedLeaf, TrainedRows
 from lora_jax.engine.custom_rules import Operand, Rule
 from lora_jax.engine.forms import Forms
@@ -44,6 +47,7 @@ from lora_jax.initializers.eva import eva
 from lora_jax.initializers.lora_ga import lora_ga
 
 __all__ = [
+    "QUANTIZED_KINDS",
     "AdapterFileError",
     "ConfigError",
     "DenseError",
@@ -60,6 +64,7 @@ __all__ = [
     "Operand",
     "OtherProcessError",
     "Override",
+    "QuantizedWeight",
     "Rule",
     "StepMemory",
     "StructureError",
@@ -68,6 +73,7 @@ __all__ = [
     "TrainedRows",
     "apply_updates",
     "count_params",
+    "dequantize",
     "disable",
     "eva",
     "extract",
@@ -88,6 +94,7 @@ __all__ = [
     "norms",
     "on_original",
     "partition_specs",
+    "quantize",
     "read_metadata",
     "rounding",
     "save",

@@ -4,6 +4,7 @@ A row that fails shows its error, and the others go on. After `--seconds` no row
 """
 
 import argparse
+import dataclasses
 import datetime
 import gc
 import json
@@ -54,7 +55,7 @@ def main(given: list[str] | None = None) -> None:
     print(f"{results['device']}, {results['date']}, {results['versions']}\n{results['size']}")
     for name in args.only:
         rows = results["tables"][name] = {}
-        for row, figures in measure(name, SIZES[args.size], end):
+        for row, figures in measure(name, dataclasses.replace(SIZES[args.size], end=end), end):
             rows[row] = figures
             args.out.write_text(json.dumps(results, indent=1), encoding="utf-8")
     print(f"\nwritten to {args.out}")

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -11,6 +12,7 @@ from jax import lax
 
 import lora_jax
 from benchmarks.accelerator.size import ADAPTED, Size
+from lora_jax.core.quantized.weight import quantize_array
 
 SCALE = 2.0  # alpha / rank
 LEARNING_RATE = 1e-4
@@ -72,6 +74,12 @@ def _rms_norm(x: jax.Array, weight: jax.Array) -> jax.Array:
     wide = x.astype(jnp.float32)
     scaled = wide * lax.rsqrt(jnp.mean(wide * wide, -1, keepdims=True) + 1e-6)
     return (scaled * weight).astype(x.dtype)
+
+
+@partial(jax.jit, static_argnames="kind")
+def quantize(p: dict[str, jax.Array], kind: str) -> dict[str, Any]:
+    """Quantize the adapted weights of a block, or of stacked blocks, along their inputs."""
+    return p | {name: quantize_array(p[name], kind, -2) for name in ADAPTED}
 
 
 def floor(setting: Setting) -> Contender:
@@ -151,8 +159,16 @@ def full(setting: Setting) -> Contender:
     return _trained("full fine-tuning", setting.loss, start)
 
 
-def lora(setting: Setting, forms: lora_jax.Forms | None = None, name: str = "") -> Contender:
-    """Return lora_jax, with the forms that the backend gets or with others."""
+def lora(
+    setting: Setting,
+    forms: lora_jax.Forms | None = None,
+    name: str = "",
+    kind: str | None = None,
+) -> Contender:
+    """Return lora_jax, with the forms that the backend gets or with others.
+
+    With a `kind` the base is quantized.
+    """
     config = lora_jax.LoraConfig(rank=setting.rank, alpha=SCALE * setting.rank, targets=ADAPTED)
     adapted = lora_jax.lora(setting.loss, forms=forms)
 
@@ -161,6 +177,8 @@ def lora(setting: Setting, forms: lora_jax.Forms | None = None, name: str = "") 
 
     def start() -> tuple:
         layers, x = setting.size.weights(setting.stack), setting.size.activations()
+        if kind:
+            layers = setting.each_block(partial(quantize, kind=kind), layers)
         made = lora_jax.init(jax.random.key(0), layers, config, setting.loss, x)
         base, adapters = lora_jax.split(made)
         pairs = setting.size.factors(setting.rank, setting.stack)

@@ -24,6 +24,7 @@ class Size:
     repeats: int = 5  # timings, of which the median counts
     steps: int = 4  # steps of one timing
     dtype: str = "bfloat16"
+    end: float | None = None  # of `time.monotonic`: nothing is compiled for a timing after it
 
     @property
     def tokens(self) -> int:
@@ -84,6 +85,14 @@ def _draw(key: jax.Array, shape: tuple[int, ...], dtype: str) -> jax.Array:
 SIZES = {
     "full": Size(layers=4, width=4096, ffn=11008, heads=32, batch=2, time=2048),
     "small": Size(
-        layers=1, width=64, ffn=96, heads=4, batch=2, time=16, scanned_layers=1, repeats=2, steps=1
+        layers=1,
+        width=128,
+        ffn=256,
+        heads=4,
+        batch=2,
+        time=16,
+        scanned_layers=1,
+        repeats=2,
+        steps=1,
     ),
 }

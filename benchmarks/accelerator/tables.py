@@ -8,7 +8,7 @@ from typing import Any
 import jax.numpy as jnp
 
 import lora_jax
-from benchmarks.accelerator import blocks, model, products, with_peft
+from benchmarks.accelerator import blocks, model, products, quantized, with_peft
 from benchmarks.accelerator.blocks import Setting
 from benchmarks.accelerator.size import SIZES, Size
 from benchmarks.accelerator.timing import time_step
@@ -16,7 +16,7 @@ from benchmarks.accelerator.timing import time_step
 RANK = 16
 #: A row: its name, and what measures it.
 Row = tuple[str, Callable[[], dict[str, Any]]]
-FIELDS = [field.name for field in dataclasses.fields(lora_jax.Forms)]
+FIELDS = [field.name for field in dataclasses.fields(lora_jax.Forms) if field.type is bool]
 PLAIN = lora_jax.Forms(**dict.fromkeys(FIELDS, False))
 
 
@@ -107,6 +107,43 @@ def rows_of_model(size: Size) -> Iterator[Row]:
         yield f"Llama-3-8B shapes, 1 × 4096 tokens, remat {remat}", run
 
 
+def rows_of_quantized(size: Size) -> Iterator[Row]:
+    """Return a training step with each kind of quantized base, timed in turn."""
+    yield from quantized.steps(Setting(size, RANK), quantized.TRAINED, again=True)
+
+
+def rows_of_more_tokens(size: Size) -> Iterator[Row]:
+    """Return the same with twice the tokens."""
+    twice = dataclasses.replace(size, time=2 * size.time)
+    yield from quantized.steps(Setting(twice, RANK), quantized.TRAINED[:2])
+
+
+def rows_of_quantized_scan(size: Size) -> Iterator[Row]:
+    """Return the same with stacked layers in a scan, each rematerialized."""
+    scanned = dataclasses.replace(size, steps=max(1, size.steps // 2))
+    yield from quantized.steps(Setting(scanned, RANK, scanned=True), quantized.TRAINED[:1])
+
+
+def rows_of_ties(size: Size) -> Iterator[Row]:
+    """Return a training step with each way to make dequantization wait for its activation."""
+    yield from quantized.ties(Setting(size, RANK), ("nf4",))
+
+
+def rows_of_decoding(size: Size) -> Iterator[Row]:
+    """Return the adapted blocks on one token, with each kind of base, timed in turn."""
+    yield from quantized.decoding(Setting(size, RANK), quantized.MEASURED)
+
+
+def rows_of_dequantization(size: Size) -> Iterator[Row]:
+    """Return how fast a weight of each kind is dequantized."""
+    yield from quantized.dequantization(size, quantized.MEASURED)
+
+
+def rows_of_native_products(size: Size) -> Iterator[Row]:
+    """Return products with a quantized weight, and products of narrow operands."""
+    yield from quantized.native_products(size)
+
+
 #: In the order in which they are measured: what matters most comes first.
 TABLES: dict[str, Callable[[Size], Iterator[Row]]] = {
     "blocks": rows_of_blocks,
@@ -116,4 +153,11 @@ TABLES: dict[str, Callable[[Size], Iterator[Row]]] = {
     "scan": rows_of_scan,
     "products": rows_of_products,
     "peft": rows_of_peft,
+    "quantized": rows_of_quantized,
+    "ties": rows_of_ties,
+    "dequantization": rows_of_dequantization,
+    "native_products": rows_of_native_products,
+    "decoding": rows_of_decoding,
+    "quantized_8k": rows_of_more_tokens,
+    "quantized_scan": rows_of_quantized_scan,
 }

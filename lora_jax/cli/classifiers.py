@@ -135,6 +135,7 @@ def load(
     fit: Fit = EXACT,
     *,
     in_files: bool = False,
+    quantize: str | None = None,
 ) -> LoadedClassifier:
     """Load a classifier; the arguments are those of `sources.load`.
 
@@ -145,7 +146,7 @@ def load(
     scan = found is not None and sources.is_stacked(found)
     if found is not None:
         fit.refuse_unused(found)
-    base = sources.load_model(model, dtype, scan=scan, in_files=in_files)
+    base = sources.load_model(model, dtype, scan=scan, in_files=in_files, quantize=quantize)
     if found is not None and found.kind == kinds.NATIVE:
         header = lora.read_metadata(found.path)
         if _KERNEL in header["layouts"]:

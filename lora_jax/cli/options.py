@@ -11,6 +11,11 @@ from lora_jax.cli.errors import OutputError
 
 DType = Literal["float32", "bfloat16", "float16"]
 
+QUANTIZE = (
+    "Quantize the linear layers while the model is read: nf4, int8, int4 or another kind; keep: "
+    "stay with the codes in the file. Or by name: embedding=int8,nf4."
+)
+
 ModelOption = Annotated[
     str,
     typer.Option(
@@ -71,6 +76,10 @@ ResidualOption = Annotated[
         "--residual",
         help="The base is what PiSSA or another initialization left of the original one.",
     ),
+]
+QuantizeOption = Annotated[
+    str | None,
+    typer.Option("--quantize", metavar="KIND", help=QUANTIZE),
 ]
 OutOption = Annotated[Path, typer.Option("--out", "-o", help="Output path.")]
 

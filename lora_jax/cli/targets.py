@@ -4,11 +4,10 @@ import difflib
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-import jax
-
 from lora_jax import TargetError
 from lora_jax.core.config import ALL_LINEAR
 from lora_jax.core.foreign import shown
+from lora_jax.core.paths import flatten_with_paths
 from lora_jax.files.naming import Naming
 
 EMBEDDING = "embed_tokens"
@@ -78,8 +77,8 @@ def _ends(tensor: str) -> tuple[str, str]:
 
 
 def _shapes(params: Any) -> dict[str, tuple[int, ...]]:
-    flat = jax.tree_util.tree_leaves_with_path(params)
-    return {jax.tree_util.keystr(p, simple=True, separator="/"): x.shape for p, x in flat}
+    leaves, _ = flatten_with_paths(params)
+    return {path: x.shape for path, x in leaves.items()}
 
 
 def _modules(params: Any, naming: Naming) -> dict[str, list[str]]:

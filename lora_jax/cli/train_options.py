@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from typer import Option
 
 from lora_jax.cli.compile_cache import CompileCacheOption
+from lora_jax.cli.options import QuantizeOption
 
 CLASSIFICATION = "classification"
 MEAN = "mean"  # of --pooling
@@ -139,6 +140,7 @@ class TrainOptions:
     seed: Annotated[int, Option(min=0, help=_SEED)] = 0
     shuffle: Annotated[bool, Option(help=_SHUFFLE)] = True
     dtype: Annotated[TrainDType | None, Option(help=_DTYPE)] = None
+    quantize: QuantizeOption = None
     scan: Annotated[bool, Option(help=_SCAN)] = False
     mesh: Annotated[str | None, Option(metavar="AXES", help=_MESH)] = None
     coordinator: Annotated[str | None, Option(metavar="HOST:PORT", help=_COORDINATOR)] = None

@@ -171,7 +171,7 @@ class LoraConfig:
         _check_rank("rank", self.rank)
         _check_alpha("alpha", self.alpha)
         for field in ("targets", "exclude", "train"):
-            object.__setattr__(self, field, _check_pattern(field, getattr(self, field)))
+            object.__setattr__(self, field, check_pattern(field, getattr(self, field)))
         object.__setattr__(self, "rows", _check_rows(self.rows))
         if not self.targets and not self.train and not self.rows and self.bias != "all":
             raise ConfigError("nothing would train: targets, train and rows are empty")
@@ -239,7 +239,12 @@ def _plain(value: Any) -> Any:
     return value.item() if hasattr(value, "item") else value
 
 
-def _check_pattern(field: str, pattern: Any) -> Pattern:
+def check_pattern(field: str, pattern: Any) -> Pattern:
+    """Return a pattern that selects paths, its entries as a tuple.
+
+    Raises:
+      ConfigError: it is not a pattern.
+    """
     if callable(pattern):
         return pattern
     if isinstance(pattern, str):

@@ -1,6 +1,8 @@
 """The errors and the warning of lora_jax; messages name the parameter path and what to do."""
 
 import re
+import sys
+import warnings
 from collections.abc import Iterable
 
 from lora_jax.core.foreign import escaped
@@ -78,6 +80,14 @@ class DenseWarning(UserWarning):
 
 class LeftOutWarning(UserWarning):
     """`targets="all-linear"` left out a matrix that the function uses in another way."""
+
+
+def warn_user(message: str, category: type[Warning] = UserWarning) -> None:
+    """Warn at the line of the user's that called lora_jax."""
+    frame, level = sys._getframe(), 1
+    while frame.f_back and frame.f_globals["__name__"].startswith("lora_jax."):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, category, stacklevel=level)
 
 
 def grouped(problems: Iterable[str], noun: str = "weights") -> str:

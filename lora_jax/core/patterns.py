@@ -2,12 +2,10 @@
 
 import difflib
 import re
-import sys
-import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from lora_jax.core.errors import ConfigError, TargetError
+from lora_jax.core.errors import ConfigError, TargetError, warn_user
 from lora_jax.core.foreign import shown
 
 #: A regex that must match the whole path, path suffixes in whole segments, or a predicate.
@@ -93,20 +91,10 @@ def select(field: str, pattern: Pattern, leaves: Mapping[str, Any]) -> dict[str,
 
 def _tell_leaf_won(field: str, entry: str, leaf: str, inside: str) -> None:
     module, _, rest = f"/{inside}".partition(f"/{entry}/")
-    warnings.warn(
+    warn_user(
         f"{field}: {entry!r} selects the leaf {shown(leaf)}, which wins over the module "
-        f"{shown(f'{module}/{entry}'.strip('/'))}; for that, name a leaf in it: {entry}/{rest}",
-        UserWarning,
-        stacklevel=_users_level(),
+        f"{shown(f'{module}/{entry}'.strip('/'))}; for that, name a leaf in it: {entry}/{rest}"
     )
-
-
-def _users_level() -> int:
-    """Return the `stacklevel` with which a warning of the caller is told where the user called."""
-    frame, level = sys._getframe(1), 1
-    while frame.f_back and frame.f_globals["__name__"].startswith("lora_jax."):
-        frame, level = frame.f_back, level + 1
-    return level
 
 
 def lookup(table: Mapping[str, Any], path: str, field: str = "overrides") -> tuple[str, Any] | None:

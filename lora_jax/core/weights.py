@@ -15,6 +15,7 @@ from lora_jax.core.errors import StructureError
 from lora_jax.core.host_memory import on_device
 from lora_jax.core.layout import Layout, subscripts
 from lora_jax.core.not_an_array import NotAnArray
+from lora_jax.core.quantized.parts import rows_of
 from lora_jax.core.quantized.weight import is_quantized
 from lora_jax.core.sharding.meshes import sharding_without
 from lora_jax.core.short_repr import describe_fields, describe_node, describe_value, has_arrays
@@ -153,8 +154,10 @@ class TrainedRows(NotAnArray):
         """Return the shape of `value` for a weight of this shape."""
         return tuple(len(self.rows) if i == self.axis else shape[i] for i in self.order)
 
-    def select(self, w: jax.Array) -> jax.Array:
+    def select(self, w: Any) -> jax.Array:
         """Return the trained rows of `w`, laid out as `value` is."""
+        if is_quantized(w):
+            return rows_of(w, self.rows, self.axis).transpose(self.order)
         w = on_device(w)
         rows = w.at[self._index].get(out_sharding=sharding_without(w, self.axis))
         return rows.transpose(self.order)

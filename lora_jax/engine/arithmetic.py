@@ -13,14 +13,14 @@ from lora_jax.core.host_memory import in_memory_of, on_device
 from lora_jax.core.sharding.meshes import on_mesh_of, reshard_like
 from lora_jax.engine import named_axes
 from lora_jax.engine.lazy_weight import Axis, LazyWeight
-from lora_jax.engine.merge_aware import served_view, straight_through
-from lora_jax.engine.quantized import QuantizedView
+from lora_jax.engine.quantized.merge_aware import served_view, straight_through
+from lora_jax.engine.quantized.view import QuantizedView
 
 
 def to_dense(lazy: LazyWeight) -> jax.Array:
     """Return the view as an array: added in float32, rounded once to the view's dtype.
 
-    Of a merge-aware weight it is the requantized sum, with the gradient of the sum.
+    A merge-aware weight gives the requantized sum, with the gradient of the sum.
     """
     if lazy.served is not None and lazy.w is not None:
         plain = dataclasses.replace(lazy, served=None)
@@ -39,7 +39,7 @@ def to_dense(lazy: LazyWeight) -> jax.Array:
 
 def base_values(w: Any) -> Any:
     """Return a view of a base weight as an array; a tangent has None."""
-    return w.dequantize() if isinstance(w, QuantizedView) else w
+    return in_memory_of(w.dequantize(), w.codes) if isinstance(w, QuantizedView) else w
 
 
 def apply_gain(x: jax.Array, axes: Sequence[Axis], lazy: LazyWeight) -> jax.Array:

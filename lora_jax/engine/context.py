@@ -1,6 +1,7 @@
 """`Context`: the state of one run of the interpreter: policy, warnings given, uses seen."""
 
 import contextlib
+import dataclasses
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -9,7 +10,7 @@ import jax
 
 from lora_jax.core.errors import DenseError, DenseWarning
 from lora_jax.engine import jaxprs
-from lora_jax.engine.arithmetic import to_dense
+from lora_jax.engine.arithmetic import base_values, to_dense
 from lora_jax.engine.forms import PLAIN, Forms
 from lora_jax.engine.lazy_weight import Axis, LazyWeight
 from lora_jax.engine.products import Hidden
@@ -18,6 +19,11 @@ from lora_jax.engine.uses import Use, dense_uses, uses_of
 
 #: What `on_dense` may say: warn once per call site, raise, or materialize the weight silently.
 POLICIES = ("warn", "error", "allow")
+
+
+#: What became of a weight, of this shape; and what to do about it.
+_MATERIALIZED = "W + scale·A·B {} is materialized", "Leave the weight out with exclude="
+_DEQUANTIZED = "its codes are dequantized to {}", "Leave the weight as floating numbers"
 
 
 class Context:
@@ -124,6 +130,12 @@ class Context:
         """Materialize a weight for an equation that no rule covers, as `on_dense` says."""
         return self._densify_at(lazy, eqn.primitive.name, self.line(eqn), why)
 
+    def dequantize(self, lazy: LazyWeight, eqn: Any, why: str) -> LazyWeight:
+        """Return a weight whose quantized base is an array, its factors as they are."""
+        values = base_values(lazy.w)
+        self._say_dense(lazy, eqn.primitive.name, self.line(eqn), why, _DEQUANTIZED)
+        return dataclasses.replace(lazy, w=values)
+
     def densify_gain(self, x: Any, eqn: Any) -> Any:
         """Return `x`, materialized where it is a weight with a gain."""
         has_gain = isinstance(x, LazyWeight) and x.gain is not None
@@ -137,12 +149,19 @@ class Context:
         if self.uses is not None:
             self.uses += dense_uses(lazy, primitive, line)
             return to_dense(lazy)
-        if lazy.origin.looked_up:  # rows picked by ids are an activation
-            return to_dense(lazy)
+        if not lazy.origin.looked_up:  # rows picked by ids are an activation
+            done = _MATERIALIZED if lazy.a is not None or lazy.w is None else _DEQUANTIZED
+            self._say_dense(lazy, primitive, line, why, done)
+        return to_dense(lazy)
+
+    def _say_dense(
+        self, lazy: LazyWeight, primitive: str, line: str, why: str, done: tuple[str, str]
+    ) -> None:
+        what, mend = done
         message = (
             f"{lazy.origin}: `{primitive}` at {line} needs the whole weight{why}, so "
-            f"W + scale·A·B {list(lazy.shape)} is materialized there. The result is correct, but "
-            "it takes the memory of a dense weight. Leave the weight out with exclude=, or pass "
+            f"{what.format(list(lazy.shape))} there. The result is correct, but it takes the "
+            f"memory of a dense weight. {mend}, or pass "
             'on_dense="allow" to accept this'
         )
         if self.on_dense == "error":
@@ -151,4 +170,3 @@ class Context:
         if self.on_dense == "warn" and site not in self._warned:
             self._warned.add(site)
             warnings.warn(message, DenseWarning, stacklevel=2)
-        return to_dense(lazy)

@@ -12,9 +12,9 @@ from lora_jax.engine import stretches
 from lora_jax.engine.arithmetic import apply_gain, drop, side_that_takes_gain, to_dense
 from lora_jax.engine.context import Context
 from lora_jax.engine.lazy_weight import Axis, LazyWeight
-from lora_jax.engine.merge_aware import served_view, straight_through
 from lora_jax.engine.products import Product, add_update, tap_inputs
-from lora_jax.engine.quantized import QuantizedView, multiply
+from lora_jax.engine.quantized.merge_aware import served_view, straight_through
+from lora_jax.engine.quantized.view import QuantizedView, multiply
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,11 +27,11 @@ class Equation:
     batch: Sequence[Axis]  # axes of the weight
     others: Sequence[Any] = ()  # inputs behind the weight and the activation
 
-    def on(self, w: Any, x: jax.Array) -> jax.Array:
-        """Return the output for this weight and this activation."""
+    def on(self, w: Any, x: jax.Array, tie: str | None) -> jax.Array:
+        """Return the output for this weight and this activation; `tie` is as in `Forms`."""
         if isinstance(w, QuantizedView):
             key = (stretches.spelling(self.eqn) or id(self.eqn), self.weight_is_left)
-            return multiply(self._bind, w, x, self.others, key)
+            return multiply(self._bind, w, x, self.others, key, tie)
         return self._bind(w, x, *self.others)
 
     def _bind(self, w: jax.Array, x: jax.Array, *others: Any) -> jax.Array:
@@ -86,17 +86,17 @@ def contract_weight(ctx: Context, equation: Equation, branch: Branch, x: jax.Arr
     lazy = branch.lazy
     ctx.record(lazy, equation.eqn, equation.summed, equation.batch)
     if lazy.a is None:
-        return [equation.on(lazy.w, x)]
+        return [equation.on(lazy.w, x, ctx.forms.tie)]
     side = side_that_takes_gain(lazy, branch.x_axes, branch.out_axes)
     if side is None or branch.first_factor() is None:
         return NotImplemented
     if branch.takes_sum:
-        return [equation.on(to_dense(lazy), x)]
+        return [equation.on(to_dense(lazy), x, ctx.forms.tie)]
     if lazy.served is not None and lazy.w is not None:
         return [_merged_product(ctx, equation, branch, x, side)]
     if side == "x":
         x = apply_gain(x, branch.x_axes, lazy)
-    y = None if lazy.w is None else equation.on(lazy.w, x)  # a tangent has no base
+    y = None if lazy.w is None else equation.on(lazy.w, x, ctx.forms.tie)  # a tangent has no base
     total = add_branch(ctx, branch, y, x)
     return [apply_gain(total, branch.out_axes, lazy) if side == "out" else total]
 
@@ -108,11 +108,11 @@ def _merged_product(
 
     No dW is formed: of the second product only what their gradients need is computed.
     """
-    lazy, still = branch.lazy, lax.stop_gradient(x)
-    y = equation.on(served_view(lazy), x)
+    lazy, still, tie = branch.lazy, lax.stop_gradient(x), ctx.forms.tie
+    y = equation.on(served_view(lazy), x, tie)
     if side == "x":
         still = apply_gain(still, branch.x_axes, lazy)  # x is not differentiated, the gain is
-    base = None if lazy.gain is None else equation.on(lazy.w, still)
+    base = None if lazy.gain is None else equation.on(lazy.w, still, tie)
     total = add_branch(ctx, branch, base, still)
     like = apply_gain(total, branch.out_axes, lazy) if side == "out" else total
     return branch.mark(straight_through(y, like), ctx)

@@ -13,6 +13,7 @@ from lora_jax.engine import jaxprs, named_axes
 from lora_jax.engine.context import Context
 from lora_jax.engine.contraction import DotBranch, add_branch
 from lora_jax.engine.lazy_weight import RANK, Axis, LazyWeight, is_lazy
+from lora_jax.engine.quantized.view import QuantizedView
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,6 +120,11 @@ def apply_rule(ctx: Context, rule: Rule, eqn: Any, args: Sequence[Any]) -> Any:
         grouped = None if letters is None else _group_axes(eqn, x, letters)
         if grouped is not None and ctx.infers:
             ctx.record(x, eqn, summed=grouped["i"], batch=grouped["b"])
+            operands.append(x.w)
+            continue
+        if isinstance(x.w, QuantizedView):
+            x = ctx.dequantize(x, eqn, " (its rule gets an array)")
+        if x.a is None:
             operands.append(x.w)
             continue
         operand = None if grouped is None else _operand(ctx, x, grouped)

@@ -1,7 +1,7 @@
 """`Forms`: which of several equivalent forms of the branch to compute."""
 
 import dataclasses
-from typing import Any
+from typing import Any, Literal
 
 import jax
 
@@ -27,6 +27,9 @@ class Forms:
         16-bit operands and not copies in float32.
       apart: keep the branch's products apart from the base's: XLA would compute `x·[W | A]` on a
         copy of W.
+      tie: what keeps a quantized weight from being dequantized before its activation is there, and
+        so all of them at once: "data", a zero that is computed from the activation and added to the
+        codes; "barrier", an optimization barrier around both; None, nothing.
 
     >>> Forms.for_backend("cpu").rank_first, Forms.for_backend("gpu").rank_first
     (True, False)
@@ -42,6 +45,7 @@ class Forms:
     #                                       leading axis of a wide matrix is four times as slow
     narrow: bool = False
     apart: bool = False
+    tie: Literal["data", "barrier"] | None = "data"
     # Derived: MB that the kernels of a step read and write above the frozen blocks' 4221, compiled
     # for an H100 without one (jax 0.10.2, cuBLAS), 1 block of width 4096, ffn 11008, 4096 tokens,
     # bfloat16, rank 16; as `python -m benchmarks.accelerator` defines it.

@@ -9,7 +9,7 @@ from lora_jax.engine import jaxprs
 from lora_jax.engine.context import Context
 from lora_jax.engine.custom_rules import apply_rule
 from lora_jax.engine.lazy_weight import is_lazy
-from lora_jax.engine.merge_aware import if_merged
+from lora_jax.engine.quantized.merge_aware import if_merged
 from lora_jax.engine.rules import CONTAINERS, RULES, is_view
 from lora_jax.engine.rules.dot_general import share
 from lora_jax.engine.schedule import schedule

@@ -16,7 +16,7 @@ from lora_jax.core.sharding.meshes import is_on_mesh, on_mesh_of
 from lora_jax.core.weights import LoraWeight, TrainedRows
 from lora_jax.engine.frozen import frozen
 from lora_jax.engine.provenance import Provenance
-from lora_jax.engine.quantized import QuantizedView, Served
+from lora_jax.engine.quantized.view import QuantizedView, Served
 
 
 class Axis(NamedTuple):
@@ -112,8 +112,8 @@ class LazyWeight:
         axes, (batch, _, _) = _named(node)
         w = _frozen_base(node.w)
         dtype = accumulator(node.value.dtype, w.dtype)
-        values = w.dequantize() if isinstance(w, QuantizedView) else w
-        update = node.value.astype(dtype) - node.select(values).astype(dtype)
+        base = w.weight if isinstance(w, QuantizedView) else w
+        update = node.value.astype(dtype) - node.select(base).astype(dtype)
         one_hot = jax.nn.one_hot(jnp.asarray(node.rows), w.shape[node.axis], dtype=dtype)
         return cls(
             w,

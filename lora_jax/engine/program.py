@@ -12,6 +12,7 @@ from lora_jax.engine import jaxprs
 from lora_jax.engine.context import Context
 from lora_jax.engine.interpreter import interpret
 from lora_jax.engine.lazy_weight import is_lazy
+from lora_jax.engine.quantized.view import QuantizedView
 
 #: Which argument a leaf of (args, kwargs) belongs to: the first two keys of its path.
 Argument = tuple[Any, ...]
@@ -86,5 +87,7 @@ def _abstract(leaf: Any) -> Any:
     """Return what to trace a leaf as: a weight as its base, of whatever kind of array it is."""
     if not is_lazy(leaf):
         return leaf
+    if isinstance(leaf.w, QuantizedView):
+        return leaf.w.aval
     # A jax.Array says more than shape and dtype: its sharding, where that is part of its type.
     return leaf.w if isinstance(leaf.w, jax.Array) else jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)

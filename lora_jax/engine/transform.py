@@ -24,9 +24,9 @@ from lora_jax.engine.custom_rules import Rule, check_rules
 from lora_jax.engine.forms import Forms
 from lora_jax.engine.frozen import frozen
 from lora_jax.engine.lazy_weight import LazyWeight
-from lora_jax.engine.merge_aware import trained_leaf
 from lora_jax.engine.program import Argument, Program, adapted_arguments
-from lora_jax.engine.quantized import Served
+from lora_jax.engine.quantized.merge_aware import trained_leaf
+from lora_jax.engine.quantized.view import Served
 from lora_jax.engine.undropped import Say, say_once, watch
 
 
@@ -59,8 +59,8 @@ def lora(
       merge_aware: train what is served after `merge(params, requantize=...)`: wherever an adapted
         weight has a quantized base, compute `x·Q(W + scale·A·B)`, with Q the rounding of that
         merge, and let gradients go straight through Q. True rounds to the kind of each base, the
-        name of a kind to that one. Weights whose base is not quantized are as without it. There is
-        no dropout then, because what is served has none.
+        name of a kind to that one. Weights whose base is not quantized are as without it.
+        Dropout is refused, because what is served has none.
 
     Returns:
       A function with `fn`'s signature. Wrap it in `jax.jit`: every call traces `fn` again.
@@ -149,7 +149,7 @@ def _enter_merged(path: str, leaf: Any, forms: Forms, kind: bool | str) -> Any:
         else LazyWeight.of_rows(leaf, path)
     )
     own = None if coding.kind == leaf.w.kind else coding.kind
-    return dataclasses.replace(lazy, served=Served(own, leaf.w.shape[leaf.w.axis]))
+    return dataclasses.replace(lazy, served=Served(own, leaf.w.shape[leaf.w.axis], leaf.w.block))
 
 
 def _require_quantized(arguments: Any) -> None:

@@ -11,6 +11,7 @@ from lora_jax.models.namings import naming
 from lora_jax.models.pretrained import Apply, Pretrained, load, naming_of
 from lora_jax.models.saving import files, save
 from lora_jax.models.vocabulary import resize_vocabulary, untie_head
+from lora_jax.models.weights.published import read_tensors
 from lora_jax.models.weights.sharding_rules import RULES
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "load",
     "naming",
     "naming_of",
+    "read_tensors",
     "resize_for_adapter",
     "resize_vocabulary",
     "save",

@@ -57,14 +57,14 @@ class StoredTensor:
         return stored.view(self.dtype).reshape(shape)
 
 
-def read_config(directory: str | Path) -> dict[str, Any]:
-    """Read a directory's config.json.
+def read_config(directory: str | Path, name: str = CONFIG) -> dict[str, Any]:
+    """Read a directory's config.json, or another file with a JSON object.
 
     Raises:
       FileNotFoundError: the file is missing.
       ModelFileError: it is not a JSON object.
     """
-    path = Path(directory) / CONFIG
+    path = Path(directory) / name
     try:
         settings = strict_json.parse_json(path.read_bytes(), str(path), ModelFileError)
     except FileNotFoundError:

@@ -15,9 +15,10 @@ from flax import linen as nn
 from jax.sharding import Mesh, PartitionSpec
 
 from lora_jax.core.checks import is_integer
-from lora_jax.core.errors import ConfigError, ModelFileError, StructureError
+from lora_jax.core.errors import ConfigError, ModelFileError, StructureError, TargetError
 from lora_jax.core.foreign import shown, shown_value
 from lora_jax.core.paths import flatten_with_paths
+from lora_jax.core.quantized.weight import is_quantized
 from lora_jax.files import naming as names
 from lora_jax.files.naming import Naming
 from lora_jax.models import hf_directory, llama_gguf, namings
@@ -25,7 +26,14 @@ from lora_jax.models.bert import Bert, BertConfig
 from lora_jax.models.llama import Llama
 from lora_jax.models.llama_config import MODEL_TYPES, PARAM_DTYPES, LlamaConfig
 from lora_jax.models.remat import NONE, policy_name
-from lora_jax.models.weights import sharding_rules
+from lora_jax.models.weights import published, sharding_rules
+from lora_jax.models.weights.kept import kept_shapes, warn_of_floats
+from lora_jax.models.weights.quantization import (
+    KEEP,
+    Quantize,
+    parse_quantize,
+    quantized_shapes,
+)
 
 #: model_type in config.json -> the kind of model here.
 KIND_OF_MODEL_TYPE = {"bert": "bert", **dict.fromkeys(MODEL_TYPES, "llama")}
@@ -42,7 +50,18 @@ class Apply:
     module: nn.Module
 
     def __call__(self, params: Any, *args: Any, **kwargs: Any) -> Any:
-        """Call `module.apply` with `params` as its parameters; the rest is passed on."""
+        """Call `module.apply` with `params` as its parameters; the rest is passed on.
+
+        Raises:
+          StructureError: some of the parameters are quantized.
+        """
+        quantized = [x for x in jax.tree.leaves(params, is_leaf=is_quantized) if is_quantized(x)]
+        if quantized:
+            raise StructureError(
+                f"{len(quantized)} parameters of the model are quantized, first {quantized[0]!r}: "
+                "call lora_jax.lora(model.apply)(params, ...) instead of model.apply, or make "
+                "floats of them with lora_jax.dequantize(params)"
+            )
         return self.module.apply({"params": params}, *args, **kwargs)
 
 
@@ -82,6 +101,7 @@ def load(
     scan: bool = False,
     remat: bool | str = False,
     as_stored: bool = False,
+    quantize: Quantize | None = None,
     mesh: Mesh | None = None,
     rules: Mapping[str, PartitionSpec] | None = None,
 ) -> Pretrained:
@@ -91,11 +111,22 @@ def load(
       path: a directory in Hugging Face's layout (config.json, and safetensors in one or more
         files), or a GGUF file of the Llama family.
       dtype: dtype of parameters and computation: float32, bfloat16 or float16. By default the
-        widest in the file; quantized tensors are read as float32.
+        widest in the file; GGUF's quantized tensors are read as float32. Directories with a
+        `quantization_config` (bitsandbytes, GPTQ, AWQ, compressed-tensors, FP8) need a `dtype`, to
+        which they are dequantized, or `quantize`.
       scan: stack the layers, as in `LlamaConfig`.
       remat: which activations are recomputed, as in `LlamaConfig`: True, False, or a name.
       as_stored: keep the dtype that each parameter has in the file; `dtype` is then that of the
         computation only.
+      quantize: "keep" for parameters as they are in the file: quantized ones become
+        `QuantizedWeight`s of the same codes, which stand for weights of `dtype`; floating ones keep
+        their dtype, as with `as_stored`. Types without a kind here are read as floats, with a
+        warning. Or the kind into which the kernels of all linear layers are quantized while they
+        are read, such as "nf4": one part of a tensor is in memory beside the codes. As in QLoRA,
+        embeddings and the output head stay as they are, tied or not, and so do norms and biases. A
+        mapping `{the end of a path, a module, a regex or "all-linear": kind}` can name them; the
+        first entry that selects a weight decides, and None leaves the weight as it is. The model is
+        then `lora_jax.lora(model.apply)`. By default quantized tensors are dequantized.
       mesh: of devices, on which the parameters are sharded: each process reads only its own shards,
         one part of a tensor at a time. By default all are on the default device.
       rules: how parameters are sharded, `{the end of a path, a module or a regex: PartitionSpec}`,
@@ -107,17 +138,31 @@ def load(
 
     Raises:
       FileNotFoundError: the path does not exist, or the directory has no weights.
-      ConfigError: `mesh` is not a mesh of devices, or a rule does not fit a parameter.
+      ConfigError: `mesh` is not a mesh of devices, or a rule does not fit a parameter; or
+        `quantize` is unknown, cannot keep stacked layers that are quantized in several ways, or has
+        blocks that do not divide a weight or its shards.
+      TargetError: an entry of `quantize` selects no weight.
       ValueError: the kind of model is unknown, the model refuses the configuration, or tensors are
         missing, unexpected or of another shape (all of them are listed); or a file is damaged.
     """
     if rules is not None and mesh is None:
         raise ConfigError("rules: say how parameters lie on a mesh, so give mesh= too")
+    kinds = None if quantize in (None, KEEP) else parse_quantize(quantize)
     source = _open(Path(path))
+    if source.quantized and dtype is None and quantize is None:
+        raise ConfigError(
+            f"{path}: its weights are quantized ({shown(source.quantized)}): pass quantize='keep' "
+            "to keep their codes, or dtype= such as 'bfloat16' to dequantize them"
+        )
     with _naming_file(path):
         module, like = _outline(source, dtype, scan, remat, as_stored)
         if mesh is not None:
             like = _on_mesh(like, sharding_rules.shardings(like, mesh, rules, module.config))
+        if kinds is not None:
+            like = quantized_shapes(like, source.naming, kinds)
+        elif quantize == KEEP:
+            warn_of_floats(path, source.tensors.values())
+            like = kept_shapes(source.naming, source.tensors, like)
         params = names.to_tree(source.naming, source.tensors, like, ignore=source.ignored)
     return _pretrained(source, module, params)
 
@@ -142,7 +187,7 @@ def _naming_file(path: str | Path) -> Iterator[None]:
     """Give the errors within the block the name of the file."""
     try:
         yield
-    except ConfigError:
+    except (ConfigError, TargetError):
         raise  # of an argument, not of the file
     except StructureError as error:
         lines = str(error).replace("\n", "\n  ")
@@ -195,6 +240,7 @@ class _Source:
     torch: Naming  # Hugging Face's names
     ignored: tuple[str, ...]
     headless: bool = False  # it has no output head, although its settings say so
+    quantized: str | None = None  # how, by config.json
 
 
 def _open(path: Path) -> _Source:
@@ -205,15 +251,16 @@ def _open(path: Path) -> _Source:
         in_file = llama_gguf.file_naming(torch, settings)
         ignored = (*llama_gguf.IGNORED, *namings.KEPT[kind])
         return _Source(kind, settings, quantized, in_file, torch, ignored)
-    settings = hf_directory.read_config(path)
-    kind = _kind(settings, path)
-    tensors = hf_directory.tensors(path)
+    config = hf_directory.read_config(path)
+    kind = _kind(config, path)
+    opened = published.open_directory(path, config)
+    settings, tensors = opened.settings, opened.tensors
     torch = namings.naming(kind, tensors)
     tied = (namings.TIED_HEAD,) if settings.get("tie_word_embeddings") else ()
     # a decoder's classifier has no output head: the model here gets that of a tied one
     headless = not tied and "score.weight" in tensors and "lm_head.weight" not in tensors
-    ignored = (*namings.DROPPED[kind], *tied, *namings.KEPT[kind])
-    return _Source(kind, settings, tensors, torch, torch, ignored, headless)
+    ignored = (*namings.DROPPED[kind], *tied, *namings.KEPT[kind], *opened.ignored)
+    return _Source(kind, settings, tensors, torch, torch, ignored, headless, opened.method)
 
 
 def _kind(settings: Mapping[str, Any], path: Path) -> str:
@@ -264,7 +311,7 @@ def _check_dtypes(source: _Source) -> None:
         name, dtype = next(iter(other.items()))
         raise ModelFileError(
             f"{len(other)} of {len(source.tensors)} tensors are {dtype} or the like, first "
-            f"{shown(name)}: quantized weights are not supported. All must be "
+            f"{shown(name)}, but config.json has no quantization_config. All must be "
             f"{', '.join(_STORED_DTYPES)}; where several are mixed, the widest is used"
         )
 

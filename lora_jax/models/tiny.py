@@ -12,14 +12,22 @@ from lora_jax.models import namings
 from lora_jax.models.llama import Llama
 from lora_jax.models.llama_config import LlamaConfig
 from lora_jax.models.pretrained import Pretrained
+from lora_jax.models.weights.quantization import KEEP, Quantize, parse_quantize, quantized_shapes
 
 
-def tiny(vocabulary: int, dtype: Any = "float32", *, scan: bool = False) -> Pretrained:
+def tiny(
+    vocabulary: int,
+    dtype: Any = "float32",
+    *,
+    scan: bool = False,
+    quantize: Quantize | None = None,
+) -> Pretrained:
     """Create two layers of width 64 with a tied head; the parameters are always the same.
 
     Args:
       vocabulary: number of ids.
-      dtype, scan: as in `pretrained.load`.
+      dtype, scan, quantize: as in `pretrained.load`; its numbers are not stored as codes, so "keep"
+        keeps all as it is.
 
     >>> model = tiny(11)
     >>> model.apply(model.params, jnp.array([[3, 1, 4]])).shape
@@ -40,7 +48,10 @@ def tiny(vocabulary: int, dtype: Any = "float32", *, scan: bool = False) -> Pret
     )
     naming, module = namings.naming("llama"), Llama(dataclasses.replace(config, scan=scan))
     tensors = to_torch(naming, _random(_shapes(Llama(config))))
-    params = to_tree(naming, tensors, _shapes(module))
+    like = _shapes(module)
+    if quantize not in (None, KEEP):
+        like = quantized_shapes(like, naming, parse_quantize(quantize))
+    params = to_tree(naming, tensors, like)
     settings = {key: getattr(config, key) for key in _SETTINGS} | {"model_type": "llama"}
     return Pretrained("llama", module.config, module, params, naming, settings)
 

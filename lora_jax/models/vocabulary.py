@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_jax.core.errors import ConfigError, StructureError
+from lora_jax.core.quantized.weight import is_quantized
 from lora_jax.files.naming import StoredLeaf
 from lora_jax.models.llama_config import LlamaConfig
 from lora_jax.models.pretrained import Pretrained
@@ -33,7 +34,7 @@ def resize_vocabulary(
     `rows=` some of them.
 
     Args:
-      model: with plain arrays as parameters.
+      model: without adapters. A quantized embedding or head becomes one of floats.
       tokens: the new number, such as `len(tokenizer)`.
       embedding: values of the new rows of the embedding, `[new, width]`; by default each is the
         mean of the old rows, so that new tokens begin neither likely nor unlikely.
@@ -72,8 +73,8 @@ def resize_vocabulary(
 def untie_head(model: Pretrained) -> Pretrained:
     """Return a model of the Llama family whose output head is a parameter apart from the embedding.
 
-    It starts with the embedding's values, so the logits stay the same; `head/kernel` can then be
-    adapted or trained without the embedding.
+    It starts with the embedding's values, or codes, so the logits stay the same; `head/kernel` can
+    then be adapted or trained without the embedding.
 
     Raises:
       ConfigError: the model has no head that is tied to its embedding.
@@ -86,12 +87,17 @@ def untie_head(model: Pretrained) -> Pretrained:
     if not isinstance(config, LlamaConfig) or not config.tie_word_embeddings:
         raise ConfigError("untie_head: the model has no output head that is tied to its embedding")
     config = dataclasses.replace(config, tie_word_embeddings=False)
-    embedding = _require_array(model.params["embedding"]["embedding"], "embedding/embedding")
+    table = model.params["embedding"]["embedding"]
+    if is_quantized(table):
+        fields = {name: x.T.copy() for name, x in table.fields.items()}
+        head = dataclasses.replace(table, fields=fields, axis=-3 - table.axis)
+    else:
+        head = _require_array(table, "embedding/embedding").T.copy()
     return dataclasses.replace(
         model,
         config=config,
         module=type(model.module)(config),  # type: ignore[arg-type]
-        params={**model.params, "head": {"kernel": embedding.T.copy()}},
+        params={**model.params, "head": {"kernel": head}},
         settings={**model.settings, "tie_word_embeddings": False},
     )
 
@@ -106,6 +112,8 @@ def _replace(tree: Any, path: tuple[str, ...], change: Callable[[Any], Any], at:
 def _require_array(leaf: Any, path: str) -> Any:
     if isinstance(leaf, StoredLeaf):
         return jnp.asarray(leaf)
+    if is_quantized(leaf):
+        return leaf.dequantize()
     if not isinstance(leaf, jax.Array | np.ndarray):
         raise StructureError(
             f"{path}: is a {type(leaf).__name__}, but the vocabulary of a model is changed before "

@@ -150,5 +150,5 @@ def test_many_are_one_line():
 
 
 def test_without_the_function_the_error_asks_for_it():
-    with pytest.raises(TargetError, match="Pass init the function"):
+    with pytest.raises(TargetError, match="Pass the function"):
         lora_jax.init(KEY, {"bias": jnp.ones(3)}, LoraConfig(2))

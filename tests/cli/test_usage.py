@@ -48,7 +48,7 @@ NAMES = {
     "--use_dora": "use --dora",
     "--save_every": "use --save-every",
     "--config": "configuration files are not read",
-    "--load_in_4bit": "a quantized base is not supported",
+    "--load_in_4bit": "use --quantize nf4",
     "--eval-splt": "perhaps --eval-split",
     "--frobnicate": "No such option: --frobnicate; 'lora-jax train --help' shows the usage",
 }

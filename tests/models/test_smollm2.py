@@ -1,10 +1,13 @@
 """SmolLM2 itself, if it is in the cache, against transformers 5.23 on the same file."""
 
+import os
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import lora_jax
 from lora_jax import models
 from lora_jax.models import assets
 from lora_jax.models.text import Tokenizer
@@ -75,3 +78,25 @@ def test_perplexity_of_othello(losses, othello):
     rows = othello[starts + np.arange(LENGTH + 1)]
     total = sum(float(losses(rows[i : i + 4])[0].sum()) for i in range(0, count, 4))
     assert np.exp(total / (count * LENGTH)) == pytest.approx(72.70, abs=0.02)
+
+
+def test_the_codes_take_no_more_than_the_file(path):
+    kept = models.load(path, quantize="keep", scan=True).params
+    assert sum(x.nbytes for x in jax.tree.leaves(kept)) <= 1.05 * os.path.getsize(path)
+    assert kept["embedding"]["embedding"].kind == "q8_0"
+    assert kept["layers"]["mlp"]["down"]["kernel"].kind == "q4_1"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scan", [False, True])
+def test_codes_give_the_values_logits_and_tokens_of_floats(path, tokenizer, scan):
+    kept, floats = models.load(path, quantize="keep", scan=scan), models.load(path, scan=scan)
+    values = lora_jax.dequantize(kept.params)
+    jax.tree.map(np.testing.assert_array_equal, values, floats.params)
+    apply = lora_jax.lora(kept.apply, on_dense="error")
+    ids = jnp.asarray([tokenizer.encode(PROMPT)])
+    close = lambda x, y: np.testing.assert_allclose(x, y, rtol=0, atol=1e-3)  # logits are up to 36
+    close(jax.jit(apply)(kept.params, ids), floats.apply(floats.params, ids))
+    cache = lambda: kept.module.init_cache(1, 32)
+    tokens = models.generate(apply, kept.params, ids, cache(), steps=8)
+    assert tokens[0].tolist() == FOLLOWS

@@ -11,6 +11,7 @@ from lora_jax.cli.options import (
     DType,
     MaxTokensOption,
     ModelOption,
+    QuantizeOption,
     RenameOption,
     ResidualOption,
     SeedOption,
@@ -44,6 +45,7 @@ def command(
         DType | None,
         typer.Option(help="Dtype of the computation; default: the model's, float32 for GGUF."),
     ] = None,
+    quantize: QuantizeOption = None,
     rename: RenameOption = None,
     residual: ResidualOption = False,
     strict: StrictOption = True,
@@ -69,6 +71,7 @@ def command(
             max_tokens=max_tokens,
             seed=seed,
             dtype=dtype,
+            quantize=quantize,
             fit=Fit.of_options(strict, rename, residual),
             sampling={"temperature": temperature, "top_k": top_k, "top_p": top_p},
         )

@@ -12,6 +12,7 @@ from lora_jax.cli.options import (
     DType,
     MaxTokensOption,
     ModelOption,
+    QuantizeOption,
     RenameOption,
     ResidualOption,
     SeedOption,
@@ -54,6 +55,7 @@ def command(
         DType | None,
         typer.Option(help="Dtype of the computation; default: the model's, float32 for GGUF."),
     ] = None,
+    quantize: QuantizeOption = None,
     rename: RenameOption = None,
     residual: ResidualOption = False,
     strict: StrictOption = True,
@@ -83,6 +85,7 @@ def command(
             max_tokens=max_tokens,
             seed=seed,
             dtype=dtype,
+            quantize=quantize,
             fit=Fit.of_options(strict, rename, residual),
             sampling={"temperature": temperature, "top_k": top_k, "top_p": top_p},
         )

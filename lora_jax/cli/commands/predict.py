@@ -14,6 +14,7 @@ from lora_jax.cli.options import (
     JsonOption,
     LengthOption,
     ModelOption,
+    QuantizeOption,
     RenameOption,
     ResidualOption,
     StrictOption,
@@ -40,6 +41,7 @@ def command(
     dtype: Annotated[
         DType | None, typer.Option(help="Dtype of the computation; default: the model's.")
     ] = None,
+    quantize: QuantizeOption = None,
     rename: RenameOption = None,
     residual: ResidualOption = False,
     strict: StrictOption = True,
@@ -67,5 +69,6 @@ def command(
             encoding=encoding,
             as_json=json,
             dtype=dtype,
+            quantize=quantize,
             fit=Fit.of_options(strict, rename, residual),
         )

@@ -22,7 +22,7 @@ LENGTH = 512  # tokens per row by default
 
 
 def open_classifier(
-    model: str, adapter: Path | None, dtype: str | None, fit: Fit
+    model: str, adapter: Path | None, dtype: str | None, quantize: str | None, fit: Fit
 ) -> tuple[LoadedClassifier, Tokenizer]:
     """Load a classifier and its tokenizer.
 
@@ -37,7 +37,7 @@ def open_classifier(
             "--task classification', or use 'lora-jax generate'"
         )
     tokenizer = sources.tokenizer_of(base, adapter)
-    return classifiers.load(base, adapter, dtype, fit), tokenizer
+    return classifiers.load(base, adapter, dtype, fit, quantize=quantize), tokenizer
 
 
 def row_length(asked: int, longest: int) -> int:

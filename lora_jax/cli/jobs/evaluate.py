@@ -37,6 +37,7 @@ def run(
     encoding: str,
     as_json: bool,
     dtype: str | None,
+    quantize: str | None,
     fit: Fit,
 ) -> None:
     """Print what was measured; the arguments are the command's options.
@@ -48,9 +49,9 @@ def run(
     rows = [read_rows(path, encoding) for path in find_files(files)]
     base = sources.find_model(model)
     if classifiers.find(base, adapter):
-        found = _classifier(rows, model, adapter, length, batch, dtype, fit)
+        found = _classifier(rows, model, adapter, length, batch, dtype, quantize, fit)
     else:
-        loaded = sources.load(base, adapter, dtype, fit)
+        loaded = sources.load(base, adapter, dtype, fit, quantize=quantize)
         found = _language_model(rows, loaded, sources.tokenizer_of(base, adapter), length, batch)
     if as_json:
         print(json.dumps(found, ensure_ascii=False))
@@ -110,6 +111,7 @@ def _classifier(
     length: int,
     batch: int,
     dtype: str | None,
+    quantize: str | None,
     fit: Fit,
 ) -> dict[str, Any]:
     for rows in files:
@@ -118,7 +120,7 @@ def _classifier(
                 f"{rows.source} has {rows.kind} rows, but the accuracy of a classifier needs rows "
                 'of the form {"text": …, "label": …}'
             )
-    classifier, tokenizer = open_classifier(model, adapter, dtype, fit)
+    classifier, tokenizer = open_classifier(model, adapter, dtype, quantize, fit)
     length = row_length(length, classifier.model.config.max_position_embeddings)
     wanted = np.array([n for rows in files for n in _numbers(rows, classifier.labels)])
     texts = [row.values["text"] for rows in files for row in rows.rows]

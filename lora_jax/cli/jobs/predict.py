@@ -25,6 +25,7 @@ def run(
     encoding: str,
     as_json: bool,
     dtype: str | None,
+    quantize: str | None,
     fit: Fit,
 ) -> None:
     """Print a line per text; `source` is the texts or a file, the rest the command's options.
@@ -34,7 +35,7 @@ def run(
       LoraError: the classifier cannot be read.
     """
     texts = read_texts(source, encoding) if isinstance(source, Path) else list(source)
-    classifier, tokenizer = open_classifier(model, adapter, dtype, fit)
+    classifier, tokenizer = open_classifier(model, adapter, dtype, quantize, fit)
     length = row_length(length, classifier.model.config.max_position_embeddings)
     found = np.exp(log_probabilities(classifier, tokenizer, texts, length, batch))
     for text, row in zip(texts, found, strict=True):

@@ -104,6 +104,7 @@ def open_speaker(
     *,
     max_tokens: int,
     dtype: str | None,
+    quantize: str | None,
     fit: Fit,
     stop: Sequence[str],
     sampling: Mapping[str, Any],
@@ -127,14 +128,14 @@ def open_speaker(
         )
     tokenizer = sources.tokenizer_of(base, adapter)
     encode(tokenizer)
-    loaded = sources.load(base, adapter, dtype, fit)
+    loaded = sources.load(base, adapter, dtype, fit, quantize=quantize)
     if loaded.model.kind == "bert":
         raise PromptError("BERT cannot generate text; give a model of the Llama family")
     run = loaded.model.apply
     return Speaker(
         model=loaded.model,
         params=loaded.params,
-        apply=lora.lora(run) if adapter else run,
+        apply=lora.lora(run) if adapter or quantize else run,
         tokenizer=tokenizer,
         ends=sources.stop_ids(base, tokenizer) | special_ids(tokenizer, stop),
         stops=stop,

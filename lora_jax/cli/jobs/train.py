@@ -170,6 +170,7 @@ def _open(
         *(options.model, options.dtype, scan, options.adapter, now, say),
         vocabulary=vocabulary,
         mesh=mesh,
+        quantize=options.quantize,
     )
     length = options.length or min(512, model.longest)
     if not 2 <= length <= model.longest:

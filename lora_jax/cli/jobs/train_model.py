@@ -59,6 +59,7 @@ def open_model(
     say: Callable[[str], None] = lambda text: None,
     vocabulary: Vocabulary = _AS_IT_IS,
     mesh: Mesh | None = None,
+    quantize: str | None = None,
 ) -> TrainableModel:
     """Load a model and its tokenizer.
 
@@ -73,6 +74,7 @@ def open_model(
       say: called with a line before anything that takes long.
       vocabulary: tokens to add, and whether to untie the head.
       mesh: of devices, on which the parameters are sharded.
+      quantize: as in `sources.load_model`.
 
     Raises:
       LoraError, OSError: the model does not exist or cannot be read.
@@ -88,7 +90,8 @@ def open_model(
     stops = sources.stop_ids(found, tokenizer)
     is_changed = bool(vocabulary.tokens) or vocabulary.untie  # on the host, and placed then
     scan = scan and not is_bert
-    loaded = sources.load_model(found, dtype, scan=scan, mesh=None if is_changed else mesh)
+    where = None if is_changed else mesh
+    loaded = sources.load_model(found, dtype, scan=scan, mesh=where, quantize=quantize)
     loaded = train_mesh.place(vocabulary.apply(loaded, tokenizer), mesh)
     start = None if adapter is None else kinds.adapter(adapter)
     if start is None or classifiers.labels_of(start) is not None:

@@ -1,4 +1,4 @@
-"""Codes of four bits, packed two in a byte along an axis, and small tables of values."""
+"""Codes of a few bits, packed in bytes along an axis, and small tables of values."""
 
 import itertools
 from collections.abc import Callable, Sequence
@@ -22,6 +22,38 @@ def pack_nibbles(codes: jax.Array, axis: int) -> jax.Array:
     """Return bytes whose low halves are the first half of the codes; see `map_nibbles`."""
     low, high = jnp.split(codes.astype(jnp.uint8), 2, axis)
     return low | (high << jnp.uint8(4))
+
+
+def unpack(x: jax.Array, bits: int, axis: int, run: int) -> jax.Array:
+    """Return the codes of packed bytes, `8 / bits` of each, in uint8.
+
+    The codes in the lowest bits of each `run` of bytes come first, then those in the next bits.
+
+    >>> unpack(jnp.array([0x21, 0x43], jnp.uint8), bits=4, axis=-1, run=2)
+    Array([1, 3, 2, 4], dtype=uint8)
+    >>> unpack(jnp.array([0x21, 0x43], jnp.uint8), bits=4, axis=-1, run=1)
+    Array([1, 2, 3, 4], dtype=uint8)
+    """
+    at = axis % x.ndim
+    before, after = x.shape[:at], x.shape[at + 1 :]
+    runs = x.reshape(*before, -1, 1, run, *after)
+    shifts = jnp.arange(0, 8, bits, dtype=jnp.uint8)
+    shifted = runs >> jnp.expand_dims(shifts, [i for i in range(runs.ndim) if i != at + 1])
+    return (shifted & jnp.uint8(2**bits - 1)).reshape(*before, -1, *after)
+
+
+def pack(codes: jax.Array, bits: int, axis: int, run: int) -> jax.Array:
+    """Return bytes whose codes are these; the inverse of `unpack`.
+
+    >>> pack(jnp.array([1, 3, 2, 4], jnp.uint8), bits=4, axis=-1, run=2)
+    Array([33, 67], dtype=uint8)
+    """
+    at = axis % codes.ndim
+    before, after = codes.shape[:at], codes.shape[at + 1 :]
+    runs = codes.astype(jnp.uint8).reshape(*before, -1, 8 // bits, run, *after)
+    shifts = jnp.arange(0, 8, bits, dtype=jnp.uint8)
+    shifted = runs << jnp.expand_dims(shifts, [i for i in range(runs.ndim) if i != at + 1])
+    return shifted.sum(at + 1, dtype=jnp.uint8).reshape(*before, -1, *after)
 
 
 def look_up(codes: jax.Array, table: Sequence[float]) -> jax.Array:

@@ -35,8 +35,7 @@ class Coding:
             return cls(kind, w.axis, None, w.dtype)
         is_float = lambda x: jnp.issubdtype(x.dtype, jnp.floating)
         floats = tuple((name, x.dtype) for name, x in w.fields.items() if is_float(x))
-        block = None if w.format.block is None else w.block
-        return cls(w.kind, w.axis, block, w.dtype, floats)
+        return cls(w.kind, w.axis, w.block, w.dtype, floats)
 
     def encode(self, values: jax.Array) -> QuantizedWeight:
         """Return these values, quantized."""

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from lora_jax.core.errors import ConfigError
+from lora_jax.core.host_memory import on_device
 from lora_jax.core.not_an_array import NotAnArray
 from lora_jax.core.quantized.kind import Kind
 from lora_jax.core.quantized.kinds import KINDS, kind_named
@@ -124,7 +125,7 @@ def dequantize_array(w: QuantizedWeight, zero: jax.Array | None = None) -> jax.A
       zero: an integer scalar that is 0: the values then depend on what it was computed from, so
         that XLA cannot compute them earlier.
     """
-    fields = dict(w.fields)
+    fields = {name: on_device(x) for name, x in w.fields.items()}
     if zero is not None:
         codes = fields[w.format.codes]
         fields[w.format.codes] = codes + zero.astype(codes.dtype)

@@ -14,7 +14,7 @@ from lora_jax.engine import jaxprs, named_axes, provenance
 from lora_jax.engine.context import Context
 from lora_jax.engine.lazy_weight import MEMBERS, RANK, Axis, LazyWeight, is_lazy
 from lora_jax.engine.rules.registry import PrimitiveRule, rule
-from lora_jax.engine.rules.views import spread
+from lora_jax.engine.rules.views import bind_base, spread
 
 RULES: dict[str, PrimitiveRule] = {}
 
@@ -54,8 +54,11 @@ def _select(ctx: Context, eqn: Any, args: Sequence[Any]) -> Any:
     if ctx.infers and any(x.axes[d].origins for x in cases if is_lazy(x) for d in varying):
         return NotImplemented  # an elementwise mask
     constant = [0 if d not in varying else slice(None) for d in range(which.ndim)]
+    once = tuple(slice(0, 1) if d not in varying else slice(None) for d in range(which.ndim))
     return _join(
-        eqn, args, cases, lambda parts: _select_members(which[tuple(constant)], varying, parts)
+        *(eqn, args, cases),
+        lambda parts: _select_members(which[tuple(constant)], varying, parts),
+        which[once],
     )
 
 
@@ -67,8 +70,12 @@ def _join(
     args: Sequence[Any],
     parts: Sequence[Any],
     combine: Callable[[Parts], dict[str, Any] | None],
+    which: Any = None,
 ) -> Any:
-    """Return one weight made of the parts: its base by the equation, its members by `combine`."""
+    """Return one weight made of the parts: its base by the equation, its members by `combine`.
+
+    `which` is as in `moves.apply`.
+    """
     weights = [x for x in parts if is_lazy(x)]
     if any(x.origin.looked_up for x in weights):
         return NotImplemented  # rows are an activation
@@ -76,16 +83,18 @@ def _join(
     if tangent and not all(is_lazy(x) and x.w is None for x in parts):
         return NotImplemented
     aval = eqn.outvars[0].aval
-    w = None if tangent else jaxprs.bind(eqn, [x.w if is_lazy(x) else x for x in args])[0]
+    (w,) = [None] if tangent else bind_base(eqn, [x.w if is_lazy(x) else x for x in args], which)
     common = iter(_name_axes_alike(weights))
     named = [next(common) if is_lazy(x) else None for x in parts]
-    first = next(filter(None, named))
+    # A quantized weight without adapters has no update, as an array has none.
+    adapted = [None if x is None or x.a is None else x for x in named]
+    first = next(filter(None, adapted), None) or next(filter(None, named))
     altered = first.origin.altered or len(weights) < len(parts)
     origin = dataclasses.replace(first.origin, altered=altered)
     whole = dataclasses.replace(first, w=w, shape=aval.shape, dtype=aval.dtype, origin=origin)
     if first.a is None:
         return [whole]
-    oriented = _orient_alike(named)
+    oriented = _orient_alike(adapted)
     members = None if oriented is None else combine(oriented)
     return NotImplemented if members is None else [dataclasses.replace(whole, **members)]
 

@@ -12,6 +12,7 @@ from lora_jax.engine import jaxprs
 from lora_jax.engine.arithmetic import to_dense
 from lora_jax.engine.context import Context
 from lora_jax.engine.lazy_weight import is_lazy, tangents
+from lora_jax.engine.quantized.view import QuantizedView
 from lora_jax.engine.rules.registry import Container, Walk, rule
 
 CONTAINERS: dict[str, Container] = {}
@@ -24,7 +25,7 @@ def _custom_jvp(ctx: Context, eqn: Any, args: Sequence[Any], walk: Walk) -> list
     if any(is_lazy(x) and x.probe for x in args):
         return walk(jaxpr, consts, args)  # the user-defined derivative would not reach the probe
     n_consts = eqn.params["num_consts"]
-    args = [ctx.densify_gain(x, eqn) for x in args]
+    args = [without_moving_base(ctx, eqn, ctx.densify_gain(x, eqn)) for x in args]
 
     @jax.custom_jvp
     def call(*args: Any) -> list[Any]:
@@ -72,12 +73,22 @@ def _plus(a: Any, b: Any) -> Any:
 def _zero(x: Any) -> SymbolicZero:
     if is_lazy(x):
         x = to_dense(x) if x.w is None else x.w
-    return SymbolicZero(jax.typeof(x).to_tangent_aval())
+    aval = x.aval if isinstance(x, QuantizedView) else jax.typeof(x)
+    return SymbolicZero(aval.to_tangent_aval())
 
 
 def _base_moves(primal: Any, t: Any) -> bool:
     """Return whether a weight's base has a tangent, as it does where an input scales it."""
-    return is_lazy(primal) and t.w is not None and type(t.w) is not SymbolicZero
+    if not is_lazy(primal) or isinstance(primal.w, QuantizedView):
+        return False
+    return t.w is not None and type(t.w) is not SymbolicZero
+
+
+def without_moving_base(ctx: Context, eqn: Any, x: Any) -> Any:
+    """Return `x`, dequantized where an input scales it: its base may have a gradient then."""
+    if is_lazy(x) and isinstance(x.w, QuantizedView) and x.w.may_have_gradient:
+        return ctx.dequantize(x, eqn, " (an input scales it)")
+    return x
 
 
 def instantiate(t: Any) -> Any:

@@ -14,7 +14,8 @@ from lora_jax.engine.arithmetic import to_dense
 from lora_jax.engine.context import Context
 from lora_jax.engine.jaxprs import JaxprAndConsts
 from lora_jax.engine.lazy_weight import LazyWeight, is_lazy
-from lora_jax.engine.rules.custom_jvp import instantiate
+from lora_jax.engine.quantized.view import QuantizedView
+from lora_jax.engine.rules.custom_jvp import instantiate, without_moving_base
 from lora_jax.engine.rules.registry import Container, Walk, rule
 
 CONTAINERS: dict[str, Container] = {}
@@ -34,7 +35,7 @@ def _custom_vjp(ctx: Context, eqn: Any, args: Sequence[Any], walk: Walk) -> list
     """
     jaxpr, consts = jaxprs.open_jaxpr(eqn.params["call_jaxpr"])
     # The user-defined derivative does not know about dropout in the branch.
-    args = [ctx.densify_gain(x, eqn) for x in args]
+    args = [without_moving_base(ctx, eqn, ctx.densify_gain(x, eqn)) for x in args]
     args = [_switch_dropout_off(x) if is_lazy(x) else x for x in args]
 
     def dense(outs: Sequence[Any]) -> list[Any]:
@@ -45,7 +46,7 @@ def _custom_vjp(ctx: Context, eqn: Any, args: Sequence[Any], walk: Walk) -> list
 
     def forward(*args: Any) -> tuple[list[Any], Any]:
         moving = [any(x.perturbed for x in jax.tree.leaves(arg)) for arg in args]
-        bases = [is_lazy(arg) and arg.w is not None and arg.w.perturbed for arg in args]
+        bases = [is_lazy(arg) and _base_moves(arg.w) for arg in args]
         args = jax.tree.map(lambda x: x.value, args)
         first, second = _split_derivative(eqn, moving)
         outs = walk(*first, args)
@@ -69,6 +70,10 @@ def _custom_vjp(ctx: Context, eqn: Any, args: Sequence[Any], walk: Walk) -> list
     call = jax.custom_vjp(primal)
     call.defvjp(forward, lambda *args: tuple(backward(*args)), symbolic_zeros=True)
     return call(*args)
+
+
+def _base_moves(w: Any) -> bool:
+    return w is not None and not isinstance(w, QuantizedView) and w.perturbed
 
 
 def _switch_dropout_off(lazy: LazyWeight) -> LazyWeight:

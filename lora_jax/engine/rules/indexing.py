@@ -3,18 +3,22 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from lora_jax.core.quantized.parts import blocked_axis, with_fields
+from lora_jax.engine import named_axes
 from lora_jax.engine.arithmetic import to_dense
 from lora_jax.engine.context import Context
 from lora_jax.engine.lazy_weight import Axis, LazyWeight, is_lazy
+from lora_jax.engine.quantized import moves
+from lora_jax.engine.quantized.view import QuantizedView, Step
 from lora_jax.engine.rules.registry import PrimitiveRule, rule
-from lora_jax.engine.rules.views import mark_indexed, view_of
+from lora_jax.engine.rules.views import mark_indexed, on_base, view_of, view_with
 
 RULES: dict[str, PrimitiveRule] = {}
 
@@ -35,7 +39,8 @@ def _dynamic_slice(ctx: Context, eqn: Any, args: Sequence[Any]) -> Any:
                 lookup = lookup or _only_factor(lazy, old) == "a"
                 moved = mark_indexed(moved, old)
     outs = view_of(eqn, moved, axes, *starts)
-    return [to_dense(out) for out in outs] if lookup else outs
+    waits = [isinstance(out.w, QuantizedView) and not out.w.is_movable for out in outs]
+    return [_looked_up(ctx, eqn, *x) for x in zip(outs, waits, strict=True)] if lookup else outs
 
 
 def _slicer(start: Any, size: int) -> Callable[[jax.Array, int], jax.Array]:
@@ -76,10 +81,22 @@ def _gather(ctx: Context, eqn: Any, args: Sequence[Any]) -> Any:
     factors = [_only_factor(lazy, axis) for axis in gather.picked]
     rows_of = next(filter(None, factors), "") if lazy.a is not None else "a"
     origin = dataclasses.replace(moved.origin, looked_up=rows_of)
-    outs = view_of(eqn, dataclasses.replace(moved, origin=origin), gather.axes, indices)
+    moved = dataclasses.replace(moved, origin=origin)
+    w = gather.codes(eqn) if isinstance(lazy.w, QuantizedView) else on_base(eqn, moved, indices)
+    out = view_with(eqn, moved, gather.axes, w)
     # Rows of A are an activation, as an embedding's are. But one list of ids, no longer than the
     # axis, may permute or select inputs: there it depends on what the rows meet.
-    return [to_dense(out) for out in outs] if "a" in factors and not gather.is_list else outs
+    rows = "a" in factors or (lazy.a is None and not ctx.infers)
+    if not rows or gather.is_list:
+        return [out]
+    return [_looked_up(ctx, eqn, out, isinstance(lazy.w, QuantizedView) and gather.divides_blocks)]
+
+
+def _looked_up(ctx: Context, eqn: Any, rows: LazyWeight, takes_all: bool) -> jax.Array:
+    """Return rows that were looked up; say so where a whole table is dequantized for them."""
+    if takes_all:
+        rows = ctx.dequantize(rows, eqn, " (blocks lie along the axis of its rows)")
+    return to_dense(rows)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,6 +183,49 @@ class _Gather:
         takes_no_gain = value is not None and value != 0 and not math.isnan(value)
         misfit = takes_no_gain and view.gain is not None
         return zeroed and set(cut) <= indexed and not misfit
+
+    def codes(self, eqn: Any) -> QuantizedView:
+        """Return the base view that is gathered from codes and scales."""
+        view: QuantizedView = self.view.w
+        if self.divides_blocks:
+            return moves.apply(eqn, [view, self.indices])[0]
+        at = blocked_axis(view.weight)
+        blocks = self.view.new_axis(skip=1000)  # a name that no axis of the result has
+        names = tuple(blocks if i == at else axis for i, axis in enumerate(self.view.axes))
+        wanted = [blocks if axis == self.view.axes[at] else axis for axis in self.axes]
+
+        def one(x: jax.Array) -> jax.Array:
+            taken, axes = self.member(x, names)
+            return named_axes.arrange(taken, axes, wanted, {})
+
+        weight = with_fields(view.weight, one, wanted.index(blocks))
+        gathered = dataclasses.replace(view, weight=weight)
+        return self._filled(gathered) if self._fills else gathered
+
+    @property
+    def divides_blocks(self) -> bool:
+        """Whether the base has to be dequantized before it is gathered."""
+        view: QuantizedView = self.view.w
+        if not view.is_movable:
+            return True
+        at = blocked_axis(view.weight)
+        indexed = at in self.columns and self._sizes[at] == 1
+        return indexed or at in self._batching or not self._takes_all(at)
+
+    def _filled(self, gathered: QuantizedView) -> QuantizedView:
+        """Return gathered rows with the fill value where ids are out of bounds."""
+        fill = self.params["fill_value"]
+        there = jnp.ones([self.view.sizes[axis] for axis in self.picked], bool)
+        inside, axes = self.member(there, tuple(self.picked))
+        sizes: dict[Hashable, int] = dict.fromkeys(self.axes, 1)
+        inside = named_axes.arrange(inside, axes, self.axes, sizes)
+
+        def call(values: jax.Array, inside: jax.Array) -> jax.Array:
+            return jnp.where(inside, values, jnp.asarray(fill, values.dtype))
+
+        fill = math.nan if fill is None else fill
+        step = Step(call, ("fill", repr(fill)), gathered.shape, gathered.dtype)
+        return gathered.then(step, inside)
 
     def member(self, array: jax.Array, names: tuple[Axis, ...]) -> tuple[jax.Array, Sequence[Axis]]:
         """Gather a factor along those of the indexed axes that it has: `[*ids, *offset]`."""

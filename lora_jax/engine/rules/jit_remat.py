@@ -14,6 +14,8 @@ from jax import lax
 from lora_jax.engine import jaxprs, remat
 from lora_jax.engine.context import Context
 from lora_jax.engine.lazy_weight import MEMBERS, LazyWeight, is_lazy
+from lora_jax.engine.quantized.specs import shardings_of
+from lora_jax.engine.quantized.view import QuantizedView
 from lora_jax.engine.rules.registry import Container, Walk, rule
 
 CONTAINERS: dict[str, Container] = {}
@@ -61,9 +63,10 @@ def _sharding_of(x: Any, sharding: Any) -> Any:
     """Return the sharding of one argument; where a weight's factors go is left to the compiler."""
     if sharding is None or not is_lazy(x):
         return sharding
-    return dataclasses.replace(
-        x, w=None if x.w is None else sharding, **{name: None for name, _ in MEMBERS}
-    )
+    w = None if x.w is None else sharding
+    if isinstance(x.w, QuantizedView):
+        w = shardings_of(x.w, sharding)
+    return dataclasses.replace(x, w=w, **{name: None for name, _ in MEMBERS})
 
 
 @rule(CONTAINERS, "remat2", "remat", "checkpoint")

@@ -7,9 +7,11 @@ from typing import Any
 import jax
 from jax import lax
 
+from lora_jax.core.quantized.parts import blocked_axis
 from lora_jax.engine import jaxprs, named_axes
 from lora_jax.engine.context import Context
 from lora_jax.engine.lazy_weight import MEMBERS, LazyWeight, is_lazy
+from lora_jax.engine.quantized.view import QuantizedView
 from lora_jax.engine.rules.registry import Container, Walk, rule
 
 CONTAINERS: dict[str, Container] = {}
@@ -27,15 +29,14 @@ def _scan(ctx: Context, eqn: Any, args: Sequence[Any], walk: Walk) -> list[Any]:
     consts = list(args[:n_consts])
     carried = args[n_consts : n_consts + n_carry]
     loop = _Carry(ctx, eqn, jaxpr, carried, offset=n_consts)
-    scanned = [_Scanned(x) if is_lazy(x) else None for x in args[n_consts + n_carry :]]
-    xs = [
-        x if s is None else s.xs for x, s in zip(args[n_consts + n_carry :], scanned, strict=True)
-    ]
+    items = [_with_base_in_steps(ctx, eqn, x) for x in args[n_consts + n_carry :]]
+    scanned = [_Scanned(x) if is_lazy(x) else None for x in items]
+    xs = [x if s is None else s.xs for x, s in zip(items, scanned, strict=True)]
 
     def body(carry: list[Any], slices: list[Any]) -> tuple[list[Any], list[Any]]:
         items = [x if s is None else s.at_step(x) for x, s in zip(slices, scanned, strict=True)]
         outs = walk(jaxpr, jaxpr_consts, [*consts, *loop.all(carry), *items])
-        return loop.moving(outs[:n_carry]), outs[n_carry:]
+        return loop.moving(outs[:n_carry]), [_ready(ctx, eqn, x) for x in outs[n_carry:]]
 
     carry, ys = lax.scan(
         body,
@@ -48,12 +49,27 @@ def _scan(ctx: Context, eqn: Any, args: Sequence[Any], walk: Walk) -> list[Any]:
     return loop.all(carry) + [_stack_steps(y, params["length"]) if is_lazy(y) else y for y in ys]
 
 
+def _with_base_in_steps(ctx: Context, eqn: Any, x: Any) -> Any:
+    """Return a weight among the `xs`, dequantized if its first axis does not divide its codes."""
+    if not is_lazy(x) or not isinstance(x.w, QuantizedView):
+        return x
+    if x.w.is_movable and blocked_axis(x.w.weight) != 0:
+        return x
+    return ctx.dequantize(x, eqn, " (its steps are not whole codes and scales)")
+
+
+def _ready(ctx: Context, eqn: Any, x: Any) -> Any:
+    """Return an output of one step; a weight has nothing pending, which could not be stacked."""
+    waits = is_lazy(x) and isinstance(x.w, QuantizedView) and x.w.pending
+    return ctx.dequantize(x, eqn, " (its steps are stacked)") if waits else x
+
+
 class _Scanned:
     """A lazy weight among the `xs` of a scan: what is sliced, and how a slice is a weight again."""
 
     def __init__(self, lazy: LazyWeight):
         lead = lazy.axes[0]
-        self.xs: dict[str, Any] = {} if lazy.w is None else {"w": lazy.w}
+        self.xs: dict[str, Any] = {} if lazy.w is None else {"w": _sliced(lazy.w)}
         static: dict[str, Any] = {"axes": lazy.axes[1:], "shape": lazy.shape[1:]}
         for name, axes in MEMBERS:
             if lead in getattr(lazy, axes):
@@ -65,7 +81,14 @@ class _Scanned:
 
     def at_step(self, slices: dict[str, Any]) -> LazyWeight:
         """Return the weight of one step."""
+        if isinstance(self._template.w, QuantizedView):
+            slices = slices | {"w": dataclasses.replace(self._template.w, weight=slices["w"])}
         return dataclasses.replace(self._template, **slices)
+
+
+def _sliced(w: Any) -> Any:
+    """Return the arrays of a base that have its first axis."""
+    return w.weight if isinstance(w, QuantizedView) else w
 
 
 def _stack_steps(lazy: LazyWeight, length: int) -> LazyWeight:

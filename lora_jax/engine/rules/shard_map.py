@@ -11,6 +11,8 @@ from lora_jax.core.sharding.meshes import is_sharded
 from lora_jax.engine import jaxprs
 from lora_jax.engine.context import Context
 from lora_jax.engine.lazy_weight import MEMBERS, Axis, LazyWeight, is_lazy
+from lora_jax.engine.quantized.specs import divides, view_of_specs
+from lora_jax.engine.quantized.view import QuantizedView
 from lora_jax.engine.rules.registry import Container, PrimitiveRule, Walk, rule
 from lora_jax.engine.rules.views import view_of
 
@@ -30,7 +32,8 @@ def _shard_map(ctx: Context, eqn: Any, args: Sequence[Any], walk: Walk) -> Any:
         ctx.densify(x, eqn) if is_lazy(x) and _splits_inputs(x, s) else x
         for x, s in zip(args, specs, strict=True)
     ]
-    placed = [_specs(x, s) if is_lazy(x) else s for x, s in zip(args, specs, strict=True)]
+    args = [_in_whole_blocks(ctx, eqn, x, s, mesh) for x, s in zip(args, specs, strict=True)]
+    placed = [_specs(x, s, mesh) if is_lazy(x) else s for x, s in zip(args, specs, strict=True)]
     arrays, treedef = jax.tree.flatten(list(args))
     flat_specs = jax.tree.leaves(placed, is_leaf=_is_spec)
 
@@ -53,9 +56,20 @@ def _is_spec(x: Any) -> bool:
     return isinstance(x, PartitionSpec)
 
 
-def _specs(lazy: LazyWeight, spec: PartitionSpec) -> LazyWeight:
+def _in_whole_blocks(ctx: Context, eqn: Any, x: Any, spec: PartitionSpec, mesh: Any) -> Any:
+    """Return a weight, dequantized where a device's part is not whole codes and scales."""
+    if not is_lazy(x) or not isinstance(x.w, QuantizedView):
+        return x
+    if x.w.is_movable and divides(x.w.weight, spec, mesh.shape):
+        return x
+    return ctx.dequantize(x, eqn, " (the shards are not whole blocks of it)")
+
+
+def _specs(lazy: LazyWeight, spec: PartitionSpec, mesh: Any) -> LazyWeight:
     """Return the weight with a spec in place of each member, by the names of its axes."""
     specs: dict[str, Any] = {"w": None if lazy.w is None else spec}
+    if isinstance(lazy.w, QuantizedView):
+        specs["w"] = view_of_specs(lazy.w, spec, mesh.shape)
     for name, axes in MEMBERS:
         if getattr(lazy, name) is not None:
             specs[name] = _spec_of(lazy, spec, getattr(lazy, axes))

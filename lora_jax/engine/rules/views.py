@@ -12,7 +12,8 @@ from lora_jax.core.dtypes import wider
 from lora_jax.engine import jaxprs, named_axes
 from lora_jax.engine.context import Context
 from lora_jax.engine.lazy_weight import MEMBERS, Axis, LazyWeight, is_lazy
-from lora_jax.engine.quantized import QuantizedView
+from lora_jax.engine.quantized import moves
+from lora_jax.engine.quantized.view import QuantizedView
 from lora_jax.engine.rules.registry import PrimitiveRule, rule
 
 RULES: dict[str, PrimitiveRule] = {}
@@ -20,23 +21,30 @@ RULES: dict[str, PrimitiveRule] = {}
 
 def on_base(eqn: Any, lazy: LazyWeight, *others: Any) -> Any:
     """Return the equation's output on the base view; None for a tangent, whose base is zero."""
-    if isinstance(lazy.w, QuantizedView):
-        return lazy.w.apply(eqn, *others)
-    return None if lazy.w is None else jaxprs.bind(eqn, [lazy.w, *others])[0]
+    return bind_base(eqn, [lazy.w, *others])[0]
+
+
+def bind_base(eqn: Any, values: Sequence[Any], which: Any = None) -> Sequence[Any]:
+    """Return the equation's outputs on base views and arrays; None for those of a tangent.
+
+    `which` is as in `moves.apply`.
+    """
+    if any(x is None for x in values):
+        return [None] * len(eqn.outvars)
+    if any(isinstance(x, QuantizedView) for x in values):
+        return moves.apply(eqn, values, which)
+    return jaxprs.bind(eqn, values)
 
 
 def view_of(eqn: Any, lazy: LazyWeight, axes: Sequence[Axis], *others: Any) -> list[LazyWeight]:
     """Return the outputs of a view: the members of `lazy`, and the base from the equation."""
+    return [view_with(eqn, lazy, axes, on_base(eqn, lazy, *others))]
+
+
+def view_with(eqn: Any, lazy: LazyWeight, axes: Sequence[Axis], w: Any) -> LazyWeight:
+    """Return the output of a view whose base is `w`."""
     aval = eqn.outvars[0].aval
-    return [
-        dataclasses.replace(
-            lazy,
-            w=on_base(eqn, lazy, *others),
-            axes=tuple(axes),
-            shape=aval.shape,
-            dtype=aval.dtype,
-        )
-    ]
+    return dataclasses.replace(lazy, w=w, axes=tuple(axes), shape=aval.shape, dtype=aval.dtype)
 
 
 _SAME_AXES = ("copy", "copy_p", "name", "sharding_constraint", "convert_element_type")
@@ -57,7 +65,7 @@ def _device_put(ctx: Context, eqn: Any, args: Sequence[Any]) -> Any:
     values = [x.w if is_lazy(x) else x for x in args]
     if any(w is None for w in values):
         return args  # a tangent has no base
-    moved = jaxprs.bind(eqn, values)
+    moved = moves.put(eqn, values)
     pairs = zip(args, moved, strict=True)
     return [dataclasses.replace(x, w=w) if is_lazy(x) else w for x, w in pairs]
 
@@ -92,7 +100,7 @@ def _multiple(ctx: Context, eqn: Any, args: Sequence[Any]) -> Any:
         return NotImplemented
     s = ctx.densify(s, eqn) if is_lazy(s) else s
     operation = jnp.divide if divides else jnp.multiply
-    w = None if lazy.w is None else jaxprs.bind(eqn, [(lazy.w, s), (s, lazy.w)][weights[0]])[0]
+    (w,) = bind_base(eqn, [(lazy.w, s), (s, lazy.w)][weights[0]])
     scaled = lazy if lazy.a is None else _scale_along(lazy, factor, operation, s, varying)
     return [dataclasses.replace(scaled, w=w)]
 
@@ -307,7 +315,7 @@ def _reduce_sum(ctx: Context, eqn: Any, args: Sequence[Any]) -> Any:
 def _split(ctx: Context, eqn: Any, args: Sequence[Any]) -> Any:
     (lazy,) = args
     at, start, outs = eqn.params["axis"], 0, []
-    bases = [None] * len(eqn.outvars) if lazy.w is None else jaxprs.bind(eqn, [lazy.w])
+    bases = bind_base(eqn, [lazy.w])
     for base, size in zip(bases, eqn.params["sizes"], strict=True):
         new = lazy.new_axis(lazy.axes[at].origins)
         part = lazy.map_axis(
@@ -327,7 +335,7 @@ def _unstack(ctx: Context, eqn: Any, args: Sequence[Any]) -> Any:
     (lazy,) = args
     at = eqn.params["axis"]
     old, rest = lazy.axes[at], (*lazy.axes[:at], *lazy.axes[at + 1 :])
-    bases = [None] * len(eqn.outvars) if lazy.w is None else jaxprs.bind(eqn, [lazy.w])
+    bases = bind_base(eqn, [lazy.w])
     shape = (*lazy.shape[:at], *lazy.shape[at + 1 :])
     return [
         dataclasses.replace(

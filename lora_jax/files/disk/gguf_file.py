@@ -16,7 +16,8 @@ import numpy as np
 
 from lora_jax.core.errors import ModelFileError
 from lora_jax.core.foreign import shown
-from lora_jax.files.disk import gguf_schema
+from lora_jax.core.quantized.weight import QuantizedWeight
+from lora_jax.files.disk import gguf_blocks, gguf_schema
 
 _STRING, _ARRAY = 8, 9
 _NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q"} | {
@@ -47,6 +48,26 @@ class GgufTensor:
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         return self._decode(self.stored, self.shape).astype(dtype or np.float32, copy=bool(copy))
 
+    @property
+    def is_quantized(self) -> bool:
+        """Whether its numbers are in blocks that share scales."""
+        return self.kind not in ("F32", "F16", "BF16", "F64")
+
+    @property
+    def stored_dtype(self) -> np.dtype:
+        """The dtype of floating numbers in the file; float32 for quantized numbers."""
+        return np.dtype({"F16": "float16", "BF16": "bfloat16"}.get(self.kind, "float32"))
+
+    def codes(self) -> QuantizedWeight | None:
+        """Return the quantized numbers as they are in the file; None if a kind for them is missing.
+
+        The blocks lie along the last axis. A field is read by `np.asarray` or its method `rows`.
+        """
+        if self.kind not in gguf_blocks.FIELDS:
+            return None
+        fields = gguf_blocks.fields(self.kind, self.shape, self.stored, self._finite)
+        return QuantizedWeight(fields, self.kind.lower(), -1, self.dtype)
+
     def rows(self, start: int, stop: int) -> np.ndarray:
         """Read a part of the first axis, without the rest; the last axis is always read whole."""
         if len(self.shape) == 1:
@@ -68,6 +89,9 @@ class GgufTensor:
             raise ModelFileError(
                 f"{shown(self.name)}: type {self.kind} is not supported"
             ) from error
+        return self._finite(values)
+
+    def _finite(self, values: np.ndarray) -> np.ndarray:
         if not np.isfinite(values).all():
             raise ModelFileError(f"{shown(self.name)}: contains NaN or infinite values")
         return values

@@ -6,6 +6,7 @@ of a linear layer as `[out, in]`. A JAX tree has paths ("layer_0/attention/query
 the other. The same rows serve whole weights (`to_tree`, `to_torch`) and adapters (`lora_jax.peft`).
 """
 
+from lora_jax.files.naming.codes import codes_of, leaf_like
 from lora_jax.files.naming.entry import KINDS, Entry
 from lora_jax.files.naming.place import Place
 from lora_jax.files.naming.reading import StoredLeaf, row_ranges
@@ -24,7 +25,9 @@ __all__ = [
     "Naming",
     "Place",
     "StoredLeaf",
+    "codes_of",
     "index",
+    "leaf_like",
     "row_ranges",
     "to_stored_tree",
     "to_torch",

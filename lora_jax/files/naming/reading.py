@@ -37,9 +37,9 @@ def read(
     Returns:
       The leaf, and the names of the tensors with finite values that are not finite in its dtype.
     """
-    mine = _shards(like)
-    over = _fill(place, tensors, mine.values(), place.layers())
-    return _to_devices(like, mine), over
+    mine = shards_of(like)
+    over = fill(place, tensors, mine.values(), place.layers())
+    return to_devices(like, mine), over
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ class StoredLeaf:
         ]
         ranges = tuple((n, n + size) for n, size in zip(first, shape, strict=True))
         shard = _Shard(ranges, empty(shape, self.dtype))
-        _fill(self.place, self.tensors, [shard], layers)
+        fill(self.place, self.tensors, [shard], layers)
         return shard.values
 
 
@@ -129,14 +129,14 @@ def row_ranges(tensor: Any) -> list[tuple[int, int]]:
     return [(start, min(start + step, size)) for start in range(0, size, step)]
 
 
-def _fill(
+def fill(
     place: Place, tensors: Mapping[str, Any], shards: Collection["_Shard"], layers: Sequence[tuple]
 ) -> tuple[tuple[str, ...], ...]:
     """Read these layers into shards, and return the names of the tensors that overflow them."""
     over: dict[tuple[str, ...], None] = {}
     for where, names in layers:
         at = place.at(where)
-        for block in _blocks(place, names, tensors):
+        for block in blocks_of_layer(place, names, tensors):
             meets = [(shard, found) for shard in shards if (found := shard.meet(at, block.ranges))]
             if not meets:
                 continue
@@ -182,11 +182,11 @@ class _Shard:
         """Write a part, and return whether finite values of it overflow the dtype here."""
         with np.errstate(over="ignore", invalid="ignore"):
             self.values[into] = values
-        return _overflows(values, self.values[into])
+        return overflows(values, self.values[into])
 
 
-def _shards(like: Any) -> dict[Ranges, _Shard]:
-    """Return the distinct parts of a leaf that devices of this process hold."""
+def shards_of(like: Any) -> dict[Ranges, _Shard]:
+    """Return the distinct parts of a leaf, or of its shape, that devices of this process hold."""
     sharding = sharding_of(like)
     parts: Any = [(slice(None),) * len(like.shape)]
     if sharding is not None:
@@ -219,7 +219,8 @@ def empty(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
     return memory[start : start + size].view(dtype).reshape(shape)
 
 
-def _to_devices(like: Any, shards: Mapping[Ranges, _Shard]) -> jax.Array:
+def to_devices(like: Any, shards: Mapping[Ranges, _Shard]) -> jax.Array:
+    """Return the leaf of shards that were filled, sharded as `like`."""
     sharding = sharding_of(like)
     if sharding is None:
         (only,) = shards.values()
@@ -230,25 +231,35 @@ def _to_devices(like: Any, shards: Mapping[Ranges, _Shard]) -> jax.Array:
 
 
 @dataclass(frozen=True)
-class _Block:
+class Block:
     """A part of one layer of a leaf: its ranges along the layer's axes, and how it is read."""
 
     ranges: Ranges
     read: Callable[[], np.ndarray]
 
 
-def _blocks(place: Place, names: tuple[str, ...], tensors: Mapping[str, Any]) -> Iterator[_Block]:
-    """Yield the parts of one layer: blocks of a tensor's rows, or the layer at once."""
+def blocks_of_layer(
+    place: Place, names: tuple[str, ...], tensors: Mapping[str, Any], whole: int | None = None
+) -> Iterator[Block]:
+    """Yield the parts of one layer: blocks of a tensor's rows, or the layer at once.
+
+    Args:
+      place: of the leaf.
+      names: of the layer's tensors.
+      tensors: as in `read`.
+      whole: an axis of the layer that no part divides.
+    """
     permutation, tensor = place.permutation(), tensors[names[0]]
-    if not permutation or not hasattr(tensor, "rows"):
+    is_divided = whole is not None and permutation[whole : whole + 1] == (0,)
+    if not permutation or is_divided or not hasattr(tensor, "rows"):
         at = place.at(place.layers()[0][0])
-        whole = [n for i, n in zip(at, place.shape, strict=True) if not isinstance(i, int)]
-        yield _Block(tuple((0, n) for n in whole), lambda: _layer(place, names, tensors))
+        sizes = [n for i, n in zip(at, place.shape, strict=True) if not isinstance(i, int)]
+        yield Block(tuple((0, n) for n in sizes), lambda: _layer(place, names, tensors))
         return
     for start, stop in row_ranges(tensor):
         ranges = ((start, stop), *((0, n) for n in tensor.shape[1:]))
         read = partial(_transposed_rows, tensor, start, stop, permutation)
-        yield _Block(tuple(ranges[axis] for axis in permutation), read)
+        yield Block(tuple(ranges[axis] for axis in permutation), read)
 
 
 def _transposed_rows(
@@ -265,7 +276,7 @@ def _layer(place: Place, names: tuple[str, ...], tensors: Mapping[str, Any]) -> 
     return place.weight_to_tree(place.part_of(joined))
 
 
-def _overflows(x: np.ndarray, cast: np.ndarray) -> bool:
+def overflows(x: np.ndarray, cast: np.ndarray) -> bool:
     """Return whether finite values of `x` are not finite in the dtype that they were cast to."""
     if not jnp.issubdtype(x.dtype, jnp.floating):
         return False

@@ -10,7 +10,10 @@ import numpy as np
 
 from lora_jax.core.errors import StructureError, grouped
 from lora_jax.core.paths import flatten_with_paths
+from lora_jax.core.quantized.weight import is_quantized
+from lora_jax.files.naming.codes import codes_of, has_codes, is_stored_as, read_codes
 from lora_jax.files.naming.place import Place
+from lora_jax.files.naming.quantizing import read_quantized
 from lora_jax.files.naming.reading import StoredLeaf, read
 from lora_jax.files.naming.table import Naming
 from lora_jax.files.naming.writing import Part, TorchTensor
@@ -25,7 +28,10 @@ def to_tree(
       naming: which tensor is which leaf.
       tensors: arrays by name, read one at a time, so the mapping may load them from a file.
       like: a tree of arrays or `ShapeDtypeStruct`s: the structure, shapes and dtypes of the result.
-        A leaf with a `NamedSharding` is read into its shards: a process reads only its own.
+        A leaf with a `NamedSharding` is read into its shards: a process reads only its own. A
+        leaf that is a `QuantizedWeight` of shapes is read as codes: those of its tensors, if they
+        are stored as such (see `naming.codes`), are moved as the numbers would be; others are
+        quantized while they are read.
       ignore: regexes that match the whole names of tensors to ignore.
 
     Raises:
@@ -40,9 +46,13 @@ def to_tree(
     (2, 3)
     """
     leaves, treedef = flatten_with_paths(like)
-    values, problems = {}, []
+    values: dict[str, Any] = {}
+    problems: list[str] = []
     for path, place in _checked_places(naming, tensors, leaves, ignore).items():
-        values[path], over = read(place, tensors, leaves[path])
+        make: Any = read_quantized if is_quantized(leaves[path]) else read
+        if has_codes(place, tensors, leaves[path]):
+            make = read_codes
+        values[path], over = make(place, tensors, leaves[path])
         problems += [
             f"{', '.join(names)}: has values that overflow {values[path].dtype}; choose a dtype "
             "of a wider range"
@@ -75,7 +85,7 @@ def _checked_places(
     wanted: set[str] = set()
     for path, place in places.items():
         wanted |= {name for _, names in place.layers() for name in names}
-        problems += _problems(place, tensors, leaves[path].dtype)
+        problems += _problems(place, tensors, leaves[path])
     ignored = [re.compile(pattern) for pattern in ignore]
     problems += [
         f"{name}: unexpected"
@@ -91,10 +101,10 @@ def _refuse(problems: Iterable[str]) -> None:
         raise StructureError(grouped(sorted(set(problems)), "tensors"))
 
 
-def _problems(place: Place, tensors: Mapping[str, Any], dtype: Any) -> list[str]:
+def _problems(place: Place, tensors: Mapping[str, Any], like: Any) -> list[str]:
     """List what is wrong with a leaf's tensors."""
     found = [
-        _problem(place, name, shape, tensors, dtype)
+        _problem(place, name, shape, tensors, like)
         for _, names in place.layers()
         for name, shape in zip(names, shapes(place), strict=True)
     ]
@@ -111,15 +121,19 @@ def shapes(place: Place) -> list[tuple[int, ...]]:
 
 
 def _problem(
-    place: Place, name: str, shape: tuple[int, ...], tensors: Mapping[str, Any], dtype: Any
+    place: Place, name: str, shape: tuple[int, ...], tensors: Mapping[str, Any], like: Any
 ) -> str | None:
     if name not in tensors:
         return f"{name}: missing, {shape} for {place.path}"
     tensor = tensors[name]
     if tuple(tensor.shape) != shape:
         return f"{name}: has shape {tuple(tensor.shape)}, but {place.path} needs {shape}"
-    if jnp.issubdtype(tensor.dtype, jnp.floating) != jnp.issubdtype(dtype, jnp.floating):
-        return f"{name}: is {tensor.dtype}, but {place.path} is {jnp.dtype(dtype)}"
+    if jnp.issubdtype(tensor.dtype, jnp.floating) != jnp.issubdtype(like.dtype, jnp.floating):
+        return f"{name}: is {tensor.dtype}, but {place.path} is {jnp.dtype(like.dtype)}"
+    if is_quantized(like) and like.format.encode is None and not is_stored_as(place, tensor, like):
+        codes = codes_of(tensor)
+        kind = codes.kind if codes is not None else "not stored as codes"
+        return f"{name}: is {kind}, but {place.path} is {like.kind}"
     return None
 
 

@@ -5,6 +5,7 @@ The tensor axes are those of Megatron (https://arxiv.org/abs/1909.08053): a laye
 along its inputs, so that a block needs one sum over the axis. The other axis is for FSDP.
 """
 
+import dataclasses
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -16,6 +17,8 @@ from lora_jax.core.errors import ConfigError
 from lora_jax.core.foreign import shown, shown_value
 from lora_jax.core.paths import flatten_with_paths
 from lora_jax.core.patterns import lookup
+from lora_jax.core.quantized.weight import is_quantized
+from lora_jax.core.sharding.quantized import field_shardings
 
 _OPENS = PartitionSpec("fsdp", "tensor")  # kernels are [in, out]
 _CLOSES = PartitionSpec("tensor", "fsdp")
@@ -76,7 +79,7 @@ def shardings(
       config: the model's, which has the numbers of its heads.
 
     Returns:
-      A tree of `NamedSharding`s.
+      A tree of `NamedSharding`s, one for each array: of a quantized weight one for each field.
 
     Raises:
       ConfigError: `mesh` is not a mesh of devices, or a rule does not fit a parameter.
@@ -93,11 +96,15 @@ def shardings(
         )
     table = RULES if rules is None else rules
     leaves, treedef = flatten_with_paths(shapes)
-    found = [
-        NamedSharding(mesh, _spec(path, leaf.shape, mesh, table, _heads(path, leaf, config)))
-        for path, leaf in leaves.items()
-    ]
-    return jax.tree_util.tree_unflatten(treedef, found)
+
+    def one(path: str, leaf: Any) -> Any:
+        spec = _spec(path, leaf.shape, mesh, table, _heads(path, leaf, config))
+        where = NamedSharding(mesh, spec)
+        if not is_quantized(leaf):
+            return where
+        return dataclasses.replace(leaf, fields=field_shardings(leaf, where))
+
+    return jax.tree_util.tree_unflatten(treedef, [one(p, x) for p, x in leaves.items()])
 
 
 def _spec(

@@ -15,14 +15,13 @@ from jax import lax
 
 from lora_jax.core.algebra import dense, requantized
 from lora_jax.core.quantized.coding import Coding
-from lora_jax.core.quantized.kinds import KINDS
 from lora_jax.core.quantized.weight import QuantizedWeight
 from lora_jax.core.sharding.meshes import on_mesh_of, reshard_like
 from lora_jax.core.weights import TrainedLeaf
 from lora_jax.engine import named_axes
 from lora_jax.engine.frozen import frozen
 from lora_jax.engine.lazy_weight import STATIC, Axis, LazyWeight, is_lazy
-from lora_jax.engine.quantized import QuantizedView
+from lora_jax.engine.quantized.view import QuantizedView
 
 #: What moves numbers and changes none: requantizing the moved sum moves the requantized sum.
 _MOVES = (
@@ -167,6 +166,8 @@ def if_merged(
     served = {x.served for x in values if is_lazy(x) and x.w is not None}
     if served <= {None}:
         return rule(ctx, eqn, values)
+    if eqn.primitive.name == "gather" and _picks_in_blocks(eqn, values[0]):
+        return NotImplemented
     try:
         outs = rule(ctx, eqn, values)
     except CannotMergeError:
@@ -182,9 +183,18 @@ def _can_merge(lazy: LazyWeight) -> bool:
     view, served = lazy.w, lazy.served
     if not isinstance(view, QuantizedView) or served is None:
         return False
-    if any(step.primitive.name != "convert_element_type" for step in view.pending):
+    if any(step.key != ("convert_element_type",) for step in view.pending):
         return False
     weight = view.weight
-    form = weight.format if served.kind is None else KINDS[served.kind]
-    alone = form.block is not None and all(f.per_weight != 0 for f in form.fields.values())
-    return alone or weight.shape[weight.axis] == served.size
+    if weight.shape[weight.axis] == served.size:
+        return True
+    alone = all(field.per_weight != 0 for field in weight.format.fields.values())
+    return alone and served.kind is None and weight.block == served.block
+
+
+def _picks_in_blocks(eqn: Any, lazy: Any) -> bool:
+    """Return whether a gather picks numbers along the blocked axis, some perhaps twice."""
+    if not is_lazy(lazy) or not isinstance(lazy.w, QuantizedView):
+        return False
+    at = lazy.w.weight.axis % lazy.w.weight.ndim
+    return eqn.params["slice_sizes"][at] != lazy.shape[at]

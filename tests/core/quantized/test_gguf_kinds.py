@@ -1,0 +1,85 @@
+"""GGUF's kinds against the package `gguf`: values of any bytes, and codes of values."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+from gguf.quants import dequantize, quantize
+
+from lora_jax.core.errors import ConfigError
+from lora_jax.core.quantized.weight import QuantizedWeight, dequantize_array, quantize_array
+from lora_jax.files.disk import gguf_blocks
+
+# where the float16 scales are in a block
+HALVES = dict.fromkeys(("Q4_1", "Q5_1", "Q4_K", "Q5_K"), (0, 2))
+HALVES |= {"Q8_0": (0,), "Q4_0": (0,), "Q5_0": (0,), "Q6_K": (208,)}
+WRITTEN = ("Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1")
+ROWS, WIDTH = 24, 512
+# float16 at its limits: the largest, the smallest normal and subnormal numbers, both zeros
+EXTREME = np.array([65504, -65504, 6.104e-5, -6.104e-5, 6e-8, -6e-8, 6.098e-5, 0, -0.0], "e")
+
+
+def random_blocks(name):
+    """Return rows of random bytes, whose scales are finite and often extreme."""
+    rng = np.random.default_rng(0)
+    block, size = GGML_QUANT_SIZES[GGMLQuantizationType[name]]
+    blocks = rng.integers(0, 256, (ROWS * WIDTH // block, size), np.uint8)
+    for start in HALVES[name]:
+        scales = blocks[:, start : start + 2].copy().view(np.float16)
+        scales[~np.isfinite(scales)] = 1
+        scales[::2] = rng.choice(EXTREME, scales[::2].shape)
+        blocks[:, start : start + 2] = scales.view(np.uint8)
+    return blocks.reshape(ROWS, -1)
+
+
+def fields_of(name, rows):
+    """Return the fields of rows of a file's bytes."""
+    found = gguf_blocks.fields(name, (ROWS, WIDTH), rows.reshape(-1), lambda x: x)
+    return {field: np.asarray(x) for field, x in found.items()}
+
+
+def same_bits(got, want):
+    assert got.dtype == want.dtype
+    np.testing.assert_array_equal(np.asarray(got).view(np.uint8), want.view(np.uint8))
+
+
+@pytest.mark.parametrize("name", HALVES)
+def test_values_of_any_bytes_are_those_of_gguf(name, optimized):
+    """To the bit, compiled too, where XLA fuses products and sums, and along any axis."""
+    rows = random_blocks(name)
+    fields = fields_of(name, rows)
+    assert sum(x.nbytes for x in fields.values()) == rows.nbytes
+    last = QuantizedWeight(fields, name.lower(), -1, jnp.dtype("float32"))
+    turned = {field: np.ascontiguousarray(x.T.reshape(-1, 4, 6)) for field, x in fields.items()}
+    first = QuantizedWeight(turned, name.lower(), -3, jnp.dtype("float32"))
+    assert last.shape == (ROWS, WIDTH) and first.shape == (WIDTH, 4, 6)
+    assert math.isclose(last.format.bits(WIDTH), 8 * rows.nbytes / (ROWS * WIDTH))
+    want = dequantize(rows, GGMLQuantizationType[name])
+    same_bits(dequantize_array(last), want)
+    compiled = jax.jit(lambda *weights: [dequantize_array(w) for w in weights])(last, first)
+    same_bits(compiled[0], want)
+    same_bits(compiled[1], np.ascontiguousarray(want.T.reshape(WIDTH, 4, 6)))
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+def test_codes_of_values_are_those_of_gguf(name, optimized):
+    values = np.random.default_rng(1).standard_normal((ROWS, WIDTH)).astype(np.float32)
+    values[1], values[2], values[3] = 0, -0.25, np.abs(values[3])
+    values[4] *= 1e-6  # subnormal scales
+    values[5, ::2], values[5, 1::2] = 1.5, -1.5  # two of the largest absolute value
+    values[6] = np.round(4 * values[6]) / 8  # halfway between codes
+    want = fields_of(name, quantize(values, GGMLQuantizationType[name]))
+    encode = lambda values, axis: quantize_array(values, name.lower(), axis)
+    for got in (encode(values, -1), jax.jit(encode, static_argnums=1)(values, -1)):
+        assert got.fields.keys() == want.keys()
+        jax.tree.map(same_bits, dict(got.fields), want)
+    turned = jax.jit(encode, static_argnums=1)(values.T, 0)
+    jax.tree.map(lambda x, y: same_bits(x.T, y), dict(turned.fields), want)
+
+
+def test_k_quants_are_not_written():
+    with pytest.raises(ConfigError, match="q4_k can be read from files, but not written"):
+        quantize_array(jnp.zeros((256,)), "q4_k", 0)
