@@ -74,9 +74,12 @@ class QuantizedWeight(NotAnArray):
         """Bytes of the arrays."""
         return sum(math.prod(x.shape) * jnp.dtype(x.dtype).itemsize for x in self.fields.values())
 
-    def dequantize(self) -> jax.Array:
-        """Return the values, computed in float32 and rounded once to `dtype`."""
-        return dequantize_array(self)
+    def dequantize(self, zero: jax.Array | None = None) -> jax.Array:
+        """Return the values, computed in float32 and rounded once to `dtype`.
+
+        `zero` is as in `dequantize_array`.
+        """
+        return dequantize_array(self, zero)
 
     def __repr__(self) -> str:
         if not all(map(is_array, self.fields.values())):
