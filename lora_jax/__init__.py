@@ -12,6 +12,7 @@ __version__ = "0.1.0"
 __all__ = [
     "QUANTIZED_KINDS",
     "AdapterFileError",
+    "BaseKindWarning",
     "ConfigError",
     "DenseError",
     "DenseWarning",
@@ -41,6 +42,7 @@ __all__ = [
     "eva",
     "extract",
     "freeze",
+    "from_qwix",
     "groups",
     "init",
     "initializers",

@@ -22,6 +22,7 @@ from lora_jax.adapters.updates import (
 from lora_jax.core.config import LoraConfig, Override
 from lora_jax.core.errors import (
     AdapterFileError,
+    BaseKindWarning,
     ConfigError,
     DenseError,
     DenseWarning,
@@ -35,6 +36,7 @@ from lora_jax.core.errors import (
 )
 from lora_jax.core.layout import Layout
 from lora_jax.core.quantized.kinds import QUANTIZED_KINDS
+from lora_jax.core.quantized.qwix import from_qwix
 from lora_jax.core.quantized.weight import QuantizedWeight
 from lora_jax.core.weights import LoraWeight, TrainedLeaf, TrainedRows
 from lora_jax.engine.custom_rules import Operand, Rule
@@ -49,6 +51,7 @@ from lora_jax.initializers.lora_ga import lora_ga
 __all__ = [
     "QUANTIZED_KINDS",
     "AdapterFileError",
+    "BaseKindWarning",
     "ConfigError",
     "DenseError",
     "DenseWarning",
@@ -78,6 +81,7 @@ __all__ = [
     "eva",
     "extract",
     "freeze",
+    "from_qwix",
     "groups",
     "init",
     "initializers",
