@@ -31,7 +31,7 @@ class Equation:
         """Return the output for this weight and this activation; `tie` is as in `Forms`."""
         if isinstance(w, QuantizedView):
             key = (stretches.spelling(self.eqn) or id(self.eqn), self.weight_is_left)
-            bind = dataclasses.replace(self, others=())._bind  # is kept: it holds no arrays
+            bind = dataclasses.replace(self, others=())._bind  # kept by JAX, so without arrays
             return multiply(bind, w, x, self.others, key, tie)
         return self._bind(w, x, *self.others)
 

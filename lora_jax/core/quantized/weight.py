@@ -1,14 +1,12 @@
 """`QuantizedWeight`: packed codes and scales in the place of a floating weight."""
 
 import dataclasses
-import json
 import math
 from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import export
 
 from lora_jax.core.errors import ConfigError
 from lora_jax.core.host_memory import on_device
@@ -156,23 +154,3 @@ def _join(x: jax.Array, axis: int) -> jax.Array:
     """Return `[..., blocks, size / blocks, ...]` as `[..., size, ...]`."""
     at = axis % x.ndim
     return x.reshape(*x.shape[: at - 1], x.shape[at - 1] * x.shape[at], *x.shape[at + 1 :])
-
-
-def _serialize(static: tuple[str, int, Any]) -> bytes:
-    kind, axis, dtype = static
-    return json.dumps([kind, axis, jnp.dtype(dtype).name]).encode()
-
-
-def _deserialize(data: bytes) -> tuple[str, int, Any]:
-    kind, axis, dtype = json.loads(data)
-    return kind, axis, jnp.dtype(dtype)
-
-
-# `jax.export` can store a function of quantized weights only if it can name and rebuild them.
-export.register_pytree_node_serialization(
-    QuantizedWeight,
-    serialized_name="lora_jax.QuantizedWeight",
-    serialize_auxdata=_serialize,
-    deserialize_auxdata=_deserialize,
-    from_children=lambda static, children: QuantizedWeight(*children, *static),
-)
