@@ -41,6 +41,7 @@ __all__ = [
     "eva",
     "extract",
     "freeze",
+    "from_qwix",
     "groups",
     "init",
     "initializers",

@@ -35,6 +35,7 @@ from lora_jax.core.errors import (
 )
 from lora_jax.core.layout import Layout
 from lora_jax.core.quantized.kinds import QUANTIZED_KINDS
+from lora_jax.core.quantized.qwix import from_qwix
 from lora_jax.core.quantized.weight import QuantizedWeight
 from lora_jax.core.weights import LoraWeight, TrainedLeaf, TrainedRows
 from lora_jax.engine.custom_rules import Operand, Rule
@@ -78,6 +79,7 @@ __all__ = [
     "eva",
     "extract",
     "freeze",
+    "from_qwix",
     "groups",
     "init",
     "initializers",

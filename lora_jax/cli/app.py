@@ -10,7 +10,17 @@ from typing import Annotated
 import typer
 
 from lora_jax import __version__
-from lora_jax.cli.commands import chat, convert, evaluate, generate, inspect, merge, predict, train
+from lora_jax.cli.commands import (
+    chat,
+    convert,
+    evaluate,
+    generate,
+    inspect,
+    merge,
+    predict,
+    quantize,
+    train,
+)
 
 #: The commands in the help's order: name -> the module whose `command` it runs.
 COMMANDS: dict[str, ModuleType] = {
@@ -21,6 +31,7 @@ COMMANDS: dict[str, ModuleType] = {
     "eval": evaluate,
     "inspect": inspect,
     "merge": merge,
+    "quantize": quantize,
     "convert": convert,
 }
 

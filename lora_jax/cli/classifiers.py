@@ -136,6 +136,7 @@ def load(
     *,
     in_files: bool = False,
     quantize: str | None = None,
+    as_stored: bool = False,
 ) -> LoadedClassifier:
     """Load a classifier; the arguments are those of `sources.load`.
 
@@ -146,7 +147,8 @@ def load(
     scan = found is not None and sources.is_stacked(found)
     if found is not None:
         fit.refuse_unused(found)
-    base = sources.load_model(model, dtype, scan=scan, in_files=in_files, quantize=quantize)
+    options: Any = {"in_files": in_files, "quantize": quantize, "as_stored": as_stored}
+    base = sources.load_model(model, dtype, scan=scan, **options)
     if found is not None and found.kind == kinds.NATIVE:
         header = lora.read_metadata(found.path)
         if _KERNEL in header["layouts"]:

@@ -13,7 +13,7 @@ DType = Literal["float32", "bfloat16", "float16"]
 
 QUANTIZE = (
     "Quantize the linear layers while the model is read: nf4, int8, int4 or another kind; keep: "
-    "stay with the codes in the file. Or by name: embedding=int8,nf4."
+    "stay with the codes in the file. Or by name: lm_head=int8,nf4."
 )
 
 ModelOption = Annotated[

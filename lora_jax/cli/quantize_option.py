@@ -1,6 +1,10 @@
 """The value of `--quantize`: a kind, or kinds by pattern."""
 
-from lora_jax.core.errors import ConfigError
+import contextlib
+import re
+from collections.abc import Iterator
+
+from lora_jax.core.errors import ConfigError, TargetError
 
 
 def parse_quantize(text: str | None) -> str | dict[str, str | None] | None:
@@ -27,3 +31,26 @@ def parse_quantize(text: str | None) -> str | dict[str, str | None] | None:
             )
         table[pattern] = None if kind == "none" else kind
     return table
+
+
+#: Python's words in the messages of `models.load`, and the options that mean the same.
+_WORDS = (
+    (r"^quantize: ", "--quantize: "),
+    (r'quantize=\{"([^"]+)": None, "all-linear": "(\w+)"\}', r"--quantize \1=none,\2"),
+    (r"quantize='keep'", "--quantize keep"),
+    (r'\bmapping such as \{"mlp": "nf4", "all-linear": "int8"\}', "list such as mlp=nf4,int8"),
+    (r"\bdtype= such as 'bfloat16'", "--dtype bfloat16"),
+    (r"\bwith scan=False", "without --scan"),
+)
+
+
+@contextlib.contextmanager
+def in_options() -> Iterator[None]:
+    """Reword what `models.load` raises in the block, so that it names options of commands."""
+    try:
+        yield
+    except (ConfigError, TargetError) as error:
+        message = str(error)
+        for pattern, words in _WORDS:
+            message = re.sub(pattern, words, message, flags=re.MULTILINE)
+        raise type(error)(message) from error

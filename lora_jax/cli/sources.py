@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 import lora_jax as lora
 from lora_jax import models
 from lora_jax.cli.fit import EXACT, Fit
-from lora_jax.cli.quantize_option import parse_quantize
+from lora_jax.cli.quantize_option import in_options, parse_quantize
 from lora_jax.core.errors import ModelFileError
 from lora_jax.core.foreign import escaped, shown
 from lora_jax.core.paths import flatten_with_paths
@@ -130,21 +130,25 @@ def load_model(
     in_files: bool = False,
     mesh: Mesh | None = None,
     quantize: str | None = None,
+    as_stored: bool = False,
 ) -> models.Pretrained:
     """Load the model itself; `dtype` None is the file's, and `mesh` as in `models.load`.
 
     With `in_files` the parameters keep their dtypes, and stay in the files until they are read. The
-    tiny model is made on one device. `quantize` is the value of the option.
+    tiny model is made on one device. `quantize` is the value of the option; `as_stored` as in
+    `models.load`.
 
     Raises:
       ValueError, OSError: as `models.load`.
     """
     table = parse_quantize(quantize)
-    if model.kind == kinds.TINY:
-        return tiny(len(byte_tokenizer()), dtype or "float32", scan=scan, quantize=table)
-    if in_files:
+    if in_files and model.kind != kinds.TINY:
         return open_stored(model.path, scan=scan)
-    return models.load(model.path, dtype, scan=scan, mesh=mesh, quantize=table)
+    with in_options():
+        if model.kind == kinds.TINY:
+            return tiny(len(byte_tokenizer()), dtype or "float32", scan=scan, quantize=table)
+        options: Any = {"scan": scan, "mesh": mesh, "quantize": table, "as_stored": as_stored}
+        return models.load(model.path, dtype, **options)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,6 +176,7 @@ def load(
     *,
     in_files: bool = False,
     quantize: str | None = None,
+    as_stored: bool = False,
 ) -> Loaded:
     """Load a model, and an adapter of any kind on it.
 
@@ -180,16 +185,16 @@ def load(
       adapter: see `kinds.adapter`; checked before the model is read. None for the model alone.
       dtype: of the model's parameters; None for the file's.
       fit: how the adapter is fitted onto the model.
-      in_files, quantize: as in `load_model`.
+      in_files, quantize, as_stored: as in `load_model`.
 
     Raises:
       LoraError: one of them cannot be read, or they do not fit; all problems are listed.
     """
+    options: Any = {"in_files": in_files, "quantize": quantize, "as_stored": as_stored}
     if adapter is None:
-        return Loaded(load_model(model, dtype, in_files=in_files, quantize=quantize), None)
+        return Loaded(load_model(model, dtype, **options), None)
     found = kinds.adapter(adapter)
-    options: Any = {"scan": is_stacked(found), "in_files": in_files, "quantize": quantize}
-    pretrained = load_model(model, dtype, **options)
+    pretrained = load_model(model, dtype, scan=is_stacked(found), **options)
     return put_on(pretrained, found, fit)
 
 

@@ -124,9 +124,10 @@ def load(
         warning. Or the kind into which the kernels of all linear layers are quantized while they
         are read, such as "nf4": one part of a tensor is in memory beside the codes. As in QLoRA,
         embeddings and the output head stay as they are, tied or not, and so do norms and biases. A
-        mapping `{the end of a path, a module, a regex or "all-linear": kind}` can name them; the
-        first entry that selects a weight decides, and None leaves the weight as it is. The model is
-        then `lora_jax.lora(model.apply)`. By default quantized tensors are dequantized.
+        mapping `{the end of a path, a module (PyTorch's names too), a regex or "all-linear": kind}`
+        can name them; the first entry that selects a weight decides, and None leaves the weight as
+        it is. The model is then `lora_jax.lora(model.apply)`. By default quantized tensors are
+        dequantized.
       mesh: of devices, on which the parameters are sharded: each process reads only its own shards,
         one part of a tensor at a time. By default all are on the default device.
       rules: how parameters are sharded, `{the end of a path, a module or a regex: PartitionSpec}`,

@@ -13,6 +13,8 @@ from lora_jax.files import naming as names
 from lora_jax.files.disk import processes
 from lora_jax.files.disk.atomic import Content
 from lora_jax.files.disk.safetensors_stream import InMemory, Tensor, to_bytes
+from lora_jax.files.naming.writing_codes import float_leaves, to_torch_codes
+from lora_jax.files.quantized import own
 from lora_jax.models import hf_directory
 from lora_jax.models.pretrained import Pretrained
 from lora_jax.models.weights.sizes import MAX_SHARD_SIZE
@@ -39,7 +41,8 @@ def save(
     Args:
       directory: created if missing; other files in it, such as a tokenizer's, are kept.
       pretrained: a model whose `params` are plain arrays (merge adapters first). They are written
-        in their dtype.
+        in their dtype. Quantized weights are written as codes, which only `load` reads, with
+        `quantize="keep"`, or as floats with a dtype.
       max_shard_size: of a file, in bytes or as "5GB", "500MB", "2GiB"; a larger tensor is alone in
         its file.
 
@@ -102,7 +105,9 @@ def _file_contents(
     pretrained: Pretrained, stored: Mapping[str, hf_directory.StoredTensor] | None = None
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Return the content of config.json, and the tensors."""
-    tensors: dict[str, Tensor] = dict(names.to_torch_tensors(pretrained.naming, pretrained.params))
+    floats = float_leaves(pretrained.params)
+    tensors: dict[str, Tensor] = dict(names.to_torch_tensors(pretrained.naming, floats))
+    codes = to_torch_codes(pretrained.naming, pretrained.params)
     for name, tensor in pretrained.rest.items():
         tensors[name] = tensor if hasattr(tensor, "blocks") else InMemory(tensor)
     for name, original in (stored or {}).items():
@@ -113,8 +118,10 @@ def _file_contents(
     # "torch_dtype" up to transformers 4.55; later versions read it too
     key = "torch_dtype" if "torch_dtype" in settings else "dtype"
     if not stored or key not in settings:
-        settings[key] = _main_dtype(tensors)
-    return settings, tensors
+        settings[key] = _main_dtype({**tensors, **codes})
+    if codes:
+        settings[own.CONFIG] = own.config_of(codes)
+    return settings, {**tensors, **own.parts_of(codes)}
 
 
 @dataclass(frozen=True)
@@ -142,7 +149,7 @@ class _AsStored:
 
 
 def _main_dtype(tensors: Mapping[str, Any]) -> str:
-    """Return the floating dtype that most numbers have: norms in float32 are few."""
+    """Return the floating dtype that most numbers have, or stand for: norms in float32 are few."""
     count: dict[str, int] = {}
     for tensor in tensors.values():
         if jnp.issubdtype(tensor.dtype, jnp.floating):

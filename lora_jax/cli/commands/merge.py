@@ -11,6 +11,7 @@ from lora_jax.cli.options import (
     ForceOption,
     ModelOption,
     OutOption,
+    QuantizeOption,
     RenameOption,
     ResidualOption,
     StrictOption,
@@ -32,6 +33,7 @@ def command(
             help="Dtype of the result; default: each tensor's in the base, float32 for GGUF."
         ),
     ] = None,
+    quantize: QuantizeOption = None,
     max_shard_size: Annotated[
         str, typer.Option(help="Largest file of weights: 5GB, 500MB, 2GiB.")
     ] = "5GB",
@@ -47,9 +49,22 @@ def command(
     chat template and the model's other files are copied, but no data beside them; a tokenizer in
     the adapter's directory takes the place of the base's. The directory is written completely or
     not at all, and the base is never changed.
+
+    With --quantize the base is quantized as 'train --quantize' does it, and the merged weights are
+    rounded to the same kind; the share of the update that this loses is printed. Other commands
+    read the result with --quantize keep.
     """
     from lora_jax.cli.fit import Fit
     from lora_jax.cli.jobs import merge
 
     fit = Fit.of_options(strict, rename, residual)
-    merge.run(model, adapter, out, dtype=dtype, force=force, fit=fit, max_shard_size=max_shard_size)
+    merge.run(
+        model,
+        adapter,
+        out,
+        dtype=dtype,
+        quantize=quantize,
+        force=force,
+        fit=fit,
+        max_shard_size=max_shard_size,
+    )

@@ -1,10 +1,9 @@
 """What `lora-jax merge` does: merge leaf by leaf, copy other files, report what rounding lost."""
 
 import dataclasses
-import json
 import statistics
 import sys
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -13,10 +12,11 @@ import jax
 from lora_jax import models
 from lora_jax.adapters.merge import check_finite
 from lora_jax.cli import classifiers, sources
-from lora_jax.cli.errors import OutputError
 from lora_jax.cli.fit import Fit
-from lora_jax.cli.jobs.merge_leaves import Merges
-from lora_jax.cli.options import refuse_existing
+from lora_jax.cli.jobs import model_output
+from lora_jax.cli.jobs.merging import quantized
+from lora_jax.cli.jobs.merging.classifier import published
+from lora_jax.cli.jobs.merging.leaves import Merges
 from lora_jax.core.foreign import escaped, shown
 from lora_jax.core.paths import flatten_with_paths
 from lora_jax.core.tree import adapted_nodes
@@ -25,9 +25,7 @@ from lora_jax.files import kinds
 from lora_jax.files.disk.atomic import Content, write_directory
 from lora_jax.files.naming import Naming
 from lora_jax.models import hf_directory, published_classifier, saving
-from lora_jax.models.own_files import read_own_files, read_tokenizer_files
-from lora_jax.models.stops import GENERATION_CONFIG
-from lora_jax.models.weights.sizes import MAX_SHARD_SIZE, parse_size
+from lora_jax.models.weights.sizes import MAX_SHARD_SIZE
 
 NOTABLE = 0.1  # fraction of an update lost in rounding that deserves a warning
 
@@ -38,6 +36,7 @@ def run(
     out: Path,
     *,
     dtype: str | None,
+    quantize: str | None = None,
     force: bool,
     fit: Fit,
     max_shard_size: str = MAX_SHARD_SIZE,
@@ -49,34 +48,52 @@ def run(
       LoraError: model or adapter cannot be read, or they do not fit each other.
     """
     base = sources.find_model(model)
-    if out.exists() and base.path.exists() and out.samefile(base.path):
-        raise OutputError(
-            f"{out}: is the base model itself, which is never changed; choose another --out"
-        )
-    refuse_existing(out, force)
-    parse_size(max_shard_size)
+    model_output.check(out, base, force, max_shard_size)
+    if quantize is not None:
+        _requantized(base, adapter, out, quantize, dtype, fit, max_shard_size)
+        return
     is_classifier = bool(classifiers.find(base, adapter))
     load = _classifier if is_classifier else _language_model
     merges = Merges(dtype)
     merged = load(base, adapter, merges, fit)
-    beside = _beside(base, adapter)
+    beside = model_output.files_beside(base, adapter)
     stored: Mapping[str, hf_directory.StoredTensor] | None = None
     if dtype is None and base.kind == kinds.CHECKPOINT:
         stored = hf_directory.tensors(base.path)
         if is_classifier:
             stored = published_classifier.renamed(merged.kind, stored)
     files = saving.streamed_files(merged, stored, max_shard_size)
-    if others := hf_directory.other_weights(out, files):
-        raise OutputError(
-            f"{out}: contains a model in other files ({shown(others[0])}), which would remain; "
-            "choose another --out"
-        )
+    model_output.check_files(out, files)
     _write(out, beside, files, merges)
-    errors = {path.removeprefix("encoder/"): error for path, error in merges.errors().items()}
-    name = _dtypes(merged.params, errors)
+    errors = merges.errors()
+    name = _dtypes(merged.params, {path.removeprefix("encoder/") for path in errors})
+    _tell(out, len(beside), errors, name, "--dtype float32 keeps it")
+
+
+def _requantized(
+    base: kinds.Found,
+    adapter: Path,
+    out: Path,
+    quantize: str,
+    dtype: str | None,
+    fit: Fit,
+    max_shard_size: str,
+) -> None:
+    """Write a model with codes."""
+    found = quantized.merge(base, adapter, quantize, dtype, fit)
+    beside = model_output.files_beside(base, adapter)
+    files = saving.streamed_files(found.model, max_shard_size=max_shard_size)
+    model_output.check_files(out, files)
+    write_directory(out, {**beside, **files})
+    _tell(out, len(beside), found.errors, found.format, "merge without --quantize to keep it")
+
+
+def _tell(out: Path, others: int, lost: Mapping[str, float], form: str, mend: str) -> None:
+    """Print what was written, and how much of the updates was lost in rounding."""
+    errors = {path.removeprefix("encoder/"): error for path, error in lost.items()}
     place = escaped(str(out))
-    print(f"wrote {place}: {len(errors)} merged weights in {name}, {len(beside)} other files")
-    _report(errors, name)
+    print(f"wrote {place}: {len(errors)} merged weights in {form}, {others} other files")
+    _report(errors, form, mend)
 
 
 def _write(
@@ -106,15 +123,9 @@ def _language_model(
 def _classifier(base: kinds.Found, adapter: Path, merges: Merges, fit: Fit) -> models.Pretrained:
     """Return the classifier as transformers reads it, likewise."""
     loaded = classifiers.load(base, adapter, fit=fit, in_files=True)
-    if loaded.pooling != published_classifier.FAMILIES[loaded.model.kind].pooling:
-        raise OutputError(
-            f"{adapter}: its head reads the mean over a text's tokens, which no classifier of "
-            "transformers does; use it with 'lora-jax predict', or train with --pooling model"
-        )
     naming = published_classifier.naming_of_classifier(loaded.model.kind)
     params = _merged(loaded.params, naming, merges)
-    pad_id = sources.pad_id_of(base, adapter)
-    return published_classifier.published(loaded.model, params, loaded.labels, pad_id)
+    return published(loaded, params, base, adapter)
 
 
 def _merged(params: Any, naming: Naming, merges: Merges) -> Any:
@@ -129,24 +140,13 @@ def _merged(params: Any, naming: Naming, merges: Merges) -> Any:
     return jax.tree_util.tree_unflatten(treedef, merged)
 
 
-def _dtypes(params: Any, merged: Mapping[str, Any]) -> str:
+def _dtypes(params: Any, merged: Collection[str]) -> str:
     """Return the dtypes of the merged leaves, as words."""
     leaves, _ = flatten_with_paths(params)
     return " and ".join(sorted({str(x.dtype) for path, x in leaves.items() if path in merged}))
 
 
-def _beside(base: kinds.Found, adapter: Path) -> dict[str, bytes]:
-    """Return the model's other files; a tokenizer beside the adapter comes first."""
-    own = kinds.adapter(adapter).path
-    if base.kind == kinds.CHECKPOINT:
-        return read_own_files(base.path, own)
-    tokenizer = sources.tokenizer_of(base)
-    ends = {"eos_token_id": sorted(sources.stop_ids(base, tokenizer))}
-    generation = {GENERATION_CONFIG: (json.dumps(ends) + "\n").encode()}
-    return generation | tokenizer.files() | read_tokenizer_files(own)
-
-
-def _report(errors: Mapping[str, float], dtype: str) -> None:
+def _report(errors: Mapping[str, float], dtype: str, mend: str) -> None:
     """Print how much of the updates was lost in rounding."""
     if not errors:
         return
@@ -161,6 +161,6 @@ def _report(errors: Mapping[str, float], dtype: str) -> None:
     )
     if errors[worst] > NOTABLE:
         print(
-            f"warning: {dtype} is too coarse for this update; --dtype float32 keeps it",
+            f"warning: {dtype} is too coarse for this update; {mend}",
             file=sys.stderr,
         )

@@ -109,6 +109,8 @@ class Results:
         """Return a command that uses the adapter."""
         verb, rest = ("predict", '"..."') if self.task.prefix else ("generate", '--prompt "..."')
         words = ["lora-jax", verb, "--model", self.options.model, "--adapter", str(adapter)]
+        if self.options.quantize is not None:
+            words += ["--quantize", self.options.quantize]
         return f"{shlex.join(words)} {rest}"
 
 

@@ -9,17 +9,30 @@ from lora_jax.core.quantized.kind import Field, Fields, Kind
 LARGEST = 448.0
 
 
+def numbers(codes: jax.Array) -> jax.Array:
+    """Return FP8 numbers in float32.
+
+    In memory they are bytes, because XLA's CPU backend keeps arrays of FP8 as wider ones.
+
+    >>> numbers(jnp.array([0x38, 0xC0, 0x7E], jnp.uint8))
+    Array([  1.,  -2., 448.], dtype=float32)
+    """
+    return jax.lax.bitcast_convert_type(codes, jnp.float8_e4m3fn).astype(jnp.float32)
+
+
+def codes(values: jax.Array) -> jax.Array:
+    """Return the bytes of the nearest FP8 numbers, of which the largest is 448."""
+    clipped = jnp.clip(values, -LARGEST, LARGEST)
+    return jax.lax.bitcast_convert_type(clipped.astype(jnp.float8_e4m3fn), jnp.uint8)
+
+
 def _decode(fields: Fields, axis: int) -> jax.Array:
-    # In memory the codes are bytes: XLA's CPU backend keeps arrays of FP8 as wider ones.
-    numbers = jax.lax.bitcast_convert_type(fields["codes"], jnp.float8_e4m3fn)
-    return numbers.astype(jnp.float32) * fields["scales"].astype(jnp.float32)
+    return numbers(fields["codes"]) * fields["scales"].astype(jnp.float32)
 
 
 def _encode(values: jax.Array, axis: int) -> dict[str, jax.Array]:
     scale = jnp.abs(values).max(axis, keepdims=True) / LARGEST
-    numbers = jnp.clip(values / jnp.where(scale > 0, scale, 1), -LARGEST, LARGEST)
-    codes = jax.lax.bitcast_convert_type(numbers.astype(jnp.float8_e4m3fn), jnp.uint8)
-    return {"codes": codes, "scales": scale}
+    return {"codes": codes(values / jnp.where(scale > 0, scale, 1)), "scales": scale}
 
 
 _FIELDS = {"codes": Field(jnp.uint8, 1), "scales": Field(jnp.float32, None)}

@@ -18,11 +18,26 @@ _NAN = 255  # of a scale (e8m0)
 def _decode(fields: Fields, axis: int) -> jax.Array:
     """Return `VALUES[code] · 2^(scale - 127)`."""
     values = map_nibbles(lambda codes: look_up(codes, VALUES), fields["codes"], axis)
-    scales = fields["scales"].astype(jnp.int32)
     # In two factors: 2^-127 alone is subnormal in float32, and XLA may take it for zero.
-    half = scales >> 1
-    first = jnp.where(scales == _NAN, jnp.nan, _power_of_two(half - 63))
-    return values * first * _power_of_two(scales - half - 64)
+    first, second = _factors(fields["scales"])
+    return values * first * second
+
+
+def powers_of_two(scales: jax.Array) -> jax.Array:
+    """Return the numbers that scales (e8m0) mean, in float32.
+
+    >>> powers_of_two(jnp.array([126, 127, 130], jnp.uint8))
+    Array([0.5, 1. , 8. ], dtype=float32)
+    """
+    first, second = _factors(scales)
+    return first * second
+
+
+def _factors(scales: jax.Array) -> tuple[jax.Array, jax.Array]:
+    exponents = scales.astype(jnp.int32)
+    half = exponents >> 1
+    first = jnp.where(exponents == _NAN, jnp.nan, _power_of_two(half - 63))
+    return first, _power_of_two(exponents - half - 64)
 
 
 def _power_of_two(exponent: jax.Array) -> jax.Array:
@@ -36,13 +51,21 @@ def _encode(values: jax.Array, axis: int) -> dict[str, jax.Array]:
     exponent = (jax.lax.bitcast_convert_type(largest, jnp.int32) >> 23) - _LARGEST_EXPONENT
     scales = jnp.maximum(exponent, 0)
     half = scales >> 1
-    scaled = jnp.abs(values) * _power_of_two(63 - half) * _power_of_two(64 - (scales - half))
+    scaled = values * _power_of_two(63 - half) * _power_of_two(64 - (scales - half))
+    return {"codes": pack_nibbles(nearest(scaled), axis), "scales": scales.astype(jnp.uint8)}
+
+
+def nearest(values: jax.Array) -> jax.Array:
+    """Return the code of the nearest e2m1 number: halfway between two, the even code.
+
+    >>> nearest(jnp.array([0.75, -2.5, 9.0]))
+    Array([ 2, 12,  7], dtype=uint8)
+    """
     codes = jnp.where(jnp.signbit(values), jnp.uint8(8), jnp.uint8(0))
     for code, (low, high) in enumerate(itertools.pairwise(_POSITIVE)):
-        # halfway between two it is the one with an even code; above the largest, the largest
         middle = (low + high) / 2
-        codes += scaled > middle if code % 2 == 0 else scaled >= middle
-    return {"codes": pack_nibbles(codes, axis), "scales": scales.astype(jnp.uint8)}
+        codes += jnp.abs(values) > middle if code % 2 == 0 else jnp.abs(values) >= middle
+    return codes
 
 
 MXFP4 = Kind(

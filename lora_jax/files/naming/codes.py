@@ -116,7 +116,7 @@ def read_codes(
       The leaf, and the names of the tensors with values that are not finite in its dtype.
     """
     over: dict[tuple[str, ...], None] = {}
-    places = {name: _field_place(place, like, name) for name in like.fields}
+    places = {name: field_place(place, like, name) for name in like.fields}
     shards = {name: shards_of(field) for name, field in like.fields.items()}
     for where, names in place.layers():
         codes = {name: tensors[name].codes() for name in names}
@@ -138,7 +138,7 @@ def _fits(codes: QuantizedWeight, dtype: Any) -> bool:
     return bool(jnp.isfinite(values).all())
 
 
-def _field_place(place: Place, like: QuantizedWeight, name: str) -> Place:
+def field_place(place: Place, like: QuantizedWeight, name: str) -> Place:
     """Return the place of one field: that of the weight, shorter along the blocked axis."""
     shape = tuple(like.fields[name].shape)
     letter = place.entry.groups(len(shape))[1][like.axis][-1]

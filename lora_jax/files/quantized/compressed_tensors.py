@@ -1,8 +1,8 @@
-"""compressed-tensors' files: integers packed in words or as they are, FP8, and MXFP4.
+"""compressed-tensors' files: integers packed in words or as they are, FP8, MXFP4 and NVFP4.
 
-As version 0.20.0 writes them (`pack_quantized`, `naive_quantized`, `mxfp4` in its `compressors`).
-Which of them a weight has is seen from its tensors, so a file may mix them. Scales of activations
-are left out: here only weights are quantized.
+As version 0.20.0 writes them (`pack_quantized`, `naive_quantized`, `mxfp4` and `nvfp4` in its
+`compressors`). Which of them a weight has is seen from its tensors, so a file may mix them. Scales
+of activations are left out: here only weights are quantized.
 """
 
 import math
@@ -15,6 +15,7 @@ import numpy as np
 from lora_jax.core.checks import is_size
 from lora_jax.core.errors import ModelFileError
 from lora_jax.core.foreign import shown
+from lora_jax.core.quantized.kinds import KINDS
 from lora_jax.core.quantized.weight import QuantizedWeight
 from lora_jax.files.quantized import fp8
 from lora_jax.files.quantized.groups import Groups, irregular
@@ -62,14 +63,9 @@ def _weight(
     tensors: Mapping[str, Any], module: str, config: Mapping[str, Any], dtype: Any
 ) -> StoredCodes:
     name, packed = f"{module}.weight", f"{module}.weight_packed"
-    if f"{module}.weight_global_scale" in tensors:
-        raise ModelFileError(
-            f"{shown(name)}: weights in NVFP4, with a global scale, cannot be read; decompress the "
-            "model with compressed-tensors and save it as floats"
-        )
     if packed in tensors:
         if str(tensors[packed].dtype) == "uint8":
-            return _mxfp4(tensors, module, dtype)
+            return _e2m1(tensors, module, dtype)
         return _packed(tensors, module, config, dtype)
     if name not in tensors:
         raise ModelFileError(f"{shown(name)}: missing, a part of a quantized weight")
@@ -151,16 +147,32 @@ def _integers(
     return stored_integers(name, codes, scales, zeros, bits, groups, dtype or scales.dtype)
 
 
-def _mxfp4(tensors: Mapping[str, Any], module: str, dtype: Any) -> StoredCodes:
+def _e2m1(tensors: Mapping[str, Any], module: str, dtype: Any) -> StoredCodes:
+    """Return MXFP4, or NVFP4 where there is a global scale, by which the others are divided."""
     packed = part(tensors, f"{module}.weight_packed", (-1, -1), "uint8")
     out, size = packed.shape[0], packed.shape[1] * 2
-    scales = part(tensors, f"{module}.weight_scale", (out, size // 32), "uint8")
+    kind = "nvfp4" if f"{module}.weight_global_scale" in tensors else "mxfp4"
+    block = KINDS[kind].block or size
+    stored = fp8.DTYPE if kind == "nvfp4" else "uint8"
+    scales = part(tensors, f"{module}.weight_scale", (out, size // block), stored)
 
     def codes() -> np.ndarray:
-        return pack_blocks(unpack_nibbles(np.asarray(packed)), 32)
+        return pack_blocks(unpack_nibbles(np.asarray(packed)), block)
 
-    fields = {"codes": LazyArray(packed.shape, _BYTE, codes), "scales": scales}
+    def scale_codes() -> np.ndarray:
+        return np.asarray(scales).view(np.uint8)
+
+    def divisor() -> np.ndarray:
+        return np.broadcast_to(np.asarray(divisors).reshape(1, 1), (out, 1))
+
+    fields = {
+        "codes": LazyArray(packed.shape, _BYTE, codes),
+        "scales": LazyArray(scales.shape, _BYTE, scale_codes),
+    }
+    if kind == "nvfp4":
+        divisors = part(tensors, f"{module}.weight_global_scale", (1,), "float32")
+        fields["divisor"] = LazyArray((out, 1), np.dtype(np.float32), divisor)
     dtype = dtype or np.dtype(ml_dtypes.bfloat16)
     return StoredCodes(
-        f"{module}.weight", (out, size), dtype, lambda: QuantizedWeight(fields, "mxfp4", -1, dtype)
+        f"{module}.weight", (out, size), dtype, lambda: QuantizedWeight(fields, kind, -1, dtype)
     )

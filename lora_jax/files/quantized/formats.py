@@ -5,7 +5,7 @@ from typing import Any
 
 from lora_jax.core.errors import ModelFileError
 from lora_jax.core.foreign import shown_value
-from lora_jax.files.quantized import awq, bitsandbytes, compressed_tensors, fp8, gptq, mxfp4
+from lora_jax.files.quantized import awq, bitsandbytes, compressed_tensors, fp8, gptq, mxfp4, own
 
 #: `read(tensors, config, dtype)` returns the tensors by name, with one `StoredCodes` in the place
 #: of the parts of each quantized weight. Only what is small is read from the file.
@@ -19,6 +19,7 @@ FORMATS: dict[str, Read] = {
     "fp8": fp8.read,
     "fbgemm_fp8": fp8.read,
     "mxfp4": mxfp4.read,
+    own.METHOD: own.read,
 }
 
 

@@ -93,7 +93,9 @@ def quantized_shapes(like: Any, naming: Naming, table: Mapping[str, str | None])
 
 
 def _select(pattern: str, weights: Mapping[str, Place]) -> list[str]:
-    """Return the weights that a pattern selects: all-linear, a module, an end of a path, a regex.
+    """Return the weights that a pattern selects: all-linear, or a name or a regex.
+
+    A name is the end of a path or a module above it, in the tree or as PyTorch calls it.
 
     Raises:
       TargetError: there is none.
@@ -103,6 +105,8 @@ def _select(pattern: str, weights: Mapping[str, Place]) -> list[str]:
         linear = [path for path, place in weights.items() if place.entry.kind != "embedding"]
         return [path for path in linear if path != _HEAD]
     found = [path for path in weights if names_module(pattern, path)]
+    if not found:  # PyTorch's names, of which a stacked leaf has one a layer
+        found = [p for p, place in weights.items() if _names_in_torch(pattern, place)]
     if not found:
         try:
             found = [path for path in weights if re.fullmatch(pattern, path)]
@@ -115,6 +119,12 @@ def _select(pattern: str, weights: Mapping[str, Place]) -> list[str]:
             f"quantize: {shown(pattern)} selects no weight of a layer; {nearest(pattern, weights)}"
         )
     return found
+
+
+def _names_in_torch(pattern: str, place: Place) -> bool:
+    names = (name for _, names in place.layers() for name in names)
+    in_path = lambda name: name.removesuffix(".weight").replace(".", "/")
+    return any(names_module(in_path(pattern), in_path(name)) for name in names)
 
 
 def _block_axis(place: Place) -> int:

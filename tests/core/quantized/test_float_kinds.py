@@ -82,6 +82,26 @@ def test_mxfp4_quantizes_by_the_specification():
     assert not np.asarray(decode(got))[0, :32].any()
 
 
+def test_nvfp4_quantizes_by_its_definition():
+    w = gaussian(8, 64) * np.exp2(np.arange(-4, 4, dtype=np.float32))[:, None]
+    w[0] = 0
+    w[1, :16] = 0
+    blocks = w.reshape(8, 4, 16)
+    largest = np.abs(blocks).max((1, 2), keepdims=True)
+    divisor = np.float32(6 * 448) / np.where(largest > 0, largest, 1)
+    absmax = np.abs(blocks).max(-1, keepdims=True)
+    scales = (absmax / np.float32(6) * divisor).astype(ml_dtypes.float8_e4m3fn)
+    step = scales.astype(np.float32) / divisor
+    scaled = np.clip(blocks / np.where(step > 0, step, 1), -6, 6)
+    codes = scaled.astype(ml_dtypes.float4_e2m1fn)
+    got = encode(w, "nvfp4", -1)
+    np.testing.assert_array_max_ulp(got.fields["divisor"], divisor[..., 0])
+    np.testing.assert_array_equal(got.fields["scales"], scales.view(np.uint8)[..., 0])
+    np.testing.assert_array_equal(got.fields["codes"], packed(codes.view(np.uint8)))
+    expected = (codes.astype(np.float32) * step).reshape(8, 64)
+    np.testing.assert_array_max_ulp(np.asarray(decode(got)), expected, 2)
+
+
 @pytest.mark.parametrize("kind, bits", [("int4_zero", 4), ("int8_zero", 8)])
 def test_zero_points_are_of_the_written_definition(kind, bits):
     w = gaussian(4, 256) + np.float32(0.5)  # not symmetric
@@ -120,6 +140,7 @@ def test_a_block_is_what_the_scales_say(block):
     "kind, bits, error",
     [
         *[("nf4_float32", 4.5, 0.0919), ("fp4", 4.5, 0.1219), ("mxfp4", 4.25, 0.1150)],
+        ("nvfp4", 4.53125, 0.0946),
         *[("int4_zero", 4.1875, 0.1006), ("int8_zero", 8.1875, 0.00592)],
         *[("fp8", 8.03125, 0.0265), ("fp8_block", 8.25, 0.0257)],
     ],

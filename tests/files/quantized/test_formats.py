@@ -184,7 +184,7 @@ WRONG = {
         },
         PACKED,
     ),
-    "NVFP4": ({"up.weight_scale": E4, "up.weight_global_scale": np.ones(1, "f4")}, PACKED),
+    "up.weight'?: missing": ({"up.weight_scale": np.ones((2, 2), "f4")}, PACKED),
     r"scales \[32, 3\] do not fit a weight \[32, 64\]": (
         {"up.weight": E4, "up.weight_scale": np.ones((32, 3), "f4")},
         PACKED,

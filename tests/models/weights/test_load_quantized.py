@@ -88,7 +88,7 @@ def test_the_model_computes_with_the_values(directory):
 
 
 def test_the_first_pattern_that_selects_a_weight_decides(directory):
-    table = {"layer_0/mlp": None, "mlp": "int8", r".*_1/.*(query|key)/kernel": "int4"}
+    table = {"layers.0.mlp": None, "mlp": "int8", r".*_1/.*(query|key)/kernel": "int4"}
     kinds = {path: x.kind for path, x in quantized(models.load(directory, quantize=table)).items()}
     assert kinds == {
         **{f"layer_1/mlp/{name}/kernel": "int8" for name in ("gate", "up", "down")},

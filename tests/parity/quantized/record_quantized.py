@@ -204,7 +204,7 @@ def awq():
 def compressed(layout: str, dtype: torch.dtype = torch.bfloat16, activations: bool = False, **args):
     from compressed_tensors.compressors import BaseCompressor
     from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
-    from compressed_tensors.quantization.utils import calculate_qparams
+    from compressed_tensors.quantization.utils import calculate_qparams, generate_gparam
 
     weights = QuantizationArgs(**args)
     inputs = QuantizationArgs(num_bits=8, type=weights.type, dynamic=True, strategy="token")
@@ -216,14 +216,20 @@ def compressed(layout: str, dtype: torch.dtype = torch.bfloat16, activations: bo
     def quantize(linear):
         weight = linear.weight.detach().to(dtype)
         out, size = weight.shape
-        high, wide = args.get("block_structure") or (1, args.get("group_size") or size)
+        tall, wide = args.get("block_structure") or (1, args.get("group_size") or size)
         if args["strategy"] == "tensor":
-            high = out
-        blocks = weight.reshape(out // high, high, size // wide, wide)
-        scales, zeros = calculate_qparams(blocks.amin((1, 3)), blocks.amax((1, 3)), weights)
+            tall = out
+        blocks = weight.reshape(out // tall, tall, size // wide, wide)
+        divisor = None
+        if args["strategy"] == "tensor_group":
+            divisor = generate_gparam(weight.amin(), weight.amax())
+        low, high = blocks.amin((1, 3)), blocks.amax((1, 3))
+        scales, zeros = calculate_qparams(low, high, weights, global_scale=divisor)
         if args["strategy"] == "tensor":
             scales, zeros = scales.reshape(1), zeros.reshape(1)
         state = {"weight": weight, "weight_scale": scales}
+        if divisor is not None:
+            state["weight_global_scale"] = divisor
         if not weights.symmetric:
             state["weight_zero_point"] = zeros
         state = compressor.compress(state, scheme)
@@ -290,6 +296,10 @@ FORMATS = {
     "mxfp4_packed": lambda: compressed(
         "mxfp4-pack-quantized", strategy="group", group_size=32, num_bits=4, type="float",
         scale_dtype=torch.uint8,
+    ),
+    "nvfp4_packed": lambda: compressed(
+        "nvfp4-pack-quantized", strategy="tensor_group", group_size=16, num_bits=4, type="float",
+        scale_dtype=torch.float8_e4m3fn,
     ),
     "fp8": fp8,
 }  # fmt: skip

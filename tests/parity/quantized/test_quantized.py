@@ -42,6 +42,7 @@ KINDS = {
     "gptq_v2": ("int4_zero", 32),
     "int_quantized": ("int8", 32),
     "mxfp4_packed": ("mxfp4", 32),
+    "nvfp4_packed": ("nvfp4", 16),
     "pack_int4": ("int4_zero", 32),
     "pack_int4_symmetric": ("int4", 16),
     "pack_int8": ("int8", 32),

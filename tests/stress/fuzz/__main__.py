@@ -97,6 +97,7 @@ def _by_sort(problems: list[campaign.Problem]) -> list[list[campaign.Problem]]:
 
 def report(tally: Tally, shrunk: Sequence[tuple], seconds: float) -> None:
     print(f"{tally.run} programs in {seconds:.0f} s ({tally.run / seconds:.1f} a second)")
+    print(f"{tally.quantized} have quantized weights")
     print(f"{tally.dense_programs} made a weight dense:{_lines(tally.dense)}")
     print(f"init declined:{_lines(tally.declined)}")
     if tally.skipped:

@@ -29,6 +29,7 @@ class Tally:
     declined: Counter = dataclasses.field(default_factory=Counter)
     dense: Counter = dataclasses.field(default_factory=Counter)
     dense_programs: int = 0
+    quantized: int = 0  # programs with a quantized weight
     skipped: Counter = dataclasses.field(default_factory=Counter)
 
     def note(self, index: int, program: Program, outcome: Outcome) -> None:
@@ -40,6 +41,7 @@ class Tally:
         self.declined.update(outcome.declined)
         self.dense.update(outcome.dense)
         self.dense_programs += bool(outcome.dense)
+        self.quantized += any(w.quantized for w in program.weights)
 
     def __add__(self, other: "Tally") -> "Tally":
         fields = [field.name for field in dataclasses.fields(self)]

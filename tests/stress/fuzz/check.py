@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import lora_jax
+from lora_jax.core.quantized.weight import quantize_array
 from tests.programs import merged
 from tests.programs.forms import FORMS
 from tests.stress.fuzz import numpy_eval
@@ -63,10 +64,13 @@ def _run(
     """(ours, the oracle's, what each leaf may be off by)."""
     params, inputs, numbers = values(program)
     nodes = _adapt(program, params, inputs, numbers, outcome)
+    codes = quantized_weights(program, params)
+    params = {path: w for path, w in params.items() if path not in codes}
     factors = {path: (node.a, node.b, node.magnitude) for path, node in nodes.items()}
     scales = {path: node.scale for path, node in nodes.items()}
 
-    def joined(factors: Any, params: Any, scales: Any) -> Any:
+    def joined(factors: Any, params: Any, scales: Any, others: Any) -> Any:
+        params = params | others
         return params | {
             path: dataclasses.replace(
                 nodes[path], w=params[path], a=a, b=b, magnitude=m, scale=scales[path]
@@ -78,15 +82,16 @@ def _run(
     forms = FORMS[zlib.crc32(repr(program).encode()) % len(FORMS)]
     adapted = lora_jax.lora(function(program), forms=forms)
 
-    def all_at_once(trained: Any, frozen: Any, numbers: Any) -> Any:
+    def all_at_once(trained: Any, frozen: Any, numbers: Any, codes: Any) -> Any:
         def ours(trained: Any, frozen: Any) -> Any:
-            return adapted(joined(trained[0], *frozen), trained[1], numbers)
+            return adapted(joined(trained[0], *frozen, codes), trained[1], numbers)
 
         def plain(program: Program) -> Callable:
             def fn(trained: Any, frozen: Any) -> Any:
                 params, scales = jax.lax.stop_gradient(frozen)
-                wide = jax.tree.map(lambda x: x.astype("float64"), params)
-                merged = oracle(joined(trained[0], wide, scales))
+                values = {path: w.dequantize() for path, w in codes.items()}
+                wide = jax.tree.map(lambda x: x.astype("float64"), params | values)
+                merged = oracle(joined(trained[0], wide, scales, {}))
                 return function(program)(merged, trained[1], numbers)
 
             return fn
@@ -98,7 +103,7 @@ def _run(
 
     compiled = compiled or "shard_map" in operations(program.block)  # NumPy has one device
     run = jax.jit(all_at_once) if compiled else functools.partial(numpy_eval.run, all_at_once)
-    return run((factors, inputs), (params, scales), numbers)
+    return run((factors, inputs), (params, scales), numbers, codes)
 
 
 def values(program: Program) -> tuple[dict[str, Any], list[Any], Any]:
@@ -109,6 +114,15 @@ def values(program: Program) -> tuple[dict[str, Any], list[Any], Any]:
     }
     inputs = [rng.normal(size=shape) for shape in program.inputs]
     return params, inputs, rng.permutation(4).astype("int32")
+
+
+def quantized_weights(program: Program, params: Any) -> dict[str, Any]:
+    """The quantized parameters."""
+    kinds = {f"w{i}": w.quantized for i, w in enumerate(program.weights) if w.quantized}
+    return {
+        path: numpy_eval.run(lambda w, kind=kind: quantize_array(w, *kind), params[path])
+        for path, kind in kinds.items()
+    }
 
 
 def _adapt(program: Program, params: Any, inputs: Any, numbers: Any, outcome: Outcome) -> Any:
@@ -125,7 +139,7 @@ def _adapt(program: Program, params: Any, inputs: Any, numbers: Any, outcome: Ou
             targets=list(weights),
             overrides=overrides,
             dtype="float64",
-            dora=program.seed % 3 == 0,
+            dora=program.seed % 3 == 0 and not any(w.quantized for w in program.weights),
         )
         try:
             tree = _on_shapes(config, function(program), params, inputs, numbers)

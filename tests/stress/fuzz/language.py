@@ -37,13 +37,17 @@ class Block:
 
 @dataclasses.dataclass(frozen=True)
 class Weight:
-    """A parameter. `layout` is named to `init`; `fallback` only where inference declines."""
+    """A parameter. `layout` is named to `init`; `fallback` only where inference declines.
+
+    `quantized` is a kind and the axis of its blocks; what the weight stands for is then its values.
+    """
 
     shape: tuple[int, ...]
     dtype: str = "float64"
     adapted: bool = True
     layout: str | None = None
     fallback: str = ""
+    quantized: tuple[str, int] | None = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -78,10 +78,14 @@ ELEMENTWISE: dict[str, Callable[..., Any]] = {
     "and": np.bitwise_and,
     "or": np.bitwise_or,
     "rem": np.fmod,
+    "shift_right_logical": np.right_shift,  # of unsigned integers
     "div": lambda x, y: np.fix(x / y) if x.dtype.kind in "iu" else x / y,
     "clamp": lambda low, x, high: np.clip(x, low, high),
     "select_n": lambda which, *cases: np.choose(which.astype(int), cases),
+    "shift_left": np.left_shift,
     "copy": np.asarray,
+    "stop_gradient": np.asarray,
+    "lora_jax.sum": np.asarray,
     "copy_p": np.asarray,
     "name": np.asarray,
     "pvary": np.asarray,
@@ -139,11 +143,17 @@ def _cumsum(p: Any, x: np.ndarray) -> np.ndarray:
     return turn(np.cumsum(turn(wide(x)), p["axis"]))
 
 
+def _round(p: Any, x: np.ndarray) -> np.ndarray:
+    assert p["rounding_method"] is lax.RoundingMethod.TO_NEAREST_EVEN
+    return np.rint(x)
+
+
 def _iota(p: Any) -> np.ndarray:
     return np.indices(p["shape"])[p["dimension"]] if p["shape"] else np.zeros(())
 
 
 ARRAYS: dict[str, Callable[..., np.ndarray]] = {
+    "bitcast_convert_type": lambda p, x: x.view(p["new_dtype"]),
     "convert_element_type": lambda p, x: x.astype(p["new_dtype"]),
     "integer_pow": lambda p, x: x ** p["y"],
     "broadcast_in_dim": _broadcast,
@@ -159,6 +169,8 @@ ARRAYS: dict[str, Callable[..., np.ndarray]] = {
     "pad": _pad,
     "iota": _iota,
     "reduce_sum": lambda p, x: wide(x).sum(tuple(p["axes"])),
+    "reduce_max": lambda p, x: x.max(tuple(p["axes"])),
+    "round": _round,
     "cumsum": _cumsum,
     "dynamic_slice": lambda p, x, *starts: x[_window(x, starts, p["slice_sizes"])],
     "dynamic_update_slice": _update,
@@ -328,6 +340,10 @@ def _unstack(eqn: Any, x: np.ndarray) -> list[np.ndarray]:
     return list(np.moveaxis(x, eqn.params["axis"], 0))
 
 
+def _linear(eqn: Any, *args: Any) -> list[Any]:
+    return evaluate(*jaxprs.trace(eqn.params["linear"], *args), args)
+
+
 PROGRAMS: dict[str, Callable[..., Sequence[Any]]] = {
     **dict.fromkeys(("jit", "pjit", "closed_call", "core_call", "remat2", "remat"), _call),
     **dict.fromkeys(("checkpoint", "custom_jvp_call", "custom_vjp_call"), _call),
@@ -336,5 +352,6 @@ PROGRAMS: dict[str, Callable[..., Sequence[Any]]] = {
     "cond": _cond,
     "split": _split,
     "unstack": _unstack,
+    "dequantized_product": _linear,
     "optimization_barrier": lambda eqn, *args: args,
 }

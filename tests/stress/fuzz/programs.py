@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 
 from hypothesis import strategies as st
 
+from tests.programs.tiny_kinds import fitting
 from tests.stress.fuzz import containers, contractions, views
 from tests.stress.fuzz.builder import Allowed, Builder, Grammar, Step, Value
 from tests.stress.fuzz.language import Program, Weight
@@ -33,20 +34,31 @@ def _layout(draw: Callable, ndim: int) -> str:
     return "".join(letters)
 
 
+def _quantized(draw: Callable, shape: tuple[int, ...]) -> tuple[str, int] | None:
+    """A kind whose blocks divide an axis, for one of two weights."""
+    if draw(st.booleans()):
+        return None
+    axis = draw(st.integers(0, len(shape) - 1))
+    return draw(st.sampled_from(fitting(shape[axis]))), axis
+
+
 def _weight(draw: Callable) -> Weight:
     shape = tuple(draw(st.lists(st.integers(1, 4), min_size=1, max_size=4)))
+    quantized = _quantized(draw, shape)
     if len(shape) == 1:
-        return Weight(shape, adapted=False)
+        return Weight(shape, adapted=False, quantized=quantized)
     dtype = draw(st.sampled_from(["float64"] * 3 + ["float32"]))
     fallback = _layout(draw, len(shape))
     named = draw(st.integers(0, 9)) >= 7
-    return Weight(shape, dtype, layout=fallback if named else None, fallback=fallback)
+    adapted = quantized is None or draw(st.integers(0, 9)) < 8
+    return Weight(shape, dtype, adapted, fallback if named else None, fallback, quantized)
 
 
 @st.composite
 def programs(draw: Callable, max_steps: int = 6) -> Program:
     """Programs of up to `max_steps` steps (more in blocks) with one adapted weight at least."""
-    matrix = Weight(tuple(draw(st.integers(1, 4)) for _ in range(2)), fallback="io")
+    shape = tuple(draw(st.integers(1, 4)) for _ in range(2))
+    matrix = Weight(shape, fallback="io", quantized=_quantized(draw, shape))
     weights = [matrix] + [_weight(draw) for _ in range(draw(st.integers(0, 2)))]
     inputs = [(draw(st.integers(1, 3)), matrix.shape[0])]
     inputs += [tuple(draw(st.lists(st.integers(1, 3), max_size=3)))] if draw(st.booleans()) else []

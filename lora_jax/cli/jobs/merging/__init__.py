@@ -1,0 +1,1 @@
+"""How leaves are merged: one at a time from files, or into codes."""
