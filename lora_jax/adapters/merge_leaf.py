@@ -15,10 +15,8 @@ from jax import lax
 from lora_jax.adapters.split import split
 from lora_jax.core.algebra import dense, requantized
 from lora_jax.core.dtypes import accumulator, round_to
-from lora_jax.core.errors import ConfigError
 from lora_jax.core.host_memory import in_memory_of, on_device
-from lora_jax.core.quantized.coding import Coding
-from lora_jax.core.quantized.kinds import kind_named
+from lora_jax.core.quantized.coding import Coding, coding_of
 from lora_jax.core.quantized.weight import is_quantized
 from lora_jax.core.weights import Adapted, LoraWeight, TrainedLeaf, TrainedRows
 
@@ -34,21 +32,7 @@ def target_of(w: Any, dtype: Any = None, requantize: bool | str = False) -> Targ
     """
     if not requantize or not is_quantized(w):
         return jnp.dtype(dtype or w.dtype)
-    coding = Coding.of(w, None if requantize is True else requantize)
-    form = kind_named(coding.kind)
-    if form.encode is None:
-        raise ConfigError(
-            f"{form.name} can be read from files, but not written, so the merged weight cannot "
-            "become codes of it. Leave requantize out to get floating numbers, or name a kind: "
-            'requantize="nf4"'
-        )
-    size, block = w.shape[w.axis], coding.block or form.block
-    if block is not None and size % block:
-        raise ConfigError(
-            f"blocks of {block} ({form.name}) do not divide axis {w.axis} of {list(w.shape)}. "
-            "Choose a kind with shorter blocks, or leave requantize out"
-        )
-    return coding
+    return coding_of(w, requantize, "leave requantize out to get floating numbers")
 
 
 def merge_layer(node: Adapted, target: Any) -> tuple[Any, jax.Array, jax.Array]:

@@ -1,5 +1,6 @@
 """Arithmetic on a `LazyWeight`: its dense form, DoRA's gain, branch dropout, the final sum."""
 
+import dataclasses
 from collections.abc import Collection, Sequence
 from typing import Any
 
@@ -12,11 +13,18 @@ from lora_jax.core.host_memory import in_memory_of, on_device
 from lora_jax.core.sharding.meshes import on_mesh_of, reshard_like
 from lora_jax.engine import named_axes
 from lora_jax.engine.lazy_weight import Axis, LazyWeight
+from lora_jax.engine.quantized.merge_aware import served_view, straight_through
 from lora_jax.engine.quantized.view import QuantizedView
 
 
 def to_dense(lazy: LazyWeight) -> jax.Array:
-    """Return the view as an array: added in float32, rounded once to the view's dtype."""
+    """Return the view as an array: added in float32, rounded once to the view's dtype.
+
+    A merge-aware weight gives the requantized sum, with the gradient of the sum.
+    """
+    if lazy.served is not None and lazy.w is not None:
+        plain = dataclasses.replace(lazy, served=None)
+        return straight_through(served_view(lazy).dequantize(), to_dense(plain))
     w = base_values(lazy.w)
     if lazy.a is None or lazy.probe:
         return w

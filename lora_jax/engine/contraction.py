@@ -6,12 +6,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+from jax import lax
 
 from lora_jax.engine import stretches
 from lora_jax.engine.arithmetic import apply_gain, drop, side_that_takes_gain, to_dense
 from lora_jax.engine.context import Context
 from lora_jax.engine.lazy_weight import Axis, LazyWeight
 from lora_jax.engine.products import Product, add_update, tap_inputs
+from lora_jax.engine.quantized.merge_aware import served_view, straight_through
 from lora_jax.engine.quantized.view import QuantizedView, multiply
 
 
@@ -65,6 +67,10 @@ class Branch(abc.ABC):
     def add_to(self, y: Any, x: jax.Array, ctx: Context) -> jax.Array:
         """Return `y` plus the branch on `x`, in the dtype of the result; None stands for zero."""
 
+    def mark(self, total: jax.Array, ctx: Context) -> jax.Array:
+        """Return the output, marked where a `jax.checkpoint` policy may look for it."""
+        return total
+
     @abc.abstractmethod
     def tap(self, y: Any, x: jax.Array) -> Any:
         """Return `y`, with `x` tapped where it meets the A of a probe."""
@@ -86,11 +92,30 @@ def contract_weight(ctx: Context, equation: Equation, branch: Branch, x: jax.Arr
         return NotImplemented
     if branch.takes_sum:
         return [equation.on(to_dense(lazy), x, ctx.forms.tie)]
+    if lazy.served is not None and lazy.w is not None:
+        return [_merged_product(ctx, equation, branch, x, side)]
     if side == "x":
         x = apply_gain(x, branch.x_axes, lazy)
     y = None if lazy.w is None else equation.on(lazy.w, x, ctx.forms.tie)  # a tangent has no base
     total = add_branch(ctx, branch, y, x)
     return [apply_gain(total, branch.out_axes, lazy) if side == "out" else total]
+
+
+def _merged_product(
+    ctx: Context, equation: Equation, branch: Branch, x: jax.Array, side: str
+) -> jax.Array:
+    """Return `x·Q(W + A·B)`, in which A and B, and a gain, get the gradient of `x·(W + A·B)`.
+
+    No dW is formed: of the second product only what their gradients need is computed.
+    """
+    lazy, still, tie = branch.lazy, lax.stop_gradient(x), ctx.forms.tie
+    y = equation.on(served_view(lazy), x, tie)
+    if side == "x":
+        still = apply_gain(still, branch.x_axes, lazy)  # x is not differentiated, the gain is
+    base = None if lazy.gain is None else equation.on(lazy.w, still, tie)
+    total = add_branch(ctx, branch, base, still)
+    like = apply_gain(total, branch.out_axes, lazy) if side == "out" else total
+    return branch.mark(straight_through(y, like), ctx)
 
 
 def add_branch(ctx: Context, branch: Branch, y: Any, x: jax.Array) -> Any:

@@ -158,7 +158,7 @@ def _operand(ctx: Context, lazy: LazyWeight, grouped: dict[str, list[Axis]]) -> 
         sides.reverse()  # the layout's in and out are the rule's out and in
     (first, first_axes), (second, second_axes) = sides
     fits = {*first_axes} <= {RANK, *batch, *ins} and {*second_axes} <= {RANK, *batch, *outs}
-    if lazy.w is None or lazy.gain is not None or not fits:
+    if lazy.w is None or lazy.gain is not None or lazy.served is not None or not fits:
         return None
     a = named_axes.arrange(first, first_axes, [*batch, *ins, RANK], lazy.sizes)
     b = named_axes.arrange(second, second_axes, [*batch, RANK, *outs], lazy.sizes)

@@ -16,7 +16,7 @@ from lora_jax.core.sharding.meshes import is_on_mesh, on_mesh_of
 from lora_jax.core.weights import LoraWeight, TrainedRows
 from lora_jax.engine.frozen import frozen
 from lora_jax.engine.provenance import Provenance
-from lora_jax.engine.quantized.view import QuantizedView
+from lora_jax.engine.quantized.view import QuantizedView, Served
 
 
 class Axis(NamedTuple):
@@ -70,6 +70,8 @@ class LazyWeight:
     dropout: float = dataclasses.field(metadata=STATIC, default=0.0)
     # where the factors only observe the inputs: which of the two in `probes` they are
     probe: str = dataclasses.field(metadata=STATIC, default="")
+    # where the quantized base is requantized with the factors in it, what to
+    served: Served | None = dataclasses.field(metadata=STATIC, default=None)
 
     @classmethod
     def of(cls, node: LoraWeight, path: str, rank_first: bool = False) -> "LazyWeight":

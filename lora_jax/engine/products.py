@@ -53,7 +53,9 @@ class Product:
         return cls(
             # What the numbers do not depend on is left out, so that JAX traces products of the same
             # shapes once.
-            dataclasses.replace(lazy, w=None, gain=None, gain_axes=(), origin=Provenance(())),
+            dataclasses.replace(
+                lazy, w=None, gain=None, gain_axes=(), served=None, origin=Provenance(())
+            ),
             x,
             x_axes=tuple(x_axes),
             out_axes=tuple(out_axes),

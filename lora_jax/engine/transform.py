@@ -1,5 +1,6 @@
 """`lora(fn)`: make a JAX function accept `LoraWeight`s anywhere in its arguments."""
 
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -8,14 +9,24 @@ import jax
 
 from lora_jax.core.algebra import dense
 from lora_jax.core.errors import ConfigError
+from lora_jax.core.quantized.coding import check_kind, coding_of
 from lora_jax.core.quantized.weight import is_quantized
-from lora_jax.core.weights import LoraWeight, TrainedLeaf, TrainedRows, is_adapted, require_whole
+from lora_jax.core.weights import (
+    LoraWeight,
+    TrainedLeaf,
+    TrainedRows,
+    is_adapted,
+    is_weight,
+    require_whole,
+)
 from lora_jax.engine.context import POLICIES, Context
 from lora_jax.engine.custom_rules import Rule, check_rules
 from lora_jax.engine.forms import Forms
 from lora_jax.engine.frozen import frozen
 from lora_jax.engine.lazy_weight import LazyWeight
 from lora_jax.engine.program import Argument, Program, adapted_arguments
+from lora_jax.engine.quantized.merge_aware import trained_leaf
+from lora_jax.engine.quantized.view import Served
 from lora_jax.engine.undropped import Say, say_once, watch
 
 
@@ -25,6 +36,7 @@ def lora(
     on_dense: str = "warn",
     rules: Mapping[str, Rule] | None = None,
     forms: Forms | None = None,
+    merge_aware: bool | str = False,
 ) -> Callable:
     """Transform `fn` so that it accepts adapted parameters.
 
@@ -44,12 +56,18 @@ def lora(
       rules: user-defined rules for custom primitives, by primitive name; see `Rule`.
       forms: which of several equivalent forms of the branch to compute; None takes what is fast
         where the arguments lie, `Forms.for_arrays`.
+      merge_aware: train what is served after `merge(params, requantize=...)`: wherever an adapted
+        weight has a quantized base, compute `x·Q(W + scale·A·B)`, with Q the rounding of that
+        merge, and let gradients go straight through Q. True rounds to the kind of each base, the
+        name of a kind to that one. Weights whose base is not quantized are as without it.
+        Dropout is refused, because what is served has none.
 
     Returns:
       A function with `fn`'s signature. Wrap it in `jax.jit`: every call traces `fn` again.
 
     Raises:
-      ConfigError: `on_dense` is not one of the three, or `rules` contains something else.
+      ConfigError: `on_dense` is not one of the three, or `rules` contains something else; or
+        `merge_aware` meets no quantized base, one that cannot be rounded so, or dropout.
       DenseError: a weight would be materialized and `on_dense` is "error".
       StructureError: adapters were passed without their base, or do not fit it.
 
@@ -68,7 +86,7 @@ def lora(
     if on_dense not in POLICIES:
         raise ConfigError(f"on_dense must be one of {POLICIES}, got {on_dense!r}")
     check_rules(rules)
-
+    check_kind("lora", "merge_aware", merge_aware)
     say = say_once()
 
     @functools.wraps(fn)
@@ -78,8 +96,14 @@ def lora(
             return fn(*args, **kwargs)
         chosen = forms or Forms.for_arrays((args, kwargs))
 
+        if merge_aware:
+            _require_quantized((args, kwargs))
+
         def enter(argument: Argument, path: str, leaf: Any) -> Any:
-            return _enter(path, leaf, chosen, say) if argument in adapted else leaf
+            if argument not in adapted:
+                return leaf
+            merged = _enter_merged(path, leaf, chosen, merge_aware)
+            return _enter(path, leaf, chosen, say) if merged is None else merged
 
         ctx = Context(on_dense, rules=rules, forms=chosen)
         return Program.of(fn, args, kwargs, enter).evaluate(ctx)
@@ -101,3 +125,39 @@ def _enter(path: str, leaf: Any, forms: Forms, say: Say) -> Any:
         return LazyWeight.of_quantized(leaf, path)
     # Gradients stop inside the program: no dW is formed, and a global norm for clipping has none.
     return frozen(leaf) if isinstance(leaf, jax.Array) else leaf
+
+
+def _enter_merged(path: str, leaf: Any, forms: Forms, kind: bool | str) -> Any:
+    """Return what stands for a leaf that is requantized with its adapter; None for others."""
+    if not kind or not is_adapted(leaf) or not is_quantized(leaf.w):
+        return None
+    require_whole(path, leaf)
+    try:
+        coding = coding_of(leaf.w, kind, "leave merge_aware out")
+    except ConfigError as error:
+        raise ConfigError(f"merge_aware: {path}: {error}") from None
+    if isinstance(leaf, TrainedLeaf):
+        return trained_leaf(leaf, coding)
+    if getattr(leaf, "key", None) is not None:
+        raise ConfigError(
+            f"merge_aware: {path} has dropout, and the merged weight that is served has none. Set "
+            "dropout=0 in the configuration, or leave with_dropout out of the loss"
+        )
+    lazy = (
+        LazyWeight.of(leaf, path, forms.rank_first)
+        if isinstance(leaf, LoraWeight)
+        else LazyWeight.of_rows(leaf, path)
+    )
+    own = None if coding.kind == leaf.w.kind else coding.kind
+    return dataclasses.replace(lazy, served=Served(own, leaf.w.shape[leaf.w.axis], leaf.w.block))
+
+
+def _require_quantized(arguments: Any) -> None:
+    """Raise if there are adapters, and the base of none of them is quantized."""
+    nodes = [x for x in jax.tree.leaves(arguments, is_leaf=is_weight) if is_adapted(x)]
+    if nodes and not any(is_quantized(node.w) for node in nodes):
+        raise ConfigError(
+            "merge_aware: no adapted weight has a quantized base, so nothing would be rounded. "
+            'Quantize the base first, params = lora_jax.quantize(params, "nf4", ...), or leave '
+            "merge_aware out"
+        )

@@ -35,8 +35,7 @@ class Coding:
             return cls(kind, w.axis, None, w.dtype)
         is_float = lambda x: jnp.issubdtype(x.dtype, jnp.floating)
         floats = tuple((name, x.dtype) for name, x in w.fields.items() if is_float(x))
-        block = None if w.format.block is None else w.block
-        return cls(w.kind, w.axis, block, w.dtype, floats)
+        return cls(w.kind, w.axis, w.block, w.dtype, floats)
 
     def encode(self, values: jax.Array) -> QuantizedWeight:
         """Return these values, quantized."""
@@ -60,3 +59,30 @@ def check_kind(caller: str, option: str, kind: Any) -> None:
             f"{caller}: {option}={kind!r} can be read from files, but not written; choose one of "
             f"{', '.join(WRITABLE)}"
         )
+
+
+def coding_of(w: QuantizedWeight, kind: bool | str, instead: str) -> Coding:
+    """Return the coding in which a changed weight is quantized again.
+
+    Args:
+      w: the weight.
+      kind: True for its own kind, or the name of another.
+      instead: what to do where that cannot be, for the message.
+
+    Raises:
+      ConfigError: numbers of the kind cannot be written, or its blocks do not divide the axis.
+    """
+    coding = Coding.of(w, None if kind is True else str(kind))
+    form = kind_named(coding.kind)
+    if form.encode is None:
+        raise ConfigError(
+            f"{form.name} can be read from files, but not written, so the merged weight cannot "
+            f'become codes of it. Name another kind, such as "nf4", or {instead}'
+        )
+    size, block = w.shape[w.axis], coding.block or form.block
+    if block is not None and size % block:
+        raise ConfigError(
+            f"blocks of {block} ({form.name}) do not divide axis {w.axis} of {list(w.shape)}. "
+            f"Name a kind with shorter blocks, or {instead}"
+        )
+    return coding

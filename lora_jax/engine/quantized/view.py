@@ -11,12 +11,24 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from lora_jax.core.quantized.weight import QuantizedWeight, dequantize_array
+from lora_jax.core.quantized.weight import QuantizedWeight
 from lora_jax.core.sharding.meshes import is_on_mesh
 from lora_jax.engine.frozen import frozen
 from lora_jax.engine.quantized.linear import Linear, apply_linear
 
 STATIC = {"static": True}
+
+
+@dataclasses.dataclass(frozen=True)
+class Served:
+    """What a merge-aware weight is merged to: a kind, or None for its own.
+
+    `size` is that of the blocked axis of the whole weight, and `block` the size of its blocks.
+    """
+
+    kind: str | None
+    size: int
+    block: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +59,7 @@ class QuantizedView:
     dequantizes. `others` are their other inputs: arrays, or views of quantized weights.
     """
 
-    weight: QuantizedWeight
+    weight: Any  # a QuantizedWeight, or a MergedWeight for the values of merge-aware adapters
     others: tuple[tuple[Any, ...], ...] = ()
     pending: tuple[Step, ...] = dataclasses.field(metadata=STATIC, default=())
 
@@ -107,7 +119,7 @@ class QuantizedView:
 
     def dequantize(self, zero: jax.Array | None = None) -> jax.Array:
         """Return the values of the view; `zero` is as in `dequantize_array`."""
-        values = dequantize_array(self.weight, zero)
+        values = self.weight.dequantize(zero)
         for step, others in zip(self.pending, self.others, strict=True):
             arrays = [x.dequantize(zero) if isinstance(x, QuantizedView) else x for x in others]
             values = step.call(values, *arrays)
@@ -172,8 +184,7 @@ def _values(view: QuantizedView, after: jax.Array, tie: str | None) -> jax.Array
     if tie is None or not after.size:
         return view.dequantize()
     if tie == "barrier" or is_on_mesh(after):
-        fields, _ = lax.optimization_barrier((dict(view.weight.fields), after))
-        weight = dataclasses.replace(view.weight, fields=fields)
+        weight, _ = lax.optimization_barrier((view.weight, after))
         return dataclasses.replace(view, weight=weight).dequantize()
     return view.dequantize(_zero_from(after))
 

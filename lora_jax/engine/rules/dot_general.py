@@ -40,6 +40,8 @@ def share(ctx: Context, inputs: Sequence[tuple[Any, Sequence[Any]]]) -> None:
         if sum(map(is_lazy, args)) == 1:
             lazy, x = sorted(args, key=is_lazy, reverse=True)
             if lazy.a is not None and lazy.w is not None and not lazy.origin.looked_up:
+                if lazy.served:
+                    continue  # its x·A gives x no gradient
                 _, branch = _parts(eqn, lazy, x.ndim, is_lazy(args[0]))
                 after = side_that_takes_gain(lazy, branch.x_axes, branch.out_axes) == "out"
                 product = branch.product(x)
@@ -61,7 +63,11 @@ class _EquationBranch(DotBranch):
     def add_to(self, y: Any, x: jax.Array, ctx: Context) -> jax.Array:
         half = ctx.hidden.pop(id(self.eqn), None) or self.product(x)
         total = add_update(y, half, self.dtype, ctx.forms)
-        return total if self.has_batch else ctx.mark_sum(total)  # policies tell batch axes apart
+        return total if self.lazy.served else self.mark(total, ctx)
+
+    def mark(self, total: jax.Array, ctx: Context) -> jax.Array:
+        """Return the sum, marked unless there are batch axes, which policies tell apart."""
+        return total if self.has_batch else ctx.mark_sum(total)
 
 
 def _parts(

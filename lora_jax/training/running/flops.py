@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from lora_jax.engine.jaxprs import open_jaxpr
+from lora_jax.engine.jaxprs import open_jaxpr, trace
 
 
 def flops_of_step(step: Callable[..., Any], *args: Any) -> int | None:
@@ -85,8 +85,14 @@ def _ragged_dot(eqn: Any) -> int:
     return 2 * out_size * math.prod(lhs.shape[i] for i in contracted)
 
 
+def _dequantized_product(eqn: Any) -> int:
+    program, _ = trace(eqn.params["linear"], *(x.aval for x in eqn.invars))
+    return flops(program)
+
+
 _PRODUCTS: dict[str, Callable[[Any], int]] = {
     "dot_general": _dot_general,
     "conv_general_dilated": _convolution,
     "ragged_dot_general": _ragged_dot,
+    "dequantized_product": _dequantized_product,
 }
