@@ -194,6 +194,11 @@ WRONG = {
     "quant_method": ({}, ["gptq"]),
     "bits 5 is not one of": ({}, {**GPTQ, "bits": 5}),
     "checkpoint_format 'marlin'": ({}, {**GPTQ, "checkpoint_format": "marlin"}),
+    r"checkpoint_format \['gptq'\] is not": ({}, {**GPTQ, "checkpoint_format": ["gptq"]}),
+    "blocks of 16 are not a height and a width": (
+        {"up.weight": E4, "up.weight_scale_inv": np.ones((2, 4), "f4")},
+        {"quant_method": "fp8", "weight_block_size": 16},
+    ),
     "up.scales'?: missing": (gptq(4, scales=None)[0], GPTQ),
     r"up.qzeros'?: is int32 \[2, 3\], but": (gptq(4, qzeros=np.zeros((2, 3), "i4"))[0], GPTQ),
     r"up.scales'?: is int32": (gptq(4, scales=np.zeros((2, 32), "i4"))[0], GPTQ),
