@@ -8,9 +8,13 @@ import pytest
 
 from lora_jax.core.errors import ModelFileError
 from lora_jax.core.quantized import nf4
+from lora_jax.core.quantized.nf4_nested import dynamic_map
 from lora_jax.files import quantized
+from lora_jax.files.disk import safetensors_file
 from lora_jax.files.quantized.groups import irregular, regular
 from lora_jax.files.quantized.packing import unpack_words
+from lora_jax.files.quantized.stored import dequantized
+from tests.parity.quantized.test_quantized import RECORDED
 
 GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 32}
 PACKED = {
@@ -63,11 +67,6 @@ def read(tensors, config):
     return quantized.read(tensors, config, None)["up.weight"]
 
 
-def values_of(codes):
-    fields = {name: jnp.asarray(np.asarray(x)) for name, x in codes.fields.items()}
-    return codes.__class__(fields, codes.kind, codes.axis, jnp.dtype("float32")).dequantize()
-
-
 @pytest.mark.parametrize("bits", [2, 3, 8])
 @pytest.mark.parametrize("layout", ["gptq", "gptq_v2"])
 def test_gptq_of_other_bits(bits, layout):
@@ -75,7 +74,7 @@ def test_gptq_of_other_bits(bits, layout):
     found = read(tensors, {**GPTQ, "bits": bits, "checkpoint_format": layout})
     np.testing.assert_array_equal(np.asarray(found), expected)
     assert found.codes().kind == ("int8_zero" if bits == 8 else "int4_zero")
-    np.testing.assert_array_equal(values_of(found.codes()), expected)
+    np.testing.assert_array_equal(dequantized(found.codes()), expected)
 
 
 @pytest.mark.parametrize(
@@ -86,7 +85,7 @@ def test_the_last_group_may_be_shorter(group, without_index, block):
     tensors, expected = gptq(4, size=80, group=group if group > 0 else 80, **changed)
     found = read(tensors, {**GPTQ, "group_size": group})
     assert found.codes().block == block and found.shape == (32, 80)
-    np.testing.assert_array_equal(values_of(found.codes()), expected)
+    np.testing.assert_array_equal(dequantized(found.codes()), expected)
     np.testing.assert_array_equal(np.asarray(found), expected)
 
 
@@ -127,6 +126,42 @@ def nf4_file(size, block=64, **state):
 BNB = {"quant_method": "bitsandbytes", "load_in_4bit": True}
 
 
+@pytest.mark.parametrize(
+    "shape, block, kind, kept",
+    [
+        ((3, 1024), 128, "nf4_nested", 1024),
+        ((5, 3072), 64, "nf4_nested", 1024),  # nested blocks of 16384 numbers, which cross rows
+        ((2, 192), 64, "nf4_float32", 64),  # of three scales none is shared
+        ((4, 64), 32, "nf4_float32", 32),
+    ],
+)
+def test_scales_that_are_quantized_too(shape, block, kind, kept):
+    tensors, _ = nf4_file(list(shape), block, nested_blocksize=256, nested_offset=0.75)
+    rng, count = numbers(2), int(np.prod(shape))
+    codes = rng.integers(0, 256, count // block).astype(np.uint8)
+    nested = rng.uniform(0.1, 0.3, -(-codes.size // 256)).astype(np.float32)
+    tensors |= {
+        "up.weight.absmax": codes,
+        "up.weight.nested_absmax": nested,
+        "up.weight.nested_quant_map": dynamic_map(),
+    }
+    absmax = dynamic_map()[codes] * np.repeat(nested, 256)[: codes.size] + np.float32(0.75)
+    bits = tensors["up.weight"].ravel()
+    table = np.asarray(nf4.VALUES, np.float32)[np.stack([bits >> 4, bits & 15], -1).ravel()]
+    expected = (table * np.repeat(absmax, block)).reshape(shape)
+    found = read(tensors, BNB)
+    np.testing.assert_array_equal(np.asarray(found), expected)
+    assert (found.codes().kind, found.codes().block) == (kind, kept)
+    # XLA may round a product and a sum once
+    np.testing.assert_allclose(dequantized(found.codes()), expected, rtol=0, atol=2e-7)
+
+
+def test_the_map_of_nested_scales_is_that_of_bitsandbytes():
+    tensors, _ = safetensors_file.read(RECORDED / "bitsandbytes_nf4_nested/model.safetensors")
+    found = [x for name, x in tensors.items() if name.endswith("nested_quant_map")]
+    np.testing.assert_array_equal(dynamic_map(), found[0])
+
+
 @pytest.mark.parametrize("shape, block", [((5, 96), 32), ((3, 24), 8), ((5, 7), None)])
 def test_blocks_that_cross_rows(shape, block):
     tensors, expected = nf4_file(list(shape))
@@ -138,7 +173,7 @@ def test_blocks_that_cross_rows(shape, block):
             found.codes()
         return
     assert found.codes().block == block
-    np.testing.assert_array_equal(values_of(found.codes()), expected)
+    np.testing.assert_array_equal(dequantized(found.codes()), expected)
 
 
 def test_bytes_that_a_file_calls_by_another_dtype():
@@ -154,6 +189,11 @@ WRONG = {
     "quant_method": ({}, ["gptq"]),
     "bits 5 is not one of": ({}, {**GPTQ, "bits": 5}),
     "checkpoint_format 'marlin'": ({}, {**GPTQ, "checkpoint_format": "marlin"}),
+    r"checkpoint_format \['gptq'\] is not": ({}, {**GPTQ, "checkpoint_format": ["gptq"]}),
+    "blocks of 16 are not a height and a width": (
+        {"up.weight": E4, "up.weight_scale_inv": np.ones((2, 4), "f4")},
+        {"quant_method": "fp8", "weight_block_size": 16},
+    ),
     "up.scales'?: missing": (gptq(4, scales=None)[0], GPTQ),
     r"up.qzeros'?: is int32 \[2, 3\], but": (gptq(4, qzeros=np.zeros((2, 3), "i4"))[0], GPTQ),
     r"up.scales'?: is int32": (gptq(4, scales=np.zeros((2, 32), "i4"))[0], GPTQ),
