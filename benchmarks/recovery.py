@@ -27,7 +27,7 @@ from lora_jax.models import assets
 from lora_jax.models.text.tokenizer import Tokenizer
 
 BATCH, LENGTH, EVALUATED = 2, 64, 16  # rows of a step, tokens of a row, rows of the evaluation
-RANK, EVERY = 16, 20  # of the adapters; steps between two evaluations
+RANK, EVERY, SAVED = 16, 20, 5  # of the adapters; steps between evaluations, and between saves
 IMAGE = Path("docs/images/recovery.svg")
 
 
@@ -110,14 +110,14 @@ def run(task: Task, kind: str, merge_aware: bool, args: argparse.Namespace) -> d
         return lora_jax.apply_updates(adapters, updates), opt_state, value
 
     opt_state = optimizer.init(adapters)
-    found: dict[str, Any] = {"losses": []}
+    found: dict[str, Any] = {"step": 0, "losses": []}
     if record.exists():
         found = json.loads(record.read_text())
         leaves, treedef = jax.tree.flatten((adapters, opt_state))
         with np.load(state) as stored:
             leaves = [jnp.asarray(stored[str(i)]) for i in range(len(leaves))]
         adapters, opt_state = jax.tree.unflatten(treedef, leaves)
-    start = len(found["losses"]) and found["losses"][-1]["step"]
+    start = found["step"]
     for i, batch in enumerate(task.batches(start, args.steps), start + 1):
         adapters, opt_state, value = step(adapters, opt_state, base, batch)
         print(f"{name}: step {i}, loss {float(value):.3f}", flush=True)
@@ -129,10 +129,12 @@ def run(task: Task, kind: str, merge_aware: bool, args: argparse.Namespace) -> d
                 losses["beside"] = task.evaluate(params)
             found["losses"].append(losses)
             found["lost"] = float(np.median(list(lost.values())))
+            print(f"{name}: {losses}, lost {found['lost']:.2f}", flush=True)
+        if i % SAVED == 0 or i == args.steps:
+            found["step"] = i
             leaves = map(np.asarray, jax.tree.leaves((adapters, opt_state)))
             np.savez(state, **{str(i): x for i, x in enumerate(leaves)})
             record.write_text(json.dumps(found))
-            print(f"{name}: {losses}, lost {found['lost']:.2f}", flush=True)
     return found
 
 
