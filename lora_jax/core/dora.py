@@ -77,7 +77,8 @@ def column_products(node: LoraWeight) -> tuple[jax.Array, jax.Array, jax.Array]:
 def _is_stack(node: LoraWeight) -> bool:
     """Return whether the first axis of a quantized weight stacks others, all on each device."""
     codes = node.w.fields[node.w.format.codes]
-    return node.layout.axes[0] == "b" and not has_explicit_mesh(codes)
+    is_divided = node.w.axis == -node.w.ndim  # into blocks
+    return node.layout.axes[0] == "b" and not is_divided and not has_explicit_mesh(codes)
 
 
 def _in_turn(fn: Callable[[LoraWeight], Any], node: LoraWeight) -> Any:

@@ -10,6 +10,7 @@ import pytest
 from jax import export, lax
 
 import lora_jax
+from lora_jax.core.dora import column_norms
 from lora_jax.core.quantized.parts import slice_weight
 from lora_jax.core.quantized.weight import is_quantized, quantize_array
 from tests.programs import normal
@@ -166,3 +167,11 @@ def test_norms_of_dora_are_computed_one_after_another(optimized):
     assert bytes_of(ours) < bytes_of(plain) + 3 * 4 * width**2
     close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
     jax.tree.map(close, ours(adapters, base), plain(adapters, dequantized(base)))
+
+
+def test_norms_where_blocks_lie_along_the_axis_of_layers():
+    w = quantize_array(normal(1, (4, 3, 2), F32), "int8", 0)
+    a, b = normal(2, (4, 3, 1), F32), normal(3, (4, 1, 2), F32)
+    node = lora_jax.LoraWeight(w, a, b, jnp.ones(4), layout=lora_jax.Layout("bio"))
+    want = np.linalg.norm(np.asarray(w.dequantize() + a @ b), axis=1)
+    np.testing.assert_allclose(column_norms(node), want, rtol=1e-5)

@@ -13,6 +13,7 @@ from jax import lax
 
 from lora_jax.core.quantized.weight import QuantizedWeight
 from lora_jax.core.sharding.meshes import is_on_mesh
+from lora_jax.engine import jaxprs
 from lora_jax.engine.frozen import frozen
 from lora_jax.engine.quantized.linear import Linear, apply_linear
 
@@ -95,7 +96,7 @@ class QuantizedView:
         aval = jax.typeof(self.codes)
         if self.is_movable:
             return aval.update(shape=self.shape, dtype=jnp.dtype(self.dtype))
-        return jax.eval_shape(self.dequantize)
+        return jaxprs.trace(self.dequantize)[0].outvars[0].aval
 
     @property
     def is_movable(self) -> bool:
