@@ -12,6 +12,7 @@ __version__ = "0.1.0"
 __all__ = [
     "QUANTIZED_KINDS",
     "AdapterFileError",
+    "BaseKindWarning",
     "ConfigError",
     "DenseError",
     "DenseWarning",

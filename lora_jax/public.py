@@ -22,6 +22,7 @@ from lora_jax.adapters.updates import (
 from lora_jax.core.config import LoraConfig, Override
 from lora_jax.core.errors import (
     AdapterFileError,
+    BaseKindWarning,
     ConfigError,
     DenseError,
     DenseWarning,
@@ -50,6 +51,7 @@ from lora_jax.initializers.lora_ga import lora_ga
 __all__ = [
     "QUANTIZED_KINDS",
     "AdapterFileError",
+    "BaseKindWarning",
     "ConfigError",
     "DenseError",
     "DenseWarning",

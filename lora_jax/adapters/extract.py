@@ -21,6 +21,7 @@ from lora_jax.core.linalg import balanced, matmul, randomized_svd, truncated_svd
 from lora_jax.core.matrices import as_factors, map_matrices
 from lora_jax.core.params_argument import params_first
 from lora_jax.core.paths import flatten_with_paths, path_key
+from lora_jax.core.quantized.weight import dequantized
 from lora_jax.core.sharding.placement import Placement
 from lora_jax.core.weights import Adapted, is_adapted
 from lora_jax.engine.custom_rules import Rule
@@ -123,9 +124,10 @@ def _extract_leaf(
     if path in plan.whole or path in plan.rows:
         trained = dataclasses.replace(_copy_tuned(path, plan, config, after), w=before)
         got = dense(trained, accumulator(before.dtype, after.dtype))
-        missed = _relative(_squares(after, got), _squares(after, before))
+        after = dequantized(after)
+        missed = _relative(_squares(after, got), _squares(after, dequantized(before)))
         return dataclasses.replace(trained, w=None), missed
-    return None, jnp.any(before != after).astype(jnp.float32)
+    return None, jnp.any(dequantized(before) != dequantized(after)).astype(jnp.float32)
 
 
 def _copy_tuned(path: str, plan: Plan, config: LoraConfig, after: Any) -> Adapted:

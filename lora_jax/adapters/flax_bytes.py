@@ -1,9 +1,10 @@
-"""Adapted nodes for `flax.serialization`, where a program uses it."""
+"""Adapted and quantized nodes for `flax.serialization`, where a program uses it."""
 
 import dataclasses
 import sys
 from typing import Any
 
+from lora_jax.core.quantized.weight import QuantizedWeight
 from lora_jax.core.weights import LoraWeight, TrainedLeaf, TrainedRows
 
 
@@ -16,7 +17,7 @@ def register() -> None:
     if flax is None or _registered:
         return
     _registered.append(flax)
-    for node in (LoraWeight, TrainedLeaf, TrainedRows):
+    for node in (LoraWeight, TrainedLeaf, TrainedRows, QuantizedWeight):
         flax.register_serialization_state(node, _to_state(flax), _from_state(flax))
 
 

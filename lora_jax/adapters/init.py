@@ -19,6 +19,7 @@ from lora_jax.core.host_memory import on_device
 from lora_jax.core.layout import Layout
 from lora_jax.core.params_argument import params_first
 from lora_jax.core.paths import path_key
+from lora_jax.core.quantized.weight import dequantized
 from lora_jax.core.sharding.placement import Placement
 from lora_jax.core.weights import Adapted, LoraWeight, TrainedLeaf, TrainedRows, restrict
 from lora_jax.engine.custom_rules import Rule
@@ -199,10 +200,11 @@ def _place_like(w: Any, base: Any) -> Any:
 
 
 def train_whole(w: Any, config: LoraConfig) -> TrainedLeaf:
-    """Return the node of a fully trained leaf, whose initial value is `w` itself."""
+    """Return the node of a fully trained leaf, whose initial value is that of `w`."""
 
     def initialize(w: Any) -> tuple[jax.Array, jax.Array]:
-        return jnp.array(on_device(w), config.dtype), jnp.ones((), accumulator(config.dtype))
+        values = jnp.array(dequantized(on_device(w)), config.dtype)
+        return values, jnp.ones((), accumulator(config.dtype))
 
     value, scale = on_shapes(initialize, w)
     return TrainedLeaf(w, value, scale)

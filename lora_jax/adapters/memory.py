@@ -11,8 +11,11 @@ import optax
 
 from lora_jax.adapters.optim import labels
 from lora_jax.adapters.partition import TRAIN
+from lora_jax.adapters.quantize import dequantize
 from lora_jax.adapters.split import split
 from lora_jax.core.params_argument import params_first
+from lora_jax.core.quantized.weight import is_quantized
+from lora_jax.core.sharding.data_axes import named_sharding
 from lora_jax.core.tree import require_adapted
 from lora_jax.core.weights import require_base
 from lora_jax.initializers.example_batches import separate
@@ -67,11 +70,12 @@ def memory_report(
 
     Both steps are compiled for the default device, and neither runs: the gradient of the loss, the
     optimizer, and the new parameters and state, which take the memory of the old ones. Temporaries
-    are what the compiler reports (`memory_analysis` of the compiled step).
+    are what the compiler reports (`memory_analysis` of the compiled step). The bytes of a quantized
+    base are those of its codes and scales; full fine-tuning is that of its floating values.
 
     Args:
       fn: a scalar loss of `(params, *args)` for adapted parameters, such as one that calls a
-        function made by `lora`. It must accept the base without adapters too.
+        function made by `lora`. It must accept the base without adapters too, dequantized.
       params: a joined tree of arrays, or of `ShapeDtypeStruct`s if nothing should be allocated.
       *args: the other arguments of `fn`; arrays or `ShapeDtypeStruct`s. What is neither, here or in
         `params` (a flag, the activation function of an Equinox model), is a constant of the step.
@@ -103,15 +107,23 @@ def memory_report(
     tx = optax.adam(1e-3) if tx is None else tx
     base, adapters = split(params)
     is_trained = [label == TRAIN for label in jax.tree.leaves(labels(params))]
+    dense = dequantize(_abstract(base))
     is_floating = [
-        _is_array(x) and jnp.issubdtype(x.dtype, jnp.floating) for x in jax.tree.leaves(base)
+        _is_array(x) and jnp.issubdtype(x.dtype, jnp.floating) for x in jax.tree.leaves(dense)
     ]
     return MemoryReport(
         adapted=StepMemory(
             _bytes(base), _bytes(adapters), *_step_memory(fn, tx, params, is_trained, args)
         ),
-        full=StepMemory(_bytes(base), 0, *_step_memory(fn, tx, base, is_floating, args)),
+        full=StepMemory(_bytes(dense), 0, *_step_memory(fn, tx, dense, is_floating, args)),
     )
+
+
+def _abstract(base: Any) -> Any:
+    """Return a base with shapes in place of the arrays of quantized weights."""
+    shape = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=named_sharding(x))
+    one = lambda leaf: jax.tree.map(shape, leaf) if is_quantized(leaf) else leaf
+    return jax.tree.map(one, base, is_leaf=is_quantized)
 
 
 def _step_memory(

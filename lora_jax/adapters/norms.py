@@ -10,6 +10,7 @@ from lora_jax.adapters.kept_shardings import TRAINED_FIELDS
 from lora_jax.core.dora import column_products, dora_gain
 from lora_jax.core.dtypes import accumulator
 from lora_jax.core.errors import StructureError
+from lora_jax.core.quantized.weight import dequantized, is_quantized
 from lora_jax.core.tree import adapted_nodes, require_adapted
 from lora_jax.core.weights import Adapted, LoraWeight, TrainedLeaf, TrainedRows
 
@@ -60,9 +61,9 @@ def _norms(node: Adapted) -> dict[str, jax.Array]:
         elif node.w is not None:
             found["update"] = _dora_update_norm(node)
         if node.w is not None:
-            base = _norm(node.w, node.layout.positions("b"))
+            base = _base_norm(node)
     elif node.w is not None:
-        w = node.select(node.w) if isinstance(node, TrainedRows) else node.w
+        w = node.select(node.w) if isinstance(node, TrainedRows) else dequantized(node.w)
         wide = accumulator(w.dtype, node.value.dtype)
         change = node.value.astype(wide) - w.astype(wide)
         found["update"] = _norm(jnp.where(node.scale != 0, change, 0), range(_n_batch(node)))
@@ -87,6 +88,14 @@ def _norm(x: jax.Array, kept: Sequence[int]) -> jax.Array:
     """Return the norm over all axes but the `kept` ones."""
     x = x.astype(accumulator(x.dtype))
     return jnp.sqrt(jnp.sum(x * x, [i for i in range(x.ndim) if i not in kept]))
+
+
+def _base_norm(node: LoraWeight) -> jax.Array:
+    """Return ‖W‖, `[*batch]`."""
+    if is_quantized(node.w):  # of one stacked layer at a time
+        (own, _, _), n_batch = column_products(node), _n_batch(node)
+        return jnp.sqrt(own.sum(range(n_batch, own.ndim)))
+    return _norm(node.w, node.layout.positions("b"))
 
 
 def _update_norm(node: LoraWeight) -> jax.Array:

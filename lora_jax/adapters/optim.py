@@ -40,7 +40,7 @@ def _map_fields(label: Callable[[str, str], str], params: Any) -> Any:
 
     def one(path: str, node: Any) -> Any:
         if not is_adapted(node):
-            return FREEZE
+            return jax.tree.map(lambda _: FREEZE, node)  # a quantized weight has several arrays
         fields = [f.name for f in dataclasses.fields(node) if "static" not in f.metadata]
         named = {
             field: jax.tree.map(lambda _, f=field: label(path, f), getattr(node, field))

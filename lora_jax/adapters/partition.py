@@ -65,12 +65,20 @@ def by_label(
 
 
 def _unchanged() -> optax.GradientTransformation:
-    """Return a transformation to updates that change nothing: x + (-0.0) is x, also for -0.0."""
+    """Return a transformation to updates that change nothing: x + (-0.0) is x, also for -0.0.
 
-    def zero(x: Any) -> Any:
-        return jnp.full_like(x, -0.0) if is_floating(x) else jnp.zeros_like(x)
+    The gradient of integers, such as the codes of a quantized weight, has a dtype without numbers
+    (`jax.dtypes.float0`); their update is zeros of the parameter's dtype, if that is given.
+    """
 
-    return optax.stateless(lambda updates, params: jax.tree.map(zero, updates))
+    def zero(x: Any, param: Any = None) -> Any:
+        like = param if x.dtype == jax.dtypes.float0 and param is not None else x
+        return jnp.full_like(like, -0.0) if is_floating(like) else jnp.zeros_like(like)
+
+    def update(updates: Any, params: Any) -> Any:
+        return jax.tree.map(zero, updates, *([] if params is None else [params]))
+
+    return optax.stateless(update)
 
 
 def _on_whole(fn: Callable[..., Any], params: Any) -> Callable[..., Any]:

@@ -21,6 +21,8 @@ from lora_jax.core.patterns import Pattern, compile_regex, lookup, nearest
 from lora_jax.core.quantized.kinds import WRITABLE, kind_named
 from lora_jax.core.quantized.layerwise import quantize_leaf
 from lora_jax.core.quantized.weight import QuantizedWeight, dequantize_array, is_quantized
+from lora_jax.core.sharding.data_axes import named_sharding
+from lora_jax.core.sharding.placement import put
 from lora_jax.core.tree import adapted_nodes
 from lora_jax.core.weights import LoraWeight, TrainedRows
 from lora_jax.engine.custom_rules import Rule, check_rules
@@ -126,7 +128,12 @@ def dequantize(params: Any) -> Any:
     """
 
     def one(x: Any) -> Any:
-        return on_shapes(_dequantize, x) if is_quantized(x) else x
+        if not is_quantized(x):
+            return x
+        made, sharding = on_shapes(_dequantize, x), named_sharding(x)
+        if sharding is None or not isinstance(made, jax.ShapeDtypeStruct):
+            return made
+        return put(made, sharding)
 
     return jax.tree.map(one, params, is_leaf=is_quantized)
 

@@ -11,6 +11,7 @@ from lora_jax.adapters.init import init
 from lora_jax.core.config import LoraConfig
 from lora_jax.core.errors import ConfigError
 from lora_jax.core.paths import flatten_with_paths
+from lora_jax.core.quantized.weight import is_quantized
 from lora_jax.core.sharding.data_axes import named_sharding
 from lora_jax.core.sharding.placement import Placement, arrays_of
 from lora_jax.core.weights import Adapted, is_adapted
@@ -80,7 +81,7 @@ def shardings(
 
     def one(leaf: Any) -> Any:
         if not is_adapted(leaf):
-            return _of_leaf(leaf, found.mesh)
+            return _of_arrays(leaf, found.mesh)
         return _of_node(leaf, found, keep=fsdp is None)
 
     return jax.tree_util.tree_unflatten(treedef, [one(leaf) for leaf in leaves.values()])
@@ -102,9 +103,18 @@ def _of_node(node: Adapted, placement: Placement, keep: bool) -> Adapted:
         is_placed = own is not None and (base is None or own.mesh == base.mesh)
         if field in by_rule and not (keep and is_placed):
             return by_rule[field]
-        return _of_leaf(x, placement.mesh)
+        return _of_arrays(x, placement.mesh)
 
     return dataclasses.replace(node, **{f: one(f, x) for f, x in arrays_of(node).items()})
+
+
+def _of_arrays(x: Any, mesh: Any) -> Any:
+    """Return the sharding of an array, or of each array of a quantized weight."""
+    return (
+        jax.tree.map(lambda array: _of_leaf(array, mesh), x)
+        if is_quantized(x)
+        else _of_leaf(x, mesh)
+    )
 
 
 def _of_leaf(x: Any, mesh: Any) -> Any:

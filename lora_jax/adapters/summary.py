@@ -6,10 +6,18 @@ from typing import Any, NamedTuple
 
 import jax
 
-from lora_jax.adapters.split import split
+from lora_jax.adapters.split import base_of
 from lora_jax.core.params_argument import params_first
 from lora_jax.core.paths import flatten_with_paths
-from lora_jax.core.weights import Adapted, LoraWeight, TrainedLeaf, TrainedRows, is_adapted
+from lora_jax.core.quantized.weight import is_quantized
+from lora_jax.core.weights import (
+    Adapted,
+    LoraWeight,
+    TrainedLeaf,
+    TrainedRows,
+    is_adapted,
+    is_weight,
+)
 from lora_jax.engine.custom_rules import Rule
 from lora_jax.engine.layout_inference import infer_uses
 from lora_jax.engine.left_out import matrices_left_out
@@ -44,13 +52,15 @@ class Counts(NamedTuple):
 def count_params(params: Any) -> Counts:
     """Count the parameters that train, and all of them with A and B; shapes are enough.
 
+    A quantized weight counts as the numbers that it stands for.
+
     >>> import jax, jax.numpy as jnp, lora_jax
     >>> config = lora_jax.LoraConfig(rank=1)
     >>> count_params(lora_jax.init(jax.random.key(0), {"kernel": jnp.ones((4, 3))}, config))
     Counts(trainable=7, total=19)
     """
     trainable = total = 0
-    for leaf in jax.tree_util.tree_leaves(params, is_leaf=is_adapted):
+    for leaf in jax.tree_util.tree_leaves(params, is_leaf=is_weight):
         if not is_adapted(leaf):
             total += _size(leaf)
             continue
@@ -83,7 +93,8 @@ def summary(
     """Return a table of the adapted leaves, and below it how many parameters train.
 
     It has one line per leaf: path, shape, layout (b batch, i in, o out), what the program does with
-    it, rank, and number of trained parameters. The last line has the format of Hugging Face PEFT.
+    it, rank, and number of trained parameters; then one line per kind of quantized weights, adapted
+    or not. The last line has the format of Hugging Face PEFT.
 
     With the function and its example arguments, as for `init`, another table lists the matrices
     (leaves of two axes or more) that are not adapted, each with the reason: the primitives that use
@@ -111,7 +122,7 @@ def summary(
     nodes, _ = flatten_with_paths(params, is_leaf=is_adapted)
     rows: list[tuple[str, ...]] = [("path", "shape", "layout", "used by", "rank", "trained")]
     rows += [_row(path, node) for path, node in nodes.items() if is_adapted(node)]
-    lines = _aligned(rows)
+    lines = [*(_aligned(rows) if len(rows) > 1 else []), *_quantized(nodes)]
     trainable, total = count_params(params)
     percent = 100 * trainable / total if total else 0.0
     lines.append(
@@ -119,8 +130,23 @@ def summary(
     )
     if fn is not None:
         uses_of = params_first("summary", fn, argnum, argname)
-        lines += _left_out(params, infer_uses(uses_of, split(params)[0], args, kwargs, rules))
+        lines += _left_out(params, infer_uses(uses_of, base_of(params), args, kwargs, rules))
     return "\n".join(lines)
+
+
+def _quantized(nodes: Mapping[str, Any]) -> list[str]:
+    """Return one line per kind: the quantized weights, and the memory that they take."""
+    bases = [node.w if is_adapted(node) else node for node in nodes.values()]
+    kinds: dict[str, list[Any]] = {}
+    for w in filter(is_quantized, bases):
+        kinds.setdefault(w.kind, []).append(w)
+    lines = []
+    for kind, weights in kinds.items():
+        size, nbytes = sum(w.size for w in weights), sum(w.nbytes for w in weights)
+        some = f"{len(weights)} weights" if len(weights) > 1 else "1 weight"
+        bits = 8 * nbytes / size if size else 0.0
+        lines.append(f"{kind}: {some}, {size:,} numbers in {nbytes:,} bytes ({bits:.2f} bits each)")
+    return lines
 
 
 def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:

@@ -1,6 +1,8 @@
 """DoRA: the column norms of an adapted weight, and the gain that multiplies its outputs."""
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +10,14 @@ import jax.numpy as jnp
 from lora_jax.core.dtypes import accumulator
 from lora_jax.core.host_memory import on_device
 from lora_jax.core.layout import Layout, pick, subscripts
-from lora_jax.core.sharding.meshes import einsum, is_sharded, on_mesh_of, reshard_like
+from lora_jax.core.quantized.weight import dequantized, is_quantized
+from lora_jax.core.sharding.meshes import (
+    einsum,
+    has_explicit_mesh,
+    is_sharded,
+    on_mesh_of,
+    reshard_like,
+)
 from lora_jax.core.weights import LoraWeight, scaled_factors
 
 
@@ -41,9 +50,13 @@ def column_products(node: LoraWeight) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Return ⟨W, W⟩, ⟨W, ΔV⟩ and ⟨ΔV, ΔV⟩ over the in axes, `[*batch, *out]`, ΔV = scale·A·B.
 
     With `B' = scale·B` they are Σ W², ⟨B', Aᵀ·W⟩ and ⟨B', AᵀA·B'⟩: no array of the weight's size is
-    formed. They are constants to the derivative.
+    formed, but of a quantized weight its values, of one stacked layer at a time. They are constants
+    to the derivative.
     """
+    if is_quantized(node.w) and _is_stack(node):
+        return _in_turn(column_products, node)
     w, a, b, scale = jax.lax.stop_gradient((on_device(node.w), node.a, node.b, node.scale))
+    w = dequantized(w)
     a, b = on_mesh_of(a, w), on_mesh_of(b, w)
     node = LoraWeight(w, a, b, scale, layout=node.layout)
     sub_a, sub_b, batch, sub_w = subscripts(node.layout)
@@ -59,6 +72,23 @@ def column_products(node: LoraWeight) -> tuple[jax.Array, jax.Array, jax.Array]:
     own = jnp.square(w.astype(dtype)).sum(node.layout.positions("i"))
     crossed, squared = ((b * reshard_like(x, b)).sum(len(batch)) for x in (crossed, squared))
     return reshard_like(by_output(node.layout, own), squared), crossed, squared
+
+
+def _is_stack(node: LoraWeight) -> bool:
+    """Return whether the first axis of a quantized weight stacks others, all on each device."""
+    codes = node.w.fields[node.w.format.codes]
+    return node.layout.axes[0] == "b" and not has_explicit_mesh(codes)
+
+
+def _in_turn(fn: Callable[[LoraWeight], Any], node: LoraWeight) -> Any:
+    """Return `fn` of each of the weights that the first axis stacks, stacked."""
+    layout = Layout(node.layout.axes[1:])
+
+    def one(arrays: tuple[Any, ...]) -> Any:
+        w, a, b, scale = arrays
+        return fn(LoraWeight(w, a, b, scale, layout=layout))
+
+    return jax.lax.map(one, (on_device(node.w), node.a, node.b, node.scale))
 
 
 def _rank_first(a: jax.Array, n_batch: int) -> jax.Array:

@@ -78,6 +78,10 @@ class DenseWarning(UserWarning):
     """A weight was materialized: the result is correct, but costs the memory of a weight."""
 
 
+class BaseKindWarning(UserWarning):
+    """Adapters were loaded on weights that are quantized in another way than in their training."""
+
+
 class LeftOutWarning(UserWarning):
     """`targets="all-linear"` left out a matrix that the function uses in another way."""
 

@@ -8,6 +8,7 @@ import jax
 from jax import lax
 
 from lora_jax.core.layout import Layout
+from lora_jax.core.quantized.weight import dequantized, is_quantized
 from lora_jax.core.sharding.meshes import gathered
 
 
@@ -37,14 +38,32 @@ def map_matrices(fn: Callable[..., Any], key: jax.Array, layout: Layout, *weight
     The results are stacked as `[*batch, ...]`. The matrices are processed one after the other, each
     with a separate key, so that a stack of layers takes one layer's temporary memory. On a mesh
     with explicit axes the weights are gathered first, because decompositions take only whole
-    matrices there, and the results are whole on every device.
+    matrices there, and the results are whole on every device. Quantized weights are
+    dequantized, one matrix at a time where their batch axes come first.
     """
-    stacks = [to_matrices(gathered(w), layout) for w in weights]
-    batch = stacks[0].shape[:-2]
-    flat = [stack.reshape(-1, *stack.shape[-2:]) for stack in stacks]
+    batch = layout.select("b", weights[0].shape)
+    if not layout.axes.startswith("b" * len(batch)):
+        weights = tuple(map(dequantized, weights))
+
+    def stacked(w: Any) -> Any:
+        if is_quantized(w):
+            return jax.tree.map(lambda x: gathered(x).reshape(-1, *x.shape[len(batch) :]), w)
+        stack = to_matrices(gathered(w), layout)
+        return stack.reshape(-1, *stack.shape[-2:])
+
+    def one(args: tuple[Any, ...]) -> Any:
+        return fn(args[0], *(_one_matrix(w, layout, len(batch)) for w in args[1:]))
+
     keys = jax.random.split(key, math.prod(batch))
-    results = lax.map(lambda args: fn(*args), (keys, *flat))
+    results = lax.map(one, (keys, *map(stacked, weights)))
     return jax.tree.map(lambda x: x.reshape(*batch, *x.shape[1:]), results)
+
+
+def _one_matrix(w: Any, layout: Layout, n_batch: int) -> jax.Array:
+    """Return a matrix as it is, and a quantized weight without its batch axes as a matrix."""
+    if not is_quantized(w):
+        return w
+    return to_matrices(w.dequantize(), Layout(layout.axes[n_batch:]))
 
 
 def as_factors(

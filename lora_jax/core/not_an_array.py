@@ -1,4 +1,4 @@
-"""What adapted weights answer to a function that takes them for arrays."""
+"""What adapted and quantized weights answer to a function that takes them for arrays."""
 
 from typing import Any, NoReturn
 
@@ -16,9 +16,15 @@ _ATTRIBUTES = (
 
 
 class NotAnArray:
-    """A parent of the adapted weights, for which arithmetic is an error that says what to do."""
+    """A parent of what stands for a weight, for which arithmetic is an error that says what to do.
+
+    Attributes:
+      what: what it is, in a few words.
+      to_arrays: the name of the function that makes plain arrays of it.
+    """
 
     __array_ufunc__ = None  # numpy leaves the operation to the weight
+    what, to_arrays = "an adapted weight", "merge"
 
     def __getattr__(self, name: str) -> Any:
         if name in _ATTRIBUTES:
@@ -28,9 +34,9 @@ class NotAnArray:
 
 def _message(node: Any) -> str:
     return (
-        f"{node!r} is an adapted weight, and this function takes it for an array. Transform the "
+        f"{node!r} is {node.what}, and this function takes it for an array. Transform the "
         "function, lora_jax.lora(fn)(params, ...), or make plain arrays of the weights with "
-        "lora_jax.merge(params)"
+        f"lora_jax.{node.to_arrays}(params)"
     )
 
 

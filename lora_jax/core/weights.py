@@ -16,7 +16,7 @@ from lora_jax.core.host_memory import on_device
 from lora_jax.core.layout import Layout, subscripts
 from lora_jax.core.not_an_array import NotAnArray
 from lora_jax.core.quantized.parts import rows_of
-from lora_jax.core.quantized.weight import is_quantized
+from lora_jax.core.quantized.weight import QuantizedWeight, is_quantized
 from lora_jax.core.sharding.meshes import sharding_without
 from lora_jax.core.short_repr import describe_fields, describe_node, describe_value, has_arrays
 
@@ -155,10 +155,10 @@ class TrainedRows(NotAnArray):
         return tuple(len(self.rows) if i == self.axis else shape[i] for i in self.order)
 
     def select(self, w: Any) -> jax.Array:
-        """Return the trained rows of `w`, laid out as `value` is."""
+        """Return the trained rows of `w`, an array or quantized, laid out as `value` is."""
+        w = on_device(w)
         if is_quantized(w):
             return rows_of(w, self.rows, self.axis).transpose(self.order)
-        w = on_device(w)
         rows = w.at[self._index].get(out_sharding=sharding_without(w, self.axis))
         return rows.transpose(self.order)
 
@@ -251,6 +251,8 @@ def _register_for_export(node: Any) -> None:
         values = dict(zip(static, aux, strict=True))
         if "layout" in values:
             values["layout"] = dataclasses.astuple(values["layout"])
+        if "dtype" in values:
+            values["dtype"] = jnp.dtype(values["dtype"]).name
         return json.dumps(values).encode()
 
     def deserialize(data: bytes) -> Any:
@@ -258,6 +260,8 @@ def _register_for_export(node: Any) -> None:
         if "layout" in values:
             axes, uses, *lookup_only = values["layout"]  # older artifacts end after `uses`
             values["layout"] = Layout(axes, tuple(uses), *lookup_only)
+        if "dtype" in values:
+            values["dtype"] = jnp.dtype(values["dtype"])
         if "rows" in values:  # older artifacts have no axis: the rows lay along the in axis
             values.setdefault("axis", values["layout"].axes.index("i"))
         return tuple(tuple(x) if isinstance(x := values[name], list) else x for name in static)
@@ -275,7 +279,7 @@ def _register_for_export(node: Any) -> None:
     )
 
 
-for _node in (LoraWeight, TrainedLeaf, TrainedRows):
+for _node in (LoraWeight, TrainedLeaf, TrainedRows, QuantizedWeight):
     _register_for_export(_node)
 
 
@@ -292,7 +296,10 @@ def restrict(node: Adapted, base: Any, mask: np.ndarray) -> Adapted:
             return dataclasses.replace(node, scale=scale)
         w = node.w
         if w is not None and w is not base:  # undo what the initializer changed in those layers
-            w = jnp.where(_along(mask, node.layout.positions("b"), w.ndim), w, base)
+            changed = _along(mask, node.layout.positions("b"), w.ndim)
+            if is_quantized(base) and not is_quantized(w):
+                base = base.dequantize()
+            w = jax.tree.map(lambda new, old: jnp.where(changed, new, old), w, base)
         a, b, scale = (
             jnp.where(_along(mask, range(mask.ndim), x.ndim), x, jnp.zeros_like(x))
             for x in (node.a, node.b, node.scale)
@@ -300,7 +307,9 @@ def restrict(node: Adapted, base: Any, mask: np.ndarray) -> Adapted:
         return dataclasses.replace(node, w=w, a=a, b=b, scale=scale)
 
     made = on_shapes(one, node, base)
-    if isinstance(node.w, jax.ShapeDtypeStruct):  # it may have a sharding, which `made.w` has not
+    if any(
+        isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(node.w)
+    ):  # it may have a sharding, which `made.w` has not
         made = dataclasses.replace(made, w=node.w)
     return made
 

@@ -149,7 +149,9 @@ class Context:
         if self.uses is not None:
             self.uses += dense_uses(lazy, primitive, line)
             return to_dense(lazy)
-        if not lazy.origin.looked_up:  # rows picked by ids are an activation
+        # Rows picked by ids are an activation; so is one picked from a weight without adapters.
+        is_row = lazy.a is None and lazy.origin.indexed and sum(n > 1 for n in lazy.shape) < 2
+        if not lazy.origin.looked_up and not is_row:
             done = _MATERIALIZED if lazy.a is not None or lazy.w is None else _DEQUANTIZED
             self._say_dense(lazy, primitive, line, why, done)
         return to_dense(lazy)

@@ -31,7 +31,8 @@ class Equation:
         """Return the output for this weight and this activation; `tie` is as in `Forms`."""
         if isinstance(w, QuantizedView):
             key = (stretches.spelling(self.eqn) or id(self.eqn), self.weight_is_left)
-            return multiply(self._bind, w, x, self.others, key, tie)
+            bind = dataclasses.replace(self, others=())._bind  # kept by JAX, so without arrays
+            return multiply(bind, w, x, self.others, key, tie)
         return self._bind(w, x, *self.others)
 
     def _bind(self, w: jax.Array, x: jax.Array, *others: Any) -> jax.Array:

@@ -1,6 +1,7 @@
 """Reading and rebuilding jaxprs: everything that a new JAX release can break is here."""
 
 import contextlib
+import functools
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -132,12 +133,13 @@ def linear_primitive(name: str) -> core.Primitive:
     """Return a primitive that applies `linear`, a function of constants and, last, an array `x`.
 
     `linear(*constants, x)` must be linear in `x`. Its `flip()` is the transpose of it, and its
-    `map(dims)` the function of many examples. Constants have no tangents and no cotangents.
+    `map(dims)` the function of many examples. Constants have no tangents and no cotangents. Those
+    that are equal are traced once per type of their inputs, and lowered to calls of one function.
     """
     primitive = core.Primitive(name)
 
     def infer_type(*avals: Any, linear: Any) -> Any:
-        return trace(linear, *avals)[0].outvars[0].aval
+        return _type_of(linear, avals, jax.sharding.get_abstract_mesh())
 
     def push_forward(args: Sequence[Any], tangents: Sequence[Any], *, linear: Any) -> Any:
         y, dx = primitive.bind(*args, linear=linear), tangents[-1]
@@ -170,8 +172,15 @@ def linear_primitive(name: str) -> core.Primitive:
     ad.primitive_jvps[primitive] = push_forward
     ad.primitive_transposes[primitive] = pull_back
     batching.primitive_batchers[primitive] = map_examples
-    mlir.register_lowering(primitive, mlir.lower_fun(lower, multiple_results=False))
+    lowering = mlir.lower_fun(lower, multiple_results=False)
+    mlir.register_lowering(primitive, lowering, inline=False)
     return primitive
+
+
+@functools.lru_cache(maxsize=4096)
+def _type_of(fn: Callable, avals: Sequence[Any], mesh: Any) -> Any:
+    """Return the type of what `fn` returns for inputs of these types, in the context of a mesh."""
+    return trace(fn, *avals)[0].outvars[0].aval
 
 
 def is_var(atom: Any) -> bool:

@@ -14,7 +14,13 @@ import numpy as np
 
 from lora_jax.adapters.split import base_of, split
 from lora_jax.core.config import LoraConfig
-from lora_jax.core.errors import AdapterFileError, StructureError, grouped
+from lora_jax.core.errors import (
+    AdapterFileError,
+    BaseKindWarning,
+    StructureError,
+    grouped,
+    warn_user,
+)
 from lora_jax.core.paths import flatten_with_paths
 from lora_jax.core.patterns import nearest
 from lora_jax.core.sharding.placement import Placement
@@ -26,6 +32,7 @@ from lora_jax.files.disk.fingerprint import (
     differences,
     fingerprint,
     parse_entry,
+    recoded,
     weak_entries,
 )
 
@@ -191,7 +198,9 @@ def load(path: str | os.PathLike, base: Any, *, fsdp: str | Sequence[str] | None
     Args:
       path: a file that `save` wrote.
       base: the parameter tree that the adapters were trained on, or a joined tree, of which only
-        the base is used. Concrete leaves must have the values that the file was saved with.
+        the base is used. Concrete leaves must have the values that the file was saved with. A
+        quantized leaf may have been floating there, or the other way round: unless its values are
+        the same, a `BaseKindWarning` tells so.
       fsdp: the names of the mesh axes that shard weights only to save memory. On a mesh factors
         are sharded as their weights are, but not along these; None stands for `data`, `fsdp`, `dp`,
         `ddp`, `batch` and `replica`, see `shardings`.
@@ -221,7 +230,10 @@ def fit(file: NativeFile, base: Any, fsdp: str | Sequence[str] | None = None) ->
         whole = {name for name, node in nodes.items() if isinstance(node, TrainedLeaf)}
         saved = _with_todays_names(file.header["base"], leaves)
         weak = weak_entries(saved)
-        problems += differences(saved, fingerprint(base, skip=whole, weak=weak))
+        found = fingerprint(base, skip=whole, weak=weak)
+        problems += differences(saved, found)
+        if not problems:
+            _tell_recoded(file.path, recoded(saved, found))
         if weak and not problems:
             warnings.warn(
                 f"{file.path}: an older release wrote this file. The base passed its check, the "
@@ -241,6 +253,18 @@ def fit(file: NativeFile, base: Any, fsdp: str | Sequence[str] | None = None) ->
         for name, node in nodes.items()
     }
     return jax.tree_util.tree_unflatten(treedef, [in_jax.get(name) for name in leaves])
+
+
+def _tell_recoded(path: str | os.PathLike, lines: Sequence[str]) -> None:
+    """Warn of the weights that are quantized here and not where the adapters were trained."""
+    if lines:
+        warn_user(
+            f"{path}: the base is quantized in another way than the one that the adapters were "
+            f"trained on:\n{strict_json.lines(lines, 'weights')}\nThe outputs differ by what "
+            "quantization loses. For those of the training, load the file on a base of that kind: "
+            "see lora_jax.quantize",
+            BaseKindWarning,
+        )
 
 
 def _with_todays_names(found: Mapping[str, Any], leaves: Mapping[str, Any]) -> dict[str, Any]:

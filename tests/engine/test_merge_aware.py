@@ -21,6 +21,7 @@ EVERY = [
     pytest.param(fn, kind, marks=[] if (fn, kind) in DEFAULT else pytest.mark.slow)
     for fn in (unrolled, scanned)
     for kind in WRITABLE
+    if (KINDS[kind].block or 1) <= WIDTH
 ]
 
 

@@ -9,6 +9,7 @@ import pytest
 
 from lora_jax.core.errors import StructureError
 from lora_jax.core.paths import flatten_with_paths
+from lora_jax.core.quantized.kinds import KINDS
 from lora_jax.core.quantized.weight import QuantizedWeight, is_quantized, quantize_array
 from lora_jax.files.naming import Entry, Naming, codes_of, leaf_like, to_tree
 
@@ -112,7 +113,8 @@ def test_blocks_that_a_leaf_would_cut(entry, axis, shape, leaf, message):
         kept(Naming((entry,)), tensors, like)
 
 
-def test_tensors_of_another_kind_are_refused():
+def test_tensors_of_another_kind_are_refused_if_that_of_the_leaf_cannot_be_written(monkeypatch):
+    monkeypatch.setitem(KINDS, "q6_k", dataclasses.replace(KINDS["q6_k"], encode=None))
     entry = Entry("a.{n}", "a", "linear", "o i -> n i o")
     sizes = {"codes": (np.uint8, 128), "high": (np.uint8, 64), "scales": (np.int8, 16)}
     fields = {n: np.zeros((6, k), dtype) for n, (dtype, k) in sizes.items()}

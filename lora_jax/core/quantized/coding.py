@@ -34,7 +34,7 @@ class Coding:
         if kind is not None and kind != w.kind:
             return cls(kind, w.axis, None, w.dtype)
         is_float = lambda x: jnp.issubdtype(x.dtype, jnp.floating)
-        floats = tuple((name, x.dtype) for name, x in w.fields.items() if is_float(x))
+        floats = tuple((name, x.dtype) for name, x in sorted(w.fields.items()) if is_float(x))
         return cls(w.kind, w.axis, w.block, w.dtype, floats)
 
     def encode(self, values: jax.Array) -> QuantizedWeight:

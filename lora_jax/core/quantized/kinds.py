@@ -8,6 +8,7 @@ from lora_jax.core.quantized.k_quants import Q4_K, Q5_K, Q6_K
 from lora_jax.core.quantized.kind import Kind
 from lora_jax.core.quantized.mxfp4 import MXFP4
 from lora_jax.core.quantized.nf4 import NF4
+from lora_jax.core.quantized.nf4_nested import NF4_NESTED
 from lora_jax.core.quantized.nvfp4 import NVFP4
 from lora_jax.core.quantized.tables import FP4, NF4_FLOAT32
 from lora_jax.core.quantized.zero_points import INT4_ZERO, INT8_ZERO
@@ -16,7 +17,7 @@ from lora_jax.core.quantized.zero_points import INT4_ZERO, INT8_ZERO
 KINDS: dict[str, Kind] = {
     kind.name: kind
     for kind in (
-        *(NF4, NF4_FLOAT32, FP4, MXFP4, NVFP4),
+        *(NF4, NF4_FLOAT32, NF4_NESTED, FP4, MXFP4, NVFP4),
         *(INT8, INT8_BLOCK, INT8_ZERO, INT4, INT4_ZERO),
         *(FP8, FP8_BLOCK),
         *(Q8_0, Q4_0, Q4_1, Q5_0, Q5_1),

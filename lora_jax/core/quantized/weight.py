@@ -32,6 +32,8 @@ class QuantizedWeight(NotAnArray):
     ((64, 3), dtype('float32'), (32, 3), Array(1., dtype=float32))
     """
 
+    what, to_arrays = "a quantized weight", "dequantize"
+
     fields: Mapping[str, Any]  # the arrays of `KINDS[kind]` by name
     kind: str = dataclasses.field(metadata={"static": True})
     axis: int = dataclasses.field(metadata={"static": True})  # of the blocks, negative
@@ -88,6 +90,11 @@ class QuantizedWeight(NotAnArray):
 def is_quantized(x: Any) -> bool:
     """Return whether a node stands for a weight by its codes."""
     return isinstance(x, QuantizedWeight)
+
+
+def dequantized(x: Any) -> Any:
+    """Return the values of a quantized weight; anything else as it is."""
+    return x.dequantize() if is_quantized(x) else x
 
 
 def quantize_array(w: jax.Array, kind: str, axis: int, block: int | None = None) -> QuantizedWeight:

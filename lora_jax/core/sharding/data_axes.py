@@ -10,6 +10,7 @@ from jax.sharding import NamedSharding
 
 from lora_jax.core.errors import ConfigError
 from lora_jax.core.paths import flatten_with_key_paths, path_str
+from lora_jax.core.quantized.weight import is_quantized
 
 #: The names of mesh axes that shard examples by convention, also as a part: "dcn_data".
 CONVENTIONAL = frozenset({"batch", "data", "ddp", "dp", "fsdp", "replica"})
@@ -130,8 +131,10 @@ def _first_entry(x: Any) -> frozenset[str]:
 def named_sharding(x: Any) -> NamedSharding | None:
     """Return how an array on a mesh, or what stands for it, is sharded; None where that is unknown.
 
-    Under tracing only axes that are explicit are known.
+    Under tracing only axes that are explicit are known. A quantized weight is sharded as its codes.
     """
+    if is_quantized(x):
+        x = x.fields[x.format.codes]
     if isinstance(x, jax.core.Tracer):
         sharding = jax.typeof(x).sharding
         return sharding if any(sharding.spec) else None

@@ -54,13 +54,13 @@ def gathered(x: Any) -> Any:
 
 
 def automatic(fn: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """Return `fn` of one array, with scalars for results, for arrays on any mesh.
+    """Return `fn` of one array or tree, with scalars for results, for arrays on any mesh.
 
     On a mesh with explicit axes the compiler shards what `fn` computes, as on any other mesh.
     """
 
     def call(x: Any) -> Any:
-        if not has_explicit_mesh(x):
+        if not any(map(has_explicit_mesh, jax.tree.leaves(x))):
             return fn(x)
         return jax.sharding.auto_axes(fn, out_sharding=PartitionSpec())(x)
 

@@ -31,6 +31,22 @@ def has_whole_blocks(kind: Kind, shape: Sequence[int], axis: int, sharding: Name
     return shape[axis] % (parts * kind.block) == 0
 
 
+def entries_by_field(weight: QuantizedWeight, entries: Sequence[Any]) -> dict[str, tuple[Any, ...]]:
+    """Return the names of the axes of each array, from those of the weight; empty if it has none.
+
+    An array with one entry for the whole blocked axis has no name there.
+    """
+
+    def one(name: str) -> tuple[Any, ...]:
+        own, shape = list(entries), getattr(weight.fields[name], "shape", None)
+        is_one = weight.format.fields[name].per_weight == 0 or (shape and shape[weight.axis] == 1)
+        if own and is_one:
+            own[weight.axis] = None
+        return tuple(own)
+
+    return {name: one(name) for name in weight.fields}
+
+
 def field_shardings(weight: QuantizedWeight, sharding: NamedSharding) -> dict[str, NamedSharding]:
     """Return how each array of a weight is sharded that is itself sharded like this.
 

@@ -11,10 +11,11 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from lora_jax.core.checks import is_size
+from lora_jax.core.checks import is_number, is_size
 from lora_jax.core.errors import ModelFileError
 from lora_jax.core.foreign import shown, shown_value
 from lora_jax.core.quantized import nf4
+from lora_jax.core.quantized.nf4_nested import dynamic_map
 from lora_jax.core.quantized.tables import FP4_VALUES
 from lora_jax.core.quantized.weight import QuantizedWeight
 from lora_jax.files.disk.strict_json import parse_json
@@ -108,6 +109,8 @@ class _FourBits:
     def keep(self) -> QuantizedWeight:
         """Return codes whose blocks end where a row does; a block of the file may be several."""
         size = self.shape[-1]
+        if per_row := self._scales_per_nested():
+            return self._keep_nested(per_row)
         block = math.gcd(size, self.block)
         if block < SHORTEST:
             raise ModelFileError(
@@ -124,6 +127,51 @@ class _FourBits:
             return pieces[: math.prod(per_block)].reshape(per_block)
 
         return self._weight(codes, scales, (*self.shape[:-1], size // 2), per_block)
+
+    def _scales_per_nested(self) -> int:
+        """Return how many neighbouring scales of a row share a nested one; 0 for too few.
+
+        A row then has a scale per 64 numbers: a longer block of the file gives several.
+        """
+        size = self.shape[-1]
+        if not self.nested or self.kind != "nf4_float32" or size % nf4.BLOCK:
+            return 0
+        if self.block % nf4.BLOCK or not np.array_equal(self._nested_map(), dynamic_map()):
+            return 0
+        count = self._get("nested_blocksize", is_size) * self.block // nf4.BLOCK
+        found = math.gcd(size // nf4.BLOCK, count)
+        return found if found >= SHORTEST else 0
+
+    def _keep_nested(self, per_nested: int) -> QuantizedWeight:
+        """Return codes with the scales of the file: 8-bit codes, and their own scales."""
+        rows, size = self.shape[:-1], self.shape[-1]
+        scales = (*rows, size // nf4.BLOCK)
+        nested = (*rows, scales[-1] // per_nested)
+        pieces = self.block // nf4.BLOCK
+
+        def codes() -> np.ndarray:
+            return pack_blocks(self._codes().reshape(self.shape), nf4.BLOCK)
+
+        def scale_codes() -> np.ndarray:
+            found = np.asarray(self.tensors[f"{self.name}.absmax"])
+            return np.repeat(found, pieces)[: math.prod(scales)].reshape(scales)
+
+        def nested_scales() -> np.ndarray:
+            of_scale = np.arange(0, math.prod(scales), per_nested) // pieces
+            at = of_scale // self._get("nested_blocksize", is_size)
+            return self._nested_absmax()[at].reshape(nested)
+
+        def offset() -> np.ndarray:
+            return np.full((*rows, 1), self._offset(), np.float32)
+
+        byte, wide = np.dtype(np.uint8), np.dtype(np.float32)
+        fields = {
+            "codes": LazyArray((*rows, size // 2), byte, codes),
+            "scales": LazyArray(scales, byte, scale_codes),
+            "nested": LazyArray(nested, wide, nested_scales),
+            "offset": LazyArray((*rows, 1), wide, offset),
+        }
+        return QuantizedWeight(fields, "nf4_nested", -1, self.dtype)
 
     def values(self) -> np.ndarray:
         """Return the values, of one row with blocks as in the file."""
@@ -162,12 +210,18 @@ class _FourBits:
         if not self.nested:
             return absmax
         block = self._get("nested_blocksize", is_size)
-        offset = self._get("nested_offset", lambda x: isinstance(x, int | float))
-        count = -(-self.blocks // block)
-        nested = np.asarray(part(self.tensors, f"{self.name}.nested_absmax", (count,), "float32"))
-        table = np.asarray(part(self.tensors, f"{self.name}.nested_quant_map", (256,), "float32"))
-        largest = np.repeat(nested, block)[: self.blocks]
-        return table[absmax] * largest + np.float32(offset)
+        largest = np.repeat(self._nested_absmax(), block)[: self.blocks]
+        return self._nested_map()[absmax] * largest + self._offset()
+
+    def _nested_absmax(self) -> np.ndarray:
+        count = -(-self.blocks // self._get("nested_blocksize", is_size))
+        return np.asarray(part(self.tensors, f"{self.name}.nested_absmax", (count,), "float32"))
+
+    def _nested_map(self) -> np.ndarray:
+        return np.asarray(part(self.tensors, f"{self.name}.nested_quant_map", (256,), "float32"))
+
+    def _offset(self) -> np.float32:
+        return np.float32(self._get("nested_offset", is_number))
 
 
 def _is_shape(x: Any) -> bool:

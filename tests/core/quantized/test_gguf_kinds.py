@@ -9,7 +9,6 @@ import pytest
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import dequantize, quantize
 
-from lora_jax.core.errors import ConfigError
 from lora_jax.core.quantized.weight import QuantizedWeight, dequantize_array, quantize_array
 from lora_jax.files.disk import gguf_blocks
 
@@ -80,6 +79,34 @@ def test_codes_of_values_are_those_of_gguf(name, optimized):
     jax.tree.map(lambda x, y: same_bits(x.T, y), dict(turned.fields), want)
 
 
-def test_k_quants_are_not_written():
-    with pytest.raises(ConfigError, match="q4_k can be read from files, but not written"):
-        quantize_array(jnp.zeros((256,)), "q4_k", 0)
+def as_stored(name, weight):
+    """Return the bytes of a file, from fields with the blocks along the last axis."""
+    block = weight.format.block
+    parts = [
+        np.asarray(weight.fields[field]).reshape(ROWS * WIDTH // block, -1).view(np.uint8)
+        for field in gguf_blocks.FIELDS[name]
+    ]
+    return np.concatenate(parts, 1).reshape(ROWS, -1)
+
+
+# what llama.cpp's searches with all of their candidates leave of these numbers
+LLAMA_CPP = [("Q4_K", 0.07277), ("Q5_K", 0.03686), ("Q6_K", 0.01785)]
+
+
+@pytest.mark.parametrize(("name", "error"), LLAMA_CPP)
+def test_k_quants_are_written_nearly_as_well_as_by_llama_cpp(name, error):
+    values = np.random.default_rng(1).standard_normal((ROWS, WIDTH)).astype(np.float32)
+    values[0], values[1, :256], values[2] = 0, 0.3, -np.abs(values[2])
+    values[3, 7] = 1000  # among small numbers
+    encode = jax.jit(lambda values: quantize_array(values, name.lower(), -1))
+    weight = encode(values)
+    got = dequantize(as_stored(name, weight), GGMLQuantizationType[name])
+    same_bits(weight.dequantize(), got)
+    relative = lambda got, want: np.linalg.norm(got - want) / np.linalg.norm(want)
+    assert relative(got[4:], values[4:]) < 1.01 * error
+    assert not got[0].any() and relative(got[1, :256], values[1, :256]) < 1e-3
+    assert relative(got[2], values[2]) < 1.2 * error
+    assert relative(got[3], values[3]) < 0.023  # 0.0226 if that number alone were kept
+    again = encode(got).dequantize()
+    assert (abs(again - got) > 1e-6 * abs(got)).mean() < 0.02  # most runs find their scale again
+    assert relative(again, got) < 0.1 * error

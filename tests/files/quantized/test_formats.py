@@ -8,9 +8,12 @@ import pytest
 
 from lora_jax.core.errors import ModelFileError
 from lora_jax.core.quantized import nf4
+from lora_jax.core.quantized.nf4_nested import dynamic_map
 from lora_jax.files import quantized
+from lora_jax.files.disk import safetensors_file
 from lora_jax.files.quantized.groups import irregular, regular
 from lora_jax.files.quantized.packing import unpack_words
+from tests.parity.quantized.test_quantized import RECORDED
 
 GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 32}
 PACKED = {
@@ -125,6 +128,43 @@ def nf4_file(size, block=64, **state):
 
 
 BNB = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+
+
+@pytest.mark.parametrize(
+    "shape, block, kind, kept",
+    [
+        ((3, 1024), 64, "nf4_nested", 1024),
+        ((3, 1024), 128, "nf4_nested", 1024),
+        ((5, 3072), 64, "nf4_nested", 1024),  # nested blocks of 16384 numbers, which cross rows
+        ((2, 192), 64, "nf4_float32", 64),  # of three scales none is shared
+        ((4, 64), 32, "nf4_float32", 32),
+    ],
+)
+def test_scales_that_are_quantized_too(shape, block, kind, kept):
+    tensors, _ = nf4_file(list(shape), block, nested_blocksize=256, nested_offset=0.75)
+    rng, count = numbers(2), int(np.prod(shape))
+    codes = rng.integers(0, 256, count // block).astype(np.uint8)
+    nested = rng.uniform(0.1, 0.3, -(-codes.size // 256)).astype(np.float32)
+    tensors |= {
+        "up.weight.absmax": codes,
+        "up.weight.nested_absmax": nested,
+        "up.weight.nested_quant_map": dynamic_map(),
+    }
+    absmax = dynamic_map()[codes] * np.repeat(nested, 256)[: codes.size] + np.float32(0.75)
+    bits = tensors["up.weight"].ravel()
+    table = np.asarray(nf4.VALUES, np.float32)[np.stack([bits >> 4, bits & 15], -1).ravel()]
+    expected = (table * np.repeat(absmax, block)).reshape(shape)
+    found = read(tensors, BNB)
+    np.testing.assert_array_equal(np.asarray(found), expected)
+    assert (found.codes().kind, found.codes().block) == (kind, kept)
+    # XLA may round a product and a sum once
+    np.testing.assert_allclose(values_of(found.codes()), expected, rtol=0, atol=2e-7)
+
+
+def test_the_map_of_nested_scales_is_that_of_bitsandbytes():
+    tensors, _ = safetensors_file.read(RECORDED / "bitsandbytes_nf4_nested/model.safetensors")
+    found = [x for name, x in tensors.items() if name.endswith("nested_quant_map")]
+    np.testing.assert_array_equal(dynamic_map(), found[0])
 
 
 @pytest.mark.parametrize("shape, block", [((5, 96), 32), ((3, 24), 8), ((5, 7), None)])
