@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from lora_jax.adapters.kept_shardings import (
@@ -51,9 +52,10 @@ def by_label(
 
     def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> Any:
         like: Any = jax.tree.structure(updates)
+        updates = _with_integers(updates, params)
         for name, value in extra.items():
             if jax.tree.structure(value) == like:
-                extra[name] = open_nodes(value)
+                extra[name] = open_nodes(_with_integers(value, params))
             elif callable(value):
                 extra[name] = _on_whole(value, params)
         opened = None if params is None else open_nodes(params)
@@ -62,6 +64,15 @@ def by_label(
         return close_nodes(new, updates), state
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _with_integers(gradients: Any, params: Any) -> Any:
+    """Return gradients with those of integers, for which Equinox has None, as JAX has them."""
+    if params is None or len(jax.tree.leaves(gradients)) == len(jax.tree.leaves(params)):
+        return gradients
+    nothing = lambda x: np.zeros(x.shape, jax.dtypes.float0)
+    fill = lambda g, x: jax.tree.map(nothing, x) if g is None else g
+    return jax.tree.map(fill, gradients, params, is_leaf=lambda g: g is None)
 
 
 def _unchanged() -> optax.GradientTransformation:

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 
+from lora_jax.adapters import flax_bytes
 from lora_jax.adapters.block_axis import choose_axis
 from lora_jax.adapters.split import join, split
 from lora_jax.adapters.targets import select_targets
@@ -89,6 +90,7 @@ def quantize(
     >>> quantize({"kernel": jnp.ones((128, 3))}, "nf4")
     {'kernel': QuantizedWeight(float32[128,3], nf4, axis=-2)}
     """
+    flax_bytes.register()
     if callable(fn):
         fn = params_first("quantize", fn, argnum, argname)
     elif fn is not None:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from lora_jax.core.algebra import dense
 from lora_jax.core.errors import ConfigError
 from lora_jax.core.linalg import matmul
+from lora_jax.core.quantized.weight import is_quantized
 from lora_jax.core.weights import LoraWeight, TrainedLeaf, TrainedRows
 from lora_jax.engine.context import Context
 from lora_jax.engine.custom_rules import Rule
@@ -100,6 +101,8 @@ def _objective(
             return dense(leaf)
         if isinstance(leaf, TrainedRows):
             return LazyWeight.of_rows(leaf, path)
+        if is_quantized(leaf):
+            return LazyWeight.of_quantized(leaf, path)
         if not isinstance(leaf, LoraWeight):
             return leaf
         if argument == FIRST and path in sketches:

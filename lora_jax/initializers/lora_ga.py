@@ -18,6 +18,7 @@ from lora_jax.core.matrices import as_factors, map_matrices
 from lora_jax.core.params_argument import params_first
 from lora_jax.core.paths import path_key
 from lora_jax.core.patterns import Pattern
+from lora_jax.core.quantized.weight import dequantized, is_quantized
 from lora_jax.core.sharding.meshes import gathered, reshard_like
 from lora_jax.core.tree import map_adapted
 from lora_jax.core.weights import LoraWeight
@@ -89,6 +90,7 @@ def lora_ga(
     _check(scale, gamma)
     loss = params_first("lora_ga", loss, argnum, argname)
     nodes = require_untrained("lora_ga", params, targets)
+    _check_bases(nodes)
     _check_sizes(nodes)
     gradients = _gradients(loss, params, nodes, as_batches("lora_ga", batches))
     _check_gradients(gradients)
@@ -105,6 +107,18 @@ def _check(scale: Any, gamma: Any) -> None:
         raise ConfigError(f"lora_ga: scale must be one of {SCALES}, got {scale!r}")
     if not is_number(gamma) or not 0 < float(gamma) < math.inf:
         raise ConfigError(f"lora_ga: gamma must be a positive number, got {gamma!r}")
+
+
+def _check_bases(nodes: Mapping[str, LoraWeight]) -> None:
+    problems = [
+        f"{path}: lora_ga subtracts the update that A and B begin with from the base, and codes of "
+        f"{node.w.kind} cannot hold the difference. Begin with floating weights, and quantize the "
+        "result: quantize(lora_ga(...), kind); or leave it out of targets="
+        for path, node in nodes.items()
+        if is_quantized(node.w)
+    ]
+    if problems:
+        raise TargetError(grouped(problems))
 
 
 def _check_sizes(nodes: Mapping[str, LoraWeight]) -> None:
@@ -144,7 +158,7 @@ def _gradients(
             plain = map_adapted(
                 lambda path, node: weights[path] if path in weights else dense(node), params
             )
-            value = loss(plain, *batch)
+            value = loss(jax.tree.map(dequantized, plain, is_leaf=is_quantized), *batch)
             if jnp.shape(value) or not jnp.issubdtype(jnp.result_type(value), jnp.floating):
                 raise ConfigError(
                     "lora_ga: the loss must return a floating scalar, got "

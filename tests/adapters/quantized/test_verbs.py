@@ -1,6 +1,7 @@
 """Every verb on a quantized base, against the same verb on its dequantized values."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -140,3 +141,24 @@ def test_the_message_of_a_quantized_weight():
         ):
             use(base()["table"])
     assert is_quantized(base()["table"]) and not hasattr(base()["table"], "nothing")
+
+
+@pytest.mark.slow
+def test_eva_reads_inputs():
+    trees = [lora.init(KEY, tree, tiny.CONFIG, model, IDS) for tree in (base(), dense())]
+    made = [lora.eva(model, tree, [(IDS,), (IDS + 3,)]) for tree in trees]
+    got, want = (jax.tree.map(abs, lora.split(tree)[1]) for tree in made)
+    assert_close(got, want, rtol=1e-3)
+
+
+def test_lora_ga_needs_floating_weights():
+    tree = lora.init(KEY, base(), tiny.CONFIG, model, IDS)
+    with pytest.raises(lora.TargetError, match=r"up/kernel: .*codes of int4 cannot hold"):
+        lora.lora_ga(lambda params, ids: (model(params, ids) ** 2).mean(), tree, [(IDS,)])
+    head = lambda params, x: ((x @ params["up"] @ params["down"]) ** 2).mean()
+    shapes = {"up": (64, 32), "down": (32, 8)}
+    params = {name: jax.random.normal(KEY, shape) for name, shape in shapes.items()}
+    x, config = jax.random.normal(KEY, (3, 64)), lora.LoraConfig(rank=2, targets=["down"])
+    params = lora.quantize(params, "int4", targets=["up"])
+    made = lora.lora_ga(head, lora.init(KEY, params, config, head, x), [(x,)])
+    assert made["up"] is params["up"] and jnp.abs(made["down"].b).max() > 0
