@@ -210,7 +210,7 @@ class _FourBits:
         if not self.nested:
             return absmax
         block = self._get("nested_blocksize", is_size)
-        largest = np.repeat(self._nested_absmax(), block)[: self.blocks]
+        largest = self._nested_absmax()[np.arange(self.blocks) // block]
         return self._nested_map()[absmax] * largest + self._offset()
 
     def _nested_absmax(self) -> np.ndarray:

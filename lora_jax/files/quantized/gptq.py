@@ -28,7 +28,7 @@ def read(tensors: Mapping[str, Any], config: Mapping[str, Any], dtype: Any) -> d
     if bits not in _BITS:
         raise ModelFileError(f"GPTQ: bits {shown_value(bits)} is not one of {list(_BITS)}")
     layout = config.get("checkpoint_format") or config.get("format") or "gptq"
-    if layout not in _LESS_ONE:
+    if not isinstance(layout, str) or layout not in _LESS_ONE:
         raise ModelFileError(
             f"GPTQ: checkpoint_format {shown_value(layout)} is not one of {list(_LESS_ONE)}; "
             "save the model in one of them"

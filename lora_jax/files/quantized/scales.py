@@ -64,7 +64,7 @@ def grid(
     if rows * columns == 1 and len(scales.shape) <= 2 and not square:
         return Grid((1, 1), np.zeros(out, int), regular(size, size))
     if square is not None:
-        if len(square) != 2 or not all(map(is_size, square)):
+        if not isinstance(square, list) or len(square) != 2 or not all(map(is_size, square)):
             raise ModelFileError(f"blocks of {shown_value(square)} are not a height and a width")
         high, wide = square
         if (rows, columns) == (-(-out // high), -(-size // wide)):

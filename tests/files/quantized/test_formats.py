@@ -13,6 +13,7 @@ from lora_jax.files import quantized
 from lora_jax.files.disk import safetensors_file
 from lora_jax.files.quantized.groups import irregular, regular
 from lora_jax.files.quantized.packing import unpack_words
+from lora_jax.files.quantized.stored import dequantized
 from tests.parity.quantized.test_quantized import RECORDED
 
 GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 32}
@@ -66,11 +67,6 @@ def read(tensors, config):
     return quantized.read(tensors, config, None)["up.weight"]
 
 
-def values_of(codes):
-    fields = {name: jnp.asarray(np.asarray(x)) for name, x in codes.fields.items()}
-    return codes.__class__(fields, codes.kind, codes.axis, jnp.dtype("float32")).dequantize()
-
-
 @pytest.mark.parametrize("bits", [2, 3, 8])
 @pytest.mark.parametrize("layout", ["gptq", "gptq_v2"])
 def test_gptq_of_other_bits(bits, layout):
@@ -78,7 +74,7 @@ def test_gptq_of_other_bits(bits, layout):
     found = read(tensors, {**GPTQ, "bits": bits, "checkpoint_format": layout})
     np.testing.assert_array_equal(np.asarray(found), expected)
     assert found.codes().kind == ("int8_zero" if bits == 8 else "int4_zero")
-    np.testing.assert_array_equal(values_of(found.codes()), expected)
+    np.testing.assert_array_equal(dequantized(found.codes()), expected)
 
 
 @pytest.mark.parametrize(
@@ -89,7 +85,7 @@ def test_the_last_group_may_be_shorter(group, without_index, block):
     tensors, expected = gptq(4, size=80, group=group if group > 0 else 80, **changed)
     found = read(tensors, {**GPTQ, "group_size": group})
     assert found.codes().block == block and found.shape == (32, 80)
-    np.testing.assert_array_equal(values_of(found.codes()), expected)
+    np.testing.assert_array_equal(dequantized(found.codes()), expected)
     np.testing.assert_array_equal(np.asarray(found), expected)
 
 
@@ -133,7 +129,6 @@ BNB = {"quant_method": "bitsandbytes", "load_in_4bit": True}
 @pytest.mark.parametrize(
     "shape, block, kind, kept",
     [
-        ((3, 1024), 64, "nf4_nested", 1024),
         ((3, 1024), 128, "nf4_nested", 1024),
         ((5, 3072), 64, "nf4_nested", 1024),  # nested blocks of 16384 numbers, which cross rows
         ((2, 192), 64, "nf4_float32", 64),  # of three scales none is shared
@@ -158,7 +153,7 @@ def test_scales_that_are_quantized_too(shape, block, kind, kept):
     np.testing.assert_array_equal(np.asarray(found), expected)
     assert (found.codes().kind, found.codes().block) == (kind, kept)
     # XLA may round a product and a sum once
-    np.testing.assert_allclose(values_of(found.codes()), expected, rtol=0, atol=2e-7)
+    np.testing.assert_allclose(dequantized(found.codes()), expected, rtol=0, atol=2e-7)
 
 
 def test_the_map_of_nested_scales_is_that_of_bitsandbytes():
@@ -178,7 +173,7 @@ def test_blocks_that_cross_rows(shape, block):
             found.codes()
         return
     assert found.codes().block == block
-    np.testing.assert_array_equal(values_of(found.codes()), expected)
+    np.testing.assert_array_equal(dequantized(found.codes()), expected)
 
 
 def test_bytes_that_a_file_calls_by_another_dtype():
@@ -194,6 +189,11 @@ WRONG = {
     "quant_method": ({}, ["gptq"]),
     "bits 5 is not one of": ({}, {**GPTQ, "bits": 5}),
     "checkpoint_format 'marlin'": ({}, {**GPTQ, "checkpoint_format": "marlin"}),
+    r"checkpoint_format \['gptq'\] is not": ({}, {**GPTQ, "checkpoint_format": ["gptq"]}),
+    "blocks of 16 are not a height and a width": (
+        {"up.weight": E4, "up.weight_scale_inv": np.ones((2, 4), "f4")},
+        {"quant_method": "fp8", "weight_block_size": 16},
+    ),
     "up.scales'?: missing": (gptq(4, scales=None)[0], GPTQ),
     r"up.qzeros'?: is int32 \[2, 3\], but": (gptq(4, qzeros=np.zeros((2, 3), "i4"))[0], GPTQ),
     r"up.scales'?: is int32": (gptq(4, scales=np.zeros((2, 32), "i4"))[0], GPTQ),

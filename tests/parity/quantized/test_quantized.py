@@ -4,7 +4,6 @@
 made from its written definition).
 """
 
-import dataclasses
 import functools
 import hashlib
 import json
@@ -19,6 +18,7 @@ import pytest
 import lora_jax
 from lora_jax import models
 from lora_jax.core.quantized.weight import is_quantized
+from lora_jax.files.quantized.stored import dequantized
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 RECORDED = pathlib.Path(__file__).parent / "recorded"
@@ -49,6 +49,12 @@ KINDS = {
 }
 
 
+def some(*quick, without=""):
+    """All models, of which some are in the default suite: a model is a few compilations."""
+    mark = lambda name: [] if name in quick else pytest.mark.slow
+    return [pytest.param(name, marks=mark(name)) for name in CAUSAL if name != without]
+
+
 @functools.cache
 def logits() -> dict[str, np.ndarray]:
     with np.load(RECORDED / "logits.npz") as file:
@@ -61,20 +67,20 @@ def digest(values) -> str:
     return hashlib.sha256(values.tobytes()).hexdigest()
 
 
-@jax.jit
-def dequantize(w):
-    return dataclasses.replace(w, dtype=jnp.float32).dequantize()
-
-
 def floats(tree, dtype):
     """The tree's weights in float32, rounded to a dtype before."""
-    one = lambda w: (dequantize(w) if is_quantized(w) else w).astype(dtype).astype(jnp.float32)
+    one = lambda w: jnp.asarray(dequantized(w) if is_quantized(w) else w, dtype).astype("float32")
     return jax.tree.map(one, tree, is_leaf=is_quantized)
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def apply(fn, params, ids):
     return fn(params, ids)
+
+
+@functools.cache
+def float_model():
+    return models.load(RECORDED / "fp8", "float32").apply
 
 
 @pytest.mark.parametrize("name", EXPECTED)
@@ -95,37 +101,24 @@ def key_of(kept):
     return [key for key, x in kept.items() if is_quantized(x)][-1]
 
 
-@pytest.mark.parametrize("name", CAUSAL)
+@pytest.mark.parametrize("name", some("awq"))
 def test_the_logits_are_those_of_transformers(name):
     dtype = EXPECTED[name]["dtype"]
     quantize = None if name == NOT_KEPT else "keep"
     kept = models.load(RECORDED / name, dtype, quantize=quantize)
     assert "quantization_config" not in kept.settings
-    fn = models.Apply(models.load(RECORDED / "fp8", "float32").module)
-    got = apply(fn, floats(kept.params, dtype), logits()["ids"])
+    got = apply(float_model(), floats(kept.params, dtype), logits()["ids"])
     np.testing.assert_allclose(got, logits()[name], atol=1e-5)
 
 
-# one in the default suite, because a step is a compilation
-STEPS = [
-    pytest.param(name, marks=[] if name == "gptq" else pytest.mark.slow)
-    for name in CAUSAL
-    if name != NOT_KEPT
-]
-
-
-@pytest.mark.parametrize("name", STEPS)
+@pytest.mark.parametrize("name", some("gptq", without=NOT_KEPT))
 def test_a_step_and_its_adapter_are_those_of_the_float_model(name, tmp_path):
     kept = models.load(RECORDED / name, "float32", quantize="keep")
-    base = {"kept": kept.params, "float": floats(kept.params, "float32")}
     ids = jnp.asarray(logits()["ids"])
     config = lora_jax.LoraConfig(rank=2)
-    tree = lora_jax.init(jax.random.key(0), base["kept"], config, kept.apply, ids)
-    start = jax.tree.map(lambda x: x + 0.02, lora_jax.split(tree)[1])
-    bases = {"kept": lora_jax.split(tree)[0]}
-    bases["float"] = lora_jax.split(
-        lora_jax.init(jax.random.key(0), base["float"], config, kept.apply, ids)
-    )[0]
+    tree = lora_jax.init(jax.random.key(0), kept.params, config, kept.apply, ids)
+    base, start = lora_jax.split(tree)
+    start = jax.tree.map(lambda x: x + 0.02, start)
     adapted = lora_jax.lora(kept.apply, on_dense="error")
 
     @jax.jit
@@ -137,14 +130,14 @@ def test_a_step_and_its_adapter_are_those_of_the_float_model(name, tmp_path):
         value, grads = jax.value_and_grad(loss)(adapters)
         return value, grads, jax.tree.map(lambda x, g: x - 0.1 * g, adapters, grads)
 
-    value, grads, trained = step(start, bases["kept"])
+    value, grads, trained = step(start, base)
     close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
-    jax.tree.map(close, (value, grads), step(start, bases["float"])[:2])
-    assert step(trained, bases["kept"])[0] < value
+    jax.tree.map(close, (value, grads), step(start, lora_jax.dequantize(base))[:2])
+    assert step(trained, base)[0] < value
     lora_jax.peft.save(
-        tmp_path, lora_jax.join(bases["kept"], trained), kept.naming, base=kept.params,
+        tmp_path, lora_jax.join(base, trained), kept.naming, base=kept.params,
         config=config,
     )  # fmt: skip
-    for one in base.values():
+    for one in (kept.params, floats(kept.params, "float32")):
         loaded = lora_jax.peft.load(tmp_path, one, kept.naming)
         jax.tree.map(np.testing.assert_array_equal, loaded, trained)
