@@ -19,8 +19,10 @@ from lora_jax.core.host_memory import on_device
 from lora_jax.core.layout import Layout
 from lora_jax.core.params_argument import params_first
 from lora_jax.core.paths import path_key
-from lora_jax.core.quantized.weight import dequantized
-from lora_jax.core.sharding.placement import Placement
+from lora_jax.core.quantized.weight import QuantizedWeight, dequantized, is_quantized
+from lora_jax.core.sharding.data_axes import named_sharding
+from lora_jax.core.sharding.placement import Placement, put
+from lora_jax.core.sharding.quantized import field_shardings
 from lora_jax.core.weights import Adapted, LoraWeight, TrainedLeaf, TrainedRows, restrict
 from lora_jax.engine.custom_rules import Rule
 from lora_jax.initializers import INITIALIZERS
@@ -190,13 +192,25 @@ def _check_initialized(node: LoraWeight, w: Any, rank: int, dtype: Any) -> None:
 def _place_like(w: Any, base: Any) -> Any:
     """Return the base that an initializer made, on the devices of `w` and sharded alike."""
     if isinstance(w, jax.ShapeDtypeStruct):
-        return w
+        return base if is_quantized(base) else w
     if base is w or not isinstance(w, jax.Array) or isinstance(w, jax.core.Tracer):
         return base
+    if is_quantized(base):
+        return _place_codes(w, base)
     base = jnp.asarray(base)
     # Keep an array that may still go to any device: `device_put` would commit it to one.
     same = base.sharding.is_equivalent_to(w.sharding, w.ndim)
     return base if same else jax.device_put(base, w.sharding)
+
+
+def _place_codes(w: Any, base: QuantizedWeight) -> QuantizedWeight:
+    """Return a base that an initializer quantized, its arrays sharded as `w` is."""
+    sharding = named_sharding(w)
+    if sharding is None:
+        return base
+    places = field_shardings(base, sharding)
+    fields = {name: put(x, places[name]) for name, x in base.fields.items()}
+    return dataclasses.replace(base, fields=fields)
 
 
 def train_whole(w: Any, config: LoraConfig) -> TrainedLeaf:

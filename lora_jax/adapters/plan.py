@@ -20,6 +20,7 @@ from lora_jax.core.errors import ConfigError, TargetError, grouped, warn_user
 from lora_jax.core.layout import Layout
 from lora_jax.core.paths import flatten_with_paths
 from lora_jax.core.patterns import lookup, nearest, select
+from lora_jax.core.quantized.qwix import refuse_qarrays
 from lora_jax.core.weights import is_adapted
 from lora_jax.engine import layout_inference
 from lora_jax.engine.custom_rules import Rule, check_rules
@@ -66,6 +67,7 @@ def make_plan(
             "nothing would train: exclude leaves no target, and train and rows name no leaf"
         )
     _check_overrides(config, {**targets, **dict.fromkeys(rows, "rows")})
+    refuse_qarrays(caller, params, {**targets, **taken})
     _check_floating({**targets, **dict.fromkeys(whole)}, leaves)
     layouts = layout_inference.layouts_of(config, targets, leaves, uses)
     layouts, masks = select_layers(config, targets, layouts, leaves)

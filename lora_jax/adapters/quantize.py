@@ -21,6 +21,7 @@ from lora_jax.core.paths import flatten_with_paths
 from lora_jax.core.patterns import Pattern, compile_regex, lookup, nearest
 from lora_jax.core.quantized.kinds import WRITABLE, kind_named
 from lora_jax.core.quantized.layerwise import quantize_leaf
+from lora_jax.core.quantized.qwix import refuse_qarrays
 from lora_jax.core.quantized.weight import QuantizedWeight, dequantize_array, is_quantized
 from lora_jax.core.sharding.data_axes import named_sharding
 from lora_jax.core.sharding.placement import put
@@ -109,6 +110,7 @@ def quantize(
     uses = None if fn is None else infer_uses(fn, base, args, kwargs, rules)
     targets, exclude = check_pattern("targets", targets), check_pattern("exclude", exclude)
     chosen = select_targets(targets, exclude, leaves, uses, advice=_ADVICE)
+    refuse_qarrays("quantize", params, chosen)
     kinds = _kinds_of(kind, chosen, leaves)
     _check_floating(kinds, leaves)
     found = _axes_of(kinds, leaves, uses, layouts, _check_axes(axes, leaves))

@@ -16,7 +16,7 @@ from lora_jax.core.host_memory import on_device
 from lora_jax.core.layout import Layout, subscripts
 from lora_jax.core.not_an_array import NotAnArray
 from lora_jax.core.quantized.parts import rows_of
-from lora_jax.core.quantized.weight import QuantizedWeight, is_quantized
+from lora_jax.core.quantized.weight import QuantizedWeight, is_quantized, quantize_array
 from lora_jax.core.sharding.meshes import sharding_without
 from lora_jax.core.short_repr import describe_fields, describe_node, describe_value, has_arrays
 
@@ -299,6 +299,8 @@ def restrict(node: Adapted, base: Any, mask: np.ndarray) -> Adapted:
             changed = _along(mask, node.layout.positions("b"), w.ndim)
             if is_quantized(base) and not is_quantized(w):
                 base = base.dequantize()
+            elif is_quantized(w) and not is_quantized(base):
+                base = quantize_array(base, w.kind, w.axis)
             w = jax.tree.map(lambda new, old: jnp.where(changed, new, old), w, base)
         a, b, scale = (
             jnp.where(_along(mask, range(mask.ndim), x.ndim), x, jnp.zeros_like(x))

@@ -3,26 +3,11 @@
 import jax
 import jax.numpy as jnp
 
-# QLoRA, https://arxiv.org/abs/2305.14314, appendix E: quantiles of a normal distribution in
-# [-1, 1], eight of them negative (with -1), zero, and seven positive (with 1).
-NF4 = (
-    -1.0,
-    -0.6961928009986877,
-    -0.5250730514526367,
-    -0.39491748809814453,
-    -0.28444138169288635,
-    -0.18477343022823334,
-    -0.09105003625154495,
-    0.0,
-    0.07958029955625534,
-    0.16093020141124725,
-    0.24611230194568634,
-    0.33791524171829224,
-    0.44070982933044434,
-    0.5626170039176941,
-    0.7229568362236023,
-    1.0,
-)
+from lora_jax.core.quantized.bits import look_up, nearest
+from lora_jax.core.quantized.nf4 import VALUES
+
+#: The 16 values of NF4, see `nf4`.
+NF4 = VALUES
 
 
 def int8(matrix: jax.Array) -> jax.Array:
@@ -71,10 +56,8 @@ def nf4(matrix: jax.Array, block: int = 64) -> jax.Array:
     padded = jnp.pad(matrix, ((0, -inputs % block), (0, 0)))
     blocks = padded.reshape(-1, block, outputs)
     largest = _largest(blocks, 1)
-    values = jnp.array(NF4, matrix.dtype)
-    middles = (values[1:] + values[:-1]) / 2
-    code = ((blocks / largest)[..., None] > middles[None, None, None]).sum(-1)
-    return (values[code] * largest).reshape(padded.shape)[:inputs]
+    rounded = look_up(nearest(blocks / largest, VALUES), VALUES).astype(matrix.dtype)
+    return (rounded * largest).reshape(padded.shape)[:inputs]
 
 
 def _largest(x: jax.Array, axis: int) -> jax.Array:

@@ -1,17 +1,22 @@
 """A training step on a mesh communicates what the frozen model does, and the gradients once."""
 
+import dataclasses
 import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 import lora_jax
 from benchmarks import collectives, decoder
 from benchmarks.collectives import MESHES, arguments, frozen_step, make_mesh
 from benchmarks.hlo import count
 from lora_jax import Forms, LoraConfig
+from lora_jax.core.quantized.weight import QuantizedWeight, is_quantized, quantize_array
+from lora_jax.engine.quantized.specs import specs_of
 from tests.programs import is_node, normal, randomize
 
 SIZE = decoder.Size(layers=2, width=16, heads=4, vocabulary=32, batch=8, time=4, rank=2)
@@ -104,3 +109,65 @@ def check_moments(adapters, state):
     nodes = [x for x in jax.tree.leaves(adapters, is_leaf=is_node) if is_node(x)]
     for node, moment in zip(nodes * 2, moments, strict=True):
         assert (moment["a"].sharding, moment["b"].sharding) == (node.a.sharding, node.b.sharding)
+
+
+def chained(layers, x):
+    for w in layers:
+        x = x + jnp.tanh(x @ w["up"]) @ w["down"]
+    return x
+
+
+def scanned(layers, x):
+    step = lambda x, w: (x + jnp.tanh(x @ w["up"]) @ w["down"], None)
+    return jax.lax.scan(step, x, jax.tree.map(lambda *w: jnp.stack(w), *layers))[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["int8_block", "nf4"])
+@pytest.mark.parametrize(
+    ("fn", "axes"), [(chained, {"t": 4}), (scanned, {"t": 4}), (scanned, {"d": 4})]
+)
+def test_a_quantized_base_communicates_no_more(fn, axes, kind, optimized):
+    """Tensor parallel and FSDP; unrolled FSDP layers are gathered again in the backward pass."""
+    (name,) = axes
+    mesh = jax.make_mesh(tuple(axes.values()), tuple(axes), axis_types=(AxisType.Auto,))
+    up, down = (P(None, "t"), P("t")) if name == "t" else (P("d"), P("d"))
+    x = jax.device_put(
+        normal(0, (8, 512), "float32"), NamedSharding(mesh, P("d") if name == "d" else P())
+    )
+    values = [
+        {
+            "up": normal(i, (512, 1024), "float32", 0.1),
+            "down": normal(9 + i, (1024, 512), "float32"),
+        }
+        for i in range(2)
+    ]
+    quantized = jax.tree.map(lambda w: quantize_array(w, kind, 0), values)
+    adapted = lora_jax.lora(fn, on_dense="error")
+    loss = lambda a, base, x: (adapted(lora_jax.join(base, a), x) ** 2).mean()
+    texts, outs = [], []
+    for layers in (
+        quantized,
+        jax.tree.map(QuantizedWeight.dequantize, quantized, is_leaf=is_quantized),
+    ):
+        placed = [
+            {"up": put(w["up"], mesh, up), "down": put(w["down"], mesh, down)} for w in layers
+        ]
+        base, adapters = lora_jax.split(
+            lora_jax.init(jax.random.key(0), placed, LoraConfig(2), fn, x)
+        )
+        step = jax.jit(jax.value_and_grad(loss)).lower(adapters, base, x).compile()
+        texts.append(step.as_text())
+        outs.append(step(adapters, base, x))
+    got, want = map(count, texts)
+    assert want and all(n <= want[kind] for kind, n in got.items())
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4), *outs)
+
+
+def put(w, mesh, spec):
+    """Place an array, or codes and scales, on a mesh."""
+    if not is_quantized(w):
+        return jax.device_put(w, NamedSharding(mesh, spec))
+    specs = specs_of(w, spec, mesh.shape)
+    fields = {n: jax.device_put(x, NamedSharding(mesh, specs[n])) for n, x in w.fields.items()}
+    return dataclasses.replace(w, fields=fields)

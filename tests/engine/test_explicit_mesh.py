@@ -11,6 +11,8 @@ import pytest
 from jax.sharding import NamedSharding
 
 import lora_jax
+from lora_jax.core.quantized.weight import quantize_array
+from lora_jax.engine.quantized.specs import specs_of
 from tests.programs import is_node, merged, normal
 from tests.programs.explicit import EXPLICIT, At
 
@@ -189,3 +191,63 @@ def test_trained_rows_of_an_embedding(spec, x64, quick_compile):
         return value_and_gradients(fn, adapted, args), plain
 
     on_both(build, check)
+
+
+def quantize(tree, axis):
+    """Quantize weights to int8 along their in axis or their last one; codes lie as they did."""
+
+    def one(node):
+        at = node.layout.axes.index("i") if axis == "in" else -1
+        w = quantize_array(jnp.asarray(np.asarray(node.w)), "int8", at)
+        sharding = node.w.sharding
+        if isinstance(sharding, NamedSharding):
+            specs = specs_of(w, sharding.spec, sharding.mesh.shape)
+            put = lambda name, x: jax.device_put(x, sharding.update(spec=specs[name]))
+            fields = {name: put(name, x) for name, x in w.fields.items()}
+            w = dataclasses.replace(w, fields=fields)
+        return dataclasses.replace(node, w=w)
+
+    return jax.tree.map(one, tree, is_leaf=is_node)
+
+
+def dequantize(tree):
+    """Return the tree on one device, with arrays for bases."""
+    one = lambda node: dataclasses.replace(node, w=node.w.dequantize())
+    tree = jax.tree.map(one, tree, is_leaf=is_node)
+    return jax.tree.map(lambda x: jnp.asarray(np.asarray(x)), tree)
+
+
+@pytest.mark.parametrize("axis", ["in", pytest.param("last", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "name",
+    [
+        name if name == "inputs_and_outputs_sharded" else pytest.param(name, marks=pytest.mark.slow)
+        for name in EXPLICIT
+        if name != "weight_on_no_mesh"
+    ],
+)
+def test_a_quantized_base(name, axis, x64, quick_compile):
+    with jax.set_mesh(make_mesh()) as mesh:
+        fn, adapted, args = adapt(At(mesh), name)
+        quantized = quantize(adapted, axis)
+        got = jax.jit(derived(lora_jax.lora(fn, on_dense="allow")))(quantized, args)
+    plain = EXPLICIT[name](NOWHERE)[0]
+    here = jax.tree.map(lambda x: jnp.asarray(np.asarray(x)), args)
+    want = jax.jit(derived(lora_jax.lora(plain)))(dequantize(quantized), here)
+    assert_close = lambda a, b: np.testing.assert_allclose(np.asarray(a), np.asarray(b), atol=1e-9)
+    jax.tree.map(assert_close, got, want)
+
+
+def derived(fn):
+    """Return a function of (params, args) that returns outputs, and gradients of factors."""
+
+    def loss(adapters, base, args):
+        out = fn(lora_jax.join(base, adapters), *args)
+        return jnp.sin(out).sum(), out
+
+    def run(params, args):
+        base, adapters = lora_jax.split(params)
+        grads, out = jax.grad(loss, has_aux=True)(adapters, base, args)
+        return out, grads
+
+    return run

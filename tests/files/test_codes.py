@@ -10,7 +10,7 @@ import pytest
 from lora_jax.core.errors import StructureError
 from lora_jax.core.paths import flatten_with_paths
 from lora_jax.core.quantized.kinds import KINDS
-from lora_jax.core.quantized.weight import QuantizedWeight, is_quantized, quantize_array
+from lora_jax.core.quantized.weight import QuantizedWeight, is_quantized
 from lora_jax.files.naming import Entry, Naming, codes_of, leaf_like, to_tree
 
 # row of a naming, kind, axis of the blocks, shape in PyTorch, shape of the leaf
@@ -40,19 +40,24 @@ class Stored:
     dtype = property(lambda self: self.weight.dtype)
 
     def codes(self):
-        return dataclasses.replace(
-            self.weight, fields={n: np.asarray(x) for n, x in self.weight.fields.items()}
-        )
+        return self.weight
 
 
 def tensors_of(entry, kind, axis, shape, leaf):
     rng = np.random.default_rng(0)
     layers = range(2) if "{n}" in entry.torch_names[0] else [0]
-    return {
-        name.format(n=n): quantize_array(rng.standard_normal(shape).astype("f"), kind, axis)
-        for name in entry.torch_names
-        for n in layers
-    }
+    names = [name.format(n=n) for name in entry.torch_names for n in layers]
+    return {name: random_codes(kind, axis, shape, rng) for name in names}
+
+
+def random_codes(kind, axis, shape, rng):
+    size, fields = shape[axis], {}
+    for name, field in KINDS[kind].fields.items():
+        count = list(shape)
+        count[axis] = field.entries(size, KINDS[kind].block or size)
+        values = rng.integers(0, 100, count)
+        fields[name] = values.astype(field.dtype)
+    return QuantizedWeight(fields, kind, axis, np.dtype("float32"))
 
 
 def kept(naming, tensors, like):
@@ -125,7 +130,7 @@ def test_tensors_of_another_kind_are_refused_if_that_of_the_leaf_cannot_be_writt
     like = kept(Naming((entry,)), tensors, like)
     assert to_tree(Naming((entry,)), tensors, like)["a"].shape == (2, 256, 6)
     weight = np.ones((6, 256), np.float32)
-    tensors["a.1"] = Stored(quantize_array(weight, "q4_0", -1))
+    tensors["a.1"] = Stored(random_codes("q4_0", -1, (6, 256), np.random.default_rng(0)))
     with pytest.raises(StructureError, match=r"a\.1: is q4_0, but a is q6_k"):
         to_tree(Naming((entry,)), tensors, like)
     with pytest.raises(StructureError, match=r"a\.1: is not stored as codes, but a is q6_k"):

@@ -2,6 +2,7 @@
 
 import functools
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -49,6 +50,22 @@ def from_qwix(params: Any) -> Any:
     """
     leaves, treedef = jax.tree_util.tree_flatten_with_path(params, is_leaf=_is_whole)
     return jax.tree.unflatten(treedef, [_replaced(path_str(path), x) for path, x in leaves])
+
+
+def refuse_qarrays(caller: str, params: Any, chosen: Iterable[str]) -> None:
+    """Raise if a chosen leaf is the codes or scales of a `QArray`, which alone mean nothing.
+
+    Raises:
+      ConfigError: one is; the message names the array.
+    """
+    leaves = jax.tree_util.tree_leaves_with_path(params, is_leaf=_is_whole)
+    arrays = [path_str(path) for path, x in leaves if _is_whole(x) and not is_quantized(x)]
+    for path in arrays:
+        if any(one.startswith(f"{path}/") for one in chosen):
+            raise ConfigError(
+                f"{caller}: {path} is a QArray of qwix: pass lora_jax.from_qwix(params) in the "
+                "place of params"
+            )
 
 
 def _is_whole(x: Any) -> bool:

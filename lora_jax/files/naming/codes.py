@@ -134,8 +134,10 @@ def _fits(codes: QuantizedWeight, dtype: Any) -> bool:
     if dtype != jnp.float16:
         return True
     fields = {name: jnp.asarray(np.asarray(x)) for name, x in codes.fields.items()}
-    values = dequantize_array(dataclasses.replace(codes, fields=fields, dtype=jnp.dtype(dtype)))
-    return bool(jnp.isfinite(values).all())
+    return bool(_is_finite(dataclasses.replace(codes, fields=fields, dtype=jnp.dtype(dtype))))
+
+
+_is_finite = jax.jit(lambda w: jnp.isfinite(dequantize_array(w)).all())
 
 
 def field_place(place: Place, like: QuantizedWeight, name: str) -> Place:

@@ -57,7 +57,6 @@ def test_values_of_any_bytes_are_those_of_gguf(name, optimized):
     assert last.shape == (ROWS, WIDTH) and first.shape == (WIDTH, 4, 6)
     assert math.isclose(last.format.bits(WIDTH), 8 * rows.nbytes / (ROWS * WIDTH))
     want = dequantize(rows, GGMLQuantizationType[name])
-    same_bits(dequantize_array(last), want)
     compiled = jax.jit(lambda *weights: [dequantize_array(w) for w in weights])(last, first)
     same_bits(compiled[0], want)
     same_bits(compiled[1], np.ascontiguousarray(want.T.reshape(WIDTH, 4, 6)))
@@ -71,11 +70,10 @@ def test_codes_of_values_are_those_of_gguf(name, optimized):
     values[5, ::2], values[5, 1::2] = 1.5, -1.5  # two of the largest absolute value
     values[6] = np.round(4 * values[6]) / 8  # halfway between codes
     want = fields_of(name, quantize(values, GGMLQuantizationType[name]))
-    encode = lambda values, axis: quantize_array(values, name.lower(), axis)
-    for got in (encode(values, -1), jax.jit(encode, static_argnums=1)(values, -1)):
-        assert got.fields.keys() == want.keys()
-        jax.tree.map(same_bits, dict(got.fields), want)
-    turned = jax.jit(encode, static_argnums=1)(values.T, 0)
+    both = jax.jit(lambda x, y: [quantize_array(v, name.lower(), a) for v, a in ((x, -1), (y, 0))])
+    got, turned = both(values, values.T)
+    assert got.fields.keys() == want.keys()
+    jax.tree.map(same_bits, dict(got.fields), want)
     jax.tree.map(lambda x, y: same_bits(x.T, y), dict(turned.fields), want)
 
 
@@ -90,7 +88,11 @@ def as_stored(name, weight):
 
 
 # what llama.cpp's searches with all of their candidates leave of these numbers
-LLAMA_CPP = [("Q4_K", 0.07277), ("Q5_K", 0.03686), ("Q6_K", 0.01785)]
+LLAMA_CPP = [
+    ("Q4_K", 0.07277),
+    pytest.param("Q5_K", 0.03686, marks=pytest.mark.slow),
+    ("Q6_K", 0.01785),
+]
 
 
 @pytest.mark.parametrize(("name", "error"), LLAMA_CPP)
@@ -101,12 +103,11 @@ def test_k_quants_are_written_nearly_as_well_as_by_llama_cpp(name, error):
     encode = jax.jit(lambda values: quantize_array(values, name.lower(), -1))
     weight = encode(values)
     got = dequantize(as_stored(name, weight), GGMLQuantizationType[name])
-    same_bits(weight.dequantize(), got)
     relative = lambda got, want: np.linalg.norm(got - want) / np.linalg.norm(want)
     assert relative(got[4:], values[4:]) < 1.01 * error
     assert not got[0].any() and relative(got[1, :256], values[1, :256]) < 1e-3
     assert relative(got[2], values[2]) < 1.2 * error
     assert relative(got[3], values[3]) < 0.023  # 0.0226 if that number alone were kept
-    again = encode(got).dequantize()
+    again = dequantize(as_stored(name, encode(got)), GGMLQuantizationType[name])
     assert (abs(again - got) > 1e-6 * abs(got)).mean() < 0.02  # most runs find their scale again
     assert relative(again, got) < 0.1 * error

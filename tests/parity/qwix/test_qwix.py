@@ -129,6 +129,19 @@ def test_adapters_on_them():
     np.testing.assert_allclose(run(kept, x), run(floats, x), rtol=1e-5, atol=1e-5)
 
 
+def test_their_parts_are_not_adapted():
+    """A scale has two axes and floating numbers, like a weight."""
+    tree = {"up": {"kernel": WithAux(array("nf4_tiled"))}, "down": jnp.ones((64, 6))}
+    message = r"up/kernel is a QArray of qwix: pass lora_jax\.from_qwix"
+    config = lora_jax.LoraConfig(rank=2)
+    with pytest.raises(ConfigError, match=message):
+        lora_jax.init(jax.random.key(0), tree, config)
+    with pytest.raises(ConfigError, match=message):
+        lora_jax.quantize(tree, "fp8")
+    lora_jax.init(jax.random.key(0), tree, lora_jax.LoraConfig(rank=2, targets=["down"]))
+    lora_jax.init(jax.random.key(0), lora_jax.from_qwix(tree), config)
+
+
 def test_what_cannot_be_taken_is_named():
     e5m2 = jnp.ones((32, 12), jnp.float8_e5m2)
     wrong = {

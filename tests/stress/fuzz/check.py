@@ -139,7 +139,7 @@ def _adapt(program: Program, params: Any, inputs: Any, numbers: Any, outcome: Ou
             targets=list(weights),
             overrides=overrides,
             dtype="float64",
-            dora=program.seed % 3 == 0 and not any(w.quantized for w in program.weights),
+            dora=program.seed % 3 == 0,
         )
         try:
             tree = _on_shapes(config, function(program), params, inputs, numbers)
