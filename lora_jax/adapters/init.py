@@ -191,8 +191,8 @@ def _check_initialized(node: LoraWeight, w: Any, rank: int, dtype: Any) -> None:
 
 def _place_like(w: Any, base: Any) -> Any:
     """Return the base that an initializer made, on the devices of `w` and sharded alike."""
-    if isinstance(w, jax.ShapeDtypeStruct):
-        return base if is_quantized(base) else w
+    if any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(w)):
+        return w if is_quantized(base) == is_quantized(w) else base
     if base is w or not isinstance(w, jax.Array) or isinstance(w, jax.core.Tracer):
         return base
     if is_quantized(base):

@@ -117,7 +117,7 @@ def _sum(base: Any, rest: Adapted, *, target: Target, form: LoopForm) -> Any:
         return in_memory_of(_leaf(dataclasses.replace(rest, w=base), target), base)
     base_on_device = on_device(base)
     stack = _to_carry(base_on_device, form)
-    in_place = target == _target_in_place(base)  # then it takes the place of the layer that it read
+    in_place = _is_alike(target, base)  # then it takes the place of the layer that it read
 
     def one(i: jax.Array, out: Any) -> Any:
         where = _where(rest, i)
@@ -135,9 +135,11 @@ def _sum(base: Any, rest: Adapted, *, target: Target, form: LoopForm) -> Any:
     return in_memory_of(_from_carry(total, like), base)
 
 
-def _target_in_place(base: Any) -> Target:
-    """Return what a leaf becomes whose arrays have the shapes and dtypes of the base's."""
-    return Coding.of(base) if is_quantized(base) else jnp.dtype(base.dtype)
+def _is_alike(target: Target, base: Any) -> bool:
+    """Return whether a leaf becomes arrays with the shapes and dtypes of the base's."""
+    if isinstance(target, Coding) or is_quantized(base):  # a dtype is equal to what has that dtype
+        return isinstance(target, Coding) and is_quantized(base) and target == Coding.of(base)
+    return target == jnp.dtype(base.dtype)
 
 
 def _to_carry(tree: Any, form: LoopForm) -> Any:
@@ -194,7 +196,7 @@ sum_donated = jax.jit(_sum, static_argnames=_STATIC, donate_argnums=0)
 def combine(base: Any, rest: Adapted, target: Target, donate: bool) -> Any:
     """Return a merged leaf, if possible in the memory of the base, which is then deleted."""
     # Only a result of the same dtypes can take the memory of the base.
-    total = sum_donated if donate and target == _target_in_place(base) else sum_kept
+    total = sum_donated if donate and _is_alike(target, base) else sum_kept
     return total(base, rest, target=target, form=choose_form(base, rest))
 
 

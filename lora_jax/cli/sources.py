@@ -17,6 +17,7 @@ from lora_jax.cli.quantize_option import in_options, parse_quantize
 from lora_jax.core.errors import ModelFileError
 from lora_jax.core.foreign import escaped, shown
 from lora_jax.core.paths import flatten_with_paths
+from lora_jax.core.quantized.weight import is_quantized
 from lora_jax.files import kinds, mlx, native, peft
 from lora_jax.files.naming import Naming
 from lora_jax.models import assets, stops
@@ -231,7 +232,14 @@ def as_trained(adapter: kinds.Found, params: Any) -> Any:
     """Return parameters in the dtypes that a lora_jax adapter was trained on, for its checksums."""
     trained = native.read_file(adapter.path).base_shapes()
     leaves, treedef = flatten_with_paths(params)
-    cast = [x.astype(trained[path].dtype) if path in trained else x for path, x in leaves.items()]
+
+    def one(path: str, x: Any) -> Any:
+        if path not in trained:
+            return x
+        dtype = trained[path].dtype
+        return dataclasses.replace(x, dtype=dtype) if is_quantized(x) else x.astype(dtype)
+
+    cast = [one(path, x) for path, x in leaves.items()]
     return jax.tree_util.tree_unflatten(treedef, cast)
 
 

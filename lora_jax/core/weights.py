@@ -309,11 +309,9 @@ def restrict(node: Adapted, base: Any, mask: np.ndarray) -> Adapted:
         return dataclasses.replace(node, w=w, a=a, b=b, scale=scale)
 
     made = on_shapes(one, node, base)
-    if any(
-        isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(node.w)
-    ):  # it may have a sharding, which `made.w` has not
-        made = dataclasses.replace(made, w=node.w)
-    return made
+    is_abstract = any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(node.w))
+    # It may have a sharding, which `made.w` has not.
+    return dataclasses.replace(made, w=node.w) if is_abstract else made
 
 
 def _along(mask: np.ndarray, positions: Sequence[int], ndim: int) -> jax.Array:

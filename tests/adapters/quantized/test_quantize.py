@@ -163,3 +163,20 @@ def test_codes_are_sharded_as_their_weight_is(kind_of_axis):
     placed = jax.device_put(w, NamedSharding(mesh, P(None, ("x", "y"))))
     with pytest.raises(lora.ConfigError, match=r"w: blocks of 64 .nf4. do not divide the part of"):
         lora.quantize({"w": placed}, "nf4", axes={"w": 1})
+
+
+@pytest.mark.parametrize("kind_of_axis", [AxisType.Auto, AxisType.Explicit])
+def test_adapters_are_placed_as_the_codes_are(kind_of_axis):
+    mesh = devices.make_mesh((2, 2), ("fsdp", "tensor"), axis_types=(kind_of_axis,) * 2)
+    own = NamedSharding(mesh, P(None, "fsdp", "tensor"))
+    stack = lambda params, x: jax.lax.scan(lambda x, w: (x, x @ w), x, params["w"])[1]
+    w = jax.device_put(jax.random.normal(KEY, (2, 64, 96)), own)
+    params, x = lora.quantize({"w": w}, "int4", axes={"w": 1}), jnp.ones((4, 64))
+    config = lora.LoraConfig(rank=2, layers=[1])
+    wanted = lora.shardings(params, config, stack, x)
+    assert wanted["w"].w.fields == {"codes": own, "scales": own}
+    assert wanted["w"].b.spec == P(None, None, "tensor")
+    make = lambda params: lora.init(KEY, params, config, stack, x)
+    for made in (make(params), jax.jit(make, out_shardings=wanted)(params)):
+        same = lambda sharding, x: sharding.is_equivalent_to(x.sharding, x.ndim)
+        assert jax.tree.all(jax.tree.map(same, wanted, made))

@@ -76,6 +76,7 @@ def test_switches():
         run(half, IDS), run(lora.set_scale(adapted(dense()), 0.5), IDS), atol=1e-5
     )
     assert run._cache_size() == 2
+    assert_close(lora.dequantize(lora.merge(joined)), lora.merge(adapted(dense())))
     dropout = lora.init(KEY, base(), lora.LoraConfig(rank=2, dropout=0.5), model, IDS)
     assert lora.with_dropout(dropout, KEY)["layers"]["up"]["kernel"].key is not None
 
