@@ -121,7 +121,14 @@ CASES: dict[str, tuple[int, Callable[[pathlib.Path], None]]] = {
     "load, fsdp=8": (8, lambda x: load(x, fsdp=8)),
     "load, stacked, fsdp=8": (8, lambda x: load(x, fsdp=8, scan=True)),
     "load as float32, fsdp=8": (8, lambda x: load(x, fsdp=8, dtype="float32")),
+    "load as nf4": (1, lambda x: load(x, quantize="nf4")),
+    "load as nf4, stacked": (1, lambda x: load(x, quantize="nf4", scan=True)),
+    "load as nf4, fsdp=8": (8, lambda x: load(x, fsdp=8, quantize="nf4")),
     "train, 2 steps of 32 tokens": (1, lambda x: run(x, *_TRAIN, "--out", "DIR/run")),
+    "train on nf4, stacked": (
+        1,
+        lambda x: run(x, *_TRAIN, "--scan", "--quantize", "nf4", "--out", "DIR/run-q"),
+    ),
     "train, stacked": (1, lambda x: run(x, *_TRAIN, "--scan", "--out", "DIR/stacked")),
     "merge": (1, lambda x: run(x, *_MERGE, "--out", "DIR/merged")),
     "merge, stacked": (

@@ -10,6 +10,7 @@ import optax
 import lora_jax
 from benchmarks import decoder
 from benchmarks.decoder import ADAPTED, Size
+from lora_jax.core.quantized.weight import quantize_array
 
 SCALE = 2.0  # alpha / rank
 LEARNING_RATE = 1e-3
@@ -34,14 +35,19 @@ class Contender:
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """Model, factors and batch, the same for every contender."""
+    """Model, factors and batch, the same for every contender; with a `kind` a quantized base."""
 
     size: Size
     variant: str
+    kind: str | None = None
 
     def params(self) -> Any:
         """Return the base weights."""
-        return decoder.init(self.size, self.variant)
+        params = decoder.init(self.size, self.variant)
+        if self.kind is None:
+            return params
+        coded = lambda p: p | {n: quantize_array(p[n], self.kind, -2) for n in ADAPTED}
+        return params | {"layers": each_block(coded, params["layers"])}
 
     def adapters(self) -> Any:
         """Return (A, B) of every adapted weight, in a tree like `params()["layers"]`."""

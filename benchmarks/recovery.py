@@ -35,8 +35,8 @@ def arguments() -> argparse.Namespace:
     """Parse the command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.recovery", description=__doc__)
     parser.add_argument("--kinds", default="nf4,int4,int8", help="separated by commas")
-    parser.add_argument("--steps", type=int, default=100, help="of training (default 100)")
-    parser.add_argument("--rate", type=float, default=2e-3, help="the learning rate (2e-3)")
+    parser.add_argument("--steps", type=int, default=60, help="of training (default 60)")
+    parser.add_argument("--rate", type=float, default=3e-3, help="the learning rate (3e-3)")
     parser.add_argument("--out", type=Path, default=Path("build/recovery"), help="of the runs")
     parser.add_argument("--image", type=Path, default=IMAGE, help=f"default {IMAGE}")
     return parser.parse_args()

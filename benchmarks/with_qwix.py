@@ -58,25 +58,38 @@ class Blocks(nn.Module):
 
 
 def contender(setting: Setting) -> Contender:
-    """Return the training of qwix's LoRA parameters, next to an unchanged base."""
+    """Return the training of qwix's LoRA parameters, next to an unchanged base.
 
-    def loss_of(adapters: Any, base: Any, batch: jax.Array) -> jax.Array:
-        rule = qwix.LoraProvider(
+    Its only quantized base here is "nf4", 16 values times a float32 scale per 64, where the blocks
+    are unrolled: it cannot tile weights that `nn.scan` has stacked.
+    """
+    quantized = {} if setting.kind is None else {"weight_qtype": setting.kind, "tile_size": 64}
+
+    def model() -> Any:
+        provider = qwix.LoraProvider(
             module_path=f".*({'|'.join(ADAPTED)})",
             rank=setting.size.rank,
             alpha=SCALE * setting.size.rank,
+            **quantized,
         )
-        model = qwix.apply_lora_to_model(Blocks(setting.size, setting.variant), rule)
+        return qwix.apply_lora_to_model(Blocks(setting.size, setting.variant), provider)
+
+    def loss_of(adapters: Any, base: Any, batch: jax.Array) -> jax.Array:
         blocks = traverse_util.unflatten_dict(base["blocks"] | adapters)
-        x = model.apply({"params": blocks}, decoder.embed(base, batch[:, :-1]))
+        x = model().apply({"params": blocks}, decoder.embed(base, batch[:, :-1]))
         return decoder.cross_entropy(base, x, batch[:, 1:])
 
     def make() -> Callable:
         return adamw_step(lambda *args: loss_of(*args))
 
     def start() -> tuple:
-        params = setting.params()
+        params = decoder.init(setting.size, setting.variant)
         base = _of_flax(each_block(_kernels, params["layers"]))
+        if quantized:
+            x = decoder.embed(params, setting.batch()[:, :-1])
+            shapes = jax.eval_shape(model().init, jax.random.key(0), x)["params"]
+            made = qwix.quantize_params(traverse_util.unflatten_dict(base), shapes)
+            base = traverse_util.flatten_dict(made)
         adapters = _of_flax(each_block(_factors, setting.adapters()))
         return adamw_start(adapters), params | {"blocks": base, "layers": ()}, setting.batch()
 

@@ -80,6 +80,9 @@ _REMAT = (
     "whole layers; auto: the least that fits into memory."
 )
 _MEMORY = "Memory per device for --remat auto, in GB; default: what the device or machine has."
+_MERGE_AWARE = (
+    "With --quantize: train what 'merge --quantize' writes, so that rounding loses nothing of it."
+)
 _SCAN = "Scan over stacked layers: compiles faster, but runs slower on a CPU."
 
 
@@ -141,6 +144,7 @@ class TrainOptions:
     shuffle: Annotated[bool, Option(help=_SHUFFLE)] = True
     dtype: Annotated[TrainDType | None, Option(help=_DTYPE)] = None
     quantize: QuantizeOption = None
+    merge_aware: Annotated[bool, Option("--merge-aware", help=_MERGE_AWARE)] = False
     scan: Annotated[bool, Option(help=_SCAN)] = False
     mesh: Annotated[str | None, Option(metavar="AXES", help=_MESH)] = None
     coordinator: Annotated[str | None, Option(metavar="HOST:PORT", help=_COORDINATOR)] = None

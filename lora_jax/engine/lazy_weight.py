@@ -11,12 +11,13 @@ from jax import lax
 
 from lora_jax.core.dora import dora_gain
 from lora_jax.core.dtypes import accumulator
+from lora_jax.core.host_memory import on_device
 from lora_jax.core.quantized.weight import QuantizedWeight, is_quantized
 from lora_jax.core.sharding.meshes import is_on_mesh, on_mesh_of
 from lora_jax.core.weights import LoraWeight, TrainedRows
 from lora_jax.engine.frozen import frozen
 from lora_jax.engine.provenance import Provenance
-from lora_jax.engine.quantized.view import QuantizedView, Served
+from lora_jax.engine.quantized.view import QuantizedView, Served, wait_for
 
 
 class Axis(NamedTuple):
@@ -74,10 +75,14 @@ class LazyWeight:
     served: Served | None = dataclasses.field(metadata=STATIC, default=None)
 
     @classmethod
-    def of(cls, node: LoraWeight, path: str, rank_first: bool = False) -> "LazyWeight":
+    def of(
+        cls, node: LoraWeight, path: str, rank_first: bool = False, after: Any = None
+    ) -> "LazyWeight":
         """Return the lazy form of `node`.
 
-        With `rank_first` A is `[*batch, rank, *in]`, which is how B is laid out.
+        With `rank_first` A is `[*batch, rank, *in]`, which is how B is laid out. The gain of a
+        quantized weight is computed after the array `after`, the gain of another one: one after
+        another they need the values of one weight at a time.
         """
         axes, (batch, ins, outs) = _named(node)
         node = _on_mesh_of_base(node)
@@ -89,7 +94,7 @@ class LazyWeight:
             a,
             b,
             node.key,
-            None if node.magnitude is None else _dora_gain(node),
+            None if node.magnitude is None else _dora_gain(_waiting(node, after)),
             axes=axes,
             a_axes=(*batch, RANK, *ins) if rank_first else (*batch, *ins, RANK),
             b_axes=(*batch, RANK, *outs),
@@ -212,6 +217,13 @@ def _named(node: LoraWeight | TrainedRows) -> tuple[tuple[Axis, ...], list[tuple
     """Return names for the axes of a weight, and those of its batch, in and out axes."""
     axes = tuple(Axis((i,), i) for i in range(node.w.ndim))
     return axes, [tuple(axes[i] for i in node.layout.positions(kind)) for kind in "bio"]
+
+
+def _waiting(node: LoraWeight, after: Any) -> LoraWeight:
+    if after is None or not is_quantized(node.w):
+        return node
+    w = jax.tree.map(on_device, node.w)
+    return dataclasses.replace(node, w=wait_for(w, after))
 
 
 def _frozen_base(w: Any) -> Any:

@@ -23,7 +23,7 @@ from lora_jax.engine.context import POLICIES, Context
 from lora_jax.engine.custom_rules import Rule, check_rules
 from lora_jax.engine.forms import Forms
 from lora_jax.engine.frozen import frozen
-from lora_jax.engine.lazy_weight import LazyWeight
+from lora_jax.engine.lazy_weight import LazyWeight, is_lazy
 from lora_jax.engine.program import Argument, Program, adapted_arguments
 from lora_jax.engine.quantized.merge_aware import trained_leaf
 from lora_jax.engine.quantized.view import Served
@@ -99,11 +99,19 @@ def lora(
         if merge_aware:
             _require_quantized((args, kwargs))
 
+        gains: list[Any] = [None]  # of the weights so far
+
         def enter(argument: Argument, path: str, leaf: Any) -> Any:
             if argument not in adapted:
                 return leaf
             merged = _enter_merged(path, leaf, chosen, merge_aware)
-            return _enter(path, leaf, chosen, say) if merged is None else merged
+            if merged is not None:
+                return merged
+            entered = _enter(path, leaf, chosen, say, gains[-1])
+            gains.append(
+                entered.gain if is_lazy(entered) and entered.gain is not None else gains[-1]
+            )
+            return entered
 
         ctx = Context(on_dense, rules=rules, forms=chosen)
         return Program.of(fn, args, kwargs, enter).evaluate(ctx)
@@ -111,12 +119,12 @@ def lora(
     return wrapped
 
 
-def _enter(path: str, leaf: Any, forms: Forms, say: Say) -> Any:
+def _enter(path: str, leaf: Any, forms: Forms, say: Say, last_gain: Any) -> Any:
     """Return what stands in the program for a leaf of an argument that contains adapted weights."""
     if is_adapted(leaf):
         require_whole(path, leaf)
     if isinstance(leaf, LoraWeight):
-        return LazyWeight.of(watch(leaf, path, say), path, forms.rank_first)
+        return LazyWeight.of(watch(leaf, path, say), path, forms.rank_first, last_gain)
     if isinstance(leaf, TrainedRows):
         return LazyWeight.of_rows(leaf, path)
     if isinstance(leaf, TrainedLeaf):

@@ -43,6 +43,7 @@ class Settings:
     eval_every: int = 0  # steps; 0 evaluates only before the first step and after the last
     save_every: int = 0  # steps; 0 saves only after the last
     profile: int = 0  # steps to trace into the job's directory, once the first ones are done
+    merge_aware: bool = False  # as in `lora_jax.lora`, for a quantized base
 
     def __post_init__(self) -> None:
         for name in ("steps", "rows", "accumulate"):
@@ -168,7 +169,8 @@ class _Run:
     def steps(self) -> None:
         """Take the steps that are left, until the watcher stops them."""
         job, settings, stop = self._job, self._job.settings, self._watcher.stop
-        step = make_step(job.loss, job.tx, settings.accumulate, settings.seed, self.state)
+        options = (settings.accumulate, settings.seed, self.state, settings.merge_aware)
+        step = make_step(job.loss, job.tx, *options)
         ahead = int(self.state.step) - self.done
         self._evaluate(self.done, self.state)
         with self._profile() as profile:
@@ -267,7 +269,7 @@ def _make_evaluate(
     note: Callable[[dict[str, Any]], None],
 ) -> Callable[[int, State], None]:
     """Return a function that evaluates after a step if that is due and not in the log yet."""
-    run = make_evaluation(job.loss)
+    run = make_evaluation(job.loss, job.settings.merge_aware)
     held_out = job.held_out
 
     def evaluate(done: int, state: State) -> None:

@@ -44,6 +44,7 @@ def make_step(
     accumulate: int = 1,
     seed: int = 0,
     like: State | None = None,
+    merge_aware: bool = False,
 ) -> Callable[..., tuple[State, LossSums]]:
     """Return a compiled training step, `(state, base, batch, done=None) -> (state, measured)`.
 
@@ -58,6 +59,7 @@ def make_step(
       seed: random seed for dropout, if the adapters have any; each step draws its own.
       like: the first state. If it lies on a mesh, the state stays where it is there, so a step
         compiles once; and the rows of each micro-batch are divided over the mesh.
+      merge_aware: as in `lora_jax.lora`.
 
     Returns:
       A function of the state, whose arrays are donated; the base, which gets no gradient; and a
@@ -67,7 +69,7 @@ def make_step(
       caller dispatched before, is not the state's own number: no step follows one that failed,
       though the caller may read only later that it did.
     """
-    adapted = lora.lora(loss)
+    adapted = lora.lora(loss, merge_aware=merge_aware)
     mesh = mesh_of(like)
     where = None if mesh is None else (jax.tree.map(lambda x: x.sharding, like), None)
 
@@ -135,7 +137,9 @@ def _gradient_norm(gradients: Any, adapters: Any) -> jax.Array:
     )
 
 
-def make_evaluation(loss: Loss) -> Callable[[Any, Any, JaxBatch], LossSums]:
+def make_evaluation(
+    loss: Loss, merge_aware: bool = False
+) -> Callable[[Any, Any, JaxBatch], LossSums]:
     """Return a compiled `(adapters, base, batch) -> LossSums`, without dropout."""
-    adapted = lora.lora(loss)
+    adapted = lora.lora(loss, merge_aware=merge_aware)
     return jax.jit(lambda adapters, base, batch: adapted(lora.join(base, adapters), batch))

@@ -240,10 +240,11 @@ def test_the_directory_of_a_run(tmp_path, run, fails):
 
 
 def test_a_model_is_no_adapter(tmp_path, fails):
+    to = ("--to", "mlx", "--out", tmp_path / "out")
     (_made(tmp_path / "model") / "config.json").write_text("{}")
-    assert "a model checkpoint, not an adapter" in fails("inspect", tmp_path / "model")
+    assert "a model checkpoint, not an adapter" in fails("convert", tmp_path / "model", *to)
     (tmp_path / "m.gguf").write_bytes(b"GGUF0000")
-    assert "a GGUF model, not an adapter" in fails("inspect", tmp_path / "m.gguf")
+    assert "a GGUF model, not an adapter" in fails("convert", tmp_path / "m.gguf", *to)
 
 
 def _made(directory):

@@ -45,6 +45,11 @@ def test_a_written_model_has_the_codes_of_a_load(model, run, fails, tmp_path):
     for name in ("config.json", "model.safetensors"):
         assert (tmp_path / "again" / name).read_bytes() == (out / name).read_bytes()
     assert (out / "tokenizer.json").read_bytes() == (model / "tokenizer.json").read_bytes()
+    formats = json.loads(run("inspect", out, "--json").out)["formats"]
+    # 32 and 128 inputs in blocks of 32: 4 bits and a float16 a block; 8 bits and a float32 a row
+    assert formats["int4"] == {"tensors": 8, "numbers": 24576, "bytes": 24576 * 9 // 16}
+    assert formats["int8"] == {"tensors": 1, "numbers": 260 * 64, "bytes": 260 * 68}
+    assert "int4" in (shown := run("inspect", out).out) and "4.50" in shown
     said = run("generate", "--model", out, "--quantize", "keep", *GENERATE)
     assert said.status == 0 and said.out, said
     assert "exists already" in fails("quantize", "-m", model, "--kind", "nf4", "--out", out)

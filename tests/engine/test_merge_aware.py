@@ -57,6 +57,9 @@ def by_hand(kind=None):
             sum_of = f"{sub('b')}{sub('i')}r,{sub('b')}r{sub('o')}->{sub('bio')}"
             scale = jax.lax.stop_gradient(node.scale.reshape(-1)[0])  # the same for all layers
             total = w + scale * jnp.einsum(sum_of, node.a, node.b)
+            if node.magnitude is not None:  # [..., in, out]
+                norms = jax.lax.stop_gradient(jnp.linalg.norm(total, axis=-2, keepdims=True))
+                total = total / norms * node.magnitude[..., None, :]
         rounded = quantize_array(total, kind or node.w.kind, node.w.axis).dequantize()
         return (total + jax.lax.stop_gradient(rounded - total)).astype(node.w.dtype)
 
@@ -99,6 +102,12 @@ def test_equals_the_hand_written_form(fn, kind):
     assert_trains_what_is_served(fn, base, adapters, X, tolerance=tolerance)
 
 
+def test_with_a_magnitude():
+    base, adapters = trained(quantize(layers(stacked=True), "int8"), scanned, X, dora=True)
+    assert_trains_what_is_served(scanned, base, adapters, X, tolerance=5e-6)
+
+
+@pytest.mark.slow
 def test_to_another_kind():
     base, adapters = trained(quantize(layers(stacked=False), "int8"), unrolled, X)
     assert_trains_what_is_served(unrolled, base, adapters, X, kind="int4", tolerance=5e-6)

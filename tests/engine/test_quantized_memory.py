@@ -60,7 +60,7 @@ def unrolled(layers, x):
     return x
 
 
-def of_random_codes(kind, shape):
+def of_random_codes(kind, shape, dtype="float32"):
     """Return a weight of any kind, also of those that are only read from files."""
     rng = np.random.default_rng(len(kind))
     fields = {}
@@ -72,14 +72,14 @@ def of_random_codes(kind, shape):
         else:  # codes of FP8 and scales of MXFP4 stay far below the largest
             values = rng.integers(0, 120, of).astype(field.dtype)
         fields[name] = jnp.asarray(values)
-    return QuantizedWeight(fields, kind, -2, jnp.dtype("float32"))
+    return QuantizedWeight(fields, kind, -2, jnp.dtype(dtype))
 
 
-def base_of(fn, kind, width):
+def base_of(fn, kind, width, dtype="float32"):
     """Return `LAYERS` layers, stacked where `fn` scans; with no kind they are floating."""
     lead = () if fn is unrolled else (LAYERS,)
     make = lambda shape: (
-        of_random_codes(kind, (*lead, *shape)) if kind else jnp.ones((*lead, *shape))
+        of_random_codes(kind, (*lead, *shape), dtype) if kind else jnp.ones((*lead, *shape), dtype)
     )
     layer = {name: make(shape) for name, shape in shapes_of(width).items()}
     return [layer] * LAYERS if fn is unrolled else layer
@@ -100,8 +100,8 @@ def step_of(fn, base, x):
 
 
 @functools.cache
-def compiled(fn, kind, width, tokens):
-    step, args = step_of(fn, base_of(fn, kind, width), jnp.ones((tokens, width)))
+def compiled(fn, kind, width, tokens, dtype="float32"):
+    step, args = step_of(fn, base_of(fn, kind, width, dtype), jnp.ones((tokens, width), dtype))
     traced = jax.jit(step).trace(*args)
     return flops(traced.jaxpr), traced.lower().compile().memory_analysis()
 
@@ -120,6 +120,17 @@ def check(fn, kind, width, tokens):
 @pytest.mark.parametrize("kind", ["nf4", "q4_k"])
 def test_a_scanned_step_takes_one_dequantized_layer_more(kind, optimized):
     check(scanned, kind, width=256, tokens=16)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fn", [scanned, unrolled])
+def test_a_cpu_widens_bfloat16_one_layer_at_a_time(fn, optimized):
+    """It widens a bfloat16 base at once, all layers of it, to float32."""
+    (_, of_float), (_, memory) = (compiled(fn, k, 256, 16, "bfloat16") for k in (None, "int8"))
+    one_layer = 4 * sum(rows * columns for rows, columns in shapes_of(256).values())
+    (_, in_float32) = compiled(fn, None, 256, 16)
+    assert memory.temp_size_in_bytes <= in_float32.temp_size_in_bytes + one_layer
+    assert of_float.temp_size_in_bytes > in_float32.temp_size_in_bytes + (LAYERS - 2) * one_layer
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """Views of a quantized base pass codes and scales on: no array of a weight's size is made."""
 
+import functools
 import math
 
 import jax
@@ -148,3 +149,20 @@ def test_trained_rows_read_their_own_codes(monkeypatch):
     made = jax.make_jaxpr(lora_jax.lora(fn))(node, ids)
     sizes = [math.prod(v.aval.shape) for e in equations(made.jaxpr) for v in e.outvars]
     assert max(sizes) < 40 * D
+
+
+def test_norms_of_dora_are_computed_one_after_another(optimized):
+    """Otherwise a program would hold the values of all its weights at its start."""
+    width, layers = 128, 6
+    fn = lambda params, x: functools.reduce(lambda x, w: x + jnp.sin(x @ w), params, x)
+    values = [normal(i, (width, width), F32) for i in range(layers)]
+    params, x = [quantize_array(w, "int8", 0) for w in values], normal(7, (4, width), F32)
+    config = lora_jax.LoraConfig(2, dora=True)
+    base, adapters = lora_jax.split(lora_jax.init(jax.random.key(0), params, config, fn, x))
+    loss = lambda adapters, base: lora_jax.lora(fn)(lora_jax.join(base, adapters), x).sum()
+    step = jax.jit(jax.value_and_grad(loss))
+    ours, plain = (step.lower(adapters, b).compile() for b in (base, dequantized(base)))
+    bytes_of = lambda compiled: compiled.memory_analysis().temp_size_in_bytes
+    assert bytes_of(ours) < bytes_of(plain) + 3 * 4 * width**2
+    close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+    jax.tree.map(close, ours(adapters, base), plain(adapters, dequantized(base)))

@@ -14,7 +14,7 @@ EXAMPLES = (
 
 def command(
     adapter: Annotated[
-        Path, typer.Argument(help="Directory of PEFT, mlx-lm or a run, or file of lora_jax.")
+        Path, typer.Argument(help="Directory of PEFT, mlx-lm or a run, file of lora_jax, or model.")
     ],
     every: Annotated[
         bool, typer.Option("--all", help="One line per module instead of one per kind of module.")
@@ -28,6 +28,8 @@ def command(
     norms |A|, |B| and |ΔW|, the stable rank of ΔW (its squared norm divided by its largest squared
     singular value), and the number of singular directions that contain 90 % and 99 % of its squared
     norm.
+
+    For a model the table says how its tensors are stored, quantized or not, and their bytes.
     """
     from lora_jax.cli.jobs import inspect
 

@@ -71,6 +71,8 @@ def _check(context: typer.Context, options: TrainOptions) -> None:
         raise typer.BadParameter(
             f"must be below --processes {options.processes}", param_hint="--process-id"
         )
+    if options.merge_aware and (options.quantize is None or options.dropout):
+        raise typer.BadParameter("--merge-aware is for --quantize, and without --dropout")
     if options.task == CLASSIFICATION and (options.add_token or options.untie_head):
         raise typer.BadParameter("--add-token and --untie-head are for --task causal-lm")
     given = [n for n in _OF_NEW_ADAPTERS if options.adapter is not None and _is_given(context, n)]

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from lora_jax.cli.jobs import inspect_table
+from lora_jax.cli.jobs import inspect_model, inspect_table
 from lora_jax.cli.jobs.spectrum import Spectrum, spectrum
 from lora_jax.core.foreign import shown
 from lora_jax.files import kinds
@@ -13,11 +13,16 @@ from lora_jax.files.kinds import DESCRIPTIONS
 
 
 def run(adapter: Path, *, every: bool, as_json: bool) -> None:
-    """Print what an adapter contains; the arguments are the command's options.
+    """Print what an adapter or a model contains; the arguments are the command's options.
 
     Raises:
-      AdapterFileError: it cannot be read.
+      AdapterFileError, ModelFileError: it cannot be read.
     """
+    if adapter.exists() and not kinds.of_run(adapter):
+        found = kinds.detect(adapter)
+        if found.kind in (kinds.CHECKPOINT, kinds.GGUF):
+            inspect_model.run(found, as_json=as_json)
+            return
     file = read_factors(adapter)
     spectra = [spectrum(factors.a, factors.b, factors.scale) for factors in file.factors]
     if as_json:

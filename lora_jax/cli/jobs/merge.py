@@ -27,6 +27,7 @@ from lora_jax.files.naming import Naming
 from lora_jax.models import hf_directory, published_classifier, saving
 from lora_jax.models.weights.sizes import MAX_SHARD_SIZE
 
+_KEEPS = "train with --merge-aware, or merge without --quantize, to keep it"
 NOTABLE = 0.1  # fraction of an update lost in rounding that deserves a warning
 
 
@@ -85,7 +86,7 @@ def _requantized(
     files = saving.streamed_files(found.model, max_shard_size=max_shard_size)
     model_output.check_files(out, files)
     write_directory(out, {**beside, **files})
-    _tell(out, len(beside), found.errors, found.format, "merge without --quantize to keep it")
+    _tell(out, len(beside), found.errors, found.format, _KEEPS)
 
 
 def _tell(out: Path, others: int, lost: Mapping[str, float], form: str, mend: str) -> None:

@@ -209,6 +209,7 @@ def _job(
         eval_every=options.eval_every,
         save_every=options.save_every,
         profile=options.profile,
+        merge_aware=options.merge_aware,
     )
     return Job(
         loss=task.loss(model, start.paths),
@@ -233,6 +234,7 @@ _NOT_RECORDED = {
     "stream",  # of a run that streams only
     *("compile_cache", "profile"),  # which change no result
     "pooling",  # of a classifier only
+    "merge_aware",  # of a quantized base only
     *("model", "dtype"),  # by a checksum of the parameters
     *("epochs", "targets", "init", "rank", "alpha", "dora", "rslora", "dropout"),  # by the config
     *("exclude", "layers", "train", "bias"),  # by the config
@@ -251,6 +253,8 @@ def _settings_to_record(
         given["pooling"] = options.pooling
     if options.stream:
         given["stream"] = True
+    if options.merge_aware:
+        given["merge_aware"] = True
     adapter = (
         {}
         if options.adapter is None

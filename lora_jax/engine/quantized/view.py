@@ -189,6 +189,17 @@ def _values(view: QuantizedView, after: jax.Array, tie: str | None) -> jax.Array
     return view.dequantize(_zero_from(after))
 
 
+def wait_for(weight: QuantizedWeight, after: jax.Array) -> QuantizedWeight:
+    """Return a weight that is not dequantized before the array `after` is computed."""
+    fields = dict(weight.fields)
+    if is_on_mesh(after):
+        fields, _ = lax.optimization_barrier((fields, after))
+    elif after.size:
+        codes = weight.format.codes
+        fields[codes] += _zero_from(after).astype(fields[codes].dtype)
+    return dataclasses.replace(weight, fields=fields)
+
+
 def _zero_from(x: jax.Array) -> jax.Array:
     """Return 0, computed from an entry of `x`, in a way that XLA does not see through.
 

@@ -27,7 +27,8 @@ def needed_bytes(job: Job, adapters: Any) -> int:
     settings = job.settings
     batch = job.place(job.data.example(settings.rows * settings.accumulate))
     state = init_state(adapters, job.tx)
-    step: Any = make_step(job.loss, job.tx, settings.accumulate, settings.seed, state)
+    options = (settings.accumulate, settings.seed, state, settings.merge_aware)
+    step: Any = make_step(job.loss, job.tx, *options)
     found = step.lower(state, job.base, batch, np.int32(0)).compile().memory_analysis()
     if found is None:
         raise NotImplementedError("this backend's compiler reports no memory sizes")

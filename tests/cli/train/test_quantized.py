@@ -45,14 +45,31 @@ def test_a_run_records_its_kind_and_its_adapter_merges(model, run, fails, play, 
     assert record["settings"]["quantize"] == "int4"
     assert 'quantize was "int4", now "int8"' in fails(*train, "int8", "--resume", "--steps", 2)
 
+    refused = fails(
+        *TRAIN, "--data", play, "--model", model, "--out", "x", "--merge-aware", status=2
+    )
+    assert "--merge-aware is for --quantize" in refused
+
     # the adapter fits the float model too; merged into codes it loses most of its update
     adapter = ("--model", model, "--adapter", tmp_path / "run", "--out", tmp_path / "merged")
     merged = run("merge", *adapter, "--quantize", "int4")
     assert "4 merged weights in int4" in merged.out and "rounding error of the" in merged.out
-    assert "int4 is too coarse for this update; merge without --quantize" in merged.err
+    assert "int4 is too coarse for this update; train with --merge-aware" in merged.err
     kept, _ = flatten_with_paths(models.load(tmp_path / "merged", quantize="keep").params)
     assert sum(is_quantized(x) and x.kind == "int4" for x in kept.values()) == 14
     assert run("merge", *adapter, "--force").status == 0
+
+
+@pytest.mark.slow
+def test_what_merge_aware_training_trains_is_what_merge_writes(model, run, play, tmp_path):
+    train = (*TRAIN, "--data", play, "--eval", play, "--model", model, "--out", tmp_path / "run")
+    assert run(*train, "--quantize", "int4", "--merge-aware", "--steps", 3).status == 0
+    adapter = ("--model", model, "--adapter", tmp_path / "run", "--out", tmp_path / "merged")
+    assert run("merge", *adapter, "--quantize", "int4").status == 0
+    given = ("--data", play, "--length", 32, "--json", "--quantize", "keep")
+    merged = json.loads(run("eval", "--model", tmp_path / "merged", *given).out)
+    trained = logged(tmp_path / "run", "eval_loss")[-1]
+    np.testing.assert_allclose(merged["loss"], trained, rtol=1e-5)
 
 
 @pytest.mark.slow
