@@ -7,18 +7,19 @@ import pytest
 
 import lora_jax as lora
 from lora_jax.files.disk.fingerprint import fingerprint
+from tests.adapters.quantized import tiny
 from tests.adapters.quantized.tiny import IDS, adapted, base, dense, loss, model, plain
 
 
 @pytest.fixture(scope="module")
 def file(tmp_path_factory):
     path = tmp_path_factory.mktemp("adapter") / "a.safetensors"
-    lora.save(path, adapted(base()))
+    lora.save(path, tiny.joined())
     return path
 
 
 def test_the_same_codes_and_the_same_values_are_the_same_base(file, tmp_path):
-    joined = adapted(base())
+    joined = tiny.joined()
     for same in (base(), dense(), jax.tree.map(jnp.copy, base())):
         overlay = lora.load(file, same)
         np.testing.assert_allclose(loss(lora.join(same, overlay)), loss(joined), rtol=1e-5)

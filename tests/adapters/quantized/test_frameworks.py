@@ -15,7 +15,8 @@ from jax import export
 from jax.sharding import PartitionSpec as P
 
 import lora_jax as lora
-from tests.adapters.quantized.tiny import CONFIG, IDS, KEY, adapted, base, loss, model
+from tests.adapters.quantized import tiny
+from tests.adapters.quantized.tiny import CONFIG, IDS, KEY, base, loss, model
 
 X = jax.random.normal(KEY, (3, 64))
 KIND = "int4"
@@ -85,17 +86,18 @@ def test_equinox_sees_integers_without_gradients():
 
 
 def test_bytes_pickles_and_copies():
-    for tree in (base(), adapted(base())):
+    for tree in (base(), tiny.joined()):
         same(serialization.from_bytes(tree, serialization.to_bytes(tree)), tree)
         same(pickle.loads(pickle.dumps(tree)), tree)
         same(copy.deepcopy(tree), tree)
-    tx = lora.freeze(optax.adam(0.1), adapted(base()))
-    state = tx.init(adapted(base()))
+    tx = lora.freeze(optax.adam(0.1), tiny.joined())
+    state = tx.init(tiny.joined())
     same(serialization.from_bytes(state, serialization.to_bytes(state)), state)
 
 
+@pytest.mark.slow
 def test_a_function_of_codes_is_exported():
-    tree = adapted(base())
+    tree = tiny.joined()
     stored = export.export(jax.jit(lora.lora(model)))(tree, IDS).serialize()
     got = export.deserialize(stored).call(tree, IDS)
     np.testing.assert_allclose(got, lora.lora(model)(tree, IDS), atol=1e-5)
@@ -105,7 +107,7 @@ def test_a_function_of_codes_is_exported():
 def test_orbax_restores_codes(tmp_path):
     import orbax.checkpoint as ocp
 
-    tree = adapted(base())
+    tree = tiny.joined()
     shardings = lora.shardings(tree)
     place = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)
     with ocp.StandardCheckpointer() as checkpointer:
@@ -116,7 +118,7 @@ def test_orbax_restores_codes(tmp_path):
 
 @pytest.mark.slow
 def test_a_line_search_trains_a_joined_tree():
-    params = adapted(base())
+    params = tiny.joined()
     tx = lora.freeze(optax.lbfgs(), params)
     state, before = tx.init(params), loss(params)
     step = lora.value_and_grad_from_state(loss)

@@ -56,3 +56,9 @@ def adapted(params, config=CONFIG):
     noise = lambda x: x + 0.1 * jnp.cos(jnp.arange(x.size, dtype=x.dtype)).reshape(x.shape)
     frozen, overlay = lora.split(joined)
     return lora.join(frozen, jax.tree.map(noise, overlay))
+
+
+@functools.cache
+def joined():
+    """Return the quantized parameters with adapters."""
+    return adapted(base())
