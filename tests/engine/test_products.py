@@ -163,9 +163,9 @@ def test_the_gradient_of_a_is_taken_rank_first():
 
 def test_backends_get_what_is_fast_there():
     assert Forms.for_backend("cpu") == Forms()
-    assert Forms.for_backend("tpu") == Forms(flatten=False, rank_first=False)
-    for name in ("gpu", "cuda", "rocm"):
-        assert Forms.for_backend(name) == dataclasses.replace(PLAIN, narrow=True, apart=True)
+    assert Forms.for_backend("tpu") == Forms(flatten=False, rank_first=False, tie="barrier")
+    gpu = dataclasses.replace(PLAIN, narrow=True, apart=True, tie="barrier")
+    assert [Forms.for_backend(name) for name in ("gpu", "cuda", "rocm")] == [gpu] * 3
     assert Forms.for_backend() == Forms.for_backend(jax.default_backend())
 
 
