@@ -11,7 +11,7 @@ import pytest
 import lora_jax
 from lora_jax.core.quantized.weight import is_quantized, quantize_array
 from tests.engine.test_programs import assert_close, loss, prepare
-from tests.programs import CASES, DENSE_CASES, is_node
+from tests.programs import CASES, DENSE_CASES, a_few, is_node
 from tests.programs.tiny_kinds import TINY, fitting
 
 ALL = CASES + DENSE_CASES
@@ -97,16 +97,7 @@ def looks_up(params):
     return any("gather" in node.layout.uses for node in nodes if is_node(node))
 
 
-#: Products, a lookup, a convolution, experts, a scan, joined weights and a mesh.
-FEW = {
-    *("attention", "concatenated_qkv", "conv_2d_strided", "embed_lookup"),
-    *("flax_scan_remat", "ragged_experts", "reshaped_and_scaled", "shard_map_tensor_parallel"),
-}
-
-
-@pytest.mark.parametrize(
-    "case", [c if c.name in FEW else pytest.param(c, marks=pytest.mark.slow) for c in ALL], ids=str
-)
+@pytest.mark.parametrize("case", a_few(ALL), ids=str)
 def test_equals_the_dequantized_base(case, x64, quick_compile):
     """Blocks lie along the inputs of one half of the programs, along the last axis of the other."""
     check(case, "in" if len(case.name) % 2 else "last", len(case.name) // 2)
