@@ -40,7 +40,9 @@ def first(play, tmp_path_factory):
     return out
 
 
-@pytest.fixture(scope="module", params=["peft", "mlx", "native"])
+@pytest.fixture(
+    scope="module", params=["peft", pytest.param("mlx", marks=pytest.mark.slow), "native"]
+)
 def adapter(request, first, tmp_path_factory):
     """Return the same adapter in every format."""
     if request.param == "peft":
