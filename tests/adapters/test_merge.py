@@ -187,8 +187,18 @@ def assert_sums(got, node):
     assert ((low <= np.asarray(got)) & (np.asarray(got) <= high)).all()
 
 
-@pytest.mark.parametrize("target", [jnp.float32, jnp.bfloat16], ids=["to32", "to16"])
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["32", "16"])
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    ("dtype", "target"),
+    [
+        (jnp.float32, jnp.float32),
+        (jnp.bfloat16, jnp.bfloat16),
+        pytest.param(jnp.float32, jnp.bfloat16, marks=SLOW),
+        pytest.param(jnp.bfloat16, jnp.float32, marks=SLOW),
+    ],
+)
 @pytest.mark.parametrize("axes", STACKS)
 def test_a_stack_is_merged_layer_by_layer_to_the_same_values(axes, dtype, target):
     node = stacked(axes, dtype)

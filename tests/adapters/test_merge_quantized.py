@@ -19,7 +19,11 @@ from tests.programs import normal
 
 SIZE, OUT, RANK = 256, 24, 4
 # the others search for their scales, which takes long to compile and may end a little elsewhere
-EXACT = [kind for kind in WRITABLE if not kind.endswith("_k")]
+EXACT = [
+    pytest.param(kind, marks=[] if kind in ("nf4", "int4_zero") else pytest.mark.slow)
+    for kind in WRITABLE
+    if not kind.endswith("_k")
+]
 
 
 def node(kind="nf4", size=0.02, batch=(), dtype=jnp.float32, dora=False):
@@ -133,7 +137,7 @@ def test_dora_rows_and_whole_leaves():
     assert_same(got.fields["codes"], want.fields["codes"])
 
 
-@pytest.mark.parametrize("kind", ["nf4", "int4"])
+@pytest.mark.parametrize("kind", [pytest.param("nf4", marks=pytest.mark.slow), "int4"])
 def test_a_stack_goes_layer_by_layer_and_may_take_the_bases_memory(kind):
     leaf = node(kind, batch=(2, 3))
     base, rest = lora_jax.split(leaf)

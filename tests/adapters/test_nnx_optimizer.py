@@ -86,12 +86,17 @@ def expected():
     return by_hand(adapted(), 3)
 
 
-@pytest.mark.parametrize("form", FORMS)
+SLOW = ("freeze_state", "only")
+
+
+@pytest.mark.parametrize(
+    "form", [pytest.param(x, marks=pytest.mark.slow) if x in SLOW else x for x in FORMS]
+)
 def test_three_updates(form, expected):
     check_three_updates(form, lambda step: nnx.jit(step), expected)
 
 
-@pytest.mark.parametrize("form", ["freeze", "freeze_chain"])
+@pytest.mark.parametrize("form", ["freeze", pytest.param("freeze_chain", marks=pytest.mark.slow)])
 def test_three_updates_without_jit(form, expected):
     check_three_updates(form, lambda step: step, expected)
 

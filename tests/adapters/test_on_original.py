@@ -38,8 +38,17 @@ def trained(adapted, scale=None):
     return moved if scale is None else lora_jax.set_scale(moved, scale)
 
 
-@pytest.mark.parametrize("scale", [None, 0.7, 0.0])
-@pytest.mark.parametrize("name", ["pissa", "olora"])
+@pytest.mark.parametrize(
+    ("name", "scale"),
+    [
+        ("pissa", None),
+        ("olora", 0.7),
+        *(
+            pytest.param(name, scale, marks=pytest.mark.slow)
+            for name, scale in [("pissa", 0.7), ("pissa", 0.0), ("olora", None), ("olora", 0.0)]
+        ),
+    ],
+)
 def test_merges_to_the_same_weights(name, scale):
     adapted = initialized(name)
     changed, _ = lora_jax.split(adapted)

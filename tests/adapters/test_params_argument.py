@@ -55,11 +55,22 @@ VERBS = {
 }
 
 
-@pytest.mark.parametrize("verb", VERBS.values(), ids=VERBS)
-@pytest.mark.parametrize(("fn", "at", "args"), FORMS)
-def test_it_is_as_if_the_parameters_were_first(verb, fn, at, args, quick_compile):
-    want = verb(model, (X,))
-    jax.tree.map(np.testing.assert_array_equal, verb(fn, args, **at), want)
+#: A verb with every form, and every verb with a form.
+DEFAULT = {(verb, 2) for verb in VERBS} | {("init", form) for form in range(len(FORMS))}
+
+
+@pytest.mark.parametrize(
+    ("verb", "form"),
+    [
+        pytest.param(verb, form, marks=[] if (verb, form) in DEFAULT else pytest.mark.slow)
+        for verb in VERBS
+        for form in range(len(FORMS))
+    ],
+)
+def test_it_is_as_if_the_parameters_were_first(verb, form, quick_compile):
+    fn, at, args = FORMS[form]
+    want = VERBS[verb](model, (X,))
+    jax.tree.map(np.testing.assert_array_equal, VERBS[verb](fn, args, **at), want)
 
 
 def test_lora_takes_the_adapted_tree_wherever_it_is(quick_compile):

@@ -134,7 +134,7 @@ def test_what_training_measured_is_what_eval_measures(kind, trained, run):
     assert sum(hit for hit, _ in hits) == round(10 * found["accuracy"])
 
 
-@pytest.mark.parametrize("kind", ["bert", "llama"])
+@pytest.mark.parametrize("kind", ["bert", pytest.param("llama", marks=pytest.mark.slow)])
 def test_predictions_of_the_adapter_and_of_the_merged_model(kind, trained, run, tmp_path):
     """By `predict` on arguments, on a file of rows and on lines, packed or alone."""
     folder, out = trained(kind), tmp_path / "merged"
@@ -162,7 +162,7 @@ def test_predictions_of_the_adapter_and_of_the_merged_model(kind, trained, run, 
     assert float(probability) == pytest.approx(rows[0]["probabilities"][label], abs=1e-4)
 
 
-@pytest.mark.parametrize("kind", [KINDS[0], KINDS[2]], ids=lambda kind: "".join(kind))
+@pytest.mark.parametrize("kind", SLOW_FROM_2[::2], ids=lambda kind: "".join(kind))
 def test_converted_for_peft_it_predicts_the_same(kind, trained, run, tmp_path):
     """PEFT's file has the head in full, under transformers' name."""
     folder, out = trained(*kind), tmp_path / "peft"

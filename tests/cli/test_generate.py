@@ -47,7 +47,7 @@ def greedy(folder, text, steps, adapter=None):
     return tokenizer.decode(ids[prompt:]) + "\n"
 
 
-@pytest.mark.parametrize("adapter", [None, "my-adapter"])
+@pytest.mark.parametrize("adapter", [pytest.param(None, marks=pytest.mark.slow), "my-adapter"])
 def test_the_likeliest_tokens(world, run, adapter):
     more = ["--adapter", adapter] if adapter else []
     done = run("generate", "--model", "my-model", "--prompt", "Hi", "--max-tokens", 5, *more)

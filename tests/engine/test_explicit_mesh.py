@@ -18,7 +18,18 @@ from tests.programs.explicit import EXPLICIT, At
 
 NOWHERE = At(None)
 #: Programs of which every way to place the factors is tested by default, and not as a slow test.
-FEW = {"columns_then_rows", "convolution", "inputs_and_outputs_sharded", "lookup_and_attend"}
+FEW = {"columns_then_rows", "inputs_and_outputs_sharded", "lookup_and_attend"}
+#: Programs that are left to the slow tests: others have their products in simpler forms.
+SLOW = {
+    *("attention", "concatenated", "convolution_in_groups", "matrix"),
+    *("scan_of_a_checkpoint", "weights_that_share_an_activation"),
+}
+
+
+def few(default, values):
+    """Return the values as test parameters, slow but for those of the default suite."""
+    slow = pytest.mark.slow
+    return [pytest.param(value, marks=[] if value in default else slow) for value in values]
 
 
 def make_mesh():
@@ -128,16 +139,14 @@ def check(name, how, in_mesh):
         same(merge, weights)
 
 
-@pytest.mark.parametrize("name", EXPLICIT)
+@pytest.mark.parametrize("name", few([name for name in EXPLICIT if name not in SLOW], EXPLICIT))
 def test_as_init_leaves_the_factors(name, x64, quick_compile):
     check(name, None, in_mesh=False)
 
 
 @pytest.mark.parametrize("in_mesh", [False, True])
 @pytest.mark.parametrize("how", [None, "on no mesh", "replicated", "as the weight"])
-@pytest.mark.parametrize(
-    "name", [n if n in FEW else pytest.param(n, marks=pytest.mark.slow) for n in EXPLICIT]
-)
+@pytest.mark.parametrize("name", few(FEW, EXPLICIT))
 def test_wherever_the_factors_are(name, how, in_mesh, x64, quick_compile):
     check(name, how, in_mesh)
 
@@ -149,7 +158,10 @@ def on_both(build, check):
     return want
 
 
-@pytest.mark.parametrize("name", ["columns_then_rows", "convolution", "scan", "experts"])
+@pytest.mark.parametrize(
+    "name",
+    few(["columns_then_rows", "experts"], ["columns_then_rows", "convolution", "scan", "experts"]),
+)
 def test_dropout_drops_what_it_drops_on_one_device(name, x64, quick_compile):
     def build(at, on=True):
         fn, adapted, args = adapt(at, name, dropout=0.5)
@@ -163,13 +175,16 @@ def test_dropout_drops_what_it_drops_on_one_device(name, x64, quick_compile):
 
 @pytest.mark.parametrize(
     "name",
-    ["columns_then_rows", "convolution", "scan_of_a_checkpoint", "inputs_and_outputs_sharded"],
+    few(
+        FEW,
+        ["columns_then_rows", "convolution", "scan_of_a_checkpoint", "inputs_and_outputs_sharded"],
+    ),
 )
 def test_dora(name, x64, quick_compile):
     on_both(lambda at: adapt(at, name, dora=True), value_and_gradients)
 
 
-@pytest.mark.parametrize("spec", [(), ("m",), (None, "m")])
+@pytest.mark.parametrize("spec", few([("m",)], [(), ("m",), (None, "m")]))
 def test_trained_rows_of_an_embedding(spec, x64, quick_compile):
     """The rows lie along the sharded axis, beside it, or nothing is sharded."""
 
@@ -220,11 +235,7 @@ def dequantize(tree):
 @pytest.mark.parametrize("axis", ["in", pytest.param("last", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     "name",
-    [
-        name if name == "inputs_and_outputs_sharded" else pytest.param(name, marks=pytest.mark.slow)
-        for name in EXPLICIT
-        if name != "weight_on_no_mesh"
-    ],
+    few(["inputs_and_outputs_sharded"], [n for n in EXPLICIT if n != "weight_on_no_mesh"]),
 )
 def test_a_quantized_base(name, axis, x64, quick_compile):
     with jax.set_mesh(make_mesh()) as mesh:

@@ -217,7 +217,12 @@ def test_model(name):
     assert jax.tree.structure(plain) == jax.tree.structure(params)
 
 
-@pytest.mark.parametrize("name", MODELS)
+SLOW = ("nnx_pure_dict", "haiku_with_state", "bare")  # test_model has them too
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(x, marks=pytest.mark.slow) if x in SLOW else x for x in MODELS]
+)
 def test_training(name, quick_compile):
     fn, params, args, layouts = MODELS[name]()
     adapted = lora_jax.init(KEY, params, lora_jax.LoraConfig(rank=2, alpha=4), fn, *args)

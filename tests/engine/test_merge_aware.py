@@ -16,7 +16,7 @@ from tests.engine.test_quantized import layers, quantize, scanned, unrolled
 
 WIDTH = 128
 X = jax.random.normal(jax.random.key(3), (8, WIDTH))
-DEFAULT = ((unrolled, "nf4"), (scanned, "int8"))
+DEFAULT = ((unrolled, "int8"), (scanned, "nf4"))
 EVERY = [
     pytest.param(fn, kind, marks=[] if (fn, kind) in DEFAULT else pytest.mark.slow)
     for fn in (unrolled, scanned)

@@ -45,6 +45,15 @@ def adapters_of(params, fn, x):
     return base, jax.tree.map(noise, adapters)
 
 
+DEFAULT = ((unrolled, "int8"), (scanned, "nf4"))
+EVERY = [
+    pytest.param(fn, kind, marks=[] if (fn, kind) in DEFAULT else pytest.mark.slow)
+    for fn in (unrolled, scanned)
+    for kind in WRITABLE
+    if (KINDS[kind].block or 1) <= WIDTH
+]
+
+
 def loss_of(fn):
     def loss(adapters, base, x):
         return (lora_jax.lora(fn, on_dense="error")(lora_jax.join(base, adapters), x) ** 2).mean()
@@ -52,8 +61,7 @@ def loss_of(fn):
     return loss
 
 
-@pytest.mark.parametrize("kind", [k for k in WRITABLE if (KINDS[k].block or 1) <= WIDTH])
-@pytest.mark.parametrize("fn", [unrolled, scanned])
+@pytest.mark.parametrize(("fn", "kind"), EVERY)
 def test_a_step_equals_that_on_the_dequantized_base(fn, kind):
     x = jax.random.normal(jax.random.key(3), (8, WIDTH))
     quantized = quantize(layers(fn is scanned), kind)

@@ -9,7 +9,7 @@ import pytest
 
 import lora_jax
 from tests.engine.test_programs import floats, loss
-from tests.programs import CASES, DENSE_CASES, adapt, merged, normal, randomize
+from tests.programs import CASES, DENSE_CASES, a_few, adapt, merged, normal, randomize
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -32,7 +32,7 @@ def named(name):
     return next(case for case in CASES if case.name == name)
 
 
-@pytest.mark.parametrize("case", CASES + DENSE_CASES, ids=str)
+@pytest.mark.parametrize("case", a_few(CASES + DENSE_CASES), ids=str)
 def test_no_implicit_promotion(case):
     """Inference, the forward pass and the gradient, traced where a dtype or rank must not grow."""
 

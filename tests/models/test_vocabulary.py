@@ -21,8 +21,20 @@ IDS = np.array([[3, 17, 5, 9, 11, 63, 1]])
 ROWS = np.random.default_rng(0).normal(size=(2, 3, 32)).astype(np.float32)
 
 
-@pytest.mark.parametrize("name", ["llama", "llama_tied", "qwen2"])
-@pytest.mark.parametrize("given", [False, True], ids=["mean", "given"])
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    ("name", "given"),
+    [
+        ("llama", True),
+        ("llama_tied", False),
+        pytest.param("llama", False, marks=SLOW),
+        pytest.param("llama_tied", True, marks=SLOW),
+        pytest.param("qwen2", True, marks=SLOW),
+        pytest.param("qwen2", False, marks=SLOW),
+    ],
+)
 def test_old_tokens_keep_their_logits_and_new_ones_have_their_rows(name, given):
     """A new token's logit is the product of the last state and its row: by hand in float64."""
     model = load(name)
@@ -53,7 +65,7 @@ def test_fewer_tokens():
     np.testing.assert_allclose(after, before[..., :20], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=SLOW)])
 def test_an_untied_head_gives_the_same_logits_until_it_is_trained(dtype):
     model = load("qwen2", dtype=dtype)
     untied = models.untie_head(model)
@@ -64,7 +76,9 @@ def test_an_untied_head_gives_the_same_logits_until_it_is_trained(dtype):
     np.testing.assert_array_equal(changed, 2 * after)  # a power of two
 
 
-@pytest.mark.parametrize("change", ["resize", "untie", "both"])
+@pytest.mark.parametrize(
+    "change", [*(pytest.param(x, marks=SLOW) for x in ("resize", "untie")), "both"]
+)
 def test_the_saved_model_is_read_again(change, tmp_path):
     model = load("qwen2")
     model = model if change == "untie" else models.resize_vocabulary(model, 70)

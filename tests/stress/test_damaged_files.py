@@ -14,8 +14,8 @@ from tests.stress.damaged_files.readers import READERS, subject
 
 FEWER = {
     "generate, merge": 4,
-    "model directory": 15,
-    "GGUF model": 15,
+    "model directory": 10,
+    "GGUF model": 10,
     "checkpoints": 12,
 }  # what compiles or waits
 #: Readers that take nearly everything: a value may be any JSON.
@@ -24,7 +24,7 @@ LENIENT = ("data", "run", "naming", "checkpoints", "generate, merge")
 
 @pytest.mark.parametrize("reader", READERS)
 def test_damaged_files_give_clear_errors_or_finite_values(reader, quick_compile):
-    count = FEWER.get(reader, 30)
+    count = FEWER.get(reader, 20)
     tally = check.run(seed=7, numbers=range(count), among=[reader])
     assert tally.problems == []
     assert sum(tally.outcomes.values()) == count

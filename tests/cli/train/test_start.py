@@ -40,7 +40,9 @@ def first(play, tmp_path_factory):
     return out
 
 
-@pytest.fixture(scope="module", params=["peft", "mlx", "native"])
+@pytest.fixture(
+    scope="module", params=["peft", pytest.param("mlx", marks=pytest.mark.slow), "native"]
+)
 def adapter(request, first, tmp_path_factory):
     """Return the same adapter in every format."""
     if request.param == "peft":
@@ -177,7 +179,7 @@ def test_a_head_that_is_fully_trained(play, tmp_path, run, quick_compile):
     assert found["eval_loss"] == pytest.approx(evaluations(out)[-1]["eval_loss"], rel=1e-4)
 
 
-@pytest.mark.parametrize("bias", ["adapted", "all"])
+@pytest.mark.parametrize("bias", ["adapted", pytest.param("all", marks=pytest.mark.slow)])
 def test_biases(bias, tmp_path, run, quick_compile):
     files.encoder(tmp_path / "bert")
     data = tmp_path / "d.jsonl"
