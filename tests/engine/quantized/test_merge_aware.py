@@ -12,7 +12,7 @@ from lora_jax import ConfigError, LoraConfig, LoraWeight, TrainedLeaf, TrainedRo
 from lora_jax.core.quantized.kinds import KINDS, WRITABLE
 from lora_jax.core.quantized.weight import is_quantized, quantize_array
 from tests.devices import assert_same
-from tests.engine.test_quantized import layers, quantize, scanned, unrolled
+from tests.engine.quantized.test_products import layers, quantize, scanned, unrolled
 
 WIDTH = 128
 X = jax.random.normal(jax.random.key(3), (8, WIDTH))
