@@ -151,7 +151,8 @@ FORMS = {
 }
 
 
-@pytest.mark.parametrize("form", ["freeze", pytest.param("groups", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("form", FORMS)
 def test_lbfgs(form):
     """It must do what it does on the trained leaves alone."""
     tx = optax.lbfgs(linesearch=optax.scale_by_backtracking_linesearch(8, store_grad=True))

@@ -183,6 +183,7 @@ def test_converted_for_peft_it_predicts_the_same(kind, trained, run, tmp_path):
         assert values[0] == pytest.approx(values[1], abs=1e-5)
 
 
+@pytest.mark.slow
 def test_a_classifiers_base_in_bfloat16_keeps_its_dtype(trained, run, tmp_path):
     folder, out = trained("bert"), tmp_path / "merged"
     assert run(*words("merge", folder, "--out", out, "--dtype", "bfloat16")).status == 0

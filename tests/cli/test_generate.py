@@ -182,6 +182,7 @@ def test_failures(world, fails):
     assert "tokenizer.json is missing" in fails(*good)
 
 
+@pytest.mark.slow
 def test_the_tokenizer_beside_the_adapter(world, run):
     """A template alone changes the prompt of a chat; a whole tokenizer replaces the model's."""
     words = ["generate", "--model", "my-model", "--adapter", "my-adapter", "--max-tokens", 3]

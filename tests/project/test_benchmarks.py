@@ -76,6 +76,7 @@ def test_variants_are_one_model(variant, quick_compile):
     np.testing.assert_allclose(*losses, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_steps_train_and_the_floor_is_below_all(quick_compile):
     setting = Setting(TINY, "unrolled")
     wanted = (contenders.floor, contenders.by_hand, contenders.full, contenders.joined)

@@ -16,7 +16,7 @@ from tests.engine.quantized.test_products import layers, quantize, scanned, unro
 
 WIDTH = 128
 X = jax.random.normal(jax.random.key(3), (8, WIDTH))
-DEFAULT = ((unrolled, "int8"), (scanned, "nf4"))
+DEFAULT = ((unrolled, "int8"),)
 EVERY = [
     pytest.param(fn, kind, marks=[] if (fn, kind) in DEFAULT else pytest.mark.slow)
     for fn in (unrolled, scanned)
