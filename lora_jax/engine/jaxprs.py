@@ -208,6 +208,12 @@ def varies_over(x: Any, mesh_axes: Collection[Any]) -> bool:
     return bool(jax.typeof(x).manual_axis_type.varying & set(mesh_axes))
 
 
+def vary_alike(x: Any, y: Any) -> bool:
+    """Return whether the types of two arrays say that they vary over the same mesh axes."""
+    one, other = (jax.typeof(z).manual_axis_type.varying for z in (x, y))
+    return set(one) == set(other)
+
+
 def make_varying(x: jax.Array, mesh_axes: Collection[Any]) -> jax.Array:
     """Return `x`, with a type that says that it varies over these mesh axes too."""
     missing = [n for n in mesh_axes if n not in jax.typeof(x).manual_axis_type.varying]

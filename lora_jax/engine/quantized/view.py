@@ -182,7 +182,9 @@ def _multiply_again(
 
 def _values(view: QuantizedView, after: jax.Array, tie: str | None) -> jax.Array:
     """Return the values of a view, which are not computed before the array `after` is."""
-    if tie is None or not after.size:
+    # What waits for an array that varies over a mesh varies too, before the steps expect it to.
+    misfit = bool(view.pending) and not jaxprs.vary_alike(view.codes, after)
+    if tie is None or not after.size or misfit:
         return view.dequantize()
     if tie == "barrier" or is_on_mesh(after):
         weight, _ = lax.optimization_barrier((view.weight, after))

@@ -8,6 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import export, lax
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 
 import lora_jax
 from lora_jax.core.dora import column_norms
@@ -175,3 +177,14 @@ def test_norms_where_blocks_lie_along_the_axis_of_layers():
     node = lora_jax.LoraWeight(w, a, b, jnp.ones(4), layout=lora_jax.Layout("bio"))
     want = np.linalg.norm(np.asarray(w.dequantize() + a @ b), axis=1)
     np.testing.assert_allclose(column_norms(node), want, rtol=1e-5)
+
+
+def test_a_view_that_is_on_every_device_meets_a_sharded_activation():
+    """Inside a `shard_map` JAX makes the view vary; the codes are dequantized before that."""
+    mesh = jax.make_mesh((2,), ("d",), devices=jax.devices()[:2], axis_types=(AxisType.Auto,))
+    body = lambda w, x: jnp.einsum("ta,ba->tb", x, jnp.broadcast_to(w, (3, 8)))
+    fn = jax.shard_map(body, mesh=mesh, in_specs=(P(), P("d")), out_specs=P("d"))
+    w = quantize_array(normal(1, (1, 8), F32), "int8", axis=1)
+    x = normal(2, (4, 8), F32)
+    got = jax.jit(lora_jax.lora(fn, on_dense="error"))(w, x)
+    np.testing.assert_allclose(got, fn(w.dequantize(), x), atol=1e-6)
