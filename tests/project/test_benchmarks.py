@@ -37,10 +37,8 @@ def evaluate(make, setting):
     return jax.jit(contender.grads)(*contender.start())
 
 
-SLOW = [pytest.param(v, marks=pytest.mark.slow) for v in VARIANTS if v != "scan_remat"]
-
-
-@pytest.mark.parametrize("variant", ["scan_remat", *SLOW])
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", VARIANTS)
 def test_contenders_agree_on_loss_and_gradients(variant, quick_compile):
     setting = Setting(TINY, variant)
     loss, grads = evaluate(contenders.by_hand, setting)

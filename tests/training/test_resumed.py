@@ -17,7 +17,8 @@ def bits(x):
     return np.asarray(jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x)
 
 
-@pytest.mark.parametrize("form", ["split", pytest.param("joined", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["split", "joined"])
 def test_interrupted_and_resumed_in_another_process(form, tmp_path):
     frozen, tx, state = resumed.start(form)
     run = list(resumed.losses(frozen, tx, state, 6))
