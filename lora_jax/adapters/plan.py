@@ -13,9 +13,8 @@ from lora_jax.adapters.selection import (
     select_layers,
     select_rows,
 )
-from lora_jax.adapters.targets import check_once, select_targets
+from lora_jax.adapters.targets import check_floating, check_once, select_targets
 from lora_jax.core.config import ALL_LINEAR, LoraConfig, Override
-from lora_jax.core.dtypes import is_floating
 from lora_jax.core.errors import ConfigError, TargetError, grouped, warn_user
 from lora_jax.core.layout import Layout
 from lora_jax.core.paths import flatten_with_paths
@@ -68,7 +67,7 @@ def make_plan(
         )
     _check_overrides(config, {**targets, **dict.fromkeys(rows, "rows")})
     refuse_qarrays(caller, params, {**targets, **taken})
-    _check_floating({**targets, **dict.fromkeys(whole)}, leaves)
+    check_floating({**targets, **dict.fromkeys(whole)}, leaves, "trained")
     layouts = layout_inference.layouts_of(config, targets, leaves, uses)
     layouts, masks = select_layers(config, targets, layouts, leaves)
     config = _with_smaller_ranks(config, layouts, leaves)
@@ -110,17 +109,6 @@ def _check_overrides(config: LoraConfig, targets: Mapping[str, str]) -> None:
             if key in unused
         ]
         raise TargetError("\n".join(lines))
-
-
-def _check_floating(chosen: Mapping[str, Any], leaves: Mapping[str, Any]) -> None:
-    wrong = [
-        f"{path}: {getattr(leaves[path], 'dtype', type(leaves[path]).__name__)} cannot be trained; "
-        "only floating arrays can. Leave it out with exclude="
-        for path in chosen
-        if not is_floating(leaves[path])
-    ]
-    if wrong:
-        raise TargetError(grouped(wrong, "leaves"))
 
 
 def _with_smaller_ranks(

@@ -9,11 +9,10 @@ import jax
 from lora_jax.adapters import flax_bytes
 from lora_jax.adapters.block_axis import choose_axis
 from lora_jax.adapters.split import join, split
-from lora_jax.adapters.targets import select_targets
+from lora_jax.adapters.targets import check_floating, select_targets
 from lora_jax.core.abstract import on_shapes
 from lora_jax.core.checks import is_integer
 from lora_jax.core.config import ALL_LINEAR, check_pattern
-from lora_jax.core.dtypes import is_floating
 from lora_jax.core.errors import ConfigError, LoraError, TargetError, grouped
 from lora_jax.core.layout import Layout
 from lora_jax.core.params_argument import params_first
@@ -112,7 +111,7 @@ def quantize(
     chosen = select_targets(targets, exclude, leaves, uses, advice=_ADVICE)
     refuse_qarrays("quantize", params, chosen)
     kinds = _kinds_of(kind, chosen, leaves)
-    _check_floating(kinds, leaves)
+    check_floating(kinds, leaves, "quantized")
     found = _axes_of(kinds, leaves, uses, layouts, _check_axes(axes, leaves))
     made = _quantize_all(kinds, found, leaves, donate)
     base = jax.tree_util.tree_unflatten(treedef, [made.get(p, x) for p, x in leaves.items()])
@@ -193,17 +192,6 @@ def _kinds_of(kind: Any, chosen: Mapping[str, str], leaves: Mapping[str, Any]) -
     if other:
         raise TargetError(grouped(other))
     return {path: name for path, name in kinds.items() if not is_quantized(leaves[path])}
-
-
-def _check_floating(chosen: Mapping[str, Any], leaves: Mapping[str, Any]) -> None:
-    wrong = [
-        f"{path}: {getattr(leaves[path], 'dtype', type(leaves[path]).__name__)} cannot be "
-        "quantized; only floating arrays can. Leave it out with exclude="
-        for path in chosen
-        if not is_floating(leaves[path])
-    ]
-    if wrong:
-        raise TargetError(grouped(wrong, "leaves"))
 
 
 def _check_axes(axes: Any, leaves: Mapping[str, Any]) -> dict[str, int]:

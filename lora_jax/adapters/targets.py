@@ -128,3 +128,15 @@ def check_once(some: Collection[str], others: Collection[str], where: str) -> No
     both = sorted({*some} & {*others})
     if both:
         raise TargetError(f"{', '.join(both)}: {where}; choose one")
+
+
+def check_floating(chosen: Collection[str], leaves: Mapping[str, Any], done: str) -> None:
+    """Raise unless the leaves at these paths are floating, so that they can be `done`."""
+    wrong = [
+        f"{path}: {getattr(leaves[path], 'dtype', type(leaves[path]).__name__)} cannot be {done}; "
+        "only floating arrays can. Leave it out with exclude="
+        for path in chosen
+        if not is_floating(leaves[path])
+    ]
+    if wrong:
+        raise TargetError(grouped(wrong, "leaves"))

@@ -6,7 +6,10 @@ import pytest
 
 pytest.importorskip("typer")
 
+from lora_jax import models
 from lora_jax.cli import main
+from lora_jax.models.text.byte_tokenizer import byte_tokenizer
+from lora_jax.models.tiny import tiny
 from tests.cli.train.command import TEXT
 
 
@@ -55,3 +58,14 @@ def play(tmp_path_factory):
     path = tmp_path_factory.mktemp("data") / "play.txt"
     path.write_text(TEXT)
     return path
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory):
+    """Return the tiny model as a directory, with its tokenizer."""
+    directory = tmp_path_factory.mktemp("model") / "tiny"
+    tokenizer = byte_tokenizer()
+    models.save(directory, tiny(len(tokenizer)))
+    for name, data in tokenizer.files().items():
+        (directory / name).write_bytes(data)
+    return directory

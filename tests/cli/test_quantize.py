@@ -8,22 +8,9 @@ import pytest
 
 import lora_jax as lora
 from lora_jax import models
-from lora_jax.models.text.byte_tokenizer import byte_tokenizer
-from lora_jax.models.tiny import tiny
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 GENERATE = ("--prompt", "Hello", "--max-tokens", 5)
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    """The tiny model as a directory, with its tokenizer."""
-    directory = tmp_path_factory.mktemp("model") / "tiny"
-    tokenizer = byte_tokenizer()
-    models.save(directory, tiny(len(tokenizer)))
-    for name, data in tokenizer.files().items():
-        (directory / name).write_bytes(data)
-    return directory
 
 
 def same(left, right):

@@ -16,7 +16,7 @@ from benchmarks.collectives import MESHES, arguments, frozen_step, make_mesh
 from benchmarks.hlo import count
 from lora_jax import Forms, LoraConfig
 from lora_jax.core.quantized.weight import QuantizedWeight, is_quantized, quantize_array
-from lora_jax.engine.quantized.specs import specs_of
+from lora_jax.core.sharding.quantized import field_specs
 from tests.programs import is_node, normal, randomize
 
 SIZE = decoder.Size(layers=2, width=16, heads=4, vocabulary=32, batch=8, time=4, rank=2)
@@ -168,6 +168,6 @@ def put(w, mesh, spec):
     """Place an array, or codes and scales, on a mesh."""
     if not is_quantized(w):
         return jax.device_put(w, NamedSharding(mesh, spec))
-    specs = specs_of(w, spec, mesh.shape)
+    specs = field_specs(w, spec, mesh.shape)
     fields = {n: jax.device_put(x, NamedSharding(mesh, specs[n])) for n, x in w.fields.items()}
     return dataclasses.replace(w, fields=fields)

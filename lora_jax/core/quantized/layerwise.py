@@ -44,7 +44,8 @@ def quantize_leaf(w: Any, kind: str, axis: int) -> tuple[QuantizedWeight, Any]:
         return _placed(shapes[0], shardings), shapes[1]
     key = (kind, axis, tuple((shardings or {}).items()))
     leading = w.shape[: max(0, min(axis, -2) + ndim)]
-    is_whole = isinstance(w, jax.core.Tracer) or any(entries_of(sharding, ndim)[: len(leading)])
+    entries = entries_of(None if sharding is None else sharding.spec, ndim)
+    is_whole = isinstance(w, jax.core.Tracer) or any(entries[: len(leading)])
     w_on_device = on_device(w)
     if is_whole or math.prod(leading) < 2:
         found = _whole(*key)(w_on_device)

@@ -23,8 +23,8 @@ from lora_jax.core.quantized.parts import (
     with_fields,
 )
 from lora_jax.core.quantized.weight import QuantizedWeight
+from lora_jax.core.sharding.quantized import field_specs
 from lora_jax.engine import jaxprs, named_axes, stretches
-from lora_jax.engine.quantized.specs import specs_of
 from lora_jax.engine.quantized.view import QuantizedView, Step
 
 #: `move(eqn, *inputs)` returns the outputs as codes and scales, None for one that cannot be.
@@ -247,7 +247,7 @@ def put(eqn: Any, values: Sequence[Any]) -> list[Any]:
             for name, entries in params.items():
                 entry = entries[i]
                 if isinstance(x, QuantizedView) and isinstance(entry, NamedSharding):
-                    spec = specs_of(x.weight, entry.spec, entry.mesh.shape)[field]
+                    spec = field_specs(x.weight, entry.spec, entry.mesh.shape)[field]
                     entry = entry.update(spec=spec)
                 given[name].append(entry)
     moved = iter(jaxprs.bind(eqn, flat, **{name: tuple(x) for name, x in given.items()}))
@@ -277,7 +277,7 @@ def _bind_with_sharding(eqn: Any, w: QuantizedWeight, param: str, other: Any) ->
     if not isinstance(wanted, NamedSharding):
         return w
     fields: dict[str, jax.Array] = {}
-    for name, spec in specs_of(w, wanted.spec, wanted.mesh.shape, other).items():
+    for name, spec in field_specs(w, wanted.spec, wanted.mesh.shape, other).items():
         changes: dict[str, Any] = {param: wanted.update(spec=spec)}
         if "unconstrained_dims" in eqn.params:
             free = {i for i, entry in enumerate(spec) if entry is PartitionSpec.UNCONSTRAINED}

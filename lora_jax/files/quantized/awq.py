@@ -13,13 +13,13 @@ from lora_jax.core.foreign import shown, shown_value
 from lora_jax.files.quantized.groups import regular
 from lora_jax.files.quantized.integers import stored_integers
 from lora_jax.files.quantized.packing import WORD, unpack_words
-from lora_jax.files.quantized.stored import LazyArray, StoredCodes, part
+from lora_jax.files.quantized.stored import LazyArray, StoredCodes, part, replace_parts
 
 _BITS = 4
 _PER_WORD = WORD // _BITS
 #: Which of eight neighbouring outputs has the lowest four bits of a word, the next four, ...
 _ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
-_PARTS = ("qweight", "qzeros", "scales")
+_PARTS = (".qweight", ".qzeros", ".scales")
 
 
 def read(tensors: Mapping[str, Any], config: Mapping[str, Any], dtype: Any) -> dict[str, Any]:
@@ -31,10 +31,8 @@ def read(tensors: Mapping[str, Any], config: Mapping[str, Any], dtype: Any) -> d
             f"AWQ: version {shown_value(version)} of {shown_value(bits)} bits cannot be read, only "
             '"gemm" of 4 bits; save the model in that one'
         )
-    modules = [name.removesuffix(".qweight") for name in tensors if name.endswith(".qweight")]
-    parts = {f"{module}.{x}" for module in modules for x in _PARTS}
-    rest = {name: tensor for name, tensor in tensors.items() if name not in parts}
-    return rest | {f"{module}.weight": _weight(tensors, module, dtype) for module in modules}
+    make = lambda module: _weight(tensors, module, dtype)
+    return replace_parts(tensors, _PARTS, ".weight", make)
 
 
 def _weight(tensors: Mapping[str, Any], module: str, dtype: Any) -> StoredCodes:

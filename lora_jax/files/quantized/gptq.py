@@ -13,12 +13,12 @@ from lora_jax.core.foreign import shown, shown_value
 from lora_jax.files.quantized.groups import Groups, irregular, regular
 from lora_jax.files.quantized.integers import stored_integers
 from lora_jax.files.quantized.packing import WORD, unpack_words
-from lora_jax.files.quantized.stored import LazyArray, StoredCodes, part
+from lora_jax.files.quantized.stored import LazyArray, StoredCodes, part, replace_parts
 
 _BITS = (2, 3, 4, 8)
 #: Whether zero points are stored less one, by `checkpoint_format`.
 _LESS_ONE = {"gptq": True, "gptq_v2": False}
-_PARTS = ("qweight", "qzeros", "scales", "g_idx")
+_PARTS = (".qweight", ".qzeros", ".scales", ".g_idx")
 _FLOATS = "float16 bfloat16 float32"
 
 
@@ -33,13 +33,8 @@ def read(tensors: Mapping[str, Any], config: Mapping[str, Any], dtype: Any) -> d
             f"GPTQ: checkpoint_format {shown_value(layout)} is not one of {list(_LESS_ONE)}; "
             "save the model in one of them"
         )
-    modules = [name.removesuffix(".qweight") for name in tensors if name.endswith(".qweight")]
-    parts = {f"{module}.{x}" for module in modules for x in _PARTS}
-    rest = {name: tensor for name, tensor in tensors.items() if name not in parts}
-    return rest | {
-        f"{module}.weight": _weight(tensors, module, bits, config, _LESS_ONE[layout], dtype)
-        for module in modules
-    }
+    make = lambda module: _weight(tensors, module, bits, config, _LESS_ONE[layout], dtype)
+    return replace_parts(tensors, _PARTS, ".weight", make)
 
 
 def _weight(

@@ -12,7 +12,7 @@ import numpy as np
 
 from lora_jax.core.quantized.weight import QuantizedWeight
 from lora_jax.files.quantized.packing import pack_blocks, unpack_nibbles
-from lora_jax.files.quantized.stored import LazyArray, StoredCodes, part
+from lora_jax.files.quantized.stored import LazyArray, StoredCodes, part, replace_parts
 
 _BLOCKS, _SCALES = "_blocks", "_scales"
 _BLOCK = 32
@@ -20,10 +20,8 @@ _BLOCK = 32
 
 def read(tensors: Mapping[str, Any], config: Mapping[str, Any], dtype: Any) -> dict[str, Any]:
     """Return the tensors of a file, with one `StoredCodes` in the place of each weight's parts."""
-    names = [name.removesuffix(_BLOCKS) for name in tensors if name.endswith(_BLOCKS)]
-    parts = {name + suffix for name in names for suffix in (_BLOCKS, _SCALES)}
-    rest = {name: tensor for name, tensor in tensors.items() if name not in parts}
-    return rest | {name: _weight(tensors, name, dtype) for name in names}
+    make = lambda name: _weight(tensors, name, dtype)
+    return replace_parts(tensors, (_BLOCKS, _SCALES), "", make)
 
 
 def _weight(tensors: Mapping[str, Any], name: str, dtype: Any) -> StoredCodes:

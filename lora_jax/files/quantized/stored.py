@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -73,6 +73,26 @@ class StoredCodes:
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         values = self.values() if self.values else dequantized(self.keep())
         return values if dtype is None else values.astype(dtype, copy=False)
+
+
+def replace_parts(
+    tensors: Mapping[str, Any],
+    parts: Sequence[str],
+    weight: str,
+    make: Callable[[str], StoredCodes],
+) -> dict[str, Any]:
+    """Return the tensors of a file, with one `StoredCodes` in the place of each weight's parts.
+
+    Args:
+      tensors: by name.
+      parts: how the names of the parts end; each weight has the first of them.
+      weight: how the name of the weight ends instead.
+      make: returns the weight whose parts' names begin like this.
+    """
+    stems = [name.removesuffix(parts[0]) for name in tensors if name.endswith(parts[0])]
+    gone = {stem + end for stem in stems for end in parts}
+    rest = {name: tensor for name, tensor in tensors.items() if name not in gone}
+    return rest | {stem + weight: make(stem) for stem in stems}
 
 
 def dequantized(codes: QuantizedWeight) -> np.ndarray:
