@@ -12,7 +12,7 @@ from jax.sharding import NamedSharding
 
 import lora_jax
 from lora_jax.core.quantized.weight import quantize_array
-from lora_jax.engine.quantized.specs import specs_of
+from lora_jax.core.sharding.quantized import field_specs
 from tests.programs import is_node, merged, normal
 from tests.programs.explicit import EXPLICIT, At
 
@@ -216,7 +216,7 @@ def quantize(tree, axis):
         w = quantize_array(jnp.asarray(np.asarray(node.w)), "int8", at)
         sharding = node.w.sharding
         if isinstance(sharding, NamedSharding):
-            specs = specs_of(w, sharding.spec, sharding.mesh.shape)
+            specs = field_specs(w, sharding.spec, sharding.mesh.shape)
             put = lambda name, x: jax.device_put(x, sharding.update(spec=specs[name]))
             fields = {name: put(name, x) for name, x in w.fields.items()}
             w = dataclasses.replace(w, fields=fields)
