@@ -107,3 +107,26 @@ def test_without_adapters_the_function_takes_quantized_weights():
     quantized = quantize(layers(stacked=False), "int4")
     got = lora_jax.lora(unrolled, on_dense="error")(quantized, x)
     np.testing.assert_allclose(got, unrolled(dequantize(quantized), x), rtol=1e-5, atol=1e-5)
+
+
+def test_an_input_that_scales_a_weight_gets_its_gradient_and_no_values_are_kept():
+    x, s = jax.random.normal(jax.random.key(3), (8, WIDTH)), jnp.float32(0.7)
+    w = quantize_array(jax.random.normal(jax.random.key(0), (WIDTH, WIDTH)), "nf4", 0)
+    loss = lambda w, s, x: jnp.sin(x @ (w * s)).sum()
+    got = jax.grad(lora_jax.lora(loss, on_dense="error"), (1, 2))(w, s, x)
+    want = jax.grad(loss, (1, 2))(w.dequantize(), s, x)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), got, want)
+    _, pull_back = jax.vjp(lambda s, x: lora_jax.lora(loss)(w, s, x), s, x)
+    kept = [leaf for leaf in jax.tree.leaves(pull_back) if leaf.size >= WIDTH * WIDTH // 2]
+    assert kept and all(leaf.dtype == jnp.uint8 for leaf in kept)
+
+
+def test_no_gradient_flows_to_the_scales():
+    """Also where the program makes an array of the weight."""
+    x = jax.random.normal(jax.random.key(3), (8, WIDTH))
+    w = quantize_array(jax.random.normal(jax.random.key(0), (WIDTH, WIDTH)), "int8", 0)
+    loss = lambda w, x: jnp.sin(x @ jnp.tanh(w)).sum() + jnp.sin(x @ w).sum()
+    with pytest.warns(lora_jax.DenseWarning, match="its codes are dequantized"):
+        found = jax.grad(lora_jax.lora(loss), allow_int=True)(w, x)
+    assert found.fields["codes"].dtype == jax.dtypes.float0
+    np.testing.assert_array_equal(found.fields["scales"], np.zeros((1, WIDTH)))
