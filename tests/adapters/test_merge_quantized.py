@@ -58,7 +58,7 @@ def test_to_floating_numbers_and_to_codes(kind):
     got, want = codes["w"].dequantize(), want.dequantize()
     assert (abs(got - want) > 1e-6).mean() < 1e-3  # a sum halfway between two codes
     lost = np.linalg.norm(got - exact(leaf)) / np.linalg.norm(exact(leaf) - base)
-    np.testing.assert_allclose(errors["w"], lost, rtol=1e-3)
+    np.testing.assert_allclose(errors["w"], lost, rtol=1e-5)
 
 
 def test_int8_codes_by_hand():

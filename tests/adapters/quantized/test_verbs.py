@@ -128,11 +128,14 @@ def test_extract_reads_the_values():
     config = lora.LoraConfig(rank=2, overrides={"up": {"layout": "bio"}})
     overlay, residuals = lora.extract(up, {"up": tuned}, config)
     change = np.float64(tuned) - np.float64(lora.dequantize(up)["up"])
-    sizes = np.linalg.svd(change, compute_uv=False) ** 2
+    a, b, scale = (np.float64(getattr(overlay["up"], name)) for name in ("a", "b", "scale"))
+    left = change - scale[:, None, None] * (a @ b)
     np.testing.assert_allclose(
-        residuals["up"], (sizes[:, 2:].sum() / sizes.sum()) ** 0.5, rtol=1e-2
+        residuals["up"], np.linalg.norm(left) / np.linalg.norm(change), rtol=1e-6
     )
-    assert overlay["up"].a.shape == (2, 64, 2)
+    sizes = np.linalg.svd(change, compute_uv=False) ** 2
+    best = (sizes[:, 2:].sum() / sizes.sum()) ** 0.5  # the SVD is a randomized one
+    assert best <= residuals["up"] <= 1.002 * best
 
 
 def test_the_message_of_a_quantized_weight():
@@ -155,7 +158,7 @@ def test_eva_reads_inputs():
     trees = [lora.init(KEY, tree, tiny.CONFIG, model, IDS) for tree in (base(), dense())]
     made = [lora.eva(model, tree, [(IDS,), (IDS + 3,)]) for tree in trees]
     got, want = (jax.tree.map(abs, lora.split(tree)[1]) for tree in made)
-    assert_close(got, want, rtol=1e-3)
+    assert_close(got, want, rtol=1e-5)
 
 
 def test_lora_ga_needs_floating_weights():

@@ -105,7 +105,7 @@ def test_views_move_codes(adapted, quick_compile):
     derive = jax.value_and_grad(loss, has_aux=True) if adapted else loss
     both = lambda *args: [derive(X, made) for made in args]
     got, want = jax.jit(both)(made, dequantized(made))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-3, atol=2e-3), got, want)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), got, want)
     for name, row in views.items():
         program = jax.make_jaxpr(on(*row))(made, X)
         made_in_it = [var.aval for eqn in equations(program.jaxpr) for var in eqn.outvars]
