@@ -74,5 +74,23 @@ def as_factors(
     return a.reshape(layout.a_shape(shape, rank)), b.reshape(layout.b_shape(shape, rank))
 
 
+def flattened_factors(a: jax.Array, b: jax.Array, layout: Layout) -> tuple[jax.Array, jax.Array]:
+    """Return A as `[*batch, fan_in, rank]` and B as `[*batch, rank, fan_out]`.
+
+    There may be more leading axes than the layout's batch axes, such as the slots of a stack.
+
+    >>> import jax.numpy as jnp
+    >>> a, b = flattened_factors(jnp.zeros((12, 768, 2)), jnp.zeros((12, 2, 4, 64)), Layout("bioo"))
+    >>> a.shape, b.shape
+    ((12, 768, 2), (12, 2, 256))
+    """
+    lead = a.ndim - 1 - len(layout.positions("i"))
+    outs = b.shape[lead + 1 :]
+    return (
+        a.reshape(*a.shape[:lead], math.prod(a.shape[lead:-1]), a.shape[-1]),
+        b.reshape(*b.shape[: lead + 1], math.prod(outs)),
+    )
+
+
 def _order(layout: Layout) -> tuple[int, ...]:
     return (*layout.positions("b"), *layout.positions("i"), *layout.positions("o"))
