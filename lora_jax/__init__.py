@@ -36,6 +36,7 @@ __all__ = [
     "TrainedLeaf",
     "TrainedRows",
     "apply_updates",
+    "combine",
     "count_params",
     "dequantize",
     "disable",

@@ -1,6 +1,7 @@
 """The public names that need JAX: `import lora_jax` imports this module at their first use."""
 
 from lora_jax import initializers
+from lora_jax.adapters.algebra.combine import combine
 from lora_jax.adapters.extract import extract
 from lora_jax.adapters.init import init
 from lora_jax.adapters.memory import MemoryReport, StepMemory, memory_report
@@ -75,6 +76,7 @@ __all__ = [
     "TrainedLeaf",
     "TrainedRows",
     "apply_updates",
+    "combine",
     "count_params",
     "dequantize",
     "disable",
