@@ -2,6 +2,8 @@
 
 from lora_jax import initializers
 from lora_jax.adapters.algebra.combine import combine
+from lora_jax.adapters.algebra.compress import compress, resize
+from lora_jax.adapters.algebra.intruders import Intruders, intruders, reduce_intruders
 from lora_jax.adapters.extract import extract
 from lora_jax.adapters.init import init
 from lora_jax.adapters.memory import MemoryReport, StepMemory, memory_report
@@ -57,6 +59,7 @@ __all__ = [
     "DenseError",
     "DenseWarning",
     "Forms",
+    "Intruders",
     "Layout",
     "LayoutError",
     "LeftOutWarning",
@@ -77,6 +80,7 @@ __all__ = [
     "TrainedRows",
     "apply_updates",
     "combine",
+    "compress",
     "count_params",
     "dequantize",
     "disable",
@@ -87,6 +91,7 @@ __all__ = [
     "groups",
     "init",
     "initializers",
+    "intruders",
     "join",
     "labels",
     "load",
@@ -102,6 +107,8 @@ __all__ = [
     "partition_specs",
     "quantize",
     "read_metadata",
+    "reduce_intruders",
+    "resize",
     "rounding",
     "save",
     "save_sums",

@@ -1,6 +1,5 @@
 """`combine`: one adapter from several, by PEFT's methods."""
 
-import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -20,11 +19,10 @@ from lora_jax.adapters.algebra.misfits import (
 )
 from lora_jax.adapters.algebra.options import as_weights, recipe_of
 from lora_jax.adapters.algebra.overlays import Overlays
+from lora_jax.adapters.algebra.placed import place_like
 from lora_jax.core.abstract import on_shapes
 from lora_jax.core.errors import StructureError, grouped
 from lora_jax.core.paths import path_key
-from lora_jax.core.sharding.data_axes import named_sharding
-from lora_jax.core.sharding.placement import arrays_of, put
 from lora_jax.core.weights import Adapted, LoraWeight
 
 
@@ -115,7 +113,7 @@ def combine(
             continue
         leaf = overlays.base_leaf(path) if _changes_base(nodes) else None
         node = on_shapes(make, nodes, own[path], leaf, path_key(key, path))
-        combined[path] = _place_like(node, nodes[0])
+        combined[path] = place_like(node, nodes[0])
     return overlays.rebuild(combined)
 
 
@@ -149,13 +147,3 @@ def _combine_leaf(
     if isinstance(nodes[0], LoraWeight):
         return combine_factors(nodes, weights, base, recipe, draw)
     return combine_values(nodes, weights, base, recipe, draw)
-
-
-def _place_like(node: Adapted, like: Adapted) -> Adapted:
-    """Return a node with its arrays sharded as those of another node of the same weight are."""
-    placed = {}
-    for field, x in arrays_of(node).items():
-        own = getattr(like, field)
-        sharding = None if isinstance(x, jax.core.Tracer) else named_sharding(own)
-        placed[field] = x if sharding is None else put(x, sharding)
-    return dataclasses.replace(node, **placed)

@@ -111,7 +111,7 @@ def _sum_updates(
 
     def one(args: tuple[Any, ...]) -> Factors:
         i, factors, gains, w = args
-        updates = [_update(*pair, gain, w) for pair, gain in zip(factors, gains, strict=True)]
+        updates = [_update(a, b, gain, w) for (a, b), gain in zip(factors, gains, strict=True)]
         values = jnp.stack(updates)
         masks = choose_masks(values, lambda n, shape: draw(n, i, shape), recipe)
         total = sum_values(values, weights.reshape(-1), masks, recipe)

@@ -51,7 +51,7 @@ def _common_node(nodes: Sequence[Trained]) -> Any:
     """Return a node with the scale's shape, and all the rows, that the combined one has."""
     if isinstance(nodes[0], TrainedLeaf):
         return max(nodes, key=lambda node: node.scale.ndim)
-    rows = tuple(dict.fromkeys(row for node in nodes for row in node.rows))  # type: ignore[union-attr]
+    rows = tuple(dict.fromkeys(row for node in nodes for row in node.rows))
     return dataclasses.replace(nodes[0], rows=rows)
 
 

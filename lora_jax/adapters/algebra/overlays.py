@@ -11,7 +11,7 @@ from lora_jax.core.errors import StructureError
 from lora_jax.core.paths import flatten_with_paths
 from lora_jax.core.patterns import nearest
 from lora_jax.core.tree import require_adapted
-from lora_jax.core.weights import Adapted, is_adapted
+from lora_jax.core.weights import Adapted, LoraWeight, is_adapted
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,7 +106,7 @@ class Overlays:
 def _without_keys(nodes: Mapping[str, Adapted]) -> dict[str, Adapted]:
     """Return nodes with dropout off, so that those of several adapters have one structure."""
     return {
-        path: dataclasses.replace(node, key=None) if hasattr(node, "key") else node
+        path: dataclasses.replace(node, key=None) if isinstance(node, LoraWeight) else node
         for path, node in nodes.items()
     }
 

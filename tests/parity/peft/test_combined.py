@@ -117,4 +117,4 @@ def test_dare_draws_its_own_masks_with_peft_s_expectation(load):
     for path, node in plain.items():
         values = np.stack([np.asarray(nodes[path].a) for nodes in drawn])
         error = values.std(0).max() / np.sqrt(len(drawn))
-        assert 0 < error and np.abs(values.mean(0) - node.a).max() < 4.5 * error
+        assert error > 0 and np.abs(values.mean(0) - node.a).max() < 4.5 * error

@@ -8,8 +8,8 @@ writes `combined.npz`, adapters of record_files' model, whose base stays as it w
     adapters/<name>/adapter_config.json
     cases/<case>/adapter_model.safetensors      those of the combined one; see CASES
     cases/<case>/adapter_config.json
-    masks/<case>                                the masks that DARE drew, safetensors as bytes: uint8
-                                                "<module>/<number>" in the order of the draws
+    masks/<case>                                the masks that DARE drew, safetensors as bytes:
+                                                uint8 "<module>/<number>" in the order of the draws
     intruders/adapter_model.safetensors         "linear" after reduce_intruder_dimension
     intruders/adapter_config.json
     intruders/counts                            how many there were, in the order of the modules
