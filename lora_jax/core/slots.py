@@ -44,7 +44,7 @@ def pick_slot(node: Adapted, ids: jax.Array) -> Adapted:
 
 
 def check_ids(caller: str, ids: Any, slots: int, lowest: int = -1) -> jax.Array:
-    """Return ids as int32, or raise unless they are integers from `lowest` to the number of slots."""
+    """Return ids as int32, or raise unless each is from `lowest` to the number of slots."""
     if not isinstance(ids, jax.Array):
         ids = np.asarray(ids)
     if not jnp.issubdtype(ids.dtype, jnp.integer):

@@ -60,7 +60,8 @@ class LoraWeight(NotAnArray):
     @property
     def slots(self) -> int | None:
         """The number of adapters that are stacked here, None if this is a single one."""
-        return self.a.shape[0] if self.a.ndim == len(self.layout.positions("bi")) + 2 else None
+        stacked = len(self.a.shape) == len(self.layout.positions("bi")) + 2
+        return self.a.shape[0] if stacked else None
 
     @property
     def shape(self) -> tuple[int, ...]:
