@@ -15,6 +15,8 @@ from lora_jax.adapters.optim import freeze, groups, labels, lora_fa, lora_plus, 
 from lora_jax.adapters.quantize import dequantize, quantize
 from lora_jax.adapters.shardings import shardings
 from lora_jax.adapters.split import join, split
+from lora_jax.adapters.stacks.select import select, set_slot
+from lora_jax.adapters.stacks.stack import stack, unstack
 from lora_jax.adapters.summary import count_params, summary
 from lora_jax.adapters.switches import disable, set_scale, with_dropout
 from lora_jax.adapters.updates import (
@@ -113,11 +115,15 @@ __all__ = [
     "save",
     "save_sums",
     "schedule_free_eval_params",
+    "select",
     "set_scale",
+    "set_slot",
     "shardings",
     "split",
+    "stack",
     "summary",
     "unmerge",
+    "unstack",
     "value_and_grad_from_state",
     "with_dropout",
 ]
