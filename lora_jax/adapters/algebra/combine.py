@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 
 from lora_jax.adapters.algebra.combined_factors import combine_factors, draw_from
 from lora_jax.adapters.algebra.combined_values import combine_values
@@ -27,7 +27,7 @@ from lora_jax.core.weights import Adapted, LoraWeight
 
 
 def combine(
-    adapters: Sequence[Any],
+    adapters: Any,
     weights: Sequence[float] | jax.Array | None = None,
     *,
     method: str = "cat",
@@ -61,7 +61,8 @@ def combine(
     changes, of the whole leaf; so do trained rows, of all rows that one of the adapters trains.
 
     Args:
-      adapters: overlays, as `split` and `load` return them, or joined trees of one base.
+      adapters: overlays, as `split` and `load` return them, or joined trees of one base; or a
+        stack of adapters.
       weights: one number per adapter, a sequence or an array `[adapters]`, which may be traced; by
         default 1 each. A negative weight subtracts.
       method: see above.
@@ -99,11 +100,11 @@ def combine(
     largest = max((rank for nodes in overlays.nodes for rank in _ranks(nodes)), default=1)
     recipe = recipe_of(method, density, rank, majority_sign, key, exact, largest)
     every = as_weights(weights, len(overlays.nodes))
-    own = {path: every[jnp.asarray(overlays.at(path)[0])] for path in overlays.paths}
+    own = {path: every[np.array(overlays.at(path)[0])] for path in overlays.paths}
     problems = overlays.problems() or _problems(overlays, own, recipe)
     if problems:
         raise StructureError("combine: cannot combine these adapters:\n" + grouped(problems))
-    key = jax.random.key(0) if key is None else key
+    random = recipe.method.keeps == "random" and recipe.density != 1
     make = functools.partial(_combine_leaf, recipe=recipe)
     combined = {}
     for path in overlays.paths:
@@ -112,7 +113,8 @@ def combine(
             combined[path] = nodes[0]
             continue
         leaf = overlays.base_leaf(path) if _changes_base(nodes) else None
-        node = on_shapes(make, nodes, own[path], leaf, path_key(key, path))
+        own_key = path_key(key, path) if random and key is not None else None
+        node = on_shapes(make, nodes, own[path], leaf, own_key)
         combined[path] = place_like(node, nodes[0])
     return overlays.rebuild(combined)
 
@@ -126,7 +128,7 @@ def _changes_base(nodes: Sequence[Adapted]) -> bool:
     return is_dora(nodes) or not isinstance(nodes[0], LoraWeight)
 
 
-def _problems(overlays: Overlays, weights: Mapping[str, jax.Array], recipe: Recipe) -> list[str]:
+def _problems(overlays: Overlays, weights: Mapping[str, Any], recipe: Recipe) -> list[str]:
     found = []
     for path in overlays.paths:
         numbers, nodes = overlays.at(path)
@@ -141,7 +143,7 @@ def _problems(overlays: Overlays, weights: Mapping[str, jax.Array], recipe: Reci
 
 @functools.partial(jax.jit, static_argnames="recipe")
 def _combine_leaf(
-    nodes: list[Any], weights: jax.Array, base: Any, key: jax.Array, *, recipe: Recipe
+    nodes: list[Any], weights: Any, base: Any, key: jax.Array | None, *, recipe: Recipe
 ) -> Adapted:
     draw = draw_from(key, recipe.density)
     if isinstance(nodes[0], LoraWeight):

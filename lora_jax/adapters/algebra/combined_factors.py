@@ -54,7 +54,7 @@ def combine_factors(
     dtypes = [wider(*(getattr(node, name).dtype for node in nodes)) for name in ("a", "b")]
     factors = [factor_matrices(x.a.astype(wide), x.b.astype(wide), x.layout) for x in nodes]
     scales = jnp.stack([gathered(node.scale).astype(wide) for node in nodes])  # [adapters, *batch]
-    weights = jnp.expand_dims(weights.astype(wide), range(1, scales.ndim))
+    weights = jnp.expand_dims(jnp.asarray(weights, wide), range(1, scales.ndim))
     if recipe.method.sums == "ranks":
         a, b = _side_by_side(factors, weights * scales)
     elif recipe.method.sums == "factors":

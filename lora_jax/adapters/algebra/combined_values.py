@@ -40,7 +40,7 @@ def combine_values(
     changes = jnp.stack([_change(node, like, before) for node in nodes])
     values = changes.reshape(len(nodes), 1, -1)  # one matrix
     masks = choose_masks(values, lambda number, shape: draw(number, 0, shape), recipe)
-    total = sum_values(values, weights.astype(wide), masks, recipe).reshape(before.shape)
+    total = sum_values(values, jnp.asarray(weights, wide), masks, recipe).reshape(before.shape)
     dtype = wider(*(node.value.dtype for node in nodes))
     value = round_to(before + total, dtype).astype(dtype)
     on = jnp.stack([jnp.broadcast_to(x.scale != 0, like.scale.shape) for x in nodes]).any(0)

@@ -12,6 +12,7 @@ import numpy as np
 
 from lora_jax.adapters.algebra.combined_factors import pad_rank
 from lora_jax.adapters.algebra.placed import place_like
+from lora_jax.adapters.algebra.slots import is_stack, map_slots, out_of_stack
 from lora_jax.core.abstract import on_shapes
 from lora_jax.core.checks import is_size, is_within
 from lora_jax.core.dtypes import accumulator
@@ -36,7 +37,7 @@ def compress(
     direction is what is approximated.
 
     Args:
-      adapters: an overlay or a joined tree.
+      adapters: an overlay, a joined tree, or a stack, whose adapters have a rank each.
       rank: the largest rank of the result.
       energy: the share of ‖ΔW‖² that each weight keeps at least, above 0 and up to 1; each weight
         takes the smallest rank with it, and at most `rank` where both are given. The layers of a
@@ -44,7 +45,7 @@ def compress(
 
     Returns:
       (the same tree with the smaller factors, the share of ‖ΔW‖² that each keeps, by path). Shares
-      are floats, or traced within `jit`; 1 if there is no update.
+      are floats, or traced within `jit`; 1 without an update. Those of a stack are `[slots]`.
 
     Raises:
       ConfigError: neither is given, or one is out of range; or the values that `energy` needs are
@@ -58,6 +59,9 @@ def compress(
     >>> overlay["w"].rank, round(kept["w"], 3)
     (1, 0.9)
     """
+    if is_stack(adapters):
+        return _compress_stack(adapters, rank, energy)
+    adapters = out_of_stack(adapters)
     nodes = require_adapted("compress", adapters)
     if rank is None and energy is None:
         raise ConfigError("compress: give rank=, the largest rank, or energy=, a share to keep")
@@ -74,27 +78,43 @@ def compress(
         if energy is None and most == node.rank:
             kept[path] = 1.0
             return node
-        a, b, values = _decompose(node)
         if energy is not None:
-            most = min(most, _rank_for(values, node.scale, energy, node.shape))
-        kept[path] = on_shapes(functools.partial(_share, rank=most), values, node.scale)
+            values = np.asarray(_singular_values(node))
+            most = min(most, _rank_for(values, np.asarray(node.scale), energy, node.shape))
+        a, b, kept[path] = on_shapes(functools.partial(_truncate, rank=most), _bare(node))
         if most == node.rank:
             return node
-        return _truncate(node, a, b, most)
+        return place_like(dataclasses.replace(node, a=a, b=b), node)
 
     result = map_adapted(one, adapters)
     return result, {path: _as_float(share) for path, share in kept.items()}
 
 
+def _compress_stack(
+    adapters: Any, rank: int | None, energy: float | None
+) -> tuple[Any, dict[str, Any]]:
+    found: list[dict[str, Any]] = []
+
+    def one(_: int, overlay: Any) -> Any:
+        smaller, kept = compress(overlay, rank, energy=energy)
+        found.append(kept)
+        return smaller
+
+    result = map_slots(one, adapters)
+    paths = dict.fromkeys(path for kept in found for path in kept)
+    return result, {path: np.array([kept.get(path, 1.0) for kept in found]) for path in paths}
+
+
 def resize(adapters: Any, rank: int, *, key: jax.Array | None = None) -> Any:
     """Change the rank of all adapters, larger or smaller.
 
-    A larger rank changes nothing: A gets columns, and B rows, of zeros. Both have no gradient
-    there, so that training would leave them at zero; with `key` the new columns of A are random
-    instead, as those of a new adapter, and they train. A smaller rank is that of `compress`.
+    Where the rank grows, the update stays the same: A gets columns, and B rows, of zeros. Both have
+    no gradient there, so that training would leave them at zero; with `key` the new columns of A
+    are random instead, as those of a new adapter, and they train. A smaller rank is that of
+    `compress`.
 
     Args:
-      adapters: an overlay or a joined tree.
+      adapters: an overlay, a joined tree, or a stack.
       rank: the rank of each weight in the result; scales stay as they are.
       key: a random key for new columns of A, uniform in ±1/√fan_in; each path draws separately.
 
@@ -114,18 +134,22 @@ def resize(adapters: Any, rank: int, *, key: jax.Array | None = None) -> Any:
     """
     require_adapted("resize", adapters)
     _check_rank("resize", rank)
+    if is_stack(adapters):
+        keys = lambda slot: None if key is None else jax.random.fold_in(key, slot)
+        return map_slots(lambda slot, one: resize(one, rank, key=keys(slot)), adapters)
     smaller, _ = compress(adapters, rank)
 
     def one(path: str, node: Adapted) -> Adapted:
         if not isinstance(node, LoraWeight) or node.rank == rank:
             return node
         own = None if key is None else path_key(key, path)
-        a, b = on_shapes(lambda node, key: _grow(node, key, rank), node, own)
+        a, b = on_shapes(functools.partial(_grow, rank=rank), _bare(node), own)
         return place_like(dataclasses.replace(node, a=a, b=b), node)
 
     return map_adapted(one, smaller)
 
 
+@functools.partial(jax.jit, static_argnames="rank")
 def _grow(node: LoraWeight, key: jax.Array | None, rank: int) -> tuple[jax.Array, jax.Array]:
     a, b = pad_rank(node.a, node.b, rank, node.scale.ndim)
     if key is None:
@@ -133,32 +157,40 @@ def _grow(node: LoraWeight, key: jax.Array | None, rank: int) -> tuple[jax.Array
     bound = 1 / math.sqrt(node.layout.fan_in(node.shape))
     shape = (*a.shape[:-1], rank - node.rank)
     new = jax.random.uniform(key, shape, jnp.float32, -bound, bound).astype(a.dtype)
-    return a.at[..., node.rank :].set(new), b
+    return jnp.concatenate([node.a, new], -1), b
 
 
-def _decompose(node: LoraWeight) -> tuple[Any, Any, Any]:
-    """Return U·√S `[*batch, in, n]`, √S·Vᵀ `[*batch, n, out]` and S `[*batch, n]` of A·B."""
-    return on_shapes(_balanced_factors, dataclasses.replace(node, w=None, key=None))
+def _bare(node: LoraWeight) -> LoraWeight:
+    return dataclasses.replace(node, w=None, key=None)
+
+
+def _svd(node: LoraWeight) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Return U, S and Vᵀ of each matrix of A·B."""
+    wide = accumulator(node.a.dtype, node.b.dtype)
+    return product_svd(*factor_matrices(node.a.astype(wide), node.b.astype(wide), node.layout))
 
 
 @jax.jit
-def _balanced_factors(node: LoraWeight) -> tuple[jax.Array, jax.Array, jax.Array]:
-    wide = accumulator(node.a.dtype, node.b.dtype)
-    a, b = factor_matrices(node.a.astype(wide), node.b.astype(wide), node.layout)
-    svd = product_svd(a, b)
-    return *balanced(svd, jnp.ones((), wide)), svd[1]
+def _values(node: LoraWeight) -> jax.Array:
+    return _svd(node)[1]
 
 
-def _truncate(node: LoraWeight, a: Any, b: Any, rank: int) -> LoraWeight:
-    def cut(a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
-        a, b = pad_rank(a[..., :rank], b[..., :rank, :], rank, node.scale.ndim)
-        return as_factors(a.astype(node.a.dtype), b.astype(node.b.dtype), node.layout, node.shape)
-
-    a, b = on_shapes(cut, a, b)
-    return place_like(dataclasses.replace(node, a=a, b=b), node)
+def _singular_values(node: LoraWeight) -> jax.Array:
+    """Return the singular values of A·B, `[*batch, n]`."""
+    return _values(_bare(node))
 
 
-def _rank_for(values: Any, scale: Any, energy: float, shape: tuple[int, ...]) -> int:
+@functools.partial(jax.jit, static_argnames="rank")
+def _truncate(node: LoraWeight, rank: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Return A and B of this rank, and the share of ‖ΔW‖² that they keep."""
+    u, s, vt = _svd(node)
+    a, b = balanced((u, s, vt), jnp.ones((), s.dtype))
+    a, b = pad_rank(a[..., :rank], b[..., :rank, :], rank, node.scale.ndim)
+    a, b = as_factors(a.astype(node.a.dtype), b.astype(node.b.dtype), node.layout, node.shape)
+    return a, b, _share(s, node.scale, rank)
+
+
+def _rank_for(values: np.ndarray, scale: np.ndarray, energy: float, shape: tuple[int, ...]) -> int:
     """Return the smallest rank with which each layer keeps a share of its squared norm.
 
     Args:
@@ -169,8 +201,7 @@ def _rank_for(values: Any, scale: Any, energy: float, shape: tuple[int, ...]) ->
         times the precision.
     """
     precision = float(jnp.finfo(values.dtype).eps) * max(shape)
-    s = np.asarray(values, np.float64).reshape(-1, values.shape[-1])
-    s = s[np.asarray(scale != 0).reshape(-1)]
+    s = values.astype(np.float64).reshape(-1, values.shape[-1])[scale.reshape(-1) != 0]
     squares = np.where(s > precision * s.max(-1, keepdims=True, initial=0), s, 0) ** 2
     total = squares.sum(-1, keepdims=True)
     missing = total - np.cumsum(squares, -1)

@@ -10,6 +10,7 @@ import numpy as np
 
 from lora_jax.adapters.algebra.compress import resize
 from lora_jax.adapters.algebra.placed import place_like
+from lora_jax.adapters.algebra.slots import out_of_stack
 from lora_jax.core.algebra import dense
 from lora_jax.core.checks import is_number, is_size, is_within
 from lora_jax.core.dtypes import accumulator, round_to
@@ -125,6 +126,7 @@ def reduce_intruders(
     1
     """
     _check("reduce_intruders", k, threshold)
+    params = out_of_stack(params)
     if not is_number(factor) or not np.isfinite(float(factor)):
         raise ConfigError(
             f"reduce_intruders: factor must be a finite number, got {shown_value(factor)}"
@@ -151,8 +153,12 @@ def reduce_intruders(
         if path not in nodes or not isinstance(node, LoraWeight):
             return node
         found, u, vt = _examine(node, k, threshold)
-        count = int(jnp.max(found.count, initial=0))
-        return _scale_down(node, found, u, vt, factor, count) if count else node
+        count = int(np.asarray(found.new).sum(-1).max(initial=0))
+        if not count:
+            return node
+        bare = dataclasses.replace(node, w=None, key=None)
+        a, b, scale = _scale_down(bare, found, u, vt, factor, count=count)
+        return place_like(dataclasses.replace(node, a=a, b=b, scale=scale, key=None), node)
 
     reduced = map_adapted(one, params)
     return reduced if rank is None else resize(reduced, rank)
@@ -179,16 +185,17 @@ def _triplets(node: LoraWeight, k: int, threshold: float, wide: Any) -> Any:
     return map_matrices(one, jax.random.key(0), layout, before, dense(node, wide))
 
 
+@functools.partial(jax.jit, static_argnames="count")
 def _scale_down(
-    node: LoraWeight, found: Intruders, u: Any, vt: Any, factor: float, count: int
-) -> LoraWeight:
-    """Return a node with `count` more ranks: √|c|·u and ±√|c|·vᵀ, c = (factor − 1)·σ."""
+    node: LoraWeight, found: Intruders, u: Any, vt: Any, factor: Any, count: int
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Return A, B and scale with `count` more ranks: √|c|·u and ±√|c|·vᵀ, c = (factor − 1)·σ."""
     wide = found.values.dtype
     a, b = factor_matrices(node.a.astype(wide), node.b.astype(wide), node.layout)
     order = jnp.argsort(~found.new, axis=-1, stable=True)[..., :count]  # intruders first
     pick = lambda x: jnp.take_along_axis(x, order, -1)
-    root = jnp.sqrt(jnp.where(pick(found.new), abs(factor - 1) * pick(found.values), 0))
-    sign = 1.0 if factor > 1 else -1.0
+    root = jnp.sqrt(jnp.where(pick(found.new), jnp.abs(factor - 1) * pick(found.values), 0))
+    sign = jnp.where(factor > 1, 1, -1).astype(wide)
     new_a = jnp.take_along_axis(u, order[..., None, :], -1) * root[..., None, :]
     new_b = jnp.take_along_axis(vt, order[..., :, None], -2) * root[..., :, None] * sign
     a = jnp.concatenate([a * node.scale.astype(wide)[..., None, None], new_a], -1)
@@ -196,9 +203,7 @@ def _scale_down(
     a, b = round_to(a, node.a.dtype).astype(node.a.dtype), round_to(b, node.b.dtype)
     a, b = as_factors(a, b.astype(node.b.dtype), node.layout, node.shape)
     on = (node.scale != 0) | (found.count > 0)
-    return place_like(
-        dataclasses.replace(node, a=a, b=b, scale=on.astype(node.scale.dtype), key=None), node
-    )
+    return a, b, on.astype(node.scale.dtype)
 
 
 def _chosen(caller: str, params: Any, targets: Pattern | None) -> dict[str, LoraWeight]:

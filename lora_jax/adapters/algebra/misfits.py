@@ -41,7 +41,7 @@ def find_misfits(
 
 
 def find_missing_base(
-    path: str, nodes: Sequence[Adapted], weights: jax.Array, recipe: Recipe
+    path: str, nodes: Sequence[Adapted], weights: Any, recipe: Recipe
 ) -> list[str]:
     """Return why nodes cannot be combined without the values of the base leaf."""
     if isinstance(nodes[0], LoraWeight):
@@ -54,9 +54,7 @@ def find_missing_base(
     return [f"{path}: {what}, whose change is value - base; pass base=, the parameters"]
 
 
-def find_unfit_dora(
-    path: str, nodes: Sequence[Adapted], weights: jax.Array, recipe: Recipe
-) -> list[str]:
+def find_unfit_dora(path: str, nodes: Sequence[Adapted], weights: Any, recipe: Recipe) -> list[str]:
     """Return that a method does not take nodes with a magnitude."""
     if not is_dora(nodes) or recipe.method.sums == "updates" or stays(nodes, weights, recipe):
         return []
@@ -70,12 +68,12 @@ def is_dora(nodes: Sequence[Adapted]) -> bool:
     return any(isinstance(node, LoraWeight) and node.magnitude is not None for node in nodes)
 
 
-def stays(nodes: Sequence[Adapted], weights: jax.Array, recipe: Recipe) -> bool:
+def stays(nodes: Sequence[Adapted], weights: Any, recipe: Recipe) -> bool:
     """Return whether a weight with DoRA stays as it is: one adapter has it, and it counts once."""
     return is_dora(nodes) and len(nodes) == 1 and recipe.method.sums == "ranks" and _is_1(weights)
 
 
-def cancels_base(nodes: Sequence[Any], weights: jax.Array, recipe: Recipe) -> bool:
+def cancels_base(nodes: Sequence[Any], weights: Any, recipe: Recipe) -> bool:
     """Return whether base + Σ wᵢ·(valueᵢ − base) is Σ wᵢ·valueᵢ."""
     first = nodes[0]
     if recipe.method.keeps != "all" or recipe.method.elects or not _is_1(weights):
@@ -89,7 +87,7 @@ def cancels_base(nodes: Sequence[Any], weights: jax.Array, recipe: Recipe) -> bo
     return all(x.shape == on[0].shape and (x == on[0]).all() for x in on) and bool(on[0].all())
 
 
-def _is_1(weights: jax.Array) -> bool:
+def _is_1(weights: Any) -> bool:
     """Return whether the weights are known and add up to 1."""
     if isinstance(weights, jax.core.Tracer):
         return False

@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from lora_jax.adapters.algebra.methods import MAJORITY_SIGNS, METHODS, MajoritySign, Recipe
 from lora_jax.core.checks import is_number, is_size, is_within
@@ -55,10 +56,14 @@ def recipe_of(
     return Recipe(row, share, majority_sign, rank or largest_rank, exact)
 
 
-def as_weights(weights: Any, count: int) -> jax.Array:
-    """Return one weight per adapter, `[adapters]`."""
+def as_weights(weights: Any, count: int) -> np.ndarray | jax.Array:
+    """Return one weight per adapter, `[adapters]`, in NumPy unless they are traced.
+
+    Raises:
+      ConfigError: they are not as many finite numbers.
+    """
     if weights is None:
-        return jnp.ones(count)
+        return np.ones(count)
     if not hasattr(weights, "shape"):
         given = list(weights) if isinstance(weights, list | tuple) else [weights]
         wrong = [w for w in given if not (hasattr(w, "shape") or _is_finite(w))]
@@ -66,13 +71,14 @@ def as_weights(weights: Any, count: int) -> jax.Array:
             raise ConfigError(
                 f"combine: weights must be finite numbers, got {shown_value(wrong[0])}"
             )
-        weights = jnp.stack([jnp.asarray(w, float) for w in given])
+        traced = any(isinstance(w, jax.core.Tracer) for w in given)
+        weights = jnp.stack([*map(jnp.asarray, given)]) if traced else np.array(given, float)
     if weights.shape != (count,):
         raise ConfigError(
             f"combine: weights must be one number per adapter, {count}, got the shape "
             f"{weights.shape}"
         )
-    return jnp.asarray(weights)
+    return weights if isinstance(weights, jax.core.Tracer) else np.asarray(weights)
 
 
 def _is_finite(x: Any) -> bool:

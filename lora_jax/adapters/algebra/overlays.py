@@ -6,11 +6,13 @@ from typing import Any
 
 import jax
 
+from lora_jax.adapters.algebra.slots import is_stack, out_of_stack
 from lora_jax.adapters.split import split
+from lora_jax.adapters.stacks.stack import unstack
 from lora_jax.core.errors import StructureError
 from lora_jax.core.paths import flatten_with_paths
 from lora_jax.core.patterns import nearest
-from lora_jax.core.tree import require_adapted
+from lora_jax.core.tree import adapted_nodes, require_adapted
 from lora_jax.core.weights import Adapted, LoraWeight, is_adapted
 
 
@@ -36,12 +38,17 @@ class Overlays:
 
         Args:
           caller: the verb.
-          adapters: a sequence of overlays or joined trees.
+          adapters: a sequence of overlays or joined trees, or a stack.
           base: the base; by default that of the first joined tree, if there is one.
 
         Raises:
           StructureError: there are none, or one is not an overlay.
         """
+        if not isinstance(adapters, list | tuple) and is_stack(adapters):
+            if any(node.w is not None for node in adapted_nodes(adapters).values()):
+                own, adapters = split(adapters)
+                base = own if base is None else base
+            adapters = unstack(adapters)
         if not isinstance(adapters, list | tuple) or not adapters:
             raise StructureError(
                 f"{caller}: takes a list of overlays, [adapters, ...], got "
@@ -52,7 +59,11 @@ class Overlays:
             if any(node.w is not None for node in require_adapted(caller, adapter).values()):
                 own, adapter = split(adapter)
                 base = own if base is None else base
-            overlays.append(adapter)
+            if is_stack(adapter):
+                raise StructureError(
+                    f"{caller}: the list contains a stack; take its adapters out by unstack(stack)"
+                )
+            overlays.append(out_of_stack(adapter))
         nodes = [_without_keys(require_adapted(caller, overlay)) for overlay in overlays]
         if base is not None:
             leaves, _ = flatten_with_paths(base, is_leaf=is_adapted)

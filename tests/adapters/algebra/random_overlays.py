@@ -17,18 +17,20 @@ KINDS = {
 SHAPES = {path: shape for path, (_, shape) in KINDS.items()}
 
 
+def random_node(rng, axes, shape, rank, size=1.0, dtype=jnp.float32):
+    """Return a node of an overlay with random factors of this size, and random scales."""
+    layout = Layout(axes)
+    normal = lambda shape: jnp.asarray(size * rng.normal(size=shape), dtype)
+    a, b = normal(layout.a_shape(shape, rank)), normal(layout.b_shape(shape, rank))
+    scale = jnp.asarray(rng.uniform(0.5, 2, layout.select("b", shape)), jnp.float32)
+    return LoraWeight(None, a, b, scale, layout=layout)
+
+
 def overlay(seed, rank=2, *, kinds=tuple(KINDS), dtype=jnp.float32):
-    """Return an overlay with random factors and scales, all paths in it, None where not adapted."""
+    """Return an overlay with all paths in it, None where it does not adapt a weight."""
     rng = np.random.default_rng(seed)
-
-    def node(axes, shape):
-        layout = Layout(axes)
-        normal = lambda shape: jnp.asarray(rng.normal(size=shape), dtype)
-        a, b = normal(layout.a_shape(shape, rank)), normal(layout.b_shape(shape, rank))
-        scale = jnp.asarray(rng.uniform(0.5, 2, layout.select("b", shape)), jnp.float32)
-        return LoraWeight(None, a, b, scale, layout=layout)
-
-    return {path: node(*KINDS[path]) if path in kinds else None for path in KINDS}
+    made = {path: random_node(rng, *KINDS[path], rank, dtype=dtype) for path in KINDS}
+    return {path: node if path in kinds else None for path, node in made.items()}
 
 
 def update(node):

@@ -38,6 +38,7 @@ CASES = {
     "magnitude_prune_svd": (EQUAL, PRUNED),
     "magnitude_prune_svd mixed": (MIXED, {"density": 0.2}),
 }
+QUICK = ["cat", "linear", "svd mixed", "ties", "ties frequency", "ties_svd", "magnitude_prune"]
 DARE = ["dare_linear", "dare_linear_svd", "dare_ties", "dare_ties_svd"]
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -63,14 +64,29 @@ def close(got, want, name):
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=2e-6 * size, err_msg=name)
 
 
+@pytest.mark.parametrize("case", QUICK)
+def test_numbers_of_peft(case, load):
+    compare(case, "stacked", load, ["model/layers/up/kernel", "model/emb/embedding"])
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("which", ["stacked", pytest.param("plain", marks=pytest.mark.slow)])
-def test_numbers_of_peft(case, which, load):
+@pytest.mark.parametrize("which", ["plain", "stacked"])
+def test_numbers_of_peft_on_every_module(case, which, load):
+    compare(case, which, load)
+
+
+def compare(case, which, load, paths=None):
+    """Compare A, B and scales, or the updates of an SVD, with what PEFT has combined."""
     (names, weights), options = CASES[case]
     method = case.split()[0]
     adapters = [load(f"adapters/{name}", which) for name in names]
-    got = adapted_nodes(lora_jax.combine(adapters, weights, method=method, **options))
     want = adapted_nodes(load(f"cases/{case}", which))
+    assert len(want) == {"plain": 11, "stacked": 5}[which]
+    if paths is not None:
+        want = {path: want[path] for path in paths}
+        adapters = [{path: nodes[path] for path in paths} for nodes in adapters]
+    got = adapted_nodes(lora_jax.combine(adapters, weights, method=method, **options))
     assert got.keys() == want.keys()
     for path, node in want.items():
         close(update(got[path]), update(node), path)
@@ -78,7 +94,6 @@ def test_numbers_of_peft(case, which, load):
         if METHODS[method].sums == "factors":
             close(got[path].a, np.asarray(node.a), path)
             close(got[path].b, np.asarray(node.b), path)
-    assert len(want) == {"plain": 11, "stacked": 5}[which]
 
 
 @pytest.mark.parametrize("method", DARE)
@@ -102,19 +117,36 @@ def test_dare_with_the_masks_that_peft_drew(method, load):
             return jnp.asarray(mask)
 
         nodes = [overlays[i][path] for i in there]
-        got = combine_factors(nodes, jnp.array(weights)[jnp.array(there)], None, recipe, draw)
+        own = np.array(weights)[there]
+        got = jax.jit(lambda nodes: combine_factors(nodes, own, None, recipe, draw))(nodes)  # noqa: B023
         close(update(got), update(want[path]), path)
 
 
-def test_dare_draws_its_own_masks_with_peft_s_expectation(load):
+def test_dare_draws_its_own_masks_with_pefts_expectation(load):
     names, weights = EQUAL
-    adapters = [load(f"adapters/{name}", "plain") for name in names]
-    plain = adapted_nodes(lora_jax.combine(adapters, weights, method="linear"))
-    combine = functools.partial(
-        lora_jax.combine, adapters, weights, method="dare_linear", density=0.8
-    )
-    drawn = [adapted_nodes(combine(key=jax.random.key(i))) for i in range(40)]
-    for path, node in plain.items():
-        values = np.stack([np.asarray(nodes[path].a) for nodes in drawn])
-        error = values.std(0).max() / np.sqrt(len(drawn))
-        assert error > 0 and np.abs(values.mean(0) - node.a).max() < 4.5 * error
+    path = "model/layers/up/kernel"
+    adapters = [{path: load(f"adapters/{name}", "stacked")[path]} for name in names]
+    combine = functools.partial(lora_jax.combine, adapters, weights)
+    draw = lambda key: combine(method="dare_linear", density=0.8, key=key)[path].a
+    values = np.asarray(jax.jit(jax.vmap(draw))(jax.random.split(jax.random.key(0), 400)))
+    error = values.std(0).max() / np.sqrt(len(values))
+    plain = combine(method="linear")[path].a
+    assert error > 0 and np.abs(values.mean(0) - plain).max() < 4.5 * error
+
+
+def test_intruders_reduced_as_peft_does(load):
+    """PEFT's A and B are those of the rank that the adapter had."""
+    base = models.base("plain")
+    start = {path: x for path, x in base.items() if path.endswith(("up/kernel", "down/kernel"))}
+    adapters = {path: load("adapters/linear", "plain")[path] for path in start}
+    options = {"k": 4, "threshold": 0.8}
+    params = lora_jax.join(start, adapters)
+    found = lora_jax.intruders(params, **options)
+    counts = {path: int(x.count) for path, x in found.items()}
+    order = [f"model/layers/{n}/{name}/kernel" for n in range(3) for name in ("up", "down")]
+    assert [counts[path] for path in order] == RECORDED["intruders/counts"].tolist()
+    got = lora_jax.reduce_intruders(params, 0.3, rank=3, **options)
+    want = adapted_nodes(load("intruders", "plain"))
+    assert want.keys() == start.keys()
+    for path, node in want.items():
+        close(update(got[path]), update(node), path)
