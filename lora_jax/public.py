@@ -18,6 +18,9 @@ from lora_jax.adapters.split import join, split
 from lora_jax.adapters.stacks.select import select, set_slot
 from lora_jax.adapters.stacks.stack import stack, unstack
 from lora_jax.adapters.summary import count_params, summary
+from lora_jax.adapters.sweeps.run import Run, grid
+from lora_jax.adapters.sweeps.state import SweepState
+from lora_jax.adapters.sweeps.sweep import Sweep, sweep
 from lora_jax.adapters.switches import disable, set_scale, with_dropout
 from lora_jax.adapters.updates import (
     apply_updates,
@@ -75,8 +78,11 @@ __all__ = [
     "Override",
     "QuantizedWeight",
     "Rule",
+    "Run",
     "StepMemory",
     "StructureError",
+    "Sweep",
+    "SweepState",
     "TargetError",
     "TrainedLeaf",
     "TrainedRows",
@@ -90,6 +96,7 @@ __all__ = [
     "extract",
     "freeze",
     "from_qwix",
+    "grid",
     "groups",
     "init",
     "initializers",
@@ -122,6 +129,7 @@ __all__ = [
     "split",
     "stack",
     "summary",
+    "sweep",
     "unmerge",
     "unstack",
     "value_and_grad_from_state",
