@@ -1,6 +1,9 @@
 """The public names that need JAX: `import lora_jax` imports this module at their first use."""
 
 from lora_jax import initializers
+from lora_jax.adapters.algebra.combine import combine
+from lora_jax.adapters.algebra.compress import compress, resize
+from lora_jax.adapters.algebra.intruders import Intruders, intruders, reduce_intruders
 from lora_jax.adapters.extract import extract
 from lora_jax.adapters.init import init
 from lora_jax.adapters.memory import MemoryReport, StepMemory, memory_report
@@ -61,6 +64,7 @@ __all__ = [
     "DenseError",
     "DenseWarning",
     "Forms",
+    "Intruders",
     "Layout",
     "LayoutError",
     "LeftOutWarning",
@@ -83,6 +87,8 @@ __all__ = [
     "TrainedLeaf",
     "TrainedRows",
     "apply_updates",
+    "combine",
+    "compress",
     "count_params",
     "dequantize",
     "disable",
@@ -94,6 +100,7 @@ __all__ = [
     "groups",
     "init",
     "initializers",
+    "intruders",
     "join",
     "labels",
     "load",
@@ -109,6 +116,8 @@ __all__ = [
     "partition_specs",
     "quantize",
     "read_metadata",
+    "reduce_intruders",
+    "resize",
     "rounding",
     "save",
     "save_sums",
