@@ -190,7 +190,7 @@ class Sweep:
         at most the largest of theirs, and it has dropout or magnitudes only if one of them has.
 
         Raises:
-          ConfigError: there is no such slot, or the run has a setting that has no place here.
+          ConfigError: the slot does not exist, or the run has a setting that does not fit here.
           StructureError: its adapters do not fit those of the other runs.
         """
         return self.put(state, slot, self.start(run))
