@@ -90,7 +90,7 @@ def command(
     two, for DoRA, and for fully trained modules, whose changes depend on the base.
     """
     from lora_jax.cli.fit import Fit
-    from lora_jax.cli.jobs import combine
+    from lora_jax.cli.jobs.adapter_files import combine
 
     sources = combine.Sources(adapters, model, naming, Fit.of_options(strict, rename, residual))
     how = combine.How(weights, method, density, rank, energy, majority_sign, seed)

@@ -13,7 +13,7 @@ import lora_jax as lora
 from lora_jax.adapters.algebra.methods import METHODS
 from lora_jax.cli.errors import ConversionError
 from lora_jax.cli.fit import Fit
-from lora_jax.cli.jobs import convert
+from lora_jax.cli.jobs.adapter_files import convert
 from lora_jax.cli.options import refuse_existing
 from lora_jax.core.errors import ConfigError, StructureError
 from lora_jax.core.foreign import escaped, shown
