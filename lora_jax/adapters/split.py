@@ -59,7 +59,8 @@ def join(base: Any, adapters: Any) -> Any:
 
     Args:
       base: a parameter tree without adapters.
-      adapters: an overlay of it, as `split` and `load` return.
+      adapters: an overlay of it, as `split` and `load` return, or a stack of overlays, as `stack`
+        returns: for `lora(fn, adapters_of=...)`.
 
     Raises:
       StructureError: the adapters do not fit the base; every difference is listed at once.
@@ -81,7 +82,7 @@ def join(base: Any, adapters: Any) -> Any:
         elif path not in leaves:
             problems.append(f"{path}: not in the base; {nearest(path, leaves)}")
         elif not is_adapted(leaves[path]):
-            problems += check_fits(path, node, leaves[path])
+            problems += check_fits(path, node, leaves[path], stacked=True)
     if not overlay:
         problems.append("the overlay contains no adapters")
     if problems:

@@ -1,5 +1,6 @@
 """DoRA: the column norms of an adapted weight, and the gain that multiplies its outputs."""
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -18,6 +19,7 @@ from lora_jax.core.sharding.meshes import (
     on_mesh_of,
     reshard_like,
 )
+from lora_jax.core.slots import slot_has_magnitude
 from lora_jax.core.weights import LoraWeight, scaled_factors
 
 
@@ -34,7 +36,10 @@ def dora_gain(node: LoraWeight) -> jax.Array:
     >>> dora_gain(LoraWeight(w, a, b, one, magnitude, layout=Layout("io")))
     Array([2., 1.], dtype=float32)
     """
-    return gain_from_norms(node, column_norms(node))
+    if node.slots is None:
+        return gain_from_norms(node, column_norms(node))
+    adapter = dataclasses.replace(node, w=None)
+    return jax.vmap(lambda x: dora_gain(dataclasses.replace(x, w=node.w)))(adapter)
 
 
 def column_norms(node: LoraWeight) -> jax.Array:
@@ -101,11 +106,13 @@ def _rank_first(a: jax.Array, n_batch: int) -> jax.Array:
 
 
 def gain_from_norms(node: LoraWeight, norms: jax.Array) -> jax.Array:
-    """Return `magnitude / norms`; 1 where the scale or the norm is 0."""
+    """Return `magnitude / norms`; 1 where scale or norm is 0, or a slot has no magnitude."""
     scale, norms = jax.lax.stop_gradient((node.scale, norms))
     magnitude = on_mesh_of(node.magnitude, norms)
     norms = reshard_like(norms, magnitude)
     on = jnp.expand_dims(scale != 0, range(scale.ndim, norms.ndim)) & (norms > 0)
+    if node.slot is not None:
+        on &= slot_has_magnitude(node.slot)
     return jnp.where(on, magnitude.astype(norms.dtype) / jnp.where(on, norms, 1), 1)
 
 

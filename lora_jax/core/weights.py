@@ -29,8 +29,9 @@ class LoraWeight(NotAnArray):
     LoRA: Low-Rank Adaptation of Large Language Models, https://arxiv.org/abs/2106.09685. With a
     `magnitude` it means `magnitude · V / ‖V‖`, where V is that sum and the norm is over the in axes
     of each output: DoRA, https://arxiv.org/abs/2402.09353. It is a pytree node: `w`, `a`, `b`,
-    `scale`, `magnitude` and `key` are leaves, and the rest is static. In an *overlay* (the adapters
-    that `split` returns) `w` is None.
+    `scale`, `magnitude`, `key` and `slot` are leaves, and the rest is static. In an *overlay* (the
+    adapters that `split` returns) `w` is None. In a *stack* of adapters every leaf but `w` has one
+    more leading axis, the slots.
 
     >>> import jax.numpy as jnp
     >>> w, a, b = jnp.zeros((4, 3)), jnp.ones((4, 2)), jnp.ones((2, 3))
@@ -45,6 +46,9 @@ class LoraWeight(NotAnArray):
     scale: Any  # [*batch]; a leaf, so that a new value never recompiles; frozen
     magnitude: Any = None  # [*batch, *out], with DoRA; trained
     key: Any = None  # [*batch] typed random keys while dropout is on, else None
+    # [3], of an adapter from a stack: its rank (other columns of A and rows of B are zero), its
+    # rate of dropout, and 1 if it has a magnitude, else 0; frozen
+    slot: Any = None
     layout: Layout = dataclasses.field(metadata={"static": True}, kw_only=True)
     dropout: float = dataclasses.field(default=0.0, metadata={"static": True}, kw_only=True)
 
@@ -54,19 +58,30 @@ class LoraWeight(NotAnArray):
         return self.a.shape[-1]
 
     @property
+    def slots(self) -> int | None:
+        """The number of adapters that are stacked here, None if this is a single one."""
+        stacked = len(self.a.shape) == len(self.layout.positions("bi")) + 2
+        return self.a.shape[0] if stacked else None
+
+    @property
     def shape(self) -> tuple[int, ...]:
         """The shape of the weight, from the factors, because an overlay has no `w`."""
         batch, ins, outs = (self.layout.positions(kind) for kind in "bio")
-        b_shape = self.b.shape[: len(batch)] + self.b.shape[len(batch) + 1 :]
-        sizes = dict(zip((*batch, *ins), self.a.shape[:-1], strict=True))
+        a_shape, b_shape = (x.shape[self.slots is not None :] for x in (self.a, self.b))
+        b_shape = b_shape[: len(batch)] + b_shape[len(batch) + 1 :]
+        sizes = dict(zip((*batch, *ins), a_shape[:-1], strict=True))
         sizes |= dict(zip((*batch, *outs), b_shape, strict=True))
         return tuple(sizes[i] for i in range(len(self.layout.axes)))
 
     def __repr__(self) -> str:
         ndims = tuple(len(self.layout.positions(kinds)) + 1 for kinds in ("bi", "bo"))
-        if not has_arrays(self, "a", "b") or (len(self.a.shape), len(self.b.shape)) != ndims:
+        if not has_arrays(self, "a", "b") or (len(self.a.shape), len(self.b.shape)) not in (
+            ndims,
+            tuple(n + 1 for n in ndims),
+        ):
             return describe_fields(self)
-        shown = {"rank": str(self.rank), "layout": repr(self.layout.axes)}
+        shown = {} if self.slots is None else {"slots": str(self.slots)}
+        shown |= {"rank": str(self.rank), "layout": repr(self.layout.axes)}
         shown |= {"scale": describe_value(self.scale)}
         shown |= {} if self.magnitude is None else {"magnitude": describe_value(self.magnitude)}
         shown |= {"dropout": repr(self.dropout)} if self.dropout else {}
@@ -91,9 +106,19 @@ class TrainedLeaf(NotAnArray):
     scale: Any  # [], or sizes of stacked layers followed by ones; 0 switches to the base
 
     @property
+    def slots(self) -> int | None:
+        """The number of leaves that are stacked here, None if this is a single one.
+
+        An overlay of stacked layers does not tell them from slots: there it is None.
+        """
+        own = self.value.shape
+        like = getattr(self.scale, "shape", ()) or own if self.w is None else self.w.shape
+        return own[0] if len(own) > len(like) else None
+
+    @property
     def shape(self) -> tuple[int, ...]:
         """The shape of the leaf."""
-        return self.value.shape
+        return self.value.shape[self.slots is not None :]
 
     def __repr__(self) -> str:
         if not has_arrays(self, "value"):
@@ -127,9 +152,15 @@ class TrainedRows(NotAnArray):
     layout: Layout = dataclasses.field(metadata={"static": True}, kw_only=True)
 
     @property
+    def slots(self) -> int | None:
+        """The number of adapters that are stacked here, None if this is a single one."""
+        return next(iter(self.scale.shape), None)
+
+    @property
     def shape(self) -> tuple[int, ...]:
         """The shape of the weight or, in an overlay, which does not know it, of `value`."""
-        return self.value.shape if self.w is None else self.w.shape
+        own = self.value.shape[self.slots is not None :]
+        return own if self.w is None else self.w.shape
 
     def __repr__(self) -> str:
         if not has_arrays(self, "value"):
@@ -185,17 +216,24 @@ def is_weight(node: Any) -> bool:
     return is_adapted(node) or is_quantized(node)
 
 
-def check_fits(path: str, node: Adapted, w: Any) -> list[str]:
-    """Return the reasons why `node` does not fit the base leaf `w`; empty if it fits."""
+def check_fits(path: str, node: Adapted, w: Any, stacked: bool = False) -> list[str]:
+    """Return the reasons why `node` does not fit the base leaf `w`; empty if it fits.
+
+    A stack of adapters does not, unless `stacked` allows it.
+    """
     if not hasattr(w, "shape"):
         return [f"{path}: the base holds {type(w).__name__}, not an array"]
+    slots = dataclasses.replace(node, w=w).slots
+    if slots is not None and not stacked:
+        return [f"{path}: a stack of {slots} adapters; take one of them by select(stack, slot)"]
+    lead = () if slots is None else (slots,)
     if isinstance(node, TrainedLeaf):
-        same = node.value.shape == w.shape
+        same = node.value.shape == (*lead, *w.shape)
         return [] if same else [f"{path}: trained {node.value.shape}, base {w.shape}"]
     if len(node.layout.axes) != len(w.shape):
         return [f"{path}: layout {node.layout.axes!r} does not fit the base's shape {w.shape}"]
     if isinstance(node, TrainedRows):
-        return _check_rows_fit(path, node, w)
+        return _check_rows_fit(path, node, w, lead)
     wanted = {
         "a": node.layout.a_shape(w.shape, node.rank),
         "b": node.layout.b_shape(w.shape, node.rank),
@@ -204,14 +242,14 @@ def check_fits(path: str, node: Adapted, w: Any) -> list[str]:
     }
     got = {name: getattr(node, name) for name in wanted}
     return [
-        f"{path}: {name} is {x.shape}, the base {w.shape} needs {wanted[name]}"
+        f"{path}: {name} is {x.shape}, the base {w.shape} needs {(*lead, *wanted[name])}"
         for name, x in got.items()
-        if x is not None and x.shape != wanted[name]
+        if x is not None and x.shape != (*lead, *wanted[name])
     ]
 
 
-def _check_rows_fit(path: str, node: TrainedRows, w: Any) -> list[str]:
-    size, want = w.shape[node.axis], node.value_shape(w.shape)
+def _check_rows_fit(path: str, node: TrainedRows, w: Any, lead: tuple[int, ...]) -> list[str]:
+    size, want = w.shape[node.axis], (*lead, *node.value_shape(w.shape))
     if node.value.shape != want:
         return [f"{path}: trained rows {node.value.shape}, the base {w.shape} needs {want}"]
     beyond = [row for row in node.rows if row >= size]
@@ -226,10 +264,10 @@ def require_base(path: str, node: Adapted) -> None:
         )
 
 
-def require_whole(path: str, node: Adapted) -> None:
-    """Raise if `node` has no base leaf or does not fit it."""
+def require_whole(path: str, node: Adapted, stacked: bool = False) -> None:
+    """Raise if `node` has no base leaf or does not fit it; a stack does if `stacked` allows it."""
     require_base(path, node)
-    problems = check_fits(path, node, node.w)
+    problems = check_fits(path, node, node.w, stacked)
     if problems:
         raise StructureError("an adapter does not fit its weight: " + "; ".join(problems))
 

@@ -15,6 +15,7 @@ from lora_jax.engine import named_axes
 from lora_jax.engine.lazy_weight import Axis, LazyWeight
 from lora_jax.engine.quantized.merge_aware import served_view, straight_through
 from lora_jax.engine.quantized.view import QuantizedView
+from lora_jax.engine.rows.slots import pick
 
 
 def to_dense(lazy: LazyWeight) -> jax.Array:
@@ -22,6 +23,7 @@ def to_dense(lazy: LazyWeight) -> jax.Array:
 
     A merge-aware weight gives the requantized sum, with the gradient of the sum.
     """
+    lazy = pick(lazy)
     if lazy.served is not None and lazy.w is not None:
         plain = dataclasses.replace(lazy, served=None)
         return straight_through(served_view(lazy).dequantize(), to_dense(plain))
@@ -90,31 +92,32 @@ def drop(x: jax.Array, lazy: LazyWeight, site: int) -> jax.Array:
     if lazy.key is None:
         return x
     key = jax.random.fold_in(lazy.key.reshape(-1)[0], site)
-    kept = reshard_like(_keep(key, x, 1 - lazy.dropout), x)
-    return jnp.where(kept, x / jnp.asarray(1 - lazy.dropout, x.dtype), jnp.zeros_like(x))
+    kept = 1 - (lazy.dropout if lazy.rate is None else lax.stop_gradient(lazy.rate))
+    is_kept = reshard_like(_draw(key, x) < kept, x)
+    return jnp.where(is_kept, x / jnp.asarray(kept, x.dtype), jnp.zeros_like(x))
 
 
-def _keep(keys: jax.Array, x: jax.Array, probability: float) -> jax.Array:
-    """Return which entries of `x` to keep; under `vmap` different ones for each example.
+def _draw(keys: jax.Array, x: jax.Array) -> jax.Array:
+    """Return a uniform number for each entry of `x`; under `vmap` other ones for each example.
 
     Every key is for one entry of the first axes of `x`.
     """
     n = keys.ndim
 
     @jax.custom_batching.custom_vmap
-    def keep(keys: jax.Array, x: jax.Array) -> jax.Array:
-        draw = lambda key: jax.random.bernoulli(key, probability, x.shape[n:])
+    def uniform(keys: jax.Array, x: jax.Array) -> jax.Array:
+        draw = lambda key: jax.random.uniform(key, x.shape[n:])
         return jax.vmap(draw)(keys.reshape(-1)).reshape(x.shape) if n else draw(keys)
 
-    @keep.def_vmap
+    @uniform.def_vmap
     def _(size: int, is_batched: Sequence[bool], keys: jax.Array, x: jax.Array) -> Any:
         if is_batched[0]:
             x = x if is_batched[1] else jnp.broadcast_to(x, (size, *x.shape))
-            return _keep(keys, x, probability), True
+            return _draw(keys, x), True
         # one key for all examples, which are one array: [examples, *keys, ...] as [*keys, examples]
-        return jnp.moveaxis(_keep(keys, jnp.moveaxis(x, 0, n), probability), n, 0), True
+        return jnp.moveaxis(_draw(keys, jnp.moveaxis(x, 0, n)), n, 0), True
 
-    return keep(keys, lax.stop_gradient(x))
+    return uniform(keys, lax.stop_gradient(x))
 
 
 def add(y: Any, update: jax.Array, dtype: Any) -> jax.Array:

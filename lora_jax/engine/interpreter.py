@@ -10,6 +10,7 @@ from lora_jax.engine.context import Context
 from lora_jax.engine.custom_rules import apply_rule
 from lora_jax.engine.lazy_weight import is_lazy
 from lora_jax.engine.quantized.merge_aware import if_merged
+from lora_jax.engine.rows.slots import pick
 from lora_jax.engine.rules import CONTAINERS, RULES, is_view
 from lora_jax.engine.rules.dot_general import share
 from lora_jax.engine.schedule import schedule
@@ -75,6 +76,8 @@ def _evaluate(ctx: Context, eqn: Any, values: Sequence[Any]) -> Sequence[Any]:
     elif name in CONTAINERS:
         outs = CONTAINERS[name](ctx, eqn, values, walk)
     elif name in RULES:
+        if not is_view(name):
+            values = [pick(x) if is_lazy(x) else x for x in values]
         outs = if_merged(RULES[name], ctx, eqn, values)
     elif ctx.infers and (called := jaxprs.called_program(eqn)) is not None:
         # When this runs the weight is materialized here, but the program inside shows the layout.

@@ -14,6 +14,7 @@ from lora_jax.core.dtypes import accumulator
 from lora_jax.core.host_memory import on_device
 from lora_jax.core.quantized.weight import QuantizedWeight, is_quantized
 from lora_jax.core.sharding.meshes import is_on_mesh, on_mesh_of
+from lora_jax.core.slots import slot_dropout
 from lora_jax.core.weights import LoraWeight, TrainedRows
 from lora_jax.engine.frozen import frozen
 from lora_jax.engine.provenance import Provenance
@@ -32,8 +33,24 @@ class Axis(NamedTuple):
 
 RANK = Axis((), -1)
 
+#: The axis of the adapters of a stack, of which every row of a batch uses one.
+SLOT = Axis((), -2_000_000)
+
 #: The arrays that follow a view of the weight, and the field that names their axes.
-MEMBERS = (("a", "a_axes"), ("b", "b_axes"), ("key", "key_axes"), ("gain", "gain_axes"))
+MEMBERS = (
+    ("a", "a_axes"),
+    ("b", "b_axes"),
+    ("key", "key_axes"),
+    ("rate", "rate_axes"),
+    ("gain", "gain_axes"),
+)
+
+
+class Row(NamedTuple):
+    """One row of a batch whose rows use different adapters."""
+
+    slot: Any  # int32 []: the slot of its adapter; -1 for the plain base
+    number: Any  # int32 []: which row it is
 
 
 #: Marks a field of a pytree dataclass as part of its structure.
@@ -59,11 +76,14 @@ class LazyWeight:
     b: Any  # axes named by b_axes, RANK among them, scale included
     key: Any  # random keys for branch dropout, axes named by key_axes; None without dropout
     gain: Any = None  # DoRA's factor of the outputs, axes named by gain_axes; None without DoRA
+    rate: Any = None  # of a stack's branch dropout, axes named by rate_axes; None: it is `dropout`
+    row: Row | None = None  # what picks among the adapters that the members have along SLOT
     _: dataclasses.KW_ONLY
     axes: tuple[Axis, ...] = dataclasses.field(metadata=STATIC)
     a_axes: tuple[Axis, ...] = dataclasses.field(metadata=STATIC, default=())
     b_axes: tuple[Axis, ...] = dataclasses.field(metadata=STATIC, default=())
     key_axes: tuple[Axis, ...] = dataclasses.field(metadata=STATIC, default=())
+    rate_axes: tuple[Axis, ...] = dataclasses.field(metadata=STATIC, default=())
     gain_axes: tuple[Axis, ...] = dataclasses.field(metadata=STATIC, default=())
     shape: tuple[int, ...] = dataclasses.field(metadata=STATIC)
     dtype: Any = dataclasses.field(metadata=STATIC)
@@ -76,9 +96,14 @@ class LazyWeight:
 
     @classmethod
     def of(
-        cls, node: LoraWeight, path: str, rank_first: bool = False, after: Any = None
+        cls,
+        node: LoraWeight,
+        path: str,
+        rank_first: bool = False,
+        after: Any = None,
+        row: Row | None = None,
     ) -> "LazyWeight":
-        """Return the lazy form of `node`.
+        """Return the lazy form of `node`; of a stack of adapters, for one row of a batch.
 
         With `rank_first` A is `[*batch, rank, *in]`, which is how B is laid out. The gain of a
         quantized weight is computed after the array `after`, the gain of another one: one after
@@ -86,6 +111,8 @@ class LazyWeight:
         """
         axes, (batch, ins, outs) = _named(node)
         node = _on_mesh_of_base(node)
+        slots = () if node.slots is None else (SLOT,)
+        drops = node.key is not None
         # A transposed A has to be flattened, and on a mesh it would be gathered for that.
         rank_first = rank_first and not is_on_mesh(node.a)
         a, b = _factors(node.a, node.b, node.scale, rank_first)
@@ -95,15 +122,18 @@ class LazyWeight:
             b,
             node.key,
             None if node.magnitude is None else _dora_gain(_waiting(node, after)),
+            slot_dropout(node.slot) if drops and node.slot is not None else None,
+            row if slots else None,
             axes=axes,
-            a_axes=(*batch, RANK, *ins) if rank_first else (*batch, *ins, RANK),
-            b_axes=(*batch, RANK, *outs),
-            key_axes=batch if node.key is not None else (),
-            gain_axes=() if node.magnitude is None else (*batch, *outs),
+            a_axes=(*slots, *batch, RANK, *ins) if rank_first else (*slots, *batch, *ins, RANK),
+            b_axes=(*slots, *batch, RANK, *outs),
+            key_axes=(*slots, *batch) if drops else (),
+            rate_axes=slots if drops and node.slot is not None else (),
+            gain_axes=() if node.magnitude is None else (*slots, *batch, *outs),
             shape=node.w.shape,
             dtype=node.w.dtype,
             origin=Provenance.of(path, node.w.ndim),
-            dropout=node.dropout if node.key is not None else 0.0,
+            dropout=node.dropout if drops else 0.0,
         )
 
     @classmethod

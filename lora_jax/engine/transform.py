@@ -11,6 +11,7 @@ from lora_jax.core.algebra import dense
 from lora_jax.core.errors import ConfigError
 from lora_jax.core.quantized.coding import check_kind, coding_of
 from lora_jax.core.quantized.weight import is_quantized
+from lora_jax.core.slots import pick_slot
 from lora_jax.core.weights import (
     LoraWeight,
     TrainedLeaf,
@@ -23,10 +24,11 @@ from lora_jax.engine.context import POLICIES, Context
 from lora_jax.engine.custom_rules import Rule, check_rules
 from lora_jax.engine.forms import Forms
 from lora_jax.engine.frozen import frozen
-from lora_jax.engine.lazy_weight import LazyWeight, is_lazy
+from lora_jax.engine.lazy_weight import LazyWeight, Row, is_lazy
 from lora_jax.engine.program import Argument, Program, adapted_arguments
 from lora_jax.engine.quantized.merge_aware import trained_leaf
 from lora_jax.engine.quantized.view import Served
+from lora_jax.engine.rows.batch import Batch
 from lora_jax.engine.undropped import Say, say_once, watch
 
 
@@ -37,6 +39,8 @@ def lora(
     rules: Mapping[str, Rule] | None = None,
     forms: Forms | None = None,
     merge_aware: bool | str = False,
+    adapters_of: Any = None,
+    row_axes: Mapping[int | str, Any] | None = None,
 ) -> Callable:
     """Transform `fn` so that it accepts adapted parameters.
 
@@ -61,13 +65,22 @@ def lora(
         merge, and let gradients go straight through Q. True rounds to the kind of each base, the
         name of a kind to that one. Weights whose base is not quantized are as without it.
         Dropout is refused, because what is served has none.
+      adapters_of: for parameters with a stack of adapters, see `stack`: the slot of each row of the
+        batch, integers `[rows]`, which may be traced; -1 is the plain base. Every row is computed
+        with its own adapter, as if it were alone, and the base product is one for all rows. No
+        array of the base's size is made per row.
+      row_axes: which axis of an argument's arrays is the axis of rows, by the position or the name
+        of the argument, as a tree like the argument or a prefix of it, with None for arrays without
+        rows: `{"cache": 1}`. Of other arguments, an array has rows if it has as many along the axis
+        that they have in `adapters_of`: axis 0 of `[rows]`, axis 1 of `[1, rows]`.
 
     Returns:
       A function with `fn`'s signature. Wrap it in `jax.jit`: every call traces `fn` again.
 
     Raises:
       ConfigError: `on_dense` is not one of the three, or `rules` contains something else; or
-        `merge_aware` meets no quantized base, one that cannot be rounded so, or dropout.
+        `merge_aware` meets no quantized base, one that cannot be rounded so, or dropout; or
+        `adapters_of` does not fit the batch or the stack, or the function mixes rows.
       DenseError: a weight would be materialized and `on_dense` is "error".
       StructureError: adapters were passed without their base, or do not fit it.
 
@@ -99,32 +112,46 @@ def lora(
         if merge_aware:
             _require_quantized((args, kwargs))
 
-        gains: list[Any] = [None]  # of the weights so far
+        def run(row: Row | None, args: Any, kwargs: Mapping[str, Any]) -> Any:
+            gains: list[Any] = [None]  # of the weights so far
 
-        def enter(argument: Argument, path: str, leaf: Any) -> Any:
-            if argument not in adapted:
-                return leaf
-            merged = _enter_merged(path, leaf, chosen, merge_aware)
-            if merged is not None:
-                return merged
-            entered = _enter(path, leaf, chosen, say, gains[-1])
-            gains.append(
-                entered.gain if is_lazy(entered) and entered.gain is not None else gains[-1]
-            )
-            return entered
+            def enter(argument: Argument, path: str, leaf: Any) -> Any:
+                if argument not in adapted:
+                    return leaf
+                merged = _enter_merged(path, leaf, chosen, merge_aware)
+                if merged is not None:
+                    return merged
+                entered = _enter(path, leaf, chosen, say, gains[-1], row)
+                gains.append(
+                    entered.gain if is_lazy(entered) and entered.gain is not None else gains[-1]
+                )
+                return entered
 
-        ctx = Context(on_dense, rules=rules, forms=chosen)
-        return Program.of(fn, args, kwargs, enter).evaluate(ctx)
+            ctx = Context(on_dense, rules=rules, forms=chosen)
+            return Program.of(fn, args, kwargs, enter).evaluate(ctx)
+
+        if adapters_of is None:
+            return run(None, args, kwargs)
+        batch = Batch.of(args, kwargs, adapted, adapters_of, row_axes)
+        return batch.run(fn, run, _enter_base)
 
     return wrapped
 
 
-def _enter(path: str, leaf: Any, forms: Forms, say: Say, last_gain: Any) -> Any:
+def _enter_base(argument: Argument, path: str, leaf: Any) -> Any:
+    """Return what stands in the program for a leaf where only shapes matter: the base."""
+    w = leaf.w if is_adapted(leaf) else leaf
+    return jax.ShapeDtypeStruct(w.shape, w.dtype) if is_quantized(w) else w
+
+
+def _enter(path: str, leaf: Any, forms: Forms, say: Say, last_gain: Any, row: Row | None) -> Any:
     """Return what stands in the program for a leaf of an argument that contains adapted weights."""
     if is_adapted(leaf):
-        require_whole(path, leaf)
+        require_whole(path, leaf, stacked=row is not None)
+        if row is not None and leaf.slots is not None and not isinstance(leaf, LoraWeight):
+            leaf = pick_slot(leaf, row.slot)
     if isinstance(leaf, LoraWeight):
-        return LazyWeight.of(watch(leaf, path, say), path, forms.rank_first, last_gain)
+        return LazyWeight.of(watch(leaf, path, say), path, forms.rank_first, last_gain, row)
     if isinstance(leaf, TrainedRows):
         return LazyWeight.of_rows(leaf, path)
     if isinstance(leaf, TrainedLeaf):

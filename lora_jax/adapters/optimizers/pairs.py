@@ -23,7 +23,7 @@ from lora_jax.adapters.partition import FREEZE, TRAIN, by_label
 from lora_jax.core.dtypes import accumulator, is_floating
 from lora_jax.core.errors import StructureError
 from lora_jax.core.layout import Layout
-from lora_jax.core.matrices import flattened_factors
+from lora_jax.core.matrices import factor_matrices
 from lora_jax.core.paths import flatten_with_paths
 from lora_jax.core.sharding.meshes import gathered, reshard_like
 from lora_jax.core.tree import require_adapted
@@ -208,7 +208,7 @@ def _groups(leaves: Mapping[str, Any], found: Mapping[Names, Layout]) -> dict[st
 
 def _flat(leaves: Mapping[str, Any], names: Names, layout: Layout) -> tuple[jax.Array, jax.Array]:
     a, b = names
-    return flattened_factors(gathered(leaves[a]), gathered(leaves[b]), layout)
+    return factor_matrices(leaves[a], leaves[b], layout)
 
 
 def _found(

@@ -36,7 +36,7 @@ def entries_of_fields(
     if isinstance(node, TrainedLeaf):
         return {"w": tuple(entries), "value": tuple(entries), "scale": ()}
     if not entries:
-        return dict.fromkeys(("w", "a", "b", "scale", "magnitude", "key", "value"), ())
+        return dict.fromkeys(("w", "a", "b", "scale", "magnitude", "key", "slot", "value"), ())
     batch_axes = node.layout.positions("b")
     kept = [axes.removed(x, is_batch=i in batch_axes) for i, x in enumerate(entries)]
     if isinstance(node, TrainedRows):
@@ -45,7 +45,7 @@ def entries_of_fields(
     batch, ins, outs = ([kept[i] for i in node.layout.positions(kind)] for kind in "bio")
     return {
         **{"w": tuple(entries), "a": (*batch, *ins, None), "b": (*batch, None, *outs)},
-        **{"scale": (*batch,), "magnitude": (*batch, *outs), "key": (*batch,)},
+        **{"scale": (*batch,), "magnitude": (*batch, *outs), "key": (*batch,), "slot": ()},
     }
 
 

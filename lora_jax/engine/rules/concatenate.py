@@ -116,7 +116,7 @@ def _orient_alike(parts: Parts) -> Parts | None:
     wanted = set(first.a_axes), set(first.b_axes)
     if not wanted[0] | wanted[1] <= {RANK, *first.axes}:
         return None
-    if len({(x.dropout, x.key is None) for x in weights}) > 1:
+    if len({(x.dropout, x.key is None) for x in weights}) > 1 or weights[0].rate is not None:
         return None
     oriented: list[LazyWeight | None] = []
     for x in parts:

@@ -1,0 +1,1 @@
+"""Many adapters in one overlay: made, taken apart, and changed slot by slot."""

@@ -1,0 +1,58 @@
+"""Overlays of different ranks, targets and kinds as one, and back."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import lora_jax as lora
+
+BASE = {"up": jnp.ones((4, 6)), "down": jnp.ones((6, 4)), "bias": jnp.ones(4)}
+
+
+def new(rank, **options):
+    params = lora.init(jax.random.key(rank), BASE, lora.LoraConfig(rank=rank, **options))
+    return lora.split(params)[1]
+
+
+ADAPTERS = [
+    new(1, targets=["up"], dropout=0.1),
+    new(3, dora=True),
+    new(2, scaling="rslora", alpha=5, train=["bias"]),
+]
+
+
+def test_unstacked_adapters_are_what_was_stacked():
+    for got, want in zip(lora.unstack(lora.stack(ADAPTERS)), ADAPTERS, strict=True):
+        assert jax.tree.structure(got) == jax.tree.structure(want)
+        jax.tree.map(np.testing.assert_array_equal, got, want)
+
+
+def test_padding_has_no_gradient_under_any_optimizer_step():
+    x = jax.random.normal(jax.random.key(0), (5, 4))
+
+    def model(params, x):
+        return jnp.tanh(x @ params["up"]) @ params["down"] + params["bias"][None]
+
+    def loss(overlay):
+        params = lora.with_dropout(lora.join(BASE, overlay), jax.random.key(1))
+        return (lora.lora(model)(params, x) ** 2).sum()
+
+    stack = lora.stack(ADAPTERS, rank=4)
+    for _ in range(3):
+        grads = jax.vmap(jax.grad(loss))(stack)
+        stack = jax.tree.map(lambda p, g: p - 0.1 * jnp.sign(g) - 0.1 * p, stack, grads)
+    ranks = {"up": [1, 3, 2], "down": [0, 3, 2]}
+    for path, each in ranks.items():
+        for slot, rank in enumerate(each):
+            assert not np.any(stack[path].a[slot, :, rank:])
+            assert not np.any(stack[path].b[slot, rank:])
+    assert np.all(stack["up"].b[0, :1])
+
+
+def test_overlays_that_do_not_fit_together_are_all_named():
+    other = lora.split(
+        lora.init(jax.random.key(0), {"up": jnp.ones((4, 6))}, lora.LoraConfig(rank=2))
+    )[1]
+    with pytest.raises(lora.StructureError, match=r"bias: adapter 1(.|\n)*down: adapter 1"):
+        lora.stack([ADAPTERS[0], other])
