@@ -1,6 +1,7 @@
 """Slots of a stack: the numbers that each adapter has there, and how to pick adapters by slot."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -35,6 +36,13 @@ def slot_has_magnitude(slot: jax.Array) -> jax.Array:
     return slot[..., 2] != 0
 
 
+def has_magnitude(node: Adapted) -> bool:
+    """Return whether a single adapter has a magnitude; one from a stack may only have its place."""
+    if not isinstance(node, LoraWeight) or node.magnitude is None:
+        return False
+    return not is_known(node) or bool(slot_has_magnitude(node.slot))
+
+
 def is_present(node: Adapted) -> Any:
     """Return whether a node from a stack is an adapter, boolean `[]`, of a stack `[slots]`.
 
@@ -55,9 +63,9 @@ def is_known(node: Adapted) -> bool:
 def unpadded(node: Adapted) -> Adapted | None:
     """Return a single adapter as it was before it was stacked; None if that slot had none.
 
-    Where its slot has no values, under tracing or of shapes, it stays as it is.
+    A stack stays as it is, and so does an adapter whose slot has no values: a tracer, or a shape.
     """
-    if not is_known(node):
+    if node.slots is not None or not is_known(node):
         return node
     if not is_present(node):
         return None
@@ -78,6 +86,12 @@ def _shortest(rate: Any, highest: float) -> float:
     """Return the number that a rate in float32 was made of."""
     same = np.float32(rate) == np.float32(highest)
     return highest if same else float(np.format_float_positional(np.float32(rate), unique=True))
+
+
+def all_unpadded(nodes: Mapping[str, Adapted]) -> dict[str, Adapted]:
+    """Return those of these single adapters that their slots have, as they were before."""
+    found = {path: unpadded(node) for path, node in nodes.items()}
+    return {path: node for path, node in found.items() if node is not None}
 
 
 def without_slots(node: Adapted, fn: Any) -> Any:

@@ -238,8 +238,8 @@ def check_fits(path: str, node: Adapted, w: Any, stacked: bool = False) -> list[
     slots = dataclasses.replace(node, w=w).slots
     if slots is not None and not stacked:
         return [
-            f"{path}: a stack of {slots} adapters; take one of them by unstack(stack)[slot], or by "
-            "select(stack, slot) where functions are traced"
+            f"{path}: a stack of {slots} adapters; take one, unstack(stack)[slot] or select(stack, "
+            "slot), or give each row of a batch its own, lora(fn, adapters_of=slots)"
         ]
     lead = () if slots is None else (slots,)
     if isinstance(node, TrainedLeaf):
