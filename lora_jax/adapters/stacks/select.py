@@ -1,19 +1,18 @@
 """`select` and `set_slot`: take adapters out of a stack and put others in, without recompiling."""
 
 import dataclasses
-from collections.abc import Mapping
 from typing import Any
 
 import jax
 
-from lora_jax.adapters.stacks.frame import Frame, frame_of
+from lora_jax.adapters.stacks.frame import frame_of
 from lora_jax.adapters.stacks.stack import slots_of
 from lora_jax.core.errors import ConfigError, StructureError, grouped
 from lora_jax.core.paths import flatten_with_paths
 from lora_jax.core.patterns import nearest
 from lora_jax.core.slots import check_ids, pick_slot, unpadded
 from lora_jax.core.tree import adapted_nodes, map_adapted
-from lora_jax.core.weights import Adapted, LoraWeight, is_adapted
+from lora_jax.core.weights import LoraWeight, is_adapted
 
 
 def select(stack: Any, ids: Any) -> Any:
@@ -65,21 +64,24 @@ def set_slot(stack: Any, slot: Any, adapters: Any) -> Any:
     slot = check_ids("set_slot", slot, slots_of("set_slot", stack), lowest=0)
     if slot.ndim:
         raise ConfigError(f"set_slot: slot must be one number, got shape {slot.shape}")
-    frames = {path: frame_of([node]) for path, node in adapted_nodes(stack).items()}
-    given = _given(adapters, frames)
+    new = adapted_nodes(padded("set_slot", stack, adapters))
 
-    def put_in(path: str, node: Adapted) -> Adapted:
-        new = frames[path].fill(given.get(path))
+    def put_in(path: str, node: Any) -> Any:
         bare: dict[str, Any] = {"w": None} | ({"key": None} if isinstance(node, LoraWeight) else {})
         old = dataclasses.replace(node, **bare)
-        made = jax.tree.map(lambda x, own: x.at[slot].set(own.astype(x.dtype)), old, new)
+        made = jax.tree.map(lambda x, own: x.at[slot].set(own.astype(x.dtype)), old, new[path])
         return dataclasses.replace(made, **{field: getattr(node, field) for field in bare})
 
     return map_adapted(put_in, stack)
 
 
-def _given(adapters: Any, frames: Mapping[str, Frame]) -> dict[str, Adapted]:
-    """Return the adapters of an overlay by path, or raise if one has no place in these frames."""
+def padded(caller: str, stack: Any, adapters: Any) -> Any:
+    """Return an overlay as it stands in one slot of a stack, which may be abstract.
+
+    Raises:
+      StructureError: the adapters do not fit the stack; all reasons are listed.
+    """
+    frames = {path: frame_of([node]) for path, node in adapted_nodes(stack).items()}
     given, problems = {}, []
     for path, node in flatten_with_paths(adapters, is_leaf=is_adapted)[0].items():
         if not is_adapted(node) or node.w is not None or node.slots is not None:
@@ -94,5 +96,5 @@ def _given(adapters: Any, frames: Mapping[str, Frame]) -> dict[str, Adapted]:
         elif why := frames[path].misfit(own) or frames[path].too_wide(own):
             problems.append(f"{path}: {why}")
     if problems:
-        raise StructureError("set_slot: the adapters do not fit the stack:\n" + grouped(problems))
-    return given
+        raise StructureError(f"{caller}: the adapters do not fit the stack:\n" + grouped(problems))
+    return map_adapted(lambda path, _: frames[path].fill(given.get(path)), stack)
