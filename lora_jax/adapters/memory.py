@@ -95,7 +95,7 @@ def memory_report(
 
     Raises:
       StructureError: `params` contains no adapters, or adapters without their base.
-      ConfigError: `slot_axes` does not fit `args`, or there is no stack.
+      ConfigError: `slot_axes` does not fit `args`, or the adapters are not a stack.
       NotImplementedError: the default backend's compiler reports no memory sizes.
 
     >>> import jax, jax.numpy as jnp, lora_jax

@@ -54,8 +54,8 @@ class Counts(NamedTuple):
 def count_params(params: Any) -> Counts:
     """Count the parameters that train, and all of them with A and B; shapes are enough.
 
-    A quantized weight counts as the numbers that it stands for. Of a stack of adapters all count,
-    with their padding.
+    A quantized weight counts as the numbers that it stands for. All adapters of a stack count, with
+    their padding.
 
     >>> import jax, jax.numpy as jnp, lora_jax
     >>> config = lora_jax.LoraConfig(rank=1)
@@ -98,7 +98,7 @@ def summary(
 
     It has one line per leaf: path, shape, layout (b batch, i in, o out), what the program does with
     it, rank, and number of trained parameters; then one line per kind of quantized weights, adapted
-    or not. The last line has the format of Hugging Face PEFT. Of a stack of adapters one line says
+    or not. The last line has the format of Hugging Face PEFT. For a stack of adapters a line says
     how many there are, and a leaf shows their least and largest rank; 0 is one without that target.
 
     With the function and its example arguments, as for `init`, another table lists the matrices

@@ -64,8 +64,8 @@ def stack(adapters: Sequence[Any], *, rank: int | None = None) -> Any:
 def unstack(stack: Any) -> list[Any]:
     """Return the overlays of a stack, each with its own rank, targets, dropout and kind.
 
-    They are what was stacked, to the bit, in the dtypes of the stack. Of a joined tree these are
-    joined trees, which share its base.
+    They are what was stacked, to the bit, in the dtypes of the stack. A joined tree gives joined
+    trees, which share its base.
 
     Raises:
       StructureError: `stack` contains no stacked adapters.

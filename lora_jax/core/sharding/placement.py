@@ -93,7 +93,7 @@ class Placement:
         if slots is not None and slots not in known:
             have = f"they have {', '.join(sorted(known))}" if known else "they are on no mesh"
             raise ConfigError(
-                f"{caller}: slots={slots!r} is no axis of the mesh on which the weights lie; {have}"
+                f"{caller}: slots={slots!r} is not an axis of the weights' mesh; {have}"
             )
         mesh = meshes.pop() if len(meshes) == 1 else None
         return cls(data_axes(caller, fsdp, weights, batch), mesh, slots)
