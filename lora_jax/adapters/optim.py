@@ -14,6 +14,7 @@ from lora_jax.adapters.partition import FREEZE, TRAIN, by_label
 from lora_jax.core.errors import ConfigError, StructureError, TargetError, grouped
 from lora_jax.core.paths import flatten_with_paths
 from lora_jax.core.patterns import compile_regex, lookup, nearest
+from lora_jax.core.slots import is_present, without_slots
 from lora_jax.core.tree import require_adapted
 from lora_jax.core.weights import LoraWeight, is_adapted
 
@@ -132,7 +133,7 @@ def lora_fa(tx: optax.GradientTransformation, params: Any) -> optax.GradientTran
     stuck = [
         path
         for path, node in require_adapted("lora_fa", params).items()
-        if isinstance(node, LoraWeight) and isinstance(node.a, jax.Array) and _is_zero(node.a)
+        if isinstance(node, LoraWeight) and isinstance(node.a, jax.Array) and _is_stuck(node)
     ]
     if stuck:
         raise TargetError(
@@ -143,9 +144,10 @@ def lora_fa(tx: optax.GradientTransformation, params: Any) -> optax.GradientTran
     return freeze(tx, params, only=[field for field in TRAINED_FIELDS if field != "a"])
 
 
-def _is_zero(x: jax.Array) -> bool:
-    """Return whether all of `x` is known to be zero; nothing is known of a tracer."""
-    return not isinstance(x, jax.core.Tracer) and not bool(x.any())
+def _is_stuck(node: LoraWeight) -> bool:
+    """Return whether all of an A, or of one in a stack, is known to be zero, though it is used."""
+    zero = ~without_slots(node, lambda one: one.a.any()) & is_present(node)
+    return not isinstance(zero, jax.core.Tracer) and bool(zero.any())
 
 
 def lora_plus(
