@@ -111,10 +111,9 @@ class TrainedLeaf(NotAnArray):
 
         An overlay of stacked layers does not tell them from slots: there it is None.
         """
-        stacked = self.value.ndim > (self.scale.ndim or self.value.ndim)
-        if self.w is not None:
-            stacked = self.value.ndim > len(self.w.shape)
-        return self.value.shape[0] if stacked else None
+        own = self.value.shape
+        like = getattr(self.scale, "shape", ()) or own if self.w is None else self.w.shape
+        return own[0] if len(own) > len(like) else None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -155,7 +154,7 @@ class TrainedRows(NotAnArray):
     @property
     def slots(self) -> int | None:
         """The number of adapters that are stacked here, None if this is a single one."""
-        return self.scale.shape[0] if self.scale.ndim else None
+        return next(iter(self.scale.shape), None)
 
     @property
     def shape(self) -> tuple[int, ...]:
