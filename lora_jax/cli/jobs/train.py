@@ -4,7 +4,7 @@ import dataclasses
 import datetime
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 from jax.sharding import Mesh
@@ -15,7 +15,7 @@ from lora_jax.cli import sources
 from lora_jax.cli.exit_status import INTERRUPTED
 from lora_jax.cli.jobs import train_mesh, train_remat, train_results
 from lora_jax.cli.jobs.train_data import Task, read_task
-from lora_jax.cli.jobs.train_model import TrainableModel, open_model
+from lora_jax.cli.jobs.train_model import TrainableModel, open_model, with_remat
 from lora_jax.cli.jobs.train_start import Start, make_start
 from lora_jax.cli.jobs.train_stream import choose_streaming, describe_rows
 from lora_jax.cli.jobs.train_vocabulary import Vocabulary
@@ -32,7 +32,7 @@ from lora_jax.training.distributed.placing import complete, own_rows, place_rows
 from lora_jax.training.errors import TrainingError
 from lora_jax.training.loop import Job, Outcome, Settings, steps_of_epochs, train
 from lora_jax.training.optimizer import Optimizer
-from lora_jax.training.running.step_memory import widened_bytes
+from lora_jax.training.running.step_memory import needed_bytes, widened_bytes
 
 
 def main(options: TrainOptions, command: str) -> None:
@@ -91,7 +91,10 @@ def _run(options: TrainOptions, command: str) -> None:
     results.check(adapters)
     job = _job(options, optimizer, model, task, start, base, adapters, steps, mesh)
     with train_mesh.in_use(mesh):
-        job = train_remat.choose(options, model, task, start.paths, job, adapters, say)
+        loss = lambda remat: task.loss(with_remat(model, remat), start.paths)
+        needed = lambda remat: needed_bytes(dataclasses.replace(job, loss=loss(remat)), adapters)
+        remat = train_remat.choose(options, model, needed, say)
+    job = dataclasses.replace(job, loss=loss(remat))
     processes.by_first(lambda: run_record.begin(options.out, this, resumed, free=("steps",)))
     for line in describe(options, task, start, steps):
         say(line)
@@ -155,9 +158,12 @@ def optimizer_of(options: TrainOptions) -> Optimizer:
     )
 
 
+Options = TypeVar("Options", bound=TrainOptions)
+
+
 def open_run(
-    options: TrainOptions, now: datetime.datetime, say: Callable[[str], None]
-) -> tuple[TrainOptions, TrainableModel, Mesh | None]:
+    options: Options, now: datetime.datetime, say: Callable[[str], None]
+) -> tuple[Options, TrainableModel, Mesh | None]:
     """Return the model on its mesh, and the options with the length and layers that it has."""
     scan = options.scan
     if options.adapter is not None:

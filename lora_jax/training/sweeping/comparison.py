@@ -9,7 +9,7 @@ import numpy as np
 from lora_jax.training import log
 from lora_jax.training.loss_curve import window_of
 
-DONE, STOPPED, DIVERGED = "done", "stopped early", "diverged"  # how a run ended
+DONE, STOPPED, DIVERGED = "done", "stopped", "diverged"  # how a run ended
 
 
 @dataclass(frozen=True)
@@ -50,12 +50,13 @@ def of_run(records: Sequence[log.Record], name: str) -> list[dict[str, object]]:
 def result(name: str, records: Sequence[log.Record]) -> Result:
     """Return where one run stands, by its own records."""
     steps, losses = log.losses([dict(r) for r in records])
+    is_lost = any("diverged" in r for r in records)
     judged = [r["eval_loss"] for r in records if "eval_loss" in r]
     states = [r["ended"] for r in records if "ended" in r]
     return Result(
         name,
         steps[-1] if steps else 0,
-        float(np.mean(losses[-window_of(len(losses)) :])) if losses else math.inf,
+        float(np.mean(losses[-window_of(len(losses)) :])) if losses and not is_lost else math.inf,
         judged[-1] if judged else None,
         states[-1] if states else None,
     )
