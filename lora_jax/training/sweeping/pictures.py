@@ -71,7 +71,7 @@ def plot_map(results: Sequence[Result], settings: Mapping[str, Settings], title:
         if result.steps and math.isfinite(result.score):
             losses[place] = np.nanmin([losses[place], result.score])
     figure, axes = _blank()
-    image = axes.imshow(np.ma.masked_invalid(losses), cmap="viridis_r", aspect="auto")
+    image = axes.imshow(np.ma.masked_invalid(losses), cmap="viridis", aspect="auto")
     axes.set_xticks(range(len(rates)), [in_short(x) for x in rates])
     axes.set_yticks(range(len(ranks)), [in_short(x) for x in ranks])
     middle = (np.nanmin(losses) + np.nanmax(losses)) / 2 if np.isfinite(losses).any() else 0
