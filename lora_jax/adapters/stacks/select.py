@@ -10,7 +10,7 @@ from lora_jax.core.errors import ConfigError, StructureError, grouped
 from lora_jax.core.paths import flatten_with_paths
 from lora_jax.core.slots import check_ids, pick_slot
 from lora_jax.core.tree import adapted_nodes, map_adapted
-from lora_jax.core.weights import Adapted, is_adapted
+from lora_jax.core.weights import is_adapted
 
 
 def select(stack: Any, ids: Any) -> Any:
@@ -60,6 +60,16 @@ def set_slot(stack: Any, slot: Any, adapters: Any) -> Any:
     Array([1., 1.], dtype=float32)
     """
     slot = check_ids("set_slot", slot, slots_of("set_slot", stack), lowest=0)
+    new = padded("set_slot", stack, adapters)
+    return jax.tree.map(lambda old, x: old.at[slot].set(x.astype(old.dtype)), stack, new)
+
+
+def padded(caller: str, stack: Any, adapters: Any) -> Any:
+    """Return an overlay as it stands in one slot of a stack, which may be abstract.
+
+    Raises:
+      StructureError: the adapters do not fit the stack; all reasons are listed.
+    """
     places = adapted_nodes(stack)
     given, _ = flatten_with_paths(adapters, is_leaf=is_adapted)
     frames = {path: frame_of([node]) for path, node in places.items()}
@@ -72,10 +82,5 @@ def set_slot(stack: Any, slot: Any, adapters: Any) -> Any:
         elif why := frames[path].misfit(node):
             problems.append(f"{path}: {why}")
     if problems:
-        raise StructureError("set_slot: the adapters do not fit the stack:\n" + grouped(problems))
-
-    def put(path: str, node: Adapted) -> Adapted:
-        new = frames[path].fill(given.get(path))
-        return jax.tree.map(lambda old, x: old.at[slot].set(x.astype(old.dtype)), node, new)
-
-    return map_adapted(put, stack)
+        raise StructureError(f"{caller}: the adapters do not fit the stack:\n" + grouped(problems))
+    return map_adapted(lambda path, _: frames[path].fill(given.get(path)), stack)
