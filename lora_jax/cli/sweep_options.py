@@ -1,7 +1,8 @@
 """The options of `lora-jax sweep`: those of `train`, with lists in place of what its runs vary."""
 
 import dataclasses
-from typing import Annotated
+from collections.abc import Mapping
+from typing import Annotated, ClassVar
 
 from typer import Option
 
@@ -32,6 +33,8 @@ WITHOUT = (
 @dataclasses.dataclass(frozen=True)
 class SweepOptions(TrainOptions):
     """The options as typer has checked them; lists are texts, as they were given."""
+
+    lists: ClassVar[Mapping[str, str]] = LISTS
 
     ranks: Annotated[
         str, Option(metavar="LIST", help="Ranks of A and B, comma-separated; each with each rate.")

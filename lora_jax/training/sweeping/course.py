@@ -15,10 +15,11 @@ def milestones(steps: int, runs: int, eta: int | None) -> list[int]:
     Args:
       steps: of a run that is not stopped early.
       runs: how many there are.
-      eta: of so many runs one is kept at a milestone before the last; None: all are kept.
+      eta: of so many runs one is kept at a milestone before the last; None: all are kept. The
+        first step is none: its loss is the same for all.
 
-    >>> milestones(90, 9, 3), milestones(90, 9, None), milestones(4, 100, 3)
-    ([10, 30, 90], [90], [2, 4])
+    >>> milestones(90, 9, 3), milestones(90, 9, None), milestones(6, 100, 3)
+    ([10, 30, 90], [90], [2, 6])
     """
     rounds = 0 if eta is None else int(math.log(runs) / math.log(eta) + 1e-9)
     found = {round(steps / eta**k) for k in range(rounds + 1)} if eta else {steps}
@@ -139,9 +140,9 @@ class Course:
         if reached == self.steps:
             return DONE
         assert self.eta is not None
-        others = sorted(self.scores[reached].values())
-        kept = max(1, len(others) // self.eta)
-        return None if others.index(score) < kept else STOPPED
+        best = sorted((other, run) for run, other in self.scores[reached].items())
+        kept = best[: max(1, len(best) // self.eta)]
+        return None if (score, self._run(slot)) in kept else STOPPED
 
     def _score(self, slot: int) -> float:
         return self.scores[self.done[slot]][self._run(slot)]
