@@ -107,7 +107,9 @@ def advice(name: str, options: Collection[str]) -> str | None:
     if f"--{bare}" in options:
         return f"use --{bare}"
     meant = [option for option, names in _OPTIONS.items() if bare in names]
-    found = [option for option in [*meant, *map(_list_of, meant)] if option in options]
+    found = [
+        option for option in dict.fromkeys([*meant, *map(_list_of, meant)]) if option in options
+    ]
     if found:
         return f"use {' or '.join(found)}"
     return _OTHERWISE.get(bare)

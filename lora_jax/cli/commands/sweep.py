@@ -9,7 +9,7 @@ from lora_jax.cli.sweep_options import LISTS, WITHOUT, SweepOptions
 
 EXAMPLES = (
     "lora-jax sweep --model tiny --data notes.txt --ranks 2,4 --lrs 1e-3,1e-2 --steps 9 --out run",
-    "lora-jax sweep --model smollm2 --data play.txt --ranks 4,16,64 --lrs 1e-4,3e-4,1e-3 --out run",
+    "lora-jax sweep --model smollm2 --data play.txt --ranks 2,4,8 --lrs 1e-4,3e-4,1e-3 --out run",
     "lora-jax sweep --model ./llama-1b --data chats.jsonl --eval-split 0.1 --slots 4 --lrs "
     "1e-4,2e-4,5e-4,1e-3,2e-3,5e-3 --halving --out run",
 )
