@@ -1,6 +1,9 @@
 """The public names that need JAX: `import lora_jax` imports this module at their first use."""
 
 from lora_jax import initializers
+from lora_jax.adapters.algebra.combine import combine
+from lora_jax.adapters.algebra.compress import compress, resize
+from lora_jax.adapters.algebra.intruders import Intruders, intruders, reduce_intruders
 from lora_jax.adapters.extract import extract
 from lora_jax.adapters.init import init
 from lora_jax.adapters.memory import MemoryReport, StepMemory, memory_report
@@ -9,12 +12,18 @@ from lora_jax.adapters.norms import norms
 from lora_jax.adapters.on_original import on_original
 from lora_jax.adapters.opened import partition_specs
 from lora_jax.adapters.optim import freeze, groups, labels, lora_fa, lora_plus, mask
+from lora_jax.adapters.optimizers.muon import lora_muon
+from lora_jax.adapters.optimizers.riemannian import riemannian
+from lora_jax.adapters.optimizers.rite import lora_rite
 from lora_jax.adapters.quantize import dequantize, quantize
 from lora_jax.adapters.shardings import shardings
 from lora_jax.adapters.split import join, split
 from lora_jax.adapters.stacks.select import select, set_slot
 from lora_jax.adapters.stacks.stack import stack, unstack
 from lora_jax.adapters.summary import count_params, summary
+from lora_jax.adapters.sweeps.run import Run, grid
+from lora_jax.adapters.sweeps.state import SweepState
+from lora_jax.adapters.sweeps.sweep import Sweep, sweep
 from lora_jax.adapters.switches import disable, set_scale, with_dropout
 from lora_jax.adapters.updates import (
     apply_updates,
@@ -58,6 +67,7 @@ __all__ = [
     "DenseError",
     "DenseWarning",
     "Forms",
+    "Intruders",
     "Layout",
     "LayoutError",
     "LeftOutWarning",
@@ -71,12 +81,17 @@ __all__ = [
     "Override",
     "QuantizedWeight",
     "Rule",
+    "Run",
     "StepMemory",
     "StructureError",
+    "Sweep",
+    "SweepState",
     "TargetError",
     "TrainedLeaf",
     "TrainedRows",
     "apply_updates",
+    "combine",
+    "compress",
     "count_params",
     "dequantize",
     "disable",
@@ -84,16 +99,20 @@ __all__ = [
     "extract",
     "freeze",
     "from_qwix",
+    "grid",
     "groups",
     "init",
     "initializers",
+    "intruders",
     "join",
     "labels",
     "load",
     "lora",
     "lora_fa",
     "lora_ga",
+    "lora_muon",
     "lora_plus",
+    "lora_rite",
     "mask",
     "memory_report",
     "merge",
@@ -102,6 +121,9 @@ __all__ = [
     "partition_specs",
     "quantize",
     "read_metadata",
+    "reduce_intruders",
+    "resize",
+    "riemannian",
     "rounding",
     "save",
     "save_sums",
@@ -113,6 +135,7 @@ __all__ = [
     "split",
     "stack",
     "summary",
+    "sweep",
     "unmerge",
     "unstack",
     "value_and_grad_from_state",

@@ -104,7 +104,11 @@ def init(
     if callable(fn):
         fn = params_first("init", fn, argnum, argname)
     plan = make_plan("init", params, config, fn, args, kwargs, rules)
-    placement = Placement.of("init", plan.leaves.values(), fsdp, (args, kwargs))
+    return init_planned(key, plan, Placement.of("init", plan.leaves.values(), fsdp, (args, kwargs)))
+
+
+def init_planned(key: jax.Array, plan: Plan, placement: Placement) -> Any:
+    """Return the adapted tree of a plan, with what trains where `placement` says."""
     return finish(plan, _adapt_all(key, plan, plan.config, placement), plan.config, placement)
 
 

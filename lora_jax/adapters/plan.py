@@ -70,11 +70,15 @@ def make_plan(
     check_floating({**targets, **dict.fromkeys(whole)}, leaves, "trained")
     layouts = layout_inference.layouts_of(config, targets, leaves, uses)
     layouts, masks = select_layers(config, targets, layouts, leaves)
-    config = _with_smaller_ranks(config, layouts, leaves)
-    _check_ranks(config, layouts, leaves)
+    config = _with_possible_ranks(config, layouts, leaves)
     biases = select_biases(config, layouts, leaves, uses)
     masks |= {bias: masks[kernel] for bias, kernel in biases.items() if kernel in masks}
     return Plan(config, leaves, treedef, layouts, list(whole | biases), rows, masks)
+
+
+def planned_again(plan: Plan, config: LoraConfig) -> Plan:
+    """Return a plan that adapts the same weights with another rank, scale, initializer or kind."""
+    return dataclasses.replace(plan, config=_with_possible_ranks(config, plan.layouts, plan.leaves))
 
 
 def _check_arguments(caller: str, config: Any, fn: Any, rules: Mapping[str, Rule] | None) -> None:
@@ -109,6 +113,15 @@ def _check_overrides(config: LoraConfig, targets: Mapping[str, str]) -> None:
             if key in unused
         ]
         raise TargetError("\n".join(lines))
+
+
+def _with_possible_ranks(
+    config: LoraConfig, layouts: Mapping[str, Layout], leaves: Mapping[str, Any]
+) -> LoraConfig:
+    """Return the configuration with ranks that the weights can hold, or raise."""
+    config = _with_smaller_ranks(config, layouts, leaves)
+    _check_ranks(config, layouts, leaves)
+    return config
 
 
 def _with_smaller_ranks(

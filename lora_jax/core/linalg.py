@@ -17,7 +17,8 @@ def truncated_svd(matrix: jax.Array, rank: int) -> tuple[jax.Array, jax.Array, j
     """Return the `rank` largest singular triplets: U `[m, rank]`, S `[rank]` and Vᵀ `[rank, n]`.
 
     U·S·Vᵀ is the best approximation of `matrix`, `[m, n]`, of that rank (Eckart and Young, 1936).
-    Its squared error is the sum of the squares of the other singular values.
+    Its squared error is the sum of the squares of the other singular values. Of several matrices,
+    `[*batch, m, n]`, it returns those of each.
 
     >>> import jax.numpy as jnp
     >>> u, s, vt = truncated_svd(jnp.array([[2.0, 4, 6], [3, 6, 9], [4, 8, 12]]), rank=1)
@@ -27,7 +28,32 @@ def truncated_svd(matrix: jax.Array, rank: int) -> tuple[jax.Array, jax.Array, j
            [ 4.,  8., 12.]], dtype=float32)
     """
     u, s, vt = jnp.linalg.svd(matrix, full_matrices=False)
-    return u[:, :rank], s[:rank], vt[:rank]
+    return u[..., :rank], s[..., :rank], vt[..., :rank, :]
+
+
+def product_svd(
+    a: jax.Array, b: jax.Array, rank: int | None = None
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Return the largest singular triplets of `a @ b` without computing the product.
+
+    With A = Q₁·R₁ and Bᵀ = Q₂·R₂ it is Q₁·(R₁·R₂ᵀ)·Q₂ᵀ, whose singular values are those of the
+    small matrix in the middle.
+
+    Args:
+      a: `[*batch, m, r]`, floating.
+      b: `[*batch, r, n]`.
+      rank: the number of triplets, at most min(m, r, n); None for that many.
+
+    >>> import jax.numpy as jnp
+    >>> u, s, vt = product_svd(jnp.array([[3.0], [4.0]]), jnp.array([[0.0, 2.0]]))
+    >>> s, (u * s[None] @ vt)[:, 1].round(4)
+    (Array([10.], dtype=float32), Array([6., 8.], dtype=float32))
+    """
+    q_a, r_a = jnp.linalg.qr(a)
+    q_b, r_b = jnp.linalg.qr(b.mT)
+    small = matmul(r_a, r_b.mT)
+    u, s, vt = truncated_svd(small, min(small.shape[-2:]) if rank is None else rank)
+    return matmul(q_a, u), s, matmul(vt, q_b.mT)
 
 
 def randomized_svd(
@@ -63,4 +89,4 @@ def balanced(
     """Return A = U·√(S/scale) and B = √(S/scale)·Vᵀ, so that scale·A·B = U·S·Vᵀ; scale > 0."""
     u, s, vt = svd
     root = jnp.sqrt(s / scale)
-    return u * root[None], root[:, None] * vt
+    return u * root[..., None, :], root[..., :, None] * vt

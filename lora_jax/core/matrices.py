@@ -74,5 +74,21 @@ def as_factors(
     return a.reshape(layout.a_shape(shape, rank)), b.reshape(layout.b_shape(shape, rank))
 
 
+def factor_matrices(a: jax.Array, b: jax.Array, layout: Layout) -> tuple[jax.Array, jax.Array]:
+    """Return A as `[*batch, fan_in, rank]` and B as `[*batch, rank, fan_out]`.
+
+    There may be more leading axes than the layout's batch axes, such as the slots of a stack. On a
+    mesh with explicit axes they are gathered, because decompositions take only whole matrices.
+
+    >>> import jax.numpy as jnp
+    >>> a, b = factor_matrices(jnp.zeros((5, 2)), jnp.zeros((2, 3, 4)), Layout("ioo"))
+    >>> a.shape, b.shape
+    ((5, 2), (2, 12))
+    """
+    a, b = gathered(a), gathered(b)
+    n, rank = a.ndim - 1 - len(layout.positions("i")), a.shape[-1]
+    return a.reshape(*a.shape[:n], -1, rank), b.reshape(*b.shape[:n], rank, -1)
+
+
 def _order(layout: Layout) -> tuple[int, ...]:
     return (*layout.positions("b"), *layout.positions("i"), *layout.positions("o"))

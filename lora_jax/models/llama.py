@@ -13,32 +13,11 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from lora_jax.models.attention import Sight, attend
+from lora_jax.models.cache import Cache, write
 from lora_jax.models.llama_config import LlamaConfig
 from lora_jax.models.on_mesh import Embedding, by_rows, dot_general
 from lora_jax.models.remat import rematerialized
 from lora_jax.models.rope import rotate
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class Cache:
-    """Keys and values of the tokens seen so far, created by `Llama.init_cache`.
-
-    Attributes:
-      layers: keys and values `[batch, key-value heads, length, head_dim]`: a tuple with one pair
-        per layer, or a single pair with a leading axis for stacked layers.
-      segments: int32 `[batch, length]`: which text each token belongs to.
-      filled: int32 scalar, how many of the `length` slots are in use.
-    """
-
-    layers: Any
-    segments: jax.Array
-    filled: jax.Array
-
-    @property
-    def length(self) -> int:
-        """How many tokens fit into the cache."""
-        return self.segments.shape[1]
 
 
 def _check_length(config: LlamaConfig, length: int) -> None:
@@ -89,9 +68,9 @@ class Attention(nn.Module):
         value = project("value", groups).reshape(batch, length, groups, size)
         query, key = (rotate(t, places.cos, places.sin) for t in (query, key))
         if cached is not None:
-            start = (0, 0, jnp.asarray(places.sight.first), 0)
+            first = jnp.asarray(places.sight.first)
             cached = tuple(
-                jax.lax.dynamic_update_slice(old, new.swapaxes(1, 2).astype(old.dtype), start)
+                write(old, new.swapaxes(1, 2), first, axis=2)
                 for old, new in zip(cached, (key, value), strict=True)
             )
             key, value = (x.swapaxes(1, 2).astype(c.dtype) for x in cached)
@@ -273,7 +252,7 @@ def _locate(
     if cache is None:
         sight = Sight(own, own)
     else:
-        every = jax.lax.dynamic_update_slice(cache.segments, own, (0, cache.filled))
+        every = write(cache.segments, own, cache.filled, axis=1)
         sight = Sight(own, every, cache.filled)
     cos, sin = c.rope.angles(_positions(sight), c.head_dim)
     return _Places(cos, sin, sight), sight.key_segments

@@ -1,0 +1,1 @@
+"""The algebra of adapters: combine several into one, change ranks, find intruder dimensions."""

@@ -1,0 +1,1 @@
+"""Many adapters of one base trained in one compiled step: runs that differ in their settings."""

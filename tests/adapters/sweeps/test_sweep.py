@@ -1,0 +1,111 @@
+"""A sweep trains each of its runs as the run trains alone, in one program."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import lora_jax as lora
+from tests.adapters.sweeps.by_hand import (
+    BASE,
+    CONFIG,
+    LOSS,
+    SCHEDULE,
+    STEPS,
+    batches,
+    train_alone,
+)
+
+RUNS = [
+    lora.Run(learning_rate=1e-2, rank=2),
+    lora.Run(learning_rate=3e-2, rank=4, alpha=8, weight_decay=0.1, seed=3),
+    lora.Run(learning_rate=1e-2, scaling="rslora", dora=True, clip=0.1, seed=2),
+    lora.Run(learning_rate=1e-2, rank=4, init="orthogonal", dropout=0.3, b_ratio=4, seed=1),
+    # it waits for a slot
+    lora.Run(learning_rate=2e-2, rank=1, init="gaussian", dropout=0.1, weight_decay=0.2),
+]
+
+
+def assert_trains_as_alone(run, data, losses, overlay):
+    want, overlay_alone = train_alone(run, data)
+    np.testing.assert_allclose(losses, want, rtol=1e-6)
+    assert jax.tree.structure(overlay) == jax.tree.structure(overlay_alone)
+    for got, expected in zip(jax.tree.leaves(overlay), jax.tree.leaves(overlay_alone), strict=True):
+        np.testing.assert_allclose(got, expected, rtol=2e-5, atol=2e-6)
+
+
+def test_every_run_trains_as_it_does_alone_and_so_does_one_that_comes_later():
+    traces = []
+
+    def loss(params, *batch):
+        traces.append(0)
+        return LOSS(params, *batch)
+
+    data = batches()
+    sweep = lora.sweep(loss, BASE, RUNS, CONFIG, *data[0], slots=4, schedule=SCHEDULE)
+    state = sweep.init()
+    before, first, second = len(traces), [], []
+    for batch in data:
+        state, losses = sweep.step(state, *batch)
+        first.append(losses)
+    trained = sweep.adapters(state)
+    state = sweep.replace(state, 2, RUNS[4])
+    for batch in data:
+        state, losses = sweep.step(state, *batch)
+        second.append(losses)
+    assert len(traces) - before == 1
+    for slot, run in enumerate(RUNS[:4]):
+        assert_trains_as_alone(run, data, np.array(first)[:, slot], trained[slot])
+    assert_trains_as_alone(RUNS[4], data, np.array(second)[:, 2], sweep.adapters(state)[2])
+    assert state.step.tolist() == [2 * STEPS, 2 * STEPS, STEPS, 2 * STEPS]
+
+
+def test_every_run_may_see_its_own_batch():
+    each = [batches(seed, steps=3) for seed in range(2)]
+    runs = lora.grid(learning_rate=1e-2, rank=[1, 3])
+    sweep = lora.sweep(LOSS, BASE, runs, CONFIG, *each[0][0], schedule=SCHEDULE, batch_axes=(0, 1))
+    state, found = sweep.init(), []
+    for (tokens, y), (more_tokens, more_y) in zip(*each, strict=True):
+        batch = jnp.stack([tokens, more_tokens]), jnp.stack([y, more_y], 1)
+        state, losses = sweep.step(state, *batch)
+        found.append(losses)
+    for slot, run in enumerate(runs):
+        want, _ = train_alone(run, each[slot])
+        np.testing.assert_allclose(np.array(found)[:, slot], want, rtol=1e-6)
+    shared = sweep.evaluate(state, *each[0][0])
+    apart = sweep.evaluate(state, *batch, batch_axes=(0, 1))
+    for slot, overlay in enumerate(sweep.adapters(state)):
+        params = lora.join(BASE, overlay)
+        np.testing.assert_allclose(shared[slot], LOSS(params, *each[0][0]), rtol=1e-6)
+        np.testing.assert_allclose(apart[slot], LOSS(params, *each[slot][-1]), rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"rank": 0}, "rank must be a positive integer"),
+        ({"learning_rate": -1.0}, "learning_rate must be a positive number"),
+        ({"learning_rate": float("nan")}, "learning_rate must be a positive number"),
+        ({"clip": -1}, "clip must not be negative"),
+        ({"seed": -1}, "seed must be an integer from 0"),
+        ({"dropout": 1.0}, "dropout must be a probability"),
+        ({"init": "pissa"}, 'changes the base, .* use "kaiming"'),
+        ({"options": {"b1": "0.9"}}, "options must be numbers by name"),
+    ],
+)
+def test_a_run_says_which_of_its_fields_has_no_meaning(fields, message):
+    with pytest.raises(lora.ConfigError, match=message):
+        lora.Run(**{"learning_rate": 1e-3} | fields)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"rank": [4]}, "grid: pass learning_rate="),
+        ({"learning_rate": []}, "grid: learning_rate has no values"),
+        ({"learning_rate": 1e-3, "lerning": 1}, "no field lerning; did you mean learning_rate?"),
+    ],
+)
+def test_a_grid_says_which_of_its_axes_has_no_meaning(fields, message):
+    with pytest.raises(lora.ConfigError, match=message):
+        lora.grid(**fields)
