@@ -250,7 +250,8 @@ def _named_axes(args: Any, kwargs: Mapping[str, Any], row_axes: Any) -> dict[int
                 axes = jax.tree.broadcast(given.pop(key), leaves, is_leaf=_is_none)
             except ValueError as error:
                 raise ConfigError(
-                    f"row_axes: the tree for argument {key!r} does not begin the argument's tree: {error}"
+                    f"row_axes: the tree for argument {key!r} does not begin the argument's tree: "
+                    f"{error}"
                 ) from error
             named |= dict(enumerate(jax.tree.leaves(axes, is_leaf=_is_none), number))
         number += count
