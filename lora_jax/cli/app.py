@@ -12,6 +12,7 @@ import typer
 from lora_jax import __version__
 from lora_jax.cli.commands import (
     chat,
+    combine,
     convert,
     evaluate,
     generate,
@@ -33,6 +34,7 @@ COMMANDS: dict[str, ModuleType] = {
     "merge": merge,
     "quantize": quantize,
     "convert": convert,
+    "combine": combine,
 }
 
 EXIT_CODES = """\b
@@ -76,7 +78,7 @@ def _lora_jax(
         typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version."),
     ] = False,
 ) -> None:
-    """Train, inspect, merge, run and convert LoRA adapters of JAX models."""
+    """Train, inspect, merge, run, convert and combine LoRA adapters of JAX models."""
     if context.invoked_subcommand is None:
         typer.echo(context.get_help())
 
