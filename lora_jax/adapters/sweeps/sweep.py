@@ -70,7 +70,8 @@ def sweep(
         `Sweep.replace` and `halving`.
       optimizer: makes a transformation from a learning rate, and from `weight_decay` and the run's
         `options` by name, if it has these parameters. They are arrays. Its updates must be
-        proportional to the learning rate if a run has a `b_ratio`. It sees the padded factors.
+        proportional to the learning rate if a run has a `b_ratio`. It sees the padded factors. With
+        a parameter `params` in the second place, such as `lora_rite`, it gets the adapters.
       schedule: a function of the run's own step, from 0, that returns a multiple of its learning
         rate.
       batch_axes: None if all runs see the same batch. Otherwise which axis of the batch's arrays is

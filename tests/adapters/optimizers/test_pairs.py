@@ -1,5 +1,6 @@
 """What holds for every optimizer that knows A from B: layouts, padding, stacks, dtypes, frames."""
 
+import dataclasses
 import itertools
 
 import jax
@@ -83,26 +84,35 @@ def test_padding_stays_zero_and_changes_nothing(name):
     close(padded(want["k"], 6), got["k"], 2e-5)
 
 
+SWEPT = {"lora_rite": lora_jax.lora_rite, "lora_muon": lora_jax.lora_muon}
+
+
+def scaled(learning_rate, params, weight_decay):
+    """Riemannian AdamW as a sweep takes it."""
+    return lora_jax.riemannian(optax.adamw(learning_rate, weight_decay=weight_decay), params)
+
+
 @each("lora_rite")
-def test_a_sweep_over_rates_is_a_vmap(name):
-    """Two adapters, padded to one rank, with a rate each: one compiled loop, as each alone."""
-    alone = [{"k": weight("io", (6, 5), rank, seed=rank, b_zero=True)} for rank in (1, 3)]
-    rates = jnp.array([0.02, 0.1])
-    stack = jax.tree.map(lambda *x: jnp.stack(x), *({"k": padded(x["k"], 3)} for x in alone))
-
-    def run(params, rate):
-        tx = optax.inject_hyperparams(
-            lambda learning_rate: OPTIMIZERS[name](learning_rate, params)
-        )(0.0)
-        state = tx.init(params)
-        state.hyperparams["learning_rate"] = rate
-        return train(tx, params, 3, state=state)[0]
-
-    together = jax.jit(jax.vmap(run))(stack, rates)
-    for i, params in enumerate(alone):
-        want, _ = train(OPTIMIZERS[name](float(rates[i]), params), params, 3)
-        got = jax.tree.map(lambda x, i=i: x[i], together)
-        close(got["k"], padded(want["k"], 3), 2e-5)
+def test_a_sweep_over_ranks_and_rates(name):
+    """Adapters of two ranks with a rate each, in one compiled step, as each alone."""
+    base, x = {"w": normal(1, (6, 5), jnp.float32)}, normal(2, (4, 6), jnp.float32)
+    loss = lambda params, x: (lora_jax.lora(lambda p, x: jnp.cos(x @ p["w"]))(params, x)).sum()
+    make = SWEPT.get(name, scaled)
+    runs = lora_jax.grid(rank=[1, 3], learning_rate=[0.05])
+    runs[1] = dataclasses.replace(runs[1], learning_rate=0.1, weight_decay=0.1, clip=0.5)
+    sweep = lora_jax.sweep(loss, base, runs, LoraConfig(), x, optimizer=make)
+    state = sweep.init()
+    starts = sweep.adapters(state)
+    for _ in range(3):
+        state, _ = sweep.step(state, x)
+    for run, start, end in zip(runs, starts, sweep.adapters(state), strict=True):
+        tx = make(run.learning_rate, start, weight_decay=run.weight_decay)
+        if run.clip:
+            clip = lora_jax.freeze(optax.clip_by_global_norm(run.clip), start)
+            tx = optax.chain(clip, tx)
+        alone = lambda p, start=start: loss(lora_jax.join(base, p), x)
+        want, _ = train(tx, start, 3, loss=alone)
+        close((end["w"].a, end["w"].b), (want["w"].a, want["w"].b), 2e-5)
 
 
 @each()
