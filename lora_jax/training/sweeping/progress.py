@@ -70,7 +70,7 @@ def describe_step(
 
 @contextmanager
 def bars(console: Console, runs: int, steps: int, total: int | None) -> Iterator[Show]:
-    """Show a bar for the sweep, and one with its loss for each run that has begun.
+    """Show a bar for the sweep, and one with its loss for each run that has started.
 
     Args:
       console: where they are drawn, if that is a terminal. Runs that ended are left out where it
