@@ -74,12 +74,12 @@ def _gather(ctx: Context, eqn: Any, args: Sequence[Any]) -> Any:
     lazy, indices = args
     if not is_lazy(lazy) or is_lazy(indices):
         return NotImplemented
-    rows = None
+    place = None
     if lazy.row is not None and lazy.row.slot.ndim:
-        rows = ctx.place_of_rows(eqn, 1)
-        if rows.inner > 1 or indices.shape[rows.axis] != len(lazy.row.slot):
+        place = ctx.place_of_rows(eqn, 1)
+        if place.inner > 1 or indices.shape[place.axis] != len(lazy.row.slot):
             raise NoPlaceForRows
-    gather = _Gather(eqn.params, lazy, indices, rows)
+    gather = _Gather(eqn.params, lazy, indices, place)
     if not gather.is_factored:
         return NotImplemented
     moved = lazy.map_members(gather.member)
