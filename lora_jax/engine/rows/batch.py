@@ -1,16 +1,15 @@
-"""A function of a batch as a function of its rows: which axes are rows, before and after."""
+"""A batch whose rows use different adapters: where its rows are, and how they are computed."""
 
 # Measured: one decoding step of SmolLM2 with a cache, unrolled, 8 rows of 8 adapters of rank 16 on
-# q and v, two CPU cores, time over that of 8 rows of one adapter: 3.1 to 4.1 by the vmap over rows
-# here, the same without any gather, so neither A[id] nor small products matter: XLA transposes and
-# copies keys and values (170 MB of temporary memory where one adapter takes 4), because mapped
-# attention has two axes of batch, and dynamic_update_slice becomes a scatter. By hand, the program
-# as it is for the whole batch and only the branch with its batch axis, x[rows, 1, in] ·
-# A[ids][rows, in, rank] · B[ids]: 1.02, or 1.00 with A and B selected before; as products and sums
-# 1.08 to 1.19; as a masked concatenation 1.00 to 1.12. So the rows should be an axis of the branch
-# alone, under a name that A and B have and W does not have, like a batch axis of the weight; the
-# axis of x follows from the program with a prime number of rows below. A vmap is left for what has
-# no such axis: a weight that meets an activation without rows, a product of two weights.
+# q and v, two CPU cores, time over that of 8 rows of one adapter: 3.1 to 4.1 by a vmap over rows,
+# the same without any gather, so neither A[id] nor small products matter: XLA transposes and copies
+# keys and values (170 MB of temporary memory where one adapter takes 4), because mapped attention
+# has two axes of batch, and dynamic_update_slice becomes a scatter. By hand, the program as it is
+# for the whole batch and only the branch with its axis of rows, x[rows, 1, in] · A[ids][rows, in,
+# rank] · B[ids]: 1.02, or 1.00 with A and B selected before; as products and sums 1.08 to 1.19; as
+# a masked concatenation 1.00 to 1.12. So the program stays as it is wherever a weight meets an
+# activation with rows. A vmap is left for what has no such axis: a weight that meets an activation
+# without rows, a product of two weights, convolutions, ragged products.
 
 import contextlib
 import dataclasses
@@ -33,8 +32,8 @@ from lora_jax.engine.rows.mixing import facts_of_outputs, prime_for
 from lora_jax.engine.rows.places import Places, transferred
 from lora_jax.engine.rows.slots import NoPlaceForRows
 
-#: `run(row, args, kwargs, places_in)`: what the function returns for one row, or for all. Of its
-#: program `places_in` tells where the rows are.
+#: `run(row, args, kwargs, places_in)`: what the function returns for one row, or for all;
+#: `places_in` tells where its program has the rows.
 Run = Callable[[Row, Any, Mapping[str, Any], Callable[[Any], Places]], Any]
 
 
