@@ -40,6 +40,7 @@ def _from_state(flax: Any) -> Any:
         fields = {
             name: flax.from_state_dict(getattr(node, name), state[name], name=name)
             for name in _leaves(node)
+            if name in state or getattr(node, name) is not None  # older bytes lack a field
         }
         return dataclasses.replace(node, **fields)
 

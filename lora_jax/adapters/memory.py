@@ -12,7 +12,9 @@ import optax
 from lora_jax.adapters.optim import labels
 from lora_jax.adapters.partition import TRAIN
 from lora_jax.adapters.quantize import dequantize
-from lora_jax.adapters.split import split
+from lora_jax.adapters.split import join, split
+from lora_jax.adapters.stacks.stack import slots_of
+from lora_jax.core.errors import ConfigError
 from lora_jax.core.params_argument import params_first
 from lora_jax.core.quantized.weight import is_quantized
 from lora_jax.core.sharding.data_axes import named_sharding
@@ -65,6 +67,7 @@ def memory_report(
     tx: optax.GradientTransformation | None = None,
     argnum: int = 0,
     argname: str | None = None,
+    slot_axes: Sequence[int | None] | None = None,
 ) -> MemoryReport:
     """Report the memory of one training step, and of the same step of full fine-tuning.
 
@@ -83,12 +86,16 @@ def memory_report(
         step, of every floating leaf of the base in the other. None for Adam.
       argnum: the position of the parameters among the arguments of `fn`, as for `init`.
       argname: their name, as for `init`.
+      slot_axes: for a stack of adapters whose `fn` is the loss of one: which axis of each of `args`
+        belongs to the slots, None for one that all share, as `in_axes` of `jax.vmap`. The step then
+        trains all adapters, each on its own; full fine-tuning has the arguments of one.
 
     Returns:
       A `MemoryReport`, whose fields are bytes; `print` shows it as a table.
 
     Raises:
       StructureError: `params` contains no adapters, or adapters without their base.
+      ConfigError: `slot_axes` does not fit `args`, or the adapters are not a stack.
       NotImplementedError: the default backend's compiler reports no memory sizes.
 
     >>> import jax, jax.numpy as jnp, lora_jax
@@ -111,12 +118,45 @@ def memory_report(
     is_floating = [
         _is_array(x) and jnp.issubdtype(x.dtype, jnp.floating) for x in jax.tree.leaves(dense)
     ]
+    of_all, args_of_one = fn, args
+    if slot_axes is not None:
+        of_all, args_of_one = _over_slots(fn, adapters, args, slot_axes)
     return MemoryReport(
         adapted=StepMemory(
-            _bytes(base), _bytes(adapters), *_step_memory(fn, tx, params, is_trained, args)
+            _bytes(base), _bytes(adapters), *_step_memory(of_all, tx, params, is_trained, args)
         ),
-        full=StepMemory(_bytes(dense), 0, *_step_memory(fn, tx, dense, is_floating, args)),
+        full=StepMemory(_bytes(dense), 0, *_step_memory(fn, tx, dense, is_floating, args_of_one)),
     )
+
+
+def _over_slots(
+    fn: Callable, adapters: Any, args: tuple, axes: Sequence[int | None]
+) -> tuple[Callable, tuple]:
+    """Return the loss of all adapters of a stack, from that of one, and the arguments of one."""
+    count = slots_of("memory_report", adapters)
+    if len(axes) != len(args):
+        raise ConfigError(
+            f"memory_report: slot_axes has {len(axes)} entries for {len(args)} arguments"
+        )
+
+    def of_all(params: Any, *args: Any) -> Any:
+        base, adapters = split(params)
+        one = lambda overlay, *args: fn(join(base, overlay), *args)
+        return jax.vmap(one, (0, *axes))(adapters, *args).sum()
+
+    def of_one(path: str, x: Any, axis: int) -> Any:
+        if not _is_array(x) or not -len(x.shape) <= axis < len(x.shape) or x.shape[axis] != count:
+            raise ConfigError(
+                f"memory_report: argument {path} has no axis {axis} of {count} slots; see slot_axes"
+            )
+        shape = [n for i, n in enumerate(x.shape) if i != axis % len(x.shape)]
+        return jax.ShapeDtypeStruct(tuple(shape), x.dtype)
+
+    single = tuple(
+        arg if axis is None else jax.tree.map(lambda x, a=axis, n=n: of_one(str(n), x, a), arg)
+        for n, (arg, axis) in enumerate(zip(args, axes, strict=True))
+    )
+    return of_all, single
 
 
 def _abstract(base: Any) -> Any:

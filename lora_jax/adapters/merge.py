@@ -20,6 +20,7 @@ from lora_jax.adapters.split import join, split
 from lora_jax.core.errors import ConfigError, MergeError, StructureError, grouped
 from lora_jax.core.quantized.coding import check_kind
 from lora_jax.core.quantized.weight import is_quantized
+from lora_jax.core.slots import has_magnitude
 from lora_jax.core.tree import adapted_nodes, map_adapted
 from lora_jax.core.weights import Adapted, LoraWeight, require_whole
 
@@ -44,7 +45,7 @@ def merge(
     without an adapter stay as they are.
 
     Args:
-      params: a joined tree.
+      params: a joined tree of one adapter: of a stack, merge `unstack(params)[slot]`.
       dtype: dtype of the merged leaves; None keeps the dtype of each base leaf.
       requantize: quantize the merged leaves whose base is quantized: True as each base is, or the
         name of a kind, such as "nf4", along the same axis. Leaves that the adapter does not change
@@ -134,9 +135,9 @@ def unmerge(merged: Any, adapters: Any, *, donate: bool = False) -> Any:
     """
     joined = join(merged, adapters)
     nodes = adapted_nodes(joined)
-    with_magnitude = [
-        path for path, node in nodes.items() if getattr(node, "magnitude", None) is not None
-    ]
+    for path, node in nodes.items():
+        require_whole(path, node)
+    with_magnitude = [path for path, node in nodes.items() if has_magnitude(node)]
     if with_magnitude:
         raise MergeError(
             f"unmerge: cannot recover the base weight of {', '.join(with_magnitude)}: with DoRA "

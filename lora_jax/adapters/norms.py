@@ -11,6 +11,7 @@ from lora_jax.core.dora import column_products, dora_gain
 from lora_jax.core.dtypes import accumulator
 from lora_jax.core.errors import StructureError
 from lora_jax.core.quantized.weight import dequantized, is_quantized
+from lora_jax.core.slots import without_slots
 from lora_jax.core.tree import adapted_nodes, require_adapted
 from lora_jax.core.weights import Adapted, LoraWeight, TrainedLeaf, TrainedRows
 
@@ -32,8 +33,9 @@ def norms(params: Any, grads: Any = None) -> dict[str, dict[str, jax.Array]]:
       fully trained leaf or trained rows; "update", which is ‖ΔW‖ (with DoRA, of all that changed
       the weight); "relative", which is ‖ΔW‖/‖W‖ (0 if W is zero); with `grads` also "grad_a",
       "grad_b" and so on. A norm is a scalar, or of shape `[*batch]` with one norm per layer of a
-      stacked weight. The update of trained rows is relative to the rows that they replace. An
-      overlay has no W, so "relative" is missing, and so is "update" with DoRA.
+      stacked weight; in a stack of adapters there is one for each, `[slots, *batch]`. The update of
+      trained rows is relative to the rows that they replace. An overlay has no W, so "relative" is
+      missing, and so is "update" with DoRA.
 
     Raises:
       StructureError: `params` contains no adapters, or `grads` has none at one of their paths.
@@ -49,7 +51,10 @@ def norms(params: Any, grads: Any = None) -> dict[str, dict[str, jax.Array]]:
     missing = [path for path in nodes if path not in moved] if grads is not None else []
     if missing:
         raise StructureError("norms: grads has no gradients for " + ", ".join(missing))
-    return {path: _norms(node) | _gradients(moved.get(path)) for path, node in nodes.items()}
+    return {
+        path: without_slots(node, _norms) | _gradients(moved.get(path))
+        for path, node in nodes.items()
+    }
 
 
 def _norms(node: Adapted) -> dict[str, jax.Array]:
@@ -119,5 +124,5 @@ def _dora_update_norm(node: LoraWeight) -> jax.Array:
 
 
 def _gradients(node: Adapted | None) -> dict[str, jax.Array]:
-    fields = {} if node is None else _fields(node)
+    fields = {} if node is None else without_slots(node, _fields)
     return {f"grad_{name}": norm for name, norm in fields.items()}

@@ -11,6 +11,7 @@ from lora_jax.core.errors import StructureError, grouped
 from lora_jax.core.layout import subscripts
 from lora_jax.core.paths import flatten_with_paths
 from lora_jax.core.patterns import nearest
+from lora_jax.core.slots import all_unpadded
 from lora_jax.core.tree import adapted_nodes
 from lora_jax.core.weights import Adapted, LoraWeight, TrainedRows, check_fits, is_adapted
 
@@ -54,7 +55,7 @@ def on_original(start: Any, trained: Any, base: Any) -> Any:
     >>> overlay["kernel"].rank, bool(jnp.allclose(got["kernel"], want["kernel"], atol=1e-5))
     (2, True)
     """
-    before, after = adapted_nodes(start), adapted_nodes(trained)
+    before, after = (all_unpadded(adapted_nodes(tree)) for tree in (start, trained))
     leaves, treedef = flatten_with_paths(base, is_leaf=is_adapted)
     problems = _differences(before, after, leaves)
     if problems:
@@ -80,6 +81,7 @@ def _convert(before: Adapted, after: Adapted, w: Any) -> Adapted:
         b=jnp.where(fits, folded, _join_b(before, after, larger)),
         scale=jnp.where(fits, ones, larger),
         key=None,
+        slot=None,
         dropout=0.0,
     )
 

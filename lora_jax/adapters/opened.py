@@ -57,12 +57,16 @@ def open_nodes(tree: Any) -> Any:
             return unit
         own = entries_of_fields(node, names or (), DataAxes())
         fields = {f: None if x is None else boxed(x, own[f]) for f, x in _fields(node).items()}
+        if node.slot is None:
+            del fields["slot"]  # the state of an optimizer is as it was before there were stacks
         return fields | ({"w": codes(node.w)} if is_quantized(node.w) else {})
 
     return jax.tree.map(one, tree, is_leaf=_is_unit)
 
 
-def partition_specs(params: Any, *, fsdp: str | Sequence[str] | None = None) -> Any:
+def partition_specs(
+    params: Any, *, fsdp: str | Sequence[str] | None = None, slots: str | None = None
+) -> Any:
     """Return the `PartitionSpec` of each leaf, from the axis names in Flax's boxes.
 
     Linen's `nn.get_partition_spec` and NNX's `nnx.get_partition_spec` know one box, and so one
@@ -97,7 +101,7 @@ def partition_specs(params: Any, *, fsdp: str | Sequence[str] | None = None) -> 
         names = axis_names(unit) or ()
         if not is_adapted(node):
             return _specs(node, names)
-        own = entries_of_fields(node, names, axes)
+        own = entries_of_fields(node, names, axes, slots)
         fields = {field: x for field, x in _fields(node).items() if x is not None}
         return dataclasses.replace(node, **{f: _specs(x, own[f]) for f, x in fields.items()})
 
@@ -137,7 +141,7 @@ def opened_class(x: Any) -> type[Adapted] | None:
     """Return the class of node that `open_nodes` made the dictionary `x` of; None for all else."""
     if isinstance(x, dict):
         for kind in (LoraWeight, TrainedLeaf, TrainedRows):
-            if x.keys() == set(_field_names(kind)):
+            if {*x, "slot"} == set(_field_names(kind)):
                 return kind
     return None
 

@@ -14,6 +14,7 @@ from lora_jax.adapters.partition import FREEZE, TRAIN, by_label
 from lora_jax.core.errors import ConfigError, StructureError, TargetError, grouped
 from lora_jax.core.paths import flatten_with_paths
 from lora_jax.core.patterns import compile_regex, lookup, nearest
+from lora_jax.core.slots import is_present, without_slots
 from lora_jax.core.tree import require_adapted
 from lora_jax.core.weights import LoraWeight, is_adapted
 
@@ -32,10 +33,10 @@ def labels(params: Any) -> Any:
     ('freeze', 'train', 'train', 'freeze')
     """
 
-    return _map_fields(lambda path, field: TRAIN if field in TRAINED_FIELDS else FREEZE, params)
+    return map_fields(lambda path, field: TRAIN if field in TRAINED_FIELDS else FREEZE, params)
 
 
-def _map_fields(label: Callable[[str, str], str], params: Any) -> Any:
+def map_fields(label: Callable[[str, str], str], params: Any) -> Any:
     """Return `label(path, field)` for the leaves of adapted nodes, and "freeze" for all others."""
 
     def one(path: str, node: Any) -> Any:
@@ -102,11 +103,11 @@ def freeze(
         raise ConfigError(f"freeze: only must be names among {TRAINED_FIELDS}, got {only!r}")
     require_adapted("freeze", params)
     label = lambda path, field: TRAIN if field in only else FREEZE
-    if TRAIN not in jax.tree.leaves(_map_fields(label, params)):
+    if TRAIN not in jax.tree.leaves(map_fields(label, params)):
         raise StructureError(
             f"freeze: nothing would train, because no adapter has a field named in only={only!r}"
         )
-    return by_label({TRAIN: tx}, functools.partial(_map_fields, label), params)
+    return by_label({TRAIN: tx}, functools.partial(map_fields, label), params)
 
 
 def lora_fa(tx: optax.GradientTransformation, params: Any) -> optax.GradientTransformationExtraArgs:
@@ -132,7 +133,7 @@ def lora_fa(tx: optax.GradientTransformation, params: Any) -> optax.GradientTran
     stuck = [
         path
         for path, node in require_adapted("lora_fa", params).items()
-        if isinstance(node, LoraWeight) and isinstance(node.a, jax.Array) and _is_zero(node.a)
+        if isinstance(node, LoraWeight) and isinstance(node.a, jax.Array) and _is_stuck(node)
     ]
     if stuck:
         raise TargetError(
@@ -143,9 +144,10 @@ def lora_fa(tx: optax.GradientTransformation, params: Any) -> optax.GradientTran
     return freeze(tx, params, only=[field for field in TRAINED_FIELDS if field != "a"])
 
 
-def _is_zero(x: jax.Array) -> bool:
-    """Return whether all of `x` is known to be zero; nothing is known of a tracer."""
-    return not isinstance(x, jax.core.Tracer) and not bool(x.any())
+def _is_stuck(node: LoraWeight) -> bool:
+    """Return whether all of an A, or of one in a stack, is known to be zero, though it is used."""
+    zero = ~without_slots(node, lambda one: one.a.any()) & is_present(node)
+    return not isinstance(zero, jax.core.Tracer) and bool(zero.any())
 
 
 def lora_plus(
@@ -190,7 +192,7 @@ def lora_plus(
         return "b" if field == "b" else TRAIN if field in TRAINED_FIELDS else FREEZE
 
     transforms = {name: optimizer(rate) for name, rate in rates.items()}
-    return by_label(transforms, functools.partial(_map_fields, label), params)
+    return by_label(transforms, functools.partial(map_fields, label), params)
 
 
 def groups(
@@ -251,7 +253,7 @@ def groups(
 
     named = {f"group {key}": tx for key, tx in transforms.items()}
     rest = {} if default is None else {TRAIN: default}
-    return by_label({**named, **rest}, functools.partial(_map_fields, label), params)
+    return by_label({**named, **rest}, functools.partial(map_fields, label), params)
 
 
 def _group(table: Mapping[str, Any], path: str, field: str) -> str | None:

@@ -44,7 +44,7 @@ def by_label(
     transforms = {**transforms, FREEZE: _unchanged()}
 
     def partition(tree: Any) -> optax.GradientTransformationExtraArgs:
-        labels = open_nodes(label(tree) if adapted_nodes(tree) else own)
+        labels = _opened_labels(label(tree), tree) if adapted_nodes(tree) else open_nodes(own)
         return optax.partition(transforms, lambda _: labels, mask_compatible_extra_args=True)
 
     def init(params: Any) -> Any:
@@ -64,6 +64,12 @@ def by_label(
         return close_nodes(new, updates), state
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _opened_labels(labels: Any, tree: Any) -> Any:
+    """Return the labels of a tree with its nodes opened, in boxes like those of its arrays."""
+    leaves, treedef = jax.tree.leaves(open_nodes(labels)), jax.tree.structure(open_nodes(tree))
+    return jax.tree.unflatten(treedef, leaves)
 
 
 def _with_integers(gradients: Any, params: Any) -> Any:

@@ -27,6 +27,7 @@ def shardings(
     argnum: int = 0,
     argname: str | None = None,
     fsdp: str | Sequence[str] | None = None,
+    slots: str | None = None,
     **kwargs: Any,
 ) -> Any:
     """Return the sharding of every array of adapted parameters.
@@ -36,6 +37,7 @@ def shardings(
     experts. Mesh axes that shard the examples (FSDP) are left out, the rank is never sharded, and
     neither is an axis that its part of the mesh does not divide evenly. A fully trained leaf is
     sharded as its base is. `init` and the functions that load files place what they make alike.
+    In a stack of adapters the slots are on every device, unless `slots` names a mesh axis for them.
 
     Use the tree in `jax.device_put(params, ...)`, as `out_shardings` of a jitted `init`, which sees
     no shardings along automatic axes, or to restore a checkpoint with Orbax.
@@ -51,6 +53,8 @@ def shardings(
       argname: as for `init`.
       fsdp: the names of the mesh axes that shard weights only to save memory, as for `init`. None
         also leaves factors where they are, if that is on the mesh of their weight.
+      slots: the name of the mesh axis that shards the slots of a stack; its other axes are not
+        sharded along it.
       **kwargs: example keyword arguments.
 
     Returns:
@@ -59,7 +63,8 @@ def shardings(
       they lie on several, it stays on its device, by default the first one.
 
     Raises:
-      ConfigError: `fsdp` names no axis of the base's mesh; or `fn` is given without `config`.
+      ConfigError: `fsdp` or `slots` names no axis of the base's mesh; or `fn` is given without
+        `config`.
       TargetError, LayoutError: as `init`.
 
     >>> import jax, jax.numpy as jnp, lora_jax
@@ -77,12 +82,12 @@ def shardings(
     elif fn is not None:
         raise ConfigError("shardings: fn decides about a base: give the config too")
     leaves, treedef = flatten_with_paths(params, is_leaf=is_adapted)
-    found = Placement.of("shardings", _bases(leaves.values()), fsdp)
+    found = Placement.of("shardings", _bases(leaves.values()), fsdp, slots=slots)
 
     def one(leaf: Any) -> Any:
         if not is_adapted(leaf):
             return _of_arrays(leaf, found.mesh)
-        return _of_node(leaf, found, keep=fsdp is None)
+        return _of_node(leaf, found, keep=fsdp is None and slots is None)
 
     return jax.tree_util.tree_unflatten(treedef, [one(leaf) for leaf in leaves.values()])
 

@@ -5,11 +5,13 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
 from lora_jax.adapters.split import base_of
 from lora_jax.core.params_argument import params_first
 from lora_jax.core.paths import flatten_with_paths
 from lora_jax.core.quantized.weight import is_quantized
+from lora_jax.core.slots import is_known, slot_rank
 from lora_jax.core.weights import (
     Adapted,
     LoraWeight,
@@ -52,7 +54,8 @@ class Counts(NamedTuple):
 def count_params(params: Any) -> Counts:
     """Count the parameters that train, and all of them with A and B; shapes are enough.
 
-    A quantized weight counts as the numbers that it stands for.
+    A quantized weight counts as the numbers that it stands for. All adapters of a stack count, with
+    their padding.
 
     >>> import jax, jax.numpy as jnp, lora_jax
     >>> config = lora_jax.LoraConfig(rank=1)
@@ -67,7 +70,8 @@ def count_params(params: Any) -> Counts:
         trained, base = _trained(leaf), _size(leaf.w)
         trainable += trained
         # A trained value replaces its base leaf, or rows of it: that counts once.
-        total += trained + base if isinstance(leaf, LoraWeight) else max(trained, base)
+        is_beside = isinstance(leaf, LoraWeight) or leaf.slots is not None
+        total += trained + base if is_beside else max(trained, base)
     return Counts(trainable, total)
 
 
@@ -94,7 +98,8 @@ def summary(
 
     It has one line per leaf: path, shape, layout (b batch, i in, o out), what the program does with
     it, rank, and number of trained parameters; then one line per kind of quantized weights, adapted
-    or not. The last line has the format of Hugging Face PEFT.
+    or not. The last line has the format of Hugging Face PEFT. For a stack of adapters a line says
+    how many there are, and a leaf shows their least and largest rank; 0 is one without that target.
 
     With the function and its example arguments, as for `init`, another table lists the matrices
     (leaves of two axes or more) that are not adapted, each with the reason: the primitives that use
@@ -122,7 +127,7 @@ def summary(
     nodes, _ = flatten_with_paths(params, is_leaf=is_adapted)
     rows: list[tuple[str, ...]] = [("path", "shape", "layout", "used by", "rank", "trained")]
     rows += [_row(path, node) for path, node in nodes.items() if is_adapted(node)]
-    lines = [*(_aligned(rows) if len(rows) > 1 else []), *_quantized(nodes)]
+    lines = [*(_aligned(rows) if len(rows) > 1 else []), *_quantized(nodes), *_slots(nodes)]
     trainable, total = count_params(params)
     percent = 100 * trainable / total if total else 0.0
     lines.append(
@@ -147,6 +152,20 @@ def _quantized(nodes: Mapping[str, Any]) -> list[str]:
         bits = 8 * nbytes / size if size else 0.0
         lines.append(f"{kind}: {some}, {size:,} numbers in {nbytes:,} bytes ({bits:.2f} bits each)")
     return lines
+
+
+def _slots(nodes: Mapping[str, Any]) -> list[str]:
+    """Return a line about a stack of adapters, if it is one."""
+    counts = {n for node in nodes.values() if is_adapted(node) and (n := node.slots) is not None}
+    return [f"a stack of {n} adapters, each padded to the largest rank" for n in counts]
+
+
+def _ranks(node: LoraWeight) -> str:
+    """Return the rank; of the adapters of a stack, the least and the largest."""
+    if not is_known(node):
+        return str(node.rank)
+    ranks = np.asarray(slot_rank(node.slot)).astype(int).reshape(-1)
+    return str(ranks[0]) if np.ptp(ranks) == 0 else f"{ranks.min()}-{ranks.max()}"
 
 
 def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
@@ -182,4 +201,4 @@ def _row(path: str, node: Adapted) -> tuple[str, ...]:
     if isinstance(node, TrainedRows):
         rows = f"{uses}; {len(node.rows)} rows trained"
         return path, shape, node.layout.axes, rows, "-", f"{_trained(node):,}"
-    return path, shape, node.layout.axes, uses, str(node.rank), f"{_trained(node):,}"
+    return path, shape, node.layout.axes, uses, _ranks(node), f"{_trained(node):,}"

@@ -6,8 +6,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from lora_jax.core.errors import ConfigError
 from lora_jax.core.paths import path_key
 from lora_jax.core.patterns import Pattern, select
+from lora_jax.core.slots import is_present
 from lora_jax.core.tree import map_adapted, require_adapted
 from lora_jax.core.weights import Adapted, LoraWeight
 
@@ -17,16 +19,18 @@ def set_scale(params: Any, scale: Any, targets: Pattern | None = None) -> Any:
 
     The scale is a leaf, so a compiled function runs on the result without recompilation. `scale` is
     the factor itself, not a multiple of the configured α/r. A fully trained leaf is in effect
-    unless its scale is 0. To switch back, keep the old tree.
+    unless its scale is 0. To switch back, keep the old tree. In a stack of adapters, slots that do
+    not adapt a leaf stay without effect.
 
     Args:
       params: a joined tree or an overlay.
-      scale: a number or scalar array.
+      scale: a number or scalar array; for a stack also one number per slot, `[slots]`.
       targets: a pattern as in `LoraConfig`, over the adapted paths; None for all.
 
     Raises:
       TargetError: an entry of `targets` matches no adapted path.
       StructureError: the tree contains no adapters.
+      ConfigError: `scale` does not have one number per slot.
 
     >>> import jax, jax.numpy as jnp, lora_jax
     >>> config = lora_jax.LoraConfig(rank=1)
@@ -42,9 +46,31 @@ def set_scale(params: Any, scale: Any, targets: Pattern | None = None) -> Any:
             return node
         # A copy for each node: a step that donates them may not get one buffer twice.
         own = jnp.array(scale, node.scale.dtype, copy=True)
-        return dataclasses.replace(node, scale=jnp.broadcast_to(own, node.scale.shape))
+        return dataclasses.replace(node, scale=_where_adapted(node, _per_slot(path, node, own)))
 
     return map_adapted(one, params)
+
+
+def _per_slot(path: str, node: Adapted, scale: jax.Array) -> jax.Array:
+    """Return the scales of a node, from one for all or, of a stack, from one per slot."""
+    own = node.scale.shape
+    if scale.ndim and node.slots is not None:
+        if scale.shape != (node.slots,):
+            raise ConfigError(
+                f"set_scale: {path} is a stack of {node.slots} adapters; pass a number, or one per "
+                f"slot, [{node.slots}], not an array {list(scale.shape)}"
+            )
+        scale = scale.reshape(node.slots, *(1 for _ in own[1:]))
+    return jnp.broadcast_to(scale, own)
+
+
+def _where_adapted(node: Adapted, scale: jax.Array) -> jax.Array:
+    """Return the scales, 0 in slots whose adapter has no such target: they may have no effect."""
+    if node.slot is None:
+        return scale
+    present = is_present(node)
+    on = jnp.expand_dims(present, range(present.ndim, scale.ndim))
+    return jnp.where(on, scale, jnp.zeros_like(scale))
 
 
 def disable(params: Any) -> Any:
@@ -70,7 +96,7 @@ def with_dropout(params: Any, key: jax.Array | None) -> Any:
     Each adapter drops its inputs at the rate of `LoraConfig.dropout`, with a key folded from `key`
     and its path; the base weight still sees every input. Use a new key in every step, and take
     gradients outside: `jax.grad(lambda a: lora(loss)(with_dropout(join(base, a), key), batch))`.
-    Lookups have no input to drop.
+    Lookups have no input to drop. Each adapter of a stack has its own rate and its own key.
 
     A weight that the function uses in several places drops other inputs in each, also where that
     is one jitted module called twice. Under `jax.vmap`, inside the function or around it, each

@@ -12,6 +12,7 @@ import typer
 from lora_jax import __version__
 from lora_jax.cli.commands import (
     chat,
+    combine,
     convert,
     evaluate,
     generate,
@@ -19,12 +20,14 @@ from lora_jax.cli.commands import (
     merge,
     predict,
     quantize,
+    sweep,
     train,
 )
 
 #: The commands in the help's order: name -> the module whose `command` it runs.
 COMMANDS: dict[str, ModuleType] = {
     "train": train,
+    "sweep": sweep,
     "generate": generate,
     "chat": chat,
     "predict": predict,
@@ -33,6 +36,7 @@ COMMANDS: dict[str, ModuleType] = {
     "merge": merge,
     "quantize": quantize,
     "convert": convert,
+    "combine": combine,
 }
 
 EXIT_CODES = """\b
@@ -76,7 +80,7 @@ def _lora_jax(
         typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version."),
     ] = False,
 ) -> None:
-    """Train, inspect, merge, run and convert LoRA adapters of JAX models."""
+    """Train, inspect, merge, run, convert and combine LoRA adapters of JAX models."""
     if context.invoked_subcommand is None:
         typer.echo(context.get_help())
 

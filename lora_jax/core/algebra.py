@@ -13,6 +13,7 @@ from lora_jax.core.layout import subscripts
 from lora_jax.core.quantized.coding import Coding
 from lora_jax.core.quantized.weight import QuantizedWeight, is_quantized
 from lora_jax.core.sharding.meshes import einsum, on_mesh_of, reshard_like
+from lora_jax.core.slots import slot_has_magnitude
 from lora_jax.core.weights import Adapted, LoraWeight, TrainedLeaf, TrainedRows, scaled_factors
 
 
@@ -77,9 +78,12 @@ def _changes_nothing(node: Adapted) -> jax.Array:
     off = node.scale == 0
     if not isinstance(node, LoraWeight):
         return off
+    n = off.ndim
+    same = ~(_any(node.a, n) & _any(node.b, n))
     if node.magnitude is None:
-        n = off.ndim
-        off |= ~(_any(node.a, n) & _any(node.b, n))
+        off |= same
+    elif node.slot is not None:
+        off |= same & ~slot_has_magnitude(node.slot)
     inner = [i for i in range(len(node.layout.axes)) if i not in node.layout.positions("b")]
     return jnp.expand_dims(off, inner)
 

@@ -1,6 +1,5 @@
 """DoRA: the column norms of an adapted weight, and the gain that multiplies its outputs."""
 
-import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -19,7 +18,7 @@ from lora_jax.core.sharding.meshes import (
     on_mesh_of,
     reshard_like,
 )
-from lora_jax.core.slots import slot_has_magnitude
+from lora_jax.core.slots import slot_has_magnitude, without_slots
 from lora_jax.core.weights import LoraWeight, scaled_factors
 
 
@@ -36,10 +35,7 @@ def dora_gain(node: LoraWeight) -> jax.Array:
     >>> dora_gain(LoraWeight(w, a, b, one, magnitude, layout=Layout("io")))
     Array([2., 1.], dtype=float32)
     """
-    if node.slots is None:
-        return gain_from_norms(node, column_norms(node))
-    adapter = dataclasses.replace(node, w=None)
-    return jax.vmap(lambda x: dora_gain(dataclasses.replace(x, w=node.w)))(adapter)
+    return without_slots(node, lambda one: gain_from_norms(one, column_norms(one)))
 
 
 def column_norms(node: LoraWeight) -> jax.Array:

@@ -60,8 +60,8 @@ class LoraWeight(NotAnArray):
     @property
     def slots(self) -> int | None:
         """The number of adapters that are stacked here, None if this is a single one."""
-        stacked = len(self.a.shape) == len(self.layout.positions("bi")) + 2
-        return self.a.shape[0] if stacked else None
+        own: tuple[int, ...] = getattr(self.a, "shape", ())
+        return own[0] if len(own) == len(self.layout.positions("bi")) + 2 else None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -104,15 +104,24 @@ class TrainedLeaf(NotAnArray):
     w: Any  # the base leaf; frozen
     value: Any  # same shape; trained
     scale: Any  # [], or sizes of stacked layers followed by ones; 0 switches to the base
+    slot: Any = (
+        None  # [], of an adapter from a stack: 1, or 0 if it does not train the leaf; frozen
+    )
 
     @property
     def slots(self) -> int | None:
         """The number of leaves that are stacked here, None if this is a single one.
 
-        An overlay of stacked layers does not tell them from slots: there it is None.
+        Where leaves were stacked by hand, an overlay of stacked layers does not tell them from
+        slots: there it is None.
         """
-        own = self.value.shape
-        like = getattr(self.scale, "shape", ()) or own if self.w is None else self.w.shape
+        if self.slot is not None:
+            return next(iter(getattr(self.slot, "shape", ())), None)
+        own: tuple[int, ...] = getattr(self.value, "shape", ())
+        if self.w is None:
+            like = getattr(self.scale, "shape", ()) or own
+        else:
+            like = getattr(self.w, "shape", own)
         return own[0] if len(own) > len(like) else None
 
     @property
@@ -147,6 +156,7 @@ class TrainedRows(NotAnArray):
     w: Any  # the base weight; frozen
     value: Any  # [*batch, rows, *other axes of W]; trained
     scale: Any  # []; 0 switches back to the base
+    slot: Any = None  # [], of an adapter from a stack: 1, or 0 if it does not train rows; frozen
     rows: tuple[int, ...] = dataclasses.field(metadata={"static": True}, kw_only=True)
     axis: int = dataclasses.field(metadata={"static": True}, kw_only=True)
     layout: Layout = dataclasses.field(metadata={"static": True}, kw_only=True)
@@ -154,7 +164,7 @@ class TrainedRows(NotAnArray):
     @property
     def slots(self) -> int | None:
         """The number of adapters that are stacked here, None if this is a single one."""
-        return next(iter(self.scale.shape), None)
+        return next(iter(getattr(self.scale, "shape", ())), None)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -223,15 +233,18 @@ def check_fits(path: str, node: Adapted, w: Any, stacked: bool = False) -> list[
     """
     if not hasattr(w, "shape"):
         return [f"{path}: the base holds {type(w).__name__}, not an array"]
+    if not isinstance(node, TrainedLeaf) and len(node.layout.axes) != len(w.shape):
+        return [f"{path}: layout {node.layout.axes!r} does not fit the base's shape {w.shape}"]
     slots = dataclasses.replace(node, w=w).slots
     if slots is not None and not stacked:
-        return [f"{path}: a stack of {slots} adapters; take one of them by select(stack, slot)"]
+        return [
+            f"{path}: a stack of {slots} adapters; take one, unstack(stack)[slot] or select(stack, "
+            "slot), or give each row of a batch its own, lora(fn, adapters_of=slots)"
+        ]
     lead = () if slots is None else (slots,)
     if isinstance(node, TrainedLeaf):
         same = node.value.shape == (*lead, *w.shape)
         return [] if same else [f"{path}: trained {node.value.shape}, base {w.shape}"]
-    if len(node.layout.axes) != len(w.shape):
-        return [f"{path}: layout {node.layout.axes!r} does not fit the base's shape {w.shape}"]
     if isinstance(node, TrainedRows):
         return _check_rows_fit(path, node, w, lead)
     wanted = {
@@ -304,8 +317,8 @@ def _register_for_export(node: Any) -> None:
             values.setdefault("axis", values["layout"].axes.index("i"))
         return tuple(tuple(x) if isinstance(x := values[name], list) else x for name in static)
 
-    from_children: Any = lambda aux, children: node(
-        **dict(zip(leaves + static, (*children, *aux), strict=True))
+    from_children: Any = lambda aux, children: node(  # older artifacts lack the last fields
+        **dict(zip(leaves, children, strict=False)), **dict(zip(static, aux, strict=True))
     )
 
     export.register_pytree_node_serialization(

@@ -11,6 +11,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
 import lora_jax as lora
+from lora_jax.files.contained_factors import read_factors
 from lora_jax.files.disk import safetensors_file
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -23,6 +24,14 @@ def factors(seed=0):
     rng = np.random.default_rng(seed)
     draw = lambda *shape: rng.normal(size=shape).astype(np.float32)
     return {module: (draw(WIDTH, RANK), draw(RANK, OUT)) for module in MODULES}
+
+
+def updates(path):
+    """Return {module: ΔW [in, out]} of a file, in float64."""
+    return {
+        one.module: one.scale * one.a.astype(np.float64) @ one.b.astype(np.float64)
+        for one in read_factors(path).factors
+    }
 
 
 def peft(directory, seed=0, config=(), extra=()):

@@ -22,16 +22,8 @@ def world(tmp_path, monkeypatch):
     return tmp_path
 
 
-def updates(path):
-    """Return {module: ΔW [in, out]} of a file, in float64."""
-    return {
-        one.module: one.scale * one.a.astype(np.float64) @ one.b.astype(np.float64)
-        for one in read_factors(path).factors
-    }
-
-
 def assert_same(path, wanted=None):
-    got = updates(path)
+    got = files.updates(path)
     wanted = wanted or {
         module: files.ALPHA / files.RANK * a.astype(np.float64) @ b
         for module, (a, b) in files.factors().items()
@@ -75,7 +67,7 @@ def test_ranks_and_scales_that_differ_are_folded(world, run):
     narrow |= {f"base_model.model.{files.MODULES[0]}.lora_B.weight": np.ones((8, 2), np.float32)}
     name = "layers.0.self_attn.q_proj"
     config = {"rank_pattern": {name: 2}, "alpha_pattern": {name: 3}, "task_type": "CAUSAL_LM"}
-    wanted = updates(files.peft(world / "mixed", config=config, extra=narrow))
+    wanted = files.updates(files.peft(world / "mixed", config=config, extra=narrow))
     for to in ("folded", "mlx"):
         assert run("convert", "mixed", "--to", to, "--out", to).status == 0
         assert_same(world / to, wanted)
@@ -95,10 +87,10 @@ def test_narrow_factors_with_a_large_scale(world, run):
     extra = {f"base_model.model.{name}.lora_A.weight": a}
     extra |= {f"base_model.model.{name}.lora_B.weight": b * np.float16(3e4)}
     config = {"alpha_pattern": {name: 1e3}}
-    wanted = updates(files.peft(world / "narrow", config=config, extra=extra))
+    wanted = files.updates(files.peft(world / "narrow", config=config, extra=extra))
     for to in ("folded", "mlx"):
         assert run("convert", "narrow", "--to", to, "--out", to).status == 0
-        got = updates(world / to)
+        got = files.updates(world / to)
         for module, update in wanted.items():
             np.testing.assert_allclose(got[module], update, rtol=0, atol=1e-3 * abs(update).max())
 
@@ -143,7 +135,7 @@ def test_files_of_peft_itself(tmp_path, run, fails):
             (directory / file).write_bytes(recorded[f"{name}/{file}"].tobytes())
         done = run("convert", directory, "--to", "folded", "--out", tmp_path / f"{name} folded")
         assert done.status == 0, done
-        assert_same(tmp_path / f"{name} folded", updates(directory))
+        assert_same(tmp_path / f"{name} folded", files.updates(directory))
     directory = tmp_path / "bias all"
     directory.mkdir()
     for file in ("adapter_config.json", "adapter_model.safetensors"):
@@ -174,7 +166,7 @@ def test_a_prefix_is_removed_from_the_names(world, run, fails):
     assert run("merge", "--model", "my-model", "--adapter", "peft", "--out", "m").status == 0
     for made in ("renamed", "m"):
         merged, _ = safetensors_file.read(world / made / "model.safetensors")
-        for module, update in updates(world / "peft").items():
+        for module, update in files.updates(world / "peft").items():
             want = files.weights()[f"{module}.weight"] + update.T
             np.testing.assert_allclose(merged[f"{module}.weight"], want, atol=1e-6)
     words = ["convert", "my-adapter", "--to", "mlx", "--out", "x", "--rename"]
@@ -219,7 +211,7 @@ def test_what_does_not_fit_is_left_out_with_a_warning(world, run, fails):
 def pissa(world):
     """An adapter that was saved on PiSSA's residual, and the updates that it means."""
     adapter, weights = files.peft(world / "pissa", config={"init_lora_weights": "pissa"}), {}
-    for module, update in updates(adapter).items():
+    for module, update in files.updates(adapter).items():
         weight = files.weights()[f"{module}.weight"].astype(np.float64)
         u, s, vt = np.linalg.svd(weight)
         weights[module] = update - ((u[:, :4] * s[:4]) @ vt[:4]).T
@@ -242,12 +234,12 @@ def test_an_adapter_of_pissas_residual(pissa, world, run, fails):
     told = fails("convert", "pissa", "--to", "mlx", "--out", "x")
     assert "PiSSA changed the base" in told and "--model" in told
     assert run("convert", "pissa", "--to", "peft", "--out", "kept", "--residual").status == 0
-    assert_same(world / "kept", updates(world / "pissa"))
+    assert_same(world / "kept", files.updates(world / "pissa"))
     assert read_factors(world / "kept").variant == "LoRA"
     merge = ["merge", *model, "--out", "left", "--residual", "--adapter"]
     assert run(*merge, "pissa").status == 0  # the base here stands for what PiSSA left
     merged, _ = safetensors_file.read(world / "left" / "model.safetensors")
-    for module, update in updates(world / "pissa").items():
+    for module, update in files.updates(world / "pissa").items():
         want = files.weights()[f"{module}.weight"] + update.T
         np.testing.assert_allclose(merged[f"{module}.weight"], want, atol=1e-6)
     for other in ("mlx", "a.safetensors"):

@@ -2,7 +2,7 @@
 
 import abc
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -16,6 +16,11 @@ from lora_jax.core.weights import Adapted, LoraWeight, TrainedLeaf, TrainedRows
 class Frame(abc.ABC):
     """What the adapters of one weight have in common in a stack."""
 
+    @property
+    @abc.abstractmethod
+    def fields(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """The shapes and dtypes of a filled frame's arrays, without their slots."""
+
     @abc.abstractmethod
     def misfit(self, node: Adapted) -> str | None:
         """Return why an adapter has no place in this frame, None if it has."""
@@ -24,17 +29,28 @@ class Frame(abc.ABC):
     def fill(self, node: Adapted | None) -> Adapted:
         """Return an adapter padded to this frame; None gives one without an effect."""
 
+    def too_wide(self, node: Adapted) -> str | None:
+        """Return which array of an adapter would be rounded in this frame, None if none would."""
+        for field, like in self.fields.items():
+            dtype = getattr(getattr(node, field), "dtype", like.dtype)
+            if _widest(dtype, like.dtype) != like.dtype:
+                return (
+                    f"{field} is {dtype}, which a stack of {like.dtype} would round; convert it "
+                    "before"
+                )
+        return None
+
 
 def frame_of(nodes: Sequence[Adapted], rank: int | None = None) -> Frame:
     """Return the smallest frame in which adapters of one weight fit, single ones or stacks.
 
     `rank` is a larger one for the factors.
     """
-    if isinstance(nodes[0], LoraWeight):
-        return LoraFrame.of([x for x in nodes if isinstance(x, LoraWeight)], rank)
-    if isinstance(nodes[0], TrainedRows):
-        return RowsFrame.of(nodes[0])
-    return LeafFrame(_abstract(nodes[0].value, nodes[0].slots), nodes[0].scale.dtype)
+    first = nodes[0]
+    alike: Any = [x for x in nodes if type(x) is type(first)]
+    if isinstance(first, LoraWeight):
+        return LoraFrame.of(alike, rank)
+    return RowsFrame.of(alike) if isinstance(first, TrainedRows) else LeafFrame.of(alike)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,26 +67,24 @@ class LoraFrame(Frame):
     @classmethod
     def of(cls, nodes: Sequence[LoraWeight], rank: int | None = None) -> "LoraFrame":
         """Return the frame that fits all of these."""
-        first = nodes[0]
-        rank = max([rank or 0, *(node.rank for node in nodes)])
-        batch = len(first.layout.positions("b"))
-
-        def common(field: str) -> jax.ShapeDtypeStruct:
-            arrays = [x for node in nodes if (x := getattr(node, field)) is not None]
-            shape = _abstract(arrays[0], first.slots).shape
-            return jax.ShapeDtypeStruct(shape, jnp.result_type(*(x.dtype for x in arrays)))
-
-        a, b, scale = map(common, ("a", "b", "scale"))
+        layout = nodes[0].layout
+        rank, batch = max([rank or 0, *(node.rank for node in nodes)]), layout.axes.count("b")
+        a, b, scale = (_common(nodes, field) for field in ("a", "b", "scale"))
         has_magnitude = any(node.magnitude is not None for node in nodes)
-        magnitude = next((x for x in nodes if x.magnitude is not None), first)
         return cls(
             jax.ShapeDtypeStruct((*a.shape[:-1], rank), a.dtype),
             jax.ShapeDtypeStruct((*b.shape[:batch], rank, *b.shape[batch + 1 :]), b.dtype),
             scale,
-            _abstract(magnitude.magnitude, magnitude.slots) if has_magnitude else None,
-            first.layout,
+            _common(nodes, "magnitude") if has_magnitude else None,
+            layout,
             max(node.dropout for node in nodes),
         )
+
+    @property
+    def fields(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """The shapes and dtypes of a filled frame's arrays, without their slots."""
+        found = {"a": self.a, "b": self.b, "scale": self.scale}
+        return found if self.magnitude is None else found | {"magnitude": self.magnitude}
 
     def misfit(self, node: Adapted) -> str | None:
         """Return why an adapter has no place in this frame, None if it has."""
@@ -83,7 +97,10 @@ class LoraFrame(Frame):
         if shape != ours:
             return f"a weight {shape} does not fit a stack for weights {ours}"
         if node.rank > self.a.shape[-1]:
-            return f"rank {node.rank} does not fit a stack of rank {self.a.shape[-1]}"
+            return (
+                f"rank {node.rank} does not fit a stack of rank {self.a.shape[-1]}; make the stack "
+                f"with rank={node.rank} or more"
+            )
         if node.magnitude is not None and self.magnitude is None:
             return "the adapter has a magnitude (DoRA), and no adapter of the stack has one"
         if node.dropout and not self.dropout:
@@ -93,30 +110,15 @@ class LoraFrame(Frame):
     def fill(self, node: Adapted | None) -> LoraWeight:
         """Return factors padded with zeros, whose gradients are zero too, and what is its own."""
         if node is None:
-            return LoraWeight(
-                None,
-                _zeros(self.a),
-                _zeros(self.b),
-                _zeros(self.scale),
-                _zeros(self.magnitude),
-                slot=new_slot(0, 0, False),
-                layout=self.layout,
-                dropout=self.dropout,
-            )
-        assert isinstance(node, LoraWeight)
-        slot = node.slot
-        if slot is None:
-            slot = new_slot(node.rank, node.dropout, node.magnitude is not None)
-        return LoraWeight(
-            None,
-            _padded(node.a, self.a),
-            _padded(node.b, self.b),
-            node.scale.astype(self.scale.dtype),
-            _zeros(self.magnitude) if node.magnitude is None else node.magnitude,
-            slot=slot,
-            layout=self.layout,
-            dropout=self.dropout,
-        )
+            zeros: dict[str, Any] = _zeros(self.fields)
+            slot = new_slot(0, 0, False)
+        else:
+            assert isinstance(node, LoraWeight)
+            zeros = {field: _padded(getattr(node, field), x) for field, x in self.fields.items()}
+            slot = node.slot
+            if slot is None:
+                slot = new_slot(node.rank, node.dropout, node.magnitude is not None)
+        return LoraWeight(None, **zeros, slot=slot, layout=self.layout, dropout=self.dropout)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,21 +126,36 @@ class LeafFrame(Frame):
     """The frame of fully trained leaves: all have one shape."""
 
     value: jax.ShapeDtypeStruct
-    scale_dtype: Any
+    scale: jax.ShapeDtypeStruct  # as of a leaf that trains in some layers, if there is one
+
+    @classmethod
+    def of(cls, nodes: Sequence[TrainedLeaf]) -> "LeafFrame":
+        """Return the frame that fits all of these."""
+        return cls(_common(nodes, "value"), _common(nodes, "scale"))
+
+    @property
+    def fields(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """The shapes and dtypes of a filled frame's arrays, without their slots."""
+        return {"value": self.value, "scale": self.scale}
 
     def misfit(self, node: Adapted) -> str | None:
         """Return why a leaf has no place in this frame, None if it has."""
         if not isinstance(node, TrainedLeaf):
             return f"a {type(node).__name__} does not fit a stack of fully trained leaves"
-        same = node.value.shape == self.value.shape
-        return None if same else f"a leaf {node.value.shape} does not fit {self.value.shape}"
+        if node.value.shape != self.value.shape:
+            return f"a leaf {node.value.shape} does not fit {self.value.shape}"
+        if node.scale.shape not in ((), self.scale.shape):
+            return "it trains in some layers only, and no adapter of the stack does"
+        return None
 
     def fill(self, node: Adapted | None) -> TrainedLeaf:
         """Return the leaf; None gives one that is switched off."""
         if node is None:
-            return TrainedLeaf(None, _zeros(self.value), jnp.zeros((), self.scale_dtype))
+            return TrainedLeaf(None, **_zeros(self.fields), slot=jnp.zeros(()))
         assert isinstance(node, TrainedLeaf)
-        return node
+        scale = jnp.broadcast_to(node.scale.astype(self.scale.dtype), self.scale.shape)
+        value = node.value.astype(self.value.dtype)
+        return TrainedLeaf(None, value, scale, jnp.ones(()) if node.slot is None else node.slot)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,41 +163,75 @@ class RowsFrame(Frame):
     """The frame of trained rows: all adapters train the same ones."""
 
     value: jax.ShapeDtypeStruct
+    scale: jax.ShapeDtypeStruct
     like: TrainedRows
 
     @classmethod
-    def of(cls, node: TrainedRows) -> "RowsFrame":
+    def of(cls, nodes: Sequence[TrainedRows]) -> "RowsFrame":
         """Return the frame of rows like these."""
-        like = dataclasses.replace(node, w=None, value=None, scale=None)
-        return cls(_abstract(node.value, node.slots), like)
+        like = dataclasses.replace(nodes[0], w=None, value=None, scale=None, slot=None)
+        return cls(_common(nodes, "value"), _common(nodes, "scale"), like)
+
+    @property
+    def fields(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """The shapes and dtypes of a filled frame's arrays, without their slots."""
+        return {"value": self.value, "scale": self.scale}
 
     def misfit(self, node: Adapted) -> str | None:
         """Return why rows have no place in this frame, None if they have."""
         if not isinstance(node, TrainedRows):
             return f"a {type(node).__name__} does not fit a stack of trained rows"
-        if node.rows != self.like.rows or node.value.shape != self.value.shape:
-            return f"trained rows {node.rows} do not fit a stack of rows {self.like.rows}"
+        ours = self.like.rows, self.like.axis, self.like.layout, self.value.shape
+        if (node.rows, node.axis, node.layout, node.value.shape) != ours:
+            return (
+                f"trained rows {_some(node.rows)} along axis {node.axis} do not fit a stack of "
+                f"rows {_some(self.like.rows)} along axis {self.like.axis}; train the same ones"
+            )
         return None
 
     def fill(self, node: Adapted | None) -> TrainedRows:
         """Return the rows; None gives rows that are switched off."""
         if node is None:
-            value, scale = _zeros(self.value), jnp.zeros((), jnp.float32)
-            return dataclasses.replace(self.like, value=value, scale=scale)
+            return dataclasses.replace(self.like, **_zeros(self.fields), slot=jnp.zeros(()))
         assert isinstance(node, TrainedRows)
-        return dataclasses.replace(node, w=None)
+        return dataclasses.replace(
+            self.like,
+            value=node.value.astype(self.value.dtype),
+            scale=node.scale.astype(self.scale.dtype),
+            slot=jnp.ones(()) if node.slot is None else node.slot,
+        )
 
 
-def _abstract(x: Any, slots: int | None) -> jax.ShapeDtypeStruct:
-    """Return the shape and dtype of an array, without the axis of slots if there is one."""
-    return jax.ShapeDtypeStruct(x.shape[slots is not None :], x.dtype)
+def _common(nodes: Sequence[Any], field: str) -> jax.ShapeDtypeStruct:
+    """Return the shape, without slots, that fits the arrays of a field, and their widest dtype."""
+    arrays = [(node.slots, x) for node in nodes if (x := getattr(node, field)) is not None]
+    shapes = [x.shape[slots is not None :] for slots, x in arrays]
+    return jax.ShapeDtypeStruct(max(shapes, key=len), _widest(*(x.dtype for _, x in arrays)))
 
 
-def _zeros(like: jax.ShapeDtypeStruct | None) -> Any:
-    return None if like is None else jnp.zeros(like.shape, like.dtype)
+def _widest(*dtypes: Any) -> Any:
+    """Return the dtype that represents all numbers of these dtypes."""
+    with jax.numpy_dtype_promotion("standard"):
+        return jnp.result_type(*dtypes)
 
 
-def _padded(x: jax.Array, like: jax.ShapeDtypeStruct) -> jax.Array:
-    """Return `x` with zeros behind it along the axis in which `like` is longer: the rank."""
+def _zeros(fields: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, Any]:
+    return {field: jnp.zeros(x.shape, x.dtype) for field, x in fields.items()}
+
+
+def _padded(x: Any, like: jax.ShapeDtypeStruct) -> jax.Array:
+    """Return `x` with zeros behind it along the axis in which `like` is longer: the rank.
+
+    None, the magnitude of an adapter without one, becomes zeros.
+    """
+    if x is None:
+        return jnp.zeros(like.shape, like.dtype)
+    if x.shape == like.shape:
+        return x.astype(like.dtype)
     widths = [(0, new - old) for new, old in zip(like.shape, x.shape, strict=True)]
     return jnp.pad(x.astype(like.dtype), widths)
+
+
+def _some(rows: tuple[int, ...]) -> str:
+    more = f", ... {len(rows) - 4} more" if len(rows) > 4 else ""
+    return f"({', '.join(map(str, rows[:4]))}{more})"

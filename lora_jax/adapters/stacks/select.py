@@ -1,5 +1,6 @@
 """`select` and `set_slot`: take adapters out of a stack and put others in, without recompiling."""
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -8,19 +9,20 @@ from lora_jax.adapters.stacks.frame import frame_of
 from lora_jax.adapters.stacks.stack import slots_of
 from lora_jax.core.errors import ConfigError, StructureError, grouped
 from lora_jax.core.paths import flatten_with_paths
-from lora_jax.core.slots import check_ids, pick_slot
+from lora_jax.core.patterns import nearest
+from lora_jax.core.slots import check_ids, pick_slot, unpadded
 from lora_jax.core.tree import adapted_nodes, map_adapted
-from lora_jax.core.weights import is_adapted
+from lora_jax.core.weights import LoraWeight, is_adapted
 
 
 def select(stack: Any, ids: Any) -> Any:
     """Return the adapters of some slots: one overlay for a number, a stack for an array of them.
 
     They keep the padding, so that the same compiled function takes any of them; `unstack` cuts it
-    off. An id of -1 is the plain base.
+    off, and so do the functions that save files. An id of -1 is the plain base.
 
     Args:
-      stack: what `stack` returned.
+      stack: what `stack` returned, also joined with its base.
       ids: an integer, or integers `[n]`, which may be traced.
 
     Raises:
@@ -43,10 +45,10 @@ def set_slot(stack: Any, slot: Any, adapters: Any) -> Any:
     """Return the stack with other adapters in one slot; a compiled function takes it as it is.
 
     Args:
-      stack: what `stack` returned.
+      stack: what `stack` returned, also joined with its base.
       slot: its number, which may be traced.
       adapters: an overlay of the same base, of at most the stack's rank, whose targets the stack
-        has; the stack's other targets are zero in this slot.
+        has; the stack's other targets are zero in this slot. `select(stack, -1)` empties it.
 
     Raises:
       ConfigError: the stack does not have that slot.
@@ -60,8 +62,17 @@ def set_slot(stack: Any, slot: Any, adapters: Any) -> Any:
     Array([1., 1.], dtype=float32)
     """
     slot = check_ids("set_slot", slot, slots_of("set_slot", stack), lowest=0)
-    new = padded("set_slot", stack, adapters)
-    return jax.tree.map(lambda old, x: old.at[slot].set(x.astype(old.dtype)), stack, new)
+    if slot.ndim:
+        raise ConfigError(f"set_slot: slot must be one number, got shape {slot.shape}")
+    new = adapted_nodes(padded("set_slot", stack, adapters))
+
+    def put_in(path: str, node: Any) -> Any:
+        bare: dict[str, Any] = {"w": None} | ({"key": None} if isinstance(node, LoraWeight) else {})
+        old = dataclasses.replace(node, **bare)
+        made = jax.tree.map(lambda x, own: x.at[slot].set(own.astype(x.dtype)), old, new[path])
+        return dataclasses.replace(made, **{field: getattr(node, field) for field in bare})
+
+    return map_adapted(put_in, stack)
 
 
 def padded(caller: str, stack: Any, adapters: Any) -> Any:
@@ -70,16 +81,19 @@ def padded(caller: str, stack: Any, adapters: Any) -> Any:
     Raises:
       StructureError: the adapters do not fit the stack; all reasons are listed.
     """
-    places = adapted_nodes(stack)
-    given, _ = flatten_with_paths(adapters, is_leaf=is_adapted)
-    frames = {path: frame_of([node]) for path, node in places.items()}
-    problems = []
-    for path, node in given.items():
+    frames = {path: frame_of([node]) for path, node in adapted_nodes(stack).items()}
+    given, problems = {}, []
+    for path, node in flatten_with_paths(adapters, is_leaf=is_adapted)[0].items():
         if not is_adapted(node) or node.w is not None or node.slots is not None:
             problems.append(f"{path}: pass a single overlay without its base, as split returns")
-        elif path not in places:
-            problems.append(f"{path}: the stack does not adapt it")
-        elif why := frames[path].misfit(node):
+            continue
+        own = unpadded(node)
+        if own is None:
+            continue
+        given[path] = own
+        if path not in frames:
+            problems.append(f"{path}: the stack does not adapt it; {nearest(path, frames)}")
+        elif why := frames[path].misfit(own) or frames[path].too_wide(own):
             problems.append(f"{path}: {why}")
     if problems:
         raise StructureError(f"{caller}: the adapters do not fit the stack:\n" + grouped(problems))

@@ -1,17 +1,22 @@
 """`stack` and `unstack`: overlays of different ranks, targets and kinds as one, and back."""
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
+from lora_jax.adapters import flax_bytes
 from lora_jax.adapters.stacks.frame import Frame, frame_of
+from lora_jax.core.abstract import on_shapes
 from lora_jax.core.errors import ConfigError, StructureError, grouped
 from lora_jax.core.paths import flatten_with_paths
-from lora_jax.core.slots import slot_dropout, slot_has_magnitude, slot_rank
+from lora_jax.core.sharding.data_axes import named_sharding
+from lora_jax.core.sharding.placement import arrays_of, put
+from lora_jax.core.slots import is_known, unpadded
 from lora_jax.core.tree import adapted_nodes, map_adapted
 from lora_jax.core.weights import Adapted, LoraWeight, TrainedLeaf, is_adapted
 
@@ -20,15 +25,18 @@ def stack(adapters: Sequence[Any], *, rank: int | None = None) -> Any:
     """Stack overlays of one base into one overlay, with the slots as the first axis of each leaf.
 
     Ranks may differ: A and B are padded with zeros to the largest. Padding gets a gradient of zero,
-    so whatever optimizer and weight decay there is, it stays zero. Scales, targets, rates of
-    dropout and kinds (LoRA, rsLoRA, DoRA) may differ too; where an adapter has no target that
-    another has, its factors are zero. Factors of different dtypes get the wider one.
+    so it stays zero under every optimizer that moves nothing without a gradient, whatever its
+    weight decay. Scales, targets, layers, rates of dropout and kinds (LoRA, rsLoRA, DoRA) may
+    differ too; where an adapter has no target that another has, its factors are zero. Factors of
+    different dtypes get the narrowest dtype that represents both.
 
     The stack works in `jax.vmap` over its first axis, in `join(base, stack)` for
-    `lora(fn, adapters_of=...)`, and in `select`, `set_slot` and `unstack`.
+    `lora(fn, adapters_of=...)`, and in `select`, `set_slot` and `unstack`. On a mesh the slots are
+    on every device; see `shardings` for others.
 
     Args:
-      adapters: overlays, as `split` and `load` return, of the same base.
+      adapters: overlays, as `split` and `load` return, of the same base; arrays or
+        `ShapeDtypeStruct`s.
       rank: pad to this rank, so that larger adapters fit in later; the largest by default.
 
     Raises:
@@ -44,14 +52,11 @@ def stack(adapters: Sequence[Any], *, rank: int | None = None) -> Any:
     >>> stack([new(1), new(2)])["kernel"].a.shape
     (2, 4, 2)
     """
+    flax_bytes.register()
     found, treedef = _open(adapters)
     frames = _frames(found, rank)
-    slots = [
-        {path: frame.fill(nodes.get(path)) for path, frame in frames.items()} for nodes in found
-    ]
     stacked = {
-        path: jax.tree.map(lambda *leaves: jnp.stack(leaves), *(slot[path] for slot in slots))
-        for path in frames
+        path: _stacked(frame, [x.get(path) for x in found]) for path, frame in frames.items()
     }
     return _rebuild(treedef, stacked)
 
@@ -59,9 +64,12 @@ def stack(adapters: Sequence[Any], *, rank: int | None = None) -> Any:
 def unstack(stack: Any) -> list[Any]:
     """Return the overlays of a stack, each with its own rank, targets, dropout and kind.
 
+    They are what was stacked, to the bit, in the dtypes of the stack. A joined tree gives joined
+    trees, which share its base.
+
     Raises:
       StructureError: `stack` contains no stacked adapters.
-      ConfigError: called under tracing, where ranks are not known; use `select`.
+      ConfigError: called under tracing or on shapes, where ranks are not known; use `select`.
 
     >>> import jax, jax.numpy as jnp, lora_jax
     >>> params = lora_jax.init(jax.random.key(0), {"w": jnp.ones((4, 3))}, lora_jax.LoraConfig(1))
@@ -70,31 +78,46 @@ def unstack(stack: Any) -> list[Any]:
     [(4, 1), (4, 1)]
     """
     count = slots_of("unstack", stack)
-    if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(stack)):
+    unknown = [p for p, n in adapted_nodes(stack).items() if n.slot is not None and not is_known(n)]
+    if unknown:
         raise ConfigError(
-            "unstack: the ranks of a traced stack are not known; use select(stack, slot), whose "
-            "adapters keep the padding"
+            f"unstack: {unknown[0]} has no values here, and so its ranks are not known; use "
+            "select(stack, slot), whose adapters keep the padding"
         )
 
+    def take(slot: int, node: Adapted) -> Any:
+        one = jax.tree.map(lambda x: x[slot], dataclasses.replace(node, w=None))
+        own = unpadded(one)
+        return node.w if own is None else dataclasses.replace(own, w=node.w)
+
     def overlay(slot: int) -> Any:
-        return map_adapted(lambda _, node: _taken_out(node, slot), stack)
+        return map_adapted(lambda _, node: take(slot, node), stack)
 
     return [overlay(slot) for slot in range(count)]
 
 
 def slots_of(caller: str, stack: Any) -> int:
     """Return how many adapters a stack has, or raise if it is not a stack."""
-    counts = {n for node in adapted_nodes(stack).values() if (n := node.slots) is not None}
-    if len(counts) != 1:
+    counts = {path: node.slots for path, node in adapted_nodes(stack).items()}
+    if set(counts.values()) <= {None}:
         raise StructureError(
             f"{caller}: this is not a stack of adapters; make one by stack([adapters, ...])"
         )
-    return counts.pop()
+    most = max(n for n in counts.values() if n is not None)
+    other = [
+        f"{path}: has {n or 'no'} slots, others {most}" for path, n in counts.items() if n != most
+    ]
+    if other:
+        raise StructureError(
+            f"{caller}: these have other slots than the rest; make the stack by "
+            "stack([adapters, ...]):\n" + grouped(other)
+        )
+    return most
 
 
 def _open(adapters: Sequence[Any]) -> tuple[list[dict[str, Adapted]], Any]:
     """Return the adapted nodes of each overlay by path, and the structure of their common tree."""
-    if not isinstance(adapters, Sequence) or not adapters:
+    if not isinstance(adapters, Sequence) or isinstance(adapters, str) or not adapters:
         raise StructureError("stack: pass a sequence of one or more overlays, as split returns")
     trees = [flatten_with_paths(x, is_leaf=lambda n: n is None or is_adapted(n)) for x in adapters]
     first = trees[0][0]
@@ -103,18 +126,27 @@ def _open(adapters: Sequence[Any]) -> tuple[list[dict[str, Adapted]], Any]:
         for path in sorted(leaves.keys() ^ first.keys()):
             problems.append(f"{path}: adapter {number} is of another tree than adapter 0")
         for path, node in leaves.items():
-            if node is not None and not is_adapted(node):
-                problems.append(f"{path}: adapter {number} holds {type(node).__name__}")
-            elif node is not None and node.w is not None:
-                problems.append(f"{path}: adapter {number} contains its base; split it first")
-            elif node is not None and node.slots is not None:
-                problems.append(f"{path}: adapter {number} is a stack itself; unstack it first")
+            problems += [f"{path}: adapter {number} {why}" for why in _wrong(node)]
     if problems:
         raise StructureError("stack: not overlays of one base:\n" + grouped(problems))
-    found = [{path: n for path, n in leaves.items() if n is not None} for leaves, _ in trees]
+    found = [
+        {p: own for p, n in leaves.items() if n is not None and (own := unpadded(n)) is not None}
+        for leaves, _ in trees
+    ]
     if not any(found):
         raise StructureError("stack: the overlays contain no adapters")
     return found, trees[0][1]
+
+
+def _wrong(node: Any) -> list[str]:
+    """Return what is wrong with what an overlay holds at one place."""
+    if node is None:
+        return []
+    if not is_adapted(node):
+        return [f"holds {type(node).__name__}, not an adapter; pass overlays, as split returns"]
+    if node.w is not None:
+        return ["contains its base; split it first"]
+    return [] if node.slots is None else ["is a stack itself; unstack it first"]
 
 
 def _frames(found: Sequence[dict[str, Adapted]], rank: int | None) -> dict[str, Frame]:
@@ -134,6 +166,33 @@ def _frames(found: Sequence[dict[str, Adapted]], rank: int | None) -> dict[str, 
     return frames
 
 
+def _stacked(frame: Frame, nodes: Sequence[Adapted | None]) -> Adapted:
+    """Return the adapters of one weight as one, on the mesh on which they are."""
+    made: Any = on_shapes(functools.partial(_stack_in, frame), list(nodes))
+    found = [x for x in nodes if x is not None]
+    if not isinstance(found[0], TrainedLeaf):  # `jit` remembers a layout with other uses
+        made = dataclasses.replace(made, layout=found[0].layout)
+    return dataclasses.replace(
+        made, **{f: _placed(x, found, f) for f, x in arrays_of(made).items()}
+    )
+
+
+def _placed(x: Any, nodes: Sequence[Adapted], field: str) -> Any:
+    """Return a stacked array sharded as those of the adapters are, its slots on every device."""
+    if isinstance(x, jax.core.Tracer):
+        return x
+    shardings = [s for node in nodes if (s := named_sharding(getattr(node, field))) is not None]
+    if not shardings:
+        return x
+    return put(x, NamedSharding(shardings[0].mesh, PartitionSpec(None, *shardings[0].spec)))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _stack_in(frame: Frame, nodes: Sequence[Adapted | None]) -> Adapted:
+    filled = [frame.fill(node) for node in nodes]
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *filled)
+
+
 def _rebuild(treedef: Any, nodes: dict[str, Adapted]) -> Any:
     """Return the tree of an overlay with these nodes."""
     tree = jax.tree_util.tree_unflatten(treedef, [_Place()] * treedef.num_leaves)
@@ -143,26 +202,3 @@ def _rebuild(treedef: Any, nodes: dict[str, Adapted]) -> Any:
 
 class _Place:
     """Stands where an overlay may have a node."""
-
-
-def _taken_out(node: Adapted, slot: int) -> Any:
-    """Return the adapter of one slot as it was before it was stacked; None if it has none."""
-    one = jax.tree.map(lambda x: x[slot], node)
-    if not isinstance(one, LoraWeight):
-        off = isinstance(one, TrainedLeaf) and not np.any(one.value) and not np.any(one.scale)
-        return None if off else one
-    if one.slot is None:  # stacked by hand
-        return one
-    rank = int(slot_rank(one.slot))
-    if rank == 0:
-        return None
-    batch = len(one.layout.positions("b"))
-    cut = (*(slice(None) for _ in range(batch)), slice(rank))
-    return dataclasses.replace(
-        one,
-        a=one.a[..., :rank],
-        b=one.b[cut],
-        magnitude=one.magnitude if slot_has_magnitude(one.slot) else None,
-        slot=None,
-        dropout=round(float(slot_dropout(one.slot)), 7),  # the float32 nearest to it
-    )

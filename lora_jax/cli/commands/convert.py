@@ -60,7 +60,7 @@ def command(
     OLoRA changed becomes one of the original base, which --model names.
     """
     from lora_jax.cli.fit import Fit
-    from lora_jax.cli.jobs import convert
+    from lora_jax.cli.jobs.adapter_files import convert
 
     fit = Fit.of_options(strict, rename, residual)
     source = convert.Source(adapter, model, naming, fit)

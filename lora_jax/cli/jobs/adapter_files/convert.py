@@ -16,7 +16,7 @@ from lora_jax.files.implied_tree import NamedAdapters
 from lora_jax.files.naming import Naming
 from lora_jax.files.peft import changed_base
 
-_KIND_OF = {"peft": kinds.PEFT, "folded": kinds.PEFT, "mlx": kinds.MLX, "native": kinds.NATIVE}
+KIND_OF = {"peft": kinds.PEFT, "folded": kinds.PEFT, "mlx": kinds.MLX, "native": kinds.NATIVE}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,21 +37,25 @@ def run(source: Source, to: str, out: Path, *, force: bool) -> None:
       OutputError: something exists at `out`, without `force`.
     """
     found = kinds.adapter(source.adapter)
-    changed = _changed_base(found, source)
+    changed = find_changed_base(found, source.fit)
     _check(found, to, source, changed)
     refuse_existing(out, force)
     adapters = _read(found, to, source, changed)
     try:
-        _write(adapters, to, out)
+        write(adapters, to, out)
     except (AdapterFileError, ConfigError, StructureError) as error:
         raise ConversionError(f"{found.path}: cannot be converted: {error}") from error
-    kind = "folded PEFT adapter" if to == "folded" else kinds.DESCRIPTIONS[_KIND_OF[to]]
+    kind = "folded PEFT adapter" if to == "folded" else kinds.DESCRIPTIONS[KIND_OF[to]]
     print(f"wrote {escaped(str(out))}: {kind}")
 
 
-def _changed_base(found: kinds.Found, source: Source) -> str | None:
-    """Return the initialization that changed the base, if that is to be undone."""
-    if found.kind != kinds.PEFT or source.fit.residual:
+def find_changed_base(found: kinds.Found, fit: Fit) -> str | None:
+    """Return the initialization that changed the base, if that is to be undone.
+
+    Raises:
+      ConversionError: it cannot be.
+    """
+    if found.kind != kinds.PEFT or fit.residual:
         return None
     config = peft.read_config(found.path)
     if config.changes_base and not changed_base.is_determined(config):
@@ -62,7 +66,7 @@ def _changed_base(found: kinds.Found, source: Source) -> str | None:
 def _check(found: kinds.Found, to: str, source: Source, changed: str | None) -> None:
     source.fit.refuse_unused(found)
     own, model, naming = found.kind == kinds.NATIVE, source.model, source.naming
-    is_same = to != "folded" and found.kind == _KIND_OF[to]
+    is_same = to != "folded" and found.kind == KIND_OF[to]
     if is_same and not (changed or source.fit.residual or source.fit.rename):
         raise ConversionError(f"{found.path}: is already a {kinds.DESCRIPTIONS[found.kind]}")
     if changed and not model:
@@ -129,7 +133,12 @@ def read_naming(path: Path) -> Naming:
         raise ConversionError(f"{path}: {error}") from error
 
 
-def _write(source: NamedAdapters, to: str, out: Path) -> None:
+def write(source: NamedAdapters, to: str, out: Path) -> None:
+    """Write adapters in the format `to`.
+
+    Raises:
+      LoraError: the format cannot hold them.
+    """
     if to == "native":
         metadata = {native.MODEL: source.base_name} if source.base_name else {}
         lora.save(out, source.adapters, metadata, base=source.base)

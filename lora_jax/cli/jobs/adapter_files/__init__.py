@@ -1,0 +1,1 @@
+"""Commands that read adapter files and write other ones."""
