@@ -7,8 +7,8 @@ queries are cut into blocks, and each block sees only the keys up to its own end
 - One text per row and no cache: cuDNN gets its own causal mask and window, and needs no blocks.
 - Packed texts, padding and caches: cuDNN takes a mask only as a dense bias, and so gets it block by
   block. A step that trains on one text per row is faster with `segments=None`.
-- A cache elsewhere: products with rows and groups in front, as the cache has them. JAX's own has the
-  keys in front of the groups, and mapped over rows it transposes and copies the cache.
+- A cache elsewhere: products with rows and groups in front, as the cache has them. JAX's own has
+  the keys in front of the groups, and mapped over rows it transposes and copies the cache.
 """
 
 import re
@@ -150,15 +150,18 @@ def _attend_by_group(
 ) -> jax.Array:
     """Return what `jax.nn.dot_product_attention` does, the softmax in float32 or wider."""
     batch, length, _, size = query.shape
-    dtype = jnp.promote_types(query.dtype, jnp.float32)
-    grouped = query.reshape(batch, length, key.shape[2], -1, size).swapaxes(1, 2)
-    keys, values = key.swapaxes(1, 2), value.swapaxes(1, 2)
-    scores = jnp.einsum("bkqgd,bktd->bkqgt", grouped, keys, preferred_element_type=dtype)
-    scores = scores * jnp.asarray(size**-0.5, dtype)
+    groups, dtype = key.shape[2], jnp.promote_types(query.dtype, jnp.float32)
+    products = partial(jax.lax.dot_general, preferred_element_type=dtype)
+    by_group = query.reshape(batch, length, groups, -1, size).swapaxes(1, 2)
+    rows = by_group.reshape(batch, groups, -1, size)  # of all queries of a group
+    scores = products(rows, key.swapaxes(1, 2), (((3,), (3,)), ((0, 1), (0, 1))))
+    scores = scores.reshape(*by_group.shape[:-1], -1) * jnp.asarray(size**-0.5, dtype)
     if mask is not None:
         scores = jnp.where(mask[:, :, :, None], scores, -0.7 * jnp.finfo(dtype).max)
-    weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
-    return jnp.einsum("bkqgt,bktd->bkqgd", weights, values).swapaxes(1, 2).reshape(query.shape)
+    weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype).reshape(*rows.shape[:-1], -1)
+    mixed = products(weights, value.swapaxes(1, 2), (((3,), (2,)), ((0, 1), (0, 1))))
+    mixed = mixed.astype(query.dtype).reshape(by_group.shape)
+    return mixed.swapaxes(1, 2).reshape(query.shape)
 
 
 def _in_groups(core: _Core, queries: _Queries, keys: _Keys, cut: bool) -> jax.Array:

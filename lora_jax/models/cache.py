@@ -69,8 +69,8 @@ def _writer(axis: int) -> Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
             for x, known in zip((old, new), is_mapped, strict=False)
         )
         # As more rows: XLA does not update a reshaped array in place.
-        rows = [x.reshape(-1, *x.shape[2:]) for x in (old, new)]
-        return write(*rows, first).reshape(old.shape), True
+        rows, new = (x.reshape(-1, *x.shape[2:]) for x in (old, new))
+        return _writer(axis)(rows, new, first).reshape(old.shape), True
 
     # A derivative takes JAX's rules, which it can transpose.
     write = jax.custom_jvp(lambda old, new, first: mapped(old, new, first))
