@@ -134,8 +134,6 @@ def sum_values(
       `[*batch, m, n]`.
 
     >>> values, weights = jnp.array([[[3.0, 1.0]], [[-1.0, 2.0]]]), jnp.array([1.0, 10.0])
-    >>> sum_values(values, weights, None, Recipe(METHODS["linear"]))
-    Array([[-7., 21.]], dtype=float32)
     >>> sum_values(values, weights, None, Recipe(METHODS["ties"]))
     Array([[ 3. , 10.5]], dtype=float32)
     """

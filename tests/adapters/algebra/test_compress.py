@@ -128,6 +128,7 @@ def test_dtypes_stay():
     assert got["linear"].a.dtype == got["linear"].b.dtype == jnp.bfloat16
 
 
+@pytest.mark.slow
 def test_shapes_alone():
     shapes = jax.eval_shape(lambda: ADAPTERS)
     want = jax.eval_shape(lambda: lora_jax.compress(ADAPTERS, 2)[0])

@@ -49,6 +49,10 @@ def test_ranks_of_a_stack_change_in_each_slot():
             np.testing.assert_allclose(update(got[path]), update(node), atol=1e-6)
             np.testing.assert_allclose(kept[path][slot], shares[path])
     assert kept["stacked"][1] == 1
+
+
+@pytest.mark.slow
+def test_slots_grow_with_columns_of_their_own():
     larger = lora_jax.resize({"linear": STACK["linear"]}, 5, key=jax.random.key(0))
     for got, want in zip(lora_jax.unstack(larger), ADAPTERS, strict=True):
         close(got, {"linear": update(want["linear"])})
