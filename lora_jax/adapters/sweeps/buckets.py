@@ -51,6 +51,25 @@ class Buckets:
                 f"{self.limits[slot]}; the slots {fitting} have room for it"
             )
 
+    def turns(self, ranks: Sequence[int]) -> list[dict[int, int]]:
+        """Return in which turn and slot each of these ranks trains: `{index of the rank: slot}`.
+
+        >>> Buckets((8, 64, 8)).turns([64, 16, 4, 8])
+        [{0: 1, 2: 0, 3: 2}, {1: 1}]
+        """
+        waiting, turns = list(range(len(ranks))), []
+        while waiting:
+            free = sorted(range(len(self.limits)), key=lambda slot: self.limits[slot])
+            turn: dict[int, int] = {}
+            for index in waiting:
+                slot = next((s for s in free if self.limits[s] >= ranks[index]), None)
+                if slot is not None:
+                    turn[index] = slot
+                    free.remove(slot)
+            turns.append(turn)
+            waiting = [index for index in waiting if index not in turn]
+        return turns
+
     def map(self, fn: Callable[..., Any], axes: Sequence[Any], stack: Any, *args: Any) -> Any:
         """Return `(gradients, measured)` of `fn(adapters, *args)` for every slot.
 

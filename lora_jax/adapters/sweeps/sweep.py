@@ -160,7 +160,8 @@ class Sweep:
         }
         # What every slot looks like, with room for each of the runs.
         self._frame = jax.eval_shape(stack, list(news.values()))
-        ranks = [rank_of(news[run.config(config)]) for run in runs]
+        self._ranks = {one: rank_of(overlay) for one, overlay in news.items()}
+        ranks = [self._ranks[run.config(config)] for run in runs]
         self._buckets = Buckets.of(buckets, ranks, slots)
 
     def init(self) -> SweepState:
@@ -262,6 +263,19 @@ class Sweep:
                 lambda state, slot: jax.tree.map(lambda x: x[slot], state)
             )
         return self._compiled["take"](state, slot)
+
+    @property
+    def has_own_batches(self) -> bool:
+        """Whether each slot sees its own batch."""
+        return any(x is not None for x in jax.tree.leaves(self._batch_axes))
+
+    def turns(self, runs: Sequence[Run]) -> list[dict[int, int]]:
+        """Return in which turn and slot each of some runs trains: `{index of the run: slot}`.
+
+        All runs of a turn train at once; what a bucket has no room for waits for the next turn.
+        """
+        ranks = [self._ranks[run.config(self._config)] for run in runs]
+        return self._buckets.turns(ranks)
 
     def adapters(self, state: SweepState) -> list[Any]:
         """Return the overlay of every slot, each with its own rank, as `split` returns one."""
