@@ -36,7 +36,7 @@ class StackIndex:
         """Return the index of a stack; by default its adapters are called by their numbers.
 
         Raises:
-          ConfigError: `names` are not as many as the adapters, not different, or not file names.
+          ConfigError: there is not one name for each adapter, or a name is not that of a file.
         """
         count = slots_of(caller, stack)
         chosen = [str(n) for n in range(count)] if names is None else names
@@ -62,7 +62,7 @@ class StackIndex:
         """Return the names that are asked for, by default all.
 
         Raises:
-          AdapterFileError: there is no adapter with such a name.
+          AdapterFileError: the stack has not all of them.
         """
         if names is None:
             return self.names

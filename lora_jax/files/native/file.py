@@ -73,7 +73,7 @@ def read_file(path: str | os.PathLike, *, finite: bool = True) -> NativeFile:
     if index is not None:
         raise AdapterFileError(
             f"{path}: a stack of {len(files)} adapters ({index}), where one is needed. Write it to "
-            f"a file of its own: lora_jax.save(file, lora_jax.load({str(path)!r}, base, "
+            f"another file: lora_jax.save(file, lora_jax.load({str(path)!r}, base, "
             f"names={index.names[0]!r}))"
         )
     return files[0]

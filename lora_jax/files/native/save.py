@@ -68,8 +68,8 @@ def save(
     >>> params = lora_jax.init(jax.random.key(0), {"kernel": jnp.ones((4, 3))}, config)
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     save(f"{folder}/a.safetensors", params, {"task": "mine"}, config=config)
-    ...     adapters = load(f"{folder}/a.safetensors", {"kernel": jnp.ones((4, 3))})
-    ...     read_metadata(f"{folder}/a.safetensors")["metadata"]
+    ...     adapters = lora_jax.load(f"{folder}/a.safetensors", {"kernel": jnp.ones((4, 3))})
+    ...     lora_jax.read_metadata(f"{folder}/a.safetensors")["metadata"]
     {'task': 'mine'}
     >>> adapters["kernel"].a.shape
     (4, 1)

@@ -55,7 +55,7 @@ def save(
     a bias, is covered by `bias`.
 
     The files replace an older pair as a whole, see `write_directory` in `files/disk/atomic.py`.
-    Each adapter of a stack becomes a directory of its own in `directory`, as PEFT itself writes
+    Each adapter of a stack becomes a directory within `directory`, as PEFT itself writes
     several adapters, with its own rank and without padding; `stack.json` has their order.
     Where arrays span processes, all processes call this together, and process 0 writes.
 
