@@ -12,6 +12,9 @@ from lora_jax.adapters.norms import norms
 from lora_jax.adapters.on_original import on_original
 from lora_jax.adapters.opened import partition_specs
 from lora_jax.adapters.optim import freeze, groups, labels, lora_fa, lora_plus, mask
+from lora_jax.adapters.optimizers.muon import lora_muon
+from lora_jax.adapters.optimizers.riemannian import riemannian
+from lora_jax.adapters.optimizers.rite import lora_rite
 from lora_jax.adapters.quantize import dequantize, quantize
 from lora_jax.adapters.shardings import shardings
 from lora_jax.adapters.split import join, split
@@ -107,7 +110,9 @@ __all__ = [
     "lora",
     "lora_fa",
     "lora_ga",
+    "lora_muon",
     "lora_plus",
+    "lora_rite",
     "mask",
     "memory_report",
     "merge",
@@ -118,6 +123,7 @@ __all__ = [
     "read_metadata",
     "reduce_intruders",
     "resize",
+    "riemannian",
     "rounding",
     "save",
     "save_sums",

@@ -29,6 +29,8 @@ EXPERIMENTS = (
     "pissa",
     "eva",
     "dora",
+    "rank_and_rate",
+    "tuned_variants",
 )
 HEADINGS = ("result", "setting", "published", "here", "agrees")
 

@@ -41,11 +41,12 @@ def keep_shardings(opened: Any, shardings: Shardings) -> Any:
     if not shardings:
         return opened
     leaves, treedef = flatten_with_paths(opened)
-    kept = [_constrain(x, shardings.get(path)) for path, x in leaves.items()]
+    kept = [constrain(x, shardings.get(path)) for path, x in leaves.items()]
     return jax.tree_util.tree_unflatten(treedef, kept)
 
 
-def _constrain(x: Any, sharding: NamedSharding | None) -> Any:
+def constrain(x: Any, sharding: NamedSharding | None) -> Any:
+    """Return an array sharded like that, under tracing and along automatic axes."""
     if sharding is None or not isinstance(x, jax.core.Tracer):
         return x
     mesh = jax.typeof(x).sharding.mesh
@@ -54,16 +55,19 @@ def _constrain(x: Any, sharding: NamedSharding | None) -> Any:
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, sharding.spec))
 
 
+def replicated_on_mesh(shardings: Shardings) -> NamedSharding | None:
+    """Return the sharding of an array that is whole on each device, if there is a single mesh."""
+    meshes = {sharding.mesh for sharding in shardings.values()}
+    return NamedSharding(meshes.pop(), PartitionSpec()) if len(meshes) == 1 else None
+
+
 def place_state(state: Any, shardings: Shardings) -> Any:
     """Return a new optimizer state with all its arrays on the mesh of what trains.
 
     What is on no mesh, such as a count of steps, is replicated. Under tracing nothing is placed.
     """
-    meshes = {sharding.mesh for sharding in shardings.values()}
-    if len(meshes) != 1:
-        return state
-    whole = NamedSharding(meshes.pop(), PartitionSpec())
-    if set(whole.mesh.axis_types) != {AxisType.Auto}:
+    whole = replicated_on_mesh(shardings)
+    if whole is None or set(whole.mesh.axis_types) != {AxisType.Auto}:
         return state
 
     def one(x: Any) -> Any:

@@ -33,10 +33,10 @@ def labels(params: Any) -> Any:
     ('freeze', 'train', 'train', 'freeze')
     """
 
-    return _map_fields(lambda path, field: TRAIN if field in TRAINED_FIELDS else FREEZE, params)
+    return map_fields(lambda path, field: TRAIN if field in TRAINED_FIELDS else FREEZE, params)
 
 
-def _map_fields(label: Callable[[str, str], str], params: Any) -> Any:
+def map_fields(label: Callable[[str, str], str], params: Any) -> Any:
     """Return `label(path, field)` for the leaves of adapted nodes, and "freeze" for all others."""
 
     def one(path: str, node: Any) -> Any:
@@ -103,11 +103,11 @@ def freeze(
         raise ConfigError(f"freeze: only must be names among {TRAINED_FIELDS}, got {only!r}")
     require_adapted("freeze", params)
     label = lambda path, field: TRAIN if field in only else FREEZE
-    if TRAIN not in jax.tree.leaves(_map_fields(label, params)):
+    if TRAIN not in jax.tree.leaves(map_fields(label, params)):
         raise StructureError(
             f"freeze: nothing would train, because no adapter has a field named in only={only!r}"
         )
-    return by_label({TRAIN: tx}, functools.partial(_map_fields, label), params)
+    return by_label({TRAIN: tx}, functools.partial(map_fields, label), params)
 
 
 def lora_fa(tx: optax.GradientTransformation, params: Any) -> optax.GradientTransformationExtraArgs:
@@ -192,7 +192,7 @@ def lora_plus(
         return "b" if field == "b" else TRAIN if field in TRAINED_FIELDS else FREEZE
 
     transforms = {name: optimizer(rate) for name, rate in rates.items()}
-    return by_label(transforms, functools.partial(_map_fields, label), params)
+    return by_label(transforms, functools.partial(map_fields, label), params)
 
 
 def groups(
@@ -253,7 +253,7 @@ def groups(
 
     named = {f"group {key}": tx for key, tx in transforms.items()}
     rest = {} if default is None else {TRAIN: default}
-    return by_label({**named, **rest}, functools.partial(_map_fields, label), params)
+    return by_label({**named, **rest}, functools.partial(map_fields, label), params)
 
 
 def _group(table: Mapping[str, Any], path: str, field: str) -> str | None:

@@ -20,12 +20,14 @@ from lora_jax.cli.commands import (
     merge,
     predict,
     quantize,
+    sweep,
     train,
 )
 
 #: The commands in the help's order: name -> the module whose `command` it runs.
 COMMANDS: dict[str, ModuleType] = {
     "train": train,
+    "sweep": sweep,
     "generate": generate,
     "chat": chat,
     "predict": predict,

@@ -5,6 +5,8 @@ The names are those of mlx-lm, the PEFT and TRL scripts, axolotl, unsloth, torch
 
 from collections.abc import Collection
 
+from lora_jax.cli.sweep_options import LISTS
+
 #: A name without dashes -> options that mean it, of which a command may have some.
 _OPTIONS = {
     "--lr": ("learning-rate", "lr-rate"),
@@ -104,7 +106,16 @@ def advice(name: str, options: Collection[str]) -> str | None:
     bare = name.lstrip("-").replace("_", "-").lower()
     if f"--{bare}" in options:
         return f"use --{bare}"
-    found = [option for option, names in _OPTIONS.items() if bare in names and option in options]
+    meant = [option for option, names in _OPTIONS.items() if bare in names]
+    found = [
+        option for option in dict.fromkeys([*meant, *map(_list_of, meant)]) if option in options
+    ]
     if found:
         return f"use {' or '.join(found)}"
     return _OTHERWISE.get(bare)
+
+
+def _list_of(option: str) -> str:
+    """Return the option of `sweep` that takes a list of what an option of `train` takes."""
+    name = option.removeprefix("--").replace("-", "_")
+    return f"--{LISTS.get(name, name).replace('_', '-')}"

@@ -1,7 +1,7 @@
 """Options that several commands share."""
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -90,21 +90,29 @@ OptionsClass = TypeVar("OptionsClass")
 
 def takes(
     options: type[OptionsClass],
+    instead: Mapping[str, str] | None = None,
+    without: Collection[str] = (),
 ) -> Callable[[Callable[[typer.Context, OptionsClass], None]], Callable[..., None]]:
     """Make a command of a function that takes one value, whose fields are the command's options.
 
     Args:
       options: a dataclass whose fields are annotated for typer.
+      instead: names of fields that the help shows in the place of others, which are left out:
+        `{"rank": "ranks"}`.
+      without: names of fields that are not options, and keep their defaults.
     """
+    instead = dict(instead or {})
 
     def decorate(function: Callable[[typer.Context, OptionsClass], None]) -> Callable[..., None]:
         def command(context: typer.Context, **given: Any) -> None:
             function(context, options(**given))
 
         first, _ = inspect.signature(command).parameters.values()
-        fields = inspect.signature(options).parameters.values()
+        fields = inspect.signature(options).parameters
+        moved = {*instead.values(), *without}
+        shown = [fields[instead.get(name, name)] for name in fields if name not in moved]
         command.__doc__ = function.__doc__
-        command.__signature__ = inspect.Signature([first, *fields])  # type: ignore[attr-defined]
+        command.__signature__ = inspect.Signature([first, *shown])  # type: ignore[attr-defined]
         return command
 
     return decorate

@@ -1,8 +1,9 @@
 """The options of `lora-jax train`: each one once, as a field of one value."""
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from typer import Option
 
@@ -89,6 +90,8 @@ _SCAN = "Scan over stacked layers: compiles faster, but runs slower on a CPU."
 @dataclasses.dataclass(frozen=True)
 class TrainOptions:
     """The options as typer has checked them, in the order of the help."""
+
+    lists: ClassVar[Mapping[str, str]] = {}  # the names of options that take lists, by these names
 
     model: Annotated[str, Option(metavar="MODEL", help=_MODEL)]
     data: Annotated[list[Path], Option(metavar="FILE", help=_DATA)]

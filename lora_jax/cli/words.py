@@ -46,6 +46,8 @@ def reword(message: str, options: TrainOptions) -> str:
     for pattern, words in _RULES:
         filled = _fill(_NO_BIAS if words is None else words, values)
         message = re.sub(pattern, filled, message)
+    for name, several in options.lists.items():
+        message = re.sub(rf"--{name}\b(?!-)", f"--{several}", message)
     return message
 
 

@@ -77,7 +77,8 @@ def as_factors(
 def factor_matrices(a: jax.Array, b: jax.Array, layout: Layout) -> tuple[jax.Array, jax.Array]:
     """Return A as `[*batch, fan_in, rank]` and B as `[*batch, rank, fan_out]`.
 
-    On a mesh with explicit axes they are gathered, because decompositions take only whole matrices.
+    There may be more leading axes than the layout's batch axes, such as the slots of a stack. On a
+    mesh with explicit axes they are gathered, because decompositions take only whole matrices.
 
     >>> import jax.numpy as jnp
     >>> a, b = factor_matrices(jnp.zeros((5, 2)), jnp.zeros((2, 3, 4)), Layout("ioo"))
@@ -85,7 +86,7 @@ def factor_matrices(a: jax.Array, b: jax.Array, layout: Layout) -> tuple[jax.Arr
     ((5, 2), (2, 12))
     """
     a, b = gathered(a), gathered(b)
-    n, rank = len(layout.positions("b")), a.shape[-1]
+    n, rank = a.ndim - 1 - len(layout.positions("i")), a.shape[-1]
     return a.reshape(*a.shape[:n], -1, rank), b.reshape(*b.shape[:n], rank, -1)
 
 

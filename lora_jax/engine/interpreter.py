@@ -11,7 +11,7 @@ from lora_jax.engine.custom_rules import apply_rule
 from lora_jax.engine.lazy_weight import is_lazy
 from lora_jax.engine.quantized.merge_aware import if_merged
 from lora_jax.engine.rows.slots import pick
-from lora_jax.engine.rules import CONTAINERS, RULES, is_view
+from lora_jax.engine.rules import CONTAINERS, RULES, is_view, keeps_slots
 from lora_jax.engine.rules.dot_general import share
 from lora_jax.engine.schedule import schedule
 from lora_jax.engine.stretches import Stretch
@@ -39,6 +39,7 @@ def _interpret(ctx: Context, jaxpr: Any, consts: Sequence[Any], args: Sequence[A
     can_share = [ctx.forms.share and is_lazy(x) and x.a is not None for x in args]
     weights = {v for v, can in zip(jaxpr.invars, can_share, strict=True) if can}
     steps = schedule(jaxpr, weights, is_view)
+    one = Picks()
     transformed = jaxprs.are_transformed([*consts, *args])
     at = 0
     while at < len(steps):
@@ -49,6 +50,7 @@ def _interpret(ctx: Context, jaxpr: Any, consts: Sequence[Any], args: Sequence[A
                 end = at + stretch.length
             else:
                 inputs = [(eqn, [read(atom) for atom in eqn.invars]) for eqn in step.eqns]
+                inputs = [(eqn, one.row(ctx, eqn, values)) for eqn, values in inputs]
                 if step.is_group:
                     share(ctx, inputs)
                 else:
@@ -57,6 +59,25 @@ def _interpret(ctx: Context, jaxpr: Any, consts: Sequence[Any], args: Sequence[A
             env.pop(v, None)
         at = end
     return [read(atom) for atom in jaxpr.outvars]
+
+
+class Picks:
+    """The adapters that rows picked while one program is interpreted, each of them once."""
+
+    def __init__(self) -> None:
+        self._picked: dict[int, tuple[Any, Any]] = {}  # by id, with the weight that has it
+
+    def row(self, ctx: Context, eqn: Any, values: Sequence[Any]) -> list[Any]:
+        """Return the inputs of an equation; what needs one row's adapter gets that alone."""
+        name = eqn.primitive.name
+        if keeps_slots(name) and name not in ctx.rules:
+            return list(values)
+        return [self._one(x) if is_lazy(x) and x.row is not None else x for x in values]
+
+    def _one(self, lazy: Any) -> Any:
+        if id(lazy) not in self._picked:
+            self._picked[id(lazy)] = lazy, pick(lazy)
+        return self._picked[id(lazy)][1]
 
 
 def _evaluate(ctx: Context, eqn: Any, values: Sequence[Any]) -> Sequence[Any]:
@@ -76,8 +97,6 @@ def _evaluate(ctx: Context, eqn: Any, values: Sequence[Any]) -> Sequence[Any]:
     elif name in CONTAINERS:
         outs = CONTAINERS[name](ctx, eqn, values, walk)
     elif name in RULES:
-        if not is_view(name):
-            values = [pick(x) if is_lazy(x) else x for x in values]
         outs = if_merged(RULES[name], ctx, eqn, values)
     elif ctx.infers and (called := jaxprs.called_program(eqn)) is not None:
         # When this runs the weight is materialized here, but the program inside shows the layout.

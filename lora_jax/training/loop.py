@@ -191,8 +191,8 @@ class _Run:
     def _pause(self) -> None:
         """Evaluate and save after a step, if that is due."""
         settings, stop = self._job.settings, self._watcher.stop
-        is_saved = _is_due(self.done, settings.save_every, settings.steps)
-        if is_saved or _is_due(self.done, settings.eval_every, settings.steps):
+        is_saved = is_due(self.done, settings.save_every, settings.steps)
+        if is_saved or is_due(self.done, settings.eval_every, settings.steps):
             self._late.read_all()
             if not stop():
                 self._evaluate(self.done, self.state)
@@ -211,12 +211,12 @@ class _Run:
         """Write the record of a step, unless it failed."""
         measured, rate = found
         values = {name: float(x) for name, x in measured.items()}
-        unfit = _what_is_not_finite(values)
+        unfit = what_is_not_finite(values)
         if unfit:
             self._files.save(step - 1, self.state)  # this step and later ones left it as it was
             together(self._feed.check)
             raise TrainingError(_explain_not_finite(unfit, values[unfit], step, self._files))
-        record = _record(step, values, rate, seconds)
+        record = {**record_of(step, values, rate), "seconds": round(seconds, 4)}
         if step > self._first:  # which compiled
             record |= speed(record, self._flops)
         self._note(record)
@@ -235,20 +235,20 @@ def _feed(job: Job, done: int) -> Feed:
     return Feed(left, job.place, lambda: job.data.example(size))
 
 
-def _record(step: int, values: Mapping[str, float], rate: Any, seconds: float) -> dict[str, Any]:
-    """Return a step's record for the log."""
+def record_of(step: int, values: Mapping[str, float], rate: Any) -> dict[str, Any]:
+    """Return a step's record for the log, without its time."""
     return {
         "step": step,
         "loss": values["loss"],
         "tokens": round(values["weight"]),
         **({} if rate is None else {"lr": float(rate)}),
         "gradient_norm": values["gradient_norm"],
-        "seconds": round(seconds, 4),
         **({"accuracy": values["right"] / values["weight"]} if "right" in values else {}),
     }
 
 
-def _what_is_not_finite(values: Mapping[str, float]) -> str | None:
+def what_is_not_finite(values: Mapping[str, float]) -> str | None:
+    """Return the name of what is not finite in a step's values, the loss first; None if all is."""
     return next((n for n in ("loss", "gradient_norm") if not math.isfinite(values[n])), None)
 
 
@@ -273,7 +273,7 @@ def _make_evaluate(
     held_out = job.held_out
 
     def evaluate(done: int, state: State) -> None:
-        due = done == 0 or _is_due(done, job.settings.eval_every, job.settings.steps)
+        due = done == 0 or is_due(done, job.settings.eval_every, job.settings.steps)
         known = log.evaluations(records)
         if held_out is None or not due or any(r["step"] == done for r in known):
             return
@@ -303,26 +303,46 @@ def measure(
       place: as in `Job`.
 
     Returns:
-      "eval_loss", and "perplexity" (its exponential) for a language model or "eval_accuracy" for
-      a classifier.
+      As `describe_sums`.
     """
-    total: dict[str, float] = {}
+    return describe_sums(sum_over(run, adapters, base, data, rows, place))
+
+
+def sum_over(
+    run: Callable[..., Any],
+    adapters: Any,
+    base: Any,
+    data: Data,
+    rows: int,
+    place: Callable[[Batch], Any] = jax.device_put,
+) -> dict[str, Any]:
+    """Return the sums of a loss over all of `data`, float64, as `measure` takes them."""
+    total: dict[str, Any] = {}
 
     def add(_: None, sums: Mapping[str, Any], __: float) -> None:
         for name, value in sums.items():
-            total[name] = total.get(name, 0.0) + float(value)
+            total[name] = total.get(name, 0.0) + np.asarray(value, np.float64)
 
     late: Late[None] = Late(add)
     for batch in place_ahead(batches(data, rows), place):
         late.put(None, run(adapters, base, batch), 0.0)
     late.read_all()
-    loss = total["loss"] / total["weight"]
+    return total
+
+
+def describe_sums(total: Mapping[str, Any]) -> dict[str, float]:
+    """Return "eval_loss" of the sums of a loss, and what goes with it.
+
+    That is "perplexity" (its exponential) for a language model, "eval_accuracy" for a classifier.
+    """
+    loss = float(total["loss"] / total["weight"])
     if "right" in total:
-        return {"eval_loss": loss, "eval_accuracy": total["right"] / total["weight"]}
+        return {"eval_loss": loss, "eval_accuracy": float(total["right"] / total["weight"])}
     return {"eval_loss": loss, "perplexity": math.exp(min(loss, 700.0))}
 
 
-def _is_due(done: int, every: int, steps: int) -> bool:
+def is_due(done: int, every: int, steps: int) -> bool:
+    """Return whether something is due after a step: every so many, if any, and after the last."""
     return done == steps or (every > 0 and done % every == 0)
 
 

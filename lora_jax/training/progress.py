@@ -116,10 +116,11 @@ def describe_step(record: Record, pace: Pace, steps: int) -> str:
     if not pace.is_known:
         return words
     left = datetime.timedelta(seconds=round(pace.seconds_per_step * (steps - record["step"])))
-    return ", ".join([words, *_describe_speed(record, pace, "tokens/s"), f"{left} left"])
+    return ", ".join([words, *describe_speed(record, pace, "tokens/s"), f"{left} left"])
 
 
-def _describe_speed(record: Record, pace: Pace, tokens: str) -> list[str]:
+def describe_speed(record: Record, pace: Pace, tokens: str) -> list[str]:
+    """Return the speed in words: tokens per second, and what else is known."""
     words = [f"{pace.tokens_per_second:,.0f} {tokens}"]
     if pace.flops_per_second:
         words.append(in_units(pace.flops_per_second, "FLOP/s"))
@@ -140,7 +141,7 @@ def bar(console: Console, steps: int, done: int = 0) -> Iterator[Callable[[Recor
     more = (TextColumn("{task.fields[loss]}"), TextColumn("{task.fields[held_out]}"))
     losses: list[float] = []
     pace = Pace()
-    with _progress(console, *more) as progress:
+    with new_progress(console, *more) as progress:
         task = progress.add_task(
             "train", total=steps, completed=done, loss="compiling", held_out=""
         )
@@ -149,7 +150,7 @@ def bar(console: Console, steps: int, done: int = 0) -> Iterator[Callable[[Recor
             if "loss" in record:
                 pace.add(record)
                 losses.append(record["loss"])
-                speed = _describe_speed(record, pace, "tok/s") if pace.is_known else []
+                speed = describe_speed(record, pace, "tok/s") if pace.is_known else []
                 fitting = speed if console.width >= _WIDE else speed[:1]
                 shown = ", ".join([f"loss {np.mean(losses[-10:]):.3f}", *fitting])
                 progress.update(task, completed=record["step"], loss=shown)
@@ -173,13 +174,14 @@ def track(console: Console, name: str) -> Callable[[Iterable[Item], int], Iterat
     """
 
     def wrap(items: Iterable[Item], total: int) -> Iterator[Item]:
-        with _progress(console) as progress:
+        with new_progress(console) as progress:
             yield from progress.track(items, total=total, description=name)
 
     return wrap
 
 
-def _progress(console: Console, *more: ProgressColumn) -> Progress:
+def new_progress(console: Console, *more: ProgressColumn) -> Progress:
+    """Return bars with a name, a count, the time that is left and more columns."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(_BAR_WIDTH),

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from lora_jax import SweepState
 from lora_jax.files.disk import processes
 from lora_jax.training import log
 from lora_jax.training.step import State
@@ -76,7 +77,7 @@ class RunFiles:
                 raise
             self._fail(error)
 
-    def save(self, step: int, state: State) -> None:
+    def save(self, step: int, state: State | SweepState) -> None:
         """Write a checkpoint, unless there is one of that step."""
         if self.checkpoints is not None and step != self._last_saved:
             self.checkpoints.save(step, state)

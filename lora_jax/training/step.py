@@ -69,32 +69,18 @@ def make_step(
       caller dispatched before, is not the state's own number: no step follows one that failed,
       though the caller may read only later that it did.
     """
-    adapted = lora.lora(loss, merge_aware=merge_aware)
     mesh = mesh_of(like)
     where = None if mesh is None else (jax.tree.map(lambda x: x.sharding, like), None)
-
-    def differentiate(adapters: Any, base: Any, batch: JaxBatch, key: jax.Array) -> Any:
-        def total(adapters: Any) -> tuple[jax.Array, LossSums]:
-            params = lora.with_dropout(lora.join(base, adapters), key)
-            sums = adapted(params, batch)
-            return sums["loss"], sums
-
-        (_, sums), gradients = jax.value_and_grad(total, has_aux=True)(adapters)
-        return jax.tree.map(_widen, (gradients, sums))
+    differentiate = make_gradients(loss, accumulate, merge_aware, mesh)
 
     @partial(jax.jit, donate_argnums=0, out_shardings=where)
     def step(state: State, base: Any, batch: JaxBatch, done: Any = None) -> tuple[State, LossSums]:
-        keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), state.step), accumulate)
-        one = lambda part, key: differentiate(state.adapters, base, part, key)
-        gradients, sums = _sum_over_parts(one, batch, keys, mesh)
-        mean = jax.tree.map(lambda g: g / jnp.maximum(sums["weight"], 1e-9), gradients)
-        norm = _gradient_norm(mean, state.adapters)
-        measured = {**sums, "loss": sums["loss"] / sums["weight"], "gradient_norm": norm}
-        mean = jax.tree.map(lambda g, x: g.astype(x.dtype), mean, state.adapters)
+        key = jax.random.fold_in(jax.random.key(seed), state.step)
+        mean, measured = differentiate(state.adapters, base, batch, key)
         updates, optimizer = tx.update(mean, state.optimizer, state.adapters)
         adapters = lora.apply_updates(state.adapters, updates)
         # The state is donated, so a caller could not go back to it: choose here.
-        finite = jnp.isfinite(measured["loss"]) & jnp.isfinite(norm)
+        finite = jnp.isfinite(measured["loss"]) & jnp.isfinite(measured["gradient_norm"])
         if done is not None:
             finite &= state.step == done
         adapters, optimizer = jax.tree.map(
@@ -103,6 +89,45 @@ def make_step(
         return State(adapters, optimizer, state.step + finite.astype(jnp.int32)), measured
 
     return step
+
+
+def make_gradients(
+    loss: Loss, accumulate: int = 1, merge_aware: bool = False, mesh: Mesh | None = None
+) -> Callable[[Any, Any, JaxBatch, jax.Array], tuple[Any, LossSums]]:
+    """Return `(adapters, base, batch, key) -> (gradients, measured)`, as a step needs them.
+
+    Args:
+      loss: as for `make_step`.
+      accumulate: likewise.
+      merge_aware: likewise.
+      mesh: over which the rows of each micro-batch are divided.
+
+    Returns:
+      A function that is not compiled, of a key for dropout. The gradients are those of the mean
+      loss; what it measures is as for `make_step`.
+    """
+    adapted = lora.lora(loss, merge_aware=merge_aware)
+
+    def of_part(adapters: Any, base: Any, batch: JaxBatch, key: jax.Array) -> Any:
+        def total(adapters: Any) -> tuple[jax.Array, LossSums]:
+            params = lora.with_dropout(lora.join(base, adapters), key)
+            sums = adapted(params, batch)
+            return sums["loss"], sums
+
+        (_, sums), gradients = jax.value_and_grad(total, has_aux=True)(adapters)
+        return jax.tree.map(_widen, (gradients, sums))
+
+    def differentiate(
+        adapters: Any, base: Any, batch: JaxBatch, key: jax.Array
+    ) -> tuple[Any, LossSums]:
+        one = lambda part, key: of_part(adapters, base, part, key)
+        gradients, sums = _sum_over_parts(one, batch, jax.random.split(key, accumulate), mesh)
+        mean = jax.tree.map(lambda g: g / jnp.maximum(sums["weight"], 1e-9), gradients)
+        norm = _gradient_norm(mean, adapters)
+        measured = {**sums, "loss": sums["loss"] / sums["weight"], "gradient_norm": norm}
+        return jax.tree.map(lambda g, x: g.astype(x.dtype), mean, adapters), measured
+
+    return differentiate
 
 
 def _sum_over_parts(
@@ -138,8 +163,12 @@ def _gradient_norm(gradients: Any, adapters: Any) -> jax.Array:
 
 
 def make_evaluation(
-    loss: Loss, merge_aware: bool = False
+    loss: Loss, merge_aware: bool = False, stacked: bool = False
 ) -> Callable[[Any, Any, JaxBatch], LossSums]:
-    """Return a compiled `(adapters, base, batch) -> LossSums`, without dropout."""
+    """Return a compiled `(adapters, base, batch) -> LossSums`, without dropout.
+
+    With `stacked` it takes a stack of adapters, and the sums are those of each slot.
+    """
     adapted = lora.lora(loss, merge_aware=merge_aware)
-    return jax.jit(lambda adapters, base, batch: adapted(lora.join(base, adapters), batch))
+    one = lambda adapters, base, batch: adapted(lora.join(base, adapters), batch)
+    return jax.jit(jax.vmap(one, (0, None, None)) if stacked else one)

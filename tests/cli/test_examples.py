@@ -11,6 +11,8 @@ from tests.cli import files
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
+TRAINING = ("train", "sweep")  # commands whose examples take long
+
 
 def shown_in_help(run, command):
     """Return the lines under "Examples:", parsed from what the terminal shows."""
@@ -26,11 +28,11 @@ def shown_in_help(run, command):
 
 @pytest.mark.parametrize(
     "command",
-    [pytest.param(x, marks=[pytest.mark.slow] * (x == "train")) for x in app.COMMANDS],
+    [pytest.param(x, marks=[pytest.mark.slow] * (x in TRAINING)) for x in app.COMMANDS],
 )
 def test_the_examples_run(command, run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (files.train_data if command == "train" else files.everything)(tmp_path)
+    (files.train_data if command in TRAINING else files.everything)(tmp_path)
     examples = shown_in_help(run, command)
     assert examples == list(app.COMMANDS[command].EXAMPLES)
     for example in examples:

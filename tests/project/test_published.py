@@ -20,8 +20,11 @@ from benchmarks.published import (
     eva,
     gradient_norms,
     lora_plus,
+    rank_and_rate,
+    sweeps,
+    tuned_variants,
 )
-from benchmarks.published.result import Line, Picture, Result, Row, Unavailable
+from benchmarks.published.result import HeatMap, Line, Picture, Result, Row, Unavailable
 
 SMALL = Size(layers=1, width=256, heads=4, vocabulary=64, batch=1, time=32)
 
@@ -152,6 +155,62 @@ def test_angles_and_explained_variance():
     assert eva.largest_angle(x, y) == pytest.approx(30)
     assert eva.largest_angle(2 * x, -x) == pytest.approx(0, abs=1e-6)
     assert eva.explained(np.diag([2.0, 1.0, 1.0]), 5 * x) == pytest.approx(4 / 6)
+
+
+@pytest.mark.parametrize("init", [pytest.param("kaiming", marks=pytest.mark.slow), "pissa"])
+def test_runs_of_a_sweep_start_as_the_base_and_learn(init, quick_compile):
+    base = digits.fresh((16,), seed=0)
+    runs = lora_jax.grid(learning_rate=[1e-6, 1e-2])
+    config = lora_jax.LoraConfig(rank=2, init=init)
+    (found,) = sweeps.tune(base, runs, config, BLOBS, [BLOBS], steps=40)
+    np.testing.assert_allclose(found.loss[0], digits.loss(base, *BLOBS), rtol=1e-3)
+    assert found.loss[1] < 0.8 * found.loss[0]
+    assert found.accuracy.shape == (2,) and found.accuracy[1] > found.accuracy[0]
+
+
+def test_best_rates_and_their_power_law():
+    assert sweeps.best(np.array([3, np.nan, 1, 2]), sweeps.doubled(1e-3, 4)) == 4e-3
+    assert sweeps.power([1, 4, 16], [8, 4, 2]) == pytest.approx(-0.5)
+
+
+def sums_of_rates(runs, steepness):
+    """Losses that are least where rate · rank^steepness is 0.01."""
+    at = [np.log(run.learning_rate * run.rank**steepness / 0.01) ** 2 for run in runs]
+    return [sweeps.Found(np.array(at), 1 - np.array(at) / 100)]
+
+
+@pytest.mark.parametrize(("steepness", "agrees"), [(0, [True, False]), (1, [False, True])])
+def test_regimes_of_the_best_rate(steepness, agrees, monkeypatch):
+    tune = lambda base, runs, *args: sums_of_rates(runs, steepness)
+    monkeypatch.setattr(sweeps, "tune", tune)
+    monkeypatch.setattr(digits, "even", lambda: BLOBS)
+    monkeypatch.setattr(digits, "pretrained", lambda *args: None)
+    monkeypatch.setattr(rank_and_rate, "of_full", lambda *args: 1e-3)
+    rows = rank_and_rate.run((1, 4), sweeps.doubled(0.01 / 16, 8), 8, 1, 2).rows
+    assert [row.agrees for row in rows[2:]] == agrees and rows[0].agrees is agrees[0]
+
+
+def test_variants_count_at_the_rate_that_other_examples_choose(monkeypatch):
+    chosen = np.array([0.1, 0.9, 0.2, 0.3])  # two rates, two seeds: the first has the higher mean
+    reported = np.array([0.6, 0.7, 0.9, 0.9])
+    worse = sweeps.Found(chosen, reported - 0.05)
+    found = {"pissa": [sweeps.Found(chosen, chosen), worse]}
+    usual = [sweeps.Found(chosen, chosen), sweeps.Found(chosen, reported)]
+    tune = lambda base, runs, config, *args: found.get(config.init, usual)
+    monkeypatch.setattr(sweeps, "tune", tune)
+    monkeypatch.setattr(digits, "even", lambda: BLOBS)
+    monkeypatch.setattr(digits, "pretrained", lambda *args: None)
+    (tuned, common), picture = tuned_variants.of_rank(2, (0.1, 0.2), 8, 1, 2)
+    assert "LoRA 65.0 ± 7.1 at 1.0e-01" in tuned.ours and "within 5.0 points" in tuned.ours
+    assert tuned.agrees is False and tuned.note == "PiSSA is 5.0 below LoRA"
+    assert common.ours.startswith("5.0 points") and len(picture.lines) == 8
+
+
+def test_a_heat_map_with_a_run_that_diverged(tmp_path):
+    values = np.array([[1.0, np.nan, 300.0], [2.0, 1e-3, np.inf]])
+    axes = ("rate", ["a", "b", "c"]), ("rank", ["1", "2"])
+    path = HeatMap("map", "t", *axes, values, "loss").write(tmp_path)
+    assert path == tmp_path / "map.png" and path.stat().st_size > 1000
 
 
 def test_the_command_writes_rows_and_pictures(monkeypatch, tmp_path, capsys):

@@ -15,7 +15,8 @@ from lora_jax.core.errors import ConfigError
 from lora_jax.core.tree import map_adapted
 from lora_jax.core.weights import Adapted, LoraWeight
 
-#: Makes a transformation: `(learning_rate, weight_decay=..., **options)`.
+#: Makes a transformation: `(learning_rate, weight_decay=..., **options)`, or with `params` in the
+#: second place, as `lora_rite` has them.
 Make = Callable[..., optax.GradientTransformation]
 
 _OURS = ("learning_rate", "b_ratio", "clip")
@@ -67,13 +68,16 @@ def transformation(
     # As Python numbers would be, they are of the dtype of what they are multiplied with.
     given = {name: x.astype(dtype) for name, x in numbers.items()}
     clip, _, rate = (given.pop(name) for name in ("clip", "b_ratio", "learning_rate"))
+    knows_pairs = "params" in inspect.signature(make).parameters
     try:
-        made = make(rate, **given)
+        made = make(rate, adapters, **given) if knows_pairs else make(rate, **given)
     except jax.errors.ConcretizationTypeError as error:
         raise ConfigError(
             "sweep: the optimizer looks at the value of a number, which is an array here, another "
             f"one in each slot: {str(error).splitlines()[0]}"
         ) from error
+    if knows_pairs:  # it freezes what does not train, and looks at scales too
+        return optax.chain(freeze(_clipping(clip), adapters), made)
     return freeze(optax.chain(_clipping(clip), made), adapters)
 
 

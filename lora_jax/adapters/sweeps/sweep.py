@@ -32,6 +32,9 @@ from lora_jax.core.slots import check_ids
 from lora_jax.core.tree import adapted_nodes, map_adapted
 from lora_jax.engine.custom_rules import Rule
 
+#: Computes the gradients of one run, and what its step measures.
+Gradients = Callable[..., tuple[Any, Any]]
+
 
 def sweep(
     loss: Callable[..., Any],
@@ -43,6 +46,7 @@ def sweep(
     optimizer: Make = optax.adamw,
     schedule: Callable[[Any], Any] | None = None,
     batch_axes: Any = None,
+    gradients: Gradients | None = None,
     rules: Mapping[str, Rule] | None = None,
     fsdp: str | Sequence[str] | None = None,
 ) -> "Sweep":
@@ -66,11 +70,16 @@ def sweep(
         `Sweep.replace` and `halving`.
       optimizer: makes a transformation from a learning rate, and from `weight_decay` and the run's
         `options` by name, if it has these parameters. They are arrays. Its updates must be
-        proportional to the learning rate if a run has a `b_ratio`. It sees the padded factors.
+        proportional to the learning rate if a run has a `b_ratio`. It sees the padded factors. With
+        a parameter `params` in the second place, such as `lora_rite`, it gets the adapters.
       schedule: a function of the run's own step, from 0, that returns a multiple of its learning
         rate.
       batch_axes: None if all runs see the same batch. Otherwise which axis of the batch's arrays is
         the axis of slots, as `in_axes` of `jax.vmap`: 0, or one entry per argument of the batch.
+      gradients: computes what a step of one run needs in place of `jax.value_and_grad` of the loss,
+        such as the sum over several micro-batches: `(adapters, base, *batch, key) -> (gradients,
+        measured)`, where the key is that for dropout. `measured` may be a tree of arrays: `step`
+        returns it in place of the losses, with the slots as the first axis.
       rules: as for `init`.
       fsdp: as for `init`.
 
@@ -102,7 +111,8 @@ def sweep(
     check_same_numbers(runs)
     plan = make_plan("sweep", base, runs[0].config(config), loss, batch, {}, rules)
     placement = Placement.of("sweep", plan.leaves.values(), fsdp, (batch, {}))
-    return Sweep(loss, base, runs, config, slots, optimizer, schedule, batch_axes, plan, placement)
+    numbers = (optimizer, schedule, batch_axes, gradients)
+    return Sweep(loss, base, runs, config, slots, *numbers, plan, placement)
 
 
 class Sweep:
@@ -123,12 +133,14 @@ class Sweep:
         optimizer: Make,
         schedule: Callable[[Any], Any] | None,
         batch_axes: Any,
+        gradients: Gradients | None,
         plan: Plan,
         placement: Placement,
     ):
         self.runs, self.slots = tuple(runs), slots
         self._loss, self._base, self._config = loss, base, config
         self._optimizer, self._schedule, self._batch_axes = optimizer, schedule, batch_axes
+        self._gradients = gradients
         self._plan, self._placement = plan, placement
         self._plans: dict[LoraConfig, Plan] = {}
         self._compiled: dict[Any, Callable[..., Any]] = {}
@@ -256,18 +268,27 @@ class Sweep:
     def _step_of_one(self, base: Any, state: SweepState, *batch: Any) -> Any:
         """Return the next state of one slot and its loss, with the factors still padded."""
         key = jax.random.fold_in(jax.random.key(state.seed), state.step)
-
-        def loss(adapters: Any) -> Any:
-            return self._loss(with_dropout(join(base, adapters), key), *batch)
-
-        value, gradients = jax.value_and_grad(loss)(state.adapters)
+        gradients, measured, value = self._differentiate(state.adapters, base, batch, key)
         numbers = dict(state.numbers)
         if self._schedule is not None:
             numbers["learning_rate"] *= self._schedule(state.step)
         tx = transformation(self._optimizer, numbers, state.adapters, self._config.dtype)
-        updates, optimizer = tx.update(gradients, state.optimizer, state.adapters, value=value)
+        updates, optimizer = tx.update(gradients, state.optimizer, state.adapters, **value)
         adapters = apply_updates(state.adapters, faster_b(updates, numbers["b_ratio"]))
-        return SweepState(adapters, optimizer, state.numbers, state.seed, state.step + 1), value
+        return SweepState(adapters, optimizer, state.numbers, state.seed, state.step + 1), measured
+
+    def _differentiate(
+        self, adapters: Any, base: Any, batch: Sequence[Any], key: jax.Array
+    ) -> tuple[Any, Any, dict[str, Any]]:
+        """Return the gradients of one slot, what is measured, and what the optimizer is told."""
+        if self._gradients is not None:
+            return (*self._gradients(adapters, base, *batch, key), {})
+
+        def loss(adapters: Any) -> Any:
+            return self._loss(with_dropout(join(base, adapters), key), *batch)
+
+        value, gradients = jax.value_and_grad(loss)(adapters)
+        return gradients, value, {"value": value}
 
     def _axes(self, batch: Sequence[Any], axes: Any) -> Sequence[Any]:
         """Return `in_axes` of the arguments of a batch."""

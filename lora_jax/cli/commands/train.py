@@ -29,12 +29,12 @@ def command(context: typer.Context, options: TrainOptions) -> None:
     --out contains adapter/ in PEFT's format (adapter.safetensors for a classifier), best/ for the
     lowest evaluation loss, log.jsonl, loss.png, and checkpoints/ for --resume.
     """
-    _check(context, options)
+    check(context, options)
     from lora_jax.cli import compile_cache
     from lora_jax.cli.jobs import train
 
     with compile_cache.compile_cache(options.compile_cache):
-        train.main(options, _resume_command(context))
+        train.main(options, resume_command(context))
 
 
 #: Options that must be above 0, or at least 0; infinite values are refused too.
@@ -48,7 +48,7 @@ _OF_NEW_ADAPTERS = (
 )
 
 
-def _check(context: typer.Context, options: TrainOptions) -> None:
+def check(context: typer.Context, options: TrainOptions) -> None:
     """Raise `BadParameter` for values without meaning, and for options that exclude each other."""
     if options.held_out and options.eval_split:
         raise typer.BadParameter("give either --eval or --eval-split, not both")
@@ -87,9 +87,9 @@ def _is_given(context: typer.Context, name: str) -> bool:
     return value not in (parameter.get_default(context), (), [])
 
 
-def _resume_command(context: typer.Context) -> str:
+def resume_command(context: typer.Context) -> str:
     """Return the command that resumes this run: the given options, and --resume."""
-    words = ["lora-jax", "train"]
+    words = context.command_path.split()
     for parameter in context.command.params:
         value = context.params[parameter.name or ""]
         if parameter.name == "resume" or value == parameter.get_default(context) or value is None:

@@ -4,7 +4,7 @@ import dataclasses
 import datetime
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 from jax.sharding import Mesh
@@ -15,7 +15,7 @@ from lora_jax.cli import sources
 from lora_jax.cli.exit_status import INTERRUPTED
 from lora_jax.cli.jobs import train_mesh, train_remat, train_results
 from lora_jax.cli.jobs.train_data import Task, read_task
-from lora_jax.cli.jobs.train_model import TrainableModel, open_model
+from lora_jax.cli.jobs.train_model import TrainableModel, open_model, with_remat
 from lora_jax.cli.jobs.train_start import Start, make_start
 from lora_jax.cli.jobs.train_stream import choose_streaming, describe_rows
 from lora_jax.cli.jobs.train_vocabulary import Vocabulary
@@ -32,7 +32,7 @@ from lora_jax.training.distributed.placing import complete, own_rows, place_rows
 from lora_jax.training.errors import TrainingError
 from lora_jax.training.loop import Job, Outcome, Settings, steps_of_epochs, train
 from lora_jax.training.optimizer import Optimizer
-from lora_jax.training.running.step_memory import widened_bytes
+from lora_jax.training.running.step_memory import needed_bytes, widened_bytes
 
 
 def main(options: TrainOptions, command: str) -> None:
@@ -56,12 +56,12 @@ def _run(options: TrainOptions, command: str) -> None:
     resumed = processes.together(lambda: run_record.check_directory(options.out, options.resume))
     if options.resume and not resumed:
         say(f"nothing to resume in {options.out}: starting from the beginning")
-    optimizer = _optimizer(options)
-    now = _started(options)
+    optimizer = optimizer_of(options)
+    now = started(options)
     announce = say if console.is_terminal else lambda text: None
     options = processes.together(partial(choose_streaming, options, resumed))
     processes.by_first(lambda: sources.find_model(options.model, announce))  # or downloads it
-    options, model, mesh = processes.together(lambda: _open(options, now, announce))
+    options, model, mesh = processes.together(lambda: open_run(options, now, announce))
     announce(f"reading {', '.join(map(str, [*options.data, *(options.held_out or ())]))}")
     task = processes.together(lambda: read_task(options, model))
     task = dataclasses.replace(task, params=complete(task.params, mesh))
@@ -71,9 +71,9 @@ def _run(options: TrainOptions, command: str) -> None:
         start = make_start(options, model, task)
     start = dataclasses.replace(start, params=complete(start.params, mesh))
     base, adapters = lora.split(start.params)
-    steps = _steps(options, task, resumed)
+    steps = steps_of(options, task, resumed)
     this = run_record.identity(
-        _settings_to_record(options, start, adapters, steps),
+        settings_to_record(options, start, adapters, steps),
         task.params,
         task.data,
         task.held_out,
@@ -91,9 +91,12 @@ def _run(options: TrainOptions, command: str) -> None:
     results.check(adapters)
     job = _job(options, optimizer, model, task, start, base, adapters, steps, mesh)
     with train_mesh.in_use(mesh):
-        job = train_remat.choose(options, model, task, start.paths, job, adapters, say)
+        loss = lambda remat: task.loss(with_remat(model, remat), start.paths)
+        needed = lambda remat: needed_bytes(dataclasses.replace(job, loss=loss(remat)), adapters)
+        remat = train_remat.choose(options, model, needed, say)
+    job = dataclasses.replace(job, loss=loss(remat))
     processes.by_first(lambda: run_record.begin(options.out, this, resumed, free=("steps",)))
-    for line in _describe(options, task, start, steps):
+    for line in describe(options, task, start, steps):
         say(line)
     for line in [] if mesh is None else train_mesh.describe(mesh, model.config):
         say(line)
@@ -118,7 +121,7 @@ def _finish(outcome: Outcome, steps: int, results: train_results.Results, watch:
         raise SystemExit(INTERRUPTED)
 
 
-def _started(options: TrainOptions) -> datetime.datetime:
+def started(options: TrainOptions) -> datetime.datetime:
     """Return when the run was started, by the clock of process 0."""
     now = processes.together(lambda: run_record.started(options.out, options.resume))
     return datetime.datetime.fromisoformat(processes.tell_all(now.isoformat())[0])
@@ -127,7 +130,7 @@ def _started(options: TrainOptions) -> datetime.datetime:
 _WORTH_A_LINE = 1e8  # bytes of copies
 
 
-def _describe(options: TrainOptions, task: Task, start: Start, steps: int) -> list[str]:
+def describe(options: TrainOptions, task: Task, start: Start, steps: int) -> list[str]:
     """Return what is trained on, how much trains, and what a CPU makes of a narrow dtype."""
     counts = lora.count_params(start.params)
     widened = widened_bytes(start.params)
@@ -144,7 +147,7 @@ def _describe(options: TrainOptions, task: Task, start: Start, steps: int) -> li
     ]
 
 
-def _optimizer(options: TrainOptions) -> Optimizer:
+def optimizer_of(options: TrainOptions) -> Optimizer:
     return Optimizer(
         learning_rate=options.lr,
         schedule=options.schedule,
@@ -155,9 +158,12 @@ def _optimizer(options: TrainOptions) -> Optimizer:
     )
 
 
-def _open(
-    options: TrainOptions, now: datetime.datetime, say: Callable[[str], None]
-) -> tuple[TrainOptions, TrainableModel, Mesh | None]:
+Options = TypeVar("Options", bound=TrainOptions)
+
+
+def open_run(
+    options: Options, now: datetime.datetime, say: Callable[[str], None]
+) -> tuple[Options, TrainableModel, Mesh | None]:
     """Return the model on its mesh, and the options with the length and layers that it has."""
     scan = options.scan
     if options.adapter is not None:
@@ -178,7 +184,7 @@ def _open(
     return dataclasses.replace(options, length=length, scan=scan), model, mesh
 
 
-def _steps(options: TrainOptions, task: Task, resumed: bool) -> int:
+def steps_of(options: TrainOptions, task: Task, resumed: bool) -> int:
     """Return how many steps to train: those requested, else the run's own, else one epoch."""
     if options.steps is not None:
         return options.steps
@@ -244,7 +250,7 @@ _NOT_RECORDED = {
 }
 
 
-def _settings_to_record(
+def settings_to_record(
     options: TrainOptions, start: Start, adapters: Any, steps: int
 ) -> dict[str, Any]:
     """Return all that decides what a step computes, under the names of the command line."""

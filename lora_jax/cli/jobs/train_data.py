@@ -49,7 +49,7 @@ class Task:
 
     apply: Apply
     params: Any
-    loss: Callable[[TrainableModel, Collection[str]], Loss]  # of the model and what trains
+    loss: Callable[..., Loss]  # (model, paths of what trains, chunk=None), see `language_loss`
     data: Source
     held_out: Data | None
     notes: tuple[str, ...]
@@ -108,19 +108,22 @@ def _streamed(options: TrainOptions, model: TrainableModel) -> Task:
     return Task(apply, model.params, loss, data, held_out, notes)
 
 
-def language_loss(model: TrainableModel, adapted: Collection[str], *, packed: bool) -> Loss:
+def language_loss(
+    model: TrainableModel, adapted: Collection[str], chunk: int | None = None, *, packed: bool
+) -> Loss:
     """Return the loss, whose logits are never whole if they are large.
 
     Args:
       model: whose head is frozen or trains.
       adapted: the paths of all that trains.
+      chunk: the tokens whose logits are in memory at a time, as in `chunked_loss`.
       packed: whether a row may contain several texts. Otherwise segments say nothing that a causal
         model's own mask does not, and cuDNN's attention is faster without them.
     """
     hidden = model.hidden if packed else lambda params, ids, segments: model.hidden(params, ids)
     if model.head_path in adapted:
-        return language_sums_of_trained_head(hidden, model.logits)
-    return language_sums_of_frozen_head(hidden, model.head)
+        return language_sums_of_trained_head(hidden, model.logits, chunk)
+    return language_sums_of_frozen_head(hidden, model.head, chunk)
 
 
 def is_packed(*parts: Data | None) -> bool:
@@ -210,7 +213,7 @@ def _classification(
     return Task(
         apply,
         params,
-        lambda model, _: class_sums(dataclasses.replace(apply, hidden=model.hidden)),
+        lambda model, *_: class_sums(dataclasses.replace(apply, hidden=model.hidden)),
         packed[0],
         packed[1] if held_out else None,
         tuple(note for part in parts for note in part.notes),

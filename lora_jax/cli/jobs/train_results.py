@@ -101,11 +101,14 @@ class Results:
             use = self.path("best")
             lines.append(f"wrote {use}: the one with the lowest held-out loss, after step {best:,}")
         out = self.options.out
-        lines += [f"wrote {out / 'log.jsonl'}, {out / 'loss.png'}", f"next: {self._next(use)}"]
+        lines += [
+            f"wrote {out / 'log.jsonl'}, {out / 'loss.png'}",
+            f"next: {self.next_command(use)}",
+        ]
         for line in lines:
             console.print(escaped(line), markup=False, soft_wrap=True)
 
-    def _next(self, adapter: Path) -> str:
+    def next_command(self, adapter: Path) -> str:
         """Return a command that uses the adapter."""
         verb, rest = ("predict", '"..."') if self.task.prefix else ("generate", '--prompt "..."')
         words = ["lora-jax", verb, "--model", self.options.model, "--adapter", str(adapter)]

@@ -43,13 +43,18 @@ def make_start(options: TrainOptions, model: TrainableModel, task: Task) -> Star
     """
     if options.adapter is not None:
         return _from_adapter(kinds.adapter(options.adapter), options, model, task)
-    config = _config(options, model, task)
+    config = config_of(options, model, task)
     ids = jax.ShapeDtypeStruct((1, options.length), jnp.int32)
     key = jax.random.key(options.seed)
     return Start(lora.init(key, task.params, config, task.apply, ids, ids), config)
 
 
-def _config(options: TrainOptions, model: TrainableModel, task: Task) -> lora.LoraConfig:
+def config_of(options: TrainOptions, model: TrainableModel, task: Task) -> lora.LoraConfig:
+    """Return the configuration of new adapters, whose targets are paths.
+
+    Raises:
+      LoraError: modules are not in the model, or a value has no meaning.
+    """
     params, naming = model.params, model.naming
     targets = resolve(options.target_names, params, naming)
     if options.exclude:

@@ -18,14 +18,17 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from lora_jax.core.errors import ConfigError
+from lora_jax.core.errors import ConfigError, LoraError
+from lora_jax.core.foreign import shown_value
 from lora_jax.core.paths import flatten_with_key_paths, path_str
 from lora_jax.core.slots import check_ids
 from lora_jax.core.weights import is_adapted, is_weight
 from lora_jax.engine.lazy_weight import Row
-from lora_jax.engine.program import Argument, Program
-from lora_jax.engine.rows.mixing import mixed_outputs, prime_for
+from lora_jax.engine.program import Argument, Program, is_dynamic
+from lora_jax.engine.rows.equations import Wide
+from lora_jax.engine.rows.mixing import facts_of_outputs, prime_for
 
 #: `run(row, args, kwargs)`: what the function returns for a batch of one row.
 Run = Callable[[Row, Any, Mapping[str, Any]], Any]
@@ -39,6 +42,7 @@ class Batch:
     kwargs: Mapping[str, Any]
     ids: jax.Array  # [rows]
     axes: Sequence[int | None]  # per leaf of (args, kwargs)
+    in_order: bool  # it is known that row n uses slot n, and nothing uses others
 
     @classmethod
     def of(
@@ -50,6 +54,8 @@ class Batch:
           ConfigError: `ids` have no single axis of rows, or an array does not have as many.
         """
         slots = _slots((args, kwargs))
+        known = not isinstance(ids, jax.core.Tracer)
+        in_order = known and np.array_equal(np.ravel(ids), np.arange(slots))
         ids = check_ids("adapters_of", ids, slots)
         long = [i for i, size in enumerate(ids.shape) if size != 1] or [ids.ndim - 1]
         if ids.ndim == 0 or len(long) > 1:
@@ -60,10 +66,11 @@ class Batch:
         named = _named_axes(args, kwargs, row_axes)
         axes: list[int | None] = []
         for number, (path, leaf) in enumerate(_leaves((args, kwargs))):
-            if path[:2] in adapted or not hasattr(leaf, "shape"):
+            if number in named:
+                has_rows = hasattr(leaf, "shape") and path[:2] not in adapted
+                axes.append(_checked(path, leaf, named[number], rows, has_rows))
+            elif path[:2] in adapted or not hasattr(leaf, "shape"):
                 axes.append(None)
-            elif number in named:
-                axes.append(_checked(path, leaf, named[number], rows))
             else:
                 has_rows = len(leaf.shape) > axis and leaf.shape[axis] == rows
                 axes.append(axis if has_rows else None)
@@ -72,7 +79,7 @@ class Batch:
                 f"adapters_of: no array among the arguments has {rows} rows along axis {axis}; "
                 "there is one id per row. Say where the rows are by row_axes="
             )
-        return cls(args, kwargs, ids.reshape(-1), axes)
+        return cls(args, kwargs, ids.reshape(-1), axes, in_order)
 
     def run(self, fn: Callable, run_row: Run, enter: Callable) -> Any:
         """Return what `fn` returns, each row computed by `run_row`.
@@ -82,30 +89,42 @@ class Batch:
         Raises:
           ConfigError: the function mixes rows, or returns them where they cannot be told.
         """
-        rows = len(self.ids)
         out_axes = self._out_axes(fn, enter)
-        treedefs: list[Any] = []
+        fixed: list[Any] = []  # what the function returns, its arrays left out
 
         def one(row: Row, leaves: Sequence[Any]) -> list[Any]:
-            values = iter(leaves)
-            given = [
-                leaf if axis is None else jnp.expand_dims(next(values), axis)
-                for (_, leaf), axis in zip(self._pairs, self.axes, strict=True)
-            ]
-            outs, treedef = jax.tree.flatten(run_row(row, *self._rebuild(given)))
-            treedefs[:] = [treedef]
+            pairs = zip(self._pairs, self.axes, leaves, strict=True)
+            args, kwargs = self._rebuild([_of_one_row(leaf, *x) for (_, leaf), *x in pairs])
+            outs, treedef = jax.tree.flatten(run_row(row, args, kwargs))
+            fixed[:] = [treedef, [None if isinstance(x, jax.Array) else x for x in outs]]
+            arrays = [x for x in outs if isinstance(x, jax.Array)]
             return [
                 x if axis is None else jnp.squeeze(x, axis)
-                for x, axis in zip(outs, out_axes, strict=True)
+                for x, axis in zip(arrays, out_axes, strict=True)
             ]
 
-        mapped = [
-            leaf for (_, leaf), axis in zip(self._pairs, self.axes, strict=True) if axis is not None
+        pairs = [
+            self._mapped(leaf, axis) for (_, leaf), axis in zip(self._pairs, self.axes, strict=True)
         ]
-        in_axes = [axis for axis in self.axes if axis is not None]
-        row = Row(self.ids, jnp.arange(rows, dtype=jnp.int32))
-        outs = jax.vmap(one, ((Row(0, 0)), in_axes), out_axes)(row, mapped)
-        return jax.tree.unflatten(treedefs[0], outs)
+        leaves, in_axes = (list(x) for x in zip(*pairs, strict=True))
+        row = Row(self.ids, jnp.arange(len(self.ids), dtype=jnp.int32))
+        try:
+            outs = jax.vmap(one, (Row(0, 0), in_axes), out_axes)(row, leaves)
+        except (LoraError, Warning):
+            raise
+        except Exception as error:
+            raise ConfigError(
+                "adapters_of: every row is computed as a batch of one row, under jax.vmap, and "
+                f"there the function fails with {type(error).__name__}: {error}"
+            ) from error
+        arrays, (treedef, others) = iter(outs), fixed
+        return jax.tree.unflatten(treedef, [next(arrays) if x is None else x for x in others])
+
+    def _mapped(self, leaf: Any, axis: int | None) -> tuple[Any, int | None]:
+        """Return what of a leaf differs from row to row, and along which axis; None for nothing."""
+        if self.in_order and is_adapted(leaf) and leaf.slots is not None:
+            return dataclasses.replace(leaf, w=None), 0
+        return (None, None) if axis is None else (leaf, axis)
 
     @property
     def _pairs(self) -> list[tuple[Any, Any]]:
@@ -116,46 +135,80 @@ class Batch:
         return jax.tree.unflatten(treedef, leaves)
 
     def _out_axes(self, fn: Callable, enter: Callable) -> list[int | None]:
-        """Return which axis of each output is the axis of rows, None of one without rows."""
-        rows = len(self.ids)
+        """Return which axis of each array returned has the rows, None where it has none."""
         sizes = [n for _, leaf in self._pairs for n in getattr(leaf, "shape", ())]
-        prime = prime_for(sizes)
-        wide = []
-        for (_, leaf), axis in zip(self._pairs, self.axes, strict=True):
-            if axis is not None:
-                shape = (*leaf.shape[:axis], prime * rows, *leaf.shape[axis + 1 :])
-                leaf = jax.ShapeDtypeStruct(shape, leaf.dtype)
-            wide.append(leaf)
-        args, kwargs = self._rebuild(wide)
-        program = Program.of(fn, args, kwargs, enter)
-        mixed = mixed_outputs(program.jaxpr, prime)
+        wide = Wide(prime_for(sizes), len(self.ids))
+        try:
+            return self._out_axes_of(fn, enter, wide)
+        except ConfigError:
+            # The prime may divide a size that the program itself makes.
+            other = dataclasses.replace(wide, prime=prime_for(sizes, after=wide.prime))
+            return self._out_axes_of(fn, enter, other)
+
+    def _out_axes_of(self, fn: Callable, enter: Callable, wide: Wide) -> list[int | None]:
+        program, adapted = self._trace(fn, enter, wide)
+        facts = facts_of_outputs(program.jaxpr, wide, adapted)
         found = []
-        outs = [v.aval for v in program.jaxpr.outvars]
-        for aval, where in zip(outs, mixed, strict=True):
-            if where:
+        for v, fact in zip(program.jaxpr.outvars, facts, strict=True):
+            if fact.mixed:
+                raise ConfigError(f"adapters_of: {fact.mixed}")
+            axis = _row_axis(v.aval, wide)
+            if axis is None and fact.adapted:
                 raise ConfigError(
-                    f"adapters_of: {where} mixes the rows of the batch, so a row's output depends "
-                    "on the other rows' adapters. Compute what mixes them outside of the function, "
-                    "or run each row for itself"
+                    f"adapters_of: an output {v.aval.shape} has no axis of rows and depends on the "
+                    "adapters, which differ from row to row. Return it for each row, or leave it "
+                    "out"
                 )
-            found.append(_row_axis(aval, prime, rows))
-        flat = jax.tree.leaves(program.rebuild([_Out(axis) for axis in found]))
-        return [x.axis if isinstance(x, _Out) else None for x in flat]
+            found.append(axis)
+        return found
+
+    def _trace(self, fn: Callable, enter: Callable, wide: Wide) -> tuple[Program, list[bool]]:
+        """Return the program for many rows, and which of its inputs have adapters."""
+        leaves = [
+            leaf if axis is None else _widened(leaf, axis, wide.total)
+            for (_, leaf), axis in zip(self._pairs, self.axes, strict=True)
+        ]
+        args, kwargs = self._rebuild(leaves)
+        adapted: list[bool] = []
+
+        def noted(argument: Argument, path: str, leaf: Any) -> Any:
+            entered = enter(argument, path, leaf)
+            if is_dynamic(entered):
+                adapted.append(is_adapted(leaf) and leaf.slots is not None)
+            return entered
+
+        try:
+            return Program.of(fn, args, kwargs, noted), adapted
+        except Exception as error:
+            raise ConfigError(
+                f"adapters_of: the function does not take another number of rows ({wide.total} in "
+                f"place of {wide.rows}), which says where its rows are. Pass every array that has "
+                f"rows as an argument. It fails with {type(error).__name__}: {error}"
+            ) from error
 
 
-@dataclasses.dataclass(frozen=True)
-class _Out:
-    axis: int | None
+def _of_one_row(leaf: Any, axis: int | None, own: Any) -> Any:
+    """Return a leaf as one row has it, from what of it is the row's own."""
+    if own is None:
+        return leaf
+    if axis is None:  # of an adapted weight, all but the base
+        return dataclasses.replace(own, w=leaf.w)
+    return jnp.expand_dims(own, axis)
 
 
-def _row_axis(aval: Any, prime: int, rows: int) -> int | None:
-    axes = [i for i, size in enumerate(aval.shape) if size and size % prime == 0]
+def _widened(leaf: Any, axis: int, rows: int) -> jax.ShapeDtypeStruct:
+    shape = (*leaf.shape[:axis], rows, *leaf.shape[axis + 1 :])
+    return jax.ShapeDtypeStruct(shape, leaf.dtype)
+
+
+def _row_axis(aval: Any, wide: Wide) -> int | None:
+    axes = [i for i, size in enumerate(aval.shape) if size and size % wide.prime == 0]
     if not axes:
         return None
-    if len(axes) > 1 or aval.shape[axes[0]] != prime * rows:
-        shown = tuple("rows" if i in axes else n for i, n in enumerate(aval.shape))
+    if len(axes) > 1 or aval.shape[axes[0]] != wide.total:
+        shape = tuple("rows" if i in axes else n for i, n in enumerate(aval.shape))
         raise ConfigError(
-            f"adapters_of: an output {shown} has the rows merged with another axis. Return the "
+            f"adapters_of: an output {shape} has the rows merged with another axis. Return the "
             "rows as a separate axis"
         )
     return axes[0]
@@ -177,32 +230,52 @@ def _slots(arguments: Any) -> int:
     return counts.pop()
 
 
-def _named_axes(args: Any, kwargs: Mapping[str, Any], row_axes: Any) -> dict[int, int | None]:
+def _named_axes(args: Any, kwargs: Mapping[str, Any], row_axes: Any) -> dict[int, Any]:
     """Return the axes that `row_axes` gives, by the number of the leaf among all."""
+    if not isinstance(row_axes, Mapping | None):
+        raise ConfigError(
+            "row_axes: pass a dict from the position or name of an argument to an axis, such as "
+            f'{{"cache": 1}}, got {shown_value(row_axes)}'
+        )
     given = dict(row_axes or {})
-    named: dict[int, int | None] = {}
+    named: dict[int, Any] = {}
     number = 0
     keys = [*range(len(args)), *kwargs]
     for key, argument in zip(keys, [*args, *kwargs.values()], strict=True):
         count = len(_leaves(argument))
         if key in given:
-            prefix = jax.tree.broadcast(
-                given.pop(key),
-                jax.tree.unflatten(jax.tree.structure(argument, is_leaf=is_weight), range(count)),
-                is_leaf=lambda x: x is None,
-            )
-            named |= dict(enumerate(jax.tree.leaves(prefix, is_leaf=lambda x: x is None), number))
+            treedef = jax.tree.structure(argument, is_leaf=is_weight)
+            leaves = jax.tree.unflatten(treedef, range(count))
+            try:
+                axes = jax.tree.broadcast(given.pop(key), leaves, is_leaf=_is_none)
+            except ValueError as error:
+                raise ConfigError(
+                    f"row_axes: the tree for argument {key!r} does not begin the argument's tree: "
+                    f"{error}"
+                ) from error
+            named |= dict(enumerate(jax.tree.leaves(axes, is_leaf=_is_none), number))
         number += count
     if given:
-        raise ConfigError(f"row_axes: the call has no arguments {sorted(map(str, given))}")
+        names = ", ".join(sorted(map(repr, given)))
+        raise ConfigError(f"row_axes: the call has no argument {names}; it has {keys}")
     return named
 
 
-def _checked(path: Any, leaf: Any, axis: int | None, rows: int) -> int | None:
+def _is_none(x: Any) -> bool:
+    return x is None
+
+
+def _checked(path: Any, leaf: Any, axis: Any, rows: int, has_rows: bool) -> int | None:
+    """Return the axis of a leaf that `row_axes` names, or raise if it has no rows there."""
     if axis is None:
         return None
-    if not -len(leaf.shape) <= axis < len(leaf.shape) or leaf.shape[axis] != rows:
+    where = path_str(path[1:])  # the argument's position or name, and the place in it
+    if not isinstance(axis, int) or isinstance(axis, bool):
         raise ConfigError(
-            f"row_axes: {path_str(path)} {leaf.shape} has no axis {axis} of {rows} rows"
+            f"row_axes: {where}: an axis is an integer or None, got {shown_value(axis)}"
         )
+    if not has_rows:
+        raise ConfigError(f"row_axes: {where} has no rows; leave it out, or pass None")
+    if not -len(leaf.shape) <= axis < len(leaf.shape) or leaf.shape[axis] != rows:
+        raise ConfigError(f"row_axes: {where} {leaf.shape} has no axis {axis} of {rows} rows")
     return axis % len(leaf.shape)

@@ -4,130 +4,127 @@ The program is traced with a number of rows that is a multiple of a prime which 
 size: an axis is an axis of rows, or has one merged into it, if the prime divides its size.
 """
 
+import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from lora_jax.engine import jaxprs
-
-#: Primitives that keep their operand's shape and mix what is along the axes that a parameter names.
-_ALONG = {
-    "sort": "dimension",
-    "cumsum": "axis",
-    "cumprod": "axis",
-    "cummax": "axis",
-    "cummin": "axis",
-    "cumlogsumexp": "axis",
-    "rev": "dimensions",
-}
+from lora_jax.engine.rows.equations import MEND, Fact, Wide
 
 
-def prime_for(sizes: Sequence[int]) -> int:
-    """Return a prime that divides none of these sizes.
+def prime_for(sizes: Sequence[int], after: int = 30) -> int:
+    """Return a prime that divides none of these sizes, greater than `after`.
 
     >>> prime_for([31, 74])
     41
     """
-    candidate = 31
+    candidate = after + 1
     while any(n and n % candidate == 0 for n in sizes) or any(
         candidate % d == 0 for d in range(2, math.isqrt(candidate) + 1)
     ):
-        candidate += 2
+        candidate += 1
     return candidate
 
 
-def mixed_outputs(
-    jaxpr: Any, prime: int, mixed: Sequence[str | None] | None = None
-) -> list[str | None]:
-    """Return for each output the line and primitive that mixed rows on the way to it, or None.
+def facts_of_outputs(jaxpr: Any, wide: Wide, adapted: Sequence[bool]) -> list[Fact]:
+    """Return what is known of each output of a program.
 
     Args:
       jaxpr: the program, open.
-      prime: divides the number of rows, and no other size.
-      mixed: the same of each input; None where nothing was mixed before.
+      wide: the number of rows that it was traced with.
+      adapted: which of its inputs have adapters.
     """
-    return _Walk(prime).outputs(jaxpr, mixed or [None] * len(jaxpr.invars))
+    facts = [Fact(adapted=x) for x in adapted]
+    return _Walk(wide).outputs(jaxpr, facts)
 
 
 class _Walk:
-    def __init__(self, prime: int):
-        self._prime = prime
+    def __init__(self, wide: Wide):
+        self._wide = wide
+        self._lines = [""]  # of the equations around the program
 
-    def outputs(self, jaxpr: Any, mixed: Sequence[str | None]) -> list[str | None]:
-        """Return what mixed the rows of each output of a program, from that of each input."""
-        known: dict[Any, str | None] = dict(zip(jaxpr.invars, mixed, strict=True))
+    def outputs(self, jaxpr: Any, facts: Sequence[Fact]) -> list[Fact]:
+        """Return what is known of each output of a program, from that of each input."""
+        known: dict[Any, Fact] = dict(zip(jaxpr.invars, facts, strict=True))
+
+        def read(atom: Any) -> Fact:
+            return known.get(atom, Fact()) if jaxprs.is_var(atom) else Fact()
+
         for eqn in jaxpr.eqns:
-            before = [known.get(v) if jaxprs.is_var(v) else None for v in eqn.invars]
-            known.update(zip(eqn.outvars, self._equation(eqn, before), strict=True))
-        return [known.get(v) if jaxprs.is_var(v) else None for v in jaxpr.outvars]
+            outs = self._equation(eqn, [read(v) for v in eqn.invars])
+            known.update(zip(eqn.outvars, outs, strict=True))
+        return [read(v) for v in jaxpr.outvars]
 
-    def _equation(self, eqn: Any, before: Sequence[str | None]) -> Sequence[str | None]:
-        name = eqn.primitive.name
-        if name == "scan":
-            return self._scan(eqn, before)
-        if name == "while":
-            return self._while(eqn, before)
-        if name == "cond":
-            return self._cond(eqn, before)
+    def _equation(self, eqn: Any, before: Sequence[Fact]) -> Sequence[Fact]:
+        self._lines.append(jaxprs.source_line(eqn) or self._lines[-1])
+        try:
+            return self._on_line(eqn, before)
+        finally:
+            self._lines.pop()
+
+    def _on_line(self, eqn: Any, before: Sequence[Fact]) -> Sequence[Fact]:
+        container = _CONTAINERS.get(eqn.primitive.name)
+        if container is not None:
+            return container(self, eqn, before)
         called = jaxprs.called_program(eqn)
-        if called is not None:
+        if called is not None and eqn.primitive.name != "pallas_call":
             return self.outputs(called[0], before)
-        where = next(filter(None, before), None)
-        return [where or self._mixes_here(eqn, out) for out in eqn.outvars]
+        return self._wide.facts(eqn, before, self._lines[-1])
 
-    def _mixes_here(self, eqn: Any, out: Any) -> str | None:
-        """Return the line of an equation that mixes rows; None of one that does not."""
-        carriers = [v for v in eqn.invars if self._rows(v)]
-        if not carriers or not math.prod(out.aval.shape):
-            return None
-        axes = self._rows(out)
-        lost = not axes
-        crossed = len(axes) > 1 and all(len(self._rows(v)) < len(axes) for v in carriers)
-        if lost or crossed or self._runs_along(eqn):
-            return f"`{eqn.primitive.name}` at {jaxprs.source_line(eqn)}"
-        return None
-
-    def _rows(self, atom: Any) -> list[int]:
-        """Return the axes that are axes of rows, or have them merged into them."""
-        shape = getattr(atom.aval, "shape", ())
-        return [i for i, size in enumerate(shape) if size and size % self._prime == 0]
-
-    def _runs_along(self, eqn: Any) -> bool:
-        parameter = _ALONG.get(eqn.primitive.name)
-        if parameter is None:
-            return False
-        along = eqn.params[parameter]
-        along = along if isinstance(along, Sequence) else [along]
-        return any(i in self._rows(v) for v in eqn.invars for i in along)
-
-    def _scan(self, eqn: Any, before: Sequence[str | None]) -> Sequence[str | None]:
+    def _scan(self, eqn: Any, before: Sequence[Fact]) -> Sequence[Fact]:
         body, _ = jaxprs.open_jaxpr(eqn.params["jaxpr"])
         n_consts, n_carry = jaxprs.scan_counts(eqn)
-        where = f"`scan` over the rows at {jaxprs.source_line(eqn)}"
-        over_rows = any(0 in self._rows(v) for v in eqn.invars[n_consts + n_carry :])
-        mixed = list(before)
-        if over_rows:
-            mixed[n_consts : n_consts + n_carry] = [where] * n_carry
-        while True:
-            outs = self.outputs(body, mixed)
-            carry = mixed[n_consts : n_consts + n_carry]
-            joined = [a or b for a, b in zip(carry, outs[:n_carry], strict=True)]
-            if joined == carry:
-                return outs
-            mixed[n_consts : n_consts + n_carry] = joined
+        facts = list(before)
+        for i in range(n_consts + n_carry, len(facts)):
+            facts[i] = dataclasses.replace(facts[i], number=False)  # of the step, not of the row
+        if any(0 in self._wide.axes(v) for v in eqn.invars[n_consts + n_carry :]):
+            where = f"`scan` at {self._lines[-1]} carries from row to row, which mixes the rows"
+            for i in range(n_consts, n_consts + n_carry):
+                facts[i] = facts[i].mixed_by(f"{where}. {MEND}")
+        return self._loop(body, facts, range(n_consts, n_consts + n_carry))
 
-    def _while(self, eqn: Any, before: Sequence[str | None]) -> Sequence[str | None]:
+    def _while(self, eqn: Any, before: Sequence[Fact]) -> Sequence[Fact]:
         body, _ = jaxprs.open_jaxpr(eqn.params["body_jaxpr"])
         n_cond, n_body = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
-        consts, carry = list(before[n_cond : n_cond + n_body]), list(before[n_cond + n_body :])
-        while True:
-            outs = self.outputs(body, [*consts, *carry])
-            joined = [a or b for a, b in zip(carry, outs, strict=True)]
-            if joined == carry:
-                return carry
-            carry = joined
+        facts = list(before[n_cond:])
+        return self._loop(body, facts, range(n_body, len(facts)))
 
-    def _cond(self, eqn: Any, before: Sequence[str | None]) -> Sequence[str | None]:
+    def _loop(self, body: Any, facts: list[Fact], carried: range) -> list[Fact]:
+        """Return the facts of the outputs, once those of the carry no longer change."""
+        while True:
+            outs = self.outputs(body, facts)
+            joined = [Fact.join(facts[i], out) for i, out in zip(carried, outs, strict=False)]
+            if joined == [facts[i] for i in carried]:
+                return outs
+            facts[carried.start : carried.stop] = joined
+
+    def _cond(self, eqn: Any, before: Sequence[Fact]) -> Sequence[Fact]:
         branches = [jaxprs.open_jaxpr(b)[0] for b in eqn.params["branches"]]
         found = [self.outputs(branch, before[1:]) for branch in branches]
-        return [before[0] or next(filter(None, outs), None) for outs in zip(*found, strict=True)]
+        chosen = [Fact.join(*outs) for outs in zip(*found, strict=True)]
+        return [x.mixed_by(before[0].mixed) for x in chosen]
+
+    def _shard_map(self, eqn: Any, before: Sequence[Fact]) -> Sequence[Fact]:
+        specs = jaxprs.shard_map_arguments(eqn)["in_specs"]
+        divided = any(
+            entry is not None and axis in self._wide.axes(v)
+            for v, spec in zip(eqn.invars, specs, strict=True)
+            for axis, entry in enumerate(spec)
+        )
+        if divided:
+            where = (
+                f"`shard_map` at {self._lines[-1]} divides the rows among devices, and mixes the "
+                "rows of one device. Put it into a jax.vmap over the rows, and let JAX divide them"
+            )
+            return [Fact(mixed=where) for _ in eqn.outvars]
+        body, _ = jaxprs.open_jaxpr(eqn.params["jaxpr"])
+        return self.outputs(body, before)
+
+
+_CONTAINERS: dict[str, Callable[[_Walk, Any, Sequence[Fact]], Sequence[Fact]]] = {
+    "scan": _Walk._scan,
+    "while": _Walk._while,
+    "cond": _Walk._cond,
+    "shard_map": _Walk._shard_map,
+}

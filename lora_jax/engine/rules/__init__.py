@@ -42,3 +42,18 @@ CONTAINERS = {
 def is_view(primitive: str) -> bool:
     """Return whether the rule of a primitive only makes a view of a weight."""
     return primitive in views.RULES
+
+
+#: What keeps the adapters of all slots: views, what makes one weight of several, and containers.
+_KEEP_SLOTS = {
+    *views.RULES,
+    *concatenate.RULES,
+    *indexing.RULES,
+    *shard_map.RULES,
+    *CONTAINERS,
+} - {*custom_jvp.CONTAINERS, *custom_vjp.CONTAINERS, *linear_solve.CONTAINERS}
+
+
+def keeps_slots(primitive: str) -> bool:
+    """Return whether an equation takes weights with the adapters of all slots, not one row's."""
+    return primitive in _KEEP_SLOTS

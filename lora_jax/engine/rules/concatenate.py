@@ -12,7 +12,8 @@ from jax import lax
 from lora_jax.core.dtypes import wider
 from lora_jax.engine import jaxprs, named_axes, provenance
 from lora_jax.engine.context import Context
-from lora_jax.engine.lazy_weight import MEMBERS, RANK, Axis, LazyWeight, is_lazy
+from lora_jax.engine.lazy_weight import MEMBERS, RANK, SLOT, Axis, LazyWeight, is_lazy
+from lora_jax.engine.rows.slots import pick
 from lora_jax.engine.rules.registry import PrimitiveRule, rule
 from lora_jax.engine.rules.views import bind_base, spread
 
@@ -77,6 +78,9 @@ def _join(
     `which` is as in `moves.apply`.
     """
     weights = [x for x in parts if is_lazy(x)]
+    if len({x.row is None for x in weights}) > 1:
+        parts = [pick(x) if is_lazy(x) else x for x in parts]
+        weights = [x for x in parts if is_lazy(x)]
     if any(x.origin.looked_up for x in weights):
         return NotImplemented  # rows are an activation
     tangent = any(x.w is None for x in weights)
@@ -114,9 +118,11 @@ def _orient_alike(parts: Parts) -> Parts | None:
     weights = [x for x in parts if x is not None]
     first = weights[0]
     wanted = set(first.a_axes), set(first.b_axes)
-    if not wanted[0] | wanted[1] <= {RANK, *first.axes}:
+    if not wanted[0] | wanted[1] <= {RANK, SLOT, *first.axes}:
         return None
-    if len({(x.dropout, x.key is None) for x in weights}) > 1 or weights[0].rate is not None:
+    if len({(x.dropout, x.key is None) for x in weights}) > 1 or any(
+        x.rate is not weights[0].rate for x in weights
+    ):
         return None
     oriented: list[LazyWeight | None] = []
     for x in parts:
@@ -227,7 +233,7 @@ def _lay_in_blocks(parts: Parts, sizes: Sequence[int], along: Axis) -> dict[str,
 def _pays(weights: Sequence[LazyWeight], size: int, along: Axis, other: str) -> bool:
     """Return whether the branch takes fewer operations than a dense weight, zeros included."""
     first, rank = weights[0], sum(x.rank for x in weights)
-    own = [axis for axis in first.axes_of(other) if axis != RANK]
+    own = [axis for axis in first.axes_of(other) if axis not in (RANK, SLOT)]
     rows = math.prod(first.sizes[axis] for axis in own)
     columns = math.prod(n for axis, n in first.sizes.items() if axis not in (*own, along)) * size
     return rank * (rows + columns) < rows * columns

@@ -9,7 +9,7 @@ from jax import lax
 
 from lora_jax.engine import jaxprs, provenance
 from lora_jax.engine.context import Context
-from lora_jax.engine.lazy_weight import MEMBERS, RANK, Axis, LazyWeight, is_lazy
+from lora_jax.engine.lazy_weight import MEMBERS, RANK, SLOT, Axis, LazyWeight, is_lazy
 from lora_jax.engine.provenance import Provenance
 from lora_jax.engine.rules.registry import Container, Walk, rule
 
@@ -106,7 +106,8 @@ def _common_form(outs: Sequence[Any]) -> LazyWeight | None:
 
 def _normalize_axes(lazy: LazyWeight, origin: Provenance) -> LazyWeight:
     """Return the weight with its axes named by position, so that branches can agree."""
-    names = {axis: Axis(axis.origins, i) for i, axis in enumerate(lazy.axes)} | {RANK: RANK}
+    names = {axis: Axis(axis.origins, i) for i, axis in enumerate(lazy.axes)}
+    names |= {RANK: RANK, SLOT: SLOT}
     for _, axes in MEMBERS:  # summed axes, which the factors alone have
         for axis in getattr(lazy, axes):
             names.setdefault(axis, Axis(axis.origins, len(names)))

@@ -14,7 +14,7 @@ from lora_jax.core.quantized.parts import blocked_axis, with_fields
 from lora_jax.engine import named_axes
 from lora_jax.engine.arithmetic import to_dense
 from lora_jax.engine.context import Context
-from lora_jax.engine.lazy_weight import Axis, LazyWeight, is_lazy
+from lora_jax.engine.lazy_weight import SLOT, Axis, LazyWeight, is_lazy
 from lora_jax.engine.quantized import moves
 from lora_jax.engine.quantized.view import QuantizedView, Step
 from lora_jax.engine.rules.registry import PrimitiveRule, rule
@@ -236,6 +236,8 @@ class _Gather:
             return array, names
         if jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
             return self._keys(array, names, columns)
+        # The same gather takes the row's slot out of a stack: no row gets a copy of its table.
+        slots = [p for p, name in enumerate(names) if name == SLOT]
         # slice sizes and names per dimension of the factor, as the view's where it has them
         sizes, kept = list(array.shape), list(names)
         for i, p in where.items():
@@ -244,20 +246,22 @@ class _Gather:
         # offset: what is left once the collapsed and the paired dimensions are gone
         batching = {i: j for i, j in self._batching.items() if i in where}
         collapsed = tuple(where[i] for i in self._collapsed if i in where)
+        collapsed = (*collapsed, *slots)
+        sizes = [1 if p in slots else size for p, size in enumerate(sizes)]
         gone = {*collapsed, *(where[i] for i in batching)}
         offset = [name for p, name in enumerate(kept) if p not in gone]
         # JAX wants pairs in the order of the operand, which may not be the factor's.
         paired = sorted((where[i], j) for i, j in batching.items())
         n_ids = len(self.id_axes)
         # Ids that are unique or sorted as rows of all columns need not be so in some of them.
-        same = columns == self.columns and batching == self._batching
+        same = columns == self.columns and batching == self._batching and not slots
         taken = lax.gather(
             array,
-            self._ids(list(columns.values())),
+            self._ids(list(columns.values()), len(slots)),
             lax.GatherDimensionNumbers(
                 offset_dims=tuple(range(n_ids, n_ids + len(offset))),
                 collapsed_slice_dims=tuple(sorted(collapsed)),
-                start_index_map=tuple(where[i] for i in columns),
+                start_index_map=(*slots, *(where[i] for i in columns)),
                 operand_batching_dims=tuple(at for at, _ in paired),
                 start_indices_batching_dims=tuple(j for _, j in paired),
             ),
@@ -269,8 +273,14 @@ class _Gather:
         )
         return taken, [*self.id_axes, *offset]
 
-    def _ids(self, columns: Sequence[int]) -> jax.Array:
-        """Return the indices with these columns only, `[*ids, columns]`."""
+    def _ids(self, columns: Sequence[int], slots: int) -> jax.Array:
+        """Return the indices with these columns only, behind `slots` of the row's slot."""
+        if slots and self.view.row is not None:
+            ids = self._ids(columns, 0)
+            dtype = jnp.promote_types(ids.dtype, jnp.int32)
+            slot = jnp.maximum(self.view.row.slot, 0).astype(dtype)
+            column = jnp.broadcast_to(slot, (*ids.shape[:-1], slots))
+            return jnp.concatenate([column, ids.astype(dtype)], -1)
         if list(columns) == list(range(self.indices.shape[-1])):
             return self.indices
         return jnp.stack([self.indices[..., column] for column in columns], -1)

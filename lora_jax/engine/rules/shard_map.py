@@ -73,6 +73,7 @@ def _specs(lazy: LazyWeight, spec: PartitionSpec, mesh: Any) -> LazyWeight:
     for name, axes in MEMBERS:
         if getattr(lazy, name) is not None:
             specs[name] = _spec_of(lazy, spec, getattr(lazy, axes))
+    specs["row"] = jax.tree.map(lambda _: PartitionSpec(), lazy.row)
     return dataclasses.replace(lazy, **specs)
 
 

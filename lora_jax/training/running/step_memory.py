@@ -28,8 +28,16 @@ def needed_bytes(job: Job, adapters: Any) -> int:
     batch = job.place(job.data.example(settings.rows * settings.accumulate))
     state = init_state(adapters, job.tx)
     options = (settings.accumulate, settings.seed, state, settings.merge_aware)
-    step: Any = make_step(job.loss, job.tx, *options)
-    found = step.lower(state, job.base, batch, np.int32(0)).compile().memory_analysis()
+    return bytes_of(make_step(job.loss, job.tx, *options), state, job.base, batch, np.int32(0))
+
+
+def bytes_of(step: Any, *args: Any) -> int:
+    """Compile a jitted function for these arguments, and return the bytes that it needs.
+
+    Raises:
+      NotImplementedError: the compiler reports no memory sizes.
+    """
+    found = step.lower(*args).compile().memory_analysis()
     if found is None:
         raise NotImplementedError("this backend's compiler reports no memory sizes")
     outputs = found.output_size_in_bytes - found.alias_size_in_bytes

@@ -1,0 +1,1 @@
+"""What `lora-jax sweep` does."""

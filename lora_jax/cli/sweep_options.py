@@ -1,0 +1,51 @@
+"""The options of `lora-jax sweep`: those of `train`, with lists in place of what its runs vary."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Annotated, ClassVar
+
+from typer import Option
+
+from lora_jax.cli.train_options import TrainOptions
+
+_ALPHAS = "Alphas, as --ranks; default: each rank, so the scale is 1."
+_SEEDS = "Random seeds for initialization, data order and dropout."
+_SLOTS = "How many runs train at once; the others follow. 0: all."
+_HALVING = "Stop the worse runs early, by successive halving, and start others in their places."
+_ETA = "With --halving: of this many runs one goes further; each round is as many times longer."
+
+#: Options of `train` for one run -> the lists that stand in their places.
+LISTS = {
+    "rank": "ranks",
+    "alpha": "alphas",
+    "lr": "lrs",
+    "weight_decay": "weight_decays",
+    "dropout": "dropouts",
+    "seed": "seeds",
+}
+#: Options of `train` that a sweep does not have.
+WITHOUT = (
+    *("task", "pooling", "stream", "adapter", "add_token", "untie_head", "merge_aware"),
+    *("mesh", "coordinator", "processes", "process_id", "eval_every", "profile"),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class SweepOptions(TrainOptions):
+    """The options as typer has checked them; lists are texts, as they were given."""
+
+    lists: ClassVar[Mapping[str, str]] = LISTS
+
+    ranks: Annotated[
+        str, Option(metavar="LIST", help="Ranks of A and B, comma-separated; each with each rate.")
+    ] = "8"
+    alphas: Annotated[str, Option(metavar="LIST", help=_ALPHAS)] = ""
+    lrs: Annotated[str, Option(metavar="LIST", help="Peak learning rates.")] = "2e-4"
+    weight_decays: Annotated[str, Option(metavar="LIST", help="Weight decays of A and B.")] = "0"
+    dropouts: Annotated[
+        str, Option(metavar="LIST", help="Dropout rates on the adapter's input.")
+    ] = "0"
+    seeds: Annotated[str, Option(metavar="LIST", help=_SEEDS)] = "0"
+    slots: Annotated[int, Option(min=0, help=_SLOTS)] = 0
+    halving: Annotated[bool, Option("--halving", help=_HALVING)] = False
+    eta: Annotated[int, Option(min=2, help=_ETA)] = 3
