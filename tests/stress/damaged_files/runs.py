@@ -8,8 +8,8 @@ from typing import Any
 
 import jax
 import numpy as np
-from lora_jax.cli.jobs.adapter_files.convert import read_naming
 
+from lora_jax.cli.jobs.adapter_files.convert import read_naming
 from lora_jax.core.errors import StructureError
 from lora_jax.training import log, run_record
 from lora_jax.training.batching import Data
