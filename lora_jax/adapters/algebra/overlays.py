@@ -12,7 +12,7 @@ from lora_jax.adapters.stacks.stack import unstack
 from lora_jax.core.errors import StructureError
 from lora_jax.core.paths import flatten_with_paths
 from lora_jax.core.patterns import nearest
-from lora_jax.core.tree import adapted_nodes, require_adapted
+from lora_jax.core.tree import require_adapted
 from lora_jax.core.weights import Adapted, LoraWeight, is_adapted
 
 
@@ -45,9 +45,6 @@ class Overlays:
           StructureError: there are none, or one is not an overlay.
         """
         if not isinstance(adapters, list | tuple) and is_stack(adapters):
-            if any(node.w is not None for node in adapted_nodes(adapters).values()):
-                own, adapters = split(adapters)
-                base = own if base is None else base
             adapters = unstack(adapters)
         if not isinstance(adapters, list | tuple) or not adapters:
             raise StructureError(
@@ -63,7 +60,7 @@ class Overlays:
                 raise StructureError(
                     f"{caller}: the list contains a stack; take its adapters out by unstack(stack)"
                 )
-            overlays.append(out_of_stack(adapter))
+            overlays.append(out_of_stack(caller, adapter))
         nodes = [_without_keys(require_adapted(caller, overlay)) for overlay in overlays]
         if base is not None:
             leaves, _ = flatten_with_paths(base, is_leaf=is_adapted)

@@ -3,11 +3,11 @@
 from collections.abc import Callable
 from typing import Any
 
-import jax
-
 from lora_jax.adapters.split import join, split
 from lora_jax.adapters.stacks.stack import stack, unstack
-from lora_jax.core.tree import adapted_nodes
+from lora_jax.core.errors import ConfigError
+from lora_jax.core.slots import is_known, unpadded
+from lora_jax.core.tree import adapted_nodes, map_adapted
 
 
 def is_stack(tree: Any) -> bool:
@@ -21,25 +21,27 @@ def map_slots(fn: Callable[[int, Any], Any], tree: Any) -> Any:
     Raises:
       ConfigError: the stack is traced, so that its ranks are not known.
     """
-    base, overlay = _split(tree)
+    joined = any(node.w is not None for node in adapted_nodes(tree).values())
+    base, overlay = split(tree) if joined else (None, tree)
     made = stack([fn(slot, one) for slot, one in enumerate(unstack(overlay))])
-    return made if base is None else join(base, made)
+    return join(base, made) if joined else made
 
 
-def out_of_stack(tree: Any) -> Any:
+def out_of_stack(caller: str, tree: Any) -> Any:
     """Return an adapter that `select` took out of a stack, without padding; others as they are.
 
     Raises:
       ConfigError: it is traced, so that its ranks are not known.
     """
-    if all(getattr(node, "slot", None) is None for node in adapted_nodes(tree).values()):
-        return tree
-    base, overlay = _split(tree)
-    (alone,) = unstack(jax.tree.map(lambda x: x[None], overlay))
-    return alone if base is None else join(base, alone)
+    for path, node in adapted_nodes(tree).items():
+        if node.slot is not None and not is_known(node):
+            raise ConfigError(
+                f"{caller}: {path} is from a stack and has no values here, and so its rank is not "
+                "known; call it outside jit"
+            )
 
+    def one(_: str, node: Any) -> Any:
+        own = unpadded(node)
+        return node.w if own is None else own
 
-def _split(tree: Any) -> tuple[Any, Any]:
-    """Return the base, or None, and the overlay."""
-    joined = any(node.w is not None for node in adapted_nodes(tree).values())
-    return split(tree) if joined else (None, tree)
+    return map_adapted(one, tree)

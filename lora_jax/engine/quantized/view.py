@@ -206,9 +206,19 @@ def wait_for(weight: QuantizedWeight, after: jax.Array) -> QuantizedWeight:
 def _zero_from(x: jax.Array) -> jax.Array:
     """Return 0, computed from an entry of `x`, in a way that XLA does not see through.
 
-    On a CPU XLA drops optimization barriers early, and would dequantize every layer at once.
+    On a CPU XLA drops optimization barriers early, and would dequantize every layer at once. Under
+    `vmap` it is one zero for all examples: with one for each, each would have its own codes.
     """
-    first = lax.slice(x, (0,) * x.ndim, (1,) * x.ndim).reshape(())
-    first = first.real if jnp.iscomplexobj(first) else first
-    bits = lax.bitcast_convert_type(first, f"uint{8 * first.dtype.itemsize}")
-    return lax.clamp(bits.dtype.type(0), bits, bits.dtype.type(0))
+
+    @jax.custom_batching.custom_vmap
+    def zero(x: jax.Array) -> jax.Array:
+        first = lax.slice(x, (0,) * x.ndim, (1,) * x.ndim).reshape(())
+        first = first.real if jnp.iscomplexobj(first) else first
+        bits = lax.bitcast_convert_type(first, f"uint{8 * first.dtype.itemsize}")
+        return lax.clamp(bits.dtype.type(0), bits, bits.dtype.type(0))
+
+    @zero.def_vmap
+    def _(size: int, is_batched: list[bool], x: jax.Array) -> tuple[jax.Array, bool]:
+        return _zero_from(x), False
+
+    return zero(lax.stop_gradient(x))

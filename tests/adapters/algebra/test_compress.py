@@ -36,25 +36,26 @@ def test_smaller_ranks_are_the_best_and_say_what_they_keep():
 
 def test_the_rank_that_it_has_is_exact():
     """A rank of 4 whose factors are twice as wide."""
-    wide = jax.tree.map(lambda x: x, lora_jax.combine([ADAPTERS, ADAPTERS], [1, 1]))
+    some = {path: ADAPTERS[path] for path in ("conv", "experts")}
+    wide = lora_jax.combine([some, some])
     got, kept = lora_jax.compress(wide, 4)
-    close(got, {path: 2 * update(node) for path, node in ADAPTERS.items()}, rtol=4e-6)
+    close(got, {path: 2 * update(node) for path, node in some.items()}, rtol=4e-6)
     same, shares = lora_jax.compress(ADAPTERS, 4)
     assert all(same[path] is node for path, node in ADAPTERS.items())
     assert {*shares.values()} == {1.0} and min(kept.values()) > 1 - 1e-6
 
 
 def test_energy_takes_the_smallest_rank():
-    some = {path: ADAPTERS[path] for path in ("linear", "stacked")}
-    for energy in (0.5, 0.9, 0.99, 1.0):
+    some = {"stacked": ADAPTERS["stacked"]}
+    for energy in (0.5, 0.9, 1.0):
         got, kept = lora_jax.compress(some, energy=energy)
         for path, node in got.items():
             shares = np.cumsum(spectrum(path, ADAPTERS[path]) ** 2, -1)
             shares /= shares[:, -1:]
             assert node.rank == max(np.argmax(shares > energy - 1e-9, -1)) + 1
             assert kept[path] >= energy - 1e-6
-    both, _ = lora_jax.compress(ADAPTERS, 2, energy=1.0)
-    assert {node.rank for node in both.values()} == {2}
+    both, _ = lora_jax.compress(some, 2, energy=1.0)
+    assert both["stacked"].rank == 2
 
 
 def test_energy_of_all_finds_the_true_rank():
@@ -91,7 +92,7 @@ def jax_svd(adapters):
 @pytest.mark.parametrize("key", [None, 1])
 def test_a_larger_rank_changes_nothing(key):
     key = None if key is None else jax.random.key(key)
-    some = {path: ADAPTERS[path] for path in ("attention", "experts")}
+    some = {"experts": ADAPTERS["experts"]}
     got = lora_jax.resize(some, 7, key=key)
     for path, node in got.items():
         assert node.rank == 7
@@ -127,6 +128,7 @@ def test_dtypes_stay():
     assert got["linear"].a.dtype == got["linear"].b.dtype == jnp.bfloat16
 
 
+@pytest.mark.slow
 def test_shapes_alone():
     shapes = jax.eval_shape(lambda: ADAPTERS)
     want = jax.eval_shape(lambda: lora_jax.compress(ADAPTERS, 2)[0])

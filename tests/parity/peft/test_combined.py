@@ -38,7 +38,7 @@ CASES = {
     "magnitude_prune_svd": (EQUAL, PRUNED),
     "magnitude_prune_svd mixed": (MIXED, {"density": 0.2}),
 }
-QUICK = ["cat", "linear", "svd mixed", "ties", "ties frequency", "ties_svd", "magnitude_prune"]
+QUICK = ["cat", "linear", "ties frequency", "ties_svd"]
 DARE = ["dare_linear", "dare_linear_svd", "dare_ties", "dare_ties_svd"]
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -103,7 +103,7 @@ def test_dare_with_the_masks_that_peft_drew(method, load):
     masks, _ = safetensors_file.decode(RECORDED[f"masks/{method}"].tobytes(), method)
     want = adapted_nodes(load(f"cases/{method}", "plain"))
     recipe = Recipe(METHODS[method], DENSITY, rank=3)
-    for path in ("model/layers/0/up/kernel", "model/layers/1/up/kernel"):
+    for path in ["model/layers/1/up/kernel"]:  # which two of the adapters have
         overlays = [adapted_nodes(load(f"adapters/{name}", "plain")) for name in names]
         there = [i for i, nodes in enumerate(overlays) if path in nodes]
         module = path.removesuffix("/kernel").replace("/", ".")
