@@ -12,10 +12,10 @@ from lora_jax.core.dtypes import accumulator, compute_dtype, wider
 from lora_jax.core.host_memory import in_memory_of, on_device
 from lora_jax.core.sharding.meshes import on_mesh_of, reshard_like
 from lora_jax.engine import named_axes
-from lora_jax.engine.lazy_weight import Axis, LazyWeight
+from lora_jax.engine.lazy_weight import ROW, Axis, LazyWeight
 from lora_jax.engine.quantized.merge_aware import served_view, straight_through
 from lora_jax.engine.quantized.view import QuantizedView
-from lora_jax.engine.rows.slots import pick
+from lora_jax.engine.rows.slots import NoPlaceForRows, along_rows, pick
 
 
 def to_dense(lazy: LazyWeight) -> jax.Array:
@@ -24,6 +24,8 @@ def to_dense(lazy: LazyWeight) -> jax.Array:
     A merge-aware weight gives the requantized sum, with the gradient of the sum.
     """
     lazy = pick(lazy)
+    if lazy.differs_by_row:
+        raise NoPlaceForRows  # the sum would be one per row
     if lazy.served is not None and lazy.w is not None:
         plain = dataclasses.replace(lazy, served=None)
         return straight_through(served_view(lazy).dequantize(), to_dense(plain))
@@ -87,13 +89,28 @@ def cast_for_branch(
     return x.astype(compute), factor.astype(compute), result
 
 
-def drop(x: jax.Array, lazy: LazyWeight, site: int) -> jax.Array:
+def drop(x: jax.Array, x_axes: Sequence[Axis], lazy: LazyWeight, site: int) -> jax.Array:
     """Apply branch dropout if the weight has a key; kept values are scaled by 1/(1 - rate)."""
     if lazy.key is None:
         return x
+    if ROW in lazy.key_axes:
+        return _drop_rows(x, x_axes, lazy, site)
     key = jax.random.fold_in(lazy.key.reshape(-1)[0], site)
     kept = 1 - (lazy.dropout if lazy.rate is None else lax.stop_gradient(lazy.rate))
     is_kept = reshard_like(_draw(key, x) < kept, x)
+    return jnp.where(is_kept, x / jnp.asarray(kept, x.dtype), jnp.zeros_like(x))
+
+
+def _drop_rows(x: jax.Array, x_axes: Sequence[Axis], lazy: LazyWeight, site: int) -> jax.Array:
+    """Apply the dropout of each row's own adapter."""
+    keys, _ = named_axes.move_first(lazy.key, lazy.key_axes, ROW)
+    fold = lambda key: jax.random.fold_in(key, site)
+    keys = jax.vmap(fold)(keys.reshape(len(keys), -1)[:, 0])
+    rate = jnp.asarray(lazy.dropout if lazy.rate is None else lax.stop_gradient(lazy.rate))
+    kept = along_rows(1 - rate, x_axes)
+    at = list(x_axes).index(ROW)
+    drawn = jnp.moveaxis(_draw(keys, jnp.moveaxis(x, at, 0)), 0, at)
+    is_kept = reshard_like(drawn < kept, x)
     return jnp.where(is_kept, x / jnp.asarray(kept, x.dtype), jnp.zeros_like(x))
 
 

@@ -15,6 +15,8 @@ from lora_jax.engine.forms import PLAIN, Forms
 from lora_jax.engine.lazy_weight import Axis, LazyWeight
 from lora_jax.engine.products import Hidden
 from lora_jax.engine.remat import mark_sum
+from lora_jax.engine.rows.places import Place, Places
+from lora_jax.engine.rows.slots import NoPlaceForRows
 from lora_jax.engine.uses import Use, dense_uses, uses_of
 
 #: What `on_dense` may say: warn once per call site, raise, or materialize the weight silently.
@@ -38,11 +40,13 @@ class Context:
         uses: list[Use] | None = None,
         rules: Mapping[str, Any] | None = None,
         forms: Forms = PLAIN,
+        places: Places | None = None,
     ):
         self.on_dense = on_dense
         self.uses = uses
         self.rules = rules or {}
         self.forms = forms
+        self._places = places or {}  # where the rows are, in a batch whose rows use many adapters
         self.jitted: dict[Any, Any] = {}
         self.hidden: dict[int, Hidden] = {}  # id of an equation -> its x·A, if computed in a group
         # Where the interpreter is; changed by the four context managers below.
@@ -118,6 +122,18 @@ class Context:
         else:
             self.uses += uses_of(lazy, name, line, kinds, is_operand or origin.altered)
 
+    def place_of_rows(self, eqn: Any, operand: int) -> Place:
+        """Return where an input of an equation has the rows of the batch.
+
+        Raises:
+          NoPlaceForRows: it has none, or it is not known.
+        """
+        places = self._places.get(id(eqn), ())
+        place = places[operand] if operand < len(places) else None
+        if place is None:
+            raise NoPlaceForRows
+        return place
+
     def with_line(self, eqn: Any) -> Any:
         """Return the innermost equation that has a source line: `eqn` or one around it."""
         return eqn if self.enclosing is None or jaxprs.source_line(eqn) else self.enclosing
@@ -149,6 +165,8 @@ class Context:
         if self.uses is not None:
             self.uses += dense_uses(lazy, primitive, line)
             return to_dense(lazy)
+        if lazy.differs_by_row:
+            raise NoPlaceForRows
         # Rows picked by ids are an activation; so is one picked from a weight without adapters.
         is_row = lazy.a is None and lazy.origin.indexed and sum(n > 1 for n in lazy.shape) < 2
         if not lazy.origin.looked_up and not is_row:

@@ -26,18 +26,22 @@ class Equation:
     summed: Sequence[Axis]  # axes of the weight
     batch: Sequence[Axis]  # axes of the weight
     others: Sequence[Any] = ()  # inputs behind the weight and the activation
+    shape: tuple[int, ...] | None = None  # of the result, where its axis of rows is set apart
 
     def on(self, w: Any, x: jax.Array, tie: str | None) -> jax.Array:
         """Return the output for this weight and this activation; `tie` is as in `Forms`."""
         if isinstance(w, QuantizedView):
-            key = (stretches.spelling(self.eqn) or id(self.eqn), self.weight_is_left)
+            key = (stretches.spelling(self.eqn) or id(self.eqn), self.weight_is_left, self.shape)
             bind = dataclasses.replace(self, others=())._bind  # kept by JAX, so without arrays
             return multiply(bind, w, x, self.others, key, tie)
         return self._bind(w, x, *self.others)
 
     def _bind(self, w: jax.Array, x: jax.Array, *others: Any) -> jax.Array:
+        if self.shape is not None:
+            x = x.reshape(self.eqn.invars[self.weight_is_left].aval.shape)
         operands = (w, x) if self.weight_is_left else (x, w)
-        return stretches.bind(self.eqn, (*operands, *others))[0]
+        y = stretches.bind(self.eqn, (*operands, *others))[0]
+        return y if self.shape is None else y.reshape(self.shape)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,7 +129,7 @@ def add_branch(ctx: Context, branch: Branch, y: Any, x: jax.Array) -> Any:
     if branch.lazy.probe:
         return branch.tap(y, x) if meets_a else y
     if meets_a:
-        x = drop(x, branch.lazy, ctx.next_site())
+        x = drop(x, branch.x_axes, branch.lazy, ctx.next_site())
     return branch.add_to(y, x, ctx)
 
 

@@ -10,7 +10,7 @@ from lora_jax.engine.context import Context
 from lora_jax.engine.custom_rules import apply_rule
 from lora_jax.engine.lazy_weight import is_lazy
 from lora_jax.engine.quantized.merge_aware import if_merged
-from lora_jax.engine.rows.slots import pick
+from lora_jax.engine.rows.slots import NoPlaceForRows, pick
 from lora_jax.engine.rules import CONTAINERS, RULES, is_view, keeps_slots
 from lora_jax.engine.rules.dot_general import share
 from lora_jax.engine.schedule import schedule
@@ -72,6 +72,9 @@ class Picks:
         name = eqn.primitive.name
         if keeps_slots(name) and name not in ctx.rules:
             return list(values)
+        weights = [x for x in values if is_lazy(x) and x.row is not None]
+        if any(x.row.slot.ndim for x in weights) and (name in ctx.rules or name != "dot_general"):
+            raise NoPlaceForRows
         return [self._one(x) if is_lazy(x) and x.row is not None else x for x in values]
 
     def _one(self, lazy: Any) -> Any:

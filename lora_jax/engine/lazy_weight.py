@@ -36,6 +36,9 @@ RANK = Axis((), -1)
 #: The axis of the adapters of a stack, of which every row of a batch uses one.
 SLOT = Axis((), -2_000_000)
 
+#: The axis of the rows of a batch, each with the adapter that it picked; the base does not have it.
+ROW = Axis((), -3_000_000)
+
 #: The arrays that follow a view of the weight, and the field that names their axes.
 MEMBERS = (
     ("a", "a_axes"),
@@ -46,15 +49,19 @@ MEMBERS = (
 )
 
 
-class Row(NamedTuple):
-    """One row of a batch whose rows use different adapters."""
-
-    slot: Any  # int32 []: the slot of its adapter; -1 for the plain base
-    number: Any  # int32 []: which row it is
-
-
 #: Marks a field of a pytree dataclass as part of its structure.
 STATIC = {"static": True}
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One row of a batch whose rows use different adapters, or all of them: arrays `[rows]`."""
+
+    slot: Any  # int32: the slot of its adapter; -1 for the plain base
+    number: Any  # int32: which row it is
+    # row n of all uses slot n
+    in_order: bool = dataclasses.field(metadata=STATIC, default=False)
 
 
 @jax.tree_util.register_dataclass
@@ -184,6 +191,12 @@ class LazyWeight:
     def rank(self) -> int:
         """Inner size of the factors."""
         return self.a.shape[self.a_axes.index(RANK)]
+
+    @property
+    def differs_by_row(self) -> bool:
+        """Whether it is another weight for each row of a batch, although its base is one."""
+        many = self.row is not None and self.row.slot.ndim > 0
+        return (many or ROW in (*self.a_axes, *self.b_axes)) and ROW not in self.axes
 
     @property
     def is_whole(self) -> bool:

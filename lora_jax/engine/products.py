@@ -16,7 +16,7 @@ from lora_jax.core.sharding.meshes import is_on_mesh
 from lora_jax.engine import named_axes
 from lora_jax.engine.arithmetic import add, cast_for_branch
 from lora_jax.engine.forms import Forms
-from lora_jax.engine.lazy_weight import RANK, STATIC, Axis, LazyWeight
+from lora_jax.engine.lazy_weight import RANK, ROW, STATIC, Axis, LazyWeight
 from lora_jax.engine.probes import observe
 from lora_jax.engine.provenance import Provenance
 
@@ -216,7 +216,7 @@ def is_shareable(product: Product) -> bool:
         return False
     (_, f_axes), (_, s_axes) = product.factors()
     summed = {*product.x_axes} - {*product.out_axes}
-    return {*f_axes} == {*summed, RANK} and not summed & {*s_axes}
+    return {*f_axes} - {ROW} == {*summed, RANK} and not summed & {*s_axes}
 
 
 def share(products: Sequence[Product], forms: Forms) -> list[Hidden]:
@@ -235,28 +235,34 @@ def _multiply_together(
     first: Product, others: Sequence[Product], forms: Forms
 ) -> Sequence[jax.Array]:
     flats = [flatten_tokens(p)[0] if forms.flatten else p for p in (first, *others)]
-    parts = []  # each first factor as [rank, *in]
+    rows = [axis for axis in flats[0].x_axes if axis == ROW and ROW in flats[0].lazy.a_axes]
+    parts = []  # each first factor as [rank, *in], or [rows, rank, *in]
     for p in flats:
         (f, f_axes), _ = p.factors()
-        wanted = (RANK, *(axis for axis in p.x_axes if axis in f_axes))
+        ins = (axis for axis in p.x_axes if axis in f_axes and axis not in rows)
+        wanted = (*rows, RANK, *ins)
         parts.append(named_axes.arrange(f.astype(p.compute), f_axes, wanted, {}))
-    # [*tokens, *in] · [all ranks, *in] -> [*tokens, all ranks]
+    # [*tokens, *in] · [all ranks, *in] -> [*tokens, all ranks], the rows before the tokens
     first = flats[0]
     summed = [i for i, axis in enumerate(first.x_axes) if axis not in first.out_axes]
+    batch = [first.x_axes.index(axis) for axis in rows]
     x, f, result = cast_for_branch(
-        _apart(first.x, forms), lax.concatenate(parts, 0), first.lazy, narrow=forms.narrow
+        *(_apart(first.x, forms), lax.concatenate(parts, len(rows))),
+        first.lazy,
+        narrow=forms.narrow,
     )
     h = lax.dot_general(
         x,
         f,
-        ((summed, range(1, len(summed) + 1)), ((), ())),
+        ((summed, range(len(rows) + 1, f.ndim)), (batch, range(len(rows)))),
         precision=first.precision,
         preferred_element_type=result,
     )
-    return lax.split(h, [len(part) for part in parts], axis=h.ndim - 1)
+    return lax.split(h, [part.shape[len(rows)] for part in parts], axis=h.ndim - 1)
 
 
 def _as_hidden(product: Product, h: jax.Array, forms: Forms) -> Hidden:
     flat, tokens = flatten_tokens(product) if forms.flatten else (product, ())
-    free = [axis for axis in flat.x_axes if axis in flat.out_axes]
+    free = [axis for axis in flat.x_axes if axis in flat.out_axes and axis != ROW]
+    free = [*(axis for axis in flat.x_axes if axis == ROW), *free]
     return Hidden(flat, h, axes=(*free, RANK), tokens=tokens)

@@ -29,6 +29,7 @@ from lora_jax.engine.program import Argument, Program, adapted_arguments
 from lora_jax.engine.quantized.merge_aware import trained_leaf
 from lora_jax.engine.quantized.view import Served
 from lora_jax.engine.rows.batch import Batch
+from lora_jax.engine.rows.places import Places
 from lora_jax.engine.undropped import Say, say_once, watch
 
 
@@ -112,7 +113,12 @@ def lora(
         if merge_aware:
             _require_quantized((args, kwargs))
 
-        def run(row: Row | None, args: Any, kwargs: Mapping[str, Any]) -> Any:
+        def run(
+            row: Row | None,
+            args: Any,
+            kwargs: Mapping[str, Any],
+            places_in: Callable[[Any], Places] = lambda _: {},
+        ) -> Any:
             gains: list[Any] = [None]  # of the weights so far
 
             def enter(argument: Argument, path: str, leaf: Any) -> Any:
@@ -127,8 +133,10 @@ def lora(
                 )
                 return entered
 
-            ctx = Context(on_dense, rules=rules, forms=chosen)
-            return Program.of(fn, args, kwargs, enter).evaluate(ctx)
+            program = Program.of(fn, args, kwargs, enter)
+            places = places_in(program.jaxpr)
+            ctx = Context(on_dense, rules=rules, forms=chosen, places=places)
+            return program.evaluate(ctx)
 
         if adapters_of is None:
             return run(None, args, kwargs)

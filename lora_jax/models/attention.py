@@ -7,6 +7,8 @@ queries are cut into blocks, and each block sees only the keys up to its own end
 - One text per row and no cache: cuDNN gets its own causal mask and window, and needs no blocks.
 - Packed texts, padding and caches: cuDNN takes a mask only as a dense bias, and so gets it block by
   block. A step that trains on one text per row is faster with `segments=None`.
+- A cache elsewhere: products with rows and groups in front, as the cache has them. JAX's own has
+  the keys in front of the groups, and mapped over rows it transposes and copies the cache.
 """
 
 import re
@@ -72,7 +74,8 @@ def attend(
         )
     # cuDNN's backward pass needs even lengths with a bias; a few queries gain nothing from it.
     queries, keys = query.shape[1], key.shape[1]
-    core = _Core(causal, window, flash and queries >= BLOCK and not (queries % 2 or keys % 2))
+    flash = flash and queries >= BLOCK and not (queries % 2 or keys % 2)
+    core = _Core(causal, window, flash, by_group=sight.first is not None)
     places = jnp.arange(queries) if sight.first is None else jnp.arange(queries) + sight.first
     return _in_groups(
         core,
@@ -117,12 +120,14 @@ class _Core:
     causal: bool
     window: int | None
     flash: bool
+    by_group: bool  # where it is not by cuDNN
 
     def __call__(self, queries: _Queries, keys: _Keys) -> jax.Array:
         query, key, value = queries.values, keys.keys, keys.values
         mask = self._mask(queries, keys)
-        if query.dtype == jnp.float64:  # JAX's own takes the softmax in float32
-            return _attend_in_float64(query, key, value, mask)
+        # JAX's own takes the softmax of float64 in float32.
+        if query.dtype == jnp.float64 or (self.by_group and not self.flash):
+            return _attend_by_group(query, key, value, mask)
         how: Literal["cudnn", "xla"] = "cudnn" if self.flash else "xla"
         return jax.nn.dot_product_attention(query, key, value, mask=mask, implementation=how)
 
@@ -140,16 +145,23 @@ class _Core:
         return None if visible is None else visible[:, None]
 
 
-def _attend_in_float64(
+def _attend_by_group(
     query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array | None
 ) -> jax.Array:
+    """Return what `jax.nn.dot_product_attention` does, the softmax in float32 or wider."""
     batch, length, _, size = query.shape
-    grouped = query.reshape(batch, length, key.shape[2], -1, size)
-    scores = jnp.einsum("bqkgd,btkd->bkgqt", grouped, key) * size**-0.5
+    groups, dtype = key.shape[2], jnp.promote_types(query.dtype, jnp.float32)
+    products = partial(jax.lax.dot_general, preferred_element_type=dtype)
+    by_group = query.reshape(batch, length, groups, -1, size).swapaxes(1, 2)
+    rows = by_group.reshape(batch, groups, -1, size)  # of all queries of a group
+    scores = products(rows, key.swapaxes(1, 2), (((3,), (3,)), ((0, 1), (0, 1))))
+    scores = scores.reshape(*by_group.shape[:-1], -1) * jnp.asarray(size**-0.5, dtype)
     if mask is not None:
-        scores = jnp.where(mask[:, :, None], scores, -1e30)
-    weights = jax.nn.softmax(scores, axis=-1)
-    return jnp.einsum("bkgqt,btkd->bqkgd", weights, value).reshape(query.shape)
+        scores = jnp.where(mask[:, :, :, None], scores, -0.7 * jnp.finfo(dtype).max)
+    weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype).reshape(*rows.shape[:-1], -1)
+    mixed = products(weights, value.swapaxes(1, 2), (((3,), (2,)), ((0, 1), (0, 1))))
+    mixed = mixed.astype(query.dtype).reshape(by_group.shape)
+    return mixed.swapaxes(1, 2).reshape(query.shape)
 
 
 def _in_groups(core: _Core, queries: _Queries, keys: _Keys, cut: bool) -> jax.Array:

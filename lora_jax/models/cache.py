@@ -44,8 +44,13 @@ class Cache:
 def write(old: jax.Array, new: jax.Array, first: jax.Array, axis: int) -> jax.Array:
     """Return `old` with `new` in it from `first` on along `axis`, in the dtype of `old`.
 
-    Mapped over rows that have one `first` this is one update, in place where `old` is donated;
-    JAX's own rule makes a scatter of it, which copies `old`.
+    Mapped over rows that have one `first` it is one update for all of them, in place where `old` is
+    donated; JAX's own rule makes a scatter of it, and XLA then copies `old`.
+
+    Args:
+      old, new: arrays with as many axes, the first one of rows.
+      first: an integer.
+      axis: not the first one.
     """
     return _writer(axis)(old, new.astype(old.dtype), first)
 
@@ -63,7 +68,9 @@ def _writer(axis: int) -> Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
             x if known else lax.broadcast(x, (size,))
             for x, known in zip((old, new), is_mapped, strict=False)
         )
-        return _writer(axis + 1)(old, new, first), True
+        # As more rows: XLA does not update a reshaped array in place.
+        rows, new = (x.reshape(-1, *x.shape[2:]) for x in (old, new))
+        return _writer(axis)(rows, new, first).reshape(old.shape), True
 
     # A derivative takes JAX's rules, which it can transpose.
     write = jax.custom_jvp(lambda old, new, first: mapped(old, new, first))

@@ -73,8 +73,8 @@ MUTANTS = [
     Mutant(
         "give each weight of a group the first one's x·A",
         "engine/products.py",
-        "return lax.split(h, [len(part) for part in parts], axis=h.ndim - 1)",
-        "return [h[..., : len(part)] for part in parts]",
+        "return lax.split(h, [part.shape[len(rows)] for part in parts], axis=h.ndim - 1)",
+        "return [h[..., : part.shape[len(rows)]] for part in parts]",
     ),
     Mutant(
         "narrow an update whose result is in float32",

@@ -1,17 +1,17 @@
-"""A function of a batch as a function of its rows: which axes are rows, before and after."""
+"""A batch whose rows use different adapters: where its rows are, and how they are computed."""
 
 # Measured: one decoding step of SmolLM2 with a cache, unrolled, 8 rows of 8 adapters of rank 16 on
-# q and v, two CPU cores, time over that of 8 rows of one adapter: 3.1 to 4.1 by the vmap over rows
-# here, the same without any gather, so neither A[id] nor small products matter: XLA transposes and
-# copies keys and values (170 MB of temporary memory where one adapter takes 4), because mapped
-# attention has two axes of batch, and dynamic_update_slice becomes a scatter. By hand, the program
-# as it is for the whole batch and only the branch with its batch axis, x[rows, 1, in] ·
-# A[ids][rows, in, rank] · B[ids]: 1.02, or 1.00 with A and B selected before; as products and sums
-# 1.08 to 1.19; as a masked concatenation 1.00 to 1.12. So the rows should be an axis of the branch
-# alone, under a name that A and B have and W does not have, like a batch axis of the weight; the
-# axis of x follows from the program with a prime number of rows below. A vmap is left for what has
-# no such axis: a weight that meets an activation without rows, a product of two weights.
+# q and v, two CPU cores, time over that of 8 rows of one adapter: 3.1 to 4.1 by a vmap over rows,
+# the same without any gather, so neither A[id] nor small products matter: XLA transposes and copies
+# keys and values (170 MB of temporary memory where one adapter takes 4), because mapped attention
+# has two axes of batch, and dynamic_update_slice becomes a scatter. By hand, the program as it is
+# for the whole batch and only the branch with its axis of rows, x[rows, 1, in] · A[ids][rows, in,
+# rank] · B[ids]: 1.02, or 1.00 with A and B selected before; as products and sums 1.08 to 1.19; as
+# a masked concatenation 1.00 to 1.12. So the program stays as it is wherever a weight meets an
+# activation with rows. A vmap is left for what has no such axis: a weight that meets an activation
+# without rows, a product of two weights, convolutions, ragged products.
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -24,14 +24,17 @@ from lora_jax.core.errors import ConfigError, LoraError
 from lora_jax.core.foreign import shown_value
 from lora_jax.core.paths import flatten_with_key_paths, path_str
 from lora_jax.core.slots import check_ids
-from lora_jax.core.weights import is_adapted, is_weight
+from lora_jax.core.weights import LoraWeight, is_adapted, is_weight
 from lora_jax.engine.lazy_weight import Row
 from lora_jax.engine.program import Argument, Program, is_dynamic
 from lora_jax.engine.rows.equations import Wide
 from lora_jax.engine.rows.mixing import facts_of_outputs, prime_for
+from lora_jax.engine.rows.places import Places, transferred
+from lora_jax.engine.rows.slots import NoPlaceForRows
 
-#: `run(row, args, kwargs)`: what the function returns for a batch of one row.
-Run = Callable[[Row, Any, Mapping[str, Any]], Any]
+#: `run(row, args, kwargs, places_in)`: what the function returns for one row, or for all;
+#: `places_in` tells where its program has the rows.
+Run = Callable[[Row, Any, Mapping[str, Any], Callable[[Any], Places]], Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,21 +84,35 @@ class Batch:
             )
         return cls(args, kwargs, ids.reshape(-1), axes, in_order)
 
-    def run(self, fn: Callable, run_row: Run, enter: Callable) -> Any:
-        """Return what `fn` returns, each row computed by `run_row`.
+    def run(self, fn: Callable, run: Run, enter: Callable) -> Any:
+        """Return what `fn` returns, each row with its own adapter.
 
-        `enter` gives what stands in the program of `fn` for a leaf, without adapters.
+        The program stays that of the whole batch, and only A and B have an axis of rows. Where that
+        is not possible every row is computed as a batch of one row, under `jax.vmap`.
+
+        Args:
+          fn: the function.
+          run: interprets it for some rows, the places of whose axes it gets for its program.
+          enter: gives what stands in the program of `fn` for a leaf, without adapters.
 
         Raises:
           ConfigError: the function mixes rows, or returns them where they cannot be told.
         """
-        out_axes = self._out_axes(fn, enter)
+        traced = self._traced(fn, enter)
+        nodes = [x for _, x in self._pairs if is_adapted(x) and x.slots is not None]
+        if all(isinstance(x, LoraWeight) for x in nodes):
+            row = Row(self.ids, jnp.arange(len(self.ids), dtype=jnp.int32), self.in_order)
+            with contextlib.suppress(NoPlaceForRows):
+                return run(row, self.args, self.kwargs, traced.places_in)
+        return self._run_mapped(run, traced.out_axes)
+
+    def _run_mapped(self, run: Run, out_axes: Sequence[int | None]) -> Any:
         fixed: list[Any] = []  # what the function returns, its arrays left out
 
         def one(row: Row, leaves: Sequence[Any]) -> list[Any]:
             pairs = zip(self._pairs, self.axes, leaves, strict=True)
             args, kwargs = self._rebuild([_of_one_row(leaf, *x) for (_, leaf), *x in pairs])
-            outs, treedef = jax.tree.flatten(run_row(row, args, kwargs))
+            outs, treedef = jax.tree.flatten(run(row, args, kwargs, lambda _: {}))
             fixed[:] = [treedef, [None if isinstance(x, jax.Array) else x for x in outs]]
             arrays = [x for x in outs if isinstance(x, jax.Array)]
             return [
@@ -109,7 +126,7 @@ class Batch:
         leaves, in_axes = (list(x) for x in zip(*pairs, strict=True))
         row = Row(self.ids, jnp.arange(len(self.ids), dtype=jnp.int32))
         try:
-            outs = jax.vmap(one, (Row(0, 0), in_axes), out_axes)(row, leaves)
+            outs = jax.vmap(one, (0, in_axes), out_axes)(row, leaves)
         except (LoraError, Warning):
             raise
         except Exception as error:
@@ -134,20 +151,20 @@ class Batch:
         treedef = jax.tree.structure((self.args, self.kwargs), is_leaf=is_weight)
         return jax.tree.unflatten(treedef, leaves)
 
-    def _out_axes(self, fn: Callable, enter: Callable) -> list[int | None]:
-        """Return which axis of each array returned has the rows, None where it has none."""
+    def _traced(self, fn: Callable, enter: Callable) -> "_Traced":
+        """Return what a trace with many rows tells."""
         sizes = [n for _, leaf in self._pairs for n in getattr(leaf, "shape", ())]
         wide = Wide(prime_for(sizes), len(self.ids))
         try:
-            return self._out_axes_of(fn, enter, wide)
+            return self._traced_with(fn, enter, wide)
         except ConfigError:
             # The prime may divide a size that the program itself makes.
             other = dataclasses.replace(wide, prime=prime_for(sizes, after=wide.prime))
-            return self._out_axes_of(fn, enter, other)
+            return self._traced_with(fn, enter, other)
 
-    def _out_axes_of(self, fn: Callable, enter: Callable, wide: Wide) -> list[int | None]:
+    def _traced_with(self, fn: Callable, enter: Callable, wide: Wide) -> "_Traced":
         program, adapted = self._trace(fn, enter, wide)
-        facts = facts_of_outputs(program.jaxpr, wide, adapted)
+        facts, places = facts_of_outputs(program.jaxpr, wide, adapted)
         found = []
         for v, fact in zip(program.jaxpr.outvars, facts, strict=True):
             if fact.mixed:
@@ -160,7 +177,7 @@ class Batch:
                     "out"
                 )
             found.append(axis)
-        return found
+        return _Traced(program.jaxpr, places, found)
 
     def _trace(self, fn: Callable, enter: Callable, wide: Wide) -> tuple[Program, list[bool]]:
         """Return the program for many rows, and which of its inputs have adapters."""
@@ -185,6 +202,19 @@ class Batch:
                 f"place of {wide.rows}), which says where its rows are. Pass every array that has "
                 f"rows as an argument. It fails with {type(error).__name__}: {error}"
             ) from error
+
+
+@dataclasses.dataclass(frozen=True)
+class _Traced:
+    """What a trace with many rows tells."""
+
+    jaxpr: Any
+    places: Places
+    out_axes: Sequence[int | None]  # of each array returned: the axis of rows, None without
+
+    def places_in(self, jaxpr: Any) -> Places:
+        """Return where the rows are in the program of the batch itself."""
+        return transferred(self.jaxpr, jaxpr, self.places)
 
 
 def _of_one_row(leaf: Any, axis: int | None, own: Any) -> Any:

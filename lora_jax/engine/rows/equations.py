@@ -6,6 +6,7 @@ from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 from lora_jax.engine import jaxprs
+from lora_jax.engine.rows.places import Place
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,6 +84,13 @@ class Wide:
         """Return the axes that are axes of rows, or have them merged into them."""
         shape = getattr(atom.aval, "shape", ())
         return [i for i, size in enumerate(shape) if size and size % self.prime == 0]
+
+    def place(self, atom: Any, fact: Fact) -> Place | None:
+        """Return where a value has its rows; None where it has none, or more than one axis."""
+        axes = self.axes(atom)
+        if len(axes) != 1:
+            return None
+        return Place(axes[0], 1 if atom.aval.shape[axes[0]] == self.total else fact.inner)
 
     def facts(self, eqn: Any, before: Sequence[Fact], line: str) -> list[Fact]:
         """Return what is known of the outputs of an equation, which is on this line."""
@@ -184,9 +192,13 @@ def _dot_general(wide: Wide, eqn: Any, before: Sequence[Fact]) -> Verdict:
 def _conv(wide: Wide, eqn: Any, before: Sequence[Fact]) -> Verdict:
     numbers = eqn.params["dimension_numbers"]
     image, kernel = eqn.invars
-    batch, groups = numbers.lhs_spec[0], eqn.params["batch_group_count"]
-    elsewhere = [i for i in wide.axes(image) if i != batch]
-    return MIX if elsewhere or wide.axes(kernel) or (groups > 1 and wide.axes(image)) else None
+    if wide.axes(kernel):  # `jax.vmap` over kernels has them as output features, in groups
+        groups = eqn.params["feature_group_count"] * eqn.params["batch_group_count"]
+        apart = not wide.axes(image) or groups % wide.total == 0
+        return None if wide.axes(kernel) == [numbers.rhs_spec[0]] and apart else MIX
+    elsewhere = [i for i in wide.axes(image) if i != numbers.lhs_spec[0]]
+    grouped = eqn.params["batch_group_count"] > 1 and wide.axes(image)
+    return MIX if elsewhere or grouped else None
 
 
 def _windows(wide: Wide, eqn: Any, before: Sequence[Fact]) -> Verdict:
@@ -271,10 +283,12 @@ def _reshape(wide: Wide, eqn: Any, before: Sequence[Fact]) -> Verdict:
 def _reshaped_inner(wide: Wide, eqn: Any, inner: int) -> int | None:
     """Return how many entries a row has of the axis that the rows are in; None if it is divided."""
     old, new = eqn.invars[0].aval.shape, eqn.outvars[0].aval.shape
-    at = wide.axes(eqn.invars[0])
-    if len(at) != 1:
+    axes = wide.axes(eqn.invars[0])
+    if len(axes) != 1:
         return 1
-    stride = math.prod(old[at[0] + 1 :]) * inner  # in the flat array, from row to row
+    order = list(eqn.params["dimensions"] or range(len(old)))  # in which the axes are read
+    behind_rows = order[order.index(axes[0]) + 1 :]
+    stride = math.prod(old[i] for i in behind_rows) * inner  # in the flat array, from row to row
     behind = 1
     for size in reversed(new):
         if size % wide.total == 0:

@@ -11,6 +11,7 @@ from typing import Any
 
 from lora_jax.engine import jaxprs
 from lora_jax.engine.rows.equations import MEND, Fact, Wide
+from lora_jax.engine.rows.places import Place, Places
 
 
 def prime_for(sizes: Sequence[int], after: int = 30) -> int:
@@ -27,8 +28,8 @@ def prime_for(sizes: Sequence[int], after: int = 30) -> int:
     return candidate
 
 
-def facts_of_outputs(jaxpr: Any, wide: Wide, adapted: Sequence[bool]) -> list[Fact]:
-    """Return what is known of each output of a program.
+def facts_of_outputs(jaxpr: Any, wide: Wide, adapted: Sequence[bool]) -> tuple[list[Fact], Places]:
+    """Return what is known of each output of a program, and where its equations have rows.
 
     Args:
       jaxpr: the program, open.
@@ -36,12 +37,14 @@ def facts_of_outputs(jaxpr: Any, wide: Wide, adapted: Sequence[bool]) -> list[Fa
       adapted: which of its inputs have adapters.
     """
     facts = [Fact(adapted=x) for x in adapted]
-    return _Walk(wide).outputs(jaxpr, facts)
+    walk = _Walk(wide)
+    return walk.outputs(jaxpr, facts), walk.places
 
 
 class _Walk:
     def __init__(self, wide: Wide):
         self._wide = wide
+        self.places: dict[int, list[Place | None]] = {}
         self._lines = [""]  # of the equations around the program
 
     def outputs(self, jaxpr: Any, facts: Sequence[Fact]) -> list[Fact]:
@@ -64,6 +67,9 @@ class _Walk:
             self._lines.pop()
 
     def _on_line(self, eqn: Any, before: Sequence[Fact]) -> Sequence[Fact]:
+        self.places[id(eqn)] = [
+            self._wide.place(v, fact) for v, fact in zip(eqn.invars, before, strict=True)
+        ]
         container = _CONTAINERS.get(eqn.primitive.name)
         if container is not None:
             return container(self, eqn, before)

@@ -15,6 +15,7 @@ from lora_jax.engine.lazy_weight import Axis, LazyWeight, is_lazy
 from lora_jax.engine.products import Product, add_update, is_shareable
 from lora_jax.engine.rules.indexing import densify_rows
 from lora_jax.engine.rules.registry import PrimitiveRule, rule
+from lora_jax.engine.rules.rows_apart import RowsApart
 
 RULES: dict[str, PrimitiveRule] = {}
 
@@ -29,8 +30,11 @@ def _dot_general(ctx: Context, eqn: Any, args: Sequence[Any]) -> Any:
     if is_lazy(x):
         contracted, batched = (dims[weight_is_left] for dims in _dimensions(eqn))
         x = _as_activation(ctx, eqn, x, contracted, batched)
-    equation, branch = _parts(eqn, lazy, x.ndim, weight_is_left)
-    return contract_weight(ctx, equation, branch, x)
+    rows = RowsApart.of(ctx, eqn, lazy, x, weight_is_left)
+    x = rows.split(x)
+    equation, branch = _parts(eqn, lazy, x, weight_is_left, rows)
+    outs = contract_weight(ctx, equation, branch, x)
+    return [y.reshape(eqn.outvars[0].aval.shape) for y in outs] if rows.divides else outs
 
 
 def share(ctx: Context, inputs: Sequence[tuple[Any, Sequence[Any]]]) -> None:
@@ -42,7 +46,9 @@ def share(ctx: Context, inputs: Sequence[tuple[Any, Sequence[Any]]]) -> None:
             if lazy.a is not None and lazy.w is not None and not lazy.origin.looked_up:
                 if lazy.served:
                     continue  # its x·A gives x no gradient
-                _, branch = _parts(eqn, lazy, x.ndim, is_lazy(args[0]))
+                rows = RowsApart.of(ctx, eqn, lazy, x, is_lazy(args[0]))
+                x = rows.split(x)
+                _, branch = _parts(eqn, lazy, x, is_lazy(args[0]), rows)
                 after = side_that_takes_gain(lazy, branch.x_axes, branch.out_axes) == "out"
                 product = branch.product(x)
                 if after and is_shareable(product):
@@ -71,15 +77,16 @@ class _EquationBranch(DotBranch):
 
 
 def _parts(
-    eqn: Any, lazy: LazyWeight, x_ndim: int, weight_is_left: bool
+    eqn: Any, lazy: LazyWeight, x: jax.Array, weight_is_left: bool, rows: RowsApart
 ) -> tuple[Equation, _EquationBranch]:
     """Return what a `dot_general` does with its axes, and its branch."""
     contracted, batched = (dims[::-1] if weight_is_left else dims for dims in _dimensions(eqn))
     # x_axes: fresh names, and the weight's where the two meet
-    x_axes: list[Axis] = [Axis((), -2 - i) for i in range(x_ndim)]
+    x_axes: list[Axis] = [Axis((), -2 - i) for i in range(x.ndim)]
     for x_dims, w_dims in (contracted, batched):
         for x_dim, w_dim in zip(x_dims, w_dims, strict=True):
-            x_axes[x_dim] = lazy.axes[w_dim]
+            x_axes[rows.number(x_dim)] = lazy.axes[w_dim]
+    x_axes = rows.named(x_axes)
     batch = [lazy.axes[i] for i in batched[1]]
     summed = [lazy.axes[i] for i in contracted[1]]
     # out: [*batch, *free axes of the left operand, *free axes of the right one]
@@ -95,7 +102,9 @@ def _parts(
         eqn=eqn,
         has_batch=bool(batch),
     )
-    return Equation(eqn, weight_is_left, summed, batch), branch
+    sizes = lazy.sizes | dict(zip(x_axes, x.shape, strict=True))
+    shape = tuple(sizes[axis] for axis in out) if rows.divides else None
+    return Equation(eqn, weight_is_left, summed, batch, shape=shape), branch
 
 
 def _weight_is_left(left: Any, right: Any) -> bool:

@@ -14,9 +14,11 @@ from lora_jax.core.quantized.parts import blocked_axis, with_fields
 from lora_jax.engine import named_axes
 from lora_jax.engine.arithmetic import to_dense
 from lora_jax.engine.context import Context
-from lora_jax.engine.lazy_weight import SLOT, Axis, LazyWeight, is_lazy
+from lora_jax.engine.lazy_weight import ROW, SLOT, Axis, LazyWeight, is_lazy
 from lora_jax.engine.quantized import moves
 from lora_jax.engine.quantized.view import QuantizedView, Step
+from lora_jax.engine.rows.places import Place
+from lora_jax.engine.rows.slots import NoPlaceForRows
 from lora_jax.engine.rules.registry import PrimitiveRule, rule
 from lora_jax.engine.rules.views import mark_indexed, on_base, view_of, view_with
 
@@ -72,7 +74,12 @@ def _gather(ctx: Context, eqn: Any, args: Sequence[Any]) -> Any:
     lazy, indices = args
     if not is_lazy(lazy) or is_lazy(indices):
         return NotImplemented
-    gather = _Gather(eqn.params, lazy, indices)
+    place = None
+    if lazy.row is not None and lazy.row.slot.ndim:
+        place = ctx.place_of_rows(eqn, 1)
+        if place.inner > 1 or indices.shape[place.axis] != len(lazy.row.slot):
+            raise NoPlaceForRows
+    gather = _Gather(eqn.params, lazy, indices, place)
     if not gather.is_factored:
         return NotImplemented
     moved = lazy.map_members(gather.member)
@@ -119,6 +126,7 @@ class _Gather:
     params: dict[str, Any]
     view: LazyWeight
     indices: jax.Array  # [*ids, columns]
+    rows: Place | None = None  # where the ids have the rows of a batch with many adapters
 
     @functools.cached_property
     def columns(self) -> dict[int, int]:
@@ -145,7 +153,9 @@ class _Gather:
         reorders = length is not None and length == self.view.sizes[self.picked[0]]
         origins = self.picked[0].origins if reorders else ()
         n_ids = self.indices.ndim - 1
-        return [paired.get(j, self.view.new_axis(origins, skip=j)) for j in range(n_ids)]
+        own = [paired.get(j, self.view.new_axis(origins, skip=j)) for j in range(n_ids)]
+        rows = None if self.rows is None else self.rows.axis
+        return [ROW if j == rows else axis for j, axis in enumerate(own)]
 
     @functools.cached_property
     def offset_axes(self) -> dict[int, Axis]:
@@ -279,6 +289,8 @@ class _Gather:
             ids = self._ids(columns, 0)
             dtype = jnp.promote_types(ids.dtype, jnp.int32)
             slot = jnp.maximum(self.view.row.slot, 0).astype(dtype)
+            if self.rows is not None:
+                slot = jnp.expand_dims(slot, [i for i in range(ids.ndim) if i != self.rows.axis])
             column = jnp.broadcast_to(slot, (*ids.shape[:-1], slots))
             return jnp.concatenate([column, ids.astype(dtype)], -1)
         if list(columns) == list(range(self.indices.shape[-1])):

@@ -19,6 +19,7 @@ NOT_MAPPED = {
     "grad_of_ragged_experts": "ragged_dot vmap",
     "ragged_experts_vmapped": "ragged_dot vmap",
     "opaque_kernel": "pure_callback",
+    "conv_in_batch_groups": "mixes the rows",
 }
 
 
@@ -109,7 +110,7 @@ def check(case: Case, dtype, forms=None):
 @pytest.mark.parametrize("case", a_few(CASES + DENSE_CASES), ids=str)
 def test_each_row_equals_the_row_alone(case, x64, quick_compile):
     if case.name in NOT_MAPPED:
-        with pytest.raises(lora_jax.ConfigError, match=f"one row.*{NOT_MAPPED[case.name]}"):
+        with pytest.raises(lora_jax.ConfigError, match=NOT_MAPPED[case.name]):
             check(case, jnp.float64)
     else:
         check(case, jnp.float64)
