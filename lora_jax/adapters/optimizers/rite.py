@@ -132,7 +132,7 @@ def _step(
     # Carry the moments to the basis of this step.
     carry = matmul(transposed(basis), before.basis)
     carried = matmul(matmul(carry, before.nu), transposed(carry))
-    fall = jnp.linalg.eigvalsh(before.nu) - jnp.linalg.eigvalsh(carried)
+    fall = eigenvalues(before.nu)[0] - eigenvalues(carried)[0]
     lost = b2 * (before.lost + jnp.maximum(fall.max(-1), 0))
     nu = b2 * carried + (1 - b2) * gram(unmagnified) / gradient.shape[-2]
     nu = (nu + transposed(nu)) / 2

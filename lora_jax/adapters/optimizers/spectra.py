@@ -33,8 +33,21 @@ def on_spectrum(fn: jax.Array, vectors: jax.Array) -> jax.Array:
 
 def eigenvalues(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Return the eigenvalues of Gram matrices, ascending and none below 0, and eigenvectors."""
-    squares, vectors = jnp.linalg.eigh(x)
+    squares, vectors = _decomposed(x)
     return jnp.maximum(squares, 0), vectors
+
+
+def _decomposed(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Return eigenvalues and eigenvectors of `[*batch, n, n]`; a CPU takes one after the other.
+
+    jaxlib (0.10) divides a batch among the threads of XLA, in one of them, and waits there for the
+    others. Where a program has as many independent batches as there are threads, all of them wait.
+    """
+    whole = lambda x: tuple(jnp.linalg.eigh(x))
+    single = jax.custom_batching.sequential_vmap(whole)
+    for _ in range(x.ndim - 2):
+        single = jax.vmap(single)
+    return jax.lax.platform_dependent(x, cpu=single, default=whole)
 
 
 def scaled(x: jax.Array) -> tuple[jax.Array, jax.Array]:
