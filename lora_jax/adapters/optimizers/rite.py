@@ -132,8 +132,8 @@ def _step(
     # Carry the moments to the basis of this step.
     carry = matmul(transposed(basis), before.basis)
     carried = matmul(matmul(carry, before.nu), transposed(carry))
-    fall = eigenvalues(before.nu)[0] - eigenvalues(carried)[0]
-    lost = b2 * (before.lost + jnp.maximum(fall.max(-1), 0))
+    old, new = eigenvalues(jnp.stack([before.nu, carried]))[0]
+    lost = b2 * (before.lost + jnp.maximum((old - new).max(-1), 0))
     nu = b2 * carried + (1 - b2) * gram(unmagnified) / gradient.shape[-2]
     nu = (nu + transposed(nu)) / 2
     # Precondition. Columns that are not there get a value among the others, which moves nothing.

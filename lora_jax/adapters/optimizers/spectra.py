@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from lora_jax.core.linalg import matmul
 
@@ -33,21 +34,24 @@ def on_spectrum(fn: jax.Array, vectors: jax.Array) -> jax.Array:
 
 def eigenvalues(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Return the eigenvalues of Gram matrices, ascending and none below 0, and eigenvectors."""
-    squares, vectors = _decomposed(x)
+    together = lambda x: tuple(jnp.linalg.eigh(x))
+    squares, vectors = lax.platform_dependent(x, cpu=_one_by_one, default=together)
     return jnp.maximum(squares, 0), vectors
 
 
-def _decomposed(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Return eigenvalues and eigenvectors of `[*batch, n, n]`; a CPU takes one after the other.
+def _one_by_one(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Return what `eigh` does, of one matrix at a time, also under `jax.vmap`.
 
-    jaxlib (0.10) divides a batch among the threads of XLA, in one of them, and waits there for the
-    others. Where a program has as many independent batches as there are threads, all of them wait.
+    A CPU shares out a batch over the threads of a pool and waits for them within the pool. Two
+    batches at once, on two cores, wait forever (jax 0.10, `ParallelBatchMap`).
     """
-    whole = lambda x: tuple(jnp.linalg.eigh(x))
-    single = jax.custom_batching.sequential_vmap(whole)
-    for _ in range(x.ndim - 2):
-        single = jax.vmap(single)
-    return jax.lax.platform_dependent(x, cpu=single, default=whole)
+    squares, vectors = lax.map(_eigh, x.reshape(-1, *x.shape[-2:]))
+    return squares.reshape(x.shape[:-1]), vectors.reshape(x.shape)
+
+
+@jax.custom_batching.sequential_vmap
+def _eigh(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return tuple(jnp.linalg.eigh(x))
 
 
 def scaled(x: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -74,7 +78,7 @@ def inverse_root(x: jax.Array) -> jax.Array:
     squares, vectors = eigenvalues(gram(x))
     damped = squares + WEAK**2 * squares[..., -1:]
     some = damped > 0
-    roots = jnp.where(some, jax.lax.rsqrt(jnp.where(some, damped, jnp.ones_like(damped))), damped)
+    roots = jnp.where(some, lax.rsqrt(jnp.where(some, damped, jnp.ones_like(damped))), damped)
     return on_spectrum(roots, vectors) / size
 
 
@@ -102,10 +106,10 @@ def orthonormal_basis(x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     y, size = scaled(x)
     squares, vectors = eigenvalues(gram(y))
     there = squares > WEAK**2 * squares[..., -1:]
-    roots = jnp.where(there, jax.lax.rsqrt(jnp.where(there, squares, 1)), 0).astype(x.dtype)
+    roots = jnp.where(there, lax.rsqrt(jnp.where(there, squares, 1)), 0).astype(x.dtype)
     t = vectors * roots[..., None, :]
     # Squares of singular values have lost digits; the second pass, near orthonormal, has not.
     gone = jnp.where(there, 0, 1).astype(x.dtype)
     again, rotation = eigenvalues(add_diagonal(gram(matmul(y, t)), gone))
-    t = matmul(t, on_spectrum(jax.lax.rsqrt(again), rotation)) * (1 - gone)[..., None, :]
+    t = matmul(t, on_spectrum(lax.rsqrt(again), rotation)) * (1 - gone)[..., None, :]
     return matmul(y, t), t / size, there

@@ -6,6 +6,7 @@ from lora_jax.cli.commands.train import check, resume_command
 from lora_jax.cli.options import takes
 from lora_jax.cli.sweep_lists import read_grid
 from lora_jax.cli.sweep_options import LISTS, WITHOUT, SweepOptions
+from lora_jax.cli.train_options import CLASSIFICATION
 
 EXAMPLES = (
     "lora-jax sweep --model tiny --data notes.txt --ranks 2,4 --lrs 1e-3,1e-2 --steps 9 --out run",
@@ -43,6 +44,11 @@ def command(context: typer.Context, options: SweepOptions) -> None:
         raise typer.BadParameter(
             f"--halving keeps one of {options.eta} runs (--eta), but there are {len(grid)}; add "
             "values to the lists"
+        )
+    if options.task == CLASSIFICATION and len({one["seed"] for one in grid}) > 1:
+        raise typer.BadParameter(
+            "a classifier's new head is part of the base, which all runs share; give one seed",
+            param_hint="--seeds",
         )
     from lora_jax.cli import compile_cache
     from lora_jax.cli.jobs.sweeping import sweep

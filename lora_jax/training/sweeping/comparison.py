@@ -20,6 +20,7 @@ class Result:
     steps: int  # that it has done
     loss: float  # of training: the mean over its last steps
     eval_loss: float | None
+    eval_accuracy: float | None  # of a classifier
     state: str | None  # one of `DONE`, `STOPPED` and `DIVERGED`; None of a run that goes on
 
     @property
@@ -51,12 +52,13 @@ def result(name: str, records: Sequence[log.Record]) -> Result:
     """Return where one run stands, by its own records."""
     steps, losses = log.losses([dict(r) for r in records])
     is_lost = any("diverged" in r for r in records)
-    judged = [r["eval_loss"] for r in records if "eval_loss" in r]
+    judged = [r for r in records if "eval_loss" in r]
     states = [r["ended"] for r in records if "ended" in r]
     return Result(
         name,
         steps[-1] if steps else 0,
         float(np.mean(losses[-window_of(len(losses)) :])) if losses and not is_lost else math.inf,
-        judged[-1] if judged else None,
+        judged[-1]["eval_loss"] if judged else None,
+        judged[-1].get("eval_accuracy") if judged else None,
         states[-1] if states else None,
     )

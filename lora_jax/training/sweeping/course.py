@@ -72,6 +72,13 @@ class Course:
         """The slots whose runs are to be judged."""
         return [i for i, run in enumerate(self.slots) if run is not None and not self._left(i)]
 
+    @property
+    def total(self) -> int | None:
+        """The steps of the whole sweep; None where they depend on the scores."""
+        if self.eta is not None:
+            return None
+        return -(-self.runs // len(self.slots)) * self.steps
+
     def advance(self, steps: int = 1) -> None:
         """Let every run take some steps, at most `stretch`."""
         for slot, run in enumerate(self.slots):
@@ -115,11 +122,18 @@ class Course:
         }
 
     def restored(self, found: Mapping[str, Any]) -> "Course":
-        """Return the course as `to_json` described it."""
+        """Return the course as `to_json` described it.
+
+        Raises:
+          KeyError, TypeError, ValueError: the description is damaged.
+        """
         scores: dict[int, dict[int, float]] = {}
         for milestone, run, score in found["scores"]:
             scores.setdefault(milestone, {})[run] = math.inf if score is None else score
         slots, done = list(found["slots"]), list(found["done"])
+        are_runs = all(run is None or 0 <= run < self.runs for run in slots)
+        if not are_runs or not len(slots) == len(done) == len(self.slots):
+            raise ValueError("not a course of these runs")
         return Course(self.runs, self.steps, self.eta, slots, done, found["waiting"], scores)
 
     def _run(self, slot: int) -> int:

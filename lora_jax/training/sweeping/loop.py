@@ -14,6 +14,7 @@ import numpy as np
 import lora_jax as lora
 from lora_jax.training import log
 from lora_jax.training.batching import Batch, Data, Source
+from lora_jax.training.errors import TrainingError
 from lora_jax.training.loop import (
     Settings,
     describe_sums,
@@ -68,6 +69,10 @@ class SweepJob:
         """The rows of a batch of one run."""
         return self.settings.rows * self.settings.accumulate
 
+    def course(self) -> Course:
+        """Return the course of the runs before the first step."""
+        return Course.new(len(self.names), self.sweep.slots, self.settings.steps, self.eta)
+
     def example(self) -> Batch:
         """Return a batch of all slots, for its shapes and dtypes."""
         one = self.data.example(self.rows)
@@ -113,12 +118,11 @@ def train_all(job: SweepJob, watcher: SweepWatcher = SweepWatcher()) -> list[dic
     Raises:
       TrainingError: checkpoints cannot be written or read.
     """
-    course = Course.new(len(job.names), job.sweep.slots, job.settings.steps, job.eta)
     run: list[_Running] = []
     saved = lambda _, step: watcher.saved(step, run[0].adapters()) if run else None
     with RunFiles(job.directory, saved) as files:
         done, state = files.resume(job.sweep.init())
-        course = _restored(course, files.records, done)
+        course = _restored(job.course(), files, done)
         watcher.start(done, course)
         run.append(_Running(job, watcher, files, done, state, course))
         run[0].steps()
@@ -126,12 +130,25 @@ def train_all(job: SweepJob, watcher: SweepWatcher = SweepWatcher()) -> list[dic
     return files.records
 
 
-def _restored(course: Course, records: Sequence[log.Record], done: int) -> Course:
-    """Return the course of a sweep after so many steps, by its log."""
-    known = [record for record in records if "course" in record]
-    if known:
-        course = course.restored(known[-1]["course"])
-    course.advance(done - (known[-1]["step"] if known else 0))
+def _restored(course: Course, files: RunFiles, done: int) -> Course:
+    """Return the course of a sweep after so many steps, by its log.
+
+    Raises:
+      TrainingError: the log does not say where the runs are.
+    """
+    known = [record for record in files.records if "course" in record]
+    began = known[-1]["step"] if known else 0
+    try:
+        course = course.restored(known[-1]["course"]) if known else course
+        left = 0 if course.is_over else course.stretch
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError):
+        left = -1
+    if done - began > left:
+        raise TrainingError(
+            "log.jsonl: lacks what became of the runs, or it is damaged, so the sweep cannot be "
+            "resumed. Start again with another --out"
+        )
+    course.advance(done - began)
     return course
 
 

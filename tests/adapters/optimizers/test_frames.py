@@ -1,5 +1,7 @@
 """Optimizers that know A from B under nnx.Optimizer, on a mesh, on a quantized base."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +11,7 @@ from flax import nnx
 import lora_jax
 from lora_jax import LoraConfig
 from tests.adapters.on_a_mesh import KEY, product, put
-from tests.adapters.optimizers.cases import OPTIMIZERS, each
+from tests.adapters.optimizers.cases import OPTIMIZERS, each, weight
 from tests.programs import normal
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
@@ -75,9 +77,9 @@ def test_a_mesh(name):
     after = jax.tree.map(lambda x, sharding: x.sharding == sharding, (params, state), before)
     assert jax.tree.all(after)
     tx = OPTIMIZERS[name](0.05, alone)
-    state = tx.init(alone)
+    state, step = tx.init(alone), jax.jit(step.__wrapped__)
     for _ in range(3):
-        alone, state = step.__wrapped__(alone, state, x_alone)
+        alone, state = step(alone, state, x_alone)
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5), params, alone)
 
 
@@ -101,3 +103,16 @@ def test_a_quantized_base(name):
         params, state, value = step(params, state)
         values.append(float(value))
     assert values[-1] < values[0]
+
+
+def test_a_cpu_decomposes_one_matrix_at_a_time():
+    """Batches of LAPACK's that run at once wait for each other forever, on as many cores."""
+    stack = jax.tree.map(lambda *x: jnp.stack(x), *[{"k": weight("bio", (2, 6, 5), 3)}] * 4)
+
+    def update(params):
+        tx = lora_jax.lora_rite(0.1, params)
+        return tx.update(params, tx.init(params), params)
+
+    program = jax.jit(jax.vmap(update)).trace(stack).lower(lowering_platforms=("cpu",)).as_text()
+    calls = [line for line in program.splitlines() if "custom_call @lapack" in line]
+    assert calls and all(re.search(r": \(tensor<3x3xf32>\) ->", line) for line in calls)

@@ -48,7 +48,7 @@ def interrupted_at(monkeypatch):
     """Return a function that makes Ctrl-C come while a step is shown."""
 
     def at(step):
-        def lines(say, names, steps, every):
+        def lines(say, total, every):
             def show(records):
                 if records[0]["step"] == step and "seconds" in records[0]:
                     os.kill(os.getpid(), signal.SIGINT)

@@ -2,6 +2,7 @@
 
 import json
 import shlex
+import shutil
 
 import numpy as np
 import pytest
@@ -74,7 +75,7 @@ def assert_is_that_of_train(out, name, single):
     for key in ("loss", "lr", "gradient_norm", "tokens"):
         want = [r[key] for r in alone if "loss" in r]
         np.testing.assert_allclose(of_run(out, name, key), want, rtol=3e-6, err_msg=key)
-    (judged,) = of_run(out, name, "eval_loss")
+    *_, judged = of_run(out, name, "eval_loss")
     assert judged == pytest.approx(log.evaluations(alone)[-1]["eval_loss"], rel=1e-6)
     mine, its = (
         safetensors_file.read(path / "adapter" / "adapter_model.safetensors")[0]
@@ -82,7 +83,8 @@ def assert_is_that_of_train(out, name, single):
     )
     assert mine.keys() == its.keys()
     for tensor, x in its.items():
-        np.testing.assert_allclose(mine[tensor], x, rtol=0, atol=2e-5 * np.abs(x).max())
+        # Adam's steps divide by gradients near zero, so single entries round differently.
+        assert np.linalg.norm(mine[tensor] - x) < 1e-5 * np.linalg.norm(x), tensor
     config = "adapter/adapter_config.json"
     assert (out / name / config).read_text() == (single / config).read_text()
 
@@ -125,10 +127,34 @@ def test_a_finished_sweep_shows_its_table_again(swept, run):
 def test_another_sweep_in_its_place(swept, fails):
     _, command, _ = swept
     assert "already contains a run. Add --resume" in fails(*command)
-    changed = [word if word != "1,2" else "1,2,4" for word in command]
-    assert "ranks was [1, 2], now [1, 2, 4]" in fails(*changed, "--resume")
-    fewer = [word if word != "3" else "2" for word in command]
-    assert "slots was 3, now 2" in fails(*fewer, "--resume")
+    changed = [{"1,2": "1,2,4", "3": "2"}.get(word, word) for word in command]
+    error = fails(*changed, "--resume")
+    assert "ranks was [1, 2], now [1, 2, 4]" in error and "slots was 3, now 2" in error
+
+
+DAMAGED = {
+    "no log": lambda lines: [],
+    "no course": lambda lines: [line for line in lines if '"course"' not in line],
+    "other slots": lambda lines: [line.replace('"slots": [null, ', '"slots": [') for line in lines],
+    "unknown runs": lambda lines: [line.replace("null", "99") for line in lines],
+    "another type": lambda lines: [
+        line.replace('"course": {', '"course": 3, "a": {') for line in lines
+    ],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("damage", DAMAGED)
+def test_a_damaged_log(damage, swept, tmp_path, run):
+    out, command, _ = swept
+    shutil.copytree(out, tmp_path / "out")
+    log_file = tmp_path / "out" / "log.jsonl"
+    lines = log_file.read_text().splitlines()
+    log_file.write_text("".join(f"{line}\n" for line in DAMAGED[damage](lines)))
+    moved = [word if word != str(out) else str(tmp_path / "out") for word in command]
+    done = run(*moved, "--resume")
+    error = done.err.splitlines()[-1]
+    assert done.status == 1 and error.startswith("error: log.jsonl: lacks what became of the runs")
 
 
 MISTAKES = {

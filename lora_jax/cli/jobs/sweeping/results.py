@@ -83,29 +83,33 @@ class SweepResults:
             "steps": one.steps,
             "loss": finite(one.loss),
             "eval_loss": finite(one.eval_loss),
+            **({} if one.eval_accuracy is None else {"eval_accuracy": one.eval_accuracy}),
             "adapter": str(self.path(one.name)) if is_written else None,
         }
 
     def _table(self, found: Sequence[Result]) -> Table:
         settings = [*self.settings.values()]
         shown = [n for n in _HEADS if n in ("rank", "lr") or varies(settings, n)]
-        is_judged = any(one.eval_loss is not None for one in found)
-        has_stopped = any(one.state not in (DONE, None) for one in found)
-        heads = [_HEADS[name] for name in shown] + ["training loss"]
-        heads += ["held-out loss", "perplexity"] * is_judged + ["steps"] * has_stopped + [""]
-        table = Table()
-        for head in heads:
-            table.add_column(head, justify="right", no_wrap=True)
+        columns = {
+            **{_HEADS[n]: [in_short(self.settings[one.name][n]) for one in found] for n in shown},
+            "training loss": [_loss(one.loss) for one in found],
+        }
+        if any(one.eval_loss is not None for one in found):
+            columns["held-out loss"] = [_loss(one.eval_loss) for one in found]
+            is_classifier = any(one.eval_accuracy is not None for one in found)
+            columns["accuracy" if is_classifier else "perplexity"] = [
+                _accuracy(one) if is_classifier else _perplexity(one) for one in found
+            ]
+        if any(one.state not in (DONE, None) for one in found):
+            columns["steps"] = [f"{one.steps:,}" for one in found]
         best = _best(found)
-        for one in found:
-            cells = [in_short(self.settings[one.name][name]) for name in shown]
-            cells += [_loss(one.loss)]
-            if is_judged:
-                loss = math.nan if one.eval_loss is None else one.eval_loss
-                cells += [_loss(loss), f"{math.exp(min(loss, 700)):.2f}" if loss == loss else "–"]
-            cells += [str(one.steps)] * has_stopped
-            is_lost = one.state == DIVERGED
-            table.add_row(*cells, "best" if one.name == best else "diverged" if is_lost else "")
+        lost = ["diverged" if one.state == DIVERGED else "" for one in found]
+        columns[""] = ["best" if x.name == best else y for x, y in zip(found, lost, strict=True)]
+        table = Table()
+        for head in columns:
+            table.add_column(head, justify="right", no_wrap=True)
+        for row in zip(*columns.values(), strict=True):
+            table.add_row(*row)
         return table
 
 
@@ -114,5 +118,13 @@ def _best(found: Sequence[Result]) -> str | None:
     return found[0].name if found and found[0].state == DONE else None
 
 
-def _loss(value: float) -> str:
-    return f"{value:.4f}" if math.isfinite(value) else "–"
+def _loss(value: float | None) -> str:
+    return f"{value:.4f}" if value is not None and math.isfinite(value) else "–"
+
+
+def _perplexity(one: Result) -> str:
+    return "–" if one.eval_loss is None else f"{math.exp(min(one.eval_loss, 700.0)):.2f}"
+
+
+def _accuracy(one: Result) -> str:
+    return "–" if one.eval_accuracy is None else f"{one.eval_accuracy:.1%}"

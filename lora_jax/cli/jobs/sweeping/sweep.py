@@ -69,7 +69,7 @@ def main(options: SweepOptions, grid: Sequence[Settings], command: str) -> None:
     next(iter(results.writers.values())).check(job.sweep.adapters(job.sweep.init())[0])
     run_record.begin(options.out, this, resumed)
     say(_describe(options, job, task, steps))
-    watch = Watch(results, steps, command, console)
+    watch = Watch(results, steps, job.course().total, command, console)
     with watch:  # to the end: a second signal may come while the pictures are drawn
         with watch.progress():
             records = train_all(job, watch.watcher)

@@ -21,13 +21,16 @@ class Watch(Interruptible):
     Args:
       results: how adapters are written.
       steps: of each run.
+      total: of the whole sweep, if they are known.
       command: the command that would resume the sweep.
       console: where progress is drawn or printed.
     """
 
-    def __init__(self, results: SweepResults, steps: int, command: str, console: Console) -> None:
+    def __init__(
+        self, results: SweepResults, steps: int, total: int | None, command: str, console: Console
+    ) -> None:
         super().__init__(command, console)
-        self._results, self._steps = results, steps
+        self._results, self._steps, self._total = results, steps, total
         self._names = [*results.settings]
         self._saved = 0  # the step of the last checkpoint
         self._show: progress.Show = lambda records: None
@@ -36,11 +39,12 @@ class Watch(Interruptible):
     def progress(self) -> Iterator[None]:
         """Show the steps: as bars in a terminal, else as lines."""
         if self.console.is_terminal:
-            with progress.bars(self.console, self._names, self._steps) as self._show:
+            more = (len(self._names), self._steps, self._total)
+            with progress.bars(self.console, *more) as self._show:
                 yield
         else:
             every = self._results.options.log_every
-            self._show = progress.lines(self.say, self._names, self._steps, every)
+            self._show = progress.lines(self.say, self._total, every)
             yield
 
     @property
