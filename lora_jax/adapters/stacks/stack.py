@@ -184,7 +184,8 @@ def _placed(x: Any, nodes: Sequence[Adapted], field: str) -> Any:
     shardings = [s for node in nodes if (s := named_sharding(getattr(node, field))) is not None]
     if not shardings:
         return x
-    return put(x, NamedSharding(shardings[0].mesh, PartitionSpec(None, *shardings[0].spec)))
+    mesh, spec = shardings[0].mesh, shardings[0].spec
+    return put(x, NamedSharding(mesh, PartitionSpec(None, *spec) if any(spec) else PartitionSpec()))
 
 
 @functools.partial(jax.jit, static_argnums=0)
