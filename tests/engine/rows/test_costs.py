@@ -76,9 +76,9 @@ def test_nothing_is_made_per_row_of_the_bases_size_nor_per_token_of_the_factors(
 @pytest.mark.parametrize("kind", [None, "int8"])
 @pytest.mark.parametrize("fn", [scanned, one_by_one], ids=lambda fn: fn.__name__)
 def test_a_vmap_over_a_stack_keeps_the_base_unmapped(fn, kind):
-    """One large product for all adapters, forward and backward: MaxText copies the base for each."""
+    """All adapters share one large product, forward and backward."""
     stack = stack_of(BASE, fn)
-    base = BASE if kind is None else lora.quantize(BASE, kind, ".*", block=None)
+    base = BASE if kind is None else lora.quantize(BASE, kind, fn, X)
     run = lambda stack, x: lora.lora(fn)(lora.join(base, stack), x)
     every = jax.vmap(jax.grad(loss(run), (0, 1)), (0, None))
     for made in shapes(every, stack, X):
