@@ -271,6 +271,9 @@ def test_adapters_that_do_not_fit_together():
     assert lora_jax.combine(parts, base=base).keys() == base.keys()
     with pytest.raises(StructureError, match=r"\(attention, experts, .* not in the base; nearest"):
         lora_jax.combine([some], base=base)
+    joined = {path: dataclasses.replace(some[path], w=jnp.ones(some[path].shape)) for path in base}
+    with pytest.raises(StructureError, match=r"conv: the base is adapted itself; pass the base of"):
+        lora_jax.combine(parts, base=joined)
     base["conv"] = jax.ShapeDtypeStruct((2, 2, 3, 5), "float32")
     with pytest.raises(StructureError, match=r"conv: b is \(2, 4\), the base \(2, 2, 3, 5\) needs"):
         lora_jax.combine(parts, base=base)
