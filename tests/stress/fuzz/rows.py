@@ -77,6 +77,11 @@ def _run(program: Program, outcome: Outcome) -> tuple[Any, Any]:
         def alone(trained: Any, inputs: Any) -> Any:
             plain = {p: w.dequantize() if hasattr(w, "dequantize") else w for p, w in base.items()}
             wide = jax.tree.map(lambda x: jnp.asarray(x, "float64"), plain)
+
+            def frozen(path: str, node: Any) -> Any:
+                scale = jax.lax.stop_gradient(node.scale)
+                return dataclasses.replace(node, w=wide[path], scale=scale)
+
             rows = []
             for n, i in enumerate(IDS):
                 params = wide
