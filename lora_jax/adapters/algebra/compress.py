@@ -18,6 +18,7 @@ from lora_jax.core.checks import is_size, is_within
 from lora_jax.core.dtypes import accumulator
 from lora_jax.core.errors import ConfigError
 from lora_jax.core.foreign import shown_value
+from lora_jax.core.host_memory import on_device
 from lora_jax.core.linalg import balanced, product_svd
 from lora_jax.core.matrices import as_factors, factor_matrices
 from lora_jax.core.paths import path_key
@@ -80,7 +81,7 @@ def compress(
             return node
         if energy is not None:
             values = np.asarray(_singular_values(node))
-            most = min(most, _rank_for(values, np.asarray(node.scale), energy, node.shape))
+            most = min(most, _rank_for(values, np.asarray(node.scale), energy))
         a, b, kept[path] = on_shapes(functools.partial(_truncate, rank=most), _bare(node))
         if most == node.rank:
             return node
@@ -161,7 +162,8 @@ def _grow(node: LoraWeight, key: jax.Array | None, rank: int) -> tuple[jax.Array
 
 
 def _bare(node: LoraWeight) -> LoraWeight:
-    return dataclasses.replace(node, w=None, key=None)
+    """Return the factors alone, in device memory."""
+    return jax.tree.map(on_device, dataclasses.replace(node, w=None, key=None))
 
 
 def _svd(node: LoraWeight) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -190,17 +192,16 @@ def _truncate(node: LoraWeight, rank: int) -> tuple[jax.Array, jax.Array, jax.Ar
     return a, b, _share(s, node.scale, rank)
 
 
-def _rank_for(values: np.ndarray, scale: np.ndarray, energy: float, shape: tuple[int, ...]) -> int:
+def _rank_for(values: np.ndarray, scale: np.ndarray, energy: float) -> int:
     """Return the smallest rank with which each layer keeps a share of its squared norm.
 
     Args:
-      values: singular values, `[*batch, n]`, falling.
+      values: singular values, `[*batch, n]`, falling. Those below n times the precision of the
+        largest are rounding errors.
       scale: `[*batch]`; layers where it is 0 have no update.
       energy: the share.
-      shape: of the weight; values are rounding errors below its longest side times the largest one
-        times the precision.
     """
-    precision = float(jnp.finfo(values.dtype).eps) * max(shape)
+    precision = float(jnp.finfo(values.dtype).eps) * values.shape[-1]
     s = values.astype(np.float64).reshape(-1, values.shape[-1])[scale.reshape(-1) != 0]
     squares = np.where(s > precision * s.max(-1, keepdims=True, initial=0), s, 0) ** 2
     total = squares.sum(-1, keepdims=True)
