@@ -44,6 +44,7 @@ class How:
     rank: int | None
     energy: float | None
     majority_sign: Any
+    exact: bool
     seed: int
 
 
@@ -69,6 +70,7 @@ def run(sources: Sources, how: How, to: str | None, out: Path, *, force: bool) -
             [one.adapters for one in every],
             weights,
             majority_sign=how.majority_sign,
+            exact=how.exact,
             key=jax.random.key(how.seed),
             **options,
         )
