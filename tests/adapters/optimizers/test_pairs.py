@@ -86,7 +86,7 @@ def test_padding_stays_zero_and_changes_nothing(name):
 
 @each("lora_muon")
 def test_padding_stays_zero_whatever_comes(name):
-    """Where a decomposition or a gradient has rounding errors, which gradients of noise stand for."""
+    """Where decompositions and gradients have rounding errors; noise stands for them."""
     params = {"k": padded(weight("io", (6, 5), 2), 3)}
     found = moves(OPTIMIZERS[name](0.1, params), noise(3, params), params)["k"]
     np.testing.assert_array_equal(found.a[:, 2], 0)
