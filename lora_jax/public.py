@@ -21,6 +21,7 @@ from lora_jax.adapters.split import join, split
 from lora_jax.adapters.stacks.select import select, set_slot
 from lora_jax.adapters.stacks.stack import stack, unstack
 from lora_jax.adapters.summary import count_params, summary
+from lora_jax.adapters.sweeps.halving import Outcome, halving
 from lora_jax.adapters.sweeps.run import Run, grid
 from lora_jax.adapters.sweeps.state import SweepState
 from lora_jax.adapters.sweeps.sweep import Sweep, sweep
@@ -78,6 +79,7 @@ __all__ = [
     "MergeError",
     "Operand",
     "OtherProcessError",
+    "Outcome",
     "Override",
     "QuantizedWeight",
     "Rule",
@@ -101,6 +103,7 @@ __all__ = [
     "from_qwix",
     "grid",
     "groups",
+    "halving",
     "init",
     "initializers",
     "intruders",

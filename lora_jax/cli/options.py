@@ -84,6 +84,7 @@ QuantizeOption = Annotated[
 OutOption = Annotated[Path, typer.Option("--out", "-o", help="Output path.")]
 
 ADAPTER = "Adapter of any kind that 'inspect' reads."
+BASE = "base"  # stands for no adapter among several
 
 OptionsClass = TypeVar("OptionsClass")
 

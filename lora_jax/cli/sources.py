@@ -178,6 +178,7 @@ def load(
     in_files: bool = False,
     quantize: str | None = None,
     as_stored: bool = False,
+    scan: bool = False,
 ) -> Loaded:
     """Load a model, and an adapter of any kind on it.
 
@@ -187,13 +188,14 @@ def load(
       dtype: of the model's parameters; None for the file's.
       fit: how the adapter is fitted onto the model.
       in_files, quantize, as_stored: as in `load_model`.
+      scan: whether the layers are stacked, without an adapter, which decides it otherwise.
 
     Raises:
       LoraError: one of them cannot be read, or they do not fit; all problems are listed.
     """
     options: Any = {"in_files": in_files, "quantize": quantize, "as_stored": as_stored}
     if adapter is None:
-        return Loaded(load_model(model, dtype, **options), None)
+        return Loaded(load_model(model, dtype, scan=scan, **options), None)
     found = kinds.adapter(adapter)
     pretrained = load_model(model, dtype, scan=is_stacked(found), **options)
     return put_on(pretrained, found, fit)

@@ -37,10 +37,10 @@ def slot_has_magnitude(slot: jax.Array) -> jax.Array:
 
 
 def has_magnitude(node: Adapted) -> bool:
-    """Return whether a single adapter has a magnitude; one from a stack may only have its place."""
+    """Return whether an adapter has a magnitude; one from a stack may only have its place."""
     if not isinstance(node, LoraWeight) or node.magnitude is None:
         return False
-    return not is_known(node) or bool(slot_has_magnitude(node.slot))
+    return not is_known(node) or bool(slot_has_magnitude(node.slot).any())
 
 
 def is_present(node: Adapted) -> Any:

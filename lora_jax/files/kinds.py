@@ -4,7 +4,7 @@ import dataclasses
 from pathlib import Path
 
 from lora_jax.core.errors import AdapterFileError
-from lora_jax.files import mlx, native, peft
+from lora_jax.files import mlx, native, peft, stack_index
 from lora_jax.files.disk.atomic import read_directory
 from lora_jax.files.disk.safetensors_file import headers
 from lora_jax.files.disk.strict_json import parse_json
@@ -106,6 +106,11 @@ def _kind_of_directory(path: Path) -> str:
         )
     if (path / _MODEL_CONFIG).is_file():
         return CHECKPOINT
+    index = stack_index.read(path)
+    if index is not None:
+        own = path / index.names[0]
+        one = own if own.is_dir() else own.with_name(f"{own.name}{native.SUFFIX}")
+        raise AdapterFileError(f"{path}: a stack of adapters; give one of them: {one}")
     names = sorted(entry.name for entry in path.iterdir())
     within = [name for name in names if (path / name / _CONFIG).is_file()]
     shown = ", ".join(names[:6]) + (", ..." if len(names) > 6 else "")

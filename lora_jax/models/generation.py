@@ -61,7 +61,7 @@ def sample_token(logits: jax.Array, key: jax.Array, sampling: Sampling) -> jax.A
     return jnp.take_along_axis(order, rank[:, None], -1)[:, 0].astype(jnp.int32)
 
 
-@partial(jax.jit, static_argnames=("apply", "by_row"), donate_argnames="cache")
+@partial(jax.jit, static_argnums=(0, 5), donate_argnames="cache")
 def _advance(
     apply: Callable, params: Any, ids: jax.Array, segments: jax.Array, cache: Any, by_row: bool
 ) -> tuple[jax.Array, Any]:
@@ -191,7 +191,7 @@ def _stream(
     tokens = np.zeros(len(ids), np.int32)
     params = _of_rows(params, slots)
     for step in range(steps):
-        logits, cache = _advance(apply, params, ids, segments, cache, by_row=slots is not None)
+        logits, cache = _advance(apply, params, ids, segments, cache, slots is not None)
         chosen = np.asarray(sample_token(logits, jax.random.fold_in(key, step), sampling))
         tokens = np.where(ended, tokens, chosen)
         ended |= [int(token) in ends for token, ends in zip(tokens, stop, strict=True)]

@@ -7,10 +7,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from lora_jax import peft
+from lora_jax.core.tree import adapted_nodes
 from lora_jax.files.contained_factors import read_factors
 from tests.cli import files
+from tests.parity.peft import models as reference
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
+COMBINED = np.load(Path(reference.__file__).parent / "recorded" / "combined.npz")
 SOME, OTHERS, MLX = Path("some"), Path("others"), Path("mlx")
 MODULE = files.MODULES[0]
 
@@ -126,6 +130,28 @@ def test_a_mixture_with_its_model(run):
     close(got, total(others=1, some=-1))
     _, got = combine(run, "mixed.safetensors", "a.safetensors", OTHERS, *model)
     assert len(got) == 4
+
+
+def test_files_that_say_differently_which_modules_are_transposed(run):
+    """PEFT writes fan_in_fan_out for all modules where one is a Conv1D; its numbers are wanted."""
+    names = ("all", "rslora", "patterns")
+    for place in (*(f"adapters/{name}" for name in names), "cases/cat"):
+        folder = Path("recorded") / place
+        folder.mkdir(parents=True, exist_ok=True)
+        for file in (peft.CONFIG, peft.TENSORS):
+            (folder / file).write_bytes(COMBINED[f"{place}/{file}"].tobytes())
+    adapters = [Path("recorded/adapters") / name for name in names]
+    done = run("combine", *adapters, "-w", "0.7,-1.2,0.4", "--out", "three", "--force")
+    assert done.status == 0, done
+    got, want = (
+        adapted_nodes(peft.load(folder, reference.shapes("plain"), reference.PLAIN))
+        for folder in ("three", "recorded/cases/cat")
+    )
+    assert got.keys() == want.keys()
+    for path, node in want.items():
+        zeros = np.zeros(node.shape)
+        wanted, found = reference.meaning(node, zeros), reference.meaning(got[path], zeros)
+        np.testing.assert_allclose(found, wanted, atol=2e-5, err_msg=path)
 
 
 def test_dora_with_its_model(run):

@@ -22,6 +22,7 @@ from lora_jax.adapters.algebra.overlays import Overlays
 from lora_jax.adapters.algebra.placed import place_like
 from lora_jax.core.abstract import on_shapes
 from lora_jax.core.errors import StructureError, grouped
+from lora_jax.core.host_memory import on_device
 from lora_jax.core.paths import path_key
 from lora_jax.core.weights import Adapted, LoraWeight
 
@@ -56,6 +57,9 @@ def combine(
     `combine([x], [0.5])`. They are what `add_weighted_adapter` of PEFT 0.21.2 computes, except that
     PEFT takes "linear" for a single adapter whatever the method. Each matrix of a stack of layers
     is pruned and approximated by itself. What an adapter does not adapt, it does not take part in.
+
+    Where the initialization changed the base ("pissa", "olora", "loftq"), adapters of different
+    starts have different bases: call `on_original` on each first.
 
     A fully trained leaf becomes base + Σ wᵢ·(valueᵢ − base), where the method prunes and elects the
     changes, of the whole leaf; so do trained rows, of all rows that one of the adapters trains.
@@ -114,7 +118,7 @@ def combine(
             continue
         leaf = overlays.base_leaf(path) if _changes_base(nodes) else None
         own_key = path_key(key, path) if random and key is not None else None
-        node = on_shapes(make, nodes, own[path], leaf, own_key)
+        node = on_shapes(make, jax.tree.map(on_device, nodes), own[path], leaf, own_key)
         combined[path] = place_like(node, nodes[0])
     return overlays.rebuild(combined)
 

@@ -12,6 +12,7 @@ from lora_jax.adapters.algebra.methods import Recipe, choose_masks, sum_values
 from lora_jax.core.dtypes import accumulator, round_to, wider
 from lora_jax.core.host_memory import on_device
 from lora_jax.core.quantized.weight import dequantized
+from lora_jax.core.sharding.meshes import gathered
 from lora_jax.core.weights import TrainedLeaf, TrainedRows
 
 Trained = TrainedLeaf | TrainedRows
@@ -30,12 +31,13 @@ def combine_values(
       recipe: the method and its options.
       draw: where DARE's masks come from; the leaf counts as one matrix.
     """
+    nodes = [jax.tree.map(gathered, node) for node in nodes]
     like = _common_node(nodes)
     wide = accumulator(*(node.value.dtype for node in nodes))
     if base is None:
         before = jnp.zeros_like(like.value, wide)
     else:
-        base = dequantized(on_device(base))
+        base = gathered(dequantized(on_device(base)))
         before = (like.select(base) if isinstance(like, TrainedRows) else base).astype(wide)
     changes = jnp.stack([_change(node, like, before) for node in nodes])
     values = changes.reshape(len(nodes), 1, -1)  # one matrix

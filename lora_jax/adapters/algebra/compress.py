@@ -18,6 +18,7 @@ from lora_jax.core.checks import is_size, is_within
 from lora_jax.core.dtypes import accumulator
 from lora_jax.core.errors import ConfigError
 from lora_jax.core.foreign import shown_value
+from lora_jax.core.host_memory import on_device
 from lora_jax.core.linalg import balanced, product_svd
 from lora_jax.core.matrices import as_factors, factor_matrices
 from lora_jax.core.paths import path_key
@@ -161,7 +162,8 @@ def _grow(node: LoraWeight, key: jax.Array | None, rank: int) -> tuple[jax.Array
 
 
 def _bare(node: LoraWeight) -> LoraWeight:
-    return dataclasses.replace(node, w=None, key=None)
+    """Return the factors alone, in device memory."""
+    return jax.tree.map(on_device, dataclasses.replace(node, w=None, key=None))
 
 
 def _svd(node: LoraWeight) -> tuple[jax.Array, jax.Array, jax.Array]:

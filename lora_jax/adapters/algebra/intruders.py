@@ -21,6 +21,7 @@ from lora_jax.core.linalg import matmul, truncated_svd
 from lora_jax.core.matrices import as_factors, factor_matrices, map_matrices
 from lora_jax.core.patterns import Pattern, select
 from lora_jax.core.quantized.weight import dequantized
+from lora_jax.core.sharding.meshes import gathered
 from lora_jax.core.tree import map_adapted, require_adapted
 from lora_jax.core.weights import Adapted, LoraWeight, require_whole
 
@@ -156,7 +157,7 @@ def reduce_intruders(
         count = int(np.asarray(found.new).sum(-1).max(initial=0))
         if not count:
             return node
-        bare = dataclasses.replace(node, w=None, key=None)
+        bare = jax.tree.map(on_device, dataclasses.replace(node, w=None, key=None))
         a, b, scale = _scale_down(bare, found, u, vt, factor, count=count)
         return place_like(dataclasses.replace(node, a=a, b=b, scale=scale, key=None), node)
 
@@ -167,7 +168,8 @@ def reduce_intruders(
 def _examine(node: LoraWeight, k: int, threshold: float) -> tuple[Intruders, Any, Any]:
     """Return what `Intruders` says, U `[*batch, fan_in, k]` and Vᵀ `[*batch, k, fan_out]`."""
     wide = accumulator(*(x.dtype for x in (node.a, node.b, node.w)))
-    node = dataclasses.replace(node, key=None)
+    rest = jax.tree.map(on_device, dataclasses.replace(node, w=None, key=None))
+    node = dataclasses.replace(rest, w=node.w)
     return _triplets(node, k, threshold, wide)
 
 
@@ -198,12 +200,13 @@ def _scale_down(
     sign = jnp.where(factor > 1, 1, -1).astype(wide)
     new_a = jnp.take_along_axis(u, order[..., None, :], -1) * root[..., None, :]
     new_b = jnp.take_along_axis(vt, order[..., :, None], -2) * root[..., :, None] * sign
-    a = jnp.concatenate([a * node.scale.astype(wide)[..., None, None], new_a], -1)
+    scale = gathered(node.scale)
+    a = jnp.concatenate([a * scale.astype(wide)[..., None, None], new_a], -1)
     b = jnp.concatenate([b, new_b], -2)
     a, b = round_to(a, node.a.dtype).astype(node.a.dtype), round_to(b, node.b.dtype)
     a, b = as_factors(a, b.astype(node.b.dtype), node.layout, node.shape)
-    on = (node.scale != 0) | (found.count > 0)
-    return a, b, on.astype(node.scale.dtype)
+    on = (scale != 0) | (found.count > 0)
+    return a, b, on.astype(scale.dtype)
 
 
 def _chosen(caller: str, params: Any, targets: Pattern | None) -> dict[str, LoraWeight]:

@@ -96,14 +96,18 @@ class Overlays:
         return leaf if concrete or any(isinstance(x, jax.ShapeDtypeStruct) for x in nodes) else None
 
     def problems(self) -> list[str]:
-        """Return which nodes are not in the base."""
+        """Return which nodes have no plain leaf in the base."""
         if self.leaves is None:
             return []
-        return [
-            f"{path}: not in the base; {nearest(path, self.leaves)}"
-            for path in self.paths
-            if path not in self.leaves
-        ]
+        problems = []
+        for path in self.paths:
+            if path not in self.leaves:
+                problems.append(f"{path}: not in the base; {nearest(path, self.leaves)}")
+            elif is_adapted(self.leaves[path]):
+                problems.append(
+                    f"{path}: the base is adapted itself; pass the base of split(params)"
+                )
+        return problems
 
     def rebuild(self, nodes: Mapping[str, Adapted]) -> Any:
         """Return the overlay with these nodes, None everywhere else."""

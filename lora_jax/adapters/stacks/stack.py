@@ -28,7 +28,7 @@ def stack(adapters: Sequence[Any], *, rank: int | None = None) -> Any:
     so it stays zero under every optimizer that moves nothing without a gradient, whatever its
     weight decay. Scales, targets, layers, rates of dropout and kinds (LoRA, rsLoRA, DoRA) may
     differ too; where an adapter has no target that another has, its factors are zero. Factors of
-    different dtypes get the narrowest dtype that represents both.
+    different dtypes get one that represents both.
 
     The stack works in `jax.vmap` over its first axis, in `join(base, stack)` for
     `lora(fn, adapters_of=...)`, and in `select`, `set_slot` and `unstack`. On a mesh the slots are
@@ -184,7 +184,8 @@ def _placed(x: Any, nodes: Sequence[Adapted], field: str) -> Any:
     shardings = [s for node in nodes if (s := named_sharding(getattr(node, field))) is not None]
     if not shardings:
         return x
-    return put(x, NamedSharding(shardings[0].mesh, PartitionSpec(None, *shardings[0].spec)))
+    mesh, spec = shardings[0].mesh, shardings[0].spec
+    return put(x, NamedSharding(mesh, PartitionSpec(None, *spec) if any(spec) else PartitionSpec()))
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -13,6 +13,7 @@ from lora_jax.adapters.plan import Plan, make_plan, planned_again
 from lora_jax.adapters.split import join, split
 from lora_jax.adapters.stacks.select import padded
 from lora_jax.adapters.stacks.stack import stack, unstack
+from lora_jax.adapters.sweeps.buckets import Buckets, rank_of
 from lora_jax.adapters.sweeps.optimizer import (
     Make,
     check_same_numbers,
@@ -46,6 +47,7 @@ def sweep(
     optimizer: Make = optax.adamw,
     schedule: Callable[[Any], Any] | None = None,
     batch_axes: Any = None,
+    buckets: Sequence[int] = (),
     gradients: Gradients | None = None,
     rules: Mapping[str, Rule] | None = None,
     fsdp: str | Sequence[str] | None = None,
@@ -76,6 +78,10 @@ def sweep(
         rate.
       batch_axes: None if all runs see the same batch. Otherwise which axis of the batch's arrays is
         the axis of slots, as `in_axes` of `jax.vmap`: 0, or one entry per argument of the batch.
+      buckets: ranks that divide the slots: with `[8]` those whose first run has at most rank 8 are
+        computed apart from the others. Their factors are not padded to the largest rank there, so a
+        step takes fewer operations; but there is one base product per bucket, which takes longer to
+        compile, and a slot only gets runs of its bucket or smaller ones.
       gradients: computes what a step of one run needs in place of `jax.value_and_grad` of the loss,
         such as the sum over several micro-batches: `(adapters, base, *batch, key) -> (gradients,
         measured)`, where the key is that for dropout. `measured` may be a tree of arrays: `step`
@@ -111,8 +117,8 @@ def sweep(
     check_same_numbers(runs)
     plan = make_plan("sweep", base, runs[0].config(config), loss, batch, {}, rules)
     placement = Placement.of("sweep", plan.leaves.values(), fsdp, (batch, {}))
-    numbers = (optimizer, schedule, batch_axes, gradients)
-    return Sweep(loss, base, runs, config, slots, *numbers, plan, placement)
+    options = (optimizer, schedule, batch_axes, buckets, gradients)
+    return Sweep(loss, base, runs, config, slots, *options, plan, placement)
 
 
 class Sweep:
@@ -133,6 +139,7 @@ class Sweep:
         optimizer: Make,
         schedule: Callable[[Any], Any] | None,
         batch_axes: Any,
+        buckets: Sequence[int],
         gradients: Gradients | None,
         plan: Plan,
         placement: Placement,
@@ -147,10 +154,15 @@ class Sweep:
         configs = dict.fromkeys(run.config(config) for run in runs)
         for run in runs:
             numbers_of(run, optimizer)
+        news = {
+            one: jax.eval_shape(functools.partial(self._new, config=one), jax.random.key(0))
+            for one in configs
+        }
         # What every slot looks like, with room for each of the runs.
-        self._frame = jax.eval_shape(
-            lambda: stack([self._new(jax.random.key(0), one) for one in configs])
-        )
+        self._frame = jax.eval_shape(stack, list(news.values()))
+        self._ranks = {one: rank_of(overlay) for one, overlay in news.items()}
+        ranks = [self._ranks[run.config(config)] for run in runs]
+        self._buckets = Buckets.of(buckets, ranks, slots)
 
     def init(self) -> SweepState:
         """Return the state before the first step, with the first runs in the slots."""
@@ -174,8 +186,15 @@ class Sweep:
 
         A base that your compiled function does not get as an argument would be a constant in it.
         """
-        axes = (0, *self._axes(batch, self._batch_axes))
-        return jax.vmap(functools.partial(self._step_of_one, base), axes)(state, *batch)
+
+        def differentiate(adapters: Any, seed: jax.Array, step: jax.Array, *batch: Any) -> Any:
+            key = jax.random.fold_in(jax.random.key(seed), step)
+            return self._differentiate(adapters, base, batch, key)
+
+        axes = (0, 0, *self._axes(batch, self._batch_axes))
+        inputs = (state.adapters, state.seed, state.step, *batch)
+        gradients, measured = self._buckets.map(differentiate, axes, *inputs)
+        return jax.vmap(self._apply)(state, gradients, measured), measured
 
     def evaluate(self, state: SweepState, *batch: Any, batch_axes: Any = None) -> jax.Array:
         """Return the losses `[slots]` without dropout, compiled; the state stays as it is.
@@ -227,8 +246,12 @@ class Sweep:
           state: a state.
           slot: the number of the slot.
           one: what `start` or `take` returned, so that a run can pause and go back to any slot.
+
+        Raises:
+          ConfigError: the slot does not exist, or its bucket has no room for the run's rank.
         """
         slot = check_ids("put", slot, state.slots, lowest=0)
+        self._buckets.check_fits(one.adapters, slot)
         put = lambda state, slot, one: jax.tree.map(lambda x, new: x.at[slot].set(new), state, one)
         return self._jitted("put", put, state, donate=0)(state, slot, one)
 
@@ -240,6 +263,19 @@ class Sweep:
                 lambda state, slot: jax.tree.map(lambda x: x[slot], state)
             )
         return self._compiled["take"](state, slot)
+
+    @property
+    def has_own_batches(self) -> bool:
+        """Whether each slot sees its own batch."""
+        return any(x is not None for x in jax.tree.leaves(self._batch_axes))
+
+    def turns(self, runs: Sequence[Run]) -> list[dict[int, int]]:
+        """Return in which turn and slot each of some runs trains: `{index of the run: slot}`.
+
+        All runs of a turn train at once; what a bucket has no room for waits for the next turn.
+        """
+        ranks = [self._ranks[run.config(self._config)] for run in runs]
+        return self._buckets.turns(ranks)
 
     def adapters(self, state: SweepState) -> list[Any]:
         """Return the overlay of every slot, each with its own rank, as `split` returns one."""
@@ -265,30 +301,29 @@ class Sweep:
         place = lambda path, node: self._placement.place(node, leaves[path])
         return map_adapted(lambda path, x: place(path, x) if path in nodes else x, adapters)
 
-    def _step_of_one(self, base: Any, state: SweepState, *batch: Any) -> Any:
-        """Return the next state of one slot and its loss, with the factors still padded."""
-        key = jax.random.fold_in(jax.random.key(state.seed), state.step)
-        gradients, measured, value = self._differentiate(state.adapters, base, batch, key)
-        numbers = dict(state.numbers)
-        if self._schedule is not None:
-            numbers["learning_rate"] *= self._schedule(state.step)
-        tx = transformation(self._optimizer, numbers, state.adapters, self._config.dtype)
-        updates, optimizer = tx.update(gradients, state.optimizer, state.adapters, **value)
-        adapters = apply_updates(state.adapters, faster_b(updates, numbers["b_ratio"]))
-        return SweepState(adapters, optimizer, state.numbers, state.seed, state.step + 1), measured
-
     def _differentiate(
         self, adapters: Any, base: Any, batch: Sequence[Any], key: jax.Array
-    ) -> tuple[Any, Any, dict[str, Any]]:
-        """Return the gradients of one slot, what is measured, and what the optimizer is told."""
+    ) -> tuple[Any, Any]:
+        """Return the gradients of one slot, and what is measured."""
         if self._gradients is not None:
-            return (*self._gradients(adapters, base, *batch, key), {})
+            return self._gradients(adapters, base, *batch, key)
 
         def loss(adapters: Any) -> Any:
             return self._loss(with_dropout(join(base, adapters), key), *batch)
 
         value, gradients = jax.value_and_grad(loss)(adapters)
-        return gradients, value, {"value": value}
+        return gradients, value
+
+    def _apply(self, state: SweepState, gradients: Any, measured: Any) -> SweepState:
+        """Return the next state of one slot, with the factors still padded."""
+        numbers = dict(state.numbers)
+        if self._schedule is not None:
+            numbers["learning_rate"] *= self._schedule(state.step)
+        tx = transformation(self._optimizer, numbers, state.adapters, self._config.dtype)
+        told = {"value": measured} if self._gradients is None else {}
+        updates, optimizer = tx.update(gradients, state.optimizer, state.adapters, **told)
+        adapters = apply_updates(state.adapters, faster_b(updates, numbers["b_ratio"]))
+        return SweepState(adapters, optimizer, state.numbers, state.seed, state.step + 1)
 
     def _axes(self, batch: Sequence[Any], axes: Any) -> Sequence[Any]:
         """Return `in_axes` of the arguments of a batch."""

@@ -1,7 +1,8 @@
 """`lora-jax generate`: text from a model, with or without an adapter."""
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -9,6 +10,7 @@ from lora_jax.cli.compile_cache import CompileCacheOption
 from lora_jax.cli.errors import PromptError
 from lora_jax.cli.options import (
     ADAPTER,
+    BASE,
     DType,
     MaxTokensOption,
     ModelOption,
@@ -30,13 +32,20 @@ EXAMPLES = (
     "lora-jax generate -m my-model --adapter my-adapter --prompt Hello --temperature 0.7 --seed 3",
     "lora-jax generate --model my-model --prompt-file prompt.txt --chat --max-tokens 20",
     'lora-jax generate -m my-model --system "Be brief." --prompt Hello --stop END --max-tokens 20',
+    "lora-jax generate -m my-model --adapter my-adapter --adapter base --prompt Hi --max-tokens 9",
 )
 
 
 def command(
     model: ModelOption,
-    adapter: Annotated[Path | None, typer.Option(help=ADAPTER)] = None,
-    prompt: Annotated[str | None, typer.Option(help="Text to continue.")] = None,
+    adapter: Annotated[
+        list[Path] | None,
+        typer.Option(help=f"{ADAPTER} Several, or base for none: one batch of them."),
+    ] = None,
+    prompt: Annotated[
+        list[str] | None,
+        typer.Option(help="Text to continue. Several: one for each --adapter, in their order."),
+    ] = None,
     prompt_file: Annotated[
         Path | None,
         typer.Option(help="UTF-8 file that contains the prompt; '-' is standard input."),
@@ -66,33 +75,53 @@ def command(
     Generation stops at the tokens that end a text or a turn (config.json, generation_config.json,
     GGUF's metadata, the tokenizer and the chat template name them), at --stop, or after
     --max-tokens.
+
+    Several adapters share one base and one batch. Each answers its own --prompt, the first one the
+    first, or all answer the same; several prompts with one adapter are continued by that. Each text
+    is printed when all are done, below a line with its adapter and its prompt.
     """
     refuse_empty(stop)
-    text = _prompt(prompt, prompt_file)
+    texts = _prompts(prompt, prompt_file)
+    pairs = _pairs(adapter or [], texts)
 
     from lora_jax.cli import compile_cache as programs
     from lora_jax.cli.fit import Fit
-    from lora_jax.cli.jobs import generate
+    from lora_jax.cli.jobs import generate, generate_many
 
+    options: Any = {
+        "chat": chat,
+        "system": system,
+        "stop": stop or (),
+        "max_tokens": max_tokens,
+        "seed": seed,
+        "dtype": dtype,
+        "quantize": quantize,
+        "fit": Fit.of_options(strict, rename, residual),
+        "sampling": {"temperature": temperature, "top_k": top_k, "top_p": top_p},
+    }
     with programs.compile_cache(compile_cache):
-        generate.run(
-            model,
-            adapter,
-            text,
-            chat=chat,
-            system=system,
-            stop=stop or (),
-            max_tokens=max_tokens,
-            seed=seed,
-            dtype=dtype,
-            quantize=quantize,
-            fit=Fit.of_options(strict, rename, residual),
-            sampling={"temperature": temperature, "top_k": top_k, "top_p": top_p},
+        if len(pairs) == 1:
+            generate.run(model, *pairs[0], **options)
+        else:
+            generate_many.run(model, pairs, **options)
+
+
+def _pairs(adapters: Sequence[Path], prompts: Sequence[str]) -> list[tuple[Path | None, str]]:
+    """Return which adapter continues which prompt."""
+    is_base = lambda path: str(path) == BASE and not path.exists()
+    chosen = [None if is_base(path) else path for path in adapters] or [None]
+    if len(chosen) > 1 and len(prompts) > 1 and len(chosen) != len(prompts):
+        raise typer.BadParameter(
+            f"{len(chosen)} --adapter and {len(prompts)} --prompt: give one prompt for each "
+            "adapter in their order, or a single prompt for all, or a single adapter for all"
         )
+    rows = max(len(chosen), len(prompts))
+    every = lambda given: given * (rows if len(given) == 1 else 1)
+    return list(zip(every(chosen), every(list(prompts)), strict=True))
 
 
-def _prompt(prompt: str | None, file: Path | None) -> str:
-    if (prompt is None) == (file is None):
+def _prompts(prompts: list[str] | None, file: Path | None) -> list[str]:
+    if (not prompts) == (file is None):
         raise typer.BadParameter(
             "give either --prompt or --prompt-file; to talk in turns, use 'lora-jax chat'"
         )
@@ -100,7 +129,7 @@ def _prompt(prompt: str | None, file: Path | None) -> str:
         text = (
             typer.get_text_stream("stdin").read() if str(file) == "-" else file.read_text("utf-8")
         )
-        prompt = text.removesuffix("\n")
-    if not prompt:
+        prompts = [text.removesuffix("\n")]
+    if not prompts or not all(prompts):
         raise PromptError("the prompt is empty; give some text to continue")
-    return prompt
+    return prompts

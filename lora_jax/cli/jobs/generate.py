@@ -28,16 +28,17 @@ def run(
     """
     ids: list[int] = []
 
-    def encode(tokenizer: Tokenizer) -> None:
-        ids.extend(_encode(tokenizer, prompt, chat or system is not None, system))
+    def read(tokenizer: Tokenizer) -> None:
+        ids.extend(encode(tokenizer, prompt, chat or system is not None, system))
 
-    speaker = open_speaker(model, adapter, encode=encode, sampling=sampling, **loading)
+    speaker = open_speaker(model, adapter, encode=read, sampling=sampling, **loading)
     for piece in speaker.speak(ids, seed):
         terminal.write(piece)
     terminal.write("\n")
 
 
-def _encode(tokenizer: Tokenizer, prompt: str, chat: bool, system: str | None) -> Sequence[int]:
+def encode(tokenizer: Tokenizer, prompt: str, chat: bool, system: str | None) -> Sequence[int]:
+    """Return the ids of a prompt, with `chat` as a user's turn behind the system message if any."""
     if not chat:
         return tokenizer.encode_prompt(prompt)
     turns = [{"role": "user", "content": prompt}]

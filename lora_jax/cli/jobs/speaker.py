@@ -16,6 +16,12 @@ from lora_jax.models import Pretrained, generation
 from lora_jax.models.text.stop_text import until_text
 from lora_jax.models.text.tokenizer import Tokenizer
 
+#: Behind the path of a model or an adapter that generates no text.
+CLASSIFIER = (
+    "is a sequence classifier, which generates no text; use 'lora-jax predict' or 'lora-jax eval' "
+    "with it"
+)
+
 
 @dataclass(frozen=True)
 class Speaker:
@@ -109,12 +115,14 @@ def open_speaker(
     stop: Sequence[str],
     sampling: Mapping[str, Any],
     encode: Callable[[Tokenizer], object] = lambda tokenizer: None,
+    scan: bool = False,
 ) -> Speaker:
     """Load what a command generates with.
 
     Args:
       encode: called with the tokenizer before the weights are read, which takes longer: a mistake
         in the prompt is told at once.
+      scan: without an adapter, stack the layers.
 
     Raises:
       PromptError: the model cannot generate text.
@@ -122,13 +130,10 @@ def open_speaker(
     """
     base = sources.find_model(model)
     if named := classifiers.find(base, adapter):
-        raise PromptError(
-            f"{named}: is a sequence classifier, which generates no text; use 'lora-jax predict' "
-            "or 'lora-jax eval' with it"
-        )
+        raise PromptError(f"{named}: {CLASSIFIER}")
     tokenizer = sources.tokenizer_of(base, adapter)
     encode(tokenizer)
-    loaded = sources.load(base, adapter, dtype, fit, quantize=quantize)
+    loaded = sources.load(base, adapter, dtype, fit, quantize=quantize, scan=scan)
     if loaded.model.kind == "bert":
         raise PromptError("BERT cannot generate text; give a model of the Llama family")
     run = loaded.model.apply

@@ -4,8 +4,8 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+from lora_jax.core.slots import has_magnitude
 from lora_jax.core.tree import adapted_nodes
-from lora_jax.core.weights import LoraWeight
 from lora_jax.files.naming import Entry, Naming, Place
 
 #: The kinds of modules that it adapts; GPT-2's Conv1D is a linear layer there.
@@ -28,11 +28,7 @@ def with_rows_as_outputs(naming: Naming, lookups: Sequence[Entry]) -> Naming:
 
 def find_turned(adapters: Any, naming: Naming) -> list[Place]:
     """Return where the embeddings are that have DoRA and their rows as outputs."""
-    nodes = {
-        path: node
-        for path, node in adapted_nodes(adapters).items()
-        if isinstance(node, LoraWeight) and node.magnitude is not None
-    }
+    nodes = {path: node for path, node in adapted_nodes(adapters).items() if has_magnitude(node)}
     places = naming.places({path: node.shape for path, node in nodes.items()})
     return [
         place

@@ -101,7 +101,6 @@ def fit(
         dtype=dtype,
         dropout=dropout,
         fsdp=fsdp,
-        stacklevel=4,
     )
 
 

@@ -1,7 +1,9 @@
 """Read a PEFT directory: `adapter_config.json` and `adapter_model.safetensors`."""
 
+import functools
 import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from lora_jax.adapters.split import base_of
@@ -12,6 +14,7 @@ from lora_jax.files.peft.adapter_file import PeftFile, read_file
 from lora_jax.files.peft.config import CONFIG
 from lora_jax.files.peft.read import read_contents
 from lora_jax.files.peft.wrong_names import tell_wrong_names
+from lora_jax.files.stack_index import INDEX, read_or_list
 from lora_jax.files.torch_adapters.contents import TorchBase
 from lora_jax.files.torch_adapters.to_tree import fit_to_base
 
@@ -27,6 +30,7 @@ def load(
     residual: bool = False,
     rename: Mapping[str, str] | None = None,
     fsdp: str | Sequence[str] | None = None,
+    names: str | Sequence[str] | None = None,
 ) -> Any:
     """Load the adapters in PEFT's two files as an overlay of `base`, as in `join(base, load(...))`.
 
@@ -43,8 +47,11 @@ def load(
     subtracted is recomputed from the original base, as PEFT does, and its dropout is off. Only
     safetensors files are read, never a pickle.
 
+    The directory of a stack, which `save` wrote, is loaded as a stack of adapters, and with `names`
+    so is any directory with a directory for each adapter, as PEFT writes several.
+
     Args:
-      directory: with `adapter_config.json` and `adapter_model.safetensors`.
+      directory: with `adapter_config.json` and `adapter_model.safetensors`, or that of a stack.
       base: the parameters that the adapters are for, arrays or `ShapeDtypeStruct`s, or a joined
         tree, of which only the base is used. Values are needed only for `lora_bias`, and if the
         file fully trains a part of a leaf.
@@ -62,6 +69,8 @@ def load(
       fsdp: the names of the mesh axes that shard weights only to save memory. On a mesh factors
         are sharded as their weights are, but not along these; None stands for `data`, `fsdp`, `dp`,
         `ddp`, `batch` and `replica`, see `lora_jax.shardings`.
+      names: the adapters of a stack to load, in this order; one name alone gives that adapter, not
+        a stack.
 
     Raises:
       AdapterFileError: a file is missing or damaged, contains NaN or infinity, or its configuration
@@ -80,9 +89,28 @@ def load(
     >>> adapters["up"]["kernel"].a.shape, float(adapters["up"]["kernel"].scale)
     ((4, 2), 2.0)
     """
-    file = read_file(directory)
-    options: dict[str, Any] = {"strict": strict, "dtype": dtype, "dropout": dropout}
-    return fit(file, base, naming, **options, residual=residual, rename=rename, fsdp=fsdp)
+    path = Path(directory)
+    one = functools.partial(
+        _load_one,
+        base=base,
+        naming=naming,
+        strict=strict,
+        dtype=dtype,
+        dropout=dropout,
+        residual=residual,
+        rename=rename,
+        fsdp=fsdp,
+    )
+    if not path.is_dir() or (names is None and not (path / INDEX).is_file()):
+        return one(path)
+    index = read_or_list(path, names, lambda x: x if (path / x / CONFIG).is_file() else None)
+    overlays = [one(path / name) for name in index.choose(str(path), names)]
+    return overlays[0] if isinstance(names, str) else index.stack(path, overlays)
+
+
+def _load_one(directory: Path, base: Any, naming: Naming, **options: Any) -> Any:
+    """Return the adapters of one directory."""
+    return fit(read_file(directory), base, naming, **options)
 
 
 def fit(
@@ -116,5 +144,4 @@ def fit(
         dtype=dtype,
         dropout=dropout,
         fsdp=fsdp,
-        stacklevel=4,
     )

@@ -1,14 +1,19 @@
 """Write adapters as the two files of PEFT: contents, problems, configuration, tensors."""
 
 import dataclasses
+import functools
 import os
-from typing import Any
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 
 from lora_jax.core.config import LoraConfig
+from lora_jax.core.errors import ConfigError, StructureError
+from lora_jax.core.tree import adapted_nodes
 from lora_jax.files.disk import processes, safetensors_file
-from lora_jax.files.disk.atomic import write_directory
+from lora_jax.files.disk.atomic import write_atomically, write_directory
 from lora_jax.files.naming import Naming
 from lora_jax.files.peft import target_parameters, tensor_names, tied_head
 from lora_jax.files.peft.adapter_file import TENSORS
@@ -19,8 +24,11 @@ from lora_jax.files.peft.config_from_contents import (
     in_modules,
     wrong_targets,
 )
+from lora_jax.files.stack_index import INDEX, named_adapters
 from lora_jax.files.torch_adapters.contents import Contents, TorchBase, module_of
 from lora_jax.files.torch_adapters.from_tree import check, collect, find_unloadable
+
+Config = LoraConfig | PeftConfig | None
 
 
 def save(
@@ -30,10 +38,11 @@ def save(
     *,
     base: Any = None,
     complete: bool = True,
-    config: LoraConfig | PeftConfig | None = None,
+    config: Config | Sequence[Config] = None,
     fold: bool = False,
     base_model: str | None = None,
     task_type: str | None = None,
+    names: Sequence[str] | None = None,
 ) -> None:
     """Write adapters as Hugging Face PEFT does, so that PEFT loads them on the PyTorch model.
 
@@ -46,11 +55,13 @@ def save(
     a bias, is covered by `bias`.
 
     The files replace an older pair as a whole, see `write_directory` in `files/disk/atomic.py`.
+    Each adapter of a stack becomes a directory within `directory`, as PEFT itself writes
+    several adapters, with its own rank and without padding; `stack.json` has their order.
     Where arrays span processes, all processes call this together, and process 0 writes.
 
     Args:
       directory: created if missing.
-      adapters: an overlay, or a joined tree, which brings its own base.
+      adapters: an overlay, or a joined tree, which brings its own base; or a stack of either.
       naming: which PyTorch tensor is which leaf.
       base: the base of an overlay, arrays or `ShapeDtypeStruct`s. With it, `target_modules` is
         short wherever the ends of names are unambiguous. Its values are needed if only a part of a
@@ -58,14 +69,16 @@ def save(
       complete: whether `base` has every module of the PyTorch model. Without a base, or with a
         part of one, modules are named in full, so that PEFT adapts no others of the same name.
       config: the configuration the adapters were made with: rsLoRA, and how to express ranks and
-        targets.
+        targets; of a stack one for all, or one for each.
       fold: multiply the scales into B, set alpha to the rank, and pad all factors to the largest
         rank, for readers that ignore patterns, such as vLLM and llama.cpp. What B's dtype cannot
         hold goes to A, or to float32.
       base_model: the name or path of the base model, which PEFT's `AutoPeftModel` loads.
       task_type: PEFT's, such as "CAUSAL_LM" or "SEQ_CLS".
+      names: the names of a stack's adapters, by default their numbers.
 
     Raises:
+      ConfigError: `names` or `config` does not fit the stack, or the adapters are not a stack.
       StructureError: the file cannot hold these adapters; all problems are listed at once: paths
         that are not in the naming, DoRA on only some modules, no LoRA factors at all, values that
         are abstract, NaN or infinite; with `fold` also everything except factors, which those
@@ -84,6 +97,59 @@ def save(
     >>> {name.removeprefix("base_model.model."): x.shape for name, x in sorted(tensors.items())}
     {'up.lora_A.weight': (2, 4), 'up.lora_B.weight': (3, 2)}
     """
+    files_of = functools.partial(
+        _files,
+        naming=naming,
+        base=base,
+        complete=complete,
+        fold=fold,
+        base_model=base_model,
+        task_type=task_type,
+    )
+    several = processes.span_processes(adapters, base)
+    if all(node.slots is None for node in adapted_nodes(adapters).values()):
+        if names is not None:
+            raise ConfigError("save: names are for a stack of adapters, and this is a single one")
+        files = files_of(adapters, config=cast("Config", config))
+        processes.by_first(lambda: write_directory(directory, files), several=several)
+        return
+    index, trees = named_adapters("save", adapters, names)
+    configs = list(config) if isinstance(config, Sequence) else [config] * len(trees)
+    if len(configs) != len(trees):
+        raise ConfigError(f"save: {len(configs)} configurations for {len(trees)} adapters")
+    made = {
+        name: _of_adapter(name, files_of, tree, one)
+        for (name, tree), one in zip(trees.items(), configs, strict=True)
+    }
+
+    def write() -> None:
+        for name, files in made.items():
+            write_directory(Path(directory) / name, files)
+        write_atomically(Path(directory) / INDEX, index.to_json().encode())
+
+    processes.by_first(write, several=several)
+
+
+def _of_adapter(name: str, files_of: Callable[..., Any], tree: Any, config: Config) -> Any:
+    """Return the files of one adapter of a stack, or raise with its name."""
+    try:
+        return files_of(tree, config=config)
+    except StructureError as error:
+        raise StructureError(f"adapter {name} of the stack: {error}") from None
+
+
+def _files(
+    adapters: Any,
+    *,
+    naming: Naming,
+    base: Any,
+    complete: bool,
+    config: Config,
+    fold: bool,
+    base_model: str | None,
+    task_type: str | None,
+) -> dict[str, bytes]:
+    """Return the content of an adapter's two files; the arguments are those of `save`."""
     contents, model = collect(adapters, naming, base)
     contents, saved, problems = _add_saved_modules(contents, model)
     target = Target.of(contents, model, complete=complete)
@@ -98,14 +164,10 @@ def save(
         base_model_name_or_path=base_model or written.base_model_name_or_path,
         task_type=task_type or written.task_type,
     )
-    files = {
+    return {
         CONFIG: written.to_json().encode(),
         TENSORS: safetensors_file.encode(_tensors(contents, target), {"format": "pt"}),
     }
-    processes.by_first(
-        lambda: write_directory(directory, files),
-        several=processes.span_processes(adapters, base),
-    )
 
 
 def _add_saved_modules(

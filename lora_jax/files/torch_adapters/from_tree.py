@@ -1,7 +1,6 @@
 """Turn the adapted leaves of a tree into the `Contents` of a file."""
 
 import dataclasses
-import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,10 +9,11 @@ import jax
 import numpy as np
 
 from lora_jax.adapters.split import split
-from lora_jax.core.errors import StructureError, grouped
+from lora_jax.core.errors import StructureError, grouped, warn_user
 from lora_jax.core.foreign import shown
 from lora_jax.core.layout import Layout
 from lora_jax.core.patterns import nearest
+from lora_jax.core.slots import all_unpadded
 from lora_jax.core.tree import adapted_nodes, require_adapted
 from lora_jax.core.weights import Adapted, LoraWeight, TrainedLeaf, TrainedRows, check_fits
 from lora_jax.files.disk.processes import to_host
@@ -212,7 +212,7 @@ def collect(adapters: Any, naming: Naming, base: Any) -> tuple[Contents, TorchBa
     Raises:
       StructureError: what a file cannot hold; all problems are listed at once.
     """
-    nodes = require_adapted("save", adapters)
+    nodes = all_unpadded(require_adapted("save", adapters))
     base = _own_base(adapters) if base is None else base
     known = _known_shapes(nodes) if base is None else base
     model = TorchBase(known, naming, adapted_only=base is None)
@@ -232,11 +232,9 @@ def _common_dropout(nodes: Mapping[str, Adapted]) -> float:
     rate = max(counts, key=lambda x: (counts[x], -x))
     others = [f"{path} ({x.dropout})" for path, x in active.items() if x.dropout != rate]
     if others:
-        warnings.warn(
+        warn_user(
             f"save: the file holds one dropout rate, and gets {rate}, that of most weights; "
-            f"others: {shown(', '.join(others))}",
-            UserWarning,
-            stacklevel=4,
+            f"others: {shown(', '.join(others))}"
         )
     return rate
 

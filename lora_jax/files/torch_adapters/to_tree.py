@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,7 +12,7 @@ import numpy as np
 from lora_jax.core.config import LoraConfig
 from lora_jax.core.dora import column_norms
 from lora_jax.core.dtypes import accumulator
-from lora_jax.core.errors import AdapterFileError, grouped
+from lora_jax.core.errors import AdapterFileError, grouped, warn_user
 from lora_jax.core.foreign import shown
 from lora_jax.core.layout import Layout
 from lora_jax.core.sharding.placement import Placement
@@ -40,7 +39,6 @@ def fit_to_base(
     dtype: Any,
     dropout: float | None = None,
     fsdp: str | Sequence[str] | None = None,
-    stacklevel: int = 3,
 ) -> Any:
     """Return the overlay of a file's contents; all problems give one error or one warning.
 
@@ -51,7 +49,6 @@ def fit_to_base(
       strict: whether problems are an error, and not a warning.
       dropout: the rate of all factors; None for that of the contents.
       fsdp: as for `lora_jax.init`; factors are placed by the shardings of their weights.
-      stacklevel: of the warning: 3 where the user called what calls this.
 
     Raises:
       AdapterFileError: there are problems and `strict` is true, or nothing is left.
@@ -67,11 +64,7 @@ def fit_to_base(
     if not adapted_nodes(adapters):
         raise AdapterFileError(f"{source}: nothing in this file fits the base:\n{lines}")
     if problems or more:
-        warnings.warn(
-            f"{source}: ignored what does not fit the base:\n{lines}",
-            UserWarning,
-            stacklevel=stacklevel,
-        )
+        warn_user(f"{source}: ignored what does not fit the base:\n{lines}")
     return adapters
 
 

@@ -13,26 +13,26 @@ import lora_jax as lora
 BASE = {
     "up": jnp.cos(jnp.arange(24.0)).reshape(4, 6),
     "down": jnp.ones((6, 4)),
-    "bias": jnp.ones(4),
+    "bias": jnp.ones(4) / 16,
 }
 X = jax.random.normal(jax.random.key(0), (5, 4))
 TRANSFORMS = {
-    "AdamW": lambda p: lora.freeze(optax.adamw(0.1, weight_decay=0.1), p),
-    "LoRA+": lambda p: lora.lora_plus(0.1, p, optimizer=clipped),
+    "AdamW": lambda p: lora.freeze(optax.adamw(1e-3, weight_decay=0.1), p),
+    "LoRA+": lambda p: lora.lora_plus(1e-3, p, optimizer=clipped),
     "momentum": lambda p: lora.freeze(optax.sgd(0.1, momentum=0.9, nesterov=True), p),
-    "Lion": lambda p: lora.freeze(optax.lion(0.1, weight_decay=0.1), p),
-    "RMSprop": lambda p: lora.freeze(optax.rmsprop(0.1, centered=True), p),
+    "Lion": lambda p: lora.freeze(optax.lion(1e-3, weight_decay=0.1), p),
+    "RMSprop": lambda p: lora.freeze(optax.rmsprop(1e-3, centered=True), p),
 }
 CASES = [
-    (jnp.float32, ["AdamW", "LoRA+"]),
-    (jnp.bfloat16, ["LoRA+"]),
+    (jnp.float32, ["LoRA+"]),
+    pytest.param(jnp.bfloat16, ["LoRA+"], marks=pytest.mark.slow),
     pytest.param(jnp.float32, list(TRANSFORMS), marks=pytest.mark.slow),
     pytest.param(jnp.bfloat16, list(TRANSFORMS), marks=pytest.mark.slow),
 ]
 
 
 def clipped(rate):
-    return optax.chain(optax.clip_by_global_norm(1e-2), optax.adam(rate))
+    return optax.chain(optax.clip_by_global_norm(1e-2), optax.adamw(rate, weight_decay=0.1))
 
 
 def new(rank, dtype, **options):
@@ -93,14 +93,13 @@ def test_padding_stays_zero_and_each_adapter_trains_as_if_alone(dtype, names):
             assert not any(np.any(x) for x in padding(got[path], path)), name
         for field in ("up", "down", "bias"):
             np.testing.assert_array_equal(got[field].slot, stack[field].slot)
-        assert not np.any(got["bias"].value[:2]) and np.any(got["bias"].value[2] != 1)
+        assert not np.any(got["bias"].value[:2]) and np.any(got["bias"].value[2] != 1 / 16)
         assert np.any(got["up"].b[0, 0]) and np.all(got["up"].magnitude[1] != 0)
     if dtype == jnp.float32:
-        for slot in (
-            (2,) if len(names) == 2 else (0, 2)
-        ):  # without DoRA's place in it, a program of its own
+        # without a place for DoRA's magnitude these are programs that differ from the stack's
+        for slot in (2,) if len(names) == 1 else (0, 2):
             alone, norm = jax.jit(train)(each[slot])
-            np.testing.assert_allclose(norms[slot], norm, rtol=1e-6)
+            np.testing.assert_allclose(norms[slot], norm, rtol=1e-5)
             for name, want in alone.items():
                 got = lora.unstack(after[name])[slot]
                 assert jax.tree.structure(got) == jax.tree.structure(want)

@@ -1,5 +1,7 @@
 """Stacks of every kind of tree and of weight: what was stacked comes back to the bit."""
 
+import dataclasses
+
 import equinox as eqx
 import flax.linen as nn
 import jax
@@ -9,41 +11,57 @@ import pytest
 from flax import nnx
 
 import lora_jax as lora
+from lora_jax.core.paths import flatten_with_paths
 
 LEAVES = {
-    "up": (4, 6),
+    "up": (64, 6),
     "layers": (3, 6, 4),
     "attention": (4, 2, 3),
     "conv": (3, 3, 2, 4),
     "embedding": (8, 4),
     "bias": (4,),
+    "norms": (3, 4),
 }
-LAYOUTS = {
-    "layers": lora.Override(layout="bio"),
-    "attention": lora.Override(layout="ioo"),
-    "conv": lora.Override(layout="iiio"),
-}
-TARGETS = ["up", "layers", "attention", "conv"]
-CONFIGS = [
-    lora.LoraConfig(rank=1, targets=["up"], dropout=0.1234567),
-    lora.LoraConfig(rank=3, targets=TARGETS, overrides=LAYOUTS, dora=True),
-    lora.LoraConfig(
-        rank=2,
-        targets=TARGETS[:2],
-        overrides={"layers": LAYOUTS["layers"]},
-        scaling="rslora",
-        alpha=5,
-        train=["bias"],
-        rows={"embedding": [1, 5]},
-    ),
-    lora.LoraConfig(
-        rank=2,
-        targets=["layers"],
-        overrides={"layers": LAYOUTS["layers"]},
-        layers=[0, 2],
-        layers_pattern="layers",
-        dtype=jnp.float32,
-    ),
+LAYOUTS = {"up": "io", "layers": "bio", "attention": "ioo", "conv": "iiio"}
+
+
+def values(*shape):
+    return jnp.asarray(np.random.default_rng(sum(shape)).normal(size=shape), jnp.float32)
+
+
+def lora_node(name, rank, magnitude=False, scale=2.0, **options):
+    shape, layout = LEAVES[name], lora.Layout(LAYOUTS[name])
+    return lora.LoraWeight(
+        None,
+        values(*layout.a_shape(shape, rank)),
+        values(*layout.b_shape(shape, rank)),
+        jnp.asarray(np.full(layout.select("b", shape), scale, np.float32)),
+        values(*layout.magnitude_shape(shape)) if magnitude else None,
+        layout=layout,
+        **options,
+    )
+
+
+ROWS = lora.TrainedRows(
+    None, values(2, 4), jnp.float32(1), rows=(1, 5), axis=0, layout=lora.Layout("io")
+)
+RESTRICTED = dataclasses.replace(lora_node("layers", 2), scale=jnp.array([1.5, 0.0, 1.5]))
+SOME_LAYERS = jnp.array([1.0, 0.0, 1.0])[:, None]
+#: What each adapter has at the leaves of these names.
+ADAPTERS = [
+    {"up": lora_node("up", 1, dropout=0.1234567), "layers": RESTRICTED},
+    {name: lora_node(name, 3, magnitude=True) for name in LAYOUTS},
+    {
+        "up": lora_node("up", 2, scale=3.5),
+        "layers": lora_node("layers", 4),
+        "bias": lora.TrainedLeaf(None, values(4), jnp.float32(1)),
+        "norms": lora.TrainedLeaf(None, values(3, 4), SOME_LAYERS),
+        "embedding": ROWS,
+    },
+    {  # switched off, which is not the same as absent
+        "bias": lora.TrainedLeaf(None, jnp.zeros(4), jnp.float32(0)),
+        "norms": lora.TrainedLeaf(None, jnp.zeros((3, 4)), 0 * SOME_LAYERS),
+    },
 ]
 
 
@@ -74,9 +92,7 @@ TREES = {
     "NNX module": module,
     "NNX state": lambda leaves: nnx.state(module(leaves)),
     "Equinox": Net,
-    "quantized": lambda leaves: lora.quantize(
-        leaves | {"up": jnp.ones((64, 6))}, "int8", targets=["up"]
-    ),
+    "quantized": lambda leaves: lora.quantize(leaves, "int8", targets=["up"]),
 }
 
 
@@ -94,10 +110,11 @@ def shapes(tree):
 @pytest.mark.parametrize("name", TREES)
 def test_what_was_stacked_comes_back(name):
     base = TREES[name]({k: jnp.ones(shape) for k, shape in LEAVES.items()})
-    overlays = []
-    for i, config in enumerate(CONFIGS):
-        params = lora.init(jax.random.key(i), base, config)
-        overlays.append(lora.split(params)[1])
+    paths, treedef = flatten_with_paths(base)
+    overlays = [
+        jax.tree.unflatten(treedef, [nodes.get(path.split("/")[-1]) for path in paths])
+        for nodes in ADAPTERS
+    ]
     stack = lora.stack(overlays)
     for got, want in zip(lora.unstack(stack), overlays, strict=True):
         equal(got, want)

@@ -60,24 +60,32 @@ def test_every_run_trains_as_it_does_alone_and_so_does_one_that_comes_later():
     assert state.step.tolist() == [2 * STEPS, 2 * STEPS, STEPS, 2 * STEPS]
 
 
-def test_every_run_may_see_its_own_batch():
-    each = [batches(seed, steps=3) for seed in range(2)]
-    runs = lora.grid(learning_rate=1e-2, rank=[1, 3])
-    sweep = lora.sweep(LOSS, BASE, runs, CONFIG, *each[0][0], schedule=SCHEDULE, batch_axes=(0, 1))
+def test_every_run_may_see_its_own_batch_and_small_ranks_be_computed_apart():
+    each = [batches(seed, steps=3) for seed in range(3)]
+    runs = lora.grid(learning_rate=1e-2, rank=[2, 4, 1])
+    axes = (0, 1)
+    sweep = lora.sweep(
+        *(LOSS, BASE, runs, CONFIG, *each[0][0]), schedule=SCHEDULE, batch_axes=axes, buckets=[2]
+    )
     state, found = sweep.init(), []
-    for (tokens, y), (more_tokens, more_y) in zip(*each, strict=True):
-        batch = jnp.stack([tokens, more_tokens]), jnp.stack([y, more_y], 1)
+    for batches_ in zip(*each, strict=True):
+        tokens, y = zip(*batches_, strict=True)
+        batch = jnp.stack(tokens), jnp.stack(y, 1)
         state, losses = sweep.step(state, *batch)
         found.append(losses)
     for slot, run in enumerate(runs):
         want, _ = train_alone(run, each[slot])
         np.testing.assert_allclose(np.array(found)[:, slot], want, rtol=1e-6)
     shared = sweep.evaluate(state, *each[0][0])
-    apart = sweep.evaluate(state, *batch, batch_axes=(0, 1))
+    apart = sweep.evaluate(state, *batch, batch_axes=axes)
     for slot, overlay in enumerate(sweep.adapters(state)):
         params = lora.join(BASE, overlay)
         np.testing.assert_allclose(shared[slot], LOSS(params, *each[0][0]), rtol=1e-6)
         np.testing.assert_allclose(apart[slot], LOSS(params, *each[slot][-1]), rtol=1e-6)
+    types = str(jax.make_jaxpr(sweep.update)(BASE, state, *batch))
+    assert "f32[2,2,16]" in types and "f32[1,4,16]" in types  # B of both buckets
+    with pytest.raises(lora.ConfigError, match=r"rank 4 does not fit slot 0.* the slots \[1\]"):
+        sweep.replace(state, 0, runs[1])
 
 
 @pytest.mark.parametrize(

@@ -44,6 +44,7 @@ class How:
     rank: int | None
     energy: float | None
     majority_sign: Any
+    exact: bool
     seed: int
 
 
@@ -69,6 +70,7 @@ def run(sources: Sources, how: How, to: str | None, out: Path, *, force: bool) -
             [one.adapters for one in every],
             weights,
             majority_sign=how.majority_sign,
+            exact=how.exact,
             key=jax.random.key(how.seed),
             **options,
         )
@@ -156,7 +158,8 @@ def _read(found: Sequence[kinds.Found], sources: Sources) -> list[NamedAdapters]
     fit = sources.fit
     if sources.model is None:
         naming = Naming(()) if sources.naming is None else convert.read_naming(sources.naming)
-        return [_read_alone(one, naming, fit) for one in found]
+        read = [_read_alone(one, naming, fit) for one in found]
+        return read if found[0].kind == kinds.NATIVE else _aligned(read)
     from lora_jax.cli import sources as models
 
     place = models.find_model(sources.model)
@@ -169,6 +172,17 @@ def _read(found: Sequence[kinds.Found], sources: Sources) -> list[NamedAdapters]
         params, naming = loaded.model.params, loaded.model.naming
         read.append(NamedAdapters(loaded.adapters, params, naming, name, config, complete=True))
     return read
+
+
+def _aligned(every: Sequence[NamedAdapters]) -> list[NamedAdapters]:
+    """Return adapters that agree in which axis of a linear module is which."""
+    aligned: list[NamedAdapters] = []
+    kinds_of: dict[str, str] = {}
+    for one in every:
+        aligned.append(implied_tree.align_sides(one, kinds_of))
+        rows = aligned[-1].naming.entries
+        kinds_of = {path: row.kind for row in rows for path in row.paths} | kinds_of
+    return aligned
 
 
 def _read_alone(found: kinds.Found, naming: Naming, fit: Fit) -> NamedAdapters:

@@ -1,0 +1,133 @@
+"""Slots with similar ranks computed together, so that small ranks are not padded to the largest."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lora_jax.core.checks import is_integer
+from lora_jax.core.errors import ConfigError
+from lora_jax.core.slots import slot_rank
+from lora_jax.core.tree import adapted_nodes, map_adapted
+from lora_jax.core.weights import Adapted, LoraWeight
+
+
+@dataclasses.dataclass(frozen=True)
+class Buckets:
+    """The largest rank that each slot may have; slots with the same one are a bucket."""
+
+    limits: tuple[int, ...]  # per slot
+
+    @classmethod
+    def of(cls, bounds: Sequence[int], ranks: Sequence[int], slots: int) -> "Buckets":
+        """Return the buckets of runs with these ranks, the first of which are in the slots.
+
+        >>> Buckets.of([8], ranks=[4, 16, 8, 64], slots=3).limits
+        (8, 64, 8)
+        """
+        if not all(is_integer(bound) and bound > 0 for bound in bounds):
+            raise ConfigError(f"sweep: buckets must be ranks, positive integers, got {bounds!r}")
+        every = sorted({*map(int, bounds), max(ranks)})
+        limits = tuple(next(b for b in every if b >= rank) for rank in ranks[:slots])
+        if max(limits) < max(ranks):
+            raise ConfigError(
+                f"sweep: no slot has room for rank {max(ranks)}: put a run of the largest bucket "
+                "among the first ones, or leave buckets= out"
+            )
+        return cls(limits)
+
+    def check_fits(self, adapters: Any, slot: Any) -> None:
+        """Raise if adapters have a larger rank than their slot allows."""
+        if len(set(self.limits)) == 1:
+            return
+        rank, slot = rank_of(adapters), int(slot)
+        if rank > self.limits[slot]:
+            fitting = [i for i, limit in enumerate(self.limits) if limit >= rank]
+            raise ConfigError(
+                f"sweep: rank {rank} does not fit slot {slot}, whose bucket ends at rank "
+                f"{self.limits[slot]}; the slots {fitting} have room for it"
+            )
+
+    def turns(self, ranks: Sequence[int]) -> list[dict[int, int]]:
+        """Return in which turn and slot each of these ranks trains: `{index of the rank: slot}`.
+
+        >>> Buckets((8, 64, 8)).turns([64, 16, 4, 8])
+        [{0: 1, 2: 0, 3: 2}, {1: 1}]
+        """
+        waiting, turns = list(range(len(ranks))), []
+        while waiting:
+            free = sorted(range(len(self.limits)), key=lambda slot: self.limits[slot])
+            turn: dict[int, int] = {}
+            for index in waiting:
+                slot = next((s for s in free if self.limits[s] >= ranks[index]), None)
+                if slot is not None:
+                    turn[index] = slot
+                    free.remove(slot)
+            turns.append(turn)
+            waiting = [index for index in waiting if index not in turn]
+        return turns
+
+    def map(self, fn: Callable[..., Any], axes: Sequence[Any], stack: Any, *args: Any) -> Any:
+        """Return `(gradients, measured)` of `fn(adapters, *args)` for every slot.
+
+        Args:
+          fn: a function of the adapters of one slot that returns their gradients and a tree.
+          axes: which axes of the arguments are the axis of slots, as `in_axes` of `jax.vmap`.
+          stack: the adapters.
+          *args: the other arguments.
+        """
+        if len(set(self.limits)) == 1:
+            return jax.vmap(fn, (0, *axes))(stack, *args)
+        parts, order = [], []
+        for limit in sorted(set(self.limits)):
+            slots = [slot for slot, own in enumerate(self.limits) if own == limit]
+            few = _cut(_taken(slots, 0, stack), limit)
+            own = [_taken(slots, axis, x) for axis, x in zip(axes, args, strict=True)]
+            gradients, measured = jax.vmap(fn, (0, *axes))(few, *own)
+            parts.append((_padded(gradients, stack), measured))
+            order += slots
+        joined = jax.tree.map(lambda *x: jnp.concatenate(x), *parts)
+        return _taken(np.argsort(order).tolist(), 0, joined)
+
+
+def rank_of(adapters: Any) -> int:
+    """Return the largest rank of single adapters, without their padding."""
+    nodes = [x for x in adapted_nodes(adapters).values() if isinstance(x, LoraWeight)]
+    return max((x.rank if x.slot is None else int(slot_rank(x.slot)) for x in nodes), default=0)
+
+
+def _taken(slots: Sequence[int], axes: Any, tree: Any) -> Any:
+    """Return the arrays of some slots; `axes` says where these are, as `in_axes` of `jax.vmap`."""
+    if isinstance(slots, list) and slots == list(range(slots[0], slots[0] + len(slots))):
+        pick = lambda x, axis: jax.lax.slice_in_dim(x, slots[0], slots[0] + len(slots), axis=axis)
+    else:
+        pick = lambda x, axis: jnp.take(x, np.array(slots), axis=axis)
+    under = lambda axis, part: (
+        part if axis is None else jax.tree.map(lambda x: pick(jnp.asarray(x), axis), part)
+    )
+    return jax.tree.map(under, axes, tree, is_leaf=lambda x: x is None)
+
+
+def _cut(stack: Any, rank: int) -> Any:
+    """Return stacked adapters without what lies behind a rank: zeros."""
+
+    def one(path: str, node: Adapted) -> Adapted:
+        if not isinstance(node, LoraWeight):
+            return node
+        before = (slice(None),) * (1 + len(node.layout.positions("b")))
+        return dataclasses.replace(node, a=node.a[..., :rank], b=node.b[(*before, slice(rank))])
+
+    return map_adapted(one, stack)
+
+
+def _padded(gradients: Any, like: Any) -> Any:
+    """Return gradients with zeros where what they are of was cut off."""
+
+    def one(x: jax.Array, whole: jax.Array) -> jax.Array:
+        widths = [(0, n - m) for m, n in zip(x.shape[1:], whole.shape[1:], strict=True)]
+        return jnp.pad(x, [(0, 0), *widths])
+
+    return jax.tree.map(one, gradients, like)
