@@ -28,6 +28,10 @@ QUANTIZED = [
 ]
 ROWS = ["tests/engine/rows"]
 ALGEBRA = ["tests/adapters/algebra", "tests/parity/peft/test_combined.py"]
+PAIRS = [
+    *("tests/adapters/optimizers", "tests/parity/lora_rite"),
+    "tests/parity/peft/test_riemannian.py",
+]
 STACKS = ["tests/adapters/stacks"]
 
 
@@ -305,6 +309,34 @@ MUTANTS = [
         "similarity = jnp.abs(matmul(vt, known.T)).max(-1)",
         "similarity = jnp.abs(matmul(u.T, truncated_svd(before, min(before.shape))[0])).max(-1)",
         (ALGEBRA,),
+    ),
+    Mutant(
+        "precondition a factor with itself",
+        "adapters/optimizers/riemannian.py",
+        "return gradients.map(one, factors.swapped), {}",
+        "return gradients.map(one, factors), {}",
+        (PAIRS,),
+    ),
+    Mutant(
+        "carry no first moment to the basis of this step",
+        "adapters/optimizers/rite.py",
+        "mu = b1 * matmul(before.mu, transposed(carry))",
+        "mu = b1 * before.mu",
+        (PAIRS,),
+    ),
+    Mutant(
+        "move a weight by the learning rate times its scale",
+        "adapters/optimizers/muon.py",
+        "half = _inverse(scale.astype(factors.a.dtype)) * rate",
+        "half = jnp.sign(scale.astype(factors.a.dtype)) * rate",
+        (PAIRS,),
+    ),
+    Mutant(
+        "let the padding of a rank move",
+        "adapters/optimizers/pairs.py",
+        "group.unstack(_without_padding(moves, factors), gradients)",
+        "group.unstack(moves, gradients)",
+        (PAIRS,),
     ),
     Mutant(
         "pad adapters of a stack with ones",
