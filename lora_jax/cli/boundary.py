@@ -111,10 +111,10 @@ def explain(error: BaseException, words: Sequence[str] = ()) -> tuple[str, int]:
         return one_line(f"interrupted: {error}" if str(error) else "interrupted"), INTERRUPTED
     if hasattr(error, "format_message") and hasattr(error, "exit_code"):
         return _usage(error, words), error.exit_code
-    return one_line(_message(error)), FAILED
+    return one_line(_message(error, words)), FAILED
 
 
-def _message(error: BaseException) -> str:
+def _message(error: BaseException, words: Sequence[str]) -> str:
     if isinstance(error, LoraError | AssetError):
         return str(error)
     if isinstance(error, ModuleNotFoundError):
@@ -135,7 +135,8 @@ def _message(error: BaseException) -> str:
     if "No space left on device" in str(error):  # C++ libraries know no OSError
         return _ADVICE[errno.ENOSPC]
     if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
-        return "out of memory; use a smaller batch, a shorter length or --dtype bfloat16"
+        slots = "fewer --slots, " if words[:1] == ["sweep"] else ""
+        return f"out of memory; use {slots}a smaller batch, a shorter length or --dtype bfloat16"
     return (
         f"unexpected {type(error).__name__}: {error}; this is a bug in lora-jax, "
         f"{DEBUG}=1 shows where it happened"

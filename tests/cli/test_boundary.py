@@ -76,6 +76,11 @@ def test_a_failure_is_one_line_and_a_status(name, failing, capsys):
     assert line in err
 
 
+def test_a_sweep_that_needs_too_much_memory():
+    line, _ = boundary.explain(MemoryError(), ["sweep", "--model", "tiny"])
+    assert line.startswith("out of memory; use fewer --slots, a smaller batch")
+
+
 def test_a_long_list_is_cut():
     line, _ = boundary.explain(lora_jax.LoraError("\n".join(["missing:", *map(str, range(90))])))
     assert line.startswith("missing: 0; 1; ") and line.endswith(

@@ -27,6 +27,7 @@ QUANTIZED = [
     "tests/adapters/test_merge_quantized.py",
 ]
 ALGEBRA = ["tests/adapters/algebra", "tests/parity/peft/test_combined.py"]
+STACKS = ["tests/adapters/stacks"]
 
 
 class Mutant(NamedTuple):
@@ -261,6 +262,34 @@ MUTANTS = [
         "similarity = jnp.abs(matmul(vt, known.T)).max(-1)",
         "similarity = jnp.abs(matmul(u.T, truncated_svd(before, min(before.shape))[0])).max(-1)",
         (ALGEBRA,),
+    ),
+    Mutant(
+        "pad adapters of a stack with ones",
+        "adapters/stacks/frame.py",
+        "return jnp.pad(x.astype(like.dtype), widths)",
+        "return jnp.pad(x.astype(like.dtype), widths, constant_values=1)",
+        (STACKS,),
+    ),
+    Mutant(
+        "give a magnitude to each slot of a stack",
+        "core/dora.py",
+        "on &= slot_has_magnitude(node.slot)",
+        "on &= node.slot[..., 2] >= 0",
+        (STACKS,),
+    ),
+    Mutant(
+        "take the slot 0 of a stack for the base",
+        "core/slots.py",
+        "jnp.expand_dims(ids >= 0,",
+        "jnp.expand_dims(ids >= -1,",
+        (STACKS,),
+    ),
+    Mutant(
+        "let a scale switch on what a slot of a stack does not adapt",
+        "adapters/switches.py",
+        "return jnp.where(on, scale, jnp.zeros_like(scale))",
+        "return scale",
+        (STACKS,),
     ),
 ]
 

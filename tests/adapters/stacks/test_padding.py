@@ -19,7 +19,7 @@ X = jax.random.normal(jax.random.key(0), (5, 4))
 TRANSFORMS = {
     "AdamW": lambda p: lora.freeze(optax.adamw(1e-3, weight_decay=0.1), p),
     "LoRA+": lambda p: lora.lora_plus(1e-3, p, optimizer=clipped),
-    "momentum": lambda p: lora.freeze(optax.sgd(1e-3, momentum=0.9, nesterov=True), p),
+    "momentum": lambda p: lora.freeze(optax.sgd(0.1, momentum=0.9, nesterov=True), p),
     "Lion": lambda p: lora.freeze(optax.lion(1e-3, weight_decay=0.1), p),
     "RMSprop": lambda p: lora.freeze(optax.rmsprop(1e-3, centered=True), p),
 }
@@ -99,7 +99,7 @@ def test_padding_stays_zero_and_each_adapter_trains_as_if_alone(dtype, names):
         # without a place for DoRA's magnitude these are programs that differ from the stack's
         for slot in (2,) if len(names) == 1 else (0, 2):
             alone, norm = jax.jit(train)(each[slot])
-            np.testing.assert_allclose(norms[slot], norm, rtol=1e-6)
+            np.testing.assert_allclose(norms[slot], norm, rtol=1e-5)
             for name, want in alone.items():
                 got = lora.unstack(after[name])[slot]
                 assert jax.tree.structure(got) == jax.tree.structure(want)
