@@ -21,7 +21,7 @@ from benchmarks.report import ratio, versions
 from lora_jax import models
 from lora_jax.models import assets
 
-BATCHES = (8,)
+BATCHES = (8, 64)
 PROMPT, CACHE = 32, 128  # tokens
 CONFIG = lora.LoraConfig(rank=16, targets=["query/kernel", "value/kernel"])
 BASE, ONE, MANY = "base", "one adapter", "one per row"
