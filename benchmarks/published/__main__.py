@@ -31,6 +31,7 @@ EXPERIMENTS = (
     "dora",
     "rank_and_rate",
     "tuned_variants",
+    "optimizers",
 )
 HEADINGS = ("result", "setting", "published", "here", "agrees")
 

@@ -46,6 +46,7 @@ MEMBERS = (
     ("key", "key_axes"),
     ("rate", "rate_axes"),
     ("gain", "gain_axes"),
+    ("scale", "scale_axes"),
 )
 
 
@@ -84,6 +85,7 @@ class LazyWeight:
     key: Any  # random keys for branch dropout, axes named by key_axes; None without dropout
     gain: Any = None  # DoRA's factor of the outputs, axes named by gain_axes; None without DoRA
     rate: Any = None  # of a stack's branch dropout, axes named by rate_axes; None: it is `dropout`
+    scale: Any = None  # what multiplies b, axes named by scale_axes; None: it is in b
     row: Row | None = None  # what picks among the adapters that the members have along SLOT
     _: dataclasses.KW_ONLY
     axes: tuple[Axis, ...] = dataclasses.field(metadata=STATIC)
@@ -92,6 +94,7 @@ class LazyWeight:
     key_axes: tuple[Axis, ...] = dataclasses.field(metadata=STATIC, default=())
     rate_axes: tuple[Axis, ...] = dataclasses.field(metadata=STATIC, default=())
     gain_axes: tuple[Axis, ...] = dataclasses.field(metadata=STATIC, default=())
+    scale_axes: tuple[Axis, ...] = dataclasses.field(metadata=STATIC, default=())
     shape: tuple[int, ...] = dataclasses.field(metadata=STATIC)
     dtype: Any = dataclasses.field(metadata=STATIC)
     origin: Provenance = dataclasses.field(metadata=STATIC)
@@ -121,8 +124,12 @@ class LazyWeight:
         slots = () if node.slots is None else (SLOT,)
         drops = node.key is not None
         # A transposed A has to be flattened, and on a mesh it would be gathered for that.
-        rank_first = rank_first and not is_on_mesh(node.a)
-        a, b = _factors(node.a, node.b, node.scale, rank_first)
+        # The factors of all slots stay as they are until a row has picked some of them.
+        whole = row is not None and bool(slots)
+        rank_first = rank_first and not is_on_mesh(node.a) and not whole
+        a, b = node.a, node.b
+        if not whole:
+            a, b = _factors(node.a, node.b, node.scale, rank_first)
         return cls(
             _frozen_base(node.w),
             a,
@@ -130,13 +137,15 @@ class LazyWeight:
             node.key,
             None if node.magnitude is None else _dora_gain(_waiting(node, after)),
             slot_dropout(node.slot) if drops and node.slot is not None else None,
-            row if slots else None,
+            lax.stop_gradient(node.scale) if whole else None,
+            row if whole else None,
             axes=axes,
             a_axes=(*slots, *batch, RANK, *ins) if rank_first else (*slots, *batch, *ins, RANK),
             b_axes=(*slots, *batch, RANK, *outs),
             key_axes=(*slots, *batch) if drops else (),
             rate_axes=slots if drops and node.slot is not None else (),
             gain_axes=() if node.magnitude is None else (*slots, *batch, *outs),
+            scale_axes=(*slots, *batch) if whole else (),
             shape=node.w.shape,
             dtype=node.w.dtype,
             origin=Provenance.of(path, node.w.ndim),

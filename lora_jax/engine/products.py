@@ -214,7 +214,9 @@ def is_shareable(product: Product) -> bool:
     """
     if product.lazy.key is not None:
         return False
-    (_, f_axes), (_, s_axes) = product.factors()
+    (f, f_axes), (_, s_axes) = product.factors()
+    if ROW in f_axes and math.prod(product.shape) < f.size:
+        return False  # joining every row's A would cost more than reading its few tokens again
     summed = {*product.x_axes} - {*product.out_axes}
     return {*f_axes} - {ROW} == {*summed, RANK} and not summed & {*s_axes}
 

@@ -13,7 +13,8 @@ import jax
 import numpy as np
 
 from lora_jax.core.errors import AdapterFileError
-from lora_jax.core.weights import TrainedRows
+from lora_jax.core.layout import Layout
+from lora_jax.core.weights import LoraWeight, TrainedRows
 from lora_jax.files import kinds, mlx, native, peft
 from lora_jax.files.naming import Entry, Naming
 from lora_jax.files.peft import PeftConfig
@@ -96,15 +97,41 @@ def from_native(path: Path, naming: Naming) -> NamedAdapters:
     )
 
 
+def align_sides(adapters: NamedAdapters, kinds: Mapping[str, str]) -> NamedAdapters:
+    """Return adapters whose linear modules have the axes that they have in other adapters' base.
+
+    A file of PEFT says only once whether its modules are `Linear` or GPT-2's `Conv1D`, whose weight
+    is transposed, and says `Conv1D` where only some are. The factors are the same.
+
+    Args:
+      adapters: read onto the modules that their file names.
+      kinds: the kinds of the modules' weights, as in `Entry.kind`, by path.
+    """
+    base, overlay, rows = dict(adapters.base), dict(adapters.adapters), []
+    for row in adapters.naming.entries:
+        (path,) = row.paths
+        kind = kinds.get(path, row.kind)
+        if {kind, row.kind} != {"linear", "conv1d"}:
+            rows.append(row)
+            continue
+        rows.append(_row(path, kind, 2))
+        base[path] = jax.ShapeDtypeStruct(base[path].shape[::-1], base[path].dtype)
+        if isinstance(overlay[path], LoraWeight):
+            layout = Layout("oi" if kind == "linear" else "io")
+            overlay[path] = dataclasses.replace(overlay[path], layout=layout)
+    return dataclasses.replace(adapters, base=base, adapters=overlay, naming=Naming(tuple(rows)))
+
+
+def _row(name: str, kind: str, ndim: int) -> Entry:
+    """Return the row of a weight whose path is its name in PyTorch."""
+    axes = "o i" + "".join(f" k{n}" for n in range(ndim - 2))
+    return Entry(name, name, kind, f"{axes} -> {axes}" if kind in ("linear", "conv") else "")
+
+
 def _torch_tree(
     weights: Mapping[str, ImpliedWeight],
 ) -> tuple[dict[str, jax.ShapeDtypeStruct], Naming]:
     """Return a flat tree that has PyTorch's names as paths and PyTorch's axes, and its naming."""
-    rows = []
-    for name, (kind, shape) in weights.items():
-        axes = "o i" + "".join(f" k{n}" for n in range(len(shape) - 2))
-        rows.append(
-            Entry(name, name, kind, f"{axes} -> {axes}" if kind in ("linear", "conv") else "")
-        )
+    rows = [_row(name, kind, len(shape)) for name, (kind, shape) in weights.items()]
     tree = {name: jax.ShapeDtypeStruct(shape, np.float32) for name, (_, shape) in weights.items()}
     return tree, Naming(tuple(rows))

@@ -18,7 +18,7 @@ from lora_jax.files.disk.atomic import read_directory
 
 INDEX = "stack.json"
 _MAX_NAME = 128
-_MAX_RANK = 2**20
+_MAX_RANK = 2**12  # so that an index asks for no more memory than the base itself takes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,7 +100,9 @@ def index_of(value: Any, source: str) -> StackIndex:
         raise AdapterFileError(f"{source}: adapters must be a list of names")
     problems = name_problems(names)
     if rank is not None and not (type(rank) is int and 0 < rank <= _MAX_RANK):
-        problems.append(f"rank must be a positive number or null, not {shown_value(rank)}")
+        problems.append(
+            f"rank must be null or a number from 1 to {_MAX_RANK}, not {shown_value(rank)}"
+        )
     if problems:
         raise AdapterFileError(f"{source}: the index of a stack: " + "; ".join(problems))
     return StackIndex(tuple(names), rank)
@@ -183,4 +185,5 @@ def _rank_beyond(stack: Any) -> int | None:
     nodes = [x for x in adapted_nodes(stack).values() if isinstance(x, LoraWeight)]
     ranks = {node.rank for node in nodes}
     own = [node.slot[..., 0].max() for node in nodes if node.slot is not None]
-    return ranks.pop() if len(ranks) == 1 and len(own) and max(own) < min(ranks) else None
+    is_beyond = len(ranks) == 1 and bool(own) and max(own) < min(ranks) <= _MAX_RANK
+    return ranks.pop() if is_beyond else None

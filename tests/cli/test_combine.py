@@ -7,10 +7,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import lora_jax
+from lora_jax import peft
+from lora_jax.core.tree import adapted_nodes
 from lora_jax.files.contained_factors import read_factors
+from tests.adapters.algebra import random_overlays
 from tests.cli import files
+from tests.parity.peft import models as reference
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
+COMBINED = np.load(Path(reference.__file__).parent / "recorded" / "combined.npz")
 SOME, OTHERS, MLX = Path("some"), Path("others"), Path("mlx")
 MODULE = files.MODULES[0]
 
@@ -117,6 +123,25 @@ def test_files_of_lora_jax_need_no_base(run):
     assert "lora_jax adapter, cat of 2 adapters" in out
 
 
+def test_files_of_lora_jax_keep_what_they_say_and_must_agree(run, fails):
+    tree, rng = {"w": np.ones((4, 3), "f4")}, np.random.default_rng(0)
+    node = random_overlays.random_node(rng, "io", (4, 3), 2)
+    said = {"labels": ["no", "yes"], "model": "tiny"}
+    lora_jax.save("a.safetensors", {"w": node}, said, base=tree)
+    lora_jax.save("b.safetensors", {"w": node}, said | {"labels": ["a", "b"]}, base=tree)
+    lora_jax.save("c.safetensors", {"w": node}, said, base={"w": tree["w"] + 1})
+    combine(run, "d.safetensors", "a.safetensors", "a.safetensors")
+    assert lora_jax.read_metadata("d.safetensors")["metadata"] == said
+    got = lora_jax.load("d.safetensors", tree)["w"]
+    np.testing.assert_allclose(
+        random_overlays.update(got), 2 * random_overlays.update(node), rtol=1e-5
+    )
+    told = fails("combine", "a.safetensors", "b.safetensors", "--out", "x")
+    assert "b.safetensors: has the labels ['a', 'b'], and a.safetensors ['no', 'yes']" in told
+    told = fails("combine", "a.safetensors", "c.safetensors", "--out", "x")
+    assert "c.safetensors: was trained on another base than a.safetensors: w: other values" in told
+
+
 @pytest.mark.slow
 def test_a_mixture_with_its_model(run):
     words = ["convert", SOME, "--to", "native", "--out", "a.safetensors", "--force"]
@@ -126,6 +151,28 @@ def test_a_mixture_with_its_model(run):
     close(got, total(others=1, some=-1))
     _, got = combine(run, "mixed.safetensors", "a.safetensors", OTHERS, *model)
     assert len(got) == 4
+
+
+def test_files_that_say_differently_which_modules_are_transposed(run):
+    """PEFT writes fan_in_fan_out for all modules where one is a Conv1D; its numbers are wanted."""
+    names = ("all", "rslora", "patterns")
+    for place in (*(f"adapters/{name}" for name in names), "cases/cat"):
+        folder = Path("recorded") / place
+        folder.mkdir(parents=True, exist_ok=True)
+        for file in (peft.CONFIG, peft.TENSORS):
+            (folder / file).write_bytes(COMBINED[f"{place}/{file}"].tobytes())
+    adapters = [Path("recorded/adapters") / name for name in names]
+    done = run("combine", *adapters, "-w", "0.7,-1.2,0.4", "--out", "three", "--force")
+    assert done.status == 0, done
+    got, want = (
+        adapted_nodes(peft.load(folder, reference.shapes("plain"), reference.PLAIN))
+        for folder in ("three", "recorded/cases/cat")
+    )
+    assert got.keys() == want.keys()
+    for path, node in want.items():
+        zeros = np.zeros(node.shape)
+        wanted, found = reference.meaning(node, zeros), reference.meaning(got[path], zeros)
+        np.testing.assert_allclose(found, wanted, atol=2e-5, err_msg=path)
 
 
 def test_dora_with_its_model(run):

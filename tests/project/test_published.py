@@ -10,6 +10,7 @@ import optax
 import pytest
 
 import lora_jax
+from benchmarks import decoder
 from benchmarks.decoder import Size
 from benchmarks.published import (
     __main__,
@@ -20,6 +21,7 @@ from benchmarks.published import (
     eva,
     gradient_norms,
     lora_plus,
+    optimizers,
     rank_and_rate,
     sweeps,
     tuned_variants,
@@ -204,6 +206,51 @@ def test_variants_count_at_the_rate_that_other_examples_choose(monkeypatch):
     assert "LoRA 65.0 ± 7.1 at 1.0e-01" in tuned.ours and "within 5.0 points" in tuned.ours
     assert tuned.agrees is False and tuned.note == "PiSSA is 5.0 below LoRA"
     assert common.ours.startswith("5.0 points") and len(picture.lines) == 8
+
+
+def test_muons_polynomial_makes_singular_values_about_one():
+    x = np.random.default_rng(0).standard_normal((2, 12, 5)).astype(np.float32)
+    for matrices in (x, x.swapaxes(-1, -2)):
+        values = np.linalg.svd(optimizers.sign(matrices))[1]
+        assert values.shape == (2, 5) and abs(values - 1).max() < 0.4
+
+
+LOSSES = {  # at two rates, for two seeds
+    "Adam": [[2.0, 2.2], [3.0, 3.0]],
+    "LoRA+": [[1.9, 2.1], [3.0, 3.0]],
+    "scaled Adam": [[1.9, 2.3], [3.0, 3.0]],
+    "LoRA-RITE": [[2.5, 2.5], [2.1, 2.3]],
+    "Muon": [[1.8, 2.0], [3.0, 3.0]],
+    "LoRA-Muon, r=2": [[3.0, 3.0], [2.0, np.nan]],
+    "LoRA-Muon, r=8": [[1.9, 2.0], [3.0, 3.0]],
+    "LoRA-Muon, r=32": [[1.7, 1.9], [3.0, 3.0]],
+}
+
+
+def test_optimizers_are_compared_at_their_best_rates(monkeypatch):
+    monkeypatch.setattr(optimizers, "plays", lambda: ["to be or not " * 20, "who is there " * 60])
+    monkeypatch.setattr(
+        optimizers.Task, "_pretrained", lambda *args: decoder.init(args[0].size, "scan")
+    )
+    found = {id(optimizers.CONTENDERS[name]): np.array(x) for name, x in LOSSES.items()}
+    monkeypatch.setattr(optimizers.Task, "losses", lambda task, one, *args: found[id(one)])
+    size = decoder.Size(layers=1, width=8, heads=2, batch=2, time=8)
+    *rows, same = optimizers.run(size, count=2, seeds=2).rows
+    assert [row.agrees for row in rows] == [True, False, False, True]
+    assert [row.note for row in rows[1:3]] == ["no difference that seeds agree on", "higher"]
+    assert "2.2000 ± 0.1414 at 2.0e-03" in rows[2].ours  # LoRA-RITE at the second rate
+    assert same.agrees and same.ours.startswith("1 (2), 1 (8), 1 (32)")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["LoRA-Muon, r=2", "Muon"])
+def test_an_optimizer_lowers_the_loss_of_a_small_decoder(name):
+    size = decoder.Size(layers=2, width=16, heads=2, batch=4, time=8)
+    task = optimizers.Task(["to be or not " * 40, "who is there " * 80], size, 20)
+    losses = task.losses(optimizers.CONTENDERS[name], (1e-9, 0.03), 30, 2)
+    before = task.loss(task.base, task.held_out)
+    np.testing.assert_allclose(losses[0], before, rtol=1e-4)
+    assert (losses[1] < 0.9 * before).all()
 
 
 def test_a_heat_map_with_a_run_that_diverged(tmp_path):

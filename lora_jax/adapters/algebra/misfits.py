@@ -51,7 +51,10 @@ def find_missing_base(
     if cancels_base(nodes, weights, recipe):
         return []
     what = "trained rows" if isinstance(nodes[0], TrainedRows) else "a fully trained leaf"
-    return [f"{path}: {what}, whose change is value - base; pass base=, the parameters"]
+    mend = "pass base=, the parameters"
+    if recipe.method.keeps == "all":
+        mend += ", or weights that add up to 1"
+    return [f"{path}: {what}, whose change is value - base; {mend}"]
 
 
 def find_unfit_dora(path: str, nodes: Sequence[Adapted], weights: Any, recipe: Recipe) -> list[str]:

@@ -211,8 +211,12 @@ def _common(nodes: Sequence[Any], field: str) -> jax.ShapeDtypeStruct:
 
 def _widest(*dtypes: Any) -> Any:
     """Return the dtype that represents all numbers of these dtypes."""
+    if len(set(dtypes)) == 1:
+        return dtypes[0]
+    # JAX promotes no 8-bit numbers by itself.
+    wide = [jnp.dtype(jnp.float32) if dtype.itemsize == 1 else dtype for dtype in dtypes]
     with jax.numpy_dtype_promotion("standard"):
-        return jnp.result_type(*dtypes)
+        return jnp.result_type(*wide)
 
 
 def _zeros(fields: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, Any]:

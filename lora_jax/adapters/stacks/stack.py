@@ -28,7 +28,7 @@ def stack(adapters: Sequence[Any], *, rank: int | None = None) -> Any:
     so it stays zero under every optimizer that moves nothing without a gradient, whatever its
     weight decay. Scales, targets, layers, rates of dropout and kinds (LoRA, rsLoRA, DoRA) may
     differ too; where an adapter has no target that another has, its factors are zero. Factors of
-    different dtypes get the narrowest dtype that represents both.
+    different dtypes get one that represents both.
 
     The stack works in `jax.vmap` over its first axis, in `join(base, stack)` for
     `lora(fn, adapters_of=...)`, and in `select`, `set_slot` and `unstack`. On a mesh the slots are

@@ -53,6 +53,10 @@ def command(
     majority_sign: Annotated[
         Literal["total", "frequency"], typer.Option(help="How ties elects a sign.")
     ] = "total",
+    exact: Annotated[
+        bool,
+        typer.Option(help="Exact SVD of dense sums, or a randomized one, which is much faster."),
+    ] = True,
     seed: Annotated[int, typer.Option(help="Random seed of dare.")] = 0,
     to: Annotated[
         Format | None,
@@ -93,5 +97,5 @@ def command(
     from lora_jax.cli.jobs.adapter_files import combine
 
     sources = combine.Sources(adapters, model, naming, Fit.of_options(strict, rename, residual))
-    how = combine.How(weights, method, density, rank, energy, majority_sign, seed)
+    how = combine.How(weights, method, density, rank, energy, majority_sign, exact, seed)
     combine.run(sources, how, to, out, force=force)

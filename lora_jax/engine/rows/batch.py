@@ -23,6 +23,7 @@ import numpy as np
 from lora_jax.core.errors import ConfigError, LoraError
 from lora_jax.core.foreign import shown_value
 from lora_jax.core.paths import flatten_with_key_paths, path_str
+from lora_jax.core.sharding.meshes import has_explicit_mesh
 from lora_jax.core.slots import check_ids
 from lora_jax.core.weights import LoraWeight, is_adapted, is_weight
 from lora_jax.engine.lazy_weight import Row
@@ -228,7 +229,8 @@ def _of_one_row(leaf: Any, axis: int | None, own: Any) -> Any:
 
 def _widened(leaf: Any, axis: int, rows: int) -> jax.ShapeDtypeStruct:
     shape = (*leaf.shape[:axis], rows, *leaf.shape[axis + 1 :])
-    return jax.ShapeDtypeStruct(shape, leaf.dtype)
+    sharding = jax.typeof(leaf).sharding if has_explicit_mesh(leaf) else None
+    return jax.ShapeDtypeStruct(shape, leaf.dtype, sharding=sharding)
 
 
 def _row_axis(aval: Any, wide: Wide) -> int | None:

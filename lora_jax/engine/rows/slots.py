@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from lora_jax.core.dtypes import accumulator
+from lora_jax.engine import named_axes
 from lora_jax.engine.lazy_weight import ROW, SLOT, Axis, LazyWeight
 
 
@@ -37,7 +39,7 @@ def pick(lazy: LazyWeight) -> LazyWeight:
         taken = lax.dynamic_index_in_dim(array, ids, at, keepdims=False)
         return taken, axes[:at] + axes[at + 1 :]
 
-    picked = lazy.map_members(one)
+    picked = with_scale_in_b(lazy.map_members(one))
     b, gain = picked.b, picked.gain
     if not in_order:
         b = jnp.where(along_rows(slot >= 0, picked.b_axes), b, jnp.zeros_like(b))
@@ -45,6 +47,18 @@ def pick(lazy: LazyWeight) -> LazyWeight:
             gain = jnp.where(along_rows(slot >= 0, picked.gain_axes), gain, 1)
     key = None if picked.key is None else _folded(picked.key, along_rows(number, picked.key_axes))
     return dataclasses.replace(picked, b=b, gain=gain, key=key, row=None)
+
+
+def with_scale_in_b(lazy: LazyWeight) -> LazyWeight:
+    """Return the weight with `scale · B` in the place of B."""
+    if lazy.scale is None:
+        return lazy
+    dtype = accumulator(lazy.a.dtype, lazy.b.dtype)
+    order = [axis for axis in lazy.b_axes if axis in lazy.scale_axes]
+    scale = named_axes.arrange(lazy.scale.astype(dtype), lazy.scale_axes, order, {})
+    sizes = [n if axis in order else 1 for axis, n in zip(lazy.b_axes, lazy.b.shape, strict=True)]
+    b = lazy.b.astype(dtype) * scale.reshape(sizes)
+    return dataclasses.replace(lazy, b=b, scale=None, scale_axes=())
 
 
 def along_rows(x: jax.Array, axes: Sequence[Axis]) -> jax.Array:

@@ -13,7 +13,7 @@ from lora_jax.core.dtypes import wider
 from lora_jax.engine import jaxprs, named_axes, provenance
 from lora_jax.engine.context import Context
 from lora_jax.engine.lazy_weight import MEMBERS, RANK, SLOT, Axis, LazyWeight, is_lazy
-from lora_jax.engine.rows.slots import pick
+from lora_jax.engine.rows.slots import pick, with_scale_in_b
 from lora_jax.engine.rules.registry import PrimitiveRule, rule
 from lora_jax.engine.rules.views import bind_base, spread
 
@@ -78,8 +78,9 @@ def _join(
     `which` is as in `moves.apply`.
     """
     weights = [x for x in parts if is_lazy(x)]
-    if len({x.row is None for x in weights}) > 1:
-        parts = [pick(x) if is_lazy(x) else x for x in parts]
+    if any(x.scale is not weights[0].scale or (x.row is None) for x in weights):
+        some = any(x.row is None for x in weights)
+        parts = [(pick(x) if some else with_scale_in_b(x)) if is_lazy(x) else x for x in parts]
         weights = [x for x in parts if is_lazy(x)]
     if any(x.origin.looked_up for x in weights):
         return NotImplemented  # rows are an activation

@@ -105,7 +105,8 @@ class Entry(NamedTuple):
         match = _QUANTIZED.fullmatch(rest)
         if match is not None:
             return cls(array, match[1], match[2], _MIXED + match[3])
-        if not rest or rest.startswith(_MIXED) or _HEX.fullmatch(rest):
+        is_sum = not rest or rest.startswith(_MIXED) or _HEX.fullmatch(rest) is not None
+        if is_sum or not rest.isidentifier():  # a damaged kind counts as another sum
             return cls(array, "", "", rest)
         return cls(array, rest, "", "")
 

@@ -47,8 +47,10 @@ def plot_losses(results: Sequence[Result], records: Sequence[log.Record], title:
         label = result.name if place < _MOST_IN_LEGEND else None
         axes.plot(middle, means, color=color, lw=2.5 if place == 0 else 1, label=label)
     axes.set(xlabel="step", ylabel="training loss", title=title)
+    axes.xaxis.get_major_locator().set_params(integer=True)
     if axes.lines:
-        axes.legend(frameon=False, fontsize="x-small", title="the best first")
+        beside = {"loc": "center left", "bbox_to_anchor": (1, 0.5)}
+        axes.legend(frameon=False, fontsize="x-small", title="the best first", **beside)
     return figure
 
 

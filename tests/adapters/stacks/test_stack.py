@@ -1,5 +1,7 @@
 """Overlays of different ranks, targets and kinds as one, and back."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -34,3 +36,27 @@ def test_overlays_that_do_not_fit_together_are_all_named():
     )[1]
     with pytest.raises(lora.StructureError, match=r"bias: adapter 1(.|\n)*down: adapter 1"):
         lora.stack([ADAPTERS[0], other])
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "both"),
+    [
+        ("bfloat16", "float32", "float32"),
+        ("float16", "bfloat16", "float32"),
+        ("float8_e5m2", "bfloat16", "float32"),
+        ("bfloat16", "bfloat16", "bfloat16"),
+    ],
+)
+def test_factors_of_two_dtypes_get_one_that_represents_both(first, second, both, strict):
+    each = [ADAPTERS[1] | {"up": cast(ADAPTERS[1]["up"], dtype)} for dtype in (first, second)]
+    stack = lora.stack(each)
+    for field in ("a", "b", "magnitude"):
+        assert getattr(stack["up"], field).dtype == both
+        for one, got in zip(each, lora.unstack(stack), strict=True):
+            want = getattr(one["up"], field).astype(both)
+            np.testing.assert_array_equal(getattr(got["up"], field), want)
+
+
+def cast(node, dtype):
+    fields = {name: getattr(node, name).astype(dtype) for name in ("a", "b", "magnitude")}
+    return dataclasses.replace(node, **fields)

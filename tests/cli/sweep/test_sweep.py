@@ -96,10 +96,15 @@ def test_the_results(swept):
     losses = [one["eval_loss"] for one in runs]
     assert losses == sorted(losses) and len(losses) == 4
     assert found["best"] == runs[0]["name"]
+    seen = set()
     for one in runs:
         assert one["eval_loss"] == of_run(out, one["name"], "eval_loss")[-1]
         assert one["loss"] == pytest.approx(np.mean(of_run(out, one["name"])[-3:]), rel=1e-12)
         assert (one["state"], one["steps"], one["seed"], one["alpha"]) == ("done", 5, 0, None)
+        adapter = safetensors_file.read(out / one["name"] / "adapter/adapter_model.safetensors")[0]
+        a = next(x for name, x in adapter.items() if "lora_A" in name)
+        assert len(a) == one["rank"] and a.tobytes() not in seen
+        seen.add(a.tobytes())
         assert one["name"] == f"rank{one['rank']}-lr{ {0.03: '0.03', 0.003: '3e-3'}[one['lr']] }"
     for name in ("losses.png", "map.png"):
         assert (out / name).read_bytes().startswith(b"\x89PNG")

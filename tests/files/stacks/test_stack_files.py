@@ -194,7 +194,10 @@ DAMAGES = {
         lambda index: json.dumps(index | {"adapters": ["/etc/x"]}),
         "'/etc/x' is not the name of a file",
     ),
-    "a rank that is none": (lambda index: json.dumps(index | {"rank": -1}), "rank must be a posit"),
+    "a rank that is none": (
+        lambda index: json.dumps(index | {"rank": -1}),
+        "rank must be null or a n",
+    ),
     "a rank too small": (lambda index: json.dumps(index | {"rank": 2}), "less than the largest"),
     "a file that is gone": (
         lambda index: json.dumps(index | {"adapters": ["gone"]}),

@@ -64,6 +64,30 @@ def native(dora: bool) -> Subject:
     )
 
 
+def of_stack(path: str) -> Subject:
+    """Return a stack of two adapters in one file or in a directory."""
+    one = np.float32(1)
+    stack = lora_jax.stack(
+        [
+            {"up": {"kernel": lora_node((7, 2), (2, 9), "io", (9,)), "bias": None}},
+            {
+                "up": {
+                    "kernel": lora_node((7, 3), (3, 9), "io"),
+                    "bias": TrainedLeaf(None, values((9,)), one),
+                }
+            },
+        ],
+        rank=4,
+    )
+    base = {"up": BASE["up"]}
+    with TemporaryDirectory() as folder:
+        place = Path(folder) / path
+        lora_jax.save(place, stack, {"note": 1}, base=base, names=["first", "second"])
+        files = read_files(place if place.is_dir() else Path(folder))
+    at = lambda folder: folder / path if path.endswith(".safetensors") else folder
+    return adapters_of(files, base, lambda folder: lora_jax.load(at(folder), base))
+
+
 def of_peft(case: str) -> Subject:
     base = peft_base()
     with TemporaryDirectory() as folder:
@@ -137,7 +161,11 @@ def _judge(adapters: Any, base: Any, want: Any) -> tuple[str, str]:
     problems = [
         line
         for path, node in nodes.items()
-        for line in (check_fits(path, node, bases[path]) if path in bases else [f"{path}: unknown"])
+        for line in (
+            check_fits(path, node, bases[path], stacked=node.slot is not None)
+            if path in bases
+            else [f"{path}: unknown"]
+        )
     ]
     problems += [f"{path}: {node}" for path, node in nodes.items() if not _is_sane(node)]
     leaves = [np.asarray(x) for x in jax.tree.leaves(adapters)]

@@ -77,6 +77,7 @@ FIELDS: dict[str, tuple[Path, ...]] = {
     ),
     "generation_config.json": tuple((f"{x}_token_id",) for x in ("bos", "eos", "pad")),
     "model.safetensors.index.json": (("weight_map",), ("metadata",), ("metadata", "total_size")),
+    "stack.json": (("adapters",), ("rank",)),
     "run.json": (("settings",), ("base",), ("data",), ("data", "training"), ("data", "held-out")),
     "_METADATA": (
         *((x,) for x in ("tree_metadata", "use_ocdbt", "use_zarr3", "custom_metadata")),

@@ -27,6 +27,10 @@ READERS: dict[str, Turns] = {
         ("native", functools.partial(adapters.native, False)),
         ("native DoRA", functools.partial(adapters.native, True)),
     ],
+    "stack": [
+        ("stack file", functools.partial(adapters.of_stack, "all.safetensors")),
+        ("stack directory", functools.partial(adapters.of_stack, "stack")),
+    ],
     "PEFT": [(f"PEFT {case}", functools.partial(adapters.of_peft, case)) for case in CASES],
     "mlx-lm": [("mlx-lm", adapters.of_mlx)],
     "loralib": [("loralib", adapters.of_loralib)],
