@@ -133,9 +133,8 @@ def test_files_of_lora_jax_keep_what_they_say_and_must_agree(run, fails):
     combine(run, "d.safetensors", "a.safetensors", "a.safetensors")
     assert lora_jax.read_metadata("d.safetensors")["metadata"] == said
     got = lora_jax.load("d.safetensors", tree)["w"]
-    np.testing.assert_allclose(
-        random_overlays.update(got), 2 * random_overlays.update(node), rtol=1e-5
-    )
+    one, both = (random_overlays.update(x) for x in (node, got))
+    np.testing.assert_allclose(both, 2 * one, rtol=1e-5)
     told = fails("combine", "a.safetensors", "b.safetensors", "--out", "x")
     assert "b.safetensors: has the labels ['a', 'b'], and a.safetensors ['no', 'yes']" in told
     told = fails("combine", "a.safetensors", "c.safetensors", "--out", "x")

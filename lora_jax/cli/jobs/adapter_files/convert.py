@@ -143,8 +143,8 @@ def write(
       LoraError: the format cannot hold them.
     """
     if to == "native":
-        name = {native.MODEL: source.base_name} if source.base_name else {}
-        lora.save(out, source.adapters, {**(metadata or {}), **name}, base=source.base)
+        named = {native.MODEL: source.base_name} if source.base_name else {}
+        lora.save(out, source.adapters, {**(metadata or {}), **named}, base=source.base)
     elif to == "mlx":
         base, name = source.base, source.base_name
         mlx.save(out, source.adapters, source.naming, base=base, base_model=name)
