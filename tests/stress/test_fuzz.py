@@ -11,6 +11,7 @@ from tests.stress.fuzz import numpy_eval
 from tests.stress.fuzz.campaign import drawn, smallest
 from tests.stress.fuzz.check import check, values
 from tests.stress.fuzz.language import Block, Op, Program, Weight, function, operations
+from tests.stress.fuzz.rows import check_rows
 
 # ops: 3 = fit(inputs[0]); 4 = w0 reshaped; 5 = what they make
 KNOWN = Program(
@@ -46,6 +47,16 @@ def test_random_programs(x64, quick_compile, part):
 
     for index in range(10 * part, 10 * (part + 1)):
         drawn(1, index, equal, shrinks=True)
+
+
+@pytest.mark.slow
+def test_random_programs_as_batches_with_many_adapters(x64, quick_compile):
+    def equal(program):
+        problem = check_rows(program).problem
+        assert problem is None, f"{problem}\n{program}"
+
+    for index in range(20):
+        drawn(2, index, equal, shrinks=True)
 
 
 @pytest.mark.parametrize("compute", ["float64", "bfloat16"])

@@ -98,7 +98,8 @@ def _stack_steps(lazy: LazyWeight, length: int) -> LazyWeight:
     for name, axes in MEMBERS:
         if getattr(lazy, name) is not None:
             changes[axes] = (lead, *getattr(lazy, axes))
-    return dataclasses.replace(lazy, **changes)
+    row = jax.tree.map(lambda x: x[0], lazy.row)  # the same in every step
+    return dataclasses.replace(lazy, row=row, **changes)
 
 
 class _Carry:

@@ -1,6 +1,7 @@
 """Random programs through the engine: adapted must equal merged, in outputs and gradients.
 
     python -m tests.stress.fuzz --count 10000 --seed 0        the same programs for the same numbers
+    python -m tests.stress.fuzz --rows                        as batches with many adapters
     python -m tests.stress.fuzz --program "Program(...)"      one program, as a failure prints it
 
 Prints how many ran and how fast, what `init` declined, which primitives needed the whole weight,
@@ -30,9 +31,12 @@ if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", "")
 
 from tests.stress.fuzz import campaign, language
 from tests.stress.fuzz.campaign import CHUNK, Tally
+from tests.stress.fuzz.rows import check_rows
 
 
-def run(count: int, seed: int, workers: int, shrink: int, folder: str) -> tuple[Tally, list]:
+def run(
+    count: int, seed: int, workers: int, shrink: int, folder: str, checked: campaign.Check
+) -> tuple[Tally, list]:
     """Chunks of programs over processes; `shrink` sorts of failure are made small."""
     starts: queue.SimpleQueue[int] = queue.SimpleQueue()
     for start in range(0, count, CHUNK):
@@ -43,7 +47,7 @@ def run(count: int, seed: int, workers: int, shrink: int, folder: str) -> tuple[
         with contextlib.suppress(queue.Empty):
             while True:
                 start = starts.get_nowait()
-                total += process.tally(seed, start, min(start + CHUNK, count))
+                total += process.tally(seed, start, min(start + CHUNK, count), checked)
         return total
 
     with ThreadPoolExecutor(workers) as threads:
@@ -51,7 +55,9 @@ def run(count: int, seed: int, workers: int, shrink: int, folder: str) -> tuple[
         total = sum((t.result() for t in tallies), Tally())
     process = Process(folder)
     groups = [found for found in _by_sort(total.problems) if found[0][1] is not None]
-    small = [process.call(campaign.smallest, seed, found[0][0]) for found in groups[:shrink]]
+    small = [
+        process.call(campaign.smallest, seed, found[0][0], checked) for found in groups[:shrink]
+    ]
     return total, small
 
 
@@ -74,14 +80,16 @@ class Process:
             self._start()
             return None
 
-    def tally(self, seed: int, start: int, stop: int) -> Tally:
+    def tally(self, seed: int, start: int, stop: int, checked: campaign.Check) -> Tally:
         """What became of some programs, the one that ends a process found by halving them."""
-        tally = self.call(campaign.chunk, seed, start, stop)
+        tally = self.call(campaign.chunk, seed, start, stop, checked)
         if tally is not None:
             return tally
         if stop - start > 1:
             middle = (start + stop) // 2
-            return self.tally(seed, start, middle) + self.tally(seed, middle, stop)
+            return self.tally(seed, start, middle, checked) + self.tally(
+                seed, middle, stop, checked
+            )
         if self.call(campaign.plain, seed, start) is None:
             return Tally(1, skipped=Counter(["XLA ends the process"]))
         return Tally(1, problems=[(start, None, "XLA ends the process, on the adapted form alone")])
@@ -120,18 +128,22 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="which programs")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes")
     parser.add_argument("--shrink", type=int, default=3, help="how many failures to make small")
+    parser.add_argument(
+        "--rows", action="store_true", help="as batches whose rows use different adapters"
+    )
     parser.add_argument("--program", help="run one program, as a failure prints it")
     options = parser.parse_args()
+    checked = check_rows if options.rows else campaign.check_both_ways
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         if options.program:
             campaign.configure(folder)
             tally, shrunk = Tally(), []
             program = eval(options.program, vars(language))
-            tally.note(0, program, campaign.check_both_ways(program))
+            tally.note(0, program, checked(program))
         else:
             tally, shrunk = run(
-                options.count, options.seed, options.workers, options.shrink, folder
+                *(options.count, options.seed, options.workers, options.shrink, folder, checked)
             )
     report(tally, shrunk, time.perf_counter() - start)
     return 1 if tally.problems else 0

@@ -54,7 +54,7 @@ def check(
             return outcome
     messages = {str(w.message) for w in caught if w.category is lora_jax.DenseWarning}
     outcome.dense.update(re.findall(r": `(\w+)` at", "\n".join(messages)))
-    outcome.problem = _difference(*got, coarse=program.compute != "float64")
+    outcome.problem = difference(*got, coarse=program.compute != "float64")
     return outcome
 
 
@@ -63,7 +63,7 @@ def _run(
 ) -> tuple[Any, Any, Any]:
     """(ours, the oracle's, what each leaf may be off by)."""
     params, inputs, numbers = values(program)
-    nodes = _adapt(program, params, inputs, numbers, outcome)
+    nodes = adapted_weights(program, params, inputs, numbers, outcome)
     codes = quantized_weights(program, params)
     params = {path: w for path, w in params.items() if path not in codes}
     factors = {path: (node.a, node.b, node.magnitude) for path, node in nodes.items()}
@@ -96,7 +96,7 @@ def _run(
 
             return fn
 
-        derive = _with_gradients if program.reverse else _with_tangents
+        derive = with_gradients if program.reverse else with_tangents
         want = derive(plain(exact), trained, frozen)
         rounded = want if program.compute == "float64" else derive(plain(program), trained, frozen)
         return derive(ours, trained, frozen), want, rounded
@@ -125,7 +125,9 @@ def quantized_weights(program: Program, params: Any) -> dict[str, Any]:
     }
 
 
-def _adapt(program: Program, params: Any, inputs: Any, numbers: Any, outcome: Outcome) -> Any:
+def adapted_weights(
+    program: Program, params: Any, inputs: Any, numbers: Any, outcome: Outcome
+) -> Any:
     """The adapted weights, with random factors; where `init` declines one its layout is named.
 
     In every third program they have magnitudes (DoRA) too.
@@ -186,7 +188,7 @@ def _weighted_sum(outs: list[Any]) -> Any:
     return sum((x.astype("float64") * weigh(x)).sum() for x in outs)
 
 
-def _with_gradients(fn: Callable, *point: Any) -> Any:
+def with_gradients(fn: Callable, *point: Any) -> Any:
     """The outputs, and the gradients of a sum of them: zero for what is frozen."""
 
     def loss(*point: Any) -> Any:
@@ -197,13 +199,13 @@ def _with_gradients(fn: Callable, *point: Any) -> Any:
     return {"outputs": outs, "gradients": grads}
 
 
-def _with_tangents(fn: Callable, *point: Any) -> Any:
+def with_tangents(fn: Callable, *point: Any) -> Any:
     """The outputs, and their tangents where everything moves, the frozen too."""
     outs, dots = jax.jvp(fn, point, jax.tree.map(jnp.sin, point))
     return {"outputs": outs, "tangents": dots}
 
 
-def _difference(got: Any, want: Any, rounded: Any, coarse: bool) -> str | None:
+def difference(got: Any, want: Any, rounded: Any, coarse: bool) -> str | None:
     """The first leaf that is off, and by how much."""
     paths = [jax.tree_util.keystr(p) for p, _ in jax.tree_util.tree_leaves_with_path(got)]
     leaves = zip(paths, *map(jax.tree.leaves, (got, want, rounded)), strict=True)
@@ -226,7 +228,7 @@ def plain_failure(program: Program) -> str | None:
     """Why JAX does not run the plain program on plain weights; None where it does."""
     params, inputs, numbers = values(program)
     fn = lambda params, x: function(program)(params, x, numbers)
-    derive = _with_gradients if program.reverse else _with_tangents
+    derive = with_gradients if program.reverse else with_tangents
     try:
         jax.block_until_ready(jax.jit(lambda *point: derive(fn, *point))(params, inputs))
     except Exception as error:
