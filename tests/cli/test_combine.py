@@ -7,9 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import lora_jax
 from lora_jax import peft
 from lora_jax.core.tree import adapted_nodes
 from lora_jax.files.contained_factors import read_factors
+from tests.adapters.algebra import random_overlays
 from tests.cli import files
 from tests.parity.peft import models as reference
 
@@ -119,6 +121,24 @@ def test_files_of_lora_jax_need_no_base(run):
     out, got = combine(run, "twice.safetensors", own, own, "--weights", "1,1")
     close(got, {module: 2 * update for module, update in files.updates(Path(own)).items()})
     assert "lora_jax adapter, cat of 2 adapters" in out
+
+
+def test_files_of_lora_jax_keep_what_they_say_and_must_agree(run, fails):
+    tree, rng = {"w": np.ones((4, 3), "f4")}, np.random.default_rng(0)
+    node = random_overlays.random_node(rng, "io", (4, 3), 2)
+    said = {"labels": ["no", "yes"], "model": "tiny"}
+    lora_jax.save("a.safetensors", {"w": node}, said, base=tree)
+    lora_jax.save("b.safetensors", {"w": node}, said | {"labels": ["a", "b"]}, base=tree)
+    lora_jax.save("c.safetensors", {"w": node}, said, base={"w": tree["w"] + 1})
+    combine(run, "d.safetensors", "a.safetensors", "a.safetensors")
+    assert lora_jax.read_metadata("d.safetensors")["metadata"] == said
+    got = lora_jax.load("d.safetensors", tree)["w"]
+    one, both = (random_overlays.update(x) for x in (node, got))
+    np.testing.assert_allclose(both, 2 * one, rtol=1e-5)
+    told = fails("combine", "a.safetensors", "b.safetensors", "--out", "x")
+    assert "b.safetensors: has the labels ['a', 'b'], and a.safetensors ['no', 'yes']" in told
+    told = fails("combine", "a.safetensors", "c.safetensors", "--out", "x")
+    assert "c.safetensors: was trained on another base than a.safetensors: w: other values" in told
 
 
 @pytest.mark.slow

@@ -81,7 +81,7 @@ def compress(
             return node
         if energy is not None:
             values = np.asarray(_singular_values(node))
-            most = min(most, _rank_for(values, np.asarray(node.scale), energy, node.shape))
+            most = min(most, _rank_for(values, np.asarray(node.scale), energy))
         a, b, kept[path] = on_shapes(functools.partial(_truncate, rank=most), _bare(node))
         if most == node.rank:
             return node
@@ -192,17 +192,16 @@ def _truncate(node: LoraWeight, rank: int) -> tuple[jax.Array, jax.Array, jax.Ar
     return a, b, _share(s, node.scale, rank)
 
 
-def _rank_for(values: np.ndarray, scale: np.ndarray, energy: float, shape: tuple[int, ...]) -> int:
+def _rank_for(values: np.ndarray, scale: np.ndarray, energy: float) -> int:
     """Return the smallest rank with which each layer keeps a share of its squared norm.
 
     Args:
-      values: singular values, `[*batch, n]`, falling.
+      values: singular values, `[*batch, n]`, falling. Those below n times the precision of the
+        largest are rounding errors.
       scale: `[*batch]`; layers where it is 0 have no update.
       energy: the share.
-      shape: of the weight; values are rounding errors below its longest side times the largest one
-        times the precision.
     """
-    precision = float(jnp.finfo(values.dtype).eps) * max(shape)
+    precision = float(jnp.finfo(values.dtype).eps) * values.shape[-1]
     s = values.astype(np.float64).reshape(-1, values.shape[-1])[scale.reshape(-1) != 0]
     squares = np.where(s > precision * s.max(-1, keepdims=True, initial=0), s, 0) ** 2
     total = squares.sum(-1, keepdims=True)

@@ -11,15 +11,17 @@ import jax
 
 import lora_jax as lora
 from lora_jax.adapters.algebra.methods import METHODS
+from lora_jax.cli.classifiers import LABELS, POOLING
 from lora_jax.cli.errors import ConversionError
 from lora_jax.cli.fit import Fit
 from lora_jax.cli.jobs.adapter_files import convert
 from lora_jax.cli.options import refuse_existing
-from lora_jax.core.errors import ConfigError, StructureError
+from lora_jax.core.errors import ConfigError, StructureError, grouped
 from lora_jax.core.foreign import escaped, shown
 from lora_jax.core.tree import adapted_nodes
 from lora_jax.core.weights import LoraWeight
 from lora_jax.files import implied_tree, kinds, peft
+from lora_jax.files.disk.fingerprint import differences
 from lora_jax.files.implied_tree import NamedAdapters
 from lora_jax.files.naming import Entry, Naming
 
@@ -61,6 +63,7 @@ def run(sources: Sources, how: How, to: str | None, out: Path, *, force: bool) -
     weights, method = _weights(how.weights, len(found)), _method(how)
     _check(found, to, sources)
     refuse_existing(out, force)
+    metadata = _metadata(found)
     every = _read(found, sources)
     first = every[0]
     base, naming = _common_base(every, sources.adapters)
@@ -88,7 +91,7 @@ def run(sources: Sources, how: How, to: str | None, out: Path, *, force: bool) -
         base_name=_base_name(every),
         config=config,
     )
-    convert.write(result, to, out)
+    convert.write(result, to, out, metadata)
     _tell(out, to, combined, method, len(every), kept)
 
 
@@ -159,7 +162,10 @@ def _read(found: Sequence[kinds.Found], sources: Sources) -> list[NamedAdapters]
     if sources.model is None:
         naming = Naming(()) if sources.naming is None else convert.read_naming(sources.naming)
         read = [_read_alone(one, naming, fit) for one in found]
-        return read if found[0].kind == kinds.NATIVE else _aligned(read)
+        if found[0].kind != kinds.NATIVE:
+            return _aligned(read)
+        _check_same_base(found)
+        return read
     from lora_jax.cli import sources as models
 
     place = models.find_model(sources.model)
@@ -213,6 +219,37 @@ def _common_base(every: Sequence[NamedAdapters], paths: Sequence[Path]) -> tuple
             owner.setdefault(name, path)
         rows += [row for row in one.naming.entries if row not in rows]
     return base, Naming(tuple(rows))
+
+
+def _metadata(found: Sequence[kinds.Found]) -> dict[str, Any]:
+    """Return what the first file of lora_jax says about its adapter, as a classifier's labels.
+
+    Raises:
+      ConversionError: the labels of another file are not the same.
+    """
+    own = [one for one in found if one.kind == kinds.NATIVE]
+    every = [lora.read_metadata(one.path)["metadata"] for one in own]
+    for one, metadata in zip(own, every, strict=True):
+        for field in (LABELS, POOLING):  # of a classifier
+            if metadata.get(field) != every[0].get(field):
+                raise ConversionError(
+                    f"{one.path}: has the {field} {shown(metadata.get(field))}, and {own[0].path} "
+                    f"{shown(every[0].get(field))}"
+                )
+    return every[0] if every else {}
+
+
+def _check_same_base(found: Sequence[kinds.Found]) -> None:
+    """Raise if files of lora_jax say that their adapters were trained on different weights."""
+    bases = [lora.read_metadata(one.path)["base"] or {} for one in found]
+    known = [(one, base) for one, base in zip(found, bases, strict=True) if base]
+    for one, base in known[1:]:
+        lines = differences(known[0][1], base)
+        if lines:
+            raise ConversionError(
+                f"{one.path}: was trained on another base than {known[0][0].path}:\n"
+                + grouped(lines)
+            )
 
 
 def _base_name(every: Sequence[NamedAdapters]) -> str | None:

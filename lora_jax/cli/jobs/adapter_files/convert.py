@@ -1,6 +1,7 @@
 """What `lora-jax convert` does: read an adapter onto a tree of shapes, and write it from there."""
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -133,15 +134,17 @@ def read_naming(path: Path) -> Naming:
         raise ConversionError(f"{path}: {error}") from error
 
 
-def write(source: NamedAdapters, to: str, out: Path) -> None:
-    """Write adapters in the format `to`.
+def write(
+    source: NamedAdapters, to: str, out: Path, metadata: Mapping[str, Any] | None = None
+) -> None:
+    """Write adapters in the format `to`; `metadata` is for a file of lora_jax.
 
     Raises:
       LoraError: the format cannot hold them.
     """
     if to == "native":
-        metadata = {native.MODEL: source.base_name} if source.base_name else {}
-        lora.save(out, source.adapters, metadata, base=source.base)
+        named = {native.MODEL: source.base_name} if source.base_name else {}
+        lora.save(out, source.adapters, {**(metadata or {}), **named}, base=source.base)
     elif to == "mlx":
         base, name = source.base, source.base_name
         mlx.save(out, source.adapters, source.naming, base=base, base_model=name)
