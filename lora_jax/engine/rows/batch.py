@@ -23,7 +23,7 @@ import numpy as np
 from lora_jax.core.errors import ConfigError, LoraError
 from lora_jax.core.foreign import shown_value
 from lora_jax.core.paths import flatten_with_key_paths, path_str
-from lora_jax.core.sharding.meshes import has_explicit_mesh
+from lora_jax.core.sharding.meshes import gathered, has_explicit_mesh
 from lora_jax.core.slots import check_ids
 from lora_jax.core.weights import LoraWeight, is_adapted, is_weight
 from lora_jax.engine.lazy_weight import Row
@@ -60,7 +60,7 @@ class Batch:
         slots = _slots((args, kwargs))
         known = not isinstance(ids, jax.core.Tracer)
         in_order = known and np.array_equal(np.ravel(ids), np.arange(slots))
-        ids = check_ids("adapters_of", ids, slots)
+        ids = gathered(check_ids("adapters_of", ids, slots))
         long = [i for i, size in enumerate(ids.shape) if size != 1] or [ids.ndim - 1]
         if ids.ndim == 0 or len(long) > 1:
             raise ConfigError(
