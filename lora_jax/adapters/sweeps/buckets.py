@@ -125,9 +125,8 @@ def _map_slots(
     leaves, treedef = jax.tree.flatten(batch)
     nothing = lambda x: x is None
     where = jax.tree.leaves(jax.tree.broadcast(tuple(axes), batch, nothing), is_leaf=nothing)
-    own = [
-        jnp.moveaxis(x, axis, 0) for x, axis in zip(leaves, where, strict=True) if axis is not None
-    ]
+    pairs = list(zip(leaves, where, strict=True))
+    own = [jnp.moveaxis(x, axis, 0) for x, axis in pairs if axis is not None]
 
     def one(slot: tuple[Any, Sequence[jax.Array]]) -> Any:
         state, mine = slot
