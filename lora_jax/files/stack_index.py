@@ -67,8 +67,10 @@ class StackIndex:
         if names is None:
             return self.names
         asked = (names,) if isinstance(names, str) else tuple(names)
+        if not asked:
+            raise AdapterFileError(f"{source}: names is empty; it has {self}")
         missing = [name for name in asked if name not in self.names]
-        if missing or not asked:
+        if missing:
             raise AdapterFileError(
                 f"{source}: no adapter {', '.join(map(shown_value, missing))}; it has {self}"
             )

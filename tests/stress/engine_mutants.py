@@ -26,7 +26,12 @@ QUANTIZED = [
     *("tests/engine/quantized", "tests/core/quantized", "tests/adapters/quantized"),
     "tests/adapters/test_merge_quantized.py",
 ]
+ROWS = ["tests/engine/rows"]
 ALGEBRA = ["tests/adapters/algebra", "tests/parity/peft/test_combined.py"]
+PAIRS = [
+    *("tests/adapters/optimizers", "tests/parity/lora_rite"),
+    "tests/parity/peft/test_riemannian.py",
+]
 STACKS = ["tests/adapters/stacks"]
 
 
@@ -159,6 +164,48 @@ MUTANTS = [
         "pass",
     ),
     Mutant(
+        "give every row the first slot",
+        "engine/rows/slots.py",
+        "ids = jnp.maximum(slot, 0)",
+        "ids = jnp.zeros_like(slot)",
+        (ROWS,),
+    ),
+    Mutant(
+        "let the first slot into rows of the plain base",
+        "engine/rows/slots.py",
+        "b = jnp.where(along_rows(slot >= 0, picked.b_axes), b, jnp.zeros_like(b))",
+        "pass",
+        (ROWS,),
+    ),
+    Mutant(
+        "drop the same inputs in every row",
+        "engine/rows/slots.py",
+        "    return jax.vmap(jax.random.fold_in)(keys.reshape(-1), numbers).reshape(keys.shape)",
+        "    return keys",
+        (ROWS,),
+    ),
+    Mutant(
+        "let rows be indexed by any numbers",
+        "engine/rows/equations.py",
+        "if i not in columns or not ids.has_number(list(columns).index(i)):",
+        "if i not in columns:",
+        (ROWS,),
+    ),
+    Mutant(
+        "sum over the rows unnoticed",
+        "engine/rows/equations.py",
+        "return MIX if any(i in wide.axes(v) for v, dims in pairs for i in dims) else None",
+        "return None",
+        (ROWS,),
+    ),
+    Mutant(
+        "take the rows of a merged axis to be its inner part",
+        "engine/rules/rows_apart.py",
+        "sizes = (outer, rows, inner)",
+        "sizes = (outer, inner, rows)",
+        (ROWS,),
+    ),
+    Mutant(
         "let gradients into a quantized base",
         "engine/quantized/view.py",
         "return cls(jax.tree.map(frozen, weight))",
@@ -262,6 +309,34 @@ MUTANTS = [
         "similarity = jnp.abs(matmul(vt, known.T)).max(-1)",
         "similarity = jnp.abs(matmul(u.T, truncated_svd(before, min(before.shape))[0])).max(-1)",
         (ALGEBRA,),
+    ),
+    Mutant(
+        "precondition a factor with itself",
+        "adapters/optimizers/riemannian.py",
+        "return gradients.map(one, factors.swapped), {}",
+        "return gradients.map(one, factors), {}",
+        (PAIRS,),
+    ),
+    Mutant(
+        "carry no first moment to the basis of this step",
+        "adapters/optimizers/rite.py",
+        "mu = b1 * matmul(before.mu, transposed(carry))",
+        "mu = b1 * before.mu",
+        (PAIRS,),
+    ),
+    Mutant(
+        "move a weight by the learning rate times its scale",
+        "adapters/optimizers/muon.py",
+        "half = _inverse(scale.astype(factors.a.dtype)) * rate",
+        "half = jnp.sign(scale.astype(factors.a.dtype)) * rate",
+        (PAIRS,),
+    ),
+    Mutant(
+        "let the padding of a rank move",
+        "adapters/optimizers/pairs.py",
+        "group.unstack(_without_padding(moves, factors), gradients)",
+        "group.unstack(moves, gradients)",
+        (PAIRS,),
     ),
     Mutant(
         "pad adapters of a stack with ones",

@@ -32,8 +32,8 @@ def lora_muon(
         dB = -η/(2s)·R_A·msign(R_A·M_B),  R_A = (Aᵀ·A)^(-1/2)
 
     where msign sets all singular values to 1. So the first-order change of the weight has a norm
-    from η/2 to η, whatever the rank, the scale and the sizes of A and B, and a learning rate for
-    one rank is one for another. Decay is split between the factors: with q = √(1 - η·λ), A becomes
+    from η/2 to η, whatever the rank, the scale and the sizes of A and B. Its Frobenius norm does
+    grow with the rank. Decay is split between the factors: with q = √(1 - η·λ), A becomes
     q·A + dA/q and B likewise, so that A·B decays by 1 - η·λ and the step keeps its size.
 
     The formulas are those that an author of the paper restates

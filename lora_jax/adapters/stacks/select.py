@@ -10,9 +10,10 @@ from lora_jax.adapters.stacks.stack import slots_of
 from lora_jax.core.errors import ConfigError, StructureError, grouped
 from lora_jax.core.paths import flatten_with_paths
 from lora_jax.core.patterns import nearest
+from lora_jax.core.sharding.placement import arrays_of
 from lora_jax.core.slots import check_ids, pick_slot, unpadded
 from lora_jax.core.tree import adapted_nodes, map_adapted
-from lora_jax.core.weights import LoraWeight, is_adapted
+from lora_jax.core.weights import is_adapted
 
 
 def select(stack: Any, ids: Any) -> Any:
@@ -67,12 +68,17 @@ def set_slot(stack: Any, slot: Any, adapters: Any) -> Any:
     new = adapted_nodes(padded("set_slot", stack, adapters))
 
     def put_in(path: str, node: Any) -> Any:
-        bare: dict[str, Any] = {"w": None} | ({"key": None} if isinstance(node, LoraWeight) else {})
-        old = dataclasses.replace(node, **bare)
-        made = jax.tree.map(lambda x, own: x.at[slot].set(own.astype(x.dtype)), old, new[path])
-        return dataclasses.replace(made, **{field: getattr(node, field) for field in bare})
+        one = arrays_of(new[path])
+        old = {field: x for field, x in arrays_of(node).items() if field in one}
+        return dataclasses.replace(node, **_put(old, one, slot))
 
     return map_adapted(put_in, stack)
+
+
+@jax.jit
+def _put(stack: dict[str, Any], one: dict[str, Any], slot: Any) -> dict[str, Any]:
+    put = lambda x, own: jax.lax.dynamic_update_index_in_dim(x, own.astype(x.dtype), slot, 0)
+    return jax.tree.map(put, stack, one)
 
 
 def padded(caller: str, stack: Any, adapters: Any) -> Any:

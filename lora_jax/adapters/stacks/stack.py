@@ -7,11 +7,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from lora_jax.adapters import flax_bytes
 from lora_jax.adapters.stacks.frame import Frame, frame_of
 from lora_jax.core.abstract import on_shapes
+from lora_jax.core.checks import is_integer
 from lora_jax.core.errors import ConfigError, StructureError, grouped
 from lora_jax.core.paths import flatten_with_paths
 from lora_jax.core.sharding.data_axes import named_sharding
@@ -85,15 +87,26 @@ def unstack(stack: Any) -> list[Any]:
             "select(stack, slot), whose adapters keep the padding"
         )
 
-    def take(slot: int, node: Adapted) -> Any:
-        one = jax.tree.map(lambda x: x[slot], dataclasses.replace(node, w=None))
-        own = unpadded(one)
-        return node.w if own is None else dataclasses.replace(own, w=node.w)
+    numbers = jax.device_get({path: node.slot for path, node in adapted_nodes(stack).items()})
+
+    def take(slot: int, path: str, node: Adapted) -> Any:
+        arrays = {field: x for field, x in arrays_of(node).items() if field != "w"}
+        own = numbers[path]
+        one = dataclasses.replace(node, w=None, **_in_slot(arrays, slot))
+        known = None if own is None else np.asarray(own[slot])  # on the host: asked for its values
+        kept = unpadded(dataclasses.replace(one, slot=known))
+        return node.w if kept is None else dataclasses.replace(kept, w=node.w)
 
     def overlay(slot: int) -> Any:
-        return map_adapted(lambda _, node: take(slot, node), stack)
+        return map_adapted(functools.partial(take, slot), stack)
 
     return [overlay(slot) for slot in range(count)]
+
+
+@jax.jit
+def _in_slot(arrays: dict[str, jax.Array], slot: Any) -> dict[str, jax.Array]:
+    take = lambda x: jax.lax.dynamic_index_in_dim(x, slot, keepdims=False)
+    return {field: take(x) for field, x in arrays.items()}
 
 
 def slots_of(caller: str, stack: Any) -> int:
@@ -121,7 +134,9 @@ def _open(adapters: Sequence[Any]) -> tuple[list[dict[str, Adapted]], Any]:
         raise StructureError("stack: pass a sequence of one or more overlays, as split returns")
     trees = [flatten_with_paths(x, is_leaf=lambda n: n is None or is_adapted(n)) for x in adapters]
     first = trees[0][0]
-    problems = []
+    problems = [f"adapter {n}: is None" for n, tree in enumerate(adapters) if tree is None]
+    if problems:
+        raise StructureError("stack: not overlays of one base:\n" + grouped(problems))
     for number, (leaves, _) in enumerate(trees):
         for path in sorted(leaves.keys() ^ first.keys()):
             problems.append(f"{path}: adapter {number} is of another tree than adapter 0")
@@ -154,6 +169,8 @@ def _frames(found: Sequence[dict[str, Adapted]], rank: int | None) -> dict[str, 
     largest = max(
         (n.rank for x in found for n in x.values() if isinstance(n, LoraWeight)), default=0
     )
+    if rank is not None and not is_integer(rank):
+        raise ConfigError(f"stack: rank must be an integer, got {rank!r}")
     if rank is not None and rank < largest:
         raise ConfigError(f"stack: rank={rank} is less than the largest adapter's, {largest}")
     frames, problems = {}, []

@@ -1,6 +1,7 @@
 """Slots with similar ranks computed together, so that small ranks are not padded to the largest."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -8,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lora_jax.adapters.sweeps.state import SweepState
 from lora_jax.core.checks import is_integer
 from lora_jax.core.errors import ConfigError
 from lora_jax.core.slots import slot_rank
@@ -70,27 +72,37 @@ class Buckets:
             waiting = [index for index in waiting if index not in turn]
         return turns
 
-    def map(self, fn: Callable[..., Any], axes: Sequence[Any], stack: Any, *args: Any) -> Any:
-        """Return `(gradients, measured)` of `fn(adapters, *args)` for every slot.
+    def map(
+        self,
+        step: Callable[..., tuple[SweepState, Any]],
+        init_optimizer: Callable[[Any, Any], Any],
+        axes: Sequence[Any],
+        state: SweepState,
+        *batch: Any,
+    ) -> tuple[SweepState, Any]:
+        """Return the next states of all slots, and what their steps measured.
 
         Args:
-          fn: a function of the adapters of one slot that returns their gradients and a tree.
-          axes: which axes of the arguments are the axis of slots, as `in_axes` of `jax.vmap`.
-          stack: the adapters.
-          *args: the other arguments.
+          step: `(state, *batch) -> (state, measured)` of one slot.
+          init_optimizer: `(numbers, adapters) -> state`, whose shapes follow those of the adapters.
+          axes: which axes of the batch are the axis of slots, as `in_axes` of `jax.vmap`.
+          state: the states.
+          *batch: the other arguments of `step`.
         """
+        every = jax.vmap(step, (0, *axes))
         if len(set(self.limits)) == 1:
-            return jax.vmap(fn, (0, *axes))(stack, *args)
-        parts, order = [], []
+            return every(state, *batch)
+        found, order = [], []
         for limit in sorted(set(self.limits)):
             slots = [slot for slot, own in enumerate(self.limits) if own == limit]
-            few = _cut(_taken(slots, 0, stack), limit)
-            own = [_taken(slots, axis, x) for axis, x in zip(axes, args, strict=True)]
-            gradients, measured = jax.vmap(fn, (0, *axes))(few, *own)
-            parts.append((_padded(gradients, stack), measured))
+            few = _cut(_taken(slots, 0, state), limit, init_optimizer)
+            own = [_taken(slots, axis, x) for axis, x in zip(axes, batch, strict=True)]
+            few, measured = every(few, *own)
+            state = jax.tree.map(functools.partial(_written, slots), state, few)
+            found.append(measured)
             order += slots
-        joined = jax.tree.map(lambda *x: jnp.concatenate(x), *parts)
-        return _taken(np.argsort(order).tolist(), 0, joined)
+        joined = jax.tree.map(lambda *x: jnp.concatenate(x), *found)
+        return state, _taken(np.argsort(order).tolist(), 0, joined)
 
 
 def rank_of(adapters: Any) -> int:
@@ -101,18 +113,24 @@ def rank_of(adapters: Any) -> int:
 
 def _taken(slots: Sequence[int], axes: Any, tree: Any) -> Any:
     """Return the arrays of some slots; `axes` says where these are, as `in_axes` of `jax.vmap`."""
-    if isinstance(slots, list) and slots == list(range(slots[0], slots[0] + len(slots))):
-        pick = lambda x, axis: jax.lax.slice_in_dim(x, slots[0], slots[0] + len(slots), axis=axis)
-    else:
-        pick = lambda x, axis: jnp.take(x, np.array(slots), axis=axis)
-    under = lambda axis, part: (
-        part if axis is None else jax.tree.map(lambda x: pick(jnp.asarray(x), axis), part)
-    )
+
+    def under(axis: int | None, part: Any) -> Any:
+        return part if axis is None else jax.tree.map(lambda x: pick(jnp.asarray(x), axis), part)
+
+    def pick(x: jax.Array, axis: int) -> jax.Array:
+        if _are_adjacent(slots):
+            return jax.lax.slice_in_dim(x, slots[0], slots[0] + len(slots), axis=axis)
+        return jnp.take(x, np.array(slots), axis=axis)
+
     return jax.tree.map(under, axes, tree, is_leaf=lambda x: x is None)
 
 
-def _cut(stack: Any, rank: int) -> Any:
-    """Return stacked adapters without what lies behind a rank: zeros."""
+def _are_adjacent(slots: Sequence[int]) -> bool:
+    return list(slots) == list(range(slots[0], slots[0] + len(slots)))
+
+
+def _cut(state: SweepState, rank: int, init_optimizer: Callable[[Any, Any], Any]) -> SweepState:
+    """Return states without what lies behind a rank: the padding of factors, and what it has."""
 
     def one(path: str, node: Adapted) -> Adapted:
         if not isinstance(node, LoraWeight):
@@ -120,14 +138,15 @@ def _cut(stack: Any, rank: int) -> Any:
         before = (slice(None),) * (1 + len(node.layout.positions("b")))
         return dataclasses.replace(node, a=node.a[..., :rank], b=node.b[(*before, slice(rank))])
 
-    return map_adapted(one, stack)
+    adapters = map_adapted(one, state.adapters)
+    shapes = jax.eval_shape(jax.vmap(init_optimizer), state.numbers, adapters)
+    first = lambda x, like: x[tuple(map(slice, like.shape))]
+    optimizer = jax.tree.map(first, state.optimizer, shapes)
+    return dataclasses.replace(state, adapters=adapters, optimizer=optimizer)
 
 
-def _padded(gradients: Any, like: Any) -> Any:
-    """Return gradients with zeros where what they are of was cut off."""
-
-    def one(x: jax.Array, whole: jax.Array) -> jax.Array:
-        widths = [(0, n - m) for m, n in zip(x.shape[1:], whole.shape[1:], strict=True)]
-        return jnp.pad(x, [(0, 0), *widths])
-
-    return jax.tree.map(one, gradients, like)
+def _written(slots: Sequence[int], x: jax.Array, part: jax.Array) -> jax.Array:
+    """Return `x` with the arrays of some slots replaced as far as they go."""
+    if _are_adjacent(slots):
+        return jax.lax.dynamic_update_slice(x, part, (slots[0], *(0 for _ in x.shape[1:])))
+    return x.at[(np.array(slots), *map(slice, part.shape[1:]))].set(part)

@@ -81,7 +81,8 @@ def sweep(
       buckets: ranks that divide the slots: with `[8]` those whose first run has at most rank 8 are
         computed apart from the others. Their factors are not padded to the largest rank there, so a
         step takes fewer operations; but there is one base product per bucket, which takes longer to
-        compile, and a slot only gets runs of its bucket or smaller ones.
+        compile, and a slot only gets runs of its bucket or smaller ones. The buckets are computed
+        in turn, so the activations of one at a time are in memory.
       gradients: computes what a step of one run needs in place of `jax.value_and_grad` of the loss,
         such as the sum over several micro-batches: `(adapters, base, *batch, key) -> (gradients,
         measured)`, where the key is that for dropout. `measured` may be a tree of arrays: `step`
@@ -159,7 +160,8 @@ class Sweep:
             for one in configs
         }
         # What every slot looks like, with room for each of the runs.
-        self._frame = jax.eval_shape(stack, list(news.values()))
+        shapes = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype)
+        self._frame = stack([jax.tree.map(shapes, overlay) for overlay in news.values()])
         self._ranks = {one: rank_of(overlay) for one, overlay in news.items()}
         ranks = [self._ranks[run.config(config)] for run in runs]
         self._buckets = Buckets.of(buckets, ranks, slots)
@@ -186,15 +188,9 @@ class Sweep:
 
         A base that your compiled function does not get as an argument would be a constant in it.
         """
-
-        def differentiate(adapters: Any, seed: jax.Array, step: jax.Array, *batch: Any) -> Any:
-            key = jax.random.fold_in(jax.random.key(seed), step)
-            return self._differentiate(adapters, base, batch, key)
-
-        axes = (0, 0, *self._axes(batch, self._batch_axes))
-        inputs = (state.adapters, state.seed, state.step, *batch)
-        gradients, measured = self._buckets.map(differentiate, axes, *inputs)
-        return jax.vmap(self._apply)(state, gradients, measured), measured
+        step = functools.partial(self._step_of_one, base)
+        axes = self._axes(batch, self._batch_axes)
+        return self._buckets.map(step, self._init_optimizer, axes, state, *batch)
 
     def evaluate(self, state: SweepState, *batch: Any, batch_axes: Any = None) -> jax.Array:
         """Return the losses `[slots]` without dropout, compiled; the state stays as it is.
@@ -235,9 +231,8 @@ class Sweep:
         adapters = self._placed(padded("sweep", self._frame, overlay), overlay)
         dtype = accumulator(self._config.dtype)
         arrays = {name: jnp.asarray(x, dtype) for name, x in numbers.items()}
-        tx = transformation(self._optimizer, arrays, adapters, self._config.dtype)
-        seed, step = jnp.int32(run.seed), jnp.int32(0)
-        return SweepState(adapters, tx.init(adapters), arrays, seed, step)
+        optimizer = self._init_optimizer(arrays, adapters)
+        return SweepState(adapters, optimizer, arrays, jnp.int32(run.seed), jnp.int32(0))
 
     def put(self, state: SweepState, slot: Any, one: SweepState) -> SweepState:
         """Return the state with the state of one run in a slot; `state` is donated.
@@ -314,8 +309,16 @@ class Sweep:
         value, gradients = jax.value_and_grad(loss)(adapters)
         return gradients, value
 
-    def _apply(self, state: SweepState, gradients: Any, measured: Any) -> SweepState:
-        """Return the next state of one slot, with the factors still padded."""
+    def _init_optimizer(self, numbers: Mapping[str, jax.Array], adapters: Any) -> Any:
+        """Return the optimizer's state of one slot, before its first step."""
+        return transformation(self._optimizer, numbers, adapters, self._config.dtype).init(adapters)
+
+    def _step_of_one(
+        self, base: Any, state: SweepState, *batch: Any
+    ) -> tuple[SweepState, jax.Array]:
+        """Return the next state of one slot, with the factors still padded, and its loss."""
+        key = jax.random.fold_in(jax.random.key(state.seed), state.step)
+        gradients, measured = self._differentiate(state.adapters, base, batch, key)
         numbers = dict(state.numbers)
         if self._schedule is not None:
             numbers["learning_rate"] *= self._schedule(state.step)
@@ -323,7 +326,7 @@ class Sweep:
         told = {"value": measured} if self._gradients is None else {}
         updates, optimizer = tx.update(gradients, state.optimizer, state.adapters, **told)
         adapters = apply_updates(state.adapters, faster_b(updates, numbers["b_ratio"]))
-        return SweepState(adapters, optimizer, state.numbers, state.seed, state.step + 1)
+        return SweepState(adapters, optimizer, state.numbers, state.seed, state.step + 1), measured
 
     def _axes(self, batch: Sequence[Any], axes: Any) -> Sequence[Any]:
         """Return `in_axes` of the arguments of a batch."""

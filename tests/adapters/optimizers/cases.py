@@ -28,14 +28,12 @@ def each(*default):
     return pytest.mark.parametrize("name", names)
 
 
-#: By the layout of a weight, its shape: dense, attention in and out, stacked, experts in stacked
-#: layers, a batch axis in the middle, a convolution.
+#: By the layout of a weight, its shape: attention out and in, experts in stacked layers, a batch
+#: axis in the middle, a convolution.
 SHAPES = {
-    "io": (6, 5),
     "ioo": (6, 2, 3),
     "iio": (2, 3, 5),
-    "bio": (3, 6, 5),
-    "bbio": (2, 2, 4, 5),
+    "bbio": (2, 1, 4, 5),
     "ibo": (6, 2, 5),
     "iiio": (3, 2, 2, 5),
 }

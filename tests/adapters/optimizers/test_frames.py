@@ -54,7 +54,7 @@ def test_nnx_optimizer(name):
     assert want < before
 
 
-@each("lora_muon")
+@each()
 def test_a_mesh(name):
     """One compilation, shardings that stay, and the numbers of one device."""
     base = {"up": put((8, 16), "fsdp", "tensor"), "down": put((16, 8), "tensor", "fsdp")}

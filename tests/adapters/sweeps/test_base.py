@@ -4,6 +4,7 @@ import re
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 import lora_jax as lora
@@ -72,6 +73,36 @@ def test_no_array_of_the_base_is_made_per_slot(model, kind):
         and any(SLOTS in _dims(t) and TOKENS in _dims(t) for t in operands)
     ]
     assert len(of_base) >= 2 and not any("batching_dims" in options for options in of_base)
+
+
+def operations(model, layers, batch_axes):
+    """The FLOPs of a step, before the compiler has changed anything."""
+    base = {"up": jnp.ones((LAYERS, WIDTH, HIDDEN)), "down": jnp.ones((LAYERS, HIDDEN, WIDTH))}
+    x = jnp.ones((TOKENS, WIDTH))
+    if model is unrolled:
+        base = [jax.tree.map(lambda w, i=i: w[i], base) for i in range(LAYERS)]
+        model = lambda params, x: (layer(layer(x, params[0])[0], params[1])[0] ** 2).mean()
+    config = lora.LoraConfig(layers=layers)
+    sweep = lora.sweep(lora.lora(model), base, RUNS[3:], config, x, batch_axes=batch_axes)
+    x = x if batch_axes is None else jnp.stack([x, x])
+    lowered = jax.jit(sweep.update).lower(base, jax.eval_shape(sweep.init), x)
+    text = lowered.as_text()
+    return sum(
+        2 * np.prod(_dims(result)) * _dims(left)[int(axis)]
+        for axis, left, result in re.findall(
+            r"dot_general .*?contracting_dims = \[(\d+)\].*?: \((tensor<\S+>), .*?\) -> (\S+)", text
+        )
+    )
+
+
+def test_what_all_runs_have_in_common_is_computed_once():
+    product = 2 * TOKENS * WIDTH * HIDDEN
+    shared, apart = (operations(unrolled, None, axes) for axes in (None, 0))
+    assert apart - shared == product  # the base's part of the first product, of one of two runs
+    shared, apart = (operations(unrolled, [1], axes) for axes in (None, 0))
+    assert apart - shared == 3 * product  # and the whole layer that is not adapted
+    shared, apart = (operations(scanned, None, axes) for axes in (None, 0))
+    assert apart == shared
 
 
 def _dims(type_):

@@ -1,0 +1,1 @@
+"""What many adapters of one base cost, trained together or served in one batch."""
