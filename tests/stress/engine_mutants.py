@@ -26,6 +26,7 @@ QUANTIZED = [
     *("tests/engine/quantized", "tests/core/quantized", "tests/adapters/quantized"),
     "tests/adapters/test_merge_quantized.py",
 ]
+ROWS = ["tests/engine/rows"]
 ALGEBRA = ["tests/adapters/algebra", "tests/parity/peft/test_combined.py"]
 PAIRS = [
     *("tests/adapters/optimizers", "tests/parity/lora_rite"),
@@ -161,6 +162,48 @@ MUTANTS = [
         "engine/contraction.py",
         "x = apply_gain(x, branch.x_axes, lazy)",
         "pass",
+    ),
+    Mutant(
+        "give every row the first slot",
+        "engine/rows/slots.py",
+        "ids = jnp.maximum(slot, 0)",
+        "ids = jnp.zeros_like(slot)",
+        (ROWS,),
+    ),
+    Mutant(
+        "let the first slot into rows of the plain base",
+        "engine/rows/slots.py",
+        "b = jnp.where(along_rows(slot >= 0, picked.b_axes), b, jnp.zeros_like(b))",
+        "pass",
+        (ROWS,),
+    ),
+    Mutant(
+        "drop the same inputs in every row",
+        "engine/rows/slots.py",
+        "    return jax.vmap(jax.random.fold_in)(keys.reshape(-1), numbers).reshape(keys.shape)",
+        "    return keys",
+        (ROWS,),
+    ),
+    Mutant(
+        "let rows be indexed by any numbers",
+        "engine/rows/equations.py",
+        "if i not in columns or not ids.has_number(list(columns).index(i)):",
+        "if i not in columns:",
+        (ROWS,),
+    ),
+    Mutant(
+        "sum over the rows unnoticed",
+        "engine/rows/equations.py",
+        "return MIX if any(i in wide.axes(v) for v, dims in pairs for i in dims) else None",
+        "return None",
+        (ROWS,),
+    ),
+    Mutant(
+        "take the rows of a merged axis to be its inner part",
+        "engine/rules/rows_apart.py",
+        "sizes = (outer, rows, inner)",
+        "sizes = (outer, inner, rows)",
+        (ROWS,),
     ),
     Mutant(
         "let gradients into a quantized base",

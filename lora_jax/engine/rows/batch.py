@@ -105,6 +105,8 @@ class Batch:
             row = Row(self.ids, jnp.arange(len(self.ids), dtype=jnp.int32), self.in_order)
             with contextlib.suppress(NoPlaceForRows):
                 return run(row, self.args, self.kwargs, traced.places_in)
+        if traced.drawn:
+            raise ConfigError(f"adapters_of: {traced.drawn}")
         return self._run_mapped(run, traced.out_axes)
 
     def _run_mapped(self, run: Run, out_axes: Sequence[int | None]) -> Any:
@@ -178,7 +180,8 @@ class Batch:
                     "out"
                 )
             found.append(axis)
-        return _Traced(program.jaxpr, places, found)
+        drawn = next((x.drawn for x in facts if x.drawn), None)
+        return _Traced(program.jaxpr, places, found, drawn)
 
     def _trace(self, fn: Callable, enter: Callable, wide: Wide) -> tuple[Program, list[bool]]:
         """Return the program for many rows, and which of its inputs have adapters."""
@@ -212,6 +215,7 @@ class _Traced:
     jaxpr: Any
     places: Places
     out_axes: Sequence[int | None]  # of each array returned: the axis of rows, None without
+    drawn: str | None  # what draws random numbers of all rows from one key
 
     def places_in(self, jaxpr: Any) -> Places:
         """Return where the rows are in the program of the batch itself."""

@@ -19,6 +19,7 @@ class Fact:
     columns: frozenset[int] | None = None  # None: in all
     beyond: bool = False  # it is the row's number plus the number of rows
     adapted: bool = False  # it depends on adapters
+    drawn: str | None = None  # what drew random numbers of all rows from one key, as a sentence
 
     @staticmethod
     def join(*facts: "Fact") -> "Fact":
@@ -31,6 +32,7 @@ class Fact:
             first.columns,
             all(x.beyond for x in facts),
             any(x.adapted for x in facts),
+            next((x.drawn for x in facts if x.drawn), None),
         )
 
     def mixed_by(self, where: str | None) -> "Fact":
@@ -53,10 +55,10 @@ MEND = (
     "compute what mixes them (a mean of their losses) outside of the function; where rows do not "
     "meet, say so by a jax.vmap over them"
 )
-_MENDS = {
-    "random_bits": "All rows would draw the same numbers. Pass a key per row, [rows], and draw by "
-    "a jax.vmap over them"
-}
+DRAWN = (
+    "draws the random numbers of all rows from one key, and here every row is computed alone, so "
+    "all would draw the same. Pass a key per row, [rows], and draw by a jax.vmap over them"
+)
 PART = "takes some of the rows, which mixes the rows"
 
 
@@ -96,6 +98,9 @@ class Wide:
         """Return what is known of the outputs of an equation, which is on this line."""
         where = next((x.mixed for x in before if x.mixed), None)
         adapted = any(x.adapted for x in before)
+        drawn = next((x.drawn for x in before if x.drawn), None)
+        if eqn.primitive.name == "random_bits" and not self.axes(eqn.invars[0]):
+            drawn = f"`random_bits` at {line} {DRAWN}" if self.axes(eqn.outvars[0]) else drawn
         carriers = [x for x, v in zip(before, eqn.invars, strict=True) if self.axes(v)]
         name = eqn.primitive.name
         found = []
@@ -104,11 +109,13 @@ class Wide:
             if math.prod(getattr(out.aval, "shape", ())):
                 rule = MIXES.get(name)
                 verdict = (rule and rule(self, eqn, before)) or self._plain(eqn, out, before)
-            here = verdict and f"`{name}` at {line} {verdict}. {_MENDS.get(name, MEND)}"
+            here = verdict and f"`{name}` at {line} {verdict}. {MEND}"
             inner = self._inner(eqn, carriers)
             fact = _row_numbers(self, eqn, before)
             found.append(
-                dataclasses.replace(fact, mixed=where or here, inner=inner, adapted=adapted)
+                dataclasses.replace(
+                    fact, mixed=where or here, inner=inner, adapted=adapted, drawn=drawn
+                )
             )
         return found
 
@@ -210,14 +217,6 @@ _rule(
     *("reduce_window", "reduce_window_sum", "reduce_window_max", "reduce_window_min"),
     *("select_and_scatter_add", "select_and_gather_add"),
 )(_windows)
-
-
-@_rule("random_bits")
-def _random(wide: Wide, eqn: Any, before: Sequence[Fact]) -> Verdict:
-    given = any(wide.axes(v) for v in eqn.invars)
-    if given or not any(wide.axes(v) for v in eqn.outvars):
-        return None
-    return "draws for all rows from one key, which mixes the rows"
 
 
 # --- parts, and what is joined --------------------------------------------------------------------

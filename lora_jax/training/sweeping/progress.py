@@ -31,7 +31,7 @@ def lines(say: Callable[[str], None], total: int | None, every: int) -> Show:
             if "ended" in record:
                 judged = held_out.pop(record["run"], None)
                 more = "" if judged is None else f", held-out loss {judged:.4f}"
-                say(f"{record['run']}: {record['ended']} after step {record['run_step']}{more}")
+                say(f"{record['run']}: {record['ended']} at step {record['run_step']}{more}")
             elif "eval_loss" in record:
                 held_out[record["run"]] = record["eval_loss"]
             elif "seconds" in record:

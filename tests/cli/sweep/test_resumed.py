@@ -14,7 +14,7 @@ pytest.importorskip("typer")
 from lora_jax.files.disk import safetensors_file
 from lora_jax.training import log
 from lora_jax.training.sweeping import progress
-from tests.cli.sweep.command import records_of, words
+from tests.cli.sweep.command import of_run, records_of, words
 
 WAVES = ("--ranks", "1,2", "--lrs", "3e-2,1e-2", "--slots", 2, "--steps", 4)
 HALVING = (
@@ -125,3 +125,27 @@ def test_halving_stops_losers(whole):
     came = list(first)
     best_of_first = min(came[:3], key=first.get)
     assert next(one for one in runs if one["name"] == best_of_first)["steps"] > 2
+
+
+@pytest.mark.slow
+def test_a_run_that_diverges_leaves_the_others_alone(play, tmp_path, run):
+    """Its losses are no numbers after the first step; the other's are those without it."""
+    out = tmp_path / "out"
+    more = ("--lrs", "3e-2,1e38", "--ranks", 1, "--clip", 0, "--steps", 4)
+    done = run(*words(play, out, *more, "--save-every", 2))
+    assert done.status == 0, done.err
+    assert "rank1-lr1e38: diverged at step" in done.err and "diverged" in done.out
+    alone = tmp_path / "alone"
+    assert run(*words(play, alone, *more, "--lrs", "3e-2")).status == 0
+    mine, its = (of_run(path, "rank1-lr0.03") for path in (out, alone))
+    np.testing.assert_allclose(mine, its, rtol=3e-6)
+    assert len(of_run(out, "rank1-lr1e38")) < len(mine) == 4
+    assert tensors(out).keys() == {"rank1-lr0.03"}
+    found = json.loads((out / "results.json").read_text())
+    assert found["best"] == "rank1-lr0.03" and found["runs"][1]["loss"] is None
+
+    lost = run(*words(play, tmp_path / "lost", *more, "--lrs", "1e38"))
+    assert lost.status == 1 and "diverged" in lost.out
+    error = lost.err.splitlines()[-1]
+    assert error.startswith("error: all runs diverged; lower the learning rates (--lrs)")
+    assert json.loads((tmp_path / "lost" / "results.json").read_text())["best"] is None

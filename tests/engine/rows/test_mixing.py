@@ -197,7 +197,9 @@ REFUSED = {
         "`reduce_or` at",
     ),
     "one key for all rows": (
-        lambda p, x: f(p, x * jax.random.bernoulli(KEY, 0.5, x.shape)),
+        lambda p, x: (
+            f(p, x * jax.random.bernoulli(KEY, 0.5, x.shape)) + f(p, jnp.ones((1, 1, WIDTH)))
+        ),
         "`random_bits` at .*Pass a key per row",
     ),
     "rows that stay merged": (lambda p, x: f(p, x.reshape(-1, WIDTH)), "merged with another axis"),
@@ -265,6 +267,18 @@ def test_ids_and_row_axes_that_do_not_fit(ids, row_axes, words, adapters):
     fn = lambda params, xs: f(params, xs["a"] + xs["b"])
     with pytest.raises(lora.ConfigError, match=words):
         lora.lora(fn, adapters_of=ids, row_axes=row_axes)(stack, {"a": X, "b": X})
+
+
+def test_one_key_draws_other_numbers_for_each_row(adapters):
+    """The program stays that of the whole batch, and so does a model's own dropout."""
+
+    def model(params, x):
+        return f(params, x * jax.random.bernoulli(KEY, 0.5, x.shape))
+
+    stack = lora.join(BASE, lora.stack(adapters))
+    got = lora.lora(model, adapters_of=jnp.array([1] * ROWS))(stack, X)
+    want = model(merged(lora.join(BASE, adapters[1])), X)
+    np.testing.assert_allclose(got, want, rtol=0, atol=1e-5)
 
 
 def test_slots_in_order_are_not_gathered(adapters):

@@ -38,8 +38,8 @@ def test_lines():
         "step 10 of 22: 2 runs, loss 3.900 (a), 4,096 tokens/s, 0:00:06 left",
         "step 20 of 22: 2 runs, loss 3.800 (a), 4,096 tokens/s, 0:00:01 left",
         "step 22 of 22: 2 runs, loss 3.780 (a), 4,096 tokens/s, 0:00:00 left",
-        "a: done after step 22, held-out loss 3.5000",
-        "b: diverged after step 22",
+        "a: done at step 22, held-out loss 3.5000",
+        "b: diverged at step 22",
     ]
     said.clear()
     progress.lines(said.append, None, 10)(step(1, {"a": None}))

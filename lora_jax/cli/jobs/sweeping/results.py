@@ -16,8 +16,9 @@ from lora_jax.cli.sweep_options import SweepOptions
 from lora_jax.core.foreign import escaped
 from lora_jax.files.disk.atomic import write_atomically
 from lora_jax.training import log
+from lora_jax.training.errors import TrainingError
 from lora_jax.training.sweeping import pictures
-from lora_jax.training.sweeping.comparison import DIVERGED, DONE, Result, results
+from lora_jax.training.sweeping.comparison import DIVERGED, DONE, STOPPED, Result, results
 from lora_jax.training.sweeping.names import in_short, varies
 
 _HEADS = {
@@ -61,17 +62,29 @@ class SweepResults:
         return written
 
     def show(self, records: Sequence[log.Record], written: Sequence[Path]) -> None:
-        """Print the table of the runs on stdout, the files written, and a next command."""
+        """Print the table of the runs on stdout, the files written, and a next command.
+
+        Raises:
+          TrainingError: all runs diverged.
+        """
         console = Console(highlight=False)
         found = results([*self.settings], records)
         console.print(self._table(found))
-        lines = [f"wrote the adapters into {self.options.out}/NAME/{self.path(found[0].name).name}"]
-        lines += [f"wrote {', '.join(map(str, [*written, self.options.out / 'log.jsonl']))}"]
+        lines = [f"wrote {', '.join(map(str, [*written, self.options.out / 'log.jsonl']))}"]
         best = _best(found)
         if best is not None:
-            lines += [f"best: {best}", f"next: {self.writers[best].next_command(self.path(best))}"]
+            lines += [
+                f"wrote the adapters into {self.options.out}/NAME/{self.path(best).name}",
+                f"best: {best}",
+                f"next: {self.writers[best].next_command(self.path(best))}",
+            ]
         for line in lines:
             console.print(escaped(line), markup=False, soft_wrap=True)
+        if best is None:
+            raise TrainingError(
+                "all runs diverged; lower the learning rates (--lrs), lengthen the warm-up "
+                "(--warmup) or use float32 (--dtype float32)"
+            )
 
     def _in_json(self, one: Result) -> dict[str, Any]:
         finite = lambda x: x if x is not None and math.isfinite(x) else None
@@ -114,8 +127,8 @@ class SweepResults:
 
 
 def _best(found: Sequence[Result]) -> str | None:
-    """Return the name of the best run, if one is done."""
-    return found[0].name if found and found[0].state == DONE else None
+    """Return the name of the best run of those that are done or were stopped, if there is one."""
+    return next((one.name for one in found if one.state in (DONE, STOPPED)), None)
 
 
 def _loss(value: float | None) -> str:
