@@ -8,6 +8,7 @@ from rich.console import Console
 #: The module of each table, which has a `main(console, rounds)`.
 TABLES = {
     "sweep": "benchmarks.many_adapters.sweep",
+    "serving": "benchmarks.many_adapters.serving",
 }
 
 

@@ -39,12 +39,18 @@ def alone(run, adapter, prompt, *more):
 
 
 def test_each_adapter_answers_its_own_prompt(world, run):
-    """Two formats and the base, with prompts of two lengths; then one prompt for all."""
+    """Two formats and the base, with prompts of two lengths."""
     rows = [("my-mlx-adapter", "Hi"), ("base", "Hello there"), ("other", "Hi")]
     wanted = [[f"[{adapter}] {text}", alone(run, adapter, text)] for adapter, text in rows]
     assert len({text for _, text in wanted}) == 3
     assert several(run, *rows) == wanted
-    assert several(run, rows[2], rows[0], prompts=["Hi"]) == [wanted[2], wanted[0]]
+
+
+@pytest.mark.slow
+def test_one_prompt_is_for_all_adapters(world, run):
+    rows = [(adapter, "Hi") for adapter in ("other", "base", "my-adapter")]
+    wanted = [[f"[{adapter}] Hi", alone(run, adapter, "Hi")] for adapter, _ in rows]
+    assert several(run, *rows, prompts=["Hi"]) == wanted
 
 
 @pytest.mark.slow

@@ -43,13 +43,32 @@ def noisy(rng, x):
     return x + jnp.asarray(0.3 * rng.normal(size=x.shape), x.dtype) if x.ndim > 1 else x
 
 
-def continued(model, params, rows=slice(None), **options):
+@functools.cache
+def counted(name, **options):
+    """Return a model's function, and a list with an entry for each time that it was traced."""
+    model, traced = load(name, **options), []
+
+    def apply(*args, **more):
+        traced.append(args)
+        return model.apply(*args, **more)
+
+    return apply, traced
+
+
+def continued(model, params, apply=None, rows=slice(None), **options):
     """Return what these rows of the prompts continue with."""
     ids, segments = IDS[rows], SEGMENTS[rows]
     cache = model.module.init_cache(len(ids), ids.shape[1] + STEPS)
     return models.generate(
-        model.apply, params, ids, cache, steps=STEPS, segments=segments, **options
+        apply or model.apply, params, ids, cache, steps=STEPS, segments=segments, **options
     )
+
+
+def one_by_one(model, params_of_rows):
+    """Return what each prompt continues with alone, with these parameters."""
+    return [
+        continued(model, params, rows=slice(i, i + 1))[0] for i, params in enumerate(params_of_rows)
+    ]
 
 
 def with_adapter(base, overlays, slot):
@@ -67,26 +86,41 @@ def with_adapter(base, overlays, slot):
 )
 def test_each_row_continues_as_it_does_alone(name, options):
     model, overlays = load(name, **options), adapters(name, **options)
-    found = continued(model, lora.join(model.params, lora.stack(overlays)), adapters_of=SLOTS)
+    params = lora.join(model.params, lora.stack(overlays))
+    found = continued(model, params, counted(name, **options)[0], adapters_of=SLOTS)
     base = lora.dequantize(model.params) if "quantize" in options else model.params
-    wanted = [
-        continued(model, with_adapter(base, overlays, slot), slice(i, i + 1))[0]
-        for i, slot in enumerate(SLOTS)
-    ]
+    wanted = one_by_one(model, [with_adapter(base, overlays, slot) for slot in SLOTS])
     np.testing.assert_array_equal(found, wanted)
-    plain = continued(model, base)
-    assert (found != plain).any(1).tolist() == [True, True, False, True]
+    plain = one_by_one(model, [base] * 4)
+    assert (found != np.stack(plain)).any(1).tolist() == [True, True, False, True]
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("quick_compile")
+def test_bfloat16_rows_are_as_far_from_float32_as_each_alone():
+    model, overlays = load("llama", dtype="bfloat16"), adapters("llama", dtype="bfloat16")
+    exact = load("llama")
+    stacked = lora.join(model.params, lora.stack(overlays))
+    mixed = lora.lora(model.apply, adapters_of=np.array(SLOTS))(stacked, IDS, SEGMENTS)
+    for row, slot in enumerate(SLOTS):
+        one = slice(row, row + 1)
+        wide = jax.tree.map(lambda x: x.astype(jnp.float32), overlays[max(slot, 0)])
+        params = with_adapter(exact.params, [wide] * 3, slot)
+        wanted = exact.apply(params, IDS[one], SEGMENTS[one])
+        own = lora.join(model.params, overlays[slot]) if slot >= 0 else model.params
+        alone = lora.lora(model.apply)(own, IDS[one], SEGMENTS[one])
+        seen = SEGMENTS[row] > 0
+        far, of_alone = (
+            np.abs(np.asarray(x, "f")[0] - wanted[0])[seen].max() for x in (mixed[one], alone)
+        )
+        assert far <= 1.5 * of_alone
 
 
 @pytest.mark.usefixtures("quick_compile")
 def test_a_slot_is_replaced_while_other_rows_go_on():
     """Nothing is compiled again for other slots, for another adapter in one, or for the base."""
-    model, overlays, traced = load("mistral"), adapters("mistral"), []
-
-    def apply(*args, **options):
-        traced.append(args)
-        return model.apply(*args, **options)
-
+    model, overlays = load("mistral"), adapters("mistral")
+    apply, traced = counted("mistral")
     stack = lora.stack(overlays)
     params = lora.join(model.params, stack)
     changed = lora.join(model.params, lora.set_slot(stack, 1, overlays[0]))
@@ -131,7 +165,9 @@ def small(scan):
 
 
 @pytest.mark.usefixtures("optimized")
-@pytest.mark.parametrize("scan", [False, True], ids=["unrolled", "scan"])
+@pytest.mark.parametrize(
+    "scan", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["unrolled", "scan"]
+)
 def test_a_step_updates_the_cache_in_place_and_gives_the_logits_of_each_row(scan):
     model, params, overlays = small(scan)
     cache = model.init_cache(4, 2048)

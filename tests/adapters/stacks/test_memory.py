@@ -39,6 +39,7 @@ def test_bytes_of_a_stack_by_hand():
     assert sum(x.size * 4 for x in jax.tree.leaves(state)) == 2 * 3 * 4 * factors + 4
 
 
+@pytest.mark.slow
 def test_a_step_of_all_has_no_copy_of_the_base():
     base = 2 * 4 * WIDTH * WIDTH
     reports = {

@@ -107,7 +107,12 @@ def shapes(tree):
     return [(x.shape, x.dtype) for x in jax.tree.leaves(tree)]
 
 
-@pytest.mark.parametrize("name", TREES)
+OFTEN = ("dict", "Linen", "NNX module", "Equinox", "quantized")
+
+
+@pytest.mark.parametrize(
+    "name", [x if x in OFTEN else pytest.param(x, marks=pytest.mark.slow) for x in TREES]
+)
 def test_what_was_stacked_comes_back(name):
     base = TREES[name]({k: jnp.ones(shape) for k, shape in LEAVES.items()})
     paths, treedef = flatten_with_paths(base)
