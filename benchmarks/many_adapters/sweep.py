@@ -26,7 +26,11 @@ from lora_jax.models import assets
 
 RANKS, RATES = (4, 8, 32, 64), (1e-4, 1e-3)
 RUNS = lora.grid(rank=list(RANKS), learning_rate=list(RATES))
-BUCKETS = (8,)
+SWEEPS: dict[str, dict[str, Any]] = {
+    "padded": {},
+    "buckets=[8]": {"buckets": [8]},
+    "buckets=[8], at_once=1": {"buckets": [8], "at_once": 1},
+}
 STEPS = 100  # of a run whose whole time is compared, compilation included
 
 
@@ -135,10 +139,10 @@ def _stepper(compiled: Callable[..., Any], state: Any, *others: Any) -> Callable
 class Together:
     """All runs in one sweep."""
 
-    def __init__(self, case: Case, buckets: Sequence[int]):
+    def __init__(self, case: Case, **options: Any):
         config = lora.LoraConfig(targets=case.targets)
         loss = lora.lora(case.loss)
-        sweep = lora.sweep(loss, case.base, RUNS, config, case.tokens, buckets=buckets)
+        sweep = lora.sweep(loss, case.base, RUNS, config, case.tokens, **options)
         state = sweep.init()
         start = time.perf_counter()
         step = jax.jit(
@@ -176,7 +180,7 @@ def main(console: Console, rounds: int) -> None:
 
 def _measure(table: Table, case: Case, rounds: int) -> None:
     alone = Alone(case)
-    sweeps = {"padded": Together(case, ()), f"buckets={list(BUCKETS)}": Together(case, BUCKETS)}
+    sweeps = {name: Together(case, **options) for name, options in SWEEPS.items()}
     of_alone, *of_sweeps = in_turn([alone, *sweeps.values()], rounds, warm_up=1)
     rows, length = case.tokens.shape
     for (name, sweep), seconds in zip(sweeps.items(), of_sweeps, strict=True):

@@ -197,7 +197,9 @@ def _place_like(w: Any, base: Any) -> Any:
     """Return the base that an initializer made, on the devices of `w` and sharded alike."""
     if any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(w)):
         return w if is_quantized(base) == is_quantized(w) else base
-    if base is w or not isinstance(w, jax.Array) or isinstance(w, jax.core.Tracer):
+    if base is w or not isinstance(w, jax.Array):
+        return base
+    if any(isinstance(x, jax.core.Tracer) for x in (w, *jax.tree.leaves(base))):
         return base
     if is_quantized(base):
         return _place_codes(w, base)

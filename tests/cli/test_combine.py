@@ -108,6 +108,7 @@ def test_energy(run):
     assert out.endswith(f"at least {shares[worst]:.2%} ({worst}.weight)\n")
 
 
+@pytest.mark.slow
 def test_ties_and_dare_run(run):
     words = [SOME, OTHERS, "--method", "dare_ties", "--density", 0.5]
     out, _ = combine(run, "made", *words)
@@ -174,6 +175,7 @@ def test_files_that_say_differently_which_modules_are_transposed(run):
         np.testing.assert_allclose(found, wanted, atol=2e-5, err_msg=path)
 
 
+@pytest.mark.slow
 def test_dora_with_its_model(run):
     rng = np.random.default_rng(0)
     name = "base_model.model.{}.lora_magnitude_vector"

@@ -33,6 +33,7 @@ PAIRS = [
     "tests/parity/peft/test_riemannian.py",
 ]
 STACKS = ["tests/adapters/stacks"]
+SWEEPS = ["tests/adapters/sweeps"]
 
 
 class Mutant(NamedTuple):
@@ -309,6 +310,34 @@ MUTANTS = [
         "similarity = jnp.abs(matmul(vt, known.T)).max(-1)",
         "similarity = jnp.abs(matmul(u.T, truncated_svd(before, min(before.shape))[0])).max(-1)",
         (ALGEBRA,),
+    ),
+    Mutant(
+        "dequantize the base once for each slot of a sweep",
+        "engine/quantized/view.py",
+        "return _zero_from(x), False",
+        "return jax.vmap(zero.fun)(x), True",
+        (SWEEPS,),
+    ),
+    Mutant(
+        "clip all runs of a sweep alike, where none asks for it too",
+        "adapters/sweeps/optimizer.py",
+        "jnp.where(norm > 0, c, u)",
+        "c",
+        (SWEEPS,),
+    ),
+    Mutant(
+        "start a run that takes a slot at the step of the last one",
+        "adapters/sweeps/sweep.py",
+        "jnp.int32(run.seed), jnp.int32(0)",
+        "jnp.int32(run.seed), jnp.int32(1)",
+        (SWEEPS,),
+    ),
+    Mutant(
+        "let a run that pauses start again",
+        "adapters/sweeps/halving.py",
+        "sweep.start(trial.run) if trial.paused is None else trial.paused",
+        "sweep.start(trial.run)",
+        (SWEEPS,),
     ),
     Mutant(
         "precondition a factor with itself",

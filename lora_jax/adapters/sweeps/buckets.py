@@ -22,9 +22,12 @@ class Buckets:
     """The largest rank that each slot may have; slots with the same one are a bucket."""
 
     limits: tuple[int, ...]  # per slot
+    at_once: int | None = None  # how many slots are computed at once; None for all of a bucket
 
     @classmethod
-    def of(cls, bounds: Sequence[int], ranks: Sequence[int], slots: int) -> "Buckets":
+    def of(
+        cls, bounds: Sequence[int], ranks: Sequence[int], slots: int, at_once: int | None = None
+    ) -> "Buckets":
         """Return the buckets of runs with these ranks, the first of which are in the slots.
 
         >>> Buckets.of([8], ranks=[4, 16, 8, 64], slots=3).limits
@@ -32,6 +35,8 @@ class Buckets:
         """
         if not all(is_integer(bound) and bound > 0 for bound in bounds):
             raise ConfigError(f"sweep: buckets must be ranks, positive integers, got {bounds!r}")
+        if at_once is not None and (not is_integer(at_once) or at_once < 1):
+            raise ConfigError(f"sweep: at_once must be a positive integer or None, got {at_once!r}")
         every = sorted({*map(int, bounds), max(ranks)})
         limits = tuple(next(b for b in every if b >= rank) for rank in ranks[:slots])
         if max(limits) < max(ranks):
@@ -39,7 +44,7 @@ class Buckets:
                 f"sweep: no slot has room for rank {max(ranks)}: put a run of the largest bucket "
                 "among the first ones, or leave buckets= out"
             )
-        return cls(limits)
+        return cls(limits, at_once)
 
     def check_fits(self, adapters: Any, slot: Any) -> None:
         """Raise if adapters have a larger rank than their slot allows."""
@@ -89,7 +94,7 @@ class Buckets:
           state: the states.
           *batch: the other arguments of `step`.
         """
-        every = jax.vmap(step, (0, *axes))
+        every = functools.partial(_map_slots, step, axes, self.at_once)
         if len(set(self.limits)) == 1:
             return every(state, *batch)
         found, order = [], []
@@ -109,6 +114,27 @@ def rank_of(adapters: Any) -> int:
     """Return the largest rank of single adapters, without their padding."""
     nodes = [x for x in adapted_nodes(adapters).values() if isinstance(x, LoraWeight)]
     return max((x.rank if x.slot is None else int(slot_rank(x.slot)) for x in nodes), default=0)
+
+
+def _map_slots(
+    step: Callable[..., Any], axes: Sequence[Any], at_once: int | None, state: Any, *batch: Any
+) -> Any:
+    """Return `step(state, *batch)` for every slot, of which so many are computed at once."""
+    if at_once is None or at_once >= state.slots:
+        return jax.vmap(step, (0, *axes))(state, *batch)
+    leaves, treedef = jax.tree.flatten(batch)
+    nothing = lambda x: x is None
+    where = jax.tree.leaves(jax.tree.broadcast(tuple(axes), batch, nothing), is_leaf=nothing)
+    pairs = list(zip(leaves, where, strict=True))
+    own = [jnp.moveaxis(x, axis, 0) for x, axis in pairs if axis is not None]
+
+    def one(slot: tuple[Any, Sequence[jax.Array]]) -> Any:
+        state, mine = slot
+        rest = iter(mine)
+        given = [x if axis is None else next(rest) for x, axis in pairs]
+        return step(state, *jax.tree.unflatten(treedef, given))
+
+    return jax.lax.map(one, (state, own), batch_size=None if at_once == 1 else at_once)
 
 
 def _taken(slots: Sequence[int], axes: Any, tree: Any) -> Any:

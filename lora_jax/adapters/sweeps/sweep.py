@@ -48,6 +48,7 @@ def sweep(
     schedule: Callable[[Any], Any] | None = None,
     batch_axes: Any = None,
     buckets: Sequence[int] = (),
+    at_once: int | None = None,
     gradients: Gradients | None = None,
     rules: Mapping[str, Rule] | None = None,
     fsdp: str | Sequence[str] | None = None,
@@ -83,6 +84,8 @@ def sweep(
         step takes fewer operations; but there is one base product per bucket, which takes longer to
         compile, and a slot only gets runs of its bucket or smaller ones. The buckets are computed
         in turn, so the activations of one at a time are in memory.
+      at_once: how many slots are computed at once; None for all of a bucket. The others follow in a
+        loop within the compiled step: it takes the temporary memory of so many runs.
       gradients: computes what a step of one run needs in place of `jax.value_and_grad` of the loss,
         such as the sum over several micro-batches: `(adapters, base, *batch, key) -> (gradients,
         measured)`, where the key is that for dropout. `measured` may be a tree of arrays: `step`
@@ -118,7 +121,7 @@ def sweep(
     check_same_numbers(runs)
     plan = make_plan("sweep", base, runs[0].config(config), loss, batch, {}, rules)
     placement = Placement.of("sweep", plan.leaves.values(), fsdp, (batch, {}))
-    options = (optimizer, schedule, batch_axes, buckets, gradients)
+    options = (optimizer, schedule, batch_axes, buckets, at_once, gradients)
     return Sweep(loss, base, runs, config, slots, *options, plan, placement)
 
 
@@ -141,6 +144,7 @@ class Sweep:
         schedule: Callable[[Any], Any] | None,
         batch_axes: Any,
         buckets: Sequence[int],
+        at_once: int | None,
         gradients: Gradients | None,
         plan: Plan,
         placement: Placement,
@@ -164,7 +168,7 @@ class Sweep:
         self._frame = stack([jax.tree.map(shapes, overlay) for overlay in news.values()])
         self._ranks = {one: rank_of(overlay) for one, overlay in news.items()}
         ranks = [self._ranks[run.config(config)] for run in runs]
-        self._buckets = Buckets.of(buckets, ranks, slots)
+        self._buckets = Buckets.of(buckets, ranks, slots, at_once)
 
     def init(self) -> SweepState:
         """Return the state before the first step, with the first runs in the slots."""

@@ -23,7 +23,7 @@ import numpy as np
 from lora_jax.core.errors import ConfigError, LoraError
 from lora_jax.core.foreign import shown_value
 from lora_jax.core.paths import flatten_with_key_paths, path_str
-from lora_jax.core.sharding.meshes import has_explicit_mesh
+from lora_jax.core.sharding.meshes import gathered, has_explicit_mesh
 from lora_jax.core.slots import check_ids
 from lora_jax.core.weights import LoraWeight, is_adapted, is_weight
 from lora_jax.engine.lazy_weight import Row
@@ -60,9 +60,9 @@ class Batch:
         slots = _slots((args, kwargs))
         known = not isinstance(ids, jax.core.Tracer)
         in_order = known and np.array_equal(np.ravel(ids), np.arange(slots))
-        ids = check_ids("adapters_of", ids, slots)
+        ids = gathered(check_ids("adapters_of", ids, slots))
         long = [i for i, size in enumerate(ids.shape) if size != 1] or [ids.ndim - 1]
-        if ids.ndim == 0 or len(long) > 1:
+        if ids.ndim == 0 or len(long) > 1 or not ids.size:
             raise ConfigError(
                 f"adapters_of: pass one id per row of the batch, [rows], got shape {ids.shape}"
             )
@@ -204,7 +204,8 @@ class Batch:
             raise ConfigError(
                 f"adapters_of: the function does not take another number of rows ({wide.total} in "
                 f"place of {wide.rows}), which says where its rows are. Pass every array that has "
-                f"rows as an argument. It fails with {type(error).__name__}: {error}"
+                "rows as an argument, and name one that has none, though its size is the same, by "
+                f"row_axes, with None. It fails with {type(error).__name__}: {error}"
             ) from error
 
 

@@ -279,6 +279,7 @@ def test_adapters_that_do_not_fit_together():
         lora_jax.combine(parts, base=base)
 
 
+@pytest.mark.slow
 def test_a_randomized_svd_is_nearly_the_best():
     """Of sums whose singular values fall as those of trained adapters do."""
     rng = np.random.default_rng(0)

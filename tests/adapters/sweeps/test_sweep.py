@@ -1,8 +1,11 @@
 """A sweep trains each of its runs as the run trains alone, in one program."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import lora_jax as lora
@@ -60,13 +63,12 @@ def test_every_run_trains_as_it_does_alone_and_so_does_one_that_comes_later():
     assert state.step.tolist() == [2 * STEPS, 2 * STEPS, STEPS, 2 * STEPS]
 
 
-def test_every_run_may_see_its_own_batch_and_small_ranks_be_computed_apart():
+def test_every_run_may_see_its_own_batch_and_small_ranks_be_computed_apart_in_turn():
     each = [batches(seed, steps=3) for seed in range(3)]
     runs = lora.grid(learning_rate=1e-2, rank=[2, 4, 1])
     axes = (0, 1)
-    sweep = lora.sweep(
-        *(LOSS, BASE, runs, CONFIG, *each[0][0]), schedule=SCHEDULE, batch_axes=axes, buckets=[2]
-    )
+    options = {"batch_axes": axes, "buckets": [2], "at_once": 1}
+    sweep = lora.sweep(LOSS, BASE, runs, CONFIG, *each[0][0], schedule=SCHEDULE, **options)
     state, found = sweep.init(), []
     for batches_ in zip(*each, strict=True):
         tokens, y = zip(*batches_, strict=True)
@@ -131,3 +133,42 @@ def test_a_sweep_says_what_does_not_fit():
         lora.ConfigError, match=r"argument 1 .* \(12, 8\), .* axis 1 has the 2 slots"
     ):
         sweep.step(sweep.init(), *batch)
+
+
+def _halved(key, w, layout, rank, scale, dtype):
+    """Initial values that change the base."""
+    a, b = (jnp.zeros(shape(w.shape, rank), dtype) for shape in (layout.a_shape, layout.b_shape))
+    return w / 2, a, b
+
+
+@pytest.mark.parametrize(
+    ("fields", "options", "message"),
+    [
+        ({}, {"slots": 2}, "slots=2 must be from 1 to the number of runs, 1"),
+        ({}, {"buckets": [0]}, "buckets must be ranks, positive integers"),
+        ({}, {"at_once": 0}, "at_once must be a positive integer or None"),
+        ({"weight_decay": 0.1}, {"optimizer": optax.sgd}, "optimizer sgd takes no weight_decay"),
+        ({"options": {"b9": 1}}, {}, "optimizer adamw takes no b9"),
+        ({"init": _halved}, {}, "init=.* changes the base, which all runs share"),
+    ],
+)
+def test_a_sweep_says_what_does_not_fit_together(fields, options, message):
+    runs = [lora.Run(learning_rate=1e-2, **fields)]
+    with pytest.raises(lora.LoraError, match=message):
+        lora.sweep(LOSS, BASE, runs, CONFIG, *batches(steps=1)[0], **options)
+
+
+def test_a_run_that_needs_more_than_the_sweep_has_is_refused():
+    runs = [lora.Run(learning_rate=1e-2, options={"b1": 0.8})]
+    sweep = lora.sweep(LOSS, BASE, runs, CONFIG, *batches(steps=1)[0])
+    state = sweep.init()
+    for fields, message in [
+        ({"rank": 4}, "rank 4 does not fit a stack of rank 3"),
+        ({"dora": True}, "has a magnitude"),
+        ({"dropout": 0.1}, "dropout 0.1 does not fit"),
+        ({"options": {}}, "they must be the same"),
+    ]:
+        with pytest.raises(lora.LoraError, match=message):
+            sweep.replace(state, 0, dataclasses.replace(runs[0], **fields))
+    with pytest.raises(lora.ConfigError, match="no slots"):
+        sweep.replace(state, 1, runs[0])

@@ -6,6 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 import lora_jax as lora
 
@@ -75,6 +76,7 @@ def test_each_row_gets_its_own_adapter_and_other_ids_do_not_compile_again(quick_
     assert mixed._cache_size() == 1
 
 
+@pytest.mark.slow  # those of programs are compared by default
 def test_gradients_are_those_of_each_row_alone(quick_compile):
     weights = jax.random.normal(jax.random.key(2), (6, 7, 5))
     of_mixed = lambda x: (mixed(x, TOKENS, jnp.array(IDS)) * weights).sum()

@@ -73,7 +73,7 @@ def test_nothing_is_made_per_row_of_the_bases_size_nor_per_token_of_the_factors(
     assert any(Counter((ROWS, WIDTH, RANK)) <= made for made in found)  # A per row
 
 
-@pytest.mark.parametrize("kind", [None, "int8"])
+@pytest.mark.parametrize("kind", [None, pytest.param("int8", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("fn", [scanned, one_by_one], ids=lambda fn: fn.__name__)
 def test_a_vmap_over_a_stack_keeps_the_base_unmapped(fn, kind):
     """All adapters share one large product, forward and backward."""

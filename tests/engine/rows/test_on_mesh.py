@@ -98,6 +98,6 @@ def test_gradients_of_rows_on_a_mesh(kind, overlays):
     want = jax.jit(grads)(BASE, stack, X, IDS)
     on_mesh = jax.tree.map(lambda x: placed(mesh, x), stack)
     with jax.set_mesh(mesh):
-        got = jax.jit(grads)(base, on_mesh, placed(mesh, X, "data"), placed(mesh, IDS))
+        got = jax.jit(grads)(base, on_mesh, placed(mesh, X, "data"), placed(mesh, IDS, "data"))
     for g, w in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         np.testing.assert_allclose(np.asarray(g), np.asarray(w), rtol=0, atol=2e-5)

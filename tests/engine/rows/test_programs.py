@@ -10,7 +10,7 @@ import pytest
 
 import lora_jax
 from tests.engine.test_programs import TOLERANCE, assert_close, loss
-from tests.programs import CASES, DENSE_CASES, Case, a_few, adapt, is_node, merged, normal
+from tests.programs import CASES, DENSE_CASES, Case, adapt, is_node, merged, normal
 
 IDS = (1, -1, 0, 1)
 # JAX maps a ragged product only where all of its operands are mapped, and no callback.
@@ -107,7 +107,23 @@ def check(case: Case, dtype, forms=None):
     assert_close(got, want, TOLERANCE[jnp.dtype(dtype).name])
 
 
-@pytest.mark.parametrize("case", a_few(CASES + DENSE_CASES), ids=str)
+BY_DEFAULT = {
+    "concatenated_qkv",
+    "conv_2d_strided",
+    "embed_lookup",
+    "ragged_experts",
+    "tied_attend",
+}
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, marks=[] if case.name in BY_DEFAULT else pytest.mark.slow)
+        for case in CASES + DENSE_CASES
+    ],
+    ids=str,
+)
 def test_each_row_equals_the_row_alone(case, x64, quick_compile):
     if case.name in NOT_MAPPED:
         with pytest.raises(lora_jax.ConfigError, match=NOT_MAPPED[case.name]):
