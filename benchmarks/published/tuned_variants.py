@@ -18,7 +18,7 @@ from benchmarks.published.result import Line, Picture, Result, Row
 
 SOURCE = "2602.04998"
 RANKS = (2, 8)
-RATES = sweeps.doubled(2.5e-4, 9)
+RATES = sweeps.doubled(5e-4, 8)
 WIDTH, STEPS, SEEDS = 256, 100, 5
 ENOUGH = 2.0  # percentage points
 

@@ -73,17 +73,18 @@ class Run:
             raise ConfigError(f"seed must be an integer from 0 to 2**31 - 1, got {self.seed!r}")
         if not isinstance(self.options, Mapping) or not all(map(_is_finite, self.options.values())):
             raise ConfigError(f"options must be numbers by name, got {self.options!r}")
-        if self.init in _CHANGES_BASE:
-            raise ConfigError(
-                f"init={self.init!r} changes the base, which all runs of a sweep share: use "
-                '"kaiming", "gaussian" or "orthogonal", or train this run by itself'
-            )
         self.config(LoraConfig())
 
     def config(self, config: LoraConfig) -> LoraConfig:
         """Return the configuration of this run alone, for `init`, from that of the sweep."""
         own = {name: x for name in _OF_CONFIG if (x := getattr(self, name)) is not None}
-        return dataclasses.replace(config, **own)
+        made = dataclasses.replace(config, **own)
+        if made.init in _CHANGES_BASE:
+            raise ConfigError(
+                f"init={made.init!r} changes the base, which all runs of a sweep share: use "
+                '"kaiming", "gaussian" or "orthogonal", or train this run by itself'
+            )
+        return made
 
 
 def _is_finite(x: Any) -> bool:

@@ -110,7 +110,7 @@ def sweep(
     >>> losses.shape, bool(losses[1] < losses[0])
     ((4,), True)
     """
-    runs = list(runs)
+    runs = [] if isinstance(runs, Run) else list(runs)
     if not runs or not all(isinstance(run, Run) for run in runs):
         raise ConfigError("sweep: runs must be a sequence of one or more Run; see lora_jax.grid")
     if not callable(loss):
@@ -193,7 +193,7 @@ class Sweep:
         A base that your compiled function does not get as an argument would be a constant in it.
         """
         step = functools.partial(self._step_of_one, base)
-        axes = self._axes(batch, self._batch_axes)
+        axes = self._axes(batch, self._batch_axes, state.slots)
         return self._buckets.map(step, self._init_optimizer, axes, state, *batch)
 
     def evaluate(self, state: SweepState, *batch: Any, batch_axes: Any = None) -> jax.Array:
@@ -207,7 +207,8 @@ class Sweep:
 
         def losses(base: Any, adapters: Any, *batch: Any) -> jax.Array:
             one = lambda adapters, *batch: self._loss(join(base, adapters), *batch)
-            return jax.vmap(one, (0, *self._axes(batch, batch_axes)))(adapters, *batch)
+            slots = len(jax.tree.leaves(adapters)[0])
+            return jax.vmap(one, (0, *self._axes(batch, batch_axes, slots)))(adapters, *batch)
 
         key = ("evaluate", str(batch_axes), len(batch))
         if key not in self._compiled:
@@ -332,14 +333,20 @@ class Sweep:
         adapters = apply_updates(state.adapters, faster_b(updates, numbers["b_ratio"]))
         return SweepState(adapters, optimizer, state.numbers, state.seed, state.step + 1), measured
 
-    def _axes(self, batch: Sequence[Any], axes: Any) -> Sequence[Any]:
+    def _axes(self, batch: Sequence[Any], axes: Any, slots: int) -> Sequence[Any]:
         """Return `in_axes` of the arguments of a batch."""
-        if not isinstance(axes, tuple):
-            return (axes,) * len(batch)
+        axes = axes if isinstance(axes, tuple) else (axes,) * len(batch)
         if len(axes) != len(batch):
             raise ConfigError(
                 f"sweep: batch_axes has {len(axes)} entries for a batch of {len(batch)} arguments"
             )
+        for number, (argument, axis) in enumerate(zip(batch, axes, strict=True)):
+            for x in jax.tree.leaves(argument) if isinstance(axis, int) else ():
+                if jnp.shape(x)[axis : axis + 1 or None] != (slots,):
+                    raise ConfigError(
+                        f"sweep: argument {number} of the batch has the shape {jnp.shape(x)}, and "
+                        f"batch_axes={axis} says that axis {axis} has the {slots} slots"
+                    )
         return axes
 
     def _jitted(

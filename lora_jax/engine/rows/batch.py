@@ -62,7 +62,7 @@ class Batch:
         in_order = known and np.array_equal(np.ravel(ids), np.arange(slots))
         ids = gathered(check_ids("adapters_of", ids, slots))
         long = [i for i, size in enumerate(ids.shape) if size != 1] or [ids.ndim - 1]
-        if ids.ndim == 0 or len(long) > 1:
+        if ids.ndim == 0 or len(long) > 1 or not ids.size:
             raise ConfigError(
                 f"adapters_of: pass one id per row of the batch, [rows], got shape {ids.shape}"
             )
@@ -204,7 +204,8 @@ class Batch:
             raise ConfigError(
                 f"adapters_of: the function does not take another number of rows ({wide.total} in "
                 f"place of {wide.rows}), which says where its rows are. Pass every array that has "
-                f"rows as an argument. It fails with {type(error).__name__}: {error}"
+                "rows as an argument, and name one that has none, though its size is the same, by "
+                f"row_axes, with None. It fails with {type(error).__name__}: {error}"
             ) from error
 
 

@@ -121,6 +121,20 @@ def test_a_grid_says_which_of_its_axes_has_no_meaning(fields, message):
         lora.grid(**fields)
 
 
+def test_a_sweep_says_what_does_not_fit():
+    batch = batches(steps=1)[0]
+    runs = lora.grid(learning_rate=[1e-3, 1e-2])
+    with pytest.raises(lora.ConfigError, match="init='pissa' changes the base"):
+        lora.sweep(LOSS, BASE, runs, lora.LoraConfig(init="pissa"), *batch)
+    with pytest.raises(lora.ConfigError, match="a sequence of one or more Run"):
+        lora.sweep(LOSS, BASE, runs[0], CONFIG, *batch)
+    sweep = lora.sweep(LOSS, BASE, runs, CONFIG, *batch, batch_axes=(None, 1))
+    with pytest.raises(
+        lora.ConfigError, match=r"argument 1 .* \(12, 8\), .* axis 1 has the 2 slots"
+    ):
+        sweep.step(sweep.init(), *batch)
+
+
 def _halved(key, w, layout, rank, scale, dtype):
     """Initial values that change the base."""
     a, b = (jnp.zeros(shape(w.shape, rank), dtype) for shape in (layout.a_shape, layout.b_shape))

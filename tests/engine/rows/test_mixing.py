@@ -203,7 +203,7 @@ REFUSED = {
         "`random_bits` at .*Pass a key per row",
     ),
     "rows that stay merged": (lambda p, x: f(p, x.reshape(-1, WIDTH)), "merged with another axis"),
-    "rows that are closed over": (lambda p, x: f(p, x + X), "as an argument. It fails with Type"),
+    "rows that are closed over": (lambda p, x: f(p, x + X), "as an argument.* It fails with Type"),
     "no rows, and adapters": (
         lambda p, x: (f(p, x), (p["w"] @ jnp.ones(WIDTH)).sum()),
         "no axis of rows and depends on the adapters",
@@ -254,6 +254,7 @@ def test_arguments_of_every_kind(adapters):
         ([0.0] * 4, None, "ids must be integers, got float"),
         ([0, 1, 2, 0], None, r"no slots \[2\]; the stack has 2, from 0 on, and -1 is the base"),
         ([[0, 1], [1, 0]], None, r"one id per row of the batch, \[rows\], got shape \(2, 2\)"),
+        (np.zeros(0, int), None, r"one id per row of the batch, \[rows\], got shape \(0,\)"),
         (IDS, {"y": 0}, "the call has no argument 'y'; it has"),
         (IDS, {1: {"a": 1, "b": 0}}, r"1/a \(4, 5, 6\) has no axis 1 of 4 rows"),
         (IDS, {1: {"a": 0}}, "the tree for argument 1 does not begin the argument's tree"),
@@ -267,6 +268,20 @@ def test_ids_and_row_axes_that_do_not_fit(ids, row_axes, words, adapters):
     fn = lambda params, xs: f(params, xs["a"] + xs["b"])
     with pytest.raises(lora.ConfigError, match=words):
         lora.lora(fn, adapters_of=ids, row_axes=row_axes)(stack, {"a": X, "b": X})
+
+
+def test_an_array_that_only_looks_as_if_it_had_rows(adapters):
+    """A matrix has as many rows as the batch: the error names the mend."""
+    matrix = jnp.ones((ROWS, ROWS)) / 4
+
+    def model(params, x, matrix):
+        return f(params, x)[:, :ROWS].swapaxes(1, 2) @ matrix
+
+    stack = lora.join(BASE, lora.stack(adapters))
+    with pytest.raises(lora.ConfigError, match=r"by row_axes, with None\. It fails with TypeError"):
+        lora.lora(model, adapters_of=jnp.array(IDS))(stack, X, matrix)
+    run = lora.lora(model, adapters_of=jnp.array(IDS), row_axes={2: None})
+    assert run(stack, X, matrix).shape == (ROWS, WIDTH, ROWS)
 
 
 def test_one_key_draws_other_numbers_for_each_row(adapters):
