@@ -48,6 +48,7 @@ def test_results_are_sharded_as_the_adapters_are(kind):
     np.testing.assert_allclose(update(results["compress"]["w"]), np.full((8, 4), 2), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_models_of_flax_nnx():
     net = nnx.Linear(6, 5, rngs=nnx.Rngs(0))
     config = lora_jax.LoraConfig(rank=2, targets=["kernel"], bias="all")

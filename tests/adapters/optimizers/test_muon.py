@@ -72,6 +72,7 @@ def test_decay_is_of_the_product():
     np.testing.assert_allclose(norm(step) * np.sqrt(0.8), 0.05, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_sizes_and_rotations_of_factors_do_not_matter():
     """The product of (c·A·Q, Qᵀ·B/c) takes the same steps for any number and orthogonal Q."""
     node = weight("io", (6, 5), 2)

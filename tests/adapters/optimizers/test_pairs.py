@@ -102,6 +102,7 @@ def scaled(learning_rate, params, weight_decay):
     return lora_jax.riemannian(optax.adamw(learning_rate, weight_decay=weight_decay), params)
 
 
+@pytest.mark.slow
 @each("lora_rite")
 def test_a_sweep_over_ranks_and_rates(name):
     """Adapters of two ranks with a rate each, in one compiled step, as each alone."""
@@ -147,6 +148,7 @@ def floats(state):
     return {x.dtype for x in jax.tree.leaves(state) if jnp.issubdtype(x.dtype, jnp.floating)}
 
 
+@pytest.mark.slow
 @each("lora_muon")
 def test_state_has_float32_numbers_beside_bfloat16_factors(name):
     half = {
@@ -188,6 +190,7 @@ def test_all_else_that_trains_gets_adam(name):
     assert float(jnp.abs(updates["w"].b).min()) > 0
 
 
+@pytest.mark.slow
 @each("riemannian_sgd")
 def test_a_chain_of_transformations_with_optax(name):
     """Clipping before, accumulation and a check around: shapes and dtypes fit in conditions."""

@@ -39,6 +39,7 @@ def equal(got, want):
     jax.tree.map(np.testing.assert_array_equal, got, want)
 
 
+@pytest.mark.slow
 def test_exported_restored_and_donated(tmp_path):
     first, second = adapters(BASE)
     stack = lora.stack([first, second])

@@ -134,6 +134,7 @@ def test_dare_draws_its_own_masks_with_pefts_expectation(load):
     assert error > 0 and np.abs(values.mean(0) - plain).max() < 4.5 * error
 
 
+@pytest.mark.slow
 def test_intruders_reduced_as_peft_does(load):
     """PEFT's A and B are those of the rank that the adapter had."""
     base = models.base("plain")
