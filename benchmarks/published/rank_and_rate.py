@@ -78,7 +78,7 @@ def run(
         f"{len(ranks) * len(rates) * seeds}"
     )
     show = lambda name: (
-        f"r^{powers[name]:.2f}: " + ", ".join(f"{rate:.1e}" for rate in rate_of[name])
+        f"r^{powers[name]:z.2f}: " + ", ".join(f"{rate:.1e}" for rate in rate_of[name])
     )
     low, high = min(rate_of["α/r"]), max(rate_of["α/r"])
     tenfold = all(5 <= rate / full <= 20 for rate in rate_of["α/r"])
