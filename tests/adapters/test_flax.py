@@ -83,6 +83,7 @@ def test_stacks_and_rows():
     assert specs["embedding"].value == P(None, "embed")
 
 
+@pytest.mark.slow
 def test_the_state_of_the_optimizer_has_them_too():
     params = boxed()
     tx = lora_jax.freeze(optax.adam(1e-2), params)

@@ -228,4 +228,5 @@ def test_the_names_in_a_state_stay_those_of_the_parameters():
         flat, _ = jax.tree_util.tree_flatten_with_path(tx.init(PARAMS), is_leaf=lambda x: x is None)
         return sorted(jax.tree_util.keystr(path, simple=True) for path, _ in flat)
 
-    assert names(lora_jax.freeze(optax.adam(1e-2), PARAMS)) == names(older)
+    before_stacks = [name for name in names(older) if not name.endswith("slot")]
+    assert names(lora_jax.freeze(optax.adam(1e-2), PARAMS)) == before_stacks

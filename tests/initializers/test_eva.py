@@ -69,6 +69,7 @@ def test_a_is_the_top_of_the_inputs_svd_and_b_zero():
     np.testing.assert_array_equal(lora_jax.lora(mlp)(adapted, x), mlp(params, x))
 
 
+@pytest.mark.slow
 def test_a_wide_weight_takes_a_sketch():
     """More inputs than a second moment is formed for; the singular values fall by 0.6 each."""
     n, wide = 30, 1100

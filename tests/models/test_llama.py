@@ -93,7 +93,9 @@ def drawn(path, x):
     return jax.device_put(np.asarray(normal(x.size, x.shape, x.dtype, 0.3)) + x.dtype.type(center))
 
 
-@pytest.mark.parametrize("scan", [False, True], ids=["unrolled", "scan"])
+@pytest.mark.parametrize(
+    "scan", [pytest.param(False, marks=pytest.mark.slow), True], ids=["unrolled", "scan"]
+)
 def test_adapters_stay_lazy_and_train(scan):
     """In prefill, decoding and gradients; `on_dense="error"` would refuse to densify a weight."""
     layers = 2 if scan else 1

@@ -225,7 +225,12 @@ def test_notebook_is_stored_with_its_outputs(path):
     assert not re.search(r"/(home|root|tmp|work|Users)/", outputs), "a path of one machine"
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path",
+    # What trains a published model is the slowest test of all.
+    [pytest.param(p, marks=pytest.mark.slow) if p.stem in NEEDS else p for p in NOTEBOOKS],
+    ids=lambda path: path.stem,
+)
 def test_notebook_runs(path, tmp_path, monkeypatch):
     cache = assets.cache_directory()
     missing = [str(a) for a in NEEDS.get(path.stem, ()) if not a.is_cached(cache)]

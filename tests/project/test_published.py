@@ -159,7 +159,8 @@ def test_angles_and_explained_variance():
     assert eva.explained(np.diag([2.0, 1.0, 1.0]), 5 * x) == pytest.approx(4 / 6)
 
 
-@pytest.mark.parametrize("init", [pytest.param("kaiming", marks=pytest.mark.slow), "pissa"])
+@pytest.mark.slow
+@pytest.mark.parametrize("init", ["kaiming", "pissa"])
 def test_runs_of_a_sweep_start_as_the_base_and_learn(init, quick_compile):
     base = digits.fresh((16,), seed=0)
     runs = lora_jax.grid(learning_rate=[1e-6, 1e-2])

@@ -31,6 +31,7 @@ def adapter(out):
     return safetensors_file.read(out / "adapter" / "adapter_model.safetensors")[0]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(jax.device_count() != 8, reason="needs 8 devices")
 def test_losses_are_those_of_one_device(one_device, play, tmp_path, run, monkeypatch):
     """On another mesh for every part of the run; each part compiles its step once."""

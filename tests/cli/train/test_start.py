@@ -91,6 +91,7 @@ def test_another_adapter_cannot_resume(first, play, tmp_path, run, fails):
     assert "the checksum of --adapter was" in fails(*again)
 
 
+@pytest.mark.slow
 def test_a_classifier_starts_from_a_classifier(tmp_path, run, fails, quick_compile):
     """The first accuracy is the last one of the run before; other labels are refused."""
     data = jsonl(tmp_path / "d.jsonl", "label", count=40)
@@ -135,7 +136,8 @@ CHOICES = {
 }
 
 
-SLOW = ("slice", "range")  # other ways to write the layers, which tests of patterns have too
+# Other ways to write the layers, which tests of patterns have too.
+SLOW = ("slice", "range", "stacked")
 
 
 @pytest.mark.parametrize(
@@ -153,6 +155,7 @@ def test_layers_and_exclusions(name, play, tmp_path, run, quick_compile):
     assert sorted(short) == expected
 
 
+@pytest.mark.slow
 def test_a_head_that_is_fully_trained(play, tmp_path, run, quick_compile):
     """The embedding of this model is its head too: rows of bytes that are not in the text move.
 
