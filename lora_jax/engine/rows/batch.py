@@ -9,7 +9,8 @@
 # rank] · B[ids]: 1.02, or 1.00 with A and B selected before; as products and sums 1.08 to 1.19; as
 # a masked concatenation 1.00 to 1.12. So the program stays as it is wherever a weight meets an
 # activation with rows. A vmap is left for what has no such axis: a weight that meets an activation
-# without rows, a product of two weights, convolutions, ragged products.
+# without rows, a product of two weights, convolutions, ragged products; and for loops that go on
+# until all rows are done, in which a row would take more steps than alone.
 
 import contextlib
 import dataclasses
@@ -29,7 +30,7 @@ from lora_jax.core.weights import LoraWeight, is_adapted, is_weight
 from lora_jax.engine.lazy_weight import Row
 from lora_jax.engine.program import Argument, Program, is_dynamic
 from lora_jax.engine.rows.equations import Wide
-from lora_jax.engine.rows.mixing import facts_of_outputs, prime_for
+from lora_jax.engine.rows.mixing import facts_of, prime_for
 from lora_jax.engine.rows.places import Places, transferred
 from lora_jax.engine.rows.slots import NoPlaceForRows
 
@@ -101,7 +102,7 @@ class Batch:
         """
         traced = self._traced(fn, enter)
         nodes = [x for _, x in self._pairs if is_adapted(x) and x.slots is not None]
-        if all(isinstance(x, LoraWeight) for x in nodes):
+        if all(isinstance(x, LoraWeight) for x in nodes) and not traced.waits:
             row = Row(self.ids, jnp.arange(len(self.ids), dtype=jnp.int32), self.in_order)
             with contextlib.suppress(NoPlaceForRows):
                 return run(row, self.args, self.kwargs, traced.places_in)
@@ -167,9 +168,9 @@ class Batch:
 
     def _traced_with(self, fn: Callable, enter: Callable, wide: Wide) -> "_Traced":
         program, adapted = self._trace(fn, enter, wide)
-        facts, places = facts_of_outputs(program.jaxpr, wide, adapted)
+        facts = facts_of(program.jaxpr, wide, adapted)
         found = []
-        for v, fact in zip(program.jaxpr.outvars, facts, strict=True):
+        for v, fact in zip(program.jaxpr.outvars, facts.outputs, strict=True):
             if fact.mixed:
                 raise ConfigError(f"adapters_of: {fact.mixed}")
             axis = _row_axis(v.aval, wide)
@@ -180,8 +181,8 @@ class Batch:
                     "out"
                 )
             found.append(axis)
-        drawn = next((x.drawn for x in facts if x.drawn), None)
-        return _Traced(program.jaxpr, places, found, drawn)
+        drawn = next((x.drawn for x in facts.outputs if x.drawn), None)
+        return _Traced(program.jaxpr, facts.places, found, drawn, facts.waits)
 
     def _trace(self, fn: Callable, enter: Callable, wide: Wide) -> tuple[Program, list[bool]]:
         """Return the program for many rows, and which of its inputs have adapters."""
@@ -217,6 +218,7 @@ class _Traced:
     places: Places
     out_axes: Sequence[int | None]  # of each array returned: the axis of rows, None without
     drawn: str | None  # what draws random numbers of all rows from one key
+    waits: bool  # whether a loop goes on until all rows are done
 
     def places_in(self, jaxpr: Any) -> Places:
         """Return where the rows are in the program of the batch itself."""

@@ -28,8 +28,18 @@ def prime_for(sizes: Sequence[int], after: int = 30) -> int:
     return candidate
 
 
-def facts_of_outputs(jaxpr: Any, wide: Wide, adapted: Sequence[bool]) -> tuple[list[Fact], Places]:
-    """Return what is known of each output of a program, and where its equations have rows.
+@dataclasses.dataclass(frozen=True)
+class Facts:
+    """What is known of a program."""
+
+    outputs: Sequence[Fact]
+    places: Places  # where its equations have rows
+    #: Whether a loop asks all rows whether it goes on: a row alone may take fewer steps.
+    waits: bool
+
+
+def facts_of(jaxpr: Any, wide: Wide, adapted: Sequence[bool]) -> Facts:
+    """Return what is known of a program.
 
     Args:
       jaxpr: the program, open.
@@ -38,13 +48,14 @@ def facts_of_outputs(jaxpr: Any, wide: Wide, adapted: Sequence[bool]) -> tuple[l
     """
     facts = [Fact(adapted=x) for x in adapted]
     walk = _Walk(wide)
-    return walk.outputs(jaxpr, facts), walk.places
+    return Facts(walk.outputs(jaxpr, facts), walk.places, walk.waits)
 
 
 class _Walk:
     def __init__(self, wide: Wide):
         self._wide = wide
         self.places: dict[int, list[Place | None]] = {}
+        self.waits = False
         self._lines = [""]  # of the equations around the program
 
     def outputs(self, jaxpr: Any, facts: Sequence[Fact]) -> list[Fact]:
@@ -91,10 +102,15 @@ class _Walk:
         return self._loop(body, facts, range(n_consts, n_consts + n_carry))
 
     def _while(self, eqn: Any, before: Sequence[Fact]) -> Sequence[Fact]:
+        cond, _ = jaxprs.open_jaxpr(eqn.params["cond_jaxpr"])
         body, _ = jaxprs.open_jaxpr(eqn.params["body_jaxpr"])
         n_cond, n_body = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
         facts = list(before[n_cond:])
-        return self._loop(body, facts, range(n_body, len(facts)))
+        outs = self._loop(body, facts, range(n_body, len(facts)))
+        asked = [*before[:n_cond], *outs]
+        if not any(x.mixed for x in asked):
+            self.waits |= self.outputs(cond, asked)[0].mixed is not None
+        return outs
 
     def _loop(self, body: Any, facts: list[Fact], carried: range) -> list[Fact]:
         """Return the facts of the outputs, once those of the carry no longer change."""

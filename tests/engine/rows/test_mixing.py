@@ -65,12 +65,6 @@ def by_steps(params, x):
     return jax.lax.scan(step, start, x.swapaxes(0, 1))[1].swapaxes(0, 1)
 
 
-def until_done(params, x):
-    go_on = lambda state: jnp.any(state[1] < 3)
-    step = lambda state: (f(params, state[0]), state[1] + 1)
-    return jax.lax.while_loop(go_on, step, (x, jnp.zeros(x.shape[0], jnp.int32)))[0]
-
-
 def written(params, x, cache, lengths):
     update = lambda c, y, i: jax.lax.dynamic_update_slice(c, y, (i, 0))
     return jax.vmap(update)(cache, f(params, x), lengths)
@@ -120,9 +114,26 @@ APART = {
     "attention with lengths": lambda p, x, n, *_: attend(p, x, n),
     "running averages": lambda p, x, *_: NORM.apply(STATS, f(p, x)),
     "scan over time": lambda p, x, *_: by_steps(p, x),
-    "while, until every row is done": lambda p, x, *_: until_done(p, x),
     "fft over time": lambda p, x, *_: jnp.abs(jnp.fft.fft(f(p, x), axis=1)),
 }
+
+
+def test_a_loop_that_waits_for_all_rows_takes_the_steps_of_each_alone(adapters):
+    """Here 3, 1, 0 and 2 steps, where all rows together would take 3."""
+
+    def until_done(params, x, steps):
+        go_on = lambda state: jnp.any(state[1] < steps)
+        step = lambda state: (f(params, state[0]), state[1] + 1)
+        return jax.lax.while_loop(go_on, step, (x, jnp.zeros(x.shape[0], jnp.int32)))[0]
+
+    steps = [3, 1, 0, 2]
+    stack = lora.join(BASE, lora.stack(adapters))
+    got = jax.jit(lora.lora(until_done, adapters_of=jnp.array(IDS)))(stack, X, jnp.array(steps))
+    for n, (i, count) in enumerate(zip(IDS, steps, strict=True)):
+        want, params = X[n], BASE if i < 0 else merged(lora.join(BASE, adapters[i]))
+        for _ in range(count):
+            want = f(params, want)
+        np.testing.assert_allclose(got[n], want, atol=1e-5)
 
 
 def test_programs_that_keep_rows_apart(adapters, quick_compile):
