@@ -15,7 +15,7 @@ from lora_jax.engine import named_axes
 from lora_jax.engine.lazy_weight import ROW, Axis, LazyWeight
 from lora_jax.engine.quantized.merge_aware import served_view, straight_through
 from lora_jax.engine.quantized.view import QuantizedView
-from lora_jax.engine.rows.slots import NoPlaceForRows, along_rows, pick
+from lora_jax.engine.rows.slots import NoPlaceForRows, along_rows, pick, with_scale_in_b
 
 
 def to_dense(lazy: LazyWeight) -> jax.Array:
@@ -23,7 +23,7 @@ def to_dense(lazy: LazyWeight) -> jax.Array:
 
     A merge-aware weight gives the requantized sum, with the gradient of the sum.
     """
-    lazy = pick(lazy)
+    lazy = with_scale_in_b(pick(lazy))
     if lazy.differs_by_row:
         raise NoPlaceForRows  # the sum would be one per row
     if lazy.served is not None and lazy.w is not None:
@@ -48,10 +48,17 @@ def base_values(w: Any) -> Any:
 
 def apply_gain(x: jax.Array, axes: Sequence[Axis], lazy: LazyWeight) -> jax.Array:
     """Multiply `x`, its axes named, by the weight's gain, if it has one; keep the dtype of `x`."""
-    if lazy.gain is None:
+    return multiply_along(x, axes, lazy.gain, lazy.gain_axes)
+
+
+def multiply_along(
+    x: jax.Array, axes: Sequence[Any], factor: Any, factor_axes: Sequence[Axis]
+) -> jax.Array:
+    """Multiply `x` by a factor along the axes that it has, all named; None is 1. Keep the dtype."""
+    if factor is None:
         return x
-    present = [axis for axis in axes if axis in lazy.gain_axes]
-    factor = named_axes.arrange(lazy.gain, lazy.gain_axes, present, {})
+    present = [axis for axis in axes if axis in factor_axes]
+    factor = named_axes.arrange(factor, factor_axes, present, {})
     factor = jnp.expand_dims(factor, [i for i, axis in enumerate(axes) if axis not in present])
     wide = wider(x.dtype, factor.dtype)
     return (x.astype(wide) * factor.astype(wide)).astype(x.dtype)

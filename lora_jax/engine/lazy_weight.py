@@ -71,7 +71,8 @@ class LazyWeight:
     """A view of an adapted weight: the view of the base, `w`, and factors with named axes.
 
     It stands for `gain · (w + Σ_rank a · b)`, with axes in the order of `axes`. Along an axis that
-    neither factor has, the update is constant; a `gain` of None is 1; the scale is already in `b`.
+    neither factor has, the update is constant; a `gain` of None is 1. The scale is already in `b`,
+    but where many rows have picked their adapters, or may: there it is `scale`.
     Transposing, slicing or reshaping a view renames axes and rearranges the small factors: only the
     base is as large as the weight.
 
@@ -81,7 +82,7 @@ class LazyWeight:
 
     w: Any  # the base view, or None for a tangent
     a: Any  # axes named by a_axes, RANK among them; None while uses are inferred
-    b: Any  # axes named by b_axes, RANK among them, scale included
+    b: Any  # axes named by b_axes, RANK among them
     key: Any  # random keys for branch dropout, axes named by key_axes; None without dropout
     gain: Any = None  # DoRA's factor of the outputs, axes named by gain_axes; None without DoRA
     rate: Any = None  # of a stack's branch dropout, axes named by rate_axes; None: it is `dropout`

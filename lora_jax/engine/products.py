@@ -14,7 +14,7 @@ from jax import lax
 from lora_jax.core.dtypes import compute_dtype
 from lora_jax.core.sharding.meshes import is_on_mesh
 from lora_jax.engine import named_axes
-from lora_jax.engine.arithmetic import add, cast_for_branch
+from lora_jax.engine.arithmetic import add, cast_for_branch, multiply_along
 from lora_jax.engine.forms import Forms
 from lora_jax.engine.lazy_weight import RANK, ROW, STATIC, Axis, LazyWeight
 from lora_jax.engine.probes import observe
@@ -148,7 +148,12 @@ def _first_half(product: Product, forms: Forms) -> Hidden:
     (f, f_axes), (_, s_axes) = flat.factors()
     x, keep = _apart(flat.x, forms), {*s_axes, *flat.out_axes}
     h, axes = flat.contract(x, flat.x_axes, f, f_axes, keep, forms.narrow)
-    return Hidden(flat, h, axes=axes, tokens=tokens)
+    return Hidden(flat, _scaled(h, axes, flat.lazy), axes=axes, tokens=tokens)
+
+
+def _scaled(h: jax.Array, axes: Sequence[Any], lazy: LazyWeight) -> jax.Array:
+    """Return `h`, its axes named, times the scale that is not in B."""
+    return multiply_along(h, axes, lazy.scale, lazy.scale_axes)
 
 
 def _second_half(hidden: Hidden, narrow: bool) -> jax.Array:
@@ -267,4 +272,5 @@ def _as_hidden(product: Product, h: jax.Array, forms: Forms) -> Hidden:
     flat, tokens = flatten_tokens(product) if forms.flatten else (product, ())
     free = [axis for axis in flat.x_axes if axis in flat.out_axes and axis != ROW]
     free = [*(axis for axis in flat.x_axes if axis == ROW), *free]
-    return Hidden(flat, h, axes=(*free, RANK), tokens=tokens)
+    axes = (*free, RANK)
+    return Hidden(flat, _scaled(h, axes, flat.lazy), axes=axes, tokens=tokens)

@@ -20,7 +20,8 @@ def pick(lazy: LazyWeight) -> LazyWeight:
     """Return the weight with the adapter of its row alone; without rows, the weight itself.
 
     A and B of all slots, `[slots, in, rank]`, become `[in, rank]` for one row, and for the rows of
-    a whole batch `[rows, in, rank]`: they are gathered per row, never per token.
+    a whole batch `[rows, in, rank]`: they are gathered per row, never per token. The scale of many
+    rows is left for `x·A`, which is smaller than the B of every row.
     """
     if lazy.row is None:
         return lazy
@@ -39,7 +40,8 @@ def pick(lazy: LazyWeight) -> LazyWeight:
         taken = lax.dynamic_index_in_dim(array, ids, at, keepdims=False)
         return taken, axes[:at] + axes[at + 1 :]
 
-    picked = with_scale_in_b(lazy.map_members(one))
+    picked = lazy.map_members(one)
+    picked = picked if slot.ndim else with_scale_in_b(picked)
     b, gain = picked.b, picked.gain
     if not in_order:
         b = jnp.where(along_rows(slot >= 0, picked.b_axes), b, jnp.zeros_like(b))

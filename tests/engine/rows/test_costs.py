@@ -73,6 +73,18 @@ def test_nothing_is_made_per_row_of_the_bases_size_nor_per_token_of_the_factors(
     assert any(Counter((ROWS, WIDTH, RANK)) <= made for made in found)  # A per row
 
 
+def test_the_scale_multiplies_what_is_small():
+    """Each row's x·A, not each row's B: a decoding step would write the Bs of all rows."""
+    stack = lora.select(stack_of(BASE, one_by_one), np.arange(ROWS) % SLOTS)
+    run = lora.lora(one_by_one, adapters_of=np.arange(ROWS))
+    jaxpr = jax.make_jaxpr(run)(lora.join(BASE, stack), X).jaxpr
+    products = [eqn for eqn in equations(jaxpr) if eqn.primitive.name == "mul"]
+    made = [Counter(eqn.outvars[0].aval.shape) for eqn in products]
+    assert any(Counter((ROWS, TIME, RANK)) <= x for x in made)
+    for width in (WIDTH, HIDDEN):
+        assert not any(Counter((RANK, width)) <= x for x in made)
+
+
 @pytest.mark.parametrize("kind", [None, pytest.param("int8", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("fn", [scanned, one_by_one], ids=lambda fn: fn.__name__)
 def test_a_vmap_over_a_stack_keeps_the_base_unmapped(fn, kind):
