@@ -77,6 +77,10 @@ ResidualOption = Annotated[
         help="The base is what PiSSA or another initialization left of the original one.",
     ),
 ]
+NamingOption = Annotated[
+    Path | None,
+    typer.Option(help="Names and axes of a custom model, a JSON file; see lora_jax.files.naming."),
+]
 QuantizeOption = Annotated[
     str | None,
     typer.Option("--quantize", metavar="KIND", help=QUANTIZE),

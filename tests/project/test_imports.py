@@ -10,7 +10,7 @@ import sys
 
 import pytest
 
-from tests.stress.engine_mutants import MUTANTS
+from tests.stress.mutants import MUTANTS
 
 ROOT = pathlib.Path(__file__).parents[2]
 PACKAGE = ROOT / "lora_jax"

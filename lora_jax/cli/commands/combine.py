@@ -8,6 +8,7 @@ import typer
 from lora_jax.cli.commands.convert import Format
 from lora_jax.cli.options import (
     ForceOption,
+    NamingOption,
     OutOption,
     RenameOption,
     ResidualOption,
@@ -66,10 +67,7 @@ def command(
         str | None,
         typer.Option("--model", "-m", help="Base model, where names, shapes or values are needed."),
     ] = None,
-    naming: Annotated[
-        Path | None,
-        typer.Option(help="Names and axes of a custom model, a JSON file, as for 'convert'."),
-    ] = None,
+    naming: NamingOption = None,
     rename: RenameOption = None,
     residual: ResidualOption = False,
     strict: StrictOption = True,

@@ -8,6 +8,7 @@ import typer
 from lora_jax.cli.options import (
     ADAPTER,
     ForceOption,
+    NamingOption,
     OutOption,
     RenameOption,
     ResidualOption,
@@ -32,12 +33,7 @@ def command(
         str | None,
         typer.Option("--model", "-m", help="Base model, for its names and shapes."),
     ] = None,
-    naming: Annotated[
-        Path | None,
-        typer.Option(
-            help="Names and axes of a custom model, a JSON file; see lora_jax.files.naming."
-        ),
-    ] = None,
+    naming: NamingOption = None,
     rename: RenameOption = None,
     residual: ResidualOption = False,
     strict: StrictOption = True,
