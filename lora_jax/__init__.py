@@ -4,7 +4,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lora_jax.files import loralib, mlx, naming, peft
+    from lora_jax.files import diffusion, loralib, mlx, naming, peft
     from lora_jax.public import *
 
 __version__ = "0.1.0"
@@ -45,6 +45,7 @@ __all__ = [
     "compress",
     "count_params",
     "dequantize",
+    "diffusion",
     "disable",
     "eva",
     "extract",
@@ -102,7 +103,9 @@ __all__ = [
 # names need, takes longer than all that `lora-jax --help` does.
 _LAZY = {
     **{name: f"lora_jax.{name}" for name in ("layers", "models", "training")},
-    **{name: f"lora_jax.files.{name}" for name in ("loralib", "mlx", "naming", "peft")},
+    **{
+        name: f"lora_jax.files.{name}" for name in ("diffusion", "loralib", "mlx", "naming", "peft")
+    },
 }
 _ROOMS = ("adapters", "core", "engine", "files")
 
