@@ -56,7 +56,8 @@ def save(
         A). By default Flux has the original names, a U-Net those of diffusers.
       config: the configuration the adapters were made with, as for `lora_jax.peft.save`; only for
         the style "diffusers".
-      fold: multiply the scales into B, for readers that ignore diffusers' metadata.
+      fold: multiply the scales into B, for readers that ignore diffusers' metadata, and for
+        diffusers itself, which ignores the alpha of Flux's final layer.
       metadata: further strings for the header, such as {"ss_base_model_version": "sd_v1"}.
 
     Raises:

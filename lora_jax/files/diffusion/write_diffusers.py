@@ -33,7 +33,7 @@ def to_diffusers(
             n.removeprefix(prefix): x for n, x in contents.factors.items() if n.startswith(prefix)
         }
         within = model.within(component)
-        target = Target(within, not model.adapted_only, None)
+        target = Target(within, False, None)  # modules by their whole names, as diffusers has them
         own = dataclasses.replace(contents, factors=inside)
         configs[component] = build_config(own, [], target, config)
     return tensors, configs
