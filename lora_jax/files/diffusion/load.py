@@ -42,7 +42,7 @@ def load(
     of the original code of Stable Diffusion ("input_blocks_4_1") and Flux ("double_blocks_0",
     whose factors of a fused q, k, v are cut into those of three modules).
 
-    All changes are exact: a product that LoHa or LoKr makes becomes factors of its own rank where
+    All changes are exact: a product that LoHa or LoKr makes becomes the factors of its rank, where
     these are smaller than the weight. What is not of low rank in this sense, and DoRA by inputs
     (LyCORIS' `wd_on_out=False`), becomes what `full_rank` says.
 

@@ -59,7 +59,7 @@ def meaning(
         return problem
     method = next((x for x in _METHODS if x.required <= fields.keys()), None)
     if method is None:
-        return f"has {', '.join(sorted(fields))}, which alone are no adapter"
+        return f"has only {', '.join(sorted(fields))}, which makes no adapter"
     extra = fields.keys() - method.required - method.optional - {"alpha", *DORA}
     if extra:
         return f"has {', '.join(sorted(extra))} beside {method.name}"

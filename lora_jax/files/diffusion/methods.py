@@ -93,8 +93,8 @@ def lokr(fields: Fields, shape: Shape | None, scale: float | None) -> TorchFacto
 def _kronecker_side(fields: Fields, n: int) -> tuple[np.ndarray, np.ndarray, int | None]:
     """Return A `[rank, *in]` and B `[out, rank]` of one of LoKr's matrices, in float64.
 
-    Of a matrix that is stored as a whole one is the identity; then the third item, the rank of the
-    stored factors, is None.
+    If the matrix is stored as a whole, one of the two is the identity, and the rank of the stored
+    factors, the third item, is None.
     """
     names = whole, b_name, a_name = f"lokr_w{n}", f"lokr_w{n}_a", f"lokr_w{n}_b"
     there = {name: fields[name].astype("float64") for name in names if name in fields}
@@ -112,7 +112,7 @@ def _kronecker_side(fields: Fields, n: int) -> tuple[np.ndarray, np.ndarray, int
             return _tucker("lokr_t2", core, a, len(b)), b.T, len(a)
         if core is None and b.ndim == 2 and a.ndim >= 2 and b.shape[1] == len(a):
             return a, b, len(a)
-    raise MisfitError(f"{shapes} is not a matrix of LoKr, whole or in two factors")
+    raise MisfitError(f"{shapes}: {whole} is neither whole nor in two factors")
 
 
 def _kron(left: np.ndarray, right: np.ndarray) -> np.ndarray:

@@ -44,7 +44,7 @@ _BLOCK = re.compile(r"(down|up)_blocks\.(\d+)\.(resnets|attentions)\.(\d+)\.(.+)
 _SAMPLER = re.compile(r"(down|up)_blocks\.(\d+)\.(?:down|up)samplers\.0\.conv")
 _MID = re.compile(r"mid_block\.((?:resnets|attentions)\.\d+)\.(.+)")
 
-#: Of the blocks of Flux, `{n}` the number; the rest has none.
+#: The modules of Flux; `{n}` is the number of a block.
 _FLUX = (
     Original("img_in", ("x_embedder",)),
     Original("txt_in", ("context_embedder",)),
@@ -120,8 +120,8 @@ def _unet_names(name: str) -> list[str]:
     if found := _BLOCK.fullmatch(name):
         way, number, what, layer, rest = found.groups()
         before = (LAYERS + 1) * int(number) + int(layer)
-        block = f"input_blocks.{before + 1}" if way == "down" else f"output_blocks.{before}"
-        return [f"{block}.{int(what == 'attentions')}.{_inner(what, rest)}"]
+        at = f"input_blocks.{before + 1}" if way == "down" else f"output_blocks.{before}"
+        return [f"{at}.{int(what == 'attentions')}.{_inner(what, rest)}"]
     return []
 
 

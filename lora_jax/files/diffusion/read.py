@@ -72,10 +72,10 @@ class Reading:
         names = [f"{module}.{ADDED[field]}" for module in target.modules]
         model = self._model
         for name in names:
-            if name not in model.index or model.kind(name):
-                return (
-                    f"has no place in this base, which has no {field.removesuffix('_norm')} there"
-                )
+            if name not in model.index:
+                return f"has no place: the base has no {name}"
+            if model.kind(name):
+                return f"has no place: {name} is not of a norm"
         sizes = [model.shape(name) for name in names]
         total = sum(math.prod(size) for size in sizes)
         if problem := dtype_problem(change):

@@ -98,7 +98,7 @@ def _problems(contents: Contents, model: TorchBase, style: Style) -> list[str]:
     every = [*contents.factors, *contents.whole, *contents.rows, *contents.experts]
     problems = [f"{name}: {WITHOUT}" for name in every if component_of(name) is None]
     others = [*contents.rows, *contents.experts]
-    problems += [f"{name}: is neither a weight with factors nor trained whole" for name in others]
+    problems += [f"{name}: is neither a weight with factors nor fully trained" for name in others]
     problems += [
         f"{name}: is of kind {model.kind(name)!r}, which these files cannot adapt"
         for name in contents.factors

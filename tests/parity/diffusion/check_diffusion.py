@@ -21,7 +21,6 @@ from tests.parity.diffusion.models import FLUX, NAMING, base, flux_base
 from tests.parity.peft.models import meaning
 
 
-
 def unet():
     """Return the base without the text encoder, of which the oracle knows no DoRA."""
     return {path: x for path, x in base().items() if path.startswith("unet/")}
@@ -51,7 +50,11 @@ def adapted(tree, options):
         if path.endswith("kernel")
     }
     config = lora_jax.LoraConfig(
-        rank=2 if options or len(tree) < 20 else 1, alpha=2, targets=["kernel"], overrides=overrides, **options
+        rank=2 if options or len(tree) < 20 else 1,
+        alpha=2,
+        targets=["kernel"],
+        overrides=overrides,
+        **options,
     )
     adapters = lora_jax.split(lora_jax.init(jax.random.key(0), tree, config))[1]
     rng = np.random.default_rng(0)
@@ -69,14 +72,18 @@ def main() -> None:
             adapters = adapted(tree, options)
             path = pathlib.Path(root) / f"{case}.safetensors"
             diffusion.save(path, adapters, naming, base=tree, **saving)
-            merged = {p: np.asarray(x) for p, x in lora_jax.core.paths.flatten_with_paths(tree)[0].items()}
+            merged = {
+                p: np.asarray(x) for p, x in lora_jax.core.paths.flatten_with_paths(tree)[0].items()
+            }
             nodes = adapted_nodes(adapters)
             for p, node in nodes.items():
                 merged[p] = meaning(node, merged[p])
             names = set(to_torch(naming, {p: merged[p] for p in nodes}))
             wanted[case] = {n: x for n, x in to_torch(naming, merged).items() if n in names}
         for reader in ("diffusers", "lycoris"):
-            paths = [str(pathlib.Path(root) / f"{c}.safetensors") for c in CASES if CASES[c][3] == reader]
+            paths = [
+                str(pathlib.Path(root) / f"{c}.safetensors") for c in CASES if CASES[c][3] == reader
+            ]
             command = [sys.argv[1], "-m", "tests.parity.diffusion.record_diffusion", reader, *paths]
             subprocess.run(command, check=True)
         for case, want in wanted.items():

@@ -6,7 +6,7 @@ with torch, peft 0.21.2, transformers, lycoris-lora and diffusers writes `diffus
 
     base                   weights of a few modules of a tiny U-Net and a text encoder
     <case>/file            an adapter file
-    <case>/merged          the weights with the adapter, from the library itself; of Flux the changes
+    <case>/merged          the weights with the adapter, from the library; of Flux the changes
     modules/<component>    the modules of the published models: name, kind, shape and bias
 
 The first three are bytes of safetensors files, with diffusers' names of the weights, the last JSON.
@@ -52,7 +52,11 @@ LINEAR = (
     f"{BLOCK}.transformer_blocks.0.ff.net.0.proj",
 )
 CONV = ("down_blocks.0.resnets.0.conv1", "up_blocks.0.resnets.0.conv_shortcut", f"{BLOCK}.proj_in")
-UP = ("up_blocks.0.upsamplers.0.conv", "up_blocks.0.attentions.2.proj_out", "mid_block.resnets.1.conv2")
+UP = (
+    "up_blocks.0.upsamplers.0.conv",
+    "up_blocks.0.attentions.2.proj_out",
+    "mid_block.resnets.1.conv2",
+)
 NORMS = ("down_blocks.0.resnets.0.norm1",)
 TEXT = tuple(
     f"encoder.layers.0.{name}" for name in ("self_attn.q_proj", "self_attn.out_proj", "mlp.fc1")
@@ -135,8 +139,13 @@ def lycoris(case: str) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]
         key = f"lora_unet_{name.replace('.', '_')}"
         module = kind(key, layer, **options)
         randomize(module, i)
-        for field, value in module.custom_state_dict().items() if kind is not NormModule else (
-            ("w_norm", module.w_norm), ("b_norm", module.b_norm),
+        for field, value in (
+            module.custom_state_dict().items()
+            if kind is not NormModule
+            else (
+                ("w_norm", module.w_norm),
+                ("b_norm", module.b_norm),
+            )
         ):
             tensors[f"{key}.{field}"] = value.detach().clone().contiguous()
         if kind is FullModule:
@@ -154,9 +163,7 @@ def lycoris(case: str) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]
             merged[f"{name}.weight"] = module.get_merged_weight()[0]
         else:
             total = layer.weight + module.get_weight(module.shape)
-            merged[f"{name}.weight"] = (
-                module.apply_weight_decompose(total) if module.wd else total
-            )
+            merged[f"{name}.weight"] = module.apply_weight_decompose(total) if module.wd else total
         if isinstance(layer, torch.nn.Linear):  # as the layer itself computes it
             eye = torch.eye(layer.in_features)
             bias = 0 if layer.bias is None else layer.bias
@@ -215,9 +222,7 @@ def fused_unet(tensors, alphas=None, metadata=None) -> dict[str, torch.Tensor]:
     if not tensors:
         return {}
     alphas = {n: x for n, x in (alphas or {}).items() if n.startswith("unet.")} or None
-    model.load_lora_adapter(
-        dict(tensors), prefix="unet", network_alphas=alphas, metadata=metadata
-    )
+    model.load_lora_adapter(dict(tensors), prefix="unet", network_alphas=alphas, metadata=metadata)
     model.fuse_lora()
     return fused_weights(model)
 
@@ -387,7 +392,12 @@ def listed(model: torch.nn.Module) -> list:
     kinds = {"Linear": "linear", "Conv2d": "conv", "Embedding": "embedding"}
     start = "text_model." if type(model) is CLIPTextModel else ""  # files have it, this class not
     return sorted(
-        [start + name, kinds.get(type(x).__name__, "norm"), list(x.weight.shape), x.bias is not None]
+        [
+            start + name,
+            kinds.get(type(x).__name__, "norm"),
+            list(x.weight.shape),
+            x.bias is not None,
+        ]
         if hasattr(x, "bias")
         else [start + name, kinds.get(type(x).__name__, "norm"), list(x.weight.shape), False]
         for name, x in model.named_modules()

@@ -88,9 +88,7 @@ def test_flux_splits_what_is_fused_and_joins_it_again(tmp_path):
     assert [ranks[f"{block}/{x}/kernel"] for x in ("to_k", "add_k_proj")] == [3, 1]
     # joined again, with the rank of the original: q, k and v share A, or have rank 1 each
     diffusion.save(tmp_path / "again.safetensors", adapters, FLUX, base=flux_base())
-    got, original = (
-        safetensors_file.read(x)[0] for x in (tmp_path / "again.safetensors", path)
-    )
+    got, original = (safetensors_file.read(x)[0] for x in (tmp_path / "again.safetensors", path))
     keep = {name for name in original if not name.endswith("alpha")}
     assert keep == {name for name in got if not name.endswith("alpha")}
     assert {name: got[name].shape for name in keep} == {n: original[n].shape for n in keep}

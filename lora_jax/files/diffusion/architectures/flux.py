@@ -11,7 +11,7 @@ class Flux:
     """The sizes of a Flux transformer; those of Flux.1 dev by default."""
 
     width: int = 3072
-    double: int = 19  # blocks in which image and text have weights of their own
+    double: int = 19  # blocks in which image and text have different weights
     single: int = 38
     head: int = 128
     context: int = 4096
