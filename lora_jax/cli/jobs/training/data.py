@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from lora_jax.cli.classifiers import LABELS, POOLING
-from lora_jax.cli.jobs.train_model import TrainableModel
-from lora_jax.cli.jobs.train_stream import open_stream
+from lora_jax.cli.jobs.training.model import TrainableModel
+from lora_jax.cli.jobs.training.stream import open_stream
 from lora_jax.cli.train_options import CLASSIFICATION, MEAN, TrainOptions
 from lora_jax.models.published_classifier import FAMILIES
 from lora_jax.training.batching import (

@@ -10,8 +10,8 @@ from typing import Any
 from jax.sharding import Mesh
 
 from lora_jax.cli import classifiers, sources
-from lora_jax.cli.jobs import train_mesh
-from lora_jax.cli.jobs.train_vocabulary import Vocabulary
+from lora_jax.cli.jobs.training.on_mesh import place
+from lora_jax.cli.jobs.training.vocabulary import Vocabulary
 from lora_jax.files import kinds
 from lora_jax.files.naming import Naming
 from lora_jax.models import hf_directory, published_classifier
@@ -92,7 +92,7 @@ def open_model(
     scan = scan and not is_bert
     where = None if is_changed else mesh
     loaded = sources.load_model(found, dtype, scan=scan, mesh=where, quantize=quantize)
-    loaded = train_mesh.place(vocabulary.apply(loaded, tokenizer), mesh)
+    loaded = place(vocabulary.apply(loaded, tokenizer), mesh)
     start = None if adapter is None else kinds.adapter(adapter)
     if start is None or classifiers.labels_of(start) is not None:
         return dataclasses.replace(

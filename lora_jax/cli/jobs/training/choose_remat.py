@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from lora_jax.cli.jobs.train_model import TrainableModel
+from lora_jax.cli.jobs.training.model import TrainableModel
 from lora_jax.cli.train_options import TrainOptions
 from lora_jax.files.disk import processes
 from lora_jax.models.bert import Bert
