@@ -8,6 +8,7 @@ from lora_jax.core.checks import is_integer
 from lora_jax.core.foreign import shown
 from lora_jax.training.rows.conversations import read_messages, read_tools
 from lora_jax.training.rows.json_values import describe, json_type
+from lora_jax.training.rows.preferences import SIDES, read_preference
 
 # kind -> the keys of its rows
 KEYS = {
@@ -15,6 +16,7 @@ KEYS = {
     "completion": ("prompt", "completion"),
     "chat": ("messages",),
     "label": ("text", "label"),
+    "preference": SIDES,
 }
 FORMS = (
     '{"text": …}, {"prompt": …, "completion": …}, {"messages": [{"role": …, "content": …}]} or '
