@@ -62,9 +62,7 @@ def log_probs_of_trained_head(
     return _of_token_losses(token_losses_of_trained_head(hidden, logits, chunk))
 
 
-def preference_sums(
-    log_probs: PairLogProbs, loss: PairLoss
-) -> Callable[[Any, JaxBatch], LossSums]:
+def preference_sums(log_probs: PairLogProbs, loss: PairLoss) -> Callable[[Any, JaxBatch], LossSums]:
     """Return a preference loss as sums over a batch, for `make_step` and `train`.
 
     Args:
@@ -116,8 +114,8 @@ def _sum_pairs(
 ) -> LogProbs:
     """Sum log-probabilities `[rows, 2, length]` over the tokens of each pair's completions."""
     before, here = segments[..., :-1], segments[..., 1:]
-    slots = 1 + jnp.arange(pairs.shape[-1], dtype=segments.dtype)
-    member = here[..., None] == slots  # [rows, 2, length, slots]
+    shape = (*here.shape, pairs.shape[-1])  # [rows, 2, length, slots]
+    member = here[..., None] == 1 + jax.lax.broadcasted_iota(here.dtype, shape, 3)
 
     def total(counted: jax.Array, x: jax.Array) -> jax.Array:
         # not a product, which some devices round

@@ -70,9 +70,7 @@ def _says(name: str, value: str) -> Values:
     return {"role": ASSISTANT, "content": _text(name, value)}
 
 
-def _conversations(
-    row: Mapping[str, Any], whole: list[list[dict[str, Any]]], given: int
-) -> Values:
+def _conversations(row: Mapping[str, Any], whole: list[list[dict[str, Any]]], given: int) -> Values:
     tools = read_tools(row.get("tools"))
     system = row.get("system")
     if isinstance(system, str) and system.strip() and whole[0][0]["role"] != "system":

@@ -28,6 +28,7 @@ ROWS = [
     ("A", "b", "z"),
     ("Name a fruit.", " Apple", " A stone, or two"),
 ]
+NAMES = ("prompt", "chosen", "rejected")
 LOSSES = {
     "sigmoid": {},
     "hinge": {},
@@ -57,7 +58,7 @@ def record(directory: Path) -> None:
     from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 
     assert trl.__version__ == "1.16.0", trl.__version__
-    data = Dataset.from_list([dict(zip(("prompt", "chosen", "rejected"), r)) for r in ROWS])
+    data = Dataset.from_list([dict(zip(NAMES, row, strict=True)) for row in ROWS])
     tokenizer = AutoTokenizer.from_pretrained(directory)
     out = tempfile.mkdtemp()
     lora = peft.LoraConfig(
@@ -167,7 +168,13 @@ def record(directory: Path) -> None:
         found[f"{name}/loss of one batch"] = loss.detach().numpy()
     np.savez_compressed(FILE, rows=json.dumps(ROWS), **found)
     print({k: np.asarray(v).shape for k, v in found.items() if "gradient" not in k})
-    print({k: float(v) for k, v in found.items() if k.endswith(("loss", "one batch")) and np.ndim(v) == 0})
+    print(
+        {
+            k: float(v)
+            for k, v in found.items()
+            if k.endswith(("loss", "one batch")) and np.ndim(v) == 0
+        }
+    )
     print({k: v for k, v in found.items() if k.startswith("steps")}, FILE.stat().st_size)
 
 
