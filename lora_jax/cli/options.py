@@ -1,9 +1,8 @@
 """Options that several commands share."""
 
-import inspect
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Literal
 
 import typer
 
@@ -90,38 +89,6 @@ OutOption = Annotated[Path, in_output("--out", "-o", help="Output path.")]
 
 ADAPTER = "Adapter of any kind that 'inspect' reads."
 BASE = "base"  # stands for no adapter among several
-
-OptionsClass = TypeVar("OptionsClass")
-
-
-def takes(
-    options: type[OptionsClass],
-    instead: Mapping[str, str] | None = None,
-    without: Collection[str] = (),
-) -> Callable[[Callable[[typer.Context, OptionsClass], None]], Callable[..., None]]:
-    """Make a command of a function that takes one value, whose fields are the command's options.
-
-    Args:
-      options: a dataclass whose fields are annotated for typer.
-      instead: names of fields that the help shows in the place of others, which are left out:
-        `{"rank": "ranks"}`.
-      without: names of fields that are not options, and keep their defaults.
-    """
-    instead = dict(instead or {})
-
-    def decorate(function: Callable[[typer.Context, OptionsClass], None]) -> Callable[..., None]:
-        def command(context: typer.Context, **given: Any) -> None:
-            function(context, options(**given))
-
-        first, _ = inspect.signature(command).parameters.values()
-        fields = inspect.signature(options).parameters
-        moved = {*instead.values(), *without}
-        shown = [fields[instead.get(name, name)] for name in fields if name not in moved]
-        command.__doc__ = function.__doc__
-        command.__signature__ = inspect.Signature([first, *shown])  # type: ignore[attr-defined]
-        return command
-
-    return decorate
 
 
 def refuse_empty(stops: Sequence[str] | None) -> None:

@@ -46,7 +46,7 @@ Records = list[tuple[str, str]]  # the names of an option, and what it is
 
 def records_by_group(parameters: Sequence[Any], context: Any) -> dict[str, Records]:
     """Return what the help says about arguments and options, by the titles of its lists."""
-    order = ("Arguments", *ORDER)
+    order = ["Arguments", *ORDER]
     found: list[tuple[str, tuple[str, str]]] = []
     for parameter in parameters:
         record = parameter.get_help_record(context)
@@ -56,6 +56,6 @@ def records_by_group(parameters: Sequence[Any], context: Any) -> dict[str, Recor
             found.append(("Arguments" if is_argument else group, record))
     if sum(group == OTHERS for group, _ in found) > 1:  # more than --help
         found = [("Options" if group in ORDER else group, record) for group, record in found]
-        order = ("Arguments", "Options")
+        order = ["Arguments", "Options"]
     lists = {title: [record for group, record in found if group == title] for title in order}
     return {title: records for title, records in lists.items() if records}
