@@ -248,7 +248,7 @@ def record_of(step: int, values: Mapping[str, float], rate: Any) -> dict[str, An
     }
 
 
-_NAMED = {"loss", "weight", "right", "tokens", "gradient_norm"}  # sums that have names of their own
+_NAMED = {"loss", "weight", "right", "tokens", "gradient_norm"}  # sums with other names in a record
 
 
 def _means(sums: Mapping[str, Any]) -> dict[str, float]:

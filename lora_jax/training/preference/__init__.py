@@ -1,7 +1,7 @@
 """Preference tuning: DPO, ORPO, CPO and SimPO, on pairs of a chosen and a rejected completion.
 
 The losses are functions of log-probabilities; those under the reference come from the base below
-the adapters, so there is no second model.
+the adapters, without a second model.
 
 >>> import jax
 >>> import numpy as np
@@ -16,7 +16,7 @@ the adapters, so there is no second model.
 >>> config, ids = lora.LoraConfig(rank=4, targets=["head"]), batch["ids"][0]
 >>> params = lora.init(jax.random.key(0), params, config, model, ids, ids)
 >>> log_probs = lora.lora(preference.log_probs(model))
->>> reference = log_probs(lora.disable(params), batch)  # the base: there is no second model
+>>> reference = log_probs(lora.disable(params), batch)  # those of the base: no second model
 >>> found = preference.dpo(log_probs(params, batch), reference, beta=0.1)
 >>> round(float(found.losses.mean()), 4)  # log 2, where both agree
 0.6931
