@@ -153,7 +153,8 @@ def test_without_a_reference(world):
         assert_same_gradients(found, name, gradients[name], adapters, model, directory)
 
 
-@pytest.mark.parametrize("start", ["new", pytest.param("trained", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("start", ["new", "trained"])
 def test_steps(start, world):
     """Three steps of AdamW from a trained adapter: to the base, and to the adapter itself."""
     found, model, params, directory = world
