@@ -164,7 +164,7 @@ def test_those_of_lora_jax_are_themselves(name):
     assert str(programs[0]) == str(programs[1]) and len(str(programs[0])) > 1000
 
 
-@pytest.mark.parametrize("name", ["muon", "sgd"])
+@pytest.mark.parametrize("name", ["lion", "sgd"])
 def test_b_has_its_rate(name):
     """At the first step all updates are proportional to the rate."""
     params, gradients = start()
