@@ -9,7 +9,7 @@ import pytest
 from lora_jax.cli.jobs.training import choose_remat
 from lora_jax.cli.jobs.training.model import TrainableModel, open_model, with_remat
 from lora_jax.cli.train_options import TrainOptions
-from lora_jax.models.bert import Bert, BertConfig
+from lora_jax.models.encoder.bert import Bert, BertConfig
 from lora_jax.training.errors import TrainingError
 from lora_jax.training.running import step_memory
 from tests.training import tiny_model
