@@ -54,8 +54,9 @@ def command(
 
     PEFT and mlx-lm use the same names, so converting between the two needs nothing else. A file of
     lora_jax has the paths and axes of a JAX model: name the model with --model, or, to convert from
-    such a file, describe it with --naming. GGUF has llama.cpp's names, so it needs --model. An adapter that PEFT saved on the base that PiSSA or
-    OLoRA changed becomes one of the original base, which --model names.
+    such a file, describe it with --naming. GGUF has llama.cpp's names: name the model for it too.
+    An adapter that PEFT saved on the base that PiSSA or OLoRA changed becomes one of the original
+    base, which --model names.
     """
     from lora_jax.cli.fit import Fit
     from lora_jax.cli.jobs.adapter_files import convert

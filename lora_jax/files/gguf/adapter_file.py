@@ -52,7 +52,9 @@ class GgufAdapter:
         factors = {f"{weight}.{ending}" for weight, own in self.weights().items() for ending in own}
         return {name: x.shape for name, x in self.tensors.items() if name not in factors}
 
-    def factors(self, weight: str, fields: Mapping[str, np.ndarray]) -> TorchFactors | Experts | str:
+    def factors(
+        self, weight: str, fields: Mapping[str, np.ndarray]
+    ) -> TorchFactors | Experts | str:
         """Return a weight's factors, or why its tensors are none.
 
         As in llama.cpp, the scale is alpha over the rank of each weight, and 1 if alpha is 0.

@@ -33,14 +33,14 @@ def load(
     Args:
       path: the file.
       base: the parameters, arrays or `ShapeDtypeStruct`s.
-      names: what llama.cpp calls the model and its tensors: `models.load(...).gguf_names`.
+      names: what llama.cpp calls the model and its tensors: `models.gguf_names(model)`.
       strict: whether tensors without a place are an error, and not a warning. llama.cpp ignores
         the norms of an adapter.
       dtype, dropout, fsdp: as for `lora_jax.peft.load`.
 
     Raises:
-      AdapterFileError: the file is damaged, is no LoRA adapter or one of another architecture, or
-        its tensors do not fit the base; all problems are listed at once.
+      AdapterFileError: the file is damaged, contains something else, or an adapter of another
+        architecture, or its tensors do not fit the base; all problems are listed at once.
       FileNotFoundError: it does not exist.
 
     >>> import tempfile, jax, jax.numpy as jnp, lora_jax
@@ -104,6 +104,7 @@ def fit(
 def _misfit(weight: str, found: Any, model: TorchBase) -> str | None:
     """Return why factors do not fit their weight, or None."""
     kind, shape = model.kind(weight), model.shape(weight)
+    own: tuple[int, ...]
     if isinstance(found, Experts):
         own = (len(found.a), found.b.shape[1], found.a.shape[2])
         fits = model.has_experts(weight) and (len(shape), *model.sides(weight)) == (3, *own[1:])

@@ -7,7 +7,7 @@ from lora_jax.files.naming import Naming
 
 @dataclasses.dataclass(frozen=True)
 class Names:
-    """A model in llama.cpp's words; `models.load(...).gguf_names` has them.
+    """A model in llama.cpp's words; `models.gguf_names(model)` returns them.
 
     Attributes:
       architecture: llama.cpp's name of the architecture, such as "llama" or "qwen2". llama.cpp

@@ -38,7 +38,7 @@ def save(
     Args:
       path: the file; written completely or not at all.
       adapters: an overlay, or a joined tree, which brings its own base.
-      names: what llama.cpp calls the model and its tensors: `models.load(...).gguf_names`.
+      names: what llama.cpp calls the model and its tensors: `models.gguf_names(model)`.
       base: the base of an overlay, arrays or `ShapeDtypeStruct`s.
       base_model: the name of the base model, to keep in the file.
 

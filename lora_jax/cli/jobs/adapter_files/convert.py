@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import lora_jax as lora
+from lora_jax import models
 from lora_jax.cli.errors import ConversionError
 from lora_jax.cli.fit import Fit
 from lora_jax.cli.options import refuse_existing
 from lora_jax.core.errors import AdapterFileError, ConfigError, LoraError, StructureError
 from lora_jax.core.foreign import escaped
-from lora_jax import models
 from lora_jax.files import gguf, implied_tree, kinds, mlx, native, peft
 from lora_jax.files.disk import strict_json
 from lora_jax.files.implied_tree import NamedAdapters

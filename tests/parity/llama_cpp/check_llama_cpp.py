@@ -1,6 +1,6 @@
 """Run llama.cpp's own library on a GGUF model and an adapter: the logits of all positions.
 
-    python -m tests.parity.llama_cpp.run_llama_cpp MODEL ADAPTER|- OUT.npy
+    python -m tests.parity.llama_cpp.check_llama_cpp MODEL ADAPTER|- OUT.npy
 
 Needs `libllama.so` of llama-cpp-python 0.3.36's sources, compiled for the CPU, in the directory
 that LLAMA_LIBRARY names, and that package's `llama_cpp` on PYTHONPATH:
