@@ -74,12 +74,12 @@ _OPTIONS = {
     "--prompt-file": ("file", "input-file"),
     "--system": ("system-prompt", "sys"),
     "--to": ("format", "output-format", "outtype"),
+    "--config": ("config-file", "config-path", "yaml"),
     "--force": ("overwrite", "yes", "overwrite-output-dir"),
 }
 
 #: Names without an option of the same meaning.
 _OTHERWISE = {
-    "config": "configuration files are not read; give the options on the command line",
     "fine-tune-type": "a low-rank adapter is what it trains; --dora trains magnitudes too",
     "optim": "the optimizer is AdamW",
     "optimizer": "the optimizer is AdamW",

@@ -5,10 +5,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
-from typer import Option
-
 from lora_jax.cli.compile_cache import CompileCacheOption
 from lora_jax.cli.options import QuantizeOption
+from lora_jax.cli.parameters.groups import (
+    in_adapter,
+    in_data,
+    in_devices,
+    in_evaluation,
+    in_model,
+    in_optimization,
+    in_output,
+)
 
 CLASSIFICATION = "classification"
 MEAN = "mean"  # of --pooling
@@ -93,71 +100,73 @@ class TrainOptions:
 
     lists: ClassVar[Mapping[str, str]] = {}  # the names of options that take lists, by these names
 
-    model: Annotated[str, Option(metavar="MODEL", help=_MODEL)]
-    data: Annotated[list[Path], Option(metavar="FILE", help=_DATA)]
-    out: Annotated[Path, Option(metavar="DIR", help=_OUT)]
-    task: Annotated[TaskName, Option(help="Training objective.")] = "causal-lm"
+    model: Annotated[str, in_model(metavar="MODEL", help=_MODEL)]
+    data: Annotated[list[Path], in_data(metavar="FILE", help=_DATA)]
+    out: Annotated[Path, in_output(metavar="DIR", help=_OUT)]
+    task: Annotated[TaskName, in_data(help="Training objective.")] = "causal-lm"
     held_out: Annotated[
         list[Path] | None,
-        Option("--eval", metavar="FILE", help="Evaluation data, of the same kind as --data."),
+        in_evaluation(
+            "--eval", metavar="FILE", help="Evaluation data, of the same kind as --data."
+        ),
     ] = None
-    eval_split: Annotated[float, Option(min=0, max=0.9, help=_EVAL_SPLIT)] = 0.0
-    pooling: Annotated[PoolingName, Option(help=_POOLING)] = "model"
-    eval_rows: Annotated[int, Option(min=0, help="Maximum evaluation rows; 0: all.")] = 0
-    stream: Annotated[bool | None, Option("--stream/--no-stream", help=_STREAM)] = None
-    encoding: Annotated[str, Option(help="Text encoding of the data files.")] = "utf-8"
-    resume: Annotated[bool, Option("--resume", help="Resume the run in --out.")] = False
-    adapter: Annotated[Path | None, Option(metavar="DIR", help=_ADAPTER)] = None
-    rank: Annotated[int, Option(min=1, help="Rank of A and B.")] = 8
-    alpha: Annotated[float | None, Option(help=_ALPHA)] = None
-    targets: Annotated[str, Option(help=_TARGETS)] = "all-linear"
+    eval_split: Annotated[float, in_evaluation(min=0, max=0.9, help=_EVAL_SPLIT)] = 0.0
+    pooling: Annotated[PoolingName, in_adapter(help=_POOLING)] = "model"
+    eval_rows: Annotated[int, in_evaluation(min=0, help="Maximum evaluation rows; 0: all.")] = 0
+    stream: Annotated[bool | None, in_data("--stream/--no-stream", help=_STREAM)] = None
+    encoding: Annotated[str, in_data(help="Text encoding of the data files.")] = "utf-8"
+    resume: Annotated[bool, in_output("--resume", help="Resume the run in --out.")] = False
+    adapter: Annotated[Path | None, in_adapter(metavar="DIR", help=_ADAPTER)] = None
+    rank: Annotated[int, in_adapter(min=1, help="Rank of A and B.")] = 8
+    alpha: Annotated[float | None, in_adapter(help=_ALPHA)] = None
+    targets: Annotated[str, in_adapter(help=_TARGETS)] = "all-linear"
     add_token: Annotated[
-        list[str] | None, Option("--add-token", metavar="TEXT", help=_ADD_TOKEN)
+        list[str] | None, in_model("--add-token", metavar="TEXT", help=_ADD_TOKEN)
     ] = None
-    untie_head: Annotated[bool, Option("--untie-head", help=_UNTIE_HEAD)] = False
-    exclude: Annotated[str, Option(help=_EXCLUDE)] = ""
-    layers: Annotated[str, Option(help=_LAYERS)] = ""
-    train: Annotated[str, Option(help=_TRAIN)] = ""
-    bias: Annotated[BiasName, Option(help=_BIAS)] = "none"
-    init: Annotated[InitName, Option(help=_INIT)] = "kaiming"
-    dora: Annotated[bool, Option("--dora", help=_DORA)] = False
-    rslora: Annotated[bool, Option("--rslora", help="Scale by alpha / √rank (rsLoRA).")] = False
+    untie_head: Annotated[bool, in_model("--untie-head", help=_UNTIE_HEAD)] = False
+    exclude: Annotated[str, in_adapter(help=_EXCLUDE)] = ""
+    layers: Annotated[str, in_adapter(help=_LAYERS)] = ""
+    train: Annotated[str, in_adapter(help=_TRAIN)] = ""
+    bias: Annotated[BiasName, in_adapter(help=_BIAS)] = "none"
+    init: Annotated[InitName, in_adapter(help=_INIT)] = "kaiming"
+    dora: Annotated[bool, in_adapter("--dora", help=_DORA)] = False
+    rslora: Annotated[bool, in_adapter("--rslora", help="Scale by alpha / √rank (rsLoRA).")] = False
     dropout: Annotated[
-        float, Option(min=0, max=0.99, help="Dropout rate on the adapter's input.")
+        float, in_adapter(min=0, max=0.99, help="Dropout rate on the adapter's input.")
     ] = 0.0
-    steps: Annotated[int | None, Option(min=1, help=_STEPS)] = None
-    epochs: Annotated[float | None, Option(min=0.001, help="Passes over the data; default: 1.")] = (
-        None
-    )
-    batch: Annotated[int, Option(min=1, help="Rows per micro-batch.")] = 4
-    accumulate: Annotated[int, Option(min=1, help="Micro-batches per step.")] = 1
-    length: Annotated[int, Option(min=0, help=_LENGTH)] = 0
-    lr: Annotated[float, Option(help="Peak learning rate.")] = 2e-4
-    schedule: Annotated[ScheduleName, Option(help="Learning-rate schedule after warm-up.")] = (
-        "cosine"
-    )
-    warmup: Annotated[float, Option(help=_WARMUP)] = 0.05
-    clip: Annotated[float, Option(help=_CLIP)] = 1.0
-    weight_decay: Annotated[float, Option(help="Weight decay of A and B.")] = 0.0
-    lora_plus: Annotated[float, Option(help=_LORA_PLUS)] = 1.0
-    eval_every: Annotated[int, Option(min=0, help=_EVAL_EVERY)] = 0
-    save_every: Annotated[int, Option(min=0, help=_SAVE_EVERY)] = 100
-    log_every: Annotated[int, Option(min=1, help=_LOG_EVERY)] = 10
-    seed: Annotated[int, Option(min=0, help=_SEED)] = 0
-    shuffle: Annotated[bool, Option(help=_SHUFFLE)] = True
-    dtype: Annotated[TrainDType | None, Option(help=_DTYPE)] = None
+    steps: Annotated[int | None, in_optimization(min=1, help=_STEPS)] = None
+    epochs: Annotated[
+        float | None, in_optimization(min=0.001, help="Passes over the data; default: 1.")
+    ] = None
+    batch: Annotated[int, in_optimization(min=1, help="Rows per micro-batch.")] = 4
+    accumulate: Annotated[int, in_optimization(min=1, help="Micro-batches per step.")] = 1
+    length: Annotated[int, in_data(min=0, help=_LENGTH)] = 0
+    lr: Annotated[float, in_optimization(help="Peak learning rate.")] = 2e-4
+    schedule: Annotated[
+        ScheduleName, in_optimization(help="Learning-rate schedule after warm-up.")
+    ] = "cosine"
+    warmup: Annotated[float, in_optimization(help=_WARMUP)] = 0.05
+    clip: Annotated[float, in_optimization(help=_CLIP)] = 1.0
+    weight_decay: Annotated[float, in_optimization(help="Weight decay of A and B.")] = 0.0
+    lora_plus: Annotated[float, in_optimization(help=_LORA_PLUS)] = 1.0
+    eval_every: Annotated[int, in_evaluation(min=0, help=_EVAL_EVERY)] = 0
+    save_every: Annotated[int, in_output(min=0, help=_SAVE_EVERY)] = 100
+    log_every: Annotated[int, in_output(min=1, help=_LOG_EVERY)] = 10
+    seed: Annotated[int, in_optimization(min=0, help=_SEED)] = 0
+    shuffle: Annotated[bool, in_data(help=_SHUFFLE)] = True
+    dtype: Annotated[TrainDType | None, in_model(help=_DTYPE)] = None
     quantize: QuantizeOption = None
-    merge_aware: Annotated[bool, Option("--merge-aware", help=_MERGE_AWARE)] = False
-    scan: Annotated[bool, Option(help=_SCAN)] = False
-    mesh: Annotated[str | None, Option(metavar="AXES", help=_MESH)] = None
-    coordinator: Annotated[str | None, Option(metavar="HOST:PORT", help=_COORDINATOR)] = None
-    processes: Annotated[int | None, Option(min=1, help=_PROCESSES)] = None
-    process_id: Annotated[int | None, Option(min=0, help=_PROCESS_ID)] = None
-    remat: Annotated[RematName, Option(help=_REMAT)] = "none"
-    memory: Annotated[float | None, Option(metavar="GB", help=_MEMORY)] = None
+    merge_aware: Annotated[bool, in_model("--merge-aware", help=_MERGE_AWARE)] = False
+    scan: Annotated[bool, in_model(help=_SCAN)] = False
+    mesh: Annotated[str | None, in_devices(metavar="AXES", help=_MESH)] = None
+    coordinator: Annotated[str | None, in_devices(metavar="HOST:PORT", help=_COORDINATOR)] = None
+    processes: Annotated[int | None, in_devices(min=1, help=_PROCESSES)] = None
+    process_id: Annotated[int | None, in_devices(min=0, help=_PROCESS_ID)] = None
+    remat: Annotated[RematName, in_devices(help=_REMAT)] = "none"
+    memory: Annotated[float | None, in_devices(metavar="GB", help=_MEMORY)] = None
     compile_cache: CompileCacheOption = None
-    profile: Annotated[int, Option(min=0, metavar="STEPS", help=_PROFILE)] = 0
-    base_name: Annotated[str | None, Option(metavar="NAME", help=_BASE_NAME)] = None
+    profile: Annotated[int, in_output(min=0, metavar="STEPS", help=_PROFILE)] = 0
+    base_name: Annotated[str | None, in_model(metavar="NAME", help=_BASE_NAME)] = None
 
     @property
     def size(self) -> int:

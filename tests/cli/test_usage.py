@@ -47,7 +47,7 @@ NAMES = {
     "--bf16": "use --dtype",
     "--use_dora": "use --dora",
     "--save_every": "use --save-every",
-    "--config": "configuration files are not read",
+    "--config-file": "use --config",
     "--load_in_4bit": "use --quantize nf4",
     "--eval-splt": "perhaps --eval-split",
     "--frobnicate": "No such option: --frobnicate; 'lora-jax train --help' shows the usage",

@@ -3,7 +3,7 @@
 import typer
 
 from lora_jax.cli.commands.train import check, resume_command
-from lora_jax.cli.options import takes
+from lora_jax.cli.parameters.takes import takes
 from lora_jax.cli.sweep_lists import read_grid
 from lora_jax.cli.sweep_options import LISTS, WITHOUT, SweepOptions
 from lora_jax.cli.train_options import CLASSIFICATION

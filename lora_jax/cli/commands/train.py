@@ -4,7 +4,7 @@ import shlex
 
 import typer
 
-from lora_jax.cli.options import takes
+from lora_jax.cli.parameters.takes import takes
 from lora_jax.cli.train_options import CLASSIFICATION, TrainOptions
 
 EXAMPLES = (
@@ -82,17 +82,20 @@ def check(context: typer.Context, options: TrainOptions) -> None:
 
 
 def _is_given(context: typer.Context, name: str) -> bool:
+    """Return whether an option has another value than its default, by a word or by --config."""
     parameter = next(p for p in context.command.params if p.name == name)
-    value = context.params[name]
-    return value not in (parameter.get_default(context), (), [])
+    return context.params[name] not in (parameter.default, (), [])
 
 
 def resume_command(context: typer.Context) -> str:
     """Return the command that resumes this run: the given options, and --resume."""
     words = context.command_path.split()
+    in_file = context.default_map or {}
     for parameter in context.command.params:
-        value = context.params[parameter.name or ""]
-        if parameter.name == "resume" or value == parameter.get_default(context) or value is None:
+        name = parameter.name or ""
+        value, source = context.params[name], context.get_parameter_source(name)
+        is_default = value == parameter.default and name not in in_file
+        if name == "resume" or is_default or source is None or source.name != "COMMANDLINE":
             continue
         flags = [*parameter.opts, *parameter.secondary_opts]
         if isinstance(value, bool):
