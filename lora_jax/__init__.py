@@ -102,6 +102,7 @@ __all__ = [
 # names need, takes longer than all that `lora-jax --help` does.
 _LAZY = {
     **{name: f"lora_jax.{name}" for name in ("layers", "models", "training")},
+    **{name: f"lora_jax.frameworks.{name}" for name in ("equinox", "nnx")},
     **{name: f"lora_jax.files.{name}" for name in ("loralib", "mlx", "naming", "peft")},
 }
 _ROOMS = ("adapters", "core", "engine", "files")
