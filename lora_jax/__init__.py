@@ -4,7 +4,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lora_jax.files import loralib, mlx, naming, peft
+    from lora_jax.files import gguf, loralib, mlx, naming, peft
+    from lora_jax.frameworks import equinox, nnx
     from lora_jax.public import *
 
 __version__ = "0.1.0"
@@ -50,6 +51,7 @@ __all__ = [
     "extract",
     "freeze",
     "from_qwix",
+    "gguf",
     "grid",
     "groups",
     "halving",
@@ -103,7 +105,7 @@ __all__ = [
 _LAZY = {
     **{name: f"lora_jax.{name}" for name in ("layers", "models", "training")},
     **{name: f"lora_jax.frameworks.{name}" for name in ("equinox", "nnx")},
-    **{name: f"lora_jax.files.{name}" for name in ("loralib", "mlx", "naming", "peft")},
+    **{name: f"lora_jax.files.{name}" for name in ("gguf", "loralib", "mlx", "naming", "peft")},
 }
 _ROOMS = ("adapters", "core", "engine", "files")
 
