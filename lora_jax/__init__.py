@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lora_jax.files import gguf, loralib, mlx, naming, peft
-    from lora_jax.frameworks import equinox, nnx
+    from lora_jax.frameworks import equinox as equinox
+    from lora_jax.frameworks import nnx as nnx
     from lora_jax.public import *
 
 __version__ = "0.1.0"

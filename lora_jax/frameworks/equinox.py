@@ -55,7 +55,7 @@ class Adapted(eqx.Module, Wrapped):
         return self.model
 
     def merge(self, **options: Any) -> Any:
-        """Return the model, of its own class, with `W + scale · A · B` as its weights.
+        """Return a model of its class, with `W + scale · A · B` as its weights.
 
         Args:
           **options: those of `lora_jax.merge`, such as `dtype` and `requantize`.
@@ -77,7 +77,7 @@ def wrap(
     """Return an Equinox model that is `model` with new adapters; its arrays are not copied.
 
     Args:
-      model: any `eqx.Module`. Its leaves that are no arrays, such as functions, stay as they are.
+      model: any `eqx.Module`. Other leaves than arrays, such as functions, stay as they are.
       config: what to adapt, and how, as for `lora_jax.init`.
       *args: example arguments of the model: arrays, `ShapeDtypeStruct`s, or what else it takes. One
         example, if the model is called under `jax.vmap` as `jax.vmap(tuned)(batch)`.

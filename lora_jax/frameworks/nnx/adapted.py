@@ -110,7 +110,7 @@ class Adapted(nnx.Module, Wrapped):
                 variable.set_value(getattr(nodes[path], name))
 
     def merge(self, **options: Any) -> Any:
-        """Return the model, of its own class, with `W + scale · A · B` as its parameters.
+        """Return a model of its class, with `W + scale · A · B` as its parameters.
 
         Args:
           **options: those of `lora_jax.merge`, such as `dtype` and `requantize`.

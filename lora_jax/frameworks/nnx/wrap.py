@@ -65,7 +65,7 @@ def wrap(
     _require_model("wrap", model)
     key = _key(init_key)
     call = Call.of(fn, model, args, kwargs)
-    # The state of the model is no example argument, whose shardings would say how a batch lies.
+    # Only the shardings of example arguments say how a batch lies, not those of statistics.
     shape = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype) if hasattr(x, "dtype") else x
     variables = jax.tree.map(shape, call.variables)
     params = init(
