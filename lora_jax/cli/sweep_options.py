@@ -26,6 +26,7 @@ LISTS = {
 WITHOUT = (
     *("stream", "adapter", "add_token", "untie_head", "merge_aware"),
     *("mesh", "coordinator", "processes", "process_id", "eval_every", "profile"),
+    *("patience", "load_best"),
 )
 
 

@@ -24,8 +24,15 @@ TaskName = Literal["causal-lm", "classification"]
 InitName = Literal["kaiming", "gaussian", "orthogonal", "pissa", "pissa_fast", "olora"]
 BiasName = Literal["none", "all", "adapted"]
 ScheduleName = Literal["cosine", "constant"]
+OptimizerName = Literal[
+    "adamw", "lion", "muon", "adafactor", "sgd", "lora-rite", "lora-muon", "riemannian"
+]
 PoolingName = Literal["model", "mean"]
 RematName = Literal["none", "sums", "full", "auto"]
+#: Optimizers that update A and B of a weight together.
+ON_PAIRS = ("lora-rite", "lora-muon", "riemannian")
+#: Optimizers whose steps depend on the number of columns of A, those that a sweep pads with too.
+SEES_RANK = ("muon", "adafactor")
 TrainDType = Literal["float32", "bfloat16"]
 
 _MODEL = (
@@ -51,6 +58,7 @@ _ALPHA = "Numerator of the scale alpha / rank; default: the rank, so the scale i
 _TARGETS = "Comma-separated modules to adapt: PyTorch's names, paths in the tree, or all-linear."
 _EXCLUDE = "Comma-separated modules to leave out of --targets."
 _LAYERS = "Layers to adapt: numbers such as 0,1,-1, or a slice such as -4: for the last four."
+_LAST_LAYERS = "Adapt the last so many layers alone: --layers -N:."
 _TRAIN = "Comma-separated modules or paths to train fully, such as lm_head or norm."
 _BIAS = "Biases to train fully: none, all, or those of adapted modules."
 _STEPS = "Training steps, instead of --epochs; with --resume the run's own by default."
@@ -64,10 +72,19 @@ _UNTIE_HEAD = "Train an output head apart from the embedding that it is tied to.
 _DORA = "Train one magnitude per output as well (DoRA)."
 _POOLING = "Input of a classifier's head: the token that transformers takes, or the mean of all."
 _LENGTH = "Maximum tokens per row; 0: 512, or the model's maximum if smaller."
+_MASK_PROMPT = "Train on completions and the assistant's turns alone, or on prompts too."
+_OPTIMIZER = "Optimizer. AdamW's learning rates suit Muon, a tenth Lion; SGD needs far larger ones."
 _WARMUP = "Warm-up steps; a value below 1 is a fraction of all steps."
 _CLIP = "Maximum global norm of the gradients; 0 disables clipping."
 _LORA_PLUS = "Learning rate of B, as a multiple of the learning rate of A (LoRA+)."
 _EVAL_EVERY = "Steps between evaluations; 0: only before the first and after the last step."
+_EVAL_ROWS = "Maximum evaluation rows; 0: all."
+_VAL_BATCHES = "Maximum evaluation batches of --batch rows, instead of --eval-rows; 0: all."
+_PATIENCE = (
+    "End the run after so many evaluations in a row without a lower loss, see --eval-every; 0: "
+    "after all steps."
+)
+_LOAD_BEST = "Leave the adapter of the lowest evaluation loss in adapter/, as in best/."
 _SAVE_EVERY = "Steps between checkpoints; 0: only after the last step."
 _PROFILE = "Steps to trace, after the first ones, for TensorBoard and Perfetto."
 _SEED = "Random seed for initialization, data order and dropout."
@@ -112,7 +129,7 @@ class TrainOptions:
     ] = None
     eval_split: Annotated[float, in_evaluation(min=0, max=0.9, help=_EVAL_SPLIT)] = 0.0
     pooling: Annotated[PoolingName, in_adapter(help=_POOLING)] = "model"
-    eval_rows: Annotated[int, in_evaluation(min=0, help="Maximum evaluation rows; 0: all.")] = 0
+    eval_rows: Annotated[int, in_evaluation(min=0, help=_EVAL_ROWS)] = 0
     stream: Annotated[bool | None, in_data("--stream/--no-stream", help=_STREAM)] = None
     encoding: Annotated[str, in_data(help="Text encoding of the data files.")] = "utf-8"
     resume: Annotated[bool, in_output("--resume", help="Resume the run in --out.")] = False
@@ -126,6 +143,7 @@ class TrainOptions:
     untie_head: Annotated[bool, in_model("--untie-head", help=_UNTIE_HEAD)] = False
     exclude: Annotated[str, in_adapter(help=_EXCLUDE)] = ""
     layers: Annotated[str, in_adapter(help=_LAYERS)] = ""
+    last_layers: Annotated[int | None, in_adapter(min=1, metavar="N", help=_LAST_LAYERS)] = None
     train: Annotated[str, in_adapter(help=_TRAIN)] = ""
     bias: Annotated[BiasName, in_adapter(help=_BIAS)] = "none"
     init: Annotated[InitName, in_adapter(help=_INIT)] = "kaiming"
@@ -141,6 +159,8 @@ class TrainOptions:
     batch: Annotated[int, in_optimization(min=1, help="Rows per micro-batch.")] = 4
     accumulate: Annotated[int, in_optimization(min=1, help="Micro-batches per step.")] = 1
     length: Annotated[int, in_data(min=0, help=_LENGTH)] = 0
+    mask_prompt: Annotated[bool, in_data(help=_MASK_PROMPT)] = True
+    optimizer: Annotated[OptimizerName, in_optimization(help=_OPTIMIZER)] = "adamw"
     lr: Annotated[float, in_optimization(help="Peak learning rate.")] = 2e-4
     schedule: Annotated[
         ScheduleName, in_optimization(help="Learning-rate schedule after warm-up.")
@@ -150,6 +170,9 @@ class TrainOptions:
     weight_decay: Annotated[float, in_optimization(help="Weight decay of A and B.")] = 0.0
     lora_plus: Annotated[float, in_optimization(help=_LORA_PLUS)] = 1.0
     eval_every: Annotated[int, in_evaluation(min=0, help=_EVAL_EVERY)] = 0
+    val_batches: Annotated[int, in_evaluation(min=0, help=_VAL_BATCHES)] = 0
+    patience: Annotated[int, in_evaluation(min=0, metavar="N", help=_PATIENCE)] = 0
+    load_best: Annotated[bool, in_evaluation("--load-best", help=_LOAD_BEST)] = False
     save_every: Annotated[int, in_output(min=0, help=_SAVE_EVERY)] = 100
     log_every: Annotated[int, in_output(min=1, help=_LOG_EVERY)] = 10
     seed: Annotated[int, in_optimization(min=0, help=_SEED)] = 0
@@ -172,6 +195,11 @@ class TrainOptions:
     def size(self) -> int:
         """Rows per step."""
         return self.batch * self.accumulate
+
+    @property
+    def most_eval_rows(self) -> int:
+        """Maximum evaluation rows; 0: all."""
+        return self.eval_rows or self.val_batches * self.batch
 
     @property
     def target_names(self) -> list[str]:

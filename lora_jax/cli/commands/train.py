@@ -5,7 +5,7 @@ import shlex
 import typer
 
 from lora_jax.cli.parameters.takes import takes
-from lora_jax.cli.train_options import CLASSIFICATION, TrainOptions
+from lora_jax.cli.train_options import CLASSIFICATION, ON_PAIRS, TrainOptions
 
 EXAMPLES = (
     "lora-jax train --model smollm2 --data play.txt --targets q_proj,v_proj --out run",
@@ -43,17 +43,24 @@ _NOT_NEGATIVE = ("warmup", "clip", "weight_decay")
 
 #: Options of new adapters, which an adapter to start from decides.
 _OF_NEW_ADAPTERS = (
-    *("rank", "alpha", "targets", "exclude", "layers", "train", "bias"),
+    *("rank", "alpha", "targets", "exclude", "layers", "last_layers", "train", "bias"),
     *("init", "dora", "rslora", "add_token", "untie_head"),
 )
 
 
 def check(context: typer.Context, options: TrainOptions) -> None:
     """Raise `BadParameter` for values without meaning, and for options that exclude each other."""
-    if options.held_out and options.eval_split:
-        raise typer.BadParameter("give either --eval or --eval-split, not both")
     if options.steps is not None and options.epochs is not None:
         raise typer.BadParameter("give either --steps or --epochs, not both")
+    _check_evaluation(options)
+    if options.layers and options.last_layers is not None:
+        raise typer.BadParameter("give either --layers or --last-layers, not both")
+    if not options.mask_prompt and options.task == CLASSIFICATION:
+        raise typer.BadParameter("--no-mask-prompt is for --task causal-lm")
+    if options.lora_plus != 1 and options.optimizer in ON_PAIRS:
+        raise typer.BadParameter(
+            f"--optimizer {options.optimizer} updates A and B together; leave out --lora-plus"
+        )
     for name in (*_POSITIVE, *_NOT_NEGATIVE):
         value = getattr(options, name)
         is_wrong = value is not None and not (0 <= value < float("inf"))
@@ -79,6 +86,20 @@ def check(context: typer.Context, options: TrainOptions) -> None:
     if given:
         named = ", ".join(f"--{name.replace('_', '-')}" for name in given)
         raise typer.BadParameter(f"--adapter decides what trains, and how; leave out {named}")
+
+
+def _check_evaluation(options: TrainOptions) -> None:
+    if options.held_out and options.eval_split:
+        raise typer.BadParameter("give either --eval or --eval-split, not both")
+    if options.eval_rows and options.val_batches:
+        raise typer.BadParameter("give either --eval-rows or --val-batches, not both")
+    for flag in [name for name in ("patience", "load_best") if getattr(options, name)]:
+        if not options.held_out and not options.eval_split:
+            raise typer.BadParameter(
+                f"--{flag.replace('_', '-')} needs held-out data; add --eval or --eval-split"
+            )
+    if options.patience and not options.eval_every:
+        raise typer.BadParameter("--patience counts evaluations; add --eval-every")
 
 
 def _is_given(context: typer.Context, name: str) -> bool:
