@@ -1,0 +1,122 @@
+"""Data that `lora-jax train` reads while it trains: large files, or any with `--stream`."""
+
+import dataclasses
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from lora_jax.cli.jobs.training.model import TrainableModel
+from lora_jax.cli.plurals import count
+from lora_jax.cli.train_options import CAUSAL_LM, TrainOptions
+from lora_jax.training import run_record
+from lora_jax.training.batching import Data, Source, cut_streams, pack_examples
+from lora_jax.training.dataset import STREAM, Rows
+from lora_jax.training.packing import assign, assign_in_order
+from lora_jax.training.streaming.files import find_files, total_bytes
+from lora_jax.training.streaming.pieces import divide, read_piece
+from lora_jax.training.streaming.stream import PIECE, WINDOW, Reader, Stream, held_out_rows
+from lora_jax.training.tokenize import Example, encode_examples, encode_stream
+
+LARGE = 100 << 20  # bytes of data that is streamed
+_EVAL_ROWS = 1024  # of held-out rows, unless --eval-rows says how many
+_MOST_PIECES = 200_000
+
+
+def choose_streaming(options: TrainOptions, resumed: bool) -> TrainOptions:
+    """Return the options with the choice of `--stream`: as given, as before, or by the size."""
+    if options.stream is not None:
+        return options
+    if resumed:
+        return dataclasses.replace(options, stream=bool(run_record.recorded(options.out, "stream")))
+    is_large = total_bytes(find_files(options.data)) > LARGE and options.task == CAUSAL_LM
+    return dataclasses.replace(options, stream=is_large)
+
+
+def describe_rows(data: Source) -> str:
+    """Return how many rows there are, in words."""
+    if isinstance(data, Data):
+        return count(len(data), "row")
+    return f"about {count(data.steps_per_epoch(1), 'row')}"
+
+
+def open_stream(
+    options: TrainOptions, model: TrainableModel
+) -> tuple[Stream, Data | None, tuple[str, ...]]:
+    """Return the rows to train on, those held out, and notes about the first ones.
+
+    Raises:
+      DataError: files cannot be read, some of the rows that are read first are damaged, or no row
+        is held out.
+    """
+    reader = _reader(options, model, options.data, options.eval_split)
+    notes = ["the data is read while training (--no-stream reads it first)"]
+    notes += [f"in the first rows: {note}" for note in _notes(options, model, reader)]
+    held_out = None
+    if options.eval_split or options.held_out:
+        judged = _reader(options, model, options.held_out, 1.0) if options.held_out else reader
+        held_out = held_out_rows(judged, options.most_eval_rows or _EVAL_ROWS)
+        if not options.most_eval_rows and len(held_out) == _EVAL_ROWS:
+            notes.append(f"{_EVAL_ROWS} held-out rows are evaluated (see --eval-rows)")
+    return Stream(reader, options.out, jax.process_index()), held_out, tuple(notes)
+
+
+def _reader(
+    options: TrainOptions, model: TrainableModel, names: Sequence[Path], held_out: float
+) -> Reader:
+    """Return what reads the rows of files."""
+    files = find_files(names)
+    whole = total_bytes(files)
+    size = min(max(PIECE, whole // _MOST_PIECES), whole // (WINDOW * options.size))
+    pieces = divide(files, max(1, size), options.encoding)
+    read = Reader(pieces, len, lambda _: None, options.encoding, held_out, options.seed)
+    encode, pack = _of_streams(options, model) if read.kind == STREAM else _of_rows(options, model)
+    return dataclasses.replace(read, encode=encode, pack=pack)
+
+
+def _of_streams(options: TrainOptions, model: TrainableModel) -> tuple[Any, Any]:
+    def encode(rows: Rows) -> np.ndarray | None:
+        ids = encode_stream(rows, model.tokenizer, vocabulary=model.vocabulary, may_be_empty=True)
+        return ids if len(ids) > 1 else None
+
+    return encode, partial(cut_streams, length=options.length)
+
+
+def _of_rows(options: TrainOptions, model: TrainableModel) -> tuple[Any, Any]:
+    by = assign if options.shuffle else assign_in_order
+
+    def encode(rows: Rows) -> tuple[Example, ...] | None:
+        found = encode_examples(
+            rows,
+            model.tokenizer,
+            options.length + 1,
+            vocabulary=model.vocabulary,
+            may_be_empty=True,
+            mask_prompts=options.mask_prompt,
+        )
+        return found.examples or None
+
+    def pack(parts: Sequence[Sequence[Example]]) -> Data:
+        return pack_examples([example for part in parts for example in part], options.length, by)
+
+    return encode, pack
+
+
+def _notes(options: TrainOptions, model: TrainableModel, reader: Reader) -> tuple[str, ...]:
+    """Return what is to be said about the rows of the first piece."""
+    rows = read_piece(reader.pieces[0], options.encoding)
+    if rows is None or rows.kind == STREAM:
+        return ()
+    ignored = (f"ignored keys: {', '.join(rows.ignored)}",) if rows.ignored else ()
+    found = encode_examples(
+        rows,
+        model.tokenizer,
+        options.length + 1,
+        vocabulary=model.vocabulary,
+        stops=model.stops,
+        may_be_empty=True,
+    )
+    return (*ignored, *found.notes)

@@ -1,0 +1,186 @@
+"""Decoders in GGUF files: sizes under config.json's names, tensors, a naming.
+
+This inverts llama.cpp's convert_hf_to_gguf.py.
+"""
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lora_jax.core.errors import ModelFileError
+from lora_jax.core.foreign import shown_value
+from lora_jax.files.disk import gguf_file, gguf_schema
+from lora_jax.files.naming import KINDS, Entry, Naming
+
+# The llama.cpp architectures supported here; llama.cpp also calls Mistral "llama".
+ARCHITECTURES = ("llama", "qwen2")
+_SIZES = {
+    "hidden_size": "embedding_length",
+    "intermediate_size": "feed_forward_length",
+    "num_hidden_layers": "block_count",
+    "num_attention_heads": "attention.head_count",
+}
+_OPTIONAL = {
+    "num_key_value_heads": "attention.head_count_kv",
+    "head_dim": "attention.key_length",
+    "max_position_embeddings": "context_length",
+    "rms_norm_eps": "attention.layer_norm_rms_epsilon",
+    "rope_theta": "rope.freq_base",
+}
+_IDS = {"bos_token_id": "bos", "eos_token_id": "eos", "pad_token_id": "padding"}
+
+# Hugging Face's modules -> llama.cpp's.
+_MODULES = {
+    "model.embed_tokens": "token_embd",
+    "model.norm": "output_norm",
+    "lm_head": "output",
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
+#: Other tensors in the file, whose content `read_model` puts into the settings.
+IGNORED = (r"rope_freqs\.weight",)
+
+
+def read_model(path: str | Path) -> tuple[dict[str, Any], Mapping[str, gguf_file.GgufTensor]]:
+    """Read a decoder from a GGUF file.
+
+    Args:
+      path: the file. Its numbers may be float32, float16, bfloat16, or quantized in any way that
+        the package `gguf` can dequantize.
+
+    Returns:
+      Settings under config.json's names, and the tensors by llama.cpp's names. A tensor has a
+      `shape`; `np.asarray` reads it as float32. `file_naming` says which leaf it is.
+
+    Raises:
+      FileNotFoundError: the file does not exist.
+      ModelFileError: it is not a complete GGUF file, contains a model of another architecture, or
+        lacks one of the sizes.
+    """
+    file = gguf_file.read(path)
+    try:
+        return _settings(file), file.tensors
+    except ModelFileError as error:
+        raise ModelFileError(f"{path}: {error}") from error
+
+
+def _settings(file: gguf_file.GgufFile) -> dict[str, Any]:
+    kind = file.metadata.get("general.architecture")
+    if kind not in ARCHITECTURES:
+        raise ModelFileError(
+            f"the architecture {shown_value(kind)} is not supported, only "
+            f"{' and '.join(ARCHITECTURES)}"
+        )
+    gguf_schema.check(file.metadata, gguf_schema.DECODER, f"{kind}.")
+    keys = {name: f"{kind}.{name}" for name in gguf_schema.DECODER}
+    known = {
+        name: _shorten(file.metadata[key]) for name, key in keys.items() if key in file.metadata
+    }
+    if missing := [name for name in _SIZES.values() if name not in known]:
+        raise ModelFileError(f"it lacks {', '.join(f'{kind}.{x}' for x in missing)}")
+    if "token_embd.weight" not in file.tensors:
+        raise ModelFileError("it lacks token_embd.weight")
+    if known.get("expert_count"):
+        raise ModelFileError("mixtures of experts are not supported")
+    names = _SIZES | {ours: name for ours, name in _OPTIONAL.items() if name in known}
+    settings = {"model_type": kind, "vocab_size": file.tensors["token_embd.weight"].shape[0]}
+    settings |= {ours: known[name] for ours, name in names.items()}
+    settings |= {"hidden_act": "silu", "tie_word_embeddings": "output.weight" not in file.tensors}
+    if kind == "llama":
+        settings["attention_bias"] = "blk.0.attn_q.bias" in file.tensors
+        settings["mlp_bias"] = "blk.0.ffn_gate.bias" in file.tensors
+    ids = {ours: file.metadata.get(f"tokenizer.ggml.{x}_token_id") for ours, x in _IDS.items()}
+    settings |= {ours: number for ours, number in ids.items() if number is not None}
+    scaling = _infer_scaling(known, file.tensors.get("rope_freqs.weight"))
+    return settings | ({"rope_scaling": scaling} if scaling else {})
+
+
+def _shorten(value: Any) -> Any:
+    """Return a float as it was before it became a float32: 1e-05, not 9.999999747378752e-06."""
+    return float(str(np.float32(value))) if isinstance(value, float) else value
+
+
+def _infer_scaling(known: Mapping[str, Any], factors: Any) -> dict[str, Any] | None:
+    """Return config.json's `rope_scaling`."""
+    kind, factor = known.get("rope.scaling.type", "none"), known.get("rope.scaling.factor", 1.0)
+    if kind not in ("none", "linear"):
+        raise ModelFileError(f"rotary embeddings of type {shown_value(kind)} are not supported")
+    size = known.get("attention.key_length")
+    size = size or known["embedding_length"] // known["attention.head_count"]
+    if known.get("rope.dimension_count", size) != size:
+        raise ModelFileError(
+            f"rotary embeddings of only a part of the head size {size} are not supported"
+        )
+    if factors is None:
+        return {"rope_type": "linear", "factor": factor} if kind == "linear" else None
+    return _infer_llama3(np.asarray(factors), theta=known.get("rope.freq_base", 10000.0), size=size)
+
+
+def _infer_llama3(divisors: np.ndarray, theta: float, size: int) -> dict[str, Any]:
+    """Infer Llama 3.1's scaling from what the file has of it: the divisor of each frequency.
+
+    With the usual limits of one and four turns, the waves between them tell the original length.
+    """
+    low, high, factor = 1.0, 4.0, float(divisors.max())
+    turns_of_one = theta ** (-np.arange(0, size, 2) / size) / (2 * np.pi)  # per token
+    kept = (factor / divisors - 1) / max(factor - 1, 1e-9)
+    between = (kept > 0.01) & (kept < 0.99)
+    original = 8192
+    if divisors.shape == turns_of_one.shape and between.any():
+        original = round(float(np.median(((low + (high - low) * kept) / turns_of_one)[between])))
+    kept = np.clip((original * turns_of_one - low) / (high - low), 0, 1)
+    expected = 1 / (kept + (1 - kept) / factor)
+    if divisors.shape != expected.shape or not np.allclose(divisors, expected, rtol=1e-3):
+        raise ModelFileError("rope_freqs.weight does not contain the divisors of Llama 3.1")
+    limits = {"factor": factor, "low_freq_factor": low, "high_freq_factor": high}
+    return {"rope_type": "llama3", **limits, "original_max_position_embeddings": original}
+
+
+def file_naming(torch: Naming, settings: Mapping[str, Any]) -> Naming:
+    """Return a model's `Naming` with llama.cpp's names instead of Hugging Face's.
+
+    Args:
+      torch: Hugging Face's names of the same model's leaves.
+      settings: from `read_model`. For the architecture "llama", llama.cpp rotates the pairs (0, 1),
+        (2, 3), ... of a head where Hugging Face pairs the two halves, so rows of q and k have
+        another order there.
+    """
+    heads = settings["num_attention_heads"]
+    sizes = {"q_proj": heads, "k_proj": settings.get("num_key_value_heads", heads)}
+    rows = []
+    for entry in torch.entries:
+        name = entry.torch_names[0]
+        found = re.search("q_proj|k_proj", name)
+        if settings["model_type"] == "llama" and found:
+            entry = _interleave_heads(entry, sizes[found[0]])
+        names = tuple(map(_rename, entry.torch_names))
+        rows.append(dataclasses.replace(entry, torch=names if len(names) > 1 else names[0]))
+    return Naming(tuple(rows))
+
+
+def _rename(name: str) -> str:
+    layer = re.fullmatch(r"model\.layers\.(\{?\w+\}?)\.(.*)\.(\w+)", name)
+    prefix, module, leaf = (
+        (f"blk.{layer[1]}.", layer[2], layer[3]) if layer else ("", *name.rsplit(".", 1))
+    )
+    return f"{prefix}{_MODULES[module]}.{leaf}"
+
+
+def _interleave_heads(entry: Entry, heads: int) -> Entry:
+    """Interleave the pairs of a rotation, as the file has them: PyTorch's out axis is split."""
+    left, right = (entry.axes or KINDS[entry.kind][1] or "o -> o").split("->")
+    out = left.split()[0]
+    turn = lambda side, pair: re.sub(rf"\b{out}\b", f"(heads {pair})", side)
+    axes = f"{turn(left, 'half two')}->{turn(right, 'two half')}"
+    return dataclasses.replace(entry, axes=axes, sizes={"heads": heads, "two": 2})

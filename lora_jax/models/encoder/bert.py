@@ -1,0 +1,231 @@
+"""BERT (Devlin et al., 2018, https://arxiv.org/abs/1810.04805) as an ordinary Flax Linen encoder.
+
+`Bert` maps token ids to hidden states, `mean_pool` maps hidden states to one sentence embedding;
+`lora_jax.models.load` reads a published checkpoint.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+from lora_jax.core.checks import is_size, is_within
+from lora_jax.core.foreign import shown_value
+from lora_jax.models.attention import Sight, attend
+from lora_jax.models.decoder.config import EPSILONS
+from lora_jax.models.on_mesh import Embedding, dot_general
+
+
+def _gelu(x: jax.Array) -> jax.Array:
+    # `jax.nn.gelu(approximate=False)` uses erfc, which takes three times as long on CPU.
+    return 0.5 * x * (1 + jax.lax.erf(x * np.sqrt(0.5).astype(x.dtype)))
+
+
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "gelu": _gelu,
+    "gelu_new": partial(jax.nn.gelu, approximate=True),
+    "relu": jax.nn.relu,
+}
+
+
+@dataclass(frozen=True)
+class BertConfig:
+    """Sizes of a BERT encoder, under the names in `config.json`.
+
+    Raises `ValueError` at construction for a size below one, for a width that the number of heads
+    does not divide, or for an activation that is not in `ACTIVATIONS`.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    intermediate_size: int
+    max_position_embeddings: int = 512
+    type_vocab_size: int = 2
+    layer_norm_eps: float = 1e-12
+    hidden_act: str = "gelu"
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.type is int and not is_size(value):
+                raise ValueError(
+                    f"BertConfig.{field.name} must be a positive int, got {shown_value(value)}"
+                )
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"BertConfig: hidden_size {self.hidden_size} is not a multiple of "
+                f"num_attention_heads {self.num_attention_heads}"
+            )
+        if not is_within(self.layer_norm_eps, *EPSILONS):
+            raise ValueError(
+                "BertConfig.layer_norm_eps must be a positive number up to 1, "
+                f"got {shown_value(self.layer_norm_eps)}"
+            )
+        if not isinstance(self.hidden_act, str) or self.hidden_act not in ACTIVATIONS:
+            raise ValueError(
+                f"BertConfig.hidden_act {shown_value(self.hidden_act)} is not one of "
+                f"{sorted(ACTIVATIONS)}"
+            )
+
+    @classmethod
+    def from_json(cls, settings: Mapping[str, Any]) -> "BertConfig":
+        """Read the sizes in a parsed `config.json`.
+
+        Raises `ValueError` for a missing size that has no default, and for position embeddings
+        other than absolute ones, which this encoder does not have.
+        """
+        position = settings.get("position_embedding_type", "absolute")
+        if position != "absolute":
+            raise ValueError(f"position_embedding_type {shown_value(position)} is not supported")
+        known = {f.name: settings[f.name] for f in fields(cls) if f.name in settings}
+        try:
+            return cls(**known)
+        except TypeError as error:
+            raise ValueError(f"config.json is not a BERT configuration: {error}") from error
+
+
+def _positions(segments: jax.Array) -> jax.Array:
+    """Return the position of each token in its own segment: `[..., length]` -> the same shape."""
+    index = jnp.broadcast_to(jnp.arange(segments.shape[-1]), segments.shape)
+    # Signed, since `segments` may be a boolean mask, which has no -1 to start from.
+    segments = segments.astype(jnp.int32)
+    before = jnp.pad(
+        segments[..., :-1],
+        [*[(0, 0)] * (segments.ndim - 1), (1, 0)],
+        "constant",
+        constant_values=-1,
+    )
+    opens = segments != before
+    return index - jax.lax.cummax(jnp.where(opens, index, 0), axis=segments.ndim - 1)
+
+
+def _dense(width: int, name: str) -> nn.Dense:
+    return nn.Dense(width, name=name, dot_general=dot_general)
+
+
+class Embeddings(nn.Module):
+    """Normalized sum of word, position and token type embeddings."""
+
+    config: BertConfig
+
+    @nn.compact
+    def __call__(self, ids: jax.Array, segments: jax.Array, types: jax.Array) -> jax.Array:
+        """Map three integer arrays `[batch, length]` to `[batch, length, width]`."""
+        c = self.config
+        word = Embedding(c.vocab_size, c.hidden_size, name="word")(ids)
+        position = Embedding(c.max_position_embeddings, c.hidden_size, name="position")(
+            _positions(segments)
+        )
+        kind = Embedding(c.type_vocab_size, c.hidden_size, name="type")(types)
+        return nn.LayerNorm(epsilon=c.layer_norm_eps, name="norm")(word + position + kind)
+
+
+class SelfAttention(nn.Module):
+    """Multi-head scaled dot-product self-attention with its output projection."""
+
+    config: BertConfig
+
+    @nn.compact
+    def __call__(self, x: jax.Array, segments: jax.Array) -> jax.Array:
+        """Mix each token with those of its segment.
+
+        Args:
+          x: `[batch, length, width]`.
+          segments: integers or booleans `[batch, length]`.
+
+        Returns:
+          The same shape and dtype as `x`.
+        """
+        batch, length, width = x.shape
+        heads = self.config.num_attention_heads
+
+        def project(name: str) -> jax.Array:
+            y = _dense(width, name)(x)
+            return y.reshape(batch, length, heads, width // heads)
+
+        query, key, value = project("query"), project("key"), project("value")
+        mixed = attend(query, key, value, Sight(segments, segments), causal=False)
+        return _dense(width, "output")(mixed.reshape(batch, length, width))
+
+
+class BertLayer(nn.Module):
+    """Attention, then a feed-forward network, each with a residual connection and a norm."""
+
+    config: BertConfig
+
+    @nn.compact
+    def __call__(self, x: jax.Array, segments: jax.Array) -> jax.Array:
+        """Map `[batch, length, width]` to the same shape and dtype, as `SelfAttention` does."""
+        c = self.config
+        norm = partial(nn.LayerNorm, epsilon=c.layer_norm_eps)
+        x = norm(name="attention_norm")(x + SelfAttention(c, name="attention")(x, segments))
+        y = ACTIVATIONS[c.hidden_act](_dense(c.intermediate_size, "intermediate")(x))
+        return norm(name="output_norm")(x + _dense(c.hidden_size, "output")(y))
+
+
+class Bert(nn.Module):
+    """A BERT encoder without its pooler."""
+
+    config: BertConfig
+
+    @nn.compact
+    def __call__(
+        self, ids: jax.Array, segments: jax.Array, types: jax.Array | None = None
+    ) -> jax.Array:
+        """Encode token ids.
+
+        Args:
+          ids: integers `[batch, length]`.
+          segments: integers or booleans `[batch, length]`, 0 at padding. With one text per row it
+            is the usual attention mask. Several texts can share a row, packed one after another
+            and numbered 1, 2, ...: each sees only itself, and its positions start from 0.
+          types: integers `[batch, length]`, BERT's token types; all zero by default.
+
+        Returns:
+          Hidden states `[batch, length, width]` in the parameters' dtype, meaningless at padding.
+
+        Raises:
+          ValueError: the rows are longer than the number of position embeddings.
+        """
+        c = self.config
+        if ids.shape[1] > c.max_position_embeddings:
+            raise ValueError(
+                f"length {ids.shape[1]} is above max_position_embeddings "
+                f"{c.max_position_embeddings}"
+            )
+        types = jnp.zeros_like(ids) if types is None else types
+        x = Embeddings(c, name="embeddings")(ids, segments, types)
+        for i in range(c.num_hidden_layers):
+            x = BertLayer(c, name=f"layer_{i}")(x, segments)
+        return x
+
+
+def mean_pool(
+    hidden: jax.Array, segments: jax.Array, count: int = 1, normalize: bool = False
+) -> jax.Array:
+    """Average hidden states over the tokens of each segment: sentence embeddings.
+
+    Args:
+      hidden: `[batch, length, width]`, as `Bert` returns.
+      segments: integers `[batch, length]`, as `Bert` takes.
+      count: maximum number of segments per row, static.
+      normalize: scale each embedding to unit length.
+
+    Returns:
+      `[batch, count, width]` in `hidden`'s dtype; entry `[:, i]` belongs to segment `i + 1` and
+      is zero where a row has no such segment.
+    """
+    member = segments[:, None, :] == jnp.arange(1, count + 1)[None, :, None]
+    total = jnp.einsum("bsl,blw->bsw", member.astype(hidden.dtype), hidden)
+    mean = total / jnp.maximum(member.sum(axis=-1, keepdims=True), 1).astype(hidden.dtype)
+    if not normalize:
+        return mean
+    # The floor is under the square root, so that an absent segment has a gradient of zero, not NaN.
+    return mean * jax.lax.rsqrt(jnp.maximum((mean**2).sum(axis=-1, keepdims=True), 1e-24))
