@@ -89,7 +89,7 @@ class Pretrained:
 
     @property
     def apply(self) -> Apply:
-        """The model as a function of `params`: `apply(params, ids, segments)`, or as its kind is."""
+        """The model as a function of `params`: `apply(params, ids, segments)` for texts."""
         return Apply(self.module)
 
     @property

@@ -56,8 +56,8 @@ def _modernbert_head(settings: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-#: A row of RoBERTa but for `stem`. Its classifier has a layer with tanh of its own, which is not in
-#: the files of the base.
+#: A row of RoBERTa but for `stem`. Its classifier has one more layer with tanh, which is not in the
+#: files of the base.
 _roberta = partial(
     Family,
     kind="encoder",

@@ -14,7 +14,7 @@ def _norm(torch: str, path: str) -> Iterator[Entry]:
 
 
 def _several(torch: str, path: str, parts: int) -> Iterator[Entry]:
-    """Yield a linear layer that makes several things, along an axis of its own here."""
+    """Yield a linear layer that makes several things, here along a separate axis."""
     sizes = {"parts": parts}
     yield Entry(f"{torch}.weight", f"{path}/kernel", "linear", "(parts o) i -> i parts o", sizes)
     yield Entry(f"{torch}.bias", f"{path}/bias", "", "(parts o) -> parts o", sizes)

@@ -36,7 +36,7 @@ RULES: dict[str, PartitionSpec] = {
     "query/bias": _BIAS,
     "key/bias": _BIAS,
     "value/bias": _BIAS,
-    # several linear layers in one, along an axis of their own
+    # several linear layers in one, along its second axis
     "qkv/kernel": PartitionSpec("fsdp", None, "tensor"),
     "qkv/bias": PartitionSpec(None, "tensor"),
     "mlp/input/kernel": PartitionSpec("fsdp", None, "tensor"),

@@ -8,6 +8,8 @@ import lora_jax as lora
 from lora_jax import models, peft
 from lora_jax.core.paths import flatten_with_paths
 from lora_jax.files.disk import safetensors_file
+from lora_jax.models.families import FAMILIES
+from lora_jax.models.weights.family import Options
 from tests.models import recorded
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
@@ -77,3 +79,43 @@ def test_quantized_while_it_is_read(name):
             assert isinstance(node, lora.QuantizedWeight)
             np.testing.assert_allclose(lora.dequantize(node), x, atol=float(np.abs(x).max()) / 127)
     assert found >= 4
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("roberta", {"pad_token_id": None}, "pad_token_id must be an int, got None"),
+        ("roberta", {"pad_token_id": 33}, "first_position must be an int from 0 to below"),
+        ("modernbert", {"layer_types": ["full_attention"]}, "layer_types must be 4 of"),
+        ("modernbert", {"layer_types": "full_attention"}, "must be a list of names"),
+        ("modernbert", {"num_attention_heads": 3}, "is not an even multiple of"),
+        ("modernbert", {"hidden_activation": ["gelu"]}, "is not one of"),
+        ("modernbert", {"mlp_bias": 1}, "mlp_bias must be true or false, got 1"),
+        ("modernbert", {"norm_eps": "small"}, "norm_eps must be a positive number"),
+        ("modernbert", {"local_attention": 0}, "local_attention must be a positive int"),
+        ("modernbert", {"rope_parameters": 3}, "rope_parameters must be a mapping, got 3"),
+        ("modernbert", {"vocab_size": None}, "config.json has no vocab_size"),
+    ],
+)
+def test_configurations_that_are_refused(name, change, message):
+    settings = {**recorded.load(name).settings, **change}
+    with pytest.raises(ValueError, match=message):
+        FAMILIES[name].module(settings, Options())
+
+
+def test_what_transformers_4_wrote():
+    """The layers that see all were every third, and angles had names of their own."""
+    model = recorded.load("modernbert")
+    settings = {**model.settings, "global_rope_theta": 160000.0, "local_rope_theta": 10000.0}
+    del settings["layer_types"], settings["rope_parameters"]
+    assert FAMILIES["modernbert"].module(settings, Options()).config == model.config
+    assert model.config.local_rope != model.config.global_rope
+
+
+def test_scan_remat_and_long_rows_are_refused(name):
+    model = recorded.load(name)
+    with pytest.raises(ValueError, match=f"scan and remat are not supported for {name} models"):
+        models.load(recorded.FIXTURES / name, scan=True)
+    ids = jax.ShapeDtypeStruct((1, model.longest + 1), "int32")
+    with pytest.raises(ValueError, match="is above max_position_embeddings"):
+        jax.eval_shape(model.apply, model.params, ids, ids)

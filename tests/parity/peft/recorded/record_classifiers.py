@@ -3,8 +3,8 @@
     python -m tests.parity.peft.recorded.record_classifiers [bert | llama | qwen2 ...]
 
 writes `classifiers.npz`: of each model the two files of an adapter with a head, as bytes; `ids` and
-`mask`, padded on the right (of RoBERTa `roberta/ids`); `logits` of transformers' model with the adapter; and `names`, the
-tensors that transformers writes for the merged model.
+`mask`, padded on the right (of RoBERTa `roberta/ids`); `logits` of transformers' model with the
+adapter; and `names`, the tensors that transformers writes for the merged model.
 """
 
 import pathlib
