@@ -195,7 +195,7 @@ def test_the_api_reference_has_every_public_name():
     text = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
     listed = re.findall(r"^::: lora_jax\.(\w+)$", text, re.MULTILINE)
     assert sorted(set(listed)) == sorted(listed)
-    assert {*lora_jax.__all__, "layers", "models"} == set(listed)
+    assert {*lora_jax.__all__, "equinox", "layers", "models", "nnx"} == set(listed)
 
 
 def test_faq_triggers_ten_errors():
