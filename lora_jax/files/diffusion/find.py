@@ -34,7 +34,7 @@ def find_architecture(file: DiffusionFile) -> tuple[str, list[str]]:
     if not found[0]:
         first = shown(next(iter(modules), "") or next(iter(file.tensors)))
         raise AdapterFileError(
-            f"{file.source}: {first} is not a module of {KNOWN}; read it in Python with "
+            f"{file.source}: {first} is a module of none of {KNOWN}; read it in Python with "
             "lora.diffusion.load and the naming of its model"
         )
     return found

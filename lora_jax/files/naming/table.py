@@ -9,7 +9,7 @@ from lora_jax.core.checks import is_integer
 from lora_jax.core.errors import ConfigError, StructureError, grouped
 from lora_jax.core.foreign import shown_value
 from lora_jax.files.naming.entry import Entry
-from lora_jax.files.naming.patterns import path_regex, placeholders
+from lora_jax.files.naming.patterns import match, placeholders
 from lora_jax.files.naming.place import Place
 
 
@@ -53,12 +53,10 @@ class Naming:
         found, problems = {}, []
         for path, shape in shapes.items():
             for entry in self._rows_for(path):
-                matches = [path_regex(p).fullmatch(path) for p in entry.paths]
-                match = next(filter(None, matches), None)
-                if match is not None:
-                    place = Place(
-                        path, tuple(shape), entry, match.groupdict(), matches.index(match)
-                    )
+                filled = [match(template, path) for template in entry.paths]
+                part = next((i for i, x in enumerate(filled) if x is not None), None)
+                if part is not None:
+                    place = Place(path, tuple(shape), entry, filled[part] or {}, part)
                     problem = place.problem()
                     problems += [problem] if problem else []
                     found[path] = place

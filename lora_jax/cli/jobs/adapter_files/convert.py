@@ -110,8 +110,8 @@ def _check(found: kinds.Found, to: str, source: Source, changed: str | None) -> 
         model or KIND_OF[to] not in (*kinds.OF_IMAGES, kinds.PEFT)
     ):
         raise ConversionError(
-            f"{found.path}: is for an image generator, and becomes peft, folded, kohya or diffusers "
-            "without --model; in Python lora.diffusion.load reads it onto any model"
+            f"{found.path}: is for an image generator, and becomes peft, folded, kohya or "
+            "diffusers without --model; in Python lora.diffusion.load reads it onto any model"
         )
     if naming and not own:
         raise ConversionError("--naming is only for lora_jax adapters: others have PyTorch's names")
