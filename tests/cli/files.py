@@ -181,6 +181,7 @@ def everything(folder):
     mlx(folder / "my-mlx-adapter")
     native(folder / "adapter.safetensors")
     naming(folder / "naming.json")
+    kohya(folder / "my-style.safetensors")
     (folder / "prompt.txt").write_text("Hello there\n")
     (folder / "play.txt").write_text(PLAY)
     rows = [{"prompt": f"{n} + 1 =", "completion": f" {n + 1}"} for n in range(3)]
