@@ -35,8 +35,8 @@ from benchmarks.report import versions
 from lora_jax import models, training
 from lora_jax.engine.forms import PLAIN, Forms
 from lora_jax.models import attention
-from lora_jax.models.llama import Llama
-from lora_jax.models.llama_config import LlamaConfig
+from lora_jax.models.decoder.config import DecoderConfig
+from lora_jax.models.decoder.module import Decoder
 from lora_jax.models.weights import sharding_rules
 from lora_jax.training.running.flops import flops
 
@@ -83,10 +83,10 @@ class Setting:
     length: int = 4096
     scan: bool = True
 
-    def config(self) -> LlamaConfig:
+    def config(self) -> DecoderConfig:
         """Return the model's configuration, in bfloat16."""
         half = {"dtype": "bfloat16", "param_dtype": "bfloat16"}
-        return LlamaConfig(**MODELS[self.model], **half, scan=self.scan, remat=self.remat)
+        return DecoderConfig(**MODELS[self.model], **half, scan=self.scan, remat=self.remat)
 
     def sizes(self) -> dict[str, int]:
         """Return the axes of the mesh."""
@@ -131,7 +131,7 @@ class Step:
 
     def __init__(self, setting: Setting):
         self.setting, self.mesh = setting, setting.devices()
-        self._module = Llama(setting.config())
+        self._module = Decoder(setting.config())
         self._key = jax.random.key(0)  # before the mesh is in use, whose devices cannot run
         self._platform = topologies.chip(setting.topology).platform
         self.base = self._shapes_of_base()

@@ -150,7 +150,7 @@ def measure(work: Callable[[], None]) -> tuple[int, int, float]:
     """Return the peak of memory while this is done, what remains, and seconds."""
     import jax
 
-    importlib.import_module("lora_jax.cli.jobs.train")
+    importlib.import_module("lora_jax.cli.jobs.training.train")
 
     jax.block_until_ready(jax.jit(lambda x: x + 1)(jax.numpy.zeros(3)))
     before, peak, done = anonymous(), 0, threading.Event()

@@ -10,8 +10,8 @@ import numpy as np
 import lora_jax
 from benchmarks.accelerator.size import Size
 from benchmarks.accelerator.timing import seconds_per_call
-from lora_jax.models.llama import Llama
-from lora_jax.models.llama_config import LlamaConfig
+from lora_jax.models.decoder.config import DecoderConfig
+from lora_jax.models.decoder.module import Decoder
 from lora_jax.training import Optimizer, init_state, language_sums_of_frozen_head, make_step
 
 #: Llama-3-8B.
@@ -27,7 +27,7 @@ LLAMA_3_8B = {
 TARGETS = ["query", "key", "value", "output", "gate", "up", "down"]
 
 
-def config(size: Size, shapes: str, remat: Any) -> LlamaConfig:
+def config(size: Size, shapes: str, remat: Any) -> DecoderConfig:
     """Return the configuration of "8B", or of "blocks" with the shapes of the table of blocks."""
     fields = dict(LLAMA_3_8B)
     if shapes == "blocks":
@@ -40,14 +40,14 @@ def config(size: Size, shapes: str, remat: Any) -> LlamaConfig:
             "num_key_value_heads": size.heads,
         }
     dtypes = {"dtype": "bfloat16", "param_dtype": "bfloat16"}
-    return LlamaConfig(**fields, **dtypes, scan=shapes == "8B", remat=remat)
+    return DecoderConfig(**fields, **dtypes, scan=shapes == "8B", remat=remat)
 
 
 def time_model(
-    size: Size, settings: LlamaConfig, rank: int, batch: int, length: int
+    size: Size, settings: DecoderConfig, rank: int, batch: int, length: int
 ) -> dict[str, Any]:
     """Return the figures of a training step on random tokens."""
-    module = Llama(settings)
+    module = Decoder(settings)
     params = _random_params(module)
     apply = lambda params, ids, segments=None: module.apply({"params": params}, ids, segments)
     hidden = lambda params, ids, segments: module.apply({"params": params}, ids, method="hidden")
@@ -82,7 +82,7 @@ def time_model(
     }
 
 
-def _random_params(module: Llama) -> Any:
+def _random_params(module: Decoder) -> Any:
     """Draw leaf by leaf on the device: norms of one, all else N(0, 1/in)."""
     ids = jax.ShapeDtypeStruct((1, 1), jnp.int32)
     shapes = jax.eval_shape(module.init, jax.random.key(0), ids)["params"]

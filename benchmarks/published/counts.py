@@ -16,7 +16,7 @@ from benchmarks import decoder
 from benchmarks.decoder import Size
 from benchmarks.published.result import Result, Row
 from lora_jax.adapters.summary import Counts
-from lora_jax.models.bert import Bert, BertConfig
+from lora_jax.models.encoder.bert import Bert, BertConfig
 
 SOURCE = "2106.09685"
 GPT3 = Size(layers=96, width=12288, heads=96, vocabulary=50257, batch=1, time=2048)

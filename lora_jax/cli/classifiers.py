@@ -17,11 +17,12 @@ from lora_jax.files.disk import safetensors_file
 from lora_jax.files.naming import Naming
 from lora_jax.models import hf_directory, published_classifier
 from lora_jax.models.classifier import Classifier, Pooling
-from lora_jax.models.pretrained import KIND_OF_MODEL_TYPE, Pretrained
+from lora_jax.models.families import FAMILIES, family_of
+from lora_jax.models.pretrained import Pretrained
 
 #: Keys of the metadata that `train` writes into a classifier's adapter.
 LABELS, POOLING = "labels", "pooling"
-_HEADS = tuple(family.head for family in published_classifier.FAMILIES.values())
+_HEADS = tuple({f.classifier.module: None for f in FAMILIES.values() if f.classifier})
 _KERNEL = "head/kernel"
 _TASK = "SEQ_CLS"  # PEFT's name of the task
 
@@ -45,7 +46,7 @@ class LoadedClassifier:
     def function(self, slots: int) -> Classifier:
         """Return the classifier as a function of its parameters, for `slots` texts per row."""
         run = self.model.apply
-        is_encoder = self.model.kind == "bert"
+        is_encoder = self.model.kind == "encoder"
         hidden = run if is_encoder else lambda *inputs: run(*inputs, method="hidden")
         return Classifier(hidden, slots, self.pooling)
 
@@ -117,15 +118,15 @@ def naming_for_peft(model: kinds.Found, adapter: kinds.Found) -> Naming | None:
     header = lora.read_metadata(adapter.path)
     if LABELS not in header["metadata"] or _KERNEL not in header["layouts"]:
         return None
-    kind = "llama"
+    family = FAMILIES["llama"]
     if model.kind == kinds.CHECKPOINT:
-        kind = KIND_OF_MODEL_TYPE[hf_directory.read_config(model.path)["model_type"]]
-    if header["metadata"].get(POOLING) != published_classifier.FAMILIES[kind].pooling:
+        family = family_of(hf_directory.read_config(model.path))
+    if header["metadata"].get(POOLING) != published_classifier.head_of_family(family).pooling:
         raise AdapterFileError(
             f"{adapter.path}: its head reads the mean over a text's tokens, which no classifier of "
             "transformers does; train with --pooling model to use it there"
         )
-    return published_classifier.naming_of_classifier(kind)
+    return published_classifier.naming_of_classifier(family)
 
 
 def load(
@@ -188,25 +189,25 @@ def _published(
     base: Pretrained, model: kinds.Found, adapter: kinds.Found | None, fit: Fit
 ) -> LoadedClassifier:
     """Load a classifier of transformers, or the adapter that PEFT wrote for one."""
-    family = published_classifier.FAMILIES[base.kind]
-    head = published_classifier.head_of(base)
+    head = published_classifier.head_of_family(base.family)
+    linear = published_classifier.head_of(base)
     file = None if adapter is None else _peft_file(adapter, fit)
-    if file is not None and not family.prefix:
+    if file is not None and not head.prefix:
         base = models.resize_for_adapter(base, file)
-    given = None if file is None else _head_in(file, family.head)
+    given = None if file is None else _head_in(file, head.module)
     if given is not None:
-        head = {"kernel": jnp.zeros(given[::-1])}
-        if family.bias:
-            head["bias"] = jnp.zeros(given[0])
-    if head is None:
-        raise ModelFileError(f"{model.path}: has no {family.head}.weight, a classifier's head")
-    params = {"encoder": {k: x for k, x in base.params.items() if k != "head"}, "head": head}
-    if family.pooler:
+        linear = {"kernel": jnp.zeros(given[::-1])}
+        if head.bias:
+            linear["bias"] = jnp.zeros(given[0])
+    if linear is None:
+        raise ModelFileError(f"{model.path}: has no {head.module}.weight, a classifier's head")
+    params = {"encoder": {k: x for k, x in base.params.items() if k != "head"}, "head": linear}
+    if head.pooler:
         pooler = published_classifier.pooler_of(base)
         if pooler is None:
             raise ModelFileError(f"{model.path}: has no pooler, which its classifier needs")
         params["pooler"] = pooler
-    naming = published_classifier.naming_of_classifier(base.kind)
+    naming = published_classifier.naming_of_classifier(base.family)
     if file is not None:
         adapters = peft.fit(file, params, naming, strict=fit.strict, residual=fit.residual)
         params = lora.join(params, adapters)
@@ -215,9 +216,9 @@ def _published(
             f"{adapter.path}: a {kinds.DESCRIPTIONS[adapter.kind]} without a head; a classifier "
             "needs one of PEFT, or one that lora-jax train wrote"
         )
-    classes = head["kernel"].shape[1]
+    classes = linear["kernel"].shape[1]
     labels = published_classifier.labels_of(base.settings, classes)
-    return LoadedClassifier(base, params, tuple(labels), family.pooling)
+    return LoadedClassifier(base, params, tuple(labels), head.pooling)
 
 
 def _peft_file(adapter: kinds.Found, fit: Fit) -> peft.PeftFile | None:

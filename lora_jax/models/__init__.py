@@ -6,8 +6,8 @@
 """
 
 from lora_jax.models.adapter_vocabulary import resize_for_adapter
+from lora_jax.models.families import naming
 from lora_jax.models.generation import generate, left_pad, stream
-from lora_jax.models.namings import naming
 from lora_jax.models.pretrained import Apply, Pretrained, load, naming_of
 from lora_jax.models.saving import files, save
 from lora_jax.models.vocabulary import resize_vocabulary, untie_head

@@ -7,9 +7,9 @@ import numpy as np
 
 from lora_jax.files import peft
 from lora_jax.files.peft import tensor_names
-from lora_jax.models.llama_config import LlamaConfig
+from lora_jax.models.decoder.config import DecoderConfig
 from lora_jax.models.pretrained import Pretrained
-from lora_jax.models.vocabulary import EMBEDDINGS, resize_vocabulary, untie_head
+from lora_jax.models.vocabulary import resize_vocabulary, untie_head
 
 _HEAD = "lm_head.weight"
 
@@ -30,7 +30,7 @@ def resize_for_adapter(model: Pretrained, adapter: str | os.PathLike | peft.Peft
     """
     file = adapter if isinstance(adapter, peft.PeftFile) else peft.read_file(adapter)
     embedding, head = _find(file, _embedding_name(model)), _find(file, _HEAD)
-    is_tied = isinstance(model.config, LlamaConfig) and model.config.tie_word_embeddings
+    is_tied = isinstance(model.config, DecoderConfig) and model.config.tie_word_embeddings
     if is_tied and not file.config.ensure_weight_tying and _differ(embedding, head):
         model = untie_head(model)
     tables = [x for x in (embedding.base, head.base) if x is not None]
@@ -75,6 +75,6 @@ def _differ(embedding: _Table, head: _Table) -> bool:
 
 def _embedding_name(model: Pretrained) -> str:
     """Return the name of the embedding's tensor in PyTorch."""
-    path = "/".join(EMBEDDINGS[model.kind])
+    path = "/".join(model.family.embedding)
     ((_, (name,)),) = model.naming.places({path: (1, 1)})[path].layers()
     return name

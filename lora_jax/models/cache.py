@@ -13,7 +13,7 @@ from jax.custom_batching import custom_vmap
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Cache:
-    """Keys and values of the tokens seen so far, created by `Llama.init_cache`.
+    """Keys and values of the tokens seen so far, created by `Decoder.init_cache`.
 
     Attributes:
       layers: keys and values `[batch, key-value heads, length, head_dim]`: a tuple with one pair

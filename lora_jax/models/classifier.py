@@ -7,7 +7,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from lora_jax.models.bert import mean_pool
+from lora_jax.models.encoder.bert import mean_pool
 
 Pooling = Literal["mean", "first", "last"]
 

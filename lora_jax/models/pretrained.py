@@ -21,12 +21,14 @@ from lora_jax.core.paths import flatten_with_paths
 from lora_jax.core.quantized.weight import is_quantized
 from lora_jax.files import naming as names
 from lora_jax.files.naming import Naming
-from lora_jax.models import hf_directory, llama_gguf, namings
-from lora_jax.models.bert import Bert, BertConfig
-from lora_jax.models.llama import Llama
-from lora_jax.models.llama_config import MODEL_TYPES, PARAM_DTYPES, LlamaConfig
-from lora_jax.models.remat import NONE, policy_name
+from lora_jax.models import hf_directory
+from lora_jax.models.decoder import gguf
+from lora_jax.models.decoder.config import PARAM_DTYPES, DecoderConfig
+from lora_jax.models.decoder.module import Decoder
+from lora_jax.models.encoder.bert import Bert, BertConfig
+from lora_jax.models.families import TIED_HEAD, family_of
 from lora_jax.models.weights import published, sharding_rules
+from lora_jax.models.weights.family import Family, Kind, Options
 from lora_jax.models.weights.kept import kept_shapes, warn_of_floats
 from lora_jax.models.weights.quantization import (
     KEEP,
@@ -34,9 +36,6 @@ from lora_jax.models.weights.quantization import (
     parse_quantize,
     quantized_shapes,
 )
-
-#: model_type in config.json -> the kind of model here.
-KIND_OF_MODEL_TYPE = {"bert": "bert", **dict.fromkeys(MODEL_TYPES, "llama")}
 
 
 @dataclass(frozen=True)
@@ -70,7 +69,7 @@ class Pretrained:
     """A published model.
 
     Attributes:
-      kind: "bert" or "llama" (Llama, Mistral, Qwen2, SmolLM2).
+      kind: what it computes: "encoder" (hidden states) or "decoder" (logits of the next token).
       config: its sizes.
       module: the Flax module, to be applied to `{"params": params}`.
       params: the parameter tree.
@@ -80,9 +79,9 @@ class Pretrained:
         writes them back.
     """
 
-    kind: str
-    config: BertConfig | LlamaConfig
-    module: Bert | Llama
+    kind: Kind
+    config: BertConfig | DecoderConfig
+    module: Bert | Decoder
     params: Any
     naming: Naming
     settings: Mapping[str, Any]
@@ -92,6 +91,11 @@ class Pretrained:
     def apply(self) -> Apply:
         """The model as a function of `params`: `apply(params, ids, segments)`."""
         return Apply(self.module)
+
+    @property
+    def family(self) -> Family:
+        """What is known of all models of its `model_type`."""
+        return family_of(self.settings)
 
 
 def load(
@@ -114,8 +118,8 @@ def load(
         widest in the file; GGUF's quantized tensors are read as float32. Directories with a
         `quantization_config` (bitsandbytes, GPTQ, AWQ, compressed-tensors, FP8) need a `dtype`, to
         which they are dequantized, or `quantize`.
-      scan: stack the layers, as in `LlamaConfig`.
-      remat: which activations are recomputed, as in `LlamaConfig`: True, False, or a name.
+      scan: stack the layers, as in `DecoderConfig`.
+      remat: which activations are recomputed, as in `DecoderConfig`: True, False, or a name.
       as_stored: keep the dtype that each parameter has in the file; `dtype` is then that of the
         computation only.
       quantize: "keep" for parameters as they are in the file: quantized ones become
@@ -200,7 +204,7 @@ def _naming_file(path: str | Path) -> Iterator[None]:
 
 def _outline(
     source: "_Source", dtype: Any, scan: bool, remat: bool | str, as_stored: bool
-) -> tuple[Bert | Llama, Any]:
+) -> tuple[Bert | Decoder, Any]:
     """Return the module, and the shapes and dtypes of its parameters."""
     _check_dtypes(source)
     _check_sizes(source)
@@ -210,14 +214,14 @@ def _outline(
     return module, _stored_shapes(source, like) if as_stored else like
 
 
-def _pretrained(source: "_Source", module: Bert | Llama, params: Any) -> Pretrained:
+def _pretrained(source: "_Source", module: Bert | Decoder, params: Any) -> Pretrained:
     rest = {
         name: tensor
         for name, tensor in source.tensors.items()
-        if any(re.fullmatch(pattern, name) for pattern in namings.KEPT[source.kind])
+        if any(re.fullmatch(pattern, name) for pattern in source.family.kept)
     }
     return Pretrained(
-        source.kind, module.config, module, params, source.torch, source.settings, rest
+        source.family.kind, module.config, module, params, source.torch, source.settings, rest
     )
 
 
@@ -234,7 +238,7 @@ def naming_of(path: str | Path) -> Naming:
 class _Source:
     """A file or directory whose weights have not been read yet."""
 
-    kind: str
+    family: Family
     settings: Mapping[str, Any]
     tensors: Mapping[str, Any]
     naming: Naming  # the names in the file
@@ -246,32 +250,29 @@ class _Source:
 
 def _open(path: Path) -> _Source:
     if path.is_file():
-        settings, quantized = llama_gguf.read_model(path)
-        kind = _kind(settings, path)
-        torch = namings.naming(kind)
-        in_file = llama_gguf.file_naming(torch, settings)
-        ignored = (*llama_gguf.IGNORED, *namings.KEPT[kind])
-        return _Source(kind, settings, quantized, in_file, torch, ignored)
+        settings, quantized = gguf.read_model(path)
+        family = _family(settings, path)
+        torch = family.naming(())
+        in_file = gguf.file_naming(torch, settings)
+        ignored = (*gguf.IGNORED, *family.kept)
+        return _Source(family, settings, quantized, in_file, torch, ignored)
     config = hf_directory.read_config(path)
-    kind = _kind(config, path)
+    family = _family(config, path)
     opened = published.open_directory(path, config)
     settings, tensors = opened.settings, opened.tensors
-    torch = namings.naming(kind, tensors)
-    tied = (namings.TIED_HEAD,) if settings.get("tie_word_embeddings") else ()
+    torch = family.naming(tensors)
+    tied = (TIED_HEAD,) if settings.get("tie_word_embeddings") else ()
     # a decoder's classifier has no output head: the model here gets that of a tied one
     headless = not tied and "score.weight" in tensors and "lm_head.weight" not in tensors
-    ignored = (*namings.DROPPED[kind], *tied, *namings.KEPT[kind], *opened.ignored)
-    return _Source(kind, settings, tensors, torch, torch, ignored, headless, opened.method)
+    ignored = (*family.dropped, *tied, *family.kept, *opened.ignored)
+    return _Source(family, settings, tensors, torch, torch, ignored, headless, opened.method)
 
 
-def _kind(settings: Mapping[str, Any], path: Path) -> str:
-    model_type = settings.get("model_type")
-    if not isinstance(model_type, str) or model_type not in KIND_OF_MODEL_TYPE:
-        raise ModelFileError(
-            f"{path}: model_type {shown_value(model_type)} is not one of "
-            f"{sorted(KIND_OF_MODEL_TYPE)}"
-        )
-    return KIND_OF_MODEL_TYPE[model_type]
+def _family(settings: Mapping[str, Any], path: Path) -> Family:
+    try:
+        return family_of(settings)
+    except ModelFileError as error:
+        raise ModelFileError(f"{path}: {error}") from error
 
 
 def _check_sizes(source: _Source) -> None:
@@ -281,24 +282,11 @@ def _check_sizes(source: _Source) -> None:
     sizes["num_attention_heads * head_dim"] = math.prod(
         sizes.get(name, 1) for name in ("num_attention_heads", "head_dim")
     )
-    limits = dict.fromkeys(_SIZES[source.kind], numbers)
+    limits = dict.fromkeys(source.family.sizes, numbers)
     for name, limit in (limits | {"num_hidden_layers": len(source.tensors)}).items():
         if sizes.get(name, 0) > limit:
             size = shown_value(sizes[name])
             raise ModelFileError(f"{name} is {size}, but the files contain only {limit}")
-
-
-#: The sizes that are an axis of some tensor, or a part of one.
-_SIZES = {
-    "bert": (
-        *("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads"),
-        *("max_position_embeddings", "type_vocab_size"),
-    ),
-    "llama": (
-        *("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads"),
-        *("num_key_value_heads", "head_dim", "num_attention_heads * head_dim"),
-    ),
-}
 
 
 def _check_dtypes(source: _Source) -> None:
@@ -333,14 +321,10 @@ def _dtype(dtype: Any, tensors: Iterable[Any]) -> str:
     return name
 
 
-def _module(source: _Source, dtype: str, *, scan: bool, remat: bool | str) -> Bert | Llama:
-    if source.kind == "llama":
-        ours = {"scan": scan, "remat": remat, "dtype": dtype, "param_dtype": dtype}
-        headless = {"tie_word_embeddings": True} if source.headless else {}
-        return Llama(LlamaConfig.from_json({**source.settings, **headless}, **ours))
-    if scan or policy_name(remat) != NONE:
-        raise ValueError(f"scan and remat are not supported for {source.kind} models")
-    return Bert(BertConfig.from_json(source.settings))
+def _module(source: _Source, dtype: str, *, scan: bool, remat: bool | str) -> Bert | Decoder:
+    headless = {"tie_word_embeddings": True} if source.headless else {}
+    options = Options(dtype, scan, remat)
+    return source.family.module({**source.settings, **headless}, options)  # type: ignore[return-value]
 
 
 def _param_shapes(module: nn.Module, dtype: str) -> Any:

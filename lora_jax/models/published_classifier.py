@@ -3,7 +3,6 @@
 import dataclasses
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import jax.numpy as jnp
@@ -13,9 +12,8 @@ from lora_jax.core.errors import ModelFileError
 from lora_jax.core.foreign import shown
 from lora_jax.files import naming as names
 from lora_jax.files.naming import Entry, Naming
-from lora_jax.models import namings
-from lora_jax.models.classifier import Pooling
 from lora_jax.models.pretrained import Pretrained
+from lora_jax.models.weights.family import ClassifierHead, Family
 
 SUFFIX = "ForSequenceClassification"  # of the classes in transformers
 
@@ -24,69 +22,50 @@ SUFFIX = "ForSequenceClassification"  # of the classes in transformers
 _UNUSED = {"lm_head.weight": "kernel", "lm_head.bias": "bias"}
 
 
-@dataclass(frozen=True)
-class Family:
-    """What transformers' classifiers of one family have in common.
-
-    Attributes:
-      pooling: the token that represents a text.
-      head: the module of the linear layer.
-      prefix: before the model's own tensor names.
-      pooler: the module of the layer before the head, "" where there is none.
-      bias: whether the head has a bias.
-    """
-
-    pooling: Pooling
-    head: str
-    prefix: str = ""
-    pooler: str = ""
-    bias: bool = False
-
-    def naming(self, encoder: Naming) -> Naming:
-        """Return the naming of a `Classifier`'s parameters."""
-        rows = [
-            dataclasses.replace(entry, path=_with_prefix(entry.path))
-            for entry in encoder.with_prefix(self.prefix).entries
-            if entry.torch not in _UNUSED
-        ]
-        # it may be in the tree, but a classifier does not use it: no kind, so no adapter
-        rows += [Entry(name, f"encoder/head/{leaf}") for name, leaf in _UNUSED.items()]
-        modules = {"head": self.head} | ({"pooler": self.pooler} if self.pooler else {})
-        for path, module in modules.items():
-            rows += [
-                Entry(f"{module}.weight", f"{path}/kernel", "linear"),
-                Entry(f"{module}.bias", f"{path}/bias"),
-            ]
-        return Naming(tuple(rows))
-
-
-#: model_type in config.json -> how the names of transformers' classes begin.
-_STEMS = {"bert": "Bert", "llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2"}
-#: Kind of model -> its classifiers.
-FAMILIES = {
-    "bert": Family("first", "classifier", "bert.", "bert.pooler.dense", bias=True),
-    "llama": Family("last", "score"),
-}
-
-
 def _with_prefix(path: str | tuple[str, ...]) -> str | tuple[str, ...]:
     add = lambda one: f"encoder/{one}"
     return add(path) if isinstance(path, str) else tuple(map(add, path))
 
 
-def naming_of_classifier(kind: str) -> Naming:
-    """Return transformers' names of a classifier's parameters, for a kind of model."""
-    return FAMILIES[kind].naming(namings.naming(kind))
+def naming_of_classifier(family: Family) -> Naming:
+    """Return transformers' names of a `Classifier`'s parameters, on a model of a family."""
+    head = head_of_family(family)
+    rows = [
+        dataclasses.replace(entry, path=_with_prefix(entry.path))
+        for entry in family.naming(()).with_prefix(head.prefix).entries
+        if entry.torch not in _UNUSED
+    ]
+    # it may be in the tree, but a classifier does not use it: no kind, so no adapter
+    rows += [Entry(name, f"encoder/head/{leaf}") for name, leaf in _UNUSED.items()]
+    modules = {"head": head.module} | ({"pooler": head.pooler} if head.pooler else {})
+    for path, module in modules.items():
+        rows += [
+            Entry(f"{module}.weight", f"{path}/kernel", "linear"),
+            Entry(f"{module}.bias", f"{path}/bias"),
+        ]
+    return Naming(tuple(rows))
+
+
+def head_of_family(family: Family) -> ClassifierHead:
+    """Return what the classifiers of a family have in common.
+
+    Raises:
+      ModelFileError: there are none.
+    """
+    if family.classifier is None:
+        raise ModelFileError(f"{family.stem} models are not supported as classifiers")
+    return family.classifier
 
 
 def pooler_of(model: Pretrained) -> dict[str, Any] | None:
     """Return the layer before the head that the model's file has, as float32 parameters."""
-    return _linear(model, FAMILIES[model.kind].pooler.removeprefix(FAMILIES[model.kind].prefix))
+    head = model.family.classifier
+    return None if head is None else _linear(model, head.pooler.removeprefix(head.prefix))
 
 
 def head_of(model: Pretrained) -> dict[str, Any] | None:
     """Return the classifier's head in the model's file, as float32 parameters, or None."""
-    return _linear(model, FAMILIES[model.kind].head)
+    return _linear(model, head_of_family(model.family).module)
 
 
 def _linear(model: Pretrained, module: str) -> dict[str, Any] | None:
@@ -135,12 +114,12 @@ def published(
       pad_id: the tokenizer's padding token, by which transformers finds the last token of each text
         in a batch, for a decoder.
     """
-    family = FAMILIES[model.kind]
-    tensors = names.to_torch(naming_of_classifier(model.kind), {**params, "encoder": {}})
+    family = model.family
+    tensors = names.to_torch(naming_of_classifier(family), {**params, "encoder": {}})
     settings = {key: value for key, value in model.settings.items() if key != "num_labels"}
     texts = [str(label) for label in labels]
     settings |= {
-        "architectures": [f"{_STEMS[str(settings.get('model_type', model.kind))]}{SUFFIX}"],
+        "architectures": [f"{family.stem}{SUFFIX}"],
         "id2label": {str(i): text for i, text in enumerate(texts)},
         "label2id": {text: i for i, text in enumerate(texts)},
         "problem_type": "single_label_classification",
@@ -150,15 +129,15 @@ def published(
     return dataclasses.replace(
         model,
         params={name: x for name, x in params["encoder"].items() if name != "head"},
-        naming=namings.naming(model.kind).with_prefix(family.prefix),
+        naming=family.naming(()).with_prefix(head_of_family(family).prefix),
         settings=settings,
         rest=tensors,
     )
 
 
-def renamed(kind: str, tensors: Mapping[str, Any]) -> dict[str, Any]:
+def renamed(family: Family, tensors: Mapping[str, Any]) -> dict[str, Any]:
     """Return a base's tensors under the names that they have in its classifier's file."""
-    prefix, found = FAMILIES[kind].prefix, {}
+    prefix, found = head_of_family(family).prefix, {}
     for name, tensor in tensors.items():
         new = name.replace(".LayerNorm.gamma", ".LayerNorm.weight")
         new = new.replace(".LayerNorm.beta", ".LayerNorm.bias")

@@ -19,14 +19,6 @@ from lora_jax.models import hf_directory
 from lora_jax.models.pretrained import Pretrained
 from lora_jax.models.weights.sizes import MAX_SHARD_SIZE
 
-#: What transformers calls the classes that read what `save` writes.
-_ARCHITECTURES = {
-    "bert": "BertModel",
-    "llama": "LlamaForCausalLM",
-    "mistral": "MistralForCausalLM",
-    "qwen2": "Qwen2ForCausalLM",
-}
-
 
 def save(
     directory: str | Path, pretrained: Pretrained, *, max_shard_size: int | str = MAX_SHARD_SIZE
@@ -113,8 +105,7 @@ def _file_contents(
     for name, original in (stored or {}).items():
         if name in tensors and tensors[name].dtype != original.dtype:
             tensors[name] = _AsStored(tensors[name], original)
-    model_type = pretrained.settings.get("model_type", pretrained.kind)
-    settings = {"architectures": [_ARCHITECTURES[model_type]], **pretrained.settings}
+    settings = {"architectures": [pretrained.family.architecture], **pretrained.settings}
     # "torch_dtype" up to transformers 4.55; later versions read it too
     key = "torch_dtype" if "torch_dtype" in settings else "dtype"
     if not stored or key not in settings:

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_jax.files.naming import to_torch, to_tree
-from lora_jax.models import namings
-from lora_jax.models.llama import Llama
-from lora_jax.models.llama_config import LlamaConfig
+from lora_jax.models.decoder.config import DecoderConfig
+from lora_jax.models.decoder.module import Decoder
+from lora_jax.models.decoder.naming import LLAMA
 from lora_jax.models.pretrained import Pretrained
 from lora_jax.models.weights.quantization import KEEP, Quantize, parse_quantize, quantized_shapes
 
@@ -34,7 +34,7 @@ def tiny(
     (1, 3, 11)
     """
     name = str(jnp.dtype(dtype))
-    config = LlamaConfig(
+    config = DecoderConfig(
         vocab_size=vocabulary,
         hidden_size=64,
         intermediate_size=128,
@@ -46,17 +46,17 @@ def tiny(
         dtype=name,
         param_dtype=name,
     )
-    naming, module = namings.naming("llama"), Llama(dataclasses.replace(config, scan=scan))
-    tensors = to_torch(naming, _random(_shapes(Llama(config))))
+    naming, module = LLAMA, Decoder(dataclasses.replace(config, scan=scan))
+    tensors = to_torch(naming, _random(_shapes(Decoder(config))))
     like = _shapes(module)
     if quantize not in (None, KEEP):
         like = quantized_shapes(like, naming, parse_quantize(quantize))
     params = to_tree(naming, tensors, like)
     settings = {key: getattr(config, key) for key in _SETTINGS} | {"model_type": "llama"}
-    return Pretrained("llama", module.config, module, params, naming, settings)
+    return Pretrained("decoder", module.config, module, params, naming, settings)
 
 
-def _shapes(module: Llama) -> Any:
+def _shapes(module: Decoder) -> Any:
     ids = jax.ShapeDtypeStruct((1, 1), jnp.int32)
     return jax.eval_shape(module.init, jax.random.key(0), ids)["params"]
 
@@ -74,7 +74,7 @@ def _random(shapes: Any) -> Any:
 
 
 _SETTINGS = (
-    *LlamaConfig.REQUIRED,
+    *DecoderConfig.REQUIRED,
     *("num_key_value_heads", "head_dim", "max_position_embeddings", "rms_norm_eps"),
     *("hidden_act", "tie_word_embeddings"),
 )

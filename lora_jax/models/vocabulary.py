@@ -12,14 +12,12 @@ import numpy as np
 from lora_jax.core.errors import ConfigError, StructureError
 from lora_jax.core.quantized.weight import is_quantized
 from lora_jax.files.naming import StoredLeaf
-from lora_jax.models.llama_config import LlamaConfig
+from lora_jax.models.decoder.config import DecoderConfig
 from lora_jax.models.pretrained import Pretrained
 
 #: How new rows start: the mean of the old ones, or their values `[new tokens, width]`.
 Rows = Literal["mean"] | Any
 
-#: Kind of model -> the path of its embedding.
-EMBEDDINGS = {"bert": ("embeddings", "word", "embedding"), "llama": ("embedding", "embedding")}
 _HEAD = ("head", "kernel")
 _OF_BERTS_HEAD = re.compile(r"cls\.predictions\.(decoder\.)?(weight|bias)")
 
@@ -51,10 +49,10 @@ def resize_vocabulary(
     """
     if tokens < 1:
         raise ConfigError(f"resize_vocabulary: tokens must be 1 or more, got {tokens}")
-    path = EMBEDDINGS[model.kind]
+    path = model.family.embedding
     resized = lambda rows, name: lambda x: _resize(x, tokens, rows, name)
     params = _replace(model.params, path, resized(embedding, "embedding"))
-    is_untied = model.kind == "llama" and "head" in params
+    is_untied = model.kind == "decoder" and "head" in params
     if is_untied:
         params = _replace(params, _HEAD, lambda x: resized(head, "head")(x.T).T)
     elif not isinstance(head, str):
@@ -84,7 +82,7 @@ def untie_head(model: Pretrained) -> Pretrained:
     (64, 11)
     """
     config = model.config
-    if not isinstance(config, LlamaConfig) or not config.tie_word_embeddings:
+    if not isinstance(config, DecoderConfig) or not config.tie_word_embeddings:
         raise ConfigError("untie_head: the model has no output head that is tied to its embedding")
     config = dataclasses.replace(config, tie_word_embeddings=False)
     table = model.params["embedding"]["embedding"]

@@ -133,7 +133,7 @@ def gguf(path, eot=None):
     """Write the model as a GGUF file, with a byte tokenizer and the id of a turn's end."""
     from gguf import GGUFWriter  # not in every environment
 
-    from tests.models.test_llama_gguf import llama_cpp_name
+    from tests.models.decoder.test_gguf import llama_cpp_name
 
     writer = GGUFWriter(path, "llama")
     for key, name in {

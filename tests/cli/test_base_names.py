@@ -8,7 +8,7 @@ import pytest
 
 pytest.importorskip("typer")
 
-from lora_jax.cli.jobs.train_results import base_name
+from lora_jax.cli.jobs.training.results import base_name
 from lora_jax.cli.train_options import TrainOptions
 from tests.cli.train.command import words
 

@@ -16,7 +16,7 @@ from examples.sentiment import __main__ as command
 from examples.sentiment import sentiment
 from examples.sentiment.report import Report
 from lora_jax.models import assets
-from lora_jax.models.bert import BertConfig
+from lora_jax.models.encoder.bert import BertConfig
 from lora_jax.training import Row, Rows, TrainingError
 from tests.models.test_bert import shapes
 

@@ -9,8 +9,8 @@ import pytest
 
 import lora_jax as lora
 from lora_jax import models
-from lora_jax.models.llama import Llama
-from lora_jax.models.llama_config import LlamaConfig
+from lora_jax.models.decoder.config import DecoderConfig
+from lora_jax.models.decoder.module import Decoder
 from tests.models.recorded import load
 
 PROMPTS = [[3, 1, 4, 1, 5], [9, 2], [6, 5, 3], [5, 8, 9]]
@@ -145,7 +145,7 @@ def test_a_slot_is_replaced_while_other_rows_go_on():
 
 def small(scan):
     """Return a model whose cache is larger than anything else in a step."""
-    config = LlamaConfig(
+    config = DecoderConfig(
         vocab_size=19,
         hidden_size=16,
         intermediate_size=16,
@@ -156,7 +156,7 @@ def small(scan):
         max_position_embeddings=2048,
         scan=scan,
     )
-    model = Llama(config)
+    model = Decoder(config)
     params = model.init(jax.random.key(0), IDS[:1])
     config = lora.LoraConfig(rank=2, alpha=8, targets=["query", "down"])
     made = lora.init(jax.random.key(1), params, config, model.apply, IDS[:1])

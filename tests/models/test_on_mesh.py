@@ -12,9 +12,9 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import lora_jax as lora
-from lora_jax.models.bert import Bert, BertConfig, mean_pool
-from lora_jax.models.llama import Llama
-from lora_jax.models.llama_config import LlamaConfig
+from lora_jax.models.decoder.config import DecoderConfig
+from lora_jax.models.decoder.module import Decoder
+from lora_jax.models.encoder.bert import Bert, BertConfig, mean_pool
 from lora_jax.models.weights.sharding_rules import shardings
 from lora_jax.training.chunked_loss import (
     language_sums_of_frozen_head,
@@ -22,7 +22,7 @@ from lora_jax.training.chunked_loss import (
 )
 from tests.programs import normal
 
-CONFIG = LlamaConfig(
+CONFIG = DecoderConfig(
     vocab_size=32,
     hidden_size=16,
     intermediate_size=32,
@@ -69,7 +69,7 @@ def llama(*, scan=False, tied=False, trained_head=False, layers=2):
     config = dataclasses.replace(
         CONFIG, scan=scan, tie_word_embeddings=tied, remat=scan, num_hidden_layers=layers
     )
-    module = Llama(config)
+    module = Decoder(config)
     ids = jax.ShapeDtypeStruct((1, 4), jnp.int32)
     params = random(jax.eval_shape(module.init, jax.random.key(0), ids)["params"])
     run = lambda params, *args, **options: module.apply({"params": params}, *args, **options)

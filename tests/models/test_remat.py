@@ -8,16 +8,16 @@ import numpy as np
 import pytest
 
 import lora_jax as lora
-from lora_jax.models.llama import Llama
+from lora_jax.models.decoder.module import Decoder
 from lora_jax.models.remat import POLICIES
-from tests.models.test_llama import TINY, drawn
+from tests.models.decoder.test_decoder import TINY, drawn
 from tests.programs.jaxprs import equations
 
 
 def gradient(remat, length, *, scan, **sizes):
     """Return the gradient of the adapters as a function, and the adapters."""
     config = dataclasses.replace(TINY, scan=scan, remat=remat, **sizes)
-    model, ids = Llama(config), np.arange(2 * length, dtype=np.int32).reshape(2, length) % 19
+    model, ids = Decoder(config), np.arange(2 * length, dtype=np.int32).reshape(2, length) % 19
     shapes = jax.eval_shape(model.init, jax.random.key(1), ids[:, :4])
     params = jax.tree_util.tree_map_with_path(drawn, shapes)
     chosen = lora.LoraConfig(rank=2, targets=["query/kernel", "down/kernel"])

@@ -51,7 +51,7 @@ def test_the_model_trains(quick_compile):
     kernels = 4 * 16 * 16 + 3 * 16 * 24 + 2 * 8 * 16 * 16
     assert figures["parameters"] == kernels + 3 * 16  # norms
     shapes = jax.eval_shape(
-        model.Llama(model.config(TINY, "8B", "full")).init,
+        model.Decoder(model.config(TINY, "8B", "full")).init,
         jax.random.key(0),
         jnp.zeros((1, 1), jnp.int32),
     )

@@ -33,7 +33,7 @@ PRIVATE = "jax._" + "src"  # written so that this file does not hold it either
 
 
 def module_name(path: pathlib.Path) -> str:
-    """`lora_jax/models/bert.py` is "models.bert", and `lora_jax/__init__.py` is ""."""
+    """`lora_jax/models/bert.py` is "models.encoder.bert", and `lora_jax/__init__.py` is ""."""
     parts = path.relative_to(PACKAGE).with_suffix("").parts
     return ".".join(part for part in parts if part != "__init__")
 

@@ -31,7 +31,7 @@ def command(context: typer.Context, options: TrainOptions) -> None:
     """
     check(context, options)
     from lora_jax.cli import compile_cache
-    from lora_jax.cli.jobs import train
+    from lora_jax.cli.jobs.training import train
 
     with compile_cache.compile_cache(options.compile_cache):
         train.main(options, resume_command(context))

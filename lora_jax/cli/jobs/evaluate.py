@@ -14,8 +14,8 @@ from lora_jax.cli import classifiers, sources
 from lora_jax.cli.errors import ClassifierError
 from lora_jax.cli.fit import Fit
 from lora_jax.cli.jobs.classify import log_probabilities, open_classifier, row_length
-from lora_jax.cli.jobs.train_data import is_packed, language_loss
-from lora_jax.cli.jobs.train_model import to_trainable
+from lora_jax.cli.jobs.training.data import is_packed, language_loss
+from lora_jax.cli.jobs.training.model import to_trainable
 from lora_jax.core.foreign import shown
 from lora_jax.core.tree import adapted_nodes
 from lora_jax.models.text.tokenizer import Tokenizer

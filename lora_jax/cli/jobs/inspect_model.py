@@ -13,7 +13,8 @@ from rich.table import Table
 from lora_jax.core.foreign import shown
 from lora_jax.files import kinds
 from lora_jax.files.naming import codes_of
-from lora_jax.models import hf_directory, llama_gguf
+from lora_jax.models import hf_directory
+from lora_jax.models.decoder import gguf
 from lora_jax.models.weights import published
 
 
@@ -24,7 +25,7 @@ def run(model: kinds.Found, *, as_json: bool) -> None:
       ModelFileError: it is damaged, or its weights are quantized in an unknown way.
     """
     if model.kind == kinds.GGUF:
-        tensors: Mapping[str, Any] = llama_gguf.read_model(model.path)[1]
+        tensors: Mapping[str, Any] = gguf.read_model(model.path)[1]
     else:
         settings = hf_directory.read_config(model.path)
         tensors = published.open_directory(model.path, settings).tensors

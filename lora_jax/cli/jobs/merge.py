@@ -62,7 +62,7 @@ def run(
     if dtype is None and base.kind == kinds.CHECKPOINT:
         stored = hf_directory.tensors(base.path)
         if is_classifier:
-            stored = published_classifier.renamed(merged.kind, stored)
+            stored = published_classifier.renamed(merged.family, stored)
     files = saving.streamed_files(merged, stored, max_shard_size)
     model_output.check_files(out, files)
     _write(out, beside, files, merges)
@@ -124,7 +124,7 @@ def _language_model(
 def _classifier(base: kinds.Found, adapter: Path, merges: Merges, fit: Fit) -> models.Pretrained:
     """Return the classifier as transformers reads it, likewise."""
     loaded = classifiers.load(base, adapter, fit=fit, in_files=True)
-    naming = published_classifier.naming_of_classifier(loaded.model.kind)
+    naming = published_classifier.naming_of_classifier(loaded.model.family)
     params = _merged(loaded.params, naming, merges)
     return published(loaded, params, base, adapter)
 

@@ -134,8 +134,10 @@ def open_speaker(
     tokenizer = sources.tokenizer_of(base, adapter)
     encode(tokenizer)
     loaded = sources.load(base, adapter, dtype, fit, quantize=quantize, scan=scan)
-    if loaded.model.kind == "bert":
-        raise PromptError("BERT cannot generate text; give a model of the Llama family")
+    if loaded.model.kind != "decoder":
+        raise PromptError(
+            "{loaded.model.family.stem} cannot generate text; give a decoder, such as a Llama"
+        )
     run = loaded.model.apply
     return Speaker(
         model=loaded.model,

@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from lora_jax.cli.jobs import train_remat
-from lora_jax.cli.jobs.train_model import TrainableModel, open_model, with_remat
+from lora_jax.cli.jobs.training import choose_remat
+from lora_jax.cli.jobs.training.model import TrainableModel, open_model, with_remat
 from lora_jax.cli.train_options import TrainOptions
-from lora_jax.models.bert import Bert, BertConfig
+from lora_jax.models.encoder.bert import Bert, BertConfig
 from lora_jax.training.errors import TrainingError
 from lora_jax.training.running import step_memory
 from tests.training import tiny_model
@@ -23,9 +23,9 @@ def model():
 
 
 def chosen(model, monkeypatch, remat="auto", memory=None, machine=16e9):
-    monkeypatch.setattr(train_remat, "available_bytes", lambda: machine)
+    monkeypatch.setattr(choose_remat, "available_bytes", lambda: machine)
     options, said = TrainOptions("tiny", [], None, remat=remat, memory=memory), []
-    return train_remat.choose(options, model, NEEDED.__getitem__, said.append), said
+    return choose_remat.choose(options, model, NEEDED.__getitem__, said.append), said
 
 
 @pytest.mark.parametrize(

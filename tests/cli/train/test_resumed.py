@@ -91,7 +91,7 @@ def test_an_empty_directory_is_taken(tmp_path):
 
 
 def test_a_run_is_refused_before_the_model_is_loaded(finished, play, fails, monkeypatch):
-    from lora_jax.cli.jobs import train
+    from lora_jax.cli.jobs.training import train
 
     monkeypatch.setattr(train, "open_model", lambda *_: pytest.fail("loaded"))
     assert "already contains a run. Add --resume" in fails(*words(play, finished, "--warmup", 0))

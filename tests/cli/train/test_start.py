@@ -11,7 +11,7 @@ pytest.importorskip("typer")
 import lora_jax as lora
 from lora_jax import peft
 from lora_jax.cli import main
-from lora_jax.cli.jobs.train_model import open_model
+from lora_jax.cli.jobs.training.model import open_model
 from lora_jax.files.disk import safetensors_file
 from lora_jax.training import log
 from lora_jax.training.batching import cut_stream

@@ -18,8 +18,8 @@ pytest.importorskip("typer")
 import lora_jax as lora
 from lora_jax import peft
 from lora_jax.cli import main
-from lora_jax.cli.jobs import train as run_train
-from lora_jax.cli.jobs.train_model import open_model
+from lora_jax.cli.jobs.training import train as run_train
+from lora_jax.cli.jobs.training.model import open_model
 from lora_jax.models.text.byte_tokenizer import byte_tokenizer
 from lora_jax.training import log
 from lora_jax.training.batching import cut_stream

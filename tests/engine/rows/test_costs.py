@@ -9,7 +9,7 @@ import pytest
 from jax import lax
 
 import lora_jax as lora
-from lora_jax.models.llama import Llama, LlamaConfig
+from lora_jax.models.decoder.module import Decoder, DecoderConfig
 from tests.programs.jaxprs import equations
 
 # No two sizes are equal, so a shape says what an array is.
@@ -99,8 +99,8 @@ def test_a_vmap_over_a_stack_keeps_the_base_unmapped(fn, kind):
 
 def test_64_adapters_in_a_batch_cost_what_their_ranks_do():
     """Prefill with a layer of SmolLM2-135M's sizes: at most 1.05 times the base's FLOPs."""
-    config = LlamaConfig(576 * 8, 576, 1536, 1, 9, 3, tie_word_embeddings=True)
-    model, tokens = Llama(config), jnp.ones((64, 128), jnp.int32)
+    config = DecoderConfig(576 * 8, 576, 1536, 1, 9, 3, tie_word_embeddings=True)
+    model, tokens = Decoder(config), jnp.ones((64, 128), jnp.int32)
     base = jax.eval_shape(model.init, jax.random.key(0), tokens)
     options = lora.LoraConfig(rank=8, alpha=16)
 

@@ -18,8 +18,8 @@ from lora_jax.files import naming as names
 from lora_jax.files.naming import Entry, Naming, reading
 from lora_jax.models import hf_directory
 from tests import devices
+from tests.models.decoder.test_gguf import write_gguf
 from tests.models.recorded import FIXTURES, load
-from tests.models.test_llama_gguf import write_gguf
 
 
 def mesh_of(sizes, kind=AxisType.Auto):

@@ -9,7 +9,7 @@ import pytest
 pytest.importorskip("typer")
 
 from lora_jax.cli import main
-from lora_jax.cli.jobs import train_stream
+from lora_jax.cli.jobs.training import stream
 from lora_jax.cli.train_options import TrainOptions
 from lora_jax.training import log, run_record
 from tests.cli.train.command import jsonl, words
@@ -66,10 +66,10 @@ def test_a_resumed_run_streams_on(kind, tmp_path):
 def test_large_data_is_streamed(folder, tmp_path, monkeypatch):
     options = TrainOptions(model="tiny", data=[folder], out=tmp_path)
     chosen = lambda **more: (
-        train_stream.choose_streaming(dataclasses.replace(options, **more), resumed=False).stream
+        stream.choose_streaming(dataclasses.replace(options, **more), resumed=False).stream
     )
     assert chosen() is False and chosen(stream=True) is True
-    monkeypatch.setattr(train_stream, "LARGE", 100)
+    monkeypatch.setattr(stream, "LARGE", 100)
     assert chosen() is True and chosen(stream=False) is False
     assert chosen(task="classification") is False
     assert chosen(data=[Path("missing")]) is False
@@ -77,10 +77,10 @@ def test_large_data_is_streamed(folder, tmp_path, monkeypatch):
 
 def test_a_run_that_did_not_stream_does_not_when_resumed(tmp_path, folder, monkeypatch):
     """Runs of earlier releases record nothing about it."""
-    monkeypatch.setattr(train_stream, "LARGE", 100)
+    monkeypatch.setattr(stream, "LARGE", 100)
     run_record.write(tmp_path, {"settings": {}, "base": {}, "data": {}})
     options = TrainOptions(model="tiny", data=[folder], out=tmp_path, resume=True)
-    assert train_stream.choose_streaming(options, resumed=True).stream is False
+    assert stream.choose_streaming(options, resumed=True).stream is False
 
 
 def test_classification_is_refused(folder, tmp_path, capfd):

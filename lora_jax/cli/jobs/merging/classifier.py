@@ -19,7 +19,7 @@ def published(
     Raises:
       OutputError: its head reads the mean over a text's tokens.
     """
-    if loaded.pooling != published_classifier.FAMILIES[loaded.model.kind].pooling:
+    if loaded.pooling != published_classifier.head_of_family(loaded.model.family).pooling:
         raise OutputError(
             f"{adapter}: its head reads the mean over a text's tokens, which no classifier of "
             "transformers does; use it with 'lora-jax predict', or train with --pooling model"

@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from lora_jax.cli.jobs import train_results
+from lora_jax.cli.jobs.training.results import Results
 from lora_jax.cli.sweep_lists import Settings
 from lora_jax.cli.sweep_options import SweepOptions
 from lora_jax.core.foreign import escaped
@@ -37,7 +37,7 @@ class SweepResults:
 
     options: SweepOptions
     settings: Mapping[str, Settings]
-    writers: Mapping[str, train_results.Results]
+    writers: Mapping[str, Results]
 
     def path(self, name: str) -> Path:
         """Return where the adapter of a run is written."""

@@ -8,14 +8,21 @@ import jax
 from rich.console import Console
 
 import lora_jax as lora
-from lora_jax.cli.jobs import train_remat, train_results
 from lora_jax.cli.jobs.sweeping.results import SweepResults
 from lora_jax.cli.jobs.sweeping.watch import Watch
-from lora_jax.cli.jobs.train import open_run, optimizer_of, settings_to_record, started, steps_of
-from lora_jax.cli.jobs.train_data import Task, read_task
-from lora_jax.cli.jobs.train_model import TrainableModel, with_remat
-from lora_jax.cli.jobs.train_start import Start, config_of
-from lora_jax.cli.jobs.train_stream import describe_rows
+from lora_jax.cli.jobs.training import choose_remat
+from lora_jax.cli.jobs.training.data import Task, read_task
+from lora_jax.cli.jobs.training.model import TrainableModel, with_remat
+from lora_jax.cli.jobs.training.results import Results
+from lora_jax.cli.jobs.training.start import Start, config_of
+from lora_jax.cli.jobs.training.stream import describe_rows
+from lora_jax.cli.jobs.training.train import (
+    open_run,
+    optimizer_of,
+    settings_to_record,
+    started,
+    steps_of,
+)
 from lora_jax.cli.plurals import count
 from lora_jax.cli.sweep_lists import Settings
 from lora_jax.cli.sweep_options import LISTS, SweepOptions
@@ -123,7 +130,7 @@ def _job(
             shares_batches=is_shared,
         )
 
-    return job(train_remat.choose(options, model, lambda remat: _needed(job(remat)), say))
+    return job(choose_remat.choose(options, model, lambda remat: _needed(job(remat)), say))
 
 
 def _needed(job: SweepJob) -> int:
@@ -153,10 +160,10 @@ def _writers(
     model: TrainableModel,
     task: Task,
     config: lora.LoraConfig,
-) -> dict[str, train_results.Results]:
+) -> dict[str, Results]:
     """Return how the adapter of each run is written, by name."""
     return {
-        name: train_results.Results(
+        name: Results(
             options=dataclasses.replace(options, **one, out=options.out / name),
             task=task,
             naming=model.naming,

@@ -11,7 +11,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from lora_jax import models
-from lora_jax.models.bert import Bert, BertConfig, mean_pool
+from lora_jax.models.encoder.bert import Bert, BertConfig, mean_pool
 
 TINY = BertConfig(
     vocab_size=23,

@@ -9,7 +9,6 @@ from lora_jax import models
 from lora_jax.core.foreign import shown
 from lora_jax.models.pretrained import Pretrained
 from lora_jax.models.text import Tokenizer
-from lora_jax.models.vocabulary import EMBEDDINGS
 from lora_jax.training.errors import TrainingError
 
 
@@ -55,7 +54,7 @@ class Vocabulary:
 
     def whole(self, model: Pretrained) -> tuple[str, ...]:
         """Return the paths of the leaves to train in full: PEFT saves these as they are."""
-        found = ["/".join(EMBEDDINGS[model.kind])] if self.tokens else []
+        found = ["/".join(model.family.embedding)] if self.tokens else []
         if "head" in model.params and (self.tokens or self.untie):
             found.append("head/kernel")
         return tuple(found)

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from lora_jax.cli.jobs.train_model import TrainableModel
+from lora_jax.cli.jobs.training.model import TrainableModel
 from lora_jax.cli.plurals import count
 from lora_jax.cli.train_options import CLASSIFICATION, TrainOptions
 from lora_jax.training import run_record

@@ -2,10 +2,10 @@
 
 from collections.abc import Callable
 
-from lora_jax.cli.jobs.train_model import TrainableModel
+from lora_jax.cli.jobs.training.model import TrainableModel
 from lora_jax.cli.train_options import TrainOptions
 from lora_jax.files.disk import processes
-from lora_jax.models.bert import Bert
+from lora_jax.models.encoder.bert import Bert
 from lora_jax.models.remat import NONE, POLICIES
 from lora_jax.training.running.step_memory import available_bytes
 

@@ -13,13 +13,14 @@ from rich.console import Console
 import lora_jax as lora
 from lora_jax.cli import sources
 from lora_jax.cli.exit_status import INTERRUPTED
-from lora_jax.cli.jobs import train_mesh, train_remat, train_results
-from lora_jax.cli.jobs.train_data import Task, read_task
-from lora_jax.cli.jobs.train_model import TrainableModel, open_model, with_remat
-from lora_jax.cli.jobs.train_start import Start, make_start
-from lora_jax.cli.jobs.train_stream import choose_streaming, describe_rows
-from lora_jax.cli.jobs.train_vocabulary import Vocabulary
-from lora_jax.cli.jobs.train_watch import Watch
+from lora_jax.cli.jobs.training import choose_remat, on_mesh
+from lora_jax.cli.jobs.training.data import Task, read_task
+from lora_jax.cli.jobs.training.model import TrainableModel, open_model, with_remat
+from lora_jax.cli.jobs.training.results import Results
+from lora_jax.cli.jobs.training.start import Start, make_start
+from lora_jax.cli.jobs.training.stream import choose_streaming, describe_rows
+from lora_jax.cli.jobs.training.vocabulary import Vocabulary
+from lora_jax.cli.jobs.training.watch import Watch
 from lora_jax.cli.plurals import count
 from lora_jax.cli.train_options import CLASSIFICATION, MEAN, TrainOptions
 from lora_jax.cli.words import in_options
@@ -45,7 +46,7 @@ def main(options: TrainOptions, command: str) -> None:
     Raises:
       KeyboardInterrupt: after Ctrl-C or SIGTERM, once all is saved; it says how to resume.
     """
-    train_mesh.join(options)
+    on_mesh.join(options)
     processes.together(lambda: _run(options, command), errors=LoraError)
 
 
@@ -80,7 +81,7 @@ def _run(options: TrainOptions, command: str) -> None:
         now,
         run_record.older_checksums(options.out) if resumed else (),
     )
-    results = train_results.Results(
+    results = Results(
         options,
         task,
         model.naming,
@@ -90,24 +91,24 @@ def _run(options: TrainOptions, command: str) -> None:
     )
     results.check(adapters)
     job = _job(options, optimizer, model, task, start, base, adapters, steps, mesh)
-    with train_mesh.in_use(mesh):
+    with on_mesh.in_use(mesh):
         loss = lambda remat: task.loss(with_remat(model, remat), start.paths)
         needed = lambda remat: needed_bytes(dataclasses.replace(job, loss=loss(remat)), adapters)
-        remat = train_remat.choose(options, model, needed, say)
+        remat = choose_remat.choose(options, model, needed, say)
     job = dataclasses.replace(job, loss=loss(remat))
     processes.by_first(lambda: run_record.begin(options.out, this, resumed, free=("steps",)))
     for line in describe(options, task, start, steps):
         say(line)
-    for line in [] if mesh is None else train_mesh.describe(mesh, model.config):
+    for line in [] if mesh is None else on_mesh.describe(mesh, model.config):
         say(line)
     watch = Watch(results, steps, optimizer, this, command, console)
     with watch:  # to the end: a second signal may come while the picture is drawn
-        with train_mesh.in_use(mesh), watch.progress():
+        with on_mesh.in_use(mesh), watch.progress():
             outcome = train(job, adapters, watch.watcher)
         _finish(outcome, steps, results, watch)
 
 
-def _finish(outcome: Outcome, steps: int, results: train_results.Results, watch: Watch) -> None:
+def _finish(outcome: Outcome, steps: int, results: Results, watch: Watch) -> None:
     """Draw the losses, and say what was written, or how to continue."""
     options = results.options
     title = f"{options.model}: rank {results.config.rank}, learning rate {options.lr:g}"
@@ -171,7 +172,7 @@ def open_run(
         if found.kind == kinds.NATIVE:  # the others have one name per layer
             scan = sources.is_stacked(found)
     vocabulary = Vocabulary(options.add_token or (), options.untie_head)
-    mesh = train_mesh.open_mesh(options)
+    mesh = on_mesh.open_mesh(options)
     model = open_model(
         *(options.model, options.dtype, scan, options.adapter, now, say),
         vocabulary=vocabulary,

@@ -16,7 +16,7 @@ from rich.table import Table
 
 import lora_jax as lora
 from lora_jax.cli import sources
-from lora_jax.cli.jobs.train_data import Task
+from lora_jax.cli.jobs.training.data import Task
 from lora_jax.cli.train_options import TrainOptions
 from lora_jax.core.foreign import escaped
 from lora_jax.files import native, peft

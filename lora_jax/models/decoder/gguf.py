@@ -1,4 +1,4 @@
-"""Models of the Llama family in GGUF files: sizes under config.json's names, tensors, a naming.
+"""Decoders in GGUF files: sizes under config.json's names, tensors, a naming.
 
 This inverts llama.cpp's convert_hf_to_gguf.py.
 """
@@ -53,7 +53,7 @@ IGNORED = (r"rope_freqs\.weight",)
 
 
 def read_model(path: str | Path) -> tuple[dict[str, Any], Mapping[str, gguf_file.GgufTensor]]:
-    """Read a model of the Llama family from a GGUF file.
+    """Read a decoder from a GGUF file.
 
     Args:
       path: the file. Its numbers may be float32, float16, bfloat16, or quantized in any way that

@@ -10,17 +10,18 @@ from typing import Any
 from jax.sharding import Mesh
 
 from lora_jax.cli import classifiers, sources
-from lora_jax.cli.jobs import train_mesh
-from lora_jax.cli.jobs.train_vocabulary import Vocabulary
+from lora_jax.cli.jobs.training.on_mesh import place
+from lora_jax.cli.jobs.training.vocabulary import Vocabulary
 from lora_jax.files import kinds
 from lora_jax.files.naming import Naming
 from lora_jax.models import hf_directory, published_classifier
-from lora_jax.models.bert import Bert
-from lora_jax.models.llama import Llama
-from lora_jax.models.llama_config import LlamaConfig
+from lora_jax.models.decoder.config import DecoderConfig
+from lora_jax.models.decoder.module import Decoder
+from lora_jax.models.encoder.bert import Bert
 from lora_jax.models.pretrained import Apply, Pretrained
 from lora_jax.models.remat import NONE
 from lora_jax.models.text import Tokenizer
+from lora_jax.models.weights.family import Family
 from lora_jax.training.errors import TrainingError
 
 _AS_IT_IS = Vocabulary()
@@ -36,10 +37,10 @@ class TrainableModel:
     apply: Callable[[Any, Any, Any], Any] | None  # (params, ids, segments) -> logits; None for BERT
     hidden: Callable[..., Any]  # (params, ids, segments or None) -> [rows, length, width]
     logits: Callable[[Any, Any], Any]  # (params, hidden states) -> [..., vocabulary]
-    module: Bert | Llama  # which these are functions of
+    module: Bert | Decoder  # which these are functions of
     head_path: str  # of the leaf that turns hidden states into logits; "" where there is none
     head: Callable[[Any], Any]  # params -> that leaf as [width, vocabulary]
-    kind: str  # of `Pretrained`
+    family: Family
     config: Any  # of `Pretrained`
     pooler: Any  # BERT's layer before a classifier's head, if the file has it
     width: int
@@ -92,7 +93,7 @@ def open_model(
     scan = scan and not is_bert
     where = None if is_changed else mesh
     loaded = sources.load_model(found, dtype, scan=scan, mesh=where, quantize=quantize)
-    loaded = train_mesh.place(vocabulary.apply(loaded, tokenizer), mesh)
+    loaded = place(vocabulary.apply(loaded, tokenizer), mesh)
     start = None if adapter is None else kinds.adapter(adapter)
     if start is None or classifiers.labels_of(start) is not None:
         return dataclasses.replace(
@@ -108,8 +109,8 @@ def to_trainable(
     found: Pretrained, tokenizer: Tokenizer, stops: frozenset[int] = frozenset()
 ) -> TrainableModel:
     """Return a loaded model as training sees it; `stops` end what it generates."""
-    is_bert = found.kind == "bert"
-    tied = isinstance(found.config, LlamaConfig) and found.config.tie_word_embeddings
+    is_bert = found.kind == "encoder"
+    tied = isinstance(found.config, DecoderConfig) and found.config.tie_word_embeddings
     untied = "" if is_bert else "head/kernel"
     return TrainableModel(
         params=found.params,
@@ -120,7 +121,7 @@ def to_trainable(
         head=lambda params: (
             params["embedding"]["embedding"].T if tied else params["head"]["kernel"]
         ),
-        kind=found.kind,
+        family=found.family,
         config=found.config,
         pooler=published_classifier.pooler_of(found),
         width=found.config.hidden_size,
@@ -144,7 +145,7 @@ def with_remat(model: TrainableModel, remat: str) -> TrainableModel:
     return dataclasses.replace(model, **_functions(model.module.clone(config=config)))
 
 
-def _functions(module: Bert | Llama) -> dict[str, Any]:
+def _functions(module: Bert | Decoder) -> dict[str, Any]:
     """Return the fields of a `TrainableModel` that are functions of its module."""
     run, is_bert = Apply(module), isinstance(module, Bert)
     return {

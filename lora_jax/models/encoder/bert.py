@@ -17,7 +17,7 @@ from flax import linen as nn
 from lora_jax.core.checks import is_size, is_within
 from lora_jax.core.foreign import shown_value
 from lora_jax.models.attention import Sight, attend
-from lora_jax.models.llama_config import EPSILONS
+from lora_jax.models.decoder.config import EPSILONS
 from lora_jax.models.on_mesh import Embedding, dot_general
 
 

@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 
 import lora_jax as lora
-from lora_jax.models.llama import Llama
-from lora_jax.models.llama_config import LlamaConfig
+from lora_jax.models.decoder.config import DecoderConfig
+from lora_jax.models.decoder.module import Decoder
 from lora_jax.models.rope import Rope
 from tests.models.recorded import CAUSAL, FIXTURES, expected, load
 from tests.programs import normal
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
-TINY = LlamaConfig(
+TINY = DecoderConfig(
     vocab_size=19,
     hidden_size=12,
     intermediate_size=16,
@@ -102,7 +102,7 @@ def test_adapters_stay_lazy_and_train(scan):
     config = dataclasses.replace(
         TINY, scan=scan, remat=True, tie_word_embeddings=scan, num_hidden_layers=layers
     )
-    model = Llama(config)
+    model = Decoder(config)
     ids = np.random.default_rng(0).integers(0, 19, (2, 8), np.int32)
     shapes = jax.eval_shape(model.init, jax.random.key(1), ids)
     params = jax.tree_util.tree_map_with_path(drawn, shapes)
@@ -140,7 +140,7 @@ def test_adapters_stay_lazy_and_train(scan):
 def test_every_linear_layer_is_found():
     ids = jax.ShapeDtypeStruct((1, 3), jnp.int32)
     for config in (TINY, dataclasses.replace(TINY, scan=True)):
-        model = Llama(config)
+        model = Decoder(config)
         params = jax.eval_shape(model.init, jax.random.key(0), ids)
         adapted = lora.init(jax.random.key(0), params, lora.LoraConfig(rank=2), model.apply, ids)
         found = [line for line in str(lora.summary(adapted)).splitlines() if "matmul" in line]
@@ -185,25 +185,25 @@ def settings(**changes):
 )
 def test_configurations_that_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):
-        LlamaConfig.from_json(settings(**changes))
+        DecoderConfig.from_json(settings(**changes))
 
 
 def test_configurations_of_older_files():
     """transformers 4 wrote `rope_theta` and `rope_scaling`; several fields may be left out."""
     old = {"rope_parameters": "left out", "rope_theta": 500.0, "num_key_value_heads": None}
     scaling = {"type": "linear", "factor": 2.0}
-    config = LlamaConfig.from_json(settings(**old, rope_scaling=scaling, head_dim="left out"))
+    config = DecoderConfig.from_json(settings(**old, rope_scaling=scaling, head_dim="left out"))
     assert config.rope == Rope(500.0, "linear", 2.0)
     assert (config.num_key_value_heads, config.head_dim) == (4, 8)
-    assert LlamaConfig.from_json(settings(model_type="mistral")).sliding_window == 4096
-    assert LlamaConfig.from_json(settings(sliding_window=7)).sliding_window is None
+    assert DecoderConfig.from_json(settings(model_type="mistral")).sliding_window == 4096
+    assert DecoderConfig.from_json(settings(sliding_window=7)).sliding_window is None
     windows = {"model_type": "qwen2", "sliding_window": 4, "max_window_layers": 0}
-    assert LlamaConfig.from_json(settings(**windows)).sliding_window is None
-    assert LlamaConfig.from_json(settings(**windows, use_sliding_window=True)).sliding_window == 4
+    assert DecoderConfig.from_json(settings(**windows)).sliding_window is None
+    assert DecoderConfig.from_json(settings(**windows, use_sliding_window=True)).sliding_window == 4
 
 
 def test_too_many_tokens():
-    model = Llama(TINY)
+    model = Decoder(TINY)
     ids = jax.ShapeDtypeStruct((1, 33), jnp.int32)
     with pytest.raises(ValueError, match="length 33 is above max_position_embeddings 32"):
         jax.eval_shape(model.init, jax.random.key(0), ids)

@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 
 from lora_jax.cli.classifiers import LABELS, POOLING
-from lora_jax.cli.jobs.train_model import TrainableModel
-from lora_jax.cli.jobs.train_stream import open_stream
+from lora_jax.cli.jobs.training.model import TrainableModel
+from lora_jax.cli.jobs.training.stream import open_stream
 from lora_jax.cli.train_options import CLASSIFICATION, MEAN, TrainOptions
-from lora_jax.models.published_classifier import FAMILIES
+from lora_jax.models.published_classifier import head_of_family
 from lora_jax.training.batching import (
     Data,
     Source,
@@ -233,7 +233,7 @@ def _with_head(
     if options.pooling == MEAN:
         apply, params = make()
         return apply, params, ("head/kernel", "head/bias")
-    family = FAMILIES[model.kind]
+    family = head_of_family(model.family)
     is_new = bool(family.pooler) and model.pooler is None
     pooler = new_layer(options.seed + 1, model.width, model.width) if is_new else model.pooler
     apply, params = make(pooling=family.pooling, pooler=pooler, bias=family.bias)

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import lora_jax as lora
 from lora_jax.cli import sources
 from lora_jax.cli.classifiers import LABELS, POOLING, labels_of
-from lora_jax.cli.jobs.train_data import Task
-from lora_jax.cli.jobs.train_model import TrainableModel
+from lora_jax.cli.jobs.training.data import Task
+from lora_jax.cli.jobs.training.model import TrainableModel
 from lora_jax.cli.layers_option import parse_layers
 from lora_jax.cli.targets import resolve, resolve_leaves, without
 from lora_jax.cli.train_options import MEAN, TrainOptions, names

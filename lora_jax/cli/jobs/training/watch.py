@@ -7,7 +7,7 @@ from typing import Any
 from rich.console import Console
 
 from lora_jax.cli.interruptible import Interruptible
-from lora_jax.cli.jobs.train_results import Results
+from lora_jax.cli.jobs.training.results import Results
 from lora_jax.files.disk import processes
 from lora_jax.training import log, progress, run_record
 from lora_jax.training.loop import Watcher

@@ -12,13 +12,13 @@ from lora_jax import models
 from lora_jax.core.errors import ModelFileError
 from lora_jax.files.disk import safetensors_file
 from lora_jax.files.naming import to_tree
-from lora_jax.models import llama_gguf
-from lora_jax.models.llama import Llama
-from lora_jax.models.llama_config import LlamaConfig
-from lora_jax.models.namings import LLAMA
+from lora_jax.models.decoder import gguf as decoder_gguf
+from lora_jax.models.decoder.config import DecoderConfig
+from lora_jax.models.decoder.module import Decoder
+from lora_jax.models.decoder.naming import LLAMA
 from tests.stress.damaged_files import gguf_bytes, published
 
-FIXTURES = pathlib.Path(__file__).parent / "fixtures"
+FIXTURES = pathlib.Path(__file__).parents[1] / "fixtures"
 
 
 def stored(name):
@@ -110,19 +110,20 @@ def written(request, tmp_path_factory):
 @pytest.mark.parametrize("scan", [False, True])
 def test_the_same_model_as_in_safetensors(written, scan):
     name, path = written
-    settings, tensors = llama_gguf.read_model(path)
+    settings, tensors = decoder_gguf.read_model(path)
     theirs, expected = stored(name)
-    config = LlamaConfig.from_json(settings, scan=scan)
-    assert config == LlamaConfig.from_json(theirs, scan=scan)
-    model, ids = Llama(config), jax.ShapeDtypeStruct((1, 1), "int32")
+    config = DecoderConfig.from_json(settings, scan=scan)
+    assert config == DecoderConfig.from_json(theirs, scan=scan)
+    model, ids = Decoder(config), jax.ShapeDtypeStruct((1, 1), "int32")
     like = jax.eval_shape(model.init, jax.random.key(0), ids)["params"]
     want = to_tree(LLAMA, expected, like)
-    got = to_tree(llama_gguf.file_naming(LLAMA, settings), tensors, like, ignore=llama_gguf.IGNORED)
+    in_file, ignore = decoder_gguf.file_naming(LLAMA, settings), decoder_gguf.IGNORED
+    got = to_tree(in_file, tensors, like, ignore=ignore)
     jax.tree.map(np.testing.assert_array_equal, got, want)
 
 
 def test_settings_are_those_of_config_json(tmp_path):
-    settings, _ = llama_gguf.read_model(write_gguf(tmp_path / "x.gguf", "qwen2", "qwen2"))
+    settings, _ = decoder_gguf.read_model(write_gguf(tmp_path / "x.gguf", "qwen2", "qwen2"))
     theirs, _ = stored("qwen2")
     assert settings == {key: 10000.0 if key == "rope_theta" else theirs[key] for key in settings}
     assert settings["rms_norm_eps"] == 1e-6  # not its float32 rounding
@@ -143,7 +144,7 @@ def test_settings_are_those_of_config_json(tmp_path):
 def test_models_that_cannot_be_read(tmp_path, kind, changes, divisors, message):
     path = write_gguf(tmp_path / "x.gguf", "llama", kind, changes=changes, divisors=divisors)
     with pytest.raises(ModelFileError, match=rf"x\.gguf: .*{message}"):
-        llama_gguf.read_model(path)
+        decoder_gguf.read_model(path)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Configuration of the Llama family: Llama, Mistral, Qwen2 and SmolLM2."""
+"""Configuration of the decoders: Llama, Mistral, Qwen2 and SmolLM2."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
@@ -21,8 +21,8 @@ EPSILONS = (1e-30, 1.0)  # of a norm: the smallest is above zero in float32 as w
 
 
 @dataclass(frozen=True)
-class LlamaConfig:
-    """Configuration of a decoder of the Llama family, under the names in `config.json`.
+class DecoderConfig:
+    """Configuration of a decoder, under the names in `config.json`.
 
     Attributes:
       num_key_value_heads: keys and values are shared by groups of query heads; by default each
@@ -124,7 +124,7 @@ class LlamaConfig:
             )
 
     @classmethod
-    def from_json(cls, settings: Mapping[str, Any], **extra_fields: Any) -> "LlamaConfig":
+    def from_json(cls, settings: Mapping[str, Any], **extra_fields: Any) -> "DecoderConfig":
         """Read a parsed `config.json` of Llama, Mistral or Qwen2.
 
         Args:
@@ -134,7 +134,7 @@ class LlamaConfig:
 
         Raises:
           ValueError: the `model_type` is unknown, sizes are missing (all are listed), `Rope` or
-            `LlamaConfig` refuses a value, only some layers have a sliding window, or the weights
+            `DecoderConfig` refuses a value, only some layers have a sliding window, or the weights
             are quantized.
         """
         model_type = settings.get("model_type", "llama")

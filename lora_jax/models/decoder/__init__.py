@@ -1,0 +1,1 @@
+"""Decoders: one Flax module for all families, driven by its configuration."""

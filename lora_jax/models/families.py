@@ -1,0 +1,106 @@
+"""The table of all models here: one row per `model_type` of config.json."""
+
+from collections.abc import Collection, Mapping
+from functools import partial
+from typing import Any
+
+from lora_jax.core.errors import ModelFileError
+from lora_jax.core.foreign import shown_value
+from lora_jax.files.naming import Naming
+from lora_jax.models.decoder.config import DecoderConfig
+from lora_jax.models.decoder.module import Decoder
+from lora_jax.models.decoder.naming import LLAMA
+from lora_jax.models.encoder import bert_naming
+from lora_jax.models.encoder.bert import Bert, BertConfig
+from lora_jax.models.remat import NONE, policy_name
+from lora_jax.models.weights.family import ClassifierHead, Family, Options
+
+_OF_ALL = ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads")
+
+
+def _bert(settings: Mapping[str, Any], options: Options) -> Bert:
+    if options.scan or policy_name(options.remat) != NONE:
+        raise ValueError("scan and remat are not supported for bert models")
+    return Bert(BertConfig.from_json(settings))
+
+
+def _decoder(settings: Mapping[str, Any], options: Options) -> Decoder:
+    config = DecoderConfig.from_json(
+        settings,
+        scan=options.scan,
+        remat=options.remat,
+        dtype=options.dtype,
+        param_dtype=options.dtype,
+    )
+    return Decoder(config)
+
+
+def _of_llama(names: Collection[str] = ()) -> Naming:
+    return LLAMA  # whatever a file has
+
+
+#: A row of the decoders but for `stem`.
+_llama = partial(
+    Family,
+    kind="decoder",
+    model_class="ForCausalLM",
+    module=_decoder,
+    naming=_of_llama,
+    embedding=("embedding", "embedding"),
+    sizes=(*_OF_ALL, "num_key_value_heads", "head_dim", "num_attention_heads * head_dim"),
+    classifier=ClassifierHead("last", "score"),
+    kept=(r"score\..*",),
+    dropped=(r".*\.rotary_emb\.inv_freq",),
+)
+
+#: `model_type` in config.json -> what is known of it.
+FAMILIES: dict[str, Family] = {
+    "bert": Family(
+        kind="encoder",
+        stem="Bert",
+        model_class="Model",
+        module=_bert,
+        naming=bert_naming.naming,
+        embedding=("embeddings", "word", "embedding"),
+        sizes=(*_OF_ALL, "max_position_embeddings", "type_vocab_size"),
+        classifier=ClassifierHead("first", "classifier", "bert.", "bert.pooler.dense", bias=True),
+        kept=(
+            r"(bert\.)?embeddings\.position_ids",
+            r"(bert\.)?pooler\..*",
+            r"cls\..*",
+            r"classifier\..*",
+        ),
+    ),
+    "llama": _llama(stem="Llama"),
+    "mistral": _llama(stem="Mistral"),
+    "qwen2": _llama(stem="Qwen2"),
+}
+#: The regex of the copy of a tied head, which follows from the rest too.
+TIED_HEAD = r"lm_head\.weight"
+
+
+def family_of(settings: Mapping[str, Any]) -> Family:
+    """Return the row of a parsed config.json.
+
+    Raises:
+      ModelFileError: its `model_type` is unknown.
+    """
+    model_type = settings.get("model_type")
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
+        raise ModelFileError(
+            f"model_type {shown_value(model_type)} is not one of {sorted(FAMILIES)}"
+        )
+    return FAMILIES[model_type]
+
+
+def naming(model_type: str, names: Collection[str] = ()) -> Naming:
+    """Return Hugging Face's names of the leaves of the models of a `model_type`.
+
+    Args:
+      model_type: as in config.json, such as "bert" or "llama".
+      names: the tensor names in a file, if there is one: BERT's may have the prefix "bert.".
+
+    Raises:
+      ModelFileError: the type is unknown.
+    """
+    return family_of({"model_type": model_type}).naming(names)
