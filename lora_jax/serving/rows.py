@@ -98,6 +98,14 @@ class Rows:
         key = jax.random.key_data(jax.random.key(0))
         self._keys = np.tile(np.asarray(key), (self.count, 1))
 
+    def warm_up(self) -> None:
+        """Compile what continues prompts of every length."""
+        for length in self._prompt_lengths:
+            count = min(length, self.context - 1)
+            self.join(self.free[0], [0] * count, BASE, Choosing())
+            self.step()
+            self.clear()
+
     @property
     def free(self) -> list[int]:
         """The rows that are not in use."""

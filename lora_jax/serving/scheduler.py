@@ -69,7 +69,7 @@ class Scheduler:
                 self.metrics.refused += 1
                 raise overloaded(len(self._waiting), self.most_waiting)
             self._waiting.extend(jobs)
-            self._changed.notify()
+            self._changed.notify_all()
 
     def cancel(self, jobs: Sequence[Job]) -> None:
         """Free the rows of jobs that nobody waits for any more; they report nothing more."""
@@ -78,7 +78,7 @@ class Scheduler:
                 if not job.done:
                     self.metrics.cancelled += 1
                 job.done = True
-            self._changed.notify()
+            self._changed.notify_all()
 
     def call(self, work: Callable[[], Any]) -> Future:
         """Do some work on the rows between two steps; the result is in what this returns."""
@@ -88,7 +88,7 @@ class Scheduler:
                 future.set_exception(stopping())
             else:
                 self._calls.append((work, future))
-                self._changed.notify()
+                self._changed.notify_all()
         return future
 
     def drain(self, seconds: float) -> None:
@@ -96,14 +96,19 @@ class Scheduler:
         with self._changed:
             self._refusing = True
             self._deadline = min(self._deadline, time.monotonic() + seconds)
-            self._changed.notify()
+            self._changed.notify_all()
+
+    def wait_idle(self, seconds: float) -> None:
+        """Wait until no job runs or waits, but not longer than some seconds."""
+        with self._changed:
+            self._changed.wait_for(lambda: not (self._running or self._waiting), seconds)
 
     def stop(self) -> None:
         """Fail all jobs that are left, and end the thread."""
         self.drain(0)
         with self._changed:
             self._stopped = True
-            self._changed.notify()
+            self._changed.notify_all()
         if self._thread.is_alive():
             self._thread.join()
 
@@ -198,6 +203,7 @@ class Scheduler:
         self.rows.leave(row)
         with self._changed:
             del self._running[row]
+            self._changed.notify_all()
 
 
 def _answer(work: Callable[[], Any], future: Future) -> None:
