@@ -233,7 +233,8 @@ def _encoded(name: str, encode: Callable[[Any], list[int]], served: Served) -> l
 def unknown_model(name: str, names: Sequence[str]) -> RequestError:
     """Return the error for a name under which nothing is served."""
     return RequestError(
-        f"there is no model {shown_value(name)}; this server has {', '.join(map(shown, names))}",
+        f"the model {shown_value(name)} does not exist; this server has "
+        f"{', '.join(map(shown, names))}",
         status=404,
         param="model",
         code="model_not_found",

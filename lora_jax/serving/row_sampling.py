@@ -26,7 +26,9 @@ def choose(
     """
     greedy = logits.argmax(-1).astype(jnp.int32)
 
-    def one(row: jax.Array, key: jax.Array, step: jax.Array, t: jax.Array, p: jax.Array) -> jax.Array:
+    def one(
+        row: jax.Array, key: jax.Array, step: jax.Array, t: jax.Array, p: jax.Array
+    ) -> jax.Array:
         t = jnp.where(t > 0, t, 1)
         return draw(row[None], jax.random.fold_in(key, step), t, p, 0)[0]
 

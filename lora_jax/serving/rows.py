@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lora_jax.adapters.split import join, split
+from lora_jax.adapters.split import join
 from lora_jax.adapters.stacks.select import select
 from lora_jax.core.quantized.weight import is_quantized
 from lora_jax.engine.transform import lora
@@ -18,8 +18,8 @@ from lora_jax.models.pretrained import Pretrained
 from lora_jax.serving.columns import at_least, insert, move, sizes
 from lora_jax.serving.row_sampling import choose, log_probabilities
 
-SHORTEST_PROMPT, SHORTEST_CACHE = 32, 256  # tokens to which they are padded
-_MARGIN = 32  # columns that are free after a move, where the longest cache has them
+SHORTEST = (32, 256)  # tokens to which prompts and the cache are padded at least
+_FREE = 8  # part of the shortest cache that is free after a move, where the longest has it
 BASE = -1  # the slot of the plain base
 
 
@@ -65,19 +65,29 @@ class Rows:
       stack: adapters on it, `lora.stack([...])`; None to serve the base alone.
       count: number of rows.
       context: maximum number of tokens per row, prompt and continuation together.
+      shortest: the shortest lengths of padded prompts and of the cache; each further one is twice
+        as long, up to `context`.
 
     Attributes:
       compilations: how many programs were compiled so far.
     """
 
-    def __init__(self, model: Pretrained, stack: Any, count: int, context: int) -> None:
+    def __init__(
+        self,
+        model: Pretrained,
+        stack: Any,
+        count: int,
+        context: int,
+        shortest: tuple[int, int] = SHORTEST,
+    ) -> None:
         self.model, self.count, self.context = model, count, context
         self.compilations = 0
         self._base, self._stack, self._by_row = model.params, stack, stack is not None
         quantized = any(map(is_quantized, jax.tree.leaves(model.params, is_leaf=is_quantized)))
         self._apply = lora(model.apply) if quantized and not self._by_row else model.apply
-        self._prompt_lengths = sizes(SHORTEST_PROMPT, context)
-        self._cache_lengths = sizes(SHORTEST_CACHE, context)
+        self._prompt_lengths = sizes(shortest[0], context)
+        self._cache_lengths = sizes(shortest[1], context)
+        self._margin = shortest[1] // _FREE
         self._prefill = self._compiled(self._prefill_one)
         self._step = self._compiled(self._step_all, donate_argnums=1)
         self._insert = self._compiled(insert, donate_argnums=0)
@@ -179,7 +189,7 @@ class Rows:
         """
         if not self._first:  # nothing to keep
             self._filled = count
-            length = at_least(self._cache_lengths, count + _MARGIN)
+            length = at_least(self._cache_lengths, count + self._margin)
             if self._cache is None or self._cache.length != length:
                 self._cache = None  # let its memory go first
                 self._cache = self.model.module.init_cache(self.count, length)
@@ -191,7 +201,7 @@ class Rows:
         oldest = min(self._first.values())
         filled = max(self._filled - oldest, count)
         offset = self._filled - filled
-        length = at_least(self._cache_lengths, filled + _MARGIN)
+        length = at_least(self._cache_lengths, filled + self._margin)
         self._cache = self._move(self._cache, np.int32(offset), length)
         self._filled = filled
         self._first = {row: first - offset for row, first in self._first.items()}

@@ -50,6 +50,9 @@ class Server:
       app: the ASGI application.
       scheduler: of its jobs.
       listener: where requests come from.
+
+    Attributes:
+      url: where the server listens.
     """
 
     def __init__(self, app: Any, scheduler: Scheduler, listener: socket.socket) -> None:
@@ -58,12 +61,8 @@ class Server:
         self._server, self._scheduler, self._listener = uvicorn.Server(config), scheduler, listener
         self._thread = threading.Thread(target=self._serve, name="http", daemon=True)
         self._ended = threading.Event()
-
-    @property
-    def url(self) -> str:
-        """Where the server listens."""
-        host, port = self._listener.getsockname()[:2]
-        return f"http://{f'[{host}]' if ':' in host else host}:{port}"
+        host, port = listener.getsockname()[:2]
+        self.url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
 
     def start(self) -> None:
         """Start both threads."""

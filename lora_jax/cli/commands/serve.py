@@ -54,9 +54,7 @@ def command(
     ] = 64,
     stop_after: Annotated[
         float,
-        typer.Option(
-            min=0, help="Seconds that requests have to finish after Ctrl-C or SIGTERM."
-        ),
+        typer.Option(min=0, help="Seconds that requests have to finish after Ctrl-C or SIGTERM."),
     ] = 30.0,
     warm_up: Annotated[
         bool, typer.Option(help="Compile for prompts of every length before the first request.")

@@ -1,12 +1,13 @@
 """What `lora-jax serve` does: load a base and adapters, and answer requests until a signal."""
 
+import contextlib
 import os
 import sys
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from lora_jax.cli import classifiers, sources
 from lora_jax.cli.errors import AdapterOptionError, PromptError
@@ -17,6 +18,7 @@ from lora_jax.cli.jobs.speaker import CLASSIFIER, check_generates
 from lora_jax.core.foreign import escaped, shown
 from lora_jax.core.signals import watched
 from lora_jax.files import kinds
+from lora_jax.models import Pretrained
 from lora_jax.serving.app import make_app
 from lora_jax.serving.asked import Reader, finder
 from lora_jax.serving.rows import Rows
@@ -65,26 +67,21 @@ def run(
       LoraError: the model, a tokenizer or an adapter cannot be read.
     """
     named = _named(name or Path(model).name.removesuffix(".gguf"), adapters)
-    base, *paths = named.values()
+    paths = list(named.values())[1:]
     found = sources.find_model(model)
     served = _served(found, named)
-    listener = listen(*address)  # before the work, which takes longer
-    scan = stacked.needs_scan(paths)
-    loaded = sources.load(found, None, dtype, quantize=quantize, scan=scan).model
-    check_generates(loaded)
-    context = _context(limits.context, loaded.config.max_position_embeddings)
-    instead = "merge it by 'lora-jax merge', and serve what that writes as --model"
-    overlays = [stacked.load_overlay(loaded, path, fit, instead) for path in paths]
-    stack = stacked.stack_overlays(paths, overlays) if paths else None
-    del overlays
-    rows = Rows(loaded, stack, limits.rows, context)
-    if warm_up:
-        sources.announce("compiling for prompts of every length ...")
-        rows.warm_up()
-    scheduler = Scheduler(rows, limits.queue)
-    reader = Reader(finder(served), context, loaded.config.vocab_size)
-    app = make_app(scheduler, lambda: list(served.values()), reader)
-    _serve(Server(app, scheduler, listener), list(served), limits.stop_after)
+    with contextlib.closing(listen(*address)) as listener:  # before the work, which takes longer
+        scan = stacked.needs_scan(paths)
+        loaded = sources.load(found, None, dtype, quantize=quantize, scan=scan).model
+        check_generates(loaded)
+        rows = _rows(loaded, paths, fit, limits)
+        if warm_up:
+            sources.announce("compiling for prompts of every length ...")
+            rows.warm_up()
+        scheduler = Scheduler(rows, limits.queue)
+        reader = Reader(finder(served), rows.context, loaded.config.vocab_size)
+        app = make_app(scheduler, lambda: list(served.values()), reader)
+        _serve(Server(app, scheduler, listener), list(served), limits.stop_after)
 
 
 def _named(base: str, adapters: Sequence[str]) -> dict[str, Path]:
@@ -119,6 +116,15 @@ def _served(base: kinds.Found, named: dict[str, Path]) -> dict[str, Served]:
         tokenizer = sources.tokenizer_of(base, adapter)
         found[name] = Served(name, tokenizer, sources.stop_ids(base, tokenizer), slot)
     return found
+
+
+def _rows(model: Pretrained, paths: Sequence[Path], fit: Fit, limits: Limits) -> Rows:
+    """Return empty rows of a model with these adapters."""
+    context = _context(limits.context, model.config.max_position_embeddings)
+    instead = "merge it by 'lora-jax merge', and serve what that writes as --model"
+    overlays = [stacked.load_overlay(model, path, fit, instead) for path in paths]
+    stack = stacked.stack_overlays(paths, overlays) if paths else None
+    return Rows(model, stack, limits.rows, context)
 
 
 def _context(wanted: int, positions: int) -> int:
