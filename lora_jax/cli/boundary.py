@@ -22,7 +22,7 @@ DEBUG = "LORA_JAX_DEBUG"
 #: Packages that `pip install lora-jax` alone does not install, and the extra that has them.
 OPTIONAL = {
     **dict.fromkeys(
-        ("gguf", "jinja2", "matplotlib", "orbax", "rich", "tokenizers", "typer"), "cli"
+        ("gguf", "jinja2", "matplotlib", "orbax", "rich", "tokenizers", "typer", "yaml"), "cli"
     ),
     **dict.fromkeys(("starlette", "uvicorn"), "serve"),
 }

@@ -78,15 +78,15 @@ class DecoderConfig:
         self._check_types()
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
-                f"LlamaConfig: num_attention_heads {self.num_attention_heads} is not a multiple "
+                f"DecoderConfig: num_attention_heads {self.num_attention_heads} is not a multiple "
                 f"of num_key_value_heads {self.num_key_value_heads}"
             )
         if self.head_dim % 2:
-            raise ValueError(f"LlamaConfig: rotations need an even head_dim, got {self.head_dim}")
+            raise ValueError(f"DecoderConfig: rotations need an even head_dim, got {self.head_dim}")
         try:
             policy_name(self.remat)
         except ValueError as error:
-            raise ValueError(f"LlamaConfig: {error}") from None
+            raise ValueError(f"DecoderConfig: {error}") from None
         for name, allowed in (
             ("hidden_act", ("silu",)),
             ("dtype", PARAM_DTYPES),
@@ -95,7 +95,7 @@ class DecoderConfig:
             value = getattr(self, name)
             if not isinstance(value, str) or value not in allowed:
                 raise ValueError(
-                    f"LlamaConfig.{name} {shown_value(value)} is not one of {list(allowed)}"
+                    f"DecoderConfig.{name} {shown_value(value)} is not one of {list(allowed)}"
                 )
 
     def _check_types(self, but: str = "") -> None:
@@ -105,21 +105,21 @@ class DecoderConfig:
                 continue
             if f.type is int and not is_size(value):
                 raise ValueError(
-                    f"LlamaConfig.{f.name} must be a positive int, got {shown_value(value)}"
+                    f"DecoderConfig.{f.name} must be a positive int, got {shown_value(value)}"
                 )
             if f.type is bool and not isinstance(value, bool):
                 raise ValueError(
-                    f"LlamaConfig.{f.name} must be true or false, got {shown_value(value)}"
+                    f"DecoderConfig.{f.name} must be true or false, got {shown_value(value)}"
                 )
         if not is_within(self.rms_norm_eps, *EPSILONS):
             raise ValueError(
-                f"LlamaConfig.rms_norm_eps must be a positive number up to 1, "
+                f"DecoderConfig.rms_norm_eps must be a positive number up to 1, "
                 f"got {shown_value(self.rms_norm_eps)}"
             )
         window = self.sliding_window
         if window is not None and not is_size(window):
             raise ValueError(
-                "LlamaConfig.sliding_window must be a positive int or None, "
+                "DecoderConfig.sliding_window must be a positive int or None, "
                 f"got {shown_value(window)}"
             )
 
