@@ -219,6 +219,8 @@ def train_data(folder):
     turns = [{"role": "user", "content": "Say it"}, {"role": "assistant", "content": "It"}]
     (folder / "chats.jsonl").write_text(f"{json.dumps({'messages': turns})}\n" * 10)
     _labelled(folder / "reviews.jsonl")
+    row = {"prompt": "Say it", "chosen": " It", "rejected": " That"}
+    (folder / "preferences.jsonl").write_text(f"{json.dumps(row)}\n" * 10)
 
 
 def encoder(directory):
