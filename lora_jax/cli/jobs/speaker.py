@@ -129,6 +129,7 @@ def open_speaker(
       LoraError: the model, its tokenizer or the adapter cannot be read.
     """
     base = sources.find_model(model)
+    sources.require_kind(base, "encoder", "decoder")
     if named := classifiers.find(base, adapter):
         raise PromptError(f"{named}: {CLASSIFIER}")
     tokenizer = sources.tokenizer_of(base, adapter)
