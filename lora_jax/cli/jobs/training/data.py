@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from lora_jax.cli.classifiers import LABELS, POOLING
+from lora_jax.cli.jobs.training.files import held_out_files, training_files
 from lora_jax.cli.jobs.training.model import TrainableModel
 from lora_jax.cli.jobs.training.stream import open_stream
 from lora_jax.cli.train_options import CLASSIFICATION, MEAN, TrainOptions
@@ -15,6 +16,7 @@ from lora_jax.models.published_classifier import head_of_family
 from lora_jax.training.batching import (
     Data,
     Source,
+    cut_stream,
     cut_streams,
     hold_out,
     pack_examples,
@@ -34,9 +36,10 @@ from lora_jax.training.classification import (
 from lora_jax.training.dataset import STREAM, Row, Rows, read_rows
 from lora_jax.training.errors import DataError, TrainingError
 from lora_jax.training.loss import class_sums
+from lora_jax.training.mixing.mixture import mix
 from lora_jax.training.packing import Assign, assign, assign_in_order
+from lora_jax.training.rows.fields import Fields
 from lora_jax.training.step import Loss
-from lora_jax.training.streaming.files import find_files
 from lora_jax.training.tokenize import encode_examples, encode_stream
 
 SLOTS = 16  # maximum texts per row of a classifier
@@ -67,8 +70,10 @@ def read_task(options: TrainOptions, model: TrainableModel) -> Task:
     """
     if options.stream:
         return _streamed(options, model)
-    files = [read_rows(path, options.encoding) for path in find_files(options.data)]
-    others = [read_rows(path, options.encoding) for path in find_files(options.held_out or ())]
+    fields = Fields.parse(options.field or ())
+    paths, weights = training_files(options)
+    files = [read_rows(path, options.encoding, fields) for path in paths]
+    others = [read_rows(path, options.encoding, fields) for path in held_out_files(options)]
     kinds = {rows.kind: rows.source for rows in [*files, *others]}
     if len(kinds) > 1:
         named = ", ".join(f"{source} contains {kind} rows" for kind, source in kinds.items())
@@ -76,11 +81,15 @@ def read_task(options: TrainOptions, model: TrainableModel) -> Task:
     ignored = sorted({key for rows in [*files, *others] for key in rows.ignored})
     notes = (f"ignored keys: {', '.join(ignored)}",) if ignored else ()
     if options.task == CLASSIFICATION:
-        task = _classification(options, model, files, others)
+        task = _classification(options, model, _split(options, files, weights, others))
     else:
         apply = _decoder(options, model)
-        make = _streams if files[0].kind == STREAM else _examples
-        data, held_out, more = make(options, model, files, others)
+        if files[0].kind == STREAM:
+            data, held_out, more = _streams(options, model, files, weights, others)
+        else:
+            data, held_out, more = _examples(
+                options, model, _split(options, files, weights, others)
+            )
         loss = partial(language_loss, packed=is_packed(data, held_out))
         task = Task(apply, model.params, loss, data, held_out, more)
     held_out = task.held_out
@@ -133,7 +142,11 @@ def is_packed(*parts: Data | None) -> bool:
 
 
 def _streams(
-    options: TrainOptions, model: TrainableModel, files: Sequence[Rows], others: Sequence[Rows]
+    options: TrainOptions,
+    model: TrainableModel,
+    files: Sequence[Rows],
+    weights: Sequence[float],
+    others: Sequence[Rows],
 ) -> tuple[Data, Data | None, tuple[str, ...]]:
     """Encode texts as streams of tokens; hold out a fraction at the end of each."""
     encode = partial(encode_stream, tokenizer=model.tokenizer, vocabulary=model.vocabulary)
@@ -149,14 +162,40 @@ def _streams(
                 "choose another fraction, or give a file with --eval"
             )
     judged = cut_streams(held_out, options.length) if held_out else None
-    return cut_streams(trained, options.length), judged, ()
+    if all(weight == 1 for weight in weights):
+        return cut_streams(trained, options.length), judged, ()
+    return mix([cut_stream(ids, options.length) for ids in trained], weights), judged, ()
+
+
+@dataclasses.dataclass(frozen=True)
+class _Parts:
+    """Rows that are packed apart from one another, and those that are held out."""
+
+    trained: list[Rows]
+    weights: list[float]
+    held_out: Rows | None
+
+    @property
+    def every(self) -> list[Rows]:
+        return [*self.trained, *([self.held_out] if self.held_out else [])]
+
+    def pack(
+        self, options: TrainOptions, pack: Callable[[int, Assign], Data]
+    ) -> tuple[Data, Data | None]:
+        """Pack all parts, by `pack(number of the part, how rows are shared)`.
+
+        Held-out rows never depend on the order of the files' rows.
+        """
+        by = assign if options.shuffle else assign_in_order
+        numbers = range(len(self.trained))
+        held_out = pack(len(numbers), assign) if self.held_out else None
+        return mix([pack(number, by) for number in numbers], self.weights), held_out
 
 
 def _examples(
-    options: TrainOptions, model: TrainableModel, files: Sequence[Rows], others: Sequence[Rows]
+    options: TrainOptions, model: TrainableModel, rows: _Parts
 ) -> tuple[Data, Data | None, tuple[str, ...]]:
     """Pack rows of text, prompts and completions, or conversations."""
-    trained, held_out = _split(options, files, others)
     longest = options.length + 1  # the last token is not read, only predicted
     encode = partial(
         encode_examples,
@@ -164,33 +203,42 @@ def _examples(
         stops=model.stops,
         mask_prompts=options.mask_prompt,
     )
-    parts = [encode(rows, model.tokenizer, longest) for rows in (trained, held_out) if rows]
-    packed = [
-        pack_examples(part.examples, options.length, by)
-        for part, by in zip(parts, _packings(options), strict=False)
-    ]
-    notes = tuple(dict.fromkeys(note for part in parts for note in part.notes))
-    return packed[0], packed[1] if held_out else None, notes
-
-
-def _packings(options: TrainOptions) -> tuple[Assign, Assign]:
-    """Return how to pack training and held-out rows; the latter never depend on the order."""
-    return assign if options.shuffle else assign_in_order, assign
+    parts = [encode(part, model.tokenizer, longest) for part in rows.every]
+    data, held_out = rows.pack(
+        options, lambda i, by: pack_examples(parts[i].examples, options.length, by)
+    )
+    return data, held_out, tuple(dict.fromkeys(note for part in parts for note in part.notes))
 
 
 def _split(
-    options: TrainOptions, files: Sequence[Rows], others: Sequence[Rows]
-) -> tuple[Rows, Rows | None]:
-    """Return the rows to train on and those held out, of files of one kind."""
-    trained, held_out = _join(files), _join(others) if others else None
+    options: TrainOptions,
+    files: Sequence[Rows],
+    weights: Sequence[float],
+    others: Sequence[Rows],
+) -> _Parts:
+    """Return the rows to train on and those held out, of files of one kind.
+
+    Files are packed together, unless one of them has a weight.
+    """
+    if all(weight == 1 for weight in weights):
+        files, weights = [_join(files)], [1.0]
     if not options.eval_split:
-        return trained, held_out
+        return _Parts([*files], [*weights], _join(others) if others else None)
+    every = _join(files)
     try:
-        parts = hold_out(len(trained), options.eval_split, options.seed)
+        trained, _ = hold_out(len(every), options.eval_split, options.seed)
     except ValueError as error:
         raise DataError(f"--eval-split: {error}; choose another fraction") from None
-    one, other = (tuple(trained.rows[i] for i in part) for part in parts)
-    return dataclasses.replace(trained, rows=one), dataclasses.replace(trained, rows=other)
+    is_trained = iter(np.isin(np.arange(len(every)), trained).tolist())
+    kept = [[(row, next(is_trained)) for row in file.rows] for file in files]
+    parts = [
+        dataclasses.replace(file, rows=tuple(row for row, trains in rows if trains))
+        for file, rows in zip(files, kept, strict=True)
+    ]
+    if empty := next((part for part in parts if not part.rows), None):
+        raise DataError(f"--eval-split leaves no row of {empty.source} to train on")
+    held_out = tuple(row for rows in kept for row, trains in rows if not trains)
+    return _Parts(parts, [*weights], dataclasses.replace(every, rows=held_out))
 
 
 def _join(files: Sequence[Rows]) -> Rows:
@@ -198,29 +246,27 @@ def _join(files: Sequence[Rows]) -> Rows:
     return Rows(", ".join(file.source for file in files), files[0].kind, rows)
 
 
-def _classification(
-    options: TrainOptions, model: TrainableModel, files: Sequence[Rows], others: Sequence[Rows]
-) -> Task:
+def _classification(options: TrainOptions, model: TrainableModel, rows: _Parts) -> Task:
     """Put a fully trained head on the hidden state that transformers takes, or on their mean."""
-    trained, held_out = _split(options, files, others)
-    known = classes(trained)
+    known = classes(_join(rows.trained))
     parts = [
-        encode_labelled(rows, model.tokenizer, known, options.length, vocabulary=model.vocabulary)
-        for rows in (trained, held_out)
-        if rows
+        encode_labelled(part, model.tokenizer, known, options.length, vocabulary=model.vocabulary)
+        for part in rows.every
     ]
     slots = min(SLOTS, options.length)
-    packed = [
-        pack_labelled(part.texts, part.labels.tolist(), options.length, slots, by)
-        for part, by in zip(parts, _packings(options), strict=False)
-    ]
+
+    def pack(number: int, by: Assign) -> Data:
+        part = parts[number]
+        return pack_labelled(part.texts, part.labels.tolist(), options.length, slots, by)
+
+    data, held_out = rows.pack(options, pack)
     apply, params, whole = _with_head(options, model, len(known), slots)
     return Task(
         apply,
         params,
         lambda model, *_: class_sums(dataclasses.replace(apply, hidden=model.hidden)),
-        packed[0],
-        packed[1] if held_out else None,
+        data,
+        held_out,
         tuple(note for part in parts for note in part.notes),
         prefix="encoder/",
         whole=whole,
