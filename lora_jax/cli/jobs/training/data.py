@@ -235,8 +235,9 @@ def _split(
         dataclasses.replace(file, rows=tuple(row for row, trains in rows if trains))
         for file, rows in zip(files, kept, strict=True)
     ]
-    if empty := next((part for part in parts if not part.rows), None):
-        raise DataError(f"--eval-split leaves no row of {empty.source} to train on")
+    for part in parts:
+        if not part.rows:
+            raise DataError(f"--eval-split leaves no row of {part.source} to train on")
     held_out = tuple(row for rows in kept for row, trains in rows if not trains)
     return _Parts(parts, [*weights], dataclasses.replace(every, rows=held_out))
 
