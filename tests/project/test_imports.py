@@ -18,7 +18,7 @@ PACKAGE = ROOT / "lora_jax"
 # Each room imports from itself and from the rooms before it. `training` and `cli` may also use the
 # public names of the package, as any program would.
 ROOMS = (
-    *("core", "engine", "initializers", "adapters", "files", "layers", "models"),
+    *("core", "engine", "initializers", "adapters", "frameworks", "files", "layers", "models"),
     *("training", "cli"),
 )
 ABOVE_THE_PUBLIC_NAMES = ("training", "cli")
@@ -26,7 +26,7 @@ ABOVE_THE_PUBLIC_NAMES = ("training", "cli")
 FACE = ("", "public", "__main__")
 
 HEAVY = {
-    *("flax", "gguf", "jinja2", "matplotlib", "orbax", "rich", "tokenizers", "torch"),
+    *("equinox", "flax", "gguf", "jinja2", "matplotlib", "orbax", "rich", "tokenizers", "torch"),
     *("transformers", "typer"),
 }
 PRIVATE = "jax._" + "src"  # written so that this file does not hold it either
