@@ -1,4 +1,4 @@
-"""Training data: rows of four kinds, in JSON or a table, or one plain text."""
+"""Training data: rows of five kinds, in JSON or a table, or one plain text."""
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
@@ -60,7 +60,12 @@ class Rows:
         return len(self.rows)
 
 
-def read_rows(path: str | Path, encoding: str = "utf-8", fields: Fields = UNCHANGED) -> Rows:
+def read_rows(
+    path: str | Path,
+    encoding: str = "utf-8",
+    fields: Fields = UNCHANGED,
+    prefer: str | None = None,
+) -> Rows:
     """Read a file of rows, or a `.txt` file, a single text.
 
     `.jsonl` has one JSON object per line, `.json` a list of them, `.csv` and `.tsv` a header and
@@ -73,6 +78,7 @@ def read_rows(path: str | Path, encoding: str = "utf-8", fields: Fields = UNCHAN
       path: the file. Blank lines of a `.jsonl` file and a byte order mark are skipped.
       encoding: text encoding of the file, a name that Python knows.
       fields: columns that stand for the keys of rows.
+      prefer: the kind of rows whose keys are those of several.
 
     Raises:
       DataError: the file is missing or empty, has another suffix or another encoding (the message
@@ -82,7 +88,7 @@ def read_rows(path: str | Path, encoding: str = "utf-8", fields: Fields = UNCHAN
     path = Path(path)
     kind, compression = suffixes(path)
     if kind in _BINARY and not compression:
-        return collect(str(path), "row", _numbered(_BINARY[kind](path)), fields)
+        return collect(str(path), "row", _numbered(_BINARY[kind](path)), fields, prefer)
     if kind not in _TEXTS:
         _refuse_type(path)
     text = decode_file(path, encoding)
@@ -93,12 +99,14 @@ def read_rows(path: str | Path, encoding: str = "utf-8", fields: Fields = UNCHAN
         return Rows(str(path), STREAM, (Row(1, {"text": text}),))
     if kind in _TABLES:
         found = read_csv(str(path), text, KNOWN | fields.names, label=fields.column("label"))
-        return collect(str(path), "row", _numbered(found), fields)
+        return collect(str(path), "row", _numbered(found), fields, prefer)
     if kind == ".json" and text.lstrip().startswith("["):
-        return collect(str(path), "row", _numbered(_parse_list(str(path), text)), fields)
+        return collect(str(path), "row", _numbered(_parse_list(str(path), text)), fields, prefer)
     # `splitlines` would also cut at characters that JSON strings may contain.
     lines = enumerate(text.split("\n"), start=1)
-    return collect(str(path), "line", ((n, line) for n, line in lines if line.strip()), fields)
+    return collect(
+        str(path), "line", ((n, line) for n, line in lines if line.strip()), fields, prefer
+    )
 
 
 def _refuse_type(path: Path) -> NoReturn:
@@ -156,7 +164,11 @@ def _parse_list(source: str, text: str) -> list[Any]:
 
 
 def collect(
-    source: str, unit: str, found: Iterable[tuple[int, Any]], fields: Fields = UNCHANGED
+    source: str,
+    unit: str,
+    found: Iterable[tuple[int, Any]],
+    fields: Fields = UNCHANGED,
+    prefer: str | None = None,
 ) -> Rows:
     """Return rows, given as numbered values, or, where the unit is "line", as lines of JSON.
 
@@ -169,7 +181,7 @@ def collect(
     for number, value in found:
         try:
             row = _parse(value) if unit == "line" else value
-            kind, values, others = read_row(fields.rename(row))
+            kind, values, others = read_row(fields.rename(row), prefer)
         except ValueError as error:
             problems.append(f"{unit} {number}: {error}")
             continue
@@ -191,7 +203,7 @@ def collect(
     return Rows(source, first, tuple(row for _, row in rows), tuple(ignored), unit)
 
 
-def parse_row(line: str) -> tuple[str, dict[str, Any], list[str]]:
+def parse_row(line: str, prefer: str | None = None) -> tuple[str, dict[str, Any], list[str]]:
     """Return the kind of a line, its values, and the keys that are ignored.
 
     Raises:
@@ -200,7 +212,7 @@ def parse_row(line: str) -> tuple[str, dict[str, Any], list[str]]:
     >>> parse_row('{"prompt": "1 + 1 =", "completion": " 2", "id": 7}')
     ('completion', {'prompt': '1 + 1 =', 'completion': ' 2'}, ['id'])
     """
-    return read_row(_parse(line))
+    return read_row(_parse(line), prefer)
 
 
 def _parse(line: str) -> Any:

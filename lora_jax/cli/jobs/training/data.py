@@ -8,17 +8,24 @@ from typing import Any
 import numpy as np
 
 from lora_jax.cli.classifiers import LABELS, POOLING
+from lora_jax.cli.jobs.training import preference
 from lora_jax.cli.jobs.training.files import held_out_files, training_files
 from lora_jax.cli.jobs.training.model import TrainableModel
+from lora_jax.cli.jobs.training.parts import Parts, join, split
 from lora_jax.cli.jobs.training.stream import open_stream
-from lora_jax.cli.train_options import CLASSIFICATION, MEAN, TrainOptions
-from lora_jax.models.published_classifier import head_of_family
+from lora_jax.cli.train_options import (
+    CAUSAL_LM,
+    CLASSIFICATION,
+    MEAN,
+    PREFERENCES,
+    TrainOptions,
+)
+from lora_jax.models.published_classifier import head_of_family, new_pooler
 from lora_jax.training.batching import (
     Data,
     Source,
     cut_stream,
     cut_streams,
-    hold_out,
     pack_examples,
     pack_labelled,
 )
@@ -30,14 +37,13 @@ from lora_jax.training.classification import (
     Classifier,
     classes,
     encode_labelled,
-    new_layer,
     with_head,
 )
-from lora_jax.training.dataset import STREAM, Row, Rows, read_rows
+from lora_jax.training.dataset import STREAM, Rows, read_rows
 from lora_jax.training.errors import DataError, TrainingError
 from lora_jax.training.loss import class_sums
 from lora_jax.training.mixing.mixture import mix
-from lora_jax.training.packing import Assign, assign, assign_in_order
+from lora_jax.training.preference.pairs import KIND
 from lora_jax.training.rows.fields import Fields
 from lora_jax.training.step import Loss
 from lora_jax.training.tokenize import encode_examples, encode_stream
@@ -70,10 +76,12 @@ def read_task(options: TrainOptions, model: TrainableModel) -> Task:
     """
     if options.stream:
         return _streamed(options, model)
+    prefer = KIND if options.task in PREFERENCES else None
     fields = Fields.parse(options.field or ())
+    read = partial(read_rows, encoding=options.encoding, fields=fields, prefer=prefer)
     paths, weights = training_files(options)
-    files = [read_rows(path, options.encoding, fields) for path in paths]
-    others = [read_rows(path, options.encoding, fields) for path in held_out_files(options)]
+    files = [read(path) for path in paths]
+    others = [read(path) for path in held_out_files(options)]
     kinds = {rows.kind: rows.source for rows in [*files, *others]}
     if len(kinds) > 1:
         named = ", ".join(f"{source} contains {kind} rows" for kind, source in kinds.items())
@@ -81,15 +89,15 @@ def read_task(options: TrainOptions, model: TrainableModel) -> Task:
     ignored = sorted({key for rows in [*files, *others] for key in rows.ignored})
     notes = (f"ignored keys: {', '.join(ignored)}",) if ignored else ()
     if options.task == CLASSIFICATION:
-        task = _classification(options, model, _split(options, files, weights, others))
+        task = _classification(options, model, split(options, files, weights, others))
+    elif options.task in PREFERENCES:
+        task = _preferences(options, model, split(options, files, weights, others))
     else:
         apply = _decoder(options, model)
         if files[0].kind == STREAM:
             data, held_out, more = _streams(options, model, files, weights, others)
         else:
-            data, held_out, more = _examples(
-                options, model, _split(options, files, weights, others)
-            )
+            data, held_out, more = _examples(options, model, split(options, files, weights, others))
         loss = partial(language_loss, packed=is_packed(data, held_out))
         task = Task(apply, model.params, loss, data, held_out, more)
     held_out = task.held_out
@@ -109,7 +117,7 @@ def _decoder(options: TrainOptions, model: TrainableModel) -> Apply:
 
 def _streamed(options: TrainOptions, model: TrainableModel) -> Task:
     """Return a task whose data is read while it is trained on."""
-    if options.task == CLASSIFICATION:
+    if options.task != CAUSAL_LM:
         raise TrainingError("--stream is for --task causal-lm; leave it out")
     apply = _decoder(options, model)
     data, held_out, notes = open_stream(options, model)
@@ -167,33 +175,8 @@ def _streams(
     return mix([cut_stream(ids, options.length) for ids in trained], weights), judged, ()
 
 
-@dataclasses.dataclass(frozen=True)
-class _Parts:
-    """Rows that are packed apart from one another, and those that are held out."""
-
-    trained: list[Rows]
-    weights: list[float]
-    held_out: Rows | None
-
-    @property
-    def every(self) -> list[Rows]:
-        return [*self.trained, *([self.held_out] if self.held_out else [])]
-
-    def pack(
-        self, options: TrainOptions, pack: Callable[[int, Assign], Data]
-    ) -> tuple[Data, Data | None]:
-        """Pack all parts, by `pack(number of the part, how rows are shared)`.
-
-        Held-out rows never depend on the order of the files' rows.
-        """
-        by = assign if options.shuffle else assign_in_order
-        numbers = range(len(self.trained))
-        held_out = pack(len(numbers), assign) if self.held_out else None
-        return mix([pack(number, by) for number in numbers], self.weights), held_out
-
-
 def _examples(
-    options: TrainOptions, model: TrainableModel, rows: _Parts
+    options: TrainOptions, model: TrainableModel, rows: Parts
 ) -> tuple[Data, Data | None, tuple[str, ...]]:
     """Pack rows of text, prompts and completions, or conversations."""
     longest = options.length + 1  # the last token is not read, only predicted
@@ -204,70 +187,42 @@ def _examples(
         mask_prompts=options.mask_prompt,
     )
     parts = [encode(part, model.tokenizer, longest) for part in rows.every]
-    data, held_out = rows.pack(
-        options, lambda i, by: pack_examples(parts[i].examples, options.length, by)
-    )
-    return data, held_out, tuple(dict.fromkeys(note for part in parts for note in part.notes))
-
-
-def _split(
-    options: TrainOptions,
-    files: Sequence[Rows],
-    weights: Sequence[float],
-    others: Sequence[Rows],
-) -> _Parts:
-    """Return the rows to train on and those held out, of files of one kind.
-
-    Files are packed together, unless one of them has a weight.
-    """
-    if all(weight == 1 for weight in weights):
-        files, weights = [_join(files)], [1.0]
-    if not options.eval_split:
-        return _Parts([*files], [*weights], _join(others) if others else None)
-    every = _join(files)
-    try:
-        trained, _ = hold_out(len(every), options.eval_split, options.seed)
-    except ValueError as error:
-        raise DataError(f"--eval-split: {error}; choose another fraction") from None
-    is_trained = iter(np.isin(np.arange(len(every)), trained).tolist())
-    kept = [[(row, next(is_trained)) for row in file.rows] for file in files]
-    parts = [
-        dataclasses.replace(file, rows=tuple(row for row, trains in rows if trains))
-        for file, rows in zip(files, kept, strict=True)
+    packed = [
+        pack_examples(part.examples, options.length, by)
+        for part, by in zip(parts, rows.packings, strict=True)
     ]
-    for part in parts:
-        if not part.rows:
-            raise DataError(f"--eval-split leaves no row of {part.source} to train on")
-    held_out = tuple(row for rows in kept for row, trains in rows if not trains)
-    return _Parts(parts, [*weights], dataclasses.replace(every, rows=held_out))
+    notes = tuple(dict.fromkeys(note for part in parts for note in part.notes))
+    return *rows.join(packed), notes
 
 
-def _join(files: Sequence[Rows]) -> Rows:
-    rows: tuple[Row, ...] = tuple(row for file in files for row in file.rows)
-    return Rows(", ".join(file.source for file in files), files[0].kind, rows)
+def _preferences(options: TrainOptions, model: TrainableModel, rows: Parts) -> Task:
+    """Pack pairs of a chosen and a rejected completion."""
+    apply = _decoder(options, model)
+    packed, notes = preference.pack_preferences(options, model, rows.every, rows.packings)
+    packs = preference.is_packed(*packed)
+    loss = partial(preference.preference_loss, options=options, packed=packs)
+    return Task(apply, model.params, loss, *rows.join(packed), notes)
 
 
-def _classification(options: TrainOptions, model: TrainableModel, rows: _Parts) -> Task:
+def _classification(options: TrainOptions, model: TrainableModel, rows: Parts) -> Task:
     """Put a fully trained head on the hidden state that transformers takes, or on their mean."""
-    known = classes(_join(rows.trained))
+    known = classes(join(rows.trained))
     parts = [
         encode_labelled(part, model.tokenizer, known, options.length, vocabulary=model.vocabulary)
         for part in rows.every
     ]
     slots = min(SLOTS, options.length)
 
-    def pack(number: int, by: Assign) -> Data:
-        part = parts[number]
-        return pack_labelled(part.texts, part.labels.tolist(), options.length, slots, by)
-
-    data, held_out = rows.pack(options, pack)
+    packed = [
+        pack_labelled(part.texts, part.labels.tolist(), options.length, slots, by)
+        for part, by in zip(parts, rows.packings, strict=True)
+    ]
     apply, params, whole = _with_head(options, model, len(known), slots)
     return Task(
         apply,
         params,
         lambda model, *_: class_sums(dataclasses.replace(apply, hidden=model.hidden)),
-        data,
-        held_out,
+        *rows.join(packed),
         tuple(note for part in parts for note in part.notes),
         prefix="encoder/",
         whole=whole,
@@ -285,9 +240,10 @@ def _with_head(
     if options.pooling == MEAN:
         apply, params = make()
         return apply, params, ("head/kernel", "head/bias")
-    family = head_of_family(model.family)
-    is_new = bool(family.pooler) and model.pooler is None
-    pooler = new_layer(options.seed + 1, model.width, model.width) if is_new else model.pooler
-    apply, params = make(pooling=family.pooling, pooler=pooler, bias=family.bias)
+    head = head_of_family(model.family, model.settings)
+    is_new = bool(head.pooler) and model.pooler is None
+    pooler = new_pooler(head, model.width, options.seed + 1) if is_new else model.pooler
+    apply, params = make(pooling=head.pooling, pooler=pooler, bias=head.bias)
+    apply = dataclasses.replace(apply, activation=head.activation, epsilon=head.epsilon)
     trained = ("head", "pooler") if is_new else ("head",)
     return apply, params, tuple(f"{module}/{leaf}" for module in trained for leaf in params[module])

@@ -12,7 +12,7 @@ import numpy as np
 from lora_jax.cli.jobs.training.files import held_out_files, training_files
 from lora_jax.cli.jobs.training.model import TrainableModel
 from lora_jax.cli.plurals import count
-from lora_jax.cli.train_options import CLASSIFICATION, TrainOptions
+from lora_jax.cli.train_options import CAUSAL_LM, TrainOptions
 from lora_jax.training import run_record
 from lora_jax.training.batching import Data, Source, cut_streams, pack_examples
 from lora_jax.training.dataset import STREAM, Rows
@@ -36,7 +36,7 @@ def choose_streaming(options: TrainOptions, resumed: bool) -> TrainOptions:
     if resumed:
         return dataclasses.replace(options, stream=bool(run_record.recorded(options.out, "stream")))
     files, _ = training_files(options)
-    can_be = options.task != CLASSIFICATION and not any(suffixes(file)[1] for file in files)
+    can_be = options.task == CAUSAL_LM and not any(suffixes(file)[1] for file in files)
     return dataclasses.replace(options, stream=can_be and total_bytes(files) > LARGE)
 
 
