@@ -6,6 +6,7 @@ are.
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -27,10 +28,14 @@ CHUNK = 512
 WHOLE = 2**26
 
 Hidden = Callable[[Any, jax.Array, jax.Array], jax.Array]
+Finish = Callable[[jax.Array], jax.Array]
 
 
 def language_sums_of_frozen_head(
-    hidden: Hidden, head: Callable[[Any], jax.Array], chunk: int | None = None
+    hidden: Hidden,
+    head: Callable[[Any], jax.Array],
+    chunk: int | None = None,
+    finish: Finish = lambda products: products,
 ) -> Callable[[Any, JaxBatch], LossSums]:
     """Return `language_sums` for a model whose head is frozen, `chunk` tokens at a time.
 
@@ -42,12 +47,15 @@ def language_sums_of_frozen_head(
       head: `params -> [width, vocabulary]`, a plain array.
       chunk: tokens per chunk, at least one position of all rows; by default `CHUNK` for each
         device along the axes "data" and "fsdp" of the mesh in use (`jax.set_mesh`).
+      finish: makes logits of the products of states and head, such as `Decoder.finish` for
+        models that cap their logits (Gemma 2); without parameters.
     """
 
     def sums(params: Any, batch: JaxBatch) -> LossSums:
         read, (targets, weights) = split_batch(batch)
         pieces = _cut(chunk, hidden(params, *read), targets, weights)
-        return {"loss": _total_loss(pieces[0], head(params), *pieces[1:]), "weight": weights.sum()}
+        loss = _total_loss(finish, pieces[0], head(params), *pieces[1:])
+        return {"loss": loss, "weight": weights.sum()}
 
     return sums
 
@@ -110,33 +118,35 @@ def _devices_of_rows() -> int:
     )
 
 
-@jax.custom_vjp
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _total_loss(
-    states: jax.Array, kernel: jax.Array, targets: jax.Array, weights: jax.Array
+    finish: Finish, states: jax.Array, kernel: jax.Array, targets: jax.Array, weights: jax.Array
 ) -> jax.Array:
     """Sum the loss of states in chunks `[chunks, rows, positions, width]`."""
 
-    one = lambda piece: _chunk_loss(piece[0], kernel, *piece[1:])
+    one = lambda piece: _chunk_loss(piece[0], finish, kernel, *piece[1:])
     return jax.lax.map(one, (states, targets, weights)).sum()
 
 
 def _chunk_loss(
-    states: jax.Array, kernel: jax.Array, targets: jax.Array, weights: jax.Array
+    states: jax.Array, finish: Finish, kernel: jax.Array, targets: jax.Array, weights: jax.Array
 ) -> jax.Array:
-    return sum_weighted(cross_entropy(states @ kernel, targets), weights)["loss"]
+    return sum_weighted(cross_entropy(finish(states @ kernel), targets), weights)["loss"]
 
 
 def _total_and_slopes(
-    states: jax.Array, kernel: jax.Array, targets: jax.Array, weights: jax.Array
+    finish: Finish, states: jax.Array, kernel: jax.Array, targets: jax.Array, weights: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """Return the same sum, and its gradient with respect to the states."""
 
-    one = lambda piece: jax.value_and_grad(_chunk_loss)(piece[0], kernel, *piece[1:])
+    one = lambda piece: jax.value_and_grad(_chunk_loss)(piece[0], finish, kernel, *piece[1:])
     losses, slopes = jax.lax.map(one, (states, targets, weights))
     return losses.sum(), slopes
 
 
-def _scale_slopes(slopes: jax.Array, outer: jax.Array) -> tuple[jax.Array, None, None, None]:
+def _scale_slopes(
+    finish: Finish, slopes: jax.Array, outer: jax.Array
+) -> tuple[jax.Array, None, None, None]:
     return (slopes * outer).astype(slopes.dtype), None, None, None
 
 

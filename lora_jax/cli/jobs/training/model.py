@@ -37,6 +37,7 @@ class TrainableModel:
     apply: Callable[[Any, Any, Any], Any] | None  # (params, ids, segments) -> logits; None for BERT
     hidden: Callable[..., Any]  # (params, ids, segments or None) -> [rows, length, width]
     logits: Callable[[Any, Any], Any]  # (params, hidden states) -> [..., vocabulary]
+    finish: Callable[[Any], Any]  # states @ head -> logits
     module: Bert | Decoder  # which these are functions of
     head_path: str  # of the leaf that turns hidden states into logits; "" where there is none
     head: Callable[[Any], Any]  # params -> that leaf as [width, vocabulary]
@@ -153,4 +154,5 @@ def _functions(module: Bert | Decoder) -> dict[str, Any]:
         "apply": None if is_bert else run,
         "hidden": run if is_bert else lambda *inputs: run(*inputs, method="hidden"),
         "logits": lambda params, states: run(params, states, method="logits"),
+        "finish": (lambda products: products) if isinstance(module, Bert) else module.finish,
     }
