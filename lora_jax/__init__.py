@@ -4,7 +4,9 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lora_jax.files import loralib, mlx, naming, peft
+    from lora_jax.files import gguf, loralib, mlx, naming, peft
+    from lora_jax.frameworks import equinox as equinox
+    from lora_jax.frameworks import nnx as nnx
     from lora_jax.public import *
 
 __version__ = "0.1.0"
@@ -50,6 +52,7 @@ __all__ = [
     "extract",
     "freeze",
     "from_qwix",
+    "gguf",
     "grid",
     "groups",
     "halving",
@@ -102,7 +105,8 @@ __all__ = [
 # names need, takes longer than all that `lora-jax --help` does.
 _LAZY = {
     **{name: f"lora_jax.{name}" for name in ("layers", "models", "training")},
-    **{name: f"lora_jax.files.{name}" for name in ("loralib", "mlx", "naming", "peft")},
+    **{name: f"lora_jax.frameworks.{name}" for name in ("equinox", "nnx")},
+    **{name: f"lora_jax.files.{name}" for name in ("gguf", "loralib", "mlx", "naming", "peft")},
 }
 _ROOMS = ("adapters", "core", "engine", "files")
 

@@ -23,6 +23,7 @@ from lora_jax.cli.commands import (
     sweep,
     train,
 )
+from lora_jax.cli.parameters.groups import GroupedCommand
 
 #: The commands in the help's order: name -> the module whose `command` it runs.
 COMMANDS: dict[str, ModuleType] = {
@@ -59,7 +60,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,  # rich would wrap the examples, which must stay lines to copy
-    context_settings={"help_option_names": ["-h", "--help"]},
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120},
     epilog="\n\n".join(
         [examples(tuple(module.EXAMPLES[0] for module in COMMANDS.values())), EXIT_CODES]
     ),
@@ -86,4 +87,5 @@ def _lora_jax(
 
 
 for _name, _module in COMMANDS.items():
-    app.command(_name, epilog=examples(_module.EXAMPLES))(_module.command)
+    _documented = app.command(_name, cls=GroupedCommand, epilog=examples(_module.EXAMPLES))
+    _documented(_module.command)

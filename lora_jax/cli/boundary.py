@@ -20,7 +20,7 @@ from lora_jax.core.signals import watched
 
 DEBUG = "LORA_JAX_DEBUG"
 #: Packages that `pip install lora-jax` alone does not install: all are in the extra "cli".
-OPTIONAL = ("gguf", "jinja2", "matplotlib", "orbax", "rich", "tokenizers", "typer")
+OPTIONAL = ("gguf", "jinja2", "matplotlib", "orbax", "rich", "tokenizers", "typer", "yaml")
 SHOWN = 12  # lines of a long list of problems
 
 _ADVICE = {

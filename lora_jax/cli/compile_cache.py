@@ -9,14 +9,14 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Annotated, Any
 
-import typer
+from lora_jax.cli.parameters.groups import in_devices
 
 OFF = "none"
 LIMIT = 8 << 30  # bytes of the default directory, from which the oldest programs are deleted
 
 CompileCacheOption = Annotated[
     str | None,
-    typer.Option(
+    in_devices(
         metavar="DIR",
         help="Directory of compiled programs, or none; default: compiled/ in the user's cache.",
     ),

@@ -42,7 +42,7 @@ class Fit:
           AdapterOptionError: it is.
         """
         what = f"{adapter.path}: a {kinds.DESCRIPTIONS[adapter.kind]}"
-        if self.rename and adapter.kind == kinds.NATIVE:
+        if self.rename and adapter.kind in (kinds.NATIVE, kinds.GGUF_ADAPTER):
             raise AdapterOptionError(f"{what}; --rename is for adapters with PyTorch's names")
         if self.residual and adapter.kind != kinds.PEFT:
             raise AdapterOptionError(f"{what}; --residual is for adapters of PEFT")

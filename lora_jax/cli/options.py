@@ -1,13 +1,13 @@
 """Options that several commands share."""
 
-import inspect
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Literal
 
 import typer
 
 from lora_jax.cli.errors import OutputError
+from lora_jax.cli.parameters.groups import in_adapter, in_data, in_model, in_output, in_sampling
 
 DType = Literal["float32", "bfloat16", "float16"]
 
@@ -18,53 +18,53 @@ QUANTIZE = (
 
 ModelOption = Annotated[
     str,
-    typer.Option(
+    in_model(
         "--model",
         "-m",
         help="Base model: a Hugging Face directory, a GGUF file, or smollm2 (downloaded).",
     ),
 ]
 ForceOption = Annotated[
-    bool, typer.Option("--force", "-f", help="Write into an existing output path.")
+    bool, in_output("--force", "-f", help="Write into an existing output path.")
 ]
 StrictOption = Annotated[
     bool,
-    typer.Option(
+    in_adapter(
         help="Refuse an adapter with tensors that do not fit, or leave them out with a warning."
     ),
 ]
 SystemOption = Annotated[
     str | None,
-    typer.Option(metavar="TEXT", help="System message of a conversation; implies --chat."),
+    in_data(metavar="TEXT", help="System message of a conversation; implies --chat."),
 ]
 StopOption = Annotated[
     list[str] | None,
-    typer.Option(metavar="TEXT", help="End before this text; may be given several times."),
+    in_sampling(metavar="TEXT", help="End before this text; may be given several times."),
 ]
-MaxTokensOption = Annotated[int, typer.Option(min=1, help="Maximum number of new tokens.")]
+MaxTokensOption = Annotated[int, in_sampling(min=1, help="Maximum number of new tokens.")]
 TemperatureOption = Annotated[
-    float, typer.Option(min=0, help="Sampling temperature; 0 is greedy decoding.")
+    float, in_sampling(min=0, help="Sampling temperature; 0 is greedy decoding.")
 ]
 TopKOption = Annotated[
-    int, typer.Option(min=0, help="Sample from the k most likely tokens; 0: from all.")
+    int, in_sampling(min=0, help="Sample from the k most likely tokens; 0: from all.")
 ]
 TopPOption = Annotated[
     float,
-    typer.Option(
+    in_sampling(
         min=1e-9, max=1, help="Sample from the most likely tokens with this total probability."
     ),
 ]
-SeedOption = Annotated[int, typer.Option(help="Random seed for sampling.")]
+SeedOption = Annotated[int, in_sampling(help="Random seed for sampling.")]
 LengthOption = Annotated[
     int,
-    typer.Option(min=0, help="Maximum tokens per row; 0: 512, or the model's maximum if smaller."),
+    in_data(min=0, help="Maximum tokens per row; 0: 512, or the model's maximum if smaller."),
 ]
-BatchOption = Annotated[int, typer.Option(min=1, help="Rows per batch.")]
-EncodingOption = Annotated[str, typer.Option(help="Text encoding of the data files.")]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON, one object per line.")]
+BatchOption = Annotated[int, in_data(min=1, help="Rows per batch.")]
+EncodingOption = Annotated[str, in_data(help="Text encoding of the data files.")]
+JsonOption = Annotated[bool, in_output("--json", help="Print JSON, one object per line.")]
 RenameOption = Annotated[
     list[str] | None,
-    typer.Option(
+    in_adapter(
         "--rename",
         metavar="OLD=NEW",
         help="Replace a part of the adapter's tensor names, such as a prefix; may be repeated.",
@@ -72,55 +72,23 @@ RenameOption = Annotated[
 ]
 ResidualOption = Annotated[
     bool,
-    typer.Option(
+    in_adapter(
         "--residual",
         help="The base is what PiSSA or another initialization left of the original one.",
     ),
 ]
 NamingOption = Annotated[
     Path | None,
-    typer.Option(help="Names and axes of a custom model, a JSON file; see lora_jax.files.naming."),
+    in_model(help="Names and axes of a custom model, a JSON file; see lora_jax.files.naming."),
 ]
 QuantizeOption = Annotated[
     str | None,
-    typer.Option("--quantize", metavar="KIND", help=QUANTIZE),
+    in_model("--quantize", metavar="KIND", help=QUANTIZE),
 ]
-OutOption = Annotated[Path, typer.Option("--out", "-o", help="Output path.")]
+OutOption = Annotated[Path, in_output("--out", "-o", help="Output path.")]
 
 ADAPTER = "Adapter of any kind that 'inspect' reads."
 BASE = "base"  # stands for no adapter among several
-
-OptionsClass = TypeVar("OptionsClass")
-
-
-def takes(
-    options: type[OptionsClass],
-    instead: Mapping[str, str] | None = None,
-    without: Collection[str] = (),
-) -> Callable[[Callable[[typer.Context, OptionsClass], None]], Callable[..., None]]:
-    """Make a command of a function that takes one value, whose fields are the command's options.
-
-    Args:
-      options: a dataclass whose fields are annotated for typer.
-      instead: names of fields that the help shows in the place of others, which are left out:
-        `{"rank": "ranks"}`.
-      without: names of fields that are not options, and keep their defaults.
-    """
-    instead = dict(instead or {})
-
-    def decorate(function: Callable[[typer.Context, OptionsClass], None]) -> Callable[..., None]:
-        def command(context: typer.Context, **given: Any) -> None:
-            function(context, options(**given))
-
-        first, _ = inspect.signature(command).parameters.values()
-        fields = inspect.signature(options).parameters
-        moved = {*instead.values(), *without}
-        shown = [fields[instead.get(name, name)] for name in fields if name not in moved]
-        command.__doc__ = function.__doc__
-        command.__signature__ = inspect.Signature([first, *shown])  # type: ignore[attr-defined]
-        return command
-
-    return decorate
 
 
 def refuse_empty(stops: Sequence[str] | None) -> None:

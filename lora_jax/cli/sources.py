@@ -18,7 +18,7 @@ from lora_jax.core.errors import ModelFileError
 from lora_jax.core.foreign import escaped, shown
 from lora_jax.core.paths import flatten_with_paths
 from lora_jax.core.quantized.weight import is_quantized
-from lora_jax.files import kinds, mlx, native, peft
+from lora_jax.files import gguf, kinds, mlx, native, peft
 from lora_jax.files.naming import Naming
 from lora_jax.models import assets, stops
 from lora_jax.models.pretrained import open_stored
@@ -210,6 +210,11 @@ def put_on(pretrained: models.Pretrained, found: kinds.Found, fit: Fit = EXACT) 
     fit.refuse_unused(found)
     if found.kind == kinds.NATIVE:
         return Loaded(pretrained, lora.load(found.path, as_trained(found, pretrained.params)))
+    if found.kind == kinds.GGUF_ADAPTER:
+        names = models.gguf_names(pretrained)
+        return Loaded(
+            pretrained, gguf.load(found.path, pretrained.params, names, strict=fit.strict)
+        )
     if found.kind == kinds.MLX:
         named = pretrained.params, pretrained.naming
         options: dict[str, Any] = {"strict": fit.strict, "rename": fit.rename}

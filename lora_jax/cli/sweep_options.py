@@ -4,8 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Annotated, ClassVar
 
-from typer import Option
-
+from lora_jax.cli.parameters.groups import in_adapter, in_optimization
 from lora_jax.cli.train_options import TrainOptions
 
 _ALPHAS = "Alphas, as --ranks; default: each rank, so the scale is 1."
@@ -27,6 +26,7 @@ LISTS = {
 WITHOUT = (
     *("stream", "adapter", "add_token", "untie_head", "merge_aware"),
     *("mesh", "coordinator", "processes", "process_id", "eval_every", "profile"),
+    *("patience", "load_best"),
 )
 
 
@@ -37,15 +37,18 @@ class SweepOptions(TrainOptions):
     lists: ClassVar[Mapping[str, str]] = LISTS
 
     ranks: Annotated[
-        str, Option(metavar="LIST", help="Ranks of A and B, comma-separated; each with each rate.")
+        str,
+        in_adapter(metavar="LIST", help="Ranks of A and B, comma-separated; each with each rate."),
     ] = "8"
-    alphas: Annotated[str, Option(metavar="LIST", help=_ALPHAS)] = ""
-    lrs: Annotated[str, Option(metavar="LIST", help="Peak learning rates.")] = "2e-4"
-    weight_decays: Annotated[str, Option(metavar="LIST", help="Weight decays of A and B.")] = "0"
-    dropouts: Annotated[
-        str, Option(metavar="LIST", help="Dropout rates on the adapter's input.")
+    alphas: Annotated[str, in_adapter(metavar="LIST", help=_ALPHAS)] = ""
+    lrs: Annotated[str, in_optimization(metavar="LIST", help="Peak learning rates.")] = "2e-4"
+    weight_decays: Annotated[
+        str, in_optimization(metavar="LIST", help="Weight decays of A and B.")
     ] = "0"
-    seeds: Annotated[str, Option(metavar="LIST", help=_SEEDS)] = "0"
-    slots: Annotated[int, Option(min=0, help=_SLOTS)] = 0
-    halving: Annotated[bool, Option("--halving", help=_HALVING)] = False
-    eta: Annotated[int, Option(min=2, help=_ETA)] = 3
+    dropouts: Annotated[
+        str, in_adapter(metavar="LIST", help="Dropout rates on the adapter's input.")
+    ] = "0"
+    seeds: Annotated[str, in_optimization(metavar="LIST", help=_SEEDS)] = "0"
+    slots: Annotated[int, in_optimization(min=0, help=_SLOTS)] = 0
+    halving: Annotated[bool, in_optimization("--halving", help=_HALVING)] = False
+    eta: Annotated[int, in_optimization(min=2, help=_ETA)] = 3

@@ -39,12 +39,23 @@ def describe(error: Any, words: Sequence[str]) -> str:
     invalid = _INVALID.fullmatch(message)
     if invalid is None:
         return message.removeprefix("Invalid value: ")
-    what = invalid["what"].rstrip(".")
+    if invalid["option"] == "--config":  # a message about the file
+        return invalid["what"]
+    what = describe_value(invalid["what"], _given(words, invalid["option"]))
+    return f"Invalid value for '{invalid['option']}': {what}"
+
+
+def describe_value(message: str, value: str | None) -> str:
+    """Return what is wrong with a value, without the words of the library that checks it.
+
+    >>> describe_value("Input should be greater than or equal to 1.", "0")
+    'must be at least 1, got 0'
+    """
+    what = message.rstrip(".")
     for pattern, better in _WORDS:
         what = re.sub(pattern, better, what)
-    value = _given(words, invalid["option"])
     got = "" if value is None or f"{value!r} is not one of" in what else f", got {shown(value)}"
-    return f"Invalid value for '{invalid['option']}': {what}{got}"
+    return what + got
 
 
 def _unknown(name: str, context: Any) -> str:

@@ -15,7 +15,7 @@ import numpy as np
 from lora_jax.core.errors import AdapterFileError
 from lora_jax.core.layout import Layout
 from lora_jax.core.weights import LoraWeight, TrainedRows
-from lora_jax.files import kinds, mlx, native, peft
+from lora_jax.files import gguf, kinds, mlx, native, peft
 from lora_jax.files.naming import Entry, Naming
 from lora_jax.files.peft import PeftConfig
 from lora_jax.files.peft.wrong_names import rules_of_format
@@ -33,6 +33,7 @@ class NamedAdapters:
     base_name: str | None = None
     config: PeftConfig | None = None
     complete: bool = False  # whether `base` has all leaves, not the adapted ones alone
+    llama_cpp: gguf.Names | None = None  # what llama.cpp calls the model
 
 
 def base_name(found: kinds.Found) -> str | None:
@@ -41,6 +42,8 @@ def base_name(found: kinds.Found) -> str | None:
         return native.read_file(found.path).base_model
     if found.kind == kinds.PEFT:
         return peft.read_config(found.path).base_model_name_or_path
+    if found.kind == kinds.GGUF_ADAPTER:
+        return gguf.read_file(found.path).base_model
     return mlx.read_file(found.path).base_model
 
 

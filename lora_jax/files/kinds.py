@@ -5,16 +5,19 @@ from pathlib import Path
 
 from lora_jax.core.errors import AdapterFileError
 from lora_jax.files import mlx, native, peft, stack_index
+from lora_jax.files.disk import gguf_file
 from lora_jax.files.disk.atomic import read_directory
 from lora_jax.files.disk.safetensors_file import headers
 from lora_jax.files.disk.strict_json import parse_json
 
-PEFT, MLX, NATIVE = "peft", "mlx", "native"  # kinds of adapters
+# kinds of adapters
+PEFT, MLX, NATIVE, GGUF_ADAPTER = "peft", "mlx", "native", "gguf_adapter"
 CHECKPOINT, GGUF, TINY = "checkpoint", "gguf", "tiny"  # kinds of models
 DESCRIPTIONS = {
     PEFT: "PEFT adapter",
     MLX: "mlx-lm adapter",
     NATIVE: "lora_jax adapter",
+    GGUF_ADAPTER: "GGUF adapter",
     CHECKPOINT: "model checkpoint",
     GGUF: "GGUF model",
     TINY: "model of random weights",
@@ -33,7 +36,7 @@ class Found:
 
 
 def adapter(path: Path) -> Found:
-    """Find the adapter at `path`: a directory of PEFT or mlx-lm, or a native file.
+    """Find the adapter at `path`: a directory of PEFT or mlx-lm, a native file or a GGUF file.
 
     The weights file in such a directory stands for the directory, and the directory of a training
     run for its last adapter, or for the best one if it has no other.
@@ -73,7 +76,7 @@ def detect(path: Path) -> Found:
         raise AdapterFileError(f"{path}: neither a file nor a directory")
     with path.open("rb") as file:
         if file.read(4) == b"GGUF":
-            return Found(GGUF, path)
+            return Found(GGUF_ADAPTER if gguf_file.general_type(path) == "adapter" else GGUF, path)
     header = headers(path)
     if native.is_header(header.metadata):
         return Found(NATIVE, path)

@@ -6,6 +6,7 @@
 """
 
 from lora_jax.models.adapter_vocabulary import resize_for_adapter
+from lora_jax.models.decoder.gguf_names import gguf_names
 from lora_jax.models.families import naming
 from lora_jax.models.generation import generate, left_pad, stream
 from lora_jax.models.pretrained import Apply, Pretrained, load, naming_of
@@ -20,6 +21,7 @@ __all__ = [
     "Pretrained",
     "files",
     "generate",
+    "gguf_names",
     "left_pad",
     "load",
     "naming",

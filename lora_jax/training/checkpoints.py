@@ -7,6 +7,7 @@ import os
 import shutil
 import sys
 import tempfile
+import time
 import warnings
 from collections.abc import Iterator
 from functools import partial
@@ -26,6 +27,7 @@ from lora_jax.training.errors import TrainingError
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _FULL_WORDS = ("No space left", "quota exceeded", "File too large")  # as C++ libraries say it
 _OVERHEAD = 1 << 20  # bytes of a checkpoint beside its arrays
+_LATE_WRITES = 0.2  # seconds within which writes end after one has failed
 _UNFINISHED = "*.orbax-checkpoint-tmp"
 _DELETED = ".deleted"  # old steps are renamed into it, so that none is ever there in part
 
@@ -222,14 +224,22 @@ def _check_like(found: Any, target: Any) -> None:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep the tracebacks off stderr that Orbax's threads print before the exception is raised."""
-    logger, hook = logging.getLogger("absl"), sys.excepthook
+    """Keep the tracebacks off stderr that threads of Orbax and tensorstore print beside an error.
+
+    Writes under way when another one fails find Orbax's event loop closed, a moment later.
+    """
+    logger, hooks = logging.getLogger("absl"), (sys.excepthook, sys.unraisablehook)
     before = logger.disabled
-    logger.disabled, sys.excepthook = True, lambda *_: None
+    logger.disabled = True
+    sys.excepthook = sys.unraisablehook = lambda *_: None
     try:
         yield
+    except Exception:
+        time.sleep(_LATE_WRITES)
+        raise
     finally:
-        logger.disabled, sys.excepthook = before, hook
+        logger.disabled = before
+        sys.excepthook, sys.unraisablehook = hooks
 
 
 def _abstract(x: Any) -> jax.ShapeDtypeStruct:

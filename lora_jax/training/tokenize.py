@@ -41,6 +41,7 @@ def encode_examples(
     vocabulary: int | None = None,
     stops: Collection[int] | None = None,
     may_be_empty: bool = False,
+    mask_prompts: bool = True,
 ) -> Examples:
     """Encode the rows of a language model's data, with masks of the tokens to train on.
 
@@ -64,6 +65,8 @@ def encode_examples(
       vocabulary: number of the model's tokens, to refuse ids beyond it.
       stops: the ids at which generation ends, to note if none of them is trained on.
       may_be_empty: whether no example may be left, as in a part of a file.
+      mask_prompts: whether prompts and other turns than the assistant's are not trained on; without
+        it all tokens of a row are.
 
     Raises:
       DataError: the rows are of another kind, the template refuses a conversation or leaves out
@@ -86,6 +89,8 @@ def encode_examples(
                 problems.append(f"{rows.unit} {row.line}: {error}")
     if problems:
         raise DataError(f"{rows.source}: rows that cannot be encoded:\n{list_problems(problems)}")
+    if not mask_prompts:
+        encoded = [Example(e.ids, np.ones_like(e.trains)) for e in encoded]
     refuse_unknown(rows.source, rows.places, [e.ids for e in encoded], tokenizer, vocabulary)
     fit = _cut_into_pieces if rows.kind == "text" else _cut_off
     kept = _keep_trainable(rows, encoded, fit(encoded, length), length)

@@ -273,12 +273,35 @@ def test_an_adapter_of_gpt2(dora, world, run):
     assert ({f"{m}.m" for m in files.MODULES} <= tensors.keys()) == dora
 
 
+def test_to_gguf_and_back(world, run, fails):
+    model = ["--model", "my-model"]
+    assert run("convert", "my-adapter", "--to", "gguf", "--out", "a.gguf", *model).status == 0
+    file = read_factors(world / "a.gguf")
+    assert (file.kind, file.base, file.targets) == ("gguf_adapter", "tiny", ["attn_q", "attn_v"])
+    assert json.loads(run("inspect", "a.gguf", "--json").out)["description"] == "GGUF adapter"
+    done = run("convert", "a.gguf", "--to", "peft", "--out", "back", *model)
+    assert (done.status, done.err) == (0, "")
+    assert_same(world / "back")
+    words = ["convert", "a.gguf", "--out", "b", "--to"]
+    assert "is already a GGUF adapter" in fails(*words, "gguf", *model)
+    assert "GGUF has llama.cpp's names" in fails(*words, "peft")
+    assert "--rename is for adapters with PyTorch's names" in fails(
+        *words, "peft", "--rename", "a=b", *model
+    )
+    assert "a.gguf: a GGUF adapter, not a model" in fails(
+        "convert", "my-adapter", "--to", "native", "--out", "b", "--model", "a.gguf"
+    )
+    done = run("combine", "a.gguf", "my-adapter", "--out", "sum.gguf", *model)
+    assert (done.status, done.err) == (0, "") and len(read_factors(world / "sum.gguf").factors) == 4
+
+
 def test_failures(world, fails):
     words = ["convert", "my-adapter", "--out", "made", "--to"]
     own = ["convert", "adapter.safetensors", "--out", "made", "--to", "peft"]
     assert "give the base with --model" in fails(*words, "native")
     assert "is already a PEFT adapter" in fails(*words, "peft")
-    assert "'gguf' is not one of" in fails(*words, "gguf", status=2)
+    assert "'gptq' is not one of" in fails(*words, "gptq", status=2)
+    assert "GGUF has llama.cpp's names" in fails(*words, "gguf")
     assert "Missing option '--to'" in fails("convert", "my-adapter", "--out", "x", status=2)
     assert "give --model, or --naming" in fails(*own)
     both = ["--model", "my-model", "--naming", "naming.json"]

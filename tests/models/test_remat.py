@@ -68,5 +68,5 @@ def test_sums_recompute_no_product_of_a_layer_with_its_weights():
 
 @pytest.mark.parametrize("remat", ["some", 1, None])
 def test_unknown_policies(remat):
-    with pytest.raises(ValueError, match=r"LlamaConfig: remat .* is not True, False or one of"):
+    with pytest.raises(ValueError, match=r"DecoderConfig: remat .* is not True, False or one of"):
         dataclasses.replace(TINY, remat=remat)

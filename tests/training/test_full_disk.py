@@ -3,6 +3,9 @@
 import errno
 import os
 import resource
+import sys
+import threading
+import time
 
 import jax
 import jax.numpy as jnp
@@ -45,6 +48,29 @@ def test_a_checkpoint_that_does_not_fit(size, tmp_path, limited, monkeypatch, ca
     assert str(error.value).startswith(message) and "--resume" in str(error.value)
     assert [path.name for path in tmp_path.iterdir()] == ["1"]
     assert capfd.readouterr().err == "" and caplog.messages == []
+
+
+def test_writes_that_end_after_the_first_has_failed_print_nothing(tmp_path, monkeypatch, capfd):
+    """As tensorstore's do on a full disk: their callbacks find Orbax's event loop closed."""
+
+    class Write:
+        def __del__(self):
+            raise RuntimeError("Event loop is closed")
+
+    def fails(*args, **options):
+        Write()
+        threading.Timer(0.05, Write).start()
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(sys, "unraisablehook", sys.__unraisablehook__)  # not pytest's, which raises
+    with Checkpoints(tmp_path) as checkpoints:
+        monkeypatch.setattr(checkpoints._manager, "save", fails)
+        with pytest.raises(TrainingError, match="the disk is full"):
+            checkpoints.save(1, {"x": jnp.arange(3.0)})
+        time.sleep(0.1)
+        assert capfd.readouterr().err == ""
+        Write()
+        assert "Event loop is closed" in capfd.readouterr().err  # other ones are seen again
 
 
 def test_the_space_is_checked_before_the_first_step(tmp_path, monkeypatch):

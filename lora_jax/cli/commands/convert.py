@@ -15,12 +15,13 @@ from lora_jax.cli.options import (
     StrictOption,
 )
 
-Format = Literal["peft", "native", "mlx", "folded"]
+Format = Literal["peft", "native", "mlx", "folded", "gguf"]
 
 EXAMPLES = (
     "lora-jax convert my-adapter --to folded --out my-folded-adapter",
     "lora-jax convert my-mlx-adapter --to peft --out my-peft-adapter",
     "lora-jax convert my-adapter --to native --model my-model --out my-adapter.safetensors",
+    "lora-jax convert my-adapter --to gguf --model my-model --out adapter.gguf",
     "lora-jax convert adapter.safetensors --to peft --naming naming.json --out exported",
 )
 
@@ -49,11 +50,13 @@ def command(
             multiplied into B, one rank for all
     mlx     a directory of mlx-lm
     native  a file of lora_jax
+    gguf    a file for llama.cpp's --lora
 
     PEFT and mlx-lm use the same names, so converting between the two needs nothing else. A file of
     lora_jax has the paths and axes of a JAX model: name the model with --model, or, to convert from
-    such a file, describe it with --naming. An adapter that PEFT saved on the base that PiSSA or
-    OLoRA changed becomes one of the original base, which --model names.
+    such a file, describe it with --naming. GGUF has llama.cpp's names: name the model for it too.
+    An adapter that PEFT saved on the base that PiSSA or OLoRA changed becomes one of the original
+    base, which --model names.
     """
     from lora_jax.cli.fit import Fit
     from lora_jax.cli.jobs.adapter_files import convert

@@ -26,6 +26,7 @@ from lora_jax.cli.options import (
     TopPOption,
     refuse_empty,
 )
+from lora_jax.cli.parameters.groups import in_adapter, in_data, in_model
 
 EXAMPLES = (
     'lora-jax generate --model my-model --prompt "Once upon a time" --max-tokens 20',
@@ -40,18 +41,18 @@ def command(
     model: ModelOption,
     adapter: Annotated[
         list[Path] | None,
-        typer.Option(help=f"{ADAPTER} Several, or base for none: one batch of them."),
+        in_adapter(help=f"{ADAPTER} Several, or base for none: one batch of them."),
     ] = None,
     prompt: Annotated[
         list[str] | None,
-        typer.Option(help="Text to continue. Several: one for each --adapter, in their order."),
+        in_data(help="Text to continue. Several: one for each --adapter, in their order."),
     ] = None,
     prompt_file: Annotated[
         Path | None,
-        typer.Option(help="UTF-8 file that contains the prompt; '-' is standard input."),
+        in_data(help="UTF-8 file that contains the prompt; '-' is standard input."),
     ] = None,
     chat: Annotated[
-        bool, typer.Option("--chat", help="Apply the chat template: the prompt is a user's turn.")
+        bool, in_data("--chat", help="Apply the chat template: the prompt is a user's turn.")
     ] = False,
     system: SystemOption = None,
     stop: StopOption = None,
@@ -62,7 +63,7 @@ def command(
     seed: SeedOption = 0,
     dtype: Annotated[
         DType | None,
-        typer.Option(help="Dtype of the computation; default: the model's, float32 for GGUF."),
+        in_model(help="Dtype of the computation; default: the model's, float32 for GGUF."),
     ] = None,
     quantize: QuantizeOption = None,
     rename: RenameOption = None,

@@ -3,8 +3,6 @@
 from pathlib import Path
 from typing import Annotated
 
-import typer
-
 from lora_jax.cli.options import (
     ADAPTER,
     DType,
@@ -16,6 +14,7 @@ from lora_jax.cli.options import (
     ResidualOption,
     StrictOption,
 )
+from lora_jax.cli.parameters.groups import in_adapter, in_output
 
 EXAMPLES = (
     "lora-jax merge --model my-model --adapter my-adapter --out merged",
@@ -25,17 +24,17 @@ EXAMPLES = (
 
 def command(
     model: ModelOption,
-    adapter: Annotated[Path, typer.Option(help=ADAPTER)],
+    adapter: Annotated[Path, in_adapter(help=ADAPTER)],
     out: OutOption,
     dtype: Annotated[
         DType | None,
-        typer.Option(
+        in_output(
             help="Dtype of the result; default: each tensor's in the base, float32 for GGUF."
         ),
     ] = None,
     quantize: QuantizeOption = None,
     max_shard_size: Annotated[
-        str, typer.Option(help="Largest file of weights: 5GB, 500MB, 2GiB.")
+        str, in_output(help="Largest file of weights: 5GB, 500MB, 2GiB.")
     ] = "5GB",
     rename: RenameOption = None,
     residual: ResidualOption = False,

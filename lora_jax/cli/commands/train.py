@@ -4,8 +4,8 @@ import shlex
 
 import typer
 
-from lora_jax.cli.options import takes
-from lora_jax.cli.train_options import CLASSIFICATION, TrainOptions
+from lora_jax.cli.parameters.takes import takes
+from lora_jax.cli.train_options import CLASSIFICATION, ON_PAIRS, TrainOptions
 
 EXAMPLES = (
     "lora-jax train --model smollm2 --data play.txt --targets q_proj,v_proj --out run",
@@ -43,17 +43,24 @@ _NOT_NEGATIVE = ("warmup", "clip", "weight_decay")
 
 #: Options of new adapters, which an adapter to start from decides.
 _OF_NEW_ADAPTERS = (
-    *("rank", "alpha", "targets", "exclude", "layers", "train", "bias"),
+    *("rank", "alpha", "targets", "exclude", "layers", "last_layers", "train", "bias"),
     *("init", "dora", "rslora", "add_token", "untie_head"),
 )
 
 
 def check(context: typer.Context, options: TrainOptions) -> None:
     """Raise `BadParameter` for values without meaning, and for options that exclude each other."""
-    if options.held_out and options.eval_split:
-        raise typer.BadParameter("give either --eval or --eval-split, not both")
     if options.steps is not None and options.epochs is not None:
         raise typer.BadParameter("give either --steps or --epochs, not both")
+    _check_evaluation(options)
+    if options.layers and options.last_layers is not None:
+        raise typer.BadParameter("give either --layers or --last-layers, not both")
+    if not options.mask_prompt and options.task == CLASSIFICATION:
+        raise typer.BadParameter("--no-mask-prompt is for --task causal-lm")
+    if options.lora_plus != 1 and options.optimizer in ON_PAIRS:
+        raise typer.BadParameter(
+            f"--optimizer {options.optimizer} updates A and B together; leave out --lora-plus"
+        )
     for name in (*_POSITIVE, *_NOT_NEGATIVE):
         value = getattr(options, name)
         is_wrong = value is not None and not (0 <= value < float("inf"))
@@ -81,18 +88,35 @@ def check(context: typer.Context, options: TrainOptions) -> None:
         raise typer.BadParameter(f"--adapter decides what trains, and how; leave out {named}")
 
 
+def _check_evaluation(options: TrainOptions) -> None:
+    if options.held_out and options.eval_split:
+        raise typer.BadParameter("give either --eval or --eval-split, not both")
+    if options.eval_rows and options.val_batches:
+        raise typer.BadParameter("give either --eval-rows or --val-batches, not both")
+    for flag in [name for name in ("patience", "load_best") if getattr(options, name)]:
+        if not options.held_out and not options.eval_split:
+            raise typer.BadParameter(
+                f"--{flag.replace('_', '-')} needs held-out data; add --eval or --eval-split"
+            )
+    if options.patience and not options.eval_every:
+        raise typer.BadParameter("--patience counts evaluations; add --eval-every")
+
+
 def _is_given(context: typer.Context, name: str) -> bool:
+    """Return whether an option has another value than its default, by a word or by --config."""
     parameter = next(p for p in context.command.params if p.name == name)
-    value = context.params[name]
-    return value not in (parameter.get_default(context), (), [])
+    return context.params[name] not in (parameter.default, (), [])
 
 
 def resume_command(context: typer.Context) -> str:
     """Return the command that resumes this run: the given options, and --resume."""
     words = context.command_path.split()
+    in_file = context.default_map or {}
     for parameter in context.command.params:
-        value = context.params[parameter.name or ""]
-        if parameter.name == "resume" or value == parameter.get_default(context) or value is None:
+        name = parameter.name or ""
+        value, source = context.params[name], context.get_parameter_source(name)
+        is_default = value == parameter.default and name not in in_file
+        if name == "resume" or is_default or source is None or source.name != "COMMANDLINE":
             continue
         flags = [*parameter.opts, *parameter.secondary_opts]
         if isinstance(value, bool):

@@ -5,6 +5,7 @@ because the package `gguf` makes one array per token of a vocabulary (which take
 trusts every length in the file. We leave it to `gguf` to decode the blocks of quantized numbers.
 """
 
+import contextlib
 import mmap
 import struct
 from collections.abc import Iterator, Mapping
@@ -126,6 +127,24 @@ def read(path: str | Path) -> GgufFile:
         return _parse(data)
     except (ModelFileError, struct.error, UnicodeDecodeError) as error:
         raise ModelFileError(f"{path}: not a complete GGUF file: {error}") from error
+
+
+def general_type(path: str | Path) -> str | None:
+    """Return what a GGUF file says that it is, such as "adapter"; None for what says nothing.
+
+    Only the keys before the tokenizer's are read, which are many. A damaged file says nothing.
+    """
+    with Path(path).open("rb") as file, contextlib.suppress(ValueError, struct.error, OSError):
+        data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        reader = _Reader(data, 16)
+        for _ in range(reader.number("Q")):
+            key = reader.string()
+            if key.startswith("tokenizer."):
+                return None
+            value = reader.value(reader.number("I"))
+            if key == "general.type":
+                return value if isinstance(value, str) else None
+    return None
 
 
 def _parse(data: mmap.mmap) -> GgufFile:

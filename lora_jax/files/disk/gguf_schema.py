@@ -55,6 +55,14 @@ GENERAL: dict[str, Field] = {
     "tokenizer.chat_template": _TEXT,
 }
 
+#: By key, of LoRA adapters.
+ADAPTER: dict[str, Field] = {
+    "general.type": _TEXT,
+    "adapter.type": _TEXT,
+    "adapter.lora.alpha": Field(lambda x: is_within(x, -1e30, 1e30), "a number below 1e30"),
+    "general.base_model.0.name": _TEXT,
+}
+
 #: By key after the architecture, of the decoders that are supported here.
 DECODER: dict[str, Field] = {
     **dict.fromkeys(("embedding_length", "feed_forward_length", "block_count"), _SIZE),

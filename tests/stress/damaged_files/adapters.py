@@ -11,7 +11,7 @@ import ml_dtypes
 import numpy as np
 
 import lora_jax
-from lora_jax import loralib, mlx, peft
+from lora_jax import gguf, loralib, mlx, peft
 from lora_jax.core.layout import Layout
 from lora_jax.core.paths import flatten_with_paths
 from lora_jax.core.tree import adapted_nodes
@@ -106,6 +106,26 @@ def of_mlx() -> Subject:
         mlx.save(folder, adapters, naming, base=base)
         files = read_files(Path(folder))
     return adapters_of(files, base, lambda folder: mlx.load(folder, base, naming))
+
+
+def of_gguf() -> Subject:
+    """Return an adapter of a linear layer, an embedding and experts, in one GGUF file."""
+    base = {"value": values((4, 3)), "tokens": values((11, 4)), "experts": values((2, 4, 3))}
+    rows = (
+        Entry("blk.0.attn_v.weight", "value", "linear"),
+        Entry("token_embd.weight", "tokens", "embedding"),
+        Entry("blk.0.ffn_up_exps.weight", "experts", "experts"),
+    )
+    names = gguf.Names("llama", Naming(rows))
+    adapters = {
+        "value": lora_node((4, 2), (2, 3), "io"),
+        "tokens": lora_node((11, 3), (3, 4), "io"),
+        "experts": lora_node((2, 4, 2), (2, 2, 3), "bio"),
+    }
+    with TemporaryDirectory() as folder:
+        gguf.save(Path(folder) / "adapter.gguf", adapters, names, base=base, base_model="mine")
+        files = read_files(Path(folder))
+    return adapters_of(files, base, lambda folder: gguf.load(folder / "adapter.gguf", base, names))
 
 
 @functools.cache

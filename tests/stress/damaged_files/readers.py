@@ -34,6 +34,7 @@ READERS: dict[str, Turns] = {
     "PEFT": [(f"PEFT {case}", functools.partial(adapters.of_peft, case)) for case in CASES],
     "mlx-lm": [("mlx-lm", adapters.of_mlx)],
     "loralib": [("loralib", adapters.of_loralib)],
+    "GGUF adapter": [("GGUF adapter", adapters.of_gguf)],
     "inspect": _adapters(command_line.inspect),
     "convert": _adapters(command_line.convert),
     "generate, merge": [

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 
 import lora_jax as lora
+from lora_jax import models
 from lora_jax.adapters.algebra.methods import METHODS
 from lora_jax.cli.classifiers import LABELS, POOLING
 from lora_jax.cli.errors import ConversionError
@@ -59,12 +60,12 @@ def run(sources: Sources, how: How, to: str | None, out: Path, *, force: bool) -
       LoraError: an adapter or the model cannot be read, or they do not fit each other.
     """
     found = [kinds.adapter(path) for path in sources.adapters]
-    to = found[0].kind if to is None else to
+    to = convert.FORMAT_OF[found[0].kind] if to is None else to
     weights, method = _weights(how.weights, len(found)), _method(how)
     _check(found, to, sources)
     refuse_existing(out, force)
     metadata = _metadata(found)
-    every = _read(found, sources)
+    every = _read(found, to, sources)
     first = every[0]
     base, naming = _common_base(every, sources.adapters)
     options = {"method": method, "density": how.density, "rank": how.rank, "base": base}
@@ -137,6 +138,7 @@ def _check(found: Sequence[kinds.Found], to: str, sources: Sources) -> None:
                 f"{one.path}: {changed} changed the base that it was trained on: give the original "
                 "base with --model, or --residual if all are for the changed one"
             )
+    convert.check_gguf(found, to, sources.model)
     own = [one.kind == kinds.NATIVE for one in found]
     if sources.model and sources.naming:
         raise ConversionError("give either --model, which brings its naming, or --naming, not both")
@@ -156,7 +158,7 @@ def _check(found: Sequence[kinds.Found], to: str, sources: Sources) -> None:
         )
 
 
-def _read(found: Sequence[kinds.Found], sources: Sources) -> list[NamedAdapters]:
+def _read(found: Sequence[kinds.Found], to: str, sources: Sources) -> list[NamedAdapters]:
     """Read all adapters, onto the model if it is given, or else onto what their files imply."""
     fit = sources.fit
     if sources.model is None:
@@ -166,17 +168,18 @@ def _read(found: Sequence[kinds.Found], sources: Sources) -> list[NamedAdapters]
             return _aligned(read)
         _check_same_base(found)
         return read
-    from lora_jax.cli import sources as models
+    from lora_jax.cli import sources as files
 
-    place = models.find_model(sources.model)
-    model = models.load_model(place, scan=any(map(models.is_stacked, found)))
+    place = files.find_model(sources.model)
+    model = files.load_model(place, scan=any(map(files.is_stacked, found)))
+    names = models.gguf_names(model) if to == "gguf" else None
     read = []
     for one in found:
-        loaded = models.put_on(model, one, fit)
+        loaded = files.put_on(model, one, fit)
         config = peft.read_config(one.path) if one.kind == kinds.PEFT else None
         name = implied_tree.base_name(one) or sources.model
         params, naming = loaded.model.params, loaded.model.naming
-        read.append(NamedAdapters(loaded.adapters, params, naming, name, config, complete=True))
+        read.append(NamedAdapters(loaded.adapters, params, naming, name, config, True, names))
     return read
 
 

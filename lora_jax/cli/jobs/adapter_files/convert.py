@@ -1,23 +1,38 @@
 """What `lora-jax convert` does: read an adapter onto a tree of shapes, and write it from there."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import lora_jax as lora
+from lora_jax import models
 from lora_jax.cli.errors import ConversionError
 from lora_jax.cli.fit import Fit
 from lora_jax.cli.options import refuse_existing
 from lora_jax.core.errors import AdapterFileError, ConfigError, LoraError, StructureError
 from lora_jax.core.foreign import escaped
-from lora_jax.files import implied_tree, kinds, mlx, native, peft
+from lora_jax.files import gguf, implied_tree, kinds, mlx, native, peft
 from lora_jax.files.disk import strict_json
 from lora_jax.files.implied_tree import NamedAdapters
 from lora_jax.files.naming import Naming
 from lora_jax.files.peft import changed_base
 
-KIND_OF = {"peft": kinds.PEFT, "folded": kinds.PEFT, "mlx": kinds.MLX, "native": kinds.NATIVE}
+KIND_OF = {
+    "peft": kinds.PEFT,
+    "folded": kinds.PEFT,
+    "mlx": kinds.MLX,
+    "native": kinds.NATIVE,
+    "gguf": kinds.GGUF_ADAPTER,
+}
+FORMAT_OF = {
+    kinds.PEFT: "peft",
+    kinds.MLX: "mlx",
+    kinds.NATIVE: "native",
+    kinds.GGUF_ADAPTER: "gguf",
+}
+#: By format, what reads it and knows no classifiers.
+_WITHOUT_CLASSIFIERS = {"mlx": "mlx-lm", "gguf": "llama.cpp as an adapter"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,8 +101,23 @@ def _check(found: kinds.Found, to: str, source: Source, changed: str | None) -> 
         raise ConversionError(
             "a lora_jax adapter has the paths and axes of a JAX tree: give the base with --model"
         )
+    check_gguf([found], to, model)
     if naming and not own:
         raise ConversionError("--naming is only for lora_jax adapters: others have PyTorch's names")
+
+
+def check_gguf(found: Sequence[kinds.Found], to: str, model: str | None) -> None:
+    """Raise if adapters come from GGUF or go there, and the model is not given.
+
+    Raises:
+      ConversionError: it is not.
+    """
+    own = [one.path for one in found if one.kind == kinds.GGUF_ADAPTER]
+    if not model and (own or to == "gguf"):
+        raise ConversionError(
+            f"{(own or [found[0].path])[0]}: GGUF has llama.cpp's names, and its order of the rows "
+            "of q and k: give the base with --model"
+        )
 
 
 def _read(found: kinds.Found, to: str, source: Source, changed: str | None) -> NamedAdapters:
@@ -100,22 +130,25 @@ def _read(found: kinds.Found, to: str, source: Source, changed: str | None) -> N
         base = sources.find_model(source.model)
         if found.kind == kinds.NATIVE:
             head = classifiers.naming_for_peft(base, found)
-            if head is not None and to == "mlx":
+            if head is not None and to in _WITHOUT_CLASSIFIERS:
                 raise ConversionError(
-                    f"{found.path}: a sequence classifier, which mlx-lm lacks; use --to peft"
+                    f"{found.path}: a sequence classifier, which {_WITHOUT_CLASSIFIERS[to]} lacks; "
+                    "use --to peft"
                 )
+        if found.kind == kinds.NATIVE and to != "gguf":
             read = implied_tree.from_native(found.path, head or sources.naming_of(base))
             config = read.config
             if head is not None:
                 config = dataclasses.replace(config or peft.PeftConfig(), task_type="SEQ_CLS")
             name = read.base_name or source.model
             return dataclasses.replace(read, base_name=name, config=config)
-        if to == "native" or changed:
+        if to in ("native", "gguf") or found.kind == kinds.GGUF_ADAPTER or changed:
             loaded = sources.load(base, found.path, fit=source.fit)
             name = implied_tree.base_name(found) or source.model
             config = peft.read_config(found.path) if found.kind == kinds.PEFT else None
             params, naming = loaded.model.params, loaded.model.naming
-            return NamedAdapters(loaded.adapters, params, naming, name, config, complete=True)
+            names = models.gguf_names(loaded.model) if to == "gguf" else None
+            return NamedAdapters(loaded.adapters, params, naming, name, config, True, names)
     if found.kind == kinds.MLX:
         return implied_tree.from_mlx(found.path, **options)
     return implied_tree.from_peft(found.path, **options, residual=source.fit.residual)
@@ -145,6 +178,10 @@ def write(
     if to == "native":
         named = {native.MODEL: source.base_name} if source.base_name else {}
         lora.save(out, source.adapters, {**(metadata or {}), **named}, base=source.base)
+    elif to == "gguf":
+        assert source.llama_cpp is not None, "checked: the command needs --model"
+        base, name = source.base, source.base_name
+        gguf.save(out, source.adapters, source.llama_cpp, base=base, base_model=name)
     elif to == "mlx":
         base, name = source.base, source.base_name
         mlx.save(out, source.adapters, source.naming, base=base, base_model=name)

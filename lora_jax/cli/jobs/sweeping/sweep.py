@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import optax
 from rich.console import Console
 
 import lora_jax as lora
@@ -31,6 +32,7 @@ from lora_jax.core.foreign import escaped
 from lora_jax.training import run_record
 from lora_jax.training.chunked_loss import CHUNK
 from lora_jax.training.loop import Settings as LoopSettings
+from lora_jax.training.optimizers.kinds import ADAMW, KINDS
 from lora_jax.training.running.step_memory import bytes_of
 from lora_jax.training.step import Loss, make_gradients
 from lora_jax.training.sweeping.comparison import results as results_of
@@ -119,6 +121,7 @@ def _job(
             lora.lora(_mean(loss)),
             *(task.params, runs, config, example),
             slots=slots,
+            optimizer=_optimizer(options),
             schedule=schedule,
             batch_axes=None if is_shared else 0,
             gradients=make_gradients(loss, options.accumulate),
@@ -131,6 +134,18 @@ def _job(
         )
 
     return job(choose_remat.choose(options, model, lambda remat: _needed(job(remat)), say))
+
+
+def _optimizer(options: SweepOptions) -> Callable[..., Any]:
+    """Return what makes the optimizer of a slot of its numbers, which are arrays."""
+    kind = KINDS[options.optimizer]
+    if options.optimizer == ADAMW:
+        return optax.adamw
+
+    def make(learning_rate: Any, params: Any, weight_decay: Any) -> optax.GradientTransformation:
+        return kind.transformation(learning_rate, weight_decay, params)
+
+    return make
 
 
 def _needed(job: SweepJob) -> int:

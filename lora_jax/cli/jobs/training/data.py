@@ -84,8 +84,8 @@ def read_task(options: TrainOptions, model: TrainableModel) -> Task:
         loss = partial(language_loss, packed=is_packed(data, held_out))
         task = Task(apply, model.params, loss, data, held_out, more)
     held_out = task.held_out
-    if held_out is not None and options.eval_rows:
-        held_out = held_out.first(options.eval_rows)
+    if held_out is not None and options.most_eval_rows:
+        held_out = held_out.first(options.most_eval_rows)
     return dataclasses.replace(task, held_out=held_out, notes=(*notes, *task.notes))
 
 
@@ -158,7 +158,12 @@ def _examples(
     """Pack rows of text, prompts and completions, or conversations."""
     trained, held_out = _split(options, files, others)
     longest = options.length + 1  # the last token is not read, only predicted
-    encode = partial(encode_examples, vocabulary=model.vocabulary, stops=model.stops)
+    encode = partial(
+        encode_examples,
+        vocabulary=model.vocabulary,
+        stops=model.stops,
+        mask_prompts=options.mask_prompt,
+    )
     parts = [encode(rows, model.tokenizer, longest) for rows in (trained, held_out) if rows]
     packed = [
         pack_examples(part.examples, options.length, by)

@@ -58,8 +58,8 @@ def open_stream(
     held_out = None
     if options.eval_split or options.held_out:
         judged = _reader(options, model, options.held_out, 1.0) if options.held_out else reader
-        held_out = held_out_rows(judged, options.eval_rows or _EVAL_ROWS)
-        if not options.eval_rows and len(held_out) == _EVAL_ROWS:
+        held_out = held_out_rows(judged, options.most_eval_rows or _EVAL_ROWS)
+        if not options.most_eval_rows and len(held_out) == _EVAL_ROWS:
             notes.append(f"{_EVAL_ROWS} held-out rows are evaluated (see --eval-rows)")
     return Stream(reader, options.out, jax.process_index()), held_out, tuple(notes)
 
@@ -95,6 +95,7 @@ def _of_rows(options: TrainOptions, model: TrainableModel) -> tuple[Any, Any]:
             options.length + 1,
             vocabulary=model.vocabulary,
             may_be_empty=True,
+            mask_prompts=options.mask_prompt,
         )
         return found.examples or None
 

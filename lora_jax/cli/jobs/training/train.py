@@ -33,6 +33,7 @@ from lora_jax.training.distributed.placing import complete, own_rows, place_rows
 from lora_jax.training.errors import TrainingError
 from lora_jax.training.loop import Job, Outcome, Settings, steps_of_epochs, train
 from lora_jax.training.optimizer import Optimizer
+from lora_jax.training.optimizers.kinds import ADAMW
 from lora_jax.training.running.step_memory import needed_bytes, widened_bytes
 
 
@@ -114,12 +115,20 @@ def _finish(outcome: Outcome, steps: int, results: Results, watch: Watch) -> Non
     title = f"{options.model}: rank {results.config.rank}, learning rate {options.lr:g}"
     picture = options.out / "loss.png"
     processes.by_first(lambda: loss_curve.draw(outcome.records, picture, title))
-    if processes.is_first():
-        if outcome.step < steps:
-            raise KeyboardInterrupt(watch.describe_interruption(outcome.step))
-        results.show(outcome.records)
-    elif outcome.step < steps:
+    is_interrupted = outcome.step < steps and not outcome.ended_early
+    if is_interrupted and processes.is_first():
+        raise KeyboardInterrupt(watch.describe_interruption(outcome.step))
+    if is_interrupted:
         raise SystemExit(INTERRUPTED)
+    if outcome.ended_early:
+        watch.say(
+            f"ended after step {outcome.step} of {steps}: the held-out loss has not fallen in "
+            f"{count(options.patience, 'evaluation')} (--patience)"
+        )
+    if options.load_best:
+        processes.by_first(results.keep_best)
+    if processes.is_first():
+        results.show(outcome.records)
 
 
 def started(options: TrainOptions) -> datetime.datetime:
@@ -156,6 +165,7 @@ def optimizer_of(options: TrainOptions) -> Optimizer:
         clip=options.clip,
         weight_decay=options.weight_decay,
         b_ratio=options.lora_plus,
+        name=options.optimizer,
     )
 
 
@@ -179,10 +189,21 @@ def open_run(
         mesh=mesh,
         quantize=options.quantize,
     )
+    options = _with_last_layers(options, model)
     length = options.length or min(512, model.longest)
     if not 2 <= length <= model.longest:
         raise TrainingError(f"--length {length}: must be from 2 to {model.longest} for this model")
     return dataclasses.replace(options, length=length, scan=scan), model, mesh
+
+
+def _with_last_layers(options: Options, model: TrainableModel) -> Options:
+    """Return the options with --last-layers as --layers."""
+    count, there = options.last_layers, model.config.num_hidden_layers
+    if count is None:
+        return options
+    if count > there:
+        raise TrainingError(f"--last-layers {count}: the model has {there} layers")
+    return dataclasses.replace(options, layers=f"-{count}:")
 
 
 def steps_of(options: TrainOptions, task: Task, resumed: bool) -> int:
@@ -216,6 +237,7 @@ def _job(
         eval_every=options.eval_every,
         save_every=options.save_every,
         profile=options.profile,
+        patience=options.patience,
         merge_aware=options.merge_aware,
     )
     return Job(
@@ -237,14 +259,17 @@ def _job(
 _NOT_RECORDED = {
     *("mesh", "coordinator", "processes", "process_id"),
     *("out", "resume", "eval_every", "save_every", "log_every", "base_name"),
-    *("data", "held_out", "eval_split", "eval_rows", "encoding"),  # by a checksum of the batches
+    *("data", "held_out", "eval_split", "eval_rows", "val_batches"),  # by a checksum of the batches
+    *("encoding", "mask_prompt"),  # likewise
+    *("patience", "load_best"),  # when a run ends, and which adapter it leaves
     "stream",  # of a run that streams only
     *("compile_cache", "profile"),  # which change no result
     "pooling",  # of a classifier only
     "merge_aware",  # of a quantized base only
+    "optimizer",  # other than the one that runs of older releases had
     *("model", "dtype"),  # by a checksum of the parameters
     *("epochs", "targets", "init", "rank", "alpha", "dora", "rslora", "dropout"),  # by the config
-    *("exclude", "layers", "train", "bias"),  # by the config
+    *("exclude", "layers", "last_layers", "train", "bias"),  # by the config
     "adapter",  # by a checksum of its values
     *("remat", "memory"),  # the same numbers, computed again or not
     *("add_token", "untie_head"),  # by the config and the checksums of the parameters and batches
@@ -262,6 +287,8 @@ def settings_to_record(
         given["stream"] = True
     if options.merge_aware:
         given["merge_aware"] = True
+    if options.optimizer != ADAMW:
+        given["optimizer"] = options.optimizer
     adapter = (
         {}
         if options.adapter is None

@@ -1,0 +1,1 @@
+"""What all commands do with their options: show them in groups, and read them from a file."""

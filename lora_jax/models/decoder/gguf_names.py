@@ -1,0 +1,35 @@
+"""What llama.cpp calls a model: its architecture, and the names of its tensors."""
+
+from lora_jax.core.errors import StructureError
+from lora_jax.core.foreign import shown_value
+from lora_jax.files.gguf import Names
+from lora_jax.models.decoder import gguf
+from lora_jax.models.pretrained import Pretrained
+
+#: `model_type` in config.json -> llama.cpp's architecture, of models whose rows of q and k
+#: `gguf.file_naming` orders.
+ARCHITECTURE_OF = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2"}
+
+
+def gguf_names(model: Pretrained) -> Names:
+    """Return what llama.cpp calls a model, for `lora_jax.gguf.load` and `save`.
+
+    Args:
+      model: from `models.load`, whatever kind of file it comes from.
+
+    Raises:
+      StructureError: the model has no names in llama.cpp here.
+
+    >>> from lora_jax.models.tiny import tiny
+    >>> gguf_names(tiny(16)).architecture
+    'llama'
+    """
+    model_type = model.settings.get("model_type")
+    if not isinstance(model_type, str) or model_type not in ARCHITECTURE_OF:
+        raise StructureError(
+            f"a model of the type {shown_value(model_type)} has no names in llama.cpp here, only "
+            f"{', '.join(ARCHITECTURE_OF)}; give lora_jax.gguf your own Names"
+        )
+    architecture = ARCHITECTURE_OF[model_type]
+    naming = gguf.file_naming(model.naming, {**model.settings, "model_type": architecture})
+    return Names(architecture, naming, tied=bool(model.settings.get("tie_word_embeddings")))

@@ -1,0 +1,1 @@
+"""GGUF adapters beside llama.cpp itself."""
