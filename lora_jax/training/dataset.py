@@ -1,4 +1,4 @@
-"""Training data: rows of four kinds, in JSON or a table, or one plain text."""
+"""Training data: rows of five kinds, in JSON or a table, or one plain text."""
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
@@ -55,7 +55,7 @@ class Rows:
         return len(self.rows)
 
 
-def read_rows(path: str | Path, encoding: str = "utf-8") -> Rows:
+def read_rows(path: str | Path, encoding: str = "utf-8", prefer: str | None = None) -> Rows:
     """Read a file of rows, or a `.txt` file, a single text.
 
     `.jsonl` has one JSON object per line, `.json` a list of them, `.csv` and `.tsv` a header and
@@ -66,6 +66,7 @@ def read_rows(path: str | Path, encoding: str = "utf-8") -> Rows:
     Args:
       path: the file. Blank lines of a `.jsonl` file and a byte order mark are skipped.
       encoding: text encoding of the file, a name that Python knows.
+      prefer: the kind of rows whose keys are those of several.
 
     Raises:
       DataError: the file is missing or empty, has another suffix or another encoding (the message
@@ -75,7 +76,7 @@ def read_rows(path: str | Path, encoding: str = "utf-8") -> Rows:
     path = Path(path)
     kind = path.suffix.lower()
     if kind == ".parquet":
-        return collect(str(path), "row", _numbered(read_parquet(path)))
+        return collect(str(path), "row", _numbered(read_parquet(path)), prefer)
     text = decode_file(path, encoding)
     if kind == ".txt":
         problem = "text is empty" if not text.strip() else describe("text", text)
@@ -83,9 +84,9 @@ def read_rows(path: str | Path, encoding: str = "utf-8") -> Rows:
             raise DataError(f"{path}: {problem}; use a file that contains text")
         return Rows(str(path), STREAM, (Row(1, {"text": text}),))
     if kind in _TABLES:
-        return collect(str(path), "row", _numbered(read_csv(str(path), text, KNOWN)))
+        return collect(str(path), "row", _numbered(read_csv(str(path), text, KNOWN)), prefer)
     if kind == ".json" and text.lstrip().startswith("["):
-        return collect(str(path), "row", _numbered(_parse_list(str(path), text)))
+        return collect(str(path), "row", _numbered(_parse_list(str(path), text)), prefer)
     if kind not in (*_LINES, ".json"):
         raise DataError(
             f"{path}: unknown file type; rename it to .jsonl, .json, .csv, .tsv or .parquet (rows "
@@ -93,7 +94,7 @@ def read_rows(path: str | Path, encoding: str = "utf-8") -> Rows:
         )
     # `splitlines` would also cut at characters that JSON strings may contain.
     lines = enumerate(text.split("\n"), start=1)
-    return collect(str(path), "line", ((n, line) for n, line in lines if line.strip()))
+    return collect(str(path), "line", ((n, line) for n, line in lines if line.strip()), prefer)
 
 
 def decode_file(path: Path, encoding: str) -> str:
@@ -147,7 +148,9 @@ def _parse_list(source: str, text: str) -> list[Any]:
         raise DataError(f"{source}: not valid JSON ({error})") from None
 
 
-def collect(source: str, unit: str, found: Iterable[tuple[int, Any]]) -> Rows:
+def collect(
+    source: str, unit: str, found: Iterable[tuple[int, Any]], prefer: str | None = None
+) -> Rows:
     """Return rows, given as numbered values, or, where the unit is "line", as lines of JSON.
 
     Raises:
@@ -158,7 +161,9 @@ def collect(source: str, unit: str, found: Iterable[tuple[int, Any]]) -> Rows:
     ignored: dict[str, None] = {}
     for number, value in found:
         try:
-            kind, values, others = parse_row(value) if unit == "line" else read_row(value)
+            kind, values, others = (
+                parse_row(value, prefer) if unit == "line" else read_row(value, prefer)
+            )
         except ValueError as error:
             problems.append(f"{unit} {number}: {error}")
             continue
@@ -180,7 +185,7 @@ def collect(source: str, unit: str, found: Iterable[tuple[int, Any]]) -> Rows:
     return Rows(source, first, tuple(row for _, row in rows), tuple(ignored), unit)
 
 
-def parse_row(line: str) -> tuple[str, dict[str, Any], list[str]]:
+def parse_row(line: str, prefer: str | None = None) -> tuple[str, dict[str, Any], list[str]]:
     """Return the kind of a line, its values, and the keys that are ignored.
 
     Raises:
@@ -195,7 +200,7 @@ def parse_row(line: str) -> tuple[str, dict[str, Any], list[str]]:
         raise ValueError("nested too deeply") from None
     except json.JSONDecodeError as error:
         raise ValueError(f"not valid JSON ({error.msg} at column {error.colno})") from None
-    return read_row(row)
+    return read_row(row, prefer)
 
 
 def _label_problems(rows: list[Row], unit: str) -> list[str]:

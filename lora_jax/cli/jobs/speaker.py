@@ -129,6 +129,7 @@ def open_speaker(
       LoraError: the model, its tokenizer or the adapter cannot be read.
     """
     base = sources.find_model(model)
+    sources.require_kind(base, "encoder", "decoder")
     if named := classifiers.find(base, adapter):
         raise PromptError(f"{named}: {CLASSIFIER}")
     tokenizer = sources.tokenizer_of(base, adapter)
@@ -136,7 +137,7 @@ def open_speaker(
     loaded = sources.load(base, adapter, dtype, fit, quantize=quantize, scan=scan)
     if loaded.model.kind != "decoder":
         raise PromptError(
-            "{loaded.model.family.stem} cannot generate text; give a decoder, such as a Llama"
+            f"{loaded.model.family.stem} cannot generate text; give a decoder, such as a Llama"
         )
     run = loaded.model.apply
     return Speaker(

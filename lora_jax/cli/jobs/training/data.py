@@ -8,10 +8,17 @@ from typing import Any
 import numpy as np
 
 from lora_jax.cli.classifiers import LABELS, POOLING
+from lora_jax.cli.jobs.training import preference
 from lora_jax.cli.jobs.training.model import TrainableModel
 from lora_jax.cli.jobs.training.stream import open_stream
-from lora_jax.cli.train_options import CLASSIFICATION, MEAN, TrainOptions
-from lora_jax.models.published_classifier import head_of_family
+from lora_jax.cli.train_options import (
+    CAUSAL_LM,
+    CLASSIFICATION,
+    MEAN,
+    PREFERENCES,
+    TrainOptions,
+)
+from lora_jax.models.published_classifier import head_of_family, new_pooler
 from lora_jax.training.batching import (
     Data,
     Source,
@@ -28,13 +35,13 @@ from lora_jax.training.classification import (
     Classifier,
     classes,
     encode_labelled,
-    new_layer,
     with_head,
 )
 from lora_jax.training.dataset import STREAM, Row, Rows, read_rows
 from lora_jax.training.errors import DataError, TrainingError
 from lora_jax.training.loss import class_sums
 from lora_jax.training.packing import Assign, assign, assign_in_order
+from lora_jax.training.preference.pairs import KIND
 from lora_jax.training.step import Loss
 from lora_jax.training.streaming.files import find_files
 from lora_jax.training.tokenize import encode_examples, encode_stream
@@ -67,8 +74,10 @@ def read_task(options: TrainOptions, model: TrainableModel) -> Task:
     """
     if options.stream:
         return _streamed(options, model)
-    files = [read_rows(path, options.encoding) for path in find_files(options.data)]
-    others = [read_rows(path, options.encoding) for path in find_files(options.held_out or ())]
+    prefer = KIND if options.task in PREFERENCES else None
+    read = partial(read_rows, encoding=options.encoding, prefer=prefer)
+    files = [read(path) for path in find_files(options.data)]
+    others = [read(path) for path in find_files(options.held_out or ())]
     kinds = {rows.kind: rows.source for rows in [*files, *others]}
     if len(kinds) > 1:
         named = ", ".join(f"{source} contains {kind} rows" for kind, source in kinds.items())
@@ -77,6 +86,8 @@ def read_task(options: TrainOptions, model: TrainableModel) -> Task:
     notes = (f"ignored keys: {', '.join(ignored)}",) if ignored else ()
     if options.task == CLASSIFICATION:
         task = _classification(options, model, files, others)
+    elif options.task in PREFERENCES:
+        task = _preferences(options, model, files, others)
     else:
         apply = _decoder(options, model)
         make = _streams if files[0].kind == STREAM else _examples
@@ -100,7 +111,7 @@ def _decoder(options: TrainOptions, model: TrainableModel) -> Apply:
 
 def _streamed(options: TrainOptions, model: TrainableModel) -> Task:
     """Return a task whose data is read while it is trained on."""
-    if options.task == CLASSIFICATION:
+    if options.task != CAUSAL_LM:
         raise TrainingError("--stream is for --task causal-lm; leave it out")
     apply = _decoder(options, model)
     data, held_out, notes = open_stream(options, model)
@@ -173,6 +184,18 @@ def _examples(
     return packed[0], packed[1] if held_out else None, notes
 
 
+def _preferences(
+    options: TrainOptions, model: TrainableModel, files: Sequence[Rows], others: Sequence[Rows]
+) -> Task:
+    """Pack pairs of a chosen and a rejected completion."""
+    apply = _decoder(options, model)
+    parts = [rows for rows in _split(options, files, others) if rows]
+    packed, notes = preference.pack_preferences(options, model, parts, _packings(options))
+    packs = preference.is_packed(*packed)
+    loss = partial(preference.preference_loss, options=options, packed=packs)
+    return Task(apply, model.params, loss, packed[0], packed[1] if parts[1:] else None, notes)
+
+
 def _packings(options: TrainOptions) -> tuple[Assign, Assign]:
     """Return how to pack training and held-out rows; the latter never depend on the order."""
     return assign if options.shuffle else assign_in_order, assign
@@ -238,9 +261,10 @@ def _with_head(
     if options.pooling == MEAN:
         apply, params = make()
         return apply, params, ("head/kernel", "head/bias")
-    family = head_of_family(model.family)
-    is_new = bool(family.pooler) and model.pooler is None
-    pooler = new_layer(options.seed + 1, model.width, model.width) if is_new else model.pooler
-    apply, params = make(pooling=family.pooling, pooler=pooler, bias=family.bias)
+    head = head_of_family(model.family, model.settings)
+    is_new = bool(head.pooler) and model.pooler is None
+    pooler = new_pooler(head, model.width, options.seed + 1) if is_new else model.pooler
+    apply, params = make(pooling=head.pooling, pooler=pooler, bias=head.bias)
+    apply = dataclasses.replace(apply, activation=head.activation, epsilon=head.epsilon)
     trained = ("head", "pooler") if is_new else ("head",)
     return apply, params, tuple(f"{module}/{leaf}" for module in trained for leaf in params[module])

@@ -11,7 +11,7 @@ import numpy as np
 
 from lora_jax.cli.jobs.training.model import TrainableModel
 from lora_jax.cli.plurals import count
-from lora_jax.cli.train_options import CLASSIFICATION, TrainOptions
+from lora_jax.cli.train_options import CAUSAL_LM, TrainOptions
 from lora_jax.training import run_record
 from lora_jax.training.batching import Data, Source, cut_streams, pack_examples
 from lora_jax.training.dataset import STREAM, Rows
@@ -32,7 +32,7 @@ def choose_streaming(options: TrainOptions, resumed: bool) -> TrainOptions:
         return options
     if resumed:
         return dataclasses.replace(options, stream=bool(run_record.recorded(options.out, "stream")))
-    is_large = total_bytes(find_files(options.data)) > LARGE and options.task != CLASSIFICATION
+    is_large = total_bytes(find_files(options.data)) > LARGE and options.task == CAUSAL_LM
     return dataclasses.replace(options, stream=is_large)
 
 
