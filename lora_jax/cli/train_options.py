@@ -56,8 +56,9 @@ _BASE_NAME = (
 )
 _DATA = (
     "Training data: a file of rows or a .txt file, see above, a directory of them, or a pattern; "
-    "may be given several times."
+    "may be given several times. FILE=2 visits its rows twice per epoch, FILE=0.5 half of them."
 )
+_FIELD = "Column that a key of the rows is read from, such as text=question; may be repeated."
 _STREAM = "Read data piece by piece while training, or all at first; default: by its size."
 _OUT = "Output directory of the run: adapter, checkpoints, log."
 _EVAL_SPLIT = "Fraction of the data to hold out for evaluation, instead of --eval."
@@ -138,6 +139,7 @@ class TrainOptions:
     model: Annotated[str, in_model(metavar="MODEL", help=_MODEL)]
     data: Annotated[list[Path], in_data(metavar="FILE", help=_DATA)]
     out: Annotated[Path, in_output(metavar="DIR", help=_OUT)]
+    field: Annotated[list[str] | None, in_data(metavar="KEY=COLUMN", help=_FIELD)] = None
     task: Annotated[TaskName, in_data(help="Training objective.")] = "causal-lm"
     held_out: Annotated[
         list[Path] | None,

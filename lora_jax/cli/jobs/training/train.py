@@ -270,7 +270,7 @@ _NOT_RECORDED = {
     *("mesh", "coordinator", "processes", "process_id"),
     *("out", "resume", "eval_every", "save_every", "log_every", "base_name"),
     *("data", "held_out", "eval_split", "eval_rows", "val_batches"),  # by a checksum of the batches
-    *("encoding", "mask_prompt"),  # likewise
+    *("encoding", "mask_prompt", "field"),  # likewise
     *("patience", "load_best"),  # when a run ends, and which adapter it leaves
     "stream",  # of a run that streams only
     *("compile_cache", "profile"),  # which change no result
