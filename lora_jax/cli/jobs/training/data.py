@@ -140,7 +140,7 @@ def language_loss(
     hidden = model.hidden if packed else lambda params, ids, segments: model.hidden(params, ids)
     if model.head_path in adapted:
         return language_sums_of_trained_head(hidden, model.logits, chunk)
-    return language_sums_of_frozen_head(hidden, model.head, chunk)
+    return language_sums_of_frozen_head(hidden, model.head, chunk, model.finish)
 
 
 def is_packed(*parts: Data | None) -> bool:

@@ -64,7 +64,7 @@ def log_probs_of(
     hidden = model.hidden if packed else lambda params, ids, segments: model.hidden(params, ids)
     if model.head_path in adapted:
         return log_probs_of_trained_head(hidden, model.logits, chunk)
-    return log_probs_of_frozen_head(hidden, model.head, chunk)
+    return log_probs_of_frozen_head(hidden, model.head, chunk, model.finish)
 
 
 def _dpo(options: TrainOptions) -> PairLoss:
