@@ -59,7 +59,7 @@ class VisionConfig(LayersConfig):
     """Configuration of a vision transformer; the switches are what the families differ in.
 
     Attributes:
-      class_token: whether a token that is no patch comes first.
+      class_token: whether a learned token comes before the patches.
       patch_bias: whether the patch embedding has a bias.
       first_norm: whether there is a norm before the layers.
       pools: how an image becomes one vector: the first token ("first"), or attention from a

@@ -55,8 +55,9 @@ class ImageProcessor:
         size = {"height": size, "width": size} if is_integer(size) else size
         if isinstance(size, Mapping) and "shortest_edge" in size:
             size = dict.fromkeys(("height", "width"), size["shortest_edge"])
-        sides = [size.get(x) for x in ("height", "width")] if isinstance(size, Mapping) else []
-        if len(sides) != 2 or not all(map(is_size, sides)):
+        given = size if isinstance(size, Mapping) else {}
+        height, width = given.get("height"), given.get("width")
+        if not is_size(height) or not is_size(width):
             raise ValueError(f"size must have height and width in pixels, got {shown_value(size)}")
         scale = settings.get("rescale_factor", cls.scale) if settings.get("do_rescale", True) else 1
         mean, std = settings.get("image_mean", cls.mean), settings.get("image_std", cls.std)
@@ -65,7 +66,6 @@ class ImageProcessor:
         numbers = [scale, *_numbers("image_mean", mean), *_numbers("image_std", std)]
         if not all(map(is_number, numbers)) or not all(x > 0 for x in [scale, *std]):
             raise ValueError("rescale_factor and image_std must be positive numbers")
-        height, width = sides
         return cls((height, width), float(scale), tuple(map(float, mean)), tuple(map(float, std)))
 
     def __call__(self, images: Any) -> np.ndarray:
