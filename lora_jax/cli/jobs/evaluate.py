@@ -45,6 +45,7 @@ def run(
     """
     rows = [read_rows(path, encoding) for path in find_files(files)]
     base = sources.find_model(model)
+    sources.require_kind(base, "encoder", "decoder")
     named = [classifiers.find(base, path) for path in adapters]
     if any(named):
         if not all(named):

@@ -36,6 +36,11 @@ RULES: dict[str, PartitionSpec] = {
     "query/bias": _BIAS,
     "key/bias": _BIAS,
     "value/bias": _BIAS,
+    # several linear layers in one, along its second axis
+    "qkv/kernel": PartitionSpec("fsdp", None, "tensor"),
+    "qkv/bias": PartitionSpec(None, "tensor"),
+    "mlp/input/kernel": PartitionSpec("fsdp", None, "tensor"),
+    "mlp/input/bias": PartitionSpec(None, "tensor"),
     # feed-forward of Llama
     "gate/kernel": _OPENS,
     "up/kernel": _OPENS,
@@ -60,6 +65,8 @@ _HEADS = {
     "key/bias": (-1, "num_key_value_heads"),
     "value/kernel": (-1, "num_key_value_heads"),
     "value/bias": (-1, "num_key_value_heads"),
+    "qkv/kernel": (-1, "num_attention_heads"),
+    "qkv/bias": (-1, "num_attention_heads"),
     "attention/output/kernel": (-2, "num_attention_heads"),
 }
 

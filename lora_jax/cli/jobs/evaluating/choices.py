@@ -14,8 +14,13 @@ from lora_jax.training.chunked_loss import (
     token_losses_of_trained_head,
 )
 from lora_jax.training.dataset import Rows
-from lora_jax.training.evaluation.choices import encode_choices, judge, log_probs_of_texts
-from lora_jax.training.preference.pairs import encode_pairs
+from lora_jax.training.evaluation.choices import (
+    Question,
+    encode_choices,
+    judge,
+    log_probs_of_texts,
+)
+from lora_jax.training.preference.pairs import Pair, encode_pairs
 from lora_jax.training.tokenize import Example
 
 
@@ -28,7 +33,7 @@ def choices(
       DataError: rows cannot be encoded.
     """
     length, vocabulary = subject.length(settings), subject.loaded.model.config.vocab_size
-    questions = []
+    questions: list[Question] = []
     for rows in files:
         found, said = encode_choices(rows, subject.tokenizer, length + 1, vocabulary=vocabulary)
         questions += found
@@ -48,7 +53,7 @@ def preferences(
       DataError: rows cannot be encoded.
     """
     length, vocabulary = subject.length(settings), subject.loaded.model.config.vocab_size
-    pairs = []
+    pairs: list[Pair] = []
     for rows in files:
         found = encode_pairs(rows, subject.tokenizer, length + 1, vocabulary=vocabulary)
         pairs += found.pairs

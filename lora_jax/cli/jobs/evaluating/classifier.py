@@ -35,7 +35,7 @@ def classifier_figures(
                 'of the form {"text": …, "label": …}'
             )
     classifier, tokenizer = open_classifier(model, adapter, dtype, settings.quantize, fit)
-    length = row_length(settings.length, classifier.model.config.max_position_embeddings)
+    length = row_length(settings.length, classifier.model.longest)
     wanted = np.array([n for rows in files for n in _numbers(rows, classifier.labels)])
     texts = [row.values["text"] for rows in files for row in rows.rows]
     found = log_probabilities(classifier, tokenizer, texts, length, settings.batch)

@@ -5,8 +5,8 @@ from typing import Any
 
 import lora_jax as lora
 from lora_jax.cli import sources
+from lora_jax.cli.jobs.asked_rows import AskedRow, continue_in_batches
 from lora_jax.cli.jobs.evaluating.subject import Settings, Subject
-from lora_jax.cli.jobs.rows_of_text import AskedRow, continue_in_batches
 from lora_jax.cli.jobs.speaker import Speaker
 from lora_jax.training.dataset import Row, Rows
 from lora_jax.training.errors import DataError
@@ -48,9 +48,7 @@ def exact_match(files: Sequence[Rows], subject: Subject, settings: Settings) -> 
     )
     prompts = [AskedRow(ids, tokenizer, speaker.ends) for ids, _ in asked]
     said = continue_in_batches(speaker, prompts, None, seed=0, batch=settings.batch)
-    right = [
-        text.strip() == answer.strip() for text, (_, answer) in zip(said, asked, strict=True)
-    ]
+    right = [text.strip() == answer.strip() for text, (_, answer) in zip(said, asked, strict=True)]
     return {"answers": len(right), "exact_match": sum(right) / len(right)}
 
 

@@ -40,9 +40,7 @@ def perplexity(
     }
 
 
-def _batches_of(
-    rows: Rows, subject: Subject, length: int, vocabulary: int, notes: Notes
-) -> Data:
+def _batches_of(rows: Rows, subject: Subject, length: int, vocabulary: int, notes: Notes) -> Data:
     """Encode a file as training does."""
     if rows.kind == STREAM:
         return cut_stream(encode_stream(rows, subject.tokenizer, vocabulary=vocabulary), length)

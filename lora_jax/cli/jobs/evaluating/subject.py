@@ -59,13 +59,14 @@ class Subject:
         model = to_trainable(self.loaded.model, self.tokenizer)
         if model.apply is None:
             raise ClassifierError(
-                "BERT without a classifier's head has no loss; give a classifier's --adapter"
+                f"{self.loaded.model.family.stem} without a classifier's head has no loss; give a "
+                "classifier's --adapter"
             )
         return model
 
     def length(self, settings: Settings) -> int:
         """Return the tokens per row."""
-        return row_length(settings.length, self.loaded.model.config.max_position_embeddings)
+        return row_length(settings.length, self.loaded.model.longest)
 
 
 def subjects(
@@ -87,9 +88,7 @@ def subjects(
         if before is None or before[0] != scan:
             before = scan, sources.load_model(base, dtype, scan=scan, quantize=quantize)
         model = before[1]
-        loaded = (
-            sources.Loaded(model, None) if found is None else sources.put_on(model, found, fit)
-        )
+        loaded = sources.Loaded(model, None) if found is None else sources.put_on(model, found, fit)
         yield Subject(base, loaded, sources.tokenizer_of(base, path), path)
 
 

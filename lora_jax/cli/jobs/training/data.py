@@ -18,7 +18,7 @@ from lora_jax.cli.train_options import (
     PREFERENCES,
     TrainOptions,
 )
-from lora_jax.models.published_classifier import head_of_family
+from lora_jax.models.published_classifier import head_of_family, new_pooler
 from lora_jax.training.batching import (
     Data,
     Source,
@@ -35,7 +35,6 @@ from lora_jax.training.classification import (
     Classifier,
     classes,
     encode_labelled,
-    new_layer,
     with_head,
 )
 from lora_jax.training.dataset import STREAM, Row, Rows, read_rows
@@ -262,9 +261,10 @@ def _with_head(
     if options.pooling == MEAN:
         apply, params = make()
         return apply, params, ("head/kernel", "head/bias")
-    family = head_of_family(model.family)
-    is_new = bool(family.pooler) and model.pooler is None
-    pooler = new_layer(options.seed + 1, model.width, model.width) if is_new else model.pooler
-    apply, params = make(pooling=family.pooling, pooler=pooler, bias=family.bias)
+    head = head_of_family(model.family, model.settings)
+    is_new = bool(head.pooler) and model.pooler is None
+    pooler = new_pooler(head, model.width, options.seed + 1) if is_new else model.pooler
+    apply, params = make(pooling=head.pooling, pooler=pooler, bias=head.bias)
+    apply = dataclasses.replace(apply, activation=head.activation, epsilon=head.epsilon)
     trained = ("head", "pooler") if is_new else ("head",)
     return apply, params, tuple(f"{module}/{leaf}" for module in trained for leaf in params[module])
