@@ -24,7 +24,7 @@ from lora_jax.files.naming import Naming
 from lora_jax.models import hf_directory
 from lora_jax.models.decoder import gguf
 from lora_jax.models.decoder.config import PARAM_DTYPES
-from lora_jax.models.families import TIED_HEAD, family_of
+from lora_jax.models.families import TIED_HEAD, family_of, is_tied
 from lora_jax.models.weights import published, sharding_rules
 from lora_jax.models.weights.family import Family, Kind, Options
 from lora_jax.models.weights.kept import kept_shapes, warn_of_floats
@@ -266,7 +266,7 @@ def _open(path: Path) -> _Source:
     opened = published.open_directory(path, config)
     settings, tensors = opened.settings, opened.tensors
     torch = family.naming(tensors)
-    tied = (TIED_HEAD,) if settings.get("tie_word_embeddings") else ()
+    tied = (TIED_HEAD,) if is_tied(settings) else ()
     # a decoder's classifier has no output head: the model here gets that of a tied one
     headless = not tied and "score.weight" in tensors and "lm_head.weight" not in tensors
     ignored = (*family.dropped, *tied, *family.kept, *opened.ignored)

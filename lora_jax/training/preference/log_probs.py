@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from lora_jax.training.chunked_loss import (
+    Finish,
     Hidden,
     TokenLosses,
     token_losses_of_frozen_head,
@@ -43,13 +44,16 @@ def log_probs(apply: Callable[[Any, jax.Array, jax.Array], jax.Array]) -> PairLo
 
 
 def log_probs_of_frozen_head(
-    hidden: Hidden, head: Callable[[Any], jax.Array], chunk: int | None = None
+    hidden: Hidden,
+    head: Callable[[Any], jax.Array],
+    chunk: int | None = None,
+    finish: Finish = lambda products: products,
 ) -> PairLogProbs:
     """Return `log_probs` for a model whose head is frozen, without the logits of all tokens.
 
     The arguments are those of `token_losses_of_frozen_head`.
     """
-    return _of_token_losses(token_losses_of_frozen_head(hidden, head, chunk))
+    return _of_token_losses(token_losses_of_frozen_head(hidden, head, chunk, finish))
 
 
 def log_probs_of_trained_head(

@@ -61,7 +61,7 @@ def read_row(row: Any, prefer: str | None = None) -> tuple[str, Values, list[str
     if not isinstance(row, dict):
         raise ValueError(f"a JSON {json_type(row)}, not an object")
     there = {key for key in row if row[key] is not None}
-    form = _preferred(prefer, there) or _form_of(set(row)) or _form_of(there)
+    form = _preferred(prefer, there) or form_of(row)
     if form is None:
         keys = f"the keys {', '.join(shown(repr(key)) for key in row)}" if row else "no keys"
         raise ValueError(f"has {keys}; a row must be {FORMS}")
@@ -70,6 +70,11 @@ def read_row(row: Any, prefer: str | None = None) -> tuple[str, Values, list[str
         return form.kind, form.read(row), [key for key in row if key not in known]
     except RecursionError:
         raise ValueError("nested too deeply") from None
+
+
+def form_of(row: Mapping[str, Any]) -> _Form | None:
+    """Return the form of a row by its keys, those that are not null at least; None if unknown."""
+    return _form_of(set(row)) or _form_of({key for key in row if row[key] is not None})
 
 
 def _preferred(kind: str | None, present: set[str]) -> _Form | None:
@@ -164,12 +169,9 @@ _FORMS = (
 )
 #: Keys that tell what a row is.
 KNOWN = frozenset(key for form in _FORMS for key in form.keys)
-_LENIENT = {
-    "conversation",
-    "instruction",
-    "output",
-    "question",
-    "choices",
-    "answer",
+#: Keys that a row may have beside those.
+OPTIONAL = frozenset(key for form in _FORMS for key in form.more) - KNOWN
+_LENIENT = {  # names of other things in other forms
+    *("conversation", "instruction", "output", "question", "choices", "answer"),
     *SIDES,
-}  # names of other things in other forms
+}
