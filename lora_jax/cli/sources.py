@@ -257,7 +257,10 @@ def put_on(pretrained: models.Pretrained, found: kinds.Found, fit: Fit = EXACT) 
         return Loaded(pretrained, mlx.load(found.path, *named, **options))
     file = read_peft(found, fit)
     pretrained = models.resize_for_adapter(pretrained, file)
-    named = pretrained.params, pretrained.naming
+    naming = pretrained.naming
+    if pretrained.in_files is not None:  # adapters may have the names of older modules
+        naming = pretrained.family.naming(file.tensors)
+    named = pretrained.params, naming
     return Loaded(pretrained, peft.fit(file, *named, strict=fit.strict, residual=fit.residual))
 
 

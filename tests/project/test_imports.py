@@ -19,7 +19,7 @@ PACKAGE = ROOT / "lora_jax"
 # public names of the package, as any program would.
 ROOMS = (
     *("core", "engine", "initializers", "adapters", "frameworks", "files", "layers", "models"),
-    *("training", "cli"),
+    *("training", "serving", "cli"),
 )
 ABOVE_THE_PUBLIC_NAMES = ("training", "cli")
 # In no room: the package, the public names that it imports at their first use, `python -m`.
@@ -27,7 +27,7 @@ FACE = ("", "public", "__main__")
 
 HEAVY = {
     *("equinox", "flax", "gguf", "jinja2", "matplotlib", "orbax", "rich", "tokenizers", "torch"),
-    *("transformers", "typer"),
+    *("starlette", "transformers", "typer", "uvicorn"),
 }
 PRIVATE = "jax._" + "src"  # written so that this file does not hold it either
 

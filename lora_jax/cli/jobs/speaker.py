@@ -135,10 +135,7 @@ def open_speaker(
     tokenizer = sources.tokenizer_of(base, adapter)
     encode(tokenizer)
     loaded = sources.load(base, adapter, dtype, fit, quantize=quantize, scan=scan)
-    if loaded.model.kind != "decoder":
-        raise PromptError(
-            f"{loaded.model.family.stem} cannot generate text; give a decoder, such as a Llama"
-        )
+    check_generates(loaded.model)
     run = loaded.model.apply
     return Speaker(
         model=loaded.model,
@@ -150,6 +147,14 @@ def open_speaker(
         max_tokens=max_tokens,
         sampling=sampling,
     )
+
+
+def check_generates(model: Pretrained) -> None:
+    """Raise `PromptError` unless the model generates text."""
+    if model.kind != "decoder":
+        raise PromptError(
+            f"{model.family.stem} cannot generate text; give a decoder, such as a Llama"
+        )
 
 
 def special_ids(tokenizer: Tokenizer, stops: Sequence[str]) -> set[int]:
