@@ -37,8 +37,8 @@ from lora_jax.serving.server import Server, listen
 CONFIG = lora.LoraConfig(rank=16, targets=["query/kernel", "value/kernel"])
 ADAPTERS = (1, 8)
 CLIENTS = (1, 8, 32)
-CONTEXT = 512
-WORDS = "the night is long and the wind that comes from the sea knows no king but its own".split()
+CONTEXT = 128
+WORDS = ("the", "night", "is", "long", "and", "wind", "comes", "from", "sea", "knows", "no", "king")
 PATIENCE = 300  # seconds
 
 
@@ -60,7 +60,10 @@ class Request:
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-    """What came back: seconds to the first token and to the last, and tokens; None for a failure."""
+    """What came back: seconds to the first token and to the last, and the number of tokens.
+
+    The number is None where the answer was lost.
+    """
 
     first: float = 0.0
     last: float = 0.0
@@ -103,9 +106,7 @@ def ask(address: str, request: Request) -> Answer:
     return Answer(first, time.perf_counter() - start, usage["completion_tokens"])
 
 
-def run_load(
-    address: str, load: Sequence[Request], clients: int
-) -> tuple[list[Answer], float]:
+def run_load(address: str, load: Sequence[Request], clients: int) -> tuple[list[Answer], float]:
     """Return the answers to a load by so many clients at a time, and the seconds of all."""
     start = time.perf_counter()
     with concurrent.futures.ThreadPoolExecutor(clients) as pool:

@@ -1,5 +1,6 @@
 """`Rows`: a fixed number of texts that continue together, each with its own adapter."""
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -110,21 +111,38 @@ class Rows:
 
     def warm_up(self) -> None:
         """Compile all that requests can need, so that none has to wait for it."""
+        for compile_next in self.programs():
+            compile_next()
+
+    def programs(self) -> list[Callable[[], None]]:
+        """Return functions that compile all that requests can need, the commonest first.
+
+        They empty the rows, so no row may be in use when one of them is called.
+        """
+        lengths = self._cache_lengths
+        pairs = [(length, other) for length in lengths for other in lengths]
+        ways = [functools.partial(self._compile_way, *pair) for pair in pairs]
+        prompts = [functools.partial(self._compile_prompt, x) for x in self._prompt_lengths]
+        steps = [functools.partial(self._compile_step, length) for length in lengths]
+        return [ways[0], steps[0], *prompts, *ways[1:], *steps[1:]]
+
+    def _compile_prompt(self, length: int) -> None:
         self.clear()
-        for length in self._prompt_lengths:
-            self.join(0, [0] * min(length, self.context - 1), BASE, Choosing())
-            self.step()
-            self.clear()
-        for length in self._cache_lengths:
-            for other in self._cache_lengths:
-                if other <= length:
-                    one = self.model.module.init_cache(1, other)
-                    self._insert(self._empty(length, 1), one, np.int32(0))
-                self._move(self._empty(length, 1), np.int32(0), other)
-            self._cache, self._filled = self._empty(length, 1), 1
-            self._first = {0: 0}
-            self.step()
-            self.clear()
+        self.join(0, [0] * min(length, self.context - 1), BASE, Choosing())
+        self.clear()
+
+    def _compile_way(self, length: int, other: int) -> None:
+        """Compile how columns get from a cache of some length to another one."""
+        if other <= length:
+            self._insert(
+                self._empty(length, 1), self.model.module.init_cache(1, other), np.int32(0)
+            )
+        self._move(self._empty(length, 1), np.int32(0), other)
+
+    def _compile_step(self, length: int) -> None:
+        self._cache, self._filled, self._first = self._empty(length, 1), 1, {0: 0}
+        self.step()
+        self.clear()
 
     @property
     def free(self) -> list[int]:
