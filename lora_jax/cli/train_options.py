@@ -40,6 +40,7 @@ RematName = Literal["none", "sums", "full", "auto"]
 ON_PAIRS = ("lora-rite", "lora-muon", "riemannian")
 #: Optimizers whose steps depend on the number of columns of A, those that a sweep pads with too.
 SEES_RANK = ("muon", "adafactor")
+REPORTS = ("tensorboard", "wandb", "jsonl")
 TrainDType = Literal["float32", "bfloat16"]
 
 _MODEL = (
@@ -56,8 +57,9 @@ _BASE_NAME = (
 )
 _DATA = (
     "Training data: a file of rows or a .txt file, see above, a directory of them, or a pattern; "
-    "may be given several times."
+    "may be given several times. FILE=2 visits its rows twice per epoch, FILE=0.5 half of them."
 )
+_FIELD = "Column that a key of the rows is read from, such as text=question; may be repeated."
 _STREAM = "Read data piece by piece while training, or all at first; default: by its size."
 _OUT = "Output directory of the run: adapter, checkpoints, log."
 _EVAL_SPLIT = "Fraction of the data to hold out for evaluation, instead of --eval."
@@ -93,6 +95,10 @@ _PATIENCE = (
 )
 _LOAD_BEST = "Leave the adapter of the lowest evaluation loss in adapter/, as in best/."
 _SAVE_EVERY = "Steps between checkpoints; 0: only after the last step."
+_REPORT = (
+    "Tool to report the loss, learning rate, gradient norm, speed and evaluations to; may be "
+    "repeated. jsonl: metrics.jsonl in --out."
+)
 _PROFILE = "Steps to trace, after the first ones, for TensorBoard and Perfetto."
 _SEED = "Random seed for initialization, data order and dropout."
 _SHUFFLE = "Shuffle rows every epoch, or keep the files' order and pack less tightly."
@@ -138,6 +144,7 @@ class TrainOptions:
     model: Annotated[str, in_model(metavar="MODEL", help=_MODEL)]
     data: Annotated[list[Path], in_data(metavar="FILE", help=_DATA)]
     out: Annotated[Path, in_output(metavar="DIR", help=_OUT)]
+    field: Annotated[list[str] | None, in_data(metavar="KEY=COLUMN", help=_FIELD)] = None
     task: Annotated[TaskName, in_data(help="Training objective.")] = "causal-lm"
     held_out: Annotated[
         list[Path] | None,
@@ -211,6 +218,7 @@ class TrainOptions:
     remat: Annotated[RematName, in_devices(help=_REMAT)] = "none"
     memory: Annotated[float | None, in_devices(metavar="GB", help=_MEMORY)] = None
     compile_cache: CompileCacheOption = None
+    report: Annotated[list[str] | None, in_output(metavar="|".join(REPORTS), help=_REPORT)] = None
     profile: Annotated[int, in_output(min=0, metavar="STEPS", help=_PROFILE)] = 0
     base_name: Annotated[str | None, in_model(metavar="NAME", help=_BASE_NAME)] = None
 

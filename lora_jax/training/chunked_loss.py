@@ -6,6 +6,7 @@ are.
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -26,17 +27,21 @@ CHUNK = 512
 WHOLE = 2**26
 
 Hidden = Callable[[Any, jax.Array, jax.Array], jax.Array]
+Finish = Callable[[jax.Array], jax.Array]
 TokenLosses = Callable[[Any, JaxBatch], jax.Array]  # (params, batch) -> [rows, length]
 
 
 def language_sums_of_frozen_head(
-    hidden: Hidden, head: Callable[[Any], jax.Array], chunk: int | None = None
+    hidden: Hidden,
+    head: Callable[[Any], jax.Array],
+    chunk: int | None = None,
+    finish: Finish = lambda products: products,
 ) -> Callable[[Any, JaxBatch], LossSums]:
     """Return `language_sums` for a model whose head is frozen, `chunk` tokens at a time.
 
     The arguments are those of `token_losses_of_frozen_head`.
     """
-    return _language_sums(token_losses_of_frozen_head(hidden, head, chunk))
+    return _language_sums(token_losses_of_frozen_head(hidden, head, chunk, finish))
 
 
 def language_sums_of_trained_head(
@@ -54,7 +59,10 @@ def _language_sums(losses: TokenLosses) -> Callable[[Any, JaxBatch], LossSums]:
 
 
 def token_losses_of_frozen_head(
-    hidden: Hidden, head: Callable[[Any], jax.Array], chunk: int | None = None
+    hidden: Hidden,
+    head: Callable[[Any], jax.Array],
+    chunk: int | None = None,
+    finish: Finish = lambda products: products,
 ) -> TokenLosses:
     """Return the cross-entropy of each token, for a model whose head is frozen.
 
@@ -66,6 +74,8 @@ def token_losses_of_frozen_head(
       head: `params -> [width, vocabulary]`, a plain array.
       chunk: tokens per chunk, at least one position of all rows; by default `CHUNK` for each
         device along the axes "data" and "fsdp" of the mesh in use (`jax.set_mesh`).
+      finish: makes logits of the products of states and head, such as `Decoder.finish` for models
+        that cap their logits (Gemma 2); without parameters.
 
     Returns:
       `(params, batch) -> [rows, length]` for "ids" and "segments" `[rows, length + 1]`.
@@ -74,7 +84,8 @@ def token_losses_of_frozen_head(
     def losses(params: Any, batch: JaxBatch) -> jax.Array:
         ids = batch["ids"]
         states = hidden(params, ids[:, :-1], batch["segments"][:, :-1])
-        return _rejoin(_losses(*_cut(chunk, states, ids[:, 1:]), head(params)), states.shape[1])
+        pieces = _cut(chunk, states, ids[:, 1:])
+        return _rejoin(_losses(finish, *pieces, head(params)), states.shape[1])
 
     return losses
 
@@ -141,26 +152,29 @@ def _devices_of_rows() -> int:
     )
 
 
-@jax.custom_vjp
-def _losses(states: jax.Array, targets: jax.Array, kernel: jax.Array) -> jax.Array:
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _losses(finish: Finish, states: jax.Array, targets: jax.Array, kernel: jax.Array) -> jax.Array:
     """Return the losses `[chunks, rows, positions]` of states in chunks `[..., width]`."""
-    one = lambda piece: cross_entropy(piece[0] @ kernel, piece[1])
+    one = lambda piece: cross_entropy(finish(piece[0] @ kernel), piece[1])
     return jax.lax.map(one, (states, targets))
 
 
 def _losses_and_slopes(
-    states: jax.Array, targets: jax.Array, kernel: jax.Array
+    finish: Finish, states: jax.Array, targets: jax.Array, kernel: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """Return the same losses, and the gradient of each with respect to its state."""
 
     def one(piece: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        losses, pull = jax.vjp(lambda states: cross_entropy(states @ kernel, piece[1]), piece[0])
+        of = lambda states: cross_entropy(finish(states @ kernel), piece[1])
+        losses, pull = jax.vjp(of, piece[0])
         return losses, *pull(jnp.ones_like(losses))
 
     return jax.lax.map(one, (states, targets))
 
 
-def _scale_slopes(slopes: jax.Array, outer: jax.Array) -> tuple[jax.Array, None, None]:
+def _scale_slopes(
+    finish: Finish, slopes: jax.Array, outer: jax.Array
+) -> tuple[jax.Array, None, None]:
     return (slopes * outer[..., None]).astype(slopes.dtype), None, None
 
 

@@ -22,6 +22,7 @@ from lora_jax.core.sharding.quantized import field_shardings
 
 _OPENS = PartitionSpec("fsdp", "tensor")  # kernels are [in, out]
 _CLOSES = PartitionSpec("tensor", "fsdp")
+_WHOLE_OUTPUTS = PartitionSpec(("fsdp", "tensor"), None)
 _BIAS = PartitionSpec("tensor")  # of a layer whose outputs are split
 
 #: The end of a parameter's path, a module, or a regex for the whole path -> the axes of a mesh. The
@@ -47,6 +48,9 @@ RULES: dict[str, PartitionSpec] = {
     "down/kernel": _CLOSES,
     "gate/bias": _BIAS,
     "up/bias": _BIAS,
+    # Phi-3's q, k and v in one, and gate and up: a cut through the outputs would mix them
+    "query_key_value/kernel": _WHOLE_OUTPUTS,
+    "gate_up/kernel": _WHOLE_OUTPUTS,
     # feed-forward of BERT, which is closed by "output"
     "intermediate/kernel": _OPENS,
     "intermediate/bias": _BIAS,

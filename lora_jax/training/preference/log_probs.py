@@ -7,12 +7,13 @@ import jax
 import jax.numpy as jnp
 
 from lora_jax.training.chunked_loss import (
+    Finish,
     Hidden,
     TokenLosses,
     token_losses_of_frozen_head,
     token_losses_of_trained_head,
 )
-from lora_jax.training.cross_entropy import JaxBatch, LossSums, cross_entropy
+from lora_jax.training.cross_entropy import JaxBatch, LossSums, cross_entropy, sum_by_text
 from lora_jax.training.preference.losses import LogProbs, PairLosses
 
 PairLogProbs = Callable[[Any, JaxBatch], LogProbs]  # (params, batch) -> [rows, slots]
@@ -43,13 +44,16 @@ def log_probs(apply: Callable[[Any, jax.Array, jax.Array], jax.Array]) -> PairLo
 
 
 def log_probs_of_frozen_head(
-    hidden: Hidden, head: Callable[[Any], jax.Array], chunk: int | None = None
+    hidden: Hidden,
+    head: Callable[[Any], jax.Array],
+    chunk: int | None = None,
+    finish: Finish = lambda products: products,
 ) -> PairLogProbs:
     """Return `log_probs` for a model whose head is frozen, without the logits of all tokens.
 
     The arguments are those of `token_losses_of_frozen_head`.
     """
-    return _of_token_losses(token_losses_of_frozen_head(hidden, head, chunk))
+    return _of_token_losses(token_losses_of_frozen_head(hidden, head, chunk, finish))
 
 
 def log_probs_of_trained_head(
@@ -114,13 +118,7 @@ def _sum_pairs(
 ) -> LogProbs:
     """Sum log-probabilities `[rows, 2, length]` over the tokens of each pair's completions."""
     before, here = segments[..., :-1], segments[..., 1:]
-    shape = (*here.shape, pairs.shape[-1])  # [rows, 2, length, slots]
-    member = here[..., None] == 1 + jax.lax.broadcasted_iota(here.dtype, shape, 3)
-
-    def total(counted: jax.Array, x: jax.Array) -> jax.Array:
-        # not a product, which some devices round
-        return jnp.where(member & counted[..., None], x[..., None], 0).sum(axis=-2)
-
+    total = lambda counted, x: sum_by_text(x, here, counted, pairs.shape[-1])
     completion, follows = weights[..., 1:] > 0, before == here
     ones = jnp.ones_like(found)
     sums, counts = total(completion, found), jnp.maximum(total(completion, ones), 1)

@@ -1,5 +1,6 @@
 """Log-probabilities under the reference model, computed once for all rows."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -41,7 +42,7 @@ def with_reference(
         for batch in batches(Data(without_reference(data)), rows)
     ]
     reference = np.concatenate(found)[: len(data)].astype(np.float32)
-    return Data({**data.arrays, REFERENCE: reference})
+    return dataclasses.replace(data, arrays={**data.arrays, REFERENCE: reference})
 
 
 def without_reference(data: Data) -> dict[str, np.ndarray]:

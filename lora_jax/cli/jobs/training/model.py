@@ -35,6 +35,7 @@ class TrainableModel:
     apply: Callable[[Any, Any, Any], Any] | None  # (params, ids, segments) -> logits; of decoders
     hidden: Callable[..., Any]  # (params, ids, segments or None) -> [rows, length, width]
     logits: Callable[[Any, Any], Any]  # (params, hidden states) -> [..., vocabulary]
+    finish: Callable[[Any], Any]  # states @ head -> logits
     module: Any  # which these are functions of
     head_path: str  # of the leaf that turns hidden states into logits; "" where there is none
     head: Callable[[Any], Any]  # params -> that leaf as [width, vocabulary]
@@ -151,4 +152,5 @@ def _functions(module: Any, is_encoder: bool) -> dict[str, Any]:
         "apply": None if is_encoder else run,
         "hidden": run if is_encoder else lambda *inputs: run(*inputs, method="hidden"),
         "logits": lambda params, states: run(params, states, method="logits"),
+        "finish": (lambda products: products) if is_encoder else module.finish,
     }

@@ -1,6 +1,6 @@
 """Preference tuning by `lora-jax train`: the batches and the loss."""
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 
 from lora_jax.cli.jobs.training.model import TrainableModel
@@ -21,7 +21,7 @@ from lora_jax.training.step import Loss
 
 
 def pack_preferences(
-    options: TrainOptions, model: TrainableModel, parts: list[Rows], packings: tuple[Assign, Assign]
+    options: TrainOptions, model: TrainableModel, parts: list[Rows], packings: Sequence[Assign]
 ) -> tuple[list[Data], tuple[str, ...]]:
     """Return the rows of each part, those to train on first, and notes about them.
 
@@ -33,7 +33,7 @@ def pack_preferences(
     encoded = [encode(rows, model.tokenizer, longest) for rows in parts]
     packed = [
         pack_pairs(part.pairs, options.length, by, reference=options.task == DPO)
-        for part, by in zip(encoded, packings, strict=False)
+        for part, by in zip(encoded, packings, strict=True)
     ]
     return packed, tuple(dict.fromkeys(note for part in encoded for note in part.notes))
 
@@ -64,7 +64,7 @@ def log_probs_of(
     hidden = model.hidden if packed else lambda params, ids, segments: model.hidden(params, ids)
     if model.head_path in adapted:
         return log_probs_of_trained_head(hidden, model.logits, chunk)
-    return log_probs_of_frozen_head(hidden, model.head, chunk)
+    return log_probs_of_frozen_head(hidden, model.head, chunk, model.finish)
 
 
 def _dpo(options: TrainOptions) -> PairLoss:

@@ -1,5 +1,6 @@
 """What `lora-jax train --task dpo` compares with, computed once and kept in the run's directory."""
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -56,7 +57,8 @@ def add_reference(
         }
         processes.by_first(partial(safetensors_file.write, path, found))
     return parts | {
-        name: Data({**part.arrays, REFERENCE: found[name]}) for name, part in there.items()
+        name: dataclasses.replace(part, arrays={**part.arrays, REFERENCE: found[name]})
+        for name, part in there.items()
     }
 
 
