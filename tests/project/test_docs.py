@@ -28,6 +28,8 @@ README = ROOT / "README.md"
 PAGES = [README, ROOT / "benchmarks" / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 TIMEOUT = 300  # seconds for one cell
+# One trains a published model, one compiles a training step for each of four meshes.
+SLOW = ("02_language_model", "06_many_devices")
 # What a notebook fetches where the cache does not have it; tests fetch nothing.
 NEEDS = {"02_language_model": (assets.SMOLLM2, assets.SHAKESPEARE)}
 # What the recipe of another package's model imports, where that is not in the extra `test`: without
@@ -266,8 +268,7 @@ def test_notebook_is_stored_with_its_outputs(path):
 
 @pytest.mark.parametrize(
     "path",
-    # What trains a published model is the slowest test of all.
-    [pytest.param(p, marks=pytest.mark.slow) if p.stem in NEEDS else p for p in NOTEBOOKS],
+    [pytest.param(p, marks=pytest.mark.slow) if p.stem in SLOW else p for p in NOTEBOOKS],
     ids=lambda path: path.stem,
 )
 def test_notebook_runs(path, tmp_path, monkeypatch):
