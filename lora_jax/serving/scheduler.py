@@ -28,7 +28,7 @@ class Scheduler:
     Args:
       rows: where jobs run.
       waiting: how many jobs may wait; further ones are refused.
-      idle: work on the rows for when there are no jobs, such as `Rows.programs`.
+      idle: work on the rows to do while it waits for jobs, such as `Rows.programs`.
     """
 
     def __init__(self, rows: Rows, waiting: int, idle: Sequence[Callable[[], None]] = ()) -> None:
