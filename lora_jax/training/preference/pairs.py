@@ -149,6 +149,22 @@ def pack_pairs(
     return Data(arrays)
 
 
+def with_slots(parts: Sequence[Data]) -> list[Data]:
+    """Return rows of pairs with as many slots in each part, so that parts can be joined."""
+    most = max(part.arrays["pairs"].shape[-1] for part in parts)
+    return [
+        Data({n: _fill_slots(x, most) if n in _BY_SLOT else x for n, x in part.arrays.items()})
+        for part in parts
+    ]
+
+
+_BY_SLOT = ("pairs", REFERENCE)
+
+
+def _fill_slots(x: np.ndarray, slots: int) -> np.ndarray:
+    return np.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, slots - x.shape[-1])])
+
+
 def _lay_side(
     rows: Sequence[Sequence[int]], texts: Sequence[Example], capacity: int
 ) -> dict[str, np.ndarray]:
