@@ -25,6 +25,18 @@ class Pair:
     chosen: Example
     rejected: Example
 
+    @classmethod
+    def of(cls, prompt: Sequence[int], chosen: Sequence[int], rejected: Sequence[int]) -> "Pair":
+        """Return the pair of two completions of a prompt, all given as token ids.
+
+        >>> Pair.of([1, 2], [3], [4, 5]).rejected.trains
+        array([False, False,  True,  True])
+        """
+        one = lambda ids: Example(
+            np.array([*prompt, *ids], np.int32), np.arange(len(prompt) + len(ids)) >= len(prompt)
+        )
+        return cls(one(chosen), one(rejected))
+
     def __len__(self) -> int:
         return max(len(self.chosen), len(self.rejected))
 
