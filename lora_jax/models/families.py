@@ -10,7 +10,7 @@ from lora_jax.files.naming import Naming
 from lora_jax.models.decoder.config import DecoderConfig
 from lora_jax.models.decoder.model_types import MODEL_TYPES
 from lora_jax.models.decoder.module import Decoder
-from lora_jax.models.decoder.naming import LLAMA, POST_NORMS
+from lora_jax.models.decoder.naming import GPT_OSS, LLAMA, POST_NORMS, of_mixtral, of_qwen_moe
 from lora_jax.models.encoder import bert_naming
 from lora_jax.models.encoder.bert import Bert, BertConfig
 from lora_jax.models.remat import NONE, policy_name
@@ -83,6 +83,9 @@ FAMILIES: dict[str, Family] = {
     "smollm3": _llama(stem="SmolLM3"),
     "olmo2": _llama(stem="Olmo2", naming=partial(_fixed, POST_NORMS)),
     "granite": _llama(stem="Granite"),
+    "mixtral": _llama(stem="Mixtral", naming=of_mixtral),
+    "qwen3_moe": _llama(stem="Qwen3Moe", naming=of_qwen_moe),
+    "gpt_oss": _llama(stem="GptOss", naming=partial(_fixed, GPT_OSS)),
 }
 #: The regex of the copy of a tied head, which follows from the rest too.
 TIED_HEAD = r"lm_head\.weight"
