@@ -4,7 +4,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lora_jax.files import gguf, loralib, mlx, naming, peft
+    from lora_jax.files import diffusion, gguf, loralib, mlx, naming, peft
     from lora_jax.frameworks import equinox as equinox
     from lora_jax.frameworks import nnx as nnx
     from lora_jax.public import *
@@ -47,6 +47,7 @@ __all__ = [
     "compress",
     "count_params",
     "dequantize",
+    "diffusion",
     "disable",
     "eva",
     "extract",
@@ -106,7 +107,10 @@ __all__ = [
 _LAZY = {
     **{name: f"lora_jax.{name}" for name in ("layers", "models", "training")},
     **{name: f"lora_jax.frameworks.{name}" for name in ("equinox", "nnx")},
-    **{name: f"lora_jax.files.{name}" for name in ("gguf", "loralib", "mlx", "naming", "peft")},
+    **{
+        name: f"lora_jax.files.{name}"
+        for name in ("diffusion", "gguf", "loralib", "mlx", "naming", "peft")
+    },
 }
 _ROOMS = ("adapters", "core", "engine", "files")
 

@@ -15,12 +15,19 @@ from lora_jax.cli.parameters.groups import (
     in_model,
     in_optimization,
     in_output,
+    in_preference,
 )
 
 CLASSIFICATION = "classification"
+CAUSAL_LM, DPO, ORPO, CPO, SIMPO = "causal-lm", "dpo", "orpo", "cpo", "simpo"
+PREFERENCES = (DPO, ORPO, CPO, SIMPO)
+OF_PREFERENCES = ("beta", "dpo_loss", "label_smoothing", "reference", "gamma")
 MEAN = "mean"  # of --pooling
+START = "start"  # of --reference
 
-TaskName = Literal["causal-lm", "classification"]
+TaskName = Literal["causal-lm", "classification", "dpo", "orpo", "cpo", "simpo"]
+DpoName = Literal["sigmoid", "hinge", "ipo", "robust", "sigmoid_norm"]
+ReferenceName = Literal["start", "base"]
 InitName = Literal["kaiming", "gaussian", "orthogonal", "pissa", "pissa_fast", "olora"]
 BiasName = Literal["none", "all", "adapted"]
 ScheduleName = Literal["cosine", "constant"]
@@ -49,8 +56,9 @@ _BASE_NAME = (
 )
 _DATA = (
     "Training data: a file of rows or a .txt file, see above, a directory of them, or a pattern; "
-    "may be given several times."
+    "may be given several times. FILE=2 visits its rows twice per epoch, FILE=0.5 half of them."
 )
+_FIELD = "Column that a key of the rows is read from, such as text=question; may be repeated."
 _STREAM = "Read data piece by piece while training, or all at first; default: by its size."
 _OUT = "Output directory of the run: adapter, checkpoints, log."
 _EVAL_SPLIT = "Fraction of the data to hold out for evaluation, instead of --eval."
@@ -108,6 +116,17 @@ _MEMORY = "Memory per device for --remat auto, in GB; default: what the device o
 _MERGE_AWARE = (
     "With --quantize: train what 'merge --quantize' writes, so that rounding loses nothing of it."
 )
+_BETA = (
+    "Strength of the pull to the reference (dpo), or factor of the preference loss (the others); "
+    "default: 0.1, for simpo 2."
+)
+_DPO_LOSS = "Loss of --task dpo."
+_LABEL_SMOOTHING = "Part of the preferences that may be wrong, for dpo and cpo."
+_REFERENCE = (
+    "What --task dpo compares with: the model before the first step, with --adapter if that is "
+    "given, or the base without adapters."
+)
+_GAMMA = "Margin of rewards that --task simpo asks for."
 _SCAN = "Scan over stacked layers: compiles faster, but runs slower on a CPU."
 
 
@@ -120,6 +139,7 @@ class TrainOptions:
     model: Annotated[str, in_model(metavar="MODEL", help=_MODEL)]
     data: Annotated[list[Path], in_data(metavar="FILE", help=_DATA)]
     out: Annotated[Path, in_output(metavar="DIR", help=_OUT)]
+    field: Annotated[list[str] | None, in_data(metavar="KEY=COLUMN", help=_FIELD)] = None
     task: Annotated[TaskName, in_data(help="Training objective.")] = "causal-lm"
     held_out: Annotated[
         list[Path] | None,
@@ -169,6 +189,11 @@ class TrainOptions:
     clip: Annotated[float, in_optimization(help=_CLIP)] = 1.0
     weight_decay: Annotated[float, in_optimization(help="Weight decay of A and B.")] = 0.0
     lora_plus: Annotated[float, in_optimization(help=_LORA_PLUS)] = 1.0
+    beta: Annotated[float | None, in_preference(help=_BETA)] = None
+    dpo_loss: Annotated[DpoName, in_preference(help=_DPO_LOSS)] = "sigmoid"
+    label_smoothing: Annotated[float, in_preference(help=_LABEL_SMOOTHING)] = 0.0
+    reference: Annotated[ReferenceName, in_preference(help=_REFERENCE)] = "start"
+    gamma: Annotated[float, in_preference(min=0, help=_GAMMA)] = 0.5
     eval_every: Annotated[int, in_evaluation(min=0, help=_EVAL_EVERY)] = 0
     val_batches: Annotated[int, in_evaluation(min=0, help=_VAL_BATCHES)] = 0
     patience: Annotated[int, in_evaluation(min=0, metavar="N", help=_PATIENCE)] = 0

@@ -64,7 +64,7 @@ def attend(
         and adjacent heads share a group.
       sight: the segments, and where the queries are among the keys.
       causal: whether a query sees only the keys up to its own place.
-      window: how many keys a causal query sees, its own included; None for all.
+      window: how many keys a query sees on a side, its own included; None for all.
       scale: of the scores; 1 / √size by default.
       cap: scores s become cap · tanh(s / cap), as in Gemma 2, which cuDNN cannot: XLA computes it.
       sinks: `[heads]`, the score of one more key of each head, seen by all queries, whose value is
@@ -158,6 +158,9 @@ class _Core:
             visible = (back >= 0)[None]
             if self.window is not None:
                 visible &= (back < self.window)[None]
+        elif self.window is not None:
+            away = jnp.abs(queries.places[:, None] - keys.places[None, :])
+            visible = (away < self.window)[None]
         if queries.segments is not None and keys.segments is not None:
             same = queries.segments[:, :, None] == keys.segments[:, None, :]
             visible = same if visible is None else same & visible

@@ -11,18 +11,10 @@ from lora_jax.models.decoder.config import DecoderConfig
 from lora_jax.models.decoder.model_types import MODEL_TYPES
 from lora_jax.models.decoder.module import Decoder
 from lora_jax.models.decoder.naming import GPT_OSS, LLAMA, POST_NORMS, of_mixtral, of_qwen_moe
-from lora_jax.models.encoder import bert_naming
-from lora_jax.models.encoder.bert import Bert, BertConfig
-from lora_jax.models.remat import NONE, policy_name
+from lora_jax.models.encoder.families import ENCODERS
 from lora_jax.models.weights.family import ClassifierHead, Family, Options
 
 _OF_ALL = ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads")
-
-
-def _bert(settings: Mapping[str, Any], options: Options) -> Bert:
-    if options.scan or policy_name(options.remat) != NONE:
-        raise ValueError("scan and remat are not supported for bert models")
-    return Bert(BertConfig.from_json(settings))
 
 
 def _decoder(settings: Mapping[str, Any], options: Options) -> Decoder:
@@ -56,22 +48,7 @@ _llama = partial(
 
 #: `model_type` in config.json -> what is known of it.
 FAMILIES: dict[str, Family] = {
-    "bert": Family(
-        kind="encoder",
-        stem="Bert",
-        model_class="Model",
-        module=_bert,
-        naming=bert_naming.naming,
-        embedding=("embeddings", "word", "embedding"),
-        sizes=(*_OF_ALL, "max_position_embeddings", "type_vocab_size"),
-        classifier=ClassifierHead("first", "classifier", "bert.", "bert.pooler.dense", bias=True),
-        kept=(
-            r"(bert\.)?embeddings\.position_ids",
-            r"(bert\.)?pooler\..*",
-            r"cls\..*",
-            r"classifier\..*",
-        ),
-    ),
+    **ENCODERS,
     "llama": _llama(stem="Llama"),
     "mistral": _llama(stem="Mistral"),
     "qwen2": _llama(stem="Qwen2"),

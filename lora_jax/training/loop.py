@@ -251,11 +251,20 @@ def record_of(step: int, values: Mapping[str, float], rate: Any) -> dict[str, An
     return {
         "step": step,
         "loss": values["loss"],
-        "tokens": round(values["weight"]),
+        "tokens": round(values.get("tokens", values["weight"])),
         **({} if rate is None else {"lr": float(rate)}),
         "gradient_norm": values["gradient_norm"],
         **({"accuracy": values["right"] / values["weight"]} if "right" in values else {}),
+        **_means(values),
     }
+
+
+_NAMED = {"loss", "weight", "right", "tokens", "gradient_norm"}  # sums with other names in a record
+
+
+def _means(sums: Mapping[str, Any]) -> dict[str, float]:
+    """Return the other sums of a loss, divided by the weight."""
+    return {name: float(x / sums["weight"]) for name, x in sums.items() if name not in _NAMED}
 
 
 def what_is_not_finite(values: Mapping[str, float]) -> str | None:
@@ -344,11 +353,14 @@ def sum_over(
 def describe_sums(total: Mapping[str, Any]) -> dict[str, float]:
     """Return "eval_loss" of the sums of a loss, and what goes with it.
 
-    That is "perplexity" (its exponential) for a language model, "eval_accuracy" for a classifier.
+    That is "perplexity" (its exponential) for a language model; "eval_accuracy" for a classifier
+    and for preferences, and the means of the other sums that the loss has.
     """
     loss = float(total["loss"] / total["weight"])
     if "right" in total:
-        return {"eval_loss": loss, "eval_accuracy": float(total["right"] / total["weight"])}
+        others = {f"eval_{name}": x for name, x in _means(total).items()}
+        right = float(total["right"] / total["weight"])
+        return {"eval_loss": loss, "eval_accuracy": right, **others}
     return {"eval_loss": loss, "perplexity": math.exp(min(loss, 700.0))}
 
 

@@ -48,6 +48,7 @@ def run(
     """
     rows = [read_rows(path, encoding) for path in find_files(files)]
     base = sources.find_model(model)
+    sources.require_kind(base, "encoder", "decoder")
     if classifiers.find(base, adapter):
         found = _classifier(rows, model, adapter, length, batch, dtype, quantize, fit)
     else:
@@ -75,7 +76,8 @@ def _language_model(
     model = to_trainable(loaded.model, tokenizer)
     if model.apply is None:
         raise ClassifierError(
-            "BERT without a classifier's head has no loss; give a classifier's --adapter"
+            f"{loaded.model.family.stem} without a classifier's head has no loss; give a "
+            "classifier's --adapter"
         )
     length = row_length(length, model.longest)
     parts = [_batches_of(rows, tokenizer, length, model.vocabulary) for rows in files]
@@ -121,7 +123,7 @@ def _classifier(
                 'of the form {"text": …, "label": …}'
             )
     classifier, tokenizer = open_classifier(model, adapter, dtype, quantize, fit)
-    length = row_length(length, classifier.model.config.max_position_embeddings)
+    length = row_length(length, classifier.model.longest)
     wanted = np.array([n for rows in files for n in _numbers(rows, classifier.labels)])
     texts = [row.values["text"] for rows in files for row in rows.rows]
     found = log_probabilities(classifier, tokenizer, texts, length, batch)

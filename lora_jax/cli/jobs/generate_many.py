@@ -10,12 +10,12 @@ import numpy as np
 
 import lora_jax as lora
 from lora_jax.cli import classifiers, sources, terminal
-from lora_jax.cli.errors import AdapterOptionError, PromptError
+from lora_jax.cli.errors import PromptError
 from lora_jax.cli.fit import Fit
+from lora_jax.cli.jobs import stacked
 from lora_jax.cli.jobs.generate import encode
 from lora_jax.cli.jobs.speaker import CLASSIFIER, Speaker, open_speaker, special_ids
 from lora_jax.cli.options import BASE
-from lora_jax.core.errors import StructureError
 from lora_jax.files import kinds
 from lora_jax.models import generation
 from lora_jax.models.text.stop_text import until_text
@@ -98,29 +98,11 @@ def _with_stack(
     options: dict[str, Any],
 ) -> Speaker:
     """Return what speaks with any of several adapters."""
-    found = [kinds.adapter(path) for path in paths]
-    stacked = [sources.is_stacked(x) for x in found]
-    flat = [x.kind == kinds.NATIVE and not s for x, s in zip(found, stacked, strict=True)]
-    if any(stacked) and any(flat):
-        raise AdapterOptionError(
-            f"{paths[stacked.index(True)]} is for stacked layers and {paths[flat.index(True)]} for "
-            "single ones; make a PEFT adapter of one by 'lora-jax convert --to peft'"
-        )
-    speaker = open_speaker(model, None, stop=stop, sampling=sampling, scan=any(stacked), **options)
-    overlays = []
-    for path, one in zip(paths, found, strict=True):
-        loaded = sources.put_on(speaker.model, one, options["fit"])
-        if loaded.model is not speaker.model:
-            raise AdapterOptionError(
-                f"{path}: changes the model's vocabulary or its output head, so it cannot share a "
-                "batch with other adapters; give it alone, as the only --adapter"
-            )
-        overlays.append(loaded.adapters)
-    try:
-        params = lora.join(speaker.params, lora.stack(overlays))
-    except StructureError as error:
-        names = ", ".join(f"adapter {i} is {path}" for i, path in enumerate(paths))
-        raise AdapterOptionError(f"--adapter: {error}\n({names})") from error
+    scan = stacked.needs_scan(paths)
+    speaker = open_speaker(model, None, stop=stop, sampling=sampling, scan=scan, **options)
+    instead = "give it alone, as the only --adapter"
+    overlays = [stacked.load_overlay(speaker.model, x, options["fit"], instead) for x in paths]
+    params = lora.join(speaker.params, stacked.stack_overlays(paths, overlays))
     return dataclasses.replace(speaker, params=params, apply=speaker.model.apply)
 
 

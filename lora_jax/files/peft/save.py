@@ -151,7 +151,8 @@ def _files(
 ) -> dict[str, bytes]:
     """Return the content of an adapter's two files; the arguments are those of `save`."""
     contents, model = collect(adapters, naming, base)
-    contents, saved, problems = _add_saved_modules(contents, model)
+    task = task_type or getattr(config, "task_type", None)
+    contents, saved, problems = _add_saved_modules(contents, model, task)
     target = Target.of(contents, model, complete=complete)
     check([*problems, *_problems(contents, target), *(_fold_problems(contents) if fold else [])])
     if fold:
@@ -170,12 +171,17 @@ def _files(
     }
 
 
+#: Modules that PEFT saves whole for a task, whether its configuration names them or not.
+_OF_TASK = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score")}
+
+
 def _add_saved_modules(
-    contents: Contents, model: TorchBase
+    contents: Contents, model: TorchBase, task: str | None
 ) -> tuple[Contents, list[str], list[str]]:
     """Choose the modules to save whole, and complete their tensors with those not trained.
 
-    PEFT saves every module whose name ends in a given name, and needs all of its tensors.
+    PEFT saves every module whose name ends in a given name, and needs all of its tensors. A head of
+    several layers, such as RoBERTa's, is one module.
 
     Returns:
       The completed contents, the names of the modules, and the problems.
@@ -185,6 +191,9 @@ def _add_saved_modules(
         parts = module.split(".")
         every |= {".".join(parts[:i]) for i in range(1, len(parts))}
     chosen = {module_of(name) for name in contents.whole if name.rpartition(".")[2] != "bias"}
+    chosen = {
+        next((x for x in _OF_TASK.get(task or "", ()) if m.startswith(f"{x}.")), m) for m in chosen
+    }
     problems = [f"{name}: is not in a module" for name in contents.whole if "." not in name]
     saved = sorted(module for module in every if any(module.endswith(m) for m in chosen if m))
     whole = dict(contents.whole)

@@ -63,7 +63,7 @@ class Attention(nn.Module):
         by_head = lambda flat: flat.reshape(*x.shape[:2], -1, c.head_dim)
         if c.fused:
             widths = [count * c.head_dim for count in counts.values()]
-            flat = dense(c, sum(widths), c.attention_bias, "qkv")(x)
+            flat = dense(c, sum(widths), c.attention_bias, "query_key_value")(x)
             ends = (widths[0], widths[0] + widths[1])
             return tuple(by_head(part) for part in jnp.split(flat, ends, axis=-1))
         found = []

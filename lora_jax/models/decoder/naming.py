@@ -12,7 +12,7 @@ _LINEAR = {
     "self_attn.q_proj": "attention/query",
     "self_attn.k_proj": "attention/key",
     "self_attn.v_proj": "attention/value",
-    "self_attn.qkv_proj": "attention/qkv",
+    "self_attn.qkv_proj": "attention/query_key_value",
     "self_attn.o_proj": "attention/output",
     "mlp.gate_proj": "mlp/gate",
     "mlp.up_proj": "mlp/up",

@@ -45,6 +45,11 @@ RULES: dict[str, PartitionSpec] = {
     "experts/down/kernel": PartitionSpec("expert", "tensor", "fsdp"),
     "experts/gate_up/bias": PartitionSpec("expert", "tensor"),
     "experts/down/bias": PartitionSpec("expert", None),
+    # several linear layers in one, along its second axis
+    "qkv/kernel": PartitionSpec("fsdp", None, "tensor"),
+    "qkv/bias": PartitionSpec(None, "tensor"),
+    "mlp/input/kernel": PartitionSpec("fsdp", None, "tensor"),
+    "mlp/input/bias": PartitionSpec(None, "tensor"),
     # feed-forward of Llama
     "gate/kernel": _OPENS,
     "up/kernel": _OPENS,
@@ -52,7 +57,7 @@ RULES: dict[str, PartitionSpec] = {
     "gate/bias": _BIAS,
     "up/bias": _BIAS,
     # Phi-3's q, k and v in one, and gate and up: a cut through the outputs would mix them
-    "qkv/kernel": _WHOLE_OUTPUTS,
+    "query_key_value/kernel": _WHOLE_OUTPUTS,
     "gate_up/kernel": _WHOLE_OUTPUTS,
     # feed-forward of BERT, which is closed by "output"
     "intermediate/kernel": _OPENS,
@@ -72,6 +77,8 @@ _HEADS = {
     "key/bias": (-1, "num_key_value_heads"),
     "value/kernel": (-1, "num_key_value_heads"),
     "value/bias": (-1, "num_key_value_heads"),
+    "qkv/kernel": (-1, "num_attention_heads"),
+    "qkv/bias": (-1, "num_attention_heads"),
     "attention/output/kernel": (-2, "num_attention_heads"),
 }
 

@@ -14,6 +14,7 @@ from lora_jax.cli.jobs.sweeping.watch import Watch
 from lora_jax.cli.jobs.training import choose_remat
 from lora_jax.cli.jobs.training.data import Task, read_task
 from lora_jax.cli.jobs.training.model import TrainableModel, with_remat
+from lora_jax.cli.jobs.training.reference import add_reference
 from lora_jax.cli.jobs.training.results import Results
 from lora_jax.cli.jobs.training.start import Start, config_of
 from lora_jax.cli.jobs.training.stream import describe_rows
@@ -78,6 +79,8 @@ def main(options: SweepOptions, grid: Sequence[Settings], command: str) -> None:
     next(iter(results.writers.values())).check(job.sweep.adapters(job.sweep.init())[0])
     run_record.begin(options.out, this, resumed)
     say(_describe(options, job, task, steps))
+    data = add_reference(options, model, task, Start(task.params, config), say)
+    job = dataclasses.replace(job, **data)
     watch = Watch(results, steps, job.course().total, command, console)
     with watch:  # to the end: a second signal may come while the pictures are drawn
         with watch.progress():

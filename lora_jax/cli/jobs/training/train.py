@@ -16,13 +16,20 @@ from lora_jax.cli.exit_status import INTERRUPTED
 from lora_jax.cli.jobs.training import choose_remat, on_mesh
 from lora_jax.cli.jobs.training.data import Task, read_task
 from lora_jax.cli.jobs.training.model import TrainableModel, open_model, with_remat
+from lora_jax.cli.jobs.training.reference import add_reference
 from lora_jax.cli.jobs.training.results import Results
 from lora_jax.cli.jobs.training.start import Start, make_start
 from lora_jax.cli.jobs.training.stream import choose_streaming, describe_rows
 from lora_jax.cli.jobs.training.vocabulary import Vocabulary
 from lora_jax.cli.jobs.training.watch import Watch
 from lora_jax.cli.plurals import count
-from lora_jax.cli.train_options import CLASSIFICATION, MEAN, TrainOptions
+from lora_jax.cli.train_options import (
+    CLASSIFICATION,
+    MEAN,
+    OF_PREFERENCES,
+    PREFERENCES,
+    TrainOptions,
+)
 from lora_jax.cli.words import in_options
 from lora_jax.core.errors import LoraError
 from lora_jax.core.foreign import escaped
@@ -103,6 +110,9 @@ def _run(options: TrainOptions, command: str) -> None:
     for line in [] if mesh is None else on_mesh.describe(mesh, model.config):
         say(line)
     watch = Watch(results, steps, optimizer, this, command, console)
+    with on_mesh.in_use(mesh):
+        data = add_reference(options, model, task, start, say, mesh)
+    job = dataclasses.replace(job, **data)
     with watch:  # to the end: a second signal may come while the picture is drawn
         with on_mesh.in_use(mesh), watch.progress():
             outcome = train(job, adapters, watch.watcher)
@@ -260,7 +270,7 @@ _NOT_RECORDED = {
     *("mesh", "coordinator", "processes", "process_id"),
     *("out", "resume", "eval_every", "save_every", "log_every", "base_name"),
     *("data", "held_out", "eval_split", "eval_rows", "val_batches"),  # by a checksum of the batches
-    *("encoding", "mask_prompt"),  # likewise
+    *("encoding", "mask_prompt", "field"),  # likewise
     *("patience", "load_best"),  # when a run ends, and which adapter it leaves
     "stream",  # of a run that streams only
     *("compile_cache", "profile"),  # which change no result
@@ -271,6 +281,7 @@ _NOT_RECORDED = {
     *("epochs", "targets", "init", "rank", "alpha", "dora", "rslora", "dropout"),  # by the config
     *("exclude", "layers", "last_layers", "train", "bias"),  # by the config
     "adapter",  # by a checksum of its values
+    *OF_PREFERENCES,  # of preference tuning only
     *("remat", "memory"),  # the same numbers, computed again or not
     *("add_token", "untie_head"),  # by the config and the checksums of the parameters and batches
 }
@@ -283,6 +294,8 @@ def settings_to_record(
     given = {name: value for name, value in vars(options).items() if name not in _NOT_RECORDED}
     if options.task == CLASSIFICATION and options.pooling != MEAN:  # which was once the only one
         given["pooling"] = options.pooling
+    if options.task in PREFERENCES:
+        given |= {name: getattr(options, name) for name in OF_PREFERENCES}
     if options.stream:
         given["stream"] = True
     if options.merge_aware:
