@@ -27,9 +27,7 @@ class MixtureOfExperts(nn.Module):
         order = jnp.argsort(flat)  # rows by expert -> their places in `flat`
         sizes = jnp.bincount(flat, length=experts.count)
         networks = Experts(c, experts, name="experts")
-        rows = networks(
-            tokens[order // experts.chosen], flat[order], sizes
-        )
+        rows = networks(tokens[order // experts.chosen], flat[order], sizes)
         # back to each token's own experts: [tokens, chosen, width]
         each = rows[jnp.argsort(order)].reshape(len(tokens), experts.chosen, -1)
         mixed = jnp.einsum("tkw,tk->tw", each, shares.astype(each.dtype))
