@@ -67,8 +67,7 @@ def test_shares_of_the_chosen_experts(shares, want):
 @pytest.mark.parametrize("sizes", [{"expert": 4, "fsdp": 2}, {"expert": 2, "fsdp": 2, "tensor": 2}])
 @pytest.mark.parametrize("name", EXPERTS)
 def test_on_a_mesh_they_give_the_same_loss_and_gradients(name, sizes):
-    if name == "qwen3_moe" and "expert" in sizes:  # five experts: the axis is left out
-        assert load(name).config.experts.count == 5
+    """The five experts of one model are not divided: the axis is left out."""
     kinds = (AxisType.Auto,) * len(sizes)
     mesh = jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=kinds)
     ids = np.arange(4 * 9).reshape(4, 9) % 61
@@ -93,7 +92,7 @@ def test_on_a_mesh_they_give_the_same_loss_and_gradients(name, sizes):
 def test_explicit_axes_are_refused():
     mesh = jax.make_mesh((2,), ("fsdp",), axis_types=(AxisType.Explicit,))
     model = models.load(FIXTURES / "mixtral", scan=True, mesh=mesh)
-    with jax.set_mesh(mesh), pytest.raises(ValueError, match="axis_types=.AxisType.Auto"):
+    with jax.set_mesh(mesh), pytest.raises(ValueError, match=r"axis_types=\(AxisType\.Auto"):
         model.apply(model.params, np.zeros((2, 3), int))
 
 
