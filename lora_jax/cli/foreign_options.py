@@ -64,6 +64,8 @@ _OPTIONS = {
     "--eval-split": ("val-set-size", "val-split", "validation-split", "test-split", "val-size"),
     "--eval-rows": ("max-eval-samples",),
     "--val-batches": ("eval-batches", "max-eval-batches"),
+    "--report": ("report-to", "logger", "log-to", "use-wandb", "wandb", "use-tensorboard"),
+    "--field": ("text-column", "dataset-text-field", "text-field", "columns"),
     "--patience": ("early-stopping-patience", "early-stopping"),
     "--load-best": ("load-best-model-at-end",),
     "--optimizer": ("optim", "optimiser"),

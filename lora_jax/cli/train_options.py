@@ -40,6 +40,7 @@ RematName = Literal["none", "sums", "full", "auto"]
 ON_PAIRS = ("lora-rite", "lora-muon", "riemannian")
 #: Optimizers whose steps depend on the number of columns of A, those that a sweep pads with too.
 SEES_RANK = ("muon", "adafactor")
+REPORTS = ("tensorboard", "wandb", "jsonl")
 TrainDType = Literal["float32", "bfloat16"]
 
 _MODEL = (
@@ -94,6 +95,10 @@ _PATIENCE = (
 )
 _LOAD_BEST = "Leave the adapter of the lowest evaluation loss in adapter/, as in best/."
 _SAVE_EVERY = "Steps between checkpoints; 0: only after the last step."
+_REPORT = (
+    "Tool to report the loss, learning rate, gradient norm, speed and evaluations to; may be "
+    "repeated. jsonl: metrics.jsonl in --out."
+)
 _PROFILE = "Steps to trace, after the first ones, for TensorBoard and Perfetto."
 _SEED = "Random seed for initialization, data order and dropout."
 _SHUFFLE = "Shuffle rows every epoch, or keep the files' order and pack less tightly."
@@ -213,6 +218,7 @@ class TrainOptions:
     remat: Annotated[RematName, in_devices(help=_REMAT)] = "none"
     memory: Annotated[float | None, in_devices(metavar="GB", help=_MEMORY)] = None
     compile_cache: CompileCacheOption = None
+    report: Annotated[list[str] | None, in_output(metavar="|".join(REPORTS), help=_REPORT)] = None
     profile: Annotated[int, in_output(min=0, metavar="STEPS", help=_PROFILE)] = 0
     base_name: Annotated[str | None, in_model(metavar="NAME", help=_BASE_NAME)] = None
 

@@ -12,6 +12,7 @@ from lora_jax.models.decoder.model_types import MODEL_TYPES
 from lora_jax.models.decoder.module import Decoder
 from lora_jax.models.decoder.naming import GPT_OSS, LLAMA, POST_NORMS, of_mixtral, of_qwen_moe
 from lora_jax.models.encoder.families import ENCODERS
+from lora_jax.models.vision.families import VISION
 from lora_jax.models.weights.family import ClassifierHead, Family, Options
 
 _OF_ALL = ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads")
@@ -49,6 +50,7 @@ _llama = partial(
 #: `model_type` in config.json -> what is known of it.
 FAMILIES: dict[str, Family] = {
     **ENCODERS,
+    **VISION,
     "llama": _llama(stem="Llama"),
     "mistral": _llama(stem="Mistral"),
     "qwen2": _llama(stem="Qwen2"),

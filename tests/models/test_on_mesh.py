@@ -16,6 +16,8 @@ from lora_jax.models.decoder.config import DecoderConfig
 from lora_jax.models.decoder.module import Decoder
 from lora_jax.models.encoder.bert import Bert, BertConfig, mean_pool
 from lora_jax.models.encoder.modernbert import LOCAL, ModernBert, ModernBertConfig
+from lora_jax.models.vision.config import VisionConfig
+from lora_jax.models.vision.transformer import VisionTransformer
 from lora_jax.models.weights.sharding_rules import shardings
 from lora_jax.training.chunked_loss import (
     language_sums_of_frozen_head,
@@ -108,6 +110,21 @@ def modernbert():
     return encoder(ModernBert(config), "qkv/kernel", "input/kernel", "mlp/output/kernel")
 
 
+def vit():
+    config = VisionConfig(16, 32, 1, 4, image_size=8, patch_size=4, num_labels=4)
+    module, pixels = VisionTransformer(config), jax.ShapeDtypeStruct((1, 8, 8, 3), "float32")
+    params = random(jax.eval_shape(module.init, jax.random.key(0), pixels)["params"])
+
+    def apply(params, batch):
+        """Take images from the ids of the tests' batch: 8 rows of 17."""
+        rows = batch["ids"][:, :8, None, None]
+        pixels = jnp.sin(rows * jnp.arange(1.0, 25).reshape(1, 1, 8, 3))
+        return module.apply({"params": params}, pixels)
+
+    loss = lambda params, batch: jnp.sin(apply(params, batch)).sum()
+    return Model(params, loss, apply, config, ("query/kernel", "up/kernel", "patch/kernel"))
+
+
 def adapt(model, params, batch):
     config = lora.LoraConfig(rank=2, targets=list(model.targets))
     return lora.split(lora.init(jax.random.key(1), params, config, model.apply, batch))
@@ -157,6 +174,7 @@ MODELS = {
     "trained_head": functools.partial(llama, tied=True, trained_head=True, layers=1),
     "bert": bert,
     "modernbert": modernbert,
+    "vit": vit,
 }
 KINDS = {"auto": AxisType.Auto, "explicit": AxisType.Explicit}
 DEFAULT = {

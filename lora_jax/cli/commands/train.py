@@ -12,9 +12,11 @@ from lora_jax.cli.train_options import (
     DPO,
     ON_PAIRS,
     PREFERENCES,
+    REPORTS,
     SIMPO,
     TrainOptions,
 )
+from lora_jax.core.foreign import shown
 
 EXAMPLES = (
     "lora-jax train --model smollm2 --data play.txt --targets q_proj,v_proj --out run",
@@ -81,6 +83,11 @@ def check(context: typer.Context, options: TrainOptions) -> None:
     if options.lora_plus != 1 and options.optimizer in ON_PAIRS:
         raise typer.BadParameter(
             f"--optimizer {options.optimizer} updates A and B together; leave out --lora-plus"
+        )
+    for name in set(options.report or ()).difference(REPORTS):
+        known = ", ".join(map(repr, REPORTS))
+        raise typer.BadParameter(
+            f"{shown(repr(name))} is not one of {known}", param_hint="--report"
         )
     for name in (*_POSITIVE, *_NOT_NEGATIVE):
         value = getattr(options, name)

@@ -42,6 +42,10 @@ class Reading:
 
     def read(self) -> None:
         """Read every module of the file."""
+        with np.errstate(over="ignore", invalid="ignore"):  # `fit_to_base` tells what overflows
+            self._read()
+
+    def _read(self) -> None:
         modules, wrong = fields.group(self._file.tensors)
         self.problems += [f"{name}: {problem}" for name, problem in wrong.items()]
         for name, module in modules.items():

@@ -92,12 +92,15 @@ class Family:
       module: makes the Flax module of a parsed config.json; `ValueError` for what it cannot be.
       naming: Hugging Face's names of the leaves, given the tensor names of a file, if there is one.
       embedding: the path of the token embedding, by parts.
-      sizes: the keys of config.json that are an axis of some tensor, or a part of one.
+      sizes: the keys of config.json that are an axis of some tensor, or a part of one; "a.b" is
+        key b in object a.
       classifier: None where classifiers are not supported.
       kept: regexes of tensors that are not parameters of the model, but kept and saved with it.
       dropped: regexes of tensors that follow from the rest.
       inputs: of a module, whose arguments it creates parameters from: their shapes and dtypes.
-      layers: the key of config.json that is the number of layers.
+      layers: the keys of config.json that are a number of layers; "a.b" is key b in object a.
+      in_files: the names of the leaves in the files of models, where they differ from those of the
+        modules, which adapters have; None where they are the same.
     """
 
     kind: Kind
@@ -111,7 +114,8 @@ class Family:
     kept: tuple[str, ...] = ()
     dropped: tuple[str, ...] = ()
     inputs: Callable[[nn.Module], tuple[Any, ...]] = _tokens
-    layers: str = "num_hidden_layers"
+    layers: tuple[str, ...] = ("num_hidden_layers",)
+    in_files: Callable[[Collection[str]], Naming] | None = None
 
     @property
     def architecture(self) -> str:

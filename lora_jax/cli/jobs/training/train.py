@@ -17,6 +17,7 @@ from lora_jax.cli.jobs.training import choose_remat, on_mesh
 from lora_jax.cli.jobs.training.data import Task, read_task
 from lora_jax.cli.jobs.training.model import TrainableModel, open_model, with_remat
 from lora_jax.cli.jobs.training.reference import add_reference
+from lora_jax.cli.jobs.training.reports import Reports
 from lora_jax.cli.jobs.training.results import Results
 from lora_jax.cli.jobs.training.start import Start, make_start
 from lora_jax.cli.jobs.training.stream import choose_streaming, describe_rows
@@ -41,6 +42,7 @@ from lora_jax.training.errors import TrainingError
 from lora_jax.training.loop import Job, Outcome, Settings, steps_of_epochs, train
 from lora_jax.training.optimizer import Optimizer
 from lora_jax.training.optimizers.kinds import ADAMW
+from lora_jax.training.reporting.reporters import require
 from lora_jax.training.running.step_memory import needed_bytes, widened_bytes
 
 
@@ -66,6 +68,8 @@ def _run(options: TrainOptions, command: str) -> None:
     if options.resume and not resumed:
         say(f"nothing to resume in {options.out}: starting from the beginning")
     optimizer = optimizer_of(options)
+    for name in options.report or ():
+        require(name)
     now = started(options)
     announce = say if console.is_terminal else lambda text: None
     options = processes.together(partial(choose_streaming, options, resumed))
@@ -109,7 +113,8 @@ def _run(options: TrainOptions, command: str) -> None:
         say(line)
     for line in [] if mesh is None else on_mesh.describe(mesh, model.config):
         say(line)
-    watch = Watch(results, steps, optimizer, this, command, console)
+    reports = Reports(options.report or (), options.out, this["settings"], say)
+    watch = Watch(results, steps, optimizer, this, command, console, reports)
     with on_mesh.in_use(mesh):
         data = add_reference(options, model, task, start, say, mesh)
     job = dataclasses.replace(job, **data)
@@ -273,7 +278,7 @@ _NOT_RECORDED = {
     *("encoding", "mask_prompt", "field"),  # likewise
     *("patience", "load_best"),  # when a run ends, and which adapter it leaves
     "stream",  # of a run that streams only
-    *("compile_cache", "profile"),  # which change no result
+    *("compile_cache", "profile", "report"),  # which change no result
     "pooling",  # of a classifier only
     "merge_aware",  # of a quantized base only
     "optimizer",  # other than the one that runs of older releases had
