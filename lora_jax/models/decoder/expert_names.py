@@ -1,10 +1,11 @@
 """The tensors of experts and their routers in Hugging Face's files.
 
-Mixtral and Qwen3-MoE store a linear layer per expert, and so do the adapters that PEFT trained with
-transformers 4. In transformers 5 all experts of a layer are one parameter, gate and up together,
-which PEFT adapts by `target_parameters`; gpt-oss is stored like that.
+The files of Mixtral and Qwen3-MoE have a linear layer per expert, and so do the adapters that PEFT
+trained with transformers 4. In transformers 5 all experts of a layer are one parameter, gate and up
+together, which PEFT adapts by `target_parameters`; gpt-oss is stored like that too.
 """
 
+import re
 from collections.abc import Callable, Collection, Iterator
 
 from lora_jax.files.naming import Entry
@@ -12,7 +13,6 @@ from lora_jax.models.weights.linear_entries import linear_entries
 
 #: Yields the entries of one layer: the module of a layer, our path of it, whether it is stacked.
 LayerNames = Callable[[str, str, bool], Iterator[Entry]]
-_IN_PARAMETERS = ".experts.gate_up_proj"
 
 
 def of_modules(experts: str, router: str, gate: str, up: str, down: str) -> LayerNames:
@@ -52,13 +52,11 @@ def of_gpt_oss(torch: str, path: str, stacked: bool) -> Iterator[Entry]:
         yield Entry(f"{torch}.experts.{name}_bias", f"{leaf}/bias", "", bias)
 
 
-def has_parameters(names: Collection[str]) -> bool:
-    """Return whether a file has all experts of a layer in one parameter."""
-    return any(_IN_PARAMETERS in name or name.endswith(_IN_EXPERTS) for name in names)
+def has_modules(names: Collection[str]) -> bool:
+    """Return whether a file has a module for each expert."""
+    return any(re.search(r"\.experts\.\d+\.", name) for name in names)
 
 
-#: How PEFT's names of the factors of such parameters end.
-_IN_EXPERTS = (".experts.lora_A.weight", ".experts.base_layer.lora_A.weight")
 #: Mixtral's layers in files.
 MIXTRAL = of_modules("experts", "gate", "w1", "w3", "w2")
 #: Qwen3-MoE's layers in files.

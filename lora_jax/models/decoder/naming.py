@@ -68,16 +68,16 @@ LLAMA = _naming(_BEFORE)
 #: Gemma 2 and 3, and OLMo 2.
 POST_NORMS = _naming(_AFTER)
 GPT_OSS = _naming(_BEFORE, expert_names.of_gpt_oss)
-_PARAMETERS = _naming(_BEFORE, expert_names.of_parameters)
-_MIXTRAL = _naming(_BEFORE, expert_names.MIXTRAL, "block_sparse_moe")
-_QWEN_MOE = _naming(_BEFORE, expert_names.QWEN_MOE)
+EXPERT_PARAMETERS = _naming(_BEFORE, expert_names.of_parameters)
+MIXTRAL_FILES = _naming(_BEFORE, expert_names.MIXTRAL, "block_sparse_moe")
+QWEN_MOE_FILES = _naming(_BEFORE, expert_names.QWEN_MOE)
 
 
-def of_mixtral(names: Collection[str] = ()) -> Naming:
-    """Return Mixtral's naming, for the tensor names in a file, as `expert_names` says."""
-    return _PARAMETERS if expert_names.has_parameters(names) else _MIXTRAL
+def of_experts(files: Naming, names: Collection[str] = ()) -> Naming:
+    """Return the naming of an adapter with these tensor names, see `expert_names`.
 
-
-def of_qwen_moe(names: Collection[str] = ()) -> Naming:
-    """Return Qwen3-MoE's naming, for the tensor names in a file, as `expert_names` says."""
-    return _PARAMETERS if expert_names.has_parameters(names) else _QWEN_MOE
+    Args:
+      files: the naming of the model's own files.
+      names: of the adapter, if there is one.
+    """
+    return files if expert_names.has_modules(names) else EXPERT_PARAMETERS

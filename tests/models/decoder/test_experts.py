@@ -1,11 +1,13 @@
 """Layers of experts against `transformers` 5.24; see record_models.py."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 import lora_jax as lora
 from lora_jax import models
@@ -117,3 +119,48 @@ def test_other_configurations_are_refused(name, changes, message):
 def test_configurations_without_meaning(fields):
     with pytest.raises(ValueError, match="ExpertsConfig"):
         ExpertsConfig(**{"count": 4, "chosen": 2, "width": 8, **fields})
+
+
+def test_experts_in_mxfp4(tmp_path):
+    """gpt-oss as published: blocks of 32 E2M1 numbers and E8M0 scales, read as floats or kept."""
+    settings = load("gpt_oss").settings | {
+        **{
+            "hidden_size": 32,
+            "intermediate_size": 32,
+            "num_hidden_layers": 1,
+            "num_key_value_heads": 4,
+        },
+        "layer_types": ["full_attention"],
+        "quantization_config": {"quant_method": "mxfp4"},
+    }
+    rng, small = np.random.default_rng(0), load_file(FIXTURES / "gpt_oss" / "model.safetensors")
+    tensors, values = {}, {}
+    for name, tensor in small.items():
+        if "layers.1" in name or "layers.2" in name:
+            continue
+        shape = [{16: 32, 24: 32, 48: 64}.get(n, n) for n in tensor.shape]
+        if name.endswith(("gate_up_proj", "down_proj")):
+            experts, inputs, outputs = shape
+            blocks = rng.integers(0, 256, (experts, outputs, inputs // 32, 16), np.uint8)
+            scales = rng.integers(122, 126, blocks.shape[:3], np.uint8)
+            tensors |= {f"{name}_blocks": blocks, f"{name}_scales": scales}
+            numbers = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)
+            numbers = np.concatenate([numbers, -numbers])
+            pairs = np.stack([numbers[blocks & 15], numbers[blocks >> 4]], -1)
+            whole = pairs.reshape(*blocks.shape[:3], 32) * 2.0 ** (scales[..., None] - 127.0)
+            values[name] = whole.reshape(experts, outputs, inputs).swapaxes(1, 2)
+        else:
+            tensors[name] = rng.normal(size=shape).astype(np.float32) * 0.3
+    (tmp_path / "config.json").write_text(json.dumps(dict(settings)))
+    save_file(tensors, tmp_path / "model.safetensors")
+    ids = np.arange(1, 9)[None]
+    floats = models.load(tmp_path, "float32")
+    kept = models.load(tmp_path, "float32", quantize="keep")
+    own = floats.params["layer_0"]["mlp"]["experts"]
+    for name, leaf in {"gate_up_proj": "gate_up", "down_proj": "down"}.items():
+        want = values[f"model.layers.0.mlp.experts.{name}"]
+        np.testing.assert_array_equal(own[leaf]["kernel"], want)
+        assert kept.params["layer_0"]["mlp"]["experts"][leaf]["kernel"].kind == "mxfp4"
+    want = jax.jit(floats.apply)(floats.params, ids)
+    got = jax.jit(lora.lora(kept.apply))(kept.params, ids)
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
