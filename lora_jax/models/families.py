@@ -19,6 +19,7 @@ from lora_jax.models.decoder.naming import (
     of_experts,
 )
 from lora_jax.models.encoder.families import ENCODERS
+from lora_jax.models.speech.families import SPEECH
 from lora_jax.models.vision.families import VISION
 from lora_jax.models.weights.family import ClassifierHead, Family, Options
 
@@ -63,6 +64,7 @@ _llama = partial(
 FAMILIES: dict[str, Family] = {
     **ENCODERS,
     **VISION,
+    **SPEECH,
     "llama": _llama(stem="Llama"),
     "mistral": _llama(stem="Mistral"),
     "qwen2": _llama(stem="Qwen2"),
