@@ -38,7 +38,7 @@ RULES: dict[str, PartitionSpec] = {
     "query/bias": _BIAS,
     "key/bias": _BIAS,
     "value/bias": _BIAS,
-    # experts [experts, in, out], which only an axis of their own divides, or one along their inputs
+    # kernels of experts [experts, in, out], each on the devices of the axis "expert"
     "experts/gate/kernel": _EXPERTS_OPEN,
     "experts/up/kernel": _EXPERTS_OPEN,
     "experts/gate_up/kernel": _EXPERTS_OPEN,

@@ -18,11 +18,10 @@ from tests.models.recorded import EXPERTS, FIXTURES, expected, load
 pytestmark = pytest.mark.usefixtures("quick_compile")
 SLOW = pytest.mark.slow
 BOTH = [
-    pytest.param(
-        name, scan, marks=() if scan else SLOW, id=f"{name}-{'scan' if scan else 'unrolled'}"
-    )
+    pytest.param(name, scan, id=f"{name}-{'scan' if scan else 'unrolled'}", marks=marks)
     for name in EXPERTS
     for scan in (False, True)
+    for marks in [() if scan and name == "gpt_oss" else SLOW]
 ]
 
 
