@@ -84,7 +84,7 @@ def test_other_keys_are_ignored_and_the_kind_depends_on_the_task(tmp_path):
     (pair,) = found.pairs
     assert ignored == ["messages", "score"]
     assert TOKENIZER.decode(pair.chosen.ids.tolist(), True).startswith("[system]S<|end|>[user]")
-    row = dict(zip(("prompt", "chosen", "rejected"), row, strict=True))
+    row = dict(zip(("chosen", "rejected"), row[1:], strict=True))
     (tmp_path / "d.jsonl").write_text(json.dumps({**row, **more}))
     assert read_rows(tmp_path / "d.jsonl").kind == "chat"
     assert read_rows(tmp_path / "d.jsonl", prefer="preference").kind == "preference"
