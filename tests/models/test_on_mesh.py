@@ -21,6 +21,7 @@ from lora_jax.training.chunked_loss import (
     language_sums_of_frozen_head,
     language_sums_of_trained_head,
 )
+from tests.models.recorded import load
 from tests.programs import normal
 
 CONFIG = DecoderConfig(
@@ -156,6 +157,8 @@ MODELS = {
     "scan": functools.partial(llama, scan=True, tied=True),
     "trained_head": functools.partial(llama, tied=True, trained_head=True, layers=1),
     "bert": bert,
+    **{name: functools.partial(recorded, name) for name in ("gemma2", "gemma3_text", "olmo2")},
+    "phi3": functools.partial(recorded, "phi3", scan=False),
     "modernbert": modernbert,
 }
 KINDS = {"auto": AxisType.Auto, "explicit": AxisType.Explicit}

@@ -99,6 +99,11 @@ def _settings(file: gguf_file.GgufFile, kind: str, row: Architecture) -> dict[st
     }
     if missing := [name for name in _SIZES.values() if name not in known]:
         raise ModelFileError(f"it lacks {', '.join(f'{kind}.{x}' for x in missing)}")
+    if known["attention.head_count"] > known["embedding_length"]:
+        raise ModelFileError(
+            f"{kind}.attention.head_count {known['attention.head_count']} is above "
+            f"{kind}.embedding_length {known['embedding_length']}"
+        )
     if "token_embd.weight" not in file.tensors:
         raise ModelFileError("it lacks token_embd.weight")
     if known.get("expert_count"):
