@@ -64,6 +64,8 @@ _OPTIONS = {
     "--eval-split": ("val-set-size", "val-split", "validation-split", "test-split", "val-size"),
     "--eval-rows": ("max-eval-samples",),
     "--val-batches": ("eval-batches", "max-eval-batches"),
+    "--report": ("report-to", "logger", "log-to", "use-wandb", "wandb", "use-tensorboard"),
+    "--field": ("text-column", "dataset-text-field", "text-field", "columns"),
     "--patience": ("early-stopping-patience", "early-stopping"),
     "--load-best": ("load-best-model-at-end",),
     "--optimizer": ("optim", "optimiser"),
@@ -89,7 +91,7 @@ _OPTIONS = {
 
 #: Names without an option of the same meaning.
 _OTHERWISE = {
-    "fine-tune-type": "a low-rank adapter is what it trains; --dora trains magnitudes too",
+    "fine-tune-type": "lora is what it trains; --dora trains magnitudes too, --full all weights",
     "load-in-4bit": "use --quantize nf4",
     "load-in-8bit": "use --quantize int8",
     "train-on-inputs": "use --no-mask-prompt",

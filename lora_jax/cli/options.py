@@ -77,6 +77,14 @@ ResidualOption = Annotated[
         help="The base is what PiSSA or another initialization left of the original one.",
     ),
 ]
+FullRankOption = Annotated[
+    int | None,
+    in_adapter(
+        "--full-rank",
+        min=1,
+        help="The rank for changes of an image generator that are not of low rank (LoHa, LoKr).",
+    ),
+]
 NamingOption = Annotated[
     Path | None,
     in_model(help="Names and axes of a custom model, a JSON file; see lora_jax.files.naming."),
@@ -89,6 +97,12 @@ OutOption = Annotated[Path, in_output("--out", "-o", help="Output path.")]
 
 ADAPTER = "Adapter of any kind that 'inspect' reads."
 BASE = "base"  # stands for no adapter among several
+
+
+def adapters_or_base(paths: Sequence[Path] | None) -> list[Path | None]:
+    """Return the adapters of an option, None for `base`, and for none at all."""
+    is_base = lambda path: str(path) == BASE and not path.exists()
+    return [None if is_base(path) else path for path in paths or []] or [None]
 
 
 def refuse_empty(stops: Sequence[str] | None) -> None:

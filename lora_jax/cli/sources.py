@@ -14,7 +14,7 @@ import lora_jax as lora
 from lora_jax import models
 from lora_jax.cli.fit import EXACT, Fit
 from lora_jax.cli.quantize_option import in_options, parse_quantize
-from lora_jax.core.errors import ModelFileError
+from lora_jax.core.errors import AdapterFileError, ModelFileError
 from lora_jax.core.foreign import escaped, shown
 from lora_jax.core.paths import flatten_with_paths
 from lora_jax.core.quantized.weight import is_quantized
@@ -246,13 +246,21 @@ def put_on(pretrained: models.Pretrained, found: kinds.Found, fit: Fit = EXACT) 
         return Loaded(
             pretrained, gguf.load(found.path, pretrained.params, names, strict=fit.strict)
         )
+    if found.kind in kinds.OF_IMAGES:
+        raise AdapterFileError(
+            f"{found.path}: a {kinds.DESCRIPTIONS[found.kind]} is for an image generator; load it "
+            "in Python with lora.diffusion.load"
+        )
     if found.kind == kinds.MLX:
         named = pretrained.params, pretrained.naming
         options: dict[str, Any] = {"strict": fit.strict, "rename": fit.rename}
         return Loaded(pretrained, mlx.load(found.path, *named, **options))
     file = read_peft(found, fit)
     pretrained = models.resize_for_adapter(pretrained, file)
-    named = pretrained.params, pretrained.naming
+    naming = pretrained.naming
+    if pretrained.in_files is not None:  # adapters may have the names of older modules
+        naming = pretrained.family.naming(file.tensors)
+    named = pretrained.params, naming
     return Loaded(pretrained, peft.fit(file, *named, strict=fit.strict, residual=fit.residual))
 
 

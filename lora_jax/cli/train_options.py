@@ -40,6 +40,7 @@ RematName = Literal["none", "sums", "full", "auto"]
 ON_PAIRS = ("lora-rite", "lora-muon", "riemannian")
 #: Optimizers whose steps depend on the number of columns of A, those that a sweep pads with too.
 SEES_RANK = ("muon", "adafactor")
+REPORTS = ("tensorboard", "wandb", "jsonl")
 TrainDType = Literal["float32", "bfloat16"]
 
 _MODEL = (
@@ -49,6 +50,10 @@ _MODEL = (
 _ADAPTER = (
     "Adapter to start from, of any kind that 'inspect' reads. It decides which weights train, and "
     "their ranks."
+)
+_FULL = (
+    "Train all weights and write a model, not an adapter; --exclude, --layers and --last-layers "
+    "leave some as they are. A learning rate is to be far smaller, such as 1e-5."
 )
 _BASE_NAME = (
     "Name of the base model to write into the adapter, such as its Hub id; default: the Hub id "
@@ -94,6 +99,10 @@ _PATIENCE = (
 )
 _LOAD_BEST = "Leave the adapter of the lowest evaluation loss in adapter/, as in best/."
 _SAVE_EVERY = "Steps between checkpoints; 0: only after the last step."
+_REPORT = (
+    "Tool to report the loss, learning rate, gradient norm, speed and evaluations to; may be "
+    "repeated. jsonl: metrics.jsonl in --out."
+)
 _PROFILE = "Steps to trace, after the first ones, for TensorBoard and Perfetto."
 _SEED = "Random seed for initialization, data order and dropout."
 _SHUFFLE = "Shuffle rows every epoch, or keep the files' order and pack less tightly."
@@ -154,6 +163,7 @@ class TrainOptions:
     encoding: Annotated[str, in_data(help="Text encoding of the data files.")] = "utf-8"
     resume: Annotated[bool, in_output("--resume", help="Resume the run in --out.")] = False
     adapter: Annotated[Path | None, in_adapter(metavar="DIR", help=_ADAPTER)] = None
+    full: Annotated[bool, in_adapter("--full", help=_FULL)] = False
     rank: Annotated[int, in_adapter(min=1, help="Rank of A and B.")] = 8
     alpha: Annotated[float | None, in_adapter(help=_ALPHA)] = None
     targets: Annotated[str, in_adapter(help=_TARGETS)] = "all-linear"
@@ -213,6 +223,7 @@ class TrainOptions:
     remat: Annotated[RematName, in_devices(help=_REMAT)] = "none"
     memory: Annotated[float | None, in_devices(metavar="GB", help=_MEMORY)] = None
     compile_cache: CompileCacheOption = None
+    report: Annotated[list[str] | None, in_output(metavar="|".join(REPORTS), help=_REPORT)] = None
     profile: Annotated[int, in_output(min=0, metavar="STEPS", help=_PROFILE)] = 0
     base_name: Annotated[str | None, in_model(metavar="NAME", help=_BASE_NAME)] = None
 

@@ -7,13 +7,14 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from lora_jax.models.encoder.bert import ACTIVATIONS, mean_pool
+from lora_jax.models.activations import gelu
+from lora_jax.models.encoder.bert import mean_pool
 
 Pooling = Literal["mean", "first", "last"]
 Activation = Literal["tanh", "gelu"]
 _ACTIVATIONS: dict[Activation, Callable[[jax.Array], jax.Array]] = {
     "tanh": jnp.tanh,
-    "gelu": ACTIVATIONS["gelu"],
+    "gelu": gelu,
 }
 
 

@@ -77,6 +77,8 @@ class Pretrained:
       settings: the content of its config.json.
       rest: other tensors in the file by name, such as BERT's pooler and a classifier's head; `save`
         writes them back.
+      in_files: the names of the leaves in the files that `save` writes, where they differ from
+        those of the modules in transformers; None where they are the same.
     """
 
     kind: Kind
@@ -86,6 +88,7 @@ class Pretrained:
     naming: Naming
     settings: Mapping[str, Any]
     rest: Mapping[str, Any] = field(default_factory=dict)
+    in_files: Naming | None = None
 
     @property
     def apply(self) -> Apply:
@@ -226,7 +229,14 @@ def _pretrained(source: "_Source", module: nn.Module, params: Any) -> Pretrained
         if any(re.fullmatch(pattern, name) for pattern in source.family.kept)
     }
     return Pretrained(
-        source.family.kind, module.config, module, params, source.torch, source.settings, rest
+        source.family.kind,
+        module.config,
+        module,
+        params,
+        source.torch,
+        source.settings,
+        rest,
+        source.naming if source.family.in_files else None,
     )
 
 
@@ -266,11 +276,12 @@ def _open(path: Path) -> _Source:
     opened = published.open_directory(path, config)
     settings, tensors = opened.settings, opened.tensors
     torch = family.naming(tensors)
+    in_files = family.in_files(tensors) if family.in_files else torch
     tied = (TIED_HEAD,) if is_tied(settings) else ()
     # a decoder's classifier has no output head: the model here gets that of a tied one
     headless = not tied and "score.weight" in tensors and "lm_head.weight" not in tensors
     ignored = (*family.dropped, *tied, *family.kept, *opened.ignored)
-    return _Source(family, settings, tensors, torch, torch, ignored, headless, opened.method)
+    return _Source(family, settings, tensors, in_files, torch, ignored, headless, opened.method)
 
 
 def _family(settings: Mapping[str, Any], path: Path) -> Family:
@@ -283,15 +294,23 @@ def _family(settings: Mapping[str, Any], path: Path) -> Family:
 def _check_sizes(source: _Source) -> None:
     """Refuse sizes that exceed the file, before anything is allocated."""
     numbers = sum(math.prod(tensor.shape) for tensor in source.tensors.values())
-    sizes = {name: n for name, n in source.settings.items() if is_integer(n)}
+    sizes = {name: n for name, n in _flat(source.settings) if is_integer(n)}
     sizes["num_attention_heads * head_dim"] = math.prod(
         sizes.get(name, 1) for name in ("num_attention_heads", "head_dim")
     )
     limits = dict.fromkeys(source.family.sizes, numbers)
-    for name, limit in (limits | {source.family.layers: len(source.tensors)}).items():
+    for name, limit in (limits | dict.fromkeys(source.family.layers, len(source.tensors))).items():
         if sizes.get(name, 0) > limit:
             size = shown_value(sizes[name])
             raise ModelFileError(f"{name} is {size}, but the files contain only {limit}")
+
+
+def _flat(settings: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Yield the keys of a config.json and, as "a.b", those of the objects in it."""
+    for name, value in settings.items():
+        yield name, value
+        for inner, x in value.items() if isinstance(value, Mapping) else ():
+            yield f"{name}.{inner}", x
 
 
 def _check_dtypes(source: _Source) -> None:
@@ -332,9 +351,9 @@ def _module(source: _Source, dtype: str, *, scan: bool, remat: bool | str) -> nn
     return source.family.module({**source.settings, **headless}, options)
 
 
-def _param_shapes(module: nn.Module, inputs: tuple[Any, ...], dtype: str) -> Any:
+def _param_shapes(module: nn.Module, inputs: Mapping[str, Any], dtype: str) -> Any:
     """Return the shapes of a module's parameters, without allocating them."""
-    params = jax.eval_shape(module.init, jax.random.key(0), *inputs)["params"]
+    params = jax.eval_shape(module.init, jax.random.key(0), **inputs)["params"]
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), params)
 
 

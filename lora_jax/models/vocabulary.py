@@ -53,6 +53,10 @@ def resize_vocabulary(
     if tokens < 1:
         raise ConfigError(f"resize_vocabulary: tokens must be 1 or more, got {tokens}")
     path = model.family.embedding
+    if not path:
+        raise ConfigError(
+            f"resize_vocabulary: {model.family.stem} has no embedding of tokens that can be resized"
+        )
     resized = lambda rows, name: lambda x: _resize(x, tokens, rows, name)
     params = _replace(model.params, path, resized(embedding, "embedding"))
     is_untied = model.kind == "decoder" and "head" in params

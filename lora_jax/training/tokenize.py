@@ -136,6 +136,7 @@ def encode_stream(
 _OTHER_TASKS = {
     "label": "use --task classification, or remove the labels",
     "preference": "use --task dpo or --task orpo",
+    "choice": "measure its choices with 'lora-jax eval'",
 }
 _TOGETHER = 64  # texts that are encoded at once
 

@@ -5,34 +5,21 @@ begin. `Bert` maps token ids to hidden states, `mean_pool` maps hidden states to
 embedding; `lora_jax.models.load` reads a published checkpoint.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import linen as nn
 
 from lora_jax.core.checks import is_integer, is_size, is_within
 from lora_jax.core.foreign import shown_value
+from lora_jax.models.activations import ACTIVATIONS
 from lora_jax.models.attention import Sight, attend
 from lora_jax.models.decoder.config import EPSILONS
 from lora_jax.models.on_mesh import Embedding, dot_general
-
-
-def _gelu(x: jax.Array) -> jax.Array:
-    # `jax.nn.gelu(approximate=False)` uses erfc, which takes three times as long on CPU.
-    return 0.5 * x * (1 + jax.lax.erf(x * np.sqrt(0.5).astype(x.dtype)))
-
-
-ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
-    "gelu": _gelu,
-    "gelu_new": partial(jax.nn.gelu, approximate=True),
-    "relu": jax.nn.relu,
-}
-
 
 #: Values of `model_type` whose positions begin behind the padding token's id.
 ROBERTAS = ("roberta", "xlm-roberta")

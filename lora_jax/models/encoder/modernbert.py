@@ -14,9 +14,10 @@ from flax import linen as nn
 
 from lora_jax.core.checks import is_integer, is_size, is_within
 from lora_jax.core.foreign import shown_value
+from lora_jax.models.activations import ACTIVATIONS
 from lora_jax.models.attention import Sight, attend
 from lora_jax.models.decoder.config import EPSILONS
-from lora_jax.models.encoder.bert import ACTIVATIONS, positions_of
+from lora_jax.models.encoder.bert import positions_of
 from lora_jax.models.on_mesh import Embedding, dot_general
 from lora_jax.models.rope import Rope, rotate
 

@@ -13,7 +13,7 @@ from lora_jax.training.chunked_loss import (
     token_losses_of_frozen_head,
     token_losses_of_trained_head,
 )
-from lora_jax.training.cross_entropy import JaxBatch, LossSums, cross_entropy
+from lora_jax.training.cross_entropy import JaxBatch, LossSums, cross_entropy, sum_by_text
 from lora_jax.training.preference.losses import LogProbs, PairLosses
 
 PairLogProbs = Callable[[Any, JaxBatch], LogProbs]  # (params, batch) -> [rows, slots]
@@ -118,13 +118,7 @@ def _sum_pairs(
 ) -> LogProbs:
     """Sum log-probabilities `[rows, 2, length]` over the tokens of each pair's completions."""
     before, here = segments[..., :-1], segments[..., 1:]
-    shape = (*here.shape, pairs.shape[-1])  # [rows, 2, length, slots]
-    member = here[..., None] == 1 + jax.lax.broadcasted_iota(here.dtype, shape, 3)
-
-    def total(counted: jax.Array, x: jax.Array) -> jax.Array:
-        # not a product, which some devices round
-        return jnp.where(member & counted[..., None], x[..., None], 0).sum(axis=-2)
-
+    total = lambda counted, x: sum_by_text(x, here, counted, pairs.shape[-1])
     completion, follows = weights[..., 1:] > 0, before == here
     ones = jnp.ones_like(found)
     sums, counts = total(completion, found), jnp.maximum(total(completion, ones), 1)

@@ -2,10 +2,12 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from lora_jax.core.checks import is_integer
 from lora_jax.core.foreign import shown
+from lora_jax.training.rows.choices import read_choice
 from lora_jax.training.rows.conversations import read_messages, read_tools
 from lora_jax.training.rows.json_values import describe, json_type
 from lora_jax.training.rows.preferences import SIDES, read_preference
@@ -17,6 +19,7 @@ KEYS = {
     "chat": ("messages",),
     "label": ("text", "label"),
     "preference": SIDES,
+    "choice": ("prompt", "choices", "answer"),
 }
 FORMS = (
     '{"text": …}, {"prompt": …, "completion": …}, {"messages": [{"role": …, "content": …}]} or '
@@ -99,6 +102,10 @@ def _text(row: Mapping[str, Any], key: str, empty: bool = False) -> str:
     return value
 
 
+def _answer(row: Mapping[str, Any], prompt: str) -> Values:
+    return {"prompt": _text(row, prompt, empty=True), "completion": _text(row, "answer")}
+
+
 def _label(row: Mapping[str, Any]) -> str | int:
     if is_integer(row["label"]):
         return int(row["label"])
@@ -149,6 +156,14 @@ _FORMS = (
     _Form("chat", KEYS["chat"], lambda row: _chat(row, "messages"), _CHAT_MORE),
     _Form("chat", ("conversations",), lambda row: _chat(row, "conversations"), _CHAT_MORE),
     _Form("chat", ("conversation",), lambda row: _chat(row, "conversation"), _CHAT_MORE),
+    *(
+        _Form("choice", (name, "choices", "answer"), partial(read_choice, prompt=name))
+        for name in ("prompt", "question")
+    ),
+    *(
+        _Form("completion", (name, "answer"), partial(_answer, prompt=name))
+        for name in ("prompt", "question")
+    ),
     # last: such data may have a text or messages for other training
     _Form("preference", KEYS["preference"], read_preference, ("prompt", *_CHAT_MORE)),
 )
@@ -156,4 +171,7 @@ _FORMS = (
 KNOWN = frozenset(key for form in _FORMS for key in form.keys)
 #: Keys that a row may have beside those.
 OPTIONAL = frozenset(key for form in _FORMS for key in form.more) - KNOWN
-_LENIENT = {"conversation", "instruction", "output", *SIDES}  # names of other things in other forms
+_LENIENT = {  # names of other things in other forms
+    *("conversation", "instruction", "output", "question", "choices", "answer"),
+    *SIDES,
+}

@@ -29,6 +29,7 @@ def jsonl(path, kind, count=6):
             "chosen": f" {i + 1}",
             "rejected": f" {i + 2}, or more",
         },
+        "choice": lambda i: {"prompt": f"{i} + 1 =", "choices": ["no", str(i + 1)], "answer": 1},
     }
     assert made.keys() == KEYS.keys()
     path.write_text("".join(json.dumps(made[kind](i)) + "\n" for i in range(count)))

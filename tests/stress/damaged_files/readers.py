@@ -4,6 +4,7 @@ import functools
 from collections.abc import Callable, Sequence
 
 from tests.models.recorded import NEWER
+from tests.parity.diffusion import models as images
 from tests.parity.peft import models
 from tests.stress.damaged_files import adapters, command_line, published, runs
 from tests.stress.damaged_files.subject import Subject
@@ -18,7 +19,7 @@ def _adapters(make: Callable[[str], Subject]) -> Turns:
     return [
         (kind, functools.partial(make, kind))
         for case in CASES
-        for kind in ("native", case, "mlx-lm")
+        for kind in ("native", case, "mlx-lm", "kohya")
     ]
 
 
@@ -36,6 +37,7 @@ READERS: dict[str, Turns] = {
     "PEFT": [(f"PEFT {case}", functools.partial(adapters.of_peft, case)) for case in CASES],
     "mlx-lm": [("mlx-lm", adapters.of_mlx)],
     "loralib": [("loralib", adapters.of_loralib)],
+    "images": [(case, functools.partial(adapters.of_images, case)) for case in images.FILES],
     "GGUF adapter": [("GGUF adapter", adapters.of_gguf)],
     "inspect": _adapters(command_line.inspect),
     "convert": _adapters(command_line.convert),

@@ -17,11 +17,13 @@ from lora_jax.cli.jobs.training import choose_remat, on_mesh
 from lora_jax.cli.jobs.training.data import Task, read_task
 from lora_jax.cli.jobs.training.model import TrainableModel, open_model, with_remat
 from lora_jax.cli.jobs.training.reference import add_reference
+from lora_jax.cli.jobs.training.reports import Reports
 from lora_jax.cli.jobs.training.results import Results
 from lora_jax.cli.jobs.training.start import Start, make_start
 from lora_jax.cli.jobs.training.stream import choose_streaming, describe_rows
 from lora_jax.cli.jobs.training.vocabulary import Vocabulary
 from lora_jax.cli.jobs.training.watch import Watch
+from lora_jax.cli.jobs.training.whole_model import WholeModels
 from lora_jax.cli.plurals import count
 from lora_jax.cli.train_options import (
     CLASSIFICATION,
@@ -41,6 +43,7 @@ from lora_jax.training.errors import TrainingError
 from lora_jax.training.loop import Job, Outcome, Settings, steps_of_epochs, train
 from lora_jax.training.optimizer import Optimizer
 from lora_jax.training.optimizers.kinds import ADAMW
+from lora_jax.training.reporting.reporters import require
 from lora_jax.training.running.step_memory import needed_bytes, widened_bytes
 
 
@@ -66,6 +69,8 @@ def _run(options: TrainOptions, command: str) -> None:
     if options.resume and not resumed:
         say(f"nothing to resume in {options.out}: starting from the beginning")
     optimizer = optimizer_of(options)
+    for name in options.report or ():
+        require(name)
     now = started(options)
     announce = say if console.is_terminal else lambda text: None
     options = processes.together(partial(choose_streaming, options, resumed))
@@ -89,14 +94,7 @@ def _run(options: TrainOptions, command: str) -> None:
         now,
         run_record.older_checksums(options.out) if resumed else (),
     )
-    results = Results(
-        options,
-        task,
-        model.naming,
-        start.config,
-        start.params,
-        model.tokenizer.files() if options.add_token else {},
-    )
+    results = _results(options, model, task, start)
     results.check(adapters)
     job = _job(options, optimizer, model, task, start, base, adapters, steps, mesh)
     with on_mesh.in_use(mesh):
@@ -109,7 +107,8 @@ def _run(options: TrainOptions, command: str) -> None:
         say(line)
     for line in [] if mesh is None else on_mesh.describe(mesh, model.config):
         say(line)
-    watch = Watch(results, steps, optimizer, this, command, console)
+    reports = Reports(options.report or (), options.out, this["settings"], say)
+    watch = Watch(results, steps, optimizer, this, command, console, reports)
     with on_mesh.in_use(mesh):
         data = add_reference(options, model, task, start, say, mesh)
     job = dataclasses.replace(job, **data)
@@ -119,10 +118,18 @@ def _run(options: TrainOptions, command: str) -> None:
         _finish(outcome, steps, results, watch)
 
 
+def _results(options: TrainOptions, model: TrainableModel, task: Task, start: Start) -> Results:
+    """Return how what the run leaves is written."""
+    tokenizer = model.tokenizer.files() if options.add_token else {}
+    given = (options, task, model.naming, start.config, start.params, tokenizer)
+    return WholeModels(*given, model=model.loaded) if options.full else Results(*given)
+
+
 def _finish(outcome: Outcome, steps: int, results: Results, watch: Watch) -> None:
     """Draw the losses, and say what was written, or how to continue."""
     options = results.options
-    title = f"{options.model}: rank {results.config.rank}, learning rate {options.lr:g}"
+    how = "all weights" if options.full else f"rank {results.config.rank}"
+    title = f"{options.model}: {how}, learning rate {options.lr:g}"
     picture = options.out / "loss.png"
     processes.by_first(lambda: loss_curve.draw(outcome.records, picture, title))
     is_interrupted = outcome.step < steps and not outcome.ended_early
@@ -273,7 +280,8 @@ _NOT_RECORDED = {
     *("encoding", "mask_prompt", "field"),  # likewise
     *("patience", "load_best"),  # when a run ends, and which adapter it leaves
     "stream",  # of a run that streams only
-    *("compile_cache", "profile"),  # which change no result
+    *("compile_cache", "profile", "report"),  # which change no result
+    "full",  # by the config
     "pooling",  # of a classifier only
     "merge_aware",  # of a quantized base only
     "optimizer",  # other than the one that runs of older releases had

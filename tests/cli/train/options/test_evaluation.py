@@ -14,6 +14,7 @@ from tests.cli.train.options.reading import read, text_of
 EVAL = ("--eval-split", 0.25, "--val-batches", 1, "--eval-every", 1)
 
 
+@pytest.mark.slow
 def test_a_run_that_gets_worse_ends_with_its_best_adapter(play, tmp_path, run, quick_compile):
     """At such a rate nothing is learned after the first step."""
     out = tmp_path / "out"
@@ -43,6 +44,7 @@ def test_a_run_that_gets_worse_ends_with_its_best_adapter(play, tmp_path, run, q
         (("--layers", "-1", "--last-layers", 1), "give either --layers or --last-layers"),
         (("--task", "classification", "--no-mask-prompt"), "is for --task causal-lm"),
         (("--optimizer", "lora-rite", "--lora-plus", 4), "updates A and B together; leave out"),
+        (("--report", "csv"), "Invalid value for '--report': 'csv' is not one of 'tensorboard',"),
         (("--optimizer", "adam"), "'adam' is not one of 'adamw', 'lion'"),
     ],
 )
