@@ -4,7 +4,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lora_jax.files import gguf, loralib, mlx, naming, peft
+    from lora_jax.files import gguf, loralib, mlx, naming, orbax, peft
     from lora_jax.public import *
 
 __version__ = "0.1.0"
@@ -74,6 +74,7 @@ __all__ = [
     "naming",
     "norms",
     "on_original",
+    "orbax",
     "partition_specs",
     "peft",
     "quantize",
@@ -103,7 +104,10 @@ __all__ = [
 # names need, takes longer than all that `lora-jax --help` does.
 _LAZY = {
     **{name: f"lora_jax.{name}" for name in ("layers", "models", "training")},
-    **{name: f"lora_jax.files.{name}" for name in ("gguf", "loralib", "mlx", "naming", "peft")},
+    **{
+        name: f"lora_jax.files.{name}"
+        for name in ("gguf", "loralib", "mlx", "naming", "orbax", "peft")
+    },
 }
 _ROOMS = ("adapters", "core", "engine", "files")
 

@@ -3,11 +3,13 @@
 from lora_jax.files.peft.adapter_file import TENSORS, PeftFile, read_config, read_file
 from lora_jax.files.peft.config import CONFIG, PeftConfig, is_config
 from lora_jax.files.peft.load import fit, load
+from lora_jax.files.peft.model_card import ModelCard
 from lora_jax.files.peft.save import save
 
 __all__ = [
     "CONFIG",
     "TENSORS",
+    "ModelCard",
     "PeftConfig",
     "PeftFile",
     "fit",
