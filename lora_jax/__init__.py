@@ -4,7 +4,9 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lora_jax.files import gguf, loralib, mlx, naming, orbax, peft
+    from lora_jax.files import diffusion, gguf, loralib, mlx, naming, orbax, peft
+    from lora_jax.frameworks import equinox as equinox
+    from lora_jax.frameworks import nnx as nnx
     from lora_jax.public import *
 
 __version__ = "0.1.0"
@@ -45,6 +47,7 @@ __all__ = [
     "compress",
     "count_params",
     "dequantize",
+    "diffusion",
     "disable",
     "eva",
     "extract",
@@ -104,9 +107,10 @@ __all__ = [
 # names need, takes longer than all that `lora-jax --help` does.
 _LAZY = {
     **{name: f"lora_jax.{name}" for name in ("layers", "models", "training")},
+    **{name: f"lora_jax.frameworks.{name}" for name in ("equinox", "nnx")},
     **{
         name: f"lora_jax.files.{name}"
-        for name in ("gguf", "loralib", "mlx", "naming", "orbax", "peft")
+        for name in ("diffusion", "gguf", "loralib", "mlx", "naming", "orbax", "peft")
     },
 }
 _ROOMS = ("adapters", "core", "engine", "files")

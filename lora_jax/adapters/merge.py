@@ -21,7 +21,7 @@ from lora_jax.core.errors import ConfigError, MergeError, StructureError, groupe
 from lora_jax.core.quantized.coding import check_kind
 from lora_jax.core.quantized.weight import is_quantized
 from lora_jax.core.slots import has_magnitude
-from lora_jax.core.tree import adapted_nodes, map_adapted
+from lora_jax.core.tree import Wrapped, adapted_nodes, map_adapted
 from lora_jax.core.weights import Adapted, LoraWeight, require_whole
 
 
@@ -45,7 +45,8 @@ def merge(
     without an adapter stay as they are.
 
     Args:
-      params: a joined tree of one adapter: of a stack, merge `unstack(params)[slot]`.
+      params: a joined tree of one adapter: of a stack, merge `unstack(params)[slot]`. Or a model of
+        `lora_jax.nnx` or `lora_jax.equinox`, which becomes an ordinary model of its class.
       dtype: dtype of the merged leaves; None keeps the dtype of each base leaf.
       requantize: quantize the merged leaves whose base is quantized: True as each base is, or the
         name of a kind, such as "nf4", along the same axis. Leaves that the adapter does not change
@@ -71,6 +72,9 @@ def merge(
     >>> merge(lora_jax.LoraWeight(w, a, b, jnp.float32(1.0), layout=lora_jax.Layout("io")))
     Array([[4., 8.]], dtype=float32)
     """
+    if isinstance(params, Wrapped):
+        options = {"dtype": dtype, "requantize": requantize, "donate": donate}
+        return params.merge(**options, return_error=return_error)
     if dtype is not None and not jnp.issubdtype(dtype, jnp.floating):
         raise ConfigError(f"merge: dtype must be a floating dtype, got {jnp.dtype(dtype)}")
     check_kind("merge", "requantize", requantize)

@@ -9,7 +9,7 @@ from lora_jax.adapters import flax_bytes
 from lora_jax.core.errors import StructureError, grouped
 from lora_jax.core.paths import flatten_with_paths
 from lora_jax.core.patterns import nearest
-from lora_jax.core.tree import adapted_nodes, map_adapted, require_adapted
+from lora_jax.core.tree import adapted_nodes, map_adapted, require_adapted, unwrapped
 from lora_jax.core.weights import Adapted, check_fits, is_adapted, is_weight, require_base
 
 
@@ -33,6 +33,7 @@ def split(params: Any) -> tuple[Any, Any]:
     (True, None, (4, 1))
     """
     flax_bytes.register()
+    params = unwrapped(params)
     require_adapted("split", params)
 
     def base_leaf(path: str, node: Adapted) -> Any:

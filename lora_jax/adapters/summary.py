@@ -12,6 +12,7 @@ from lora_jax.core.params_argument import params_first
 from lora_jax.core.paths import flatten_with_paths
 from lora_jax.core.quantized.weight import is_quantized
 from lora_jax.core.slots import is_known, slot_rank
+from lora_jax.core.tree import unwrapped
 from lora_jax.core.weights import (
     Adapted,
     LoraWeight,
@@ -63,7 +64,7 @@ def count_params(params: Any) -> Counts:
     Counts(trainable=7, total=19)
     """
     trainable = total = 0
-    for leaf in jax.tree_util.tree_leaves(params, is_leaf=is_weight):
+    for leaf in jax.tree_util.tree_leaves(unwrapped(params), is_leaf=is_weight):
         if not is_adapted(leaf):
             total += _size(leaf)
             continue
@@ -106,7 +107,8 @@ def summary(
     it and their lines.
 
     Args:
-      params: a tree of arrays or `ShapeDtypeStruct`s, as `init` returns it.
+      params: a tree of arrays or `ShapeDtypeStruct`s, as `init` returns it, or a model of
+        `lora_jax.nnx` or `lora_jax.equinox`.
       fn: the function that runs on the parameters; None for the first table alone.
       *args: its other example arguments.
       rules: as for `init`.
@@ -124,6 +126,7 @@ def summary(
     kernel  [4, 3]  io      -           1        7
     trainable params: 7 || all params: 19 || trainable%: 36.8421
     """
+    params = unwrapped(params)
     nodes, _ = flatten_with_paths(params, is_leaf=is_adapted)
     rows: list[tuple[str, ...]] = [("path", "shape", "layout", "used by", "rank", "trained")]
     rows += [_row(path, node) for path, node in nodes.items() if is_adapted(node)]

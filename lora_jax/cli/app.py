@@ -20,6 +20,7 @@ from lora_jax.cli.commands import (
     merge,
     predict,
     quantize,
+    serve,
     sweep,
     train,
 )
@@ -31,6 +32,7 @@ COMMANDS: dict[str, ModuleType] = {
     "sweep": sweep,
     "generate": generate,
     "chat": chat,
+    "serve": serve,
     "predict": predict,
     "eval": evaluate,
     "inspect": inspect,
@@ -81,7 +83,7 @@ def _lora_jax(
         typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version."),
     ] = False,
 ) -> None:
-    """Train, inspect, merge, run, convert and combine LoRA adapters of JAX models."""
+    """Train, inspect, merge, run, serve, convert and combine LoRA adapters of JAX models."""
     if context.invoked_subcommand is None:
         typer.echo(context.get_help())
 

@@ -19,8 +19,13 @@ from lora_jax.core.foreign import escaped
 from lora_jax.core.signals import watched
 
 DEBUG = "LORA_JAX_DEBUG"
-#: Packages that `pip install lora-jax` alone does not install: all are in the extra "cli".
-OPTIONAL = ("gguf", "jinja2", "matplotlib", "orbax", "rich", "tokenizers", "typer", "yaml")
+#: Packages that `pip install lora-jax` alone does not install, and the extra that has them.
+OPTIONAL = {
+    **dict.fromkeys(
+        ("gguf", "jinja2", "matplotlib", "orbax", "rich", "tokenizers", "typer", "yaml"), "cli"
+    ),
+    **dict.fromkeys(("starlette", "uvicorn"), "serve"),
+}
 SHOWN = 12  # lines of a long list of problems
 
 _ADVICE = {
@@ -122,7 +127,7 @@ def _message(error: BaseException, words: Sequence[str]) -> str:
         if package in OPTIONAL:
             return (
                 f"this needs the package {package}, which is not installed: "
-                'pip install "lora-jax[cli]"'
+                f'pip install "lora-jax[{OPTIONAL[package]}]"'
             )
     if isinstance(error, OSError):
         return _os_message(error)

@@ -45,10 +45,7 @@ class LoadedClassifier:
 
     def function(self, slots: int) -> Classifier:
         """Return the classifier as a function of its parameters, for `slots` texts per row."""
-        run = self.model.apply
-        is_encoder = self.model.kind == "encoder"
-        hidden = run if is_encoder else lambda *inputs: run(*inputs, method="hidden")
-        return Classifier(hidden, slots, self.pooling)
+        return published_classifier.classifier_of(self.model, slots, self.pooling)
 
 
 def labels_of(adapter: kinds.Found) -> list[Any] | None:
@@ -67,6 +64,8 @@ def find(model: kinds.Found, adapter: Path | None) -> str:
 
     Only headers are read.
     """
+    if not _is_of_texts(model):
+        return ""
     if adapter is not None:
         found = kinds.adapter(adapter)
         if found.kind == kinds.NATIVE:
@@ -78,6 +77,14 @@ def find(model: kinds.Found, adapter: Path | None) -> str:
     if model.kind != kinds.CHECKPOINT:
         return ""
     return str(model.path) if _is_classifier(model.path) else ""
+
+
+def _is_of_texts(model: kinds.Found) -> bool:
+    if model.kind != kinds.CHECKPOINT:
+        return True
+    model_type = hf_directory.read_config(model.path).get("model_type")
+    family = FAMILIES.get(model_type) if isinstance(model_type, str) else None
+    return family is None or family.kind in ("encoder", "decoder")
 
 
 def _is_for_classifier(directory: Path) -> bool:
@@ -118,10 +125,12 @@ def naming_for_peft(model: kinds.Found, adapter: kinds.Found) -> Naming | None:
     header = lora.read_metadata(adapter.path)
     if LABELS not in header["metadata"] or _KERNEL not in header["layouts"]:
         return None
-    family = FAMILIES["llama"]
+    settings: dict[str, Any] = {"model_type": "llama"}
     if model.kind == kinds.CHECKPOINT:
-        family = family_of(hf_directory.read_config(model.path))
-    if header["metadata"].get(POOLING) != published_classifier.head_of_family(family).pooling:
+        settings = hf_directory.read_config(model.path)
+    family = family_of(settings)
+    head = published_classifier.head_of_family(family, settings)
+    if header["metadata"].get(POOLING) != head.pooling:
         raise AdapterFileError(
             f"{adapter.path}: its head reads the mean over a text's tokens, which no classifier of "
             "transformers does; train with --pooling model to use it there"
@@ -189,7 +198,7 @@ def _published(
     base: Pretrained, model: kinds.Found, adapter: kinds.Found | None, fit: Fit
 ) -> LoadedClassifier:
     """Load a classifier of transformers, or the adapter that PEFT wrote for one."""
-    head = published_classifier.head_of_family(base.family)
+    head = published_classifier.head_of_family(base.family, base.settings)
     linear = published_classifier.head_of(base)
     file = None if adapter is None else _peft_file(adapter, fit)
     if file is not None and not head.prefix:
@@ -204,8 +213,13 @@ def _published(
     params = {"encoder": {k: x for k, x in base.params.items() if k != "head"}, "head": linear}
     if head.pooler:
         pooler = published_classifier.pooler_of(base)
+        if file is not None and _head_in(file, head.pooler) is not None:  # the values are its own
+            width = linear["kernel"].shape[0]
+            pooler = pooler or published_classifier.new_pooler(head, width, 0)
         if pooler is None:
-            raise ModelFileError(f"{model.path}: has no pooler, which its classifier needs")
+            raise ModelFileError(
+                f"{model.path}: has no {head.pooler}.weight, which its classifier needs"
+            )
         params["pooler"] = pooler
     naming = published_classifier.naming_of_classifier(base.family)
     if file is not None:

@@ -35,7 +35,8 @@ _OPTIONS = {
     ),
     "--train": ("modules-to-save", "additional-target", "lora-modules-to-save", "train-modules"),
     "--exclude": ("exclude-modules",),
-    "--layers": ("num-layers", "lora-layers", "layers-to-transform"),
+    "--layers": ("layers-to-transform",),
+    "--last-layers": ("num-layers", "lora-layers"),
     "--model": (
         *("model-name-or-path", "model-name", "base-model", "model-id", "model-path", "base"),
         *("pretrained-model-name-or-path", "model-name-or-path", "hf-path"),
@@ -61,7 +62,17 @@ _OPTIONS = {
     "--save-every": ("save-steps", "save-interval", "checkpoint-every"),
     "--eval": ("val-file", "validation-file", "eval-file", "eval-dataset", "valid", "val-data"),
     "--eval-split": ("val-set-size", "val-split", "validation-split", "test-split", "val-size"),
-    "--eval-rows": ("max-eval-samples", "val-batches"),
+    "--eval-rows": ("max-eval-samples",),
+    "--val-batches": ("eval-batches", "max-eval-batches"),
+    "--report": ("report-to", "logger", "log-to", "use-wandb", "wandb", "use-tensorboard"),
+    "--field": ("text-column", "dataset-text-field", "text-field", "columns"),
+    "--patience": ("early-stopping-patience", "early-stopping"),
+    "--load-best": ("load-best-model-at-end",),
+    "--optimizer": ("optim", "optimiser"),
+    "--remat": (
+        *("gradient-checkpointing", "grad-checkpoint", "activation-checkpointing"),
+        *("enable-activation-checkpointing", "use-gradient-checkpointing"),
+    ),
     "--dtype": ("bf16", "fp16", "torch-dtype", "precision", "mixed-precision", "dtypes"),
     "--quantize": ("quantization", "quantization-bit", "bnb-4bit-quant-type", "quant-type", "bits"),
     "--dora": ("use-dora", "peft-use-dora"),
@@ -81,14 +92,9 @@ _OPTIONS = {
 #: Names without an option of the same meaning.
 _OTHERWISE = {
     "fine-tune-type": "a low-rank adapter is what it trains; --dora trains magnitudes too",
-    "optim": "the optimizer is AdamW",
-    "optimizer": "the optimizer is AdamW",
     "load-in-4bit": "use --quantize nf4",
     "load-in-8bit": "use --quantize int8",
-    "gradient-checkpointing": "use a smaller --batch with more --accumulate to save memory",
-    "grad-checkpoint": "use a smaller --batch with more --accumulate to save memory",
-    "mask-prompt": "prompts are always masked",
-    "train-on-inputs": "prompts are always masked",
+    "train-on-inputs": "use --no-mask-prompt",
     "packing": "short texts always share a row",
 }
 

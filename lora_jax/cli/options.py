@@ -91,6 +91,12 @@ ADAPTER = "Adapter of any kind that 'inspect' reads."
 BASE = "base"  # stands for no adapter among several
 
 
+def adapters_or_base(paths: Sequence[Path] | None) -> list[Path | None]:
+    """Return the adapters of an option, None for `base`, and for none at all."""
+    is_base = lambda path: str(path) == BASE and not path.exists()
+    return [None if is_base(path) else path for path in paths or []] or [None]
+
+
 def refuse_empty(stops: Sequence[str] | None) -> None:
     """Raise if one of the --stop texts is empty, which every text contains."""
     if "" in (stops or ()):

@@ -20,12 +20,14 @@ from lora_jax.core.paths import flatten_with_paths
 from lora_jax.core.quantized.weight import is_quantized
 from lora_jax.files import gguf, kinds, mlx, native, peft
 from lora_jax.files.naming import Naming
-from lora_jax.models import assets, stops
+from lora_jax.models import assets, hf_directory, stops
+from lora_jax.models.families import family_of
 from lora_jax.models.pretrained import open_stored
 from lora_jax.models.text.byte_tokenizer import byte_tokenizer
 from lora_jax.models.text.tokenizer import Tokenizer
 from lora_jax.models.text.tokenizer_files import has_tokenizer
 from lora_jax.models.tiny import tiny
+from lora_jax.models.weights.family import Kind
 
 #: Models by name: one is downloaded, one is made here.
 SMOLLM2, TINY = "smollm2", "tiny"
@@ -69,6 +71,35 @@ def find_model(name: str, say: Callable[[str], None] = announce) -> kinds.Found:
             f"{name}: a {kinds.DESCRIPTIONS[found.kind]}, not a model; pass it as --adapter"
         )
     return found
+
+
+def require_kind(model: kinds.Found, *wanted: Kind) -> Kind:
+    """Return what a model computes, by its config.json alone.
+
+    Raises:
+      ModelFileError: it is not one of those that are wanted.
+    """
+    if model.kind != kinds.CHECKPOINT:
+        return "decoder"
+    try:
+        family = family_of(hf_directory.read_config(model.path))
+    except ModelFileError as error:
+        raise ModelFileError(f"{model.path}: {error}") from None
+    if family.kind not in wanted:
+        names = [_KINDS[kind] for kind in wanted]
+        raise ModelFileError(
+            f"{model.path}: {family.stem} is {_KINDS[family.kind]}, but this command needs "
+            f"{' or '.join(names)}; lora_jax.models.load opens it in Python"
+        )
+    return family.kind
+
+
+_KINDS: dict[Kind, str] = {
+    "encoder": "an encoder of texts",
+    "decoder": "a decoder",
+    "vision": "a model of images",
+    "speech": "a model of speech",
+}
 
 
 def _explain_missing(name: str) -> str:
@@ -221,7 +252,10 @@ def put_on(pretrained: models.Pretrained, found: kinds.Found, fit: Fit = EXACT) 
         return Loaded(pretrained, mlx.load(found.path, *named, **options))
     file = read_peft(found, fit)
     pretrained = models.resize_for_adapter(pretrained, file)
-    named = pretrained.params, pretrained.naming
+    naming = pretrained.naming
+    if pretrained.in_files is not None:  # adapters may have the names of older modules
+        naming = pretrained.family.naming(file.tensors)
+    named = pretrained.params, naming
     return Loaded(pretrained, peft.fit(file, *named, strict=fit.strict, residual=fit.residual))
 
 

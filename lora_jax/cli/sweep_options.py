@@ -25,7 +25,8 @@ LISTS = {
 #: Options of `train` that a sweep does not have.
 WITHOUT = (
     *("stream", "adapter", "add_token", "untie_head", "merge_aware"),
-    *("mesh", "coordinator", "processes", "process_id", "eval_every", "profile"),
+    *("mesh", "coordinator", "processes", "process_id", "eval_every", "profile", "report"),
+    *("patience", "load_best"),
 )
 
 

@@ -167,8 +167,8 @@ class Context:
             return to_dense(lazy)
         if lazy.differs_by_row:
             raise NoPlaceForRows
-        # Rows picked by ids are an activation; so is one picked from a weight without adapters.
-        is_row = lazy.a is None and lazy.origin.indexed and sum(n > 1 for n in lazy.shape) < 2
+        # Rows picked by ids are an activation, and so is one row that a number picks.
+        is_row = bool(lazy.origin.indexed) and sum(n > 1 for n in lazy.shape) < 2
         if not lazy.origin.looked_up and not is_row:
             done = _MATERIALIZED if lazy.a is not None or lazy.w is None else _DEQUANTIZED
             self._say_dense(lazy, primitive, line, why, done)

@@ -11,6 +11,7 @@ from lora_jax.models.families import naming
 from lora_jax.models.generation import generate, left_pad, stream
 from lora_jax.models.pretrained import Apply, Pretrained, load, naming_of
 from lora_jax.models.saving import files, save
+from lora_jax.models.vision.images import ImageProcessor
 from lora_jax.models.vocabulary import resize_vocabulary, untie_head
 from lora_jax.models.weights.published import read_tensors
 from lora_jax.models.weights.sharding_rules import RULES
@@ -18,6 +19,7 @@ from lora_jax.models.weights.sharding_rules import RULES
 __all__ = [
     "RULES",
     "Apply",
+    "ImageProcessor",
     "Pretrained",
     "files",
     "generate",

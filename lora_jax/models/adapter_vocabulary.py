@@ -28,6 +28,8 @@ def resize_for_adapter(model: Pretrained, adapter: str | os.PathLike | peft.Peft
     Raises:
       AdapterFileError: the adapter cannot be read.
     """
+    if not model.family.embedding:
+        return model
     file = adapter if isinstance(adapter, peft.PeftFile) else peft.read_file(adapter)
     embedding, head = _find(file, _embedding_name(model)), _find(file, _HEAD)
     is_tied = isinstance(model.config, DecoderConfig) and model.config.tie_word_embeddings

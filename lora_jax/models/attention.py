@@ -52,8 +52,10 @@ def attend(
     *,
     causal: bool,
     window: int | None = None,
+    scale: float | None = None,
+    cap: float | None = None,
 ) -> jax.Array:
-    """Return softmax(q·kᵀ / √size)·v over the keys that each query sees, in float32 or wider.
+    """Return softmax(q·kᵀ · scale)·v over the keys that each query sees, in float32 or wider.
 
     Args:
       query: `[batch, queries, heads, size]`.
@@ -61,21 +63,28 @@ def attend(
         and adjacent heads share a group.
       sight: the segments, and where the queries are among the keys.
       causal: whether a query sees only the keys up to its own place.
-      window: how many keys a causal query sees, its own included; None for all.
+      window: how many keys a query sees on a side, its own included; None for all.
+      scale: of the scores; 1 / √size by default.
+      cap: scores s become cap · tanh(s / cap), as in Gemma 2, which cuDNN cannot: XLA computes it.
 
     Returns:
       The shape and dtype of `query`. A query that sees nothing gets a mean of values.
     """
-    flash = flash_takes(query.dtype, query.shape[-1], _capability())
+    flash = cap is None and flash_takes(query.dtype, query.shape[-1], _capability())
     if flash and causal and sight.segments is None and sight.first is None:
         reach = None if window is None else (window - 1, 0)
         return jax.nn.dot_product_attention(
-            query, key, value, is_causal=True, local_window_size=reach, implementation="cudnn"
+            *(query, key, value),
+            scale=scale,
+            is_causal=True,
+            local_window_size=reach,
+            implementation="cudnn",
         )
     # cuDNN's backward pass needs even lengths with a bias; a few queries gain nothing from it.
     queries, keys = query.shape[1], key.shape[1]
     flash = flash and queries >= BLOCK and not (queries % 2 or keys % 2)
-    core = _Core(causal, window, flash, by_group=sight.first is not None)
+    by_group = sight.first is not None or cap is not None
+    core = _Core(causal, window, flash, by_group, scale, cap)
     places = jnp.arange(queries) if sight.first is None else jnp.arange(queries) + sight.first
     return _in_groups(
         core,
@@ -121,15 +130,19 @@ class _Core:
     window: int | None
     flash: bool
     by_group: bool  # where it is not by cuDNN
+    scale: float | None
+    cap: float | None
 
     def __call__(self, queries: _Queries, keys: _Keys) -> jax.Array:
         query, key, value = queries.values, keys.keys, keys.values
         mask = self._mask(queries, keys)
         # JAX's own takes the softmax of float64 in float32.
         if query.dtype == jnp.float64 or (self.by_group and not self.flash):
-            return _attend_by_group(query, key, value, mask)
+            return self._attend_by_group(query, key, value, mask)
         how: Literal["cudnn", "xla"] = "cudnn" if self.flash else "xla"
-        return jax.nn.dot_product_attention(query, key, value, mask=mask, implementation=how)
+        return jax.nn.dot_product_attention(
+            query, key, value, mask=mask, scale=self.scale, implementation=how
+        )
 
     def _mask(self, queries: _Queries, keys: _Keys) -> jax.Array | None:
         """Return which keys are seen, `[batch or 1, 1, queries, keys]`; None for all."""
@@ -139,29 +152,34 @@ class _Core:
             visible = (back >= 0)[None]
             if self.window is not None:
                 visible &= (back < self.window)[None]
+        elif self.window is not None:
+            away = jnp.abs(queries.places[:, None] - keys.places[None, :])
+            visible = (away < self.window)[None]
         if queries.segments is not None and keys.segments is not None:
             same = queries.segments[:, :, None] == keys.segments[:, None, :]
             visible = same if visible is None else same & visible
         return None if visible is None else visible[:, None]
 
-
-def _attend_by_group(
-    query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array | None
-) -> jax.Array:
-    """Return what `jax.nn.dot_product_attention` does, the softmax in float32 or wider."""
-    batch, length, _, size = query.shape
-    groups, dtype = key.shape[2], jnp.promote_types(query.dtype, jnp.float32)
-    products = partial(jax.lax.dot_general, preferred_element_type=dtype)
-    by_group = query.reshape(batch, length, groups, -1, size).swapaxes(1, 2)
-    rows = by_group.reshape(batch, groups, -1, size)  # of all queries of a group
-    scores = products(rows, key.swapaxes(1, 2), (((3,), (3,)), ((0, 1), (0, 1))))
-    scores = scores.reshape(*by_group.shape[:-1], -1) * jnp.asarray(size**-0.5, dtype)
-    if mask is not None:
-        scores = jnp.where(mask[:, :, :, None], scores, -0.7 * jnp.finfo(dtype).max)
-    weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype).reshape(*rows.shape[:-1], -1)
-    mixed = products(weights, value.swapaxes(1, 2), (((3,), (2,)), ((0, 1), (0, 1))))
-    mixed = mixed.astype(query.dtype).reshape(by_group.shape)
-    return mixed.swapaxes(1, 2).reshape(query.shape)
+    def _attend_by_group(
+        self, query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array | None
+    ) -> jax.Array:
+        """Return what `jax.nn.dot_product_attention` does, the softmax in float32 or wider."""
+        batch, length, _, size = query.shape
+        groups, dtype = key.shape[2], jnp.promote_types(query.dtype, jnp.float32)
+        products = partial(jax.lax.dot_general, preferred_element_type=dtype)
+        by_group = query.reshape(batch, length, groups, -1, size).swapaxes(1, 2)
+        rows = by_group.reshape(batch, groups, -1, size)  # of all queries of a group
+        scores = products(rows, key.swapaxes(1, 2), (((3,), (3,)), ((0, 1), (0, 1))))
+        scale = size**-0.5 if self.scale is None else self.scale
+        scores = scores.reshape(*by_group.shape[:-1], -1) * jnp.asarray(scale, dtype)
+        if self.cap is not None:
+            scores = self.cap * jnp.tanh(scores / self.cap)
+        if mask is not None:
+            scores = jnp.where(mask[:, :, :, None], scores, -0.7 * jnp.finfo(dtype).max)
+        weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype).reshape(*rows.shape[:-1], -1)
+        mixed = products(weights, value.swapaxes(1, 2), (((3,), (2,)), ((0, 1), (0, 1))))
+        mixed = mixed.astype(query.dtype).reshape(by_group.shape)
+        return mixed.swapaxes(1, 2).reshape(query.shape)
 
 
 def _in_groups(core: _Core, queries: _Queries, keys: _Keys, cut: bool) -> jax.Array:

@@ -7,9 +7,15 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
+from lora_jax.models.activations import gelu
 from lora_jax.models.encoder.bert import mean_pool
 
 Pooling = Literal["mean", "first", "last"]
+Activation = Literal["tanh", "gelu"]
+_ACTIVATIONS: dict[Activation, Callable[[jax.Array], jax.Array]] = {
+    "tanh": jnp.tanh,
+    "gelu": gelu,
+}
 
 
 @dataclass(frozen=True)
@@ -17,27 +23,33 @@ class Classifier:
     """A linear head on one vector per text, as a function of packed texts.
 
     Its parameters are a mapping: the model's own as "encoder"; "head", with a `kernel`
-    `[width, classes]` and perhaps a `bias`; and, for BERT's classifier, "pooler", a layer with tanh
-    between the two.
+    `[width, classes]` and perhaps a `bias`; and, for classifiers on encoders, "pooler", a layer
+    between the two: a `kernel`, perhaps a `bias`, and where a norm follows its `scale` and perhaps
+    its `shift`.
 
     Attributes:
       hidden: `(params, ids, segments) -> hidden states` `[rows, length, width]`.
       slots: maximum number of texts per row.
       pooling: what represents a text: the mean of its tokens, the first (as in transformers'
         classifiers on encoders such as BERT), or the last (on decoders such as Llama).
+      activation: of the pooler.
+      epsilon: of the pooler's norm.
     """
 
     hidden: Callable[[Any, Any, Any], jax.Array]
     slots: int
     pooling: Pooling = "mean"
+    activation: Activation = "tanh"
+    epsilon: float = 1e-5
 
     def embed(self, params: Any, ids: jax.Array, segments: jax.Array) -> jax.Array:
         """Return one vector per text, the head's input: float32 `[rows, slots, width]`."""
         states = self.hidden(params["encoder"], ids, segments).astype(jnp.float32)
         pooled = pool(states, segments, self.slots, self.pooling)
-        if "pooler" in params:
-            return jnp.tanh(_linear(params["pooler"], pooled))
-        return pooled
+        if "pooler" not in params:
+            return pooled
+        made = _ACTIVATIONS[self.activation](_linear(params["pooler"], pooled))
+        return _norm(params["pooler"], made, self.epsilon) if "scale" in params["pooler"] else made
 
     def __call__(self, params: Any, ids: jax.Array, segments: jax.Array) -> jax.Array:
         """Return each text's logits: float32 `[rows, slots, classes]`."""
@@ -77,3 +89,10 @@ def pool(hidden: jax.Array, segments: jax.Array, count: int, how: Pooling) -> ja
 def _linear(params: Any, x: jax.Array) -> jax.Array:
     y = x @ params["kernel"].astype(x.dtype)
     return y + params["bias"].astype(x.dtype)[None, None] if "bias" in params else y
+
+
+def _norm(params: Any, x: jax.Array, epsilon: float) -> jax.Array:
+    centred = x - x.mean(-1, keepdims=True)
+    y = centred * jax.lax.rsqrt((centred**2).mean(-1, keepdims=True) + epsilon)
+    y = y * params["scale"].astype(x.dtype)[None, None]
+    return y + params["shift"].astype(x.dtype)[None, None] if "shift" in params else y

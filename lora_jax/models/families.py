@@ -8,20 +8,14 @@ from lora_jax.core.errors import ModelFileError
 from lora_jax.core.foreign import shown_value
 from lora_jax.files.naming import Naming
 from lora_jax.models.decoder.config import DecoderConfig
+from lora_jax.models.decoder.model_types import MODEL_TYPES
 from lora_jax.models.decoder.module import Decoder
-from lora_jax.models.decoder.naming import LLAMA
-from lora_jax.models.encoder import bert_naming
-from lora_jax.models.encoder.bert import Bert, BertConfig
-from lora_jax.models.remat import NONE, policy_name
+from lora_jax.models.decoder.naming import LLAMA, POST_NORMS
+from lora_jax.models.encoder.families import ENCODERS
+from lora_jax.models.vision.families import VISION
 from lora_jax.models.weights.family import ClassifierHead, Family, Options
 
 _OF_ALL = ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads")
-
-
-def _bert(settings: Mapping[str, Any], options: Options) -> Bert:
-    if options.scan or policy_name(options.remat) != NONE:
-        raise ValueError("scan and remat are not supported for bert models")
-    return Bert(BertConfig.from_json(settings))
 
 
 def _decoder(settings: Mapping[str, Any], options: Options) -> Decoder:
@@ -35,8 +29,8 @@ def _decoder(settings: Mapping[str, Any], options: Options) -> Decoder:
     return Decoder(config)
 
 
-def _of_llama(names: Collection[str] = ()) -> Naming:
-    return LLAMA  # whatever a file has
+def _fixed(naming: Naming, names: Collection[str] = ()) -> Naming:
+    return naming  # whatever a file has
 
 
 #: A row of the decoders but for `stem`.
@@ -45,7 +39,7 @@ _llama = partial(
     kind="decoder",
     model_class="ForCausalLM",
     module=_decoder,
-    naming=_of_llama,
+    naming=partial(_fixed, LLAMA),
     embedding=("embedding", "embedding"),
     sizes=(*_OF_ALL, "num_key_value_heads", "head_dim", "num_attention_heads * head_dim"),
     classifier=ClassifierHead("last", "score"),
@@ -55,28 +49,30 @@ _llama = partial(
 
 #: `model_type` in config.json -> what is known of it.
 FAMILIES: dict[str, Family] = {
-    "bert": Family(
-        kind="encoder",
-        stem="Bert",
-        model_class="Model",
-        module=_bert,
-        naming=bert_naming.naming,
-        embedding=("embeddings", "word", "embedding"),
-        sizes=(*_OF_ALL, "max_position_embeddings", "type_vocab_size"),
-        classifier=ClassifierHead("first", "classifier", "bert.", "bert.pooler.dense", bias=True),
-        kept=(
-            r"(bert\.)?embeddings\.position_ids",
-            r"(bert\.)?pooler\..*",
-            r"cls\..*",
-            r"classifier\..*",
-        ),
-    ),
+    **ENCODERS,
+    **VISION,
     "llama": _llama(stem="Llama"),
     "mistral": _llama(stem="Mistral"),
     "qwen2": _llama(stem="Qwen2"),
+    "qwen3": _llama(stem="Qwen3"),
+    "gemma": _llama(stem="Gemma"),
+    "gemma2": _llama(stem="Gemma2", naming=partial(_fixed, POST_NORMS)),
+    "gemma3_text": _llama(stem="Gemma3", naming=partial(_fixed, POST_NORMS)),
+    "phi3": _llama(stem="Phi3"),
+    "smollm3": _llama(stem="SmolLM3"),
+    "olmo2": _llama(stem="Olmo2", naming=partial(_fixed, POST_NORMS)),
+    "granite": _llama(stem="Granite"),
 }
 #: The regex of the copy of a tied head, which follows from the rest too.
 TIED_HEAD = r"lm_head\.weight"
+
+
+def is_tied(settings: Mapping[str, Any]) -> bool:
+    """Return whether the head of a decoder is its embedding, by its parsed config.json."""
+    key, row = "tie_word_embeddings", MODEL_TYPES.get(str(settings.get("model_type")))
+    default = False if row is None else row.defaults.get(key, False)
+    given = settings.get(key)
+    return bool(default if given is None else given)
 
 
 def family_of(settings: Mapping[str, Any]) -> Family:

@@ -52,23 +52,40 @@ def sample_token(logits: jax.Array, key: jax.Array, sampling: Sampling) -> jax.A
     """
     if sampling.temperature == 0:
         return logits.argmax(-1).astype(jnp.int32)
+    return draw(logits, key, sampling.temperature, sampling.top_p, sampling.top_k)
+
+
+def draw(logits: jax.Array, key: jax.Array, temperature: Any, top_p: Any, top_k: int) -> jax.Array:
+    """Draw one token per row at a temperature above 0, which may be traced, as `top_p` may.
+
+    Args:
+      logits: `[batch, vocabulary]`.
+      key: PRNG key.
+      temperature, top_p, top_k: as in `Sampling`.
+
+    Returns:
+      int32 `[batch]`.
+    """
     logits, order = jax.lax.top_k(
-        logits.astype(jnp.float32) / sampling.temperature,
-        min(sampling.top_k or logits.shape[-1], logits.shape[-1]),
+        logits.astype(jnp.float32) / temperature, min(top_k or logits.shape[-1], logits.shape[-1])
     )
     before = jnp.cumsum(jax.nn.softmax(logits), -1) - jax.nn.softmax(logits)
-    kept = (before < sampling.top_p).at[:, 0].set(True)  # at least one, whatever the rounding
+    kept = (before < top_p).at[:, 0].set(True)  # at least one, whatever the rounding
     rank = jax.random.categorical(key, jnp.where(kept, logits, -jnp.inf))
     return jnp.take_along_axis(order, rank[:, None], -1)[:, 0].astype(jnp.int32)
 
 
-@partial(jax.jit, static_argnums=(0, 5), donate_argnames="cache")
-def _advance(
+def advance(
     apply: Callable, params: Any, ids: jax.Array, segments: jax.Array, cache: Any, by_row: bool
 ) -> tuple[jax.Array, Any]:
-    """Return the logits after the last token of each row, and the cache.
+    """Return the logits after the last token of each row, and the cache with the tokens in it.
 
-    With `by_row` the parameters have a stack of adapters, one for each row in their order.
+    Args:
+      apply, params, ids, segments, cache: as in `stream`, arrays all of them.
+      by_row: whether the parameters have a stack of adapters, one for each row in their order.
+
+    Returns:
+      Logits `[batch, vocabulary]`, and the cache.
     """
     if by_row:
         forms = Forms.for_arrays((params, ids))
@@ -78,6 +95,9 @@ def _advance(
         apply = lora(apply, forms=forms, adapters_of=rows, row_axes={"cache": cache.row_axes()})
     logits, cache = apply(params, ids, segments, cache=cache)
     return logits[:, -1], cache
+
+
+_advance = partial(jax.jit, static_argnums=(0, 5), donate_argnames="cache")(advance)
 
 
 # Measured: 64 rows of 64 adapters of rank 16, two CPU cores. One layer of 576 × 576: A[ids] and

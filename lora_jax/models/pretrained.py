@@ -23,10 +23,8 @@ from lora_jax.files import naming as names
 from lora_jax.files.naming import Naming
 from lora_jax.models import hf_directory
 from lora_jax.models.decoder import gguf
-from lora_jax.models.decoder.config import PARAM_DTYPES, DecoderConfig
-from lora_jax.models.decoder.module import Decoder
-from lora_jax.models.encoder.bert import Bert, BertConfig
-from lora_jax.models.families import TIED_HEAD, family_of
+from lora_jax.models.decoder.config import PARAM_DTYPES
+from lora_jax.models.families import TIED_HEAD, family_of, is_tied
 from lora_jax.models.weights import published, sharding_rules
 from lora_jax.models.weights.family import Family, Kind, Options
 from lora_jax.models.weights.kept import kept_shapes, warn_of_floats
@@ -69,7 +67,9 @@ class Pretrained:
     """A published model.
 
     Attributes:
-      kind: what it computes: "encoder" (hidden states) or "decoder" (logits of the next token).
+      kind: what it computes: "encoder" (hidden states of a text), "decoder" (logits of the next
+        token), "vision" (features or classes of an image) or "speech" (logits of the tokens of what
+        is said).
       config: its sizes.
       module: the Flax module, to be applied to `{"params": params}`.
       params: the parameter tree.
@@ -77,20 +77,28 @@ class Pretrained:
       settings: the content of its config.json.
       rest: other tensors in the file by name, such as BERT's pooler and a classifier's head; `save`
         writes them back.
+      in_files: the names of the leaves in the files that `save` writes, where they differ from
+        those of the modules in transformers; None where they are the same.
     """
 
     kind: Kind
-    config: BertConfig | DecoderConfig
-    module: Bert | Decoder
+    config: Any
+    module: Any
     params: Any
     naming: Naming
     settings: Mapping[str, Any]
     rest: Mapping[str, Any] = field(default_factory=dict)
+    in_files: Naming | None = None
 
     @property
     def apply(self) -> Apply:
-        """The model as a function of `params`: `apply(params, ids, segments)`."""
+        """The model as a function of `params`: `apply(params, ids, segments)` for texts."""
         return Apply(self.module)
+
+    @property
+    def longest(self) -> int:
+        """The number of tokens of the longest text that it takes."""
+        return getattr(self.config, "longest", None) or self.config.max_position_embeddings
 
     @property
     def family(self) -> Family:
@@ -109,7 +117,7 @@ def load(
     mesh: Mesh | None = None,
     rules: Mapping[str, PartitionSpec] | None = None,
 ) -> Pretrained:
-    """Read a published model: BERT, Llama, Mistral, Qwen2 or SmolLM2.
+    """Read a published model of one of the families here: see `models.families.FAMILIES`.
 
     Args:
       path: a directory in Hugging Face's layout (config.json, and safetensors in one or more
@@ -204,24 +212,31 @@ def _naming_file(path: str | Path) -> Iterator[None]:
 
 def _outline(
     source: "_Source", dtype: Any, scan: bool, remat: bool | str, as_stored: bool
-) -> tuple[Bert | Decoder, Any]:
+) -> tuple[nn.Module, Any]:
     """Return the module, and the shapes and dtypes of its parameters."""
     _check_dtypes(source)
     _check_sizes(source)
     dtype = _dtype(dtype, source.tensors.values())
     module = _module(source, dtype, scan=scan, remat=remat)
-    like = _param_shapes(module, dtype)
+    like = _param_shapes(module, source.family.inputs(module), dtype)
     return module, _stored_shapes(source, like) if as_stored else like
 
 
-def _pretrained(source: "_Source", module: Bert | Decoder, params: Any) -> Pretrained:
+def _pretrained(source: "_Source", module: nn.Module, params: Any) -> Pretrained:
     rest = {
         name: tensor
         for name, tensor in source.tensors.items()
         if any(re.fullmatch(pattern, name) for pattern in source.family.kept)
     }
     return Pretrained(
-        source.family.kind, module.config, module, params, source.torch, source.settings, rest
+        source.family.kind,
+        module.config,
+        module,
+        params,
+        source.torch,
+        source.settings,
+        rest,
+        source.naming if source.family.in_files else None,
     )
 
 
@@ -261,11 +276,12 @@ def _open(path: Path) -> _Source:
     opened = published.open_directory(path, config)
     settings, tensors = opened.settings, opened.tensors
     torch = family.naming(tensors)
-    tied = (TIED_HEAD,) if settings.get("tie_word_embeddings") else ()
+    in_files = family.in_files(tensors) if family.in_files else torch
+    tied = (TIED_HEAD,) if is_tied(settings) else ()
     # a decoder's classifier has no output head: the model here gets that of a tied one
     headless = not tied and "score.weight" in tensors and "lm_head.weight" not in tensors
     ignored = (*family.dropped, *tied, *family.kept, *opened.ignored)
-    return _Source(family, settings, tensors, torch, torch, ignored, headless, opened.method)
+    return _Source(family, settings, tensors, in_files, torch, ignored, headless, opened.method)
 
 
 def _family(settings: Mapping[str, Any], path: Path) -> Family:
@@ -278,15 +294,23 @@ def _family(settings: Mapping[str, Any], path: Path) -> Family:
 def _check_sizes(source: _Source) -> None:
     """Refuse sizes that exceed the file, before anything is allocated."""
     numbers = sum(math.prod(tensor.shape) for tensor in source.tensors.values())
-    sizes = {name: n for name, n in source.settings.items() if is_integer(n)}
+    sizes = {name: n for name, n in _flat(source.settings) if is_integer(n)}
     sizes["num_attention_heads * head_dim"] = math.prod(
         sizes.get(name, 1) for name in ("num_attention_heads", "head_dim")
     )
     limits = dict.fromkeys(source.family.sizes, numbers)
-    for name, limit in (limits | {"num_hidden_layers": len(source.tensors)}).items():
+    for name, limit in (limits | dict.fromkeys(source.family.layers, len(source.tensors))).items():
         if sizes.get(name, 0) > limit:
             size = shown_value(sizes[name])
             raise ModelFileError(f"{name} is {size}, but the files contain only {limit}")
+
+
+def _flat(settings: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Yield the keys of a config.json and, as "a.b", those of the objects in it."""
+    for name, value in settings.items():
+        yield name, value
+        for inner, x in value.items() if isinstance(value, Mapping) else ():
+            yield f"{name}.{inner}", x
 
 
 def _check_dtypes(source: _Source) -> None:
@@ -321,16 +345,15 @@ def _dtype(dtype: Any, tensors: Iterable[Any]) -> str:
     return name
 
 
-def _module(source: _Source, dtype: str, *, scan: bool, remat: bool | str) -> Bert | Decoder:
+def _module(source: _Source, dtype: str, *, scan: bool, remat: bool | str) -> nn.Module:
     headless = {"tie_word_embeddings": True} if source.headless else {}
     options = Options(dtype, scan, remat)
-    return source.family.module({**source.settings, **headless}, options)  # type: ignore[return-value]
+    return source.family.module({**source.settings, **headless}, options)
 
 
-def _param_shapes(module: nn.Module, dtype: str) -> Any:
+def _param_shapes(module: nn.Module, inputs: tuple[Any, ...], dtype: str) -> Any:
     """Return the shapes of a module's parameters, without allocating them."""
-    ids = jax.ShapeDtypeStruct((1, 1), jnp.int32)
-    params = jax.eval_shape(module.init, jax.random.key(0), ids, ids)["params"]
+    params = jax.eval_shape(module.init, jax.random.key(0), *inputs)["params"]
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), params)
 
 

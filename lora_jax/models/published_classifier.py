@@ -1,10 +1,10 @@
 """Sequence classifiers as transformers writes them: names, configuration, labels."""
 
 import dataclasses
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -12,6 +12,7 @@ from lora_jax.core.errors import ModelFileError
 from lora_jax.core.foreign import shown
 from lora_jax.files import naming as names
 from lora_jax.files.naming import Entry, Naming
+from lora_jax.models.classifier import Classifier, Pooling
 from lora_jax.models.pretrained import Pretrained
 from lora_jax.models.weights.family import ClassifierHead, Family
 
@@ -38,6 +39,10 @@ def naming_of_classifier(family: Family) -> Naming:
     # it may be in the tree, but a classifier does not use it: no kind, so no adapter
     rows += [Entry(name, f"encoder/head/{leaf}") for name, leaf in _UNUSED.items()]
     modules = {"head": head.module} | ({"pooler": head.pooler} if head.pooler else {})
+    if head.norm:
+        rows += [
+            Entry(f"{head.norm}.{name}", f"pooler/{leaf}") for name, leaf in _OF_A_NORM.items()
+        ]
     for path, module in modules.items():
         rows += [
             Entry(f"{module}.weight", f"{path}/kernel", "linear"),
@@ -46,40 +51,90 @@ def naming_of_classifier(family: Family) -> Naming:
     return Naming(tuple(rows))
 
 
-def head_of_family(family: Family) -> ClassifierHead:
+def head_of_family(family: Family, settings: Mapping[str, Any] | None = None) -> ClassifierHead:
     """Return what the classifiers of a family have in common.
 
+    Args:
+      family: of the base.
+      settings: its parsed config.json, which may decide the pooling; without it the names are
+        right.
+
     Raises:
-      ModelFileError: there are none.
+      ModelFileError: there are none, or the settings say what is not supported.
     """
     if family.classifier is None:
-        raise ModelFileError(f"{family.stem} models are not supported as classifiers")
-    return family.classifier
+        raise ModelFileError(f"{family.stem} models are not supported as classifiers of texts")
+    try:
+        return family.classifier if settings is None else family.classifier.of(settings)
+    except ValueError as error:
+        raise ModelFileError(f"config.json: {error}") from None
+
+
+def classifier_of(model: Pretrained, slots: int, pooling: Pooling | None = None) -> Classifier:
+    """Return the classifier on a model, as a function of its parameters.
+
+    Args:
+      model: the base.
+      slots: maximum number of texts per row.
+      pooling: what represents a text; None for what transformers has.
+    """
+    run = model.apply
+    hidden = run if model.kind == "encoder" else lambda *inputs: run(*inputs, method="hidden")
+    head = head_of_family(model.family, model.settings)
+    return Classifier(hidden, slots, pooling or head.pooling, head.activation, head.epsilon)
+
+
+def new_pooler(head: ClassifierHead, width: int, seed: int) -> dict[str, Any]:
+    """Return a layer before the head for a base whose file has none: N(0, 1/width), in float32."""
+    kernel = jax.random.normal(jax.random.key(seed), (width, width)) / width**0.5
+    made = {"kernel": kernel}
+    if head.pooler_bias:
+        made["bias"] = jnp.zeros(width)
+    if head.norm:
+        made["scale"] = jnp.ones(width)
+    if head.norm and head.norm_bias:
+        made["shift"] = jnp.zeros(width)
+    return made
 
 
 def pooler_of(model: Pretrained) -> dict[str, Any] | None:
-    """Return the layer before the head that the model's file has, as float32 parameters."""
+    """Return the layer before the head that the model's file has, as float32 parameters.
+
+    None if the file has not all of it.
+    """
     head = model.family.classifier
-    return None if head is None else _linear(model, head.pooler.removeprefix(head.prefix))
+    if head is None or not head.pooler:
+        return None
+    linear = _tensors(model, head, head.pooler, _OF_A_LAYER)
+    if not head.norm:
+        return linear
+    norm = _tensors(model, head, head.norm, _OF_A_NORM)
+    return None if linear is None or norm is None else linear | norm
 
 
 def head_of(model: Pretrained) -> dict[str, Any] | None:
     """Return the classifier's head in the model's file, as float32 parameters, or None."""
-    return _linear(model, head_of_family(model.family).module)
+    head = head_of_family(model.family)
+    return _tensors(model, head, head.module, _OF_A_LAYER)
 
 
-def _linear(model: Pretrained, module: str) -> dict[str, Any] | None:
+#: The name of a tensor in its module -> its name here.
+_OF_A_LAYER = {"weight": "kernel", "bias": "bias"}
+_OF_A_NORM = {"weight": "scale", "bias": "shift"}
+
+
+def _tensors(
+    model: Pretrained, head: ClassifierHead, module: str, names: Mapping[str, str]
+) -> dict[str, Any] | None:
+    """Return a module's tensors in the model's file, None without a weight."""
+    own = module.removeprefix(head.prefix)
     found = {
-        name: np.asarray(tensor)
-        for name, tensor in model.rest.items()
-        if module and re.fullmatch(rf"(bert\.)?{re.escape(module)}\.(weight|bias)", name)
+        ours: jnp.asarray(np.asarray(model.rest[name]).T, jnp.float32)
+        for torch, ours in names.items()
+        for name in (f"{own}.{torch}", f"{head.prefix}{own}.{torch}")
+        if name in model.rest
     }
-    if not any(name.endswith(".weight") for name in found):
-        return None
-    return {
-        "kernel" if name.endswith(".weight") else "bias": jnp.asarray(x.T, jnp.float32)
-        for name, x in found.items()
-    }
+    return found if names["weight"] in found else None
 
 
 def labels_of(settings: Mapping[str, Any], classes: int) -> list[str]:

@@ -98,8 +98,9 @@ def _file_contents(
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Return the content of config.json, and the tensors."""
     floats = float_leaves(pretrained.params)
-    tensors: dict[str, Tensor] = dict(names.to_torch_tensors(pretrained.naming, floats))
-    codes = to_torch_codes(pretrained.naming, pretrained.params)
+    naming = pretrained.in_files or pretrained.naming
+    tensors: dict[str, Tensor] = dict(names.to_torch_tensors(naming, floats))
+    codes = to_torch_codes(naming, pretrained.params)
     for name, tensor in pretrained.rest.items():
         tensors[name] = tensor if hasattr(tensor, "blocks") else InMemory(tensor)
     for name, original in (stored or {}).items():

@@ -19,7 +19,10 @@ from lora_jax.models.pretrained import Pretrained
 Rows = Literal["mean"] | Any
 
 _HEAD = ("head", "kernel")
-_OF_BERTS_HEAD = re.compile(r"cls\.predictions\.(decoder\.)?(weight|bias)")
+_OF_BERTS_HEAD = re.compile(
+    r"cls\.predictions\.(decoder\.)?(weight|bias)|lm_head\.(decoder\.)?(weight|bias)"
+    r"|decoder\.(weight|bias)"
+)
 
 
 def resize_vocabulary(
@@ -50,6 +53,10 @@ def resize_vocabulary(
     if tokens < 1:
         raise ConfigError(f"resize_vocabulary: tokens must be 1 or more, got {tokens}")
     path = model.family.embedding
+    if not path:
+        raise ConfigError(
+            f"resize_vocabulary: {model.family.stem} has no embedding of tokens that can be resized"
+        )
     resized = lambda rows, name: lambda x: _resize(x, tokens, rows, name)
     params = _replace(model.params, path, resized(embedding, "embedding"))
     is_untied = model.kind == "decoder" and "head" in params
@@ -61,7 +68,7 @@ def resize_vocabulary(
     return dataclasses.replace(
         model,
         config=config,
-        module=type(model.module)(config),  # type: ignore[arg-type]
+        module=type(model.module)(config),
         params=params,
         settings={**model.settings, "vocab_size": tokens},
         rest={name: _rest(name, x, tokens) for name, x in model.rest.items()},
@@ -94,7 +101,7 @@ def untie_head(model: Pretrained) -> Pretrained:
     return dataclasses.replace(
         model,
         config=config,
-        module=type(model.module)(config),  # type: ignore[arg-type]
+        module=type(model.module)(config),
         params={**model.params, "head": {"kernel": head}},
         settings={**model.settings, "tie_word_embeddings": False},
     )

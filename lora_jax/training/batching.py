@@ -60,13 +60,21 @@ class Data:
         per_epoch = self.steps_per_epoch(size)
         first, place = divmod(step, per_epoch)
         for epoch in itertools.count(first):
-            if seed is None:
-                order = np.arange(len(self))
-            else:
-                order = np.random.default_rng([seed, epoch]).permutation(len(self))
-            for start in range(place * size, len(self), size):
+            order = self.order(seed, epoch)
+            for start in range(place * size, len(order), size):
                 yield self.take(_fill_up(order[start : start + size], size))
             place = 0
+
+    @property
+    def visited(self) -> int:
+        """How many rows an epoch visits."""
+        return len(self)
+
+    def order(self, seed: int | None, epoch: int) -> np.ndarray:
+        """Return the rows of an epoch as integers; without a seed in the order that they have."""
+        if seed is None:
+            return np.arange(len(self))
+        return np.random.default_rng([seed, epoch]).permutation(len(self))
 
     def example(self, size: int) -> Batch:
         """Return a batch of empty rows, for its shapes and dtypes."""
@@ -74,7 +82,7 @@ class Data:
 
     def steps_per_epoch(self, size: int) -> int:
         """Return how many batches of `size` rows contain all rows."""
-        return steps_per_epoch(len(self), size)
+        return steps_per_epoch(self.visited, size)
 
     def checksum(self) -> str:
         """Return a checksum of all values."""

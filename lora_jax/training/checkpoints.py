@@ -231,7 +231,7 @@ def _quiet() -> Iterator[None]:
     logger, hooks = logging.getLogger("absl"), (sys.excepthook, sys.unraisablehook)
     before = logger.disabled
     logger.disabled = True
-    sys.excepthook = sys.unraisablehook = lambda *_: None
+    sys.excepthook, sys.unraisablehook = lambda *_: None, lambda _: None
     try:
         yield
     except Exception:

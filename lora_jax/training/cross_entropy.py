@@ -46,3 +46,20 @@ def sum_weighted(losses: jax.Array, weights: jax.Array) -> LossSums:
     # `where`, not a product: values at padding may be infinite.
     counted = jnp.where(weights > 0, losses * weights.astype(losses.dtype), 0)
     return {"loss": counted.sum(), "weight": weights.sum()}
+
+
+def sum_by_text(x: jax.Array, segments: jax.Array, counted: jax.Array, slots: int) -> jax.Array:
+    """Sum values over the tokens of each text of a row.
+
+    Args:
+      x: floating `[..., length]`.
+      segments: integers of that shape: 1, 2, ... for the texts of a row.
+      counted: bool of that shape: the tokens whose values count.
+      slots: how many texts a row may have.
+
+    Returns:
+      `[..., slots]`.
+    """
+    numbers = 1 + jax.lax.broadcasted_iota(segments.dtype, (*segments.shape, slots), segments.ndim)
+    member = (segments[..., None] == numbers) & counted[..., None]
+    return jnp.where(member, x[..., None], 0).sum(axis=-2)  # a product would be rounded on a TPU

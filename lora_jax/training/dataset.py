@@ -1,13 +1,16 @@
-"""Training data: rows of four kinds, in JSON or a table, or one plain text."""
+"""Training data: rows of five kinds, in JSON or a table, or one plain text."""
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from lora_jax.core.foreign import shown
 from lora_jax.training.errors import DataError, list_problems
+from lora_jax.training.rows.arrow import read_arrow
+from lora_jax.training.rows.compressed import read_bytes, suffixes
+from lora_jax.training.rows.fields import UNCHANGED, Fields
 from lora_jax.training.rows.forms import FORMS, KEYS, KNOWN, read_row
 from lora_jax.training.rows.json_values import describe
 from lora_jax.training.rows.tables import read_csv, read_parquet
@@ -26,6 +29,8 @@ __all__ = [
 
 STREAM = "stream"  # a .txt file: one text, not divided into rows
 _LINES, _TABLES = (".jsonl", ".ndjson"), (".csv", ".tsv")
+_TEXTS = (*_LINES, *_TABLES, ".json", ".txt")
+_BINARY = {".parquet": read_parquet, ".arrow": read_arrow}
 
 
 @dataclass(frozen=True)
@@ -55,17 +60,25 @@ class Rows:
         return len(self.rows)
 
 
-def read_rows(path: str | Path, encoding: str = "utf-8") -> Rows:
+def read_rows(
+    path: str | Path,
+    encoding: str = "utf-8",
+    fields: Fields = UNCHANGED,
+    prefer: str | None = None,
+) -> Rows:
     """Read a file of rows, or a `.txt` file, a single text.
 
     `.jsonl` has one JSON object per line, `.json` a list of them, `.csv` and `.tsv` a header and
-    columns, `.parquet` columns. A row has the keys of a kind in `KEYS`, those of ShareGPT
+    columns, `.parquet` and `.arrow` columns; files of text may be compressed and end in `.gz` or
+    `.zst`. A row has the keys of a kind in `KEYS`, those of ShareGPT
     (`conversations` of `from` and `value`) or those of Alpaca (`instruction`, `input`, `output`);
     both of these are of the kind "chat". A conversation may have `tools`.
 
     Args:
       path: the file. Blank lines of a `.jsonl` file and a byte order mark are skipped.
       encoding: text encoding of the file, a name that Python knows.
+      fields: columns that stand for the keys of rows.
+      prefer: the kind of rows whose keys are those of several.
 
     Raises:
       DataError: the file is missing or empty, has another suffix or another encoding (the message
@@ -73,9 +86,11 @@ def read_rows(path: str | Path, encoding: str = "utf-8") -> Rows:
         line number).
     """
     path = Path(path)
-    kind = path.suffix.lower()
-    if kind == ".parquet":
-        return collect(str(path), "row", _numbered(read_parquet(path)))
+    kind, compression = suffixes(path)
+    if kind in _BINARY and not compression:
+        return collect(str(path), "row", _numbered(_BINARY[kind](path)), fields, prefer)
+    if kind not in _TEXTS:
+        _refuse_type(path)
     text = decode_file(path, encoding)
     if kind == ".txt":
         problem = "text is empty" if not text.strip() else describe("text", text)
@@ -83,26 +98,27 @@ def read_rows(path: str | Path, encoding: str = "utf-8") -> Rows:
             raise DataError(f"{path}: {problem}; use a file that contains text")
         return Rows(str(path), STREAM, (Row(1, {"text": text}),))
     if kind in _TABLES:
-        return collect(str(path), "row", _numbered(read_csv(str(path), text, KNOWN)))
+        found = read_csv(str(path), text, KNOWN | fields.names, label=fields.column("label"))
+        return collect(str(path), "row", _numbered(found), fields, prefer)
     if kind == ".json" and text.lstrip().startswith("["):
-        return collect(str(path), "row", _numbered(_parse_list(str(path), text)))
-    if kind not in (*_LINES, ".json"):
-        raise DataError(
-            f"{path}: unknown file type; rename it to .jsonl, .json, .csv, .tsv or .parquet (rows "
-            f"of {FORMS}) or .txt (one text)"
-        )
+        return collect(str(path), "row", _numbered(_parse_list(str(path), text)), fields, prefer)
     # `splitlines` would also cut at characters that JSON strings may contain.
     lines = enumerate(text.split("\n"), start=1)
-    return collect(str(path), "line", ((n, line) for n, line in lines if line.strip()))
+    return collect(
+        str(path), "line", ((n, line) for n, line in lines if line.strip()), fields, prefer
+    )
+
+
+def _refuse_type(path: Path) -> NoReturn:
+    raise DataError(
+        f"{path}: unknown file type; rename it to .jsonl, .json, .csv, .tsv, .parquet or .arrow "
+        f"(rows of {FORMS}) or .txt (one text); texts may be compressed: .gz or .zst"
+    )
 
 
 def decode_file(path: Path, encoding: str) -> str:
     """Return a file's text; raise `DataError` as `read_rows` does."""
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror}") from None
-    return decode(path, data, encoding)
+    return decode(path, read_bytes(path), encoding)
 
 
 def decode(path: Path, data: bytes, encoding: str, offset: int = 0, line: int = 1) -> str:
@@ -147,7 +163,13 @@ def _parse_list(source: str, text: str) -> list[Any]:
         raise DataError(f"{source}: not valid JSON ({error})") from None
 
 
-def collect(source: str, unit: str, found: Iterable[tuple[int, Any]]) -> Rows:
+def collect(
+    source: str,
+    unit: str,
+    found: Iterable[tuple[int, Any]],
+    fields: Fields = UNCHANGED,
+    prefer: str | None = None,
+) -> Rows:
     """Return rows, given as numbered values, or, where the unit is "line", as lines of JSON.
 
     Raises:
@@ -158,7 +180,8 @@ def collect(source: str, unit: str, found: Iterable[tuple[int, Any]]) -> Rows:
     ignored: dict[str, None] = {}
     for number, value in found:
         try:
-            kind, values, others = parse_row(value) if unit == "line" else read_row(value)
+            row = _parse(value) if unit == "line" else value
+            kind, values, others = read_row(fields.rename(row), prefer)
         except ValueError as error:
             problems.append(f"{unit} {number}: {error}")
             continue
@@ -180,7 +203,7 @@ def collect(source: str, unit: str, found: Iterable[tuple[int, Any]]) -> Rows:
     return Rows(source, first, tuple(row for _, row in rows), tuple(ignored), unit)
 
 
-def parse_row(line: str) -> tuple[str, dict[str, Any], list[str]]:
+def parse_row(line: str, prefer: str | None = None) -> tuple[str, dict[str, Any], list[str]]:
     """Return the kind of a line, its values, and the keys that are ignored.
 
     Raises:
@@ -189,13 +212,16 @@ def parse_row(line: str) -> tuple[str, dict[str, Any], list[str]]:
     >>> parse_row('{"prompt": "1 + 1 =", "completion": " 2", "id": 7}')
     ('completion', {'prompt': '1 + 1 =', 'completion': ' 2'}, ['id'])
     """
+    return read_row(_parse(line), prefer)
+
+
+def _parse(line: str) -> Any:
     try:
-        row = json.loads(line)
+        return json.loads(line)
     except RecursionError:
         raise ValueError("nested too deeply") from None
     except json.JSONDecodeError as error:
         raise ValueError(f"not valid JSON ({error.msg} at column {error.colno})") from None
-    return read_row(row)
 
 
 def _label_problems(rows: list[Row], unit: str) -> list[str]:

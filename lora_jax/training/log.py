@@ -68,6 +68,16 @@ def losses(records: list[dict[str, Any]]) -> tuple[list[int], list[float]]:
     return [step for step, _ in found], [loss for _, loss in found]
 
 
+def evaluations_since_best(records: list[dict[str, Any]]) -> int:
+    """Return how many evaluations follow the first one with the lowest loss.
+
+    >>> evaluations_since_best([{"step": n, "eval_loss": x} for n, x in enumerate((3, 1, 2, 1))])
+    2
+    """
+    found = [record["eval_loss"] for record in evaluations(records)]
+    return len(found) - 1 - found.index(min(found)) if found else 0
+
+
 def evaluations(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return the records of evaluations."""
     return [record for record in records if "eval_loss" in record]

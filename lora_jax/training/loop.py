@@ -43,13 +43,14 @@ class Settings:
     eval_every: int = 0  # steps; 0 evaluates only before the first step and after the last
     save_every: int = 0  # steps; 0 saves only after the last
     profile: int = 0  # steps to trace into the job's directory, once the first ones are done
+    patience: int = 0  # evaluations in a row without a lower loss that end the run; 0: none do
     merge_aware: bool = False  # as in `lora_jax.lora`, for a quantized base
 
     def __post_init__(self) -> None:
         for name in ("steps", "rows", "accumulate"):
             if getattr(self, name) < 1:
                 raise TrainingError(f"{name} must be positive, got {getattr(self, name)}")
-        for name in ("seed", "eval_every", "save_every", "profile"):
+        for name in ("seed", "eval_every", "save_every", "profile", "patience"):
             if getattr(self, name) < 0:
                 raise TrainingError(f"{name} must not be negative, got {getattr(self, name)}")
 
@@ -102,8 +103,9 @@ class Outcome:
     """Where a run ended."""
 
     adapters: Any
-    step: int  # steps done; fewer than requested if the run was stopped
+    step: int  # steps done; fewer than requested if the run was stopped or ended early
     records: list[dict[str, Any]]  # the whole log
+    ended_early: bool = False  # by `Settings.patience`
 
 
 def train(job: Job, adapters: Any, watcher: Watcher = Watcher()) -> Outcome:
@@ -141,7 +143,8 @@ def train(job: Job, adapters: Any, watcher: Watcher = Watcher()) -> Outcome:
         run = _Run(job, watcher, files, done, state)
         run.steps()
         files.save(run.done, run.state)
-    return Outcome(run.state.adapters, run.done, files.records)
+    is_early = run.done < job.settings.steps and run.is_out_of_patience()
+    return Outcome(run.state.adapters, run.done, files.records, is_early)
 
 
 def _check_done(job: Job, done: int) -> None:
@@ -161,6 +164,7 @@ class _Run:
         self.done, self.state = done, state  # the last step dispatched, and the state after it
         self._first = done + 1
         self._flops: int | None = None  # of a step, once that was traced
+        self._waited = log.evaluations_since_best(files.records)
         self._job, self._watcher, self._files = job, watcher, files
         self._evaluate = _make_evaluate(job, watcher, files.records, self._note)
         self._feed = _feed(job, done)
@@ -174,7 +178,7 @@ class _Run:
         ahead = int(self.state.step) - self.done
         self._evaluate(self.done, self.state)
         with self._profile() as profile:
-            while self.done < settings.steps and not stop():
+            while self.done < settings.steps and not stop() and not self.is_out_of_patience():
                 profile.before(self.done + 1)
                 began = time.perf_counter()
                 inputs = (self.state, job.base, self._feed.next(), np.int32(self.done + ahead))
@@ -187,6 +191,11 @@ class _Run:
                 profile.after(self.done)
                 self._pause()
         self._late.read_all()
+
+    def is_out_of_patience(self) -> bool:
+        """Return whether the last evaluations are without progress, and the run is to end."""
+        patience = self._job.settings.patience
+        return bool(patience) and self._waited >= patience
 
     def _pause(self) -> None:
         """Evaluate and save after a step, if that is due."""
@@ -223,6 +232,8 @@ class _Run:
 
     def _note(self, record: dict[str, Any]) -> None:
         self._files.note(record)
+        if "eval_loss" in record:
+            self._waited = log.evaluations_since_best(self._files.records)
         self._watcher.step(record)
 
 
@@ -240,11 +251,20 @@ def record_of(step: int, values: Mapping[str, float], rate: Any) -> dict[str, An
     return {
         "step": step,
         "loss": values["loss"],
-        "tokens": round(values["weight"]),
+        "tokens": round(values.get("tokens", values["weight"])),
         **({} if rate is None else {"lr": float(rate)}),
         "gradient_norm": values["gradient_norm"],
         **({"accuracy": values["right"] / values["weight"]} if "right" in values else {}),
+        **_means(values),
     }
+
+
+_NAMED = {"loss", "weight", "right", "tokens", "gradient_norm"}  # sums with other names in a record
+
+
+def _means(sums: Mapping[str, Any]) -> dict[str, float]:
+    """Return the other sums of a loss, divided by the weight."""
+    return {name: float(x / sums["weight"]) for name, x in sums.items() if name not in _NAMED}
 
 
 def what_is_not_finite(values: Mapping[str, float]) -> str | None:
@@ -333,11 +353,14 @@ def sum_over(
 def describe_sums(total: Mapping[str, Any]) -> dict[str, float]:
     """Return "eval_loss" of the sums of a loss, and what goes with it.
 
-    That is "perplexity" (its exponential) for a language model, "eval_accuracy" for a classifier.
+    That is "perplexity" (its exponential) for a language model; "eval_accuracy" for a classifier
+    and for preferences, and the means of the other sums that the loss has.
     """
     loss = float(total["loss"] / total["weight"])
     if "right" in total:
-        return {"eval_loss": loss, "eval_accuracy": float(total["right"] / total["weight"])}
+        others = {f"eval_{name}": x for name, x in _means(total).items()}
+        right = float(total["right"] / total["weight"])
+        return {"eval_loss": loss, "eval_accuracy": right, **others}
     return {"eval_loss": loss, "perplexity": math.exp(min(loss, 700.0))}
 
 

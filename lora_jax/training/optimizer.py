@@ -8,13 +8,14 @@ import optax
 
 import lora_jax as lora
 from lora_jax.training.errors import TrainingError
+from lora_jax.training.optimizers.kinds import ADAMW, KINDS
 
 SCHEDULES = ("cosine", "constant")
 
 
 @dataclass(frozen=True)
 class Optimizer:
-    """AdamW (https://arxiv.org/abs/1711.05101) with warm-up, for the adapters only.
+    """An optimizer with clipping and warm-up, for the adapters only.
 
     Raises:
       TrainingError: a field has an invalid value; the message names it.
@@ -26,10 +27,18 @@ class Optimizer:
     clip: float = 1.0  # maximum global norm of the gradients; 0 disables clipping
     weight_decay: float = 0.0
     b_ratio: float = 1.0  # learning rate of B over that of A (LoRA+)
+    name: str = ADAMW  # a key of `optimizers.kinds.KINDS`
 
     def __post_init__(self) -> None:
         if self.schedule not in SCHEDULES:
             raise TrainingError(f"schedule must be one of {SCHEDULES}, got {self.schedule!r}")
+        if self.name not in KINDS:
+            raise TrainingError(f"name must be one of {(*KINDS,)}, got {self.name!r}")
+        if self.b_ratio != 1 and KINDS[self.name].on_pairs:
+            raise TrainingError(
+                f"{self.name} updates A and B together, so B cannot have another learning rate; "
+                f"b_ratio must be 1, got {self.b_ratio}"
+            )
         for name in ("learning_rate", "b_ratio"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise TrainingError(f"{name} must be positive, got {getattr(self, name)}")
@@ -71,13 +80,9 @@ class Optimizer:
 
         It changes only A, B, magnitudes and fully trained leaves.
         """
-        adamw = lambda rate: optax.adamw(rate, weight_decay=self.weight_decay)
-        rates = self.rates(steps)
-        if self.b_ratio == 1:
-            inner = lora.freeze(adamw(rates), adapters)
-        else:
-            inner = lora.lora_plus(rates, adapters, self.b_ratio, adamw)
-        return optax.chain(self.clipping(adapters), inner)
+        kind = KINDS[self.name]
+        given = (self.rates(steps), self.weight_decay, adapters, self.b_ratio)
+        return optax.chain(self.clipping(adapters), kind.transformation(*given))
 
     def clipping(self, adapters: Any) -> optax.GradientTransformation:
         """Return the clipping of the global norm over everything that trains, in any group."""

@@ -198,5 +198,7 @@ def describe(record: Record) -> str:
     'held out: perplexity 7.39'
     """
     if "eval_accuracy" in record:
-        return f"held out: accuracy {record['eval_accuracy']:.1%}, loss {record['eval_loss']:.3f}"
+        margin = f", margin {record['eval_margin']:.3f}" if "eval_margin" in record else ""
+        accuracy = f"held out: accuracy {record['eval_accuracy']:.1%}"
+        return f"{accuracy}{margin}, loss {record['eval_loss']:.3f}"
     return f"held out: perplexity {record['perplexity']:.2f}"

@@ -41,6 +41,7 @@ def encode_examples(
     vocabulary: int | None = None,
     stops: Collection[int] | None = None,
     may_be_empty: bool = False,
+    mask_prompts: bool = True,
 ) -> Examples:
     """Encode the rows of a language model's data, with masks of the tokens to train on.
 
@@ -64,6 +65,8 @@ def encode_examples(
       vocabulary: number of the model's tokens, to refuse ids beyond it.
       stops: the ids at which generation ends, to note if none of them is trained on.
       may_be_empty: whether no example may be left, as in a part of a file.
+      mask_prompts: whether prompts and other turns than the assistant's are not trained on; without
+        it all tokens of a row are.
 
     Raises:
       DataError: the rows are of another kind, the template refuses a conversation or leaves out
@@ -71,8 +74,8 @@ def encode_examples(
     """
     if rows.kind not in _ENCODERS:
         raise DataError(
-            f"{rows.source}: a language model cannot be trained on {rows.kind} rows; use --task "
-            "classification, or remove the labels"
+            f"{rows.source}: a language model cannot be trained on {rows.kind} rows; "
+            f"{_OTHER_TASKS.get(rows.kind, '')}"
         )
     encoded: list[Example] = []
     problems: list[str] = []
@@ -86,6 +89,8 @@ def encode_examples(
                 problems.append(f"{rows.unit} {row.line}: {error}")
     if problems:
         raise DataError(f"{rows.source}: rows that cannot be encoded:\n{list_problems(problems)}")
+    if not mask_prompts:
+        encoded = [Example(e.ids, np.ones_like(e.trains)) for e in encoded]
     refuse_unknown(rows.source, rows.places, [e.ids for e in encoded], tokenizer, vocabulary)
     fit = _cut_into_pieces if rows.kind == "text" else _cut_off
     kept = _keep_trainable(rows, encoded, fit(encoded, length), length)
@@ -128,6 +133,11 @@ def encode_stream(
     return ids
 
 
+_OTHER_TASKS = {
+    "label": "use --task classification, or remove the labels",
+    "preference": "use --task dpo or --task orpo",
+    "choice": "measure its choices with 'lora-jax eval'",
+}
 _TOGETHER = 64  # texts that are encoded at once
 
 
@@ -178,18 +188,32 @@ def _example(given: Sequence[int], trained: Sequence[int]) -> Example:
 
 
 def _encode_chat(row: Row, tokenizer: Encoder) -> Example:
-    """Encode a conversation; the template writes BOS and the ends of turns."""
+    """Encode a conversation; the template writes BOS and the ends of turns.
+
+    The first "given" messages, if any, are a prompt, which does not train.
+    """
     if "prompt" in row.values and getattr(tokenizer, "chat_template", "") is None:
         return _encode_completion(row, tokenizer)
     messages = row.values["messages"]
     more = {"tools": row.values["tools"]} if row.values.get("tools") else {}
+    is_turn = [message["role"] == "assistant" for message in messages]
+    given = sum(is_turn[: row.values.get("given", 0)])
     spans: list[Span] = []
     if isinstance(tokenizer, SpanEncoder):
         last = max(i for i, x in enumerate(messages) if x["role"] == "assistant")
         text, spans = tokenizer.chat_spans(messages[: last + 1], **more)
-    if not spans:
+    if not spans or (given and len(spans) != sum(is_turn)):  # which turn is whose is not known
         text, spans = assistant_spans(messages, partial(tokenizer.chat, **more))
-    return _encode_spans(text, spans, tokenizer)
+    return _encode_spans(text, spans[given:], tokenizer)
+
+
+def encode_row(kind: str, row: Row, tokenizer: Encoder) -> Example:
+    """Encode one row of a kind that `encode_examples` takes, whole.
+
+    Raises:
+      ValueError: the chat template refuses the conversation, or leaves out one of its turns.
+    """
+    return _ENCODERS[kind](row, tokenizer)
 
 
 _ENCODERS: Mapping[str, Callable[[Row, Encoder], Example]] = {

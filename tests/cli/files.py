@@ -219,18 +219,20 @@ def train_data(folder):
     turns = [{"role": "user", "content": "Say it"}, {"role": "assistant", "content": "It"}]
     (folder / "chats.jsonl").write_text(f"{json.dumps({'messages': turns})}\n" * 10)
     _labelled(folder / "reviews.jsonl")
+    row = {"prompt": "Say it", "chosen": " It", "rejected": " That"}
+    (folder / "preferences.jsonl").write_text(f"{json.dumps(row)}\n" * 10)
 
 
-def encoder(directory):
-    """Write the recorded BERT with more positions, and a tokenizer of a few words."""
-    shutil.copytree(ROOT / "tests" / "models" / "fixtures" / "bert", directory)
+def encoder(directory, kind="bert"):
+    """Write a recorded encoder with more positions, and a tokenizer of a few words."""
+    shutil.copytree(ROOT / "tests" / "models" / "fixtures" / kind, directory)
     tensors, metadata = safetensors_file.read(directory / "model.safetensors")
-    (name,) = (name for name in tensors if "position_embeddings" in name)
-    tensors[name] = np.tile(tensors[name], (8, 1))
+    for name in (name for name in tensors if "position_embeddings" in name):
+        tensors[name] = np.tile(tensors[name], (8, 1))
+        config = json.loads((directory / "config.json").read_text())
+        config["max_position_embeddings"] = len(tensors[name])
+        (directory / "config.json").write_text(json.dumps(config))
     safetensors_file.write(directory / "model.safetensors", tensors, metadata)
-    config = json.loads((directory / "config.json").read_text())
-    config["max_position_embeddings"] = len(tensors[name])
-    (directory / "config.json").write_text(json.dumps(config))
     words = ["[PAD]", "[UNK]", "a", "b", *map(str, range(10))]
     backend = tokenizers.Tokenizer(
         models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]")

@@ -12,6 +12,7 @@ from tests.cli import files
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
 TRAINING = ("train", "sweep")  # commands whose examples take long
+ENDLESS = ("serve",)  # tested in test_serve.py
 
 
 def shown_in_help(run, command):
@@ -28,7 +29,11 @@ def shown_in_help(run, command):
 
 @pytest.mark.parametrize(
     "command",
-    [pytest.param(x, marks=[pytest.mark.slow] * (x in TRAINING)) for x in app.COMMANDS],
+    [
+        pytest.param(x, marks=[pytest.mark.slow] * (x in TRAINING))
+        for x in app.COMMANDS
+        if x not in ENDLESS
+    ],
 )
 def test_the_examples_run(command, run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

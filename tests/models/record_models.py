@@ -1,13 +1,15 @@
 """Record tiny random models of `transformers` with their logits: tests/models/fixtures.
 
-Run it in an environment with PyTorch and transformers (recorded with 2.13 and 5.23):
-`python tests/models/record_models.py`. Every directory contains what `save_pretrained` writes, and
-`expected.npz`: token ids and mask (one row padded on the left), logits in float32, those of
-PyTorch in bfloat16, and what greedy generation appends to the first row.
+Run it in an environment with PyTorch and transformers (recorded with 2.13 and 5.23, the families
+of `newer` with 5.24): `python tests/models/record_models.py [name ...]`. Every directory contains
+what `save_pretrained` writes, and `expected.npz`: token ids and mask (one row padded on the left),
+logits in float32, those of PyTorch in bfloat16, and what greedy generation appends to the first
+row.
 """
 
 import pathlib
 import shutil
+import sys
 
 import numpy as np
 import torch
@@ -66,6 +68,81 @@ def models() -> dict[str, tuple[transformers.PreTrainedModel, str]]:
     }
 
 
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 100.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+LONG = {
+    "rope_type": "longrope",
+    "rope_theta": 100.0,
+    "partial_rotary_factor": 0.5,
+    "short_factor": [1.0, 1.25],
+    "long_factor": [1.5, 4.0],
+}
+DYNAMIC = {"rope_type": "dynamic", "rope_theta": 100.0, "factor": 2.0}
+
+
+def newer() -> dict[str, tuple[transformers.PreTrainedModel, str]]:
+    """Return the families with switches of their own, of fewer numbers."""
+    c = transformers
+    small = SIZES | {"hidden_size": 16, "intermediate_size": 24, "head_dim": 8}
+    small |= {"max_position_embeddings": 64}
+    four = small | {"num_hidden_layers": 4}
+    local = {"rope_type": "default", "rope_theta": 50.0}
+    linear = {"rope_type": "linear", "rope_theta": 1000.0, "factor": 8.0}
+    found = {
+        "qwen3": causal(c.Qwen3Config(**small, rope_parameters=YARN, tie_word_embeddings=False)),
+        "gemma": causal(c.GemmaConfig(**small)),
+        "gemma2": causal(
+            c.Gemma2Config(
+                **four,
+                sliding_window=4,
+                query_pre_attn_scalar=6,
+                attn_logit_softcapping=2.0,
+                final_logit_softcapping=3.0,
+            )
+        ),
+        "gemma3_text": causal(
+            c.Gemma3TextConfig(
+                **four,
+                sliding_window=4,
+                layer_types=["sliding_attention", "sliding_attention", "full_attention"] * 1
+                + ["sliding_attention"],
+                query_pre_attn_scalar=6,
+                rope_parameters={"full_attention": linear, "sliding_attention": local},
+            )
+        ),
+        "phi3": causal(
+            c.Phi3Config(
+                **{k: v for k, v in small.items() if k != "head_dim"} | {"hidden_size": 32},
+                rope_parameters=LONG,
+                original_max_position_embeddings=8,
+                sliding_window=9,
+            )
+        ),
+        "smollm3": causal(
+            c.SmolLM3Config(
+                **four | {"num_hidden_layers": 3},
+                no_rope_layers=[1, 0, 1],
+                rope_parameters=DYNAMIC,
+            )
+        ),
+        "olmo2": causal(c.Olmo2Config(**small)),
+        "granite": causal(
+            c.GraniteConfig(
+                **small,
+                embedding_multiplier=3.0,
+                logits_scaling=2.0,
+                residual_multiplier=0.5,
+                attention_multiplier=0.3,
+            )
+        ),
+    }
+    return {name: (model, "1GB") for name, model in found.items()}
+
+
 def record(name: str, model: transformers.PreTrainedModel, shard: str) -> None:
     directory = FIXTURES / name
     shutil.rmtree(directory, ignore_errors=True)
@@ -104,7 +181,11 @@ def record_bert() -> None:
 
 
 if __name__ == "__main__":
-    torch.manual_seed(0)
-    for name, (model, shard) in models().items():
-        record(name, model, shard)
-    record_bert()
+    names = sys.argv[1:]
+    for group in (models, newer):
+        torch.manual_seed(0)
+        for name, (model, shard) in group().items():
+            if not names or name in names:
+                record(name, model, shard)
+    if not names or "bert" in names:
+        record_bert()

@@ -15,6 +15,9 @@ import lora_jax as lora
 from lora_jax.models.decoder.config import DecoderConfig
 from lora_jax.models.decoder.module import Decoder
 from lora_jax.models.encoder.bert import Bert, BertConfig, mean_pool
+from lora_jax.models.encoder.modernbert import LOCAL, ModernBert, ModernBertConfig
+from lora_jax.models.vision.config import VisionConfig
+from lora_jax.models.vision.transformer import VisionTransformer
 from lora_jax.models.weights.sharding_rules import shardings
 from lora_jax.training.chunked_loss import (
     language_sums_of_frozen_head,
@@ -85,8 +88,8 @@ def llama(*, scan=False, tied=False, trained_head=False, layers=2):
     return Model(params, loss, apply, config, (*TARGETS, *own))
 
 
-def bert():
-    module, given = Bert(ENCODER), jax.ShapeDtypeStruct((1, 4), jnp.int32)
+def encoder(module, *targets):
+    given = jax.ShapeDtypeStruct((1, 4), jnp.int32)
     params = random(jax.eval_shape(module.init, jax.random.key(0), given, given)["params"])
 
     def apply(params, batch):
@@ -94,8 +97,32 @@ def bert():
         return mean_pool(states, batch["segments"], 2)
 
     loss = lambda params, batch: jnp.sin(apply(params, batch)).sum()
+    return Model(params, loss, apply, module.config, targets)
+
+
+def bert():
     targets = ("query/kernel", "intermediate/kernel", "attention/output/kernel")
-    return Model(params, loss, apply, ENCODER, targets)
+    return encoder(Bert(ENCODER), *targets)
+
+
+def modernbert():
+    config = ModernBertConfig(32, 16, 24, 1, 2, (LOCAL,), local_attention=6)
+    return encoder(ModernBert(config), "qkv/kernel", "input/kernel", "mlp/output/kernel")
+
+
+def vit():
+    config = VisionConfig(16, 32, 1, 4, image_size=8, patch_size=4, num_labels=4)
+    module, pixels = VisionTransformer(config), jax.ShapeDtypeStruct((1, 8, 8, 3), "float32")
+    params = random(jax.eval_shape(module.init, jax.random.key(0), pixels)["params"])
+
+    def apply(params, batch):
+        """Take images from the ids of the tests' batch: 8 rows of 17."""
+        rows = batch["ids"][:, :8, None, None]
+        pixels = jnp.sin(rows * jnp.arange(1.0, 25).reshape(1, 1, 8, 3))
+        return module.apply({"params": params}, pixels)
+
+    loss = lambda params, batch: jnp.sin(apply(params, batch)).sum()
+    return Model(params, loss, apply, config, ("query/kernel", "up/kernel", "patch/kernel"))
 
 
 def adapt(model, params, batch):
@@ -146,9 +173,15 @@ MODELS = {
     "scan": functools.partial(llama, scan=True, tied=True),
     "trained_head": functools.partial(llama, tied=True, trained_head=True, layers=1),
     "bert": bert,
+    "modernbert": modernbert,
+    "vit": vit,
 }
 KINDS = {"auto": AxisType.Auto, "explicit": AxisType.Explicit}
-DEFAULT = {("trained_head", "fsdp_tp", "explicit"), ("bert", "fsdp_tp", "explicit")}
+DEFAULT = {
+    ("trained_head", "fsdp_tp", "explicit"),
+    ("bert", "fsdp_tp", "explicit"),
+    ("modernbert", "fsdp_tp", "explicit"),
+}
 CASES = [
     pytest.param(*case, marks=() if case in DEFAULT else pytest.mark.slow, id="-".join(case))
     for case in ((m, n, k) for m in MODELS for n in MESHES for k in KINDS)

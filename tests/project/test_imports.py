@@ -18,16 +18,16 @@ PACKAGE = ROOT / "lora_jax"
 # Each room imports from itself and from the rooms before it. `training` and `cli` may also use the
 # public names of the package, as any program would.
 ROOMS = (
-    *("core", "engine", "initializers", "adapters", "files", "layers", "models"),
-    *("training", "cli"),
+    *("core", "engine", "initializers", "adapters", "frameworks", "files", "layers", "models"),
+    *("training", "serving", "cli"),
 )
 ABOVE_THE_PUBLIC_NAMES = ("training", "cli")
 # In no room: the package, the public names that it imports at their first use, `python -m`.
 FACE = ("", "public", "__main__")
 
 HEAVY = {
-    *("flax", "gguf", "jinja2", "matplotlib", "orbax", "rich", "tokenizers", "torch"),
-    *("transformers", "typer"),
+    *("equinox", "flax", "gguf", "jinja2", "matplotlib", "orbax", "rich", "tokenizers", "torch"),
+    *("starlette", "transformers", "typer", "uvicorn"),
 }
 PRIVATE = "jax._" + "src"  # written so that this file does not hold it either
 
@@ -141,7 +141,7 @@ def test_public_names_come_from_one_module():
     """What `import lora_jax` imports at first use is all of `__all__`, and types say the same."""
     package = importlib.import_module("lora_jax")
     public = importlib.import_module("lora_jax.public")
-    names = {*public.__all__, "gguf", "loralib", "mlx", "naming", "peft"}
+    names = {*public.__all__, "diffusion", "gguf", "loralib", "mlx", "naming", "peft"}
     assert names == {*package.__all__} and len(names) == len(package.__all__)
     for name in public.__all__:
         assert getattr(package, name) is getattr(public, name)

@@ -1,4 +1,4 @@
-"""`lora-jax eval`: the loss of a model on a file."""
+"""`lora-jax eval`: figures of a model on a file."""
 
 from pathlib import Path
 from typing import Annotated
@@ -18,12 +18,17 @@ from lora_jax.cli.options import (
     RenameOption,
     ResidualOption,
     StrictOption,
+    adapters_or_base,
 )
+
+_EXACT = "Also generate answers, greedily, and count those that equal the completion or answer."
 
 EXAMPLES = (
     "lora-jax eval --model my-model --adapter my-adapter --data held-out.jsonl",
     "lora-jax eval --model my-encoder --adapter my-classifier --data reviews.jsonl",
     "lora-jax eval --model my-model --data play.txt --length 32 --json",
+    "lora-jax eval -m my-model --adapter base --adapter my-adapter --data held-out.jsonl "
+    "--exact-match",
 )
 
 
@@ -33,7 +38,17 @@ def command(
         list[Path],
         typer.Option(metavar="FILE", help="Data as for 'train'; may be given several times."),
     ],
-    adapter: Annotated[Path | None, typer.Option(help=ADAPTER)] = None,
+    adapter: Annotated[
+        list[Path] | None,
+        typer.Option(help=f"{ADAPTER} Several, or base for none: one after the other."),
+    ] = None,
+    exact_match: Annotated[bool, typer.Option("--exact-match", help=_EXACT)] = False,
+    max_tokens: Annotated[
+        int,
+        typer.Option(
+            min=0, help="With --exact-match: maximum tokens of an answer; 0: by the data."
+        ),
+    ] = 0,
     length: LengthOption = 0,
     batch: BatchOption = 8,
     encoding: EncodingOption = "utf-8",
@@ -47,25 +62,26 @@ def command(
     strict: StrictOption = True,
     compile_cache: CompileCacheOption = None,
 ) -> None:
-    """Measure the loss of a model on a file.
+    """Measure a model on files.
 
-    For a language model perplexity is printed too, for a classifier its accuracy. Every token that
-    training would train on counts once, and so does every labelled text.
+    For a language model: loss and perplexity, where every token that training would train on
+    counts once; the accuracy of {"prompt", "choices", "answer"} by the log-probability of the
+    choices; of {"prompt", "chosen", "rejected"}, how often the chosen completion is the more
+    probable one. For a classifier: its accuracy and loss. Several adapters make a table.
     """
     from lora_jax.cli import compile_cache as programs
     from lora_jax.cli.fit import Fit
     from lora_jax.cli.jobs import evaluate
+    from lora_jax.cli.jobs.evaluating.subject import Settings
 
     with programs.compile_cache(compile_cache):
         evaluate.run(
             model,
-            adapter,
+            adapters_or_base(adapter),
             data,
-            length=length,
-            batch=batch,
+            Settings(length, batch, exact_match, max_tokens, quantize),
             encoding=encoding,
             as_json=json,
             dtype=dtype,
-            quantize=quantize,
             fit=Fit.of_options(strict, rename, residual),
         )

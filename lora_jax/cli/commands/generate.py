@@ -10,7 +10,6 @@ from lora_jax.cli.compile_cache import CompileCacheOption
 from lora_jax.cli.errors import PromptError
 from lora_jax.cli.options import (
     ADAPTER,
-    BASE,
     DType,
     MaxTokensOption,
     ModelOption,
@@ -24,6 +23,7 @@ from lora_jax.cli.options import (
     TemperatureOption,
     TopKOption,
     TopPOption,
+    adapters_or_base,
     refuse_empty,
 )
 from lora_jax.cli.parameters.groups import in_adapter, in_data, in_model
@@ -109,8 +109,7 @@ def command(
 
 def _pairs(adapters: Sequence[Path], prompts: Sequence[str]) -> list[tuple[Path | None, str]]:
     """Return which adapter continues which prompt."""
-    is_base = lambda path: str(path) == BASE and not path.exists()
-    chosen = [None if is_base(path) else path for path in adapters] or [None]
+    chosen = adapters_or_base(adapters)
     if len(chosen) > 1 and len(prompts) > 1 and len(chosen) != len(prompts):
         raise typer.BadParameter(
             f"{len(chosen)} --adapter and {len(prompts)} --prompt: give one prompt for each "

@@ -6,7 +6,7 @@ from lora_jax.cli.commands.train import check, resume_command
 from lora_jax.cli.parameters.takes import takes
 from lora_jax.cli.sweep_lists import read_grid
 from lora_jax.cli.sweep_options import LISTS, WITHOUT, SweepOptions
-from lora_jax.cli.train_options import CLASSIFICATION
+from lora_jax.cli.train_options import CLASSIFICATION, SEES_RANK
 
 EXAMPLES = (
     "lora-jax sweep --model tiny --data notes.txt --ranks 2,4 --lrs 1e-3,1e-2 --steps 9 --out run",
@@ -44,6 +44,11 @@ def command(context: typer.Context, options: SweepOptions) -> None:
         raise typer.BadParameter(
             f"--halving keeps one of {options.eta} runs (--eta), but there are {len(grid)}; add "
             "values to the lists"
+        )
+    if options.optimizer in SEES_RANK and len({one["rank"] for one in grid}) > 1:
+        raise typer.BadParameter(
+            f"a step of {options.optimizer} depends on the largest rank; give one rank",
+            param_hint="--ranks",
         )
     if options.task == CLASSIFICATION and len({one["seed"] for one in grid}) > 1:
         raise typer.BadParameter(

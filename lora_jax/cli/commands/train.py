@@ -5,12 +5,24 @@ import shlex
 import typer
 
 from lora_jax.cli.parameters.takes import takes
-from lora_jax.cli.train_options import CLASSIFICATION, TrainOptions
+from lora_jax.cli.train_options import (
+    CAUSAL_LM,
+    CLASSIFICATION,
+    CPO,
+    DPO,
+    ON_PAIRS,
+    PREFERENCES,
+    REPORTS,
+    SIMPO,
+    TrainOptions,
+)
+from lora_jax.core.foreign import shown
 
 EXAMPLES = (
     "lora-jax train --model smollm2 --data play.txt --targets q_proj,v_proj --out run",
     "lora-jax train --model ./llama-1b --data chats.jsonl --eval-split 0.1 --epochs 3 --out run",
     "lora-jax train --model ./MiniLM --task classification --data reviews.jsonl --out run",
+    "lora-jax train --model ./llama-1b --task dpo --data preferences.jsonl --out run",
     "lora-jax train --model tiny --data notes.txt --steps 20 --out run --resume",
     "lora-jax train --model ./llama-8b --data chats.jsonl --mesh fsdp=4,tensor=2 --out run",
 )
@@ -22,8 +34,9 @@ def command(context: typer.Context, options: TrainOptions) -> None:
 
     A .txt file is one text. All rows of a .jsonl, .json, .csv, .tsv or .parquet file are of one
     kind: {"text"}, {"prompt", "completion"}, {"messages": [{"role", "content"}, ...]}, or, for
-    classification, {"text", "label"}; ShareGPT's and Alpaca's keys are messages. The loss ignores
-    prompts and users' turns. Short texts share a row without attending to one another.
+    classification, {"text", "label"}, or, for dpo, orpo, cpo and simpo, {"prompt", "chosen",
+    "rejected"}; ShareGPT's and Alpaca's keys are messages. The loss ignores prompts and users'
+    turns. Short texts share a row without attending to one another.
 
     Ctrl-C finishes the steps under way, saves, and prints the command that resumes. At the end,
     --out contains adapter/ in PEFT's format (adapter.safetensors for a classifier), best/ for the
@@ -38,22 +51,44 @@ def command(context: typer.Context, options: TrainOptions) -> None:
 
 
 #: Options that must be above 0, or at least 0; infinite values are refused too.
-_POSITIVE = ("lr", "lora_plus", "alpha", "memory")
-_NOT_NEGATIVE = ("warmup", "clip", "weight_decay")
+_POSITIVE = ("lr", "lora_plus", "alpha", "memory", "beta")
+_NOT_NEGATIVE = ("warmup", "clip", "weight_decay", "gamma")
+
+#: Options of preference tuning -> the tasks that they are for, and losses of --task dpo.
+_OF_TASKS = {
+    "beta": PREFERENCES,
+    "dpo_loss": (DPO,),
+    "label_smoothing": (DPO, CPO),
+    "reference": (DPO,),
+    "gamma": (SIMPO,),
+}
+_SMOOTHED = ("sigmoid", "robust")
 
 #: Options of new adapters, which an adapter to start from decides.
 _OF_NEW_ADAPTERS = (
-    *("rank", "alpha", "targets", "exclude", "layers", "train", "bias"),
+    *("rank", "alpha", "targets", "exclude", "layers", "last_layers", "train", "bias"),
     *("init", "dora", "rslora", "add_token", "untie_head"),
 )
 
 
 def check(context: typer.Context, options: TrainOptions) -> None:
     """Raise `BadParameter` for values without meaning, and for options that exclude each other."""
-    if options.held_out and options.eval_split:
-        raise typer.BadParameter("give either --eval or --eval-split, not both")
     if options.steps is not None and options.epochs is not None:
         raise typer.BadParameter("give either --steps or --epochs, not both")
+    _check_evaluation(options)
+    if options.layers and options.last_layers is not None:
+        raise typer.BadParameter("give either --layers or --last-layers, not both")
+    if not options.mask_prompt and options.task != CAUSAL_LM:
+        raise typer.BadParameter("--no-mask-prompt is for --task causal-lm")
+    if options.lora_plus != 1 and options.optimizer in ON_PAIRS:
+        raise typer.BadParameter(
+            f"--optimizer {options.optimizer} updates A and B together; leave out --lora-plus"
+        )
+    for name in set(options.report or ()).difference(REPORTS):
+        known = ", ".join(map(repr, REPORTS))
+        raise typer.BadParameter(
+            f"{shown(repr(name))} is not one of {known}", param_hint="--report"
+        )
     for name in (*_POSITIVE, *_NOT_NEGATIVE):
         value = getattr(options, name)
         is_wrong = value is not None and not (0 <= value < float("inf"))
@@ -73,12 +108,39 @@ def check(context: typer.Context, options: TrainOptions) -> None:
         )
     if options.merge_aware and (options.quantize is None or options.dropout):
         raise typer.BadParameter("--merge-aware is for --quantize, and without --dropout")
+    _check_preferences(context, options)
     if options.task == CLASSIFICATION and (options.add_token or options.untie_head):
         raise typer.BadParameter("--add-token and --untie-head are for --task causal-lm")
     given = [n for n in _OF_NEW_ADAPTERS if options.adapter is not None and _is_given(context, n)]
     if given:
         named = ", ".join(f"--{name.replace('_', '-')}" for name in given)
         raise typer.BadParameter(f"--adapter decides what trains, and how; leave out {named}")
+
+
+def _check_preferences(context: typer.Context, options: TrainOptions) -> None:
+    for name, tasks in _OF_TASKS.items():
+        if options.task not in tasks and _is_given(context, name):
+            raise typer.BadParameter(
+                f"is for --task {' or '.join(tasks)}", param_hint=f"--{name.replace('_', '-')}"
+            )
+    if not 0 <= options.label_smoothing < 0.5:
+        raise typer.BadParameter("must be from 0 to below 0.5", param_hint="--label-smoothing")
+    if options.task == DPO and options.label_smoothing and options.dpo_loss not in _SMOOTHED:
+        raise typer.BadParameter(f"--label-smoothing is for --dpo-loss {' and '.join(_SMOOTHED)}")
+
+
+def _check_evaluation(options: TrainOptions) -> None:
+    if options.held_out and options.eval_split:
+        raise typer.BadParameter("give either --eval or --eval-split, not both")
+    if options.eval_rows and options.val_batches:
+        raise typer.BadParameter("give either --eval-rows or --val-batches, not both")
+    for flag in [name for name in ("patience", "load_best") if getattr(options, name)]:
+        if not options.held_out and not options.eval_split:
+            raise typer.BadParameter(
+                f"--{flag.replace('_', '-')} needs held-out data; add --eval or --eval-split"
+            )
+    if options.patience and not options.eval_every:
+        raise typer.BadParameter("--patience counts evaluations; add --eval-every")
 
 
 def _is_given(context: typer.Context, name: str) -> bool:

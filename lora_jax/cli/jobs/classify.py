@@ -31,6 +31,7 @@ def open_classifier(
       LoraError: something cannot be read or does not fit.
     """
     base = sources.find_model(model)
+    sources.require_kind(base, "encoder", "decoder")
     if not classifiers.find(base, adapter):
         raise ClassifierError(
             f"{adapter or model}: is not a sequence classifier; train one with 'lora-jax train "

@@ -1,49 +1,35 @@
 """What `lora-jax generate` does with several prompts or adapters: one batch, a row for each."""
 
 import dataclasses
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
-import numpy as np
-
 import lora_jax as lora
 from lora_jax.cli import classifiers, sources, terminal
-from lora_jax.cli.errors import AdapterOptionError, PromptError
+from lora_jax.cli.errors import PromptError
 from lora_jax.cli.fit import Fit
+from lora_jax.cli.jobs import stacked
+from lora_jax.cli.jobs.asked_rows import AskedRow, continue_rows
 from lora_jax.cli.jobs.generate import encode
 from lora_jax.cli.jobs.speaker import CLASSIFIER, Speaker, open_speaker, special_ids
 from lora_jax.cli.options import BASE
-from lora_jax.core.errors import StructureError
 from lora_jax.files import kinds
-from lora_jax.models import generation
-from lora_jax.models.text.stop_text import until_text
-from lora_jax.models.text.tokenizer import Tokenizer
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """A prompt, what continues it, and what it became."""
+    """A prompt, and what continues it."""
 
     adapter: Path | None
     prompt: str
-    ids: Sequence[int]
-    tokenizer: Tokenizer
-    ends: frozenset[int]
+    asked: AskedRow
 
     @property
     def label(self) -> str:
         """The line above the text: the adapter and the first line of the prompt."""
         first = self.prompt.strip().partition("\n")[0]
         return f"[{BASE if self.adapter is None else self.adapter}] {first}"
-
-    def text(self, tokens: Sequence[int], stops: Sequence[str]) -> tuple[str, bool]:
-        """Return the text of some tokens, and whether they end it."""
-        end = next((i for i, x in enumerate(tokens) if x in self.ends), len(tokens))
-        whole = "".join(self.tokenizer.stream(tokens[:end]))
-        text = "".join(until_text([whole], stops))
-        return text, end < len(tokens) or len(text) < len(whole)
 
 
 def run(
@@ -76,7 +62,7 @@ def run(
         tokenizer = sources.tokenizer_of(base, path)
         ids = encode(tokenizer, prompt, chat or system is not None, system)
         ends = sources.stop_ids(base, tokenizer) | special_ids(tokenizer, stop)
-        rows.append(Row(path, prompt, ids, tokenizer, ends))
+        rows.append(Row(path, prompt, AskedRow(ids, tokenizer, ends)))
     options: Any = {"max_tokens": max_tokens, "dtype": dtype, "quantize": quantize, "fit": fit}
     if len(paths) > 1 or (paths and None in dict(pairs)):
         speaker = _with_stack(model, base, paths, stop, sampling, options)
@@ -85,7 +71,8 @@ def run(
         only = paths[0] if paths else None
         speaker = open_speaker(model, only, stop=stop, sampling=sampling, **options)
         slots = None
-    for row, text in zip(rows, _texts(speaker, rows, slots, seed), strict=True):
+    texts = continue_rows(speaker, [row.asked for row in rows], slots, seed)
+    for row, text in zip(rows, texts, strict=True):
         terminal.write(f"{row.label}\n{text}\n\n")
 
 
@@ -98,57 +85,9 @@ def _with_stack(
     options: dict[str, Any],
 ) -> Speaker:
     """Return what speaks with any of several adapters."""
-    found = [kinds.adapter(path) for path in paths]
-    stacked = [sources.is_stacked(x) for x in found]
-    flat = [x.kind == kinds.NATIVE and not s for x, s in zip(found, stacked, strict=True)]
-    if any(stacked) and any(flat):
-        raise AdapterOptionError(
-            f"{paths[stacked.index(True)]} is for stacked layers and {paths[flat.index(True)]} for "
-            "single ones; make a PEFT adapter of one by 'lora-jax convert --to peft'"
-        )
-    speaker = open_speaker(model, None, stop=stop, sampling=sampling, scan=any(stacked), **options)
-    overlays = []
-    for path, one in zip(paths, found, strict=True):
-        loaded = sources.put_on(speaker.model, one, options["fit"])
-        if loaded.model is not speaker.model:
-            raise AdapterOptionError(
-                f"{path}: changes the model's vocabulary or its output head, so it cannot share a "
-                "batch with other adapters; give it alone, as the only --adapter"
-            )
-        overlays.append(loaded.adapters)
-    try:
-        params = lora.join(speaker.params, lora.stack(overlays))
-    except StructureError as error:
-        names = ", ".join(f"adapter {i} is {path}" for i, path in enumerate(paths))
-        raise AdapterOptionError(f"--adapter: {error}\n({names})") from error
+    scan = stacked.needs_scan(paths)
+    speaker = open_speaker(model, None, stop=stop, sampling=sampling, scan=scan, **options)
+    instead = "give it alone, as the only --adapter"
+    overlays = [stacked.load_overlay(speaker.model, x, options["fit"], instead) for x in paths]
+    params = lora.join(speaker.params, stacked.stack_overlays(paths, overlays))
     return dataclasses.replace(speaker, params=params, apply=speaker.model.apply)
-
-
-def _texts(
-    speaker: Speaker, rows: Sequence[Row], slots: Sequence[int] | None, seed: int
-) -> list[str]:
-    """Return the text of each row. A long prompt leaves fewer tokens for all."""
-    steps = min(speaker.room(row.ids) for row in rows)
-    ids, segments = generation.left_pad([row.ids for row in rows])
-    ends: Sequence[Collection[int]] = [row.ends for row in rows]
-    said: list[list[int]] = [[] for _ in rows]
-    for tokens in generation.stream(
-        speaker.apply,
-        speaker.params,
-        ids,
-        speaker.model.module.init_cache(len(rows), ids.shape[1] + steps),
-        steps=steps,
-        segments=segments,
-        key=jax.random.key(seed),
-        stop=ends,
-        adapters_of=slots,
-        **speaker.sampling,
-    ):
-        for row, token in zip(said, np.asarray(tokens).tolist(), strict=True):
-            row.append(token)
-        # A stop text may be complete in every row before the tokens that end it.
-        if speaker.stops and all(
-            row.text(x, speaker.stops)[1] for row, x in zip(rows, said, strict=True)
-        ):
-            break
-    return [row.text(x, speaker.stops)[0] for row, x in zip(rows, said, strict=True)]

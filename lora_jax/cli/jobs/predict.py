@@ -36,7 +36,7 @@ def run(
     """
     texts = read_texts(source, encoding) if isinstance(source, Path) else list(source)
     classifier, tokenizer = open_classifier(model, adapter, dtype, quantize, fit)
-    length = row_length(length, classifier.model.config.max_position_embeddings)
+    length = row_length(length, classifier.model.longest)
     found = np.exp(log_probabilities(classifier, tokenizer, texts, length, batch))
     for text, row in zip(texts, found, strict=True):
         ranked = [(classifier.labels[i], float(row[i])) for i in np.argsort(-row, kind="stable")]

@@ -129,15 +129,13 @@ def open_speaker(
       LoraError: the model, its tokenizer or the adapter cannot be read.
     """
     base = sources.find_model(model)
+    sources.require_kind(base, "encoder", "decoder")
     if named := classifiers.find(base, adapter):
         raise PromptError(f"{named}: {CLASSIFIER}")
     tokenizer = sources.tokenizer_of(base, adapter)
     encode(tokenizer)
     loaded = sources.load(base, adapter, dtype, fit, quantize=quantize, scan=scan)
-    if loaded.model.kind != "decoder":
-        raise PromptError(
-            "{loaded.model.family.stem} cannot generate text; give a decoder, such as a Llama"
-        )
+    check_generates(loaded.model)
     run = loaded.model.apply
     return Speaker(
         model=loaded.model,
@@ -149,6 +147,14 @@ def open_speaker(
         max_tokens=max_tokens,
         sampling=sampling,
     )
+
+
+def check_generates(model: Pretrained) -> None:
+    """Raise `PromptError` unless the model generates text."""
+    if model.kind != "decoder":
+        raise PromptError(
+            f"{model.family.stem} cannot generate text; give a decoder, such as a Llama"
+        )
 
 
 def special_ids(tokenizer: Tokenizer, stops: Sequence[str]) -> set[int]:

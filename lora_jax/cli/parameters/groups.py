@@ -9,9 +9,13 @@ from typer.core import TyperCommand
 
 #: The groups in the help's order. What has none of them is under the last one.
 MODEL, DATA, ADAPTER = "Model", "Data", "Adapter"
-OPTIMIZATION, EVALUATION, SAMPLING = "Optimization", "Evaluation", "Sampling"
+OPTIMIZATION, PREFERENCE = "Optimization", "Preference tuning"
+EVALUATION, SAMPLING = "Evaluation", "Sampling"
 OUTPUT, DEVICES, OTHERS = "Output", "Devices and memory", "Others"
-ORDER = (MODEL, DATA, ADAPTER, OPTIMIZATION, EVALUATION, SAMPLING, OUTPUT, DEVICES, OTHERS)
+ORDER = (
+    *(MODEL, DATA, ADAPTER, OPTIMIZATION, PREFERENCE),
+    *(EVALUATION, SAMPLING, OUTPUT, DEVICES, OTHERS),
+)
 
 _COLUMN = 30  # the widest first column of a list
 
@@ -19,8 +23,11 @@ _COLUMN = 30  # the widest first column of a list
 in_model, in_data, in_adapter = (
     partial(Option, rich_help_panel=group) for group in (MODEL, DATA, ADAPTER)
 )
-in_optimization, in_evaluation, in_sampling = (
-    partial(Option, rich_help_panel=group) for group in (OPTIMIZATION, EVALUATION, SAMPLING)
+in_optimization, in_preference = (
+    partial(Option, rich_help_panel=group) for group in (OPTIMIZATION, PREFERENCE)
+)
+in_evaluation, in_sampling = (
+    partial(Option, rich_help_panel=group) for group in (EVALUATION, SAMPLING)
 )
 in_output, in_devices = (partial(Option, rich_help_panel=group) for group in (OUTPUT, DEVICES))
 

@@ -14,7 +14,7 @@ from lora_jax.core.config import LoraConfig
 from lora_jax.core.errors import ConfigError, StructureError, grouped
 from lora_jax.core.paths import flatten_with_paths
 from lora_jax.core.slots import all_unpadded
-from lora_jax.core.tree import adapted_nodes, require_adapted
+from lora_jax.core.tree import adapted_nodes, require_adapted, unwrapped
 from lora_jax.core.weights import Adapted, TrainedLeaf, check_fits
 from lora_jax.files.disk import processes, safetensors_file
 from lora_jax.files.disk.atomic import Content, write_directory
@@ -50,7 +50,8 @@ def save(
 
     Args:
       path: the file, or the directory of a stack; existing files are replaced in one step.
-      adapters: an overlay, or a joined tree, which brings its own base; or a stack of either.
+      adapters: an overlay, or a joined tree, which brings its own base; or a stack of either; or a
+        model of `lora_jax.nnx` or `lora_jax.equinox`.
       metadata: custom JSON values, returned by `read_metadata`.
       base: the base of an overlay, to fingerprint. Without it the file records only the adapters.
       config: the configuration, to keep with the file; of a stack one for all, or one for each.
@@ -74,6 +75,7 @@ def save(
     >>> adapters["kernel"].a.shape
     (4, 1)
     """
+    adapters = unwrapped(adapters)
     nodes = require_adapted("save", adapters)
     _refuse_abstract(nodes)
     overlay = adapters

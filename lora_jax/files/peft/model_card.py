@@ -96,10 +96,10 @@ class ModelCard:
         yield from _code_block(_jax_use(config))
 
 
-def card_file(directory: Path, text: str) -> dict[str, bytes]:
-    """Return the card's file, or nothing where a card stands that lora_jax did not write so."""
+def may_replace_card(directory: Path) -> bool:
+    """Return whether a directory has no card, or one that lora_jax wrote and nobody changed."""
     there = read_directory(directory, [CARD]).get(CARD) if directory.is_dir() else None
-    return {CARD: text.encode()} if there is None or is_own(there) else {}
+    return there is None or is_own(there)
 
 
 def is_own(card: bytes) -> bool:

@@ -24,7 +24,7 @@ from lora_jax.files.peft.config_from_contents import (
     in_modules,
     wrong_targets,
 )
-from lora_jax.files.peft.model_card import ModelCard, card_file
+from lora_jax.files.peft.model_card import CARD, ModelCard, may_replace_card
 from lora_jax.files.stack_index import INDEX, named_adapters
 from lora_jax.files.torch_adapters.contents import Contents, TorchBase, module_of
 from lora_jax.files.torch_adapters.from_tree import check, collect, find_unloadable
@@ -149,9 +149,9 @@ def _write(directory: Path, made: Made, card: ModelCard | None) -> None:
         CONFIG: made.config.to_json().encode(),
         TENSORS: safetensors_file.encode(made.tensors, {"format": "pt"}),
     }
-    if card is not None:
+    if card is not None and may_replace_card(directory):
         parameters = sum(x.size for x in made.tensors.values())
-        files |= card_file(directory, card.text(made.config, parameters))
+        files[CARD] = card.text(made.config, parameters).encode()
     write_directory(directory, files)
 
 
@@ -176,7 +176,8 @@ def _files(
 ) -> Made:
     """Return the content of an adapter's files; the arguments are those of `save`."""
     contents, model = collect(adapters, naming, base)
-    contents, saved, problems = _add_saved_modules(contents, model)
+    task = task_type or getattr(config, "task_type", None)
+    contents, saved, problems = _add_saved_modules(contents, model, task)
     target = Target.of(contents, model, complete=complete)
     check([*problems, *_problems(contents, target), *(_fold_problems(contents) if fold else [])])
     if fold:
@@ -192,12 +193,17 @@ def _files(
     return Made(written, _tensors(contents, target))
 
 
+#: Modules that PEFT saves whole for a task, whether its configuration names them or not.
+_OF_TASK = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score")}
+
+
 def _add_saved_modules(
-    contents: Contents, model: TorchBase
+    contents: Contents, model: TorchBase, task: str | None
 ) -> tuple[Contents, list[str], list[str]]:
     """Choose the modules to save whole, and complete their tensors with those not trained.
 
-    PEFT saves every module whose name ends in a given name, and needs all of its tensors.
+    PEFT saves every module whose name ends in a given name, and needs all of its tensors. A head of
+    several layers, such as RoBERTa's, is one module.
 
     Returns:
       The completed contents, the names of the modules, and the problems.
@@ -207,6 +213,9 @@ def _add_saved_modules(
         parts = module.split(".")
         every |= {".".join(parts[:i]) for i in range(1, len(parts))}
     chosen = {module_of(name) for name in contents.whole if name.rpartition(".")[2] != "bias"}
+    chosen = {
+        next((x for x in _OF_TASK.get(task or "", ()) if m.startswith(f"{x}.")), m) for m in chosen
+    }
     problems = [f"{name}: is not in a module" for name in contents.whole if "." not in name]
     saved = sorted(module for module in every if any(module.endswith(m) for m in chosen if m))
     whole = dict(contents.whole)

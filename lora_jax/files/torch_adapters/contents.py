@@ -1,5 +1,6 @@
 """What an adapter file contributes to a base, by PyTorch's names and axes, in any format."""
 
+import copy
 import dataclasses
 from collections.abc import Mapping
 from typing import Any
@@ -53,6 +54,17 @@ class TorchBase:
         self.places = naming.places(shaped)
         self.index = index(self.places)
         self._suggested = 0
+
+    def within(self, module: str) -> "TorchBase":
+        """Return the base seen from within a module, whose name all others lose."""
+        found = copy.copy(self)
+        prefix = f"{module}."
+        found.index = {
+            name.removeprefix(prefix): where
+            for name, where in self.index.items()
+            if name.startswith(prefix)
+        }
+        return found
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Return the shape in PyTorch of a tensor in the index."""

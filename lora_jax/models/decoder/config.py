@@ -1,28 +1,42 @@
-"""Configuration of the decoders: Llama, Mistral, Qwen2 and SmolLM2."""
+"""Configuration of the decoders: one class for all families of `model_types.MODEL_TYPES`."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from functools import partial
 from typing import Any, ClassVar
 
-from lora_jax.core.checks import is_size, is_within
+from lora_jax.core.checks import is_integer, is_size, is_within
 from lora_jax.core.foreign import shown_value
+from lora_jax.models.decoder.model_types import FULL, MODEL_TYPES, SHARED, SLIDING
 from lora_jax.models.remat import policy_name
 from lora_jax.models.rope import Rope
 
-#: Defaults per model type, for what its config.json leaves out.
-MODEL_TYPES: dict[str, dict[str, Any]] = {
-    "llama": {},
-    "mistral": {"sliding_window": 4096, "max_position_embeddings": 131072},
-    "qwen2": {"attention_bias": True, "max_position_embeddings": 32768},
-}
 PARAM_DTYPES = ("float32", "bfloat16", "float16")
 EPSILONS = (1e-30, 1.0)  # of a norm: the smallest is above zero in float32 as well
+ACTIVATIONS = ("silu", "gelu_pytorch_tanh")
+#: Where a layer has norms: before attention and feed-forward network, before and after, or after.
+NORMS = ("pre", "both", "post")
+#: What the norms of queries and keys take the mean of: a head, or all heads together.
+QK_NORMS = ("none", "head", "width")
+_FACTORS = (1e-6, 1e6)  # the smallest and the largest of a multiplier or a cap
+
+
+@dataclass(frozen=True)
+class LayerKind:
+    """In what the layers of a model may differ.
+
+    Attributes:
+      window: how many tokens a token sees, itself included; None for all before it.
+      rope: how queries and keys are rotated, None for not at all.
+    """
+
+    window: int | None
+    rope: Rope | None
 
 
 @dataclass(frozen=True)
 class DecoderConfig:
-    """Configuration of a decoder, under the names in `config.json`.
+    """Configuration of a decoder, under the names in `config.json` where it has one.
 
     Attributes:
       num_key_value_heads: keys and values are shared by groups of query heads; by default each
@@ -31,6 +45,20 @@ class DecoderConfig:
       attention_bias, output_bias: whether the q, k and v projections, and the output projection,
         have a bias.
       sliding_window: how many tokens a token sees, itself included; None for all before it.
+      layer_types: "sliding_attention" or "full_attention" for each layer; empty where all have the
+        window.
+      local_rope: the rotation in layers with a window, `rope` by default.
+      unrotated_layers: the numbers of layers without a rotation.
+      norms: where a layer has norms, one of `NORMS`.
+      qk_norm: which norms queries and keys have, one of `QK_NORMS`.
+      unit_offset: whether norms multiply by one plus their parameter.
+      fused: whether q, k and v are one parameter, and gate and up another one.
+      attention_scale: of the scores of attention, by default 1 / √head_dim.
+      attention_cap, final_cap: the scores of attention and the logits x become cap · tanh(x / cap);
+        None for no cap.
+      embedding_multiplier, residual_multiplier: of the embedding, in its dtype, and of what each
+        attention and feed-forward network adds.
+      logits_scaling: logits are divided by it.
       scan: stack the layers' parameters and run the layers in one `lax.scan`.
       remat: which activations each layer recomputes in the backward pass instead of storing them:
         none (False), full (True), or sums (all but the results of products).
@@ -38,8 +66,8 @@ class DecoderConfig:
       param_dtype: dtype of the parameters that `init` creates.
 
     Raises `ValueError` at construction for a size below one, head counts that do not divide, an
-    odd head size, an activation other than `silu`, an unknown `remat`, or a dtype that is not in
-    `PARAM_DTYPES`.
+    odd number of rotated numbers, an activation that is not in `ACTIVATIONS`, an unknown `remat`, a
+    dtype that is not in `PARAM_DTYPES`, or types of another number of layers.
     """
 
     vocab_size: int
@@ -62,6 +90,19 @@ class DecoderConfig:
     remat: bool | str = False
     dtype: str = "float32"
     param_dtype: str = "float32"
+    layer_types: tuple[str, ...] = ()
+    local_rope: Rope | None = None
+    unrotated_layers: tuple[int, ...] = ()
+    norms: str = "pre"
+    qk_norm: str = "none"
+    unit_offset: bool = False
+    fused: bool = False
+    attention_scale: float | None = None
+    attention_cap: float | None = None
+    final_cap: float | None = None
+    embedding_multiplier: float = 1.0
+    residual_multiplier: float = 1.0
+    logits_scaling: float = 1.0
 
     REQUIRED: ClassVar = (
         *("vocab_size", "hidden_size", "intermediate_size"),
@@ -81,22 +122,17 @@ class DecoderConfig:
                 f"DecoderConfig: num_attention_heads {self.num_attention_heads} is not a multiple "
                 f"of num_key_value_heads {self.num_key_value_heads}"
             )
-        if self.head_dim % 2:
-            raise ValueError(f"DecoderConfig: rotations need an even head_dim, got {self.head_dim}")
         try:
             policy_name(self.remat)
         except ValueError as error:
             raise ValueError(f"DecoderConfig: {error}") from None
-        for name, allowed in (
-            ("hidden_act", ("silu",)),
-            ("dtype", PARAM_DTYPES),
-            ("param_dtype", PARAM_DTYPES),
-        ):
+        for name, allowed in _CHOICES.items():
             value = getattr(self, name)
             if not isinstance(value, str) or value not in allowed:
                 raise ValueError(
                     f"DecoderConfig.{name} {shown_value(value)} is not one of {list(allowed)}"
                 )
+        self._check_layers()
 
     def _check_types(self, but: str = "") -> None:
         for f in fields(self):
@@ -111,11 +147,13 @@ class DecoderConfig:
                 raise ValueError(
                     f"DecoderConfig.{f.name} must be true or false, got {shown_value(value)}"
                 )
-        if not is_within(self.rms_norm_eps, *EPSILONS):
-            raise ValueError(
-                f"DecoderConfig.rms_norm_eps must be a positive number up to 1, "
-                f"got {shown_value(self.rms_norm_eps)}"
-            )
+            limits = EPSILONS if f.name == "rms_norm_eps" else _FACTORS
+            is_number = f.type is float or (f.type == float | None and value is not None)
+            if is_number and not is_within(value, *limits):
+                raise ValueError(
+                    f"DecoderConfig.{f.name} must be a positive number up to {limits[1]:g}, "
+                    f"got {shown_value(value)}"
+                )
         window = self.sliding_window
         if window is not None and not is_size(window):
             raise ValueError(
@@ -123,9 +161,50 @@ class DecoderConfig:
                 f"got {shown_value(window)}"
             )
 
+    def _check_layers(self) -> None:
+        for rope in (self.rope, *([] if self.local_rope is None else [self.local_rope])):
+            rotated = rope.rotated(self.head_dim)
+            if rotated % 2 or not rotated:
+                part = "" if rotated == self.head_dim else f", of which {rotated} are rotated"
+                raise ValueError(
+                    f"DecoderConfig: rotations need an even head_dim, got {self.head_dim}{part}"
+                )
+            rope.frequencies(self.head_dim)  # refuses factors of another number of pairs
+        count, types = self.num_hidden_layers, self.layer_types
+        if types and len(types) != count:
+            raise ValueError(
+                f"DecoderConfig.layer_types has {len(types)} entries for {count} layers"
+            )
+        if unknown := [x for x in types if x not in (FULL, SLIDING)]:
+            raise ValueError(
+                f"DecoderConfig.layer_types: {shown_value(unknown[0])} is not one of "
+                f"{[FULL, SLIDING]}"
+            )
+        if SLIDING in types and self.sliding_window is None:
+            raise ValueError(
+                f"DecoderConfig.layer_types has {SLIDING}, so sliding_window must be a positive int"
+            )
+        if wrong := [i for i in self.unrotated_layers if not (is_integer(i) and 0 <= i < count)]:
+            raise ValueError(
+                f"DecoderConfig.unrotated_layers: {shown_value(wrong[0])} is not one of {count} "
+                "layers"
+            )
+
+    @property
+    def layer_kinds(self) -> tuple[LayerKind, ...]:
+        """The kind of each layer."""
+        default = FULL if self.sliding_window is None else SLIDING
+        found = []
+        for i, name in enumerate(self.layer_types or (default,) * self.num_hidden_layers):
+            is_local = name == SLIDING
+            rope = self.local_rope if is_local and self.local_rope else self.rope
+            window = self.sliding_window if is_local else None
+            found.append(LayerKind(window, None if i in self.unrotated_layers else rope))
+        return tuple(found)
+
     @classmethod
     def from_json(cls, settings: Mapping[str, Any], **extra_fields: Any) -> "DecoderConfig":
-        """Read a parsed `config.json` of Llama, Mistral or Qwen2.
+        """Read a parsed `config.json` of one of `MODEL_TYPES`.
 
         Args:
           settings: the parsed file.
@@ -134,8 +213,7 @@ class DecoderConfig:
 
         Raises:
           ValueError: the `model_type` is unknown, sizes are missing (all are listed), `Rope` or
-            `DecoderConfig` refuses a value, only some layers have a sliding window, or the weights
-            are quantized.
+            `DecoderConfig` refuses a value, or the weights are quantized.
         """
         model_type = settings.get("model_type", "llama")
         if not isinstance(model_type, str) or model_type not in MODEL_TYPES:
@@ -148,41 +226,62 @@ class DecoderConfig:
             )
         if missing := [name for name in cls.REQUIRED if settings.get(name) is None]:
             raise ValueError(f"config.json has no {', '.join(missing)}")
-        settings = MODEL_TYPES[model_type] | dict(settings)
-        # `rope` and ours are not keys of the file, and its `dtype` is that of the weights
-        own = {"rope", "scan", "remat", "dtype", "param_dtype", "output_bias", "sliding_window"}
-        known = {f.name for f in fields(cls)} - own
-        given = {name: settings[name] for name in known if settings.get(name) is not None}
-        return cls(
-            **given,
-            rope=Rope.from_json(settings),
-            output_bias=model_type == "llama" and given.get("attention_bias", False),
-            sliding_window=_window(settings, model_type),
-            **extra_fields,
-        )
+        row = MODEL_TYPES[model_type]
+        settings = {**row.defaults, **settings}
+        names = (*SHARED, *row.reads)
+        given = {name: settings[name] for name in names if settings.get(name) is not None}
+        given |= {**row.switches, **row.derived(settings)}
+        given |= _layers(settings, tuple(row.layer_types(settings)))
+        config = cls(**given, **_ropes(settings), **extra_fields)
+        if config.rope.partial != 1.0 and not row.partial:
+            raise ValueError(
+                f"partial_rotary_factor {shown_value(config.rope.partial)} is not supported for "
+                f"model_type {model_type}"
+            )
+        return config
 
 
-def _window(settings: Mapping[str, Any], model_type: str) -> int | None:
-    """Return the sliding window that all layers share, or None."""
+_CHOICES = {
+    "hidden_act": ACTIVATIONS,
+    "norms": NORMS,
+    "qk_norm": QK_NORMS,
+    "dtype": PARAM_DTYPES,
+    "param_dtype": PARAM_DTYPES,
+}
+
+
+def _layers(settings: Mapping[str, Any], types: tuple[str, ...]) -> dict[str, Any]:
+    """Return the fields about windows: no types where all layers are alike."""
     window = settings.get("sliding_window")
-    if model_type == "llama" or window is None:
-        return None
-    types = settings.get("layer_types")
-    if model_type == "qwen2" and not settings.get("use_sliding_window"):
-        kinds = {"full_attention"}
-    elif isinstance(types, list) and types:
-        if not all(isinstance(kind, str) for kind in types):
-            raise ValueError("config.json: layer_types must be a list of names")
-        kinds = set(types)
-    else:
-        first, layers = settings.get("max_window_layers", 28), settings["num_hidden_layers"]
-        if not isinstance(first, int) or not isinstance(layers, int):
-            raise ValueError("config.json: max_window_layers and num_hidden_layers must be ints")
-        first = first if model_type == "qwen2" else 0
-        kinds = {"full_attention"} if first > 0 else set()
-        kinds |= {"sliding_attention"} if first < layers else set()
-    if len(kinds) > 1:
-        raise ValueError(
-            "config.json: a sliding window in only some of the layers is not supported"
-        )
-    return window if "sliding_attention" in kinds else None
+    if window is None or SLIDING not in types:
+        return {"sliding_window": None}
+    if types == (SLIDING,) * settings["num_hidden_layers"]:
+        return {"sliding_window": window}
+    return {"sliding_window": window, "layer_types": types}
+
+
+def _ropes(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields about rotations: layers with a window may have another one."""
+    given = settings.get("rope_parameters") or settings.get("rope_scaling") or {}
+    by_type = isinstance(given, Mapping) and (FULL in given or SLIDING in given)
+    if not by_type and settings.get("rope_local_base_freq") is None:
+        return {"rope": _rope(settings)}
+    both = {FULL: given.get(FULL), SLIDING: given.get(SLIDING)} if by_type else {FULL: given}
+    local = {"rope_theta": settings.get("rope_local_base_freq", Rope.theta)}
+    return {
+        "rope": _rope({**settings, "rope_parameters": both.get(FULL)}),
+        "local_rope": _rope({**settings, **local, "rope_parameters": both.get(SLIDING)}),
+    }
+
+
+def _rope(settings: Mapping[str, Any]) -> Rope:
+    """Return a rotation; Phi-3's older files have other names for `longrope`."""
+    given = settings.get("rope_parameters") or settings.get("rope_scaling")
+    is_phi3 = settings.get("model_type") == "phi3"
+    if (
+        is_phi3
+        and isinstance(given, Mapping)
+        and given.get("rope_type", given.get("type")) in ("su", "yarn")
+    ):
+        given = {**given, "rope_type": "longrope"}
+    return Rope.from_json({**settings, "rope_parameters": given, "rope_scaling": None})

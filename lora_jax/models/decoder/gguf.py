@@ -164,17 +164,20 @@ def file_naming(torch: Naming, settings: Mapping[str, Any]) -> Naming:
         found = re.search("q_proj|k_proj", name)
         if settings["model_type"] == "llama" and found:
             entry = _interleave_heads(entry, sizes[found[0]])
-        names = tuple(map(_rename, entry.torch_names))
+        names = tuple(filter(None, map(_rename, entry.torch_names)))
+        if not names:
+            continue  # llama.cpp's model has no such layer
         rows.append(dataclasses.replace(entry, torch=names if len(names) > 1 else names[0]))
     return Naming(tuple(rows))
 
 
 def _rename(name: str) -> str:
+    """Return llama.cpp's name, "" if there is none."""
     layer = re.fullmatch(r"model\.layers\.(\{?\w+\}?)\.(.*)\.(\w+)", name)
     prefix, module, leaf = (
         (f"blk.{layer[1]}.", layer[2], layer[3]) if layer else ("", *name.rsplit(".", 1))
     )
-    return f"{prefix}{_MODULES[module]}.{leaf}"
+    return f"{prefix}{_MODULES[module]}.{leaf}" if module in _MODULES else ""
 
 
 def _interleave_heads(entry: Entry, heads: int) -> Entry:

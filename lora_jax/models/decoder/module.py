@@ -12,10 +12,10 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from lora_jax.models.cache import Cache
-from lora_jax.models.decoder.config import DecoderConfig
+from lora_jax.models.decoder.config import DecoderConfig, LayerKind
 from lora_jax.models.decoder.layer import DecoderLayer
-from lora_jax.models.decoder.parts import dense, norm
-from lora_jax.models.decoder.places import check_length, locate
+from lora_jax.models.decoder.parts import capped, dense, norm
+from lora_jax.models.decoder.places import check_length, kinds_of, locate
 from lora_jax.models.on_mesh import Embedding
 from lora_jax.models.remat import rematerialized
 
@@ -51,11 +51,11 @@ class Decoder(nn.Module):
                 layer,
                 variable_axes={"params": 0},
                 split_rngs={"params": True},
-                in_axes=(nn.broadcast, 0),
+                in_axes=(nn.broadcast, 0, 0),
                 length=c.num_hidden_layers,
-            )(c)
+            )(c, self._only_kind())
         else:
-            self.layer = [layer(c) for _ in range(c.num_hidden_layers)]
+            self.layer = [layer(c, kind) for kind in c.layer_kinds]
         self.norm = norm(c, None)
         if not c.tie_word_embeddings:
             self.head = dense(c, c.vocab_size, False, None)
@@ -116,9 +116,11 @@ class Decoder(nn.Module):
         c = self.config
         places, segments = locate(c, ids, segments, cache)
         x = self.embedding(ids)
+        if c.embedding_multiplier != 1.0:
+            x = x * jnp.asarray(c.embedding_multiplier, x.dtype)
         cached = None if cache is None else cache.layers
         if c.scan:
-            x, cached = self.layers(x, places, cached)
+            x, cached = self.layers(x, places, cached, self._kind_numbers())
         else:
             pairs = [None] * c.num_hidden_layers if cached is None else cached
             written = []
@@ -133,6 +135,27 @@ class Decoder(nn.Module):
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Apply the head to what `hidden` returns: `[..., width]` -> `[..., vocabulary]`."""
-        if self.config.tie_word_embeddings:
-            return self.embedding.attend(hidden)
-        return self.head(hidden)
+        tied = self.config.tie_word_embeddings
+        return self.finish(self.embedding.attend(hidden) if tied else self.head(hidden))
+
+    @nn.nowrap
+    def finish(self, products: jax.Array) -> jax.Array:
+        """Make logits of the products of hidden states and the head, which a family may cap."""
+        c = self.config
+        if c.logits_scaling != 1.0:
+            products = products / c.logits_scaling
+        return capped(products, c.final_cap)
+
+    @nn.nowrap
+    def _only_kind(self) -> LayerKind | None:
+        """Return the kind of all layers, None if they differ."""
+        kinds = kinds_of(self.config)
+        return kinds[0] if len(kinds) == 1 else None
+
+    @nn.nowrap
+    def _kind_numbers(self) -> jax.Array | None:
+        """Return the number of each layer's kind, `[layers]`, None if all are alike."""
+        kinds = kinds_of(self.config)
+        if len(kinds) == 1:
+            return None
+        return jnp.asarray([kinds.index(kind) for kind in self.config.layer_kinds], jnp.int32)

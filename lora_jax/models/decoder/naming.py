@@ -1,38 +1,58 @@
 """Which tensor of a Hugging Face file is which leaf of `Decoder`."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from lora_jax.files.naming import Entry, Naming
 from lora_jax.models.weights.linear_entries import linear_entries
 
+_LINEAR = {
+    "self_attn.q_proj": "attention/query",
+    "self_attn.k_proj": "attention/key",
+    "self_attn.v_proj": "attention/value",
+    "self_attn.qkv_proj": "attention/query_key_value",
+    "self_attn.o_proj": "attention/output",
+    "mlp.gate_proj": "mlp/gate",
+    "mlp.up_proj": "mlp/up",
+    "mlp.gate_up_proj": "mlp/gate_up",
+    "mlp.down_proj": "mlp/down",
+}
+_NORMS = {
+    "self_attn.q_norm": "attention/query_norm",
+    "self_attn.k_norm": "attention/key_norm",
+    "input_layernorm": "attention_norm",
+}
+#: With a norm before each part of a layer, and with one after it: the same name means another norm.
+_BEFORE = {"post_attention_layernorm": "mlp_norm"}
+_AFTER = {
+    "post_attention_layernorm": "attention_post_norm",
+    "pre_feedforward_layernorm": "mlp_norm",
+    "post_feedforward_layernorm": "mlp_post_norm",
+}
 
-def _decoder_layers(path: str, stacked: bool) -> Iterator[Entry]:
+
+def _decoder_layers(path: str, stacked: bool, norms: Mapping[str, str]) -> Iterator[Entry]:
     prefix = "model.layers.{n}"
-    for torch, ours in {
-        "self_attn.q_proj": "attention/query",
-        "self_attn.k_proj": "attention/key",
-        "self_attn.v_proj": "attention/value",
-        "self_attn.o_proj": "attention/output",
-        "mlp.gate_proj": "mlp/gate",
-        "mlp.up_proj": "mlp/up",
-        "mlp.down_proj": "mlp/down",
-    }.items():
+    for torch, ours in _LINEAR.items():
         yield from linear_entries(f"{prefix}.{torch}", f"{path}/{ours}", stacked)
     axes = "d -> n d" if stacked else ""
-    for torch, ours in {
-        "input_layernorm": "attention_norm",
-        "post_attention_layernorm": "mlp_norm",
-    }.items():
+    for torch, ours in {**_NORMS, **norms}.items():
         yield Entry(f"{prefix}.{torch}.weight", f"{path}/{ours}/scale", "", axes)
 
 
-#: Llama, Mistral and Qwen2, with stacked layers or not: a tree has leaves of only one sort.
-LLAMA = Naming(
-    (
-        Entry("model.embed_tokens.weight", "embedding/embedding", "embedding"),
-        *_decoder_layers("layer_{n}", stacked=False),
-        *_decoder_layers("layers", stacked=True),
-        Entry("model.norm.weight", "norm/scale"),
-        *linear_entries("lm_head", "head"),
+def _naming(norms: Mapping[str, str]) -> Naming:
+    """Return the names of all leaves, of layers stacked or not: a tree has only one sort."""
+    return Naming(
+        (
+            Entry("model.embed_tokens.weight", "embedding/embedding", "embedding"),
+            *_decoder_layers("layer_{n}", stacked=False, norms=norms),
+            *_decoder_layers("layers", stacked=True, norms=norms),
+            Entry("model.norm.weight", "norm/scale"),
+            *linear_entries("lm_head", "head"),
+        )
     )
-)
+
+
+#: Llama, Mistral, Qwen, Phi-3, SmolLM3, Granite and the first Gemma.
+LLAMA = _naming(_BEFORE)
+#: Gemma 2 and 3, and OLMo 2.
+POST_NORMS = _naming(_AFTER)

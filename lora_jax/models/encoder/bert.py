@@ -1,44 +1,41 @@
 """BERT (Devlin et al., 2018, https://arxiv.org/abs/1810.04805) as an ordinary Flax Linen encoder.
 
-`Bert` maps token ids to hidden states, `mean_pool` maps hidden states to one sentence embedding;
-`lora_jax.models.load` reads a published checkpoint.
+RoBERTa (https://arxiv.org/abs/1907.11692) and XLM-RoBERTa are the same but for where positions
+begin. `Bert` maps token ids to hidden states, `mean_pool` maps hidden states to one sentence
+embedding; `lora_jax.models.load` reads a published checkpoint.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import linen as nn
 
-from lora_jax.core.checks import is_size, is_within
+from lora_jax.core.checks import is_integer, is_size, is_within
 from lora_jax.core.foreign import shown_value
+from lora_jax.models.activations import ACTIVATIONS
 from lora_jax.models.attention import Sight, attend
 from lora_jax.models.decoder.config import EPSILONS
 from lora_jax.models.on_mesh import Embedding, dot_general
 
-
-def _gelu(x: jax.Array) -> jax.Array:
-    # `jax.nn.gelu(approximate=False)` uses erfc, which takes three times as long on CPU.
-    return 0.5 * x * (1 + jax.lax.erf(x * np.sqrt(0.5).astype(x.dtype)))
-
-
-ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
-    "gelu": _gelu,
-    "gelu_new": partial(jax.nn.gelu, approximate=True),
-    "relu": jax.nn.relu,
-}
+#: Values of `model_type` whose positions begin behind the padding token's id.
+ROBERTAS = ("roberta", "xlm-roberta")
 
 
 @dataclass(frozen=True)
 class BertConfig:
     """Sizes of a BERT encoder, under the names in `config.json`.
 
+    Attributes:
+      first_position: the row of the position embeddings that the first token of a text has:
+        RoBERTa's is the one behind the padding token's id.
+
     Raises `ValueError` at construction for a size below one, for a width that the number of heads
-    does not divide, or for an activation that is not in `ACTIVATIONS`.
+    does not divide, for an activation that is not in `ACTIVATIONS`, or for a first position beyond
+    the table.
     """
 
     vocab_size: int
@@ -50,11 +47,12 @@ class BertConfig:
     type_vocab_size: int = 2
     layer_norm_eps: float = 1e-12
     hidden_act: str = "gelu"
+    first_position: int = 0
 
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
-            if field.type is int and not is_size(value):
+            if field.type is int and field.name != "first_position" and not is_size(value):
                 raise ValueError(
                     f"BertConfig.{field.name} must be a positive int, got {shown_value(value)}"
                 )
@@ -73,6 +71,16 @@ class BertConfig:
                 f"BertConfig.hidden_act {shown_value(self.hidden_act)} is not one of "
                 f"{sorted(ACTIVATIONS)}"
             )
+        if not is_integer(self.first_position) or self.longest < 1 or self.first_position < 0:
+            raise ValueError(
+                "BertConfig.first_position must be an int from 0 to below max_position_embeddings "
+                f"{self.max_position_embeddings}, got {shown_value(self.first_position)}"
+            )
+
+    @property
+    def longest(self) -> int:
+        """The number of tokens for which there are positions."""
+        return self.max_position_embeddings - self.first_position
 
     @classmethod
     def from_json(cls, settings: Mapping[str, Any]) -> "BertConfig":
@@ -84,14 +92,23 @@ class BertConfig:
         position = settings.get("position_embedding_type", "absolute")
         if position != "absolute":
             raise ValueError(f"position_embedding_type {shown_value(position)} is not supported")
-        known = {f.name: settings[f.name] for f in fields(cls) if f.name in settings}
+        names = {f.name for f in fields(cls)} - {"first_position"}
+        known = {name: settings[name] for name in names if name in settings}
+        if settings.get("model_type") in ROBERTAS:
+            padding = settings.get("pad_token_id", 1)
+            if not is_integer(padding):
+                raise ValueError(
+                    f"pad_token_id must be an int, got {shown_value(padding)}: the positions of "
+                    "RoBERTa's tokens begin behind it"
+                )
+            known["first_position"] = padding + 1
         try:
             return cls(**known)
         except TypeError as error:
             raise ValueError(f"config.json is not a BERT configuration: {error}") from error
 
 
-def _positions(segments: jax.Array) -> jax.Array:
+def positions_of(segments: jax.Array) -> jax.Array:
     """Return the position of each token in its own segment: `[..., length]` -> the same shape."""
     index = jnp.broadcast_to(jnp.arange(segments.shape[-1]), segments.shape)
     # Signed, since `segments` may be a boolean mask, which has no -1 to start from.
@@ -121,7 +138,7 @@ class Embeddings(nn.Module):
         c = self.config
         word = Embedding(c.vocab_size, c.hidden_size, name="word")(ids)
         position = Embedding(c.max_position_embeddings, c.hidden_size, name="position")(
-            _positions(segments)
+            positions_of(segments) + c.first_position
         )
         kind = Embedding(c.type_vocab_size, c.hidden_size, name="type")(types)
         return nn.LayerNorm(epsilon=c.layer_norm_eps, name="norm")(word + position + kind)
@@ -195,10 +212,11 @@ class Bert(nn.Module):
           ValueError: the rows are longer than the number of position embeddings.
         """
         c = self.config
-        if ids.shape[1] > c.max_position_embeddings:
+        if ids.shape[1] > c.longest:
+            but = f" but {c.first_position}" if c.first_position else ""
             raise ValueError(
                 f"length {ids.shape[1]} is above max_position_embeddings "
-                f"{c.max_position_embeddings}"
+                f"{c.max_position_embeddings}{but}"
             )
         types = jnp.zeros_like(ids) if types is None else types
         x = Embeddings(c, name="embeddings")(ids, segments, types)

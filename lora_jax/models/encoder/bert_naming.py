@@ -41,12 +41,13 @@ BERT = _bert_naming("weight", "bias")
 _OLD_BERT = _bert_naming("gamma", "beta")
 
 
-def naming(names: Collection[str] = ()) -> Naming:
+def naming(names: Collection[str] = (), prefix: str = "bert.") -> Naming:
     """Return BERT's naming.
 
     Args:
-      names: the tensor names in a file, if there is one: they may have the prefix "bert.", or the
-        old names of norms.
+      names: the tensor names in a file, if there is one: they may have the prefix, or the old
+        names of norms.
+      prefix: of the names in the file of a model with a head.
     """
     table = _OLD_BERT if any(name.endswith("LayerNorm.gamma") for name in names) else BERT
-    return table.with_prefix("bert.") if any(n.startswith("bert.") for n in names) else table
+    return table.with_prefix(prefix) if any(n.startswith(prefix) for n in names) else table

@@ -17,8 +17,8 @@ from lora_jax.models.text import content_form, tokenizer_files
 from lora_jax.models.text.chat_template import Span
 from lora_jax.models.text.library_errors import library_errors
 from lora_jax.models.text.surroundings import beginning, without_repeats, without_trimming
+from lora_jax.models.text.text_stream import TextStream
 
-_UNFINISHED = "\N{REPLACEMENT CHARACTER}"  # what part of a character decodes to
 _CANNOT_ENCODE = "the tokenizer cannot encode this text"
 #: Text before a text that keeps a tokenizer from adding a space at its start, tried in this order.
 _ANCHORS = ("", "\n", "a", ".", "0")
@@ -185,17 +185,9 @@ class Tokenizer:
 
         The pieces joined are `decode` of all ids.
         """
-        window: list[int] = []  # ids whose text is not complete yet, after one whose text is
-        shown = ""
-        for i in ids:
-            window.append(i)
-            text = self.decode(window, special)
-            if len(text) > len(shown) and not text.endswith(_UNFINISHED):
-                yield text[len(shown) :]
-                # one id stays as context: some decoders drop a space at the start
-                window, shown = window[-1:], self.decode(window[-1:], special)
-        rest = self.decode(window, special)[len(shown) :]
-        if rest:
+        text = TextStream(lambda window: self.decode(window, special))
+        yield from filter(None, map(text.push, ids))
+        if rest := text.end():
             yield rest
 
     def chat(

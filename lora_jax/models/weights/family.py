@@ -1,16 +1,25 @@
 """What loading, saving and classifying must know of the models of one `model_type`."""
 
+import dataclasses
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import jax
+import jax.numpy as jnp
 from flax import linen as nn
 
 from lora_jax.files.naming import Naming
-from lora_jax.models.classifier import Pooling
+from lora_jax.models.classifier import Activation, Pooling
+from lora_jax.models.remat import NONE, policy_name
 
-#: What a model computes: hidden states of a text, or logits of the token after each token.
-Kind = Literal["encoder", "decoder"]
+#: What a model computes: hidden states of a text, logits of the token after each token, features
+#: or classes of an image, or logits of the tokens of a text that is spoken.
+Kind = Literal["encoder", "decoder", "vision", "speech"]
+
+
+def _nothing(settings: Mapping[str, Any]) -> Mapping[str, Any]:
+    return {}
 
 
 @dataclass(frozen=True)
@@ -23,6 +32,12 @@ class ClassifierHead:
       prefix: before the model's own tensor names.
       pooler: the module of the layer before the head, "" where there is none.
       bias: whether the head has a bias.
+      activation: behind the pooler, as in `Classifier`.
+      pooler_bias: whether the pooler has a bias.
+      norm: the module of a norm behind that, "" where there is none.
+      norm_bias: whether that has a bias.
+      epsilon: of the norm.
+      options: which of these a parsed config.json decides.
     """
 
     pooling: Pooling
@@ -30,6 +45,16 @@ class ClassifierHead:
     prefix: str = ""
     pooler: str = ""
     bias: bool = False
+    activation: Activation = "tanh"
+    pooler_bias: bool = True
+    norm: str = ""
+    norm_bias: bool = False
+    epsilon: float = 1e-5
+    options: Callable[[Mapping[str, Any]], Mapping[str, Any]] = _nothing
+
+    def of(self, settings: Mapping[str, Any]) -> "ClassifierHead":
+        """Return the head of a model with a parsed config.json."""
+        return dataclasses.replace(self, **self.options(settings))
 
 
 @dataclass(frozen=True)
@@ -39,6 +64,21 @@ class Options:
     dtype: str = "float32"
     scan: bool = False
     remat: bool | str = False
+
+
+def refuse_scan_and_remat(settings: Mapping[str, Any], options: Options) -> None:
+    """Refuse what only decoders can.
+
+    Raises:
+      ValueError: layers should be stacked or recompute.
+    """
+    if options.scan or policy_name(options.remat) != NONE:
+        raise ValueError(f"scan and remat are not supported for {settings['model_type']} models")
+
+
+def _tokens(module: nn.Module) -> tuple[Any, ...]:
+    ids = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+    return ids, ids
 
 
 @dataclass(frozen=True)
@@ -52,10 +92,15 @@ class Family:
       module: makes the Flax module of a parsed config.json; `ValueError` for what it cannot be.
       naming: Hugging Face's names of the leaves, given the tensor names of a file, if there is one.
       embedding: the path of the token embedding, by parts.
-      sizes: the keys of config.json that are an axis of some tensor, or a part of one.
+      sizes: the keys of config.json that are an axis of some tensor, or a part of one; "a.b" is
+        key b in object a.
       classifier: None where classifiers are not supported.
       kept: regexes of tensors that are not parameters of the model, but kept and saved with it.
       dropped: regexes of tensors that follow from the rest.
+      inputs: of a module, whose arguments it creates parameters from: their shapes and dtypes.
+      layers: the keys of config.json that are a number of layers; "a.b" is key b in object a.
+      in_files: the names of the leaves in the files of models, where they differ from those of the
+        modules, which adapters have; None where they are the same.
     """
 
     kind: Kind
@@ -68,6 +113,9 @@ class Family:
     classifier: ClassifierHead | None = None
     kept: tuple[str, ...] = ()
     dropped: tuple[str, ...] = ()
+    inputs: Callable[[nn.Module], tuple[Any, ...]] = _tokens
+    layers: tuple[str, ...] = ("num_hidden_layers",)
+    in_files: Callable[[Collection[str]], Naming] | None = None
 
     @property
     def architecture(self) -> str:

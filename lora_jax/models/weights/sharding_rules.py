@@ -22,6 +22,7 @@ from lora_jax.core.sharding.quantized import field_shardings
 
 _OPENS = PartitionSpec("fsdp", "tensor")  # kernels are [in, out]
 _CLOSES = PartitionSpec("tensor", "fsdp")
+_WHOLE_OUTPUTS = PartitionSpec(("fsdp", "tensor"), None)
 _BIAS = PartitionSpec("tensor")  # of a layer whose outputs are split
 
 #: The end of a parameter's path, a module, or a regex for the whole path -> the axes of a mesh. The
@@ -36,12 +37,20 @@ RULES: dict[str, PartitionSpec] = {
     "query/bias": _BIAS,
     "key/bias": _BIAS,
     "value/bias": _BIAS,
+    # several linear layers in one, along its second axis
+    "qkv/kernel": PartitionSpec("fsdp", None, "tensor"),
+    "qkv/bias": PartitionSpec(None, "tensor"),
+    "mlp/input/kernel": PartitionSpec("fsdp", None, "tensor"),
+    "mlp/input/bias": PartitionSpec(None, "tensor"),
     # feed-forward of Llama
     "gate/kernel": _OPENS,
     "up/kernel": _OPENS,
     "down/kernel": _CLOSES,
     "gate/bias": _BIAS,
     "up/bias": _BIAS,
+    # Phi-3's q, k and v in one, and gate and up: a cut through the outputs would mix them
+    "query_key_value/kernel": _WHOLE_OUTPUTS,
+    "gate_up/kernel": _WHOLE_OUTPUTS,
     # feed-forward of BERT, which is closed by "output"
     "intermediate/kernel": _OPENS,
     "intermediate/bias": _BIAS,
@@ -60,6 +69,8 @@ _HEADS = {
     "key/bias": (-1, "num_key_value_heads"),
     "value/kernel": (-1, "num_key_value_heads"),
     "value/bias": (-1, "num_key_value_heads"),
+    "qkv/kernel": (-1, "num_attention_heads"),
+    "qkv/bias": (-1, "num_attention_heads"),
     "attention/output/kernel": (-2, "num_attention_heads"),
 }
 

@@ -18,11 +18,16 @@ _ROLES = {
 _SAYS_SOMETHING = ("tool_calls", "reasoning_content", "reasoning", "thinking")
 
 
-def read_messages(name: str, value: Any) -> list[dict[str, Any]]:
+def read_messages(name: str, value: Any, *, may_only_ask: bool = False) -> list[dict[str, Any]]:
     """Return the messages of a conversation as chat templates take them.
 
     ShareGPT's `from` and `value` become `role` and `content`. The content is a string or a list of
     text parts; an assistant that calls tools needs none. Keys that are null are left out.
+
+    Args:
+      name: of the value, for messages.
+      value: a list of messages, or JSON of one.
+      may_only_ask: whether the assistant may say nothing, as in a prompt.
 
     Raises:
       ValueError: what is wrong, in a few words.
@@ -35,7 +40,7 @@ def read_messages(name: str, value: Any) -> list[dict[str, Any]]:
     if not isinstance(value, list) or not value:
         raise ValueError(f"{name} is {'an empty list' if value == [] else 'not a list'}")
     messages = [_message(f"{name}[{i}]", message) for i, message in enumerate(value)]
-    if all(message["role"] != ASSISTANT for message in messages):
+    if not may_only_ask and all(message["role"] != ASSISTANT for message in messages):
         raise ValueError(f"{name} contains no assistant turn to train on")
     return messages
 

@@ -2,12 +2,15 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from lora_jax.core.checks import is_integer
 from lora_jax.core.foreign import shown
+from lora_jax.training.rows.choices import read_choice
 from lora_jax.training.rows.conversations import read_messages, read_tools
 from lora_jax.training.rows.json_values import describe, json_type
+from lora_jax.training.rows.preferences import SIDES, read_preference
 
 # kind -> the keys of its rows
 KEYS = {
@@ -15,11 +18,14 @@ KEYS = {
     "completion": ("prompt", "completion"),
     "chat": ("messages",),
     "label": ("text", "label"),
+    "preference": SIDES,
+    "choice": ("prompt", "choices", "answer"),
 }
 FORMS = (
     '{"text": …}, {"prompt": …, "completion": …}, {"messages": [{"role": …, "content": …}]} or '
-    '{"text": …, "label": …}, ShareGPT\'s {"conversations": [{"from": …, "value": …}]} or '
-    'Alpaca\'s {"instruction": …, "input": …, "output": …}'
+    '{"text": …, "label": …}, {"prompt": …, "chosen": …, "rejected": …}, ShareGPT\'s '
+    '{"conversations": [{"from": …, "value": …}]} or Alpaca\'s {"instruction": …, "input": …, '
+    '"output": …}'
 )
 #: Alpaca's prompt, for models without a chat template, with an input and without.
 _ALPACA = (
@@ -42,18 +48,20 @@ class _Form:
     more: tuple[str, ...] = ()  # that it may have
 
 
-def read_row(row: Any) -> tuple[str, Values, list[str]]:
+def read_row(row: Any, prefer: str | None = None) -> tuple[str, Values, list[str]]:
     """Return the kind of a row, its values, and the keys that are ignored.
 
     Args:
       row: a JSON value, or a row of a table, where null stands for a missing key.
+      prefer: the kind of a row whose keys are those of several.
 
     Raises:
       ValueError: what is wrong with the row, in a few words.
     """
     if not isinstance(row, dict):
         raise ValueError(f"a JSON {json_type(row)}, not an object")
-    form = _form_of(set(row)) or _form_of({key for key in row if row[key] is not None})
+    there = {key for key in row if row[key] is not None}
+    form = _preferred(prefer, there) or form_of(row)
     if form is None:
         keys = f"the keys {', '.join(shown(repr(key)) for key in row)}" if row else "no keys"
         raise ValueError(f"has {keys}; a row must be {FORMS}")
@@ -62,6 +70,16 @@ def read_row(row: Any) -> tuple[str, Values, list[str]]:
         return form.kind, form.read(row), [key for key in row if key not in known]
     except RecursionError:
         raise ValueError("nested too deeply") from None
+
+
+def form_of(row: Mapping[str, Any]) -> _Form | None:
+    """Return the form of a row by its keys, those that are not null at least; None if unknown."""
+    return _form_of(set(row)) or _form_of({key for key in row if row[key] is not None})
+
+
+def _preferred(kind: str | None, present: set[str]) -> _Form | None:
+    fits = lambda form: form.kind == kind and present.issuperset(form.keys)
+    return next(filter(fits, _FORMS), None)
 
 
 def _form_of(present: set[str]) -> _Form | None:
@@ -82,6 +100,10 @@ def _text(row: Mapping[str, Any], key: str, empty: bool = False) -> str:
     if problem := describe(key, value):
         raise ValueError(problem)
     return value
+
+
+def _answer(row: Mapping[str, Any], prompt: str) -> Values:
+    return {"prompt": _text(row, prompt, empty=True), "completion": _text(row, "answer")}
 
 
 def _label(row: Mapping[str, Any]) -> str | int:
@@ -134,7 +156,22 @@ _FORMS = (
     _Form("chat", KEYS["chat"], lambda row: _chat(row, "messages"), _CHAT_MORE),
     _Form("chat", ("conversations",), lambda row: _chat(row, "conversations"), _CHAT_MORE),
     _Form("chat", ("conversation",), lambda row: _chat(row, "conversation"), _CHAT_MORE),
+    *(
+        _Form("choice", (name, "choices", "answer"), partial(read_choice, prompt=name))
+        for name in ("prompt", "question")
+    ),
+    *(
+        _Form("completion", (name, "answer"), partial(_answer, prompt=name))
+        for name in ("prompt", "question")
+    ),
+    # last: such data may have a text or messages for other training
+    _Form("preference", KEYS["preference"], read_preference, ("prompt", *_CHAT_MORE)),
 )
 #: Keys that tell what a row is.
 KNOWN = frozenset(key for form in _FORMS for key in form.keys)
-_LENIENT = {"conversation", "instruction", "output"}  # names of other things in other forms
+#: Keys that a row may have beside those.
+OPTIONAL = frozenset(key for form in _FORMS for key in form.more) - KNOWN
+_LENIENT = {  # names of other things in other forms
+    *("conversation", "instruction", "output", "question", "choices", "answer"),
+    *SIDES,
+}

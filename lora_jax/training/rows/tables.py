@@ -9,8 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from lora_jax.core.foreign import shown
 from lora_jax.training.errors import DataError
+from lora_jax.training.rows.arrow import errors_of_pyarrow
 
 _DELIMITERS = (",", ";", "\t")
 
@@ -23,7 +23,7 @@ def delimiter(text: str, known: Collection[str]) -> str:
 
 
 def read_csv(
-    source: str, text: str, known: Collection[str], first: int = 1
+    source: str, text: str, known: Collection[str], first: int = 1, label: str = "label"
 ) -> Iterator[dict[str, Any]]:
     """Yield the rows of a comma-separated file by its header; a label in digits is a number.
 
@@ -32,6 +32,7 @@ def read_csv(
       text: its content. Semicolons or tabs between columns are recognized by the header.
       known: names of columns, some of which the header should have.
       first: the number of the first row, for messages.
+      label: the name of the column whose digits are numbers.
 
     Raises:
       DataError: a row has more or fewer columns than the header.
@@ -47,15 +48,14 @@ def read_csv(
                     f"{source}, row {number}: has {len(fields)} columns, but the header has "
                     f"{len(header)}; put text that contains {mark!r} into quotes"
                 )
-            yield {
-                key.strip(): _value(key.strip(), x) for key, x in zip(header, fields, strict=True)
-            }
+            named = zip((key.strip() for key in header), fields, strict=True)
+            yield {key: _value(x) if key == label else x for key, x in named}
     except csv.Error as error:
         raise DataError(f"{source}, line {reader.line_num}: {error}") from None
 
 
-def _value(key: str, text: str) -> str | int:
-    return int(text) if key == "label" and re.fullmatch(r"[+-]?[0-9]{1,18}", text) else text
+def _value(text: str) -> str | int:
+    return int(text) if re.fullmatch(r"[+-]?[0-9]{1,18}", text) else text
 
 
 def read_parquet(path: Path) -> Iterator[dict[str, Any]]:
@@ -76,17 +76,8 @@ def open_parquet(path: Path) -> Iterator[Any]:
     Raises:
       DataError: the file cannot be read, or the package pyarrow is missing.
     """
-    try:
-        import pyarrow
+    with errors_of_pyarrow(path, "Parquet"):
         from pyarrow import parquet
-    except ImportError:
-        raise DataError(
-            f"{path}: reading Parquet needs the package pyarrow; pip install 'lora-jax[parquet]', "
-            "or convert the file to .jsonl"
-        ) from None
-    try:
+
         with parquet.ParquetFile(path) as file:
             yield file
-    except (pyarrow.ArrowException, OSError, ValueError) as error:
-        said = shown(" ".join(str(error).split()))
-        raise DataError(f"{path}: cannot be read as Parquet: {said}") from None

@@ -17,6 +17,9 @@ from typing import Any
 
 from lora_jax.training.dataset import KNOWN, STREAM, Row, Rows, collect, decode, read_rows
 from lora_jax.training.errors import DataError
+from lora_jax.training.rows.arrow import read_slice, table
+from lora_jax.training.rows.compressed import suffixes
+from lora_jax.training.rows.fields import UNCHANGED, Fields
 from lora_jax.training.rows.tables import delimiter, open_parquet, read_csv
 
 _LINES, _TABLES = (".jsonl", ".ndjson"), (".csv", ".tsv")
@@ -30,7 +33,7 @@ class Piece:
 
     Attributes:
       path: the file.
-      start, stop: its bytes; of a Parquet file, rows of the row group.
+      start, stop: its bytes; of a Parquet file, rows of the row group; of an Arrow file, rows.
       size: bytes, of a Parquet file estimated.
       first: the number of the first row, counted from 1; None if it has to be counted.
       header: bytes of a comma-separated file's header.
@@ -46,7 +49,9 @@ class Piece:
     group: int = 0
 
 
-def divide(files: Sequence[Path], size: int, encoding: str = "utf-8") -> tuple[Piece, ...]:
+def divide(
+    files: Sequence[Path], size: int, encoding: str = "utf-8", fields: Fields = UNCHANGED
+) -> tuple[Piece, ...]:
     """Divide files into pieces of about `size` bytes, each of whole rows.
 
     Raises:
@@ -55,17 +60,23 @@ def divide(files: Sequence[Path], size: int, encoding: str = "utf-8") -> tuple[P
     if "\n".encode(encoding) != b"\n":
         raise DataError(f"files in {encoding} cannot be streamed; convert them to utf-8")
     try:
-        return tuple(piece for file in files for piece in _divide(file, size, encoding))
+        return tuple(piece for file in files for piece in _divide(file, size, encoding, fields))
     except OSError as error:
         raise DataError(f"cannot read {error.filename}: {error.strerror}") from None
 
 
-def _divide(path: Path, size: int, encoding: str) -> Iterator[Piece]:
-    kind, whole = path.suffix.lower(), path.stat().st_size
+def _divide(path: Path, size: int, encoding: str, fields: Fields) -> Iterator[Piece]:
+    (kind, compression), whole = suffixes(path), path.stat().st_size
+    if compression:
+        raise DataError(
+            f"{path}: a compressed file cannot be streamed; decompress it, or add --no-stream"
+        )
     if kind == ".parquet":
         yield from _of_parquet(path, size)
+    elif kind == ".arrow":
+        yield from _of_arrow(path, size)
     elif kind in _TABLES:
-        yield from _of_table(path, size)
+        yield from _of_table(path, size, fields)
     elif kind in (*_LINES, ".txt"):
         cuts = [0, *_line_ends(path, size, whole), whole]
         for start, stop in itertools.pairwise(cuts):
@@ -91,7 +102,7 @@ def _line_ends(path: Path, size: int, whole: int) -> Iterator[int]:
                 yield end
 
 
-def _of_table(path: Path, size: int) -> Iterator[Piece]:
+def _of_table(path: Path, size: int, fields: Fields) -> Iterator[Piece]:
     with path.open("rb") as file:
         read = 0
 
@@ -102,7 +113,8 @@ def _of_table(path: Path, size: int) -> Iterator[Piece]:
                     read += len(line)
                     yield line
 
-        mark = delimiter(file.read(_BLOCK).removeprefix(BOM_UTF8).decode("latin-1"), KNOWN)
+        head = file.read(_BLOCK).removeprefix(BOM_UTF8).decode("latin-1")
+        mark = delimiter(head, KNOWN | fields.names)
         file.seek(0)
         csv.field_size_limit(2**31 - 1)
         reader = csv.reader(lines(), delimiter=mark)
@@ -136,13 +148,24 @@ def _of_parquet(path: Path, size: int) -> Iterator[Piece]:
         first += rows
 
 
-def read_piece(piece: Piece, encoding: str, first: int | None = None) -> Rows | None:
+def _of_arrow(path: Path, size: int) -> Iterator[Piece]:
+    found = table(path)
+    rows, whole = found.num_rows, found.nbytes
+    parts = min(rows, max(1, round(whole / size)))
+    for start, stop in itertools.pairwise(rows * i // max(parts, 1) for i in range(parts + 1)):
+        yield Piece(path, start, stop, whole * (stop - start) // rows, start + 1)
+
+
+def read_piece(
+    piece: Piece, encoding: str, first: int | None = None, fields: Fields = UNCHANGED
+) -> Rows | None:
     """Return the rows of a piece, or None if all its lines are blank.
 
     Args:
       piece: from `divide`.
       encoding: text encoding of the file.
       first: the number of the first row, if the piece does not have it.
+      fields: columns that stand for the keys of rows.
 
     Raises:
       DataError: as `dataset.read_rows`, with numbers that begin at `first` or else at 1.
@@ -151,20 +174,24 @@ def read_piece(piece: Piece, encoding: str, first: int | None = None) -> Rows | 
     first = piece.first or first or 1
     if kind == ".parquet":
         values = _row_group(path, piece.group).slice(piece.start, piece.stop - piece.start)
-        return collect(str(path), "row", enumerate(values.to_pylist(), start=first))
+        return collect(str(path), "row", enumerate(values.to_pylist(), start=first), fields)
+    if kind == ".arrow":
+        found = read_slice(path, piece.start, piece.stop)
+        return collect(str(path), "row", enumerate(found, start=first), fields)
     if kind == ".json":
-        return read_rows(path, encoding)
+        return read_rows(path, encoding, fields)
     text = decode(path, _bytes(path, piece.start, piece.stop), encoding, piece.start, first)
     if kind in _TABLES:
         header = decode(path, _bytes(path, 0, piece.header), encoding)
-        found = read_csv(str(path), header + text, KNOWN, first)
-        return collect(str(path), "row", enumerate(found, start=first))
+        known, label = KNOWN | fields.names, fields.column("label")
+        lines = read_csv(str(path), header + text, known, first, label)
+        return collect(str(path), "row", enumerate(lines, start=first), fields)
     if not text.strip():
         return None
     if kind == ".txt":
         return Rows(str(path), STREAM, (Row(first, {"text": text}),))
     numbered = enumerate(text.split("\n"), start=first)
-    return collect(str(path), "line", ((n, line) for n, line in numbered if line.strip()))
+    return collect(str(path), "line", ((n, line) for n, line in numbered if line.strip()), fields)
 
 
 def _bytes(path: Path, start: int, stop: int) -> bytes:

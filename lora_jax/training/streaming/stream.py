@@ -27,6 +27,8 @@ import numpy as np
 from lora_jax.training.batching import Batch, Data
 from lora_jax.training.dataset import Row, Rows
 from lora_jax.training.errors import DataError
+from lora_jax.training.mixing.visits import in_turn, items
+from lora_jax.training.rows.fields import UNCHANGED, Fields
 from lora_jax.training.streaming.counts import Counts, Key
 from lora_jax.training.streaming.pieces import Piece, first_number, read_piece
 
@@ -54,6 +56,8 @@ class Reader:
       encoding: text encoding of the files.
       held_out: fraction of the rows to leave out of training.
       seed: for which rows those are.
+      fields: columns that stand for the keys of rows.
+      sources: how many pieces each file has, and its weight; () for a weight of 1 everywhere.
     """
 
     pieces: tuple[Piece, ...]
@@ -62,6 +66,17 @@ class Reader:
     encoding: str = "utf-8"
     held_out: float = 0.0
     seed: int = 0
+    fields: Fields = UNCHANGED
+    sources: tuple[tuple[int, float], ...] = ()
+
+    @property
+    def weights(self) -> list[float]:
+        """The weight of each piece."""
+        return [w for n, w in self.sources for _ in range(n)] or [1.0] * len(self.pieces)
+
+    def order(self, seed: int | None, epoch: int) -> list[int]:
+        """Return the pieces that an epoch visits, in their order."""
+        return _order(self.sources or ((len(self.pieces), 1.0),), seed, epoch)
 
     def read(self, pieces: Iterable[int], held_out: bool = False) -> Data | None:
         """Return the packed rows of some pieces, or None if no text of theirs can be trained on.
@@ -87,7 +102,7 @@ class Reader:
         return self._encode_from(piece, index, held_out, first_number(piece))  # with line numbers
 
     def _encode_from(self, piece: Piece, index: int, held_out: bool, first: int | None) -> Any:
-        rows = read_piece(piece, self.encoding, first)
+        rows = read_piece(piece, self.encoding, first, self.fields)
         if rows is not None and rows.kind != self.kind:
             raise DataError(
                 f"{rows.source}, {rows.places[0]}: is a {rows.kind} row, but {self.pieces[0].path} "
@@ -100,7 +115,7 @@ class Reader:
     def kind(self) -> str:
         """What all rows are: the kind of the first one."""
         for piece in self.pieces:
-            rows = read_piece(piece, self.encoding)
+            rows = read_piece(piece, self.encoding, fields=self.fields)
             if rows is not None:
                 return rows.kind
         raise DataError("the files of the data are empty")
@@ -171,7 +186,8 @@ class Stream:
         """Estimate in how many batches all rows are visited once, by some pieces of them."""
         pieces, samples = self.reader.pieces, self._samples()
         read = sum(pieces[i].size for i in _spread(len(pieces)))
-        whole = sum(piece.size for piece in pieces)
+        weighted = zip(pieces, self.reader.weights, strict=True)
+        whole = sum(piece.size * weight for piece, weight in weighted)
         return max(1, round(sum(map(len, samples)) * whole / max(read, 1) / size))
 
     def checksum(self) -> str:
@@ -179,6 +195,8 @@ class Stream:
         digest = hashlib.sha256(b"stream")
         for piece in self.reader.pieces:
             digest.update(f"{piece.start} {piece.stop} {piece.group}".encode())
+        if self.reader.sources:
+            digest.update(str(self.reader.sources).encode())
         for data in self._samples():
             digest.update(data.checksum().encode())
         return digest.hexdigest()
@@ -225,7 +243,7 @@ class _Lane:
     def windows(self) -> Iterator[Window]:
         """Yield the windows of all epochs."""
         for epoch in itertools.count():
-            mine = _order(len(self.reader.pieces), self.seed, epoch)[self.number :: self.lanes]
+            mine = self.reader.order(self.seed, epoch)[self.number :: self.lanes]
             for number, start in enumerate(range(0, len(mine), WINDOW)):
                 yield Window((self.number, epoch, number), tuple(mine[start : start + WINDOW]))
 
@@ -269,11 +287,17 @@ class _Lane:
 
 
 @lru_cache(maxsize=4)
-def _order(count: int, seed: int | None, epoch: int) -> list[int]:
-    """Return the order of the pieces in an epoch."""
+def _order(sources: tuple[tuple[int, float], ...], seed: int | None, epoch: int) -> list[int]:
+    """Return the pieces of an epoch in their order, those of all sources mixed."""
+    found, first = [], 0
+    for number, (count, weight) in enumerate(sources):
+        places = in_turn(count, weight, epoch)
+        found.append(first + items(places, count, None if weight == 1 else seed, number))
+        first += count
+    visited = np.concatenate(found)
     if seed is None:
-        return list(range(count))
-    return np.random.default_rng([seed, epoch]).permutation(count).tolist()
+        return visited.tolist()
+    return visited[np.random.default_rng([seed, epoch]).permutation(len(visited))].tolist()
 
 
 def held_out_rows(reader: Reader, limit: int) -> Data:

@@ -227,7 +227,7 @@ class _Running:
         factors = {own: float(job.schedule(own - 1)) for _, own in occupied.values()}
         for slot, (run, own) in occupied.items():
             values = {key: float(x[slot]) for key, x in measured.items()}
-            tokens += round(values["weight"])
+            tokens += round(values.get("tokens", values["weight"]))
             names = self._names(step, run, own)
             if what_is_not_finite(values):
                 records.append({**names, "diverged": True})

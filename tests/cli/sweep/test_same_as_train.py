@@ -45,6 +45,20 @@ CASES = {
         "--targets q_proj,embed_tokens --train norm --remat full --scan --schedule constant",
     ),
     "codes": ("--ranks 2,4 --lrs 1e-2", "rank2-lr0.01", "--rank 2 --lr 1e-2", "--quantize nf4"),
+    "lion": ("--ranks 2,4 --lrs 1e-3", "rank2-lr1e-3", "--rank 2 --lr 1e-3", "--optimizer lion"),
+    "muon": (
+        "--lrs 1e-2,1e-3 --weight-decays 0,0.5",
+        "rank8-lr0.01-decay0.5",
+        "--lr 1e-2 --weight-decay 0.5",
+        "--optimizer muon --lora-plus 2 --last-layers 1",
+    ),
+    "adafactor": ("--lrs 1e-2,1e-3", "rank8-lr0.01", "--lr 1e-2", "--optimizer adafactor"),
+    "lora-rite": (
+        "--ranks 2,4 --lrs 1e-3",
+        "rank2-lr1e-3",
+        "--rank 2 --lr 1e-3",
+        "--optimizer lora-rite",
+    ),
     "halving": (
         "--ranks 2,4,8 --lrs 1e-2,1e-3 --slots 2 --halving --eta 2",
         "rank8-lr0.01",

@@ -24,6 +24,12 @@ def jsonl(path, kind, count=6):
             ]
         },
         "label": lambda i: {"text": f"good {i}" if i % 2 else f"bad {i}", "label": i % 2},
+        "preference": lambda i: {
+            "prompt": f"{i} + 1 =",
+            "chosen": f" {i + 1}",
+            "rejected": f" {i + 2}, or more",
+        },
+        "choice": lambda i: {"prompt": f"{i} + 1 =", "choices": ["no", str(i + 1)], "answer": 1},
     }
     assert made.keys() == KEYS.keys()
     path.write_text("".join(json.dumps(made[kind](i)) + "\n" for i in range(count)))

@@ -10,6 +10,7 @@ from lora_jax.cli.jobs.training import choose_remat
 from lora_jax.cli.jobs.training.model import TrainableModel, open_model, with_remat
 from lora_jax.cli.train_options import TrainOptions
 from lora_jax.models.encoder.bert import Bert, BertConfig
+from lora_jax.models.families import FAMILIES
 from lora_jax.training.errors import TrainingError
 from lora_jax.training.running import step_memory
 from tests.training import tiny_model
@@ -49,8 +50,12 @@ def test_the_first_that_fits(model, monkeypatch, given, policy, line):
 
 
 def test_an_encoder_cannot(model):
-    config = BertConfig(9, 4, 1, 2, 4)
-    encoder: TrainableModel = dataclasses.replace(model, module=Bert(config))
+    encoder: TrainableModel = dataclasses.replace(
+        model,
+        module=Bert(BertConfig(9, 4, 1, 2, 4)),
+        family=FAMILIES["bert"],
+        settings={"model_type": "bert"},
+    )
     assert with_remat(encoder, "none") is encoder
     with pytest.raises(TrainingError, match="--remat full: is not supported for bert models"):
         with_remat(encoder, "full")

@@ -155,7 +155,7 @@ def settings(**changes):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_type": "gemma2"}, r"model_type 'gemma2' is not one of \['llama', 'mistral'"),
+        ({"model_type": "t5"}, r"model_type 't5' is not one of \['gemma', 'gemma2'"),
         ({"num_key_value_heads": 3}, "4 is not a multiple of num_key_value_heads 3"),
         ({"head_dim": 7}, "need an even head_dim, got 7"),
         ({"hidden_size": 0}, "hidden_size must be a positive int, got 0"),
@@ -166,21 +166,35 @@ def settings(**changes):
         ({"rope_parameters": {"rope_type": ["yarn"]}}, "rope_type .* is not supported"),
         ({"num_attention_heads": 0}, "num_attention_heads must be a positive int"),
         ({"vocab_size": "left out", "hidden_size": None}, "has no vocab_size, hidden_size"),
-        ({"hidden_act": "gelu"}, r"hidden_act 'gelu' is not one of \['silu'\]"),
+        ({"hidden_act": "gelu"}, r"hidden_act 'gelu' is not one of \['silu', 'gelu_py"),
         ({"attention_bias": 1}, "attention_bias must be true or false, got 1"),
         ({"rms_norm_eps": -1.0}, "rms_norm_eps must be a positive number"),
         ({"quantization_config": {"bits": 4}}, "a quantization_config"),
-        ({"rope_parameters": {"rope_type": "yarn"}}, "rope_type 'yarn' is not supported"),
+        ({"rope_parameters": {"rope_type": "ntk"}}, "rope_type 'ntk' is not supported"),
+        ({"rope_parameters": {"rope_type": "yarn"}}, "rope_type 'yarn' needs factor"),
+        (
+            {"rope_parameters": {"rope_type": "longrope", "short_factor": [1.0], "long_factor": 2}},
+            "rope: long_factor must be a list of positive numbers",
+        ),
+        (
+            {"model_type": "phi3"}
+            | {"rope_parameters": {"rope_type": "su", "short_factor": [1], "long_factor": [1]}},
+            "rope: short_factor has 1 numbers, but 4 pairs of a head are rotated",
+        ),
         ({"rope_parameters": {"rope_type": "linear"}}, "rope_type 'linear' needs factor"),
         ({"rope_parameters": [2.0]}, "rope_scaling must be a mapping"),
         ({"rope_parameters": {"rope_type": "linear", "factor": "2"}}, "factor must be a positive"),
-        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5 is not supported"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5 is not supported for"),
+        ({"partial_rotary_factor": 0.6, "model_type": "phi3", "head_dim": 5}, "of which 3 are"),
         ({"model_type": "mistral", "sliding_window": 0}, "sliding_window must be a positive int"),
-        (
-            {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 4}
-            | {"max_window_layers": 1},
-            "in only some of the layers is not supported",
-        ),
+        ({"model_type": "gemma2", "layer_types": ["sliding_attention"]}, "has 1 entries for 2"),
+        ({"model_type": "gemma2", "layer_types": ["local"]}, "layer_types has 'local', which is"),
+        ({"model_type": "gemma2", "sliding_window_pattern": 0}, "sliding_window_pattern must be"),
+        ({"model_type": "gemma2", "final_logit_softcapping": -1}, "final_cap must be a positive"),
+        ({"model_type": "gemma2", "query_pre_attn_scalar": "1"}, "query_pre_attn_scalar must be"),
+        ({"model_type": "gemma", "use_bidirectional_attention": True}, "use_bidirectional_att"),
+        ({"model_type": "smollm3", "no_rope_layers": [1]}, "no_rope_layers must be a list"),
+        ({"model_type": "granite", "logits_scaling": "8"}, "logits_scaling must be a positive"),
     ],
 )
 def test_configurations_that_are_refused(changes, message):
@@ -199,7 +213,10 @@ def test_configurations_of_older_files():
     assert DecoderConfig.from_json(settings(sliding_window=7)).sliding_window is None
     windows = {"model_type": "qwen2", "sliding_window": 4, "max_window_layers": 0}
     assert DecoderConfig.from_json(settings(**windows)).sliding_window is None
-    assert DecoderConfig.from_json(settings(**windows, use_sliding_window=True)).sliding_window == 4
+    windows["use_sliding_window"] = True
+    assert DecoderConfig.from_json(settings(**windows)).sliding_window == 4
+    some = DecoderConfig.from_json(settings(**windows | {"max_window_layers": 1}))
+    assert [kind.window for kind in some.layer_kinds] == [None, 4]
 
 
 def test_too_many_tokens():

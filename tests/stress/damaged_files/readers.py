@@ -61,6 +61,7 @@ READERS: dict[str, Turns] = {
         for kind in runs.ROWS
         for suffix in runs.SUFFIXES
         if suffix != ".csv" or kind in ("text", "completion", "label", "Alpaca")
+        if not (streamed and suffix in runs.COMPRESSED)
     ],
     "naming": [("naming", runs.naming)],
 }

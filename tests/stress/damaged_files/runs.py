@@ -96,7 +96,8 @@ ROWS: dict[str, dict[str, Any]] = {
     "ShareGPT": {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]},
     "Alpaca": {"instruction": "a", "input": "b", "output": "c", "system": "d"},
 }
-SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
+COMPRESSED = (".jsonl.gz", ".jsonl.zst")  # which cannot be streamed
+SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".arrow", *COMPRESSED)
 
 
 def data(kind: str, suffix: str, streamed: bool) -> Subject:
@@ -107,13 +108,24 @@ def data(kind: str, suffix: str, streamed: bool) -> Subject:
 
         table = Table.from_pylist([{k: json.dumps(x) for k, x in row.items()} for row in rows])
         files = files_of(lambda folder: parquet.write_table(table, folder / "rows.parquet"))
+    elif suffix == ".arrow":
+        from pyarrow import BufferOutputStream, RecordBatch, ipc
+
+        sink, table = (
+            BufferOutputStream(),
+            RecordBatch.from_pylist([{k: json.dumps(x) for k, x in row.items()} for row in rows]),
+        )
+        with ipc.new_stream(sink, table.schema) as writer:
+            writer.write_batch(table)
+        files = {"rows.arrow": sink.getvalue().to_pybytes()}
     elif suffix == ".csv":
         lines = [",".join(ROWS[kind]), *(",".join(map(str, row.values())) for row in rows)]
         files = {"rows.csv": "\n".join(lines).encode()}
     elif suffix == ".json":
         files = {"rows.json": json.dumps(rows).encode()}
     else:
-        files = {"rows.jsonl": b"".join(json.dumps(row).encode() + b"\n" for row in rows)}
+        lines = b"".join(json.dumps(row).encode() + b"\n" for row in rows)
+        files = {f"rows{suffix}": _compressed(lines, suffix)}
     (name,) = files
 
     def load(folder: Path) -> Any:
@@ -123,6 +135,14 @@ def data(kind: str, suffix: str, streamed: bool) -> Subject:
         return [read_piece(piece, "utf-8") for piece in pieces]
 
     return Subject(files, load, lambda *_: ("loads", ""))
+
+
+def _compressed(data: bytes, suffix: str) -> bytes:
+    import pyarrow
+
+    codecs = {".gz": "gzip", ".zst": "zstd"}
+    codec = next((name for end, name in codecs.items() if suffix.endswith(end)), None)
+    return data if codec is None else pyarrow.compress(data, codec=codec, asbytes=True)
 
 
 def naming() -> Subject:

@@ -19,10 +19,11 @@ def published(
     Raises:
       OutputError: its head reads the mean over a text's tokens.
     """
-    if loaded.pooling != published_classifier.head_of_family(loaded.model.family).pooling:
+    model = loaded.model
+    if loaded.pooling != published_classifier.head_of_family(model.family, model.settings).pooling:
         raise OutputError(
             f"{adapter}: its head reads the mean over a text's tokens, which no classifier of "
             "transformers does; use it with 'lora-jax predict', or train with --pooling model"
         )
     pad_id = sources.pad_id_of(base, adapter)
-    return published_classifier.published(loaded.model, params, loaded.labels, pad_id)
+    return published_classifier.published(model, params, loaded.labels, pad_id)

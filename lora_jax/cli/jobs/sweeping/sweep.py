@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import optax
 from rich.console import Console
 
 import lora_jax as lora
@@ -13,6 +14,7 @@ from lora_jax.cli.jobs.sweeping.watch import Watch
 from lora_jax.cli.jobs.training import choose_remat
 from lora_jax.cli.jobs.training.data import Task, read_task
 from lora_jax.cli.jobs.training.model import TrainableModel, with_remat
+from lora_jax.cli.jobs.training.reference import add_reference
 from lora_jax.cli.jobs.training.results import Results
 from lora_jax.cli.jobs.training.start import Start, config_of
 from lora_jax.cli.jobs.training.stream import describe_rows
@@ -31,6 +33,7 @@ from lora_jax.core.foreign import escaped
 from lora_jax.training import run_record
 from lora_jax.training.chunked_loss import CHUNK
 from lora_jax.training.loop import Settings as LoopSettings
+from lora_jax.training.optimizers.kinds import ADAMW, KINDS
 from lora_jax.training.running.step_memory import bytes_of
 from lora_jax.training.step import Loss, make_gradients
 from lora_jax.training.sweeping.comparison import results as results_of
@@ -76,6 +79,8 @@ def main(options: SweepOptions, grid: Sequence[Settings], command: str) -> None:
     next(iter(results.writers.values())).check(job.sweep.adapters(job.sweep.init())[0])
     run_record.begin(options.out, this, resumed)
     say(_describe(options, job, task, steps))
+    data = add_reference(options, model, task, Start(task.params, config), say)
+    job = dataclasses.replace(job, **data)
     watch = Watch(results, steps, job.course().total, command, console)
     with watch:  # to the end: a second signal may come while the pictures are drawn
         with watch.progress():
@@ -119,6 +124,7 @@ def _job(
             lora.lora(_mean(loss)),
             *(task.params, runs, config, example),
             slots=slots,
+            optimizer=_optimizer(options),
             schedule=schedule,
             batch_axes=None if is_shared else 0,
             gradients=make_gradients(loss, options.accumulate),
@@ -131,6 +137,18 @@ def _job(
         )
 
     return job(choose_remat.choose(options, model, lambda remat: _needed(job(remat)), say))
+
+
+def _optimizer(options: SweepOptions) -> Callable[..., Any]:
+    """Return what makes the optimizer of a slot of its numbers, which are arrays."""
+    kind = KINDS[options.optimizer]
+    if options.optimizer == ADAMW:
+        return optax.adamw
+
+    def make(learning_rate: Any, params: Any, weight_decay: Any) -> optax.GradientTransformation:
+        return kind.transformation(learning_rate, weight_decay, params)
+
+    return make
 
 
 def _needed(job: SweepJob) -> int:

@@ -5,7 +5,6 @@ from collections.abc import Callable
 from lora_jax.cli.jobs.training.model import TrainableModel
 from lora_jax.cli.train_options import TrainOptions
 from lora_jax.files.disk import processes
-from lora_jax.models.encoder.bert import Bert
 from lora_jax.models.remat import NONE, POLICIES
 from lora_jax.training.running.step_memory import available_bytes
 
@@ -34,7 +33,7 @@ def choose(
     """
     if options.remat != AUTO:
         return options.remat
-    policies = [NONE] if isinstance(model.module, Bert) else [*POLICIES]
+    policies = [NONE] if model.family.kind == "encoder" else [*POLICIES]
     room = available_bytes() if options.memory is None else int(options.memory * 1e9)
     least = min(map(float, processes.tell_all(repr(room))))
     for name in policies:

@@ -8,15 +8,24 @@ from typing import Any
 import numpy as np
 
 from lora_jax.cli.classifiers import LABELS, POOLING
+from lora_jax.cli.jobs.training import preference
+from lora_jax.cli.jobs.training.files import held_out_files, training_files
 from lora_jax.cli.jobs.training.model import TrainableModel
+from lora_jax.cli.jobs.training.parts import Parts, join, split
 from lora_jax.cli.jobs.training.stream import open_stream
-from lora_jax.cli.train_options import CLASSIFICATION, MEAN, TrainOptions
-from lora_jax.models.published_classifier import head_of_family
+from lora_jax.cli.train_options import (
+    CAUSAL_LM,
+    CLASSIFICATION,
+    MEAN,
+    PREFERENCES,
+    TrainOptions,
+)
+from lora_jax.models.published_classifier import head_of_family, new_pooler
 from lora_jax.training.batching import (
     Data,
     Source,
+    cut_stream,
     cut_streams,
-    hold_out,
     pack_examples,
     pack_labelled,
 )
@@ -28,15 +37,15 @@ from lora_jax.training.classification import (
     Classifier,
     classes,
     encode_labelled,
-    new_layer,
     with_head,
 )
-from lora_jax.training.dataset import STREAM, Row, Rows, read_rows
+from lora_jax.training.dataset import STREAM, Rows, read_rows
 from lora_jax.training.errors import DataError, TrainingError
 from lora_jax.training.loss import class_sums
-from lora_jax.training.packing import Assign, assign, assign_in_order
+from lora_jax.training.mixing.mixture import mix
+from lora_jax.training.preference.pairs import KIND
+from lora_jax.training.rows.fields import Fields
 from lora_jax.training.step import Loss
-from lora_jax.training.streaming.files import find_files
 from lora_jax.training.tokenize import encode_examples, encode_stream
 
 SLOTS = 16  # maximum texts per row of a classifier
@@ -67,8 +76,12 @@ def read_task(options: TrainOptions, model: TrainableModel) -> Task:
     """
     if options.stream:
         return _streamed(options, model)
-    files = [read_rows(path, options.encoding) for path in find_files(options.data)]
-    others = [read_rows(path, options.encoding) for path in find_files(options.held_out or ())]
+    prefer = KIND if options.task in PREFERENCES else None
+    fields = Fields.parse(options.field or ())
+    read = partial(read_rows, encoding=options.encoding, fields=fields, prefer=prefer)
+    paths, weights = training_files(options)
+    files = [read(path) for path in paths]
+    others = [read(path) for path in held_out_files(options)]
     kinds = {rows.kind: rows.source for rows in [*files, *others]}
     if len(kinds) > 1:
         named = ", ".join(f"{source} contains {kind} rows" for kind, source in kinds.items())
@@ -76,16 +89,20 @@ def read_task(options: TrainOptions, model: TrainableModel) -> Task:
     ignored = sorted({key for rows in [*files, *others] for key in rows.ignored})
     notes = (f"ignored keys: {', '.join(ignored)}",) if ignored else ()
     if options.task == CLASSIFICATION:
-        task = _classification(options, model, files, others)
+        task = _classification(options, model, split(options, files, weights, others))
+    elif options.task in PREFERENCES:
+        task = _preferences(options, model, split(options, files, weights, others))
     else:
         apply = _decoder(options, model)
-        make = _streams if files[0].kind == STREAM else _examples
-        data, held_out, more = make(options, model, files, others)
+        if files[0].kind == STREAM:
+            data, held_out, more = _streams(options, model, files, weights, others)
+        else:
+            data, held_out, more = _examples(options, model, split(options, files, weights, others))
         loss = partial(language_loss, packed=is_packed(data, held_out))
         task = Task(apply, model.params, loss, data, held_out, more)
     held_out = task.held_out
-    if held_out is not None and options.eval_rows:
-        held_out = held_out.first(options.eval_rows)
+    if held_out is not None and options.most_eval_rows:
+        held_out = held_out.first(options.most_eval_rows)
     return dataclasses.replace(task, held_out=held_out, notes=(*notes, *task.notes))
 
 
@@ -100,7 +117,7 @@ def _decoder(options: TrainOptions, model: TrainableModel) -> Apply:
 
 def _streamed(options: TrainOptions, model: TrainableModel) -> Task:
     """Return a task whose data is read while it is trained on."""
-    if options.task == CLASSIFICATION:
+    if options.task != CAUSAL_LM:
         raise TrainingError("--stream is for --task causal-lm; leave it out")
     apply = _decoder(options, model)
     data, held_out, notes = open_stream(options, model)
@@ -123,7 +140,7 @@ def language_loss(
     hidden = model.hidden if packed else lambda params, ids, segments: model.hidden(params, ids)
     if model.head_path in adapted:
         return language_sums_of_trained_head(hidden, model.logits, chunk)
-    return language_sums_of_frozen_head(hidden, model.head, chunk)
+    return language_sums_of_frozen_head(hidden, model.head, chunk, model.finish)
 
 
 def is_packed(*parts: Data | None) -> bool:
@@ -133,7 +150,11 @@ def is_packed(*parts: Data | None) -> bool:
 
 
 def _streams(
-    options: TrainOptions, model: TrainableModel, files: Sequence[Rows], others: Sequence[Rows]
+    options: TrainOptions,
+    model: TrainableModel,
+    files: Sequence[Rows],
+    weights: Sequence[float],
+    others: Sequence[Rows],
 ) -> tuple[Data, Data | None, tuple[str, ...]]:
     """Encode texts as streams of tokens; hold out a fraction at the end of each."""
     encode = partial(encode_stream, tokenizer=model.tokenizer, vocabulary=model.vocabulary)
@@ -149,73 +170,59 @@ def _streams(
                 "choose another fraction, or give a file with --eval"
             )
     judged = cut_streams(held_out, options.length) if held_out else None
-    return cut_streams(trained, options.length), judged, ()
+    if all(weight == 1 for weight in weights):
+        return cut_streams(trained, options.length), judged, ()
+    return mix([cut_stream(ids, options.length) for ids in trained], weights), judged, ()
 
 
 def _examples(
-    options: TrainOptions, model: TrainableModel, files: Sequence[Rows], others: Sequence[Rows]
+    options: TrainOptions, model: TrainableModel, rows: Parts
 ) -> tuple[Data, Data | None, tuple[str, ...]]:
     """Pack rows of text, prompts and completions, or conversations."""
-    trained, held_out = _split(options, files, others)
     longest = options.length + 1  # the last token is not read, only predicted
-    encode = partial(encode_examples, vocabulary=model.vocabulary, stops=model.stops)
-    parts = [encode(rows, model.tokenizer, longest) for rows in (trained, held_out) if rows]
+    encode = partial(
+        encode_examples,
+        vocabulary=model.vocabulary,
+        stops=model.stops,
+        mask_prompts=options.mask_prompt,
+    )
+    parts = [encode(part, model.tokenizer, longest) for part in rows.every]
     packed = [
         pack_examples(part.examples, options.length, by)
-        for part, by in zip(parts, _packings(options), strict=False)
+        for part, by in zip(parts, rows.packings, strict=True)
     ]
     notes = tuple(dict.fromkeys(note for part in parts for note in part.notes))
-    return packed[0], packed[1] if held_out else None, notes
+    return *rows.join(packed), notes
 
 
-def _packings(options: TrainOptions) -> tuple[Assign, Assign]:
-    """Return how to pack training and held-out rows; the latter never depend on the order."""
-    return assign if options.shuffle else assign_in_order, assign
+def _preferences(options: TrainOptions, model: TrainableModel, rows: Parts) -> Task:
+    """Pack pairs of a chosen and a rejected completion."""
+    apply = _decoder(options, model)
+    packed, notes = preference.pack_preferences(options, model, rows.every, rows.packings)
+    packs = preference.is_packed(*packed)
+    loss = partial(preference.preference_loss, options=options, packed=packs)
+    return Task(apply, model.params, loss, *rows.join(packed), notes)
 
 
-def _split(
-    options: TrainOptions, files: Sequence[Rows], others: Sequence[Rows]
-) -> tuple[Rows, Rows | None]:
-    """Return the rows to train on and those held out, of files of one kind."""
-    trained, held_out = _join(files), _join(others) if others else None
-    if not options.eval_split:
-        return trained, held_out
-    try:
-        parts = hold_out(len(trained), options.eval_split, options.seed)
-    except ValueError as error:
-        raise DataError(f"--eval-split: {error}; choose another fraction") from None
-    one, other = (tuple(trained.rows[i] for i in part) for part in parts)
-    return dataclasses.replace(trained, rows=one), dataclasses.replace(trained, rows=other)
-
-
-def _join(files: Sequence[Rows]) -> Rows:
-    rows: tuple[Row, ...] = tuple(row for file in files for row in file.rows)
-    return Rows(", ".join(file.source for file in files), files[0].kind, rows)
-
-
-def _classification(
-    options: TrainOptions, model: TrainableModel, files: Sequence[Rows], others: Sequence[Rows]
-) -> Task:
+def _classification(options: TrainOptions, model: TrainableModel, rows: Parts) -> Task:
     """Put a fully trained head on the hidden state that transformers takes, or on their mean."""
-    trained, held_out = _split(options, files, others)
-    known = classes(trained)
+    known = classes(join(rows.trained))
     parts = [
-        encode_labelled(rows, model.tokenizer, known, options.length, vocabulary=model.vocabulary)
-        for rows in (trained, held_out)
-        if rows
+        encode_labelled(part, model.tokenizer, known, options.length, vocabulary=model.vocabulary)
+        for part in rows.every
     ]
     slots = min(SLOTS, options.length)
+
     packed = [
         pack_labelled(part.texts, part.labels.tolist(), options.length, slots, by)
-        for part, by in zip(parts, _packings(options), strict=False)
+        for part, by in zip(parts, rows.packings, strict=True)
     ]
     apply, params, whole = _with_head(options, model, len(known), slots)
     return Task(
         apply,
         params,
         lambda model, *_: class_sums(dataclasses.replace(apply, hidden=model.hidden)),
-        packed[0],
-        packed[1] if held_out else None,
+        *rows.join(packed),
         tuple(note for part in parts for note in part.notes),
         prefix="encoder/",
         whole=whole,
@@ -233,9 +240,10 @@ def _with_head(
     if options.pooling == MEAN:
         apply, params = make()
         return apply, params, ("head/kernel", "head/bias")
-    family = head_of_family(model.family)
-    is_new = bool(family.pooler) and model.pooler is None
-    pooler = new_layer(options.seed + 1, model.width, model.width) if is_new else model.pooler
-    apply, params = make(pooling=family.pooling, pooler=pooler, bias=family.bias)
+    head = head_of_family(model.family, model.settings)
+    is_new = bool(head.pooler) and model.pooler is None
+    pooler = new_pooler(head, model.width, options.seed + 1) if is_new else model.pooler
+    apply, params = make(pooling=head.pooling, pooler=pooler, bias=head.bias)
+    apply = dataclasses.replace(apply, activation=head.activation, epsilon=head.epsilon)
     trained = ("head", "pooler") if is_new else ("head",)
     return apply, params, tuple(f"{module}/{leaf}" for module in trained for leaf in params[module])

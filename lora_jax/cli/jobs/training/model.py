@@ -2,7 +2,7 @@
 
 import dataclasses
 import datetime
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,10 +14,8 @@ from lora_jax.cli.jobs.training.on_mesh import place
 from lora_jax.cli.jobs.training.vocabulary import Vocabulary
 from lora_jax.files import kinds
 from lora_jax.files.naming import Naming
-from lora_jax.models import hf_directory, published_classifier
+from lora_jax.models import published_classifier
 from lora_jax.models.decoder.config import DecoderConfig
-from lora_jax.models.decoder.module import Decoder
-from lora_jax.models.encoder.bert import Bert
 from lora_jax.models.pretrained import Apply, Pretrained
 from lora_jax.models.remat import NONE
 from lora_jax.models.text import Tokenizer
@@ -34,15 +32,17 @@ class TrainableModel:
     params: Any
     naming: Naming
     tokenizer: Tokenizer
-    apply: Callable[[Any, Any, Any], Any] | None  # (params, ids, segments) -> logits; None for BERT
+    apply: Callable[[Any, Any, Any], Any] | None  # (params, ids, segments) -> logits; of decoders
     hidden: Callable[..., Any]  # (params, ids, segments or None) -> [rows, length, width]
     logits: Callable[[Any, Any], Any]  # (params, hidden states) -> [..., vocabulary]
-    module: Bert | Decoder  # which these are functions of
+    finish: Callable[[Any], Any]  # states @ head -> logits
+    module: Any  # which these are functions of
     head_path: str  # of the leaf that turns hidden states into logits; "" where there is none
     head: Callable[[Any], Any]  # params -> that leaf as [width, vocabulary]
     family: Family
+    settings: Mapping[str, Any]  # the content of its config.json
     config: Any  # of `Pretrained`
-    pooler: Any  # BERT's layer before a classifier's head, if the file has it
+    pooler: Any  # the layer before a classifier's head, if the file has it
     width: int
     longest: int  # tokens per row
     vocabulary: int  # number of tokens that it has embeddings for
@@ -81,16 +81,13 @@ def open_model(
       LoraError, OSError: the model does not exist or cannot be read.
     """
     found = sources.find_model(name, say)
+    is_encoder = sources.require_kind(found, "encoder", "decoder") == "encoder"
     say(f"loading {name}")
     tokenizer = dataclasses.replace(sources.tokenizer_of(found, adapter), now=now)
-    is_bert = (
-        found.kind == kinds.CHECKPOINT
-        and hf_directory.read_config(found.path).get("model_type") == "bert"
-    )
     vocabulary.extend(tokenizer)
     stops = sources.stop_ids(found, tokenizer)
     is_changed = bool(vocabulary.tokens) or vocabulary.untie  # on the host, and placed then
-    scan = scan and not is_bert
+    scan = scan and not is_encoder
     where = None if is_changed else mesh
     loaded = sources.load_model(found, dtype, scan=scan, mesh=where, quantize=quantize)
     loaded = place(vocabulary.apply(loaded, tokenizer), mesh)
@@ -109,23 +106,24 @@ def to_trainable(
     found: Pretrained, tokenizer: Tokenizer, stops: frozenset[int] = frozenset()
 ) -> TrainableModel:
     """Return a loaded model as training sees it; `stops` end what it generates."""
-    is_bert = found.kind == "encoder"
+    is_encoder = found.kind == "encoder"
     tied = isinstance(found.config, DecoderConfig) and found.config.tie_word_embeddings
-    untied = "" if is_bert else "head/kernel"
+    untied = "" if is_encoder else "head/kernel"
     return TrainableModel(
         params=found.params,
         naming=found.naming,
         tokenizer=tokenizer,
-        **_functions(found.module),
+        **_functions(found.module, is_encoder),
         head_path="embedding/embedding" if tied else untied,
         head=lambda params: (
             params["embedding"]["embedding"].T if tied else params["head"]["kernel"]
         ),
         family=found.family,
+        settings=found.settings,
         config=found.config,
         pooler=published_classifier.pooler_of(found),
         width=found.config.hidden_size,
-        longest=found.config.max_position_embeddings,
+        longest=found.longest,
         vocabulary=found.config.vocab_size,
         stops=stops,
     )
@@ -137,20 +135,22 @@ def with_remat(model: TrainableModel, remat: str) -> TrainableModel:
     Raises:
       TrainingError: its layers cannot.
     """
-    if isinstance(model.module, Bert):
+    if model.family.kind == "encoder":
         if remat == NONE:
             return model
-        raise TrainingError(f"--remat {remat}: is not supported for bert models; leave it out")
+        name = model.settings["model_type"]
+        raise TrainingError(f"--remat {remat}: is not supported for {name} models; leave it out")
     config = dataclasses.replace(model.module.config, remat=remat)
-    return dataclasses.replace(model, **_functions(model.module.clone(config=config)))
+    return dataclasses.replace(model, **_functions(model.module.clone(config=config), False))
 
 
-def _functions(module: Bert | Decoder) -> dict[str, Any]:
+def _functions(module: Any, is_encoder: bool) -> dict[str, Any]:
     """Return the fields of a `TrainableModel` that are functions of its module."""
-    run, is_bert = Apply(module), isinstance(module, Bert)
+    run = Apply(module)
     return {
         "module": module,
-        "apply": None if is_bert else run,
-        "hidden": run if is_bert else lambda *inputs: run(*inputs, method="hidden"),
+        "apply": None if is_encoder else run,
+        "hidden": run if is_encoder else lambda *inputs: run(*inputs, method="hidden"),
         "logits": lambda params, states: run(params, states, method="logits"),
+        "finish": (lambda products: products) if is_encoder else module.finish,
     }

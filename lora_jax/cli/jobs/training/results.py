@@ -3,12 +3,13 @@
 import os
 import re
 import shlex
+import shutil
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from rich.console import Console
@@ -18,10 +19,10 @@ import lora_jax as lora
 from lora_jax.cli import sources
 from lora_jax.cli.jobs.training.data import Task
 from lora_jax.cli.train_options import TrainOptions
-from lora_jax.core.foreign import escaped
+from lora_jax.core.foreign import escaped, shown
 from lora_jax.files import native, peft
 from lora_jax.files.disk import processes
-from lora_jax.files.disk.atomic import write_atomically
+from lora_jax.files.disk.atomic import write_atomically, write_directory
 from lora_jax.files.naming import Naming
 from lora_jax.training import log
 
@@ -63,6 +64,18 @@ class Results:
             adapters = lora.on_original(self.start, adapters, self.task.params)
         self._write(self.path(name), adapters, record)
 
+    def keep_best(self) -> None:
+        """Replace the last adapter by a copy of the one with the lowest held-out loss."""
+        best, path = self.path("best"), self.path("adapter")
+        if best.is_file():
+            write_atomically(path, best.read_bytes())
+            return
+        names = sorted(file.name for file in best.iterdir() if file.name[0] != ".")
+        if not peft.may_replace_card(path):
+            names = [name for name in names if name != peft.CARD]
+        names.sort(key=lambda name: not name.endswith("config.json"))  # without which none is valid
+        write_directory(path, {name: partial(_copy, best / name) for name in names})
+
     def _write(self, path: Path, adapters: Any, record: log.Record) -> None:
         base, name = self.task.params, base_name(self.options)
         if self.task.prefix:
@@ -77,8 +90,24 @@ class Results:
             config=self.config,
             base_model=name,
             task_type="CAUSAL_LM",
+            card=self._card(record),
         )
         processes.by_first(partial(self._write_tokenizer, path))
+
+    def _card(self, record: log.Record) -> peft.ModelCard:
+        """Return what the model card says of the training up to a step."""
+        figures: dict[str, Any] = {}
+        if "step" in record:
+            records = log.read_until(self.options.out / "log.jsonl", record["step"])
+            _, losses = log.losses(records)
+            evaluations = [*log.evaluations(records), *([record] if "eval_loss" in record else [])]
+            figures["steps"] = record["step"]
+            figures |= {"training loss": losses[-1]} if losses else {}
+            for ours, theirs in {"eval_loss": "held-out loss", "perplexity": "perplexity"}.items():
+                figures |= {theirs: x[ours] for x in evaluations[-1:] if ours in x}
+        figures |= {"learning rate": self.options.lr, "seed": self.options.seed}
+        data = ", ".join(shown(path.name) for path in self.options.data)
+        return peft.ModelCard(data=data, figures=figures)
 
     def _write_tokenizer(self, path: Path) -> None:
         for file, data in self.tokenizer.items():
@@ -94,12 +123,16 @@ class Results:
         console.print(_table(records))
         last = next(r["step"] for r in reversed(records) if "loss" in r)
         evaluations = log.evaluations(records)
-        lines = [f"wrote {self.path('adapter')}: the adapter after step {last:,}"]
         use = self.path("adapter")
+        lines = [f"wrote {use}: the adapter after step {last:,}"]
         if evaluations:
-            best = _best(evaluations)["step"]
+            best = (
+                f"the one with the lowest held-out loss, after step {_best(evaluations)['step']:,}"
+            )
+            if self.options.load_best:
+                lines = [f"wrote {use}: {best}"]
             use = self.path("best")
-            lines.append(f"wrote {use}: the one with the lowest held-out loss, after step {best:,}")
+            lines.append(f"wrote {use}: {best}")
         out = self.options.out
         lines += [
             f"wrote {out / 'log.jsonl'}, {out / 'loss.png'}",
@@ -115,6 +148,11 @@ class Results:
         if self.options.quantize is not None:
             words += ["--quantize", self.options.quantize]
         return f"{shlex.join(words)} {rest}"
+
+
+def _copy(source: Path, target: BinaryIO) -> None:
+    with source.open("rb") as file:
+        shutil.copyfileobj(file, target)
 
 
 def _table(records: list[dict[str, Any]]) -> Table:

@@ -9,14 +9,17 @@ from typing import Any
 import jax
 import numpy as np
 
+from lora_jax.cli.jobs.training.files import held_out_files, training_files
 from lora_jax.cli.jobs.training.model import TrainableModel
 from lora_jax.cli.plurals import count
-from lora_jax.cli.train_options import CLASSIFICATION, TrainOptions
+from lora_jax.cli.train_options import CAUSAL_LM, TrainOptions
 from lora_jax.training import run_record
 from lora_jax.training.batching import Data, Source, cut_streams, pack_examples
 from lora_jax.training.dataset import STREAM, Rows
 from lora_jax.training.packing import assign, assign_in_order
-from lora_jax.training.streaming.files import find_files, total_bytes
+from lora_jax.training.rows.compressed import suffixes
+from lora_jax.training.rows.fields import Fields
+from lora_jax.training.streaming.files import total_bytes
 from lora_jax.training.streaming.pieces import divide, read_piece
 from lora_jax.training.streaming.stream import PIECE, WINDOW, Reader, Stream, held_out_rows
 from lora_jax.training.tokenize import Example, encode_examples, encode_stream
@@ -32,8 +35,9 @@ def choose_streaming(options: TrainOptions, resumed: bool) -> TrainOptions:
         return options
     if resumed:
         return dataclasses.replace(options, stream=bool(run_record.recorded(options.out, "stream")))
-    is_large = total_bytes(find_files(options.data)) > LARGE and options.task != CLASSIFICATION
-    return dataclasses.replace(options, stream=is_large)
+    files, _ = training_files(options)
+    can_be = options.task == CAUSAL_LM and not any(suffixes(file)[1] for file in files)
+    return dataclasses.replace(options, stream=can_be and total_bytes(files) > LARGE)
 
 
 def describe_rows(data: Source) -> str:
@@ -52,27 +56,43 @@ def open_stream(
       DataError: files cannot be read, some of the rows that are read first are damaged, or no row
         is held out.
     """
-    reader = _reader(options, model, options.data, options.eval_split)
+    reader = _reader(options, model, *training_files(options), options.eval_split)
     notes = ["the data is read while training (--no-stream reads it first)"]
     notes += [f"in the first rows: {note}" for note in _notes(options, model, reader)]
     held_out = None
     if options.eval_split or options.held_out:
-        judged = _reader(options, model, options.held_out, 1.0) if options.held_out else reader
-        held_out = held_out_rows(judged, options.eval_rows or _EVAL_ROWS)
-        if not options.eval_rows and len(held_out) == _EVAL_ROWS:
+        others = held_out_files(options)
+        judged = _reader(options, model, others, [1.0] * len(others), 1.0) if others else reader
+        held_out = held_out_rows(judged, options.most_eval_rows or _EVAL_ROWS)
+        if not options.most_eval_rows and len(held_out) == _EVAL_ROWS:
             notes.append(f"{_EVAL_ROWS} held-out rows are evaluated (see --eval-rows)")
     return Stream(reader, options.out, jax.process_index()), held_out, tuple(notes)
 
 
 def _reader(
-    options: TrainOptions, model: TrainableModel, names: Sequence[Path], held_out: float
+    options: TrainOptions,
+    model: TrainableModel,
+    files: Sequence[Path],
+    weights: Sequence[float],
+    held_out: float,
 ) -> Reader:
     """Return what reads the rows of files."""
-    files = find_files(names)
+    fields = Fields.parse(options.field or ())
     whole = total_bytes(files)
     size = min(max(PIECE, whole // _MOST_PIECES), whole // (WINDOW * options.size))
-    pieces = divide(files, max(1, size), options.encoding)
-    read = Reader(pieces, len, lambda _: None, options.encoding, held_out, options.seed)
+    parts = [divide([file], max(1, size), options.encoding, fields) for file in files]
+    is_weighted = any(weight != 1 for weight in weights)
+    sources = tuple(zip(map(len, parts), weights, strict=True)) if is_weighted else ()
+    read = Reader(
+        tuple(piece for part in parts for piece in part),
+        len,
+        lambda _: None,
+        options.encoding,
+        held_out,
+        options.seed,
+        fields,
+        sources,
+    )
     encode, pack = _of_streams(options, model) if read.kind == STREAM else _of_rows(options, model)
     return dataclasses.replace(read, encode=encode, pack=pack)
 
@@ -95,6 +115,7 @@ def _of_rows(options: TrainOptions, model: TrainableModel) -> tuple[Any, Any]:
             options.length + 1,
             vocabulary=model.vocabulary,
             may_be_empty=True,
+            mask_prompts=options.mask_prompt,
         )
         return found.examples or None
 
@@ -106,7 +127,7 @@ def _of_rows(options: TrainOptions, model: TrainableModel) -> tuple[Any, Any]:
 
 def _notes(options: TrainOptions, model: TrainableModel, reader: Reader) -> tuple[str, ...]:
     """Return what is to be said about the rows of the first piece."""
-    rows = read_piece(reader.pieces[0], options.encoding)
+    rows = read_piece(reader.pieces[0], options.encoding, fields=reader.fields)
     if rows is None or rows.kind == STREAM:
         return ()
     ignored = (f"ignored keys: {', '.join(rows.ignored)}",) if rows.ignored else ()

@@ -16,13 +16,21 @@ from lora_jax.cli.exit_status import INTERRUPTED
 from lora_jax.cli.jobs.training import choose_remat, on_mesh
 from lora_jax.cli.jobs.training.data import Task, read_task
 from lora_jax.cli.jobs.training.model import TrainableModel, open_model, with_remat
+from lora_jax.cli.jobs.training.reference import add_reference
+from lora_jax.cli.jobs.training.reports import Reports
 from lora_jax.cli.jobs.training.results import Results
 from lora_jax.cli.jobs.training.start import Start, make_start
 from lora_jax.cli.jobs.training.stream import choose_streaming, describe_rows
 from lora_jax.cli.jobs.training.vocabulary import Vocabulary
 from lora_jax.cli.jobs.training.watch import Watch
 from lora_jax.cli.plurals import count
-from lora_jax.cli.train_options import CLASSIFICATION, MEAN, TrainOptions
+from lora_jax.cli.train_options import (
+    CLASSIFICATION,
+    MEAN,
+    OF_PREFERENCES,
+    PREFERENCES,
+    TrainOptions,
+)
 from lora_jax.cli.words import in_options
 from lora_jax.core.errors import LoraError
 from lora_jax.core.foreign import escaped
@@ -33,6 +41,8 @@ from lora_jax.training.distributed.placing import complete, own_rows, place_rows
 from lora_jax.training.errors import TrainingError
 from lora_jax.training.loop import Job, Outcome, Settings, steps_of_epochs, train
 from lora_jax.training.optimizer import Optimizer
+from lora_jax.training.optimizers.kinds import ADAMW
+from lora_jax.training.reporting.reporters import require
 from lora_jax.training.running.step_memory import needed_bytes, widened_bytes
 
 
@@ -58,6 +68,8 @@ def _run(options: TrainOptions, command: str) -> None:
     if options.resume and not resumed:
         say(f"nothing to resume in {options.out}: starting from the beginning")
     optimizer = optimizer_of(options)
+    for name in options.report or ():
+        require(name)
     now = started(options)
     announce = say if console.is_terminal else lambda text: None
     options = processes.together(partial(choose_streaming, options, resumed))
@@ -101,7 +113,11 @@ def _run(options: TrainOptions, command: str) -> None:
         say(line)
     for line in [] if mesh is None else on_mesh.describe(mesh, model.config):
         say(line)
-    watch = Watch(results, steps, optimizer, this, command, console)
+    reports = Reports(options.report or (), options.out, this["settings"], say)
+    watch = Watch(results, steps, optimizer, this, command, console, reports)
+    with on_mesh.in_use(mesh):
+        data = add_reference(options, model, task, start, say, mesh)
+    job = dataclasses.replace(job, **data)
     with watch:  # to the end: a second signal may come while the picture is drawn
         with on_mesh.in_use(mesh), watch.progress():
             outcome = train(job, adapters, watch.watcher)
@@ -114,12 +130,20 @@ def _finish(outcome: Outcome, steps: int, results: Results, watch: Watch) -> Non
     title = f"{options.model}: rank {results.config.rank}, learning rate {options.lr:g}"
     picture = options.out / "loss.png"
     processes.by_first(lambda: loss_curve.draw(outcome.records, picture, title))
-    if processes.is_first():
-        if outcome.step < steps:
-            raise KeyboardInterrupt(watch.describe_interruption(outcome.step))
-        results.show(outcome.records)
-    elif outcome.step < steps:
+    is_interrupted = outcome.step < steps and not outcome.ended_early
+    if is_interrupted and processes.is_first():
+        raise KeyboardInterrupt(watch.describe_interruption(outcome.step))
+    if is_interrupted:
         raise SystemExit(INTERRUPTED)
+    if outcome.ended_early:
+        watch.say(
+            f"ended after step {outcome.step} of {steps}: the held-out loss has not fallen in "
+            f"{count(options.patience, 'evaluation')} (--patience)"
+        )
+    if options.load_best:
+        processes.by_first(results.keep_best)
+    if processes.is_first():
+        results.show(outcome.records)
 
 
 def started(options: TrainOptions) -> datetime.datetime:
@@ -156,6 +180,7 @@ def optimizer_of(options: TrainOptions) -> Optimizer:
         clip=options.clip,
         weight_decay=options.weight_decay,
         b_ratio=options.lora_plus,
+        name=options.optimizer,
     )
 
 
@@ -179,10 +204,21 @@ def open_run(
         mesh=mesh,
         quantize=options.quantize,
     )
+    options = _with_last_layers(options, model)
     length = options.length or min(512, model.longest)
     if not 2 <= length <= model.longest:
         raise TrainingError(f"--length {length}: must be from 2 to {model.longest} for this model")
     return dataclasses.replace(options, length=length, scan=scan), model, mesh
+
+
+def _with_last_layers(options: Options, model: TrainableModel) -> Options:
+    """Return the options with --last-layers as --layers."""
+    count, there = options.last_layers, model.config.num_hidden_layers
+    if count is None:
+        return options
+    if count > there:
+        raise TrainingError(f"--last-layers {count}: the model has {there} layers")
+    return dataclasses.replace(options, layers=f"-{count}:")
 
 
 def steps_of(options: TrainOptions, task: Task, resumed: bool) -> int:
@@ -216,6 +252,7 @@ def _job(
         eval_every=options.eval_every,
         save_every=options.save_every,
         profile=options.profile,
+        patience=options.patience,
         merge_aware=options.merge_aware,
     )
     return Job(
@@ -237,15 +274,19 @@ def _job(
 _NOT_RECORDED = {
     *("mesh", "coordinator", "processes", "process_id"),
     *("out", "resume", "eval_every", "save_every", "log_every", "base_name"),
-    *("data", "held_out", "eval_split", "eval_rows", "encoding"),  # by a checksum of the batches
+    *("data", "held_out", "eval_split", "eval_rows", "val_batches"),  # by a checksum of the batches
+    *("encoding", "mask_prompt", "field"),  # likewise
+    *("patience", "load_best"),  # when a run ends, and which adapter it leaves
     "stream",  # of a run that streams only
-    *("compile_cache", "profile"),  # which change no result
+    *("compile_cache", "profile", "report"),  # which change no result
     "pooling",  # of a classifier only
     "merge_aware",  # of a quantized base only
+    "optimizer",  # other than the one that runs of older releases had
     *("model", "dtype"),  # by a checksum of the parameters
     *("epochs", "targets", "init", "rank", "alpha", "dora", "rslora", "dropout"),  # by the config
-    *("exclude", "layers", "train", "bias"),  # by the config
+    *("exclude", "layers", "last_layers", "train", "bias"),  # by the config
     "adapter",  # by a checksum of its values
+    *OF_PREFERENCES,  # of preference tuning only
     *("remat", "memory"),  # the same numbers, computed again or not
     *("add_token", "untie_head"),  # by the config and the checksums of the parameters and batches
 }
@@ -258,10 +299,14 @@ def settings_to_record(
     given = {name: value for name, value in vars(options).items() if name not in _NOT_RECORDED}
     if options.task == CLASSIFICATION and options.pooling != MEAN:  # which was once the only one
         given["pooling"] = options.pooling
+    if options.task in PREFERENCES:
+        given |= {name: getattr(options, name) for name in OF_PREFERENCES}
     if options.stream:
         given["stream"] = True
     if options.merge_aware:
         given["merge_aware"] = True
+    if options.optimizer != ADAMW:
+        given["optimizer"] = options.optimizer
     adapter = (
         {}
         if options.adapter is None

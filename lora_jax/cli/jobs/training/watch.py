@@ -7,6 +7,7 @@ from typing import Any
 from rich.console import Console
 
 from lora_jax.cli.interruptible import Interruptible
+from lora_jax.cli.jobs.training.reports import Reports
 from lora_jax.cli.jobs.training.results import Results
 from lora_jax.files.disk import processes
 from lora_jax.training import log, progress, run_record
@@ -24,6 +25,7 @@ class Watch(Interruptible):
       record: what `run.json` is to say from the first step on.
       command: the command that would resume the run.
       console: where progress is drawn or printed.
+      reports: the tools that get what is measured.
     """
 
     def __init__(
@@ -34,12 +36,18 @@ class Watch(Interruptible):
         record: Mapping[str, Any],
         command: str,
         console: Console,
+        reports: Reports,
     ) -> None:
         super().__init__(command, console)
+        self._reports = reports
         self._results, self._steps, self._optimizer = results, steps, optimizer
         self._record = record
         self._saved = 0  # the step of the last checkpoint
         self._show: Callable[[log.Record], None] = lambda record: None
+
+    def __exit__(self, *_: object) -> None:
+        self._reports.close()
+        super().__exit__(*_)
 
     @contextlib.contextmanager
     def progress(self) -> Iterator[None]:
@@ -72,6 +80,7 @@ class Watch(Interruptible):
     def _start(self, done: int) -> None:
         """Say from where the run continues, and with which learning rate."""
         self._saved = done
+        self._reports.start(done)
         out = self._results.options.out
         before = run_record.recorded(out, "steps")
         if done == before == self._steps:
@@ -90,6 +99,7 @@ class Watch(Interruptible):
 
     def _step(self, record: log.Record) -> None:
         self._show(record)
+        self._reports.report(record)
         if "eval_loss" in record:
             self.say(f"step {record['step']}, {progress.describe(record)}")
 

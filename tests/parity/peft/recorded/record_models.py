@@ -18,7 +18,7 @@ import transformers
 from tests.parity.peft.recorded.record_files import move
 
 FILE = pathlib.Path(__file__).parent / "models.npz"
-MODELS = pathlib.Path(__file__).parents[2] / "models" / "fixtures"
+MODELS = pathlib.Path(__file__).parents[3] / "models" / "fixtures"
 CASES = {
     "llama": {
         "target_modules": ["q_proj", "k_proj", "down_proj"],

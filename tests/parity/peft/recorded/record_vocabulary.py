@@ -17,7 +17,7 @@ import transformers
 from tests.parity.peft.recorded.record_files import move
 
 FILE = pathlib.Path(__file__).parent / "vocabulary.npz"
-MODELS = pathlib.Path(__file__).parents[2] / "models" / "fixtures"
+MODELS = pathlib.Path(__file__).parents[3] / "models" / "fixtures"
 TOKENS = 70  # instead of 64
 #: Name of a case: the model (qwen2's head is tied to its embedding) and the configuration.
 CASES = {

@@ -1,0 +1,1 @@
+"""What `lora-jax eval` measures, one module for each kind of data."""

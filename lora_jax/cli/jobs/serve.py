@@ -1,0 +1,154 @@
+"""What `lora-jax serve` does: load a base and adapters, and answer requests until a signal."""
+
+import contextlib
+import os
+import sys
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NoReturn
+
+from lora_jax.cli import classifiers, sources
+from lora_jax.cli.errors import AdapterOptionError, PromptError
+from lora_jax.cli.exit_status import INTERRUPTED
+from lora_jax.cli.fit import Fit
+from lora_jax.cli.jobs import stacked
+from lora_jax.cli.jobs.speaker import CLASSIFIER, check_generates
+from lora_jax.core.foreign import escaped, shown
+from lora_jax.core.signals import watched
+from lora_jax.files import kinds
+from lora_jax.models import Pretrained
+from lora_jax.serving.app import make_app
+from lora_jax.serving.asked import Reader, finder
+from lora_jax.serving.rows import Rows
+from lora_jax.serving.scheduler import Scheduler
+from lora_jax.serving.served import Served
+from lora_jax.serving.server import Server, listen
+
+_CONTEXT = 2048  # tokens by default, where the model has as many positions
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How much is served.
+
+    Attributes:
+      rows: requests that are answered at a time.
+      context: maximum number of tokens of each; 0 for the default.
+      queue: requests that may wait.
+      stop_after: seconds that requests have to finish once the server is to stop.
+    """
+
+    rows: int
+    context: int
+    queue: int
+    stop_after: float
+
+
+def run(
+    model: str,
+    adapters: Sequence[str],
+    *,
+    name: str | None,
+    fit: Fit,
+    dtype: str | None,
+    quantize: str | None,
+    address: tuple[str, int],
+    limits: Limits,
+    warm_up: bool,
+) -> None:
+    """Serve until Ctrl-C or SIGTERM; the arguments are the command's options.
+
+    Raises:
+      PromptError: the model generates no text, or has fewer positions than `context`.
+      AdapterOptionError: two adapters have one name, or do not fit together.
+      AddressError: the address is in use.
+      LoraError: the model, a tokenizer or an adapter cannot be read.
+    """
+    named = _named(name or Path(model).name.removesuffix(".gguf"), adapters)
+    paths = list(named.values())[1:]
+    found = sources.find_model(model)
+    served = _served(found, named)
+    with contextlib.closing(listen(*address)) as listener:  # before the work, which takes longer
+        scan = stacked.needs_scan(paths)
+        loaded = sources.load(found, None, dtype, quantize=quantize, scan=scan).model
+        check_generates(loaded)
+        rows = _rows(loaded, paths, fit, limits)
+        if warm_up:
+            sources.announce("compiling for prompts of every length ...")
+            rows.warm_up()
+        scheduler = Scheduler(rows, limits.queue)
+        reader = Reader(finder(served), rows.context, loaded.config.vocab_size)
+        app = make_app(scheduler, lambda: list(served.values()), reader)
+        _serve(Server(app, scheduler, listener), list(served), limits.stop_after)
+
+
+def _named(base: str, adapters: Sequence[str]) -> dict[str, Path]:
+    """Return the paths by name, that of the base, which is empty, before all others.
+
+    >>> _named("tiny", ["law=runs/1", "runs/french"])
+    {'tiny': PosixPath('.'), 'law': PosixPath('runs/1'), 'french': PosixPath('runs/french')}
+    """
+    found = {base: Path()}
+    for given in adapters:
+        name, equals, path = given.partition("=")
+        if not equals or Path(given).exists():
+            name, path = Path(given).name, given
+        if not name or not path:
+            raise AdapterOptionError(f"--adapter {shown(given)}: give a name and a path, NAME=PATH")
+        if name in found:
+            raise AdapterOptionError(
+                f"--adapter {shown(given)}: the name {shown(name)} is already used for "
+                f"{found[name] if name != base else 'the base'}; give it another one, NAME=PATH"
+            )
+        found[name] = Path(path)
+    return found
+
+
+def _served(base: kinds.Found, named: dict[str, Path]) -> dict[str, Served]:
+    """Return what is served by name; the weights are not read."""
+    found = {}
+    for slot, (name, path) in enumerate(named.items(), start=-1):
+        adapter = None if slot < 0 else path
+        if classifier := classifiers.find(base, adapter):
+            raise PromptError(f"{classifier}: {CLASSIFIER}")
+        tokenizer = sources.tokenizer_of(base, adapter)
+        found[name] = Served(name, tokenizer, sources.stop_ids(base, tokenizer), slot)
+    return found
+
+
+def _rows(model: Pretrained, paths: Sequence[Path], fit: Fit, limits: Limits) -> Rows:
+    """Return empty rows of a model with these adapters."""
+    context = _context(limits.context, model.config.max_position_embeddings)
+    instead = "merge it by 'lora-jax merge', and serve what that writes as --model"
+    overlays = [stacked.load_overlay(model, path, fit, instead) for path in paths]
+    stack = stacked.stack_overlays(paths, overlays) if paths else None
+    return Rows(model, stack, limits.rows, context)
+
+
+def _context(wanted: int, positions: int) -> int:
+    if wanted > positions:
+        raise PromptError(
+            f"--context {wanted}: the model has only {positions} positions; give at most that"
+        )
+    return wanted or min(_CONTEXT, positions)
+
+
+def _serve(server: Server, names: Sequence[str], seconds: float) -> None:
+    """Answer requests until a signal; a second one ends the process at once."""
+    asked = threading.Event()
+
+    def first() -> None:
+        print("finishing the requests under way; Ctrl-C again stops at once", file=sys.stderr)
+        asked.set()
+
+    def second() -> NoReturn:
+        print("error: interrupted at once", file=sys.stderr, flush=True)
+        os._exit(INTERRUPTED)
+
+    with watched(first, second):
+        server.start()
+        print(escaped(f"serving {', '.join(map(shown, names))} at {server.url}"), flush=True)
+        server.wait(asked)
+        server.stop(seconds)

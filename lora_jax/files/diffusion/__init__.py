@@ -1,0 +1,18 @@
+"""LoRA files of image generators, Stable Diffusion and Flux: kohya's, LyCORIS', diffusers'."""
+
+from lora_jax.files.diffusion.adapter_file import DiffusionFile, read_file
+from lora_jax.files.diffusion.architectures import ARCHITECTURES, naming
+from lora_jax.files.diffusion.fields import layout_of
+from lora_jax.files.diffusion.load import fit, load
+from lora_jax.files.diffusion.save import save
+
+__all__ = [
+    "ARCHITECTURES",
+    "DiffusionFile",
+    "fit",
+    "layout_of",
+    "load",
+    "naming",
+    "read_file",
+    "save",
+]

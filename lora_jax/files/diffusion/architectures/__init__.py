@@ -1,0 +1,7 @@
+"""The modules of published image generators as data: SD 1.5, SDXL and Flux."""
+
+from lora_jax.files.diffusion.architectures.modules import Module
+from lora_jax.files.diffusion.architectures.rows import naming
+from lora_jax.files.diffusion.architectures.table import ARCHITECTURES, Architecture
+
+__all__ = ["ARCHITECTURES", "Architecture", "Module", "naming"]

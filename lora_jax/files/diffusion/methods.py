@@ -1,0 +1,188 @@
+"""What the tensors of each method mean: LoRA and LoCon, LoHa, LoKr, and whole differences.
+
+All are exact. LoHa's product of two products of ranks r and s has rank r·s, and LoKr's Kronecker
+product of two matrices the product of their ranks: where factors of that rank have fewer numbers
+than the weight, these are the adapter.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+
+import numpy as np
+
+from lora_jax.files.diffusion.whole import Whole
+from lora_jax.files.torch_adapters.factors import TorchFactors
+
+Fields = Mapping[str, np.ndarray]
+Shape = tuple[int, ...]
+#: Numbers of computed factors whose weight is not known, so that a small file stays small.
+_MOST_UNKNOWN = 2**21
+
+
+class MisfitError(Exception):
+    """The shapes of a module's tensors do not fit each other, or the weight."""
+
+
+def lora(fields: Fields, shape: Shape | None, scale: float | None) -> TorchFactors:
+    """Return the factors of LoRA and, with a Tucker core in "mid", of LoCon."""
+    down, up = fields["down"], fields["up"]
+    if down.ndim < 2 or up.ndim < 2 or up.shape[1] != len(down) or math.prod(up.shape[2:]) != 1:
+        raise MisfitError(
+            f"shapes {down.shape} and {up.shape} are not down [rank, in] and up [out, rank]"
+        )
+    a = down
+    if "mid" in fields:
+        core = fields["mid"]
+        if math.prod(down.shape[2:]) != 1:
+            raise MisfitError(f"lora_mid beside lora_down {down.shape}, which has a kernel")
+        a = _tucker("lora_mid", core, down.reshape(down.shape[:2]), len(down))
+        a = a.astype(_wide(fields))
+    factors = TorchFactors(a, up.reshape(up.shape[:2]), _scale(fields, len(down), scale))
+    return _fit(factors, shape)
+
+
+def loha(fields: Fields, shape: Shape | None, scale: float | None) -> TorchFactors | Whole:
+    """Return LoHa's `(B₁·A₁) ∘ (B₂·A₂)`: its factors are the products of all pairs of columns."""
+    (a1, b1), (a2, b2) = (_hadamard_pair(fields, n) for n in (1, 2))
+    if a1.shape[1:] != a2.shape[1:] or len(b1) != len(b2):
+        raise MisfitError("its two products have different shapes")
+    got = (len(b1), *a1.shape[1:])
+    _check(got, shape)
+    by = _scale(fields, len(a1), scale)
+    if not _is_low(len(a1) * len(a2), got, shape):
+        pair = TorchFactors(a1, b1, by), TorchFactors(a2, b2, 1.0)
+        return Whole(
+            "LoHa", len(b1), lambda: (pair[0].update() * pair[1].update()).reshape(shape or got)
+        )
+    a = (a1[:, None] * a2[None]).reshape(-1, *a1.shape[1:])
+    b = (b1[:, :, None] * b2[:, None, :]).reshape(len(b1), -1)
+    return _fit(_rounded(a, b, by, fields), shape)
+
+
+def _hadamard_pair(fields: Fields, n: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return A `[rank, *in]` and B `[out, rank]` of one of LoHa's two products, in float64."""
+    b, a = (fields[f"hada_w{n}_{x}"].astype("float64") for x in "ab")
+    shapes = f"hada_w{n}_a {b.shape} and hada_w{n}_b {a.shape} are not a product"
+    if b.ndim != 2 or a.ndim < 2 or ("hada_t1" in fields) != ("hada_t2" in fields):
+        raise MisfitError(shapes)
+    if "hada_t1" in fields:  # with a core both have the rank first
+        if a.ndim != 2:
+            raise MisfitError(shapes)
+        return _tucker(f"hada_t{n}", fields[f"hada_t{n}"], a, len(b)), b.T
+    if b.shape[1] != len(a):
+        raise MisfitError(shapes)
+    return a, b
+
+
+def lokr(fields: Fields, shape: Shape | None, scale: float | None) -> TorchFactors | Whole:
+    """Return LoKr's `W₁ ⊗ W₂`, whose factors are the Kronecker products of theirs."""
+    (a1, b1, rank1), (a2, b2, rank2) = _kronecker_side(fields, 1), _kronecker_side(fields, 2)
+    if a1.ndim != 2:
+        raise MisfitError(f"lokr_w1 has inputs of shape {a1.shape[1:]}, not one axis")
+    got = (len(b1) * len(b2), a1.shape[1] * a2.shape[1], *a2.shape[2:])
+    _check(got, shape)
+    rank = rank1 if rank2 is None else rank2
+    by = 1.0 if rank is None else _scale(fields, rank, scale)  # of two whole matrices it is 1
+    if not _is_low(len(a1) * len(a2), got, shape):
+        both = lambda: _kron(b1 @ a1, np.tensordot(b2, a2, 1))
+        return Whole("LoKr", got[0], lambda: by * both().reshape(shape or got))
+    return _fit(_rounded(_kron(a1, a2), np.kron(b1, b2), by, fields), shape)
+
+
+def _kronecker_side(fields: Fields, n: int) -> tuple[np.ndarray, np.ndarray, int | None]:
+    """Return A `[rank, *in]` and B `[out, rank]` of one of LoKr's matrices, in float64.
+
+    If the matrix is stored as a whole, one of the two is the identity, and the rank of the stored
+    factors, the third item, is None.
+    """
+    names = whole, b_name, a_name = f"lokr_w{n}", f"lokr_w{n}_a", f"lokr_w{n}_b"
+    there = {name: fields[name].astype("float64") for name in names if name in fields}
+    core = fields.get("lokr_t2") if n == 2 else None
+    shapes = ", ".join(f"{name} {x.shape}" for name, x in there.items()) or "nothing"
+    if there.keys() == {whole} and core is None and there[whole].ndim >= 2:
+        w = there[whole]
+        ins = w.shape[1:]
+        if len(w) <= math.prod(ins):
+            return w, np.eye(len(w)), None
+        return np.eye(math.prod(ins)).reshape(-1, *ins), w.reshape(len(w), -1), None
+    if there.keys() == {a_name, b_name}:
+        a, b = there[a_name], there[b_name]
+        if core is not None and a.ndim == b.ndim == 2:
+            return _tucker("lokr_t2", core, a, len(b)), b.T, len(a)
+        if core is None and b.ndim == 2 and a.ndim >= 2 and b.shape[1] == len(a):
+            return a, b, len(a)
+    raise MisfitError(f"{shapes}: {whole} is neither whole nor in two factors")
+
+
+def _kron(left: np.ndarray, right: np.ndarray) -> np.ndarray:
+    """Return the Kronecker product of the first two axes; the kernel is the right one's.
+
+    >>> _kron(np.ones((2, 3)), np.ones((4, 5, 3, 3))).shape
+    (8, 15, 3, 3)
+    """
+    both = np.einsum("ab,cd...->acbd...", left, right)
+    sizes = [x * y for x, y in zip(left.shape, right.shape, strict=False)]
+    return both.reshape(*sizes, *right.shape[2:])
+
+
+def whole(fields: Fields, shape: Shape | None, scale: float | None) -> Whole:
+    """Return the difference of two weights, LyCORIS' method "full"."""
+    diff = fields["diff"]
+    if not diff.ndim or diff.shape != (shape or diff.shape):
+        raise MisfitError(f"diff has shape {diff.shape}, but the base's weight has {shape}")
+    return Whole("a whole difference", len(diff), lambda: diff.astype("float64"))
+
+
+def _scale(fields: Fields, rank: int, given: float | None) -> float:
+    if "alpha" in fields:
+        return float(fields["alpha"].reshape(())) / rank
+    return 1.0 if given is None else given
+
+
+def _tucker(name: str, core: np.ndarray, ins: np.ndarray, outs: int) -> np.ndarray:
+    """Return A `[outs, in, *kernel]` of a core `[outs, rank, *kernel]` and `[rank, in]`."""
+    if core.ndim < 3 or core.shape[:2] != (outs, len(ins)):
+        raise MisfitError(f"{name} has shape {core.shape}, not [{outs}, {len(ins)}, *kernel]")
+    return np.einsum("ij...,jr->ir...", core.astype("float64"), ins.astype("float64"))
+
+
+def _fit(factors: TorchFactors, shape: Shape | None) -> TorchFactors:
+    """Return factors whose A has the weight's in axes."""
+    _check((factors.outputs, *factors.a.shape[1:]), shape)
+    if shape is None:
+        return factors
+    return dataclasses.replace(factors, a=factors.a.reshape(-1, *shape[1:]))
+
+
+def _check(got: Shape, shape: Shape | None) -> None:
+    """Raise where the weight has another shape.
+
+    A kernel of ones may be left out, and a kernel's axes may be one with the inputs.
+    """
+    if shape is None:
+        return
+    ones = math.prod(got[2:]) == math.prod(shape[2:]) == 1
+    is_flat = len(got) == 2 and got[1] == math.prod(shape[1:])
+    if got != shape and not (got[0] == shape[0] and (is_flat or (ones and got[1] == shape[1]))):
+        raise MisfitError(f"is for a weight of shape {got}, but the base's is {shape}")
+
+
+def _is_low(rank: int, got: Shape, shape: Shape | None) -> bool:
+    """Return whether factors of this rank have fewer numbers than the weight."""
+    out, ins = got[0], math.prod(got[1:])
+    numbers = rank * (out + ins)
+    return numbers < out * ins and (shape is not None or numbers <= _MOST_UNKNOWN)
+
+
+def _rounded(a: np.ndarray, b: np.ndarray, scale: float, fields: Fields) -> TorchFactors:
+    """Return computed factors in the dtype of products."""
+    dtype = _wide(fields)
+    with np.errstate(over="ignore"):
+        return TorchFactors(a.astype(dtype), b.astype(dtype), scale)
+
+
+def _wide(fields: Fields) -> np.dtype:
+    """Return the dtype of products: float32, float64 if a factor is."""
+    arrays = (x for name, x in fields.items() if name != "alpha")
+    return np.dtype("float64" if any(x.dtype == np.float64 for x in arrays) else "float32")

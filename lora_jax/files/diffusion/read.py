@@ -1,0 +1,173 @@
+"""Turn the modules of a file into `Contents`, with every name, shape and dtype checked."""
+
+import dataclasses
+import math
+from collections.abc import Collection
+from typing import Any
+
+import numpy as np
+
+from lora_jax.core.checks import is_integer
+from lora_jax.files.diffusion import fields
+from lora_jax.files.diffusion.adapter_file import ADDED, DiffusionFile
+from lora_jax.files.diffusion.components import component_of, components_of
+from lora_jax.files.diffusion.fields import ModuleTensors
+from lora_jax.files.diffusion.index import Index, Target
+from lora_jax.files.diffusion.meaning import meaning
+from lora_jax.files.diffusion.whole import Whole
+from lora_jax.files.torch_adapters.contents import Contents, TorchBase, dtype_problem
+from lora_jax.files.torch_adapters.factors import TorchFactors, concatenate
+from lora_jax.files.torch_adapters.file_contents import missing_factor
+
+#: The kinds of modules that these files adapt.
+KINDS = ("linear", "conv")
+
+
+class Reading:
+    """One file, read onto one base: what fits, and what is wrong with the rest."""
+
+    def __init__(
+        self,
+        file: DiffusionFile,
+        model: TorchBase,
+        index: Index,
+        full_rank: Any,
+        components: Collection[str] | None,
+    ):
+        """Prepare to read; the arguments are those of `load.read_contents`."""
+        self._file, self._model, self._index = file, model, index
+        self._full_rank, self._components = full_rank, components
+        self._sources: dict[str, str] = {}  # of the base's tensors: what the file calls them
+        self.found, self.problems = Contents(), list[str]()
+
+    def read(self) -> None:
+        """Read every module of the file."""
+        modules, wrong = fields.group(self._file.tensors)
+        self.problems += [f"{name}: {problem}" for name, problem in wrong.items()]
+        for name, module in modules.items():
+            target = self._index.find(name)
+            if isinstance(target, Target):
+                if self._components is None or component_of(target.modules[0]) in self._components:
+                    self._read_module(name, module, target)
+            elif self._components is None or not components_of(name).isdisjoint(self._components):
+                self.problems.append(f"{name}: {target}")
+
+    def _read_module(self, name: str, module: ModuleTensors, target: Target) -> None:
+        tensors = dict(module.tensors)
+        for field in [field for field in ADDED if field in tensors]:
+            problem = self._add(name, tensors.pop(field), field, target)
+            self.problems += [f"{module.names[field]}: {problem}"] if problem else []
+        problem = self._read_weight(name, tensors, target) if tensors else None
+        self.problems += [f"{name}: {problem}"] if problem else []
+
+    def _add(self, source: str, change: np.ndarray, field: str, target: Target) -> str | None:
+        """Add a change of a bias, or of a norm's weight; return what is wrong.
+
+        Args:
+          source: what the file calls the module.
+          change: in the file's order.
+          field: see `ADDED`.
+          target: the module.
+        """
+        names = [f"{module}.{ADDED[field]}" for module in target.modules]
+        model = self._model
+        for name in names:
+            if name not in model.index:
+                return f"has no place: the base has no {name}"
+            if model.kind(name):
+                return f"has no place: {name} is not of a norm"
+        sizes = [model.shape(name) for name in names]
+        total = sum(math.prod(size) for size in sizes)
+        if problem := dtype_problem(change):
+            return problem
+        if change.shape != (total,) or any(len(size) != 1 for size in sizes):
+            return f"has shape {change.shape}, but the base needs {(total,)}"
+        if any(model.value(name) is None for name in names):
+            return f"is added to {' and '.join(names)}, so base must contain the values"
+        if problem := self._take(source, names):
+            return problem
+        self._put_change(names, change, target)
+        return None
+
+    def _read_weight(
+        self, source: str, tensors: dict[str, np.ndarray], target: Target
+    ) -> str | None:
+        """Read the change of a weight; return what is wrong."""
+        names = [f"{module}.weight" for module in target.modules]
+        if problem := missing_factor(tensors, "down", "up"):
+            return problem
+        if wrong := [name for name in names if self._model.kind(name) not in KINDS]:
+            return f"{wrong[0]} is not of a linear layer or a convolution"
+        first, *others = [self._model.shape(name) for name in names]
+        shape = (first[0] + sum(x[0] for x in others), *first[1:])
+        bias = tensors.pop("up_bias", None)
+        scale = None
+        if "alpha" not in tensors and "down" in tensors and tensors["down"].ndim:
+            component, _, local = target.modules[0].partition(".")
+            scale = self._file.scale(component, local, len(tensors["down"]))
+        meant = meaning(tensors, shape, scale)
+        found = self._of_full_rank(meant, names) if isinstance(meant, Whole) else meant
+        if isinstance(found, str):
+            return found
+        if bias is not None and isinstance(found, TorchFactors):
+            added = bias.astype("float64") * found.scale
+            if problem := self._add(source, added, "diff_b", target):
+                return f"lora_B.bias {problem}"
+        if problem := self._take(source, names):
+            return problem
+        if isinstance(found, TorchFactors):
+            self._put_factors(names, found, target)
+        else:
+            self._put_change(names, found, target)
+        return None
+
+    def _of_full_rank(self, whole: Whole, names: list[str]) -> TorchFactors | np.ndarray | str:
+        """Return what the caller wants of a change that is not of low rank, or why that fails."""
+        rank = self._full_rank
+        if rank is None:
+            return (
+                f"{whole.method} is not of low rank here: pass full_rank=16 (--full-rank 16) for "
+                'the closest factors of rank 16, or full_rank="train" for a fully trained weight'
+            )
+        values = [self._model.value(name) for name in names]
+        known = [value for value in values if value is not None]
+        base = concatenate(known) if len(known) == len(names) else None
+        found = whole.closest(rank, base) if is_integer(rank) else whole.change(base)
+        if found is None or (base is None and not is_integer(rank)):
+            return f"{whole.method} needs the values of {', '.join(names)}, which base has not"
+        return found
+
+    def _take(self, source: str, names: list[str]) -> str | None:
+        """Note where tensors of the base come from; return the problem if they have a source."""
+        for name in names:
+            other = self._sources.setdefault(name, source)
+            if other != source:
+                return f"is {name}, and so is {other} of this file"
+        return None
+
+    def _put_factors(self, names: list[str], found: TorchFactors, target: Target) -> None:
+        """Keep the factors of joined modules, each with its own outputs."""
+        if target.halves:
+            magnitude = None if found.magnitude is None else swap_halves(found.magnitude)
+            found = dataclasses.replace(found, b=swap_halves(found.b), magnitude=magnitude)
+        stop = 0
+        for name in names:
+            start, stop = stop, stop + self._model.outputs(name)
+            part = found if len(names) == 1 else found.cut(start, stop).drop_unused()
+            self.found.factors[name] = part
+
+    def _put_change(self, names: list[str], change: np.ndarray, target: Target) -> None:
+        """Keep a change of joined tensors, each with its own outputs."""
+        change = swap_halves(change) if target.halves else change
+        stops = np.cumsum([self._model.shape(name)[0] for name in names])
+        for name, part in zip(names, np.split(change, stops[:-1]), strict=True):
+            self.found.added[name] = part.astype("float64")
+
+
+def swap_halves(x: np.ndarray) -> np.ndarray:
+    """Return the second half along the first axis, then the first.
+
+    >>> swap_halves(np.arange(4)).tolist()
+    [2, 3, 0, 1]
+    """
+    return np.roll(x, len(x) // 2, 0)

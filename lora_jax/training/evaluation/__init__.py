@@ -1,0 +1,1 @@
+"""Measurements of a language model on files, apart from its loss."""

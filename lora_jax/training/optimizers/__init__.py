@@ -1,0 +1,1 @@
+"""The optimizers that adapters are trained with, by name."""

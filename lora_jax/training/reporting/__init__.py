@@ -1,0 +1,1 @@
+"""What a run measures, for the tools that people watch runs with."""

@@ -1,0 +1,125 @@
+"""`lora-jax serve`: what is told before the first request, and how a signal ends it."""
+
+import http.client
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+
+import pytest
+
+pytest.importorskip("starlette")
+pytest.importorskip("uvicorn")
+
+from tests.cli import files
+
+PROGRAM = "import sys; from lora_jax.cli import main; sys.exit(main(sys.argv[1:]))"
+PATIENCE = 60  # seconds, for the first request compiles
+
+
+def test_names(fails, tmp_path):
+    for name in ("law", "other"):
+        files.peft(tmp_path / name)
+    words = ["serve", "-m", "tiny", "--adapter", tmp_path / "law", "--adapter"]
+    error = fails(*words, f"law={tmp_path / 'other'}")
+    assert f"the name law is already used for {tmp_path / 'law'}; give it another" in error
+    assert "the name tiny is already used for the base" in fails(*words, f"tiny={tmp_path / 'law'}")
+    assert "give a name and a path, NAME=PATH" in fails(*words, "law=")
+    assert "missing: no such file" in fails(*words, "french=missing")
+
+
+def test_limits(fails, tmp_path):
+    assert "--context 5000: the model has only 1024 positions" in fails(
+        "serve", "-m", "tiny", "--context", 5000, "--port", 0
+    )
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        error = fails("serve", "-m", "tiny", "--port", port)
+        assert (
+            f"cannot listen on 127.0.0.1:{port}: " in error and "another --host or --port" in error
+        )
+    assert "'--port'" in fails("serve", "-m", "tiny", "--port", 70000, status=2)
+
+
+@pytest.fixture
+def serving(tmp_path):
+    """Start the command in a process, and return it and where it listens."""
+    files.model(tmp_path / "my-model", max_position_embeddings=2048)
+    files.peft(tmp_path / "my-adapter")
+    words = ["-m", tmp_path / "my-model", "--adapter", f"law={tmp_path / 'my-adapter'}"]
+    words += ["--port", "0", "--rows", "2"]
+    words += ["--no-warm-up", "--compile-cache", "none", "--stop-after", str(PATIENCE)]
+    command = [sys.executable, "-c", PROGRAM, "serve", *map(str, words)]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as made:
+        try:
+            found = re.fullmatch(r"serving my-model, law at (\S+)\n", made.stdout.readline())
+            yield made, found[1]
+        finally:
+            made.kill()
+
+
+def until(process, url, line):
+    """Wait until a line is among the metrics."""
+    end = time.monotonic() + PATIENCE
+    while line not in urllib.request.urlopen(f"{url}/metrics").read().decode():
+        assert process.poll() is None and time.monotonic() < end
+
+
+def ask(url, most):
+    body = json.dumps({"model": "law", "prompt": "Hello", "max_tokens": most}).encode()
+    request = urllib.request.Request(
+        f"{url}/v1/completions", body, {"Content-Type": "application/json"}
+    )
+    return json.load(urllib.request.urlopen(request, timeout=PATIENCE))
+
+
+def ask_in_vain(url):
+    with pytest.raises((OSError, http.client.HTTPException)):
+        ask(url, 2000)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_lets_requests_finish(serving, number):
+    process, url = serving
+    answers = []
+    asked = [
+        threading.Thread(target=lambda n=n: answers.append(ask(url, n))) for n in (30, 40, 500, 600)
+    ]
+    for thread in asked:
+        thread.start()
+    until(process, url, "lora_jax_waiting 2\n")
+    os.kill(process.pid, number)
+    assert "finishing the requests under way" in process.stderr.readline()
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        ask(url, 1)
+    assert refused.value.code == 503 and "server is stopping" in refused.value.read().decode()
+    refused.value.close()
+    for thread in asked:
+        thread.join()
+    assert process.wait(PATIENCE) == 0
+    assert len(answers) == 4 and all(x["choices"][0]["finish_reason"] for x in answers)
+    assert process.stderr.read() == ""
+
+
+@pytest.mark.slow
+def test_a_second_signal_ends_it_at_once(serving):
+    process, url = serving
+    thread = threading.Thread(target=ask_in_vain, args=(url,))
+    thread.start()
+    until(process, url, "lora_jax_running 1\n")
+    process.terminate()
+    process.stderr.readline()
+    process.terminate()
+    assert process.wait(PATIENCE) == 130
+    assert process.stderr.read() == "error: interrupted at once\n"
+    thread.join()

@@ -1,0 +1,112 @@
+"""`lora-jax train --data FILE=WEIGHT --field KEY=COLUMN`: what the run would train on."""
+
+import collections
+import gzip
+import itertools
+import json
+import pathlib
+
+import pytest
+
+pytest.importorskip("typer")
+
+from lora_jax.cli.jobs.training.stream import choose_streaming
+from lora_jax.cli.train_options import TrainOptions
+from lora_jax.training.errors import DataError
+from tests.cli.train.options.reading import read, text_of
+from tests.training.rows.test_arrow import DICT
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Return a directory of two files, of 12 questions each."""
+    for name in "ab":
+        rows = [{"q": f"{name}{n}?", "r": f"{name}!"} for n in range(12)]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return tmp_path
+
+
+FIELDS = ["prompt=q", "completion=r"]
+
+
+def seen(data, batches):
+    """Count the texts of each file in some batches."""
+    count = collections.Counter()
+    for batch in itertools.islice(data.batches_from(1, 0, 0), batches):
+        row = {name: x[0] for name, x in batch.items()}
+        text, predicted = text_of(row)
+        count.update(text[i + 1] for i, letter in enumerate(text) if letter == "?")
+        assert predicted.replace("a!", "").replace("b!", "") == ""  # only the completions
+    return count
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_weights_and_fields(stream, folder):
+    """Two epochs visit a four times and b once; `length` leaves one text per row."""
+    data = [f"{folder}/a.jsonl=2", f"{folder}/b.jsonl=0.5"]
+    task = read(data, folder, length=7, batch=1, stream=stream, field=FIELDS)
+    if not stream:
+        assert task.data.visited == 30 and len(task.data) == 24
+    assert seen(task.data, 60) == {"a": 48, "b": 12}
+    plain = read(
+        [folder / "a.jsonl", folder / "b.jsonl"], folder, length=7, stream=stream, field=FIELDS
+    )
+    assert plain.data.checksum() != task.data.checksum()
+
+
+def test_the_same_rows_are_held_out_with_weights(folder):
+    names = [folder / "a.jsonl", folder / "b.jsonl"]
+    one, other = (
+        read(data, eval_split=0.25, field=FIELDS, length=7)
+        for data in (names, [f"{names[0]}=3", names[1]])
+    )
+    assert len(one.held_out) == 6 and one.held_out.checksum() == other.held_out.checksum()
+    assert len(one.data) == len(other.data) == 18
+    (folder / "one.jsonl").write_text('{"q": "x?", "r": "x"}\n')
+    with pytest.raises(DataError, match=r"--eval-split leaves no row of .*one\.jsonl to train on"):
+        for seed in range(30):
+            read([f"{folder}/one.jsonl=2", names[0]], eval_split=0.5, field=FIELDS, seed=seed)
+
+
+def test_texts_with_weights(tmp_path):
+    (tmp_path / "a.txt").write_text("a" * 40)
+    (tmp_path / "b.txt").write_text("b" * 40)
+    task = read([f"{tmp_path}/a.txt=3", tmp_path / "b.txt"], length=10, shuffle=False)
+    rows = [
+        text_of({n: x[0] for n, x in batch.items()})[1]
+        for batch in itertools.islice(task.data.batches_from(1, None, 0), 16)
+    ]
+    assert [text[0] for text in rows] == ["a"] * 12 + ["b"] * 4
+
+
+def test_the_splits_of_a_directory_of_datasets():
+    pytest.importorskip("pyarrow")
+    fields = ["prompt=question", "completion=answer"]
+    task = read([DICT], held_out=[DICT], field=fields, length=40)
+    said = lambda data: "".join(
+        text_of({n: x[i] for n, x in data.arrays.items()})[1] for i in range(len(data))
+    )
+    assert sorted(said(task.data).split("é")[1:]) == [*"0123456"] and said(task.held_out) == "out"
+
+
+def test_compressed_data_is_read_at_first(tmp_path, monkeypatch):
+    monkeypatch.setattr("lora_jax.cli.jobs.training.stream.LARGE", 10)
+    (tmp_path / "d.jsonl").write_text('{"text": "abc"}\n' * 9)
+    (tmp_path / "d.jsonl.gz").write_bytes(gzip.compress((tmp_path / "d.jsonl").read_bytes()))
+    options = lambda name: TrainOptions("tiny", [tmp_path / name], pathlib.Path("out"))
+    assert choose_streaming(options("d.jsonl"), False).stream is True
+    assert choose_streaming(options("d.jsonl.gz"), False).stream is False
+    one, other = (read([tmp_path / f"d.jsonl{end}"]) for end in ("", ".gz"))
+    assert one.data.checksum() == other.data.checksum()
+
+
+@pytest.mark.parametrize(
+    ("more", "error"),
+    [
+        (("--field", "text"), "--field text: write KEY=COLUMN"),
+        (("--data", "b.jsonl=0"), "b.jsonl=0: a weight must be above 0"),
+    ],
+)
+def test_mistakes(more, error, folder, fails):
+    words = ("train", "--model", "tiny", "--data", folder / "a.jsonl", "--out", folder / "out")
+    assert error in fails(*words, *more) and not (folder / "out").exists()

@@ -1,0 +1,108 @@
+"""Families that need switches of the decoder, against `transformers` 5.24; see record_models.py."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+import lora_jax as lora
+from lora_jax import models, training
+from tests.models.decoder.test_decoder import error
+from tests.models.recorded import FIXTURES, NEWER, expected, load
+
+pytestmark = pytest.mark.usefixtures("quick_compile")
+#: Where layers differ they are in a scan by default, else not.
+ALTERNATING = ("gemma2", "gemma3_text", "smollm3")
+
+
+def cases(default):
+    marks = lambda *case: () if default(*case) else pytest.mark.slow
+    both = [(name, scan) for name in NEWER for scan in (False, True)]
+    ids = {False: "unrolled", True: "scan"}
+    return [pytest.param(*x, marks=marks(*x), id=f"{x[0]}-{ids[x[1]]}") for x in both]
+
+
+@pytest.mark.parametrize(("name", "scan"), cases(lambda name, scan: scan == (name in ALTERNATING)))
+def test_logits_are_those_of_transformers(name, scan, strict):
+    model, given = load(name, scan=scan), expected(name)
+    logits = jax.jit(model.apply)(model.params, given["ids"], given["mask"])
+    assert logits.dtype == jnp.float32
+    assert error(name, logits) < 3e-5  # for logits up to 5
+
+
+@pytest.mark.parametrize(("name", "scan"), cases(lambda *case: case == ("gemma3_text", True)))
+def test_greedy_tokens_are_those_of_transformers(name, scan):
+    """Windows of 4 and 9 tokens are long exceeded; the other row has padding on its left."""
+    model, given = load(name, scan=scan), expected(name)
+    cache = model.module.init_cache(2, 20)
+    found = models.generate(
+        model.apply, model.params, given["ids"], cache, steps=9, segments=given["mask"]
+    )
+    np.testing.assert_array_equal(found[:1], given["greedy"])
+
+
+@pytest.mark.parametrize(("name", "scan"), cases(lambda name, scan: False))
+def test_bfloat16_is_off_by_its_rounding(name, scan):
+    model, given = load(name, scan=scan, dtype="bfloat16"), expected(name)
+    logits = jax.jit(model.apply)(model.params, given["ids"], given["mask"])
+    assert {leaf.dtype for leaf in jax.tree.leaves(model.params)} == {logits.dtype}
+    rounding = np.abs(given["bfloat16"] - given["logits"])[given["mask"] > 0].max()
+    assert error(name, logits) < 1.5 * rounding < 0.3
+
+
+@pytest.mark.parametrize("name", NEWER)
+def test_saved_tensors_are_those_of_the_file(name, tmp_path):
+    model = load(name, scan=name in ALTERNATING)
+    models.save(tmp_path, model)
+    want, got = (load_file(path / "model.safetensors") for path in (FIXTURES / name, tmp_path))
+    assert want.keys() == got.keys()
+    for key, tensor in want.items():
+        np.testing.assert_array_equal(got[key].view(np.int32), tensor.view(np.int32), key)
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param("gemma2"), pytest.param("granite", marks=pytest.mark.slow)]
+)
+def test_loss_in_chunks_is_that_of_the_logits(name):
+    """The head of the chunked loss caps and scales as the model does; so do its gradients."""
+    model = load(name)
+    config = lora.LoraConfig(rank=2, targets=["query"])
+    ids = expected(name)["ids"].astype(np.int32)
+    params = lora.init(jax.random.key(0), model.params, config, model.apply, ids)
+    base, adapters = lora.split(params)
+    adapters = jax.tree.map(lambda x: x + 0.1, adapters)
+    batch = {"ids": ids, "segments": np.ones_like(ids), "weights": np.ones(ids.shape, np.float32)}
+    hidden = lambda *args: model.apply(*args, method="hidden")
+    table = lambda params: params["embedding"]["embedding"].T
+    head = table if model.config.tie_word_embeddings else lambda params: params["head"]["kernel"]
+    frozen = training.language_sums_of_frozen_head(hidden, head, 6, model.module.finish)
+    trained = training.language_sums_of_trained_head(
+        hidden, lambda *args: model.apply(*args, method="logits"), 6
+    )
+
+    @jax.jit
+    def all_of(adapters):
+        whole = training.language_sums(model.apply)
+        of = lambda sums: lambda a: lora.lora(sums)(lora.join(base, a), batch)["loss"]
+        return [jax.value_and_grad(of(sums))(adapters) for sums in (whole, frozen, trained)]
+
+    whole, *chunked = all_of(adapters)
+    for found in chunked:
+        for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(found), strict=True):
+            np.testing.assert_allclose(b, a, rtol=2e-4, atol=2e-5)
+
+
+def test_packed_texts_do_not_see_each_other():
+    """Alternating windows in a scan: no text sees another one, and none sees beyond its window."""
+    model = load("gemma3_text", scan=True)
+    ids = np.arange(1, 16)[None]
+    segments = np.array([[1] * 8 + [2] * 6 + [0]])
+    apply = jax.jit(model.apply)
+    packed = apply(model.params, ids, segments)
+    for text in (slice(0, 8), slice(8, 14)):
+        alone = np.zeros_like(ids)
+        length = text.stop - text.start
+        alone[:, :length] = ids[:, text]
+        own = apply(model.params, alone, (np.arange(15)[None] < length).astype(int))
+        np.testing.assert_allclose(packed[:, text], own[:, :length], atol=2e-5, rtol=0)

@@ -1,0 +1,87 @@
+"""Record tiny random models of images of `transformers`: tests/models/fixtures.
+
+Run it in an environment with PyTorch, peft and transformers (recorded with 2.13, 0.21.2 and 5.24):
+`python -m tests.models.record_vision`. Every directory contains what `save_pretrained` writes, and
+`expected.npz`: `pixels` with the channels last, the outputs, the two files of an adapter of peft,
+as bytes, and the outputs with it; SigLIP's `ids`, and of ViT `images` and what its processor makes
+of them.
+"""
+
+import shutil
+
+import numpy as np
+import peft
+import torch
+import transformers
+
+from tests.models.record_encoders import FIXTURES, adapter_files, randomized
+from tests.parity.peft.recorded.record_files import move
+
+SIZES = {
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+}
+IMAGE = {**SIZES, "image_size": 12, "patch_size": 4}
+TEXT = {**SIZES, "vocab_size": 24, "max_position_embeddings": 6, "bos_token_id": 1}
+TEXT |= {"eos_token_id": 2, "projection_size": 16}
+c = transformers
+torch.manual_seed(0)
+MODELS = {
+    "vit": c.ViTForImageClassification(
+        c.ViTConfig(**IMAGE, num_labels=3, initializer_range=0.25),
+    ),
+    "siglip_vision": c.SiglipVisionModel(c.SiglipVisionConfig(**IMAGE)),
+    "siglip": c.SiglipModel(
+        c.SiglipConfig(
+            vision_config={**IMAGE, "num_hidden_layers": 1},
+            text_config={**TEXT, "num_hidden_layers": 1},
+        )
+    ),
+    "clip_vision": c.CLIPVisionModel(c.CLIPVisionConfig(**IMAGE, initializer_factor=2.0)),
+}
+PEFTS = {
+    "vit": {"target_modules": ["q_proj", "fc1", "projection"], "modules_to_save": ["classifier"]},
+    "siglip_vision": {"target_modules": ["q_proj", "v_proj", "patch_embedding"]},
+    "siglip": {"target_modules": ["q_proj", "fc2", "token_embedding"]},
+    "clip_vision": {"target_modules": ["out_proj", "patch_embedding"]},
+}
+
+
+def outputs(name: str, model: torch.nn.Module, pixels: torch.Tensor, ids: torch.Tensor) -> dict:
+    given = {"pixel_values": pixels} | ({"input_ids": ids} if name == "siglip" else {})
+    with torch.no_grad():
+        found = model(**given)
+    if name == "vit":
+        return {"y": found.logits}
+    if name == "siglip":
+        return {"y": found.logits_per_image, "images": found.image_embeds}
+    return {"y": found.last_hidden_state, "pooled": found.pooler_output}
+
+
+def record(name: str, model: torch.nn.Module) -> None:
+    torch.manual_seed(1)
+    directory = FIXTURES / name
+    shutil.rmtree(directory, ignore_errors=True)
+    randomized(model).save_pretrained(directory)
+    pixels, ids = torch.randn(2, 3, 12, 12), torch.randint(3, 24, (3, 6))
+    arrays = {"pixels": pixels.permute(0, 2, 3, 1), "ids": ids}
+    arrays |= outputs(name, model, pixels, ids)
+    config = peft.LoraConfig(r=2, lora_alpha=3, **PEFTS[name])
+    adapted = move(peft.get_peft_model(model, config)).eval()
+    changed = outputs(name, adapted, pixels, ids)
+    arrays |= {f"adapted_{key}": x for key, x in changed.items()}
+    if name == "vit":
+        processor = c.ViTImageProcessorPil(size={"height": 12, "width": 12})
+        processor.save_pretrained(directory)
+        images = np.random.default_rng(0).integers(0, 256, (2, 12, 12, 3), np.uint8)
+        made = processor(list(images), return_tensors="pt")["pixel_values"]
+        arrays |= {"images": images, "processed": made.permute(0, 2, 3, 1)}
+    np.savez_compressed(directory / "expected.npz", **arrays, **adapter_files(adapted))
+
+
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    for name, model in MODELS.items():
+        record(name, model)

@@ -1,0 +1,1 @@
+"""The server: rows of one batch, their scheduler, and the HTTP interface."""

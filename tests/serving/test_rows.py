@@ -1,0 +1,83 @@
+"""Rows that join and leave at any step continue as each does alone."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from lora_jax.serving.rows import Choosing
+from tests.serving import small
+
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
+
+@dataclasses.dataclass(frozen=True)
+class Text:
+    ids: list[int]
+    slot: int
+    steps: int
+    choosing: Choosing
+
+    def alone(self):
+        c = self.choosing
+        return small.alone(self.ids, self.slot, self.steps, c.temperature, c.top_p, c.seed)
+
+
+def texts(count, seed=0, longest=small.PADDED):
+    """Random prompts, adapters and samplings; some texts fill the context."""
+    rng = np.random.default_rng(seed)
+    for number in range(count):
+        ids = rng.integers(0, 256, int(rng.integers(1, longest + 1))).tolist()
+        most = small.CONTEXT - len(ids)
+        steps = most if number % 5 == 4 else int(rng.integers(1, 20))
+        choosing = Choosing(
+            *((0, 1), (1.3, 0.9))[int(rng.integers(2))],
+            seed=int(rng.integers(-5, 1000)),
+            top=int(rng.integers(0, 4)),
+        )
+        yield Text(ids, int(rng.integers(-1, 2)), min(steps, most), choosing)
+
+
+def continue_all(rows, given):
+    """Let each text join as soon as a row is free, and return their tokens."""
+    waiting, running = list(enumerate(given)), {}
+    found = [[] for _ in given]
+    while waiting or running:
+        while waiting and rows.free:
+            number, text = waiting.pop(0)
+            row = rows.free[0]
+            found[number].append(rows.join(row, text.ids, text.slot, text.choosing))
+            running[row] = number
+            if text.steps == 1:
+                rows.leave(row)
+                del running[row]
+        for row, token in rows.step().items() if running else ():
+            number = running[row]
+            found[number].append(token)
+            if len(found[number]) == given[number].steps:
+                rows.leave(row)
+                del running[row]
+    return found
+
+
+def test_rows_continue_as_each_does_alone():
+    rows = small.rows()
+    rows.clear()
+    given = list(texts(12))
+    found = continue_all(rows, given)
+    tokens = [[x.token for x in one] for one in found]
+    assert tokens == [text.alone() for text in given]
+    assert len({text.choosing.temperature for text in given}) == 2
+    again = continue_all(rows, given[::-1])  # beside other texts, at other columns
+    assert [[x.token for x in one] for one in again[::-1]] == tokens
+    # Two selections, three lengths of prompts, two of the cache, and the ways between them.
+    compiled = rows.compilations
+    assert compiled <= 2 + 3 + 2 + 5 + 4
+    continue_all(rows, given[:4])
+    assert rows.compilations == compiled
+    for text, one in zip(given, found, strict=True):
+        assert [len(x.top) for x in one] == [text.choosing.top] * text.steps
+        for token in one:
+            assert token.logprob <= 0
+            if token.top and not text.choosing.temperature:
+                assert token.top[0] == (token.token, pytest.approx(token.logprob, abs=1e-5))

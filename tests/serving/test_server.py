@@ -1,0 +1,232 @@
+"""The HTTP interface, asked by OpenAI's own client and by bare sockets."""
+
+import concurrent.futures
+import http.client
+import json
+import socket
+import threading
+import time
+import urllib.request
+
+import pytest
+
+pytest.importorskip("starlette")
+pytest.importorskip("uvicorn")
+pytest.importorskip("openai")
+
+import openai
+
+from lora_jax.models.text.byte_tokenizer import byte_tokenizer
+from tests.serving import live, small
+
+TOKENIZER = byte_tokenizer()
+HELLO = TOKENIZER.encode_prompt("Hello")
+MESSAGES = [{"role": "user", "content": "Hi"}]
+JSON = {"Content-Type": "application/json"}
+PATIENCE = 20  # seconds
+
+
+@pytest.fixture(scope="module")
+def server():
+    small.rows().clear()
+    with live.serving() as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def client(server):
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
+        yield client
+
+
+def said(ids, slot, steps, **sampling):
+    return TOKENIZER.decode(small.alone(ids, slot, steps, **sampling))
+
+
+def post(server, body, path="/v1/completions", headers=JSON):
+    """Return the status, the headers and the JSON of an answer."""
+    address = server.url.removeprefix("http://")
+    connection = http.client.HTTPConnection(address, timeout=PATIENCE)
+    connection.request("POST", path, body, headers)
+    answer = connection.getresponse()
+    found = answer.status, answer.headers, json.loads(answer.read())
+    connection.close()
+    return found
+
+
+def metrics(server):
+    text = urllib.request.urlopen(f"{server.url}/metrics", timeout=PATIENCE).read().decode()
+    pairs = [line.split() for line in text.splitlines() if not line.startswith("#")]
+    return {name.removeprefix("lora_jax_"): int(value) for name, value in pairs}
+
+
+def until(true):
+    end = time.monotonic() + PATIENCE
+    while not true():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def test_what_is_served(server, client):
+    found = client.models.list().data
+    assert [x.id for x in found] == list(live.NAMES)
+    assert [x.parent for x in found] == [None, "base", "base"]
+    assert client.models.retrieve("law").max_model_len == small.CONTEXT
+    assert urllib.request.urlopen(f"{server.url}/health", timeout=PATIENCE).status == 200
+
+
+def test_texts(client):
+    """Each model name is an adapter, and the text is that of `models.generate`."""
+    for slot, name in enumerate(live.NAMES, -1):
+        found = client.completions.create(model=name, prompt="Hello", max_tokens=9, temperature=0)
+        (choice,) = found.choices
+        assert (choice.text, choice.finish_reason) == (said(HELLO, slot, 9), "length")
+        assert (found.usage.prompt_tokens, found.usage.completion_tokens) == (5, 9)
+    found = client.completions.create(model="law", prompt=["Hello", "a"], max_tokens=4, seed=5)
+    wanted = [
+        said(TOKENIZER.encode_prompt(x), 0, 4, temperature=1.0, seed=5) for x in ("Hello", "a")
+    ]
+    assert [x.text for x in found.choices] == wanted
+    assert [x.index for x in found.choices] == [0, 1]
+
+
+def test_a_chat_and_its_stream(client):
+    asked = {"model": "french", "messages": MESSAGES, "max_tokens": 12, "temperature": 0}
+    whole = client.chat.completions.create(**asked)
+    ids = TOKENIZER.encode(TOKENIZER.chat(MESSAGES, add_generation_prompt=True))
+    assert whole.choices[0].message.content == said(ids, 1, 12)
+    assert whole.choices[0].message.role == "assistant"
+    options = {"include_usage": True}
+    pieces = [*client.chat.completions.create(**asked, stream=True, stream_options=options)]
+    assert pieces[0].choices[0].delta.role == "assistant"
+    texts = [x.choices[0].delta.content or "" for x in pieces if x.choices]
+    assert "".join(texts) == whole.choices[0].message.content and len(texts) > 2
+    assert pieces[-2].choices[0].finish_reason == "length" and not pieces[-1].choices
+    assert pieces[-1].usage == whole.usage
+    assert all(x.usage is None for x in pieces[:-1])
+    stop = whole.choices[0].message.content[3:5]
+    ended = client.chat.completions.create(**asked, stop=stop)
+    assert ended.choices[0].message.content == whole.choices[0].message.content.partition(stop)[0]
+    assert ended.choices[0].finish_reason == "stop"
+
+
+def test_log_probabilities(client):
+    asked = {"prompt": "Hello", "max_tokens": 3, "temperature": 0}
+    text = client.completions.create(model="law", **asked, logprobs=2).choices[0].logprobs
+    assert [len(x) for x in (text.tokens, text.token_logprobs, text.top_logprobs)] == [3] * 3
+    assert text.text_offset == [0, 1, 2]
+    for token, own, top in zip(text.tokens, text.token_logprobs, text.top_logprobs, strict=True):
+        assert max(top.values()) == pytest.approx(own) and token in top
+    more = {"logprobs": True, "top_logprobs": 2, "max_tokens": 2}
+    chat = client.chat.completions.create(model="law", messages=MESSAGES, **more).choices[0]
+    assert [len(x.top_logprobs) for x in chat.logprobs.content] == [2, 2]
+    pieces = client.chat.completions.create(model="law", messages=MESSAGES, **more, stream=True)
+    found = [y for x in pieces if (y := x.choices[0].logprobs)]
+    assert sum(len(x.content) for x in found) == 2
+
+
+def test_errors(server, client):
+    with pytest.raises(openai.NotFoundError, match="this server has base, law, french"):
+        client.completions.create(model="gpt", prompt="x")
+    with pytest.raises(openai.BadRequestError, match="temperature must be"):
+        client.completions.create(model="law", prompt="x", temperature=3)
+    with pytest.raises(openai.BadRequestError, match="maximum context length is 64") as error:
+        client.chat.completions.create(model="law", messages=MESSAGES, max_tokens=64)
+    assert error.value.code == "context_length_exceeded"
+    with pytest.raises(openai.NotFoundError, match="the model 'x/y' does not exist"):
+        client.models.retrieve("x/y")
+    assert post(server, "{}", headers={})[0] == 415
+    assert post(server, b"{" + b" " * 5_000_000)[0] == 413
+    assert post(server, "{}", "/v1/nothing")[0] == 404
+    status, headers, body = post(server, "{}", "/v1/models")
+    assert status == 405 and "GET" in headers["Allow"]
+    assert body["error"]["message"] == "POST /v1/models: Method Not Allowed"
+
+
+def test_many_at_once(server, client):
+    """Rows, adapters and samplings are mixed; each text is what it is alone."""
+    prompts = ["Hello", "a", "What?", "xy"]
+    calls = [(n % 3 - 1, prompts[n % 4], 3 + n % 5, 1.0 * (n % 2), n % 7) for n in range(24)]
+
+    def ask(call):
+        slot, prompt, most, temperature, seed = call
+        options = {"max_tokens": most, "temperature": temperature, "seed": seed}
+        found = client.completions.create(model=live.NAMES[slot + 1], prompt=prompt, **options)
+        return found.choices[0].text
+
+    before = metrics(server)
+    with concurrent.futures.ThreadPoolExecutor(12) as pool:
+        found = [*pool.map(ask, calls)]
+    after = metrics(server)
+    assert found == [
+        said(TOKENIZER.encode_prompt(prompt), slot, most, temperature=temperature, seed=seed)
+        for slot, prompt, most, temperature, seed in calls
+    ]
+    assert after["finished_total"] - before["finished_total"] == 24
+    assert after["failed_total"] == 0 and after["compilations"] <= before["compilations"] + 2
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_leaves_frees_its_row(server, monkeypatch, stream):
+    step = small.rows().step
+    monkeypatch.setattr(small.rows(), "step", lambda: (time.sleep(0.05), step())[1])
+    before = metrics(server)["cancelled_total"]
+    body = json.dumps({"model": "law", "prompt": "x", "max_tokens": 60, "stream": stream}).encode()
+    host, port = server.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=PATIENCE) as connection:
+        head = f"POST /v1/completions HTTP/1.1\r\nHost: {host}\r\nContent-Length: {len(body)}\r\n"
+        connection.sendall(head.encode() + b"Content-Type: application/json\r\n\r\n" + body)
+        until(lambda: metrics(server)["running"] == 1)
+        if stream:
+            assert b"200 OK" in connection.recv(100)
+    until(lambda: metrics(server)["running"] == 0)
+    assert metrics(server)["cancelled_total"] == before + 1
+
+
+def test_a_failure_of_the_model(server, client, monkeypatch, caplog):
+    """It fails the requests that it touched, a stream with an event, and not the server."""
+
+    def fail():
+        raise RuntimeError("the device is lost")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(small.rows(), "step", fail)
+        with pytest.raises(openai.InternalServerError, match="the server failed on this request"):
+            client.completions.create(model="law", prompt="x")
+        with pytest.raises(openai.APIError, match="the server failed on this request"):
+            list(client.completions.create(model="law", prompt="x", stream=True))
+    found = client.completions.create(model="law", prompt="Hello", max_tokens=3, temperature=0)
+    assert found.choices[0].text == said(HELLO, 0, 3)
+    assert "the device is lost" in caplog.text
+
+
+def test_a_full_queue_and_a_graceful_stop(monkeypatch):
+    """What waits is answered, what comes later is refused, and the port is closed in the end."""
+    rows, may_step = small.rows(), threading.Event()
+    step = rows.step
+    monkeypatch.setattr(rows, "step", lambda: (may_step.wait(PATIENCE), step())[1])
+    body = json.dumps({"model": "law", "prompt": "Hello", "max_tokens": 4, "temperature": 0})
+    with live.serving(waiting=1) as server, concurrent.futures.ThreadPoolExecutor(9) as pool:
+        asked = [pool.submit(post, server, body) for _ in range(rows.count + 1)]
+        until(lambda: metrics(server)["running"] == 3 and metrics(server)["waiting"] == 1)
+        status, headers, answer = post(server, body)
+        assert (status, headers["Retry-After"]) == (503, "1")
+        assert answer["error"]["code"] == "queue_full"
+        stopping = pool.submit(server.stop, PATIENCE)
+        until(lambda: post(server, body)[2]["error"]["code"] == "server_stopping")
+        may_step.set()
+        stopping.result(PATIENCE)
+        answers = [x.result(PATIENCE) for x in asked]
+        assert [status for status, _, _ in answers] == [200] * 4
+        assert {x["choices"][0]["text"] for _, _, x in answers} == {said(HELLO, 0, 4)}
+        with pytest.raises(ConnectionRefusedError):
+            post(server, body)
+
+
+def test_the_page_needs_nothing_else(server):
+    answer = urllib.request.urlopen(server.url, timeout=PATIENCE)
+    page = answer.read().decode()
+    assert answer.headers["Content-Type"] == "text/html; charset=utf-8"
+    assert "default-src 'none'" in answer.headers["Content-Security-Policy"]
+    assert "http://" not in page and "https://" not in page and "<main>" in page
+    assert post(server, "{}", "/")[0] == 405
