@@ -1,9 +1,6 @@
 """Read and write checkpoints of parameters with Orbax, which only this file imports."""
 
-import contextlib
-import logging
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +9,7 @@ import numpy as np
 
 from lora_jax.core.errors import AdapterFileError
 from lora_jax.core.foreign import shown
+from lora_jax.files.disk.quiet_orbax import quiet_orbax
 from lora_jax.files.orbax.from_tree import from_tree
 from lora_jax.files.orbax.nested import WRAPPERS
 from lora_jax.files.orbax.to_tree import to_tree
@@ -40,7 +38,7 @@ def load(
       The parameters, see `from_tree`; arrays are on the default device, or NumPy's.
 
     Raises:
-      AdapterFileError: there is no checkpoint, it is damaged, or its factors do not fit.
+      AdapterFileError: there is none, it is damaged, or its factors do not fit.
       ConfigError: as `from_tree`.
     """
     item = _item(Path(path).absolute())
@@ -59,12 +57,14 @@ def save(
 
     Raises:
       StructureError, ConfigError: as `to_tree`.
-      ValueError: there is a checkpoint already.
+      FileExistsError: something is there already.
     """
     import orbax.checkpoint as ocp
 
+    if Path(path).exists():
+        raise FileExistsError(f"{path}: exists already; give another directory")
     tree = to_tree(adapters, format, alpha=alpha)
-    with ocp.StandardCheckpointer() as checkpointer:
+    with quiet_orbax(), ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(Path(path).absolute(), tree)
 
 
@@ -91,7 +91,7 @@ def _restore(item: Path) -> Any:
     import orbax.checkpoint as ocp
 
     try:
-        with _quiet(), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        with quiet_orbax(), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
             shapes = checkpointer.metadata(item).item_metadata
             wanted = _parameters(dict(shapes.tree))
             numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
@@ -110,14 +110,3 @@ def _parameters(tree: Any) -> Any:
         if isinstance(tree, dict) and isinstance(tree.get(name), dict):
             return {name: _parameters(tree[name])}
     return tree
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep Orbax's log off stderr, which repeats what an error says."""
-    logger = logging.getLogger("absl")
-    before, logger.disabled = logger.disabled, True
-    try:
-        yield
-    finally:
-        logger.disabled = before

@@ -29,13 +29,13 @@ def fits(row: Row, weight: tuple[int, ...], a: tuple[int, ...], b: tuple[int, ..
     sizes = dict(zip(row.letters, weight, strict=True))
     found = []
     for axes_a, axes_b in row.alternatives():
-        rank = _rank(axes_a, a)
-        known = sizes | {RANK: rank}
-        extra = {x: n for x, n in _paired(axes_b, b) if x not in known}
-        known |= extra
-        of_a = bool(rank) and _has(axes_a, a, known, row.inputs, row.flat)
-        if of_a and _has(axes_b, b, known, row.outputs, row.flat):
-            found.append(Fit(row, axes_a, axes_b, known))
+        rank = a[-1] if a and axes_a[-1] == RANK else 0
+        extra = {x: n for x, n in _paired(axes_b, b) if x not in sizes}
+        known = {**extra, **sizes, RANK: rank}
+        own_a = _axes(axes_a, a, known, row.inputs if row.flat else ())
+        own_b = _axes(axes_b, b, known, row.outputs if row.flat else ())
+        if rank and own_a and own_b:
+            found.append(Fit(row, own_a, own_b, known))
     return found
 
 
@@ -43,30 +43,20 @@ def _paired(axes: Sequence[str], shape: Sequence[int]) -> list[tuple[str, int]]:
     return list(zip(axes, shape, strict=True)) if len(axes) == len(shape) else []
 
 
-def _rank(axes: Sequence[str], shape: Sequence[int]) -> int:
-    return shape[-1] if shape and axes[-1] == RANK else 0
-
-
-def _has(
-    axes: Sequence[str],
+def _axes(
+    axes: tuple[str, ...],
     shape: tuple[int, ...],
     sizes: Mapping[str, int],
-    flattened: Sequence[str],
-    flat: bool,
-) -> bool:
-    """Return whether a factor has these axes; those in `flattened` may be one."""
+    joined: Sequence[str],
+) -> tuple[str, ...]:
+    """Return the axes of a factor of this shape, those in `joined` apart; none if it has others."""
     if shape == tuple(sizes[x] for x in axes):
-        return True
-    if not flat or len(flattened) < 2:
-        return False
-    return shape == _flat_shape(axes, sizes, flattened)
-
-
-def _flat_shape(
-    axes: Sequence[str], sizes: Mapping[str, int], flattened: Sequence[str]
-) -> tuple[int, ...]:
-    one = {flattened[0]: math.prod(sizes[x] for x in flattened)}
-    return tuple(one.get(x, sizes[x]) for x in axes if x not in flattened[1:])
+        return axes
+    if len(joined) < 2:
+        return ()
+    groups = [tuple(joined) if x == joined[0] else (x,) for x in axes if x not in joined[1:]]
+    fits = shape == tuple(math.prod(sizes[x] for x in group) for group in groups)
+    return tuple(x for group in groups for x in group) if fits else ()
 
 
 def to_weight(fit: Fit, a: np.ndarray, b: np.ndarray, scale: float) -> LoraWeight:

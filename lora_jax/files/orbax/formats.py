@@ -12,7 +12,7 @@ def _openpi_rows(expert: str) -> Iterator[Row]:
     """Yield the rows of one expert; the second one's names end in `_1`.
 
     openpi/models/lora.py: an einsum's factors replace one letter each of its equation by the rank.
-    So q, k and v have an A of their own for each head, and the output's B is summed over the heads.
+    So q, k and v have one A for each head, and the output's B is summed over the heads.
     The feed-forward layers leave out the scale.
     """
     for name, axes, outs, factors in (
@@ -143,7 +143,7 @@ def _stacked(axes: str) -> Iterator[str]:
 
 
 def _maxtext_rows() -> Iterator[Row]:
-    """Yield the rows of MaxText: of qwix, and of its own adapters (utils/lora_utils.py)."""
+    """Yield the rows of MaxText: of qwix, and the older ones (utils/lora_utils.py)."""
     for module, axes, outs in _MAXTEXT.values():
         path = f"{{*m}}/{module.rpartition('/')[2]}"
         for own in _stacked(axes):

@@ -142,10 +142,12 @@ def _nodes(
         if not found:
             problems += list(reasons)
             continue
-        made = {(weight, fit.row.layout) for weight, fit, _ in found}
-        if len(made) > 1:
-            layouts = " or ".join(sorted(axes for _, axes in made))
-            problems.append(f"{path}: the shapes do not tell the weight's layout, {layouts}")
+        ways = {f"{fit.row.axes}, {' '.join(fit.a)} and {' '.join(fit.b)}" for _, fit, _ in found}
+        if len(ways) > 1:
+            problems.append(
+                f"{path}: sizes that are equal leave open which axes the weight, A and B have: "
+                f"{' or '.join(sorted(ways))}"
+            )
             continue
         weight, fit, b = found[0]
         node = _node(fit, a, b, scaling.of(_kind(layout, fit), fit.sizes[RANK]))
@@ -182,7 +184,7 @@ def _node(fit: Fit, a: Any, b: Any, scale: float) -> LoraWeight | str:
     a, b = np.asarray(a), np.asarray(b)
     own = math.prod(fit.sizes[x] for x in fit.row.outputs if x in fit.a)
     if own * (a.size + own * b.size) > max(_GROWTH * (a.size + b.size), _FREE):
-        return f"{own} factors of their own, one for each head, are too many for one adapter"
+        return f"{own} pairs of factors, one for each head, are too many for one adapter"
     if not all(np.isfinite(x.astype(np.float32)).all() for x in (a, b)):
         return "contains NaN or infinite values"
     node = to_weight(fit, a, b, scale)

@@ -1,7 +1,6 @@
 """What a format of checkpoints says: where a weight's factors are, and what their axes mean."""
 
 import dataclasses
-import itertools
 from collections.abc import Iterator, Mapping
 
 from lora_jax.files.naming import Entry, Naming
@@ -59,7 +58,7 @@ class Row:
         return "".join(roles.get(x, "i") for x in self.letters)
 
     def alternatives(self) -> Iterator[tuple[tuple[str, ...], tuple[str, ...]]]:
-        """Yield the axes that A and B may have; a stack of layers is first or second."""
+        """Yield the axes that A and B may have; a stack of layers is first or second in both."""
         if self.factors is not None:
             yield tuple(self.factors[0].split()), tuple(self.factors[1].split())
             return
@@ -67,8 +66,8 @@ class Row:
         if LAYERS not in self.letters:
             yield a, b
             return
-        for i, j in itertools.product((0, 1), (0, 1)):
-            yield (*a[:i], LAYERS, *a[i:]), (*b[:j], LAYERS, *b[j:])
+        for i in (0, 1):
+            yield (*a[:i], LAYERS, *a[i:]), (*b[:i], LAYERS, *b[i:])
 
 
 @dataclasses.dataclass(frozen=True)

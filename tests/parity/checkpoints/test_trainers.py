@@ -177,6 +177,8 @@ def test_an_orbax_checkpoint_on_disk(recorded, tmp_path):
     orbax.save(tmp_path / "again", params, "tunix", alpha=4.5)
     again = orbax.load(tmp_path / "again", "tunix", alpha=4.5)
     jax.tree.map(np.testing.assert_array_equal, params, again)
+    with pytest.raises(FileExistsError, match="again: exists already; give another directory"):
+        orbax.save(tmp_path / "again", params, "tunix", alpha=4.5)
     with pytest.raises(
         lora_jax.AdapterFileError, match=r"not an Orbax checkpoint: it has no _META"
     ):
@@ -227,3 +229,17 @@ def test_scales_and_formats_are_asked_for():
     )
     with pytest.raises(lora_jax.StructureError, match="down: no row of this format has this path"):
         orbax.to_tree(other, "tunix")
+
+
+def test_as_many_layers_as_ranks():
+    """16 layers and a rank of 16: the stack is at the same place in A and in B."""
+    f = lambda *shape: np.random.default_rng(0).normal(size=shape).astype("f4")
+    a, b = f(5, 2, 2), f(2, 2, 7)  # [in, layers, rank] and [rank, layers, out]
+    kernel = {"kernel": f(5, 2, 7), "kernel_lora_a": a, "kernel_lora_b": b}
+    params = orbax.from_tree({"decoder": {"layers": {"mlp": {"wi_0": kernel}}}}, "maxtext", alpha=2)
+    node = params["decoder"]["layers"]["mlp"]["wi_0"]["kernel"]
+    np.testing.assert_allclose(plain(node), np.einsum("ilr,rlo->ilo", a, b), rtol=1e-5)
+    square = {"gating_einsum": f(2, 6, 6), "_LoRAEinsum_gating_einsum": {"lora": {"a": f(6, 2)}}}
+    square["_LoRAEinsum_gating_einsum"]["lora"]["b"] = f(2, 2, 6)
+    with pytest.raises(lora_jax.AdapterFileError, match="sizes that are equal leave open"):
+        orbax.from_tree({"mlp": square}, "gemma")

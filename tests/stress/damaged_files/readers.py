@@ -35,6 +35,10 @@ READERS: dict[str, Turns] = {
     "mlx-lm": [("mlx-lm", adapters.of_mlx)],
     "loralib": [("loralib", adapters.of_loralib)],
     "GGUF adapter": [("GGUF adapter", adapters.of_gguf)],
+    "Orbax checkpoint": [
+        ("Orbax checkpoint", adapters.of_orbax),
+        ("Orbax training state", functools.partial(adapters.of_orbax, state=True)),
+    ],
     "inspect": _adapters(command_line.inspect),
     "convert": _adapters(command_line.convert),
     "generate, merge": [

@@ -103,8 +103,9 @@ class Results:
             evaluations = [*log.evaluations(records), *([record] if "eval_loss" in record else [])]
             figures["steps"] = record["step"]
             figures |= {"training loss": losses[-1]} if losses else {}
-            for ours, theirs in {"eval_loss": "held-out loss", "perplexity": "perplexity"}.items():
-                figures |= {theirs: x[ours] for x in evaluations[-1:] if ours in x}
+            last = evaluations[-1] if evaluations else {}
+            names = {"eval_loss": "held-out loss", "perplexity": "perplexity"}
+            figures |= {name: last[key] for key, name in names.items() if key in last}
         figures |= {"learning rate": self.options.lr, "seed": self.options.seed}
         data = ", ".join(shown(path.name) for path in self.options.data)
         return peft.ModelCard(data=data, figures=figures)
