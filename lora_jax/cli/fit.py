@@ -13,14 +13,22 @@ class Fit:
 
     Attributes:
       strict, rename, residual: as in `lora_jax.peft.load`.
+      full_rank: as in `lora_jax.diffusion.load`.
     """
 
     strict: bool = True
     rename: Mapping[str, str] = dataclasses.field(default_factory=dict)
     residual: bool = False
+    full_rank: int | None = None
 
     @classmethod
-    def of_options(cls, strict: bool, rename: Sequence[str] | None, residual: bool) -> "Fit":
+    def of_options(
+        cls,
+        strict: bool,
+        rename: Sequence[str] | None,
+        residual: bool,
+        full_rank: int | None = None,
+    ) -> "Fit":
         """Return what the options say, --rename as texts such as "module=".
 
         Raises:
@@ -33,7 +41,7 @@ class Fit:
                 f"--rename {wrong[0]}: must be OLD=NEW, parts of names; leave NEW empty to remove "
                 "OLD"
             )
-        return cls(strict, {old: new for old, _, new in pairs}, residual)
+        return cls(strict, {old: new for old, _, new in pairs}, residual, full_rank)
 
     def refuse_unused(self, adapter: kinds.Found) -> None:
         """Raise if an option is given that this kind of adapter has no use for.
@@ -46,6 +54,8 @@ class Fit:
             raise AdapterOptionError(f"{what}; --rename is for adapters with PyTorch's names")
         if self.residual and adapter.kind != kinds.PEFT:
             raise AdapterOptionError(f"{what}; --residual is for adapters of PEFT")
+        if self.full_rank and adapter.kind not in kinds.OF_IMAGES:
+            raise AdapterOptionError(f"{what}; --full-rank is for files of image generators")
 
 
 #: Every tensor must fit, under its own name, the base as it is.

@@ -77,6 +77,14 @@ ResidualOption = Annotated[
         help="The base is what PiSSA or another initialization left of the original one.",
     ),
 ]
+FullRankOption = Annotated[
+    int | None,
+    in_adapter(
+        "--full-rank",
+        min=1,
+        help="The rank for changes of an image generator that are not of low rank (LoHa, LoKr).",
+    ),
+]
 NamingOption = Annotated[
     Path | None,
     in_model(help="Names and axes of a custom model, a JSON file; see lora_jax.files.naming."),

@@ -14,7 +14,7 @@ import lora_jax as lora
 from lora_jax import models
 from lora_jax.cli.fit import EXACT, Fit
 from lora_jax.cli.quantize_option import in_options, parse_quantize
-from lora_jax.core.errors import ModelFileError
+from lora_jax.core.errors import AdapterFileError, ModelFileError
 from lora_jax.core.foreign import escaped, shown
 from lora_jax.core.paths import flatten_with_paths
 from lora_jax.core.quantized.weight import is_quantized
@@ -245,6 +245,11 @@ def put_on(pretrained: models.Pretrained, found: kinds.Found, fit: Fit = EXACT) 
         names = models.gguf_names(pretrained)
         return Loaded(
             pretrained, gguf.load(found.path, pretrained.params, names, strict=fit.strict)
+        )
+    if found.kind in kinds.OF_IMAGES:
+        raise AdapterFileError(
+            f"{found.path}: a {kinds.DESCRIPTIONS[found.kind]} is for an image generator; load it "
+            "in Python with lora.diffusion.load"
         )
     if found.kind == kinds.MLX:
         named = pretrained.params, pretrained.naming

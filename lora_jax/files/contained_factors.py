@@ -12,7 +12,7 @@ import numpy as np
 
 from lora_jax.core.errors import AdapterFileError
 from lora_jax.core.weights import LoraWeight, check_fits
-from lora_jax.files import gguf, kinds, mlx, native, peft
+from lora_jax.files import diffusion, gguf, kinds, mlx, native, peft
 from lora_jax.files.disk import strict_json
 from lora_jax.files.peft.wrong_names import rules_of_format
 from lora_jax.files.torch_adapters.experts import Experts
@@ -61,9 +61,11 @@ def read_factors(path: Path) -> AdapterFile:
     found = kinds.adapter(path)
     if found.kind == kinds.NATIVE:
         return _from_native(found.path)
-    file: peft.PeftFile | mlx.MlxFile | gguf.GgufAdapter
+    file: peft.PeftFile | mlx.MlxFile | gguf.GgufAdapter | diffusion.DiffusionFile
     if found.kind == kinds.MLX:
         file = mlx.read_file(found.path, finite=False)
+    elif found.kind in kinds.OF_IMAGES:
+        file = diffusion.read_file(found.path, finite=False)
     elif found.kind == kinds.GGUF_ADAPTER:
         file = gguf.read_file(found.path, finite=False)
     else:

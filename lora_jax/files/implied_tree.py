@@ -14,11 +14,13 @@ import numpy as np
 
 from lora_jax.core.errors import AdapterFileError
 from lora_jax.core.layout import Layout
+from lora_jax.core.tree import adapted_nodes
 from lora_jax.core.weights import LoraWeight, TrainedRows
-from lora_jax.files import gguf, kinds, mlx, native, peft
+from lora_jax.files import diffusion, gguf, kinds, mlx, native, peft
 from lora_jax.files.naming import Entry, Naming
 from lora_jax.files.peft import PeftConfig
 from lora_jax.files.peft.wrong_names import rules_of_format
+from lora_jax.files.torch_adapters.contents import TorchBase
 from lora_jax.files.torch_adapters.file_contents import ImpliedWeight
 from lora_jax.files.torch_adapters.rename import describe
 
@@ -34,6 +36,7 @@ class NamedAdapters:
     config: PeftConfig | None = None
     complete: bool = False  # whether `base` has all leaves, not the adapted ones alone
     llama_cpp: gguf.Names | None = None  # what llama.cpp calls the model
+    architecture: str | None = None  # a key of `diffusion.ARCHITECTURES`
 
 
 def base_name(found: kinds.Found) -> str | None:
@@ -42,6 +45,8 @@ def base_name(found: kinds.Found) -> str | None:
         return native.read_file(found.path).base_model
     if found.kind == kinds.PEFT:
         return peft.read_config(found.path).base_model_name_or_path
+    if found.kind in kinds.OF_IMAGES:
+        return None
     if found.kind == kinds.GGUF_ADAPTER:
         return gguf.read_file(found.path).base_model
     return mlx.read_file(found.path).base_model
@@ -78,6 +83,64 @@ def from_mlx(
     base, naming = _torch_tree(contents.weights)
     adapters = mlx.fit(file, base, naming, strict=strict)
     return NamedAdapters(adapters, base, naming, contents.base_model)
+
+
+def from_images(
+    path: Path,
+    *,
+    strict: bool = True,
+    rename: Mapping[str, str] | None = None,
+    full_rank: int | None = None,
+) -> NamedAdapters:
+    """Read a LoRA file of an image generator onto the published model whose names it has.
+
+    The names of its modules begin with the component. The options are those of `diffusion.load`.
+    """
+    file = diffusion.read_file(path)
+    file = file.rename(rename) if rename else file
+    architecture, components = diffusion.find_architecture(file)
+    base, naming = _torch_tree(diffusion.weights(architecture, components))
+    adapters = diffusion.fit(file, base, naming, strict=strict, full_rank=full_rank)
+    return NamedAdapters(adapters, base, naming, complete=True, architecture=architecture)
+
+
+def in_pipeline(adapters: NamedAdapters) -> NamedAdapters:
+    """Return adapters of a published image generator as `from_images` does.
+
+    Raises:
+      AdapterFileError: their names and shapes are not those of a published model.
+    """
+    if adapters.architecture is not None:
+        return adapters
+    model, nodes = TorchBase(adapters.base, adapters.naming), adapted_nodes(adapters.adapters)
+    places = {name: where[0][0].path for name, where in model.index.items()}
+    shapes = {name: model.shape(name) for name, path in places.items() if path in nodes}
+    architecture, component = diffusion.find_component(shapes)
+    found = dataclasses.replace(adapters, architecture=architecture)
+    if not component:
+        return found
+    if any(name != path for name, path in places.items()):
+        return dataclasses.replace(found, naming=adapters.naming.with_prefix(f"{component}."))
+    base, naming = _torch_tree(diffusion.weights(architecture, [component]))
+    overlay = dict.fromkeys(base) | {f"{component}.{name}": nodes[name] for name in shapes}
+    return dataclasses.replace(found, adapters=overlay, base=base, naming=naming, complete=True)
+
+
+def by_component(adapters: NamedAdapters) -> dict[str, NamedAdapters]:
+    """Return what `from_images` returns for each component, under the names within it."""
+    components = dict.fromkeys(x.partition(".")[0] for x in adapted_nodes(adapters.adapters))
+    found = {}
+    for component in components:
+        names = [name for name in adapters.base if name.startswith(f"{component}.")]
+        local = {name: name.removeprefix(f"{component}.") for name in names}
+        rows = {row.torch: row for row in adapters.naming.entries}
+        shapes = {name: adapters.base[name].shape for name in names}
+        base, naming = _torch_tree({local[n]: (rows[n].kind, shapes[n]) for n in names})
+        overlay = {local[name]: adapters.adapters[name] for name in names}
+        found[component] = dataclasses.replace(
+            adapters, adapters=overlay, base=base, naming=naming, architecture=None
+        )
+    return found
 
 
 def from_native(path: Path, naming: Naming) -> NamedAdapters:

@@ -4,7 +4,7 @@ import dataclasses
 from pathlib import Path
 
 from lora_jax.core.errors import AdapterFileError
-from lora_jax.files import mlx, native, peft, stack_index
+from lora_jax.files import diffusion, mlx, native, peft, stack_index
 from lora_jax.files.disk import gguf_file
 from lora_jax.files.disk.atomic import read_directory
 from lora_jax.files.disk.safetensors_file import headers
@@ -12,12 +12,16 @@ from lora_jax.files.disk.strict_json import parse_json
 
 # kinds of adapters
 PEFT, MLX, NATIVE, GGUF_ADAPTER = "peft", "mlx", "native", "gguf_adapter"
+KOHYA, DIFFUSERS = "kohya", "diffusers"
+OF_IMAGES = (KOHYA, DIFFUSERS)  # those of image generators
 CHECKPOINT, GGUF, TINY = "checkpoint", "gguf", "tiny"  # kinds of models
 DESCRIPTIONS = {
     PEFT: "PEFT adapter",
     MLX: "mlx-lm adapter",
     NATIVE: "lora_jax adapter",
     GGUF_ADAPTER: "GGUF adapter",
+    KOHYA: "kohya adapter",
+    DIFFUSERS: "diffusers adapter",
     CHECKPOINT: "model checkpoint",
     GGUF: "GGUF model",
     TINY: "model of random weights",
@@ -36,7 +40,8 @@ class Found:
 
 
 def adapter(path: Path) -> Found:
-    """Find the adapter at `path`: a directory of PEFT or mlx-lm, a native file or a GGUF file.
+    """Find the adapter at `path`: a directory of PEFT or mlx-lm, a native file, a
+    GGUF file, or a LoRA file of an image generator.
 
     The weights file in such a directory stands for the directory, and the directory of a training
     run for its last adapter, or for the best one if it has no other.
@@ -82,6 +87,9 @@ def detect(path: Path) -> Found:
         return Found(NATIVE, path)
     if (path.parent / _CONFIG).is_file() and path.name in (peft.TENSORS, mlx.TENSORS):
         return Found(_kind_of_directory(path.parent), path.parent)
+    layout = diffusion.layout_of(header.tensors)
+    if layout is not None:
+        return Found(layout, path)
     if any(_FACTOR in name for name in header.tensors):
         raise AdapterFileError(
             f"{path}: an adapter's tensors without its {_CONFIG}, which holds rank and scale; "

@@ -12,6 +12,7 @@ from lora_jax.models.decoder.model_types import MODEL_TYPES
 from lora_jax.models.decoder.module import Decoder
 from lora_jax.models.decoder.naming import LLAMA, POST_NORMS
 from lora_jax.models.encoder.families import ENCODERS
+from lora_jax.models.speech.families import SPEECH
 from lora_jax.models.vision.families import VISION
 from lora_jax.models.weights.family import ClassifierHead, Family, Options
 
@@ -51,6 +52,7 @@ _llama = partial(
 FAMILIES: dict[str, Family] = {
     **ENCODERS,
     **VISION,
+    **SPEECH,
     "llama": _llama(stem="Llama"),
     "mistral": _llama(stem="Mistral"),
     "qwen2": _llama(stem="Qwen2"),

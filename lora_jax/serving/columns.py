@@ -55,25 +55,35 @@ def move(cache: Cache, offset: jax.Array, length: int) -> Cache:
     )
 
 
+def widen(cache: Cache, length: int) -> Cache:
+    """Return a cache with free columns behind those that it has, up to a length."""
+
+    def pad(x: jax.Array, axis: int) -> jax.Array:
+        widths = [(0, length - cache.length if n == axis else 0) for n in range(x.ndim)]
+        return jnp.pad(x, widths)
+
+    layers = jax.tree.map(lambda x: pad(x, x.ndim + _COLUMNS), cache.layers)
+    return Cache(layers, pad(cache.segments, 1), cache.filled)
+
+
 def insert(cache: Cache, prompt: Cache, row: jax.Array) -> Cache:
     """Return the cache with a prompt in one of its rows, right before the first free column.
 
     Args:
       cache: of all rows; its `filled` is at least the number of the prompt's tokens.
-      prompt: the cache of one row, padded on the left, and not longer than `cache`.
+      prompt: the cache of one row, whose tokens are right before its own first free column.
       row: integer.
     """
-    missing, shift = cache.length - prompt.length, cache.filled - prompt.length
+    wide = widen(prompt, cache.length)
 
     def put(x: jax.Array, own: jax.Array, columns: int, rows: int) -> jax.Array:
-        widths = [(0, missing if axis == columns else 0) for axis in range(own.ndim)]
         # Columns that leave on one side come back on the other: padding, of segment 0.
-        own = jnp.roll(jnp.pad(own, widths), shift, columns)
+        own = jnp.roll(own, cache.filled - prompt.filled, columns)
         return jax.lax.dynamic_update_slice_in_dim(x, own.astype(x.dtype), row, rows)
 
     keys: Callable[[Any, Any], Any] = lambda x, own: put(x, own, x.ndim + _COLUMNS, x.ndim + _ROWS)
     return Cache(
-        jax.tree.map(keys, cache.layers, prompt.layers),
-        put(cache.segments, prompt.segments, 1, 0),
+        jax.tree.map(keys, cache.layers, wide.layers),
+        put(cache.segments, wide.segments, 1, 0),
         cache.filled,
     )

@@ -1,5 +1,6 @@
 """`Rows`: a fixed number of texts that continue together, each with its own adapter."""
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +16,7 @@ from lora_jax.engine.transform import lora
 from lora_jax.models.cache import Cache
 from lora_jax.models.generation import advance
 from lora_jax.models.pretrained import Pretrained
-from lora_jax.serving.columns import at_least, insert, move, sizes
+from lora_jax.serving.columns import at_least, insert, move, sizes, widen
 from lora_jax.serving.row_sampling import choose, log_probabilities
 
 SHORTEST = (32, 256)  # tokens to which prompts and the cache are padded at least
@@ -109,12 +110,39 @@ class Rows:
         self._keys = np.tile(np.asarray(key), (self.count, 1))
 
     def warm_up(self) -> None:
-        """Compile what continues prompts of every length."""
-        for length in self._prompt_lengths:
-            count = min(length, self.context - 1)
-            self.join(self.free[0], [0] * count, BASE, Choosing())
-            self.step()
-            self.clear()
+        """Compile all that requests can need, so that none has to wait for it."""
+        for compile_next in self.programs():
+            compile_next()
+
+    def programs(self) -> list[Callable[[], None]]:
+        """Return functions that compile all that requests can need, the commonest first.
+
+        They empty the rows, so no row may be in use when one of them is called.
+        """
+        lengths = self._cache_lengths
+        pairs = [(length, other) for length in lengths for other in lengths]
+        ways = [functools.partial(self._compile_way, *pair) for pair in pairs]
+        prompts = [functools.partial(self._compile_prompt, x) for x in self._prompt_lengths]
+        steps = [functools.partial(self._compile_step, length) for length in lengths]
+        return [ways[0], steps[0], *prompts, *ways[1:], *steps[1:]]
+
+    def _compile_prompt(self, length: int) -> None:
+        self.clear()
+        self.join(0, [0] * min(length, self.context - 1), BASE, Choosing())
+        self.clear()
+
+    def _compile_way(self, length: int, other: int) -> None:
+        """Compile how columns get from a cache of some length to another one."""
+        if other <= length:
+            self._insert(
+                self._empty(length, 1), self.model.module.init_cache(1, other), np.int32(0)
+            )
+        self._move(self._empty(length, 1), np.int32(0), other)
+
+    def _compile_step(self, length: int) -> None:
+        self._cache, self._filled, self._first = self._empty(length, 1), 1, {0: 0}
+        self.step()
+        self.clear()
 
     @property
     def free(self) -> list[int]:
@@ -189,11 +217,8 @@ class Rows:
         """
         if not self._first:  # nothing to keep
             self._filled = count
-            length = at_least(self._cache_lengths, count + self._margin)
-            if self._cache is None or self._cache.length != length:
-                self._cache = None  # let its memory go first
-                self._cache = self.model.module.init_cache(self.count, length)
-            self._cache = Cache(self._cache.layers, self._cache.segments, jnp.int32(count))
+            self._cache = None  # let its memory go first
+            self._cache = self._empty(at_least(self._cache_lengths, count + self._margin), count)
             return
         assert self._cache is not None
         if count <= self._filled < self._cache.length:
@@ -205,6 +230,11 @@ class Rows:
         self._cache = self._move(self._cache, np.int32(offset), length)
         self._filled = filled
         self._first = {row: first - offset for row, first in self._first.items()}
+
+    def _empty(self, length: int, filled: int) -> Cache:
+        """Return a cache with empty columns, some of them in use."""
+        cache = self.model.module.init_cache(self.count, length)
+        return Cache(cache.layers, cache.segments, jnp.int32(filled))
 
     def _of_slots(self, slots: np.ndarray) -> Any:
         if self._stack is None:
@@ -223,6 +253,7 @@ class Rows:
         ids, segments = padded
         cache = self.model.module.init_cache(1, ids.shape[1])
         logits, cache = advance(self._apply, params, ids, segments, cache, self._by_row)
+        cache = widen(cache, at_least(self._cache_lengths, ids.shape[1]))
         keys, *numbers = choosing
         return _sample(logits, keys, jnp.zeros(1, jnp.int32), *numbers), cache
 

@@ -28,13 +28,15 @@ class Scheduler:
     Args:
       rows: where jobs run.
       waiting: how many jobs may wait; further ones are refused.
+      idle: work on the rows to do while it waits for jobs, such as `Rows.programs`.
     """
 
-    def __init__(self, rows: Rows, waiting: int) -> None:
+    def __init__(self, rows: Rows, waiting: int, idle: Sequence[Callable[[], None]] = ()) -> None:
         self.rows, self.most_waiting = rows, waiting
         self.metrics = Metrics()
         self._waiting: deque[Job] = deque()
         self._running: dict[int, Job] = {}
+        self._idle = deque(idle)
         self._calls: deque[tuple[Callable[[], Any], Future]] = deque()
         self._changed = threading.Condition()
         self._refusing = self._stopped = False
@@ -115,11 +117,25 @@ class Scheduler:
     def _run(self) -> None:
         while True:
             with self._changed:
-                while not (self._waiting or self._running or self._calls or self._stopped):
+                while not (self._has_work() or self._idle or self._stopped):
                     self._changed.wait()
-                if self._stopped and not (self._waiting or self._running or self._calls):
+                has_work = self._has_work()
+                if self._stopped and not has_work:
                     return
-            self._turn()
+            if has_work:
+                self._turn()
+            else:
+                self._do_idle_work()
+
+    def _has_work(self) -> bool:
+        return bool(self._waiting or self._running or self._calls)
+
+    def _do_idle_work(self) -> None:
+        try:
+            self._idle.popleft()()
+        except Exception:
+            _log.exception("work that was not asked for failed")
+            self.rows.clear()
 
     def _turn(self) -> None:
         """Do what is to be done before the next step, and the step."""

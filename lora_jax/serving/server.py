@@ -58,7 +58,7 @@ class Server:
     def __init__(self, app: Any, scheduler: Scheduler, listener: socket.socket) -> None:
         config = uvicorn.Config(app, log_config=None, access_log=False, lifespan="off")
         config.timeout_graceful_shutdown = _LAST_ANSWERS
-        self._server, self._scheduler, self._listener = uvicorn.Server(config), scheduler, listener
+        self._server, self.scheduler, self._listener = uvicorn.Server(config), scheduler, listener
         self._thread = threading.Thread(target=self._serve, name="http", daemon=True)
         self._ended = threading.Event()
         host, port = listener.getsockname()[:2]
@@ -66,7 +66,7 @@ class Server:
 
     def start(self) -> None:
         """Start both threads."""
-        self._scheduler.start()
+        self.scheduler.start()
         self._thread.start()
 
     def wait(self, asked: threading.Event) -> None:
@@ -80,11 +80,11 @@ class Server:
 
         Those that are not done by then get an error.
         """
-        self._scheduler.drain(seconds)
-        self._scheduler.wait_idle(seconds + _LAST_ANSWERS)
+        self.scheduler.drain(seconds)
+        self.scheduler.wait_idle(seconds + _LAST_ANSWERS)
         self._server.should_exit = True
         self._thread.join()
-        self._scheduler.stop()
+        self.scheduler.stop()
 
     def _serve(self) -> None:
         try:

@@ -181,6 +181,7 @@ def everything(folder):
     mlx(folder / "my-mlx-adapter")
     native(folder / "adapter.safetensors")
     naming(folder / "naming.json")
+    kohya(folder / "my-style.safetensors")
     (folder / "prompt.txt").write_text("Hello there\n")
     (folder / "play.txt").write_text(PLAY)
     rows = [{"prompt": f"{n} + 1 =", "completion": f" {n + 1}"} for n in range(3)]
@@ -239,3 +240,25 @@ def encoder(directory, kind="bert"):
     )
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
     backend.save(str(directory / "tokenizer.json"))
+
+
+def kohya(path: pathlib.Path) -> dict[str, np.ndarray]:
+    """Write a file of kohya's for SD 1.5: a linear layer, a convolution, text and LyCORIS' LoHa."""
+    rng = np.random.default_rng(3)
+    draw = lambda *shape: rng.normal(size=shape).astype(np.float32)
+    block = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0"
+    text = "lora_te_text_model_encoder_layers_3_self_attn_q_proj"
+    shapes = {
+        f"{block}_attn2_to_k": ((2, 768), (320, 2)),
+        "lora_unet_conv_out": ((1, 320, 3, 3), (4, 1, 1, 1)),
+        text: ((1, 768), (768, 1)),
+    }
+    tensors = {}
+    for name, (down, up) in shapes.items():
+        tensors |= {f"{name}.lora_down.weight": draw(*down), f"{name}.lora_up.weight": draw(*up)}
+        tensors[f"{name}.alpha"] = np.array(1.5, np.float32)
+    name = f"{block}_attn1_to_q"
+    for x, shape in {"w1_a": (320, 1), "w1_b": (1, 320)}.items():
+        tensors |= {f"{name}.hada_{y}": draw(*shape) for y in (x, x.replace("1", "2", 1))}
+    safetensors_file.write(path, tensors, {"ss_base_model_version": "sd_v1"})
+    return tensors

@@ -145,6 +145,22 @@ def test_the_first_row_that_matches_is_used():
     }
 
 
+def test_rows_without_placeholders_keep_their_turn():
+    """They are looked up by path, but a pattern before them comes first, and one after does not."""
+    rows = Naming(
+        (
+            Entry("own.a", "h/0/w"),
+            Entry("h.{n}.w", "h/{n}/w"),
+            Entry("late.a", "h/0/w"),
+            Entry("late.b", "h/1/w"),
+            Entry(("both.a", "both.b"), "x/w", "linear"),
+        )
+    )
+    places = rows.places({"h/0/w": (2,), "h/1/w": (2,), "x/w": (2, 4), "y/w": (2,)})
+    names = {path: place.layers()[0][1] for path, place in places.items()}
+    assert names == {"h/0/w": ("own.a",), "h/1/w": ("h.1.w",), "x/w": ("both.a", "both.b")}
+
+
 def test_everything_wrong_with_the_tensors_is_told_at_once():
     naming = Naming((Entry("{*m}.weight", "{*m}/kernel", "linear"),))
     like = shapes_of({f"{x}/kernel": np.empty((2, 3)) for x in "abc"} | {"odd": np.empty(1)})

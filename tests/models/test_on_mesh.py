@@ -16,6 +16,8 @@ from lora_jax.models.decoder.config import DecoderConfig
 from lora_jax.models.decoder.module import Decoder
 from lora_jax.models.encoder.bert import Bert, BertConfig, mean_pool
 from lora_jax.models.encoder.modernbert import LOCAL, ModernBert, ModernBertConfig
+from lora_jax.models.speech.config import WhisperConfig
+from lora_jax.models.speech.whisper import Whisper
 from lora_jax.models.vision.config import VisionConfig
 from lora_jax.models.vision.transformer import VisionTransformer
 from lora_jax.models.weights.sharding_rules import shardings
@@ -125,6 +127,25 @@ def vit():
     return Model(params, loss, apply, config, ("query/kernel", "up/kernel", "patch/kernel"))
 
 
+def whisper():
+    sizes = {"num_mel_bins": 4, "d_model": 16, "max_source_positions": 6}
+    layers = {f"{x}_layers": 1 for x in ("encoder", "decoder")}
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 4}
+    inner = {"encoder_ffn_dim": 24, "decoder_ffn_dim": 24}
+    config = WhisperConfig(vocab_size=32, **sizes, **layers, **heads, **inner)
+    module, ids = Whisper(config), jax.ShapeDtypeStruct((1, 4), jnp.int32)
+    given = {"ids": ids, "features": jax.ShapeDtypeStruct((1, 12, 4), "float32")}
+    params = random(jax.eval_shape(module.init, jax.random.key(0), **given)["params"])
+
+    def apply(params, batch):
+        rows = batch["ids"][:, :12, None]
+        features = jnp.sin(rows * jnp.arange(1.0, 5)[None, None])
+        return module.apply({"params": params}, batch["ids"], features=features)
+
+    loss = lambda params, batch: jnp.sin(apply(params, batch)).sum()
+    return Model(params, loss, apply, config, ("query/kernel", "cross/output/kernel", "up/kernel"))
+
+
 def adapt(model, params, batch):
     config = lora.LoraConfig(rank=2, targets=list(model.targets))
     return lora.split(lora.init(jax.random.key(1), params, config, model.apply, batch))
@@ -175,6 +196,7 @@ MODELS = {
     "bert": bert,
     "modernbert": modernbert,
     "vit": vit,
+    "whisper": whisper,
 }
 KINDS = {"auto": AxisType.Auto, "explicit": AxisType.Explicit}
 DEFAULT = {

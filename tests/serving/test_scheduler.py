@@ -78,8 +78,8 @@ class Asked:
 def start():
     started = []
 
-    def call(rows, waiting=10):
-        scheduler = Scheduler(rows, waiting)
+    def call(rows, waiting=10, idle=()):
+        scheduler = Scheduler(rows, waiting, idle)
         started.append((scheduler, rows))
         scheduler.start()
         return scheduler
@@ -209,6 +209,25 @@ def test_work_between_steps(start):
     scheduler.stop()
     with pytest.raises(RequestError, match="is stopping"):
         scheduler.call(lambda: 1).result(PATIENCE)
+
+
+def test_idle_work_waits_for_jobs_and_may_fail(start, caplog):
+    """One piece at a time: a job that comes meanwhile is next."""
+    done, asked, may_end = [], Asked("a", most=1), threading.Event()
+
+    def first():
+        done.append("first")
+        may_end.wait(PATIENCE)
+
+    rows = CountingRows(1)
+    idle = [first, lambda: 1 / 0, lambda: done.append(len(asked.reports))]
+    scheduler = start(rows, idle=idle)
+    until(lambda: done)
+    scheduler.submit([asked.job])
+    may_end.set()
+    until(lambda: len(done) == 2)
+    assert done == ["first", 1] and "ZeroDivisionError" in caplog.text
+    assert asked.result() == ("b", LENGTH)
 
 
 def test_a_graceful_stop_finishes_what_is_there(start):

@@ -28,7 +28,7 @@ PATIENCE = 20  # seconds
 
 @pytest.fixture(scope="module")
 def server():
-    small.rows().clear()
+    small.rows().warm_up()
     with live.serving() as server:
         yield server
 
@@ -163,7 +163,7 @@ def test_many_at_once(server, client):
         for slot, prompt, most, temperature, seed in calls
     ]
     assert after["finished_total"] - before["finished_total"] == 24
-    assert after["failed_total"] == 0 and after["compilations"] <= before["compilations"] + 2
+    assert after["failed_total"] == 0 and after["compilations"] == before["compilations"]
 
 
 @pytest.mark.parametrize("stream", [True, False])

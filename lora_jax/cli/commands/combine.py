@@ -8,6 +8,7 @@ import typer
 from lora_jax.cli.commands.convert import Format
 from lora_jax.cli.options import (
     ForceOption,
+    FullRankOption,
     NamingOption,
     OutOption,
     RenameOption,
@@ -70,6 +71,7 @@ def command(
     naming: NamingOption = None,
     rename: RenameOption = None,
     residual: ResidualOption = False,
+    full_rank: FullRankOption = None,
     strict: StrictOption = True,
     force: ForceOption = False,
 ) -> None:
@@ -94,6 +96,8 @@ def command(
     from lora_jax.cli.fit import Fit
     from lora_jax.cli.jobs.adapter_files import combine
 
-    sources = combine.Sources(adapters, model, naming, Fit.of_options(strict, rename, residual))
+    sources = combine.Sources(
+        adapters, model, naming, Fit.of_options(strict, rename, residual, full_rank)
+    )
     how = combine.How(weights, method, density, rank, energy, majority_sign, exact, seed)
     combine.run(sources, how, to, out, force=force)

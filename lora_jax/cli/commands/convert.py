@@ -8,6 +8,7 @@ import typer
 from lora_jax.cli.options import (
     ADAPTER,
     ForceOption,
+    FullRankOption,
     NamingOption,
     OutOption,
     RenameOption,
@@ -15,13 +16,14 @@ from lora_jax.cli.options import (
     StrictOption,
 )
 
-Format = Literal["peft", "native", "mlx", "folded", "gguf"]
+Format = Literal["peft", "native", "mlx", "folded", "gguf", "kohya", "diffusers"]
 
 EXAMPLES = (
     "lora-jax convert my-adapter --to folded --out my-folded-adapter",
     "lora-jax convert my-mlx-adapter --to peft --out my-peft-adapter",
     "lora-jax convert my-adapter --to native --model my-model --out my-adapter.safetensors",
     "lora-jax convert my-adapter --to gguf --model my-model --out adapter.gguf",
+    "lora-jax convert my-style.safetensors --to peft --out my-style",
     "lora-jax convert adapter.safetensors --to peft --naming naming.json --out exported",
 )
 
@@ -37,6 +39,7 @@ def command(
     naming: NamingOption = None,
     rename: RenameOption = None,
     residual: ResidualOption = False,
+    full_rank: FullRankOption = None,
     strict: StrictOption = True,
     force: ForceOption = False,
 ) -> None:
@@ -51,16 +54,19 @@ def command(
     mlx     a directory of mlx-lm
     native  a file of lora_jax
     gguf    a file for llama.cpp's --lora
+    kohya, diffusers
+            a file for Stable Diffusion or Flux
 
     PEFT and mlx-lm use the same names, so converting between the two needs nothing else. A file of
     lora_jax has the paths and axes of a JAX model: name the model with --model, or, to convert from
     such a file, describe it with --naming. GGUF has llama.cpp's names: name the model for it too.
-    An adapter that PEFT saved on the base that PiSSA or OLoRA changed becomes one of the original
-    base, which --model names.
+    A file for images is read by the names of SD 1.5, SDXL and Flux, and to peft each of its
+    components becomes a directory. An adapter that PEFT saved on the base that PiSSA or OLoRA
+    changed becomes one of the original base, which --model names.
     """
     from lora_jax.cli.fit import Fit
     from lora_jax.cli.jobs.adapter_files import convert
 
-    fit = Fit.of_options(strict, rename, residual)
+    fit = Fit.of_options(strict, rename, residual, full_rank)
     source = convert.Source(adapter, model, naming, fit)
     convert.run(source, to, out, force=force)

@@ -57,7 +57,7 @@ def command(
         typer.Option(min=0, help="Seconds that requests have to finish after Ctrl-C or SIGTERM."),
     ] = 30.0,
     warm_up: Annotated[
-        bool, typer.Option(help="Compile for prompts of every length before the first request.")
+        bool, typer.Option(help="Compile for prompts of every length while it waits for requests.")
     ] = True,
     dtype: Annotated[
         DType | None,

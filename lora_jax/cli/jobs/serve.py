@@ -75,10 +75,7 @@ def run(
         loaded = sources.load(found, None, dtype, quantize=quantize, scan=scan).model
         check_generates(loaded)
         rows = _rows(loaded, paths, fit, limits)
-        if warm_up:
-            sources.announce("compiling for prompts of every length ...")
-            rows.warm_up()
-        scheduler = Scheduler(rows, limits.queue)
+        scheduler = Scheduler(rows, limits.queue, idle=rows.programs() if warm_up else ())
         reader = Reader(finder(served), rows.context, loaded.config.vocab_size)
         app = make_app(scheduler, lambda: list(served.values()), reader)
         _serve(Server(app, scheduler, listener), list(served), limits.stop_after)

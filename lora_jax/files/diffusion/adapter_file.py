@@ -87,7 +87,8 @@ class DiffusionFile:
             weight = {field: x for field, x in own.tensors.items() if field not in ADDED}
             if not weight:
                 continue
-            found = missing_factor(weight, "down", "up") or meaning(weight, None)
+            with np.errstate(over="ignore", invalid="ignore"):
+                found = missing_factor(weight, "down", "up") or meaning(weight, None)
             if isinstance(found, str):
                 problems[module] = found
                 continue

@@ -66,6 +66,9 @@ def _truncate(change: np.ndarray, rank: int) -> TorchFactors:
     short = flat.T if is_tall else flat
     size = len(short)
     rank = min(rank, size)
+    if not np.isfinite(flat).all():  # which whoever places the factors tells
+        infinite = np.full((rank, *change.shape[1:]), np.inf, "float32")
+        return TorchFactors(infinite, np.ones((len(change), rank), "float32"), 1.0)
     _, first = scipy.linalg.eigh(short @ short.T, subset_by_index=[size - rank, size - 1])
     second = first.T @ short
     root = np.sqrt(np.linalg.norm(second, axis=1))

@@ -10,6 +10,7 @@ from lora_jax.core.errors import ConfigError
 Groups = tuple[tuple[str, ...], ...]
 
 
+@functools.cache
 def parse(pattern: str) -> tuple[Groups, Groups]:
     """Return the letters of each axis on both sides of an einops pattern.
 
@@ -52,8 +53,20 @@ def fill(template: str, values: Mapping[str, str]) -> str:
     return _MARK.sub(lambda mark: values[mark[2]], template)
 
 
+def match(template: str, path: str) -> dict[str, str] | None:
+    """Return the placeholders' values where a path matches, or None if it does not.
+
+    >>> match("h_{n}/{*m}/kernel", "h_2/mlp/up/kernel"), match("a/b", "a/c")
+    ({'n': '2', 'm': 'mlp/up'}, None)
+    """
+    if "{" not in template:  # models of thousands of such rows are in no need of regexes
+        return {} if template == path else None
+    found = _path_regex(template).fullmatch(path)
+    return None if found is None else found.groupdict()
+
+
 @functools.cache
-def path_regex(template: str) -> re.Pattern[str]:
+def _path_regex(template: str) -> re.Pattern[str]:
     """Return a regex with one group per placeholder of a path."""
     parts, end = [], 0
     for mark in _MARK.finditer(template):

@@ -1,14 +1,15 @@
 """`Naming`: rows that say which tensor of a published file is which leaf of a tree."""
 
 import dataclasses
-from collections.abc import Mapping
+import functools
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from lora_jax.core.checks import is_integer
 from lora_jax.core.errors import ConfigError, StructureError, grouped
 from lora_jax.core.foreign import shown_value
 from lora_jax.files.naming.entry import Entry
-from lora_jax.files.naming.patterns import path_regex
+from lora_jax.files.naming.patterns import match, placeholders
 from lora_jax.files.naming.place import Place
 
 
@@ -51,13 +52,11 @@ class Naming:
         """
         found, problems = {}, []
         for path, shape in shapes.items():
-            for entry in self.entries:
-                matches = [path_regex(p).fullmatch(path) for p in entry.paths]
-                match = next(filter(None, matches), None)
-                if match is not None:
-                    place = Place(
-                        path, tuple(shape), entry, match.groupdict(), matches.index(match)
-                    )
+            for entry in self._rows_for(path):
+                filled = [match(template, path) for template in entry.paths]
+                part = next((i for i, x in enumerate(filled) if x is not None), None)
+                if part is not None:
+                    place = Place(path, tuple(shape), entry, filled[part] or {}, part)
                     problem = place.problem()
                     problems += [problem] if problem else []
                     found[path] = place
@@ -67,6 +66,26 @@ class Naming:
                 "the naming does not fit these leaves:\n" + grouped(problems, "leaves")
             )
         return {path: place.among(found) for path, place in found.items()}
+
+    def _rows_for(self, path: str) -> Iterator[Entry]:
+        """Yield the rows that may match a path, in order: those with placeholders, and its own."""
+        own = self._literal.get(path, ())
+        yield from (self.entries[i] for i in sorted({*self._patterns, *own}))
+
+    @functools.cached_property
+    def _patterns(self) -> tuple[int, ...]:
+        """The numbers of the rows whose paths have placeholders."""
+        rows = enumerate(self.entries)
+        return tuple(i for i, row in rows if any(placeholders(path) for path in row.paths))
+
+    @functools.cached_property
+    def _literal(self) -> dict[str, list[int]]:
+        """The numbers of the other rows, by path: a model may have thousands of them."""
+        found: dict[str, list[int]] = {}
+        for i in {*range(len(self.entries))} - {*self._patterns}:
+            for path in self.entries[i].paths:
+                found.setdefault(path, []).append(i)
+        return found
 
     def to_json(self) -> list[dict[str, Any]]:
         """Return the rows as JSON values, without fields that have their defaults."""

@@ -72,6 +72,7 @@ _HEADS = {
     "qkv/kernel": (-1, "num_attention_heads"),
     "qkv/bias": (-1, "num_attention_heads"),
     "attention/output/kernel": (-2, "num_attention_heads"),
+    "cross/output/kernel": (-2, "num_attention_heads"),
 }
 
 

@@ -11,13 +11,14 @@ import ml_dtypes
 import numpy as np
 
 import lora_jax
-from lora_jax import gguf, loralib, mlx, orbax, peft
+from lora_jax import diffusion, gguf, loralib, mlx, orbax, peft
 from lora_jax.core.layout import Layout
 from lora_jax.core.paths import flatten_with_paths
 from lora_jax.core.tree import adapted_nodes
 from lora_jax.core.weights import Adapted, LoraWeight, TrainedLeaf, TrainedRows, check_fits
 from lora_jax.files.disk import safetensors_file
 from lora_jax.files.naming import Entry, Naming
+from tests.parity.diffusion import models as images
 from tests.parity.peft import models
 from tests.stress.damaged_files.subject import Files, Subject, read_files, write_files
 
@@ -147,6 +148,19 @@ def of_orbax(state: bool = False) -> Subject:
         return lora_jax.split(orbax.load(folder, "openpi"))[1]
 
     return adapters_of(files, base, load)
+
+
+def of_images(case: str) -> Subject:
+    """Return a LoRA file of an image generator that a library wrote."""
+    of_flux = case == "flux"
+    base = jax.tree.map(np.asarray, images.flux_base() if of_flux else images.base())
+    naming = images.FLUX if of_flux else images.NAMING
+    name = "lora.safetensors"
+    return adapters_of(
+        {name: images.RECORDED[f"{case}/file"].tobytes()},
+        base,
+        lambda folder: diffusion.load(folder / name, base, naming, full_rank="train"),
+    )
 
 
 @functools.cache

@@ -55,11 +55,13 @@ def files_of(write: Callable[[Path], Any]) -> Files:
 
 
 def adapter(kind: str) -> Files:
-    """Return the files of an adapter: native, mlx-lm, or one of PEFT's cases."""
+    """Return the files of an adapter: native, mlx-lm, kohya's, or one of PEFT's cases."""
     if kind == "native":
         return files_of(lambda folder: written.native(folder / "adapter.safetensors"))
     if kind == "mlx-lm":
         return files_of(written.mlx)
+    if kind == "kohya":
+        return files_of(lambda folder: written.kohya(folder / "adapter.safetensors"))
     return files_of(lambda folder: models.unpack(kind, folder))
 
 
@@ -68,7 +70,7 @@ def inspect(kind: str) -> Subject:
     files = adapter(kind)
 
     def load(folder: Path) -> Said:
-        path = folder / "adapter.safetensors" if kind == "native" else folder
+        path = folder / "adapter.safetensors" if kind in ("native", "kohya") else folder
         said = command("inspect", path)
         asked = command("inspect", path, "--json", "--all")
         if asked[0] == 0:
@@ -90,9 +92,13 @@ def convert(kind: str) -> Subject:
             if kind == "native":
                 path, to = folder / "adapter.safetensors", "peft"
                 more = ["--naming", folder / "naming.json"]
+            elif kind == "kohya":
+                path, to = folder / "adapter.safetensors", "peft"
+                more = ["--full-rank", "2"]
             else:
                 path, to, more = folder, "peft" if kind == "mlx-lm" else "mlx", []
             said = command("convert", path, "--to", to, "--out", target, *more)
+            target = next(iter(sorted(target.glob("[!a]*/"))), target)  # the first of several
             if said[0] == 0:
                 again = command("inspect", target)
                 said = said if again[0] == 0 else (again[0], "", f"error: {folder} {again[2]}")

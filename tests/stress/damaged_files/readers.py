@@ -3,6 +3,7 @@
 import functools
 from collections.abc import Callable, Sequence
 
+from tests.parity.diffusion import models as images
 from tests.parity.peft import models
 from tests.stress.damaged_files import adapters, command_line, published, runs
 from tests.stress.damaged_files.subject import Subject
@@ -17,7 +18,7 @@ def _adapters(make: Callable[[str], Subject]) -> Turns:
     return [
         (kind, functools.partial(make, kind))
         for case in CASES
-        for kind in ("native", case, "mlx-lm")
+        for kind in ("native", case, "mlx-lm", "kohya")
     ]
 
 
@@ -34,6 +35,7 @@ READERS: dict[str, Turns] = {
     "PEFT": [(f"PEFT {case}", functools.partial(adapters.of_peft, case)) for case in CASES],
     "mlx-lm": [("mlx-lm", adapters.of_mlx)],
     "loralib": [("loralib", adapters.of_loralib)],
+    "images": [(case, functools.partial(adapters.of_images, case)) for case in images.FILES],
     "GGUF adapter": [("GGUF adapter", adapters.of_gguf)],
     "Orbax checkpoint": [
         ("Orbax checkpoint", adapters.of_orbax),

@@ -198,6 +198,8 @@ def _read_alone(found: kinds.Found, naming: Naming, fit: Fit) -> NamedAdapters:
     if found.kind == kinds.NATIVE:
         return implied_tree.from_native(found.path, naming)
     options: dict[str, Any] = {"strict": fit.strict, "rename": fit.rename}
+    if found.kind in kinds.OF_IMAGES:
+        return implied_tree.from_images(found.path, **options, full_rank=fit.full_rank)
     if found.kind == kinds.MLX:
         return implied_tree.from_mlx(found.path, **options)
     return implied_tree.from_peft(found.path, **options, residual=fit.residual)
@@ -209,7 +211,7 @@ def _common_base(every: Sequence[NamedAdapters], paths: Sequence[Path]) -> tuple
     if first.complete and all(one.base is first.base for one in every):
         return first.base, first.naming
     base: dict[str, Any] = {}
-    rows: list[Entry] = []
+    rows: dict[Any, Entry] = {}
     owner: dict[str, Path] = {}
     for one, path in zip(every, paths, strict=True):
         for name, shape in one.base.items():
@@ -220,8 +222,9 @@ def _common_base(every: Sequence[NamedAdapters], paths: Sequence[Path]) -> tuple
                 )
             base.setdefault(name, shape)
             owner.setdefault(name, path)
-        rows += [row for row in one.naming.entries if row not in rows]
-    return base, Naming(tuple(rows))
+        for row in one.naming.entries:
+            rows.setdefault((row.torch, row.path), row)
+    return base, Naming(tuple(rows.values()))
 
 
 def _metadata(found: Sequence[kinds.Found]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from lora_jax.cli.fit import Fit
 from lora_jax.cli.options import refuse_existing
 from lora_jax.core.errors import AdapterFileError, ConfigError, LoraError, StructureError
 from lora_jax.core.foreign import escaped
-from lora_jax.files import gguf, implied_tree, kinds, mlx, native, peft
+from lora_jax.files import diffusion, gguf, implied_tree, kinds, mlx, native, peft
 from lora_jax.files.disk import strict_json
 from lora_jax.files.implied_tree import NamedAdapters
 from lora_jax.files.naming import Naming
@@ -24,12 +24,16 @@ KIND_OF = {
     "mlx": kinds.MLX,
     "native": kinds.NATIVE,
     "gguf": kinds.GGUF_ADAPTER,
+    "kohya": kinds.KOHYA,
+    "diffusers": kinds.DIFFUSERS,
 }
 FORMAT_OF = {
     kinds.PEFT: "peft",
     kinds.MLX: "mlx",
     kinds.NATIVE: "native",
     kinds.GGUF_ADAPTER: "gguf",
+    kinds.KOHYA: "kohya",
+    kinds.DIFFUSERS: "diffusers",
 }
 #: By format, what reads it and knows no classifiers.
 _WITHOUT_CLASSIFIERS = {"mlx": "mlx-lm", "gguf": "llama.cpp as an adapter"}
@@ -102,6 +106,13 @@ def _check(found: kinds.Found, to: str, source: Source, changed: str | None) -> 
             "a lora_jax adapter has the paths and axes of a JAX tree: give the base with --model"
         )
     check_gguf([found], to, model)
+    if found.kind in kinds.OF_IMAGES and (
+        model or KIND_OF[to] not in (*kinds.OF_IMAGES, kinds.PEFT)
+    ):
+        raise ConversionError(
+            f"{found.path}: is for an image generator, and becomes peft, folded, kohya or "
+            "diffusers without --model; in Python lora.diffusion.load reads it onto any model"
+        )
     if naming and not own:
         raise ConversionError("--naming is only for lora_jax adapters: others have PyTorch's names")
 
@@ -149,6 +160,8 @@ def _read(found: kinds.Found, to: str, source: Source, changed: str | None) -> N
             params, naming = loaded.model.params, loaded.model.naming
             names = models.gguf_names(loaded.model) if to == "gguf" else None
             return NamedAdapters(loaded.adapters, params, naming, name, config, True, names)
+    if found.kind in kinds.OF_IMAGES:
+        return implied_tree.from_images(found.path, **options, full_rank=source.fit.full_rank)
     if found.kind == kinds.MLX:
         return implied_tree.from_mlx(found.path, **options)
     return implied_tree.from_peft(found.path, **options, residual=source.fit.residual)
@@ -182,6 +195,12 @@ def write(
         assert source.llama_cpp is not None, "checked: the command needs --model"
         base, name = source.base, source.base_name
         gguf.save(out, source.adapters, source.llama_cpp, base=base, base_model=name)
+    elif to in kinds.OF_IMAGES:
+        _write_images(implied_tree.in_pipeline(source), to, out)
+    elif source.architecture is not None and to in ("peft", "folded"):
+        parts = implied_tree.by_component(source)
+        for component, part in parts.items():
+            write(part, to, out if len(parts) == 1 else out / component)
     elif to == "mlx":
         base, name = source.base, source.base_name
         mlx.save(out, source.adapters, source.naming, base=base, base_model=name)
@@ -197,3 +216,19 @@ def write(
             base_model=source.base_name,
             task_type=source.config.task_type if source.config else None,
         )
+
+
+def _write_images(source: NamedAdapters, to: str, out: Path) -> None:
+    """Write adapters as a file for image generators, with the names that kohya's trainer uses."""
+    architecture = diffusion.ARCHITECTURES[source.architecture or ""]
+    named = {"ss_base_model_version": architecture.version} if to == kinds.KOHYA else {}
+    diffusion.save(
+        out,
+        source.adapters,
+        source.naming,
+        base=source.base,
+        style="kohya" if to == kinds.KOHYA else "diffusers",
+        layout=architecture.layout,
+        config=source.config,
+        metadata=named,
+    )

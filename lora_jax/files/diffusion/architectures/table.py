@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Mapping
+from typing import Literal
 
 from lora_jax.files.diffusion.architectures.clip import ClipText
 from lora_jax.files.diffusion.architectures.flux import Flux
@@ -23,7 +24,7 @@ class Architecture:
     """
 
     components: Mapping[str, UNet | Flux | ClipText]
-    layout: str
+    layout: Literal["diffusers", "original"]
     version: str
 
     @functools.cached_property
