@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Iterator
 
+_LOGGERS = ("absl", "asyncio")
 _LATE = 0.2  # seconds within which reads and writes end after one has failed
 
 
@@ -16,9 +17,10 @@ def quiet_orbax() -> Iterator[None]:
     Reads and writes under way when another one fails find Orbax's event loop closed, a moment
     later.
     """
-    logger, hooks = logging.getLogger("absl"), (sys.excepthook, sys.unraisablehook)
-    before = logger.disabled
-    logger.disabled = True
+    loggers, hooks = [*map(logging.getLogger, _LOGGERS)], (sys.excepthook, sys.unraisablehook)
+    before = [logger.disabled for logger in loggers]
+    for logger in loggers:
+        logger.disabled = True
     sys.excepthook, sys.unraisablehook = lambda *_: None, lambda _: None
     try:
         yield
@@ -26,5 +28,6 @@ def quiet_orbax() -> Iterator[None]:
         time.sleep(_LATE)
         raise
     finally:
-        logger.disabled = before
+        for logger, disabled in zip(loggers, before, strict=True):
+            logger.disabled = disabled
         sys.excepthook, sys.unraisablehook = hooks

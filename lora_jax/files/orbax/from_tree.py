@@ -15,7 +15,7 @@ from lora_jax.core.errors import AdapterFileError, ConfigError, grouped
 from lora_jax.core.foreign import shown, shown_value
 from lora_jax.core.paths import flatten_with_paths
 from lora_jax.core.weights import LoraWeight
-from lora_jax.files.naming.patterns import fill, path_regex
+from lora_jax.files.naming.patterns import fill, match
 from lora_jax.files.orbax.factors import Fit, fits, to_weight
 from lora_jax.files.orbax.formats import format_of
 from lora_jax.files.orbax.nested import leaves_of, nest, path_of, unwrap
@@ -124,10 +124,10 @@ def _nodes(
         found: list[tuple[str, Fit, Any]] = []
         reasons: dict[str, None] = {}
         for row in layout.rows:
-            match = path_regex(row.a).fullmatch(path)
-            if match is None:
+            names = match(row.a, path)
+            if names is None:
                 continue
-            weight, other = fill(row.weight, match.groupdict()), fill(row.b, match.groupdict())
+            weight, other = fill(row.weight, names), fill(row.b, names)
             used |= {path, other}
             if other not in factors:
                 reasons[f"{path}: has no {shown(other)} beside it"] = None

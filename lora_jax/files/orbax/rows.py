@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Iterator, Mapping
 
 from lora_jax.files.naming import Entry, Naming
-from lora_jax.files.naming.patterns import path_regex
+from lora_jax.files.naming.patterns import match
 
 RANK, LAYERS = "r", "l"  # letters of the rank, and of stacked layers
 
@@ -100,7 +100,7 @@ class Format:
                 entry
                 for entry in self.names
                 if any(
-                    path_regex(template).fullmatch(path) and entry.layout == layout
+                    match(template, path) is not None and entry.layout == layout
                     for template in entry.paths
                     for path, layout in layouts.items()
                 )

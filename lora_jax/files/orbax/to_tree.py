@@ -15,7 +15,7 @@ from lora_jax.core.weights import LoraWeight, TrainedLeaf, is_adapted
 from lora_jax.files import peft
 from lora_jax.files.disk.processes import to_host
 from lora_jax.files.naming import Naming
-from lora_jax.files.naming.patterns import fill, path_regex
+from lora_jax.files.naming.patterns import fill, match
 from lora_jax.files.orbax.factors import from_weight
 from lora_jax.files.orbax.formats import format_of
 from lora_jax.files.orbax.nested import nest
@@ -66,10 +66,10 @@ def to_tree(adapters: Any, format: str, *, alpha: float | None = None) -> Any:
             leaves[keys] = leaf.w
         rank = node.a.shape[-1]
         scale = 1.0 if layout.scale == "none" else _scale(nodes, alpha, rank)
-        where = path_regex(row.weight).fullmatch(path)
+        where = match(row.weight, path)
         assert where is not None, "the row was chosen by this path"
         for template, x in zip((row.a, row.b), from_weight(row, to_host(node), scale), strict=True):
-            leaves[_beside(keys, path, fill(template, where.groupdict()))] = x
+            leaves[_beside(keys, path, fill(template, where))] = x
     return nest(leaves)
 
 
@@ -79,7 +79,7 @@ def _row(path: str, node: Any, layout: Format) -> Row | str:
         return "is trained without factors"
     if node.magnitude is not None:
         return "has DoRA, which these trainers lack; merge it, or make a LoRA of it with extract"
-    there = [row for row in layout.rows if path_regex(row.weight).fullmatch(path)]
+    there = [row for row in layout.rows if match(row.weight, path) is not None]
     for row in there:
         if row.layout == node.layout.axes:
             return row
@@ -130,7 +130,7 @@ def naming(params: Any, format: str) -> Naming:
     found = layout.naming(layouts)
     named = [template for entry in found.entries for template in entry.paths]
     for path in layouts:
-        if not any(path_regex(template).fullmatch(path) for template in named):
+        if all(match(template, path) is None for template in named):
             raise ConfigError(
                 f"{path}: {layout.title} weights have no Hugging Face name here; pass a naming to "
                 "lora_jax.peft.save"
