@@ -43,9 +43,11 @@ _MODULES = {
     "self_attn.q_proj": "attn_q",
     "self_attn.k_proj": "attn_k",
     "self_attn.v_proj": "attn_v",
+    "self_attn.qkv_proj": "attn_qkv",
     "self_attn.o_proj": "attn_output",
     "mlp.gate_proj": "ffn_gate",
     "mlp.up_proj": "ffn_up",
+    "mlp.gate_up_proj": "ffn_up",  # the halves of a Phi-3
     "mlp.down_proj": "ffn_down",
 }
 #: Other tensors in the file, whose content `read_model` puts into the settings.

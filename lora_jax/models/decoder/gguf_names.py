@@ -6,9 +6,17 @@ from lora_jax.files.gguf import Names
 from lora_jax.models.decoder import gguf
 from lora_jax.models.pretrained import Pretrained
 
-#: `model_type` in config.json -> llama.cpp's architecture, of models whose rows of q and k
-#: `gguf.file_naming` orders.
-ARCHITECTURE_OF = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2"}
+#: `model_type` in config.json -> llama.cpp's architecture.
+ARCHITECTURE_OF = {
+    "llama": "llama",
+    "mistral": "llama",
+    "smollm3": "smollm3",
+    "granite": "granite",
+    "gemma3_text": "gemma3",
+    **{name: name for name in ("qwen2", "qwen3", "gemma", "gemma2", "phi3", "olmo2")},
+}
+#: Architectures whose rows of q and k llama.cpp orders in pairs, as `gguf.file_naming` says.
+_IN_PAIRS = ("llama", "smollm3", "granite")
 
 
 def gguf_names(model: Pretrained) -> Names:
@@ -31,5 +39,6 @@ def gguf_names(model: Pretrained) -> Names:
             f"{', '.join(ARCHITECTURE_OF)}; give lora_jax.gguf your own Names"
         )
     architecture = ARCHITECTURE_OF[model_type]
-    naming = gguf.file_naming(model.naming, {**model.settings, "model_type": architecture})
+    order = "llama" if architecture in _IN_PAIRS else architecture
+    naming = gguf.file_naming(model.naming, {**model.settings, "model_type": order})
     return Names(architecture, naming, tied=bool(model.settings.get("tie_word_embeddings")))
