@@ -53,6 +53,11 @@ class Scheduler:
         """Whether it takes no more jobs."""
         return self._refusing
 
+    def slots_in_use(self) -> set[int]:
+        """Return the slots whose adapters jobs use that run or wait."""
+        with self._changed:
+            return {job.served.slot for job in [*self._running.values(), *self._waiting]}
+
     def start(self) -> None:
         """Start the thread."""
         self._thread.start()
