@@ -270,6 +270,8 @@ def test_a_full_queue_and_a_graceful_stop(monkeypatch):
         assert answer["error"]["code"] == "queue_full"
         stopping = pool.submit(server.stop, PATIENCE)
         until(lambda: post(server, body)[2]["error"]["code"] == "server_stopping")
+        time.sleep(0.3)  # it tells so until all are answered
+        assert post(server, body)[0] == 503
         may_step.set()
         stopping.result(PATIENCE)
         answers = [x.result(PATIENCE) for x in asked]
