@@ -11,6 +11,8 @@ from lora_jax.models.families import naming
 from lora_jax.models.generation import generate, left_pad, stream
 from lora_jax.models.pretrained import Apply, Pretrained, load, naming_of
 from lora_jax.models.saving import files, save
+from lora_jax.models.speech.features import log_mel
+from lora_jax.models.speech.transcription import transcribe
 from lora_jax.models.vision.images import ImageProcessor
 from lora_jax.models.vocabulary import resize_vocabulary, untie_head
 from lora_jax.models.weights.published import read_tensors
@@ -26,6 +28,7 @@ __all__ = [
     "gguf_names",
     "left_pad",
     "load",
+    "log_mel",
     "naming",
     "naming_of",
     "read_tensors",
@@ -33,5 +36,6 @@ __all__ = [
     "resize_vocabulary",
     "save",
     "stream",
+    "transcribe",
     "untie_head",
 ]

@@ -351,9 +351,9 @@ def _module(source: _Source, dtype: str, *, scan: bool, remat: bool | str) -> nn
     return source.family.module({**source.settings, **headless}, options)
 
 
-def _param_shapes(module: nn.Module, inputs: tuple[Any, ...], dtype: str) -> Any:
+def _param_shapes(module: nn.Module, inputs: Mapping[str, Any], dtype: str) -> Any:
     """Return the shapes of a module's parameters, without allocating them."""
-    params = jax.eval_shape(module.init, jax.random.key(0), *inputs)["params"]
+    params = jax.eval_shape(module.init, jax.random.key(0), **inputs)["params"]
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), params)
 
 

@@ -15,11 +15,15 @@ from tests.models import recorded
 from tests.models.encoder.test_recorded import write_adapter
 
 
-@pytest.mark.parametrize("name", ["vit", "siglip"])
-def test_commands_on_texts_refuse_images(name, fails, tmp_path):
+@pytest.mark.parametrize("name", ["vit", "siglip", "whisper"])
+def test_commands_on_texts_refuse_others(name, fails, tmp_path):
     model, data = recorded.FIXTURES / name, tmp_path / "data.jsonl"
     data.write_text('{"text": "a", "label": "b"}\n')
-    stem = {"vit": "ViT", "siglip": "Siglip"}[name]
+    stem, what = {
+        "vit": ("ViT", "images"),
+        "siglip": ("Siglip", "images"),
+        "whisper": ("Whisper", "speech"),
+    }[name]
     for command in (
         ["generate", "--prompt", "a"],
         ["chat"],
@@ -28,7 +32,7 @@ def test_commands_on_texts_refuse_images(name, fails, tmp_path):
         ["train", "--data", data, "--out", tmp_path / "out", "--task", "classification"],
     ):
         said = fails(*command, "--model", model)
-        assert f"{name}: {stem} is a model of images, but this command needs" in said
+        assert f"{name}: {stem} is a model of {what}, but this command needs" in said
         assert len(said.strip().splitlines()) == 1
 
 

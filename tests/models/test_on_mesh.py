@@ -16,6 +16,8 @@ from lora_jax.models.decoder.config import DecoderConfig
 from lora_jax.models.decoder.module import Decoder
 from lora_jax.models.encoder.bert import Bert, BertConfig, mean_pool
 from lora_jax.models.encoder.modernbert import LOCAL, ModernBert, ModernBertConfig
+from lora_jax.models.speech.config import WhisperConfig
+from lora_jax.models.speech.whisper import Whisper
 from lora_jax.models.vision.config import VisionConfig
 from lora_jax.models.vision.transformer import VisionTransformer
 from lora_jax.models.weights.sharding_rules import shardings
@@ -23,6 +25,7 @@ from lora_jax.training.chunked_loss import (
     language_sums_of_frozen_head,
     language_sums_of_trained_head,
 )
+from tests.models.recorded import load
 from tests.programs import normal
 
 CONFIG = DecoderConfig(
@@ -125,6 +128,40 @@ def vit():
     return Model(params, loss, apply, config, ("query/kernel", "up/kernel", "patch/kernel"))
 
 
+def whisper():
+    sizes = {"num_mel_bins": 4, "d_model": 16, "max_source_positions": 6}
+    layers = {f"{x}_layers": 1 for x in ("encoder", "decoder")}
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 4}
+    inner = {"encoder_ffn_dim": 24, "decoder_ffn_dim": 24}
+    config = WhisperConfig(vocab_size=32, **sizes, **layers, **heads, **inner)
+    module, ids = Whisper(config), jax.ShapeDtypeStruct((1, 4), jnp.int32)
+    given = {"ids": ids, "features": jax.ShapeDtypeStruct((1, 12, 4), "float32")}
+    params = random(jax.eval_shape(module.init, jax.random.key(0), **given)["params"])
+
+    def apply(params, batch):
+        rows = batch["ids"][:, :12, None]
+        features = jnp.sin(rows * jnp.arange(1.0, 5)[None, None])
+        return module.apply({"params": params}, batch["ids"], features=features)
+
+    loss = lambda params, batch: jnp.sin(apply(params, batch)).sum()
+    return Model(params, loss, apply, config, ("query/kernel", "cross/output/kernel", "up/kernel"))
+
+
+def recorded(name, scan=True):
+    """Return a family of transformers with switches of its own; windows differ within a scan."""
+    found = load(name, scan=scan, remat=scan)
+    run = lambda params, *args, **options: found.module.apply({"params": params}, *args, **options)
+    tied = found.config.tie_word_embeddings
+    head = lambda p: p["embedding"]["embedding"].T if tied else p["head"]["kernel"]
+    hidden = functools.partial(run, method="hidden")
+    sums = language_sums_of_frozen_head(hidden, head, 16, found.module.finish)
+    loss = lambda params, batch: sums(params, batch)["loss"]
+    apply = lambda params, batch: run(params, batch["ids"][:, :-1])
+    fused = ("query_key_value/kernel", "gate_up/kernel", "down/kernel")
+    targets = fused if found.config.fused else tuple(TARGETS)
+    return Model(found.params, loss, apply, found.config, targets)
+
+
 def adapt(model, params, batch):
     config = lora.LoraConfig(rank=2, targets=list(model.targets))
     return lora.split(lora.init(jax.random.key(1), params, config, model.apply, batch))
@@ -173,8 +210,11 @@ MODELS = {
     "scan": functools.partial(llama, scan=True, tied=True),
     "trained_head": functools.partial(llama, tied=True, trained_head=True, layers=1),
     "bert": bert,
+    **{name: functools.partial(recorded, name) for name in ("gemma2", "gemma3_text", "olmo2")},
+    "phi3": functools.partial(recorded, "phi3", scan=False),
     "modernbert": modernbert,
     "vit": vit,
+    "whisper": whisper,
 }
 KINDS = {"auto": AxisType.Auto, "explicit": AxisType.Explicit}
 DEFAULT = {

@@ -5,6 +5,7 @@ is output that the page must have printed; one under "raises" is the error of th
 where "..." stands for any text.
 """
 
+import importlib.util
 import itertools
 import os
 import pathlib
@@ -28,10 +29,19 @@ PAGES = [README, ROOT / "benchmarks" / "README.md", *sorted((ROOT / "docs").rglo
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 TIMEOUT = 300  # seconds for one cell
 SERVING = "With the server running:"  # above blocks that tests/serving/test_docs.py runs
-# One trains a published model, one compiles a training step for each of four meshes.
-SLOW = ("02_language_model", "06_many_devices")
+# They train a published model, pretrain one, and compile a training step for each of four meshes.
+SLOW = ("02_language_model", "04_nnx", "06_many_devices")
 # What a notebook fetches where the cache does not have it; tests fetch nothing.
 NEEDS = {"02_language_model": (assets.SMOLLM2, assets.SHAKESPEARE)}
+# What the recipe of another package's model imports, where that is not in the extra `test`: without
+# it the page is skipped, and `make recipes` fails.
+RECIPES = {
+    "equimo": "equimo",
+    "gemma": "gemma",
+    "jax_image_models": "jimm",
+    "keras": "keras",
+    "tunix": "tunix",
+}
 # Published models under the names that the pages use, and the small ones that stand for them.
 MODELS = {"Llama-3.2-1B": "llama", "Qwen2-0.5B": "qwen2", "bert-base-uncased": "bert"}
 
@@ -96,14 +106,35 @@ def run(page: pathlib.Path, block: Block, namespace: dict, raises: str | None) -
     assert same_text(raises, message), f"{page.name}:{block.line} raises\n{message}"
 
 
+def is_recipe(page: pathlib.Path) -> bool:
+    return page.parent.name == "recipes" and page.stem in RECIPES
+
+
+def prepare_recipe(page: pathlib.Path, monkeypatch) -> None:
+    """Skip a page whose package is missing; other packages may warn, and lora_jax may not."""
+    missing = importlib.util.find_spec(RECIPES[page.stem]) is None
+    if missing and not os.environ.get("LORA_JAX_RECIPES"):
+        pytest.skip(f"{page.stem} is not installed: make recipes")
+    warnings.simplefilter("ignore")
+    for category in (lora_jax.DenseWarning, lora_jax.LeftOutWarning, lora_jax.BaseKindWarning):
+        warnings.simplefilter("error", category)
+    if page.stem == "gemma" and importlib.util.find_spec("tensorflow") is None:
+        # kauldron needs its class of arrays for annotations, and einops asks for both.
+        stand_in = types.ModuleType("tensorflow")
+        stand_in.Tensor = stand_in.Variable = type("Tensor", (), {})
+        monkeypatch.setitem(sys.modules, "tensorflow", stand_in)
+
+
 @pytest.mark.usefixtures("page_directory", "quick_compile")
 @pytest.mark.parametrize("page", [p for p in PAGES if "```python" in p.read_text()], ids=name_of)
 def test_python_blocks_run_and_print_what_they_say(page, monkeypatch, capsys):
-    module = types.ModuleType(page.stem)
-    monkeypatch.setitem(sys.modules, page.stem, module)
+    module = types.ModuleType(f"page_{page.stem}")  # not the name of the package of a recipe
+    monkeypatch.setitem(sys.modules, module.__name__, module)
     found = blocks(page)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
+        if is_recipe(page):
+            prepare_recipe(page, monkeypatch)
         for block, after in itertools.zip_longest(found, found[1:]):
             if block.language == "python" and block.before != SERVING:
                 raises = after.code if after and after.before == "raises" else None
@@ -117,7 +148,7 @@ def test_python_blocks_run_and_print_what_they_say(page, monkeypatch, capsys):
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_every_block_of_a_page_names_its_language(page):
-    known = {"python", "text", "console", "toml", "json"}
+    known = {"python", "text", "console", "toml", "json", "yaml"}
     assert [(b.line, b.language) for b in blocks(page) if b.language not in known] == []
 
 
@@ -125,6 +156,14 @@ def commands(page: pathlib.Path) -> list[str]:
     """The lines of a page's console blocks, continued lines joined."""
     code = "\n".join(b.code for b in blocks(page) if b.language == "console")
     return re.sub(r"\\\n\s*", "", code).splitlines()
+
+
+RECIPE_PAGES = sorted((ROOT / "docs" / "recipes").glob("*.md"))
+
+
+@pytest.mark.parametrize("page", RECIPE_PAGES, ids=name_of)
+def test_recipes_fit_on_a_screen(page):
+    assert len(page.read_text(encoding="utf-8").splitlines()) <= 40
 
 
 def test_make_targets_exist():
@@ -143,11 +182,20 @@ SHOWN = [(page, line) for page in PAGES for line in commands(page) if line.start
 
 
 @pytest.mark.parametrize("page, line", SHOWN, ids=[line for _, line in SHOWN])
-def test_commands_parse(page, line):
-    """`tests/cli` runs commands; here the options and their values are checked."""
+def test_commands_parse(page, line, tmp_path, monkeypatch):
+    """`tests/cli` runs commands; here the options and their values are checked.
+
+    A YAML block is the file that the line above it names, and --config reads it.
+    """
     typer = pytest.importorskip("typer")
     from lora_jax.cli.app import app
 
+    monkeypatch.chdir(tmp_path)
+    if "--config" in line:
+        for block in blocks(page):
+            if block.language == "yaml":
+                pathlib.Path(re.search(r"`(\S+\.yaml)`", block.before)[1]).write_text(block.code)
+        line = line.partition(" > ")[0]
     words = shlex.split(line, comments=True)[1:]
     command = typer.main.get_command(app)
     if words[0].startswith("-"):

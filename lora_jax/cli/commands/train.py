@@ -32,15 +32,16 @@ EXAMPLES = (
 def command(context: typer.Context, options: TrainOptions) -> None:
     """Fine-tune a model on a file with LoRA.
 
-    A .txt file is one text. All rows of a .jsonl, .json, .csv, .tsv or .parquet file are of one
-    kind: {"text"}, {"prompt", "completion"}, {"messages": [{"role", "content"}, ...]}, or, for
-    classification, {"text", "label"}, or, for dpo, orpo, cpo and simpo, {"prompt", "chosen",
+    A .txt file is one text. All rows of a .jsonl, .json, .csv, .tsv, .parquet or .arrow file are
+    of one kind: {"text"}, {"prompt", "completion"}, {"messages": [{"role", "content"}, ...]}, or,
+    for classification, {"text", "label"}, or, for dpo, orpo, cpo and simpo, {"prompt", "chosen",
     "rejected"}; ShareGPT's and Alpaca's keys are messages. The loss ignores prompts and users'
     turns. Short texts share a row without attending to one another.
 
     Ctrl-C finishes the steps under way, saves, and prints the command that resumes. At the end,
-    --out contains adapter/ in PEFT's format (adapter.safetensors for a classifier), best/ for the
-    lowest evaluation loss, log.jsonl, loss.png, and checkpoints/ for --resume.
+    --out contains adapter/ in PEFT's format (adapter.safetensors for a classifier, model/ with
+    --full), best/ for the lowest evaluation loss, log.jsonl, loss.png, and checkpoints/ for
+    --resume.
     """
     check(context, options)
     from lora_jax.cli import compile_cache
@@ -111,10 +112,31 @@ def check(context: typer.Context, options: TrainOptions) -> None:
     _check_preferences(context, options)
     if options.task == CLASSIFICATION and (options.add_token or options.untie_head):
         raise typer.BadParameter("--add-token and --untie-head are for --task causal-lm")
+    if options.full:
+        _check_full(context, options)
     given = [n for n in _OF_NEW_ADAPTERS if options.adapter is not None and _is_given(context, n)]
     if given:
         named = ", ".join(f"--{name.replace('_', '-')}" for name in given)
         raise typer.BadParameter(f"--adapter decides what trains, and how; leave out {named}")
+
+
+#: Options of adapters alone.
+_OF_ADAPTERS = (
+    *("adapter", "rank", "alpha", "targets", "train", "bias", "init", "dora", "rslora"),
+    *("dropout", "lora_plus", "quantize", "merge_aware", "base_name", "pooling"),
+)
+
+
+def _check_full(context: typer.Context, options: TrainOptions) -> None:
+    if options.task == CLASSIFICATION:
+        raise typer.BadParameter("--full is not for --task classification; train an adapter")
+    given = [f"--{n.replace('_', '-')}" for n in _OF_ADAPTERS if _is_given(context, n)]
+    if given:
+        raise typer.BadParameter(f"--full trains all weights; leave out {', '.join(given)}")
+    if options.optimizer in ON_PAIRS:
+        raise typer.BadParameter(
+            f"--optimizer {options.optimizer} is for adapters; choose another one for --full"
+        )
 
 
 def _check_preferences(context: typer.Context, options: TrainOptions) -> None:

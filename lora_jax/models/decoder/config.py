@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 from lora_jax.core.checks import is_integer, is_size, is_within
 from lora_jax.core.foreign import shown_value
+from lora_jax.models.decoder.experts import ExpertsConfig
 from lora_jax.models.decoder.model_types import FULL, MODEL_TYPES, SHARED, SLIDING
 from lora_jax.models.remat import policy_name
 from lora_jax.models.rope import Rope
@@ -59,6 +60,8 @@ class DecoderConfig:
       embedding_multiplier, residual_multiplier: of the embedding, in its dtype, and of what each
         attention and feed-forward network adds.
       logits_scaling: logits are divided by it.
+      experts: of each layer, in the place of one feed-forward network.
+      sinks: whether each head has one more score, of a key whose value is zero (gpt-oss).
       scan: stack the layers' parameters and run the layers in one `lax.scan`.
       remat: which activations each layer recomputes in the backward pass instead of storing them:
         none (False), full (True), or sums (all but the results of products).
@@ -103,6 +106,8 @@ class DecoderConfig:
     embedding_multiplier: float = 1.0
     residual_multiplier: float = 1.0
     logits_scaling: float = 1.0
+    experts: ExpertsConfig | None = None
+    sinks: bool = False
 
     REQUIRED: ClassVar = (
         *("vocab_size", "hidden_size", "intermediate_size"),
@@ -264,24 +269,21 @@ def _ropes(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Return the fields about rotations: layers with a window may have another one."""
     given = settings.get("rope_parameters") or settings.get("rope_scaling") or {}
     by_type = isinstance(given, Mapping) and (FULL in given or SLIDING in given)
-    if not by_type and settings.get("rope_local_base_freq") is None:
-        return {"rope": _rope(settings)}
-    both = {FULL: given.get(FULL), SLIDING: given.get(SLIDING)} if by_type else {FULL: given}
-    local = {"rope_theta": settings.get("rope_local_base_freq", Rope.theta)}
+    theta = settings.get("rope_local_base_freq")
+    if not by_type and theta is None:
+        return {"rope": _rope(settings, given)}
+    both = given if by_type else {FULL: given}
+    local = settings if theta is None else {**settings, "rope_theta": theta}
     return {
-        "rope": _rope({**settings, "rope_parameters": both.get(FULL)}),
-        "local_rope": _rope({**settings, **local, "rope_parameters": both.get(SLIDING)}),
+        "rope": _rope(settings, both.get(FULL)),
+        "local_rope": _rope(local, both.get(SLIDING)),
     }
 
 
-def _rope(settings: Mapping[str, Any]) -> Rope:
+def _rope(settings: Mapping[str, Any], given: Any) -> Rope:
     """Return a rotation; Phi-3's older files have other names for `longrope`."""
-    given = settings.get("rope_parameters") or settings.get("rope_scaling")
     is_phi3 = settings.get("model_type") == "phi3"
-    if (
-        is_phi3
-        and isinstance(given, Mapping)
-        and given.get("rope_type", given.get("type")) in ("su", "yarn")
-    ):
-        given = {**given, "rope_type": "longrope"}
+    if is_phi3 and isinstance(given, Mapping):
+        kind = given.get("rope_type", given.get("type"))
+        given = {**given, "rope_type": "longrope" if kind in ("su", "yarn") else kind}
     return Rope.from_json({**settings, "rope_parameters": given, "rope_scaling": None})

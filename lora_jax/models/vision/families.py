@@ -75,15 +75,15 @@ def _clip_vision(settings: Mapping[str, Any], options: Options) -> nn.Module:
     return VisionTransformer(from_json(VisionConfig, own, **switches))
 
 
-def _pixels(module: Any) -> tuple[Any, ...]:
+def _pixels(module: Any) -> dict[str, Any]:
     c = module.config
     shape = (1, c.image_size, c.image_size, c.num_channels)
-    return (jax.ShapeDtypeStruct(shape, jnp.float32),)
+    return {"pixels": jax.ShapeDtypeStruct(shape, jnp.float32)}
 
 
-def _pixels_and_ids(module: Any) -> tuple[Any, ...]:
+def _pixels_and_ids(module: Any) -> dict[str, Any]:
     ids = jax.ShapeDtypeStruct((1, 1), jnp.int32)
-    return (*_pixels(VisionTransformer(module.config.vision)), ids)
+    return {**_pixels(VisionTransformer(module.config.vision)), "ids": ids}
 
 
 def _nested(*names: str) -> tuple[str, ...]:

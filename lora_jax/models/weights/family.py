@@ -76,9 +76,9 @@ def refuse_scan_and_remat(settings: Mapping[str, Any], options: Options) -> None
         raise ValueError(f"scan and remat are not supported for {settings['model_type']} models")
 
 
-def _tokens(module: nn.Module) -> tuple[Any, ...]:
+def _tokens(module: nn.Module) -> Mapping[str, Any]:
     ids = jax.ShapeDtypeStruct((1, 1), jnp.int32)
-    return ids, ids
+    return {"ids": ids, "segments": ids}
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ class Family:
       classifier: None where classifiers are not supported.
       kept: regexes of tensors that are not parameters of the model, but kept and saved with it.
       dropped: regexes of tensors that follow from the rest.
-      inputs: of a module, whose arguments it creates parameters from: their shapes and dtypes.
+      inputs: the shapes and dtypes of the arguments that a module creates its parameters from.
       layers: the keys of config.json that are a number of layers; "a.b" is key b in object a.
       in_files: the names of the leaves in the files of models, where they differ from those of the
         modules, which adapters have; None where they are the same.
@@ -113,7 +113,7 @@ class Family:
     classifier: ClassifierHead | None = None
     kept: tuple[str, ...] = ()
     dropped: tuple[str, ...] = ()
-    inputs: Callable[[nn.Module], tuple[Any, ...]] = _tokens
+    inputs: Callable[[nn.Module], Mapping[str, Any]] = _tokens
     layers: tuple[str, ...] = ("num_hidden_layers",)
     in_files: Callable[[Collection[str]], Naming] | None = None
 

@@ -19,7 +19,7 @@ import lora_jax as lora
 from lora_jax.cli import sources
 from lora_jax.cli.jobs.training.data import Task
 from lora_jax.cli.train_options import TrainOptions
-from lora_jax.core.foreign import escaped
+from lora_jax.core.foreign import escaped, shown
 from lora_jax.files import native, peft
 from lora_jax.files.disk import processes
 from lora_jax.files.disk.atomic import write_atomically, write_directory
@@ -40,6 +40,11 @@ class Results:
     config: lora.LoraConfig
     start: Any  # the joined tree before the first step
     tokenizer: Mapping[str, bytes]  # the files of a tokenizer that is not the base's
+
+    @property
+    def what(self) -> str:
+        """What a run leaves."""
+        return "adapter"
 
     def path(self, name: str) -> Path:
         """Return where adapters are written: a directory, or a classifier's file."""
@@ -71,6 +76,8 @@ class Results:
             write_atomically(path, best.read_bytes())
             return
         names = sorted(file.name for file in best.iterdir() if file.name[0] != ".")
+        if not peft.may_replace_card(path):
+            names = [name for name in names if name != peft.CARD]
         names.sort(key=lambda name: not name.endswith("config.json"))  # without which none is valid
         write_directory(path, {name: partial(_copy, best / name) for name in names})
 
@@ -88,8 +95,25 @@ class Results:
             config=self.config,
             base_model=name,
             task_type="CAUSAL_LM",
+            card=self._card(record),
         )
         processes.by_first(partial(self._write_tokenizer, path))
+
+    def _card(self, record: log.Record) -> peft.ModelCard:
+        """Return what the model card says of the training up to a step."""
+        figures: dict[str, Any] = {}
+        if "step" in record:
+            records = log.read_until(self.options.out / "log.jsonl", record["step"])
+            _, losses = log.losses(records)
+            evaluations = [*log.evaluations(records), *([record] if "eval_loss" in record else [])]
+            figures["steps"] = record["step"]
+            figures |= {"training loss": losses[-1]} if losses else {}
+            last = evaluations[-1] if evaluations else {}
+            names = {"eval_loss": "held-out loss", "perplexity": "perplexity"}
+            figures |= {name: last[key] for key, name in names.items() if key in last}
+        figures |= {"learning rate": self.options.lr, "seed": self.options.seed}
+        data = ", ".join(shown(path.name) for path in self.options.data)
+        return peft.ModelCard(data=data, figures=figures)
 
     def _write_tokenizer(self, path: Path) -> None:
         for file, data in self.tokenizer.items():
@@ -106,7 +130,7 @@ class Results:
         last = next(r["step"] for r in reversed(records) if "loss" in r)
         evaluations = log.evaluations(records)
         use = self.path("adapter")
-        lines = [f"wrote {use}: the adapter after step {last:,}"]
+        lines = [f"wrote {use}: the {self.what} after step {last:,}"]
         if evaluations:
             best = (
                 f"the one with the lowest held-out loss, after step {_best(evaluations)['step']:,}"
@@ -126,10 +150,14 @@ class Results:
     def next_command(self, adapter: Path) -> str:
         """Return a command that uses the adapter."""
         verb, rest = ("predict", '"..."') if self.task.prefix else ("generate", '--prompt "..."')
-        words = ["lora-jax", verb, "--model", self.options.model, "--adapter", str(adapter)]
+        return f"{shlex.join(['lora-jax', verb, *self.next_words(adapter)])} {rest}"
+
+    def next_words(self, path: Path) -> list[str]:
+        """Return the options of a command that uses the adapter."""
+        words = ["--model", self.options.model, "--adapter", str(path)]
         if self.options.quantize is not None:
             words += ["--quantize", self.options.quantize]
-        return f"{shlex.join(words)} {rest}"
+        return words
 
 
 def _copy(source: Path, target: BinaryIO) -> None:

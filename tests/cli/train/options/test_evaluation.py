@@ -14,6 +14,7 @@ from tests.cli.train.options.reading import read, text_of
 EVAL = ("--eval-split", 0.25, "--val-batches", 1, "--eval-every", 1)
 
 
+@pytest.mark.slow
 def test_a_run_that_gets_worse_ends_with_its_best_adapter(play, tmp_path, run, quick_compile):
     """At such a rate nothing is learned after the first step."""
     out = tmp_path / "out"
@@ -28,7 +29,9 @@ def test_a_run_that_gets_worse_ends_with_its_best_adapter(play, tmp_path, run, q
     lowest = f"the one with the lowest held-out loss, after step {best}"
     assert f"wrote {out / 'adapter'}: {lowest}\nwrote {out / 'best'}: {lowest}\n" in done.out
     names = {file.name for file in (out / "best").iterdir()}
-    assert names == {file.name for file in (out / "adapter").iterdir()} and len(names) == 2
+    assert names == {file.name for file in (out / "adapter").iterdir()} and len(names) == 3
+    card = (out / "adapter" / "README.md").read_text()
+    assert f"| steps | {best} |\n" in card and f"| held-out loss | {min(losses):.4g} |\n" in card
     for name in names:
         assert (out / "adapter" / name).read_bytes() == (out / "best" / name).read_bytes()
 
