@@ -37,6 +37,10 @@ READERS: dict[str, Turns] = {
     "loralib": [("loralib", adapters.of_loralib)],
     "images": [(case, functools.partial(adapters.of_images, case)) for case in images.FILES],
     "GGUF adapter": [("GGUF adapter", adapters.of_gguf)],
+    "Orbax checkpoint": [
+        ("Orbax checkpoint", adapters.of_orbax),
+        ("Orbax training state", functools.partial(adapters.of_orbax, state=True)),
+    ],
     "inspect": _adapters(command_line.inspect),
     "convert": _adapters(command_line.convert),
     "generate, merge": [
