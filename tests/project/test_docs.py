@@ -29,8 +29,8 @@ PAGES = [README, ROOT / "benchmarks" / "README.md", *sorted((ROOT / "docs").rglo
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 TIMEOUT = 300  # seconds for one cell
 SERVING = "With the server running:"  # above blocks that tests/serving/test_docs.py runs
-# One trains a published model, one compiles a training step for each of four meshes.
-SLOW = ("02_language_model", "06_many_devices")
+# They train a published model, pretrain one, and compile a training step for each of four meshes.
+SLOW = ("02_language_model", "04_nnx", "06_many_devices")
 # What a notebook fetches where the cache does not have it; tests fetch nothing.
 NEEDS = {"02_language_model": (assets.SMOLLM2, assets.SHAKESPEARE)}
 # What the recipe of another package's model imports, where that is not in the extra `test`: without

@@ -11,7 +11,7 @@ import pytest
 
 from lora_jax import gguf, models, peft
 from lora_jax.files.disk import safetensors_file
-from lora_jax.models.decoder.gguf_names import ARCHITECTURE_OF
+from lora_jax.models.decoder.gguf_names import KNOWN
 from tests.parity.llama_cpp import families
 
 FILE = pathlib.Path(__file__).parent / "families.npz"
@@ -50,4 +50,4 @@ def test_our_file_has_the_converters_tensors(family, tmp_path):
 
 
 def test_every_family_is_here():
-    assert {*families.FAMILIES} == {*ARCHITECTURE_OF}
+    assert {*families.FAMILIES} == {*KNOWN}
