@@ -26,9 +26,7 @@ def convert(run, *words):
 def test_kohya_to_directories_of_peft_and_back(world, tmp_path, run):
     convert(run, "style.safetensors", "--to", "peft", "--out", "style")
     unet, text = (read_factors(tmp_path / "style" / x) for x in ("unet", "text_encoder"))
-    assert [one.module for one in text.factors] == [
-        "text_model.encoder.layers.3.self_attn.q_proj"
-    ]
+    assert [one.module for one in text.factors] == ["text_model.encoder.layers.3.self_attn.q_proj"]
     block = "down_blocks.0.attentions.0.transformer_blocks.0"
     assert {one.module: one.a.shape for one in unet.factors} == {
         "conv_out": (320 * 9, 1),

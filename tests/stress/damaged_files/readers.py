@@ -44,8 +44,12 @@ READERS: dict[str, Turns] = {
     ],
     "model directory": [
         (name, functools.partial(published.directory, name))
-        for name in ("llama", "llama_tied", "mistral", "qwen2", "bert")
+        for name in (
+            *("llama", "llama_tied", "mistral", "qwen2", "bert", "roberta", "modernbert"),
+            *("vit", "siglip", "siglip_vision", "clip_vision", "whisper"),
+        )
     ],
+    "image processor": [("image processor", published.processor)],
     "GGUF model": [("GGUF model", functools.partial(published.gguf, "model"))],
     "GGUF tokenizer": [("GGUF tokenizer", functools.partial(published.gguf, "tokenizer"))],
     "tokenizer": [
