@@ -13,11 +13,12 @@ WORKERS ?= --numprocesses=auto --maxprocesses=4 --dist=loadfile
 VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)
 STAMP := $(VENV)/.installed-$(VERSION)
 RUN := $(VENV)/bin/python -m
+RECIPE := LORA_JAX_RECIPES=1 PYTHONPATH=$(VENV)/recipes
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help demo bench bench-run bench-accelerator published test test-accelerator test-all test-newest newest-python fuzz docs wheel lint format clean
+.PHONY: help demo bench bench-run bench-accelerator published test test-accelerator test-all test-newest newest-python recipes fuzz docs wheel lint format clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):[^#]*## /\1 \t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -51,6 +52,17 @@ test-newest: ## the default suite on the newest Python found, with the newest ja
 	@python="$$($(MAKE) -s --no-print-directory newest-python)"; \
 	if [ -z "$$python" ]; then echo "no Python newer than $(VERSION) found: nothing to run"; \
 	else $(MAKE) --no-print-directory test PYTHON="$$python" VENV=.venv-newest; fi
+
+# Other packages' models, apart: what they depend on would take minutes, and some of it disagrees.
+recipes: $(VENV)/recipes/packages $(VENV)/recipes/gemma ## the recipes for models of other packages, executed
+	@$(RECIPE)/packages $(RUN) pytest tests/project/test_docs.py -k "blocks_run and recipes and not gemma" $(ARGS)
+	@$(RECIPE)/gemma $(RUN) pytest tests/project/test_docs.py -k "blocks_run and recipes and gemma" $(ARGS)
+
+$(VENV)/recipes/%: docs/recipes/%.txt | $(STAMP)-test
+	@echo "installing what docs/recipes/$*.txt lists into $@"
+	@rm -rf $@
+	@$(RUN) pip install -qq --disable-pip-version-check --no-deps --target $@ -r $<
+	@touch $@
 
 fuzz: $(STAMP)-test ## random programs against their merged weights (COUNT=10000 SEED=0)
 	@$(RUN) tests.stress.fuzz --count $(COUNT) --seed $(SEED) $(ARGS)

@@ -91,7 +91,7 @@ _OPTIONS = {
 
 #: Names without an option of the same meaning.
 _OTHERWISE = {
-    "fine-tune-type": "a low-rank adapter is what it trains; --dora trains magnitudes too",
+    "fine-tune-type": "lora is what it trains; --dora trains magnitudes too, --full all weights",
     "load-in-4bit": "use --quantize nf4",
     "load-in-8bit": "use --quantize int8",
     "train-on-inputs": "use --no-mask-prompt",

@@ -26,7 +26,7 @@ LISTS = {
 WITHOUT = (
     *("stream", "adapter", "add_token", "untie_head", "merge_aware"),
     *("mesh", "coordinator", "processes", "process_id", "eval_every", "profile", "report"),
-    *("patience", "load_best"),
+    *("patience", "load_best", "full"),
 )
 
 

@@ -51,6 +51,10 @@ _ADAPTER = (
     "Adapter to start from, of any kind that 'inspect' reads. It decides which weights train, and "
     "their ranks."
 )
+_FULL = (
+    "Train all weights and write a model, not an adapter; --exclude, --layers and --last-layers "
+    "leave some as they are. A learning rate is to be far smaller, such as 1e-5."
+)
 _BASE_NAME = (
     "Name of the base model to write into the adapter, such as its Hub id; default: the Hub id "
     "where it is known, otherwise --model as an absolute path."
@@ -159,6 +163,7 @@ class TrainOptions:
     encoding: Annotated[str, in_data(help="Text encoding of the data files.")] = "utf-8"
     resume: Annotated[bool, in_output("--resume", help="Resume the run in --out.")] = False
     adapter: Annotated[Path | None, in_adapter(metavar="DIR", help=_ADAPTER)] = None
+    full: Annotated[bool, in_adapter("--full", help=_FULL)] = False
     rank: Annotated[int, in_adapter(min=1, help="Rank of A and B.")] = 8
     alpha: Annotated[float | None, in_adapter(help=_ALPHA)] = None
     targets: Annotated[str, in_adapter(help=_TARGETS)] = "all-linear"

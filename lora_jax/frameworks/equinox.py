@@ -102,7 +102,9 @@ def wrap(
     """
     _require_model("wrap", model)
     key = jax.random.key(0) if init_key is None else init_key
-    params = init(key, model, config, fn, *args, rules=rules, fsdp=fsdp, **kwargs)
+    # A model takes `key=`, and so does `init`.
+    call = lambda model, args, kwargs: fn(model, *args, **kwargs)
+    params = init(key, model, config, call, args, kwargs, rules=rules, fsdp=fsdp)
     return _adapted(params, fn, rules, on_dense)
 
 

@@ -54,6 +54,7 @@ def attend(
     window: int | None = None,
     scale: float | None = None,
     cap: float | None = None,
+    sinks: jax.Array | None = None,
 ) -> jax.Array:
     """Return softmax(q·kᵀ · scale)·v over the keys that each query sees, in float32 or wider.
 
@@ -66,11 +67,14 @@ def attend(
       window: how many keys a query sees on a side, its own included; None for all.
       scale: of the scores; 1 / √size by default.
       cap: scores s become cap · tanh(s / cap), as in Gemma 2, which cuDNN cannot: XLA computes it.
+      sinks: `[heads]`, the score of one more key of each head, seen by all queries, whose value is
+        zero, as in gpt-oss (https://arxiv.org/abs/2309.17453); XLA computes them too.
 
     Returns:
       The shape and dtype of `query`. A query that sees nothing gets a mean of values.
     """
-    flash = cap is None and flash_takes(query.dtype, query.shape[-1], _capability())
+    plain = cap is None and sinks is None
+    flash = plain and flash_takes(query.dtype, query.shape[-1], _capability())
     if flash and causal and sight.segments is None and sight.first is None:
         reach = None if window is None else (window - 1, 0)
         return jax.nn.dot_product_attention(
@@ -83,13 +87,13 @@ def attend(
     # cuDNN's backward pass needs even lengths with a bias; a few queries gain nothing from it.
     queries, keys = query.shape[1], key.shape[1]
     flash = flash and queries >= BLOCK and not (queries % 2 or keys % 2)
-    by_group = sight.first is not None or cap is not None
+    by_group = sight.first is not None or not plain
     core = _Core(causal, window, flash, by_group, scale, cap)
     places = jnp.arange(queries) if sight.first is None else jnp.arange(queries) + sight.first
     return _in_groups(
         core,
         _Queries(query, sight.segments, places),
-        _Keys(key, value, sight.key_segments, jnp.arange(keys)),
+        _Keys(key, value, sight.key_segments, jnp.arange(keys), sinks),
         cut=causal and sight.first is None,
     )
 
@@ -114,12 +118,14 @@ class _Keys:
     values: jax.Array
     segments: jax.Array | None  # [batch or 1, keys]
     places: jax.Array  # [keys]
+    sinks: jax.Array | None  # [heads]
 
     def cut(self, start: int, stop: int) -> "_Keys":
         """Return those from `start` to `stop`."""
         segments = None if self.segments is None else self.segments[:, start:stop]
         part = slice(start, stop)
-        return _Keys(self.keys[:, part], self.values[:, part], segments, self.places[part])
+        places = self.places[part]
+        return _Keys(self.keys[:, part], self.values[:, part], segments, places, self.sinks)
 
 
 @dataclass(frozen=True)
@@ -138,7 +144,7 @@ class _Core:
         mask = self._mask(queries, keys)
         # JAX's own takes the softmax of float64 in float32.
         if query.dtype == jnp.float64 or (self.by_group and not self.flash):
-            return self._attend_by_group(query, key, value, mask)
+            return self._attend_by_group(query, key, value, keys.sinks, mask)
         how: Literal["cudnn", "xla"] = "cudnn" if self.flash else "xla"
         return jax.nn.dot_product_attention(
             query, key, value, mask=mask, scale=self.scale, implementation=how
@@ -161,7 +167,12 @@ class _Core:
         return None if visible is None else visible[:, None]
 
     def _attend_by_group(
-        self, query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array | None
+        self,
+        query: jax.Array,
+        key: jax.Array,
+        value: jax.Array,
+        sinks: jax.Array | None,
+        mask: jax.Array | None,
     ) -> jax.Array:
         """Return what `jax.nn.dot_product_attention` does, the softmax in float32 or wider."""
         batch, length, _, size = query.shape
@@ -176,10 +187,19 @@ class _Core:
             scores = self.cap * jnp.tanh(scores / self.cap)
         if mask is not None:
             scores = jnp.where(mask[:, :, :, None], scores, -0.7 * jnp.finfo(dtype).max)
-        weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype).reshape(*rows.shape[:-1], -1)
+        weights = _softmax(scores, sinks).astype(value.dtype).reshape(*rows.shape[:-1], -1)
         mixed = products(weights, value.swapaxes(1, 2), (((3,), (2,)), ((0, 1), (0, 1))))
         mixed = mixed.astype(query.dtype).reshape(by_group.shape)
         return mixed.swapaxes(1, 2).reshape(query.shape)
+
+
+def _softmax(scores: jax.Array, sinks: jax.Array | None) -> jax.Array:
+    """Return the softmax of scores `[batch, groups, queries, heads of a group, keys]`."""
+    if sinks is None:
+        return jax.nn.softmax(scores, axis=-1)
+    own = sinks.astype(scores.dtype).reshape(1, scores.shape[1], 1, scores.shape[3], 1)
+    own = jnp.broadcast_to(own, (*scores.shape[:-1], 1))
+    return jax.nn.softmax(jnp.concatenate([scores, own], axis=-1), axis=-1)[..., :-1]
 
 
 def _in_groups(core: _Core, queries: _Queries, keys: _Keys, cut: bool) -> jax.Array:

@@ -10,7 +10,14 @@ from lora_jax.files.naming import Naming
 from lora_jax.models.decoder.config import DecoderConfig
 from lora_jax.models.decoder.model_types import MODEL_TYPES
 from lora_jax.models.decoder.module import Decoder
-from lora_jax.models.decoder.naming import LLAMA, POST_NORMS
+from lora_jax.models.decoder.naming import (
+    GPT_OSS,
+    LLAMA,
+    MIXTRAL_FILES,
+    POST_NORMS,
+    QWEN_MOE_FILES,
+    of_experts,
+)
 from lora_jax.models.encoder.families import ENCODERS
 from lora_jax.models.speech.families import SPEECH
 from lora_jax.models.vision.families import VISION
@@ -32,6 +39,11 @@ def _decoder(settings: Mapping[str, Any], options: Options) -> Decoder:
 
 def _fixed(naming: Naming, names: Collection[str] = ()) -> Naming:
     return naming  # whatever a file has
+
+
+def _of_experts(files: Naming) -> dict[str, Any]:
+    """Return the namings of models whose files have a module per expert."""
+    return {"naming": partial(of_experts, files), "in_files": partial(_fixed, files)}
 
 
 #: A row of the decoders but for `stem`.
@@ -64,6 +76,9 @@ FAMILIES: dict[str, Family] = {
     "smollm3": _llama(stem="SmolLM3"),
     "olmo2": _llama(stem="Olmo2", naming=partial(_fixed, POST_NORMS)),
     "granite": _llama(stem="Granite"),
+    "mixtral": _llama(stem="Mixtral", **_of_experts(MIXTRAL_FILES)),
+    "qwen3_moe": _llama(stem="Qwen3Moe", **_of_experts(QWEN_MOE_FILES)),
+    "gpt_oss": _llama(stem="GptOss", naming=partial(_fixed, GPT_OSS)),
 }
 #: The regex of the copy of a tied head, which follows from the rest too.
 TIED_HEAD = r"lm_head\.weight"

@@ -42,7 +42,8 @@ LINEAR = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}
 
 def causal(config: transformers.PretrainedConfig) -> transformers.PreTrainedModel:
     """Create a causal language model with random values also in its biases and norms."""
-    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    eager = {"attn_implementation": "eager", "experts_implementation": "eager"}
+    model = transformers.AutoModelForCausalLM.from_config(config, **eager)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim == 1:
@@ -143,6 +144,33 @@ def newer() -> dict[str, tuple[transformers.PreTrainedModel, str]]:
     return {name: (model, "1GB") for name, model in found.items()}
 
 
+def experts() -> dict[str, tuple[transformers.PreTrainedModel, str]]:
+    """Return the families whose layers have experts; three of them, so that one is often idle."""
+    c = transformers
+    small = SIZES | {"hidden_size": 16, "intermediate_size": 24, "head_dim": 8}
+    four = {"num_local_experts": 4, "num_experts_per_tok": 2}
+    found = {
+        "mixtral": causal(c.MixtralConfig(**small, **four, tie_word_embeddings=False)),
+        "qwen3_moe": causal(
+            c.Qwen3MoeConfig(
+                **small,
+                **{"num_experts": 5, "num_experts_per_tok": 3, "moe_intermediate_size": 12},
+                norm_topk_prob=True,
+            )
+        ),
+        "gpt_oss": causal(
+            c.GptOssConfig(
+                **small | {"head_dim": 8, "num_hidden_layers": 3},
+                **four,
+                sliding_window=4,
+                swiglu_limit=0.5,
+                rope_parameters=YARN | {"truncate": False},
+            )
+        ),
+    }
+    return {name: (model, "1GB") for name, model in found.items()}
+
+
 def record(name: str, model: transformers.PreTrainedModel, shard: str) -> None:
     directory = FIXTURES / name
     shutil.rmtree(directory, ignore_errors=True)
@@ -182,7 +210,7 @@ def record_bert() -> None:
 
 if __name__ == "__main__":
     names = sys.argv[1:]
-    for group in (models, newer):
+    for group in (models, newer, experts):
         torch.manual_seed(0)
         for name, (model, shard) in group().items():
             if not names or name in names:

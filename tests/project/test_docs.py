@@ -5,6 +5,7 @@ is output that the page must have printed; one under "raises" is the error of th
 where "..." stands for any text.
 """
 
+import importlib.util
 import itertools
 import os
 import pathlib
@@ -32,6 +33,15 @@ SERVING = "With the server running:"  # above blocks that tests/serving/test_doc
 SLOW = ("02_language_model", "05_vision", "06_many_devices")
 # What a notebook fetches where the cache does not have it; tests fetch nothing.
 NEEDS = {"02_language_model": (assets.SMOLLM2, assets.SHAKESPEARE)}
+# What the recipe of another package's model imports, where that is not in the extra `test`: without
+# it the page is skipped, and `make recipes` fails.
+RECIPES = {
+    "equimo": "equimo",
+    "gemma": "gemma",
+    "jax_image_models": "jimm",
+    "keras": "keras",
+    "tunix": "tunix",
+}
 # Published models under the names that the pages use, and the small ones that stand for them.
 MODELS = {"Llama-3.2-1B": "llama", "Qwen2-0.5B": "qwen2", "bert-base-uncased": "bert"}
 
@@ -96,14 +106,35 @@ def run(page: pathlib.Path, block: Block, namespace: dict, raises: str | None) -
     assert same_text(raises, message), f"{page.name}:{block.line} raises\n{message}"
 
 
+def is_recipe(page: pathlib.Path) -> bool:
+    return page.parent.name == "recipes" and page.stem in RECIPES
+
+
+def prepare_recipe(page: pathlib.Path, monkeypatch) -> None:
+    """Skip a page whose package is missing; other packages may warn, and lora_jax may not."""
+    missing = importlib.util.find_spec(RECIPES[page.stem]) is None
+    if missing and not os.environ.get("LORA_JAX_RECIPES"):
+        pytest.skip(f"{page.stem} is not installed: make recipes")
+    warnings.simplefilter("ignore")
+    for category in (lora_jax.DenseWarning, lora_jax.LeftOutWarning, lora_jax.BaseKindWarning):
+        warnings.simplefilter("error", category)
+    if page.stem == "gemma" and importlib.util.find_spec("tensorflow") is None:
+        # kauldron needs its class of arrays for annotations, and einops asks for both.
+        stand_in = types.ModuleType("tensorflow")
+        stand_in.Tensor = stand_in.Variable = type("Tensor", (), {})
+        monkeypatch.setitem(sys.modules, "tensorflow", stand_in)
+
+
 @pytest.mark.usefixtures("page_directory", "quick_compile")
 @pytest.mark.parametrize("page", [p for p in PAGES if "```python" in p.read_text()], ids=name_of)
 def test_python_blocks_run_and_print_what_they_say(page, monkeypatch, capsys):
-    module = types.ModuleType(page.stem)
-    monkeypatch.setitem(sys.modules, page.stem, module)
+    module = types.ModuleType(f"page_{page.stem}")  # not the name of the package of a recipe
+    monkeypatch.setitem(sys.modules, module.__name__, module)
     found = blocks(page)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
+        if is_recipe(page):
+            prepare_recipe(page, monkeypatch)
         for block, after in itertools.zip_longest(found, found[1:]):
             if block.language == "python" and block.before != SERVING:
                 raises = after.code if after and after.before == "raises" else None
@@ -125,6 +156,14 @@ def commands(page: pathlib.Path) -> list[str]:
     """The lines of a page's console blocks, continued lines joined."""
     code = "\n".join(b.code for b in blocks(page) if b.language == "console")
     return re.sub(r"\\\n\s*", "", code).splitlines()
+
+
+RECIPE_PAGES = sorted((ROOT / "docs" / "recipes").glob("*.md"))
+
+
+@pytest.mark.parametrize("page", RECIPE_PAGES, ids=name_of)
+def test_recipes_fit_on_a_screen(page):
+    assert len(page.read_text(encoding="utf-8").splitlines()) <= 40
 
 
 def test_make_targets_exist():

@@ -37,6 +37,7 @@ def bits(outcome):
     return [np.asarray(x).tobytes() for x in jax.tree.leaves(outcome.adapters)]
 
 
+@pytest.mark.slow
 def test_a_run_ends_where_its_losses_say(tmp_path, quick_compile):
     whole = train(*job(None))
     curve = [r["eval_loss"] for r in log.evaluations(whole.records)]

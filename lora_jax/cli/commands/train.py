@@ -111,10 +111,31 @@ def check(context: typer.Context, options: TrainOptions) -> None:
     _check_preferences(context, options)
     if options.task == CLASSIFICATION and (options.add_token or options.untie_head):
         raise typer.BadParameter("--add-token and --untie-head are for --task causal-lm")
+    if options.full:
+        _check_full(context, options)
     given = [n for n in _OF_NEW_ADAPTERS if options.adapter is not None and _is_given(context, n)]
     if given:
         named = ", ".join(f"--{name.replace('_', '-')}" for name in given)
         raise typer.BadParameter(f"--adapter decides what trains, and how; leave out {named}")
+
+
+#: Options of adapters alone.
+_OF_ADAPTERS = (
+    *("adapter", "rank", "alpha", "targets", "train", "bias", "init", "dora", "rslora"),
+    *("dropout", "lora_plus", "quantize", "merge_aware", "base_name", "pooling"),
+)
+
+
+def _check_full(context: typer.Context, options: TrainOptions) -> None:
+    if options.task == CLASSIFICATION:
+        raise typer.BadParameter("--full is not for --task classification; train an adapter")
+    given = [f"--{n.replace('_', '-')}" for n in _OF_ADAPTERS if _is_given(context, n)]
+    if given:
+        raise typer.BadParameter(f"--full trains all weights; leave out {', '.join(given)}")
+    if options.optimizer in ON_PAIRS:
+        raise typer.BadParameter(
+            f"--optimizer {options.optimizer} is for adapters; choose another one for --full"
+        )
 
 
 def _check_preferences(context: typer.Context, options: TrainOptions) -> None:

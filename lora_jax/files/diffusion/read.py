@@ -133,11 +133,13 @@ class Reading:
                 f"{whole.method} is not of low rank here: pass full_rank=16 (--full-rank 16) for "
                 'the closest factors of rank 16, or full_rank="train" for a fully trained weight'
             )
-        values = [self._model.value(name) for name in names]
-        known = [value for value in values if value is not None]
-        base = concatenate(known) if len(known) == len(names) else None
+        base = None
+        if rank == "train" or whole.column_magnitude is not None:
+            values = [self._model.value(name) for name in names]
+            known = [value for value in values if value is not None]
+            base = concatenate(known) if len(known) == len(names) else None
         found = whole.closest(rank, base) if is_integer(rank) else whole.change(base)
-        if found is None or (base is None and not is_integer(rank)):
+        if found is None or (base is None and rank == "train"):
             return f"{whole.method} needs the values of {', '.join(names)}, which base has not"
         return found
 

@@ -10,6 +10,7 @@ import numpy as np
 
 from lora_jax.core.paths import flatten_with_paths
 from lora_jax.core.patterns import nearest
+from lora_jax.core.quantized.weight import dequantized
 from lora_jax.core.weights import is_adapted
 from lora_jax.files.disk.processes import to_host
 from lora_jax.files.naming import Naming, Place, index
@@ -122,7 +123,8 @@ class TorchBase:
             leaf = self.leaves[place.path]
             if isinstance(leaf, jax.ShapeDtypeStruct):
                 return None
-            found.append((place.start, part_of(place, np.asarray(to_host(leaf)), where, part)))
+            values = np.asarray(to_host(dequantized(leaf)))
+            found.append((place.start, part_of(place, values, where, part)))
         found.sort(key=lambda item: item[0])
         place = self.index[name][0][0]
         if len(found) < len(place.entry.paths):

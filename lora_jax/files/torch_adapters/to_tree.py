@@ -15,6 +15,7 @@ from lora_jax.core.dtypes import accumulator
 from lora_jax.core.errors import AdapterFileError, grouped, warn_user
 from lora_jax.core.foreign import shown
 from lora_jax.core.layout import Layout
+from lora_jax.core.quantized.weight import dequantized
 from lora_jax.core.sharding.placement import Placement
 from lora_jax.core.tree import adapted_nodes
 from lora_jax.core.weights import Adapted, LoraWeight, TrainedLeaf, TrainedRows
@@ -229,7 +230,7 @@ def _make_trained_leaf(place: Place, whole: Mapping[str, np.ndarray], model: Tor
         found[where] = place.weight_to_tree(joined)
     value = np.zeros(place.shape, common_dtype(found.values()))
     if not isinstance(base, jax.ShapeDtypeStruct):
-        value = _cast(np.array(to_host(base)), value.dtype)
+        value = _cast(np.array(to_host(dequantized(base))), value.dtype)
     for where, layer in found.items():
         value[place.at(where)] = layer
     return place.path, TrainedLeaf(None, value, _make_mask(place, found))

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 from lora_jax.core.checks import is_integer, is_size, is_within
 from lora_jax.core.foreign import shown_value
+from lora_jax.models.decoder.experts import ExpertsConfig
 from lora_jax.models.decoder.model_types import FULL, MODEL_TYPES, SHARED, SLIDING
 from lora_jax.models.remat import policy_name
 from lora_jax.models.rope import Rope
@@ -59,6 +60,8 @@ class DecoderConfig:
       embedding_multiplier, residual_multiplier: of the embedding, in its dtype, and of what each
         attention and feed-forward network adds.
       logits_scaling: logits are divided by it.
+      experts: of each layer, in the place of one feed-forward network.
+      sinks: whether each head has one more score, of a key whose value is zero (gpt-oss).
       scan: stack the layers' parameters and run the layers in one `lax.scan`.
       remat: which activations each layer recomputes in the backward pass instead of storing them:
         none (False), full (True), or sums (all but the results of products).
@@ -103,6 +106,8 @@ class DecoderConfig:
     embedding_multiplier: float = 1.0
     residual_multiplier: float = 1.0
     logits_scaling: float = 1.0
+    experts: ExpertsConfig | None = None
+    sinks: bool = False
 
     REQUIRED: ClassVar = (
         *("vocab_size", "hidden_size", "intermediate_size"),

@@ -10,6 +10,7 @@ from flax import linen as nn
 from lora_jax.models.attention import Sight, attend
 from lora_jax.models.cache import write
 from lora_jax.models.decoder.config import DecoderConfig, LayerKind
+from lora_jax.models.decoder.mixture import MixtureOfExperts
 from lora_jax.models.decoder.parts import ACTIVATIONS, dense, norm
 from lora_jax.models.decoder.places import Places
 from lora_jax.models.on_mesh import by_rows
@@ -90,13 +91,21 @@ class Attention(nn.Module):
         c = self.config
         kinds = [self.kind] if which is None else places.kinds
         windows = [kind.window for kind in kinds if kind is not None]
+        sinks = None
+        if c.sinks:
+            zeros, heads = nn.initializers.zeros, c.num_attention_heads
+            sinks = self.param("sinks", zeros, (heads,), c.param_dtype)
 
         def of_window(
             window: int | None, sight: Sight, query: jax.Array, key: jax.Array, value: jax.Array
         ) -> jax.Array:
-            scale, cap = c.attention_scale, c.attention_cap
             return attend(
-                query, key, value, sight, causal=True, window=window, scale=scale, cap=cap
+                *(query, key, value, sight),
+                causal=True,
+                window=window,
+                scale=c.attention_scale,
+                cap=c.attention_cap,
+                sinks=sinks,
             )
 
         distinct = [*dict.fromkeys(windows)]
@@ -141,7 +150,8 @@ class DecoderLayer(nn.Module):
         attention = Attention(c, self.kind, name="attention")
         mixed, cached = attention(self._before(x, "attention"), places, cached, which)
         x = self._add(x, mixed, "attention")
-        mixed = FeedForward(c, name="mlp")(self._before(x, "mlp"))
+        network = FeedForward if c.experts is None else MixtureOfExperts
+        mixed = network(c, name="mlp")(self._before(x, "mlp"))
         return self._add(x, mixed, "mlp"), cached
 
     def _before(self, x: jax.Array, part: str) -> jax.Array:

@@ -6,6 +6,7 @@ from typing import Any
 
 from lora_jax.core.checks import is_size
 from lora_jax.core.foreign import shown_value
+from lora_jax.models.decoder.experts import ExpertsConfig
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 Settings = Mapping[str, Any]
@@ -151,6 +152,34 @@ def _granite(settings: Settings) -> dict[str, Any]:
     return _biased_output(settings) | {"attention_scale": settings["attention_multiplier"]}
 
 
+def _experts(settings: Settings, count: str, width: str, **more: Any) -> dict[str, Any]:
+    """Return the experts of all layers; `count` and `width` are keys of config.json."""
+    number, chosen = settings.get(count), settings.get("num_experts_per_tok")
+    return {"experts": ExpertsConfig(number, chosen, settings.get(width), **more)}  # type: ignore[arg-type]
+
+
+def _qwen3_moe(settings: Settings) -> dict[str, Any]:
+    if settings.get("mlp_only_layers") or settings.get("decoder_sparse_step") != 1:
+        raise ValueError("config.json: layers without experts among layers with are not supported")
+    shares = "normalized" if settings.get("norm_topk_prob") else "all"
+    # transformers 4 and 5 have two names for the number of experts
+    count = "num_local_experts" if "num_local_experts" in settings else "num_experts"
+    experts = _experts(settings, count, "moe_intermediate_size", shares=shares)
+    return _biased_output(settings) | experts
+
+
+def _gpt_oss(settings: Settings) -> dict[str, Any]:
+    experts = _experts(
+        *(settings, "num_local_experts", "intermediate_size"),
+        shares="chosen",
+        bias=True,
+        fused=True,
+        alpha=settings["swiglu_alpha"],
+        limit=settings["swiglu_limit"],
+    )
+    return _biased_output(settings) | experts
+
+
 _GEMMA = {
     "head_dim": 256,
     "max_position_embeddings": 8192,
@@ -230,5 +259,58 @@ MODEL_TYPES: dict[str, ModelType] = {
         {"attention_multiplier": 1.0},
         reads=("embedding_multiplier", "residual_multiplier", "logits_scaling"),
         derived=_granite,
+    ),
+    "mixtral": ModelType(
+        {
+            "num_key_value_heads": 8,
+            "max_position_embeddings": 131072,
+            "rms_norm_eps": 1e-5,
+            "rope_theta": 1e6,
+            "num_local_experts": 8,
+            "num_experts_per_tok": 2,
+        },
+        derived=lambda settings: _experts(
+            settings, "num_local_experts", "intermediate_size", shares="normalized"
+        ),
+        layer_types=_all_sliding,
+    ),
+    "qwen3_moe": ModelType(
+        {
+            "max_position_embeddings": 32768,
+            "sliding_window": 4096,
+            "num_experts": 128,
+            "num_experts_per_tok": 8,
+            "moe_intermediate_size": 768,
+            "decoder_sparse_step": 1,
+        },
+        switches={"qk_norm": "head"},
+        derived=_qwen3_moe,
+        layer_types=_of_qwen,
+    ),
+    "gpt_oss": ModelType(
+        {
+            "head_dim": 64,
+            "max_position_embeddings": 131072,
+            "rms_norm_eps": 1e-5,
+            "rope_theta": 150000.0,
+            "rope_scaling": {
+                "rope_type": "yarn",
+                "factor": 32.0,
+                "beta_fast": 32.0,
+                "beta_slow": 1.0,
+                "truncate": False,
+                "original_max_position_embeddings": 4096,
+            },
+            "sliding_window": 128,
+            "sliding_window_pattern": 2,
+            "attention_bias": True,
+            "num_local_experts": 128,
+            "num_experts_per_tok": 4,
+            "swiglu_alpha": 1.702,
+            "swiglu_limit": 7.0,
+        },
+        switches={"sinks": True},
+        derived=_gpt_oss,
+        layer_types=_alternating,
     ),
 }

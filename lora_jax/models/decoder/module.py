@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from lora_jax.core.sharding.meshes import has_explicit_mesh
 from lora_jax.models.cache import Cache
 from lora_jax.models.decoder.config import DecoderConfig, LayerKind
 from lora_jax.models.decoder.layer import DecoderLayer
@@ -102,7 +103,8 @@ class Decoder(nn.Module):
           cache, the logits and the cache with these tokens added.
 
         Raises:
-          ValueError: there are more tokens than `max_position_embeddings` or slots in the cache.
+          ValueError: there are more tokens than `max_position_embeddings` or slots in the cache; or
+            the model has experts, and the mesh explicit axes.
         """
         if cache is None:
             return self.logits(self.hidden(ids, segments))
@@ -116,6 +118,11 @@ class Decoder(nn.Module):
         c = self.config
         places, segments = locate(c, ids, segments, cache)
         x = self.embedding(ids)
+        if c.experts is not None and has_explicit_mesh(x):
+            raise ValueError(
+                "a model with experts sorts its tokens by expert, which JAX does not do along the "
+                "explicit axes of a mesh; make it with axis_types=(AxisType.Auto, ...)"
+            )
         if c.embedding_multiplier != 1.0:
             x = x * jnp.asarray(c.embedding_multiplier, x.dtype)
         cached = None if cache is None else cache.layers

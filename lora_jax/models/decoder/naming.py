@@ -1,8 +1,11 @@
 """Which tensor of a Hugging Face file is which leaf of `Decoder`."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from functools import partial
 
 from lora_jax.files.naming import Entry, Naming
+from lora_jax.models.decoder import expert_names
+from lora_jax.models.decoder.expert_names import LayerNames
 from lora_jax.models.weights.linear_entries import linear_entries
 
 _LINEAR = {
@@ -30,22 +33,30 @@ _AFTER = {
 }
 
 
-def _decoder_layers(path: str, stacked: bool, norms: Mapping[str, str]) -> Iterator[Entry]:
+def _decoder_layers(
+    path: str, stacked: bool, norms: Mapping[str, str], experts: LayerNames | None, module: str
+) -> Iterator[Entry]:
     prefix = "model.layers.{n}"
     for torch, ours in _LINEAR.items():
         yield from linear_entries(f"{prefix}.{torch}", f"{path}/{ours}", stacked)
     axes = "d -> n d" if stacked else ""
     for torch, ours in {**_NORMS, **norms}.items():
         yield Entry(f"{prefix}.{torch}.weight", f"{path}/{ours}/scale", "", axes)
+    yield Entry(f"{prefix}.self_attn.sinks", f"{path}/attention/sinks", "", axes)
+    if experts is not None:
+        yield from experts(f"{prefix}.{module}", f"{path}/mlp", stacked)
 
 
-def _naming(norms: Mapping[str, str]) -> Naming:
+def _naming(
+    norms: Mapping[str, str], experts: LayerNames | None = None, module: str = "mlp"
+) -> Naming:
     """Return the names of all leaves, of layers stacked or not: a tree has only one sort."""
+    layers = partial(_decoder_layers, norms=norms, experts=experts, module=module)
     return Naming(
         (
             Entry("model.embed_tokens.weight", "embedding/embedding", "embedding"),
-            *_decoder_layers("layer_{n}", stacked=False, norms=norms),
-            *_decoder_layers("layers", stacked=True, norms=norms),
+            *layers("layer_{n}", stacked=False),
+            *layers("layers", stacked=True),
             Entry("model.norm.weight", "norm/scale"),
             *linear_entries("lm_head", "head"),
         )
@@ -56,3 +67,17 @@ def _naming(norms: Mapping[str, str]) -> Naming:
 LLAMA = _naming(_BEFORE)
 #: Gemma 2 and 3, and OLMo 2.
 POST_NORMS = _naming(_AFTER)
+GPT_OSS = _naming(_BEFORE, expert_names.of_gpt_oss)
+EXPERT_PARAMETERS = _naming(_BEFORE, expert_names.of_parameters)
+MIXTRAL_FILES = _naming(_BEFORE, expert_names.MIXTRAL, "block_sparse_moe")
+QWEN_MOE_FILES = _naming(_BEFORE, expert_names.QWEN_MOE)
+
+
+def of_experts(files: Naming, names: Collection[str] = ()) -> Naming:
+    """Return the naming of an adapter with these tensor names, see `expert_names`.
+
+    Args:
+      files: the naming of the model's own files.
+      names: of the adapter, if there is one.
+    """
+    return files if expert_names.has_modules(names) else EXPERT_PARAMETERS

@@ -23,6 +23,7 @@ from lora_jax.core.sharding.quantized import field_shardings
 _OPENS = PartitionSpec("fsdp", "tensor")  # kernels are [in, out]
 _CLOSES = PartitionSpec("tensor", "fsdp")
 _WHOLE_OUTPUTS = PartitionSpec(("fsdp", "tensor"), None)
+_EXPERTS_OPEN = PartitionSpec("expert", "fsdp", "tensor")
 _BIAS = PartitionSpec("tensor")  # of a layer whose outputs are split
 
 #: The end of a parameter's path, a module, or a regex for the whole path -> the axes of a mesh. The
@@ -37,6 +38,13 @@ RULES: dict[str, PartitionSpec] = {
     "query/bias": _BIAS,
     "key/bias": _BIAS,
     "value/bias": _BIAS,
+    # kernels of experts [experts, in, out], each on the devices of the axis "expert"
+    "experts/gate/kernel": _EXPERTS_OPEN,
+    "experts/up/kernel": _EXPERTS_OPEN,
+    "experts/gate_up/kernel": _EXPERTS_OPEN,
+    "experts/down/kernel": PartitionSpec("expert", "tensor", "fsdp"),
+    "experts/gate_up/bias": PartitionSpec("expert", "tensor"),
+    "experts/down/bias": PartitionSpec("expert", None),
     # several linear layers in one, along its second axis
     "qkv/kernel": PartitionSpec("fsdp", None, "tensor"),
     "qkv/bias": PartitionSpec(None, "tensor"),

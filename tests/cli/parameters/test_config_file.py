@@ -62,7 +62,7 @@ REFUSED = {
     "- rank": "must contain lines such as",
     "rank: !!python/object:os.system x": "is not valid YAML",
     "\x00": "is not valid YAML",
-    "[" * 5000: "is not valid YAML",
+    "[" * 1500: "is not valid YAML",
     "#" * (2 << 20): "is too large",
 }
 

@@ -1,5 +1,6 @@
 """What a finished `lora-jax train` says: files, the best adapter, and a command that works."""
 
+import json
 import shlex
 
 import pytest
@@ -17,15 +18,23 @@ def said_next(out):
 
 
 def test_the_best_adapter_and_the_next_command(play, tmp_path, run, quick_compile):
+    """A run that ends once its loss rises, and leaves the adapter before that."""
     out = tmp_path / "out"
-    more = ("--eval-split", 0.25, "--eval-rows", 2, "--eval-every", 1, "--steps", 3)
+    more = ("--eval-split", 0.25, "--eval-rows", 2, "--eval-every", 1, "--steps", 9)
+    more += ("--patience", 1, "--load-best", "--report", "jsonl")
     done = run(*words(play, out, *more, "--lr", 3))  # too high: the loss rises again
     assert done.status == 0, done.err
     losses = {r["step"]: r["eval_loss"] for r in log.evaluations(log.read(out / "log.jsonl"))}
     best = min(losses, key=losses.get)
-    assert f"wrote {out / 'adapter'}: the adapter after step 3\n" in done.out
-    wrote = f"wrote {out / 'best'}: the one with the lowest held-out loss, after step {best}\n"
-    assert wrote in done.out
+    assert max(losses) == best + 1 < 9
+    said = f"ended after step {best + 1} of 9: the held-out loss has not fallen in 1 evaluation"
+    assert f"{said} (--patience)\n" in done.err
+    metrics = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert losses == {x["step"]: x["eval/loss"] for x in metrics if "eval/loss" in x}
+    lowest = f"the one with the lowest held-out loss, after step {best}"
+    assert f"wrote {out / 'adapter'}: {lowest}\nwrote {out / 'best'}: {lowest}\n" in done.out
+    for file in (out / "best").iterdir():  # --load-best
+        assert (out / "adapter" / file.name).read_bytes() == file.read_bytes()
     command = said_next(done.out)
     assert command[:5] == ["generate", "--model", "tiny", "--adapter", str(out / "best")]
     after = run(*command, "--max-tokens", 2)
@@ -37,6 +46,7 @@ def test_without_held_out_data_the_last_adapter_is_used(play, tmp_path, run, qui
     assert done.status == 0, done.err
     assert said_next(done.out)[4] == str(tmp_path / "out" / "adapter")
     assert "best" not in done.out
+    assert f"wrote {tmp_path / 'out' / 'adapter'}: the adapter after step 1\n" in done.out
     assert ", 1 step of 1 row\n" in done.err
 
 

@@ -64,6 +64,7 @@ def loha(out=8, ins=6, rank=2, key=KEY):
         (lora(alpha=np.array(0.0)), "alpha is 0, which trainers take for the rank"),
         (lora(alpha=draw(3)), "alpha is float32 of shape"),
         (lora(dora_scale=draw(5, 1)), r"dora_scale has shape \(5, 1\)"),
+        (lora(dora_scale=draw(8, 2)), r"dora_scale has shape \(8, 2\)"),
         (lora(hada_w1_a=draw(2, 2)), "has hada_w1_a beside LoRA"),
         (lora(lora_mid=draw(2)), f"{KEY}.lora_mid: unexpected"),
         ({f"{KEY}.lora_down.weight": np.ones((2, 6), "int8")}, "has down but not up"),
@@ -332,3 +333,37 @@ def test_a_convolution_adapted_from_a_file_computes_as_its_merged_kernel(tmp_pat
     )
     want = call(BASE | {"unet/conv_in/kernel": BASE["unet/conv_in/kernel"] + 0.5 * delta}, x)
     np.testing.assert_allclose(got, want, atol=1e-4)
+
+
+def test_layers_that_are_stacked_and_fused_in_the_tree(tmp_path):
+    """BFL's dotted names, onto one leaf [layers, in, heads, head_dim] of all q, k and v."""
+    names = [f"transformer.transformer_blocks.{{n}}.attn.to_{x}.weight" for x in "qkv"]
+    rows = Naming((Entry(names, "blocks/qkv", "linear", "(h e) i -> n i h e", {"e": 2}),))
+    tree, tensors = {"blocks/qkv": draw(3, 4, 12, 2)}, {}
+    for n in (0, 2):
+        key = f"diffusion_model.double_blocks.{n}.img_attn.qkv"
+        tensors |= {f"{key}.lora_A.weight": draw(2 + n, 4), f"{key}.lora_B.weight": draw(24, 2 + n)}
+    found = adapted_nodes(read(tmp_path, tensors, tree=tree, naming=rows))["blocks/qkv"]
+    assert found.rank == 4 and found.scale.tolist() == [1, 0, 1]  # layer 1 is not in the file
+    want = tensors[f"{key}.lora_B.weight"] @ tensors[f"{key}.lora_A.weight"]
+    got = np.einsum("ir,rhe->hei", found.a[2], found.b[2]).reshape(24, 4)
+    np.testing.assert_allclose(got, want, atol=1e-5)
+    whole = {"lora_unet_double_blocks_1_img_attn_qkv.diff": draw(24, 4)}
+    with pytest.raises(AdapterFileError, match="has LoRA factors and is also listed as fully"):
+        read(tmp_path, tensors | whole, tree=tree, naming=rows, full_rank="train")
+    with pytest.warns(UserWarning, match="a whole difference is not of low rank here"):
+        found = read(tmp_path, tensors | whole, tree=tree, naming=rows, strict=False)
+    assert adapted_nodes(found)["blocks/qkv"].scale.tolist() == [1, 0, 1]
+    found = read(tmp_path, tensors | whole, tree=tree, naming=rows, full_rank=4)
+    got = np.einsum("ir,rhe->hei", *(getattr(found["blocks/qkv"], x)[1] for x in "ab"))
+    np.testing.assert_allclose(got.reshape(24, 4), *whole.values(), atol=1e-5)  # of rank 4: exact
+
+
+def test_a_quantized_base(tmp_path):
+    path = "unet/time_embedding/linear_1/kernel"
+    tree = lora_jax.quantize({path: draw(32, 64)}, {"kernel": "int8"})
+    change = draw(64, 32)
+    tensors = {"lora_unet_time_embedding_linear_1.diff": change}
+    found = adapted_nodes(read(tmp_path, tensors, tree=tree, full_rank="train"))[path]
+    np.testing.assert_allclose(found.value, tree[path].dequantize() + change.T, atol=1e-6)
+    assert adapted_nodes(read(tmp_path, tensors, tree=tree, full_rank=3))[path].rank == 3

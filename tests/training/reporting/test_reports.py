@@ -126,6 +126,7 @@ def test_a_tool_that_is_not_installed(monkeypatch):
     require("jsonl")
 
 
+@pytest.mark.slow
 def test_a_run_reports_what_its_log_says(play, tmp_path, run, runs, quick_compile):
     more = ("--steps", 2, "--eval-split", 0.2, "--eval-rows", 2, "--report", "jsonl")
     done = run(*words(play, tmp_path / "out", *more, "--report", "wandb"))

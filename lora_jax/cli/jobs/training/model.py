@@ -47,6 +47,7 @@ class TrainableModel:
     longest: int  # tokens per row
     vocabulary: int  # number of tokens that it has embeddings for
     stops: frozenset[int]  # ids at which generation ends
+    loaded: Pretrained  # the model itself
     adapters: Any = None  # to start from: an overlay of `params`
     whole: tuple[str, ...] = ()  # leaves to train in full
 
@@ -126,6 +127,7 @@ def to_trainable(
         longest=found.longest,
         vocabulary=found.config.vocab_size,
         stops=stops,
+        loaded=found,
     )
 
 

@@ -41,6 +41,11 @@ class Results:
     start: Any  # the joined tree before the first step
     tokenizer: Mapping[str, bytes]  # the files of a tokenizer that is not the base's
 
+    @property
+    def what(self) -> str:
+        """What a run leaves."""
+        return "adapter"
+
     def path(self, name: str) -> Path:
         """Return where adapters are written: a directory, or a classifier's file."""
         return self.options.out / (f"{name}.safetensors" if self.task.prefix else name)
@@ -106,7 +111,7 @@ class Results:
         last = next(r["step"] for r in reversed(records) if "loss" in r)
         evaluations = log.evaluations(records)
         use = self.path("adapter")
-        lines = [f"wrote {use}: the adapter after step {last:,}"]
+        lines = [f"wrote {use}: the {self.what} after step {last:,}"]
         if evaluations:
             best = (
                 f"the one with the lowest held-out loss, after step {_best(evaluations)['step']:,}"
@@ -126,10 +131,14 @@ class Results:
     def next_command(self, adapter: Path) -> str:
         """Return a command that uses the adapter."""
         verb, rest = ("predict", '"..."') if self.task.prefix else ("generate", '--prompt "..."')
-        words = ["lora-jax", verb, "--model", self.options.model, "--adapter", str(adapter)]
+        return f"{shlex.join(['lora-jax', verb, *self.next_words(adapter)])} {rest}"
+
+    def next_words(self, path: Path) -> list[str]:
+        """Return the options of a command that uses the adapter."""
+        words = ["--model", self.options.model, "--adapter", str(path)]
         if self.options.quantize is not None:
             words += ["--quantize", self.options.quantize]
-        return f"{shlex.join(words)} {rest}"
+        return words
 
 
 def _copy(source: Path, target: BinaryIO) -> None:

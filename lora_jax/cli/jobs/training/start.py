@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import lora_jax as lora
 from lora_jax.cli import sources
 from lora_jax.cli.classifiers import LABELS, POOLING, labels_of
+from lora_jax.cli.jobs.training import whole_model
 from lora_jax.cli.jobs.training.data import Task
 from lora_jax.cli.jobs.training.model import TrainableModel
 from lora_jax.cli.layers_option import parse_layers
@@ -43,6 +44,9 @@ def make_start(options: TrainOptions, model: TrainableModel, task: Task) -> Star
     """
     if options.adapter is not None:
         return _from_adapter(kinds.adapter(options.adapter), options, model, task)
+    if options.full:
+        config = whole_model.config_of(options, model)
+        return Start(lora.init(jax.random.key(0), task.params, config), config)
     config = config_of(options, model, task)
     ids = jax.ShapeDtypeStruct((1, options.length), jnp.int32)
     key = jax.random.key(options.seed)

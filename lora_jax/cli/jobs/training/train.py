@@ -23,6 +23,7 @@ from lora_jax.cli.jobs.training.start import Start, make_start
 from lora_jax.cli.jobs.training.stream import choose_streaming, describe_rows
 from lora_jax.cli.jobs.training.vocabulary import Vocabulary
 from lora_jax.cli.jobs.training.watch import Watch
+from lora_jax.cli.jobs.training.whole_model import WholeModels
 from lora_jax.cli.plurals import count
 from lora_jax.cli.train_options import (
     CLASSIFICATION,
@@ -93,14 +94,7 @@ def _run(options: TrainOptions, command: str) -> None:
         now,
         run_record.older_checksums(options.out) if resumed else (),
     )
-    results = Results(
-        options,
-        task,
-        model.naming,
-        start.config,
-        start.params,
-        model.tokenizer.files() if options.add_token else {},
-    )
+    results = _results(options, model, task, start)
     results.check(adapters)
     job = _job(options, optimizer, model, task, start, base, adapters, steps, mesh)
     with on_mesh.in_use(mesh):
@@ -124,10 +118,18 @@ def _run(options: TrainOptions, command: str) -> None:
         _finish(outcome, steps, results, watch)
 
 
+def _results(options: TrainOptions, model: TrainableModel, task: Task, start: Start) -> Results:
+    """Return how what the run leaves is written."""
+    tokenizer = model.tokenizer.files() if options.add_token else {}
+    given = (options, task, model.naming, start.config, start.params, tokenizer)
+    return WholeModels(*given, model=model.loaded) if options.full else Results(*given)
+
+
 def _finish(outcome: Outcome, steps: int, results: Results, watch: Watch) -> None:
     """Draw the losses, and say what was written, or how to continue."""
     options = results.options
-    title = f"{options.model}: rank {results.config.rank}, learning rate {options.lr:g}"
+    how = "all weights" if options.full else f"rank {results.config.rank}"
+    title = f"{options.model}: {how}, learning rate {options.lr:g}"
     picture = options.out / "loss.png"
     processes.by_first(lambda: loss_curve.draw(outcome.records, picture, title))
     is_interrupted = outcome.step < steps and not outcome.ended_early
@@ -279,6 +281,7 @@ _NOT_RECORDED = {
     *("patience", "load_best"),  # when a run ends, and which adapter it leaves
     "stream",  # of a run that streams only
     *("compile_cache", "profile", "report"),  # which change no result
+    "full",  # by the config
     "pooling",  # of a classifier only
     "merge_aware",  # of a quantized base only
     "optimizer",  # other than the one that runs of older releases had

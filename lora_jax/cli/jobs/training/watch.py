@@ -74,7 +74,9 @@ class Watch(Interruptible):
 
     def describe_interruption(self, step: int) -> str:
         """Return what an interrupted run leaves, and how to resume it."""
-        place = f", with its adapter in {self._results.path('adapter')}" if step else ""
+        place = (
+            f", with its {self._results.what} in {self._results.path('adapter')}" if step else ""
+        )
         return f"step {step} of {self._steps} is saved{place}; to resume: {self.command}"
 
     def _start(self, done: int) -> None:

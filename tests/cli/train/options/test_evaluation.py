@@ -14,6 +14,7 @@ from tests.cli.train.options.reading import read, text_of
 EVAL = ("--eval-split", 0.25, "--val-batches", 1, "--eval-every", 1)
 
 
+@pytest.mark.slow
 def test_a_run_that_gets_worse_ends_with_its_best_adapter(play, tmp_path, run, quick_compile):
     """At such a rate nothing is learned after the first step."""
     out = tmp_path / "out"

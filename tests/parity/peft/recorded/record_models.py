@@ -30,13 +30,15 @@ CASES = {
 }
 
 
-def main() -> None:
+def main(cases: dict = CASES, path: pathlib.Path = FILE) -> None:
     warnings.simplefilter("error")
     for harmless in (".*is_gradient_checkpointing", ".*save_embedding_layers"):
         warnings.filterwarnings("ignore", harmless)
     ids, saved = torch.arange(1, 10).reshape(1, 9) * 7 % 64, {}
-    for name, fields in CASES.items():
-        model = transformers.AutoModelForCausalLM.from_pretrained(MODELS / name)
+    for name, fields in cases.items():
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            MODELS / name, experts_implementation="eager"
+        )
         torch.manual_seed(0)
         config = peft.LoraConfig(r=3, lora_alpha=4, task_type="CAUSAL_LM", **fields)
         model = move(peft.get_peft_model(model.float(), config)).eval()
@@ -48,8 +50,8 @@ def main() -> None:
             for file in ("adapter_model.safetensors", "adapter_config.json"):
                 data = (pathlib.Path(folder) / file).read_bytes()
                 saved[f"{name}/{file}"] = np.frombuffer(data, np.uint8)
-    np.savez_compressed(FILE, **saved)
-    print(f"{FILE.name}: {FILE.stat().st_size:,} bytes")
+    np.savez_compressed(path, **saved)
+    print(f"{path.name}: {path.stat().st_size:,} bytes")
 
 
 if __name__ == "__main__":
