@@ -20,10 +20,8 @@ KEEP = "keep"  # the codes in the file, see `weights.kept`
 #: "keep"; a kind for all linear layers; or a kind, or None for no kind, for what a pattern selects.
 Quantize = str | Mapping[str, str | None]
 
-_HEADS = (
-    "head/kernel",
-    "classifier/kernel",
-)  # which all-linear leaves as it is, tied or not, as QLoRA does
+#: What all-linear leaves as it is, tied or not, as QLoRA does.
+_HEADS = ("head/kernel", "classifier/kernel")
 
 
 def parse_quantize(quantize: Any) -> dict[str, str | None]:
