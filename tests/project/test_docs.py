@@ -43,7 +43,10 @@ RECIPES = {
     "tunix": "tunix",
 }
 # Published models under the names that the pages use, and the small ones that stand for them.
-MODELS = {"Llama-3.2-1B": "llama", "Qwen2-0.5B": "qwen2", "bert-base-uncased": "bert"}
+MODELS = {
+    **{"Llama-3.2-1B": "llama", "Qwen2-0.5B": "qwen2", "bert-base-uncased": "bert"},
+    **{"ModernBERT-base": "modernbert", "vit-base": "vit", "whisper-tiny": "whisper"},
+}
 
 
 @dataclass(frozen=True)
