@@ -4,7 +4,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lora_jax.files import diffusion, gguf, loralib, mlx, naming, peft
+    from lora_jax.files import diffusion, gguf, loralib, mlx, naming, orbax, peft
     from lora_jax.frameworks import equinox as equinox
     from lora_jax.frameworks import nnx as nnx
     from lora_jax.public import *
@@ -77,6 +77,7 @@ __all__ = [
     "naming",
     "norms",
     "on_original",
+    "orbax",
     "partition_specs",
     "peft",
     "quantize",
@@ -109,7 +110,7 @@ _LAZY = {
     **{name: f"lora_jax.frameworks.{name}" for name in ("equinox", "nnx")},
     **{
         name: f"lora_jax.files.{name}"
-        for name in ("diffusion", "gguf", "loralib", "mlx", "naming", "peft")
+        for name in ("diffusion", "gguf", "loralib", "mlx", "naming", "orbax", "peft")
     },
 }
 _ROOMS = ("adapters", "core", "engine", "files")

@@ -1,15 +1,10 @@
 """Checkpoints of a run, written by Orbax: adapters, optimizer state and step, whole or absent."""
 
-import contextlib
 import errno
-import logging
 import os
 import shutil
-import sys
 import tempfile
-import time
 import warnings
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, Self
@@ -21,13 +16,13 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from lora_jax.core.foreign import shown
 from lora_jax.files.disk import processes
+from lora_jax.files.disk.quiet_orbax import quiet_orbax
 from lora_jax.training import checkpoint_steps
 from lora_jax.training.errors import TrainingError
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _FULL_WORDS = ("No space left", "quota exceeded", "File too large")  # as C++ libraries say it
 _OVERHEAD = 1 << 20  # bytes of a checkpoint beside its arrays
-_LATE_WRITES = 0.2  # seconds within which writes end after one has failed
 _UNFINISHED = "*.orbax-checkpoint-tmp"
 _DELETED = ".deleted"  # old steps are renamed into it, so that none is ever there in part
 
@@ -63,7 +58,7 @@ class Checkpoints:
     def _open(self, options: ocp.CheckpointManagerOptions) -> ocp.CheckpointManager:
         """Open the directory, without the steps that Orbax cannot open."""
         try:
-            with _quiet():
+            with quiet_orbax():
                 return ocp.CheckpointManager(self.directory, options=options)
         except Exception:  # whatever Orbax meets in the metadata of one of the steps
             for name in checkpoint_steps.steps_in(self.directory):
@@ -121,7 +116,7 @@ class Checkpoints:
     def _save(self, step: int, state: Any) -> None:
         metadata = {checkpoint_steps.STEP: step}
         try:
-            with _quiet():
+            with quiet_orbax():
                 self._manager.save(
                     step, args=ocp.args.StandardSave(state), force=True, custom_metadata=metadata
                 )
@@ -182,7 +177,7 @@ class Checkpoints:
         return None
 
     def _restore(self, step: int, target: Any) -> Any:
-        with _quiet():
+        with quiet_orbax():
             found = self._manager.restore(step, args=ocp.args.StandardRestore(target))
         _check_like(found, target)
         return found
@@ -220,26 +215,6 @@ def _check_like(found: Any, target: Any) -> None:
     same = jax.tree.map(lambda x, y: (x.shape, x.dtype) == (y.shape, y.dtype), found, target)
     if not all(jax.tree.leaves(same)):
         raise ValueError("an array has another shape or dtype")
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep the tracebacks off stderr that threads of Orbax and tensorstore print beside an error.
-
-    Writes under way when another one fails find Orbax's event loop closed, a moment later.
-    """
-    logger, hooks = logging.getLogger("absl"), (sys.excepthook, sys.unraisablehook)
-    before = logger.disabled
-    logger.disabled = True
-    sys.excepthook, sys.unraisablehook = lambda *_: None, lambda _: None
-    try:
-        yield
-    except Exception:
-        time.sleep(_LATE_WRITES)
-        raise
-    finally:
-        logger.disabled = before
-        sys.excepthook, sys.unraisablehook = hooks
 
 
 def _abstract(x: Any) -> jax.ShapeDtypeStruct:

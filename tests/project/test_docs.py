@@ -29,8 +29,8 @@ PAGES = [README, ROOT / "benchmarks" / "README.md", *sorted((ROOT / "docs").rglo
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 TIMEOUT = 300  # seconds for one cell
 SERVING = "With the server running:"  # above blocks that tests/serving/test_docs.py runs
-# One trains a published model, one compiles a training step for each of four meshes.
-SLOW = ("02_language_model", "05_vision", "06_many_devices")
+# They train a published model, pretrain one, train another, and compile a training step for each of four meshes.
+SLOW = ("02_language_model", "04_nnx", "05_vision", "06_many_devices")
 # What a notebook fetches where the cache does not have it; tests fetch nothing.
 NEEDS = {"02_language_model": (assets.SMOLLM2, assets.SHAKESPEARE)}
 # What the recipe of another package's model imports, where that is not in the extra `test`: without
@@ -151,7 +151,7 @@ def test_python_blocks_run_and_print_what_they_say(page, monkeypatch, capsys):
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_every_block_of_a_page_names_its_language(page):
-    known = {"python", "text", "console", "toml", "json"}
+    known = {"python", "text", "console", "toml", "json", "yaml"}
     assert [(b.line, b.language) for b in blocks(page) if b.language not in known] == []
 
 
@@ -185,11 +185,20 @@ SHOWN = [(page, line) for page in PAGES for line in commands(page) if line.start
 
 
 @pytest.mark.parametrize("page, line", SHOWN, ids=[line for _, line in SHOWN])
-def test_commands_parse(page, line):
-    """`tests/cli` runs commands; here the options and their values are checked."""
+def test_commands_parse(page, line, tmp_path, monkeypatch):
+    """`tests/cli` runs commands; here the options and their values are checked.
+
+    A YAML block is the file that the line above it names, and --config reads it.
+    """
     typer = pytest.importorskip("typer")
     from lora_jax.cli.app import app
 
+    monkeypatch.chdir(tmp_path)
+    if "--config" in line:
+        for block in blocks(page):
+            if block.language == "yaml":
+                pathlib.Path(re.search(r"`(\S+\.yaml)`", block.before)[1]).write_text(block.code)
+        line = line.partition(" > ")[0]
     words = shlex.split(line, comments=True)[1:]
     command = typer.main.get_command(app)
     if words[0].startswith("-"):

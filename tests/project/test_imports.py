@@ -141,7 +141,7 @@ def test_public_names_come_from_one_module():
     """What `import lora_jax` imports at first use is all of `__all__`, and types say the same."""
     package = importlib.import_module("lora_jax")
     public = importlib.import_module("lora_jax.public")
-    names = {*public.__all__, "diffusion", "gguf", "loralib", "mlx", "naming", "peft"}
+    names = {*public.__all__, "diffusion", "gguf", "loralib", "mlx", "naming", "orbax", "peft"}
     assert names == {*package.__all__} and len(names) == len(package.__all__)
     for name in public.__all__:
         assert getattr(package, name) is getattr(public, name)

@@ -32,15 +32,16 @@ EXAMPLES = (
 def command(context: typer.Context, options: TrainOptions) -> None:
     """Fine-tune a model on a file with LoRA.
 
-    A .txt file is one text. All rows of a .jsonl, .json, .csv, .tsv or .parquet file are of one
-    kind: {"text"}, {"prompt", "completion"}, {"messages": [{"role", "content"}, ...]}, or, for
-    classification, {"text", "label"}, or, for dpo, orpo, cpo and simpo, {"prompt", "chosen",
+    A .txt file is one text. All rows of a .jsonl, .json, .csv, .tsv, .parquet or .arrow file are
+    of one kind: {"text"}, {"prompt", "completion"}, {"messages": [{"role", "content"}, ...]}, or,
+    for classification, {"text", "label"}, or, for dpo, orpo, cpo and simpo, {"prompt", "chosen",
     "rejected"}; ShareGPT's and Alpaca's keys are messages. The loss ignores prompts and users'
     turns. Short texts share a row without attending to one another.
 
     Ctrl-C finishes the steps under way, saves, and prints the command that resumes. At the end,
-    --out contains adapter/ in PEFT's format (adapter.safetensors for a classifier), best/ for the
-    lowest evaluation loss, log.jsonl, loss.png, and checkpoints/ for --resume.
+    --out contains adapter/ in PEFT's format (adapter.safetensors for a classifier, model/ with
+    --full), best/ for the lowest evaluation loss, log.jsonl, loss.png, and checkpoints/ for
+    --resume.
     """
     check(context, options)
     from lora_jax.cli import compile_cache

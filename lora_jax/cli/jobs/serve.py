@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import NoReturn
 
 from lora_jax.cli import classifiers, sources
-from lora_jax.cli.errors import AdapterOptionError, PromptError
+from lora_jax.cli.adapter_names import named_adapters
+from lora_jax.cli.errors import PromptError
 from lora_jax.cli.exit_status import INTERRUPTED
 from lora_jax.cli.fit import Fit
 from lora_jax.cli.jobs import stacked
@@ -66,7 +67,7 @@ def run(
       AddressError: the address is in use.
       LoraError: the model, a tokenizer or an adapter cannot be read.
     """
-    named = _named(name or Path(model).name.removesuffix(".gguf"), adapters)
+    named = named_adapters(name or Path(model).name.removesuffix(".gguf"), adapters)
     paths = list(named.values())[1:]
     found = sources.find_model(model)
     served = _served(found, named)
@@ -79,28 +80,6 @@ def run(
         reader = Reader(finder(served), rows.context, loaded.config.vocab_size)
         app = make_app(scheduler, lambda: list(served.values()), reader)
         _serve(Server(app, scheduler, listener), list(served), limits.stop_after)
-
-
-def _named(base: str, adapters: Sequence[str]) -> dict[str, Path]:
-    """Return the paths by name, that of the base, which is empty, before all others.
-
-    >>> _named("tiny", ["law=runs/1", "runs/french"])
-    {'tiny': PosixPath('.'), 'law': PosixPath('runs/1'), 'french': PosixPath('runs/french')}
-    """
-    found = {base: Path()}
-    for given in adapters:
-        name, equals, path = given.partition("=")
-        if not equals or Path(given).exists():
-            name, path = Path(given).name, given
-        if not name or not path:
-            raise AdapterOptionError(f"--adapter {shown(given)}: give a name and a path, NAME=PATH")
-        if name in found:
-            raise AdapterOptionError(
-                f"--adapter {shown(given)}: the name {shown(name)} is already used for "
-                f"{found[name] if name != base else 'the base'}; give it another one, NAME=PATH"
-            )
-        found[name] = Path(path)
-    return found
 
 
 def _served(base: kinds.Found, named: dict[str, Path]) -> dict[str, Served]:

@@ -36,6 +36,7 @@ class Speaker:
       stops: texts that end a text.
       max_tokens: maximum number of new tokens.
       sampling: options of `generation.stream`.
+      slot: which adapter of a stack speaks, -1 for the base; None without a stack.
     """
 
     model: Pretrained
@@ -46,6 +47,7 @@ class Speaker:
     stops: Sequence[str]
     max_tokens: int
     sampling: Mapping[str, Any]
+    slot: int | None = None
 
     def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
         """Return the ids of a conversation, up to where the assistant speaks next."""
@@ -99,6 +101,7 @@ class Speaker:
             segments=segments,
             key=jax.random.key(seed),
             stop=self.ends,
+            adapters_of=None if self.slot is None else [self.slot],
             **self.sampling,
         )
         return until_text(self.tokenizer.stream(_until(tokens, self.ends)), self.stops)

@@ -5,7 +5,7 @@ import functools
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 
@@ -24,11 +24,20 @@ from lora_jax.files.peft.config_from_contents import (
     in_modules,
     wrong_targets,
 )
+from lora_jax.files.peft.model_card import CARD, ModelCard, may_replace_card
 from lora_jax.files.stack_index import INDEX, named_adapters
 from lora_jax.files.torch_adapters.contents import Contents, TorchBase, module_of
 from lora_jax.files.torch_adapters.from_tree import check, collect, find_unloadable
 
 Config = LoraConfig | PeftConfig | None
+_PLAIN = ModelCard()  # what the files themselves say
+
+
+class Made(NamedTuple):
+    """What the files of an adapter say."""
+
+    config: PeftConfig
+    tensors: dict[str, np.ndarray]
 
 
 def save(
@@ -43,6 +52,7 @@ def save(
     base_model: str | None = None,
     task_type: str | None = None,
     names: Sequence[str] | None = None,
+    card: ModelCard | None = _PLAIN,
 ) -> None:
     """Write adapters as Hugging Face PEFT does, so that PEFT loads them on the PyTorch model.
 
@@ -76,6 +86,9 @@ def save(
       base_model: the name or path of the base model, which PEFT's `AutoPeftModel` loads.
       task_type: PEFT's, such as "CAUSAL_LM" or "SEQ_CLS".
       names: the names of a stack's adapters, by default their numbers.
+      card: what the model card says beside what the files do (license, data, figures). The card,
+        `README.md`, is written with the files, and replaced with them until somebody changes it;
+        one that lora_jax did not write is kept. None for no card.
 
     Raises:
       ConfigError: `names` or `config` does not fit the stack, or the adapters are not a stack.
@@ -110,8 +123,8 @@ def save(
     if all(node.slots is None for node in adapted_nodes(adapters).values()):
         if names is not None:
             raise ConfigError("save: names are for a stack of adapters, and this is a single one")
-        files = files_of(adapters, config=cast("Config", config))
-        processes.by_first(lambda: write_directory(directory, files), several=several)
+        made_alone = files_of(adapters, config=cast("Config", config))
+        processes.by_first(lambda: _write(Path(directory), made_alone, card), several=several)
         return
     index, trees = named_adapters("save", adapters, names)
     configs = list(config) if isinstance(config, Sequence) else [config] * len(trees)
@@ -124,10 +137,22 @@ def save(
 
     def write() -> None:
         for name, files in made.items():
-            write_directory(Path(directory) / name, files)
+            _write(Path(directory) / name, files, card)
         write_atomically(Path(directory) / INDEX, index.to_json().encode())
 
     processes.by_first(write, several=several)
+
+
+def _write(directory: Path, made: Made, card: ModelCard | None) -> None:
+    """Write an adapter's files, and a card unless somebody else's stands there."""
+    files = {
+        CONFIG: made.config.to_json().encode(),
+        TENSORS: safetensors_file.encode(made.tensors, {"format": "pt"}),
+    }
+    if card is not None and may_replace_card(directory):
+        parameters = sum(x.size for x in made.tensors.values())
+        files[CARD] = card.text(made.config, parameters).encode()
+    write_directory(directory, files)
 
 
 def _of_adapter(name: str, files_of: Callable[..., Any], tree: Any, config: Config) -> Any:
@@ -148,8 +173,8 @@ def _files(
     fold: bool,
     base_model: str | None,
     task_type: str | None,
-) -> dict[str, bytes]:
-    """Return the content of an adapter's two files; the arguments are those of `save`."""
+) -> Made:
+    """Return the content of an adapter's files; the arguments are those of `save`."""
     contents, model = collect(adapters, naming, base)
     task = task_type or getattr(config, "task_type", None)
     contents, saved, problems = _add_saved_modules(contents, model, task)
@@ -165,10 +190,7 @@ def _files(
         base_model_name_or_path=base_model or written.base_model_name_or_path,
         task_type=task_type or written.task_type,
     )
-    return {
-        CONFIG: written.to_json().encode(),
-        TENSORS: safetensors_file.encode(_tensors(contents, target), {"format": "pt"}),
-    }
+    return Made(written, _tensors(contents, target))
 
 
 #: Modules that PEFT saves whole for a task, whether its configuration names them or not.

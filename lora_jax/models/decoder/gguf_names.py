@@ -4,11 +4,9 @@ from lora_jax.core.errors import StructureError
 from lora_jax.core.foreign import shown_value
 from lora_jax.files.gguf import Names
 from lora_jax.models.decoder import gguf
+from lora_jax.models.decoder.gguf_architectures import ARCHITECTURE_OF
+from lora_jax.models.families import is_tied
 from lora_jax.models.pretrained import Pretrained
-
-#: `model_type` in config.json -> llama.cpp's architecture, of models whose rows of q and k
-#: `gguf.file_naming` orders.
-ARCHITECTURE_OF = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2"}
 
 
 def gguf_names(model: Pretrained) -> Names:
@@ -31,5 +29,5 @@ def gguf_names(model: Pretrained) -> Names:
             f"{', '.join(ARCHITECTURE_OF)}; give lora_jax.gguf your own Names"
         )
     architecture = ARCHITECTURE_OF[model_type]
-    naming = gguf.file_naming(model.naming, {**model.settings, "model_type": architecture})
-    return Names(architecture, naming, tied=bool(model.settings.get("tie_word_embeddings")))
+    naming = gguf.file_naming(model.naming, model.settings)
+    return Names(architecture, naming, tied=is_tied(model.settings))

@@ -358,6 +358,20 @@ def modules() -> dict[str, str]:
     with torch.device("meta"):
         models = {
             "sd15 unet": UNet2DConditionModel(cross_attention_dim=768, attention_head_dim=8),
+            "sd21 unet": UNet2DConditionModel(
+                cross_attention_dim=1024,
+                attention_head_dim=(5, 10, 20, 20),
+                use_linear_projection=True,
+            ),
+            "sd21 text_encoder": CLIPTextModel(
+                CLIPTextConfig(
+                    vocab_size=49408,
+                    hidden_size=1024,
+                    intermediate_size=4096,
+                    num_hidden_layers=23,
+                    num_attention_heads=16,
+                )
+            ),
             "sdxl unet": UNet2DConditionModel(
                 block_out_channels=(320, 640, 1280),
                 down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),

@@ -11,7 +11,7 @@ import ml_dtypes
 import numpy as np
 
 import lora_jax
-from lora_jax import diffusion, gguf, loralib, mlx, peft
+from lora_jax import diffusion, gguf, loralib, mlx, orbax, peft
 from lora_jax.core.layout import Layout
 from lora_jax.core.paths import flatten_with_paths
 from lora_jax.core.tree import adapted_nodes
@@ -127,6 +127,27 @@ def of_gguf() -> Subject:
         gguf.save(Path(folder) / "adapter.gguf", adapters, names, base=base, base_model="mine")
         files = read_files(Path(folder))
     return adapters_of(files, base, lambda folder: gguf.load(folder / "adapter.gguf", base, names))
+
+
+def of_orbax(state: bool = False) -> Subject:
+    """Return a checkpoint of openpi: its parameters, or a step with an optimizer's state."""
+    import orbax.checkpoint as ocp
+
+    layer = {"q_einsum": {"w": values((2, 3, 4, 2)), "lora_a": values((2, 3, 4, 1))}}
+    layer["q_einsum"]["lora_b"] = values((2, 3, 1, 2))
+    params = {"params": {"layers": {"attn": layer}, "norm": values((4,))}}
+    params |= {"opt_state": {"count": np.int32(3)}} if state else {}
+    place = "3/items" if state else "params"
+    with TemporaryDirectory() as folder:
+        with ocp.PyTreeCheckpointer() as checkpointer:
+            checkpointer.save(Path(folder) / "run" / place, params)
+        files = read_files(Path(folder) / "run")
+    base = {"layers": {"attn": {"q_einsum": {"w": layer["q_einsum"]["w"]}}}, "norm": values((4,))}
+
+    def load(folder: Path) -> Any:
+        return lora_jax.split(orbax.load(folder, "openpi"))[1]
+
+    return adapters_of(files, base, load)
 
 
 def of_images(case: str) -> Subject:

@@ -68,7 +68,7 @@ def test_rows_without_the_column_are_named(tmp_path):
     [
         (["text"], "--field text: write KEY=COLUMN, such as text=question"),
         (["text="], "write KEY=COLUMN"),
-        (["question=text"], "'question' is not a key of rows; use"),
+        (["frobnicate=text"], "'frobnicate' is not a key of rows; use"),
         (["mesages=turns"], "use messages on the left of ="),
         (["text=a", "text=b"], "text is read from a already"),
     ],

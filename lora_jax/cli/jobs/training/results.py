@@ -19,7 +19,7 @@ import lora_jax as lora
 from lora_jax.cli import sources
 from lora_jax.cli.jobs.training.data import Task
 from lora_jax.cli.train_options import TrainOptions
-from lora_jax.core.foreign import escaped
+from lora_jax.core.foreign import escaped, shown
 from lora_jax.files import native, peft
 from lora_jax.files.disk import processes
 from lora_jax.files.disk.atomic import write_atomically, write_directory
@@ -76,6 +76,8 @@ class Results:
             write_atomically(path, best.read_bytes())
             return
         names = sorted(file.name for file in best.iterdir() if file.name[0] != ".")
+        if not peft.may_replace_card(path):
+            names = [name for name in names if name != peft.CARD]
         names.sort(key=lambda name: not name.endswith("config.json"))  # without which none is valid
         write_directory(path, {name: partial(_copy, best / name) for name in names})
 
@@ -93,8 +95,25 @@ class Results:
             config=self.config,
             base_model=name,
             task_type="CAUSAL_LM",
+            card=self._card(record),
         )
         processes.by_first(partial(self._write_tokenizer, path))
+
+    def _card(self, record: log.Record) -> peft.ModelCard:
+        """Return what the model card says of the training up to a step."""
+        figures: dict[str, Any] = {}
+        if "step" in record:
+            records = log.read_until(self.options.out / "log.jsonl", record["step"])
+            _, losses = log.losses(records)
+            evaluations = [*log.evaluations(records), *([record] if "eval_loss" in record else [])]
+            figures["steps"] = record["step"]
+            figures |= {"training loss": losses[-1]} if losses else {}
+            last = evaluations[-1] if evaluations else {}
+            names = {"eval_loss": "held-out loss", "perplexity": "perplexity"}
+            figures |= {name: last[key] for key, name in names.items() if key in last}
+        figures |= {"learning rate": self.options.lr, "seed": self.options.seed}
+        data = ", ".join(shown(path.name) for path in self.options.data)
+        return peft.ModelCard(data=data, figures=figures)
 
     def _write_tokenizer(self, path: Path) -> None:
         for file, data in self.tokenizer.items():

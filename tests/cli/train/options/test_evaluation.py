@@ -29,7 +29,9 @@ def test_a_run_that_gets_worse_ends_with_its_best_adapter(play, tmp_path, run, q
     lowest = f"the one with the lowest held-out loss, after step {best}"
     assert f"wrote {out / 'adapter'}: {lowest}\nwrote {out / 'best'}: {lowest}\n" in done.out
     names = {file.name for file in (out / "best").iterdir()}
-    assert names == {file.name for file in (out / "adapter").iterdir()} and len(names) == 2
+    assert names == {file.name for file in (out / "adapter").iterdir()} and len(names) == 3
+    card = (out / "adapter" / "README.md").read_text()
+    assert f"| steps | {best} |\n" in card and f"| held-out loss | {min(losses):.4g} |\n" in card
     for name in names:
         assert (out / "adapter" / name).read_bytes() == (out / "best" / name).read_bytes()
 

@@ -1,0 +1,1 @@
+"""LoRA checkpoints of other JAX trainers, beside the trainers' own modules."""

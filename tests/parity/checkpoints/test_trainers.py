@@ -1,0 +1,245 @@
+"""Checkpoints of other trainers: the update of each weight is what the trainer's own module adds.
+
+Recorded by `record_trainers.py` with gemma 3.3.0, google-tunix 0.1.7 on qwix 0.1.8, openpi's models
+at 15a9616a and MaxText's `_get_lora_delta` at e591f30c.
+"""
+
+import json
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import lora_jax
+from lora_jax import orbax, peft
+from lora_jax.core.tree import adapted_nodes
+from lora_jax.files.disk import safetensors_file
+from lora_jax.files.orbax.nested import leaves_of, nest, path_of
+
+FILE = pathlib.Path(__file__).parent / "trainers.npz"
+CASES = {
+    "openpi": ("openpi", {"alpha": 4.5}),
+    "openpi rslora": ("openpi", {"alpha": 4.5, "rslora": True}),
+    "gemma": ("gemma", {}),
+    "gemma qkv": ("gemma", {}),
+    "tunix gemma3": ("tunix", {"alpha": 4.5}),
+    "tunix llama3": ("tunix", {"alpha": 4.5}),
+    "maxtext": ("maxtext", {"alpha": 3.0}),  # of rank 5: the scale is 0.6
+}
+
+
+@pytest.fixture(scope="module")
+def recorded():
+    """{case: (factors by path, deltas by path)}."""
+    with np.load(FILE) as file:
+        index, values = json.loads(str(file["index"])), file["values"]
+    found, at = {case: ({}, {}) for case in CASES}, 0
+    for name, shape in index.items():
+        case, kind, path = name.split("/", 2)
+        size = int(np.prod(shape))
+        found[case][kind == "delta"][path] = values[at : at + size].reshape(shape)
+        at += size
+    assert at == len(values)
+    return found
+
+
+def tree_of(factors, deltas):
+    """Return a checkpoint's tree; its weights are zeros, so what is merged is the update."""
+    wrap = "params/" if any(path.startswith("params/") for path in factors) else ""
+    weights = {f"{wrap}{path}": np.zeros_like(x) for path, x in deltas.items()}
+    every = {**weights, **factors, f"{wrap}norm/scale": np.ones(4, "f4")}
+    return nest({tuple(path.split("/")): x for path, x in every.items()})
+
+
+def plain(node):
+    """scale·A·B of a node in float64, with the weight's axes."""
+    a, b, scale = (np.asarray(x, float) for x in (node.a, node.b, node.scale))
+    axes = node.layout.axes
+    names = [chr(ord("a") + i) for i in range(len(axes))]
+    of = lambda kinds: "".join(n for k in kinds for n, x in zip(names, axes, strict=True) if x == k)
+    return np.einsum(f"{of('bi')}Z,{of('b')}Z{of('o')},{of('b')}->{''.join(names)}", a, b, scale)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_updates_are_the_trainers(case, recorded):
+    format, options = CASES[case]
+    factors, deltas = recorded[case]
+    params = orbax.from_tree(tree_of(factors, deltas), format, **options)
+    nodes = adapted_nodes(params)
+    assert nodes.keys() == deltas.keys() and len(deltas) > 3
+    for path, delta in deltas.items():
+        np.testing.assert_allclose(plain(nodes[path]), delta, atol=3e-6 * max(1, abs(delta).max()))
+        assert nodes[path].w.shape == delta.shape
+    others = {path_of(keys) for keys, _ in leaves_of(params)} - nodes.keys()
+    assert others == {"norm/scale"}
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if not case.startswith("openpi")])
+def test_what_is_written_is_what_was_read(case, recorded):
+    format, options = CASES[case]
+    factors, deltas = recorded[case]
+    params = orbax.from_tree(tree_of(factors, deltas), format, **options)
+    whole = {path_of(keys): x for keys, x in leaves_of(orbax.to_tree(params, format, **options))}
+    assert {*deltas} <= whole.keys()
+    alone = lora_jax.split(params)[1]
+    back = orbax.to_tree(alone, format, **options)
+    again = orbax.from_tree(back, format, base=lora_jax.split(params)[0], **options)
+    for path, node in adapted_nodes(again).items():
+        np.testing.assert_allclose(plain(node), deltas[path], atol=3e-6 * abs(deltas[path]).max())
+    if case != "maxtext":  # one of two ways to stack
+        own = {path_of(keys): x for keys, x in leaves_of(back)}
+        assert own.keys() == factors.keys()
+        for path, x in factors.items():
+            np.testing.assert_array_equal(own[path], x)
+
+
+def torch_of(format, path, delta):
+    """Return {the end of a Hugging Face name: delta [out, in]}, by hand."""
+    end = path.split("/")[-1] if path.endswith(("einsum", "linear")) else path.split("/")[-2]
+    if format == "tunix" and path.endswith("kernel"):
+        return {path.split("/")[-2]: delta.T}
+    flat = lambda x: x.reshape(x.shape[0], -1) if x.ndim == 3 else x
+    heads = lambda x: np.moveaxis(x, -1, -2).reshape(-1, x.shape[-2])  # [n, d, h] -> [n·h, d]
+    if end == "q_einsum":
+        return {"q_proj": heads(delta)}
+    if end in ("kv_einsum", "qkv_einsum"):
+        return {f"{x}_proj": heads(part) for x, part in zip(end[:-7], delta, strict=True)}
+    if end == "attn_vec_einsum" or end == "o_proj":
+        return {"o_proj": delta.reshape(-1, delta.shape[-1]).T}
+    if end == "gating_einsum":
+        gate, up = (x if x.shape[0] == 14 else x.T for x in delta)
+        return {"gate_proj": gate, "up_proj": up}
+    if end == "linear":
+        return {"down_proj": delta.T}
+    return {end: flat(delta.transpose(1, 2, 0)).reshape(-1, delta.shape[0])}  # [d, n, h]
+
+
+@pytest.mark.parametrize("case", ["gemma", "gemma qkv", "tunix gemma3", "tunix llama3", "openpi"])
+def test_as_a_peft_adapter(case, recorded, tmp_path):
+    format, options = CASES[case]
+    factors, deltas = recorded[case]
+    params = orbax.from_tree(tree_of(factors, deltas), format, **options)
+    orbax.to_peft(tmp_path / "peft", params, format)
+    tensors, _ = safetensors_file.read(tmp_path / "peft" / peft.TENSORS)
+    config = peft.read_config(tmp_path / "peft")
+    got = {}
+    for name, a in tensors.items():
+        if ".lora_A" in name:
+            module = name.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
+            b = tensors[name.replace("lora_A", "lora_B")].astype(float)
+            got[module] = config.scale(module, a.shape[0]) * (b @ a.astype(float))
+    wanted = {}
+    for path, delta in deltas.items():
+        expert = "gemma_expert" if "_1" in path else "paligemma"
+        layers = enumerate(delta) if format == "openpi" else [(0, delta)]
+        for n, one in layers:
+            own = path.replace("_1", "")
+            for end, x in torch_of(format, own, one).items():
+                wanted[(expert if format == "openpi" else "", n, end)] = x
+    assert len(got) == len(wanted)
+    for module, update in got.items():
+        parts = module.split(".")
+        expert = next((x for x in ("gemma_expert", "paligemma") if x in parts), "")
+        key = expert, int(parts[parts.index("layers") + 1]), parts[-1]
+        np.testing.assert_allclose(update, wanted[key], atol=1e-5 * max(1, abs(update).max()))
+
+
+def test_maxtext_queries_are_those_of_hugging_face(recorded, tmp_path):
+    """MaxText's hooks of Llama 3.1: queries times √size, and rotated halves, not neighbours."""
+    factors, deltas = recorded["maxtext"]
+    params = orbax.from_tree(tree_of(factors, deltas), "maxtext", alpha=3.0)
+    orbax.to_peft(tmp_path, params, "maxtext")
+    tensors, _ = safetensors_file.read(tmp_path / peft.TENSORS)
+    delta = deltas["decoder/layers/self_attention/query/kernel"][:, 1]  # [d, n, h] of layer 1
+    halves = np.concatenate([delta[..., ::2], delta[..., 1::2]], -1) * np.sqrt(4)
+    wanted = halves.reshape(10, 8).T
+    name = "base_model.model.model.layers.1.self_attn.q_proj"
+    module = name.removeprefix("base_model.model.")
+    a, b = (tensors[f"{name}.lora_{x}.weight"].astype(float) for x in "AB")
+    scale = peft.read_config(tmp_path).scale(module, len(a))
+    np.testing.assert_allclose(scale * (b @ a), wanted, atol=1e-5)
+
+
+def test_an_orbax_checkpoint_on_disk(recorded, tmp_path):
+    """As tunix's CheckpointManager lays it out: a step, the item of the parameters, and more."""
+    import orbax.checkpoint as ocp
+    from flax import nnx
+
+    factors, deltas = recorded["tunix llama3"]
+    state = nnx.State(jax.tree.map(nnx.Param, tree_of(factors, deltas)))
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "run" / "7" / "model_params", state)
+    params = orbax.load(tmp_path / "run", "tunix", alpha=4.5)
+    for path, node in adapted_nodes(params).items():
+        np.testing.assert_allclose(plain(node), deltas[path], atol=1e-5)
+    orbax.save(tmp_path / "again", params, "tunix", alpha=4.5)
+    again = orbax.load(tmp_path / "again", "tunix", alpha=4.5)
+    jax.tree.map(np.testing.assert_array_equal, params, again)
+    with pytest.raises(FileExistsError, match="again: exists already; give another directory"):
+        orbax.save(tmp_path / "again", params, "tunix", alpha=4.5)
+    with pytest.raises(
+        lora_jax.AdapterFileError, match=r"not an Orbax checkpoint: it has no _META"
+    ):
+        orbax.load(tmp_path / "nothing", "tunix", alpha=1)
+
+
+def bare(**more):
+    f = lambda *shape: np.ones(shape, "f4")
+    leaves = {"kernel": f(4, 3), "kernel_lora_a": f(4, 2), "kernel_lora_b": f(2, 3)}
+    return {"up": leaves | more}
+
+
+@pytest.mark.parametrize(
+    ("tree", "message"),
+    [
+        ({"up": {"kernel": np.ones((4, 3), "f4")}}, "it has no LoRA factors"),
+        (
+            bare(kernel_lora_b=np.ones((2, 4), "f4")),
+            r"do not fit each other: \(4, 3\), \(4, 2\), \(2",
+        ),
+        (bare(kernel_lora_a=np.ones((4, 2), "i4")), "A is int32, but only floating numbers"),
+        (bare(kernel_lora_a=np.full((4, 2), np.nan, "f4")), "up/kernel_lora_a: contains NaN"),
+        (bare(kernel={"array": 1}), "its weight up/kernel is not there; pass base="),
+        (bare(lora_c=np.ones(3, "f4")), "up/lora_c: not a factor of this format"),
+    ],
+)
+def test_what_does_not_fit_is_listed(tree, message):
+    with pytest.raises(lora_jax.AdapterFileError, match=message):
+        orbax.from_tree(tree, "tunix", alpha=2)
+
+
+def test_scales_and_formats_are_asked_for():
+    with pytest.raises(lora_jax.ConfigError, match="tunix's checkpoints do not hold alpha: pass"):
+        orbax.from_tree(bare(), "tunix")
+    with pytest.raises(lora_jax.ConfigError, match="has no scale: leave out alpha and rslora"):
+        orbax.from_tree(bare(), "gemma", alpha=2)
+    with pytest.raises(
+        lora_jax.ConfigError, match=r"'t5x' is not a format of checkpoints, only op"
+    ):
+        orbax.from_tree(bare(), "t5x")
+    params = orbax.from_tree(bare(), "tunix", alpha=2)
+    with pytest.raises(lora_jax.ConfigError, match="openpi's adapters cannot be written: merge"):
+        orbax.to_tree(params, "openpi")
+    with pytest.raises(lora_jax.ConfigError, match="up/kernel: tunix's weights have no Hugging Fa"):
+        orbax.to_peft("nowhere", params, "tunix")
+    other = lora_jax.join(
+        {"down": jnp.ones((4, 3))}, {"down": lora_jax.split(params)[1]["up"]["kernel"]}
+    )
+    with pytest.raises(lora_jax.StructureError, match="down: no row of this format has this path"):
+        orbax.to_tree(other, "tunix")
+
+
+def test_as_many_layers_as_ranks():
+    """16 layers and a rank of 16: the stack is at the same place in A and in B."""
+    f = lambda *shape: np.random.default_rng(0).normal(size=shape).astype("f4")
+    a, b = f(5, 2, 2), f(2, 2, 7)  # [in, layers, rank] and [rank, layers, out]
+    kernel = {"kernel": f(5, 2, 7), "kernel_lora_a": a, "kernel_lora_b": b}
+    params = orbax.from_tree({"decoder": {"layers": {"mlp": {"wi_0": kernel}}}}, "maxtext", alpha=2)
+    node = params["decoder"]["layers"]["mlp"]["wi_0"]["kernel"]
+    np.testing.assert_allclose(plain(node), np.einsum("ilr,rlo->ilo", a, b), rtol=1e-5)
+    square = {"gating_einsum": f(2, 6, 6), "_LoRAEinsum_gating_einsum": {"lora": {"a": f(6, 2)}}}
+    square["_LoRAEinsum_gating_einsum"]["lora"]["b"] = f(2, 2, 6)
+    with pytest.raises(lora_jax.AdapterFileError, match="sizes that are equal leave open"):
+        orbax.from_tree({"mlp": square}, "gemma")
