@@ -29,7 +29,7 @@ PAGES = [README, ROOT / "benchmarks" / "README.md", *sorted((ROOT / "docs").rglo
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 TIMEOUT = 300  # seconds for one cell
 SERVING = "With the server running:"  # above blocks that tests/serving/test_docs.py runs
-# They train a published model, pretrain one, train another, and compile a training step for each of four meshes.
+# They train a published model, pretrain two, and compile a training step for each of four meshes.
 SLOW = ("02_language_model", "04_nnx", "05_vision", "06_many_devices")
 # What a notebook fetches where the cache does not have it; tests fetch nothing.
 NEEDS = {"02_language_model": (assets.SMOLLM2, assets.SHAKESPEARE)}
