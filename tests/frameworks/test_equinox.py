@@ -182,6 +182,13 @@ def test_a_tied_head_is_adapted_once():
     assert np.abs(got - on_batch(net, tokens)).max() > 0.1
 
 
+def test_two_models_share_a_compiled_step():
+    net, rules = drawn(lambda: eqx.nn.Linear(4, 3, key=KEY)), {"mine": lora.Rule(print, {0: "io"})}
+    wrap = lambda key: lora.equinox.wrap(net, CONFIG, X[0], rules=rules, init_key=key)
+    one, two = map(jax.tree.structure, map(wrap, (KEY, KEYS[0])))
+    assert one == two and hash(one) == hash(two)
+
+
 def test_errors_say_what_to_do():
     net = drawn(lambda: eqx.nn.Linear(4, 3, key=KEY))
     tuned = lora.equinox.wrap(net, LoraConfig(rank=1), X[0])

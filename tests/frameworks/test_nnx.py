@@ -16,6 +16,7 @@ from lora_jax import LoraConfig
 from tests.programs import merged, normal
 
 KEY = jax.random.key(0)
+KEYS = KEY, jax.random.key(1)
 X = normal(0, (6, 4), jnp.float32)
 Y = jnp.sin(3 * X[:, :3])
 CONFIG = LoraConfig(rank=2, alpha=4)
@@ -298,6 +299,13 @@ def test_optimizers_of_lora():
             want = old[field].get_value() - rate * own[field].get_value()
             np.testing.assert_allclose(new[field].get_value(), want, rtol=1e-5, atol=1e-6)
     assert float(abs(grads["adapters"]["down"]["kernel"]["b"].get_value()).max()) > 0
+
+
+def test_two_models_share_a_compiled_step():
+    rules = {"mine": lora.Rule(lambda *_: None, {0: "io"})}
+    one, two = (lora.nnx.wrap(Model(), CONFIG, X, rules=rules, init_key=key) for key in KEYS)
+    assert nnx.graphdef(one) == nnx.graphdef(two) and hash(nnx.graphdef(one)) is not None
+    assert nnx.graphdef(one) != nnx.graphdef(lora.nnx.wrap(Model(), CONFIG, X))
 
 
 class Outer(nnx.Module):

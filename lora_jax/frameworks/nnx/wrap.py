@@ -14,11 +14,7 @@ from lora_jax.core.tree import adapted_nodes
 from lora_jax.engine.custom_rules import Rule
 from lora_jax.frameworks.nnx.adapted import Adapted
 from lora_jax.frameworks.nnx.calls import Call
-
-
-def call_model(model: Any, *args: Any, **kwargs: Any) -> Any:
-    """Call a model: the function that `wrap` adapts unless another is given."""
-    return model(*args, **kwargs)
+from lora_jax.frameworks.options import Options, call_model
 
 
 def wrap(
@@ -70,7 +66,7 @@ def wrap(
     params = init(
         key, call.params, config, call.pure, variables, call.arrays, rules=rules, fsdp=fsdp
     )
-    return _adapted(model, *trees.split(params), fn, rules, on_dense, key)
+    return _adapted(model, *trees.split(params), Options(fn, on_dense, rules), key)
 
 
 def join(
@@ -109,16 +105,14 @@ def join(
     nodes = adapted_nodes(adapters)
     whole = bool(nodes) and all(node.w is not None for node in nodes.values())
     params = adapters if whole else trees.join(nnx.state(model, nnx.Param), adapters)
-    return _adapted(model, *trees.split(params), fn, rules, on_dense, _key(dropout_key))
+    options = Options(fn, on_dense, rules)
+    return _adapted(model, *trees.split(params), options, _key(dropout_key))
 
 
-def _adapted(
-    model: Any, base: Any, adapters: Any, fn: Any, rules: Any, on_dense: str, key: Any
-) -> Adapted:
-    options = {"on_dense": on_dense} | ({"rules": rules} if rules else {})
+def _adapted(model: Any, base: Any, adapters: Any, options: Options, key: Any) -> Adapted:
     own = nnx.clone(model)
     nnx.update(own, base)  # an initializer may have changed it
-    return Adapted(own, adapted_nodes(adapters), fn, options, jax.random.fold_in(key, 1))
+    return Adapted(own, adapted_nodes(adapters), options, jax.random.fold_in(key, 1))
 
 
 def _require_model(caller: str, model: Any) -> None:
