@@ -16,6 +16,7 @@ import pytest
 from lora_jax.cli.jobs import speaker as speakers
 from lora_jax.models import generation
 from lora_jax.models.text.byte_tokenizer import byte_tokenizer
+from lora_jax.training import dataset
 from tests.cli import files
 from tests.cli import reciter as reciter_model
 
@@ -77,6 +78,61 @@ def test_a_stop_text_and_an_adapter(talk, seen, tmp_path):
     done = talk("Hi\nMore\n", "--stop", "gh", "--adapter", tmp_path / "adapter", "--seed", 3)
     assert (done.status, done.out) == (0, "bcdef\nbcdef\n")
     assert seen[1] == "<Hi>bcdef<|end|><More>a"
+
+
+def loud_adapter(path, seed):
+    """Write an adapter that changes what the model says."""
+    rng = np.random.default_rng(seed)
+    shapes = {"A": (files.RANK, files.OUT), "B": (files.WIDTH, files.RANK)}
+    extra = {
+        f"base_model.model.model.layers.{n}.self_attn.o_proj.lora_{name}.weight": rng.normal(
+            size=shape
+        ).astype(np.float32)
+        for n in range(2)
+        for name, shape in shapes.items()
+    }
+    modules = ["q_proj", "v_proj", "o_proj"]
+    return files.peft(path, seed, {"target_modules": modules, "lora_alpha": 40}, extra)
+
+
+def test_commands(talk, seen, tmp_path):
+    """Another adapter, another system message, a file of what was said, and mistakes."""
+    files.peft(tmp_path / "one", config={"lora_alpha": 1e-9})
+    loud_adapter(tmp_path / "two", seed=4)
+    lines = ["Hi", "/adapter two", "/reset", "/system Be kind.", "Hi", "/adapter base", "Hi"]
+    lines += [f"/save {tmp_path / 'chats.jsonl'}", "/adapter", "/adapter three", "/what", "/reset"]
+    lines += ["/save x", "/etc/passwd is a file", "/help"]
+    adapters = ("--adapter", tmp_path / "one", "--adapter", f"two={tmp_path / 'two'}")
+    done = talk("\n".join(lines), *adapters, "--max-tokens", 12)
+    assert done.status == 0
+    one, two, base, path = done.out.splitlines()
+    assert one == base == path == SAID and two != SAID
+    said = f"[Be kind.]<Hi>{two}"
+    assert seen[:2] == ["<Hi>a", "[Be kind.]<Hi>a"] and seen[2].startswith(said)
+    assert seen[3] == "[Be kind.]</etc/passwd is a file>a"
+    notes = done.err.splitlines()
+    assert notes[:7] == [
+        f"saved 4 turns in {tmp_path / 'chats.jsonl'}",
+        *("  one", "  two", "* base"),
+        "three is not one of one, two, base",
+        "/what is not a command; /help lists them",
+        "nothing was said yet, so nothing is saved",
+    ]
+    assert any(line.startswith("/save FILE") for line in notes[7:])
+    rows = dataset.read_rows(tmp_path / "chats.jsonl")
+    turns = [turn["content"] for turn in rows.rows[0].values["messages"]]
+    assert rows.kind == "chat" and turns == ["Be kind.", "Hi", two, "Hi", SAID]
+
+
+@pytest.mark.slow
+def test_each_adapter_of_a_stack_says_what_it_says_alone(talk, tmp_path):
+    for seed, name in enumerate(("one", "two")):
+        loud_adapter(tmp_path / name, seed)
+    alone = {name: talk("Hi\n", "--adapter", tmp_path / name).out for name in ("one", "two")}
+    both = ("--adapter", tmp_path / "one", "--adapter", tmp_path / "two")
+    done = talk("/adapter two\nHi\n/reset\n/adapter one\nHi\n", *both)
+    assert done.out == alone["two"] + alone["one"] and alone["one"] != alone["two"]
+    assert talk("/adapter base\nHi\n", *both[:2]).out == f"{SAID}\n"
 
 
 def test_turns_share_a_compilation(talk, monkeypatch):

@@ -96,8 +96,8 @@ def test_sdxl_has_the_original_names(tmp_path, monkeypatch, run):
         (["convert", "style.safetensors", "--to", "kohya"], "is already a kohya adapter"),
         (["convert", "style.safetensors", "--to", "mlx"], "is for an image generator, and becomes"),
         (["convert", "whole.safetensors", "--to", "peft"], "pass full_rank=16 (--full-rank 16)"),
-        (["convert", "other.safetensors", "--to", "peft"], "is a module of none of SD 1.5, SDXL"),
-        (["convert", "peft", "--to", "kohya"], "is in no component of SD 1.5, SDXL and Flux"),
+        (["convert", "other.safetensors", "--to", "peft"], "is a module of none of SD 1.5, SD 2.1"),
+        (["convert", "peft", "--to", "kohya"], "is in no component of SD 1.5, SD 2.1, SDXL"),
         (["convert", "peft", "--to", "mlx", "--full-rank", "2"], "for files of image generators"),
     ],
 )

@@ -25,6 +25,7 @@ from lora_jax.training.chunked_loss import (
     language_sums_of_frozen_head,
     language_sums_of_trained_head,
 )
+from tests.models.recorded import load
 from tests.programs import normal
 
 CONFIG = DecoderConfig(
@@ -146,6 +147,21 @@ def whisper():
     return Model(params, loss, apply, config, ("query/kernel", "cross/output/kernel", "up/kernel"))
 
 
+def recorded(name, scan=True):
+    """Return a family of transformers with switches of its own; windows differ within a scan."""
+    found = load(name, scan=scan, remat=scan)
+    run = lambda params, *args, **options: found.module.apply({"params": params}, *args, **options)
+    tied = found.config.tie_word_embeddings
+    head = lambda p: p["embedding"]["embedding"].T if tied else p["head"]["kernel"]
+    hidden = functools.partial(run, method="hidden")
+    sums = language_sums_of_frozen_head(hidden, head, 16, found.module.finish)
+    loss = lambda params, batch: sums(params, batch)["loss"]
+    apply = lambda params, batch: run(params, batch["ids"][:, :-1])
+    fused = ("query_key_value/kernel", "gate_up/kernel", "down/kernel")
+    targets = fused if found.config.fused else tuple(TARGETS)
+    return Model(found.params, loss, apply, found.config, targets)
+
+
 def adapt(model, params, batch):
     config = lora.LoraConfig(rank=2, targets=list(model.targets))
     return lora.split(lora.init(jax.random.key(1), params, config, model.apply, batch))
@@ -194,6 +210,8 @@ MODELS = {
     "scan": functools.partial(llama, scan=True, tied=True),
     "trained_head": functools.partial(llama, tied=True, trained_head=True, layers=1),
     "bert": bert,
+    **{name: functools.partial(recorded, name) for name in ("gemma2", "gemma3_text", "olmo2")},
+    "phi3": functools.partial(recorded, "phi3", scan=False),
     "modernbert": modernbert,
     "vit": vit,
     "whisper": whisper,

@@ -60,8 +60,8 @@ def command(
     PEFT and mlx-lm use the same names, so converting between the two needs nothing else. A file of
     lora_jax has the paths and axes of a JAX model: name the model with --model, or, to convert from
     such a file, describe it with --naming. GGUF has llama.cpp's names: name the model for it too.
-    A file for images is read by the names of SD 1.5, SDXL and Flux, and to peft each of its
-    components becomes a directory. An adapter that PEFT saved on the base that PiSSA or OLoRA
+    A file for images is read by the names of SD 1.5, SD 2.1, SDXL and Flux, and to peft each of
+    its components becomes a directory. An adapter that PEFT saved on the base that PiSSA or OLoRA
     changed becomes one of the original base, which --model names.
     """
     from lora_jax.cli.fit import Fit

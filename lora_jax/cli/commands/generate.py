@@ -26,7 +26,12 @@ from lora_jax.cli.options import (
     adapters_or_base,
     refuse_empty,
 )
-from lora_jax.cli.parameters.groups import in_adapter, in_data, in_model
+from lora_jax.cli.parameters.groups import in_adapter, in_data, in_model, in_output
+
+_PROMPTS = (
+    'A .jsonl file with a "prompt" or "messages" in each row. The rows are printed, or written to '
+    '--out, with what was "generated" by each --adapter.'
+)
 
 EXAMPLES = (
     'lora-jax generate --model my-model --prompt "Once upon a time" --max-tokens 20',
@@ -34,6 +39,7 @@ EXAMPLES = (
     "lora-jax generate --model my-model --prompt-file prompt.txt --chat --max-tokens 20",
     'lora-jax generate -m my-model --system "Be brief." --prompt Hello --stop END --max-tokens 20',
     "lora-jax generate -m my-model --adapter my-adapter --adapter base --prompt Hi --max-tokens 9",
+    "lora-jax generate -m my-model --prompts held-out.jsonl --out answers.jsonl --max-tokens 9",
 )
 
 
@@ -51,6 +57,17 @@ def command(
         Path | None,
         in_data(help="UTF-8 file that contains the prompt; '-' is standard input."),
     ] = None,
+    prompts: Annotated[
+        Path | None,
+        in_data(metavar="FILE", help=_PROMPTS),
+    ] = None,
+    out: Annotated[
+        Path | None, in_output(metavar="FILE", help="With --prompts: the .jsonl file to write.")
+    ] = None,
+    force: Annotated[
+        bool, in_output("--force", "-f", help="Write into an existing --out.")
+    ] = False,
+    batch: Annotated[int, in_data(min=1, help="With --prompts: rows at a time.")] = 8,
     chat: Annotated[
         bool, in_data("--chat", help="Apply the chat template: the prompt is a user's turn.")
     ] = False,
@@ -82,12 +99,17 @@ def command(
     is printed when all are done, below a line with its adapter and its prompt.
     """
     refuse_empty(stop)
-    texts = _prompts(prompt, prompt_file)
-    pairs = _pairs(adapter or [], texts)
+    pairs = []
+    if prompts is None:
+        if out is not None or force:
+            raise typer.BadParameter("--out and --force are for --prompts")
+        pairs = _pairs(adapter or [], _prompts(prompt, prompt_file))
+    elif prompt or prompt_file is not None:
+        raise typer.BadParameter("give either --prompts or --prompt and --prompt-file, not both")
 
     from lora_jax.cli import compile_cache as programs
     from lora_jax.cli.fit import Fit
-    from lora_jax.cli.jobs import generate, generate_many
+    from lora_jax.cli.jobs import generate, generate_file, generate_many
 
     options: Any = {
         "chat": chat,
@@ -101,7 +123,11 @@ def command(
         "sampling": {"temperature": temperature, "top_k": top_k, "top_p": top_p},
     }
     with programs.compile_cache(compile_cache):
-        if len(pairs) == 1:
+        if prompts is not None:
+            chosen = adapters_or_base(adapter)
+            written: Any = {"force": force, "batch": batch}
+            generate_file.run(model, chosen, prompts, out, **written, **options)
+        elif len(pairs) == 1:
             generate.run(model, *pairs[0], **options)
         else:
             generate_many.run(model, pairs, **options)

@@ -5,16 +5,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import lora_jax as lora
 from lora_jax.cli import classifiers, sources, terminal
 from lora_jax.cli.errors import PromptError
 from lora_jax.cli.fit import Fit
-from lora_jax.cli.jobs import stacked
 from lora_jax.cli.jobs.asked_rows import AskedRow, continue_rows
 from lora_jax.cli.jobs.generate import encode
-from lora_jax.cli.jobs.speaker import CLASSIFIER, Speaker, open_speaker, special_ids
+from lora_jax.cli.jobs.several_speakers import open_with_stack
+from lora_jax.cli.jobs.speaker import CLASSIFIER, open_speaker
 from lora_jax.cli.options import BASE
-from lora_jax.files import kinds
+from lora_jax.models import stops
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,11 +60,11 @@ def run(
             raise PromptError(f"{named}: {CLASSIFIER}")
         tokenizer = sources.tokenizer_of(base, path)
         ids = encode(tokenizer, prompt, chat or system is not None, system)
-        ends = sources.stop_ids(base, tokenizer) | special_ids(tokenizer, stop)
+        ends = sources.stop_ids(base, tokenizer) | stops.special_ids(tokenizer, stop)
         rows.append(Row(path, prompt, AskedRow(ids, tokenizer, ends)))
     options: Any = {"max_tokens": max_tokens, "dtype": dtype, "quantize": quantize, "fit": fit}
     if len(paths) > 1 or (paths and None in dict(pairs)):
-        speaker = _with_stack(model, base, paths, stop, sampling, options)
+        speaker = open_with_stack(model, paths, stop=stop, sampling=sampling, **options)
         slots = [-1 if row.adapter is None else paths.index(row.adapter) for row in rows]
     else:
         only = paths[0] if paths else None
@@ -74,20 +73,3 @@ def run(
     texts = continue_rows(speaker, [row.asked for row in rows], slots, seed)
     for row, text in zip(rows, texts, strict=True):
         terminal.write(f"{row.label}\n{text}\n\n")
-
-
-def _with_stack(
-    model: str,
-    base: kinds.Found,
-    paths: Sequence[Path],
-    stop: Sequence[str],
-    sampling: dict[str, Any],
-    options: dict[str, Any],
-) -> Speaker:
-    """Return what speaks with any of several adapters."""
-    scan = stacked.needs_scan(paths)
-    speaker = open_speaker(model, None, stop=stop, sampling=sampling, scan=scan, **options)
-    instead = "give it alone, as the only --adapter"
-    overlays = [stacked.load_overlay(speaker.model, x, options["fit"], instead) for x in paths]
-    params = lora.join(speaker.params, stacked.stack_overlays(paths, overlays))
-    return dataclasses.replace(speaker, params=params, apply=speaker.model.apply)

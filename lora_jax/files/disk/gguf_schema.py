@@ -28,6 +28,10 @@ def _are_types(x: Any) -> bool:
     return isinstance(x, np.ndarray) and x.dtype.kind in "iu"
 
 
+def _is_pattern(x: Any) -> bool:
+    return is_size(x) or (isinstance(x, np.ndarray) and x.dtype.kind in "biu" and x.ndim == 1)
+
+
 _TEXT = Field(lambda x: isinstance(x, str), "a string")
 _STRINGS = Field(_is_strings, "an array of strings")
 _SIZE = Field(is_size, "an integer from 1 to 2³¹ - 1")
@@ -52,6 +56,10 @@ GENERAL: dict[str, Field] = {
         for name in ("bos", "eos", "eot", "eom", "padding", "unknown")
     },
     **{f"tokenizer.ggml.add_{name}_token": _FLAG for name in ("bos", "eos")},
+    "tokenizer.ggml.add_space_prefix": _FLAG,
+    "tokenizer.ggml.scores": Field(
+        lambda x: isinstance(x, np.ndarray) and x.dtype.kind in "fiu", "an array of numbers"
+    ),
     "tokenizer.chat_template": _TEXT,
 }
 
@@ -75,6 +83,17 @@ DECODER: dict[str, Field] = {
     "rope.dimension_count": _SIZE,
     "rope.scaling.type": _TEXT,
     "rope.scaling.factor": Field(lambda x: is_within(x, 0.01, 1e6), "a number from 0.01 to 1e6"),
+    "rope.scaling.original_context_length": _SIZE,
+    **dict.fromkeys(
+        (
+            *("rope.freq_base_swa", "rope.scaling.attn_factor"),
+            *("rope.scaling.yarn_beta_fast", "rope.scaling.yarn_beta_slow"),
+            *("attn_logit_softcapping", "final_logit_softcapping"),
+        ),
+        Field(lambda x: is_within(x, 1e-3, 1e15), "a number from 0.001 to 1e15"),
+    ),
+    "attention.sliding_window": _COUNT,
+    "attention.sliding_window_pattern": Field(_is_pattern, "an integer or an array of booleans"),
     "expert_count": _COUNT,
 }
 

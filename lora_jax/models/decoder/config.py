@@ -269,24 +269,21 @@ def _ropes(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Return the fields about rotations: layers with a window may have another one."""
     given = settings.get("rope_parameters") or settings.get("rope_scaling") or {}
     by_type = isinstance(given, Mapping) and (FULL in given or SLIDING in given)
-    if not by_type and settings.get("rope_local_base_freq") is None:
-        return {"rope": _rope(settings)}
-    both = {FULL: given.get(FULL), SLIDING: given.get(SLIDING)} if by_type else {FULL: given}
-    local = {"rope_theta": settings.get("rope_local_base_freq", Rope.theta)}
+    theta = settings.get("rope_local_base_freq")
+    if not by_type and theta is None:
+        return {"rope": _rope(settings, given)}
+    both = given if by_type else {FULL: given}
+    local = settings if theta is None else {**settings, "rope_theta": theta}
     return {
-        "rope": _rope({**settings, "rope_parameters": both.get(FULL)}),
-        "local_rope": _rope({**settings, **local, "rope_parameters": both.get(SLIDING)}),
+        "rope": _rope(settings, both.get(FULL)),
+        "local_rope": _rope(local, both.get(SLIDING)),
     }
 
 
-def _rope(settings: Mapping[str, Any]) -> Rope:
+def _rope(settings: Mapping[str, Any], given: Any) -> Rope:
     """Return a rotation; Phi-3's older files have other names for `longrope`."""
-    given = settings.get("rope_parameters") or settings.get("rope_scaling")
     is_phi3 = settings.get("model_type") == "phi3"
-    if (
-        is_phi3
-        and isinstance(given, Mapping)
-        and given.get("rope_type", given.get("type")) in ("su", "yarn")
-    ):
-        given = {**given, "rope_type": "longrope"}
+    if is_phi3 and isinstance(given, Mapping):
+        kind = given.get("rope_type", given.get("type"))
+        given = {**given, "rope_type": "longrope" if kind in ("su", "yarn") else kind}
     return Rope.from_json({**settings, "rope_parameters": given, "rope_scaling": None})

@@ -14,10 +14,15 @@ import numpy as np
 from lora_jax.core.errors import ModelFileError
 from lora_jax.core.foreign import shown_value
 from lora_jax.files.disk import gguf_file, gguf_schema
+from lora_jax.files.disk.gguf_file import GgufTensor
 from lora_jax.files.naming import KINDS, Entry, Naming
+from lora_jax.models.decoder.gguf_architectures import (
+    ARCHITECTURE_OF,
+    Architecture,
+    architecture,
+    shortened,
+)
 
-# The llama.cpp architectures supported here; llama.cpp also calls Mistral "llama".
-ARCHITECTURES = ("llama", "qwen2")
 _SIZES = {
     "hidden_size": "embedding_length",
     "intermediate_size": "feed_forward_length",
@@ -31,25 +36,15 @@ _OPTIONAL = {
     "rms_norm_eps": "attention.layer_norm_rms_epsilon",
     "rope_theta": "rope.freq_base",
 }
+_YARN = {
+    "original_max_position_embeddings": "rope.scaling.original_context_length",
+    "beta_fast": "rope.scaling.yarn_beta_fast",
+    "beta_slow": "rope.scaling.yarn_beta_slow",
+}
 _IDS = {"bos_token_id": "bos", "eos_token_id": "eos", "pad_token_id": "padding"}
 
-# Hugging Face's modules -> llama.cpp's.
-_MODULES = {
-    "model.embed_tokens": "token_embd",
-    "model.norm": "output_norm",
-    "lm_head": "output",
-    "input_layernorm": "attn_norm",
-    "post_attention_layernorm": "ffn_norm",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-}
 #: Other tensors in the file, whose content `read_model` puts into the settings.
-IGNORED = (r"rope_freqs\.weight",)
+IGNORED = (r"rope_freqs\.weight", r"rope_factors_(long|short)\.weight")
 
 
 def read_model(path: str | Path) -> tuple[dict[str, Any], Mapping[str, gguf_file.GgufTensor]]:
@@ -69,59 +64,81 @@ def read_model(path: str | Path) -> tuple[dict[str, Any], Mapping[str, gguf_file
         lacks one of the sizes.
     """
     file = gguf_file.read(path)
+    kind = file.metadata.get("general.architecture")
     try:
-        return _settings(file), file.tensors
+        row = architecture(kind)
+        settings = _settings(file, str(kind), row)
     except ModelFileError as error:
         raise ModelFileError(f"{path}: {error}") from error
+    return settings, _without_one(file.tensors) if row.one_added else file.tensors
 
 
-def _settings(file: gguf_file.GgufFile) -> dict[str, Any]:
-    kind = file.metadata.get("general.architecture")
-    if kind not in ARCHITECTURES:
-        raise ModelFileError(
-            f"the architecture {shown_value(kind)} is not supported, only "
-            f"{' and '.join(ARCHITECTURES)}"
-        )
+def _without_one(tensors: Mapping[str, GgufTensor]) -> dict[str, GgufTensor]:
+    """Return the tensors, those of norms as Hugging Face has them."""
+    return {
+        name: _OneAdded(**vars(x)) if name.endswith("norm.weight") else x
+        for name, x in tensors.items()
+    }
+
+
+class _OneAdded(GgufTensor):
+    """A tensor whose numbers have one added in the file."""
+
+    def _decode(self, stored: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+        return super()._decode(stored, shape) - np.float32(1)
+
+    def codes(self) -> None:
+        return None
+
+
+def _settings(file: gguf_file.GgufFile, kind: str, row: Architecture) -> dict[str, Any]:
     gguf_schema.check(file.metadata, gguf_schema.DECODER, f"{kind}.")
     keys = {name: f"{kind}.{name}" for name in gguf_schema.DECODER}
     known = {
-        name: _shorten(file.metadata[key]) for name, key in keys.items() if key in file.metadata
+        name: shortened(file.metadata[key]) for name, key in keys.items() if key in file.metadata
     }
     if missing := [name for name in _SIZES.values() if name not in known]:
         raise ModelFileError(f"it lacks {', '.join(f'{kind}.{x}' for x in missing)}")
+    if known["attention.head_count"] > known["embedding_length"]:
+        raise ModelFileError(
+            f"{kind}.attention.head_count {known['attention.head_count']} is above "
+            f"{kind}.embedding_length {known['embedding_length']}"
+        )
     if "token_embd.weight" not in file.tensors:
         raise ModelFileError("it lacks token_embd.weight")
     if known.get("expert_count"):
         raise ModelFileError("mixtures of experts are not supported")
     names = _SIZES | {ours: name for ours, name in _OPTIONAL.items() if name in known}
-    settings = {"model_type": kind, "vocab_size": file.tensors["token_embd.weight"].shape[0]}
+    settings = {
+        "model_type": row.model_type,
+        "vocab_size": file.tensors["token_embd.weight"].shape[0],
+    }
     settings |= {ours: known[name] for ours, name in names.items()}
     settings |= {"hidden_act": "silu", "tie_word_embeddings": "output.weight" not in file.tensors}
-    if kind == "llama":
-        settings["attention_bias"] = "blk.0.attn_q.bias" in file.tensors
-        settings["mlp_bias"] = "blk.0.ffn_gate.bias" in file.tensors
     ids = {ours: file.metadata.get(f"tokenizer.ggml.{x}_token_id") for ours, x in _IDS.items()}
     settings |= {ours: number for ours, number in ids.items() if number is not None}
-    scaling = _infer_scaling(known, file.tensors.get("rope_freqs.weight"))
-    return settings | ({"rope_scaling": scaling} if scaling else {})
+    scaling = _infer_scaling(known, file.tensors.get("rope_freqs.weight"), row)
+    settings |= {"rope_scaling": scaling} if scaling else {}
+    return settings | row.settings(known, file.tensors)
 
 
-def _shorten(value: Any) -> Any:
-    """Return a float as it was before it became a float32: 1e-05, not 9.999999747378752e-06."""
-    return float(str(np.float32(value))) if isinstance(value, float) else value
-
-
-def _infer_scaling(known: Mapping[str, Any], factors: Any) -> dict[str, Any] | None:
+def _infer_scaling(
+    known: Mapping[str, Any], factors: Any, row: Architecture
+) -> dict[str, Any] | None:
     """Return config.json's `rope_scaling`."""
     kind, factor = known.get("rope.scaling.type", "none"), known.get("rope.scaling.factor", 1.0)
-    if kind not in ("none", "linear"):
+    if kind not in ("none", "linear", "yarn"):
         raise ModelFileError(f"rotary embeddings of type {shown_value(kind)} are not supported")
     size = known.get("attention.key_length")
     size = size or known["embedding_length"] // known["attention.head_count"]
-    if known.get("rope.dimension_count", size) != size:
+    if known.get("rope.dimension_count", size) != size and row.model_type != "phi3":
         raise ModelFileError(
             f"rotary embeddings of only a part of the head size {size} are not supported"
         )
+    if factors is None and kind == "yarn":
+        found = {"rope_type": "yarn", "factor": factor}
+        more = {ours: known[name] for ours, name in _YARN.items() if name in known}
+        return found | more
     if factors is None:
         return {"rope_type": "linear", "factor": factor} if kind == "linear" else None
     return _infer_llama3(np.asarray(factors), theta=known.get("rope.freq_base", 10000.0), size=size)
@@ -152,32 +169,30 @@ def file_naming(torch: Naming, settings: Mapping[str, Any]) -> Naming:
 
     Args:
       torch: Hugging Face's names of the same model's leaves.
-      settings: from `read_model`. For the architecture "llama", llama.cpp rotates the pairs (0, 1),
-        (2, 3), ... of a head where Hugging Face pairs the two halves, so rows of q and k have
-        another order there.
+      settings: from `read_model`, or of config.json.
     """
+    row = architecture(ARCHITECTURE_OF.get(settings["model_type"]))
     heads = settings["num_attention_heads"]
     sizes = {"q_proj": heads, "k_proj": settings.get("num_key_value_heads", heads)}
     rows = []
     for entry in torch.entries:
-        name = entry.torch_names[0]
-        found = re.search("q_proj|k_proj", name)
-        if settings["model_type"] == "llama" and found:
-            entry = _interleave_heads(entry, sizes[found[0]])
-        names = tuple(filter(None, map(_rename, entry.torch_names)))
+        names = tuple(filter(None, (_rename(x, row.modules) for x in entry.torch_names)))
         if not names:
-            continue  # llama.cpp's model has no such layer
+            continue  # the architecture has no such layer
+        found = re.search("q_proj|k_proj", entry.torch_names[0])
+        if row.interleaved and found:
+            entry = _interleave_heads(entry, sizes[found[0]])
         rows.append(dataclasses.replace(entry, torch=names if len(names) > 1 else names[0]))
     return Naming(tuple(rows))
 
 
-def _rename(name: str) -> str:
+def _rename(name: str, modules: Mapping[str, str]) -> str:
     """Return llama.cpp's name, "" if there is none."""
     layer = re.fullmatch(r"model\.layers\.(\{?\w+\}?)\.(.*)\.(\w+)", name)
     prefix, module, leaf = (
         (f"blk.{layer[1]}.", layer[2], layer[3]) if layer else ("", *name.rsplit(".", 1))
     )
-    return f"{prefix}{_MODULES[module]}.{leaf}" if module in _MODULES else ""
+    return f"{prefix}{modules[module]}.{leaf}" if module in modules else ""
 
 
 def _interleave_heads(entry: Entry, heads: int) -> Entry:

@@ -1,4 +1,4 @@
-"""A byte-level BPE tokenizer (https://arxiv.org/abs/1508.07909) from GGUF metadata."""
+"""A tokenizer from GGUF metadata: byte-level BPE (https://arxiv.org/abs/1508.07909), or pieces."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -6,6 +6,7 @@ from typing import Any
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 
 from lora_jax.core.errors import ModelFileError
+from lora_jax.models.text.gguf_pieces import from_pieces
 
 # How text is split before merges, under the names in llama.cpp's src/llama-vocab.cpp.
 _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|%s| ?[^\s\p{L}\p{N}]+[\r\n]*"
@@ -17,28 +18,49 @@ _CUTS = {
 _DIGITS = ("smollm", "starcoder", "refact", "command-r")  # each digit alone, then like GPT-2
 _GPT2 = ("gpt-2", "default")
 _CONTROL, _USER_DEFINED = 3, 4
+_KINDS = ("gpt2", "llama")
 
 
 def from_metadata(metadata: Mapping[str, Any]) -> Tokenizer:
     """Build the tokenizer that `tokenizer.ggml.*` describes.
 
     Raises:
-      ModelFileError: it is not a byte-level BPE, splits text in an unknown way, or its parts do
-        not fit together.
+      ModelFileError: it is another kind, splits text in an unknown way, or its parts do not fit
+        together.
     """
     kind = metadata.get("tokenizer.ggml.model")
-    if kind != "gpt2":
+    if kind not in _KINDS:
         raise ModelFileError(
-            f"tokenizer.ggml.model is {kind!r}, but only 'gpt2' (byte-level BPE) is supported; put "
-            "the model's tokenizer.json into the same directory"
+            f"tokenizer.ggml.model is {kind!r}, but only {' and '.join(map(repr, _KINDS))} "
+            "(byte-level BPE and SentencePiece's BPE) are supported; put the model's "
+            "tokenizer.json into the same directory"
         )
-    tokens, merges = (_strings(metadata, f"tokenizer.ggml.{x}") for x in ("tokens", "merges"))
+    tokens = _strings(metadata, "tokenizer.ggml.tokens")
     types = list(metadata.get("tokenizer.ggml.token_type", [1] * len(tokens)))
     if len(types) != len(tokens) or len(set(tokens)) != len(tokens):
         raise ModelFileError(
             f"{len(types)} token types for {len(set(tokens))} different of {len(tokens)} tokens"
         )
-    pairs = [_pair(merge) for merge in merges]
+    if kind == "llama":
+        scores = metadata.get("tokenizer.ggml.scores")
+        prefix = metadata.get("tokenizer.ggml.add_space_prefix", True)
+        tokenizer = from_pieces(tokens, types, scores, space_prefix=prefix)
+        metadata = {"tokenizer.ggml.add_bos_token": True, **metadata}  # as in llama.cpp
+    else:
+        tokenizer = _byte_level(metadata, tokens)
+    of_kind = lambda kind: [
+        AddedToken(token, normalized=False)
+        for token, its in zip(tokens, types, strict=True)
+        if its == kind
+    ]
+    tokenizer.add_special_tokens(of_kind(_CONTROL))
+    tokenizer.add_tokens(of_kind(_USER_DEFINED))
+    _add_ends(tokenizer, metadata, tokens)
+    return tokenizer
+
+
+def _byte_level(metadata: Mapping[str, Any], tokens: list[str]) -> Tokenizer:
+    pairs = [_pair(merge) for merge in _strings(metadata, "tokenizer.ggml.merges")]
     cut = metadata.get("tokenizer.ggml.pre", "default")
     vocabulary = {token: i for i, token in enumerate(tokens)}
     try:
@@ -50,14 +72,6 @@ def from_metadata(metadata: Mapping[str, Any]) -> Tokenizer:
     tokenizer = Tokenizer(model)
     tokenizer.pre_tokenizer = _pre_tokenizer(cut)
     tokenizer.decoder = decoders.ByteLevel()
-    of_kind = lambda kind: [
-        AddedToken(token, normalized=False)
-        for token, its in zip(tokens, types, strict=True)
-        if its == kind
-    ]
-    tokenizer.add_special_tokens(of_kind(_CONTROL))
-    tokenizer.add_tokens(of_kind(_USER_DEFINED))
-    _add_ends(tokenizer, metadata, tokens)
     return tokenizer
 
 

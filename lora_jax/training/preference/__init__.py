@@ -7,12 +7,11 @@ the adapters, without a second model.
 >>> import numpy as np
 >>> import lora_jax as lora
 >>> from lora_jax.training import preference
->>> from lora_jax.training.tokenize import Example
 >>> def model(params, ids, segments):  # a bigram model: each token predicts the next
 ...     return params["embedding"][ids] @ params["head"]
 >>> params = {"embedding": np.eye(5, 8, dtype=np.float32), "head": np.zeros((8, 5), np.float32)}
->>> text = lambda *ids: Example(np.array(ids, np.int32), np.arange(len(ids)) >= 1)  # 1: the prompt
->>> batch = preference.pack_pairs([preference.Pair(text(0, 1, 2), text(0, 3))], length=4).arrays
+>>> pair = preference.Pair.of([0], [1, 2], [3])  # token ids: a prompt and two completions
+>>> batch = preference.pack_pairs([pair], length=4).arrays
 >>> config, ids = lora.LoraConfig(rank=4, targets=["head"]), batch["ids"][0]
 >>> params = lora.init(jax.random.key(0), params, config, model, ids, ids)
 >>> log_probs = lora.lora(preference.log_probs(model))

@@ -25,6 +25,18 @@ class Pair:
     chosen: Example
     rejected: Example
 
+    @classmethod
+    def of(cls, prompt: Sequence[int], chosen: Sequence[int], rejected: Sequence[int]) -> "Pair":
+        """Return the pair of two completions of a prompt, all given as token ids.
+
+        >>> Pair.of([1, 2], [3], [4, 5]).rejected.trains
+        array([False, False,  True,  True])
+        """
+        one = lambda ids: Example(
+            np.array([*prompt, *ids], np.int32), np.arange(len(prompt) + len(ids)) >= len(prompt)
+        )
+        return cls(one(chosen), one(rejected))
+
     def __len__(self) -> int:
         return max(len(self.chosen), len(self.rejected))
 
@@ -147,6 +159,22 @@ def pack_pairs(
     if reference:
         arrays[REFERENCE] = np.zeros((len(rows), SIDES, most), np.float32)
     return Data(arrays)
+
+
+def with_slots(parts: Sequence[Data]) -> list[Data]:
+    """Return rows of pairs with as many slots in each part, so that parts can be joined."""
+    most = max(part.arrays["pairs"].shape[-1] for part in parts)
+    return [
+        Data({n: _fill_slots(x, most) if n in _BY_SLOT else x for n, x in part.arrays.items()})
+        for part in parts
+    ]
+
+
+_BY_SLOT = ("pairs", REFERENCE)
+
+
+def _fill_slots(x: np.ndarray, slots: int) -> np.ndarray:
+    return np.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, slots - x.shape[-1])])
 
 
 def _lay_side(

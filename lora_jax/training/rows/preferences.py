@@ -20,8 +20,8 @@ def read_preference(row: Mapping[str, Any]) -> Values:
     Each is a prompt and a completion, or "messages", of which the first "given" ones are the
     prompt. Completions are strings or messages, and so is the prompt: beside messages, a string is
     what the user says; beside a prompt of messages, a string is what the assistant says. Without a
-    prompt, and where the completions repeat a prompt that is a string, the prompt is what both
-    texts begin with: messages, or characters up to the last "Assistant:", or else whole words.
+    prompt, and for whole conversations beside a string, the prompt is what both texts begin with:
+    messages, or characters up to the last "Assistant:", or else whole words.
 
     Raises:
       ValueError: what is wrong, in a few words.

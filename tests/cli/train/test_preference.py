@@ -132,6 +132,17 @@ def test_micro_batches_and_heads(task, data, tmp_path, run):
 
 
 @pytest.mark.slow
+def test_files_with_weights(data, tmp_path, run):
+    """Parts that are packed apart, with other numbers of pairs per row."""
+    short = tmp_path / "short.jsonl"
+    short.write_text(f"{json.dumps({'prompt': 'a', 'chosen': 'b', 'rejected': 'c'})}\n" * 9)
+    more = ("--task", "dpo", "--data", f"{short}=0.5", *STEPS)
+    done = run(*words(data, tmp_path / "out", *more))
+    assert done.status == 0, done.err
+    assert losses(tmp_path / "out")[0] == pytest.approx(np.log(2))
+
+
+@pytest.mark.slow
 @pytest.mark.skipif(jax.device_count() != 8, reason="needs 8 devices")
 def test_on_a_mesh(data, tmp_path, run):
     """The losses of one device."""

@@ -112,7 +112,8 @@ def test_special_tokens_at_the_ends(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model": "llama"}, "model is 'llama', but only 'gpt2' .* tokenizer.json"),
+        ({"model": "t5"}, "model is 't5', but only 'gpt2' and 'llama' .* tokenizer.json"),
+        ({"model": "llama"}, "scores must be"),
         ({"pre": "dbrx"}, "pre 'dbrx' is not supported, only gpt-2, .*smollm"),
         ({"tokens": None}, "tokens is not a list"),
         ({"merges": ["a"]}, "does not name two tokens"),

@@ -2,7 +2,7 @@
 
     python -m tests.parity.peft.check_models [llama | llama_tied | mistral | qwen2 | bert ...]
 
-needs torch, peft 0.21.2 and transformers (checked with 2.13 and 5.23), so the suite does not run
+needs torch, peft 0.21.2 and transformers (checked with 2.13 and 5.24), so the suite does not run
 it. On every recorded model of tests/models/fixtures it
 
 1. trains adapters here, saves them, and loads them with peft on the same torch model;
@@ -18,6 +18,7 @@ peft must load with no warning, no missing and no unexpected key. Printed are th
 differences of logits (BERT: of hidden states) from torch's.
 """
 
+import dataclasses
 import pathlib
 import sys
 import tempfile
@@ -44,7 +45,7 @@ SEGMENTS = np.ones_like(IDS)
 
 # --- the recorded models: trained, there and back, merged -----------------------------------------
 
-KERNELS = r".*(query|key|value|output|gate|up|down|intermediate)/kernel"
+KERNELS = r".*(query|key|value|output|gate|up|gate_up|down|intermediate)/kernel"
 #: Name, stacked or not, and the configuration of the adapters.
 CASES = (
     ("llama", False, lora.LoraConfig(rank=4, alpha=8)),
@@ -57,6 +58,17 @@ CASES = (
     ("mistral", True, lora.LoraConfig(rank=4, overrides={"query": {"rank": 2, "alpha": 3}})),
     ("qwen2", False, lora.LoraConfig(rank=4)),
     ("qwen2", True, lora.LoraConfig(rank=4, layers=[1])),
+    ("qwen3", True, lora.LoraConfig(rank=4, train=["query_norm"])),
+    ("gemma", False, lora.LoraConfig(rank=4, targets=KERNELS, dora=True)),
+    ("gemma2", False, lora.LoraConfig(rank=4)),
+    ("gemma2", True, lora.LoraConfig(rank=4, train=["attention_norm", "mlp_post_norm"])),
+    ("gemma3_text", False, lora.LoraConfig(rank=4, targets=KERNELS, scaling="rslora")),
+    ("gemma3_text", True, lora.LoraConfig(rank=4)),
+    ("phi3", False, lora.LoraConfig(rank=4)),
+    ("phi3", True, lora.LoraConfig(rank=4, dora=True)),
+    ("smollm3", True, lora.LoraConfig(rank=4)),
+    ("olmo2", False, lora.LoraConfig(rank=4)),
+    ("granite", True, lora.LoraConfig(rank=4)),
     ("bert", False, lora.LoraConfig(rank=4, targets=KERNELS)),
     ("bert", False, lora.LoraConfig(rank=4, targets=["query"], bias="adapted")),
 )
@@ -153,6 +165,15 @@ CONFIGS = {
     "llama": transformers.LlamaConfig(**LLAMA, tie_word_embeddings=False),
     "llama_tied": transformers.LlamaConfig(**LLAMA, tie_word_embeddings=True, attention_bias=True),
     "qwen2": transformers.Qwen2Config(**LLAMA, tie_word_embeddings=True),
+    "qwen3": transformers.Qwen3Config(**LLAMA, head_dim=8),
+    "gemma2": transformers.Gemma2Config(**LLAMA, head_dim=8, sliding_window=4),
+    "gemma3_text": transformers.Gemma3TextConfig(
+        **LLAMA,
+        head_dim=8,
+        sliding_window=4,
+        layer_types=["sliding_attention"] * 2 + ["full_attention"],
+    ),
+    "phi3": transformers.Phi3Config(**LLAMA, pad_token_id=0),
     "bert": transformers.BertConfig(**SIZES),
 }
 LINEAR = ["q_proj", "v_proj", "down_proj"]
@@ -183,6 +204,26 @@ OURS = {
     "rows": lora.LoraConfig(rank=3, targets=["query/kernel"], rows={"embedding": [3, 5]}),
     "norms": lora.LoraConfig(rank=3, targets=["query/kernel"], train=["norm/scale"]),
 }
+
+
+#: The layers of `PEFTS` and `OURS` that Phi-3 has in others.
+FUSED = {"q_proj": "qkv_proj", "v_proj": "gate_up_proj"}
+FUSED |= {"query/kernel": "query_key_value/kernel", "value/kernel": "gate_up/kernel"}
+
+
+def in_family(name: str, x: Any) -> Any:
+    """Return the names of layers as a family has them, in a list or in a mapping."""
+    if name != "phi3":
+        return x
+    if isinstance(x, lora.LoraConfig):
+        return dataclasses.replace(x, targets=in_family(name, x.targets))
+    if isinstance(x, dict):
+        return {in_family(name, key): in_family(name, value) for key, value in x.items()}
+    if isinstance(x, list | tuple):
+        return [in_family(name, one) for one in x]
+    for old, new in FUSED.items():
+        x = x.replace(old, new) if isinstance(x, str) else x
+    return x
 
 
 def random_model(name: str) -> torch.nn.Module:
@@ -249,13 +290,13 @@ def random_models(names: list[str]) -> tuple[float, list[int]]:
             if ("tied" in case and not is_tied) or (case == "embedding" and is_tied):
                 continue
             print(case, end=": ")
-            worst = max(worst, theirs(name, fields, loaded))
+            worst = max(worst, theirs(name, in_family(name, fields), loaded))
             counts[0] += 1
         for case, config in OURS.items():
             for pretrained in loaded:
                 print(case, end=": ")
                 try:
-                    worst = max(worst, ours(name, config, pretrained))
+                    worst = max(worst, ours(name, in_family(name, config), pretrained))
                 except lora.TargetError as error:
                     print("skipped:", str(error).splitlines()[0])
                     continue

@@ -33,13 +33,18 @@ def directory(name: str) -> Subject:
 
 def _load_model(path: Path) -> tuple[models.Pretrained, Any]:
     model = models.load(path)
-    ids = jnp.asarray(IDS[:, : model.config.max_position_embeddings])
-    return model, _forward(model.apply, model.params, ids, jnp.ones_like(ids))
+    if model.kind in ("encoder", "decoder"):
+        ids = jnp.asarray(IDS[:, : model.longest])
+        inputs = {"ids": ids, "segments": jnp.ones_like(ids)}
+    else:
+        shapes = model.family.inputs(model.module)
+        inputs = {name: jnp.ones(x.shape, x.dtype) for name, x in shapes.items()}
+    return model, _forward(model.apply, model.params, inputs)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _forward(apply: Any, params: Any, ids: Any, segments: Any) -> Any:
-    return apply(params, ids, segments)
+def _forward(apply: Any, params: Any, inputs: Any) -> Any:
+    return apply(params, **inputs)
 
 
 def _judge_model(loaded: tuple[models.Pretrained, Any], folder: Path) -> Verdict:
@@ -53,9 +58,29 @@ def _judge_model(loaded: tuple[models.Pretrained, Any], folder: Path) -> Verdict
     return "loads", ""
 
 
-def gguf(part: str) -> Subject:
-    """A small Llama with its tokenizer in one file, of which one part is read."""
-    files = {"model.gguf": gguf_bytes.encode(_gguf_parts())}
+def processor() -> Subject:
+    """How a model's images become its pixels."""
+    name = "preprocessor_config.json"
+    files = {name: (FIXTURES / "vit" / name).read_bytes()}
+
+    def load(folder: Path) -> Any:
+        found = models.ImageProcessor.load(folder)
+        if max(found.size) > 64:
+            return np.zeros(1)
+        return found(np.ones((1, *found.size, len(found.mean)), np.uint8))
+
+    def judge(pixels: Any, folder: Path) -> Verdict:
+        if np.isfinite(pixels).all():
+            return "loads", ""
+        return "loads what it should not", "pixels are not finite"
+
+    return Subject(files, load, judge)
+
+
+def gguf(part: str, architecture: str = "llama") -> Subject:
+    """A small model with its tokenizer in one file, of which one part is read."""
+    parts = _gguf_parts() if architecture == "llama" else _newer_parts(architecture)
+    files = {"model.gguf": gguf_bytes.encode(parts)}
 
     def load_tokenizer(folder: Path) -> Any:
         return _use(Tokenizer.from_gguf(folder / "model.gguf"))
@@ -221,6 +246,74 @@ def _gguf_parts() -> gguf_bytes.Parts:
             ("tokenizer.ggml.eos_token_id", UINT32, 1),
             ("tokenizer.ggml.add_bos_token", BOOL, True),
             ("tokenizer.chat_template", STRING, "{{ bos_token }}{{ messages[0].content }}"),
+        ],
+        [gguf_bytes.Tensor(f"{x}.weight", shape, draw(shape)) for x, shape in shapes.items()],
+    )
+
+
+def _newer_parts(architecture: str) -> gguf_bytes.Parts:
+    """Return a Gemma 3 or a Phi-3 of one layer, and SentencePiece's BPE."""
+    tokens = [
+        "<unk>",
+        "<s>",
+        "</s>",
+        "H",
+        "e",
+        "l",
+        "o",
+        "He",
+        "ll",
+        "▁",
+        *map(chr, range(97, 105)),
+    ]
+    tokens = list(dict.fromkeys(tokens))
+    types = [2, 3, 3] + [1] * (len(tokens) - 3)
+    width, inner, heads = 8, 12, 2
+    norms = {"gemma3": ("attn", "ffn", "post_attention", "post_ffw"), "phi3": ("attn", "ffn")}
+    shapes: dict[str, tuple[int, ...]] = {
+        "token_embd": (len(tokens), width),
+        "output_norm": (width,),
+        "blk.0.attn_output": (width, width),
+        "blk.0.ffn_down": (width, inner),
+        **{f"blk.0.{x}_norm": (width,) for x in norms[architecture]},
+    }
+    if architecture == "gemma3":
+        shapes |= {f"blk.0.attn_{x}": (rows, width) for x, rows in (("q", 8), ("k", 4), ("v", 4))}
+        shapes |= {f"blk.0.attn_{x}_norm": (width // heads,) for x in ("q", "k")}
+        shapes |= {f"blk.0.ffn_{x}": (inner, width) for x in ("gate", "up")}
+    else:
+        shapes |= {"blk.0.attn_qkv": (16, width), "blk.0.ffn_up": (2 * inner, width)}
+        shapes |= {f"rope_factors_{x}": (2,) for x in ("long", "short")}
+    rng = np.random.default_rng(0)
+    draw = lambda shape: (1 + rng.random(size=shape)).astype(np.float32).tobytes()
+    numbers = {
+        "embedding_length": width,
+        "feed_forward_length": inner,
+        "block_count": 1,
+        "context_length": 64,
+        "attention.head_count": heads,
+        "attention.head_count_kv": 1,
+        "attention.sliding_window": 4,
+        "rope.dimension_count": width // heads,
+        "rope.scaling.original_context_length": 16,
+    }
+    if architecture == "gemma3":
+        numbers |= {"attention.key_length": 4, "attention.sliding_window_pattern": 6}
+    floats = {"attention.layer_norm_rms_epsilon": 1e-5, "rope.freq_base": 10000.0}
+    floats |= {"rope.freq_base_swa": 1000.0, "rope.scaling.attn_factor": 1.25}
+    scores = [0.0, 0.0, 0.0, *(-float(i) for i in range(len(tokens) - 3))]
+    return gguf_bytes.Parts(
+        [
+            ("general.architecture", STRING, architecture),
+            *((f"{architecture}.{key}", UINT32, value) for key, value in numbers.items()),
+            *((f"{architecture}.{key}", FLOAT32, value) for key, value in floats.items()),
+            ("tokenizer.ggml.model", STRING, "llama"),
+            ("tokenizer.ggml.tokens", ARRAY, (STRING, tokens)),
+            ("tokenizer.ggml.token_type", ARRAY, (INT32, types)),
+            ("tokenizer.ggml.scores", ARRAY, (FLOAT32, scores)),
+            ("tokenizer.ggml.bos_token_id", UINT32, 1),
+            ("tokenizer.ggml.eos_token_id", UINT32, 2),
+            ("tokenizer.ggml.add_space_prefix", BOOL, architecture == "phi3"),
         ],
         [gguf_bytes.Tensor(f"{x}.weight", shape, draw(shape)) for x, shape in shapes.items()],
     )

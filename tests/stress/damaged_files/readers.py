@@ -3,6 +3,7 @@
 import functools
 from collections.abc import Callable, Sequence
 
+from tests.models.recorded import NEWER, OTHERS
 from tests.parity.diffusion import models as images
 from tests.parity.peft import models
 from tests.stress.damaged_files import adapters, command_line, published, runs
@@ -22,6 +23,7 @@ def _adapters(make: Callable[[str], Subject]) -> Turns:
     ]
 
 
+GGUFS = ("llama", "gemma3", "phi3")
 #: In turn: each reader as often as the others, whatever the number of its files.
 READERS: dict[str, Turns] = {
     "native": [
@@ -48,10 +50,16 @@ READERS: dict[str, Turns] = {
     ],
     "model directory": [
         (name, functools.partial(published.directory, name))
-        for name in ("llama", "llama_tied", "mistral", "qwen2", "bert")
+        for name in ("llama", "llama_tied", "mistral", "qwen2", "bert", *NEWER, *OTHERS)
     ],
-    "GGUF model": [("GGUF model", functools.partial(published.gguf, "model"))],
-    "GGUF tokenizer": [("GGUF tokenizer", functools.partial(published.gguf, "tokenizer"))],
+    "image processor": [("image processor", published.processor)],
+    "GGUF model": [
+        (f"GGUF model {name}", functools.partial(published.gguf, "model", name)) for name in GGUFS
+    ],
+    "GGUF tokenizer": [
+        (f"GGUF tokenizer {name}", functools.partial(published.gguf, "tokenizer", name))
+        for name in GGUFS
+    ],
     "tokenizer": [
         (kind, functools.partial(published.tokenizer, kind))
         for kind in ("BPE", "Unigram", "WordPiece")

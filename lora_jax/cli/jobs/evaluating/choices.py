@@ -76,7 +76,7 @@ def _log_probs(
     if model.head_path in adapted_nodes(params):
         losses = token_losses_of_trained_head(model.hidden, model.logits)
     else:
-        losses = token_losses_of_frozen_head(model.hidden, model.head)
+        losses = token_losses_of_frozen_head(model.hidden, model.head, None, model.finish)
     return partial(_of_texts, lora.lora(losses), params, length=length, rows=settings.batch)
 
 

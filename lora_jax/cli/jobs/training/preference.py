@@ -16,7 +16,7 @@ from lora_jax.training.preference.log_probs import (
     log_probs_of_trained_head,
     preference_sums,
 )
-from lora_jax.training.preference.pairs import encode_pairs, pack_pairs
+from lora_jax.training.preference.pairs import encode_pairs, pack_pairs, with_slots
 from lora_jax.training.step import Loss
 
 
@@ -35,7 +35,7 @@ def pack_preferences(
         pack_pairs(part.pairs, options.length, by, reference=options.task == DPO)
         for part, by in zip(encoded, packings, strict=True)
     ]
-    return packed, tuple(dict.fromkeys(note for part in encoded for note in part.notes))
+    return with_slots(packed), tuple(dict.fromkeys(note for part in encoded for note in part.notes))
 
 
 def preference_loss(

@@ -1,4 +1,4 @@
-"""What `lora-jax train --task dpo` compares with, computed once and kept in the run's directory."""
+"""What `lora-jax train --task dpo` compares with, computed once and kept with the run."""
 
 import dataclasses
 from collections.abc import Callable, Mapping

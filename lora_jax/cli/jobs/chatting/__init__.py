@@ -1,0 +1,1 @@
+"""A conversation of `lora-jax chat`: what was said, who speaks, and the commands in it."""
