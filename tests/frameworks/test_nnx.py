@@ -8,6 +8,7 @@ import numpy as np
 import optax
 import orbax.checkpoint
 import pytest
+import safetensors.numpy
 from flax import nnx
 from flax.errors import TraceContextError
 
@@ -197,6 +198,24 @@ def test_files_and_checkpoints(trained, tmp_path):
     nnx.update(fresh, checkpointer.restore(tmp_path / "b", like))
     fresh.eval()
     np.testing.assert_array_equal(call(fresh, X), want)
+
+
+def test_peft_files(trained, tmp_path):
+    model, tuned, *_ = trained
+    naming = lora.naming.Naming(
+        (
+            lora.naming.Entry("blocks.{n}.weight", "blocks/{n}/kernel", "linear"),
+            lora.naming.Entry("{m}.weight", "{m}/kernel", "linear"),
+        )
+    )
+    lora.peft.save(tmp_path, tuned.params(), naming, config=CONFIG)
+    tensors = safetensors.numpy.load_file(tmp_path / "adapter_model.safetensors")
+    want = tuned.adapters.blocks["0"].kernel.a.get_value().T  # PEFT keeps [rank, in]
+    np.testing.assert_array_equal(tensors["base_model.model.blocks.0.lora_A.weight"], want)
+    adapters = lora.peft.load(tmp_path, nnx.state(model, nnx.Param), naming)
+    again = lora.nnx.join(model, adapters)
+    same = lambda x, y: np.testing.assert_array_equal(x, y)
+    jax.tree.map(same, nnx.state(again, nnx.Param), nnx.state(tuned, nnx.Param))
 
 
 def test_putting_other_values(trained):
