@@ -15,6 +15,8 @@ NEWER = (
 )
 #: Families whose layers have experts.
 EXPERTS = ("mixtral", "qwen3_moe", "gpt_oss")
+#: Models of texts, images and speech other than decoders.
+OTHERS = ("roberta", "modernbert", "vit", "siglip", "siglip_vision", "clip_vision", "whisper")
 
 
 @functools.cache

@@ -89,6 +89,18 @@ def test_the_splits_of_a_directory_of_datasets():
     assert sorted(said(task.data).split("é")[1:]) == [*"0123456"] and said(task.held_out) == "out"
 
 
+def test_files_of_other_splits_are_not_trained_on(tmp_path):
+    for name in ("train", "valid", "test"):
+        (tmp_path / f"{name}.jsonl").write_text(f'{{"text": "{name}"}}\n')
+    task = read([tmp_path], held_out=[tmp_path])
+    names = ", ".join(str(tmp_path / f"{name}.jsonl") for name in ("test", "valid"))
+    assert task.notes == (f"not trained on, as their names tell other splits: {names}",)
+    said = [
+        text_of({n: x[0] for n, x in data.arrays.items()})[0] for data in (task.data, task.held_out)
+    ]
+    assert said == ["train", "valid"]
+
+
 def test_compressed_data_is_read_at_first(tmp_path, monkeypatch):
     monkeypatch.setattr("lora_jax.cli.jobs.training.stream.LARGE", 10)
     (tmp_path / "d.jsonl").write_text('{"text": "abc"}\n' * 9)
