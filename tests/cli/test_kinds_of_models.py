@@ -36,6 +36,12 @@ def test_commands_on_texts_refuse_others(name, fails, tmp_path):
         assert len(said.strip().splitlines()) == 1
 
 
+@pytest.mark.parametrize("name", ["bert", "roberta", "modernbert"])
+def test_an_encoder_generates_nothing(name, fails):
+    said = fails("generate", "--model", recorded.FIXTURES / name, "--prompt", "a")
+    assert "is an encoder of texts, but this command needs a decoder; lora_jax.models" in said
+
+
 def test_an_adapter_of_transformers_4(tmp_path):
     """Its modules had the names that models' files still have."""
     adapter = write_adapter("vit", tmp_path)
