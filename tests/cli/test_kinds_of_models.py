@@ -51,10 +51,14 @@ def test_an_adapter_of_transformers_4(tmp_path):
     older = {
         "vit.layers.": "vit.encoder.layer.",
         "attention.q_proj": "attention.attention.query",
+        "attention.k_proj": "attention.attention.key",
+        "attention.v_proj": "attention.attention.value",
+        "attention.o_proj": "attention.output.dense",
         "mlp.fc1": "intermediate.dense",
+        "mlp.fc2": "output.dense",
     }
     config = json.loads((adapter / peft.CONFIG).read_text())
-    config["target_modules"] = ["query", "intermediate.dense", "projection"]
+    config["target_modules"] = ["query", "key", "value", "dense", "projection"]
     (adapter / peft.CONFIG).write_text(json.dumps(config))
     for new_name, old_name in older.items():
         tensors = {name.replace(new_name, old_name): x for name, x in tensors.items()}
