@@ -396,3 +396,38 @@ def test_small_files_that_ask_for_much_are_refused_first(base, tmp_path):
         assert contents.problems.keys() == ({key} if alone else set())
         assert alone is None or alone in contents.problems[key]
         assert not contents.factors
+
+
+@pytest.mark.parametrize(
+    ("module", "ending"),
+    [
+        (
+            "unet.mid_block.attentions.0.transformer_blocks.0.attn1.processor.to_q",
+            "_lora.down.weight",
+        ),
+        ("mid_block.attentions.0.transformer_blocks.0.attn1.processor.to_out", "_lora.down.weight"),
+        ("unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_out.0", ".lora.down.weight"),
+        (
+            "base_model.model.mid_block.attentions.0.transformer_blocks.0.attn1.to_q",
+            ".lora_A.weight",
+        ),
+        (
+            "diffusion_model.middle_block.1.transformer_blocks.0.attn1.to_q",
+            ".lora_A.default.weight",
+        ),
+        ("lycoris_mid_block_attentions_0_transformer_blocks_0_attn1_to_q", ".lora_down.weight"),
+        (
+            "text_encoders.clip_l.transformer.text_model.encoder.layers.0.mlp.fc1",
+            ".lora_down.weight",
+        ),
+        ("text_encoder.text_model.encoder.layers.0.mlp.fc1", ".lora_linear_layer.down.weight"),
+    ],
+)
+def test_names_that_are_found_in_the_wild(module, ending, tmp_path):
+    out, ins = (7, 5) if "text_model" in module else (6, 8) if "to_out" in module else (8, 6)
+    up = ending.replace("down", "up").replace("_A", "_B")
+    tensors = {module + ending: draw(2, ins), module + up: draw(out, 2)}
+    alpha = "_lora.alpha" if ending.startswith("_") else ".alpha"
+    (found,) = adapted_nodes(read(tmp_path, tensors | {module + alpha: np.array(3.0)})).values()
+    assert float(found.scale) == 1.5
+    np.testing.assert_array_equal(found.a, tensors[module + ending].T)
