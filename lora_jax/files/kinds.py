@@ -12,8 +12,8 @@ from lora_jax.files.disk.strict_json import parse_json
 
 # kinds of adapters
 PEFT, MLX, NATIVE, GGUF_ADAPTER = "peft", "mlx", "native", "gguf_adapter"
-KOHYA, DIFFUSERS = "kohya", "diffusers"
-OF_IMAGES = (KOHYA, DIFFUSERS)  # those of image generators
+KOHYA, DIFFUSERS, PIPELINE = "kohya", "diffusers", "pipeline"
+OF_IMAGES = (KOHYA, DIFFUSERS, PIPELINE)  # those of image generators
 CHECKPOINT, GGUF, TINY = "checkpoint", "gguf", "tiny"  # kinds of models
 DESCRIPTIONS = {
     PEFT: "PEFT adapter",
@@ -22,6 +22,7 @@ DESCRIPTIONS = {
     GGUF_ADAPTER: "GGUF adapter",
     KOHYA: "kohya adapter",
     DIFFUSERS: "diffusers adapter",
+    PIPELINE: "pipeline of PEFT adapters",
     CHECKPOINT: "model checkpoint",
     GGUF: "GGUF model",
     TINY: "model of random weights",
@@ -101,6 +102,11 @@ def detect(path: Path) -> Found:
     )
 
 
+def components_in(path: Path) -> list[str]:
+    """Return the components of a pipeline that have a PEFT adapter in a directory: "unet", ..."""
+    return [name for name in diffusion.COMPONENTS if (path / name / _CONFIG).is_file()]
+
+
 def _kind_of_directory(path: Path) -> str:
     files = read_directory(path, [_CONFIG])
     if _CONFIG in files:
@@ -117,6 +123,8 @@ def _kind_of_directory(path: Path) -> str:
         )
     if (path / _MODEL_CONFIG).is_file():
         return CHECKPOINT
+    if components_in(path):
+        return PIPELINE
     index = stack_index.read(path)
     if index is not None:
         own = path / index.names[0]

@@ -39,6 +39,13 @@ def test_kohya_to_directories_of_peft_and_back(world, tmp_path, run):
         tensors, header = safetensors_file.read(f"{name}.safetensors")
         got |= tensors
         assert header["ss_base_model_version"] == "sd_v1"
+    convert(run, "style", "--to", "kohya", "--out", "both.safetensors")
+    both, _ = safetensors_file.read("both.safetensors")
+    assert both.keys() == got.keys() and all((both[name] == x).all() for name, x in got.items())
+    assert run("combine", "style", "style.safetensors", "--out", "twice").status == 0
+    assert {one.a.shape[1] for one in read_factors(tmp_path / "twice" / "unet").factors} == {2, 4}
+    told = run("inspect", "style")
+    assert told.status == 1 and "give one of style/unet, style/text_encoder" in told.err
     plain = {name: x for name, x in world.items() if ".hada" not in name}
     for name, x in plain.items():
         np.testing.assert_array_equal(got.pop(name), x)
