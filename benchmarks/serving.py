@@ -28,7 +28,8 @@ from benchmarks.report import versions
 from lora_jax.cli import sources
 from lora_jax.models.pretrained import Pretrained
 from lora_jax.serving.app import make_app
-from lora_jax.serving.asked import Reader, finder
+from lora_jax.serving.asked import Reader
+from lora_jax.serving.catalogue import Catalogue
 from lora_jax.serving.rows import Rows
 from lora_jax.serving.scheduler import Scheduler
 from lora_jax.serving.served import Served
@@ -131,13 +132,12 @@ def serving(model: Pretrained, tokenizer: Any, adapters: int, rows: int) -> Iter
     """Start a server, warm, of so many adapters and rows."""
     made = Rows(model, make_stack(model, adapters), rows, CONTEXT)
     made.warm_up()
-    served = {
-        name: Served(name, tokenizer, frozenset(), slot)
-        for slot, name in enumerate(["base", *(f"adapter-{n}" for n in range(adapters))], -1)
-    }
+    names = ["base", *(f"adapter-{n}" for n in range(adapters))]
+    served = [Served(name, tokenizer, frozenset(), n - 1) for n, name in enumerate(names)]
+    catalogue = Catalogue(served)
     scheduler = Scheduler(made, waiting=10_000)
-    reader = Reader(finder(served), CONTEXT, model.config.vocab_size)
-    app = make_app(scheduler, lambda: list(served.values()), reader)
+    reader = Reader(catalogue.find, CONTEXT, model.config.vocab_size)
+    app = make_app(scheduler, catalogue, reader)
     server = Server(app, scheduler, listen("127.0.0.1", 0))
     server.start()
     stop = threading.Thread(target=server.stop, args=(PATIENCE,))

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
@@ -20,11 +20,14 @@ class Cache:
         per layer, or a single pair with a leading axis for stacked layers.
       segments: int32 `[batch, length]`: which text each token belongs to.
       filled: int32 scalar, how many of the `length` slots are in use.
+      reach: how long texts can become where the cache is exchanged for longer ones, which
+        `longrope` asks; None if it is `length`.
     """
 
     layers: Any
     segments: jax.Array
     filled: jax.Array
+    reach: int | None = field(default=None, metadata={"static": True})
 
     @property
     def length(self) -> int:
@@ -38,7 +41,7 @@ class Cache:
         `jax.vmap`.
         """
         stacked = jax.tree.leaves(self.layers)[0].ndim - 4
-        return Cache(stacked, 0, None)  # type: ignore[arg-type]
+        return Cache(stacked, 0, None, self.reach)  # type: ignore[arg-type]
 
 
 def write(old: jax.Array, new: jax.Array, first: jax.Array, axis: int) -> jax.Array:

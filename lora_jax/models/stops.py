@@ -1,6 +1,6 @@
 """Where a model's text ends: the token ids that its files, its tokenizer and its template name."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,12 @@ def stop_ids(model: str | Path | None, tokenizer: Tokenizer) -> frozenset[int]:
             raise FileNotFoundError(f"{path}: no such file or directory")
         found |= _in_directory(path) if path.is_dir() else _in_gguf(path)
     return frozenset(i for i in found if i is not None)
+
+
+def special_ids(tokenizer: Tokenizer, stops: Sequence[str]) -> frozenset[int]:
+    """Return the ids of stop texts that are special tokens, which no decoded text contains."""
+    added = tokenizer.backend.get_added_tokens_decoder()
+    return frozenset(i for i, token in added.items() if token.special and token.content in stops)
 
 
 def _in_directory(directory: Path) -> set[int]:

@@ -17,12 +17,13 @@ from starlette.types import Receive, Scope, Send
 
 from lora_jax.serving.answers import DONE, Answer, event
 from lora_jax.serving.asked import Asked, Reader
+from lora_jax.serving.body import read_body
+from lora_jax.serving.catalogue import Catalogue
 from lora_jax.serving.errors import RequestError, failed
 from lora_jax.serving.job import Job, Progress
 from lora_jax.serving.scheduler import Scheduler
 from lora_jax.serving.served import Served
 
-MOST_BYTES = 4 * 2**20  # of a request
 _CLOSED = 499  # what proxies log where the client has left; nobody reads it
 _PAGE_POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; " + (
     "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
@@ -31,7 +32,7 @@ _PAGE_POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsaf
 
 def make_app(
     scheduler: Scheduler,
-    models: Callable[[], Sequence[Served]],
+    catalogue: Catalogue,
     reader: Reader,
     routes: Sequence[Route] = (),
 ) -> Starlette:
@@ -39,11 +40,11 @@ def make_app(
 
     Args:
       scheduler: started.
-      models: returns what is served at the moment, the base first.
+      catalogue: of what is served.
       reader: of requests for completions.
       routes: further ones.
     """
-    interface = Interface(scheduler, models, reader)
+    interface = Interface(scheduler, catalogue, reader)
     return Starlette(
         routes=[
             Route("/", interface.page),
@@ -67,10 +68,8 @@ def make_app(
 class Interface:
     """The functions behind the routes."""
 
-    def __init__(
-        self, scheduler: Scheduler, models: Callable[[], Sequence[Served]], reader: Reader
-    ) -> None:
-        self._scheduler, self._models, self._reader = scheduler, models, reader
+    def __init__(self, scheduler: Scheduler, catalogue: Catalogue, reader: Reader) -> None:
+        self._scheduler, self._catalogue, self._reader = scheduler, catalogue, reader
 
     async def page(self, request: Request) -> Response:
         """Return the page on which a prompt can be tried."""
@@ -93,11 +92,11 @@ class Interface:
 
     async def models(self, request: Request) -> Response:
         """Return what is served."""
-        return JSONResponse({"object": "list", "data": [*map(self._shown, self._models())]})
+        return JSONResponse({"object": "list", "data": [*map(self._shown, self._catalogue.all())]})
 
     async def model(self, request: Request) -> Response:
         """Return one of those that are served."""
-        return JSONResponse(self._shown(self._reader.find(request.path_params["name"])))
+        return JSONResponse(self._shown(self._catalogue.find(request.path_params["name"])))
 
     async def complete(self, request: Request) -> Response:
         """Continue texts."""
@@ -108,7 +107,7 @@ class Interface:
         return await self._answer(request, chat=True)
 
     def _shown(self, one: Served) -> dict[str, Any]:
-        base = self._models()[0].name
+        base = self._catalogue.all()[0].name
         shown = {"id": one.name, "object": "model", "created": one.created, "owned_by": "lora-jax"}
         more = {"parent": None if one.name == base else base}
         return {**shown, **more, "max_model_len": self._reader.context}
@@ -116,6 +115,10 @@ class Interface:
     async def _answer(self, request: Request, chat: bool) -> Response:
         body = await read_body(request)
         asked = await run_in_threadpool(self._reader.read, body, chat)
+        if self._catalogue.find(asked.served.name) is not asked.served:
+            raise RequestError(
+                "the adapter was replaced meanwhile; send the request again", status=409
+            )
         course = Course(self._scheduler, asked)
         self._scheduler.submit(course.jobs)
         return EventStream(course) if asked.stream else await course.whole(request)
@@ -192,25 +195,6 @@ class EventStream(Streaming):
             await super().__call__(scope, receive, send)
         finally:
             self._course.cancel()
-
-
-async def read_body(request: Request) -> bytes:
-    """Return the body of a request, if it is JSON and not too large.
-
-    Raises:
-      RequestError: it is something else.
-    """
-    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if kind != "application/json":
-        raise RequestError(
-            "the request needs the header Content-Type: application/json", status=415
-        )
-    found = bytearray()
-    async for piece in request.stream():
-        found += piece
-        if len(found) > MOST_BYTES:
-            raise RequestError(f"the body has more than {MOST_BYTES:,} bytes", status=413)
-    return bytes(found)
 
 
 async def _disconnected(receive: Callable[[], Awaitable[Any]]) -> None:

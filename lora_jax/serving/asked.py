@@ -1,13 +1,13 @@
 """`Asked`: what a request for a completion asks for, checked and encoded."""
 
 import secrets
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from lora_jax.core.checks import is_integer
 from lora_jax.core.errors import LoraError
-from lora_jax.core.foreign import shown, shown_value
+from lora_jax.core.foreign import shown
 from lora_jax.serving.errors import RequestError
 from lora_jax.serving.fields import Fields, wrong
 from lora_jax.serving.job import Job, Progress
@@ -228,25 +228,3 @@ def _encoded(name: str, encode: Callable[[Any], list[int]], served: Served) -> l
         raise RequestError(f"{name} cannot be encoded for {served.name}: {said}", param=name) from (
             None
         )
-
-
-def unknown_model(name: str, names: Sequence[str]) -> RequestError:
-    """Return the error for a name under which nothing is served."""
-    return RequestError(
-        f"the model {shown_value(name)} does not exist; this server has "
-        f"{', '.join(map(shown, names))}",
-        status=404,
-        param="model",
-        code="model_not_found",
-    )
-
-
-def finder(served: Mapping[str, Served]) -> Callable[[str], Served]:
-    """Return what finds a name among those that are served."""
-
-    def find(name: str) -> Served:
-        if name not in served:
-            raise unknown_model(name, list(served))
-        return served[name]
-
-    return find

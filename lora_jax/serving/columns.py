@@ -52,6 +52,7 @@ def move(cache: Cache, offset: jax.Array, length: int) -> Cache:
         jax.tree.map(lambda x: take(x, x.ndim + _COLUMNS), cache.layers),
         jnp.where(known[None], take(cache.segments, 1), 0),
         cache.filled - offset,
+        cache.reach,
     )
 
 
@@ -63,7 +64,7 @@ def widen(cache: Cache, length: int) -> Cache:
         return jnp.pad(x, widths)
 
     layers = jax.tree.map(lambda x: pad(x, x.ndim + _COLUMNS), cache.layers)
-    return Cache(layers, pad(cache.segments, 1), cache.filled)
+    return Cache(layers, pad(cache.segments, 1), cache.filled, cache.reach)
 
 
 def insert(cache: Cache, prompt: Cache, row: jax.Array) -> Cache:
@@ -86,4 +87,5 @@ def insert(cache: Cache, prompt: Cache, row: jax.Array) -> Cache:
         jax.tree.map(keys, cache.layers, wide.layers),
         put(cache.segments, wide.segments, 1, 0),
         cache.filled,
+        cache.reach,
     )

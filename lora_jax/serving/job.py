@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from lora_jax.models.stops import special_ids
 from lora_jax.models.text.stop_text import StopText
 from lora_jax.models.text.text_stream import TextStream
 from lora_jax.serving.errors import RequestError
@@ -39,7 +40,7 @@ class Job:
       ids: the prompt.
       most: maximum number of tokens.
       choosing: how they are chosen.
-      stops: texts that end the text.
+      stops: texts that end the text, special tokens among them.
       report: called with each `Progress`, in the scheduler's thread; must not raise or wait.
       made: how many tokens were made.
       done: whether the last report was made, or nobody waits for it any more.
@@ -55,15 +56,17 @@ class Job:
     done: bool = False
     _text: TextStream = field(init=False)
     _stop: StopText = field(init=False)
+    _ends: frozenset[int] = field(init=False)
 
     def __post_init__(self) -> None:
         self._text = TextStream(self.served.tokenizer.decode)
         self._stop = StopText(self.stops)
+        self._ends = self.served.ends | special_ids(self.served.tokenizer, self.stops)
 
     def add(self, token: Sampled) -> bool:
         """Take the next token, report what it adds, and return whether it was the last one."""
         self.made += 1
-        if token.token in self.served.ends:
+        if token.token in self._ends:
             return self._end("", token, STOP)
         text = self._stop.push(self._text.push(token.token))
         if self._stop.ended:

@@ -1,5 +1,6 @@
 """`Rows`: a fixed number of texts that continue together, each with its own adapter."""
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_jax.adapters.split import join
-from lora_jax.adapters.stacks.select import select
+from lora_jax.adapters.stacks.select import select, set_slot
 from lora_jax.core.quantized.weight import is_quantized
 from lora_jax.engine.transform import lora
 from lora_jax.models.cache import Cache
@@ -134,9 +135,7 @@ class Rows:
     def _compile_way(self, length: int, other: int) -> None:
         """Compile how columns get from a cache of some length to another one."""
         if other <= length:
-            self._insert(
-                self._empty(length, 1), self.model.module.init_cache(1, other), np.int32(0)
-            )
+            self._insert(self._empty(length, 1), self._new_cache(1, other), np.int32(0))
         self._move(self._empty(length, 1), np.int32(0), other)
 
     def _compile_step(self, length: int) -> None:
@@ -154,9 +153,13 @@ class Rows:
         """Whether the cache was given to a program that failed; only `clear` helps then."""
         return any(x.is_deleted() for x in jax.tree.leaves(self._cache))
 
-    def replace_adapters(self, stack: Any) -> None:
-        """Let other adapters take over, in a stack of the same shapes."""
-        self._stack, self._params = stack, None
+    def set_adapter(self, slot: int, overlay: Any) -> None:
+        """Put an adapter into a slot of the stack.
+
+        Raises:
+          StructureError: it does not fit the stack.
+        """
+        self._stack, self._params = set_slot(self._stack, slot, overlay), None
 
     def join(self, row: int, ids: list[int], slot: int, choosing: Choosing) -> Sampled:
         """Let a text begin in a free row, and return the first token that follows it.
@@ -233,8 +236,11 @@ class Rows:
 
     def _empty(self, length: int, filled: int) -> Cache:
         """Return a cache with empty columns, some of them in use."""
-        cache = self.model.module.init_cache(self.count, length)
-        return Cache(cache.layers, cache.segments, jnp.int32(filled))
+        cache = self._new_cache(self.count, length)
+        return dataclasses.replace(cache, filled=jnp.int32(filled))
+
+    def _new_cache(self, count: int, length: int) -> Cache:
+        return self.model.module.init_cache(count, length, reach=self.context)
 
     def _of_slots(self, slots: np.ndarray) -> Any:
         if self._stack is None:
@@ -251,7 +257,7 @@ class Rows:
     def _prefill_one(self, params: Any, padded: jax.Array, *choosing: jax.Array) -> Any:
         """Return the first token after a prompt, `[ids and segments, 1, length]`; its cache."""
         ids, segments = padded
-        cache = self.model.module.init_cache(1, ids.shape[1])
+        cache = self._new_cache(1, ids.shape[1])
         logits, cache = advance(self._apply, params, ids, segments, cache, self._by_row)
         cache = widen(cache, at_least(self._cache_lengths, ids.shape[1]))
         keys, *numbers = choosing

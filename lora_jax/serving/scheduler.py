@@ -53,6 +53,11 @@ class Scheduler:
         """Whether it takes no more jobs."""
         return self._refusing
 
+    def slots_in_use(self) -> set[int]:
+        """Return the slots whose adapters jobs use that run or wait."""
+        with self._changed:
+            return {job.served.slot for job in [*self._running.values(), *self._waiting]}
+
     def start(self) -> None:
         """Start the thread."""
         self._thread.start()
@@ -61,13 +66,20 @@ class Scheduler:
         """Let jobs wait for a row, all of them or none.
 
         Raises:
-          RequestError: too many jobs wait already, or the scheduler stops.
+          RequestError: too many jobs wait already, there are more than can ever wait, or the
+            scheduler stops.
         """
+        most = self.rows.count + self.most_waiting
+        if len(jobs) > most:
+            raise RequestError(
+                f"the request has {len(jobs)} prompts, but this server takes at most {most} at a "
+                "time; split the request",
+                param="prompt",
+            )
         with self._changed:
             if self._refusing:
                 raise stopping()
-            room = self.most_waiting + self.rows.count - len(self._running)
-            if len(self._waiting) + len(jobs) > room:
+            if len(self._waiting) + len(self._running) + len(jobs) > most:
                 self.metrics.refused += 1
                 raise overloaded(len(self._waiting), self.most_waiting)
             self._waiting.extend(jobs)

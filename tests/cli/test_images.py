@@ -39,6 +39,13 @@ def test_kohya_to_directories_of_peft_and_back(world, tmp_path, run):
         tensors, header = safetensors_file.read(f"{name}.safetensors")
         got |= tensors
         assert header["ss_base_model_version"] == "sd_v1"
+    convert(run, "style", "--to", "kohya", "--out", "both.safetensors")
+    both, _ = safetensors_file.read("both.safetensors")
+    assert both.keys() == got.keys() and all((both[name] == x).all() for name, x in got.items())
+    assert run("combine", "style", "style.safetensors", "--out", "twice").status == 0
+    assert {one.a.shape[1] for one in read_factors(tmp_path / "twice" / "unet").factors} == {2, 4}
+    told = run("inspect", "style")
+    assert told.status == 1 and "give one of style/unet, style/text_encoder" in told.err
     plain = {name: x for name, x in world.items() if ".hada" not in name}
     for name, x in plain.items():
         np.testing.assert_array_equal(got.pop(name), x)
@@ -96,8 +103,8 @@ def test_sdxl_has_the_original_names(tmp_path, monkeypatch, run):
         (["convert", "style.safetensors", "--to", "kohya"], "is already a kohya adapter"),
         (["convert", "style.safetensors", "--to", "mlx"], "is for an image generator, and becomes"),
         (["convert", "whole.safetensors", "--to", "peft"], "pass full_rank=16 (--full-rank 16)"),
-        (["convert", "other.safetensors", "--to", "peft"], "is a module of none of SD 1.5, SDXL"),
-        (["convert", "peft", "--to", "kohya"], "is in no component of SD 1.5, SDXL and Flux"),
+        (["convert", "other.safetensors", "--to", "peft"], "is a module of none of SD 1.5, SD 2.1"),
+        (["convert", "peft", "--to", "kohya"], "is in no component of SD 1.5, SD 2.1, SDXL"),
         (["convert", "peft", "--to", "mlx", "--full-rank", "2"], "for files of image generators"),
     ],
 )

@@ -21,6 +21,7 @@ pytest.importorskip("uvicorn")
 from tests.cli import files
 
 PROGRAM = "import sys; from lora_jax.cli import main; sys.exit(main(sys.argv[1:]))"
+JSON = {"Content-Type": "application/json"}
 PATIENCE = 60  # seconds, for the first request compiles
 
 
@@ -45,6 +46,8 @@ def test_limits(fails, tmp_path):
         assert (
             f"cannot listen on 127.0.0.1:{port}: " in error and "another --host or --port" in error
         )
+    error = fails("serve", "-m", "tiny", "--spare", 1, "--port", 0)
+    assert "--spare: give at least one --adapter too" in error
     assert "'--port'" in fails("serve", "-m", "tiny", "--port", 70000, status=2)
 
 
@@ -54,7 +57,7 @@ def serving(tmp_path):
     files.model(tmp_path / "my-model", max_position_embeddings=2048)
     files.peft(tmp_path / "my-adapter")
     words = ["-m", tmp_path / "my-model", "--adapter", f"law={tmp_path / 'my-adapter'}"]
-    words += ["--port", "0", "--rows", "2"]
+    words += ["--port", "0", "--rows", "2", "--spare", "1", "--rank", "8"]
     words += ["--no-warm-up", "--compile-cache", "none", "--stop-after", str(PATIENCE)]
     command = [sys.executable, "-c", PROGRAM, "serve", *map(str, words)]
     with subprocess.Popen(
@@ -74,11 +77,9 @@ def until(process, url, line):
         assert process.poll() is None and time.monotonic() < end
 
 
-def ask(url, most):
-    body = json.dumps({"model": "law", "prompt": "Hello", "max_tokens": most}).encode()
-    request = urllib.request.Request(
-        f"{url}/v1/completions", body, {"Content-Type": "application/json"}
-    )
+def ask(url, most, model="law"):
+    body = {"model": model, "prompt": "Hello", "max_tokens": most, "seed": 0}
+    request = urllib.request.Request(f"{url}/v1/completions", json.dumps(body).encode(), JSON)
     return json.load(urllib.request.urlopen(request, timeout=PATIENCE))
 
 
@@ -109,6 +110,17 @@ def test_a_signal_lets_requests_finish(serving, number):
     assert process.wait(PATIENCE) == 0
     assert len(answers) == 4 and all(x["choices"][0]["finish_reason"] for x in answers)
     assert process.stderr.read() == ""
+
+
+@pytest.mark.slow
+def test_an_adapter_is_loaded_while_it_runs(serving, tmp_path):
+    _, url = serving
+    files.mlx(tmp_path / "mlx", seed=3)
+    body = json.dumps({"lora_name": "new", "lora_path": str(tmp_path / "mlx")}).encode()
+    request = urllib.request.Request(f"{url}/v1/load_lora_adapter", body, JSON)
+    assert json.load(urllib.request.urlopen(request, timeout=PATIENCE))["loaded"]
+    law, new = (ask(url, 20, model)["choices"][0]["text"] for model in ("law", "new"))
+    assert law != new
 
 
 @pytest.mark.slow

@@ -41,7 +41,7 @@ def stack():
         config = lora.LoraConfig(alpha=8, **kind)
         params = lora.init(jax.random.key(0), model().params, config, model().apply, ids)
         made.append(jax.tree.map(noisy, lora.split(params)[1]))
-    return lora.stack(made)
+    return lora.stack([*made, lora.select(lora.stack(made), -1)])  # an empty slot behind them
 
 
 @functools.cache

@@ -5,13 +5,14 @@ import json
 import pytest
 
 from lora_jax.models.text.byte_tokenizer import byte_tokenizer
-from lora_jax.serving.asked import Reader, finder
+from lora_jax.serving.asked import Reader
+from lora_jax.serving.catalogue import Catalogue
 from lora_jax.serving.errors import RequestError
 from lora_jax.serving.served import Served
 
 TOKENIZER = byte_tokenizer()
 SERVED = {x: Served(x, TOKENIZER, frozenset()) for x in ("base", "law")}
-READER = Reader(finder(SERVED), context=50, vocabulary=len(TOKENIZER))
+READER = Reader(Catalogue(list(SERVED.values())).find, context=50, vocabulary=len(TOKENIZER))
 TEXT = {"model": "law", "prompt": "Hello"}
 CHAT = {"model": "base", "messages": [{"role": "user", "content": "Hi"}]}
 USER = CHAT["messages"][0]
@@ -158,6 +159,6 @@ def test_a_model_without_a_chat_template():
     import dataclasses
 
     plain = Served("plain", dataclasses.replace(TOKENIZER, chat_template=None), frozenset())
-    reader = Reader(finder({"plain": plain}), context=50, vocabulary=260)
+    reader = Reader(Catalogue([plain]).find, context=50, vocabulary=260)
     with pytest.raises(RequestError, match="cannot be encoded for plain: this model has no chat"):
         reader.read(json.dumps(CHAT | {"model": "plain"}).encode(), chat=True)

@@ -2,10 +2,14 @@
 
 import dataclasses
 
+import jax
 import numpy as np
 import pytest
 
-from lora_jax.serving.rows import Choosing
+import lora_jax as lora
+from lora_jax import models
+from lora_jax.serving.rows import Choosing, Rows
+from tests.models import recorded
 from tests.serving import small
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
@@ -78,3 +82,32 @@ def test_rows_continue_as_each_does_alone():
             assert token.logprob <= 0
             if token.top and not text.choosing.temperature:
                 assert token.top[0] == (token.token, pytest.approx(token.logprob, abs=1e-5))
+
+
+FAMILIES = [
+    *(pytest.param(name, {}, id=name) for name in (*recorded.CAUSAL, *recorded.NEWER)),
+    pytest.param("llama", {"scan": True}, id="scanned"),
+    pytest.param("qwen2", {"quantize": "int8"}, id="quantized"),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name, options", FAMILIES)
+def test_every_family_in_rows(name, options):
+    """Windows, caps and norms of a family, and texts that outgrow the cache, on the plain base."""
+    model = recorded.load(name, **options)
+    context = min(64, model.config.max_position_embeddings)
+    rows = Rows(model, None, 2, context, shortest=(8, 16))
+    apply = lora.lora(model.apply) if "quantize" in options else model.apply
+    for number, text in enumerate(texts(6, seed=1, longest=8)):
+        ids = [x % model.config.vocab_size for x in text.ids]
+        steps = min(context - len(ids), 40 if number % 2 else 9)
+        given = [dataclasses.replace(text, ids=ids, slot=-1, steps=steps)] * 2
+        found = continue_all(rows, given)
+        cache = model.module.init_cache(1, context)
+        options_of = {"temperature": text.choosing.temperature, "top_p": text.choosing.top_p}
+        key = jax.random.key(text.choosing.seed)
+        wanted = models.generate(
+            apply, model.params, np.array([ids]), cache, steps=steps, key=key, **options_of
+        )
+        assert [[x.token for x in one] for one in found] == [wanted[0].tolist()] * 2

@@ -56,10 +56,10 @@ class CountingRows:
 class Asked:
     """A job, and what it reports."""
 
-    def __init__(self, first, most=3, stops=(), ids=None):
+    def __init__(self, first, most=3, stops=(), ids=None, served=SERVED):
         self.reports, self.ended = [], threading.Event()
         ids = ids or SERVED.tokenizer.encode(first)
-        self.job = Job(SERVED, ids, most, Choosing(), stops, self._report)
+        self.job = Job(served, ids, most, Choosing(), stops, self._report)
 
     def _report(self, progress):
         self.reports.append(progress)
@@ -111,18 +111,18 @@ def test_jobs_join_in_their_order_as_rows_become_free(start):
 
 
 def test_a_text_ends_at_a_stop_or_at_an_end_token(start):
-    scheduler = start(CountingRows(3))
+    scheduler = start(CountingRows(4))
     asked = [
         Asked("a", 9, stops=("de", "x")),
         Asked("a", 3, stops=("de",)),
-        Asked("", 9, ids=[255]),
+        Asked("", 9, stops=("<|user|>",), ids=[255]),  # a special token, which no text contains
+        Asked("", 9, ids=[255], served=Served("base", SERVED.tokenizer, frozenset({257}))),
     ]
-    ends = Served("base", SERVED.tokenizer, frozenset({258}))
-    asked[2].job.served = ends
     scheduler.submit([x.job for x in asked])
     assert asked[0].result() == ("bc", STOP)
     assert asked[1].result() == ("bcd", LENGTH)  # what was held back is part of the text
     assert asked[2].result() == ("", STOP) and asked[2].job.made == 3
+    assert asked[3].result() == ("", STOP) and asked[3].job.made == 2
 
 
 def test_a_full_queue_refuses_all_of_a_request(start):
@@ -139,6 +139,11 @@ def test_a_full_queue_refuses_all_of_a_request(start):
     scheduler.submit([x.job for x in others[:2]])
     with pytest.raises(RequestError, match="queue is full: 2 of 2"):
         scheduler.submit([others[2].job])
+    with pytest.raises(
+        RequestError, match="has 4 prompts, but this server takes at most 3"
+    ) as many:
+        scheduler.submit([Asked("a").job for _ in range(4)])
+    assert many.value.status == 400
     rows.allowed.release(100)
     assert [x.result()[0] for x in (first, *others[:2])] == ["bcd", "bcd", "cde"]
     assert scheduler.metrics.refused == 2

@@ -166,6 +166,62 @@ def test_many_at_once(server, client):
     assert after["failed_total"] == 0 and after["compilations"] == before["compilations"]
 
 
+def test_adapters_come_and_go(server, client):
+    """Under a name and in a slot of its own, without a compilation of what continues texts."""
+
+    def change(what, **fields):
+        status, _, body = post(server, json.dumps(fields), f"/v1/{what}_lora_adapter")
+        return status, body["error"]["message"] if "error" in body else body["id"]
+
+    def ask(name):
+        asked = {"prompt": "Hello", "max_tokens": 6, "temperature": 0}
+        return client.completions.create(model=name, **asked).choices[0].text
+
+    before = metrics(server)["compilations"]
+    assert change("load", lora_name="new", lora_path="runs/french") == (200, "new")
+    assert [x.id for x in client.models.list()] == [*live.NAMES, "new"]
+    assert ask("new") == said(HELLO, 1, 6)
+    assert change("unload", lora_name="new") == (200, "new")
+    with pytest.raises(openai.NotFoundError, match="'new' does not exist"):
+        ask("new")
+    assert change("load", lora_name="other", lora_path="law") == (200, "other")
+    assert ask("other") == said(HELLO, 0, 6) and ask("french") == said(HELLO, 1, 6)
+    assert metrics(server)["compilations"] == before
+    for what, fields, status, message in (
+        ("load", {"lora_name": "x"}, 400, "lora_path must be a string"),
+        ("load", {"lora_name": "x", "lora_path": "law", "y": 1}, 400, "takes lora_name, lora_path"),
+        ("load", {"lora_name": "law", "lora_path": "law"}, 400, "'law' is already used"),
+        ("load", {"lora_name": "x", "lora_path": "nowhere"}, 400, "nowhere: no such file"),
+        ("load", {"lora_name": "x", "lora_path": "law"}, 503, "all slots for adapters are in use"),
+        ("unload", {"lora_name": "x"}, 404, "'x' does not exist"),
+        ("unload", {"lora_name": "base"}, 400, "the base cannot be unloaded"),
+    ):
+        found = change(what, **fields)
+        assert found[0] == status and message in found[1], found
+    assert change("unload", lora_name="other") == (200, "other")
+
+
+def test_a_slot_is_not_given_away_while_a_request_uses_it(server, monkeypatch):
+    step, may_step = small.rows().step, threading.Event()
+    monkeypatch.setattr(small.rows(), "step", lambda: (may_step.wait(PATIENCE), step())[1])
+    load = json.dumps({"lora_name": "brief", "lora_path": "french"})
+    assert post(server, load, "/v1/load_lora_adapter")[0] == 200
+    body = json.dumps({"model": "brief", "prompt": "Hello", "max_tokens": 5, "temperature": 0})
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        asked = pool.submit(post, server, body)
+        until(lambda: metrics(server)["running"] == 1)
+        unload = json.dumps({"lora_name": "brief"})
+        assert post(server, unload, "/v1/unload_lora_adapter")[0] == 200
+        other = json.dumps({"lora_name": "other", "lora_path": "law"})
+        loading = pool.submit(post, server, other, "/v1/load_lora_adapter")
+        until(lambda: server.scheduler._calls)
+        may_step.set()
+        assert loading.result(PATIENCE)[0] == 503
+        assert asked.result(PATIENCE)[2]["choices"][0]["text"] == said(HELLO, 1, 5)
+    until(lambda: post(server, other, "/v1/load_lora_adapter")[0] in (200, 400))
+    assert post(server, json.dumps({"lora_name": "other"}), "/v1/unload_lora_adapter")[0] == 200
+
+
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_client_that_leaves_frees_its_row(server, monkeypatch, stream):
     step = small.rows().step
@@ -214,6 +270,8 @@ def test_a_full_queue_and_a_graceful_stop(monkeypatch):
         assert answer["error"]["code"] == "queue_full"
         stopping = pool.submit(server.stop, PATIENCE)
         until(lambda: post(server, body)[2]["error"]["code"] == "server_stopping")
+        time.sleep(0.3)  # it tells so until all are answered
+        assert post(server, body)[0] == 503
         may_step.set()
         stopping.result(PATIENCE)
         answers = [x.result(PATIENCE) for x in asked]

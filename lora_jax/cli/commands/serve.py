@@ -56,6 +56,17 @@ def command(
         float,
         typer.Option(min=0, help="Seconds that requests have to finish after Ctrl-C or SIGTERM."),
     ] = 30.0,
+    spare: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            help="Adapters that clients may load from this machine's disk while the server runs.",
+        ),
+    ] = 0,
+    rank: Annotated[
+        int,
+        typer.Option(min=0, help="Largest rank of these; 0: that of the adapters given here."),
+    ] = 0,
     warm_up: Annotated[
         bool, typer.Option(help="Compile for prompts of every length while it waits for requests.")
     ] = True,
@@ -89,6 +100,6 @@ def command(
             dtype=dtype,
             quantize=quantize,
             address=(host, port),
-            limits=serve.Limits(rows, context, queue, stop_after),
+            limits=serve.Limits(rows, context, queue, stop_after, spare, rank),
             warm_up=warm_up,
         )

@@ -11,8 +11,9 @@ from lora_jax.cli.fit import Fit
 from lora_jax.cli.jobs.asked_rows import AskedRow, continue_rows
 from lora_jax.cli.jobs.generate import encode
 from lora_jax.cli.jobs.several_speakers import open_with_stack
-from lora_jax.cli.jobs.speaker import CLASSIFIER, open_speaker, special_ids
+from lora_jax.cli.jobs.speaker import CLASSIFIER, open_speaker
 from lora_jax.cli.options import BASE
+from lora_jax.models import stops
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +60,7 @@ def run(
             raise PromptError(f"{named}: {CLASSIFIER}")
         tokenizer = sources.tokenizer_of(base, path)
         ids = encode(tokenizer, prompt, chat or system is not None, system)
-        ends = sources.stop_ids(base, tokenizer) | special_ids(tokenizer, stop)
+        ends = sources.stop_ids(base, tokenizer) | stops.special_ids(tokenizer, stop)
         rows.append(Row(path, prompt, AskedRow(ids, tokenizer, ends)))
     options: Any = {"max_tokens": max_tokens, "dtype": dtype, "quantize": quantize, "fit": fit}
     if len(paths) > 1 or (paths and None in dict(pairs)):

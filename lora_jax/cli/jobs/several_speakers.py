@@ -10,8 +10,9 @@ from lora_jax.cli import classifiers, sources
 from lora_jax.cli.errors import PromptError
 from lora_jax.cli.fit import Fit
 from lora_jax.cli.jobs import stacked
-from lora_jax.cli.jobs.speaker import CLASSIFIER, Speaker, open_speaker, special_ids
+from lora_jax.cli.jobs.speaker import CLASSIFIER, Speaker, open_speaker
 from lora_jax.cli.options import BASE
+from lora_jax.models import stops
 from lora_jax.models.text.tokenizer import Tokenizer
 
 
@@ -75,7 +76,7 @@ def open_speakers(
             every,
             slot=slot,
             tokenizer=tokenizer,
-            ends=sources.stop_ids(base, tokenizer) | special_ids(tokenizer, stop),
+            ends=sources.stop_ids(base, tokenizer) | stops.special_ids(tokenizer, stop),
         )
         for slot, (name, tokenizer) in enumerate(tokenizers.items())
     }

@@ -12,7 +12,7 @@ import lora_jax as lora
 from lora_jax.cli import classifiers, sources
 from lora_jax.cli.errors import PromptError
 from lora_jax.cli.fit import Fit
-from lora_jax.models import Pretrained, generation
+from lora_jax.models import Pretrained, generation, stops
 from lora_jax.models.text.stop_text import until_text
 from lora_jax.models.text.tokenizer import Tokenizer
 
@@ -145,7 +145,7 @@ def open_speaker(
         params=loaded.params,
         apply=lora.lora(run) if adapter or quantize else run,
         tokenizer=tokenizer,
-        ends=sources.stop_ids(base, tokenizer) | special_ids(tokenizer, stop),
+        ends=sources.stop_ids(base, tokenizer) | stops.special_ids(tokenizer, stop),
         stops=stop,
         max_tokens=max_tokens,
         sampling=sampling,
@@ -158,12 +158,6 @@ def check_generates(model: Pretrained) -> None:
         raise PromptError(
             f"{model.family.stem} cannot generate text; give a decoder, such as a Llama"
         )
-
-
-def special_ids(tokenizer: Tokenizer, stops: Sequence[str]) -> set[int]:
-    """Return the ids of stop texts that are special tokens, which no decoded text contains."""
-    added = tokenizer.backend.get_added_tokens_decoder()
-    return {i for i, token in added.items() if token.special and token.content in stops}
 
 
 def _until(tokens: Iterator[np.ndarray], stop: Collection[int]) -> Iterator[int]:

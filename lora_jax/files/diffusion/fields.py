@@ -9,6 +9,7 @@ import numpy as np
 
 #: What a tensor is in its module, by the end of its name, the longest first.
 _ENDINGS = {
+    "_lora.alpha": "alpha",  # older ones of diffusers, as below
     # kohya
     ".lora_down.weight": "down",
     ".lora_up.weight": "up",

@@ -16,8 +16,9 @@ from lora_jax.files.torch_adapters.factors import TorchFactors
 
 Fields = Mapping[str, np.ndarray]
 Shape = tuple[int, ...]
-#: Numbers of computed factors whose weight is not known, so that a small file stays small.
-_MOST_UNKNOWN = 2**21
+#: How many numbers factors may have that are computed for a weight that is not known: so many, or
+#: so many times those in the file, so that a small file stays small.
+_MOST_UNKNOWN, _TIMES = 2**21, 32
 
 
 class MisfitError(Exception):
@@ -36,7 +37,7 @@ def lora(fields: Fields, shape: Shape | None, scale: float | None) -> TorchFacto
         core = fields["mid"]
         if math.prod(down.shape[2:]) != 1:
             raise MisfitError(f"lora_mid beside lora_down {down.shape}, which has a kernel")
-        a = _tucker("lora_mid", core, down.reshape(down.shape[:2]), len(down))
+        a = _tucker("lora_mid", core, down.reshape(down.shape[:2]), len(down), fields, shape)
         a = a.astype(_wide(fields))
     factors = TorchFactors(a, up.reshape(up.shape[:2]), _scale(fields, len(down), scale))
     return _fit(factors, shape)
@@ -44,13 +45,13 @@ def lora(fields: Fields, shape: Shape | None, scale: float | None) -> TorchFacto
 
 def loha(fields: Fields, shape: Shape | None, scale: float | None) -> TorchFactors | Whole:
     """Return LoHa's `(B₁·A₁) ∘ (B₂·A₂)`: its factors are the products of all pairs of columns."""
-    (a1, b1), (a2, b2) = (_hadamard_pair(fields, n) for n in (1, 2))
+    (a1, b1), (a2, b2) = (_hadamard_pair(fields, n, shape) for n in (1, 2))
     if a1.shape[1:] != a2.shape[1:] or len(b1) != len(b2):
         raise MisfitError("its two products have different shapes")
     got = (len(b1), *a1.shape[1:])
     _check(got, shape)
     by = _scale(fields, len(a1), scale)
-    if not _is_low(len(a1) * len(a2), got, shape):
+    if not _is_low(len(a1) * len(a2), got, fields, shape):
         pair = TorchFactors(a1, b1, by), TorchFactors(a2, b2, 1.0)
         return Whole(
             "LoHa", len(b1), lambda: (pair[0].update() * pair[1].update()).reshape(shape or got)
@@ -60,7 +61,7 @@ def loha(fields: Fields, shape: Shape | None, scale: float | None) -> TorchFacto
     return _fit(_rounded(a, b, by, fields), shape)
 
 
-def _hadamard_pair(fields: Fields, n: int) -> tuple[np.ndarray, np.ndarray]:
+def _hadamard_pair(fields: Fields, n: int, shape: Shape | None) -> tuple[np.ndarray, np.ndarray]:
     """Return A `[rank, *in]` and B `[out, rank]` of one of LoHa's two products, in float64."""
     b, a = (fields[f"hada_w{n}_{x}"].astype("float64") for x in "ab")
     shapes = f"hada_w{n}_a {b.shape} and hada_w{n}_b {a.shape} are not a product"
@@ -69,7 +70,7 @@ def _hadamard_pair(fields: Fields, n: int) -> tuple[np.ndarray, np.ndarray]:
     if "hada_t1" in fields:  # with a core both have the rank first
         if a.ndim != 2:
             raise MisfitError(shapes)
-        return _tucker(f"hada_t{n}", fields[f"hada_t{n}"], a, len(b)), b.T
+        return _tucker(f"hada_t{n}", fields[f"hada_t{n}"], a, len(b), fields, shape), b.T
     if b.shape[1] != len(a):
         raise MisfitError(shapes)
     return a, b
@@ -77,20 +78,22 @@ def _hadamard_pair(fields: Fields, n: int) -> tuple[np.ndarray, np.ndarray]:
 
 def lokr(fields: Fields, shape: Shape | None, scale: float | None) -> TorchFactors | Whole:
     """Return LoKr's `W₁ ⊗ W₂`, whose factors are the Kronecker products of theirs."""
-    (a1, b1, rank1), (a2, b2, rank2) = _kronecker_side(fields, 1), _kronecker_side(fields, 2)
+    (a1, b1, rank1), (a2, b2, rank2) = (_kronecker_side(fields, n, shape) for n in (1, 2))
     if a1.ndim != 2:
         raise MisfitError(f"lokr_w1 has inputs of shape {a1.shape[1:]}, not one axis")
     got = (len(b1) * len(b2), a1.shape[1] * a2.shape[1], *a2.shape[2:])
     _check(got, shape)
     rank = rank1 if rank2 is None else rank2
     by = 1.0 if rank is None else _scale(fields, rank, scale)  # of two whole matrices it is 1
-    if not _is_low(len(a1) * len(a2), got, shape):
+    if not _is_low(len(a1) * len(a2), got, fields, shape):
         both = lambda: _kron(b1 @ a1, np.tensordot(b2, a2, 1))
         return Whole("LoKr", got[0], lambda: by * both().reshape(shape or got))
     return _fit(_rounded(_kron(a1, a2), np.kron(b1, b2), by, fields), shape)
 
 
-def _kronecker_side(fields: Fields, n: int) -> tuple[np.ndarray, np.ndarray, int | None]:
+def _kronecker_side(
+    fields: Fields, n: int, shape: Shape | None
+) -> tuple[np.ndarray, np.ndarray, int | None]:
     """Return A `[rank, *in]` and B `[out, rank]` of one of LoKr's matrices, in float64.
 
     If the matrix is stored as a whole, one of the two is the identity, and the rank of the stored
@@ -109,7 +112,7 @@ def _kronecker_side(fields: Fields, n: int) -> tuple[np.ndarray, np.ndarray, int
     if there.keys() == {a_name, b_name}:
         a, b = there[a_name], there[b_name]
         if core is not None and a.ndim == b.ndim == 2:
-            return _tucker("lokr_t2", core, a, len(b)), b.T, len(a)
+            return _tucker("lokr_t2", core, a, len(b), fields, shape), b.T, len(a)
         if core is None and b.ndim == 2 and a.ndim >= 2 and b.shape[1] == len(a):
             return a, b, len(a)
     raise MisfitError(f"{shapes}: {whole} is neither whole nor in two factors")
@@ -140,10 +143,21 @@ def _scale(fields: Fields, rank: int, given: float | None) -> float:
     return 1.0 if given is None else given
 
 
-def _tucker(name: str, core: np.ndarray, ins: np.ndarray, outs: int) -> np.ndarray:
-    """Return A `[outs, in, *kernel]` of a core `[outs, rank, *kernel]` and `[rank, in]`."""
+def _tucker(
+    name: str, core: np.ndarray, ins: np.ndarray, outs: int, fields: Fields, shape: Shape | None
+) -> np.ndarray:
+    """Return A `[outs, in, *kernel]` of a core `[outs, rank, *kernel]` and `[rank, in]`.
+
+    What cannot fit the weight is refused before anything is allocated.
+    """
     if core.ndim < 3 or core.shape[:2] != (outs, len(ins)):
         raise MisfitError(f"{name} has shape {core.shape}, not [{outs}, {len(ins)}, *kernel]")
+    width, kernel = ins.shape[1], core.shape[2:]
+    numbers = outs * width * math.prod(kernel)
+    if shape is not None and (width > shape[1] or kernel != shape[2:]):
+        raise MisfitError(f"{name} has the kernel {kernel} and {width} inputs, the base {shape}")
+    if shape is None and numbers > _most(fields):
+        raise MisfitError(f"{name} {core.shape} and {width} inputs give {numbers:,} numbers")
     return np.einsum("ij...,jr->ir...", core.astype("float64"), ins.astype("float64"))
 
 
@@ -168,11 +182,16 @@ def _check(got: Shape, shape: Shape | None) -> None:
         raise MisfitError(f"is for a weight of shape {got}, but the base's is {shape}")
 
 
-def _is_low(rank: int, got: Shape, shape: Shape | None) -> bool:
+def _is_low(rank: int, got: Shape, fields: Fields, shape: Shape | None) -> bool:
     """Return whether factors of this rank have fewer numbers than the weight."""
     out, ins = got[0], math.prod(got[1:])
     numbers = rank * (out + ins)
-    return numbers < out * ins and (shape is not None or numbers <= _MOST_UNKNOWN)
+    return numbers < out * ins and (shape is not None or numbers <= _most(fields))
+
+
+def _most(fields: Fields) -> int:
+    """Return how many numbers factors may have that are computed for an unknown weight."""
+    return max(_MOST_UNKNOWN, _TIMES * sum(x.size for x in fields.values()))
 
 
 def _rounded(a: np.ndarray, b: np.ndarray, scale: float, fields: Fields) -> TorchFactors:

@@ -13,6 +13,7 @@ from lora_jax.files.diffusion.read import KINDS
 from lora_jax.files.diffusion.write_diffusers import to_diffusers
 from lora_jax.files.diffusion.write_kohya import to_kohya
 from lora_jax.files.disk import processes, safetensors_file
+from lora_jax.files.disk.atomic import write_atomically
 from lora_jax.files.naming import Naming
 from lora_jax.files.peft.config import PeftConfig
 from lora_jax.files.torch_adapters.contents import Contents, TorchBase
@@ -79,9 +80,9 @@ def save(
     else:
         tensors, configs = to_diffusers(contents, model, config)
         header = headers.of_diffusers(configs)
+    data = safetensors_file.encode(tensors, header | dict(metadata or {}), source=str(path))
     processes.by_first(
-        lambda: safetensors_file.write(path, tensors, header | dict(metadata or {})),
-        several=processes.span_processes(adapters, base),
+        lambda: write_atomically(path, data), several=processes.span_processes(adapters, base)
     )
 
 

@@ -62,7 +62,9 @@ class Decoder(nn.Module):
             self.head = dense(c, c.vocab_size, False, None)
 
     @nn.nowrap
-    def init_cache(self, batch: int, length: int, dtype: Any = None) -> Cache:
+    def init_cache(
+        self, batch: int, length: int, dtype: Any = None, reach: int | None = None
+    ) -> Cache:
         """Create an empty cache.
 
         Args:
@@ -70,6 +72,7 @@ class Decoder(nn.Module):
           length: maximum number of tokens per row, prompt and continuation together. Tokens
             written beyond it overwrite the last ones.
           dtype: dtype of keys and values; `config.dtype` by default.
+          reach: how long texts can become, where longer caches take over; `length` by default.
 
         Raises:
           ValueError: `length` is above `max_position_embeddings`.
@@ -84,7 +87,8 @@ class Decoder(nn.Module):
 
         count = c.num_hidden_layers
         layers = pair(count) if c.scan else tuple(pair() for _ in range(count))
-        return Cache(layers, jnp.zeros((batch, length), jnp.int32), jnp.zeros((), jnp.int32))
+        segments, filled = jnp.zeros((batch, length), jnp.int32), jnp.zeros((), jnp.int32)
+        return Cache(layers, segments, filled, reach)
 
     def __call__(
         self, ids: jax.Array, segments: jax.Array | None = None, cache: Cache | None = None
@@ -138,7 +142,7 @@ class Decoder(nn.Module):
         x = self.norm(x)
         if cache is None:
             return x
-        return x, Cache(cached, segments, cache.filled + ids.shape[1])
+        return x, Cache(cached, segments, cache.filled + ids.shape[1], cache.reach)
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Apply the head to what `hidden` returns: `[..., width]` -> `[..., vocabulary]`."""

@@ -77,7 +77,7 @@ def locate(
         every = write(cache.segments, own, cache.filled, axis=1)
         sight = Sight(own, every, cache.filled)
     places = _positions(sight)
-    reach = places.max() + 1 if cache is None else cache.length
+    reach = places.max() + 1 if cache is None else cache.reach or cache.length
     return _places(c, places, reach, sight), sight.key_segments
 
 

@@ -289,7 +289,9 @@ def test_wrong_options_and_flux_without_its_base(tmp_path):
     for option in ("style", "layout"):
         with pytest.raises(ConfigError, match=f"save: {option} must be one of .*, got 'mine'"):
             save(tmp_path, **{option: "mine"})
-    with pytest.raises(ConfigError, match="naming: 'sd3' is not one of 'sd15', 'sdxl', 'flux'"):
+    with pytest.raises(
+        ConfigError, match="naming: 'sd3' is not one of 'sd15', 'sd21', 'sdxl', 'flux'"
+    ):
         diffusion.naming("sd3")
     flux = diffusion.naming("flux")
     block = "transformer/transformer_blocks/0/attn"
@@ -367,3 +369,65 @@ def test_a_quantized_base(tmp_path):
     found = adapted_nodes(read(tmp_path, tensors, tree=tree, full_rank="train"))[path]
     np.testing.assert_allclose(found.value, tree[path].dequantize() + change.T, atol=1e-6)
     assert adapted_nodes(read(tmp_path, tensors, tree=tree, full_rank=3))[path].rank == 3
+
+
+@pytest.mark.parametrize("base", [True, False])
+def test_small_files_that_ask_for_much_are_refused_first(base, tmp_path):
+    """A core of a large kernel, and a Kronecker product: 10¹² numbers of 8 MB."""
+    many = np.zeros((1, 10**6), "float32")
+    core = {
+        "lora_down.weight": many[..., None, None],
+        "lora_mid.weight": many.reshape(1, 1, 1000, 1000),
+    }
+    core["lora_up.weight"] = np.zeros((6, 1, 1, 1), "float32")
+    kron = {"lokr_w1": many.reshape(1000, 1000), "lokr_w2": many.reshape(1000, 1000)}
+    key = "lora_unet_conv_in"
+    for fields, of_base, alone in (
+        (core, "lora_mid has the kernel", "give 1,000,000,000,000 numbers"),
+        (kron, r"is for a weight of shape \(1000000, 1000000\)", None),
+    ):
+        tensors = {f"{key}.{name}": x for name, x in fields.items()}
+        if base:
+            with pytest.raises(AdapterFileError, match=of_base):
+                read(tmp_path, tensors)
+            continue
+        safetensors_file.write(tmp_path / "lora.safetensors", tensors)
+        contents = diffusion.read_file(tmp_path / "lora.safetensors").contents()
+        assert contents.problems.keys() == ({key} if alone else set())
+        assert alone is None or alone in contents.problems[key]
+        assert not contents.factors
+
+
+@pytest.mark.parametrize(
+    ("module", "ending"),
+    [
+        (
+            "unet.mid_block.attentions.0.transformer_blocks.0.attn1.processor.to_q",
+            "_lora.down.weight",
+        ),
+        ("mid_block.attentions.0.transformer_blocks.0.attn1.processor.to_out", "_lora.down.weight"),
+        ("unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_out.0", ".lora.down.weight"),
+        (
+            "base_model.model.mid_block.attentions.0.transformer_blocks.0.attn1.to_q",
+            ".lora_A.weight",
+        ),
+        (
+            "diffusion_model.middle_block.1.transformer_blocks.0.attn1.to_q",
+            ".lora_A.default.weight",
+        ),
+        ("lycoris_mid_block_attentions_0_transformer_blocks_0_attn1_to_q", ".lora_down.weight"),
+        (
+            "text_encoders.clip_l.transformer.text_model.encoder.layers.0.mlp.fc1",
+            ".lora_down.weight",
+        ),
+        ("text_encoder.text_model.encoder.layers.0.mlp.fc1", ".lora_linear_layer.down.weight"),
+    ],
+)
+def test_names_that_are_found_in_the_wild(module, ending, tmp_path):
+    out, ins = (7, 5) if "text_model" in module else (6, 8) if "to_out" in module else (8, 6)
+    up = ending.replace("down", "up").replace("_A", "_B")
+    tensors = {module + ending: draw(2, ins), module + up: draw(out, 2)}
+    alpha = "_lora.alpha" if ending.startswith("_") else ".alpha"
+    (found,) = adapted_nodes(read(tmp_path, tensors | {module + alpha: np.array(3.0)})).values()
+    assert float(found.scale) == 1.5
+    np.testing.assert_array_equal(found.a, tensors[module + ending].T)

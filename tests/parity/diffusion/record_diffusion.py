@@ -8,8 +8,11 @@ with torch, peft 0.21.2, transformers, lycoris-lora and diffusers writes `diffus
     <case>/file            an adapter file
     <case>/merged          the weights with the adapter, from the library; of Flux the changes
     modules/<component>    the modules of the published models: name, kind, shape and bias
+    originals/<model>      names of the original U-Net, and what diffusers' converter of its
+                           checkpoints makes of them
 
-The first three are bytes of safetensors files, with diffusers' names of the weights, the last JSON.
+The first three are bytes of safetensors files, with diffusers' names of the weights, the others
+JSON.
 
 LyCORIS' weights are those of its `forward`. Its `get_diff_weight` multiplies LoHa and LoKr by the
 scale twice in 4.1.3, which none of its layers' outputs show.
@@ -28,7 +31,11 @@ import tempfile
 import numpy as np
 import torch
 from diffusers import FluxTransformer2DModel, UNet2DConditionModel
-from diffusers.loaders import StableDiffusionLoraLoaderMixin, lora_conversion_utils
+from diffusers.loaders import (
+    StableDiffusionLoraLoaderMixin,
+    lora_conversion_utils,
+    single_file_utils,
+)
 from diffusers.utils.state_dict_utils import convert_state_dict_to_peft
 from lycoris.modules import (
     FullModule,
@@ -358,6 +365,20 @@ def modules() -> dict[str, str]:
     with torch.device("meta"):
         models = {
             "sd15 unet": UNet2DConditionModel(cross_attention_dim=768, attention_head_dim=8),
+            "sd21 unet": UNet2DConditionModel(
+                cross_attention_dim=1024,
+                attention_head_dim=(5, 10, 20, 20),
+                use_linear_projection=True,
+            ),
+            "sd21 text_encoder": CLIPTextModel(
+                CLIPTextConfig(
+                    vocab_size=49408,
+                    hidden_size=1024,
+                    intermediate_size=4096,
+                    num_hidden_layers=23,
+                    num_attention_heads=16,
+                )
+            ),
             "sdxl unet": UNet2DConditionModel(
                 block_out_channels=(320, 640, 1280),
                 down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
@@ -405,6 +426,65 @@ def listed(model: torch.nn.Module) -> list:
     )
 
 
+def original_modules(multiples: tuple[int, ...], attention: tuple[int, ...]) -> list[str]:
+    """List modules as the original code makes them: `channel_mult`, `attention_resolutions`."""
+    resnet = ("in_layers.0", "in_layers.2", "emb_layers.1", "out_layers.0", "out_layers.3")
+    transformer = ("norm", "proj_in", "transformer_blocks.0.attn2.to_v", "proj_out")
+    names = ["time_embed.0", "time_embed.2", "input_blocks.0.0", "out.0", "out.2"]
+    inside = lambda at, leaves: [f"{at}.{leaf}" for leaf in leaves]
+    number, scale = 1, 1
+    for level in range(len(multiples)):
+        for layer in range(2):
+            shortcut = ["skip_connection"] * (
+                level > 0 and not layer and multiples[level] != multiples[level - 1]
+            )
+            names += inside(f"input_blocks.{number}.0", (*resnet, *shortcut))
+            if scale in attention:
+                names += inside(f"input_blocks.{number}.1", transformer)
+            number += 1
+        if level < len(multiples) - 1:
+            names.append(f"input_blocks.{number}.0.op")
+            number, scale = number + 1, scale * 2
+    names += inside("middle_block.0", resnet) + inside("middle_block.2", resnet)
+    names += inside("middle_block.1", transformer)
+    number = 0
+    for level in reversed(range(len(multiples))):
+        for layer in range(3):
+            names += inside(f"output_blocks.{number}.0", (*resnet, "skip_connection"))
+            if scale in attention:
+                names += inside(f"output_blocks.{number}.1", transformer)
+            if level and layer == 2:
+                names.append(f"output_blocks.{number}.{1 + (scale in attention)}.conv")
+                scale //= 2
+            number += 1
+    return names
+
+
+def converted_originals(names: list[str], config: dict) -> str:
+    """Return pairs of the original's and diffusers' names of modules, as JSON."""
+    marked = {
+        f"model.diffusion_model.{n}.{x}": torch.tensor(float(i))
+        for i, n in enumerate(names)
+        for x in ("weight", "bias")
+    }
+    config = {"layers_per_block": 2, "class_embed_type": None, "num_class_embeds": None} | config
+    found = single_file_utils.convert_ldm_unet_checkpoint(marked, config)
+    back = {int(x): name.rpartition(".")[0] for name, x in found.items()}
+    return json.dumps([[name, back[i]] for i, name in enumerate(names)])
+
+
+def originals() -> dict[str, str]:
+    added = ["label_emb.0.0", "label_emb.0.2"]
+    return {
+        "sd15": converted_originals(
+            original_modules((1, 2, 4, 4), (4, 2, 1)), {"addition_embed_type": None}
+        ),
+        "sdxl": converted_originals(
+            original_modules((1, 2, 4), (4, 2)) + added, {"addition_embed_type": "text_time"}
+        ),
+    }
+
+
 def record() -> None:
     arrays = {}
 
@@ -442,6 +522,8 @@ def record() -> None:
     add("flux", save(tensors), changes)
     for name, text in modules().items():
         arrays[f"modules/{name}"] = np.frombuffer(text.encode(), np.uint8)
+    for name, text in originals().items():
+        arrays[f"originals/{name}"] = np.frombuffer(text.encode(), np.uint8)
     np.savez_compressed(FILE, **arrays)
     print(f"{FILE}: {FILE.stat().st_size} bytes")
 

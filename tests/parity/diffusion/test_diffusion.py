@@ -3,14 +3,21 @@
 import json
 import re
 
+import jax
 import numpy as np
 import pytest
 
 from lora_jax import diffusion
+from lora_jax.core.layout import Layout
 from lora_jax.core.tree import adapted_nodes
+from lora_jax.core.weights import LoraWeight
 from lora_jax.files.diffusion import ARCHITECTURES
+from lora_jax.files.diffusion.index import Index, Target
+from lora_jax.files.diffusion.originals import originals
+from lora_jax.files.diffusion.write_kohya import to_kohya
 from lora_jax.files.disk import safetensors_file
 from lora_jax.files.naming import Entry, Naming, index, to_torch
+from lora_jax.files.torch_adapters.from_tree import collect
 from tests.parity.diffusion.models import (
     CASES,
     FLUX,
@@ -129,3 +136,39 @@ def test_modules_are_those_of_the_library(name):
     assert index(diffusion.naming(architecture).places(paths)).keys() == names
     flat = {re.sub(r"/(?=\d+/)", "_", path): shape for path, shape in paths.items()}
     assert index(diffusion.naming(architecture, joined=True).places(flat)).keys() == names
+
+
+@pytest.mark.parametrize("architecture", ["sd15", "sdxl"])
+def test_original_names_are_those_of_the_original_code(architecture):
+    """Against diffusers' converter of checkpoints; each name is found, and the first is written."""
+    pairs = json.loads(RECORDED[f"originals/{architecture}"].tobytes())
+    modules = ARCHITECTURES[architecture].modules
+    index = Index(modules)
+    for original, name in pairs:
+        for spelled in (f"lora_unet_{original.replace('.', '_')}", f"diffusion_model.{original}"):
+            assert index.find(spelled) == Target((f"unet.{name}",))
+        assert original in [row.name for row in originals("unet", name)]
+    samplers = {f"unet.{name}.weight": original for original, name in pairs if "upsamplers" in name}
+    shapes = {
+        f"{name}.weight": x.shape for name, x in modules.items() if x.kind in ("conv", "norm")
+    }
+    rows = Naming(
+        tuple(
+            Entry(n, n, "conv" if len(x) == 4 else "", "o i h w -> o i h w" if len(x) == 4 else "")
+            for n, x in shapes.items()
+        )
+    )
+    tree = {name: jax.ShapeDtypeStruct(shape, "float32") for name, shape in shapes.items()}
+    zero = lambda *shape: np.zeros(shape, "float32")
+    adapters = {
+        name: LoraWeight(
+            None,
+            zero(*shapes[name][1:], 1),
+            zero(1, shapes[name][0]),
+            np.float32(1),
+            layout=Layout("oiii"),
+        )
+        for name in samplers
+    }
+    written = to_kohya(*collect(adapters, rows, tree), {"unet": "original"}).factors
+    assert sorted(written) == sorted(f"lora_unet_{x.replace('.', '_')}" for x in samplers.values())

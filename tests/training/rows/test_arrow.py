@@ -13,7 +13,7 @@ from lora_jax.training.dataset import read_rows
 from lora_jax.training.errors import DataError
 from lora_jax.training.rows.arrow import HELD_OUT, TRAINING
 from lora_jax.training.rows.fields import Fields
-from lora_jax.training.streaming.files import find_files
+from lora_jax.training.streaming.files import divide_directory, find_files
 from lora_jax.training.streaming.pieces import divide, read_piece
 from tests.training.rows.record_datasets import ROWS
 
@@ -105,3 +105,27 @@ def test_damaged_and_missing_files(tmp_path, monkeypatch):
     path.write_bytes(b"other")
     with pytest.raises(DataError, match=r"reading Arrow needs the package pyarrow; pip install"):
         read_rows(path)
+
+
+def test_splits_by_the_names_of_files(tmp_path):
+    """As mlx-lm names them, and as the Hub does; without a training split all files are taken."""
+    for name in ("train.jsonl", "valid.jsonl", "test.jsonl", "notes.jsonl"):
+        (tmp_path / name).write_text('{"text": "a"}\n')
+    names = lambda *given: [str(x.relative_to(tmp_path)) for x in find_files([tmp_path], *given)]
+    assert names() == ["notes.jsonl", "train.jsonl"] and names(HELD_OUT) == ["valid.jsonl"]
+    (tmp_path / "data").mkdir()
+    for n in range(2):
+        (tmp_path / "data" / f"train-0000{n}-of-00002.parquet").write_text("")
+    shards = [f"data/train-0000{n}-of-00002.parquet" for n in range(2)]
+    assert names() == [*shards, "notes.jsonl", "train.jsonl"]
+    others = divide_directory(tmp_path, TRAINING)[1]
+    assert [file.name for file in others] == ["test.jsonl", "valid.jsonl"]
+    (tmp_path / "valid.jsonl").rename(tmp_path / "trained.jsonl")
+    assert names(HELD_OUT) == ["test.jsonl"]
+    (tmp_path / "test.jsonl").unlink()
+    with pytest.raises(DataError, match="has files of train, but none of validation; name a file"):
+        find_files([tmp_path], HELD_OUT)
+    (tmp_path / "train.jsonl").unlink()
+    for file in (tmp_path / "data").iterdir():
+        file.unlink()
+    assert names() == names(HELD_OUT) == ["notes.jsonl", "trained.jsonl"]

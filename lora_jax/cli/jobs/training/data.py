@@ -9,7 +9,7 @@ import numpy as np
 
 from lora_jax.cli.classifiers import LABELS, POOLING
 from lora_jax.cli.jobs.training import preference
-from lora_jax.cli.jobs.training.files import held_out_files, training_files
+from lora_jax.cli.jobs.training.files import held_out_files, left_out, training_files
 from lora_jax.cli.jobs.training.model import TrainableModel
 from lora_jax.cli.jobs.training.parts import Parts, join, split
 from lora_jax.cli.jobs.training.stream import open_stream
@@ -74,8 +74,12 @@ def read_task(options: TrainOptions, model: TrainableModel) -> Task:
       DataError: files cannot be read or encoded, or are of several kinds.
       TrainingError: the model cannot do the task.
     """
-    if options.stream:
-        return _streamed(options, model)
+    task = _streamed(options, model) if options.stream else _in_memory(options, model)
+    return dataclasses.replace(task, notes=(*left_out(options), *task.notes))
+
+
+def _in_memory(options: TrainOptions, model: TrainableModel) -> Task:
+    """Return a task whose data is read at first."""
     prefer = KIND if options.task in PREFERENCES else None
     fields = Fields.parse(options.field or ())
     read = partial(read_rows, encoding=options.encoding, fields=fields, prefer=prefer)

@@ -1,4 +1,4 @@
-"""The modules of published image generators as data: SD 1.5, SDXL and Flux."""
+"""The modules of published image generators as data: SD 1.5, SD 2.1, SDXL and Flux."""
 
 from lora_jax.files.diffusion.architectures.modules import Module
 from lora_jax.files.diffusion.architectures.rows import naming

@@ -9,7 +9,7 @@ from lora_jax.files.diffusion.architectures.table import ARCHITECTURES
 from lora_jax.files.torch_adapters.file_contents import ImpliedWeight
 
 #: Whose modules are known.
-KNOWN = "SD 1.5, SDXL and Flux, the models that are known here"
+KNOWN = "SD 1.5, SD 2.1, SDXL and Flux, the models that are known here"
 
 
 def weights(architecture: str, components: Collection[str]) -> dict[str, ImpliedWeight]:

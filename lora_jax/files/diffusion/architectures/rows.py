@@ -27,7 +27,7 @@ def naming(architecture: str, *, joined: bool = False) -> Naming:
     dictionary: {"unet": params}. The rows are plain data: change or add some for other trees.
 
     Args:
-      architecture: "sd15", "sdxl" or "flux", with their CLIP text encoders.
+      architecture: "sd15", "sd21", "sdxl" or "flux", with their CLIP text encoders.
       joined: whether the tree joins numbers to the names before them, as Flax modules with `setup`
         do and MaxDiffusion has them: "unet/down_blocks_0/resnets_1/conv1/kernel".
 

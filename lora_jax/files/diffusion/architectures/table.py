@@ -46,6 +46,14 @@ ARCHITECTURES = {
         "diffusers",
         "sd_v1",
     ),
+    "sd21": Architecture(
+        {
+            "unet": UNet((1, 1, 1, 0), 1024, True, 0, (320, 640, 1280, 1280)),
+            "text_encoder": ClipText(width=1024, layers=23),
+        },
+        "diffusers",
+        "sd_v2",
+    ),
     "sdxl": Architecture(
         {
             "unet": UNet((0, 2, 10), 2048, True, 2816, (320, 640, 1280)),

@@ -10,7 +10,7 @@ LAYERS = 2  # residual blocks in each block of the way down; the way up has one 
 
 @dataclasses.dataclass(frozen=True)
 class UNet:
-    """What the U-Nets of SD 1.5 and SDXL differ in.
+    """What the U-Nets of SD 1.5, SD 2.1 and SDXL differ in.
 
     Attributes:
       depths: of the transformers in each block on the way down, 0 for a block without; the way up
