@@ -29,6 +29,7 @@ DESCRIPTIONS = {
 }
 _CONFIG = peft.CONFIG  # mlx-lm's file has the same name
 _MODEL_CONFIG = "config.json"
+_ORBAX = "_METADATA"
 _FACTOR = ".lora_"  # in the names of all PyTorch formats
 
 
@@ -123,6 +124,11 @@ def _kind_of_directory(path: Path) -> str:
         )
     if (path / _MODEL_CONFIG).is_file():
         return CHECKPOINT
+    if (path / _ORBAX).is_file():
+        raise AdapterFileError(
+            f"{path}: an Orbax checkpoint; read it with lora_jax.orbax.load, or convert it with "
+            "lora-jax convert --trainer"
+        )
     if components_in(path):
         return PIPELINE
     index = stack_index.read(path)
