@@ -135,7 +135,8 @@ def load(
         their dtype, as with `as_stored`. Types without a kind here are read as floats, with a
         warning. Or the kind into which the kernels of all linear layers are quantized while they
         are read, such as "nf4": one part of a tensor is in memory beside the codes. As in QLoRA,
-        embeddings and the output head stay as they are, tied or not, and so do norms and biases. A
+        embeddings and the output head stay as they are, tied or not, and so do norms, biases and
+        convolutions. A
         mapping `{the end of a path, a module (PyTorch's names too), a regex or "all-linear": kind}`
         can name them; the first entry that selects a weight decides, and None leaves the weight as
         it is. The model is then `lora_jax.lora(model.apply)`. By default quantized tensors are

@@ -13,6 +13,8 @@ CAUSAL = ("llama", "llama_tied", "mistral", "qwen2")  # llama_tied is in three f
 NEWER = ("qwen3", "gemma", "gemma2", "gemma3_text", "phi3", "smollm3", "olmo2", "granite")
 #: Families whose layers have experts.
 EXPERTS = ("mixtral", "qwen3_moe", "gpt_oss")
+#: Models of texts, images and speech other than decoders.
+OTHERS = ("roberta", "modernbert", "vit", "siglip", "siglip_vision", "clip_vision", "whisper")
 
 
 @functools.cache

@@ -29,8 +29,8 @@ PAGES = [README, ROOT / "benchmarks" / "README.md", *sorted((ROOT / "docs").rglo
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 TIMEOUT = 300  # seconds for one cell
 SERVING = "With the server running:"  # above blocks that tests/serving/test_docs.py runs
-# They train a published model, pretrain one, and compile a training step for each of four meshes.
-SLOW = ("02_language_model", "04_nnx", "06_many_devices")
+# They train a published model, pretrain two, and compile a training step for each of four meshes.
+SLOW = ("02_language_model", "04_nnx", "05_vision", "06_many_devices")
 # What a notebook fetches where the cache does not have it; tests fetch nothing.
 NEEDS = {"02_language_model": (assets.SMOLLM2, assets.SHAKESPEARE)}
 # What the recipe of another package's model imports, where that is not in the extra `test`: without
@@ -43,7 +43,10 @@ RECIPES = {
     "tunix": "tunix",
 }
 # Published models under the names that the pages use, and the small ones that stand for them.
-MODELS = {"Llama-3.2-1B": "llama", "Qwen2-0.5B": "qwen2", "bert-base-uncased": "bert"}
+MODELS = {
+    **{"Llama-3.2-1B": "llama", "Qwen2-0.5B": "qwen2", "bert-base-uncased": "bert"},
+    **{"ModernBERT-base": "modernbert", "vit-base": "vit", "whisper-tiny": "whisper"},
+}
 
 
 @dataclass(frozen=True)

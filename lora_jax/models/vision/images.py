@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from lora_jax.core.checks import is_integer, is_number, is_size
+from lora_jax.core.checks import is_integer, is_size, is_within
 from lora_jax.core.errors import ConfigError, ModelFileError
 from lora_jax.core.foreign import shown_value
 from lora_jax.models import hf_directory
@@ -63,10 +63,14 @@ class ImageProcessor:
         mean, std = settings.get("image_mean", cls.mean), settings.get("image_std", cls.std)
         if not settings.get("do_normalize", True):
             mean, std = (0.0,), (1.0,)
-        numbers = [scale, *_numbers("image_mean", mean), *_numbers("image_std", std)]
-        if not all(map(is_number, numbers)) or not all(x > 0 for x in [scale, *std]):
-            raise ValueError("rescale_factor and image_std must be positive numbers")
-        return cls((height, width), float(scale), tuple(map(float, mean)), tuple(map(float, std)))
+        if not is_within(scale, *_POSITIVE):
+            raise ValueError(
+                f"rescale_factor must be a positive number up to 1e6, got {shown_value(scale)}"
+            )
+        mean, std = _numbers("image_mean", mean, -1e6), _numbers("image_std", std, _POSITIVE[0])
+        if len(mean) != len(std):
+            raise ValueError(f"image_mean has {len(mean)} channels, but image_std has {len(std)}")
+        return cls((height, width), float(scale), mean, std)
 
     def __call__(self, images: Any) -> np.ndarray:
         """Return the pixels of images.
@@ -92,7 +96,14 @@ class ImageProcessor:
         return (x.astype(np.float32) * np.float32(self.scale) - mean) / std
 
 
-def _numbers(name: str, given: Any) -> list[Any]:
-    if not isinstance(given, (list, tuple)) or not given or not all(map(is_number, given)):
-        raise ValueError(f"{name} must be a list of numbers, got {shown_value(given)}")
-    return list(given)
+_POSITIVE = (1e-6, 1e6)  # beyond, pixels are not finite
+
+
+def _numbers(name: str, given: Any, low: float) -> tuple[float, ...]:
+    """Return the numbers of each channel, or raise unless all are from `low` to 1e6."""
+    is_list = isinstance(given, list | tuple) and len(given) > 0
+    if not is_list or not all(is_within(x, low, _POSITIVE[1]) for x in given):
+        raise ValueError(
+            f"{name} must be a list of numbers from {low:g} to 1e6, got {shown_value(given)}"
+        )
+    return tuple(map(float, given))

@@ -20,7 +20,8 @@ KEEP = "keep"  # the codes in the file, see `weights.kept`
 #: "keep"; a kind for all linear layers; or a kind, or None for no kind, for what a pattern selects.
 Quantize = str | Mapping[str, str | None]
 
-_HEAD = "head/kernel"  # which all-linear leaves as it is, tied or not, as QLoRA does
+#: What all-linear leaves as it is, tied or not, as QLoRA does.
+_HEADS = ("head/kernel", "classifier/kernel")
 
 
 def parse_quantize(quantize: Any) -> dict[str, str | None]:
@@ -102,8 +103,9 @@ def _select(pattern: str, weights: Mapping[str, Place]) -> list[str]:
       ConfigError: the pattern is not a regular expression.
     """
     if pattern == ALL_LINEAR:
-        linear = [path for path, place in weights.items() if place.entry.kind != "embedding"]
-        return [path for path in linear if path != _HEAD]
+        others = ("embedding", "conv")
+        linear = [path for path, place in weights.items() if place.entry.kind not in others]
+        return [path for path in linear if path not in _HEADS]
     found = [path for path in weights if names_module(pattern, path)]
     if not found:  # PyTorch's names, of which a stacked leaf has one a layer
         found = [p for p, place in weights.items() if _names_in_torch(pattern, place)]

@@ -7,6 +7,7 @@ import pytest
 import lora_jax as lora
 from lora_jax import models, peft
 from lora_jax.core.paths import flatten_with_paths
+from lora_jax.core.quantized.weight import is_quantized
 from lora_jax.files.disk import safetensors_file
 from lora_jax.models.families import FAMILIES
 from lora_jax.models.weights.family import Options
@@ -64,21 +65,27 @@ def test_files_written_are_those_read(name, tmp_path):
     same_tensors(tmp_path / "again" / peft.TENSORS, source / peft.TENSORS)
 
 
-def test_quantized_while_it_is_read(name):
-    """The codes stand for the rounded kernels of each linear layer, on whichever axes they are."""
+@pytest.mark.parametrize(
+    ("name", "quantized", "floats"),
+    [
+        ("roberta", ["layer_0/attention/query"], ["embeddings/word"]),
+        ("modernbert", ["layer_0/attention/qkv", "layer_3/mlp/input"], ["embeddings/word"]),
+        ("vit", ["layer_1/mlp/down"], ["embeddings/patch", "classifier"]),
+        ("siglip", ["vision/layer_0/mlp/up", "text/layer_0/attention/key"], ["text/token"]),
+        ("whisper", ["decoder/layer_1/cross/value"], ["encoder/conv1", "decoder/embedding"]),
+    ],
+)
+def test_quantized_while_it_is_read(name, quantized, floats):
+    """The codes stand for the rounded kernels of linear layers, on whichever axes they are."""
     model, want = models.load(recorded.FIXTURES / name, quantize="int8"), recorded.load(name)
-    kernels = {"attention/query", "attention/qkv", "mlp/input", "intermediate"}
     leaves, _ = flatten_with_paths(want.params)
-    found = 0
-    for path, x in leaves.items():
-        node = model.params
-        for part in path.split("/"):
-            node = node[part]
-        if any(path.endswith(f"{end}/kernel") for end in kernels):
-            found += 1
-            assert isinstance(node, lora.QuantizedWeight)
-            np.testing.assert_allclose(lora.dequantize(node), x, atol=float(np.abs(x).max()) / 127)
-    assert found >= 4
+    nodes, _ = flatten_with_paths(model.params, is_leaf=is_quantized)
+    for path in quantized:
+        x = leaves[f"{path}/kernel"]
+        atol = float(np.abs(x).max()) / 127
+        np.testing.assert_allclose(lora.dequantize(nodes[f"{path}/kernel"]), x, atol=atol)
+    for path in floats:
+        assert not any(is_quantized(x) for p, x in nodes.items() if p.startswith(path))
 
 
 @pytest.mark.parametrize(

@@ -89,9 +89,13 @@ def test_pixels_of_images():
     ("change", "message"),
     [
         ({"size": {"height": 12}}, "size must have height and width in pixels"),
-        ({"image_mean": "none"}, "image_mean must be a list of numbers, got 'none'"),
-        ({"image_std": [0.5, 0, 0.5]}, "image_std must be positive numbers"),
-        ({"rescale_factor": None}, "rescale_factor and image_std must be positive numbers"),
+        (
+            {"image_mean": "none"},
+            "image_mean must be a list of numbers from -1e.06 to 1e6, got 'none'",
+        ),
+        ({"image_std": [0.5, 0, 0.5]}, "image_std must be a list of numbers from 1e-06 to 1e6"),
+        ({"image_mean": [0.5]}, "image_mean has 1 channels, but image_std has 3"),
+        ({"rescale_factor": None}, "rescale_factor must be a positive number up to 1e6"),
     ],
 )
 def test_processors_that_are_refused(change, message, tmp_path):

@@ -146,20 +146,21 @@ def test_as_a_peft_adapter(case, recorded, tmp_path):
         np.testing.assert_allclose(update, wanted[key], atol=1e-5 * max(1, abs(update).max()))
 
 
-def test_maxtext_queries_are_those_of_hugging_face(recorded, tmp_path):
+def test_maxtext_queries_are_those_of_hugging_face(tmp_path):
     """MaxText's hooks of Llama 3.1: queries times √size, and rotated halves, not neighbours."""
-    factors, deltas = recorded["maxtext"]
-    params = orbax.from_tree(tree_of(factors, deltas), "maxtext", alpha=3.0)
-    orbax.to_peft(tmp_path, params, "maxtext")
+    f = lambda *shape: np.random.default_rng(1).normal(size=shape).astype("f4")
+    a, b = f(10, 3, 5), f(5, 3, 12)  # 3 layers, 2 heads of 6
+    kernel = {"kernel": f(10, 3, 2, 6), "kernel_lora_a": a, "kernel_lora_b": b}
+    tree = {"decoder": {"layers": {"self_attention": {"query": kernel, "key": kernel}}}}
+    orbax.to_peft(tmp_path, orbax.from_tree(tree, "maxtext", alpha=5), "maxtext")
     tensors, _ = safetensors_file.read(tmp_path / peft.TENSORS)
-    delta = deltas["decoder/layers/self_attention/query/kernel"][:, 1]  # [d, n, h] of layer 1
-    halves = np.concatenate([delta[..., ::2], delta[..., 1::2]], -1) * np.sqrt(4)
-    wanted = halves.reshape(10, 8).T
-    name = "base_model.model.model.layers.1.self_attn.q_proj"
-    module = name.removeprefix("base_model.model.")
-    a, b = (tensors[f"{name}.lora_{x}.weight"].astype(float) for x in "AB")
-    scale = peft.read_config(tmp_path).scale(module, len(a))
-    np.testing.assert_allclose(scale * (b @ a), wanted, atol=1e-5)
+    delta = (a[:, 1] @ b[:, 1]).reshape(10, 2, 6).astype(float)  # [d, n, h] of layer 1
+    halves = np.concatenate([delta[..., ::2], delta[..., 1::2]], -1).reshape(10, 12).T
+    for name, grown in {"q_proj": np.sqrt(6), "k_proj": 1}.items():
+        module = f"model.layers.1.self_attn.{name}"
+        own = [tensors[f"base_model.model.{module}.lora_{x}.weight"].astype(float) for x in "AB"]
+        scale = peft.read_config(tmp_path).scale(module, len(own[0]))
+        np.testing.assert_allclose(scale * (own[1] @ own[0]), grown * halves, atol=1e-5)
 
 
 def test_an_orbax_checkpoint_on_disk(recorded, tmp_path):

@@ -14,7 +14,7 @@ from lora_jax import gguf, models, peft
 from lora_jax.core.layout import Layout
 from lora_jax.core.tree import adapted_nodes
 from lora_jax.core.weights import LoraWeight, TrainedLeaf
-from lora_jax.files.disk import safetensors_file
+from lora_jax.files.disk import gguf_writer, safetensors_file
 from lora_jax.files.naming import Entry, Naming
 from tests.parity.llama_cpp import tiny_model
 from tests.parity.llama_cpp.adapters import CASES, factors
@@ -135,6 +135,20 @@ def test_experts_and_dtypes(dtype, tmp_path):
     a, b = (file.tensors[f"blk.0.ffn_up_exps.weight.{x}"] for x in ("lora_a", "lora_b"))
     assert (a.shape, b.shape, a.dtype) == ((2, 2, 4), (2, 3, 2), dtype)
     assert_equal(adapters, gguf.load(tmp_path / "a.gguf", BASE, NAMES))
+
+
+def test_without_alpha_the_scale_is_one(tmp_path):
+    """`get_scale` in llama.cpp's llama-adapter.h; other values are alpha over each rank."""
+    weight = "blk.0.attn_v.weight"
+    tensors = {f"{weight}.lora_a": np.ones((2, 4), "f4"), f"{weight}.lora_b": np.ones((5, 2), "f4")}
+    keys = {"general.architecture": "qwen3moe", "general.type": "adapter", "adapter.type": "lora"}
+    for more, scale in (
+        ({}, 1),
+        ({"adapter.lora.alpha": 0.0}, 1),
+        ({"adapter.lora.alpha": 3.0}, 1.5),
+    ):
+        (tmp_path / "a.gguf").write_bytes(gguf_writer.encode(keys | more, tensors))
+        assert gguf.load(tmp_path / "a.gguf", BASE, NAMES)["value_0"].scale == scale
 
 
 def test_what_llama_cpp_cannot_apply(tmp_path):

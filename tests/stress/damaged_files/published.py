@@ -33,13 +33,18 @@ def directory(name: str) -> Subject:
 
 def _load_model(path: Path) -> tuple[models.Pretrained, Any]:
     model = models.load(path)
-    ids = jnp.asarray(IDS[:, : model.config.max_position_embeddings])
-    return model, _forward(model.apply, model.params, ids, jnp.ones_like(ids))
+    if model.kind in ("encoder", "decoder"):
+        ids = jnp.asarray(IDS[:, : model.longest])
+        inputs = {"ids": ids, "segments": jnp.ones_like(ids)}
+    else:
+        shapes = model.family.inputs(model.module)
+        inputs = {name: jnp.ones(x.shape, x.dtype) for name, x in shapes.items()}
+    return model, _forward(model.apply, model.params, inputs)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _forward(apply: Any, params: Any, ids: Any, segments: Any) -> Any:
-    return apply(params, ids, segments)
+def _forward(apply: Any, params: Any, inputs: Any) -> Any:
+    return apply(params, **inputs)
 
 
 def _judge_model(loaded: tuple[models.Pretrained, Any], folder: Path) -> Verdict:
@@ -51,6 +56,25 @@ def _judge_model(loaded: tuple[models.Pretrained, Any], folder: Path) -> Verdict
     if not large and not np.isfinite(np.asarray(found, np.float32)).all():
         return "loads what it should not", f"outputs are not finite: {model.config}"
     return "loads", ""
+
+
+def processor() -> Subject:
+    """How a model's images become its pixels."""
+    name = "preprocessor_config.json"
+    files = {name: (FIXTURES / "vit" / name).read_bytes()}
+
+    def load(folder: Path) -> Any:
+        found = models.ImageProcessor.load(folder)
+        if max(found.size) > 64:
+            return np.zeros(1)
+        return found(np.ones((1, *found.size, len(found.mean)), np.uint8))
+
+    def judge(pixels: Any, folder: Path) -> Verdict:
+        if np.isfinite(pixels).all():
+            return "loads", ""
+        return "loads what it should not", "pixels are not finite"
+
+    return Subject(files, load, judge)
 
 
 def gguf(part: str, architecture: str = "llama") -> Subject:

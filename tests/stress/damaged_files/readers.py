@@ -3,7 +3,7 @@
 import functools
 from collections.abc import Callable, Sequence
 
-from tests.models.recorded import NEWER
+from tests.models.recorded import NEWER, OTHERS
 from tests.parity.diffusion import models as images
 from tests.parity.peft import models
 from tests.stress.damaged_files import adapters, command_line, published, runs
@@ -50,8 +50,9 @@ READERS: dict[str, Turns] = {
     ],
     "model directory": [
         (name, functools.partial(published.directory, name))
-        for name in ("llama", "llama_tied", "mistral", "qwen2", "bert", *NEWER)
+        for name in ("llama", "llama_tied", "mistral", "qwen2", "bert", *NEWER, *OTHERS)
     ],
+    "image processor": [("image processor", published.processor)],
     "GGUF model": [
         (f"GGUF model {name}", functools.partial(published.gguf, "model", name)) for name in GGUFS
     ],
