@@ -156,8 +156,8 @@ class Scheduler:
         """Do what is to be done before the next step, and the step."""
         while self._calls:
             _answer(*self._calls.popleft())
-        for row in [row for row, job in self._running.items() if job.done]:
-            self._free(row)
+        for done in [row for row, job in self._running.items() if job.done]:
+            self._free(done)
         if time.monotonic() >= self._deadline:
             self._fail_running(stopping())
             while self._waiting:
