@@ -61,6 +61,9 @@ def read_factors(path: Path) -> AdapterFile:
     found = kinds.adapter(path)
     if found.kind == kinds.NATIVE:
         return _from_native(found.path)
+    if found.kind == kinds.PIPELINE:
+        each = ", ".join(str(found.path / name) for name in kinds.components_in(found.path))
+        raise AdapterFileError(f"{found.path}: adapters of several components; give one of {each}")
     file: peft.PeftFile | mlx.MlxFile | gguf.GgufAdapter | diffusion.DiffusionFile
     if found.kind == kinds.MLX:
         file = mlx.read_file(found.path, finite=False)

@@ -94,13 +94,37 @@ def from_images(
 ) -> NamedAdapters:
     """Read a LoRA file of an image generator onto the published model whose names it has.
 
-    The names of its modules begin with the component. The options are those of `diffusion.load`.
+    The names of its modules begin with the component. The options are those of `diffusion.load`. A
+    directory with a PEFT adapter for each component is read as such a file.
     """
+    if path.is_dir():
+        return _from_components(path, strict=strict, rename=rename)
     file = diffusion.read_file(path)
     file = file.rename(rename) if rename else file
     architecture, components = diffusion.find_architecture(file)
     base, naming = _torch_tree(diffusion.weights(architecture, components))
     adapters = diffusion.fit(file, base, naming, strict=strict, full_rank=full_rank)
+    return NamedAdapters(adapters, base, naming, complete=True, architecture=architecture)
+
+
+def _from_components(
+    path: Path, *, strict: bool, rename: Mapping[str, str] | None
+) -> NamedAdapters:
+    """Read the PEFT adapters of a pipeline's components from the directories within one."""
+    overlay: dict[str, Any] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
+    components = kinds.components_in(path)
+    for component in components:
+        read = from_peft(path / component, strict=strict, rename=rename)
+        for name, node in adapted_nodes(read.adapters).items():
+            overlay[f"{component}.{name}"] = node
+            shapes[f"{component}.{name}"] = read.base[name].shape
+    try:
+        architecture, _ = diffusion.find_component(shapes)
+    except AdapterFileError as error:
+        raise AdapterFileError(f"{path}: {error}") from None
+    base, naming = _torch_tree(diffusion.weights(architecture, components))
+    adapters = dict.fromkeys(base) | overlay
     return NamedAdapters(adapters, base, naming, complete=True, architecture=architecture)
 
 

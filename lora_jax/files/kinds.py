@@ -12,8 +12,8 @@ from lora_jax.files.disk.strict_json import parse_json
 
 # kinds of adapters
 PEFT, MLX, NATIVE, GGUF_ADAPTER = "peft", "mlx", "native", "gguf_adapter"
-KOHYA, DIFFUSERS = "kohya", "diffusers"
-OF_IMAGES = (KOHYA, DIFFUSERS)  # those of image generators
+KOHYA, DIFFUSERS, PIPELINE = "kohya", "diffusers", "pipeline"
+OF_IMAGES = (KOHYA, DIFFUSERS, PIPELINE)  # those of image generators
 CHECKPOINT, GGUF, TINY = "checkpoint", "gguf", "tiny"  # kinds of models
 DESCRIPTIONS = {
     PEFT: "PEFT adapter",
@@ -22,12 +22,14 @@ DESCRIPTIONS = {
     GGUF_ADAPTER: "GGUF adapter",
     KOHYA: "kohya adapter",
     DIFFUSERS: "diffusers adapter",
+    PIPELINE: "pipeline of PEFT adapters",
     CHECKPOINT: "model checkpoint",
     GGUF: "GGUF model",
     TINY: "model of random weights",
 }
 _CONFIG = peft.CONFIG  # mlx-lm's file has the same name
 _MODEL_CONFIG = "config.json"
+_ORBAX = "_METADATA"
 _FACTOR = ".lora_"  # in the names of all PyTorch formats
 
 
@@ -101,6 +103,11 @@ def detect(path: Path) -> Found:
     )
 
 
+def components_in(path: Path) -> list[str]:
+    """Return the components of a pipeline that have a PEFT adapter in a directory: "unet", ..."""
+    return [name for name in diffusion.COMPONENTS if (path / name / _CONFIG).is_file()]
+
+
 def _kind_of_directory(path: Path) -> str:
     files = read_directory(path, [_CONFIG])
     if _CONFIG in files:
@@ -117,6 +124,13 @@ def _kind_of_directory(path: Path) -> str:
         )
     if (path / _MODEL_CONFIG).is_file():
         return CHECKPOINT
+    if (path / _ORBAX).is_file():
+        raise AdapterFileError(
+            f"{path}: an Orbax checkpoint; read it with lora_jax.orbax.load, or convert it with "
+            "lora-jax convert --trainer"
+        )
+    if components_in(path):
+        return PIPELINE
     index = stack_index.read(path)
     if index is not None:
         own = path / index.names[0]

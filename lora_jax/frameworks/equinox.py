@@ -14,14 +14,9 @@ from lora_jax.core.config import LoraConfig
 from lora_jax.core.errors import ConfigError
 from lora_jax.core.tree import Wrapped, adapted_nodes, require_adapted
 from lora_jax.engine.custom_rules import Rule
-from lora_jax.engine.transform import lora
+from lora_jax.frameworks.options import Options, call_model
 
 __all__ = ["Adapted", "join", "partition", "wrap"]
-
-
-def call_model(model: Any, *args: Any, **kwargs: Any) -> Any:
-    """Call a model: the function that `wrap` adapts unless another is given."""
-    return model(*args, **kwargs)
 
 
 class Adapted(eqx.Module, Wrapped):
@@ -36,19 +31,18 @@ class Adapted(eqx.Module, Wrapped):
     """
 
     model: Any
-    _fn: Callable[..., Any] = eqx.field(static=True)
-    _options: tuple[tuple[str, Any], ...] = eqx.field(static=True)
+    _options: Options = eqx.field(static=True)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the model with its adapters: every product becomes x·W + (x·A)·(scale·B)."""
-        return self.run(self._fn, *args, **kwargs)
+        return self.run(self._options.fn, *args, **kwargs)
 
     def run(self, fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Return `fn(model, *args, **kwargs)` with the adapters in the model.
 
         It is for methods beside `__call__`: `tuned.run(Model.encode, x)`.
         """
-        return lora(fn, **dict(self._options))(self.model, *args, **kwargs)
+        return self._options.adapt(fn)(self.model, *args, **kwargs)
 
     def params(self) -> Any:
         """Return the model with its adapted weights, as the verbs of `lora_jax` take it."""
@@ -105,7 +99,7 @@ def wrap(
     # A model takes `key=`, and so does `init`.
     call = lambda model, args, kwargs: fn(model, *args, **kwargs)
     params = init(key, model, config, call, args, kwargs, rules=rules, fsdp=fsdp)
-    return _adapted(params, fn, rules, on_dense)
+    return Adapted(params, Options(fn, on_dense, rules))
 
 
 def join(
@@ -133,7 +127,8 @@ def join(
     _require_model("join", model)
     nodes = adapted_nodes(adapters)
     whole = bool(nodes) and all(node.w is not None for node in nodes.values())
-    return _adapted(adapters if whole else trees.join(model, adapters), fn, rules, on_dense)
+    params = adapters if whole else trees.join(model, adapters)
+    return Adapted(params, Options(fn, on_dense, rules))
 
 
 def partition(model: Any) -> tuple[Any, Any]:
@@ -157,11 +152,6 @@ def partition(model: Any) -> tuple[Any, Any]:
     """
     require_adapted("partition", model)
     return eqx.partition(model, mask(model))
-
-
-def _adapted(params: Any, fn: Any, rules: Any, on_dense: str) -> Adapted:
-    options = {"on_dense": on_dense} | ({"rules": rules} if rules else {})
-    return Adapted(params, fn, tuple(options.items()))
 
 
 def _require_model(caller: str, model: Any) -> None:

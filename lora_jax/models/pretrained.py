@@ -237,7 +237,7 @@ def _pretrained(source: "_Source", module: nn.Module, params: Any) -> Pretrained
         source.torch,
         source.settings,
         rest,
-        source.naming if source.family.in_files else None,
+        source.family.in_files(source.tensors) if source.family.in_files else None,
     )
 
 

@@ -295,6 +295,27 @@ def test_to_gguf_and_back(world, run, fails):
     assert (done.status, done.err) == (0, "") and len(read_factors(world / "sum.gguf").factors) == 4
 
 
+def test_a_trainers_checkpoint(world, run, fails):
+    rng = np.random.default_rng(0)
+    a, b = rng.normal(size=(12, 2)).astype("f4"), rng.normal(size=(2, 2, 4)).astype("f4")
+    query = {"w": np.zeros((12, 2, 4), "f4"), "w_lora_a": a, "w_lora_b": b}
+    tree = {"layers": {"0": {"attn": {"q_proj": query}}}}
+    params = lora_jax.orbax.from_tree(tree, "tunix", alpha=3)
+    lora_jax.orbax.save(world / "steps" / "5" / "model_params", params, "tunix", alpha=3)
+    words = ["convert", "steps", "--to", "peft", "--out", "made", "--trainer", "tunix"]
+    done = run(*words, "--alpha", 3)
+    assert (done.status, done.err) == (0, "") and done.out == "wrote made: PEFT adapter\n"
+    (update,) = files.updates(world / "made").values()
+    np.testing.assert_allclose(update, 1.5 * a @ b.reshape(2, 8), rtol=1e-5)
+    assert "exists already" in fails(*words, "--alpha", 3)
+    words[4:6] = "--out", "other"
+    assert "checkpoints do not hold alpha: pass" in fails(*words)
+    assert "leave out --model" in fails(*words, "--alpha", 3, "--model", "my-model")
+    assert "--to gguf: a checkpoint becomes" in fails(*words, "--alpha", 3, "--to", "gguf")
+    assert "--alpha is for the checkpoint of a --trainer" in fails(*words[:-2], "--alpha", 3)
+    assert "an Orbax checkpoint; read it with" in fails("inspect", "steps/5/model_params")
+
+
 def test_failures(world, fails):
     words = ["convert", "my-adapter", "--out", "made", "--to"]
     own = ["convert", "adapter.safetensors", "--out", "made", "--to", "peft"]

@@ -55,6 +55,19 @@ def step(trained, frozen, state, opt, x, y, keys):
     return eqx.apply_updates(trained, updates), state, opt, value
 
 
+@eqx.filter_jit
+def on_batch(net, x):
+    return jax.vmap(net)(x)
+
+
+def drawn(make):
+    """Return a module with random weights, without compiling what draws them."""
+    shapes = eqx.filter_eval_shape(make)
+    draw = lambda x: normal(x.size, x.shape, x.dtype, 0.5)
+    is_shape = lambda x: isinstance(x, jax.ShapeDtypeStruct)
+    return jax.tree.map(lambda x: draw(x) if is_shape(x) else x, shapes)
+
+
 def by_hand(net, state, steps):
     """The same training in the functional form: `lora.init`, `lora.lora`, `lora.freeze`."""
     params = lora.init(KEY, net, CONFIG, batched, X, state, KEYS)
@@ -120,13 +133,13 @@ def test_the_base_stays_and_merging_gives_a_model_of_its_class(trained):
 
 
 def test_merged_in_float64_under_vmap(x64):
-    net = eqx.nn.MLP(4, 3, 8, 1, dtype=jnp.float64, key=KEY)
+    net = drawn(lambda: eqx.nn.MLP(4, 3, 8, 1, dtype=jnp.float64, key=KEY))
     x = normal(0, (6, 4), jnp.float64)
     config = LoraConfig(rank=2, alpha=4, dtype=jnp.float64)
     tuned = randomize(lora.equinox.wrap(net, config, x[0]))
-    got = jax.vmap(tuned)(x)
-    np.testing.assert_allclose(got, jax.vmap(merged(tuned.model))(x), rtol=1e-12)
-    assert np.abs(got - jax.vmap(net)(x)).max() > 0.1
+    got = on_batch(tuned, x)
+    np.testing.assert_allclose(got, on_batch(merged(tuned.model), x), rtol=1e-12)
+    assert np.abs(got - on_batch(net, x)).max() > 0.1
 
 
 def test_files_and_leaves(trained, tmp_path):
@@ -161,15 +174,23 @@ class Tied(eqx.Module):
 
 def test_a_tied_head_is_adapted_once():
     tokens = jnp.arange(5)
-    tuned = randomize(lora.equinox.wrap(Tied(), LoraConfig(rank=1), tokens[0]))
+    net = drawn(Tied)
+    tuned = randomize(lora.equinox.wrap(net, LoraConfig(rank=1), tokens[0]))
     assert [*lora.count_params(tuned)] == [9, 29]
-    got = jax.vmap(tuned)(tokens)
-    np.testing.assert_allclose(got, jax.vmap(lora.merge(tuned))(tokens), rtol=1e-5, atol=1e-6)
-    assert np.abs(got - jax.vmap(Tied())(tokens)).max() > 0.1
+    got = on_batch(tuned, tokens)
+    np.testing.assert_allclose(got, on_batch(lora.merge(tuned), tokens), rtol=1e-5, atol=1e-6)
+    assert np.abs(got - on_batch(net, tokens)).max() > 0.1
+
+
+def test_two_models_share_a_compiled_step():
+    net, rules = drawn(lambda: eqx.nn.Linear(4, 3, key=KEY)), {"mine": lora.Rule(print, {0: "io"})}
+    wrap = lambda key: lora.equinox.wrap(net, CONFIG, X[0], rules=rules, init_key=key)
+    one, two = map(jax.tree.structure, map(wrap, (KEY, KEYS[0])))
+    assert one == two and hash(one) == hash(two)
 
 
 def test_errors_say_what_to_do():
-    net = eqx.nn.Linear(4, 3, key=KEY)
+    net = drawn(lambda: eqx.nn.Linear(4, 3, key=KEY))
     tuned = lora.equinox.wrap(net, LoraConfig(rank=1), X[0])
     with pytest.raises(lora.ConfigError, match=r"wrap: the model is wrapped already\. Merge it"):
         lora.equinox.wrap(tuned, CONFIG, X[0])

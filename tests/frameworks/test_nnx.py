@@ -1,11 +1,14 @@
 """`lora.nnx`: an adapted NNX model is an NNX model, and trains as the functional form does."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import orbax.checkpoint
 import pytest
+import safetensors.numpy
 from flax import nnx
 from flax.errors import TraceContextError
 
@@ -14,6 +17,7 @@ from lora_jax import LoraConfig
 from tests.programs import merged, normal
 
 KEY = jax.random.key(0)
+KEYS = KEY, jax.random.key(1)
 X = normal(0, (6, 4), jnp.float32)
 Y = jnp.sin(3 * X[:, :3])
 CONFIG = LoraConfig(rank=2, alpha=4)
@@ -153,7 +157,9 @@ def test_merging_gives_a_model_of_its_class(trained):
     got = call(tuned, X)
     np.testing.assert_allclose(got, call(oracle, X), rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(got, call(plain, X), rtol=1e-5, atol=1e-5)
-    np.testing.assert_allclose(tuned.run(Model.hidden, X), plain.hidden(X), rtol=1e-5, atol=1e-5)
+    hidden = nnx.jit(lambda tuned: tuned.run(Model.hidden, X), graph_updates=False)
+    want = nnx.jit(lambda plain: plain.hidden(X), graph_updates=False)(plain)
+    np.testing.assert_allclose(hidden(tuned), want, rtol=1e-5, atol=1e-5)
     _, errors = lora.merge(tuned, return_error=True)
     assert set(errors) == {"up/kernel", "blocks/0/kernel", "down/kernel"}
 
@@ -194,6 +200,24 @@ def test_files_and_checkpoints(trained, tmp_path):
     np.testing.assert_array_equal(call(fresh, X), want)
 
 
+def test_peft_files(trained, tmp_path):
+    model, tuned, *_ = trained
+    naming = lora.naming.Naming(
+        (
+            lora.naming.Entry("blocks.{n}.weight", "blocks/{n}/kernel", "linear"),
+            lora.naming.Entry("{m}.weight", "{m}/kernel", "linear"),
+        )
+    )
+    lora.peft.save(tmp_path, tuned.params(), naming, config=CONFIG)
+    tensors = safetensors.numpy.load_file(tmp_path / "adapter_model.safetensors")
+    want = tuned.adapters.blocks["0"].kernel.a.get_value().T  # PEFT keeps [rank, in]
+    np.testing.assert_array_equal(tensors["base_model.model.blocks.0.lora_A.weight"], want)
+    adapters = lora.peft.load(tmp_path, nnx.state(model, nnx.Param), naming)
+    again = lora.nnx.join(model, adapters)
+    same = lambda x, y: np.testing.assert_array_equal(x, y)
+    jax.tree.map(same, nnx.state(again, nnx.Param), nnx.state(tuned, nnx.Param))
+
+
 def test_putting_other_values(trained):
     _, tuned, *_ = trained
     tuned.eval()
@@ -224,14 +248,20 @@ class Sown(nnx.Module):
         return h
 
 
+@functools.partial(nnx.jit, static_argnums=3)
+def called(model, x, rngs, activation="tanh"):
+    return model(x, rngs=rngs, activation=activation)
+
+
 def test_arguments_that_change():
     shape = jax.ShapeDtypeStruct(X.shape, X.dtype)
     tuned = lora.nnx.wrap(Sown(), LoraConfig(rank=1), shape, rngs=nnx.Rngs(1), activation="sin")
     rngs = nnx.Rngs(1)
-    first, second = tuned(X, rngs=rngs), tuned(X, rngs=rngs, activation="sin")
+    first = called(tuned, X, rngs)
+    second = called(tuned, X, rngs, "sin")
     assert int(rngs.default.count.get_value()) == 2 and not np.array_equal(first, second)
     plain, again = Sown(), nnx.Rngs(1)
-    np.testing.assert_allclose(first, plain(X, rngs=again), rtol=1e-6)
+    np.testing.assert_allclose(first, called(plain, X, again), rtol=1e-6)
     np.testing.assert_array_equal(tuned.model.seen.get_value(), second)
     assert float(nnx.pop(tuned, nnx.Intermediate)["model"]["last"].get_value()) == second.sum()
 
@@ -246,8 +276,9 @@ class Stack(nnx.Module):
     """Three layers in one, scanned with filters that name `nnx.Param`."""
 
     def __init__(self):
-        make = lambda rngs: nnx.Linear(4, 4, rngs=rngs)
-        self.layers = nnx.split_rngs(splits=3)(nnx.vmap(make))(nnx.Rngs(0))
+        self.layers = nnx.Linear(4, 4, kernel_init=kernel, rngs=nnx.Rngs(0))
+        self.layers.kernel.set_value(normal(1, (3, 4, 4), jnp.float32, 0.5))
+        self.layers.bias.set_value(normal(2, (3, 4), jnp.float32, 0.5))
 
     def __call__(self, x):
         axes = nnx.StateAxes({nnx.Param: 0, ...: None})
@@ -289,14 +320,32 @@ def test_optimizers_of_lora():
     assert float(abs(grads["adapters"]["down"]["kernel"]["b"].get_value()).max()) > 0
 
 
-def test_a_quantized_base_and_a_larger_model():
-    class Outer(nnx.Module):
-        def __init__(self, inner):
-            self.inner, self.head = inner, nnx.Linear(3, 2, rngs=nnx.Rngs(0))
+def test_two_models_share_a_compiled_step():
+    rules = {"mine": lora.Rule(lambda *_: None, {0: "io"})}
+    one, two = (lora.nnx.wrap(Model(), CONFIG, X, rules=rules, init_key=key) for key in KEYS)
+    assert nnx.graphdef(one) == nnx.graphdef(two) and hash(nnx.graphdef(one)) is not None
+    assert nnx.graphdef(one) != nnx.graphdef(lora.nnx.wrap(Model(), CONFIG, X))
 
-        def __call__(self, x):
-            return self.head(self.inner(x))
 
+class Outer(nnx.Module):
+    def __init__(self, inner):
+        self.inner, self.head = inner, nnx.Linear(3, 2, kernel_init=kernel, rngs=nnx.Rngs(0))
+
+    def __call__(self, x):
+        return self.head(self.inner(x))
+
+
+def test_a_part_of_a_larger_model():
+    outer = Outer(lora.nnx.wrap(Model(), CONFIG, X))
+    outer.eval()
+    assert outer.inner.model.norm.use_running_average and outer.inner.model.drop.deterministic
+    names = [".".join(map(str, path)) for path, _ in nnx.to_flat_state(nnx.state(outer, nnx.Param))]
+    assert names[:2] == ["head.bias", "head.kernel"] and len(names) == 8
+    assert all(name.startswith("inner.adapters.") for name in names[2:])
+
+
+@pytest.mark.slow
+def test_a_quantized_base_in_a_larger_model():
     model = lora.quantize(Model(dropout=0.0), "int8", lambda model, x: model(x), X)
     outer = Outer(lora.nnx.wrap(model, CONFIG, X))
     assert isinstance(outer.inner.model.up.kernel.get_value(), lora.QuantizedWeight)
@@ -304,7 +353,6 @@ def test_a_quantized_base_and_a_larger_model():
     values = [float(step(outer, opt, X, Y[:, :2])) for _ in range(3)]
     assert values[2] < values[0]
     outer.eval()
-    assert outer.inner.model.norm.use_running_average
     plain = lora.merge(outer.inner)
     assert isinstance(plain.up.kernel.get_value(), jax.Array)
     np.testing.assert_allclose(call(plain, X), call(outer.inner, X), rtol=1e-4, atol=1e-5)

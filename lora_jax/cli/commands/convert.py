@@ -17,6 +17,7 @@ from lora_jax.cli.options import (
 )
 
 Format = Literal["peft", "native", "mlx", "folded", "gguf", "kohya", "diffusers"]
+Trainer = Literal["openpi", "gemma", "tunix", "maxtext"]
 
 EXAMPLES = (
     "lora-jax convert my-adapter --to folded --out my-folded-adapter",
@@ -41,6 +42,14 @@ def command(
     residual: ResidualOption = False,
     full_rank: FullRankOption = None,
     strict: StrictOption = True,
+    trainer: Annotated[
+        Trainer | None,
+        typer.Option(help="Whose Orbax checkpoint it is, to be converted to peft, folded or mlx."),
+    ] = None,
+    alpha: Annotated[
+        float | None,
+        typer.Option(help="Alpha of the training, with --trainer: checkpoints do not hold it."),
+    ] = None,
     force: ForceOption = False,
 ) -> None:
     # \b keeps the help from filling up the lines of the list
@@ -65,8 +74,11 @@ def command(
     changed becomes one of the original base, which --model names.
     """
     from lora_jax.cli.fit import Fit
-    from lora_jax.cli.jobs.adapter_files import convert
+    from lora_jax.cli.jobs.adapter_files import checkpoint, convert
 
     fit = Fit.of_options(strict, rename, residual, full_rank)
     source = convert.Source(adapter, model, naming, fit)
+    if trainer is not None or alpha is not None:
+        checkpoint.run(source, trainer, alpha, to, out, force=force)
+        return
     convert.run(source, to, out, force=force)

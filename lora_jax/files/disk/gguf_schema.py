@@ -94,7 +94,8 @@ DECODER: dict[str, Field] = {
     ),
     "attention.sliding_window": _COUNT,
     "attention.sliding_window_pattern": Field(_is_pattern, "an integer or an array of booleans"),
-    "expert_count": _COUNT,
+    **dict.fromkeys(("expert_count", "expert_used_count"), _COUNT),
+    "expert_feed_forward_length": _SIZE,
 }
 
 

@@ -152,15 +152,28 @@ def to_peft(directory: str | os.PathLike, params: Any, format: str, **options: A
       ConfigError: the format has no names for one of the weights.
       StructureError, OSError: as `lora_jax.peft.save`.
     """
+    converted, names = for_torch(params, format)
+    peft.save(directory, converted, names, **options)
+
+
+def for_torch(params: Any, format: str) -> tuple[Any, Naming]:
+    """Return a checkpoint's adapters as those of the PyTorch model, and their names there.
+
+    Args:
+      params: from `load` or `from_tree`.
+      format: its format. MaxText's queries are divided by the square root of the size of a head,
+        so their updates grow by that much.
+
+    Raises:
+      ConfigError: as `naming`.
+    """
     layout = format_of(format)
     names, grown = naming(params, format), {}
     for path, node in adapted_nodes(params).items():
         if path.endswith(layout.grown_queries) and isinstance(node, LoraWeight):
             size = node.b.shape[-1]
             grown[path] = dataclasses.replace(node, scale=node.scale * np.sqrt(np.float32(size)))
-    if grown:
-        params = _replaced(params, grown)
-    peft.save(directory, params, names, **options)
+    return (_replaced(params, grown) if grown else params), names
 
 
 def _replaced(params: Any, nodes: Mapping[str, Any]) -> Any:

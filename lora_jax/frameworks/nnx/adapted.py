@@ -13,7 +13,6 @@ from lora_jax.core.errors import StructureError, grouped
 from lora_jax.core.tree import Wrapped, require_adapted
 from lora_jax.core.weights import Adapted as Node
 from lora_jax.core.weights import LoraWeight
-from lora_jax.engine.transform import lora
 from lora_jax.frameworks.nnx.calls import Call
 from lora_jax.frameworks.nnx.variables import (
     factors_in,
@@ -22,6 +21,7 @@ from lora_jax.frameworks.nnx.variables import (
     thawed,
     tree_of_factors,
 )
+from lora_jax.frameworks.options import Options
 
 
 class Adapted(nnx.Module, Wrapped):
@@ -44,8 +44,7 @@ class Adapted(nnx.Module, Wrapped):
         self,
         model: nnx.Module,
         nodes: Mapping[str, Node],
-        fn: Callable[..., Any],
-        options: Mapping[str, Any],
+        options: Options,
         dropout_key: Any,
     ) -> None:
         self.model = frozen(model)
@@ -53,12 +52,11 @@ class Adapted(nnx.Module, Wrapped):
         self.deterministic = False
         drops = any(isinstance(node, LoraWeight) and node.dropout for node in nodes.values())
         self.rngs = nnx.Rngs(dropout=dropout_key) if drops else None
-        self._fn = fn
-        self._options = nnx.static(tuple(options.items()))
+        self._options = nnx.static(options)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the model with its adapters: every product becomes x·W + (x·A)·(scale·B)."""
-        return self.run(self._fn, *args, **kwargs)
+        return self.run(self._options.fn, *args, **kwargs)
 
     def run(self, fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Return `fn(model, *args, **kwargs)` with the adapters in the model.
@@ -69,7 +67,7 @@ class Adapted(nnx.Module, Wrapped):
         params = join(call.params, nodes_in(self.adapters))
         if self.rngs is not None and not self.deterministic:
             params = with_dropout(params, self.rngs.dropout())
-        run = lora(call.pure, **dict(self._options))
+        run = self._options.adapt(call.pure)
         out, changed = run(params, call.variables, call.arrays)
         call.put(changed, (self.model, args, kwargs))
         return out

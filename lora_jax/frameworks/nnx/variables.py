@@ -20,11 +20,11 @@ class Frozen(nnx.Variable):
 
 
 def frozen(model: nnx.Module) -> nnx.Module:
-    """Return a copy of a model that shares its arrays, with each `nnx.Param` as a `Frozen`."""
+    """Return a model with a `Frozen` for each `nnx.Param`; other variables are the same."""
 
     def one(_: Any, variable: Any) -> Any:
         if not isinstance(variable, nnx.Param):
-            return variable.copy() if isinstance(variable, nnx.Variable) else variable
+            return variable
         metadata = {**variable.get_metadata(), "original": type(variable)}
         return Frozen.from_metadata(variable.get_raw_value(), metadata)
 
@@ -32,7 +32,7 @@ def frozen(model: nnx.Module) -> nnx.Module:
 
 
 def thawed(model: nnx.Module) -> nnx.Module:
-    """Return the model that `frozen` got: its parameters are copies, other variables the same."""
+    """Return what `frozen` was given, with new parameters; other variables are the same."""
 
     def one(_: Any, variable: Any) -> Any:
         if not isinstance(variable, Frozen):

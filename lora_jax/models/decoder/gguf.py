@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from lora_jax.core.checks import is_size
 from lora_jax.core.errors import ModelFileError
 from lora_jax.core.foreign import shown_value
 from lora_jax.files.disk import gguf_file, gguf_schema
@@ -18,6 +19,7 @@ from lora_jax.files.disk.gguf_file import GgufTensor
 from lora_jax.files.naming import KINDS, Entry, Naming
 from lora_jax.models.decoder.gguf_architectures import (
     ARCHITECTURE_OF,
+    WITH_EXPERTS,
     Architecture,
     architecture,
     shortened,
@@ -66,7 +68,7 @@ def read_model(path: str | Path) -> tuple[dict[str, Any], Mapping[str, gguf_file
     file = gguf_file.read(path)
     kind = file.metadata.get("general.architecture")
     try:
-        row = architecture(kind)
+        row = architecture(kind, experts=is_size(file.metadata.get(f"{kind}.expert_count")))
         settings = _settings(file, str(kind), row)
     except ModelFileError as error:
         raise ModelFileError(f"{path}: {error}") from error
@@ -106,8 +108,6 @@ def _settings(file: gguf_file.GgufFile, kind: str, row: Architecture) -> dict[st
         )
     if "token_embd.weight" not in file.tensors:
         raise ModelFileError("it lacks token_embd.weight")
-    if known.get("expert_count"):
-        raise ModelFileError("mixtures of experts are not supported")
     names = _SIZES | {ours: name for ours, name in _OPTIONAL.items() if name in known}
     settings = {
         "model_type": row.model_type,
@@ -171,7 +171,8 @@ def file_naming(torch: Naming, settings: Mapping[str, Any]) -> Naming:
       torch: Hugging Face's names of the same model's leaves.
       settings: from `read_model`, or of config.json.
     """
-    row = architecture(ARCHITECTURE_OF.get(settings["model_type"]))
+    kind = settings["model_type"]
+    row = architecture(ARCHITECTURE_OF.get(kind), experts=kind in WITH_EXPERTS)
     heads = settings["num_attention_heads"]
     sizes = {"q_proj": heads, "k_proj": settings.get("num_key_value_heads", heads)}
     rows = []
@@ -183,7 +184,7 @@ def file_naming(torch: Naming, settings: Mapping[str, Any]) -> Naming:
         if row.interleaved and found:
             entry = _interleave_heads(entry, sizes[found[0]])
         rows.append(dataclasses.replace(entry, torch=names if len(names) > 1 else names[0]))
-    return Naming(tuple(rows))
+    return Naming((*rows, *row.rows()))
 
 
 def _rename(name: str, modules: Mapping[str, str]) -> str:

@@ -13,6 +13,8 @@ import numpy as np
 from lora_jax.core.errors import ModelFileError
 from lora_jax.core.foreign import shown_value
 from lora_jax.files.disk.gguf_file import GgufTensor
+from lora_jax.models.decoder import gguf_experts
+from lora_jax.models.decoder.gguf_experts import Rows, no_rows
 from lora_jax.models.decoder.model_types import FULL, SLIDING
 
 Known = Mapping[str, Any]  # metadata under its keys after the architecture
@@ -47,6 +49,7 @@ _FUSED = {
     "self_attn.qkv_proj": "attn_qkv",
     "mlp.gate_up_proj": "ffn_up",
 }
+_GPT_OSS = {**_MODULES, "post_attention_layernorm": "post_attention_norm"}
 LONG, SHORT = "rope_factors_long.weight", "rope_factors_short.weight"
 
 
@@ -61,6 +64,7 @@ class Architecture:
         Face pairs its two halves; then rows of q and k have another order.
       one_added: whether the parameters of norms have one added in the file.
       settings: further settings under config.json's names.
+      rows: of a naming in llama.cpp's names, for leaves that it keeps otherwise.
     """
 
     model_type: str
@@ -68,6 +72,7 @@ class Architecture:
     interleaved: bool = False
     one_added: bool = False
     settings: Callable[[Known, Tensors], dict[str, Any]] = lambda known, tensors: {}
+    rows: Rows = no_rows
 
 
 def _llama(known: Known, tensors: Tensors) -> dict[str, Any]:
@@ -75,6 +80,43 @@ def _llama(known: Known, tensors: Tensors) -> dict[str, Any]:
         "attention_bias": "blk.0.attn_q.bias" in tensors,
         "mlp_bias": "blk.0.ffn_gate.bias" in tensors,
     }
+
+
+def _experts(known: Known) -> dict[str, Any]:
+    """Return how many experts there are, and how many compute a token."""
+    if missing := [x for x in ("expert_count", "expert_used_count") if not known.get(x)]:
+        raise ModelFileError(f"it lacks {', '.join(missing)}, the numbers of its experts")
+    return {
+        "num_local_experts": known["expert_count"],
+        "num_experts_per_tok": known["expert_used_count"],
+    }
+
+
+def _mixtral(known: Known, tensors: Tensors) -> dict[str, Any]:
+    return _experts(known) | {"sliding_window": known.get("attention.sliding_window") or None}
+
+
+def _qwen3_moe(known: Known, tensors: Tensors) -> dict[str, Any]:
+    width = known.get("expert_feed_forward_length", known["feed_forward_length"])
+    # llama.cpp always divides the shares of the chosen experts by their sum
+    return _experts(known) | {"moe_intermediate_size": width, "norm_topk_prob": True}
+
+
+def _gpt_oss(known: Known, tensors: Tensors) -> dict[str, Any]:
+    width = known.get("expert_feed_forward_length", known["feed_forward_length"])
+    found: dict[str, Any] = {
+        "intermediate_size": width,
+        "sliding_window": known.get("attention.sliding_window", 128),
+    }
+    if known.get("rope.scaling.type") == "yarn":
+        original = known.get("rope.scaling.original_context_length", 4096)
+        found["rope_scaling"] = {
+            "rope_type": "yarn",
+            "factor": known.get("rope.scaling.factor", 1.0),
+            "original_max_position_embeddings": original,
+            "truncate": False,
+        }
+    return _experts(known) | found
 
 
 def _gemma(known: Known, tensors: Tensors) -> dict[str, Any]:
@@ -167,14 +209,24 @@ ARCHITECTURES: dict[str, Architecture] = {
     "gemma2": Architecture("gemma2", _POST_NORMS, one_added=True, settings=_gemma2),
     "gemma3": Architecture("gemma3_text", _POST_NORMS, one_added=True, settings=_gemma3),
     "phi3": Architecture("phi3", _FUSED, settings=_phi3),
+    "qwen3moe": Architecture("qwen3_moe", settings=_qwen3_moe, rows=gguf_experts.SEPARATE),
+    "gpt-oss": Architecture("gpt_oss", _GPT_OSS, settings=_gpt_oss, rows=gguf_experts.GPT_OSS),
 }
+#: Those that have another row where a file has experts.
+_WITH_EXPERTS = {
+    "llama": Architecture(
+        "mixtral", interleaved=True, settings=_mixtral, rows=gguf_experts.SEPARATE
+    )
+}
+#: The `model_type`s of models with experts.
+WITH_EXPERTS = ("mixtral", "qwen3_moe", "gpt_oss")
 #: `model_type` in config.json -> llama.cpp's architecture.
 ARCHITECTURE_OF = {row.model_type: name for name, row in ARCHITECTURES.items()}
-ARCHITECTURE_OF["mistral"] = "llama"
+ARCHITECTURE_OF |= {"mistral": "llama", "mixtral": "llama"}
 
 
-def architecture(name: Any) -> Architecture:
-    """Return the row of a file's `general.architecture`.
+def architecture(name: Any, experts: bool = False) -> Architecture:
+    """Return the row of a file's `general.architecture`, with experts or not.
 
     Raises:
       ModelFileError: there is none.
@@ -184,4 +236,9 @@ def architecture(name: Any) -> Architecture:
             f"the architecture {shown_value(name)} is not supported, only "
             f"{', '.join(ARCHITECTURES)}"
         )
-    return ARCHITECTURES[name]
+    row = ARCHITECTURES[name]
+    if not experts:
+        return row
+    if row.rows is no_rows and name not in _WITH_EXPERTS:
+        raise ModelFileError(f"mixtures of experts are not supported for {name}")
+    return _WITH_EXPERTS.get(name, row)

@@ -134,7 +134,7 @@ def test_settings_are_those_of_config_json(tmp_path):
     [
         ("t5", {}, None, "architecture 't5' is not supported, only llama, qwen2"),
         ("llama", {"block_count": None}, None, r"lacks llama\.block_count"),
-        ("llama", {"expert_count": 8}, None, "mixtures of experts"),
+        ("qwen2", {"expert_count": 8}, None, "mixtures of experts"),
         ("llama", {"rope.dimension_count": 4}, None, "only a part of the head size 8"),
         ("llama", {"rope.scaling.type": "su"}, None, "rotary embeddings of type 'su'"),
         ("llama", {}, [1, 2, 3, 9], "does not contain the divisors of Llama 3.1"),

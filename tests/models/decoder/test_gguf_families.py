@@ -6,14 +6,14 @@ are those of convert_hf_to_gguf.py.
 
 import numpy as np
 import pytest
-from gguf import MODEL_ARCH, GGUFWriter, RopeScalingType, get_tensor_name_map
+from gguf import MODEL_ARCH, MODEL_ARCH_NAMES, GGUFWriter, RopeScalingType, get_tensor_name_map
 
 import lora_jax
 from lora_jax import models
 from lora_jax.core.errors import ModelFileError
 from lora_jax.models.decoder.config import DecoderConfig
-from tests.models.decoder.test_gguf import stored
-from tests.models.recorded import load
+from tests.models.decoder.test_gguf import permuted, stored
+from tests.models.recorded import EXPERTS, load
 
 ARCHITECTURES = {
     "qwen3": MODEL_ARCH.QWEN3,
@@ -21,15 +21,20 @@ ARCHITECTURES = {
     "gemma2": MODEL_ARCH.GEMMA2,
     "gemma3_text": MODEL_ARCH.GEMMA3,
     "phi3": MODEL_ARCH.PHI3,
+    "mixtral": MODEL_ARCH.LLAMA,
+    "qwen3_moe": MODEL_ARCH.QWEN3MOE,
+    "gpt_oss": MODEL_ARCH.GPT_OSS,
 }
+DENSE = [name for name in ARCHITECTURES if name not in EXPERTS]
 PATTERN = [True, True, False, True]  # gemma3_text's layers with a window
 
 
-def write(path, name, change=lambda writer: None):
-    """Write a fixture as a float32 GGUF file."""
-    settings, tensors = stored(name)
+def write(path, name, change=lambda writer: None, tensors=None):
+    """Write a fixture as a float32 GGUF file; `tensors` in place of the fixture's."""
+    settings, own = stored(name)
+    tensors = own if tensors is None else tensors
     arch = ARCHITECTURES[name]
-    writer = GGUFWriter(path, arch.name.lower())
+    writer = GGUFWriter(path, MODEL_ARCH_NAMES[arch])
     writer.add_context_length(settings["max_position_embeddings"])
     writer.add_embedding_length(settings["hidden_size"])
     writer.add_block_count(settings["num_hidden_layers"])
@@ -50,7 +55,7 @@ def write(path, name, change=lambda writer: None):
         writer.add_rope_scaling_type(RopeScalingType.YARN)
         writer.add_rope_scaling_factor(rope["factor"])
         writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
-    if name in ("gemma2", "gemma3_text", "phi3"):
+    if name in ("gemma2", "gemma3_text", "phi3", "gpt_oss"):
         writer.add_sliding_window(settings["sliding_window"])
     if name == "gemma2":
         writer.add_attn_logit_softcapping(settings["attn_logit_softcapping"])
@@ -80,7 +85,7 @@ def write(path, name, change=lambda writer: None):
     return path
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("name", DENSE)
 def test_the_same_model_as_in_safetensors(name, tmp_path):
     model = models.load(write(tmp_path / "model.gguf", name), scan=name == "gemma2")
     want = load(name, scan=name == "gemma2")
@@ -110,3 +115,73 @@ def test_factors_without_their_length_are_refused(tmp_path):
 
     with pytest.raises(ModelFileError, match="original_context_length together"):
         models.load(write(tmp_path / "x.gguf", "phi3", drop))
+
+
+def of_llama_cpp(name):
+    """Stack and split the tensors of experts as convert_hf_to_gguf.py does."""
+    settings, tensors = stored(name)
+    heads = {"q_proj": settings["num_attention_heads"], "k_proj": settings["num_key_value_heads"]}
+    found, experts = {}, {}
+    for key, value in sorted(tensors.items()):
+        layer, _, rest = key.partition(".mlp.experts.")
+        if ".block_sparse_moe.experts." in key:
+            layer, _, rest = key.partition(".block_sparse_moe.experts.")
+        if rest.startswith("gate_up_proj"):
+            both = value if rest.endswith("_bias") else value.swapaxes(1, 2)
+            leaf = "bias" if rest.endswith("_bias") else "weight"
+            found[f"{layer}.mlp.experts.gate_proj.{leaf}"] = both[:, ::2].copy()
+            found[f"{layer}.mlp.experts.up_proj.{leaf}"] = both[:, 1::2].copy()
+        elif rest.startswith("down_proj"):
+            is_bias = rest.endswith("_bias")
+            whole = value if is_bias else value.swapaxes(1, 2).copy()
+            found[f"{layer}.mlp.experts.down_proj.{'bias' if is_bias else 'weight'}"] = whole
+        elif rest:
+            expert, module, leaf = rest.split(".")
+            new = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}.get(module, module)
+            experts.setdefault(f"{layer}.mlp.experts.{new}.{leaf}", {})[int(expert)] = value
+        elif key.endswith("sinks"):
+            found[f"{key}.weight"] = value
+        else:
+            turned = [
+                permuted(value, n) for x, n in heads.items() if x in key and name == "mixtral"
+            ]
+            found[key] = turned[0] if turned else value
+    return found | {key: np.stack([x[e] for e in sorted(x)]) for key, x in experts.items()}
+
+
+def count_experts(name):
+    settings = stored(name)[0]
+
+    def change(writer):
+        writer.add_expert_count(settings["num_local_experts"])
+        writer.add_expert_used_count(settings["num_experts_per_tok"])
+        if name != "mixtral":
+            width = settings.get("moe_intermediate_size", settings["intermediate_size"])
+            writer.add_expert_feed_forward_length(width)
+
+    return change
+
+
+@pytest.mark.parametrize("name", EXPERTS)
+def test_the_same_experts_as_in_safetensors(name, tmp_path):
+    scan = name == "gpt_oss"
+    path = write(tmp_path / "model.gguf", name, count_experts(name), of_llama_cpp(name))
+    model, want = models.load(path, scan=scan), load(name, scan=scan)
+    settings = {**want.settings, **({"swiglu_limit": 7.0} if name == "gpt_oss" else {})}
+    assert model.config == DecoderConfig.from_json(settings, scan=scan)
+    flat = lambda params: dict(lora_jax.core.paths.flatten_with_paths(params)[0])
+    got, want = flat(model.params), flat(want.params)
+    assert got.keys() == want.keys()
+    for key, leaf in want.items():
+        np.testing.assert_array_equal(got[key], leaf, key)
+    models.save(tmp_path / "again", model)
+    saved = models.load(tmp_path / "again", scan=scan)
+    for key, leaf in flat(saved.params).items():
+        np.testing.assert_array_equal(leaf, want[key], key)
+
+
+def test_numbers_of_experts_that_are_missing(tmp_path):
+    change = lambda writer: writer.add_expert_count(4)
+    path = write(tmp_path / "model.gguf", "mixtral", change, of_llama_cpp("mixtral"))
+    with pytest.raises(ModelFileError, match="lacks expert_used_count"):
+        models.load(path)

@@ -34,6 +34,7 @@ FORMAT_OF = {
     kinds.GGUF_ADAPTER: "gguf",
     kinds.KOHYA: "kohya",
     kinds.DIFFUSERS: "diffusers",
+    kinds.PIPELINE: "peft",
 }
 #: By format, what reads it and knows no classifiers.
 _WITHOUT_CLASSIFIERS = {"mlx": "mlx-lm", "gguf": "llama.cpp as an adapter"}

@@ -14,11 +14,7 @@ from lora_jax.core.tree import adapted_nodes
 from lora_jax.engine.custom_rules import Rule
 from lora_jax.frameworks.nnx.adapted import Adapted
 from lora_jax.frameworks.nnx.calls import Call
-
-
-def call_model(model: Any, *args: Any, **kwargs: Any) -> Any:
-    """Call a model: the function that `wrap` adapts unless another is given."""
-    return model(*args, **kwargs)
+from lora_jax.frameworks.options import Options, call_model
 
 
 def wrap(
@@ -54,12 +50,11 @@ def wrap(
       TargetError: a pattern matches nothing, or a target cannot be adapted.
 
     >>> from flax import nnx
-    >>> import jax.numpy as jnp, lora_jax as lora, optax
+    >>> import jax.numpy as jnp, lora_jax as lora
     >>> x = jnp.ones((2, 4))
     >>> tuned = wrap(nnx.Linear(4, 3, rngs=nnx.Rngs(0)), lora.LoraConfig(rank=1), x)
-    >>> tx = nnx.Optimizer(tuned, optax.adam(1e-2), wrt=nnx.Param)
-    >>> updates = tx.update(tuned, nnx.grad(lambda tuned: tuned(x).sum())(tuned))
-    >>> updates["adapters"]["kernel"]["b"].shape, type(tuned.merge()).__name__
+    >>> grads = nnx.grad(lambda tuned: tuned(x).sum())(tuned)
+    >>> grads["adapters"]["kernel"]["b"].shape, type(tuned.merge()).__name__
     ((1, 3), 'Linear')
     """
     _require_model("wrap", model)
@@ -71,7 +66,7 @@ def wrap(
     params = init(
         key, call.params, config, call.pure, variables, call.arrays, rules=rules, fsdp=fsdp
     )
-    return _adapted(model, *trees.split(params), fn, rules, on_dense, key)
+    return _adapted(model, *trees.split(params), Options(fn, on_dense, rules), key)
 
 
 def join(
@@ -110,16 +105,14 @@ def join(
     nodes = adapted_nodes(adapters)
     whole = bool(nodes) and all(node.w is not None for node in nodes.values())
     params = adapters if whole else trees.join(nnx.state(model, nnx.Param), adapters)
-    return _adapted(model, *trees.split(params), fn, rules, on_dense, _key(dropout_key))
+    options = Options(fn, on_dense, rules)
+    return _adapted(model, *trees.split(params), options, _key(dropout_key))
 
 
-def _adapted(
-    model: Any, base: Any, adapters: Any, fn: Any, rules: Any, on_dense: str, key: Any
-) -> Adapted:
-    options = {"on_dense": on_dense} | ({"rules": rules} if rules else {})
+def _adapted(model: Any, base: Any, adapters: Any, options: Options, key: Any) -> Adapted:
     own = nnx.clone(model)
     nnx.update(own, base)  # an initializer may have changed it
-    return Adapted(own, adapted_nodes(adapters), fn, options, jax.random.fold_in(key, 1))
+    return Adapted(own, adapted_nodes(adapters), options, jax.random.fold_in(key, 1))
 
 
 def _require_model(caller: str, model: Any) -> None:
