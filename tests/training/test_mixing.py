@@ -9,6 +9,7 @@ import pytest
 from lora_jax.training.batching import Data, batch_of_step
 from lora_jax.training.errors import DataError
 from lora_jax.training.mixing.mixture import Mixture, mix
+from lora_jax.training.mixing.visits import items
 from lora_jax.training.mixing.weights import parse
 from lora_jax.training.streaming.pieces import divide
 from lora_jax.training.streaming.stream import Reader, Stream
@@ -44,6 +45,12 @@ def test_rows_are_visited_as_often_as_their_weights_say(mixture, seed):
     assert [counts[row] for row in range(17, 22)] == [2] * 5  # all equally often: 5 epochs of 2
     orders = [mixture.order(seed, epoch).tolist() for epoch in range(3)]
     assert len(set(map(str, orders))) > 1
+
+
+def test_every_turn_through_a_source_has_its_order():
+    first, second = items(range(24), 12, 3, 0).reshape(2, 12)
+    assert sorted(first) == sorted(second) == [*range(12)] and (first != second).any()
+    assert (items(range(24), 12, 3, 1)[:12] != first).any()  # and every source its own
 
 
 def test_any_step_alone_is_that_of_the_sequence(mixture):

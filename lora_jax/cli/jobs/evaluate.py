@@ -9,7 +9,7 @@ from lora_jax.cli.errors import AdapterOptionError
 from lora_jax.cli.fit import Fit
 from lora_jax.cli.jobs.evaluating.choices import choices, preferences
 from lora_jax.cli.jobs.evaluating.classifier import classifier_figures
-from lora_jax.cli.jobs.evaluating.exact_match import exact_match
+from lora_jax.cli.jobs.evaluating.exact_match import check, exact_match
 from lora_jax.cli.jobs.evaluating.language_model import perplexity
 from lora_jax.cli.jobs.evaluating.report import show
 from lora_jax.cli.jobs.evaluating.subject import Notes, Settings, Subject, subjects
@@ -17,6 +17,7 @@ from lora_jax.training.dataset import Rows, read_rows
 from lora_jax.training.errors import DataError
 from lora_jax.training.evaluation.choices import KIND as CHOICE
 from lora_jax.training.preference.pairs import KIND as PREFERENCE
+from lora_jax.training.rows.arrow import HELD_OUT
 from lora_jax.training.streaming.files import find_files
 
 Measure = Callable[[Sequence[Rows], Subject, Settings, Notes], dict[str, Any]]
@@ -43,7 +44,9 @@ def run(
       DataError: a file cannot be read or has rows of another kind.
       LoraError: the model or an adapter cannot be read.
     """
-    rows = [read_rows(path, encoding) for path in find_files(files)]
+    rows = [read_rows(path, encoding) for path in find_files(files, HELD_OUT)]
+    if settings.exact:
+        check(rows)
     base = sources.find_model(model)
     sources.require_kind(base, "encoder", "decoder")
     named = [classifiers.find(base, path) for path in adapters]

@@ -9,16 +9,26 @@ import struct
 
 def read(path):
     """Return [(step, tag, value)] of all scalars, in their order."""
-    data, found = path.read_bytes(), []
-    while data:
-        (length,) = struct.unpack_from("<Q", data)
-        event = dict(fields(data[12 : 12 + length]))
+    found = []
+    for event in _events(path):
         for value in [x for key, x in fields(event.get(5, b"")) if key == 1]:
             parts = dict(fields(value))
             if 2 in parts:
                 found.append((event.get(2, 0), parts[1].decode(), struct.unpack("<f", parts[2])[0]))
-        data = data[12 + length + 4 :]
     return found
+
+
+def restarts(path):
+    """Return the steps from which a file says that it starts again: session_log = 7."""
+    return [event.get(2, 0) for event in _events(path) if 7 in event]
+
+
+def _events(path):
+    data = path.read_bytes()
+    while data:
+        (length,) = struct.unpack_from("<Q", data)
+        yield dict(fields(data[12 : 12 + length]))
+        data = data[12 + length + 4 :]
 
 
 def fields(data):

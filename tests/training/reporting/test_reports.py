@@ -88,6 +88,7 @@ def test_tensorboard(tmp_path):
     report(["tensorboard"], tmp_path, [{**STEP, "step": 5}], done=4)
     (other,) = set((tmp_path / "tensorboard").iterdir()) - {file}
     assert {step for step, *_ in events.read(other)} == {5}
+    assert (events.restarts(file), events.restarts(other)) == ([], [5])
 
 
 def test_weights_and_biases(tmp_path, runs, monkeypatch):

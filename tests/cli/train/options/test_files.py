@@ -12,6 +12,7 @@ pytest.importorskip("typer")
 
 from lora_jax.cli.jobs.training.stream import choose_streaming
 from lora_jax.cli.train_options import TrainOptions
+from lora_jax.training import log
 from lora_jax.training.errors import DataError
 from tests.cli.train.options.reading import read, text_of
 from tests.training.rows.test_arrow import DICT
@@ -122,3 +123,24 @@ def test_compressed_data_is_read_at_first(tmp_path, monkeypatch):
 def test_mistakes(more, error, folder, fails):
     words = ("train", "--model", "tiny", "--data", folder / "a.jsonl", "--out", folder / "out")
     assert error in fails(*words, *more) and not (folder / "out").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stream", ["--stream", "--no-stream"])
+def test_a_resumed_run_with_weights_is_exact(stream, folder, run):
+    """A run of 3 and 6 more steps, over the end of an epoch, is a run of 9."""
+    data = ("--data", f"{folder}/a.jsonl=2", "--data", f"{folder}/b.jsonl=0.5", stream)
+    more = [*data, "--field", FIELDS[0], "--field", FIELDS[1], "--length", 7, "--batch", 5]
+    more += ["--rank", 2, "--schedule", "constant", "--warmup", 0, "--save-every", 1]
+    one, whole = folder / "one", folder / "whole"
+    for out, steps, resume in ((one, 3, ()), (one, 9, ("--resume",)), (whole, 9, ())):
+        done = run("train", "--model", "tiny", *more, "--out", out, "--steps", steps, *resume)
+        assert done.status == 0, done.err
+    name = "adapter/adapter_model.safetensors"
+    assert (one / name).read_bytes() == (whole / name).read_bytes()
+    records = [[*map(log.without_speed, log.read(out / "log.jsonl"))] for out in (one, whole)]
+    assert records[0] == records[1] and len(records[0]) == 9
+    other = run(
+        "train", "--model", "tiny", *more, "--out", one, "--resume", "--data", f"{folder}/a.jsonl"
+    )
+    assert other.status == 1 and "the training data is different" in other.err
