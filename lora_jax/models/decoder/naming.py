@@ -85,7 +85,7 @@ def of_experts(files: Naming, names: Collection[str] = ()) -> Naming:
 
 
 def _of_text(text: str, head: str) -> Naming:
-    """Return the names of Gemma 3 with images: those of its text after one of its own."""
+    """Return the names of Gemma 3 with images: the part that reads text has a prefix."""
     rename = lambda name: name.replace("model.", text, 1).replace("lm_head", head)
     return Naming(
         tuple(dataclasses.replace(e, torch=rename(str(e.torch))) for e in POST_NORMS.entries)
