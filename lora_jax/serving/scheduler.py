@@ -16,6 +16,8 @@ from lora_jax.serving.rows import Rows, Sampled
 _log = logging.getLogger(__name__)
 #: Tokens of prompts after which the rows that continue get their next step.
 PROMPT_TOKENS = 512
+#: Seconds without jobs after which idle work is done: a client that asks again at once is not kept.
+QUIET = 1.0
 
 
 class Scheduler:
@@ -129,8 +131,9 @@ class Scheduler:
     def _run(self) -> None:
         while True:
             with self._changed:
-                while not (self._has_work() or self._idle or self._stopped):
-                    self._changed.wait()
+                while not (self._has_work() or self._stopped):
+                    if not self._changed.wait(QUIET if self._idle else None):
+                        break
                 has_work = self._has_work()
                 if self._stopped and not has_work:
                     return
@@ -153,42 +156,44 @@ class Scheduler:
         """Do what is to be done before the next step, and the step."""
         while self._calls:
             _answer(*self._calls.popleft())
-        for row in [row for row, job in self._running.items() if job.done]:
-            self._free(row)
+        for done in [row for row, job in self._running.items() if job.done]:
+            self._free(done)
         if time.monotonic() >= self._deadline:
             self._fail_running(stopping())
             while self._waiting:
                 self._report_failure(self._waiting.popleft(), stopping())
         prompts = 0
-        while prompts < PROMPT_TOKENS and (job := self._next_job()):
-            self._join(job)
-            prompts += len(job.ids)
+        while prompts < PROMPT_TOKENS and (row := self._place_next()) is not None:
+            prompts += len(self._running[row].ids)
+            self._join(row)
         if self._running:
             self._step()
+        with self._changed:  # for who waits until there is nothing to do
+            self._changed.notify_all()
 
-    def _next_job(self) -> Job | None:
-        """Return the first job that waits, if there is a row for it."""
+    def _place_next(self) -> int | None:
+        """Give a free row to the first job that waits, and return it if there is one."""
         with self._changed:
             while self._waiting and self.rows.free:
                 job = self._waiting.popleft()
                 if not job.done:
-                    return job
+                    row = self.rows.free[0]
+                    self._running[row] = job
+                    return row
         return None
 
-    def _join(self, job: Job) -> None:
-        """Let a job continue in a free row."""
-        row = self.rows.free[0]
+    def _join(self, row: int) -> None:
+        """Let the job in a row begin."""
+        job = self._running[row]
         try:
             token = self.rows.join(row, job.ids, job.served.slot, job.choosing)
         except Exception as error:
             _log.exception("a prompt of %d tokens failed", len(job.ids))
             self._report_failure(job, failed(error))
-            self.rows.leave(row)
+            self._free(row)
             if self.rows.lost:
                 self._fail_running(failed(error))
             return
-        with self._changed:
-            self._running[row] = job
         self.metrics.prompt_tokens += len(job.ids)
         self._give(row, token)
 
@@ -231,7 +236,6 @@ class Scheduler:
         self.rows.leave(row)
         with self._changed:
             del self._running[row]
-            self._changed.notify_all()
 
 
 def _answer(work: Callable[[], Any], future: Future) -> None:

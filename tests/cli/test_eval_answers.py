@@ -1,5 +1,6 @@
 """`eval` of answers: choices and preferences by logits in float64, a model that recites."""
 
+import dataclasses
 import json
 import pathlib
 
@@ -51,19 +52,25 @@ def reader(folder, adapter):
     return log_prob
 
 
-def test_choices_beside_logits(world, run):
-    """The base and an adapter: the share of right answers, by sums and per character."""
+@pytest.mark.parametrize(
+    "adapters",
+    [("my-adapter",), pytest.param(("base", "my-adapter"), marks=pytest.mark.slow)],
+)
+def test_choices_beside_logits(adapters, world, run):
+    """The share of right answers, by sums and per character."""
     write(
         world / "q.jsonl",
         [{"question": q, "choices": c, "answer": a} for q, c, a in QUESTIONS],
     )
     right = [1, 0, 2, 1]
     words = ["eval", "-m", "my-model", "--data", "q.jsonl", "--batch", 2]
-    words += ["--adapter", "base", "--adapter", "my-adapter"]
+    words += [word for name in adapters for word in ("--adapter", name)]
     found = json.loads(run(*words, "--json").out)
-    assert [one["adapter"] for one in found] == ["base", "my-adapter"]
-    for one, adapter in zip(found, (None, "my-adapter"), strict=True):
-        hits, log_prob = np.zeros((2, len(QUESTIONS))), reader(world, adapter)
+    found = [found] if len(adapters) == 1 else found
+    for one, name in zip(found, adapters, strict=True):
+        assert one.get("adapter", name) == name
+        log_prob = reader(world, None if name == "base" else name)
+        hits = np.zeros((2, len(QUESTIONS)))
         for i, (prompt, texts, _) in enumerate(QUESTIONS):
             spaced = [text if text[0] == " " else f" {text}" for text in texts]
             sums = np.array([log_prob(prompt, text) for text in spaced])
@@ -98,6 +105,7 @@ def test_preferences_beside_logits(world, run):
     assert found["log_prob_margin"] == pytest.approx(np.mean(margins), rel=1e-4)
 
 
+@pytest.mark.slow
 def test_exact_matches_of_a_model_that_recites(tmp_path, run, monkeypatch):
     """It continues a letter with the rest of the alphabet, and then ends."""
     monkeypatch.chdir(tmp_path)
@@ -114,8 +122,24 @@ def test_exact_matches_of_a_model_that_recites(tmp_path, run, monkeypatch):
     words = ["eval", "-m", "m", "--data", "d.jsonl", "--exact-match", "--batch", 2, "--json"]
     found = json.loads(run(*words).out)
     assert (found["answers"], found["exact_match"]) == (5, 0.6)
-    found = json.loads(run(*words, "--max-tokens", 3).out)
-    assert found["exact_match"] == 0.2  # the second alone
+
+
+@pytest.mark.slow
+def test_answers_that_are_cut_off_do_not_match(tmp_path, run, monkeypatch):
+    """Conversations: the answer is what the assistant says last."""
+    monkeypatch.chdir(tmp_path)
+    template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    tokenizer = dataclasses.replace(byte_tokenizer(), chat_template=template)
+    reciter.model(tmp_path / "m", tokenizer, "abcdefghij", [tokenizer.eos_id])
+    turns = lambda *texts: {
+        "messages": [
+            {"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)
+        ]
+    }
+    write(tmp_path / "d.jsonl", [turns("a", "bcdefghij"), turns("a", "b", "h", "ij")])
+    words = ["eval", "-m", "m", "--data", "d.jsonl", "--exact-match", "--json"]
+    assert json.loads(run(*words).out)["exact_match"] == 1
+    assert json.loads(run(*words, "--max-tokens", 3).out)["exact_match"] == 0.5
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,8 @@ import json
 
 import pytest
 
+from lora_jax.models.text.byte_tokenizer import byte_tokenizer
+from tests.cli import reciter
 from tests.cli.test_generate_many import world
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
@@ -13,6 +15,22 @@ WORDS = ("generate", "--model", "my-model", "--max-tokens", 5)
 PROMPTS = ["Hi", "Hello there, this is a longer one", "A", "To be", "What?"]
 
 
+def test_rows_keep_their_keys(tmp_path, run, monkeypatch):
+    """Of a model that continues a letter with the rest of the alphabet, and then ends."""
+    monkeypatch.chdir(tmp_path)
+    tokenizer = byte_tokenizer()
+    reciter.model(tmp_path / "m", tokenizer, "abcdefghij", [tokenizer.eos_id])
+    rows = [{"id": n, "prompt": text} for n, text in enumerate(("a", "XYZd", "h"))]
+    (tmp_path / "p.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    done = run("generate", "-m", "m", "--prompts", "p.jsonl", "--batch", 2, "--max-tokens", 10)
+    assert (done.status, done.err) == (0, "")
+    said = ["bcdefghij", "efghij", "ij"]
+    assert [json.loads(line) for line in done.out.splitlines()] == [
+        {**row, "generated": text} for row, text in zip(rows, said, strict=True)
+    ]
+
+
+@pytest.mark.slow
 def test_rows_get_what_they_get_alone(world, run):
     """Prompts of several lengths in batches of two, for an adapter and the base."""
     rows = [{"id": i, "prompt": text, "completion": "mine"} for i, text in enumerate(PROMPTS)]

@@ -36,6 +36,12 @@ def test_commands_on_texts_refuse_others(name, fails, tmp_path):
         assert len(said.strip().splitlines()) == 1
 
 
+@pytest.mark.parametrize("name", ["bert", "roberta", "modernbert"])
+def test_an_encoder_generates_nothing(name, fails):
+    said = fails("generate", "--model", recorded.FIXTURES / name, "--prompt", "a")
+    assert "is an encoder of texts, but this command needs a decoder; lora_jax.models" in said
+
+
 def test_an_adapter_of_transformers_4(tmp_path):
     """Its modules had the names that models' files still have."""
     adapter = write_adapter("vit", tmp_path)
@@ -45,10 +51,14 @@ def test_an_adapter_of_transformers_4(tmp_path):
     older = {
         "vit.layers.": "vit.encoder.layer.",
         "attention.q_proj": "attention.attention.query",
+        "attention.k_proj": "attention.attention.key",
+        "attention.v_proj": "attention.attention.value",
+        "attention.o_proj": "attention.output.dense",
         "mlp.fc1": "intermediate.dense",
+        "mlp.fc2": "output.dense",
     }
     config = json.loads((adapter / peft.CONFIG).read_text())
-    config["target_modules"] = ["query", "intermediate.dense", "projection"]
+    config["target_modules"] = ["query", "key", "value", "dense", "projection"]
     (adapter / peft.CONFIG).write_text(json.dumps(config))
     for new_name, old_name in older.items():
         tensors = {name.replace(new_name, old_name): x for name, x in tensors.items()}

@@ -98,6 +98,7 @@ def test_a_signal_lets_requests_finish(serving, number):
     ]
     for thread in asked:
         thread.start()
+    until(process, url, "lora_jax_running 2\n")
     until(process, url, "lora_jax_waiting 2\n")
     os.kill(process.pid, number)
     assert "finishing the requests under way" in process.stderr.readline()

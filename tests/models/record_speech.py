@@ -60,10 +60,10 @@ def main() -> None:
     with torch.no_grad():
         arrays["logits"] = model(input_features=features, decoder_input_ids=ids).logits
         arrays["greedy"] = greedy(model, features, ids[:, :2])
-        first = arrays["greedy"][0, :3].tolist()
-        options = {"suppress_tokens": first[1:], "begin_suppress_tokens": first[:1]}
+        never, not_first = arrays["greedy"][1, 1:2].tolist(), arrays["greedy"][:, 0].tolist()
+        options = {"suppress_tokens": never, "begin_suppress_tokens": not_first}
         arrays["suppressed"] = greedy(model, features, ids[:, :2], **options)
-        arrays |= {"suppress": np.array(first[1:]), "begin_suppress": np.array(first[:1])}
+        arrays |= {"suppress": np.array(never), "begin_suppress": np.array(not_first)}
         config = peft.LoraConfig(r=2, lora_alpha=3, target_modules=["q_proj", "v_proj", "fc1"])
         adapted = move(peft.get_peft_model(model, config)).eval()
         arrays["adapted"] = adapted(input_features=features, decoder_input_ids=ids).logits

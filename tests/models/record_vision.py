@@ -42,7 +42,10 @@ MODELS = {
     "clip_vision": c.CLIPVisionModel(c.CLIPVisionConfig(**IMAGE, initializer_factor=2.0)),
 }
 PEFTS = {
-    "vit": {"target_modules": ["q_proj", "fc1", "projection"], "modules_to_save": ["classifier"]},
+    "vit": {
+        "target_modules": [*(f"{x}_proj" for x in "qkvo"), "fc1", "fc2", "projection"],
+        "modules_to_save": ["classifier"],
+    },
     "siglip_vision": {"target_modules": ["q_proj", "v_proj", "patch_embedding"]},
     "siglip": {"target_modules": ["q_proj", "fc2", "token_embedding"]},
     "clip_vision": {"target_modules": ["out_proj", "patch_embedding"]},
@@ -73,7 +76,11 @@ def record(name: str, model: torch.nn.Module) -> None:
     changed = outputs(name, adapted, pixels, ids)
     arrays |= {f"adapted_{key}": x for key, x in changed.items()}
     if name == "vit":
-        processor = c.ViTImageProcessorPil(size={"height": 12, "width": 12})
+        processor = c.ViTImageProcessorPil(
+            size={"height": 12, "width": 12},
+            image_mean=[0.48, 0.45, 0.4],
+            image_std=[0.26, 0.27, 0.28],
+        )
         processor.save_pretrained(directory)
         images = np.random.default_rng(0).integers(0, 256, (2, 12, 12, 3), np.uint8)
         made = processor(list(images), return_tensors="pt")["pixel_values"]

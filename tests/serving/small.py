@@ -20,7 +20,7 @@ KINDS = (
     {"rank": 4, "targets": ["query", "up"], "scaling": "rslora"},
 )
 CONTEXT = 64  # of `rows`
-PADDED = 32  # tokens of a prompt in `alone`, whatever its length
+PADDED = 40  # tokens of a prompt in `alone`, whatever its length
 
 
 @functools.cache
@@ -50,7 +50,7 @@ def rows() -> Rows:
 
     Both the prompts and the cache outgrow their shortest length.
     """
-    return Rows(model(), stack(), 3, CONTEXT, shortest=(16, 32))
+    return Rows(model(), stack(), 3, CONTEXT, shortest=(32, 32))
 
 
 def alone(ids, slot, steps, temperature=0.0, top_p=1.0, seed=0):

@@ -74,8 +74,8 @@ def test_rows_continue_as_each_does_alone():
     assert len({text.choosing.temperature for text in given}) == 2
     again = continue_all(rows, given[::-1])  # beside other texts, at other columns
     assert [[x.token for x in one] for one in again[::-1]] == tokens
-    # Two selections, three lengths of prompts, two of the cache, and the ways between them.
-    assert rows.compilations <= 2 + 3 + 2 + 3 + 4
+    # Two selections, two lengths of prompts, two of the cache, and the ways between them.
+    assert rows.compilations <= 2 + 2 + 2 + 3 + 4
     for text, one in zip(given, found, strict=True):
         assert [len(x.top) for x in one] == [text.choosing.top] * text.steps
         for token in one:

@@ -6,6 +6,7 @@ import time
 import pytest
 
 from lora_jax.models.text.byte_tokenizer import byte_tokenizer
+from lora_jax.serving import scheduler as module
 from lora_jax.serving.errors import RequestError
 from lora_jax.serving.job import LENGTH, STOP, Job
 from lora_jax.serving.rows import Choosing, Sampled
@@ -216,8 +217,9 @@ def test_work_between_steps(start):
         scheduler.call(lambda: 1).result(PATIENCE)
 
 
-def test_idle_work_waits_for_jobs_and_may_fail(start, caplog):
+def test_idle_work_waits_for_jobs_and_may_fail(start, caplog, monkeypatch):
     """One piece at a time: a job that comes meanwhile is next."""
+    monkeypatch.setattr(module, "QUIET", 0.001)
     done, asked, may_end = [], Asked("a", most=1), threading.Event()
 
     def first():
@@ -255,8 +257,10 @@ def test_what_is_not_done_by_the_deadline_gets_an_error(start):
     asked = [Asked("a", most=50), Asked("b")]
     scheduler.submit([x.job for x in asked])
     until(lambda: asked[0].reports)
+    idle = threading.Thread(target=scheduler.wait_idle, args=(10 * PATIENCE,))
+    idle.start()
     scheduler.drain(0)
     rows.allowed.release(2)
     assert [x.result() for x in asked] == ["server_stopping"] * 2
-    scheduler.wait_idle(PATIENCE)
-    assert scheduler.load == (0, 0)
+    idle.join(PATIENCE)
+    assert not idle.is_alive() and scheduler.load == (0, 0)

@@ -55,7 +55,8 @@ def post(server, body, path="/v1/completions", headers=JSON):
 
 
 def metrics(server):
-    text = urllib.request.urlopen(f"{server.url}/metrics", timeout=PATIENCE).read().decode()
+    with urllib.request.urlopen(f"{server.url}/metrics", timeout=PATIENCE) as answer:
+        text = answer.read().decode()
     pairs = [line.split() for line in text.splitlines() if not line.startswith("#")]
     return {name.removeprefix("lora_jax_"): int(value) for name, value in pairs}
 
@@ -72,7 +73,8 @@ def test_what_is_served(server, client):
     assert [x.id for x in found] == list(live.NAMES)
     assert [x.parent for x in found] == [None, "base", "base"]
     assert client.models.retrieve("law").max_model_len == small.CONTEXT
-    assert urllib.request.urlopen(f"{server.url}/health", timeout=PATIENCE).status == 200
+    with urllib.request.urlopen(f"{server.url}/health", timeout=PATIENCE) as answer:
+        assert answer.status == 200
 
 
 def test_texts(client):
@@ -249,8 +251,11 @@ def test_a_failure_of_the_model(server, client, monkeypatch, caplog):
         patch.setattr(small.rows(), "step", fail)
         with pytest.raises(openai.InternalServerError, match="the server failed on this request"):
             client.completions.create(model="law", prompt="x")
-        with pytest.raises(openai.APIError, match="the server failed on this request"):
-            list(client.completions.create(model="law", prompt="x", stream=True))
+        with (
+            client.completions.create(model="law", prompt="x", stream=True) as stream,
+            pytest.raises(openai.APIError, match="the server failed on this request"),
+        ):
+            list(stream)
     found = client.completions.create(model="law", prompt="Hello", max_tokens=3, temperature=0)
     assert found.choices[0].text == said(HELLO, 0, 3)
     assert "the device is lost" in caplog.text
@@ -282,8 +287,8 @@ def test_a_full_queue_and_a_graceful_stop(monkeypatch):
 
 
 def test_the_page_needs_nothing_else(server):
-    answer = urllib.request.urlopen(server.url, timeout=PATIENCE)
-    page = answer.read().decode()
+    with urllib.request.urlopen(server.url, timeout=PATIENCE) as answer:
+        page = answer.read().decode()
     assert answer.headers["Content-Type"] == "text/html; charset=utf-8"
     assert "default-src 'none'" in answer.headers["Content-Security-Policy"]
     assert "http://" not in page and "https://" not in page and "<main>" in page

@@ -31,8 +31,7 @@ _ADAPTER = (
 
 EXAMPLES = (
     "lora-jax chat --model my-model --max-tokens 200",
-    'lora-jax chat -m my-model --adapter my-adapter --system "Be brief." --max-tokens 9',
-    "lora-jax chat -m my-model --adapter mine=my-adapter --adapter other=my-mlx-adapter",
+    "lora-jax chat -m my-model --adapter my-adapter --adapter b=my-mlx-adapter --max-tokens 9",
     "lora-jax chat --model my-model --temperature 0.7 --stop END --max-tokens 20",
 )
 

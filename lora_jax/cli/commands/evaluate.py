@@ -24,11 +24,9 @@ from lora_jax.cli.options import (
 _EXACT = "Also generate answers, greedily, and count those that equal the completion or answer."
 
 EXAMPLES = (
-    "lora-jax eval --model my-model --adapter my-adapter --data held-out.jsonl",
+    "lora-jax eval --model my-model --adapter base --adapter my-adapter --data held-out.jsonl",
     "lora-jax eval --model my-encoder --adapter my-classifier --data reviews.jsonl",
     "lora-jax eval --model my-model --data play.txt --length 32 --json",
-    "lora-jax eval -m my-model --adapter base --adapter my-adapter --data held-out.jsonl "
-    "--exact-match",
 )
 
 

@@ -39,7 +39,7 @@ EXAMPLES = (
     "lora-jax generate --model my-model --prompt-file prompt.txt --chat --max-tokens 20",
     'lora-jax generate -m my-model --system "Be brief." --prompt Hello --stop END --max-tokens 20',
     "lora-jax generate -m my-model --adapter my-adapter --adapter base --prompt Hi --max-tokens 9",
-    "lora-jax generate -m my-model --prompts held-out.jsonl --out answers.jsonl --max-tokens 9",
+    "lora-jax generate -m my-model --prompts held-out.jsonl --max-tokens 9 > answers.jsonl",
 )
 
 

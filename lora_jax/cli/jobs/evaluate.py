@@ -9,7 +9,7 @@ from lora_jax.cli.errors import AdapterOptionError
 from lora_jax.cli.fit import Fit
 from lora_jax.cli.jobs.evaluating.choices import choices, preferences
 from lora_jax.cli.jobs.evaluating.classifier import classifier_figures
-from lora_jax.cli.jobs.evaluating.exact_match import exact_match
+from lora_jax.cli.jobs.evaluating.exact_match import check, exact_match
 from lora_jax.cli.jobs.evaluating.language_model import perplexity
 from lora_jax.cli.jobs.evaluating.report import show
 from lora_jax.cli.jobs.evaluating.subject import Notes, Settings, Subject, subjects
@@ -45,6 +45,8 @@ def run(
       LoraError: the model or an adapter cannot be read.
     """
     rows = [read_rows(path, encoding) for path in find_files(files, HELD_OUT)]
+    if settings.exact:
+        check(rows)
     base = sources.find_model(model)
     sources.require_kind(base, "encoder", "decoder")
     named = [classifiers.find(base, path) for path in adapters]

@@ -65,6 +65,7 @@ def open_speakers(
         plain = dataclasses.replace(speaker, params=lora.disable(speaker.params)) if named else None
         return {**dict.fromkeys(named, speaker), BASE: plain or speaker}
     base = sources.find_model(model)
+    sources.require_kind(base, "encoder", "decoder")
     tokenizers = {name: sources.tokenizer_of(base, path) for name, path in named.items()}
     for name, path in named.items():
         if classifier := classifiers.find(base, path):

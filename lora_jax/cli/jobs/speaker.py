@@ -132,9 +132,9 @@ def open_speaker(
       LoraError: the model, its tokenizer or the adapter cannot be read.
     """
     base = sources.find_model(model)
-    sources.require_kind(base, "encoder", "decoder")
     if named := classifiers.find(base, adapter):
         raise PromptError(f"{named}: {CLASSIFIER}")
+    sources.require_kind(base, "decoder")
     tokenizer = sources.tokenizer_of(base, adapter)
     encode(tokenizer)
     loaded = sources.load(base, adapter, dtype, fit, quantize=quantize, scan=scan)

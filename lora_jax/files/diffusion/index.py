@@ -47,14 +47,18 @@ class Index:
         for alias in aliases(component, names, self.components):
             self._targets.setdefault(alias, {})[target] = None
 
+    def candidates(self, name: str) -> list[Target]:
+        """Return all that a file's module may be."""
+        return list(self._targets.get(name, ()))
+
     def look_up(self, name: str) -> Target | None:
         """Return what a file's module is, or None if that is not known or not certain."""
-        found = list(self._targets.get(name, ()))
+        found = self.candidates(name)
         return found[0] if len(found) == 1 else None
 
     def find(self, name: str) -> Target | str:
         """Return what a file's module is, or why that is unknown."""
-        found = list(self._targets.get(name, ()))
+        found = self.candidates(name)
         if len(found) == 1:
             return found[0]
         if found:

@@ -59,8 +59,9 @@ class Reading:
     def _read_module(self, name: str, module: ModuleTensors, target: Target) -> None:
         tensors = dict(module.tensors)
         for field in [field for field in ADDED if field in tensors]:
-            problem = self._add(name, tensors.pop(field), field, target)
-            self.problems += [f"{module.names[field]}: {problem}"] if problem else []
+            tensor = module.names[field]
+            problem = self._add(tensor, tensors.pop(field), field, target)
+            self.problems += [f"{tensor}: {problem}"] if problem else []
         problem = self._read_weight(name, tensors, target) if tensors else None
         self.problems += [f"{name}: {problem}"] if problem else []
 
@@ -68,7 +69,7 @@ class Reading:
         """Add a change of a bias, or of a norm's weight; return what is wrong.
 
         Args:
-          source: what the file calls the module.
+          source: what the file calls it.
           change: in the file's order.
           field: see `ADDED`.
           target: the module.
@@ -113,10 +114,8 @@ class Reading:
         found = self._of_full_rank(meant, names) if isinstance(meant, Whole) else meant
         if isinstance(found, str):
             return found
-        if bias is not None and isinstance(found, TorchFactors):
-            added = bias.astype("float64") * found.scale
-            if problem := self._add(source, added, "diff_b", target):
-                return f"lora_B.bias {problem}"
+        if bias is not None and (problem := self._add_scaled(source, bias, meant, target)):
+            return f"lora_B.bias {problem}"
         if problem := self._take(source, names):
             return problem
         if isinstance(found, TorchFactors):
@@ -124,6 +123,17 @@ class Reading:
         else:
             self._put_change(names, found, target)
         return None
+
+    def _add_scaled(
+        self, source: str, bias: np.ndarray, meant: TorchFactors | Whole | str, target: Target
+    ) -> str | None:
+        """Add the bias of PEFT's B, which counts with the scale; return what is wrong."""
+        if not isinstance(meant, TorchFactors):
+            return "is not read beside DoRA by inputs"
+        if problem := dtype_problem(bias):
+            return problem
+        change = bias.astype("float64") * meant.scale
+        return self._add(f"{source}.lora_B.bias", change, "diff_b", target)
 
     def _of_full_rank(self, whole: Whole, names: list[str]) -> TorchFactors | np.ndarray | str:
         """Return what the caller wants of a change that is not of low rank, or why that fails."""
@@ -144,7 +154,12 @@ class Reading:
         return found
 
     def _take(self, source: str, names: list[str]) -> str | None:
-        """Note where tensors of the base come from; return the problem if they have a source."""
+        """Note where tensors of the base come from; return the problem if they have a source.
+
+        Args:
+          source: what the file calls the module, or a tensor that is added.
+          names: of the base's tensors.
+        """
         for name in names:
             other = self._sources.setdefault(name, source)
             if other != source:

@@ -2,12 +2,13 @@
 
 import dataclasses
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 
 import numpy as np
 
 from lora_jax.core.errors import StructureError, grouped
 from lora_jax.files.diffusion.components import underscored
+from lora_jax.files.diffusion.index import Index
 from lora_jax.files.diffusion.originals import originals
 from lora_jax.files.diffusion.read import swap_halves
 from lora_jax.files.peft.config_from_contents import alpha_of
@@ -49,13 +50,18 @@ def to_kohya(contents: Contents, model: TorchBase, layouts: Mapping[str, str]) -
     found, problems = KohyaTensors({}, {}), list[str]()
     modules = dict.fromkeys(module_of(name) for name in (*contents.factors, *contents.whole))
     written: dict[Written, None] = {}
-    components = {name.partition(".")[0] for name in model.index}
+    index = Index(module_of(name) for name in model.index if name.endswith(".weight"))
     for module in modules:
-        one = _name(module, model, layouts, components)
+        one = _name(module, model, layouts, index.components)
         if isinstance(one, str):
             problems.append(f"{module}: {one}")
-        else:
-            written[one] = None
+            continue
+        written[one] = None
+        if module == one.modules[0] and len(index.candidates(one.name)) > 1:
+            problems.append(
+                f"{module}: its name in the file, {one.name}, is that of other modules too; pass "
+                'style="diffusers"'
+            )
     for one in written:
         try:
             factors = _joined(one, contents, model)
@@ -77,7 +83,7 @@ class _UnwritableError(Exception):
 
 
 def _name(
-    module: str, model: TorchBase, layouts: Mapping[str, str], components: set[str]
+    module: str, model: TorchBase, layouts: Mapping[str, str], components: Collection[str]
 ) -> Written | str:
     """Return a module's place in the file, or why it has none."""
     component, _, local = module.partition(".")

@@ -7,15 +7,19 @@ from typing import Any
 import jax
 import numpy as np
 
+from lora_jax.core.checks import is_within
 from lora_jax.core.errors import AdapterFileError
 from lora_jax.core.foreign import shown
+from lora_jax.files.disk import strict_json
 from lora_jax.files.disk.quiet_orbax import quiet_orbax
+from lora_jax.files.orbax.formats import format_of
 from lora_jax.files.orbax.from_tree import from_tree
 from lora_jax.files.orbax.nested import WRAPPERS
 from lora_jax.files.orbax.to_tree import to_tree
 
 #: The item of a step that has the parameters, in the order of preference.
 _ITEMS = ("params", "model_params", "items", "default", "state")
+_STEP_METADATA = "_CHECKPOINT_METADATA"
 _METADATA = ("_METADATA", "_sharding", "manifest.ocdbt")  # of an item
 
 
@@ -32,7 +36,8 @@ def load(
     Args:
       path: the directory of the parameters, of a step, or of all steps, of which the last is read.
         Optimizer states beside the parameters are not read.
-      format, base, alpha, rslora: as for `from_tree`.
+      format, base, alpha, rslora: as for `from_tree`. MaxText keeps alpha in the metadata of a
+        step: there it may be left out.
 
     Returns:
       The parameters, see `from_tree`; arrays are on the default device, or NumPy's.
@@ -42,6 +47,8 @@ def load(
       ConfigError: as `from_tree`.
     """
     item = _item(Path(path).absolute())
+    if alpha is None and format_of(format).scale == "alpha":
+        alpha = _alpha_in_metadata(item)
     tree = _restore(item)
     return from_tree(tree, format, base=base, alpha=alpha, rslora=rslora, source=str(item))
 
@@ -84,6 +91,20 @@ def _item(path: Path) -> Path:
             break
         path = path / (steps[-1][1] if steps else items[0])
     raise AdapterFileError(f"{path}: not an Orbax checkpoint: it has no {_METADATA[0]}")
+
+
+def _alpha_in_metadata(item: Path) -> float | None:
+    """Return the alpha that MaxText keeps beside a step's items, or None where there is none."""
+    for place in (item, item.parent):
+        file = place / _STEP_METADATA
+        if not file.is_file():
+            continue
+        values = strict_json.parse_json(file.read_bytes(), str(file))
+        for name in ("custom_metadata", "lora", "lora_alpha"):
+            values = values.get(name) if isinstance(values, dict) else None
+        if is_within(values, 1e-30, 1e30):  # 0 is MaxText's default, which says nothing
+            return float(values)
+    return None
 
 
 def _restore(item: Path) -> Any:

@@ -6,8 +6,8 @@ What trains are `Trained` variables, a kind of `nnx.Param`, and the parameters o
 """
 
 from lora_jax.frameworks.nnx.adapted import Adapted
-from lora_jax.frameworks.nnx.transform import transform
+from lora_jax.frameworks.nnx.optimizer import transform
 from lora_jax.frameworks.nnx.variables import Frozen, Trained
-from lora_jax.frameworks.nnx.wrap import join, wrap
+from lora_jax.frameworks.nnx.wrapping import join, wrap
 
 __all__ = ["Adapted", "Frozen", "Trained", "join", "transform", "wrap"]

@@ -47,8 +47,9 @@ class Attention(nn.Module):
         self, x: jax.Array, pair: Any, sight: Sight = _ALL, causal: bool = False
     ) -> jax.Array:
         """Mix keys and values for each token: `[batch, length, width]` -> the same shape."""
-        key, value = pair
-        mixed = attend(self._by_head(self.query(x)), key, value, sight, causal=causal)
+        query = self._by_head(self.query(x))
+        key, value = (y.astype(query.dtype) for y in pair)
+        mixed = attend(query, key, value, sight, causal=causal)
         return self.output(mixed.reshape(x.shape))
 
     def _by_head(self, x: jax.Array) -> jax.Array:
@@ -110,8 +111,8 @@ class Encoder(nn.Module):
                 f"features must be [batch, {c.frames}, {c.num_mel_bins}], got {features.shape}; "
                 "models.log_mel makes them of a recording"
             )
-        gelu = ACTIVATIONS["gelu"]
-        x = gelu(self.conv2(gelu(self.conv1(features)))) + self.position[None]
+        gelu, x = ACTIVATIONS["gelu"], features.astype(self.position.dtype)
+        x = gelu(self.conv2(gelu(self.conv1(x)))) + self.position[None]
         for layer in self.layer:
             x = layer(x)
         return self.norm(x)

@@ -24,13 +24,14 @@ class Embeddings(nn.Module):
         c = self.config
         size = (c.patch_size, c.patch_size)
         patch = nn.Conv(c.hidden_size, size, size, "VALID", use_bias=c.patch_bias, name="patch")
-        x = patch(pixels)
+        shape = (c.tokens, c.hidden_size)
+        position = self.param("position", nn.initializers.normal(0.02), shape)
+        x = patch(pixels.astype(position.dtype))
         x = x.reshape(x.shape[0], -1, c.hidden_size)
         if c.class_token:
             first = self.param("class", nn.initializers.zeros, (c.hidden_size,))
             x = _behind(first, x)
-        shape = (c.tokens, c.hidden_size)
-        return x + self.param("position", nn.initializers.normal(0.02), shape)[None]
+        return x + position[None]
 
 
 def _behind(token: jax.Array, x: jax.Array) -> jax.Array:

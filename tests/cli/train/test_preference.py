@@ -59,6 +59,19 @@ def log_probs(model, params, data):
     return np.array(found).reshape(-1, 2)
 
 
+def test_a_run(data, tmp_path, run):
+    """At first both models agree: the loss is log 2. Then the chosen completions gain."""
+    out = tmp_path / "out"
+    done = run(*words(data, out, "--task", "dpo", *STEPS[:6]))
+    assert done.status == 0, done.err
+    steps = log.read(out / "log.jsonl")
+    assert steps[0]["loss"] == pytest.approx(np.log(2)) and steps[-1]["loss"] < 0.6
+    assert steps[-1]["margin"] > 0.1 and steps[-1]["accuracy"] > 0.5
+    weights = ("chosen_reward", "rejected_reward", "tokens")
+    assert {*weights} <= steps[0].keys() and (out / "reference.safetensors").exists()
+
+
+@pytest.mark.slow
 def test_the_figures_of_an_evaluation(tuned, data, model, run):
     """Loss, accuracy and margin of the merged model beside the base, by the formula."""
     base = models.load(model)
@@ -76,9 +89,6 @@ def test_the_figures_of_an_evaluation(tuned, data, model, run):
     for side, column in (("chosen", 0), ("rejected", 1)):
         wanted = rewards[:, column].mean()
         assert last[f"eval_{side}_reward"] == pytest.approx(wanted, rel=1e-3, abs=1e-4)
-    steps = [r for r in records if "loss" in r]
-    assert steps[0]["loss"] == pytest.approx(np.log(2)) and steps[-1]["loss"] < 0.6
-    assert {"margin", "accuracy", "chosen_reward", "tokens"} <= steps[0].keys()
 
 
 @pytest.mark.slow

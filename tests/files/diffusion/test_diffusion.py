@@ -118,6 +118,14 @@ def test_ambiguous_underscores_are_refused(tmp_path):
         read(tmp_path, lora("lora_unet_a_b_c"), tree=tree, naming=rows)
     found = adapted_nodes(read(tmp_path, lora("unet.a_b.c"), tree=tree, naming=rows))
     assert list(found) == ["unet/a_b/c/kernel"]
+    adapters = {"unet/a_b/c/kernel": node(draw(6, 2), draw(2, 8), "io")}
+    with pytest.raises(
+        StructureError, match=r"lora_unet_a_b_c, is that of other modules too; pass"
+    ):
+        diffusion.save(tmp_path / "x.safetensors", adapters, rows, base=tree)
+    diffusion.save(tmp_path / "x.safetensors", adapters, rows, base=tree, style="diffusers")
+    found = diffusion.load(tmp_path / "x.safetensors", tree, rows)
+    assert list(adapted_nodes(found)) == ["unet/a_b/c/kernel"]
 
 
 def test_a_naming_without_components_is_told_what_to_do(tmp_path):
@@ -431,3 +439,22 @@ def test_names_that_are_found_in_the_wild(module, ending, tmp_path):
     (found,) = adapted_nodes(read(tmp_path, tensors | {module + alpha: np.array(3.0)})).values()
     assert float(found.scale) == 1.5
     np.testing.assert_array_equal(found.a, tensors[module + ending].T)
+
+
+def test_the_bias_of_b_counts_with_the_scale(tmp_path):
+    key, path = (
+        "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_out.0",
+        f"{ATTENTION}/to_out/0",
+    )
+    bias = draw(6)
+    tensors = {f"{key}.lora_A.weight": draw(2, 8), f"{key}.lora_B.weight": draw(6, 2)}
+    tensors |= {f"{key}.alpha": np.array(3.0), f"{key}.lora_B.bias": bias}
+    found = adapted_nodes(read(tmp_path, tensors))
+    want = BASE[f"{path}/bias"] + 1.5 * bias
+    np.testing.assert_allclose(found[f"{path}/bias"].value, want, atol=1e-6)
+    assert found[f"{path}/kernel"].rank == 2
+    with pytest.raises(AdapterFileError, match=r"lora_B.bias is unet.*bias, and so is .*diff_b of"):
+        read(tmp_path, tensors | {f"{key}.diff_b": draw(6)})
+    by_inputs = tensors | {f"{key}.dora_scale": np.abs(draw(1, 8))}
+    with pytest.raises(AdapterFileError, match=r"lora_B\.bias is not read beside DoRA"):
+        read(tmp_path, by_inputs, full_rank=2)

@@ -116,6 +116,8 @@ def test_what_transformers_4_wrote():
     settings = {**model.settings, "global_rope_theta": 160000.0, "local_rope_theta": 10000.0}
     del settings["layer_types"], settings["rope_parameters"]
     assert FAMILIES["modernbert"].module(settings, Options()).config == model.config
+    del settings["global_rope_theta"], settings["local_rope_theta"]  # the recorded are its defaults
+    assert FAMILIES["modernbert"].module(settings, Options()).config == model.config
     assert model.config.local_rope != model.config.global_rope
 
 

@@ -97,6 +97,14 @@ def test_configurations_that_are_refused(model, change, message):
         FAMILIES["whisper"].module({**model.settings, **change}, Options())
 
 
+@pytest.mark.parametrize("name", ["vit", "siglip", "whisper"])
+def test_half_of_the_bits(name):
+    """Pixels and features are float32, as they are made, and the model is not."""
+    half = models.load(recorded.FIXTURES / name, "bfloat16")
+    y = jax.eval_shape(half.apply, half.params, **half.family.inputs(half.module))
+    assert y.dtype == "bfloat16"
+
+
 def test_what_whisper_refuses(model, want):
     ids, features = want["ids"], want["features"]
     shape = lambda *args, **options: jax.eval_shape(

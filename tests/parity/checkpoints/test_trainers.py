@@ -175,6 +175,13 @@ def test_an_orbax_checkpoint_on_disk(recorded, tmp_path):
     params = orbax.load(tmp_path / "run", "tunix", alpha=4.5)
     for path, node in adapted_nodes(params).items():
         np.testing.assert_allclose(plain(node), deltas[path], atol=1e-5)
+    with pytest.raises(
+        lora_jax.ConfigError, match="checkpoints do not hold alpha: pass the alpha="
+    ):
+        orbax.load(tmp_path / "run", "tunix")
+    metadata = {"metrics": {}, "custom_metadata": {"lora": {"lora_rank": 3, "lora_alpha": 4.5}}}
+    (tmp_path / "run" / "7" / "_CHECKPOINT_METADATA").write_text(json.dumps(metadata))  # MaxText's
+    jax.tree.map(np.testing.assert_array_equal, params, orbax.load(tmp_path / "run", "tunix"))
     orbax.save(tmp_path / "again", params, "tunix", alpha=4.5)
     again = orbax.load(tmp_path / "again", "tunix", alpha=4.5)
     jax.tree.map(np.testing.assert_array_equal, params, again)
@@ -244,3 +251,14 @@ def test_as_many_layers_as_ranks():
     square["_LoRAEinsum_gating_einsum"]["lora"]["b"] = f(2, 2, 6)
     with pytest.raises(lora_jax.AdapterFileError, match="sizes that are equal leave open"):
         orbax.from_tree({"mlp": square}, "gemma")
+
+
+def test_maxtexts_own_adapters():
+    """Its `apply_lora_on_base_params`: einsum("br,rnd->bnd") of the older files' factors."""
+    f = lambda *shape: np.random.default_rng(len(shape)).normal(size=shape).astype("f4")
+    query = {"kernel": f(6, 2, 4), "lora_a.kernel": f(6, 3), "lora_b.kernel": f(3, 2, 4)}
+    tree = {"decoder": {"layers_0": {"self_attention": {"query": query}}}}
+    params = orbax.from_tree({"params": {"params": tree}}, "maxtext", alpha=6)
+    node = params["decoder"]["layers_0"]["self_attention"]["query"]["kernel"]
+    wanted = 2 * np.einsum("br,rnd->bnd", query["lora_a.kernel"], query["lora_b.kernel"])
+    np.testing.assert_allclose(plain(node), wanted, rtol=1e-5)

@@ -98,18 +98,16 @@ def test_dpo(world):
     for ours, theirs in zip(reference[:2], found["reference"], strict=True):
         assert sorted(np.asarray(ours)[there]) == pytest.approx(sorted(theirs), abs=1e-4)
 
-    @jax.jit
-    def all_losses(adapters):
+    def every_loss(adapters):
         policy = log_probs(lora.join(base, adapters), batch)
-        return {
+        every = {
             kind: preference.dpo(policy, reference, kind=kind, beta=BETA, **options)
             for kind, options in LOSSES.items()
         }
+        count = batch["pairs"].sum()
+        return {k: (x.losses * batch["pairs"]).sum() / count for k, x in every.items()}, every
 
-    every = all_losses(adapters)
-    pull = jax.jit(
-        jax.jacrev(lambda a: {k: x.losses[there].mean() for k, x in all_losses(a).items()})
-    )(adapters)
+    pull, every = jax.jit(jax.jacrev(every_loss, has_aux=True))(adapters)
     for kind in LOSSES:
         loss = every[kind].losses[there].mean()
         assert float(loss) == pytest.approx(float(found[f"{kind}/loss"]), rel=1e-5), kind
@@ -125,6 +123,25 @@ def test_dpo(world):
         assert value == pytest.approx(float(found[f"metrics/rewards/{name}"]), rel=1e-5), name
 
 
+@pytest.mark.parametrize("name", WITHOUT_REFERENCE)
+def test_of_recorded_log_probabilities(name):
+    """The loss of TRL's own log-probabilities: sums for CPO, means for the others."""
+    found = np.load(FILE)
+    read = lambda key: found[f"{name}/metrics/{key}"].astype(np.float32)
+    tokens = np.ones((2, len(ROWS)), np.float32)
+    if name == "cpo":
+        sides = ("chosen", "rejected")
+        counts = [[(found[f"cpo/{x}/{i}"][1] >= 0).sum() for i in range(len(ROWS))] for x in sides]
+        tokens = np.array(counts, np.float32)
+    chosen, rejected, nll = map(read, ("logps/chosen", "logps/rejected", "nll_loss"))
+    policy = preference.LogProbs(chosen, rejected, *tokens, -nll)
+    losses, *rewards = WITHOUT_REFERENCE[name](policy)
+    assert float(losses.mean()) == pytest.approx(float(found[f"{name}/loss"]), rel=1e-5)
+    for ours, side in zip(rewards, ("chosen", "rejected"), strict=True):
+        np.testing.assert_allclose(ours, read(f"rewards/{side}"), rtol=1e-5)
+
+
+@pytest.mark.slow
 def test_without_a_reference(world):
     """ORPO, CPO and SimPO: the mean over pairs of TRL's loss of one pair; rewards; gradients."""
     found, model, params, directory = world

@@ -21,17 +21,11 @@ def exact_match(files: Sequence[Rows], subject: Subject, settings: Settings) -> 
     The answer is the completion of a prompt, or what the assistant says last.
 
     Raises:
-      DataError: rows of another kind.
       PromptError: a prompt does not fit into the model.
     """
     tokenizer = subject.tokenizer
     asked: list[tuple[Sequence[int], str]] = []
     for rows in files:
-        if rows.kind not in _ASK:
-            raise DataError(
-                f"{rows.source} has {rows.kind} rows, but --exact-match needs prompts with "
-                "completions or answers, or conversations"
-            )
         asked += [_ASK[rows.kind](row, tokenizer) for row in rows.rows]
     longest = max(len(tokenizer.encode(answer)) for _, answer in asked)
     model = subject.loaded.model
@@ -50,6 +44,16 @@ def exact_match(files: Sequence[Rows], subject: Subject, settings: Settings) -> 
     said = continue_in_batches(speaker, prompts, None, seed=0, batch=settings.batch)
     right = [text.strip() == answer.strip() for text, (_, answer) in zip(said, asked, strict=True)]
     return {"answers": len(right), "exact_match": sum(right) / len(right)}
+
+
+def check(files: Sequence[Rows]) -> None:
+    """Raise `DataError` for rows without an answer to generate."""
+    for rows in files:
+        if rows.kind not in _ASK:
+            raise DataError(
+                f"{rows.source} has {rows.kind} rows, but --exact-match needs prompts with "
+                "completions or answers, or conversations"
+            )
 
 
 def _of_completion(row: Row, tokenizer: Any) -> tuple[Sequence[int], str]:
