@@ -14,9 +14,11 @@ from lora_jax.models.decoder.naming import (
     GPT_OSS,
     LLAMA,
     MIXTRAL_FILES,
+    OF_GEMMA3,
     POST_NORMS,
     QWEN_MOE_FILES,
     of_experts,
+    of_gemma3_files,
 )
 from lora_jax.models.encoder.families import ENCODERS
 from lora_jax.models.speech.families import SPEECH
@@ -35,6 +37,23 @@ def _decoder(settings: Mapping[str, Any], options: Options) -> Decoder:
         param_dtype=options.dtype,
     )
     return Decoder(config)
+
+
+def _text_of_gemma3(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a config.json with images says of the part that reads text.
+
+    Raises:
+      ValueError: it says nothing of it.
+    """
+    text = settings.get("text_config")
+    if not isinstance(text, Mapping):
+        raise ValueError(f"text_config must be an object, got {shown_value(text)}")
+    left_out = {"vocab_size": 262208, "num_attention_heads": 8, "num_key_value_heads": 4}
+    return {**left_out, **text, "model_type": "gemma3_text", _TIED: is_tied(settings)}
+
+
+def _gemma3(settings: Mapping[str, Any], options: Options) -> Decoder:
+    return _decoder(_text_of_gemma3(settings), options)
 
 
 def _fixed(naming: Naming, names: Collection[str] = ()) -> Naming:
@@ -72,6 +91,17 @@ FAMILIES: dict[str, Family] = {
     "gemma": _llama(stem="Gemma"),
     "gemma2": _llama(stem="Gemma2", naming=partial(_fixed, POST_NORMS)),
     "gemma3_text": _llama(stem="Gemma3", naming=partial(_fixed, POST_NORMS)),
+    "gemma3": _llama(
+        stem="Gemma3",
+        model_class="ForConditionalGeneration",
+        module=_gemma3,
+        naming=partial(_fixed, OF_GEMMA3),
+        in_files=of_gemma3_files,
+        sizes=tuple(f"text_config.{x}" for x in (*_OF_ALL, "num_key_value_heads", "head_dim")),
+        layers=("text_config.num_hidden_layers",),
+        classifier=None,
+        kept=(r"(model\.)?(vision_tower|multi_modal_projector)\..*",),
+    ),
     "phi3": _llama(stem="Phi3"),
     "smollm3": _llama(stem="SmolLM3"),
     "olmo2": _llama(stem="Olmo2", naming=partial(_fixed, POST_NORMS)),
@@ -81,15 +111,17 @@ FAMILIES: dict[str, Family] = {
     "gpt_oss": _llama(stem="GptOss", naming=partial(_fixed, GPT_OSS)),
 }
 #: The regex of the copy of a tied head, which follows from the rest too.
-TIED_HEAD = r"lm_head\.weight"
+TIED_HEAD = r"(language_model\.)?lm_head\.weight"
+_TIED = "tie_word_embeddings"
 
 
 def is_tied(settings: Mapping[str, Any]) -> bool:
     """Return whether the head of a decoder is its embedding, by its parsed config.json."""
-    key, row = "tie_word_embeddings", MODEL_TYPES.get(str(settings.get("model_type")))
-    default = False if row is None else row.defaults.get(key, False)
-    given = settings.get(key)
-    return bool(default if given is None else given)
+    model_type, text = settings.get("model_type"), settings.get("text_config")
+    row = MODEL_TYPES.get("gemma3_text" if model_type == "gemma3" else str(model_type))
+    default = False if row is None else row.defaults.get(_TIED, False)
+    given = [x.get(_TIED) for x in (settings, text) if isinstance(x, Mapping)]
+    return bool(next((x for x in given if x is not None), default))
 
 
 def family_of(settings: Mapping[str, Any]) -> Family:

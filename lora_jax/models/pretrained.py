@@ -121,7 +121,7 @@ def load(
 
     Args:
       path: a directory in Hugging Face's layout (config.json, and safetensors in one or more
-        files), or a GGUF file of the Llama family.
+        files), or a GGUF file of a decoder.
       dtype: dtype of parameters and computation: float32, bfloat16 or float16. By default the
         widest in the file; GGUF's quantized tensors are read as float32. Directories with a
         `quantization_config` (bitsandbytes, GPTQ, AWQ, compressed-tensors, FP8) need a `dtype`, to

@@ -2,7 +2,7 @@
 
 import dataclasses
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import jax
@@ -70,7 +70,7 @@ def resize_vocabulary(
         config=config,
         module=type(model.module)(config),
         params=params,
-        settings={**model.settings, "vocab_size": tokens},
+        settings=_with_setting(model.settings, "vocab_size", tokens),
         rest={name: _rest(name, x, tokens) for name, x in model.rest.items()},
     )
 
@@ -103,8 +103,17 @@ def untie_head(model: Pretrained) -> Pretrained:
         config=config,
         module=type(model.module)(config),
         params={**model.params, "head": {"kernel": head}},
-        settings={**model.settings, "tie_word_embeddings": False},
+        settings=_with_setting(model.settings, "tie_word_embeddings", False),
     )
+
+
+def _with_setting(settings: Mapping[str, Any], key: str, value: Any) -> dict[str, Any]:
+    """Return the settings with another value, which models with images have in `text_config`."""
+    text = settings.get("text_config")
+    if not isinstance(text, Mapping):
+        return {**settings, key: value}
+    own = {key: value} if key in settings or key == "tie_word_embeddings" else {}
+    return {**settings, **own, "text_config": {**text, key: value}}
 
 
 def _replace(tree: Any, path: tuple[str, ...], change: Callable[[Any], Any], at: int = 0) -> Any:

@@ -85,6 +85,25 @@ LONG = {
 DYNAMIC = {"rope_type": "dynamic", "rope_theta": 100.0, "factor": 2.0}
 
 
+def with_images(text: dict[str, object]) -> transformers.PreTrainedModel:
+    """Create a Gemma 3 that also reads images, with values in its norms."""
+    sizes = text | {"num_hidden_layers": 2, "sliding_window": 4, "query_pre_attn_scalar": 6}
+    sizes |= {"layer_types": ["sliding_attention", "full_attention"]}
+    images = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
+    images |= {"num_attention_heads": 2, "image_size": 8, "patch_size": 4, "vision_use_head": False}
+    tokens = {"image_token_index": 63, "boi_token_index": 61, "eoi_token_index": 62}
+    config = transformers.Gemma3Config(
+        text_config=sizes, vision_config=images, mm_tokens_per_image=4, **tokens
+    )
+    config._attn_implementation = "eager"
+    model = transformers.Gemma3ForConditionalGeneration(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter += 0.2 * torch.randn_like(parameter)
+    return model.eval()
+
+
 def newer() -> dict[str, tuple[transformers.PreTrainedModel, str]]:
     """Return the families with switches of their own, of fewer numbers."""
     c = transformers
@@ -115,6 +134,7 @@ def newer() -> dict[str, tuple[transformers.PreTrainedModel, str]]:
                 rope_parameters={"full_attention": linear, "sliding_attention": local},
             )
         ),
+        "gemma3": with_images(small),
         "phi3": causal(
             c.Phi3Config(
                 **{k: v for k, v in small.items() if k != "head_dim"} | {"hidden_size": 32},
@@ -176,7 +196,7 @@ def record(name: str, model: transformers.PreTrainedModel, shard: str) -> None:
     shutil.rmtree(directory, ignore_errors=True)
     model.save_pretrained(directory, max_shard_size=shard)
     (directory / "generation_config.json").unlink(missing_ok=True)
-    ids = torch.randint(1, 64, (2, 11))
+    ids = torch.randint(1, 61 if name == "gemma3" else 64, (2, 11))  # not the tokens of images
     mask = torch.ones_like(ids)
     mask[1, :4] = 0
     inputs = {"input_ids": ids, "attention_mask": mask}

@@ -10,7 +10,9 @@ from lora_jax import models
 FIXTURES = pathlib.Path(__file__).parent / "fixtures"
 CAUSAL = ("llama", "llama_tied", "mistral", "qwen2")  # llama_tied is in three files
 #: Families that need switches of the decoder.
-NEWER = ("qwen3", "gemma", "gemma2", "gemma3_text", "phi3", "smollm3", "olmo2", "granite")
+NEWER = (
+    *("qwen3", "gemma", "gemma2", "gemma3_text", "gemma3", "phi3", "smollm3", "olmo2", "granite"),
+)
 #: Families whose layers have experts.
 EXPERTS = ("mixtral", "qwen3_moe", "gpt_oss")
 #: Models of texts, images and speech other than decoders.

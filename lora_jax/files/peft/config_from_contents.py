@@ -161,12 +161,19 @@ def wrong_targets(
     ]
 
 
+#: The part of a model that reads text, where others, outside the naming, have modules of the same
+#: ends: the layers of Gemma 3 and of its images are both `self_attn.q_proj`.
+_PART = "language_model"
+
+
 def _targets(modules: Collection[str], adaptable: Sequence[str], complete: bool) -> Any:
     """Return `target_modules` for exactly these: ends of names, whole names, or a regex."""
     ends = {_end(module): None for module in modules}
     choices = [tuple(ends), tuple(modules)]
     if not complete:  # a name of one segment is the end of others
         choices = choices[1:] if all("." in module for module in modules) else []
+    if any(_PART in module.split(".") for module in modules):
+        choices = choices[-1:]
     for names in choices:
         if not wrong_targets(PeftConfig(target_modules=names), modules, adaptable):
             return tuple(sorted(names))

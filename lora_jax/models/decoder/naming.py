@@ -1,5 +1,6 @@
 """Which tensor of a Hugging Face file is which leaf of `Decoder`."""
 
+import dataclasses
 from collections.abc import Collection, Iterator, Mapping
 from functools import partial
 
@@ -81,3 +82,23 @@ def of_experts(files: Naming, names: Collection[str] = ()) -> Naming:
       names: of the adapter, if there is one.
     """
     return files if expert_names.has_modules(names) else EXPERT_PARAMETERS
+
+
+def _of_text(text: str, head: str) -> Naming:
+    """Return the names of Gemma 3 with images: the part that reads text has a prefix."""
+    rename = lambda name: name.replace("model.", text, 1).replace("lm_head", head)
+    return Naming(
+        tuple(dataclasses.replace(e, torch=rename(str(e.torch))) for e in POST_NORMS.entries)
+    )
+
+
+#: The modules of Gemma 3 with images.
+OF_GEMMA3 = _of_text("model.language_model.", "lm_head")
+
+
+def of_gemma3_files(names: Collection[str] = ()) -> Naming:
+    """Return the names in its files, which are of older modules but in the newest ones."""
+    if any(name.startswith("model.language_model.") for name in names):
+        return OF_GEMMA3
+    old = "language_model.lm_head"
+    return _of_text("language_model.model.", old if f"{old}.weight" in names else "lm_head")

@@ -104,6 +104,17 @@ def _table(path: Path, *_: int) -> Any:
         return opened(source).read_all()
 
 
+def size_of(path: Path) -> tuple[int, int]:
+    """Return the rows of an Arrow file, and the bytes of their values.
+
+    Raises:
+      DataError: the file cannot be read, or the package pyarrow is missing.
+    """
+    found = table(path)
+    with errors_of_pyarrow(path, "Arrow"):  # the names of columns may be damaged
+        return found.num_rows, found.nbytes
+
+
 def read_slice(path: Path, start: int, stop: int) -> list[dict[str, Any]]:
     """Return some rows of an Arrow file.
 

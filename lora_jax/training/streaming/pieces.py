@@ -17,7 +17,7 @@ from typing import Any
 
 from lora_jax.training.dataset import KNOWN, STREAM, Row, Rows, collect, decode, read_rows
 from lora_jax.training.errors import DataError
-from lora_jax.training.rows.arrow import read_slice, table
+from lora_jax.training.rows.arrow import read_slice, size_of
 from lora_jax.training.rows.compressed import suffixes
 from lora_jax.training.rows.fields import UNCHANGED, Fields
 from lora_jax.training.rows.tables import delimiter, open_parquet, read_csv
@@ -149,8 +149,7 @@ def _of_parquet(path: Path, size: int) -> Iterator[Piece]:
 
 
 def _of_arrow(path: Path, size: int) -> Iterator[Piece]:
-    found = table(path)
-    rows, whole = found.num_rows, found.nbytes
+    rows, whole = size_of(path)
     parts = min(rows, max(1, round(whole / size)))
     for start, stop in itertools.pairwise(rows * i // max(parts, 1) for i in range(parts + 1)):
         yield Piece(path, start, stop, whole * (stop - start) // rows, start + 1)

@@ -15,6 +15,8 @@ _OF = {
     "smollm3": "SmolLM3",
     "olmo2": "Olmo2",
     "granite": "Granite",
+    "mixtral": "Mixtral",
+    "qwen3_moe": "Qwen3Moe",
 }
 FAMILIES = list(_OF)
 _LINEAR = {
@@ -30,6 +32,12 @@ _FUSED = {  # of Phi-3
     "self_attn.qkv_proj": (WIDTH, (HEADS + 2 * GROUPS) * SIZE),
     "mlp.gate_up_proj": (WIDTH, 2 * HIDDEN),
     **{name: _LINEAR[name] for name in ("self_attn.o_proj", "mlp.down_proj")},
+}
+EXPERTS = 2
+#: The part of a layer, the router, and the modules of each expert: gate, up, down.
+_EXPERTS = {
+    "mixtral": ("block_sparse_moe", ("w1", "w3", "w2")),
+    "qwen3_moe": ("mlp", ("gate_proj", "up_proj", "down_proj")),
 }
 #: The leaf of each module in a layer of ours.
 LEAVES = {
@@ -47,7 +55,29 @@ LEAVES = {
 
 def linear(family):
     """Return {module: (inputs, outputs)} of a layer."""
-    return _FUSED if family == "phi3" else _LINEAR
+    if family not in _EXPERTS:
+        return _FUSED if family == "phi3" else _LINEAR
+    part, names = _EXPERTS[family]
+    found = {name: shape for name, shape in _LINEAR.items() if name.startswith("self")}
+    found[f"{part}.gate"] = (WIDTH, EXPERTS)
+    for expert in range(EXPERTS):
+        for name, ours in zip(names, ("gate", "up", "down"), strict=True):
+            found[f"{part}.experts.{expert}.{name}"] = _LINEAR[f"mlp.{ours}_proj"]
+    return found
+
+
+def leaves(family):
+    """Return {path in a layer of ours: shape}."""
+    found = {}
+    for module, shape in linear(family).items():
+        if module in LEAVES:
+            found[LEAVES[module]] = shape
+        elif module.endswith(".gate"):
+            found["mlp", "router"] = shape
+        elif ".experts.0." in module:
+            ours = ("gate", "up", "down")[_EXPERTS[family][1].index(module.rpartition(".")[2])]
+            found["mlp", "experts", ours] = (EXPERTS, *shape)
+    return found
 
 
 def config(family):
@@ -60,6 +90,8 @@ def config(family):
     values |= {"final_logit_softcapping": 30.0, "attn_logit_softcapping": 50.0}
     values |= {"query_pre_attn_scalar": SIZE, "original_max_position_embeddings": 64}
     values |= {"attention_multiplier": 0.5, "embedding_multiplier": 1.0}
+    values |= {"num_local_experts": EXPERTS, "num_experts": EXPERTS, "num_experts_per_tok": 1}
+    values |= {"moe_intermediate_size": HIDDEN, "decoder_sparse_step": 1}
     return values | {"residual_multiplier": 1.0, "logits_scaling": 1.0, "no_rope_layers": [1]}
 
 
@@ -70,6 +102,6 @@ def adapter(family):
         name = f"base_model.model.model.layers.0.{module}"
         tensors[f"{name}.lora_A.weight"] = rng.normal(size=(1, inputs)).astype("f4")
         tensors[f"{name}.lora_B.weight"] = rng.normal(size=(outputs, 1)).astype("f4")
-    ends = [module.rpartition(".")[2] for module in linear(family)]
+    ends = sorted({module.rpartition(".")[2] for module in linear(family)})
     values = {"peft_type": "LORA", "r": 1, "lora_alpha": 2.0, "target_modules": ends}
     return tensors, values | {"bias": "none"}

@@ -20,6 +20,7 @@ differences of logits (BERT: of hidden states) from torch's.
 
 import dataclasses
 import pathlib
+import re
 import sys
 import tempfile
 import warnings
@@ -64,6 +65,7 @@ CASES = (
     ("gemma2", True, lora.LoraConfig(rank=4, train=["attention_norm", "mlp_post_norm"])),
     ("gemma3_text", False, lora.LoraConfig(rank=4, targets=KERNELS, scaling="rslora")),
     ("gemma3_text", True, lora.LoraConfig(rank=4)),
+    ("gemma3", True, lora.LoraConfig(rank=4)),
     ("phi3", False, lora.LoraConfig(rank=4)),
     ("phi3", True, lora.LoraConfig(rank=4, dora=True)),
     ("smollm3", True, lora.LoraConfig(rank=4)),
@@ -221,9 +223,9 @@ def in_family(name: str, x: Any) -> Any:
         return {in_family(name, key): in_family(name, value) for key, value in x.items()}
     if isinstance(x, list | tuple):
         return [in_family(name, one) for one in x]
-    for old, new in FUSED.items():
-        x = x.replace(old, new) if isinstance(x, str) else x
-    return x
+    if not isinstance(x, str):
+        return x
+    return re.sub("|".join(FUSED), lambda found: FUSED[found[0]], x)
 
 
 def random_model(name: str) -> torch.nn.Module:

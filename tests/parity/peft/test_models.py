@@ -16,7 +16,14 @@ RECORDED = np.load(HERE / "recorded" / "models.npz")
 
 
 @pytest.mark.parametrize(
-    ("name", "scan"), [("llama", False), ("llama_tied", True), ("qwen2", True)]
+    ("name", "scan"),
+    [
+        ("llama", False),
+        ("llama_tied", True),
+        ("qwen2", True),
+        ("gemma3_text", True),
+        pytest.param("phi3", False, marks=pytest.mark.slow),
+    ],
 )
 def test_logits_equal_transformers(name, scan, tmp_path, quick_compile):
     for file in (peft.CONFIG, peft.TENSORS):

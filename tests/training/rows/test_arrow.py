@@ -129,3 +129,14 @@ def test_splits_by_the_names_of_files(tmp_path):
     for file in (tmp_path / "data").iterdir():
         file.unlink()
     assert names() == names(HELD_OUT) == ["notes.jsonl", "trained.jsonl"]
+
+
+def test_a_damaged_name_of_a_column(tmp_path):
+    path = tmp_path / "d.arrow"
+    table = pyarrow.table({"text": ["a", "b"]})
+    with pyarrow.ipc.new_stream(str(path), table.schema) as writer:
+        writer.write_table(table)
+    path.write_bytes(path.read_bytes().replace(b"text", b"tex\xec"))
+    for read in (read_rows, lambda path: divide([path], 10)):
+        with pytest.raises(DataError, match=r"d\.arrow: cannot be read as Arrow"):
+            read(path)

@@ -26,6 +26,8 @@ CASES = {
         "use_rslora": True,
     },
     "llama_tied": {"target_modules": ["v_proj", "embed_tokens"], "ensure_weight_tying": True},
+    "gemma3_text": {"target_modules": ["q_proj", "up_proj"], "use_rslora": True},
+    "phi3": {"target_modules": ["qkv_proj", "gate_up_proj"], "use_dora": True},
     "qwen2": {"target_modules": ["gate_proj"], "use_dora": True, "bias": "lora_only"},
 }
 
