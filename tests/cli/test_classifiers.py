@@ -28,8 +28,8 @@ STEMS = {
 }
 
 
-def slow_of(name):
-    return [pytest.param(x, marks=pytest.mark.slow if x == name else ()) for x in STEMS]
+def slow_of(*names):
+    return [pytest.param(x, marks=pytest.mark.slow if x in names else ()) for x in STEMS]
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +57,7 @@ def logits(loaded, recorded, fn=lora.lora):
     return np.asarray(jax.jit(fn(loaded.function(1)))(loaded.params, ids, mask))[:, 0]
 
 
-@pytest.mark.parametrize("name", slow_of("modernbert"))
+@pytest.mark.parametrize("name", tuple(STEMS))
 def test_the_logits_are_those_of_transformers_with_pefts_adapter(name, adapter, recorded):
     found = sources.find_model(str(MODELS / name))
     folder = adapter(name)
@@ -68,7 +68,7 @@ def test_the_logits_are_those_of_transformers_with_pefts_adapter(name, adapter, 
     )
 
 
-@pytest.mark.parametrize("name", slow_of("roberta"))
+@pytest.mark.parametrize("name", slow_of("roberta", "modernbert"))
 def test_merged_it_is_the_classifier_that_transformers_writes(
     name, adapter, recorded, run, tmp_path
 ):

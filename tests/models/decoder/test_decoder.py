@@ -229,3 +229,18 @@ def test_too_many_tokens():
     params = jax.eval_shape(model.init, jax.random.key(0), jax.ShapeDtypeStruct((1, 3), jnp.int32))
     with pytest.raises(ValueError, match="4 tokens do not fit into a cache with 3 slots"):
         jax.eval_shape(model.apply, params, jnp.zeros((1, 4), int), None, model.init_cache(1, 3))
+
+
+def test_gemma_3_in_older_files():
+    """transformers 4 wrote both bases, and the scaling of layers that see all tokens, apart."""
+    new = json.loads((FIXTURES / "gemma3_text" / "config.json").read_text())
+    old = {key: x for key, x in new.items() if key != "rope_parameters"}
+    scaling = {"rope_type": "linear", "factor": 8.0}
+    old |= {"rope_theta": 1000.0, "rope_local_base_freq": 50.0, "rope_scaling": scaling}
+    config = DecoderConfig.from_json(old)
+    assert config == DecoderConfig.from_json(new)
+    assert config.local_rope == Rope(50.0)
+    del old["layer_types"]
+    assert [x.window for x in DecoderConfig.from_json(old).layer_kinds] == [4, 4, 4, 4]
+    six = DecoderConfig.from_json(old | {"num_hidden_layers": 7})
+    assert [x.window for x in six.layer_kinds] == [4, 4, 4, 4, 4, None, 4]
