@@ -36,7 +36,8 @@ import transformers
 
 import lora_jax as lora
 from lora_jax import models, peft
-from tests.models.recorded import FIXTURES
+from lora_jax.files.disk import safetensors_file
+from tests.models.recorded import EXPERTS, FIXTURES
 from tests.parity.peft import check_files
 from tests.parity.peft.recorded.record_files import move
 
@@ -71,6 +72,11 @@ CASES = (
     ("smollm3", True, lora.LoraConfig(rank=4)),
     ("olmo2", False, lora.LoraConfig(rank=4)),
     ("granite", True, lora.LoraConfig(rank=4)),
+    ("mixtral", False, lora.LoraConfig(rank=4, targets=KERNELS)),
+    ("mixtral", True, lora.LoraConfig(rank=2, targets=["query", "down"])),
+    ("qwen3_moe", True, lora.LoraConfig(rank=2, targets=KERNELS)),
+    ("gpt_oss", False, lora.LoraConfig(rank=2, targets=["gate_up", "down", "output"])),
+    ("gpt_oss", True, lora.LoraConfig(rank=2, targets=["query", "gate_up"])),
     ("bert", False, lora.LoraConfig(rank=4, targets=KERNELS)),
     ("bert", False, lora.LoraConfig(rank=4, targets=["query"], bias="adapted")),
 )
@@ -107,6 +113,14 @@ def trained(model: models.Pretrained, config: lora.LoraConfig) -> Any:
     return params
 
 
+def in_peft(name: str, folder: str) -> torch.nn.Module:
+    """Return the recorded model with the adapters in a folder, as PEFT loads them."""
+    model = from_directory(FIXTURES / name)
+    if name in EXPERTS:  # whose tensors PEFT renames and joins
+        return hugging_face.PeftModel.from_pretrained(model, folder).eval()
+    return check_files.loaded(model, folder)
+
+
 def there_and_back(name: str, scan: bool, config: lora.LoraConfig) -> tuple[float, ...]:
     """Return the differences: our adapters in peft, the change they make, peft's here, merged."""
     model = models.load(FIXTURES / name, scan=scan)
@@ -116,7 +130,7 @@ def there_and_back(name: str, scan: bool, config: lora.LoraConfig) -> tuple[floa
     with tempfile.TemporaryDirectory() as folder:
         there, back, merged = (pathlib.Path(folder) / f"{x}_{name}" for x in ("a", "b", "c"))
         peft.save(there, params, model.naming, config=config)
-        theirs = check_files.loaded(from_directory(FIXTURES / name), str(there))
+        theirs = in_peft(name, str(there))
         outputs = torch_outputs(theirs)
         with torch.no_grad():
             for key, parameter in theirs.named_parameters():
@@ -124,7 +138,10 @@ def there_and_back(name: str, scan: bool, config: lora.LoraConfig) -> tuple[floa
                     parameter += 0.05 * torch.randn_like(parameter)
         theirs.save_pretrained(back)
         base, _ = lora.split(params)
-        read = lora.join(base, peft.load(back, base, model.naming))
+        # PEFT may have made parameters of all experts of what was modules of one
+        names = safetensors_file.read(back / peft.TENSORS)[0]
+        naming = model.family.naming(names) if name in EXPERTS else model.naming
+        read = lora.join(base, peft.load(back, base, naming))
         returned = np.abs(apply(read, IDS, SEGMENTS) - torch_outputs(theirs)).max()
         plain = models.Pretrained(**vars(model) | {"params": lora.merge(params)})
         models.save(merged, plain, max_shard_size="20KB")
