@@ -18,7 +18,7 @@ from examples.sentiment.report import Report
 from lora_jax.models import assets
 from lora_jax.models.encoder.bert import BertConfig
 from lora_jax.training import Row, Rows, TrainingError
-from tests.models.test_bert import shapes
+from tests.models.encoder.test_bert import shapes
 
 WORDS = ["good", "fine", "great", "lovely", "bad", "dull", "awful", "boring", "film", "the", "a"]
 CONFIG = BertConfig(
