@@ -18,7 +18,7 @@ RECIPE := LORA_JAX_RECIPES=1 PYTHONPATH=$(VENV)/recipes
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help demo bench bench-run bench-accelerator published test test-accelerator test-all test-newest newest-python recipes fuzz docs wheel lint format clean
+.PHONY: help demo bench bench-run bench-accelerator published test test-accelerator test-all test-newest test-docs newest-python recipes fuzz docs wheel lint format clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):[^#]*## /\1 \t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -52,6 +52,9 @@ test-newest: ## the default suite on the newest Python found, with the newest ja
 	@python="$$($(MAKE) -s --no-print-directory newest-python)"; \
 	if [ -z "$$python" ]; then echo "no Python newer than $(VERSION) found: nothing to run"; \
 	else $(MAKE) --no-print-directory test PYTHON="$$python" VENV=.venv-newest; fi
+
+test-docs: $(STAMP)-test ## every page of the documentation and every notebook, executed
+	@$(RUN) pytest $(WORKERS) -m "" tests/project/test_docs.py $(ARGS)
 
 # Other packages' models, apart: what they depend on would take minutes, and some of it disagrees.
 recipes: $(VENV)/recipes/packages $(VENV)/recipes/gemma ## the recipes for models of other packages, executed

@@ -162,6 +162,7 @@ def test_lbfgs(form):
     assert float(loss(got)) < 0.8 * float(loss(PARAMS))
 
 
+@pytest.mark.slow
 def test_lbfgs_with_its_own_line_search():
     tx = lora_jax.freeze(optax.lbfgs(), PARAMS)
     assert float(loss(minimize(tx, loss, PARAMS, steps=2))) < 0.9 * float(loss(PARAMS))

@@ -155,6 +155,7 @@ def test_a_long_conversation_loses_its_oldest_turns(talk, seen):
     assert done.status == 1 and "has 303 tokens, but the model has only 256 positions" in done.err
 
 
+@pytest.mark.slow
 def test_a_system_message_of_one_prompt(run, model, seen):
     words = ["generate", "-m", model, "--prompt", "Hi"]
     assert run(*words, "--system", "Be kind.").out == f"{SAID}\n"

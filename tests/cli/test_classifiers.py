@@ -142,10 +142,10 @@ def words(command, folder, *more):
 
 KINDS = [("bert",), ("llama",), ("llama", "--scan"), ("bert", "--pooling", "mean")]
 OTHERS = [pytest.param((kind,), marks=pytest.mark.slow) for kind in ("roberta", "modernbert")]
-SLOW_FROM_2 = [*KINDS[:2], *(pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS[2:])]
+SLOW_FROM_1 = [KINDS[0], *(pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS[1:])]
 
 
-@pytest.mark.parametrize("kind", [*SLOW_FROM_2, *OTHERS], ids=lambda kind: "".join(kind))
+@pytest.mark.parametrize("kind", [*SLOW_FROM_1, *OTHERS], ids=lambda kind: "".join(kind))
 def test_what_training_measured_is_what_eval_measures(kind, trained, run):
     folder = trained(*kind)
     layouts = lora.read_metadata(folder / "run/adapter.safetensors")["layouts"]
@@ -195,7 +195,7 @@ def test_predictions_of_the_adapter_and_of_the_merged_model(kind, trained, run, 
     assert float(probability) == pytest.approx(rows[0]["probabilities"][label], abs=1e-4)
 
 
-@pytest.mark.parametrize("kind", [*SLOW_FROM_2[::2], *OTHERS], ids=lambda kind: "".join(kind))
+@pytest.mark.parametrize("kind", [*SLOW_FROM_1[::2], *OTHERS], ids=lambda kind: "".join(kind))
 def test_converted_for_peft_it_predicts_the_same(kind, trained, run, tmp_path):
     """PEFT's file has the head in full, under transformers' name."""
     folder, out = trained(*kind), tmp_path / "peft"
@@ -238,6 +238,7 @@ def test_a_classifiers_base_in_bfloat16_keeps_its_dtype(trained, run, tmp_path):
     assert wide == {"classifier.weight", "classifier.bias"}  # the base has none
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS[::3], ids=lambda kind: "".join(kind))
 def test_other_commands_say_what_it_is(kind, trained, fails):
     folder = trained(*kind)
@@ -315,6 +316,7 @@ def test_integers_are_labels_or_numbers_of_classes(trained, run, tmp_path):
     assert one == other and "accuracy" in one
 
 
+@pytest.mark.slow
 def test_an_older_file(tmp_path, run):
     """`train` once wrote a head on the mean, with a bias, without a name of the pooling.
 

@@ -35,7 +35,7 @@ def losses(folder, ids, start, adapter):
     return [-logs[i - 1, ids[i]] for i in range(start, len(ids))]
 
 
-@pytest.mark.parametrize("adapter", [None, "my-adapter"])
+@pytest.mark.parametrize("adapter", [pytest.param(None, marks=pytest.mark.slow), "my-adapter"])
 def test_a_text_and_rows(adapter, world, run):
     more = ["--adapter", adapter] if adapter else []
     tokenizer = Tokenizer.load(world / "my-model")

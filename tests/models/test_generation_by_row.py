@@ -81,12 +81,12 @@ def with_adapter(base, overlays, slot):
 @pytest.mark.parametrize(
     ("name", "options"),
     [
-        ("mistral", {}),  # its window of 4 is exceeded
+        pytest.param("mistral", {}, marks=pytest.mark.slow),  # its window of 4 is exceeded
         pytest.param("llama_tied", {"scan": True}, marks=pytest.mark.slow),
         pytest.param("gemma2", {"scan": True}, marks=pytest.mark.slow),
         pytest.param("gemma3_text", {"scan": True}, marks=pytest.mark.slow),
         pytest.param("gemma3_text", {"scan": True, "quantize": "int8"}, marks=pytest.mark.slow),
-        pytest.param("phi3", {}, marks=pytest.mark.slow),
+        ("phi3", {}),
         pytest.param("qwen3", {"quantize": "int8"}, marks=pytest.mark.slow),
         pytest.param("qwen2", {"scan": True, "quantize": "int8"}, marks=pytest.mark.slow),
     ],

@@ -29,8 +29,10 @@ PAGES = [README, ROOT / "benchmarks" / "README.md", *sorted((ROOT / "docs").rglo
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 TIMEOUT = 300  # seconds for one cell
 SERVING = "With the server running:"  # above blocks that tests/serving/test_docs.py runs
+# Pages of the default suite; `make test-docs` runs all pages and notebooks.
+QUICK = ("README", "getting_started", "files", "faq", "preferences", "models", "checkpoints")
 # They train a published model, pretrain two, and compile a training step for each of four meshes.
-SLOW = ("02_language_model", "04_nnx", "05_vision", "06_many_devices")
+SLOW = ("02_language_model", "03_many_adapters", "04_nnx", "05_vision", "06_many_devices")
 # What a notebook fetches where the cache does not have it; tests fetch nothing.
 NEEDS = {"02_language_model": (assets.SMOLLM2, assets.SHAKESPEARE)}
 # What the recipe of another package's model imports, where that is not in the extra `test`: without
@@ -129,7 +131,15 @@ def prepare_recipe(page: pathlib.Path, monkeypatch) -> None:
 
 
 @pytest.mark.usefixtures("page_directory", "quick_compile")
-@pytest.mark.parametrize("page", [p for p in PAGES if "```python" in p.read_text()], ids=name_of)
+@pytest.mark.parametrize(
+    "page",
+    [
+        pytest.param(p, marks=() if p.stem in QUICK or "recipes" in p.parts else pytest.mark.slow)
+        for p in PAGES
+        if "```python" in p.read_text()
+    ],
+    ids=name_of,
+)
 def test_python_blocks_run_and_print_what_they_say(page, monkeypatch, capsys):
     module = types.ModuleType(f"page_{page.stem}")  # not the name of the package of a recipe
     monkeypatch.setitem(sys.modules, module.__name__, module)

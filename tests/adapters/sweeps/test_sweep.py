@@ -63,6 +63,7 @@ def test_every_run_trains_as_it_does_alone_and_so_does_one_that_comes_later():
     assert state.step.tolist() == [2 * STEPS, 2 * STEPS, STEPS, 2 * STEPS]
 
 
+@pytest.mark.slow
 def test_every_run_may_see_its_own_batch_and_small_ranks_be_computed_apart_in_turn():
     each = [batches(seed, steps=3) for seed in range(3)]
     runs = lora.grid(learning_rate=1e-2, rank=[2, 4, 1])

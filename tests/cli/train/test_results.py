@@ -50,6 +50,7 @@ def test_without_held_out_data_the_last_adapter_is_used(play, tmp_path, run, qui
     assert ", 1 step of 1 row\n" in done.err
 
 
+@pytest.mark.slow
 def test_a_classifiers_next_command(tmp_path, run, quick_compile):
     data = jsonl(tmp_path / "d.jsonl", "label", count=10)
     done = run(*words(data, tmp_path / "out", "--task", "classification", "--steps", 1))

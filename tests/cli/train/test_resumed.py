@@ -41,6 +41,7 @@ def test_more_steps_are_those_of_the_longer_run(play, tmp_path, run):
         np.testing.assert_array_equal(tensors(out)[name], x)
 
 
+@pytest.mark.slow
 def test_the_schedule_is_that_of_the_longer_run(finished, play, run):
     """The cosine of four steps: 0.03 · (1 + cos(π·2/4)) / 2 at the third one, then less."""
     short = without_seconds(finished)

@@ -182,7 +182,9 @@ def test_a_head_that_is_fully_trained(play, tmp_path, run, quick_compile):
     assert found["eval_loss"] == pytest.approx(evaluations(out)[-1]["eval_loss"], rel=1e-4)
 
 
-@pytest.mark.parametrize("bias", ["adapted", pytest.param("all", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "bias", [pytest.param(x, marks=pytest.mark.slow) for x in ("adapted", "all")]
+)
 def test_biases(bias, tmp_path, run, quick_compile):
     files.encoder(tmp_path / "bert")
     data = tmp_path / "d.jsonl"

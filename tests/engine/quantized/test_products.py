@@ -88,6 +88,7 @@ def test_no_array_of_a_weights_size_is_kept():
     assert all(leaf.dtype == jnp.uint8 for leaf in kept)
 
 
+@pytest.mark.slow
 def test_forward_mode_and_mapping():
     x = jax.random.normal(jax.random.key(3), (8, WIDTH))
     base, adapters = adapters_of(quantize(layers(stacked=True), "int8"), scanned, x)
