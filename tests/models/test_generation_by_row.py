@@ -86,7 +86,7 @@ def with_adapter(base, overlays, slot):
         pytest.param("gemma2", {"scan": True}, marks=pytest.mark.slow),
         pytest.param("gemma3_text", {"scan": True}, marks=pytest.mark.slow),
         pytest.param("gemma3_text", {"scan": True, "quantize": "int8"}, marks=pytest.mark.slow),
-        ("phi3", {}),
+        pytest.param("phi3", {}, marks=pytest.mark.slow),
         pytest.param("qwen3", {"quantize": "int8"}, marks=pytest.mark.slow),
         pytest.param("qwen2", {"scan": True, "quantize": "int8"}, marks=pytest.mark.slow),
     ],
