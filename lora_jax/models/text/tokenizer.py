@@ -204,9 +204,13 @@ class Tokenizer:
           **more: other variables of the template.
 
         Raises:
-          ChatTemplateError: the model has no chat template, or the template fails.
+          ChatTemplateError: the model has no chat template, the template fails, or it writes
+            nothing.
         """
-        return self.chat_spans(messages, add_generation_prompt, **more)[0]
+        text = self.chat_spans(messages, add_generation_prompt, **more)[0]
+        if not text:
+            raise ChatTemplateError("the chat template writes nothing of the messages")
+        return text
 
     def chat_spans(
         self,

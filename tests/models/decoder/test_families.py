@@ -54,7 +54,8 @@ def test_bfloat16_is_off_by_its_rounding(name, scan):
     logits = jax.jit(model.apply)(model.params, given["ids"], given["mask"])
     assert {leaf.dtype for leaf in jax.tree.leaves(model.params)} == {logits.dtype}
     rounding = np.abs(given["bfloat16"] - given["logits"])[given["mask"] > 0].max()
-    assert error(name, logits) < 1.5 * rounding < 0.3
+    assert rounding < 0.3  # transformers' own, of logits up to 5
+    assert error(name, logits) < 1.5 * rounding
 
 
 @pytest.mark.parametrize("name", NEWER)

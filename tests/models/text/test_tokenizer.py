@@ -163,6 +163,9 @@ def test_settings_of_a_directory(small, tmp_path):
     assert bare.bos is bare.eos is bare.chat_template is None
     with pytest.raises(ChatTemplateError, match="no chat template"):
         bare.chat([])
+    nothing = {"chat_template.jinja": b"{% for m in mssages %}{{ m.content }}{% endfor %}"}
+    with pytest.raises(ChatTemplateError, match="writes nothing of the messages"):
+        Tokenizer.load(write(tmp_path / "d", files | nothing)).chat([{"role": "user"}])
 
 
 def test_a_padding_token_that_does_not_exist(small, tmp_path):
