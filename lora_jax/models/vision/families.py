@@ -1,6 +1,7 @@
 """The models of images: one row per `model_type` of config.json."""
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import jax
@@ -90,52 +91,40 @@ def _nested(*names: str) -> tuple[str, ...]:
     return tuple(f"{part}_config.{name}" for part in ("vision", "text") for name in names)
 
 
+#: A row but for its names and module.
+_images = partial(Family, kind="vision", embedding=(), sizes=_SIZES, inputs=_pixels)
+#: A row whose files may have the numbers of positions, which follow from the sizes.
+_positioned = partial(_images, dropped=(r".*\.position_ids",))
+
 #: `model_type` in config.json -> what is known of it.
 VISION: dict[str, Family] = {
-    "vit": Family(
-        kind="vision",
+    "vit": _images(
         stem="ViT",
         model_class="Model",
         module=_vit,
         naming=naming.vit,
         in_files=naming.vit_in_files,
-        embedding=(),
-        sizes=_SIZES,
         kept=(r"(vit\.)?pooler\..*", r"(vit\.)?embeddings\.mask_token", r"decoder\..*"),
-        inputs=_pixels,
     ),
-    "siglip_vision_model": Family(
-        kind="vision",
+    "siglip_vision_model": _positioned(
         stem="Siglip",
         model_class="VisionModel",
         module=_siglip_vision,
         naming=naming.siglip_vision,
-        embedding=(),
-        sizes=_SIZES,
-        dropped=(r".*\.position_ids",),
-        inputs=_pixels,
     ),
-    "siglip": Family(
-        kind="vision",
+    "siglip": _positioned(
         stem="Siglip",
         model_class="Model",
         module=_siglip,
         naming=naming.siglip,
-        embedding=(),
         sizes=_nested(*_SIZES, "vocab_size", "max_position_embeddings"),
-        dropped=(r".*\.position_ids",),
         inputs=_pixels_and_ids,
         layers=_nested("num_hidden_layers"),
     ),
-    "clip_vision_model": Family(
-        kind="vision",
+    "clip_vision_model": _positioned(
         stem="CLIP",
         model_class="VisionModel",
         module=_clip_vision,
         naming=naming.clip_vision,
-        embedding=(),
-        sizes=_SIZES,
-        dropped=(r".*\.position_ids",),
-        inputs=_pixels,
     ),
 }
