@@ -45,8 +45,8 @@ def causal(config: transformers.PretrainedConfig) -> transformers.PreTrainedMode
     eager = {"attn_implementation": "eager", "experts_implementation": "eager"}
     model = transformers.AutoModelForCausalLM.from_config(config, **eager)
     with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim == 1:
+        for name, parameter in model.named_parameters():
+            if parameter.ndim == 1 or name.endswith("bias"):  # those of experts have two axes
                 parameter += 0.2 * torch.randn_like(parameter)
     return model.eval()
 
@@ -98,8 +98,8 @@ def with_images(text: dict[str, object]) -> transformers.PreTrainedModel:
     config._attn_implementation = "eager"
     model = transformers.Gemma3ForConditionalGeneration(config)
     with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim == 1:
+        for name, parameter in model.named_parameters():
+            if parameter.ndim == 1 or name.endswith("bias"):  # those of experts have two axes
                 parameter += 0.2 * torch.randn_like(parameter)
     return model.eval()
 
