@@ -2,13 +2,17 @@
 
 import ast
 import importlib
+import importlib.metadata
 import inspect
 import pathlib
 import re
 import subprocess
 import sys
+import tomllib
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from tests.stress.mutants import MUTANTS
 
@@ -125,6 +129,34 @@ def test_only_one_file_depends_on_jax_versions(name):
     names = imports(name) | {ast.unparse(n) for n in nodes if isinstance(n, ast.Attribute)}
     version = re.compile(r"jax\.(extend|version|__version)|jaxlib\b")
     assert sorted(filter(version.match, names)) == [], "this belongs in engine/jaxprs.py"
+
+
+def installed_with(distribution: str, extra: str = "") -> set[str]:
+    """The distributions that `pip install "distribution[extra]"` brings, itself included."""
+    todo, found = [(distribution, extra)], set()
+    while todo:
+        name, extra = todo.pop()
+        found.add((name, extra))
+        for line in importlib.metadata.requires(name) or ():
+            required = Requirement(line)
+            if required.marker is None or required.marker.evaluate({"extra": extra}):
+                new = {(canonicalize_name(required.name), e) for e in ("", *required.extras)}
+                todo += sorted(new - found)
+    return {name for name, _ in found}
+
+
+def test_types_are_checked_without_what_lint_does_not_install():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    overrides = project["tool"]["mypy"]["overrides"]
+    may_be_missing = {module.removesuffix(".*") for row in overrides for module in row["module"]}
+    tops = {full.partition(".")[0] for name in MODULES for full in imports(name)}
+    outside = tops - {"lora_jax"} - sys.stdlib_module_names - may_be_missing
+    makers = importlib.metadata.packages_distributions()
+    there = installed_with("lora-jax", "cli")
+    missing = {n for n in outside if not there & {canonicalize_name(m) for m in makers[n]}}
+    assert not missing, (
+        "a mypy override in pyproject.toml must ignore these: lint has no such package"
+    )
 
 
 def test_every_public_name_is_documented():
