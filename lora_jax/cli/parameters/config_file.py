@@ -127,13 +127,13 @@ def _text(path: Path, name: str, value: Any, is_flag: bool) -> Any:
     """Return a YAML scalar as the command line would have it."""
     if is_flag:
         if not isinstance(value, bool):
-            raise _wrong(path, f"{name} must be true or false, got {shown(repr(value))}")
+            raise _wrong(path, f"{name} must be true or false, got {shown(str(value))}")
         return value
     if isinstance(value, bool):
         raise _wrong(path, f"{name} must not be {str(value).lower()}; put text into quotes")
-    if not isinstance(value, str | int | float):
+    if not isinstance(value, str):
         raise _wrong(path, f"{name} must be a text, a number or a list of them")
-    return value if isinstance(value, str) else repr(value)
+    return value
 
 
 def _mapping(path: Path) -> Mapping[Any, Any]:
@@ -145,18 +145,30 @@ def _mapping(path: Path) -> Mapping[Any, Any]:
             data = file.read(_LARGEST + 1)
         if len(data) > _LARGEST:
             raise _wrong(path, "is too large for a file of options")
-        root = yaml.compose(data.decode("utf-8"), yaml.SafeLoader)
-        _refuse_twice(path, root)
-        found = yaml.load(data.decode("utf-8"), yaml.SafeLoader)
+        text, loader = data.decode("utf-8"), _loader()
+        _refuse_twice(path, yaml.compose(text, loader))
+        found = yaml.load(text, loader)
     except OSError as error:
         raise _wrong(path, error.strerror or str(error)) from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+    except (yaml.YAMLError, ValueError, LookupError, RecursionError) as error:
         raise _wrong(path, f"is not valid YAML ({_in_one_line(error)})") from None
     if found is None:
         return {}
     if not isinstance(found, dict):
         raise _wrong(path, "must contain lines such as 'lr: 1e-4'")
     return found
+
+
+def _loader() -> Any:
+    """Return a loader that keeps numbers as they are written: 1:3 is a slice, 010 is ten."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        pass
+
+    for kind in ("int", "float", "timestamp"):
+        Loader.add_constructor(f"tag:yaml.org,2002:{kind}", yaml.SafeLoader.construct_scalar)
+    return Loader
 
 
 def _refuse_twice(path: Path, root: Any) -> None:
