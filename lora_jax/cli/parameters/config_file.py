@@ -172,9 +172,13 @@ def _loader() -> Any:
 
 
 def _refuse_twice(path: Path, root: Any) -> None:
-    """Raise if a key is there twice, of which YAML would take the last."""
+    """Raise if a key is no text, or is there twice: YAML would take the last."""
     seen = set()
     for key, _ in getattr(root, "value", ()) if getattr(root, "id", "") == "mapping" else ():
+        if not isinstance(key.value, str):
+            raise _wrong(
+                path, f"a key in line {key.start_mark.line + 1} is not the name of an option"
+            )
         if key.value in seen:
             raise _wrong(path, f"{shown(str(key.value))} is there twice")
         seen.add(key.value)

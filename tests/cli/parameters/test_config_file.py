@@ -65,6 +65,7 @@ REFUSED = {
     "rank: [": "is not valid YAML",
     "- rank": "must contain lines such as",
     "rank: !!python/object:os.system x": "is not valid YAML",
+    "lr: 1\n? [a]\n: 1": "a key in line 2 is not the name of an option",
     "dora: !!bool x": "is not valid YAML",
     "rank: !!int ''": "rank must be an integer",
     "rank: 0x10": "rank must be an integer, got 0x10",
