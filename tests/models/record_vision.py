@@ -2,7 +2,7 @@
 
 Run it in an environment with PyTorch, peft and transformers (recorded with 2.13, 0.21.2 and 5.24):
 `python -m tests.models.record_vision [deit ...]`. Every directory contains what `save_pretrained`
-writes, and `expected.npz`: `pixels` with the channels last, the outputs, the two files of an adapter
+writes, and `expected.npz`: `pixels` with the channels last, the outputs, two files of an adapter
 of peft, as bytes, and the outputs with it; `ids` of SigLIP and CLIP, and of ViT `images` and what
 its processor makes of them.
 """

@@ -57,9 +57,6 @@ def test_what_is_said_with_stacked_layers(quick_compile):
     ids, features = want["ids"][:, :2], want["features"]
     found = models.transcribe(model.apply, model.params, features, ids, steps=9)
     np.testing.assert_array_equal(found, want["greedy"])
-    cache = model.apply(model.params, features, 11, method="start")
-    alone = lambda ids, cache: model.apply(model.params, ids[None], cache=cache)[0]
-    assert cache.row_axes().layers == 1 and alone(ids[0], cache) is not None
 
 
 @pytest.mark.slow

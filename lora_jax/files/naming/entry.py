@@ -43,7 +43,7 @@ class Entry:
       axes: an einops pattern from PyTorch's axes to the leaf's, "(h d) i -> i h d". A rotary
         embedding in another order is a pattern too: "(h two d) i -> i (h d two)".
       sizes: sizes of letters in `axes` that the leaf's shape does not determine.
-      first: the number of the first layer of a stacked leaf, where others are leaves of their own.
+      first: the number of the first layer of a stacked leaf, where earlier layers are not stacked.
       split: sizes of the joined parts along the out axis; by default from the shapes, or equal.
 
     Raises:
