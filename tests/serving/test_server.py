@@ -17,6 +17,7 @@ pytest.importorskip("openai")
 import openai
 
 from lora_jax.models.text.byte_tokenizer import byte_tokenizer
+from lora_jax.serving.access import Access
 from tests.serving import live, small
 
 TOKENIZER = byte_tokenizer()
@@ -52,6 +53,16 @@ def post(server, body, path="/v1/completions", headers=JSON):
     found = answer.status, answer.headers, json.loads(answer.read())
     connection.close()
     return found
+
+
+def ask_for(server, method, path, headers):
+    """Return the status and the headers of an answer without a body."""
+    connection = http.client.HTTPConnection(server.url.removeprefix("http://"), timeout=PATIENCE)
+    connection.request(method, path, None, headers)
+    answer = connection.getresponse()
+    answer.read()
+    connection.close()
+    return answer.status, answer.headers
 
 
 def metrics(server):
@@ -320,6 +331,44 @@ def test_a_full_queue_and_a_graceful_stop(monkeypatch):
         assert {x["choices"][0]["text"] for _, _, x in answers} == {said(HELLO, 0, 4)}
         with pytest.raises(ConnectionRefusedError):
             post(server, body)
+
+
+def test_a_key_and_web_pages_of_other_origins():
+    """Without the key there is an answer of OpenAI's form, and nothing of it but the page."""
+    origin = "https://chat.example"
+    with live.serving(access=Access("s3cret!", [origin])) as server:
+        options = {"base_url": f"{server.url}/v1", "max_retries": 0}
+        with openai.OpenAI(api_key="s3cret!", **options) as client:
+            assert client.models.retrieve("law").id == "law"
+        with (
+            openai.OpenAI(api_key="s3cret", **options) as client,
+            pytest.raises(openai.AuthenticationError, match="needs its API key") as refused,
+        ):
+            client.completions.create(model="law", prompt="x")
+        assert refused.value.code == "invalid_api_key"
+        body = json.dumps({"model": "law", "prompt": "x", "max_tokens": 1})
+        for word, status in (
+            ("Bearer s3cret!", 200),
+            ("bearer  s3cret! ", 200),
+            ("Bearer s3cret!!", 401),
+            ("Bearer", 401),
+            ("Bearer \xe9\xff", 401),
+            ("s3cret!", 401),
+            ("Basic s3cret!", 401),
+        ):
+            head = {"Authorization": word.encode("latin-1"), "Origin": origin, **JSON}
+            found, headers, _ = post(server, body, headers=head)
+            assert (found, headers["Access-Control-Allow-Origin"]) == (status, origin), word
+        for path, status in {"/": 200, "/health": 200, "/metrics": 401, "/v1/nothing": 401}.items():
+            found, headers = ask_for(server, "GET", path, {})
+            assert found == status and (status == 200 or headers["WWW-Authenticate"] == "Bearer")
+        asks = {"Access-Control-Request-Method": "POST"}
+        asks["Access-Control-Request-Headers"] = "authorization,content-type,x-stainless-os"
+        for own, allowed in ((origin, 200), ("https://other.example", 400)):
+            found, headers = ask_for(server, "OPTIONS", "/v1/completions", {"Origin": own, **asks})
+            assert found == allowed and (allowed == 400) == (
+                headers["Access-Control-Allow-Origin"] is None
+            )
 
 
 def test_the_page_needs_nothing_else(server):
