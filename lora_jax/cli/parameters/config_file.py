@@ -19,6 +19,7 @@ from lora_jax.core.foreign import shown
 
 _LARGEST = 1 << 20  # bytes; a file of options has some kilobytes
 _OWN = ("config", "dump_config", "help")  # parameters that a file cannot give
+_SECRET = ("api_key",)  # that a file may give, but that are not printed
 _CONFIG = (
     "YAML file of options, by their names without dashes, such as 'model: tiny'; those on the "
     "command line override it."
@@ -172,7 +173,7 @@ def _loader() -> Any:
 
 
 def _refuse_twice(path: Path, root: Any) -> None:
-    """Raise if a key is no text, or is there twice: YAML would take the last."""
+    """Raise if a key is not a text, or is there twice: YAML would take the last."""
     seen = set()
     for key, _ in getattr(root, "value", ()) if getattr(root, "id", "") == "mapping" else ():
         if not isinstance(key.value, str):
@@ -198,14 +199,14 @@ def _wrong(path: Path, what: str) -> typer.BadParameter:
 def dump(context: typer.Context) -> str:
     """Return the options of a command as YAML, which `read` would read back to the same.
 
-    An option that is not given and has no default is left out.
+    An option that is not given and has no default is left out, and so is a secret.
     """
     import yaml
 
     found = {}
     for parameter in context.command.params:
         value = context.params.get(parameter.name or "")
-        if parameter.name not in _OWN and value is not None and value not in ((), []):
+        if parameter.name not in (*_OWN, *_SECRET) and value is not None and value not in ((), []):
             found[_names(parameter)[0].removeprefix("--")] = _plain(value)
     return yaml.safe_dump(found, sort_keys=False, allow_unicode=True, width=10**6).rstrip("\n")
 

@@ -121,14 +121,14 @@ def outcome(ended: Ended, directory: Path) -> dict[str, Any]:
             files[name] = path.read_bytes() if is_plain else b""
     records = log.read(directory / "log.jsonl") if (directory / "log.jsonl").exists() else []
     said = [line for line in ended.err.splitlines() if "note" in line or "parameter" in line]
-    counted = sum(1 for _ in (directory / "checkpoints").rglob("*"))
+    steps = sorted(path.name for path in (directory / "checkpoints").glob("[0-9]*"))
     return {
         "status": ended.status,
         "files": files,
         "log": [log.without_speed(record) for record in records],
         "said": said,
         "lines": len(ended.err.splitlines()),
-        "checkpoints": counted,
+        "checkpoints": steps,
     }
 
 
