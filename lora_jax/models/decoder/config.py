@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 from lora_jax.core.checks import is_integer, is_size, is_within
 from lora_jax.core.foreign import shown_value
+from lora_jax.models.activations import ACTIVATIONS as OTHER_ACTIVATIONS
 from lora_jax.models.decoder.experts import ExpertsConfig
 from lora_jax.models.decoder.model_types import FULL, MODEL_TYPES, SHARED, SLIDING
 from lora_jax.models.remat import policy_name
@@ -14,7 +15,7 @@ from lora_jax.models.rope import Rope
 
 PARAM_DTYPES = ("float32", "bfloat16", "float16")
 EPSILONS = (1e-30, 1.0)  # of a norm: the smallest is above zero in float32 as well
-ACTIVATIONS = ("silu", "gelu_pytorch_tanh")
+ACTIVATIONS = ("silu", "swish", *OTHER_ACTIVATIONS)
 #: Where a layer has norms: before attention and feed-forward network, before and after, or after.
 NORMS = ("pre", "both", "post")
 #: What the norms of queries and keys take the mean of: a head, or all heads together.
@@ -238,7 +239,8 @@ class DecoderConfig:
         given |= {**row.switches, **row.derived(settings)}
         given |= _layers(settings, tuple(row.layer_types(settings)))
         config = cls(**given, **_ropes(settings), **extra_fields)
-        if config.rope.partial != 1.0 and not row.partial:
+        any_part = row.partial or config.rope.kind == "proportional"
+        if config.rope.partial != 1.0 and not any_part:
             raise ValueError(
                 f"partial_rotary_factor {shown_value(config.rope.partial)} is not supported for "
                 f"model_type {model_type}"
