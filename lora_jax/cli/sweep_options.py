@@ -24,7 +24,7 @@ LISTS = {
 }
 #: Options of `train` that a sweep does not have.
 WITHOUT = (
-    *("stream", "adapter", "add_token", "untie_head", "merge_aware"),
+    *("stream", "adapter", "add_token", "untie_head", "merge_aware", "router_loss"),
     *("mesh", "coordinator", "processes", "process_id", "eval_every", "profile", "report"),
     *("patience", "load_best", "full"),
 )

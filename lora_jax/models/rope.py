@@ -225,7 +225,13 @@ def _ratio(longest: Any, original: Any) -> float:
             "rope: max_position_embeddings and original_max_position_embeddings must be positive "
             f"ints, got {shown_value(longest)} and {shown_value(original)}"
         )
-    return longest / original
+    ratio, limits = longest / original, _RANGES["factor"]
+    if not is_within(ratio, *limits):
+        raise ValueError(
+            "rope: max_position_embeddings / original_max_position_embeddings must be from "
+            f"{limits[0]:g} to {limits[1]:g}, got {longest} / {original}"
+        )
+    return ratio
 
 
 def _attention_factor(kind: str, given: Mapping[str, Any], factor: Any, original: Any) -> float:

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from lora_jax.core.checks import is_size
+from lora_jax.core.checks import is_integer, is_size
 from lora_jax.core.foreign import shown_value
 from lora_jax.models.decoder.experts import ExpertsConfig
 
@@ -151,12 +151,14 @@ def _of_gemmas(settings: Settings, act: Any) -> dict[str, Any]:
     return fields | _biased_output(settings)
 
 
+def _gemma3(settings: Settings) -> dict[str, Any]:
+    # `hidden_act` and `attn_logit_softcapping` are without effect in transformers
+    fields = _of_gemmas(settings, settings.get("hidden_activation"))
+    return fields | {"final_cap": settings.get("final_logit_softcapping")}
+
+
 def _gemma2(settings: Settings) -> dict[str, Any]:
-    """Return what Gemma 2 and 3 say, whose `hidden_act` is without effect."""
-    return _of_gemmas(settings, settings.get("hidden_activation")) | {
-        "attention_cap": settings.get("attn_logit_softcapping"),
-        "final_cap": settings.get("final_logit_softcapping"),
-    }
+    return _gemma3(settings) | {"attention_cap": settings.get("attn_logit_softcapping")}
 
 
 def _granite(settings: Settings) -> dict[str, Any]:
@@ -170,13 +172,28 @@ def _experts(settings: Settings, count: str, width: str, **more: Any) -> dict[st
 
 
 def _qwen3_moe(settings: Settings) -> dict[str, Any]:
-    if settings.get("mlp_only_layers") or settings.get("decoder_sparse_step") != 1:
-        raise ValueError("config.json: layers without experts among layers with are not supported")
+    layers, dense = _layers(settings), _dense(settings)
+    if len(dense) == layers:
+        return _biased_output(settings)
     shares = "normalized" if settings.get("norm_topk_prob") else "all"
     # transformers 4 and 5 have two names for the number of experts
     count = "num_local_experts" if "num_local_experts" in settings else "num_experts"
     experts = _experts(settings, count, "moe_intermediate_size", shares=shares)
-    return _biased_output(settings) | experts
+    return _biased_output(settings) | experts | {"dense_layers": dense}
+
+
+def _dense(settings: Settings) -> tuple[int, ...]:
+    """Return the numbers of Qwen3-MoE's layers without experts."""
+    only, step = settings.get("mlp_only_layers") or [], settings["decoder_sparse_step"]
+    if not isinstance(only, list) or not all(map(is_integer, only)):
+        raise ValueError(
+            f"config.json: mlp_only_layers must be a list of ints, got {shown_value(only)}"
+        )
+    if not is_size(step):
+        raise ValueError(
+            f"config.json: decoder_sparse_step must be a positive int, got {shown_value(step)}"
+        )
+    return tuple(i for i in range(_layers(settings)) if i in {*only} or (i + 1) % step)
 
 
 def _gpt_oss(settings: Settings) -> dict[str, Any]:
@@ -256,7 +273,7 @@ MODEL_TYPES: dict[str, ModelType] = {
         _GEMMA_3,
         reads=_BIAS,
         switches={"unit_offset": True, "norms": "both", "qk_norm": "head"},
-        derived=_gemma2,
+        derived=_gemma3,
         layer_types=_alternating,
     ),
     "phi3": ModelType(

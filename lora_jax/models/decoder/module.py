@@ -17,6 +17,7 @@ from lora_jax.models.decoder.config import DecoderConfig, LayerKind
 from lora_jax.models.decoder.layer import DecoderLayer
 from lora_jax.models.decoder.parts import capped, dense, norm
 from lora_jax.models.decoder.places import check_length, kinds_of, locate
+from lora_jax.models.decoder.router_load import ROUTER
 from lora_jax.models.on_mesh import Embedding
 from lora_jax.models.remat import rematerialized
 
@@ -50,7 +51,7 @@ class Decoder(nn.Module):
         if c.scan:
             self.layers = nn.scan(
                 layer,
-                variable_axes={"params": 0},
+                variable_axes={"params": 0, ROUTER: 0},
                 split_rngs={"params": True},
                 in_axes=(nn.broadcast, 0, 0),
                 length=c.num_hidden_layers,

@@ -1,6 +1,6 @@
-"""The config.json of published models: sizes as on their pages, and as transformers 5.24 reads them.
+"""The config.json of published models: sizes as on their pages and as transformers reads them.
 
-See record_published.py.
+Recorded with 5.24; see record_published.py.
 """
 
 import itertools
@@ -28,9 +28,7 @@ def module_of(settings):
 def edited(settings, rename, without=()):
     """Return settings with other names of their keys, without some, also in text_config."""
     inner = {k: edited(v, rename, without) for k, v in settings.items() if k == "text_config"}
-    return {
-        rename.get(k, k): inner.get(k, v) for k, v in settings.items() if k not in without
-    }
+    return {rename.get(k, k): inner.get(k, v) for k, v in settings.items() if k not in without}
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

@@ -55,8 +55,7 @@ def _shorten(text: Fields, draw: Draw) -> None:
     usual = _defaults(text["model_type"])
     for name in [*text]:
         keep = name in ("model_type", "rope_theta", "rope_scaling")
-        is_default = name in usual and usual[name] == text[name]
-        if not keep and (is_default or text[name] is None) and draw.random.random() < 0.8:
+        if not keep and usual.get(name) == text[name] and draw.random.random() < 0.8:
             del text[name]
 
 
