@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from lora_jax.core.checks import is_integer, is_size, is_within
 from lora_jax.core.foreign import shown_value
-from lora_jax.models.activations import ACTIVATIONS as OTHER_ACTIVATIONS
+from lora_jax.models.activations import ACTIVATIONS
 from lora_jax.models.decoder.experts import ExpertsConfig
 from lora_jax.models.decoder.model_types import FULL, MODEL_TYPES, SHARED, SLIDING
 from lora_jax.models.remat import policy_name
@@ -15,7 +15,6 @@ from lora_jax.models.rope import Rope
 
 PARAM_DTYPES = ("float32", "bfloat16", "float16")
 EPSILONS = (1e-30, 1.0)  # of a norm: the smallest is above zero in float32 as well
-ACTIVATIONS = ("silu", "swish", *OTHER_ACTIVATIONS)
 #: Where a layer has norms: before attention and feed-forward network, before and after, or after.
 NORMS = ("pre", "both", "post")
 #: What the norms of queries and keys take the mean of: a head, or all heads together.
@@ -264,7 +263,7 @@ class DecoderConfig:
 
 _SCALING = "rope_scaling"
 _CHOICES = {
-    "hidden_act": ACTIVATIONS,
+    "hidden_act": tuple(ACTIVATIONS),
     "norms": NORMS,
     "qk_norm": QK_NORMS,
     "dtype": PARAM_DTYPES,

@@ -1,1 +1,1 @@
-"""Random configurations of the decoders: transformers must compute the same, or an error say why."""
+"""Random configurations of the decoders: computed as in transformers, or refused by name."""
