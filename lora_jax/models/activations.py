@@ -25,7 +25,7 @@ def laplace(x: jax.Array) -> jax.Array:
 
 
 _gelu_tanh = partial(jax.nn.gelu, approximate=True)
-#: All that transformers has, but for those with parameters of their own.
+#: All that transformers has, but for those with parameters.
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu": gelu,
     "gelu_10": lambda x: jnp.clip(gelu(x), -10, 10),

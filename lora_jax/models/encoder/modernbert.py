@@ -172,7 +172,7 @@ def _several(parts: int, width: int, bias: bool, name: str) -> nn.DenseGeneral:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Kind:
-    """What a layer's attention has of its own.
+    """What the attention of two layers may differ in.
 
     Attributes:
       angles: of the rotation, cosines and sines.

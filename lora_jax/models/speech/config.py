@@ -80,8 +80,16 @@ class WhisperConfig:
         """Read a parsed `config.json`; `scan` and `remat` are not in the file.
 
         Raises:
-          ValueError: `WhisperConfig` refuses a value, or the head is not tied to the embedding.
+          ValueError: `WhisperConfig` refuses a value, the head is not tied to the embedding, or the
+            model is only a part of Whisper with another head.
         """
+        classes = settings.get("architectures")
+        for name in classes if isinstance(classes, list) else ():
+            if str(name).endswith(("AudioClassification", "CausalLM")):
+                raise ValueError(
+                    f"architectures: {shown_value(name)} is not supported, only "
+                    "WhisperForConditionalGeneration"
+                )
         if settings.get("tie_word_embeddings") is False:
             raise ValueError("tie_word_embeddings: false is not supported for whisper models")
         names = {f.name for f in fields(cls)} - {"scan", "remat"}

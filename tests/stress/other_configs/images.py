@@ -50,7 +50,7 @@ def _of_vit(draw: Draw, stem: str, heads: tuple[str, ...]) -> Case:
         fields["num_labels"] = draw.field("num_labels", 3, 1, 2, 5)
         fields["problem_type"] = draw.field("problem_type", None, "regression")
     if head == "ForMaskedImageModeling":
-        fields["encoder_stride"] = fields["patch_size"]
+        fields["encoder_stride"] = 4
     return _case(draw, f"{stem}{head}", getattr(transformers, f"{stem}Config")(**fields))
 
 
