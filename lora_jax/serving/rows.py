@@ -183,7 +183,7 @@ class Rows:
         self._choosing[row] = Choosing()
 
     def check(self) -> None:
-        """Raise what the model raises where rows have adapters of their own; nothing is computed.
+        """Raise what the model raises where each row has its own adapter; nothing is computed.
 
         Raises:
           ConfigError: the model mixes the rows of a batch.
