@@ -13,6 +13,7 @@ from lora_jax import AdapterFileError, ConfigError, StructureError, diffusion
 from lora_jax.core.layout import Layout
 from lora_jax.core.tree import adapted_nodes
 from lora_jax.core.weights import LoraWeight
+from lora_jax.files.diffusion.meaning import meaning as meaning_of
 from lora_jax.files.disk import safetensors_file
 from lora_jax.files.naming import Entry, Naming
 from tests.parity.peft.models import meaning
@@ -150,6 +151,22 @@ def test_closest_factors_are_the_truncated_svd(tmp_path):
     shapes = {path: jax.ShapeDtypeStruct(x.shape, x.dtype) for path, x in BASE.items()}
     with pytest.raises(AdapterFileError, match=r"LoHa needs the values of unet\.mid_block"):
         read(tmp_path, tensors, tree=shapes, full_rank="train")
+
+
+def test_products_of_several_ranks_by_hand():
+    """Where their factors are smaller than the weight: LyCORIS' formulas in float64."""
+    wide = lambda *shape: draw(*shape, dtype="float64")
+    hada = {f"hada_w{n}_{x}": wide(*((30, 2), (2, 40))[x == "b"]) for n in (1, 2) for x in "ab"}
+    found = meaning_of({**hada, "alpha": np.array(3.0)}, (30, 40))
+    left, right = (hada[f"hada_w{n}_a"] @ hada[f"hada_w{n}_b"] for n in (1, 2))
+    assert found.rank == 4
+    np.testing.assert_allclose(found.update(), 1.5 * left * right, rtol=1e-12, atol=1e-13)
+    kron = {"w1_a": (5, 1), "w1_b": (1, 4), "w2_a": (6, 2), "w2_b": (2, 10)}
+    kron = {f"lokr_{name}": wide(*shape) for name, shape in kron.items()}
+    found = meaning_of({**kron, "alpha": np.array(3.0)}, (30, 40))
+    left, right = (kron[f"lokr_w{n}_a"] @ kron[f"lokr_w{n}_b"] for n in (1, 2))
+    assert found.rank == 2  # and alpha counts by that of the second matrix
+    np.testing.assert_allclose(found.update(), 1.5 * np.kron(left, right), rtol=1e-12, atol=1e-13)
 
 
 def test_dora_by_inputs_at_a_rank_and_by_outputs_beside_a_whole_change(tmp_path):

@@ -45,7 +45,10 @@ def inputs(name):
 
 @pytest.mark.parametrize(
     "name",
-    ["vit", "siglip", *(pytest.param(x, marks=pytest.mark.slow) for x in NAMES if "_" in x)],
+    [
+        pytest.param(name, marks=pytest.mark.slow if name == "siglip_vision" else ())
+        for name in NAMES
+    ],
 )
 def test_outputs_with_an_adapter_and_without(name, tmp_path):
     model, want = recorded.load(name), recorded.expected(name)

@@ -21,7 +21,7 @@ from tests.stress.mutants import MUTANTS
 from tests.stress.mutants.mutant import Mutant
 
 ROOT = Path(__file__).parents[3]
-PYTEST = [sys.executable, "-m", "pytest", "-q", "-rf", "-p", "no:cacheprovider"]
+PYTEST = [sys.executable, "-m", "pytest", "-q", "-rfE", "-p", "no:cacheprovider"]
 
 
 def run(mutant: Mutant) -> list[str]:

@@ -3,16 +3,11 @@
 from tests.stress.mutants.mutant import Mutant
 
 ATTENTION = (["tests/models/test_attention.py", "-k", "definition or cache"],)
+ENCODERS = (["tests/models/encoder"],)
 ROPE = (["tests/models/test_rope.py"],)
 LOGITS = (["tests/models/decoder/test_families.py", "-k", "logits or greedy"],)
 LLAMA = (["tests/models/decoder/test_decoder.py", "-k", "logits or cache or packed"],)
 EXPERTS = (["tests/models/decoder/test_experts.py", "-k", "logits or shares or saved"],)
-GGUF = (
-    [
-        *("tests/models/decoder/test_gguf.py", "tests/models/decoder/test_gguf_families.py"),
-        *("-k", "same or granted"),
-    ],
-)
 
 MUTANTS = [
     Mutant(
@@ -27,7 +22,7 @@ MUTANTS = [
         "models/attention.py",
         "(away < self.window)[None]",
         "(away <= self.window)[None]",
-        ATTENTION,
+        ENCODERS,
     ),
     Mutant(
         "let packed texts see each other",
@@ -114,13 +109,6 @@ MUTANTS = [
         LOGITS,
     ),
     Mutant(
-        "begin the pattern of layers with one that sees all",
-        "models/decoder/model_types.py",
-        "[SLIDING if (i + 1) % every else FULL",
-        "[SLIDING if i % every else FULL",
-        GGUF,
-    ),
-    Mutant(
         "scan over the kinds of layers backwards",
         "models/decoder/module.py",
         "kinds.index(kind) for kind in self.config.layer_kinds]",
@@ -156,10 +144,10 @@ MUTANTS = [
         LOGITS,
     ),
     Mutant(
-        "norm queries by the norm of keys",
+        "norm neither queries nor keys of heads",
         "models/decoder/layer.py",
-        'norm(c, "query_norm")(query), norm(c, "key_norm")(key)',
-        'norm(c, "key_norm")(query), norm(c, "query_norm")(key)',
+        'if c.qk_norm == "head":',
+        "if False:",
         LOGITS,
     ),
     Mutant(

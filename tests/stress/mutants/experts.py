@@ -14,6 +14,13 @@ PEFT = (["tests/parity/peft/test_experts.py"],)
 
 MUTANTS = [
     Mutant(
+        "begin the pattern of layers with one that sees all",
+        "models/decoder/model_types.py",
+        "[SLIDING if (i + 1) % every else FULL",
+        "[SLIDING if i % every else FULL",
+        GGUF,
+    ),
+    Mutant(
         "leave the shares of experts as they are",
         "models/decoder/experts.py",
         "shares = shares / shares.sum(-1, keepdims=True)",

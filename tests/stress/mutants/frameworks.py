@@ -4,7 +4,9 @@ from tests.stress.mutants.mutant import Mutant
 
 NNX = (["tests/frameworks/test_nnx.py"],)
 EQUINOX = (["tests/frameworks/test_equinox.py"],)
-BOTH = (["tests/frameworks"],)
+BOTH = (["tests/frameworks/test_kinds_of_models.py", "-k", "rules"],)
+NNX_KINDS = (["tests/frameworks/test_kinds_of_models.py", "-k", "copies"],)
+OUTPUTS = (["tests/engine/test_transform.py", "-k", "outputs"],)
 
 MUTANTS = [
     Mutant(
@@ -104,5 +106,19 @@ MUTANTS = [
         "return self.run(self._options.fn, *args, **kwargs)",
         "return self.run(call_model, *args, **kwargs)",
         EQUINOX,
+    ),
+    Mutant(
+        "leave the dropout of adapters on in views",
+        "frameworks/nnx/adapted.py",
+        "self.deterministic = deterministic\n",
+        "pass\n",
+        NNX_KINDS,
+    ),
+    Mutant(
+        "return constants of a program as numbers of Python",
+        "engine/program.py",
+        "return x if isinstance(x, jax.Array) else jnp.asarray(x)",
+        "return x",
+        OUTPUTS,
     ),
 ]

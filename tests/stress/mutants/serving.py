@@ -130,10 +130,10 @@ MUTANTS = [
         ROWS,
     ),
     Mutant(
-        "keep what a moved cache has no place for",
+        "take the first column for those before it",
         "serving/columns.py",
         "known = (columns >= 0) & (columns < cache.filled)",
-        "known = columns >= 0",
+        "known = columns < cache.filled",
         ROWS,
     ),
     Mutant(

@@ -88,7 +88,7 @@ MUTANTS = [
         "training/preference/log_probs.py",
         "chosen, rejected = jnp.moveaxis(batch[REFERENCE], 1, 0)",
         "rejected, chosen = jnp.moveaxis(batch[REFERENCE], 1, 0)",
-        PREFERENCES,
+        PREFERENCE_RUN,
     ),
     Mutant(
         "count tokens of the prompt as completions",
