@@ -17,7 +17,7 @@ def require_model(caller: str, model: Any, kind: type, library: str) -> None:
       library: what messages call it.
 
     Raises:
-      ConfigError: it is no such module, or has adapters already.
+      ConfigError: it is not such a module, or has adapters already.
     """
     if isinstance(model, Wrapped):
         raise ConfigError(

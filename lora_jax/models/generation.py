@@ -52,27 +52,22 @@ def sample_token(logits: jax.Array, key: jax.Array, sampling: Sampling) -> jax.A
     """
     if sampling.temperature == 0:
         return logits.argmax(-1).astype(jnp.int32)
-    return draw(logits, key, sampling.temperature, sampling.top_p, sampling.top_k)
-
-
-def draw(logits: jax.Array, key: jax.Array, temperature: Any, top_p: Any, top_k: int) -> jax.Array:
-    """Draw one token per row at a temperature above 0, which may be traced, as `top_p` may.
-
-    Args:
-      logits: `[batch, vocabulary]`.
-      key: PRNG key.
-      temperature, top_p, top_k: as in `Sampling`.
-
-    Returns:
-      int32 `[batch]`.
-    """
-    logits, order = jax.lax.top_k(
-        logits.astype(jnp.float32) / temperature, min(top_k or logits.shape[-1], logits.shape[-1])
-    )
-    before = jnp.cumsum(jax.nn.softmax(logits), -1) - jax.nn.softmax(logits)
-    kept = (before < top_p).at[:, 0].set(True)  # at least one, whatever the rounding
-    rank = jax.random.categorical(key, jnp.where(kept, logits, -jnp.inf))
+    count = min(sampling.top_k or logits.shape[-1], logits.shape[-1])
+    ranked, order = jax.lax.top_k(logits.astype(jnp.float32) / sampling.temperature, count)
+    rank = jax.random.categorical(key, nucleus(ranked, sampling.top_p))
     return jnp.take_along_axis(order, rank[:, None], -1)[:, 0].astype(jnp.int32)
+
+
+def nucleus(ranked: jax.Array, top_p: Any) -> jax.Array:
+    """Return logits `[batch, vocabulary]`, the largest first, -inf for those beyond `top_p`.
+
+    >>> nucleus(jnp.array([[2.0, 1.0, -3.0]]), 0.8).tolist()
+    [[2.0, 1.0, -inf]]
+    """
+    before = jnp.cumsum(jax.nn.softmax(ranked), -1) - jax.nn.softmax(ranked)
+    # At least one, and all of them at 1, whatever the rounding.
+    kept = ((before < top_p) | (jnp.asarray(top_p) >= 1)).at[:, 0].set(True)
+    return jnp.where(kept, ranked, -jnp.inf)
 
 
 def advance(

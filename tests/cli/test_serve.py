@@ -48,7 +48,23 @@ def test_limits(fails, tmp_path):
         )
     error = fails("serve", "-m", "tiny", "--spare", 1, "--port", 0)
     assert "--spare: give at least one --adapter too" in error
+    for words, said in (
+        (["--api-key", ""], "--api-key': must not be empty"),
+        (["--api-key", "kéy"], "--api-key': must be printable ASCII"),
+        (["--allow-origin", "example.org/"], "example.org/ is not an origin"),
+    ):
+        assert said in fails("serve", "-m", "tiny", *words, status=2)
     assert "'--port'" in fails("serve", "-m", "tiny", "--port", 70000, status=2)
+
+
+def test_a_file_of_options_without_the_key(run, tmp_path, monkeypatch):
+    monkeypatch.setenv("LORA_JAX_API_KEY", "s3cret")
+    words = ["-m", "tiny", "--adapter", "a=b", "--adapter", "c", "--context", 99, "--no-warm-up"]
+    printed = run("serve", *words, "--dump-config")
+    assert printed.status == 0 and "context: 99" in printed.out and "s3cret" not in printed.out
+    path = tmp_path / "serve.yaml"
+    path.write_text(f"{printed.out}\napi-key: other\n")
+    assert run("serve", "--config", path, "--dump-config").out == printed.out
 
 
 @pytest.fixture

@@ -16,7 +16,10 @@ NEWER = (
 #: Families whose layers have experts.
 EXPERTS = ("mixtral", "qwen3_moe", "gpt_oss")
 #: Models of texts, images and speech other than decoders.
-OTHERS = ("roberta", "modernbert", "vit", "siglip", "siglip_vision", "clip_vision", "whisper")
+OTHERS = (
+    *("roberta", "modernbert", "vit", "siglip", "siglip_vision", "clip_vision", "whisper"),
+    *("deit", "vit_pooled", "clip"),
+)
 
 
 @functools.cache

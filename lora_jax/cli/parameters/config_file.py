@@ -18,6 +18,7 @@ from lora_jax.core.foreign import shown
 
 _LARGEST = 1 << 20  # bytes; a file of options has some kilobytes
 _OWN = ("config", "dump_config", "help")  # parameters that a file cannot give
+_SECRET = ("api_key",)  # that a file may give, but that are not printed
 _CONFIG = (
     "YAML file of options, by their names without dashes, such as 'eval-split: 0.1'; those on the "
     "command line override it."
@@ -143,14 +144,14 @@ def _wrong(path: Path, what: str) -> typer.BadParameter:
 def dump(context: typer.Context) -> str:
     """Return the options of a command as YAML, which `read` would read back to the same.
 
-    An option that is not given and has no default is left out.
+    An option that is not given and has no default is left out, and so is a secret.
     """
     import yaml
 
     found = {}
     for parameter in context.command.params:
         value = context.params.get(parameter.name or "")
-        if parameter.name not in _OWN and value is not None and value not in ((), []):
+        if parameter.name not in (*_OWN, *_SECRET) and value is not None and value not in ((), []):
             found[parameter.opts[0].removeprefix("--")] = _plain(value)
     return yaml.safe_dump(found, sort_keys=False, allow_unicode=True, width=10**6).rstrip("\n")
 

@@ -136,7 +136,7 @@ def _job(
             shares_batches=is_shared,
         )
 
-    return job(choose_remat.choose(options, model, lambda remat: _needed(job(remat)), say))
+    return job(choose_remat.choose(options, lambda remat: _needed(job(remat)), say))
 
 
 def _optimizer(options: SweepOptions) -> Callable[..., Any]:

@@ -100,7 +100,7 @@ def _run(options: TrainOptions, command: str) -> None:
     with on_mesh.in_use(mesh):
         loss = lambda remat: task.loss(with_remat(model, remat), start.paths)
         needed = lambda remat: needed_bytes(dataclasses.replace(job, loss=loss(remat)), adapters)
-        remat = choose_remat.choose(options, model, needed, say)
+        remat = choose_remat.choose(options, needed, say)
     job = dataclasses.replace(job, loss=loss(remat))
     processes.by_first(lambda: run_record.begin(options.out, this, resumed, free=("steps",)))
     for line in describe(options, task, start, steps):
