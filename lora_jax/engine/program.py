@@ -85,7 +85,7 @@ def is_dynamic(leaf: Any) -> bool:
 
 
 def _array(x: Any) -> Any:
-    """Return an output as JAX returns it: a constant of a program is a scalar of Python or NumPy."""
+    """Return an output as JAX returns it: a program has constants as scalars of Python or NumPy."""
     return x if isinstance(x, jax.Array) else jnp.asarray(x)
 
 

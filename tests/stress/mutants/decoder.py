@@ -7,7 +7,7 @@ ENCODERS = (["tests/models/encoder"],)
 ROPE = (["tests/models/test_rope.py"],)
 LOGITS = (["tests/models/decoder/test_families.py", "-k", "logits or greedy"],)
 LLAMA = (["tests/models/decoder/test_decoder.py", "-k", "logits or cache or packed"],)
-EXPERTS = (["tests/models/decoder/test_experts.py", "-k", "logits or shares or saved"],)
+EXPERTS = (["tests/models/decoder/test_experts.py", "-k", "logits or shares or saved or gate"],)
 
 MUTANTS = [
     Mutant(

@@ -2,15 +2,13 @@
 
 from tests.stress.mutants.mutant import Mutant
 
-EXPERTS = (["tests/models/decoder/test_experts.py", "-k", "logits or shares or saved"],)
+EXPERTS = (["tests/models/decoder/test_experts.py", "-k", "logits or shares or saved or gate"],)
 GGUF = (
     [
         *("tests/models/decoder/test_gguf.py", "tests/models/decoder/test_gguf_families.py"),
         *("-k", "same or granted"),
     ],
 )
-
-PEFT = (["tests/parity/peft/test_experts.py"],)
 
 MUTANTS = [
     Mutant(
@@ -95,7 +93,7 @@ MUTANTS = [
         "models/decoder/expert_names.py",
         '(at("gate"), at("up"))',
         '(at("up"), at("gate"))',
-        PEFT,
+        EXPERTS,
     ),
     Mutant(
         "leave the one in that GGUF adds to norms",

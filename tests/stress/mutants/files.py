@@ -10,7 +10,7 @@ CARD = (["tests/parity/model_card"],)
 MUTANTS = [
     Mutant(
         "take alpha for the scale of an image generator's file",
-        "files/diffusion/methods.py",
+        "files/diffusion/weight.py",
         'return float(fields["alpha"].reshape(())) / rank',
         'return float(fields["alpha"].reshape(()))',
         DIFFUSION,

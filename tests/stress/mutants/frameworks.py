@@ -73,10 +73,10 @@ MUTANTS = [
         NNX,
     ),
     Mutant(
-        "give optimizers of lora zeros for the parameters",
+        "give optimizers of lora updates for the parameters",
         "frameworks/nnx/optimizer.py",
         "None if params is None else overlay(params, lambda x: x)",
-        "None if params is None else overlay(params, jnp.zeros_like)",
+        "None if params is None else overlay(updates, lambda x: x)",
         NNX,
     ),
     Mutant(

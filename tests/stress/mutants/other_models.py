@@ -59,8 +59,8 @@ MUTANTS = [
     Mutant(
         "norm ModernBERT's embeddings twice",
         "models/encoder/modernbert.py",
-        '_norm(c, "attention_norm")(x) if self.index else x',
-        '_norm(c, "attention_norm")(x) if self.index else _norm(c, "attention_norm")(x)',
+        "normed = x if self.is_first else",
+        "normed = nn.LayerNorm(use_scale=False, use_bias=False)(x + 1) if self.is_first else",
         ENCODERS,
     ),
     Mutant(
@@ -73,8 +73,8 @@ MUTANTS = [
     Mutant(
         "pool the last token of an image",
         "models/vision/transformer.py",
-        "return x[:, 0] if self.config.norms_all else self.norm(x[:, 0])",
-        "return x[:, -1] if self.config.norms_all else self.norm(x[:, -1])",
+        "x = x[:, 0] if c.norms_all else self.norm(x[:, 0])",
+        "x = x[:, -1] if c.norms_all else self.norm(x[:, -1])",
         VISION,
     ),
     Mutant(
@@ -93,16 +93,16 @@ MUTANTS = [
     ),
     Mutant(
         "take the scale of SigLIP's logits for its logarithm",
-        "models/vision/siglip.py",
-        "jnp.exp(self.logit_scale)[None]",
-        "self.logit_scale[None]",
+        "models/vision/two_towers.py",
+        "jnp.exp(self.logit_scale).reshape(1, 1)",
+        "self.logit_scale.reshape(1, 1)",
         VISION,
     ),
     Mutant(
         "pool the first token of SigLIP's texts",
-        "models/vision/siglip.py",
-        'last = norm(c, "norm")(x)[:, -1]',
-        'last = norm(c, "norm")(x)[:, 0]',
+        "models/vision/two_towers.py",
+        "return x[:, -1]",
+        "return x[:, 0]",
         VISION,
     ),
     Mutant(

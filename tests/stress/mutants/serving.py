@@ -13,7 +13,7 @@ MUTANTS = [
     Mutant(
         "draw tokens at the temperature 1",
         "models/generation.py",
-        "logits.astype(jnp.float32) / temperature",
+        "logits.astype(jnp.float32) / sampling.temperature",
         "logits.astype(jnp.float32)",
         GENERATION,
     ),
@@ -97,22 +97,22 @@ MUTANTS = [
     Mutant(
         "draw every token with the same key",
         "serving/row_sampling.py",
-        "draw(row[None], jax.random.fold_in(key, step), t, p, 0)[0]",
-        "draw(row[None], key, t, p, 0)[0]",
+        "folded = jax.vmap(jax.random.fold_in)(keys, steps)",
+        "folded = keys",
         ROWS,
     ),
     Mutant(
         "draw from the logits of another row",
         "serving/row_sampling.py",
-        "jax.vmap(one)(logits, keys,",
-        "jax.vmap(one)(logits[::-1], keys,",
+        "ranked, order = ranked_logits(logits, controls)",
+        "ranked, order = ranked_logits(logits[::-1], controls)",
         ROWS,
     ),
     Mutant(
         "draw the tokens of greedy rows too",
         "serving/row_sampling.py",
-        "return jnp.where(temperature > 0, drawn, greedy)",
-        "return drawn",
+        "return jnp.where(temperature > 0, sampled, greedy)",
+        "return sampled",
         ROWS,
     ),
     Mutant(
