@@ -96,6 +96,7 @@ def test_texts(client):
         (choice,) = found.choices
         assert (choice.text, choice.finish_reason) == (said(HELLO, slot, 9), "length")
         assert (found.usage.prompt_tokens, found.usage.completion_tokens) == (5, 9)
+        assert found.usage.total_tokens == 14
     found = client.completions.create(model="law", prompt=["Hello", "a"], max_tokens=4, seed=5)
     wanted = [
         said(TOKENIZER.encode_prompt(x), 0, 4, temperature=1.0, seed=5) for x in ("Hello", "a")
