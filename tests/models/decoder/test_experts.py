@@ -11,7 +11,9 @@ from safetensors.numpy import load_file, save_file
 
 import lora_jax as lora
 from lora_jax import models
+from lora_jax.files.torch_adapters.contents import TorchBase
 from lora_jax.models.decoder.experts import ExpertsConfig, route
+from lora_jax.models.decoder.naming import EXPERT_PARAMETERS
 from tests.models.decoder.test_decoder import error
 from tests.models.recorded import EXPERTS, FIXTURES, MIXED, expected, load
 
@@ -50,6 +52,25 @@ def test_saved_tensors_are_those_of_the_file(name, tmp_path):
     assert want.keys() == got.keys()
     for key, tensor in want.items():
         np.testing.assert_array_equal(got[key].view(np.int32), tensor.view(np.int32), key)
+
+
+@pytest.mark.parametrize(
+    ("name", "module", "gate", "up"),
+    [
+        ("mixtral", "block_sparse_moe.experts.1", "w1", "w3"),
+        ("qwen3_moe", "mlp.experts.1", "gate_proj", "up_proj"),
+    ],
+)
+def test_which_tensor_is_the_gate(name, module, gate, up):
+    """In transformers 4 a module each; in transformers 5 one parameter, the gate first."""
+    file = load_file(FIXTURES / name / "model.safetensors")
+    gate, up = (file[f"model.layers.0.{module}.{x}.weight"] for x in (gate, up))
+    params = load(name, scan=True).params
+    experts = jax.tree.map(lambda x: x[0, 1], params["layers"]["mlp"]["experts"])
+    np.testing.assert_array_equal(experts["gate"]["kernel"], gate.T)
+    np.testing.assert_array_equal(experts["up"]["kernel"], up.T)
+    joined = TorchBase(params, EXPERT_PARAMETERS).value("model.layers.0.mlp.experts.gate_up_proj")
+    np.testing.assert_array_equal(joined[1], np.concatenate([gate, up]))
 
 
 @pytest.mark.parametrize(
