@@ -72,7 +72,8 @@ def from_tree(
     Args:
       tree: nested dictionaries of arrays, as Orbax restores them, or an `nnx.State`; the parameters
         may stand in `params`, and leaves in `value`.
-      format: one of `FORMATS`: "openpi", "gemma" (`gm.nn.LoRA`), "tunix" (qwix), "maxtext".
+      format: one of `FORMATS`: "openpi", "gemma" (`gm.nn.LoRA`), "tunix" (qwix), "maxtext",
+        "maxtext_qwen", which differ only in the names in Hugging Face.
       base: the parameters without factors, for a tree that has factors alone.
       alpha: of the training: the scale is alpha over the rank. openpi's default is the rank, gemma
         has none.

@@ -92,6 +92,8 @@ class Format:
     scale: str = "alpha"
     writable: bool = True
     grown_queries: tuple[str, ...] = ()
+    not_of: tuple[str, ...] = ()
+    instead: str = ""
 
     def naming(self, layouts: Mapping[str, str]) -> Naming:
         """Return Hugging Face's names of weights, by their paths and layouts."""

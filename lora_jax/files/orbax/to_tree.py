@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from lora_jax.core.errors import ConfigError, StructureError, grouped
-from lora_jax.core.paths import flatten_with_key_paths, path_str
+from lora_jax.core.paths import flatten_with_key_paths, flatten_with_paths, path_str
 from lora_jax.core.slots import all_unpadded
 from lora_jax.core.tree import adapted_nodes, require_adapted
 from lora_jax.core.weights import LoraWeight, TrainedLeaf, is_adapted
@@ -27,8 +27,8 @@ def to_tree(adapters: Any, format: str, *, alpha: float | None = None) -> Any:
 
     Args:
       adapters: an overlay, for the factors alone, or a joined tree, for the weights too.
-      format: "gemma", "tunix" or "maxtext". openpi's factors cannot be told from adapters of
-        another kind: merge instead.
+      format: "gemma", "tunix", "maxtext" or "maxtext_qwen". openpi's factors cannot be told from
+        adapters of another kind: merge instead.
       alpha: of the trainer, whose scale is alpha over the rank. By default the scale that the
         adapters have: they must agree in it.
 
@@ -122,9 +122,16 @@ def naming(params: Any, format: str) -> Naming:
       format: its format.
 
     Raises:
-      ConfigError: the format is unknown, or has no names for one of the weights.
+      ConfigError: the format is unknown, is not that of this model, or has no names for one of the
+        weights.
     """
     layout = format_of(format)
+    others = [path for path in flatten_with_paths(params)[0] if path.endswith(layout.not_of)]
+    if others:
+        raise ConfigError(
+            f"{others[0]}: {layout.title} weights with this leaf have other names and rotations in "
+            f'Hugging Face; give the format "{layout.instead}"'
+        )
     nodes = adapted_nodes(params)
     layouts = {path: x.layout.axes for path, x in nodes.items() if isinstance(x, LoraWeight)}
     found = layout.naming(layouts)
@@ -145,7 +152,8 @@ def to_peft(directory: str | os.PathLike, params: Any, format: str, **options: A
       directory: created if missing.
       params: from `load` or `from_tree`.
       format: its format. The names are those of openpi's PyTorch models, of Gemma, of tunix's
-        Gemma, Llama and Qwen, and of MaxText's Llama, whose rotations and queries are converted.
+        Gemma, Llama and Qwen, and of MaxText's Llama ("maxtext"), whose rotations and queries are
+        converted, and Qwen ("maxtext_qwen").
       **options: of `lora_jax.peft.save`.
 
     Raises:
