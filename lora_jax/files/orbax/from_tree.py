@@ -156,9 +156,17 @@ def _nodes(
             problems.append(f"{path}: {node}")
         else:
             nodes[weight] = node
-    unknown = [path for path in factors if path not in used]
-    problems += [f"{path}: not a factor of this format" for path in unknown]
+    problems += [f"{path}: {_alone(path, layout)}" for path in factors if path not in used]
     return nodes, problems
+
+
+def _alone(path: str, layout: Format) -> str:
+    """Return why a factor that belongs to no A has no place."""
+    for row in layout.rows:
+        names = match(row.b, path)
+        if names is not None:
+            return f"has no {shown(fill(row.a, names))} beside it"
+    return "not a factor of this format"
 
 
 def _kind(layout: Format, fit: Fit) -> str:

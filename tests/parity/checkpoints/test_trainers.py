@@ -211,11 +211,30 @@ def bare(**more):
         (bare(kernel_lora_a=np.full((4, 2), np.nan, "f4")), "up/kernel_lora_a: contains NaN"),
         (bare(kernel={"array": 1}), "its weight up/kernel is not there; pass base="),
         (bare(lora_c=np.ones(3, "f4")), "up/lora_c: not a factor of this format"),
+        ({"up": {"kernel_lora_b": np.ones((2, 3), "f4")}}, "has no up/kernel_lora_a beside it"),
+        (
+            {"up": {"kernel": np.ones((4, 3), "f4"), "kernel_lora_a": np.ones((4, 2), "f4")}},
+            "has no up/kernel_lora_b beside it",
+        ),
+        ({"model": bare(), "head": bare(kernel_lora_b=1)}, r"head/up/kernel_lora_a: B is 1, not"),
     ],
 )
 def test_what_does_not_fit_is_listed(tree, message):
     with pytest.raises(lora_jax.AdapterFileError, match=message):
         orbax.from_tree(tree, "tunix", alpha=2)
+
+
+@pytest.mark.parametrize(
+    "keys", [["model"], ["params", "params"], ["state", "model"], ["train_state"]]
+)
+def test_a_training_state_has_one_set_of_parameters(keys):
+    """The moments of its optimizer have the names of factors too."""
+    tree = {"layers": bare()}
+    for key in reversed(keys):
+        tree = {key: tree, "step": np.array(1), "opt_state": {"mu": {"layers": bare()}}}
+    params = orbax.from_tree(tree, "tunix", alpha=2)
+    assert list(adapted_nodes(params)) == ["layers/up/kernel"]
+    assert {path_of(path) for path, _ in leaves_of(params)} == {"layers/up/kernel"}
 
 
 def test_scales_and_formats_are_asked_for():
