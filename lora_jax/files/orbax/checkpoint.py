@@ -70,7 +70,8 @@ def save(
 
     if Path(path).exists():
         raise FileExistsError(f"{path}: exists already; give another directory")
-    tree = to_tree(adapters, format, alpha=alpha)
+    tree, wrapper = to_tree(adapters, format, alpha=alpha), format_of(format).wrapper
+    tree = {wrapper: tree} if wrapper else tree
     with quiet_orbax(), ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(Path(path).absolute(), tree)
 

@@ -22,14 +22,15 @@ def _openpi_rows(expert: str) -> Iterator[Row]:
         ("attn_vec_einsum", "l n h d", "d", ("l n h r", "l m r d")),
     ):
         path = f"{{*m}}/{name}{expert}"
-        yield Row(f"{path}/w", f"{path}/lora_a", f"{path}/lora_b", axes, outs, factors)
+        paths = f"{path}/w", f"{path}/lora_a", f"{path}/lora_b"
+        yield Row(*paths, axes, outs, factors, group=f"attn{expert}")
     for name, axes, outs, factors in (
         ("gating_einsum", "l c d f", "c f", ("l c d r", "l c r f")),
         ("linear", "l f d", "d", ("l f r", "l r d")),
     ):
         path = f"{{*m}}/mlp{expert}/{name}"
         paths = path, f"{path}_lora_a", f"{path}_lora_b"
-        yield Row(*paths, axes, outs, factors, scaled=False)
+        yield Row(*paths, axes, outs, factors, scaled=False, group=f"ffn{expert}")
 
 
 def _linear(torch: str | tuple[str, ...], path: str, axes: str, **sizes: int) -> Entry:
@@ -178,7 +179,7 @@ FORMATS: dict[str, Format] = {
         (*_openpi_rows(""), *_openpi_rows("_1")),
         tuple(_openpi_names()),
         scale="alpha = rank",
-        writable=False,
+        wrapper="params",
     ),
     "gemma": Format(
         "gemma's gm.nn.LoRA",
