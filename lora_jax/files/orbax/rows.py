@@ -23,11 +23,11 @@ class Row:
       factors: the axes of A and B where they are not `[layers, inputs, r]` and
         `[layers, r, outputs]` in the order of the weight. An output among A's axes has its own A
         for each of its indices. A letter of B that the weight lacks is summed over; it has the
-        size of the weight's first axis that is no layer.
+        size of the weight's first input.
       flat: whether several inputs, or outputs, may be one axis of a factor.
       scaled: whether the format's scale applies here.
       group: weights of rows with one name here have one rank in the trainer's configuration; ""
-        for a rank of their own.
+        where each has its own rank.
     """
 
     weight: str
