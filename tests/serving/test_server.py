@@ -17,6 +17,7 @@ pytest.importorskip("openai")
 import openai
 
 from lora_jax.models.text.byte_tokenizer import byte_tokenizer
+from lora_jax.serving import body
 from lora_jax.serving.access import Access
 from tests.serving import live, small
 
@@ -44,11 +45,11 @@ def said(ids, slot, steps, **sampling):
     return TOKENIZER.decode(small.alone(ids, slot, steps, **sampling))
 
 
-def post(server, body, path="/v1/completions", headers=JSON):
+def post(server, sent, path="/v1/completions", headers=JSON):
     """Return the status, the headers and the JSON of an answer."""
     address = server.url.removeprefix("http://")
     connection = http.client.HTTPConnection(address, timeout=PATIENCE)
-    connection.request("POST", path, body, headers)
+    connection.request("POST", path, sent, headers)
     answer = connection.getresponse()
     found = answer.status, answer.headers, json.loads(answer.read())
     connection.close()
@@ -179,6 +180,16 @@ def test_several_choices_and_an_echo(client):
         roles[choice.index] = choice.delta.role or roles[choice.index]
     assert texts == [x.message.content for x in chat.choices] and len({*texts}) == 2
     assert roles == {0: "assistant", 1: "assistant"} and pieces[-1].usage == chat.usage
+
+
+def test_a_body_that_does_not_arrive(server, monkeypatch):
+    monkeypatch.setattr(body, "LONGEST", 0.05)
+    host, port = server.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=PATIENCE) as connection:
+        head = f"POST /v1/completions HTTP/1.1\r\nHost: {host}\r\nContent-Length: 9\r\n"
+        connection.sendall(head.encode() + b"Content-Type: application/json\r\n\r\n{")
+        found = connection.recv(9999)
+    assert found.startswith(b"HTTP/1.1 408") and b"within 0.05 seconds" in found
 
 
 def test_many_at_once(server, client):
