@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from lora_jax.models.generation import nucleus
+from lora_jax.models.sampling import likeliest
 from lora_jax.serving.choosing import Controls
 from lora_jax.serving.marks import Marks, penalized
 
@@ -31,36 +31,36 @@ def choose(
     logits = jax.lax.cond(controls.changes, lambda: penalized(wide, marks, *changes), lambda: wide)
     greedy = logits.argmax(-1).astype(jnp.int32)
 
-    def drawn() -> jax.Array:
-        ranked, order = ranked_logits(logits, controls)
+    def draw() -> jax.Array:
         folded = jax.vmap(jax.random.fold_in)(keys, steps)
-        rank = jax.vmap(jax.random.categorical)(folded, ranked)
-        return jnp.take_along_axis(order, rank[:, None], -1)[:, 0].astype(jnp.int32)
+        return jax.vmap(jax.random.categorical)(folded, left(logits, controls)).astype(jnp.int32)
 
-    sampled = jax.lax.cond((temperature > 0).any(), drawn, lambda: greedy)
-    return jnp.where(temperature > 0, sampled, greedy)
+    drawn = jax.lax.cond((temperature > 0).any(), draw, lambda: greedy)
+    return jnp.where(temperature > 0, drawn, greedy)
 
 
-def ranked_logits(logits: jax.Array, controls: Controls) -> tuple[jax.Array, jax.Array]:
-    """Return what rows draw from: logits, the largest first, and the tokens that have them.
+def left(logits: jax.Array, controls: Controls) -> jax.Array:
+    """Return what rows draw from.
 
-    They are divided by the temperature, and -inf for tokens that `top_k`, then `top_p`, then
-    `min_p` leave out.
+    It is the logits divided by the temperature, and -inf for tokens that `top_k`, then `top_p`,
+    then `min_p` leave out.
 
     Args:
       logits: float32 `[rows, vocabulary]`.
       controls: of the rows.
 
     Returns:
-      float32 and int32 `[rows, vocabulary]`.
+      float32 `[rows, vocabulary]`.
     """
-    count = logits.shape[-1]
-    divisor = jnp.where(controls.temperature > 0, controls.temperature, 1)
-    ranked, order = jax.lax.top_k(logits / divisor[:, None], count)
-    ranked = jnp.where(jnp.arange(count)[None] < controls.top_k[:, None], ranked, -jnp.inf)
-    ranked = nucleus(ranked, controls.top_p[:, None])
-    lowest = ranked[:, :1] + jnp.log(controls.min_p)[:, None]
-    return jnp.where(ranked >= lowest, ranked, -jnp.inf), order
+    divided = logits / jnp.where(controls.temperature > 0, controls.temperature, 1)[:, None]
+    restricts = (controls.top_k < logits.shape[-1]) | (controls.top_p < 1)
+    found = jax.lax.cond(
+        restricts.any(),
+        lambda: likeliest(divided, controls.top_k, controls.top_p),
+        lambda: divided,
+    )
+    lowest = divided.max(-1, keepdims=True) + jnp.log(controls.min_p)[:, None]
+    return jnp.where(found >= lowest, found, -jnp.inf)
 
 
 def log_probabilities(

@@ -182,27 +182,33 @@ class Rows:
         self._first.pop(row, None)
         self._choosing[row] = Choosing()
 
+    def check(self) -> None:
+        """Raise what the model raises where each row has its own adapter; nothing is computed.
+
+        Raises:
+          ConfigError: the model mixes the rows of a batch.
+        """
+        self._step.eval_shape(*self._of_step())  # type: ignore[attr-defined]
+        self.clear()
+
     def step(self) -> dict[int, Sampled]:
         """Return the next token of each row that is in use."""
-        self._make_room(0)
-        if self._params is None:
-            self._params = self._of_slots(self._slots)
-        used = np.array([row in self._first for row in range(self.count)], np.int32)
-        sampled, self._cache, self._marks = self._step(
-            self._params,
-            (self._cache, self._marks),
-            self._tokens,
-            used,
-            self._keys,
-            self._steps,
-            controls(self._choosing, self._vocabulary),
-        )
+        sampled, self._cache, self._marks = self._step(*self._of_step())
         self._filled += 1
         found = _read(sampled, self._choosing)
         for row in self._first:
             self._tokens[row] = found[row].token
             self._steps[row] += 1
         return {row: found[row] for row in self._first}
+
+    def _of_step(self) -> tuple[Any, ...]:
+        """Return the arguments of the next step."""
+        self._make_room(0)
+        if self._params is None:
+            self._params = self._of_slots(self._slots)
+        used = np.array([row in self._first for row in range(self.count)], np.int32)
+        state, numbers = (self._cache, self._marks), controls(self._choosing, self._vocabulary)
+        return self._params, state, self._tokens, used, self._keys, self._steps, numbers
 
     def _make_room(self, count: int) -> None:
         """Have `count` columns in use or more, at least one free one, and a cache of that length.

@@ -18,6 +18,8 @@ import pytest
 pytest.importorskip("starlette")
 pytest.importorskip("uvicorn")
 
+from lora_jax.core.errors import ConfigError
+from lora_jax.serving.rows import Rows
 from tests.cli import files
 
 PROGRAM = "import sys; from lora_jax.cli import main; sys.exit(main(sys.argv[1:]))"
@@ -55,6 +57,19 @@ def test_limits(fails, tmp_path):
     ):
         assert said in fails("serve", "-m", "tiny", *words, status=2)
     assert "'--port'" in fails("serve", "-m", "tiny", "--port", 70000, status=2)
+
+
+def test_a_model_that_mixes_rows(fails, tmp_path, monkeypatch):
+    def check(rows):
+        raise ConfigError("adapters_of: `sort` mixes the rows of the batch")
+
+    monkeypatch.setattr(Rows, "check", check)
+    files.model(tmp_path / "my-model")
+    files.peft(tmp_path / "law")
+    words = ["-m", tmp_path / "my-model", "--adapter", tmp_path / "law", "--port", 0]
+    error = fails("serve", *words, "--compile-cache", "none")
+    assert "cannot have different adapters on this model: adapters_of: `sort` mixes" in error
+    assert "to serve one adapter, merge it by 'lora-jax merge'" in error
 
 
 def test_a_file_of_options_without_the_key(run, tmp_path, monkeypatch):

@@ -102,13 +102,13 @@ def next_token(logits, ids, made, number, choosing):
         scores[token] -= c.presence + c.frequency * made.count(token)
     if not c.temperature:
         return int(scores.argmax())
+    scores /= c.temperature
     order = np.argsort(-scores, kind="stable")
-    scores = scores[order] / c.temperature
     if c.top_k:
-        scores[c.top_k :] = -np.inf
-    chances = np.exp(scores - scores[0]) / np.exp(scores - scores[0]).sum()
+        scores[order[c.top_k :]] = -np.inf
+    chances = np.exp(scores - scores.max()) / np.exp(scores - scores.max()).sum()
     if c.top_p < 1:
-        scores[1:][chances.cumsum()[:-1] >= c.top_p] = -np.inf
-    scores[chances < c.min_p * chances[0]] = -np.inf
+        scores[order[1:][chances[order].cumsum()[:-1] >= c.top_p]] = -np.inf
+    scores[chances < c.min_p * chances.max()] = -np.inf
     key = jax.random.fold_in(jax.random.key(c.seed), number)
-    return int(order[int(jax.random.categorical(key, jnp.asarray(scores, jnp.float32)))])
+    return int(jax.random.categorical(key, jnp.asarray(scores, jnp.float32)))

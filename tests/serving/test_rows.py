@@ -8,6 +8,7 @@ import pytest
 
 import lora_jax as lora
 from lora_jax import models
+from lora_jax.models.pretrained import Pretrained
 from lora_jax.serving.choosing import Choosing
 from lora_jax.serving.rows import Rows
 from tests.models import recorded
@@ -122,6 +123,27 @@ def test_each_row_has_its_own_penalties():
         for n, x in enumerate(found):
             assert x.logprob == pytest.approx(own[n, x.token], abs=1e-4)
     assert rows.compilations == compiled
+
+
+class MixesRows(Pretrained):
+    @property
+    def apply(self):
+        def apply(params, ids, segments=None, **options):
+            logits, cache = small.model().apply(params, ids, segments, **options)
+            return logits - logits.mean(0, keepdims=True), cache
+
+        return apply
+
+
+def test_a_model_that_mixes_rows_is_refused_before_the_first_request():
+    fields = {x.name: getattr(small.model(), x.name) for x in dataclasses.fields(Pretrained)}
+    mixes = MixesRows(**fields)
+    with pytest.raises(lora.ConfigError, match="mixes the rows of the batch"):
+        Rows(mixes, small.stack(), 2, small.CONTEXT, shortest=(32, 32)).check()
+    rows = small.rows()
+    rows.clear()
+    rows.check()
+    assert rows.free == [0, 1, 2]
 
 
 FAMILIES = [

@@ -17,6 +17,7 @@ pytest.importorskip("openai")
 import openai
 
 from lora_jax.models.text.byte_tokenizer import byte_tokenizer
+from lora_jax.serving import body
 from lora_jax.serving.access import Access
 from tests.serving import live, small
 
@@ -44,11 +45,11 @@ def said(ids, slot, steps, **sampling):
     return TOKENIZER.decode(small.alone(ids, slot, steps, **sampling))
 
 
-def post(server, body, path="/v1/completions", headers=JSON):
+def post(server, sent, path="/v1/completions", headers=JSON):
     """Return the status, the headers and the JSON of an answer."""
     address = server.url.removeprefix("http://")
     connection = http.client.HTTPConnection(address, timeout=PATIENCE)
-    connection.request("POST", path, body, headers)
+    connection.request("POST", path, sent, headers)
     answer = connection.getresponse()
     found = answer.status, answer.headers, json.loads(answer.read())
     connection.close()
@@ -95,6 +96,7 @@ def test_texts(client):
         (choice,) = found.choices
         assert (choice.text, choice.finish_reason) == (said(HELLO, slot, 9), "length")
         assert (found.usage.prompt_tokens, found.usage.completion_tokens) == (5, 9)
+        assert found.usage.total_tokens == 14
     found = client.completions.create(model="law", prompt=["Hello", "a"], max_tokens=4, seed=5)
     wanted = [
         said(TOKENIZER.encode_prompt(x), 0, 4, temperature=1.0, seed=5) for x in ("Hello", "a")
@@ -178,6 +180,16 @@ def test_several_choices_and_an_echo(client):
         roles[choice.index] = choice.delta.role or roles[choice.index]
     assert texts == [x.message.content for x in chat.choices] and len({*texts}) == 2
     assert roles == {0: "assistant", 1: "assistant"} and pieces[-1].usage == chat.usage
+
+
+def test_a_body_that_does_not_arrive(server, monkeypatch):
+    monkeypatch.setattr(body, "LONGEST", 0.05)
+    host, port = server.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=PATIENCE) as connection:
+        head = f"POST /v1/completions HTTP/1.1\r\nHost: {host}\r\nContent-Length: 9\r\n"
+        connection.sendall(head.encode() + b"Content-Type: application/json\r\n\r\n{")
+        found = connection.recv(9999)
+    assert found.startswith(b"HTTP/1.1 408") and b"within 0.05 seconds" in found
 
 
 def test_many_at_once(server, client):

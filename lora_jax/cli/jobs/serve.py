@@ -17,6 +17,7 @@ from lora_jax.cli.fit import Fit
 from lora_jax.cli.jobs import stacked
 from lora_jax.cli.jobs.speaker import CLASSIFIER, check_generates
 from lora_jax.cli.parameters.serve_options import ServeOptions
+from lora_jax.core.errors import ConfigError
 from lora_jax.core.foreign import escaped, shown
 from lora_jax.core.signals import watched
 from lora_jax.files import kinds
@@ -107,7 +108,15 @@ def _rows(model: Pretrained, paths: Sequence[Path], fit: Fit, options: ServeOpti
     if options.spare:
         empty = lora.select(stack, BASE)
         stack = lora.stack([*overlays, *[empty] * options.spare], rank=options.rank or None)
-    return Rows(model, stack, options.rows, context)
+    rows = Rows(model, stack, options.rows, context)
+    try:
+        rows.check()
+    except ConfigError as error:
+        raise AdapterOptionError(
+            f"--adapter: texts of one batch cannot have different adapters on this model: {error}; "
+            f"to serve one adapter, {_INSTEAD}"
+        ) from error
+    return rows
 
 
 def _context(wanted: int, positions: int) -> int:

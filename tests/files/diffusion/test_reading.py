@@ -11,6 +11,8 @@ import pytest
 import lora_jax
 from lora_jax import AdapterFileError
 from lora_jax.core.tree import adapted_nodes
+from lora_jax.files.diffusion.meaning import meaning
+from lora_jax.files.diffusion.weight import Weight
 from lora_jax.files.naming import Entry, Naming
 from tests.files.diffusion.models import ATTENTION, BASE, KEY, draw, loha, lora, read
 
@@ -137,3 +139,19 @@ def test_norms_by_their_other_names(tmp_path):
     ):
         with pytest.raises(AdapterFileError, match=message):
             read(tmp_path, wrong)
+
+
+def test_products_of_several_ranks_by_hand():
+    """Where their factors are smaller than the weight: LyCORIS' formulas in float64."""
+    wide = lambda *shape: draw(*shape, dtype="float64")
+    hada = {f"hada_w{n}_{x}": wide(*((30, 2), (2, 40))[x == "b"]) for n in (1, 2) for x in "ab"}
+    found = meaning({**hada, "alpha": np.array(3.0)}, Weight((30, 40)))
+    left, right = (hada[f"hada_w{n}_a"] @ hada[f"hada_w{n}_b"] for n in (1, 2))
+    assert found.rank == 4
+    np.testing.assert_allclose(found.update(), 1.5 * left * right, rtol=1e-12, atol=1e-13)
+    kron = {"w1_a": (5, 1), "w1_b": (1, 4), "w2_a": (6, 2), "w2_b": (2, 10)}
+    kron = {f"lokr_{name}": wide(*shape) for name, shape in kron.items()}
+    found = meaning({**kron, "alpha": np.array(3.0)}, Weight((30, 40)))
+    left, right = (kron[f"lokr_w{n}_a"] @ kron[f"lokr_w{n}_b"] for n in (1, 2))
+    assert found.rank == 2  # and alpha counts by that of the second matrix
+    np.testing.assert_allclose(found.update(), 1.5 * np.kron(left, right), rtol=1e-12, atol=1e-13)

@@ -17,7 +17,7 @@ from tests.models.encoder.test_recorded import same_tensors, write_adapter
 pytestmark = pytest.mark.usefixtures("quick_compile")
 NAMES = ("vit", "siglip_vision", "siglip", "clip_vision", "deit", "vit_pooled", "clip")
 TWO_TOWERS = ("siglip", "clip")
-DEFAULT = ("deit", "siglip")
+DEFAULT = ("deit", "siglip", "clip_vision")
 
 
 @pytest.fixture(params=NAMES)
