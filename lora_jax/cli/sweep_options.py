@@ -29,6 +29,7 @@ WITHOUT = {
     "adapter": "the runs of a sweep start from new adapters",
     "full": "the runs of a sweep share one frozen base",
     "merge_aware": "the runs of a sweep share one frozen base",
+    "router_loss": "the losses of a sweep are those of texts alone",
     "profile": "the steps of a sweep are those of all runs together",
     **dict.fromkeys(("mesh", "coordinator", "processes", "process_id"), _ONE_DEVICE),
     **dict.fromkeys(("eval_every", "patience", "load_best"), _AT_ITS_END),

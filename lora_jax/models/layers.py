@@ -7,7 +7,7 @@ import jax
 from flax import linen as nn
 
 
-def scanned(target: Any, count: int, shared: int, each: int = 0) -> Any:
+def scanned(target: Any, count: int, shared: int, each: int = 0, more: Sequence[str] = ()) -> Any:
     """Return `nn.scan` of a layer whose parameters are stacked along a first axis.
 
     Args:
@@ -16,10 +16,11 @@ def scanned(target: Any, count: int, shared: int, each: int = 0) -> Any:
       count: number of layers.
       shared: how many arguments after the first are the same for all layers.
       each: how many arguments after those have an axis of layers in front.
+      more: collections beside the parameters that layers leave, if a call asks for them.
     """
     return nn.scan(
         target,
-        variable_axes={"params": 0},
+        variable_axes={"params": 0, **dict.fromkeys(more, 0)},
         split_rngs={"params": True},
         in_axes=(*[nn.broadcast] * shared, *[0] * each),
         length=count,
