@@ -57,8 +57,9 @@ test-docs: $(STAMP)-test ## every page of the documentation and every notebook, 
 	@$(RUN) pytest $(WORKERS) -m "" tests/project/test_docs.py $(ARGS)
 
 # Other packages' models, apart: what they depend on would take minutes, and some of it disagrees.
-recipes: $(VENV)/recipes/packages $(VENV)/recipes/gemma ## the recipes for models of other packages, executed
-	@$(RECIPE)/packages $(RUN) pytest tests/project/test_docs.py -k "blocks_run and recipes and not gemma" $(ARGS)
+recipes: $(VENV)/recipes/packages $(VENV)/recipes/gemma ## recipes and a notebook of other packages' models, executed
+	@$(RECIPE)/packages $(RUN) pytest tests/project/test_docs.py -m "" \
+	  -k "blocks_run and recipes and not gemma or notebook_runs and nnx_gemma" $(ARGS)
 	@$(RECIPE)/gemma $(RUN) pytest tests/project/test_docs.py -k "blocks_run and recipes and gemma" $(ARGS)
 
 $(VENV)/recipes/%: docs/recipes/%.txt | $(STAMP)-test

@@ -24,6 +24,7 @@ from lora_jax.cli.commands import (
     sweep,
     train,
 )
+from lora_jax.cli.parameters.config_file import configurable
 from lora_jax.cli.parameters.groups import GroupedCommand
 
 #: The commands in the help's order: name -> the module whose `command` it runs.
@@ -88,6 +89,9 @@ def _lora_jax(
         typer.echo(context.get_help())
 
 
+#: Commands without options that are worth a file.
+_BY_WORDS = (inspect, quantize)
+
 for _name, _module in COMMANDS.items():
     _documented = app.command(_name, cls=GroupedCommand, epilog=examples(_module.EXAMPLES))
-    _documented(_module.command)
+    _documented(_module.command if _module in _BY_WORDS else configurable(_module.command))

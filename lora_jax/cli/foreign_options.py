@@ -5,7 +5,7 @@ The names are those of mlx-lm, the PEFT and TRL scripts, axolotl, unsloth, torch
 
 from collections.abc import Collection
 
-from lora_jax.cli.sweep_options import LISTS
+from lora_jax.cli.sweep_options import LISTS, WITHOUT
 
 #: A name without dashes -> options that mean it, of which a command may have some.
 _OPTIONS = {
@@ -112,6 +112,9 @@ def advice(name: str, options: Collection[str]) -> str | None:
     bare = name.lstrip("-").replace("_", "-").lower()
     if f"--{bare}" in options:
         return f"use --{bare}"
+    why = WITHOUT.get(bare.replace("-", "_"))
+    if why is not None and f"--{LISTS['rank']}" in options:
+        return f"{why}; it is an option of 'lora-jax train'"
     meant = [option for option, names in _OPTIONS.items() if bare in names]
     found = [
         option for option in dict.fromkeys([*meant, *map(_list_of, meant)]) if option in options

@@ -97,12 +97,9 @@ OutOption = Annotated[Path, in_output("--out", "-o", help="Output path.")]
 
 ADAPTER = "Adapter of any kind that 'inspect' reads."
 BASE = "base"  # stands for no adapter among several
-
-
-def adapters_or_base(paths: Sequence[Path] | None) -> list[Path | None]:
-    """Return the adapters of an option, None for `base`, and for none at all."""
-    is_base = lambda path: str(path) == BASE and not path.exists()
-    return [None if is_base(path) else path for path in paths or []] or [None]
+#: Adapters as texts, which `adapter_names` reads.
+NAMED = "NAME=PATH"
+SEVERAL = "A stack or the directory of a sweep: each of its adapters."
 
 
 def refuse_empty(stops: Sequence[str] | None) -> None:

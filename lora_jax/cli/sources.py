@@ -293,5 +293,4 @@ def is_stacked(adapter: kinds.Found) -> bool:
     """Return whether an adapter is for the tree that `models.load(..., scan=True)` returns."""
     if adapter.kind != kinds.NATIVE:
         return False
-    stacked = ("layers/", "encoder/layers/")  # of a language model, of a classifier
-    return any(path.startswith(stacked) for path in lora.read_metadata(adapter.path)["layouts"])
+    return any("layers" in path.split("/") for path in lora.read_metadata(adapter.path)["layouts"])

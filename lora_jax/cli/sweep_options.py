@@ -22,12 +22,18 @@ LISTS = {
     "dropout": "dropouts",
     "seed": "seeds",
 }
-#: Options of `train` that a sweep does not have.
-WITHOUT = (
-    *("stream", "adapter", "add_token", "untie_head", "merge_aware"),
-    *("mesh", "coordinator", "processes", "process_id", "eval_every", "profile", "report"),
-    *("patience", "load_best", "full"),
-)
+_ONE_DEVICE = "the runs of a sweep share one device"
+_AT_ITS_END = "a run of a sweep is evaluated when it is judged"
+#: Options of `train` that a sweep does not have -> why.
+WITHOUT = {
+    "adapter": "the runs of a sweep start from new adapters",
+    "full": "the runs of a sweep share one frozen base",
+    "merge_aware": "the runs of a sweep share one frozen base",
+    "router_loss": "the losses of a sweep are those of texts alone",
+    "profile": "the steps of a sweep are those of all runs together",
+    **dict.fromkeys(("mesh", "coordinator", "processes", "process_id"), _ONE_DEVICE),
+    **dict.fromkeys(("eval_every", "patience", "load_best"), _AT_ITS_END),
+}
 
 
 @dataclasses.dataclass(frozen=True)

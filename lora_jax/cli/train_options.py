@@ -136,6 +136,7 @@ _REFERENCE = (
     "given, or the base without adapters."
 )
 _GAMMA = "Margin of rewards that --task simpo asks for."
+_ROUTER_LOSS = "Weight of the auxiliary loss of routers, for models with experts."
 _SCAN = "Scan over stacked layers: compiles faster, but runs slower on a CPU."
 
 
@@ -199,6 +200,7 @@ class TrainOptions:
     clip: Annotated[float, in_optimization(help=_CLIP)] = 1.0
     weight_decay: Annotated[float, in_optimization(help="Weight decay of A and B.")] = 0.0
     lora_plus: Annotated[float, in_optimization(help=_LORA_PLUS)] = 1.0
+    router_loss: Annotated[float, in_optimization(min=0, help=_ROUTER_LOSS)] = 0.0
     beta: Annotated[float | None, in_preference(help=_BETA)] = None
     dpo_loss: Annotated[DpoName, in_preference(help=_DPO_LOSS)] = "sigmoid"
     label_smoothing: Annotated[float, in_preference(help=_LABEL_SMOOTHING)] = 0.0

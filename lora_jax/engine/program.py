@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from lora_jax.core.paths import flatten_with_key_paths, path_str
 from lora_jax.core.weights import is_adapted, is_weight
@@ -69,7 +70,7 @@ class Program:
     def evaluate(self, ctx: Context) -> Any:
         """Return what the function returns; a weight that it returns is materialized."""
         outs = interpret(ctx, self.jaxpr, self.consts, self.inputs)
-        return self.rebuild([ctx.densify_output(x) if is_lazy(x) else x for x in outs])
+        return self.rebuild([_array(ctx.densify_output(x) if is_lazy(x) else x) for x in outs])
 
 
 def adapted_arguments(args: Any, kwargs: Mapping[str, Any]) -> set[Argument]:
@@ -81,6 +82,11 @@ def adapted_arguments(args: Any, kwargs: Mapping[str, Any]) -> set[Argument]:
 def is_dynamic(leaf: Any) -> bool:
     """Return whether a leaf is traced; numpy arrays and Python scalars stay what they are."""
     return isinstance(leaf, jax.Array | jax.ShapeDtypeStruct) or is_lazy(leaf)
+
+
+def _array(x: Any) -> Any:
+    """Return an output as JAX returns it: a program has constants as scalars of Python or NumPy."""
+    return x if isinstance(x, jax.Array) else jnp.asarray(x)
 
 
 def _abstract(leaf: Any) -> Any:

@@ -4,7 +4,7 @@ import dataclasses
 from pathlib import Path
 
 from lora_jax.core.errors import AdapterFileError
-from lora_jax.files import diffusion, mlx, native, peft, stack_index
+from lora_jax.files import diffusion, mlx, native, peft, several
 from lora_jax.files.disk import gguf_file
 from lora_jax.files.disk.atomic import read_directory
 from lora_jax.files.disk.safetensors_file import headers
@@ -77,6 +77,9 @@ def detect(path: Path) -> Found:
     """
     if path.is_dir():
         return Found(_kind_of_directory(path), path)
+    if native.member_of(path)[1] is not None:
+        native.read_metadata(path)
+        return Found(NATIVE, path)
     if not path.exists():
         raise AdapterFileError(f"{path}: no such file or directory")
     if not path.is_file():
@@ -131,11 +134,10 @@ def _kind_of_directory(path: Path) -> str:
         )
     if components_in(path):
         return PIPELINE
-    index = stack_index.read(path)
-    if index is not None:
-        own = path / index.names[0]
-        one = own if own.is_dir() else own.with_name(f"{own.name}{native.SUFFIX}")
-        raise AdapterFileError(f"{path}: a stack of adapters; give one of them: {one}")
+    for one in several.adapters_at(path).values():
+        raise AdapterFileError(
+            f"{path}: several adapters, and one is needed; give one of them: {one}"
+        )
     names = sorted(entry.name for entry in path.iterdir())
     within = [name for name in names if (path / name / _CONFIG).is_file()]
     shown = ", ".join(names[:6]) + (", ..." if len(names) > 6 else "")

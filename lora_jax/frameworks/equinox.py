@@ -6,14 +6,13 @@ from typing import Any
 import equinox as eqx
 import jax
 
-from lora_jax.adapters import split as trees
 from lora_jax.adapters.init import init
 from lora_jax.adapters.merge import merge
 from lora_jax.adapters.optim import mask
 from lora_jax.core.config import LoraConfig
-from lora_jax.core.errors import ConfigError
-from lora_jax.core.tree import Wrapped, adapted_nodes, require_adapted
+from lora_jax.core.tree import Wrapped, require_adapted
 from lora_jax.engine.custom_rules import Rule
+from lora_jax.frameworks.given import joined, require_model
 from lora_jax.frameworks.options import Options, call_model
 
 __all__ = ["Adapted", "join", "partition", "wrap"]
@@ -94,7 +93,7 @@ def wrap(
     >>> jax.vmap(tuned)(x).shape, type(tuned.merge()).__name__
     ((2, 3), 'Linear')
     """
-    _require_model("wrap", model)
+    require_model("wrap", model, eqx.Module, "Equinox")
     key = jax.random.key(0) if init_key is None else init_key
     # A model takes `key=`, and so does `init`.
     call = lambda model, args, kwargs: fn(model, *args, **kwargs)
@@ -124,11 +123,8 @@ def join(
       ConfigError: `model` is not an Equinox module, or is wrapped already.
       StructureError: the adapters do not fit the model; every difference is listed at once.
     """
-    _require_model("join", model)
-    nodes = adapted_nodes(adapters)
-    whole = bool(nodes) and all(node.w is not None for node in nodes.values())
-    params = adapters if whole else trees.join(model, adapters)
-    return Adapted(params, Options(fn, on_dense, rules))
+    require_model("join", model, eqx.Module, "Equinox")
+    return Adapted(joined(model, adapters), Options(fn, on_dense, rules))
 
 
 def partition(model: Any) -> tuple[Any, Any]:
@@ -152,16 +148,3 @@ def partition(model: Any) -> tuple[Any, Any]:
     """
     require_adapted("partition", model)
     return eqx.partition(model, mask(model))
-
-
-def _require_model(caller: str, model: Any) -> None:
-    if isinstance(model, Adapted):
-        raise ConfigError(
-            f"{caller}: the model is wrapped already. Merge it first, model.merge(), or wrap the "
-            "model that was given to wrap"
-        )
-    if not isinstance(model, eqx.Module):
-        raise ConfigError(
-            f"{caller}: pass a model of Equinox, got {type(model).__name__}. Any function of a "
-            "tree of parameters is adapted by lora_jax.init and lora_jax.lora"
-        )

@@ -7,6 +7,7 @@
 
 from lora_jax.models.adapter_vocabulary import resize_for_adapter
 from lora_jax.models.decoder.gguf_names import gguf_names
+from lora_jax.models.decoder.router_load import hidden_with_router_loss
 from lora_jax.models.families import naming
 from lora_jax.models.generation import generate, left_pad, stream
 from lora_jax.models.pretrained import Apply, Pretrained, load, naming_of
@@ -26,6 +27,7 @@ __all__ = [
     "files",
     "generate",
     "gguf_names",
+    "hidden_with_router_loss",
     "left_pad",
     "load",
     "log_mel",

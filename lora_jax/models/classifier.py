@@ -7,15 +7,10 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from lora_jax.models.activations import gelu
+from lora_jax.models.activations import ACTIVATIONS
 from lora_jax.models.encoder.bert import mean_pool
 
 Pooling = Literal["mean", "first", "last"]
-Activation = Literal["tanh", "gelu"]
-_ACTIVATIONS: dict[Activation, Callable[[jax.Array], jax.Array]] = {
-    "tanh": jnp.tanh,
-    "gelu": gelu,
-}
 
 
 @dataclass(frozen=True)
@@ -32,14 +27,14 @@ class Classifier:
       slots: maximum number of texts per row.
       pooling: what represents a text: the mean of its tokens, the first (as in transformers'
         classifiers on encoders such as BERT), or the last (on decoders such as Llama).
-      activation: of the pooler.
+      activation: of the pooler, a name in `ACTIVATIONS`.
       epsilon: of the pooler's norm.
     """
 
     hidden: Callable[[Any, Any, Any], jax.Array]
     slots: int
     pooling: Pooling = "mean"
-    activation: Activation = "tanh"
+    activation: str = "tanh"
     epsilon: float = 1e-5
 
     def embed(self, params: Any, ids: jax.Array, segments: jax.Array) -> jax.Array:
@@ -48,7 +43,7 @@ class Classifier:
         pooled = pool(states, segments, self.slots, self.pooling)
         if "pooler" not in params:
             return pooled
-        made = _ACTIVATIONS[self.activation](_linear(params["pooler"], pooled))
+        made = ACTIVATIONS[self.activation](_linear(params["pooler"], pooled))
         return _norm(params["pooler"], made, self.epsilon) if "scale" in params["pooler"] else made
 
     def __call__(self, params: Any, ids: jax.Array, segments: jax.Array) -> jax.Array:

@@ -49,7 +49,9 @@ def _text_of_gemma3(settings: Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(text, Mapping):
         raise ValueError(f"text_config must be an object, got {shown_value(text)}")
     left_out = {"vocab_size": 262208, "num_attention_heads": 8, "num_key_value_heads": 4}
-    return {**left_out, **text, "model_type": "gemma3_text", _TIED: is_tied(settings)}
+    # transformers caps the logits of a Gemma 3 of text only
+    fixed = {"model_type": "gemma3_text", "final_logit_softcapping": None}
+    return {**left_out, **text, **fixed, _TIED: is_tied(settings)}
 
 
 def _gemma3(settings: Mapping[str, Any], options: Options) -> Decoder:

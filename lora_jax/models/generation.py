@@ -16,63 +16,7 @@ from lora_jax.core.errors import ConfigError
 from lora_jax.core.slots import check_ids
 from lora_jax.engine.forms import Forms
 from lora_jax.engine.transform import lora
-
-
-@dataclasses.dataclass(frozen=True)
-class Sampling:
-    """How the next token is chosen.
-
-    Attributes:
-      temperature: divides the logits; 0 is greedy and ignores the other fields.
-      top_k: consider only this many of the likeliest tokens; 0 for all.
-      top_p: consider only the likeliest tokens that together have this much probability
-        (https://arxiv.org/abs/1904.09751).
-    """
-
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.temperature < float("inf"):
-            raise ValueError(f"temperature must be 0 or above, got {self.temperature}")
-        if self.top_k < 0:
-            raise ValueError(f"top_k must be 0 or above, got {self.top_k}")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p must be above 0 and at most 1, got {self.top_p}")
-
-
-@partial(jax.jit, static_argnames="sampling")
-def sample_token(logits: jax.Array, key: jax.Array, sampling: Sampling) -> jax.Array:
-    """Sample one token per row: `[batch, vocabulary]` -> int32 `[batch]`.
-
-    >>> logits = jnp.log(jnp.array([[0.5, 0.3, 0.2]]))
-    >>> int(sample_token(logits, jax.random.key(0), Sampling())[0])
-    0
-    """
-    if sampling.temperature == 0:
-        return logits.argmax(-1).astype(jnp.int32)
-    return draw(logits, key, sampling.temperature, sampling.top_p, sampling.top_k)
-
-
-def draw(logits: jax.Array, key: jax.Array, temperature: Any, top_p: Any, top_k: int) -> jax.Array:
-    """Draw one token per row at a temperature above 0, which may be traced, as `top_p` may.
-
-    Args:
-      logits: `[batch, vocabulary]`.
-      key: PRNG key.
-      temperature, top_p, top_k: as in `Sampling`.
-
-    Returns:
-      int32 `[batch]`.
-    """
-    logits, order = jax.lax.top_k(
-        logits.astype(jnp.float32) / temperature, min(top_k or logits.shape[-1], logits.shape[-1])
-    )
-    before = jnp.cumsum(jax.nn.softmax(logits), -1) - jax.nn.softmax(logits)
-    kept = (before < top_p).at[:, 0].set(True)  # at least one, whatever the rounding
-    rank = jax.random.categorical(key, jnp.where(kept, logits, -jnp.inf))
-    return jnp.take_along_axis(order, rank[:, None], -1)[:, 0].astype(jnp.int32)
+from lora_jax.models.sampling import Sampling, sample_token
 
 
 def advance(

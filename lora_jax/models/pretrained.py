@@ -224,10 +224,14 @@ def _outline(
 
 
 def _pretrained(source: "_Source", module: nn.Module, params: Any) -> Pretrained:
+    leaves, _ = flatten_with_paths(params, is_leaf=is_quantized)
+    places = source.naming.places({path: leaf.shape for path, leaf in leaves.items()})
+    of_leaves = {name for x in places.values() for _, names in x.layers() for name in names}
     rest = {
         name: tensor
         for name, tensor in source.tensors.items()
-        if any(re.fullmatch(pattern, name) for pattern in source.family.kept)
+        if name not in of_leaves
+        and any(re.fullmatch(pattern, name) for pattern in source.family.kept)
     }
     return Pretrained(
         source.family.kind,
@@ -349,7 +353,8 @@ def _dtype(dtype: Any, tensors: Iterable[Any]) -> str:
 def _module(source: _Source, dtype: str, *, scan: bool, remat: bool | str) -> nn.Module:
     headless = {"tie_word_embeddings": True} if source.headless else {}
     options = Options(dtype, scan, remat)
-    return source.family.module({**source.settings, **headless}, options)
+    decided = source.family.by_tensors(source.tensors)
+    return source.family.module({**source.settings, **headless, **decided}, options)
 
 
 def _param_shapes(module: nn.Module, inputs: Mapping[str, Any], dtype: str) -> Any:

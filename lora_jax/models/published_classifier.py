@@ -146,8 +146,8 @@ def labels_of(settings: Mapping[str, Any], classes: int) -> list[str]:
     task = settings.get("problem_type")
     if task not in (None, "single_label_classification") or classes < 2:
         raise ModelFileError(
-            f"the head has {classes} outputs for the task {shown(task or 'regression')}; only "
-            "classifiers that choose one of several labels are supported"
+            f"problem_type {shown(task or 'regression')} with num_labels {classes} is not "
+            "supported, only classifiers that choose one of several labels"
         )
     given = settings.get("id2label")
     given = given if isinstance(given, dict) else {}

@@ -20,11 +20,13 @@ _NEEDED: dict[str, tuple[str, ...]] = {
     "yarn": ("factor",),
     "longrope": ("short_factor", "long_factor"),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+    "proportional": (),
 }
 ROPE_KINDS = tuple(_NEEDED)
 #: What config.json may say of a kind beside that.
 _OPTIONAL: dict[str, tuple[str, ...]] = {
     "yarn": ("beta_fast", "beta_slow", "truncate"),
+    "proportional": ("factor",),
 }
 _OF_A_SHORTER_TRAINING = ("llama3", "yarn", "longrope")
 #: The smallest and the largest value of each number: beyond them angles are not finite.
@@ -51,11 +53,13 @@ class Rope:
     (https://arxiv.org/abs/2309.00071) divides those of waves that turn less than `beta_slow` times
     within the original length, and leaves those that turn more than `beta_fast` times. `longrope`
     (https://arxiv.org/abs/2402.13753) divides each frequency by its own number, `short_factor` or,
-    in calls of more than the original length, `long_factor`. `dynamic` changes frequencies only
+    in calls of more than the original length, `long_factor`. `proportional` (Gemma 4) rotates the
+    first pairs of the two halves of a head. `dynamic` changes frequencies only
     beyond `max_position_embeddings`, which a model does not reach here.
 
     Attributes:
-      partial: which part of a head is rotated, its first numbers.
+      partial: which part of a head is rotated, its first numbers; with `proportional` the first
+        of each half.
       attention_factor: cosine and sine are multiplied by it.
 
     Raises `ValueError` for a kind that is not in `ROPE_KINDS`, or a number beyond what a model can
@@ -134,7 +138,7 @@ class Rope:
 
     def rotated(self, size: int) -> int:
         """Return how many numbers of a head of a size are rotated."""
-        return int(size * self.partial)
+        return size if self.kind == "proportional" else int(size * self.partial)
 
     def frequencies(self, size: int, *, long: bool = False) -> np.ndarray:
         """Return the angle per position for each pair in a head: `[rotated / 2]` float32.
@@ -145,8 +149,10 @@ class Rope:
         """
         rotated = self.rotated(size)
         frequency = 1 / self.theta ** (np.arange(0, rotated, 2, dtype=np.float64) / rotated)
-        if self.kind == "linear":
+        if self.kind in ("linear", "proportional"):
             frequency /= self.factor
+        if self.kind == "proportional":
+            frequency[int(self.partial * size // 2) :] = 0
         if self.kind == "llama3":
             turns = self.original_max_position_embeddings * frequency / (2 * np.pi)
             low, high = self.low_freq_factor, self.high_freq_factor
@@ -219,7 +225,13 @@ def _ratio(longest: Any, original: Any) -> float:
             "rope: max_position_embeddings and original_max_position_embeddings must be positive "
             f"ints, got {shown_value(longest)} and {shown_value(original)}"
         )
-    return longest / original
+    ratio, limits = longest / original, _RANGES["factor"]
+    if not is_within(ratio, *limits):
+        raise ValueError(
+            "rope: max_position_embeddings / original_max_position_embeddings must be from "
+            f"{limits[0]:g} to {limits[1]:g}, got {longest} / {original}"
+        )
+    return ratio
 
 
 def _attention_factor(kind: str, given: Mapping[str, Any], factor: Any, original: Any) -> float:

@@ -39,9 +39,10 @@ class Answer:
     _finish: list[str | None] = field(init=False)
 
     def __post_init__(self) -> None:
-        count = len(self.asked.prompts)
+        count = self.asked.count
         self._id = ("chatcmpl-" if self.asked.chat else "cmpl-") + secrets.token_hex(12)
-        self._texts, self._tokens = [""] * count, [[] for _ in range(count)]
+        self._texts = [self.asked.echo_of(index) for index in range(count)]
+        self._tokens = [[] for _ in range(count)]
         self._finish = [None] * count
 
     @property
@@ -64,11 +65,16 @@ class Answer:
         return found
 
     def opening(self) -> str:
-        """Return the events before the first token: the role of a message."""
-        if not self.asked.chat:
-            return ""
-        start = {"role": "assistant", "content": ""}
-        return event(self._object([{"index": 0, "delta": start, **_open()}], piece=True))
+        """Return the events before the first token: the role of a message, the prompt's echo."""
+        found = ""
+        for index, text in enumerate(self._texts):
+            said: dict[str, Any] = {"text": text}
+            if self.asked.chat:
+                said = {"delta": {"role": "assistant", "content": ""}}
+            if self.asked.chat or text:
+                choice = {"index": index, **said, "logprobs": None, "finish_reason": None}
+                found += event(self._object([choice], piece=True))
+        return found
 
     def closing(self) -> str:
         """Return the last events."""
@@ -128,8 +134,3 @@ class Answer:
     def _told(self, token: int, logprob: float) -> dict[str, Any]:
         text = self.asked.served.tokenizer.decode([token], special=True)
         return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
-
-
-def _open() -> dict[str, None]:
-    """Return what a choice says before its end."""
-    return {"logprobs": None, "finish_reason": None}

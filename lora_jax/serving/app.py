@@ -15,6 +15,7 @@ from starlette.responses import StreamingResponse as Streaming
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
+from lora_jax.serving.access import Access
 from lora_jax.serving.answers import DONE, Answer, event
 from lora_jax.serving.asked import Asked, Reader
 from lora_jax.serving.body import read_body
@@ -35,6 +36,7 @@ def make_app(
     catalogue: Catalogue,
     reader: Reader,
     routes: Sequence[Route] = (),
+    access: Access | None = None,
 ) -> Starlette:
     """Return the ASGI application.
 
@@ -43,6 +45,7 @@ def make_app(
       catalogue: of what is served.
       reader: of requests for completions.
       routes: further ones.
+      access: who may ask; everyone who reaches it by default.
     """
     interface = Interface(scheduler, catalogue, reader)
     return Starlette(
@@ -56,6 +59,7 @@ def make_app(
             Route("/v1/chat/completions", interface.chat, methods=["POST"]),
             *routes,
         ],
+        middleware=(access or Access()).middleware(),
         exception_handlers={
             RequestError: _refuse,
             HTTPException: _refuse_http,

@@ -1,6 +1,5 @@
 """`Asked`: what a request for a completion asks for, checked and encoded."""
 
-import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -8,35 +7,27 @@ from typing import Any
 from lora_jax.core.checks import is_integer
 from lora_jax.core.errors import LoraError
 from lora_jax.core.foreign import shown
+from lora_jax.serving.choosing import Choosing
+from lora_jax.serving.choosing_fields import CHOOSING_FIELDS, read_choosing, with_seed
 from lora_jax.serving.errors import RequestError
-from lora_jax.serving.fields import Fields, wrong
+from lora_jax.serving.fields import LARGEST, Fields, wrong
 from lora_jax.serving.job import Job, Progress
 from lora_jax.serving.messages import read_messages
 from lora_jax.serving.row_sampling import MOST_TOP
-from lora_jax.serving.rows import Choosing
 from lora_jax.serving.served import Served
 
-MOST_STOPS, MOST_PROMPTS = 16, 64
+MOST_STOPS, MOST_PROMPTS, MOST_CHOICES = 16, 64, 128
 _DEFAULT_TOKENS = 16  # of a text completion, as OpenAI's; a chat's answer may fill the context
-_HIGHEST_TEMPERATURE = 2.0
-_LOWEST_TOP_P = 1e-9
-_LARGEST = 2**63 - 1
 
-_BOTH = ("model", "max_tokens", "temperature", "top_p", "seed", "stop", "stream", "stream_options")
+_BOTH = ("model", "max_tokens", *CHOOSING_FIELDS, "n", "stop", "stream", "stream_options")
 _BOTH_AND = (*_BOTH, "logprobs")
-TEXT_FIELDS = (*_BOTH_AND, "prompt")
+TEXT_FIELDS = (*_BOTH_AND, "prompt", "echo", "best_of")
 CHAT_FIELDS = (*_BOTH_AND, "messages", "max_completion_tokens", "top_logprobs")
 # These change nothing in a text.
 _INERT = ("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key")
 # Only these values of them are what a server without them does.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "n": (1,),
-    "best_of": (1,),
-    "echo": (False,),
     "suffix": ("",),
-    "presence_penalty": (0, 0.0),
-    "frequency_penalty": (0, 0.0),
-    "logit_bias": ({},),
     "tools": ([],),
     "tool_choice": ("none", "auto"),
     "parallel_tool_calls": (True, False),
@@ -52,9 +43,10 @@ class Asked:
     Attributes:
       served: the adapter.
       chat: whether the answer is a message, and not a text.
-      prompts: token ids, one list per completion.
-      most: maximum number of tokens of each.
-      choosing: how they are chosen.
+      prompts: token ids, one list per prompt.
+      most: maximum number of tokens after each.
+      choosing: how they are chosen, one per completion of a prompt.
+      echo: the text before each of its completions, one per prompt; empty in a chat.
       stops: texts that end a text.
       stream: whether the answer is sent in pieces.
       usage: whether the last piece tells how many tokens there were.
@@ -65,26 +57,37 @@ class Asked:
     chat: bool
     prompts: list[list[int]]
     most: list[int]
-    choosing: Choosing
+    choosing: list[Choosing]
+    echo: list[str]
     stops: tuple[str, ...]
     stream: bool
     usage: bool
     logprobs: bool
 
+    @property
+    def count(self) -> int:
+        """The number of completions: those of the first prompt, of the second, and so on."""
+        return len(self.prompts) * len(self.choosing)
+
+    def echo_of(self, index: int) -> str:
+        """Return the text before a completion, empty unless the prompt is to be repeated."""
+        return self.echo[index // len(self.choosing)]
+
     def jobs(self, report: Callable[[int, Progress], None]) -> list[Job]:
         """Return a job per completion, which report under their numbers."""
 
         def job(index: int) -> Job:
+            prompt, choice = divmod(index, len(self.choosing))
             return Job(
                 self.served,
-                self.prompts[index],
-                self.most[index],
-                self.choosing,
+                self.prompts[prompt],
+                self.most[prompt],
+                self.choosing[choice],
                 self.stops,
                 lambda progress: report(index, progress),
             )
 
-        return [job(index) for index in range(len(self.prompts))]
+        return [job(index) for index in range(self.count)]
 
 
 @dataclass(frozen=True)
@@ -115,19 +118,15 @@ class Reader:
         stream = fields.flag("stream")
         usage = _read_stream_options(fields, stream)
         logprobs, top = _read_logprobs(fields, chat)
-        seed = fields.integer("seed", -_LARGEST - 1, _LARGEST, None)
-        choosing = Choosing(
-            temperature=fields.number("temperature", 0, _HIGHEST_TEMPERATURE, 1.0),
-            top_p=max(_LOWEST_TOP_P, fields.number("top_p", 0, 1, 1.0)),
-            seed=secrets.randbits(31) if seed is None else seed,
-            top=top,
-        )
+        choosing = read_choosing(fields, top, self.vocabulary)
         stops = fields.texts("stop", MOST_STOPS)
         limit = _read_limit(fields, chat)
         encode = _encode_chat if chat else _encode_texts
         prompts = encode(fields, served)
         most = [self._room(served, ids, limit) for ids in prompts]
-        return Asked(served, chat, prompts, most, choosing, stops, stream, usage, logprobs)
+        echo = _read_echo(fields, prompts, served, logprobs)
+        each = [with_seed(choosing, number) for number in range(_read_count(fields))]
+        return Asked(served, chat, prompts, most, each, echo, stops, stream, usage, logprobs)
 
     def _room(self, served: Served, ids: Sequence[int], limit: int | None) -> int:
         """Return how many tokens may follow a prompt."""
@@ -154,13 +153,48 @@ class Reader:
 def _read_limit(fields: Fields, chat: bool) -> int | None:
     """Return the maximum number of tokens, None for what fits."""
     names = ["max_completion_tokens", "max_tokens"] if chat else ["max_tokens"]
-    given = [x for name in names if (x := fields.integer(name, 1, _LARGEST, None)) is not None]
+    given = [x for name in names if (x := fields.integer(name, 1, LARGEST, None)) is not None]
     if len(set(given)) > 1:
         raise RequestError(
             f"max_completion_tokens is {given[0]} and max_tokens is {given[1]}; give one of them",
             param="max_tokens",
         )
     return given[0] if given else None if chat else _DEFAULT_TOKENS
+
+
+def _read_count(fields: Fields) -> int:
+    """Return how many completions each prompt gets."""
+    count = fields.integer("n", 1, MOST_CHOICES, None) or 1
+    best_of = fields.integer("best_of", 1, MOST_CHOICES, count)
+    if best_of != count:
+        raise RequestError(
+            f"best_of {best_of} is not supported with n {count}; leave it out, and choose among n "
+            "completions yourself",
+            param="best_of",
+            code="unsupported_parameter",
+        )
+    return count
+
+
+def _read_echo(
+    fields: Fields, prompts: Sequence[Sequence[int]], served: Served, logprobs: bool
+) -> list[str]:
+    """Return the texts of the prompts where they are to be repeated, empty ones otherwise."""
+    if not fields.flag("echo"):
+        return [""] * len(prompts)
+    if logprobs:
+        raise RequestError(
+            "echo with logprobs is not supported: the log-probabilities of a prompt's own tokens "
+            "are not computed; leave one of them out",
+            param="echo",
+            code="unsupported_parameter",
+        )
+    given = fields.value("prompt")
+    texts = given if isinstance(given, list) and not _is_ids(given) else [given]
+    return [
+        text if isinstance(text, str) else served.tokenizer.decode(ids)
+        for text, ids in zip(texts, prompts, strict=True)
+    ]
 
 
 def _read_stream_options(fields: Fields, stream: bool) -> bool:

@@ -8,6 +8,8 @@ from lora_jax.core.checks import is_integer, is_within
 from lora_jax.core.foreign import shown_value
 from lora_jax.serving.errors import RequestError
 
+LARGEST = 2**63 - 1  # integer that a field takes where nothing else bounds it
+
 
 def wrong(name: str, wanted: str, value: Any) -> RequestError:
     """Return the error for a field with a wrong value."""
@@ -79,7 +81,7 @@ class Fields:
         value = self._given.get(name, default)
         if value is None or (is_integer(value) and lowest <= value <= highest):
             return value
-        if highest >= 2**31 - 1:
+        if highest == LARGEST:
             raise wrong(name, f"an integer of {lowest} or more", value)
         raise wrong(name, f"an integer from {lowest} to {highest}", value)
 

@@ -6,8 +6,9 @@ from dataclasses import dataclass, field
 from lora_jax.models.stops import special_ids
 from lora_jax.models.text.stop_text import StopText
 from lora_jax.models.text.text_stream import TextStream
+from lora_jax.serving.choosing import Choosing
 from lora_jax.serving.errors import RequestError
-from lora_jax.serving.rows import Choosing, Sampled
+from lora_jax.serving.rows import Sampled
 from lora_jax.serving.served import Served
 
 STOP, LENGTH = "stop", "length"  # why a text has ended, in OpenAI's words

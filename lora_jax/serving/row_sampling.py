@@ -3,14 +3,16 @@
 import jax
 import jax.numpy as jnp
 
-from lora_jax.models.generation import draw
+from lora_jax.models.sampling import likeliest
+from lora_jax.serving.choosing import Controls
+from lora_jax.serving.marks import Marks, penalized
 
 #: Log-probabilities of other tokens that a request can ask for.
 MOST_TOP = 20
 
 
 def choose(
-    logits: jax.Array, keys: jax.Array, steps: jax.Array, temperature: jax.Array, top_p: jax.Array
+    logits: jax.Array, keys: jax.Array, steps: jax.Array, marks: Marks, controls: Controls
 ) -> jax.Array:
     """Return the next token of each row, that which `models.generate` chooses for it alone.
 
@@ -18,26 +20,47 @@ def choose(
       logits: `[rows, vocabulary]`.
       keys: PRNG keys `[rows]`.
       steps: int32 `[rows]`, how many tokens each row has already chosen.
-      temperature: float32 `[rows]`, 0 for greedy rows.
-      top_p: float32 `[rows]`.
+      marks: of the rows.
+      controls: of the rows.
 
     Returns:
       int32 `[rows]`.
     """
+    temperature, wide = controls.temperature, logits.astype(jnp.float32)
+    changes = (controls.presence, controls.frequency, controls.repetition)
+    logits = jax.lax.cond(controls.changes, lambda: penalized(wide, marks, *changes), lambda: wide)
     greedy = logits.argmax(-1).astype(jnp.int32)
 
-    def one(
-        row: jax.Array, key: jax.Array, step: jax.Array, t: jax.Array, p: jax.Array
-    ) -> jax.Array:
-        t = jnp.where(t > 0, t, 1)
-        return draw(row[None], jax.random.fold_in(key, step), t, p, 0)[0]
+    def draw() -> jax.Array:
+        folded = jax.vmap(jax.random.fold_in)(keys, steps)
+        return jax.vmap(jax.random.categorical)(folded, left(logits, controls)).astype(jnp.int32)
 
-    drawn = jax.lax.cond(
-        (temperature > 0).any(),
-        lambda: jax.vmap(one)(logits, keys, steps, temperature, top_p),
-        lambda: greedy,
-    )
+    drawn = jax.lax.cond((temperature > 0).any(), draw, lambda: greedy)
     return jnp.where(temperature > 0, drawn, greedy)
+
+
+def left(logits: jax.Array, controls: Controls) -> jax.Array:
+    """Return what rows draw from.
+
+    It is the logits divided by the temperature, and -inf for tokens that `top_k`, then `top_p`,
+    then `min_p` leave out.
+
+    Args:
+      logits: float32 `[rows, vocabulary]`.
+      controls: of the rows.
+
+    Returns:
+      float32 `[rows, vocabulary]`.
+    """
+    divided = logits / jnp.where(controls.temperature > 0, controls.temperature, 1)[:, None]
+    restricts = (controls.top_k < logits.shape[-1]) | (controls.top_p < 1)
+    found = jax.lax.cond(
+        restricts.any(),
+        lambda: likeliest(divided, controls.top_k, controls.top_p),
+        lambda: divided,
+    )
+    lowest = divided.max(-1, keepdims=True) + jnp.log(controls.min_p)[:, None]
+    return jnp.where(found >= lowest, found, -jnp.inf)
 
 
 def log_probabilities(

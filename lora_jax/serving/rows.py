@@ -17,7 +17,9 @@ from lora_jax.engine.transform import lora
 from lora_jax.models.cache import Cache
 from lora_jax.models.generation import advance
 from lora_jax.models.pretrained import Pretrained
+from lora_jax.serving.choosing import Choosing, Controls, bias_of, controls
 from lora_jax.serving.columns import at_least, insert, move, sizes, widen
+from lora_jax.serving.marks import Marks, mark_made, mark_prompts, mark_row, no_marks
 from lora_jax.serving.row_sampling import choose, log_probabilities
 
 SHORTEST = (32, 256)  # tokens to which prompts and the cache are padded at least
@@ -38,21 +40,6 @@ class Sampled:
     token: int
     logprob: float
     top: list[tuple[int, float]]
-
-
-@dataclass(frozen=True)
-class Choosing:
-    """How a row chooses its tokens: `temperature` and `top_p` as in `models.Sampling`.
-
-    Attributes:
-      seed: the key is `jax.random.key(seed)`, as that of `models.generate` would be.
-      top: how many of the likeliest tokens are reported with each token.
-    """
-
-    temperature: float = 0.0
-    top_p: float = 1.0
-    seed: int = 0
-    top: int = 0
 
 
 class Rows:
@@ -83,7 +70,7 @@ class Rows:
         shortest: tuple[int, int] = SHORTEST,
     ) -> None:
         self.model, self.count, self.context = model, count, context
-        self.compilations = 0
+        self.compilations, self._vocabulary = 0, model.config.vocab_size
         self._base, self._stack, self._by_row = model.params, stack, stack is not None
         quantized = any(map(is_quantized, jax.tree.leaves(model.params, is_leaf=is_quantized)))
         self._apply = lora(model.apply) if quantized and not self._by_row else model.apply
@@ -92,7 +79,7 @@ class Rows:
         self._margin = shortest[1] // _FREE
         self._prefill = self._compiled(self._prefill_one)
         self._step = self._compiled(self._step_all, donate_argnums=1)
-        self._insert = self._compiled(insert, donate_argnums=0)
+        self._insert = self._compiled(_insert, donate_argnums=(0, 1))
         self._move = self._compiled(move, static_argnums=2)
         self._select = self._compiled(select)
         self.clear()
@@ -100,6 +87,7 @@ class Rows:
     def clear(self) -> None:
         """Empty all rows."""
         self._cache: Cache | None = None
+        self._marks = no_marks(self.count, self._vocabulary)
         self._filled = 0  # columns of the cache that are in use
         self._first: dict[int, int] = {}  # the first column of each row that is in use
         self._slots = np.full(self.count, BASE, np.int32)
@@ -135,7 +123,9 @@ class Rows:
     def _compile_way(self, length: int, other: int) -> None:
         """Compile how columns get from a cache of some length to another one."""
         if other <= length:
-            self._insert(self._empty(length, 1), self._new_cache(1, other), np.int32(0))
+            begun = self._new_cache(1, other), no_marks(1, self._vocabulary)
+            self._insert(self._empty(length, 1), self._marks, *begun, np.int32(0))
+            self.clear()
         self._move(self._empty(length, 1), np.int32(0), other)
 
     def _compile_step(self, length: int) -> None:
@@ -151,7 +141,7 @@ class Rows:
     @property
     def lost(self) -> bool:
         """Whether the cache was given to a program that failed; only `clear` helps then."""
-        return any(x.is_deleted() for x in jax.tree.leaves(self._cache))
+        return any(x.is_deleted() for x in jax.tree.leaves((self._cache, self._marks)))
 
     def set_adapter(self, slot: int, overlay: Any) -> None:
         """Put an adapter into a slot of the stack.
@@ -175,10 +165,11 @@ class Rows:
         padded[0, 0, -count:], padded[1, 0, -count:] = ids, 1
         params = self._of_slots(np.array([slot], np.int32))
         key = np.asarray(jax.random.key_data(jax.random.key(choosing.seed)))
-        sampled, prompt = self._prefill(params, padded, key[None], *_numbers([choosing]))
+        bias, numbers = bias_of(choosing, self._vocabulary), controls([choosing], self._vocabulary)
+        sampled, *begun = self._prefill(params, padded, key[None], bias, numbers)
         (found,) = _read(sampled, [choosing])
         self._make_room(count)
-        self._cache = self._insert(self._cache, prompt, np.int32(row))
+        self._cache, self._marks = self._insert(self._cache, self._marks, *begun, np.int32(row))
         self._first[row] = self._filled - count
         if self._slots[row] != slot:
             self._slots[row], self._params = slot, None
@@ -191,27 +182,33 @@ class Rows:
         self._first.pop(row, None)
         self._choosing[row] = Choosing()
 
+    def check(self) -> None:
+        """Raise what the model raises where each row has its own adapter; nothing is computed.
+
+        Raises:
+          ConfigError: the model mixes the rows of a batch.
+        """
+        self._step.eval_shape(*self._of_step())  # type: ignore[attr-defined]
+        self.clear()
+
     def step(self) -> dict[int, Sampled]:
         """Return the next token of each row that is in use."""
-        self._make_room(0)
-        if self._params is None:
-            self._params = self._of_slots(self._slots)
-        used = np.array([row in self._first for row in range(self.count)], np.int32)
-        sampled, self._cache = self._step(
-            self._params,
-            self._cache,
-            self._tokens,
-            used,
-            self._keys,
-            self._steps,
-            *_numbers(self._choosing),
-        )
+        sampled, self._cache, self._marks = self._step(*self._of_step())
         self._filled += 1
         found = _read(sampled, self._choosing)
         for row in self._first:
             self._tokens[row] = found[row].token
             self._steps[row] += 1
         return {row: found[row] for row in self._first}
+
+    def _of_step(self) -> tuple[Any, ...]:
+        """Return the arguments of the next step."""
+        self._make_room(0)
+        if self._params is None:
+            self._params = self._of_slots(self._slots)
+        used = np.array([row in self._first for row in range(self.count)], np.int32)
+        state, numbers = (self._cache, self._marks), controls(self._choosing, self._vocabulary)
+        return self._params, state, self._tokens, used, self._keys, self._steps, numbers
 
     def _make_room(self, count: int) -> None:
         """Have `count` columns in use or more, at least one free one, and a cache of that length.
@@ -254,42 +251,48 @@ class Rows:
 
         return jax.jit(counted, **options)
 
-    def _prefill_one(self, params: Any, padded: jax.Array, *choosing: jax.Array) -> Any:
+    def _prefill_one(
+        self, params: Any, padded: jax.Array, keys: jax.Array, bias: Any, numbers: Controls
+    ) -> Any:
         """Return the first token after a prompt, `[ids and segments, 1, length]`; its cache."""
         ids, segments = padded
         cache = self._new_cache(1, ids.shape[1])
         logits, cache = advance(self._apply, params, ids, segments, cache, self._by_row)
         cache = widen(cache, at_least(self._cache_lengths, ids.shape[1]))
-        keys, *numbers = choosing
-        return _sample(logits, keys, jnp.zeros(1, jnp.int32), *numbers), cache
+        marks = mark_prompts(ids, segments, bias, self._vocabulary)
+        sampled, marks = _sample(logits, keys, jnp.zeros(1, jnp.int32), marks, numbers)
+        return sampled, cache, marks
 
     def _step_all(
-        self, params: Any, cache: Cache, tokens: jax.Array, used: jax.Array, *choosing: jax.Array
+        self,
+        params: Any,
+        state: tuple[Cache, Marks],
+        tokens: jax.Array,
+        used: jax.Array,
+        keys: jax.Array,
+        steps: jax.Array,
+        numbers: Controls,
     ) -> Any:
         """Return the next token of each row, and the cache with the tokens before them."""
+        cache, marks = state
         ids, segments = tokens[:, None], used[:, None]
         logits, cache = advance(self._apply, params, ids, segments, cache, self._by_row)
-        return _sample(logits, *choosing), cache
+        sampled, marks = _sample(logits, keys, steps, marks, numbers)
+        return sampled, cache, marks
+
+
+def _insert(cache: Cache, marks: Marks, prompt: Cache, begun: Marks, row: jax.Array) -> Any:
+    """Return the cache and the marks of all rows with those of a prompt in one of them."""
+    return insert(cache, prompt, row), mark_row(marks, begun, row)
 
 
 def _sample(
-    logits: jax.Array,
-    keys: jax.Array,
-    steps: jax.Array,
-    temperature: jax.Array,
-    top_p: jax.Array,
-    top: jax.Array,
-) -> tuple[jax.Array, ...]:
-    """Return tokens, as `choose` does, and log-probabilities."""
-    tokens = choose(logits, jax.random.wrap_key_data(keys), steps, temperature, top_p)
-    return tokens, *log_probabilities(logits, tokens, top)
-
-
-def _numbers(choosing: list[Choosing]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return the temperatures and `top_p` of rows, and whether one wants the likeliest tokens."""
-    temperature = np.array([x.temperature for x in choosing], np.float32)
-    top_p = np.array([x.top_p for x in choosing], np.float32)
-    return temperature, top_p, np.array(any(x.top for x in choosing))
+    logits: jax.Array, keys: jax.Array, steps: jax.Array, marks: Marks, numbers: Controls
+) -> tuple[tuple[jax.Array, ...], Marks]:
+    """Return tokens, as `choose` does, and their log-probabilities; the marks after them."""
+    tokens = choose(logits, jax.random.wrap_key_data(keys), steps, marks, numbers)
+    told = log_probabilities(logits, tokens, numbers.top)
+    return (tokens, *told), mark_made(marks, tokens)
 
 
 def _read(sampled: Any, choosing: list[Choosing]) -> list[Sampled]:

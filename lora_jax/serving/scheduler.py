@@ -74,9 +74,9 @@ class Scheduler:
         most = self.rows.count + self.most_waiting
         if len(jobs) > most:
             raise RequestError(
-                f"the request has {len(jobs)} prompts, but this server takes at most {most} at a "
-                "time; split the request",
-                param="prompt",
+                f"the request asks for {len(jobs)} completions, but this server takes at most "
+                f"{most} at a time; split the request",
+                param="n",
             )
         with self._changed:
             if self._refusing:
@@ -94,6 +94,8 @@ class Scheduler:
                 if not job.done:
                     self.metrics.cancelled += 1
                 job.done = True
+            if any(job.done for job in self._waiting):  # they take no one's place in the queue
+                self._waiting = deque(job for job in self._waiting if not job.done)
             self._changed.notify_all()
 
     def call(self, work: Callable[[], Any]) -> Future:
@@ -160,8 +162,10 @@ class Scheduler:
             self._free(done)
         if time.monotonic() >= self._deadline:
             self._fail_running(stopping())
-            while self._waiting:
-                self._report_failure(self._waiting.popleft(), stopping())
+            with self._changed:
+                late, self._waiting = self._waiting, deque()
+            for job in late:
+                self._report_failure(job, stopping())
         prompts = 0
         while prompts < PROMPT_TOKENS and (row := self._place_next()) is not None:
             prompts += len(self._running[row].ids)

@@ -57,6 +57,7 @@ from lora_jax.training.interrupt import interruptible
 from lora_jax.training.loop import Job, Outcome, Settings, Watcher, steps_of_epochs, train
 from lora_jax.training.loss import class_sums, language_sums
 from lora_jax.training.optimizer import Optimizer
+from lora_jax.training.router_loss import with_router_loss
 from lora_jax.training.step import State, init_state, make_evaluation, make_step
 from lora_jax.training.tokenize import encode_examples, encode_stream
 
@@ -98,4 +99,5 @@ __all__ = [
     "steps_of_epochs",
     "train",
     "with_head",
+    "with_router_loss",
 ]

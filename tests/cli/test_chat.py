@@ -99,8 +99,8 @@ def test_commands(talk, seen, tmp_path):
     """Another adapter, another system message, a file of what was said, and mistakes."""
     files.peft(tmp_path / "one", config={"lora_alpha": 1e-9})
     loud_adapter(tmp_path / "two", seed=4)
-    lines = ["Hi", "/adapter two", "/reset", "/system Be kind.", "Hi", "/adapter base", "Hi"]
-    lines += [f"/save {tmp_path / 'chats.jsonl'}", "/adapter", "/adapter three", "/what", "/reset"]
+    lines = ["Hi", "/adapter two", "/reset", "/system Be kind.", "Hi", "/adapter none", "Hi"]
+    lines += [f"/save {tmp_path / 'chats.jsonl'}", "/adapters", "/adapter three", "/what", "/reset"]
     lines += ["/save x", "/etc/passwd is a file", "/help"]
     adapters = ("--adapter", tmp_path / "one", "--adapter", f"two={tmp_path / 'two'}")
     done = talk("\n".join(lines), *adapters, "--max-tokens", 12)
@@ -125,13 +125,17 @@ def test_commands(talk, seen, tmp_path):
 
 
 @pytest.mark.slow
-def test_each_adapter_of_a_stack_says_what_it_says_alone(talk, tmp_path):
+def test_each_adapter_of_a_stack_says_what_it_says_alone(talk, tmp_path, monkeypatch):
     for seed, name in enumerate(("one", "two")):
         loud_adapter(tmp_path / name, seed)
     alone = {name: talk("Hi\n", "--adapter", tmp_path / name).out for name in ("one", "two")}
     both = ("--adapter", tmp_path / "one", "--adapter", tmp_path / "two")
-    done = talk("/adapter two\nHi\n/reset\n/adapter one\nHi\n", *both)
-    assert done.out == alone["two"] + alone["one"] and alone["one"] != alone["two"]
+    advance, programs = generation._advance, []
+    size = lambda *x: (advance(*x), programs.append(advance._cache_size()))[0]
+    monkeypatch.setattr(generation, "_advance", size)
+    done = talk("/adapter two\nHi\n/reset\n/adapter one\nHi\n/reset\n/adapter none\nHi\n", *both)
+    assert done.out == alone["two"] + alone["one"] + f"{SAID}\n"
+    assert alone["one"] != alone["two"] and programs[1] == programs[-1]  # of the prompt, of a token
     assert talk("/adapter base\nHi\n", *both[:2]).out == f"{SAID}\n"
 
 

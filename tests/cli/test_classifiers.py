@@ -140,7 +140,14 @@ def words(command, folder, *more):
     return [command, "-m", folder / "model", "--adapter", folder / "run/adapter.safetensors", *more]
 
 
-KINDS = [("bert",), ("llama",), ("llama", "--scan"), ("bert", "--pooling", "mean")]
+STACKED = ("--scan", "--remat", "full")
+KINDS = [
+    ("bert",),
+    ("llama",),
+    ("llama", "--scan"),
+    ("bert", "--pooling", "mean"),
+    ("modernbert", *STACKED),
+]
 OTHERS = [pytest.param((kind,), marks=pytest.mark.slow) for kind in ("roberta", "modernbert")]
 SLOW_FROM_1 = [KINDS[0], *(pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS[1:])]
 

@@ -86,4 +86,4 @@ def test_options_that_exclude_each_other(world, fails):
     files_of = ("--prompts", "held-out.jsonl")
     assert "not both" in fails(*WORDS, *files_of, "--prompt", "Hi", status=2)
     assert "are for --prompts" in fails(*WORDS, "--prompt", "Hi", "--out", "o.jsonl", status=2)
-    assert "takes a .jsonl file" in fails(*WORDS, "--prompts", "prompt.txt")
+    assert "takes a .jsonl file" in fails(*WORDS, "--prompts", "my-model")

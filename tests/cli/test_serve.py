@@ -18,6 +18,8 @@ import pytest
 pytest.importorskip("starlette")
 pytest.importorskip("uvicorn")
 
+from lora_jax.core.errors import ConfigError
+from lora_jax.serving.rows import Rows
 from tests.cli import files
 
 PROGRAM = "import sys; from lora_jax.cli import main; sys.exit(main(sys.argv[1:]))"
@@ -48,7 +50,36 @@ def test_limits(fails, tmp_path):
         )
     error = fails("serve", "-m", "tiny", "--spare", 1, "--port", 0)
     assert "--spare: give at least one --adapter too" in error
+    for words, said in (
+        (["--api-key", ""], "--api-key': must not be empty"),
+        (["--api-key", "kéy"], "--api-key': must be printable ASCII"),
+        (["--allow-origin", "example.org/"], "example.org/ is not an origin"),
+    ):
+        assert said in fails("serve", "-m", "tiny", *words, status=2)
     assert "'--port'" in fails("serve", "-m", "tiny", "--port", 70000, status=2)
+
+
+def test_a_model_that_mixes_rows(fails, tmp_path, monkeypatch):
+    def check(rows):
+        raise ConfigError("adapters_of: `sort` mixes the rows of the batch")
+
+    monkeypatch.setattr(Rows, "check", check)
+    files.model(tmp_path / "my-model")
+    files.peft(tmp_path / "law")
+    words = ["-m", tmp_path / "my-model", "--adapter", tmp_path / "law", "--port", 0]
+    error = fails("serve", *words, "--compile-cache", "none")
+    assert "cannot have different adapters on this model: adapters_of: `sort` mixes" in error
+    assert "to serve one adapter, merge it by 'lora-jax merge'" in error
+
+
+def test_a_file_of_options_without_the_key(run, tmp_path, monkeypatch):
+    monkeypatch.setenv("LORA_JAX_API_KEY", "s3cret")
+    words = ["-m", "tiny", "--adapter", "a=b", "--adapter", "c", "--context", 99, "--no-warm-up"]
+    printed = run("serve", *words, "--dump-config")
+    assert printed.status == 0 and "context: 99" in printed.out and "s3cret" not in printed.out
+    path = tmp_path / "serve.yaml"
+    path.write_text(f"{printed.out}\napi-key: other\n")
+    assert run("serve", "--config", path, "--dump-config").out == printed.out
 
 
 @pytest.fixture

@@ -50,11 +50,16 @@ def test_non_array_arguments_and_outputs_pass_through():
     def fn(params, x, mode, *, train=False, names=(), array=None):
         assert train is True and mode == "fast" and names == ("a", "b")
         assert isinstance(array, np.ndarray) and array.sum() == 3  # concrete: Python can read it
-        return {"y": model(params, x), "mode": mode, "n": 3, "none": None, "marker": marker}
+        arrays = [jnp.ones((), jnp.bfloat16), jnp.array(False), jnp.asarray(0.5)]
+        named = {"y": model(params, x), "mode": mode, "n": 3, "none": None, "marker": marker}
+        return {**named, "arrays": arrays}
 
     out = lora_jax.lora(fn)(params, X, "fast", train=True, names=("a", "b"), array=np.array([1, 2]))
     assert (out["mode"], out["n"], out["none"], out["marker"]) == ("fast", 3, None, marker)
     np.testing.assert_allclose(out["y"], model(merged(params), X), atol=1e-5)
+    assert all(isinstance(x, jax.Array) for x in out["arrays"])  # though they do not depend on x
+    assert [str(jax.typeof(x).dtype) for x in out["arrays"]] == ["bfloat16", "bool", "float32"]
+    assert [x.weak_type for x in out["arrays"]] == [False, False, True]
 
 
 def test_adapters_in_any_argument():

@@ -69,6 +69,11 @@ CASES = {
         {"net.conv.weight": CONV},
         {"net/conv/kernel": CONV.transpose(2, 3, 1, 0)},
     ),
+    "stacked layers but for the first": (
+        Entry("layers.{n}.w.weight", "layers/w", "linear", "o i -> n i o", first=1),
+        {"layers.1.w.weight": QUERY, "layers.2.w.weight": 2 * QUERY},
+        {"layers/w": np.stack([QUERY.T, 2 * QUERY.T])},
+    ),
     "stacked norms": (
         Entry("layers.{n}.norm.weight", "layers/norm/scale", axes="d -> n d"),
         {"layers.0.norm.weight": QUERY[0], "layers.1.norm.weight": QUERY[1]},
@@ -233,10 +238,11 @@ def test_json_round_trip_and_its_errors():
     for wrong, message in [
         ({}, "a naming must be a list"),
         ([{"torch": "a"}], "row 0 of the naming"),
-        ([{"torch": "a", "path": "a", "shape": 1}], "optionally axes, kind"),
+        ([{"torch": "a", "path": "a", "shape": 1}], "optionally axes, first, kind"),
         ([{"torch": "a", "path": "a", "sizes": {"d": "4"}}], "invalid sizes "),
         ([{"torch": "a", "path": []}], "invalid path "),
         ([{"torch": "a", "path": "a", "split": [True]}], "invalid split "),
+        ([{"torch": "a", "path": "a", "first": -1}], "invalid first "),
     ]:
         with pytest.raises(ConfigError, match=message):
             Naming.from_json(wrong)

@@ -1,5 +1,6 @@
 """`lora.nnx`: an adapted NNX model is an NNX model, and trains as the functional form does."""
 
+import dataclasses
 import functools
 
 import jax
@@ -304,7 +305,8 @@ def test_optimizers_of_lora():
     """A has the rate, and B sixteen times that, as optax computes them by hand."""
     tuned = lora.nnx.wrap(Model(dropout=0.0), CONFIG, X)
     tuned.eval()
-    make = lambda adapters: lora.lora_plus(0.5, adapters, 16, optax.sgd)
+    decayed = lambda rate: optax.chain(optax.add_decayed_weights(0.1), optax.sgd(rate))
+    make = lambda adapters: lora.lora_plus(0.5, adapters, 16, decayed)
     opt = nnx.Optimizer(tuned, lora.nnx.transform(tuned, make), wrt=nnx.Param)
     before = nnx.state(nnx.clone(tuned), nnx.Param)
     grads = nnx.jit(nnx.grad(lambda model: model(X).sum()))(tuned)
@@ -315,7 +317,8 @@ def test_optimizers_of_lora():
             for tree in (grads, before, nnx.state(tuned, nnx.Param))
         )
         for field, rate in (("a", 0.5), ("b", 8.0)):
-            want = old[field].get_value() - rate * own[field].get_value()
+            x = old[field].get_value()
+            want = x - rate * (own[field].get_value() + 0.1 * x)
             np.testing.assert_allclose(new[field].get_value(), want, rtol=1e-5, atol=1e-6)
     assert float(abs(grads["adapters"]["down"]["kernel"]["b"].get_value()).max()) > 0
 
@@ -325,6 +328,15 @@ def test_two_models_share_a_compiled_step():
     one, two = (lora.nnx.wrap(Model(), CONFIG, X, rules=rules, init_key=key) for key in KEYS)
     assert nnx.graphdef(one) == nnx.graphdef(two) and hash(nnx.graphdef(one)) is not None
     assert nnx.graphdef(one) != nnx.graphdef(lora.nnx.wrap(Model(), CONFIG, X))
+
+
+def test_a_base_that_an_initializer_changed_is_that_of_the_model():
+    model = nnx.Linear(4, 3, kernel_init=kernel, rngs=nnx.Rngs(0))
+    params = lora.nnx.wrap(model, CONFIG, X).params()
+    is_node = lambda x: isinstance(x, lora.LoraWeight)
+    moved = lambda x: dataclasses.replace(x, w=x.w + 1) if is_node(x) else x
+    joined = lora.nnx.join(model, jax.tree.map(moved, params, is_leaf=is_node))
+    np.testing.assert_array_equal(joined.model.kernel.get_value(), model.kernel.get_value() + 1)
 
 
 class Outer(nnx.Module):

@@ -7,6 +7,7 @@ logits in float32, those of PyTorch in bfloat16, and what greedy generation appe
 row.
 """
 
+import json
 import pathlib
 import shutil
 import sys
@@ -191,6 +192,51 @@ def experts() -> dict[str, tuple[transformers.PreTrainedModel, str]]:
     return {name: (model, "1GB") for name, model in found.items()}
 
 
+def mixed() -> dict[str, tuple[transformers.PreTrainedModel, str]]:
+    """Return a family some of whose layers have no experts."""
+    small = SIZES | {"hidden_size": 16, "intermediate_size": 24, "head_dim": 8}
+    config = transformers.Qwen3MoeConfig(
+        **small | {"num_hidden_layers": 4},
+        **{"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 12},
+        mlp_only_layers=[3],
+        decoder_sparse_step=2,
+        use_sliding_window=True,
+        sliding_window=4,
+    )
+    return {"qwen3_moe_mixed": (causal(config), "1GB")}
+
+
+def record_router_losses() -> None:
+    """Record mean cross-entropy plus half the routers' loss, and the gradient of one router."""
+    found = {}
+    for name in ("mixtral", "qwen3_moe", "gpt_oss", "qwen3_moe_mixed"):
+        model = transformers.AutoModelForCausalLM.from_pretrained(FIXTURES / name).eval()
+        with np.load(FIXTURES / name / "expected.npz") as file:
+            ids, mask = (torch.from_numpy(file[key]) for key in ("ids", "mask"))
+        read = {"input_ids": ids[:, :-1], "attention_mask": mask[:, :-1]}
+        read["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)[:, :-1]
+        out = model(**read, output_router_logits=True)
+        losses = torch.nn.functional.cross_entropy(
+            out.logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none"
+        )
+        weights = (mask[:, 1:] * mask[:, :-1]).flatten()  # not from padding
+        loss = (losses * weights).sum() / weights.sum() + 0.5 * out.aux_loss
+        loss.backward()
+        gates = {
+            k: x
+            for k, x in model.named_parameters()
+            if k.endswith(("gate.weight", "router.weight"))
+        }
+        layer, gate = min(gates.items())
+        found[name] = {
+            "routers": float(out.aux_loss),
+            "loss": float(loss),
+            "layer": int(layer.split(".")[2]),
+            "gradient": gate.grad.norm().item(),
+        }
+    (FIXTURES / "router_losses.json").write_text(json.dumps(found, indent=1) + "\n")
+
+
 def record(name: str, model: transformers.PreTrainedModel, shard: str) -> None:
     directory = FIXTURES / name
     shutil.rmtree(directory, ignore_errors=True)
@@ -230,10 +276,12 @@ def record_bert() -> None:
 
 if __name__ == "__main__":
     names = sys.argv[1:]
-    for group in (models, newer, experts):
+    for group in (models, newer, experts, mixed):
         torch.manual_seed(0)
         for name, (model, shard) in group().items():
             if not names or name in names:
                 record(name, model, shard)
     if not names or "bert" in names:
         record_bert()
+    if not names or "router_losses" in names:
+        record_router_losses()

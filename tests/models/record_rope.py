@@ -5,6 +5,7 @@ Run it in an environment with PyTorch and transformers (recorded with 2.13 and 5
 call, "frequencies": one per pair, "factor": of cosine and sine}`.
 """
 
+import copy
 import json
 import pathlib
 
@@ -38,6 +39,7 @@ CASES = (
         {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
         | {"original_max_position_embeddings": 64},
     ),
+    (256, None, 7, {"rope_type": "proportional", "partial_rotary_factor": 0.4, "factor": 2.0}),
 )
 
 
@@ -47,7 +49,7 @@ def main() -> None:
         settings = {**SIZES, "max_position_embeddings": longest}
         extra = {} if original is None else {"original_max_position_embeddings": original}
         kind = transformers.Phi3Config if original is not None else transformers.LlamaConfig
-        config = kind(**settings, **extra, rope_parameters=dict(parameters))
+        config = kind(**settings, **extra, rope_parameters=copy.deepcopy(parameters))
         compute = ROPE_INIT_FUNCTIONS[parameters["rope_type"]]
         frequencies, factor = compute(config, "cpu", seq_len=length)
         settings |= extra | {"rope_parameters": parameters}

@@ -1,13 +1,14 @@
 """Record tiny random models of images of `transformers`: tests/models/fixtures.
 
 Run it in an environment with PyTorch, peft and transformers (recorded with 2.13, 0.21.2 and 5.24):
-`python -m tests.models.record_vision`. Every directory contains what `save_pretrained` writes, and
-`expected.npz`: `pixels` with the channels last, the outputs, the two files of an adapter of peft,
-as bytes, and the outputs with it; SigLIP's `ids`, and of ViT `images` and what its processor makes
-of them.
+`python -m tests.models.record_vision [deit ...]`. Every directory contains what `save_pretrained`
+writes, and `expected.npz`: `pixels` with the channels last, the outputs, two files of an adapter
+of peft, as bytes, and the outputs with it; `ids` of SigLIP and CLIP, and of ViT `images` and what
+its processor makes of them.
 """
 
 import shutil
+import sys
 
 import numpy as np
 import peft
@@ -17,6 +18,7 @@ import transformers
 from tests.models.record_encoders import FIXTURES, adapter_files, randomized
 from tests.parity.peft.recorded.record_files import move
 
+TWO_TOWERS = ("siglip", "clip")
 SIZES = {
     "hidden_size": 16,
     "intermediate_size": 24,
@@ -40,6 +42,20 @@ MODELS = {
         )
     ),
     "clip_vision": c.CLIPVisionModel(c.CLIPVisionConfig(**IMAGE, initializer_factor=2.0)),
+    # neither images nor patches are square
+    "deit": c.DeiTForImageClassificationWithTeacher(
+        c.DeiTConfig(**{**IMAGE, "image_size": [12, 8], "patch_size": [4, 2]}, num_labels=3)
+    ),
+    "vit_pooled": c.ViTModel(
+        c.ViTConfig(**IMAGE, hidden_act="silu", pooler_act="gelu", pooler_output_size=5)
+    ),
+    "clip": c.CLIPModel(
+        c.CLIPConfig(
+            vision_config={**IMAGE, "num_hidden_layers": 1},
+            text_config={**TEXT, "num_hidden_layers": 1},
+            projection_dim=12,
+        )
+    ),
 }
 PEFTS = {
     "vit": {
@@ -49,16 +65,19 @@ PEFTS = {
     "siglip_vision": {"target_modules": ["q_proj", "v_proj", "patch_embedding"]},
     "siglip": {"target_modules": ["q_proj", "fc2", "token_embedding"]},
     "clip_vision": {"target_modules": ["out_proj", "patch_embedding"]},
+    "deit": {"target_modules": ["q_proj", "fc1", "projection"]},
+    "vit_pooled": {"target_modules": ["q_proj", "dense"]},
+    "clip": {"target_modules": ["v_proj", "fc2", "visual_projection", "text_projection"]},
 }
 
 
 def outputs(name: str, model: torch.nn.Module, pixels: torch.Tensor, ids: torch.Tensor) -> dict:
-    given = {"pixel_values": pixels} | ({"input_ids": ids} if name == "siglip" else {})
+    given = {"pixel_values": pixels} | ({"input_ids": ids} if name in TWO_TOWERS else {})
     with torch.no_grad():
         found = model(**given)
-    if name == "vit":
+    if name in ("vit", "deit"):
         return {"y": found.logits}
-    if name == "siglip":
+    if name in TWO_TOWERS:
         return {"y": found.logits_per_image, "images": found.image_embeds}
     return {"y": found.last_hidden_state, "pooled": found.pooler_output}
 
@@ -68,7 +87,8 @@ def record(name: str, model: torch.nn.Module) -> None:
     directory = FIXTURES / name
     shutil.rmtree(directory, ignore_errors=True)
     randomized(model).save_pretrained(directory)
-    pixels, ids = torch.randn(2, 3, 12, 12), torch.randint(3, 24, (3, 6))
+    width = 8 if name == "deit" else 12
+    pixels, ids = torch.randn(2, 3, 12, width), torch.randint(3, 24, (3, 6))
     arrays = {"pixels": pixels.permute(0, 2, 3, 1), "ids": ids}
     arrays |= outputs(name, model, pixels, ids)
     config = peft.LoraConfig(r=2, lora_alpha=3, **PEFTS[name])
@@ -91,4 +111,5 @@ def record(name: str, model: torch.nn.Module) -> None:
 if __name__ == "__main__":
     torch.manual_seed(0)
     for name, model in MODELS.items():
-        record(name, model)
+        if name in (sys.argv[1:] or MODELS):
+            record(name, model)

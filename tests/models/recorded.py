@@ -15,8 +15,12 @@ NEWER = (
 )
 #: Families whose layers have experts.
 EXPERTS = ("mixtral", "qwen3_moe", "gpt_oss")
+MIXED = "qwen3_moe_mixed"  # one of its four layers has experts
 #: Models of texts, images and speech other than decoders.
-OTHERS = ("roberta", "modernbert", "vit", "siglip", "siglip_vision", "clip_vision", "whisper")
+OTHERS = (
+    *("roberta", "modernbert", "vit", "siglip", "siglip_vision", "clip_vision", "whisper"),
+    *("deit", "vit_pooled", "clip"),
+)
 
 
 @functools.cache

@@ -7,7 +7,7 @@ import pytest
 
 import lora_jax as lora
 from lora_jax import models
-from lora_jax.models.generation import Sampling, sample_token
+from lora_jax.models.sampling import Sampling, sample_token
 from tests.models.recorded import expected, load
 
 pytestmark = pytest.mark.usefixtures("quick_compile")

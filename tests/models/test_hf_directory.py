@@ -202,11 +202,6 @@ def test_equal_models_are_one_static_argument():
     assert first.apply != load("llama", scan=True).apply
 
 
-def test_bert_has_no_scan():
-    with pytest.raises(ModelFileError, match="scan and remat are not supported for bert"):
-        models.load(FIXTURES / "bert", scan=True)
-
-
 @pytest.mark.parametrize("name", ["x" * 5000, "a\0b", "a\x1b[2J", "", "..", "é" * 200])
 def test_a_shard_of_a_name_that_is_none(sharded, name):
     edit(sharded / INDEX, lambda index: index["weight_map"].update(x=name))

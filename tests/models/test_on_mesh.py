@@ -15,7 +15,7 @@ import lora_jax as lora
 from lora_jax.models.decoder.config import DecoderConfig
 from lora_jax.models.decoder.module import Decoder
 from lora_jax.models.encoder.bert import Bert, BertConfig, mean_pool
-from lora_jax.models.encoder.modernbert import LOCAL, ModernBert, ModernBertConfig
+from lora_jax.models.encoder.modernbert import GLOBAL, LOCAL, ModernBert, ModernBertConfig
 from lora_jax.models.speech.config import WhisperConfig
 from lora_jax.models.speech.whisper import Whisper
 from lora_jax.models.vision.config import VisionConfig
@@ -103,18 +103,18 @@ def encoder(module, *targets):
     return Model(params, loss, apply, module.config, targets)
 
 
-def bert():
+def bert(**layers):
     targets = ("query/kernel", "intermediate/kernel", "attention/output/kernel")
-    return encoder(Bert(ENCODER), *targets)
+    return encoder(Bert(dataclasses.replace(ENCODER, **layers)), *targets)
 
 
-def modernbert():
-    config = ModernBertConfig(32, 16, 24, 1, 2, (LOCAL,), local_attention=6)
+def modernbert(kinds=(LOCAL,), **layers):
+    config = ModernBertConfig(32, 16, 24, len(kinds), 2, kinds, local_attention=6, **layers)
     return encoder(ModernBert(config), "qkv/kernel", "input/kernel", "mlp/output/kernel")
 
 
-def vit():
-    config = VisionConfig(16, 32, 1, 4, image_size=8, patch_size=4, num_labels=4)
+def vit(count=1, **layers):
+    config = VisionConfig(16, 32, count, 4, image_size=8, patch_size=4, num_labels=4, **layers)
     module, pixels = VisionTransformer(config), jax.ShapeDtypeStruct((1, 8, 8, 3), "float32")
     params = random(jax.eval_shape(module.init, jax.random.key(0), pixels)["params"])
 
@@ -128,9 +128,9 @@ def vit():
     return Model(params, loss, apply, config, ("query/kernel", "up/kernel", "patch/kernel"))
 
 
-def whisper():
-    sizes = {"num_mel_bins": 4, "d_model": 16, "max_source_positions": 6}
-    layers = {f"{x}_layers": 1 for x in ("encoder", "decoder")}
+def whisper(count=1, **options):
+    sizes = {"num_mel_bins": 4, "d_model": 16, "max_source_positions": 6, **options}
+    layers = {f"{x}_layers": count for x in ("encoder", "decoder")}
     heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 4}
     inner = {"encoder_ffn_dim": 24, "decoder_ffn_dim": 24}
     config = WhisperConfig(vocab_size=32, **sizes, **layers, **heads, **inner)
@@ -205,6 +205,7 @@ def close(alone, other):
         np.testing.assert_allclose(b, a, rtol=2e-5, atol=2e-5)
 
 
+STACKED = {"scan": True, "remat": "full"}
 MODELS = {
     "unrolled": llama,
     "scan": functools.partial(llama, scan=True, tied=True),
@@ -215,6 +216,10 @@ MODELS = {
     "modernbert": modernbert,
     "vit": vit,
     "whisper": whisper,
+    "bert_scan": functools.partial(bert, num_hidden_layers=2, **STACKED),
+    "modernbert_scan": functools.partial(modernbert, (GLOBAL, LOCAL, GLOBAL), **STACKED),
+    "vit_scan": functools.partial(vit, 2, **STACKED),
+    "whisper_scan": functools.partial(whisper, 2, **STACKED),
 }
 KINDS = {"auto": AxisType.Auto, "explicit": AxisType.Explicit}
 DEFAULT = {

@@ -31,18 +31,18 @@ TIMEOUT = 300  # seconds for one cell
 SERVING = "With the server running:"  # above blocks that tests/serving/test_docs.py runs
 # Pages of the default suite; `make test-docs` runs all pages and notebooks.
 QUICK = ("README", "getting_started", "files", "faq", "preferences", "models", "checkpoints")
-# They train a published model, pretrain two, and compile a training step for each of four meshes.
-SLOW = ("02_language_model", "03_many_adapters", "04_nnx", "05_vision", "06_many_devices")
+QUICK_NOTEBOOKS = ("01_quickstart",)  # the others train models, or compile a step for each mesh
 # What a notebook fetches where the cache does not have it; tests fetch nothing.
 NEEDS = {"02_language_model": (assets.SMOLLM2, assets.SHAKESPEARE)}
-# What the recipe of another package's model imports, where that is not in the extra `test`: without
-# it the page is skipped, and `make recipes` fails.
+# What a recipe or a notebook with another package's model imports, where that is not in the extra
+# `test`: without it the page is skipped, and `make recipes` fails.
 RECIPES = {
     "equimo": "equimo",
     "gemma": "gemma",
     "jax_image_models": "jimm",
     "keras": "keras",
     "tunix": "tunix",
+    "07_nnx_gemma": "tunix",
 }
 # Published models under the names that the pages use, and the small ones that stand for them.
 MODELS = {
@@ -115,11 +115,16 @@ def is_recipe(page: pathlib.Path) -> bool:
     return page.parent.name == "recipes" and page.stem in RECIPES
 
 
-def prepare_recipe(page: pathlib.Path, monkeypatch) -> None:
-    """Skip a page whose package is missing; other packages may warn, and lora_jax may not."""
-    missing = importlib.util.find_spec(RECIPES[page.stem]) is None
+def skip_without_its_package(page: pathlib.Path) -> None:
+    package = RECIPES.get(page.stem)
+    missing = package is not None and importlib.util.find_spec(package) is None
     if missing and not os.environ.get("LORA_JAX_RECIPES"):
-        pytest.skip(f"{page.stem} is not installed: make recipes")
+        pytest.skip(f"{package} is not installed: make recipes")
+
+
+def prepare_recipe(page: pathlib.Path, monkeypatch) -> None:
+    """Let other packages warn, and lora_jax not."""
+    skip_without_its_package(page)
     warnings.simplefilter("ignore")
     for category in (lora_jax.DenseWarning, lora_jax.LeftOutWarning, lora_jax.BaseKindWarning):
         warnings.simplefilter("error", category)
@@ -291,7 +296,10 @@ def test_notebook_is_stored_with_its_outputs(path):
 
 @pytest.mark.parametrize(
     "path",
-    [pytest.param(p, marks=pytest.mark.slow) if p.stem in SLOW else p for p in NOTEBOOKS],
+    [
+        p if p.stem in QUICK_NOTEBOOKS else pytest.param(p, marks=pytest.mark.slow)
+        for p in NOTEBOOKS
+    ],
     ids=lambda path: path.stem,
 )
 def test_notebook_runs(path, tmp_path, monkeypatch):
@@ -299,6 +307,7 @@ def test_notebook_runs(path, tmp_path, monkeypatch):
     missing = [str(a) for a in NEEDS.get(path.stem, ()) if not a.is_cached(cache)]
     if missing:
         pytest.skip(f"{', '.join(missing)} not in {cache}: run the notebook once to fetch them")
+    skip_without_its_package(path)
     import nbclient
     import nbformat
 

@@ -27,7 +27,7 @@ def load(path):
 
 
 @contextlib.contextmanager
-def serving(rows=None, waiting=64):
+def serving(rows=None, waiting=64, access=None):
     """Yield a server and its scheduler."""
     tokenizer = byte_tokenizer()
     served = [Served(x, tokenizer, frozenset(), slot) for slot, x in enumerate(NAMES, -1)]
@@ -35,7 +35,7 @@ def serving(rows=None, waiting=64):
     scheduler = Scheduler(rows or small.rows(), waiting)
     loading = Loading(scheduler, catalogue, load)
     reader = Reader(catalogue.find, small.CONTEXT, len(tokenizer))
-    app = make_app(scheduler, catalogue, reader, loading.routes())
+    app = make_app(scheduler, catalogue, reader, loading.routes(), access)
     server = Server(app, scheduler, listen("127.0.0.1", 0))
     server.start()
     stop = threading.Thread(target=server.stop, args=(20,))

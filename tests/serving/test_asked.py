@@ -7,6 +7,7 @@ import pytest
 from lora_jax.models.text.byte_tokenizer import byte_tokenizer
 from lora_jax.serving.asked import Reader
 from lora_jax.serving.catalogue import Catalogue
+from lora_jax.serving.choosing import Choosing
 from lora_jax.serving.errors import RequestError
 from lora_jax.serving.served import Served
 
@@ -35,13 +36,36 @@ def test_a_text_as_openai_defines_it():
     asked = read(TEXT)
     assert asked.served is SERVED["law"] and not asked.chat and not asked.stream
     assert asked.prompts == [TOKENIZER.encode_prompt("Hello")] and asked.most == [16]
-    assert (asked.choosing.temperature, asked.choosing.top_p) == (1, 1)
-    assert read(TEXT).choosing.seed != asked.choosing.seed
+    (c,) = asked.choosing
+    assert c == Choosing(temperature=1, seed=c.seed) and read(TEXT).choosing[0].seed != c.seed
     more = {"max_tokens": 3, "temperature": 0, "top_p": 0.5, "seed": -7, "stop": "x", "logprobs": 4}
     asked = read(TEXT | more | {"n": 1, "user": "me", "echo": False, "suffix": None})
     assert (asked.most, asked.stops, asked.logprobs) == ([3], ("x",), True)
-    c = asked.choosing
-    assert (c.temperature, c.top_p, c.seed, c.top) == (0, 0.5, -7, 4)
+    assert asked.choosing == [Choosing(top_p=0.5, seed=-7, top=4)]
+
+
+def test_how_tokens_are_chosen():
+    """OpenAI's fields, and those that vLLM and mlx-lm add; each choice has its own seed."""
+    given = {"top_k": 5, "min_p": 0.1, "presence_penalty": -2, "frequency_penalty": 0.5, "n": 3}
+    given |= {"repetition_penalty": 1.2, "logit_bias": {"0": -100, "259": 2.5}, "seed": 2**63 - 2}
+    chosen = {"temperature": 1.0, "top_k": 5, "min_p": 0.1, "presence": -2.0, "frequency": 0.5}
+    chosen |= {"repetition": 1.2, "bias": ((0, -100.0), (259, 2.5))}
+    asked = read(CHAT | given)
+    seeds = 2**63 - 2, 2**63 - 1, -(2**63)
+    assert asked.choosing == [Choosing(**chosen, seed=seed) for seed in seeds]
+    jobs = read(TEXT | given | {"prompt": ["a", "b"], "best_of": 3}).jobs(lambda *_: None)
+    assert [(x.ids, x.choosing.seed) for x in jobs] == [
+        (TOKENIZER.encode_prompt(x), seed) for x in "ab" for seed in seeds
+    ]
+    for every in (0, -1, None):
+        assert read(TEXT | {"top_k": every, "logit_bias": {}}).choosing[0].top_k == 0
+
+
+def test_an_echo():
+    ids = TOKENIZER.encode_prompt("ab")
+    asked = read(TEXT | {"prompt": ["x<|end|>", ids], "n": 2, "echo": True})
+    assert [asked.echo_of(n) for n in range(4)] == ["x<|end|>"] * 2 + ["ab"] * 2
+    assert read(TEXT | {"prompt": ids, "echo": True}).echo == ["ab"] and read(CHAT).echo == [""]
 
 
 def test_prompts_of_every_form():
@@ -62,7 +86,7 @@ def test_a_chat_as_openai_defines_it():
     assert asked.most == [50 - len(asked.prompts[0])]
     stream = {"stream": True, "stream_options": {"include_usage": True}}
     asked = read(CHAT | stream | {"max_completion_tokens": 5, "logprobs": True, "top_logprobs": 2})
-    assert asked.stream and asked.usage and asked.most == [5] and asked.choosing.top == 2
+    assert asked.stream and asked.usage and asked.most == [5] and asked.choosing[0].top == 2
     parts = [{"type": "text", "text": "H"}, {"type": "text", "text": "i"}]
     assert read(CHAT | {"messages": [{"role": "user", "content": parts}]}).prompts == asked.prompts
 
@@ -75,11 +99,30 @@ BAD = {
     "no object": (b"[1]", "must be a JSON object"),
     "no model": ({"prompt": "x"}, "model must be a string"),
     "model": (TEXT | {"model": 3}, "model must be a string that is not empty, got 3"),
-    "unknown field": (TEXT | {"top_k": 3}, "'top_k'; this server takes model, max_tokens"),
+    "unknown field": (TEXT | {"top_n": 3}, "'top_n'; this server takes model, max_tokens"),
     "other kind's field": (TEXT | {"top_logprobs": 1}, "'top_logprobs'"),
-    "n": (TEXT | {"n": 2}, "n is not supported; leave it out or give 1"),
-    "n as a bool": (TEXT | {"n": True}, "n is not supported"),
-    "penalty": (TEXT | {"presence_penalty": 0.5}, "presence_penalty is not supported"),
+    "n": (TEXT | {"n": 0}, "n must be an integer from 1 to 128, got 0"),
+    "n as a bool": (TEXT | {"n": True}, "n must be"),
+    "best_of": (TEXT | {"n": 2, "best_of": 3}, "best_of 3 is not supported with n 2; leave it out"),
+    "best_of of chat": (CHAT | {"best_of": 1}, "'best_of'"),
+    "echo": (TEXT | {"echo": 1}, "echo must be true or false"),
+    "echo and logprobs": (TEXT | {"echo": True, "logprobs": 0}, "echo with logprobs is not"),
+    "top_k": (TEXT | {"top_k": -2}, "top_k must be an integer of -1 or more, got -2"),
+    "min_p": (TEXT | {"min_p": 2}, "min_p must be a number from 0 to 1"),
+    "penalty": (TEXT | {"presence_penalty": 2.5}, "presence_penalty must be a number from -2 to 2"),
+    "other penalty": (TEXT | {"frequency_penalty": "x"}, "frequency_penalty must be"),
+    "repetition": (
+        TEXT | {"repetition_penalty": 0},
+        "repetition_penalty must be a number from 0.01",
+    ),
+    "bias": (TEXT | {"logit_bias": [1]}, "logit_bias must be an object of up to 1,024 token ids"),
+    "biases": (TEXT | {"logit_bias": {str(n): 1 for n in range(1025)}}, "logit_bias must be"),
+    "bias of no token": (TEXT | {"logit_bias": {"01": 1}}, "'01' is not a token id"),
+    "bias outside": (TEXT | {"logit_bias": {"260": 1}}, "is an integer from 0 to 259 as a string"),
+    "bias too large": (
+        TEXT | {"logit_bias": {"7": 101}},
+        "logit_bias[7] must be a number from -100",
+    ),
     "tools": (CHAT | {"tools": [{"type": "function"}]}, "tools is not supported"),
     "format": (CHAT | {"response_format": {"type": "json_object"}}, "response_format is not"),
     "temperature": (TEXT | {"temperature": -1}, "temperature must be a number from 0 to 2, got -1"),

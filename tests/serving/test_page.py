@@ -13,6 +13,7 @@ pytest.importorskip("playwright")
 from playwright import sync_api
 
 from lora_jax.models.text.byte_tokenizer import byte_tokenizer
+from lora_jax.serving.access import Access
 from tests.serving import live, small
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -81,7 +82,7 @@ def finished(page):
 
 def test_an_adapter_is_chosen_and_answers(open_page):
     page = open_page()
-    assert page.get_by_role("radio").count() == 3
+    assert page.get_by_role("radio").count() == 3 and page.get_by_label("API key").is_hidden()
     assert page.get_by_text("base with 2 adapters, 64 tokens of context").is_visible()
     page.get_by_role("radio", name="french").check()
     page.get_by_label("Task").select_option("text")
@@ -100,6 +101,30 @@ def test_errors_are_shown(open_page):
     page.locator("#status.bad").wait_for()
     assert "maximum context length is 64 tokens" in page.get_by_role("status").text_content()
     assert page.get_by_role("button", name="Send").is_enabled()
+
+
+def test_a_key_is_asked_for(browser, tmp_path):
+    with live.serving(access=Access("s3cret")) as locked:
+        page = browser.new_page(color_scheme="dark", viewport={"width": 360, "height": 740})
+        page.set_default_timeout(PATIENCE)
+        page.goto(locked.url)
+        page.get_by_text("Give the server's API key to begin.").wait_for()
+        assert page.get_by_role("radio").count() == 0
+        field = page.get_by_label("API key")
+        field.fill("wrong")
+        field.press("Tab")
+        page.get_by_text("This is not the server's key.").wait_for()
+        assert field.bounding_box()["height"] >= 44
+        page.screenshot(path=tmp_path / "key.png", full_page=True)
+        assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+        field.fill("s3cret")
+        field.press("Tab")
+        page.get_by_role("radio").first.wait_for()
+        assert page.get_by_role("status").text_content() == ""
+        ask(page, "Hello")
+        finished(page)
+        assert page.get_by_role("status").text_content().startswith("6 tokens in ")
+        page.close()
 
 
 def test_an_answer_can_be_stopped(open_page, server, monkeypatch):

@@ -8,7 +8,9 @@ import pytest
 
 import lora_jax as lora
 from lora_jax import models
-from lora_jax.serving.rows import Choosing, Rows
+from lora_jax.models.pretrained import Pretrained
+from lora_jax.serving.choosing import Choosing
+from lora_jax.serving.rows import Rows
 from tests.models import recorded
 from tests.serving import small
 
@@ -24,7 +26,8 @@ class Text:
 
     def alone(self):
         c = self.choosing
-        return small.alone(self.ids, self.slot, self.steps, c.temperature, c.top_p, c.seed)
+        sampling = c.temperature, c.top_p, c.seed, c.top_k
+        return small.alone(self.ids, self.slot, self.steps, *sampling)
 
 
 def texts(count, seed=0, longest=small.PADDED):
@@ -38,6 +41,7 @@ def texts(count, seed=0, longest=small.PADDED):
             *((0, 1), (1.3, 0.9))[int(rng.integers(2))],
             seed=int(rng.integers(-5, 1000)),
             top=int(rng.integers(0, 4)),
+            top_k=(0, 7)[number % 2],
         )
         yield Text(ids, int(rng.integers(-1, 2)), min(steps, most), choosing)
 
@@ -84,6 +88,64 @@ def test_rows_continue_as_each_does_alone():
                 assert token.top[0] == (token.token, pytest.approx(token.logprob, abs=1e-5))
 
 
+MIXED = (
+    Choosing(repetition=1.7),
+    Choosing(presence=1.5, frequency=-0.6),
+    Choosing(bias=((65, 9.0), (7, -100.0)), frequency=2.0),
+    Choosing(),
+    Choosing(temperature=0.8, seed=3, repetition=0.7, min_p=0.05),
+    Choosing(temperature=1.5, seed=4, top_k=40, top_p=0.8, presence=-2.0, bias=((1, 5.0),)),
+    Choosing(temperature=1.0, seed=-4, min_p=0.3),
+)
+
+
+def test_each_row_has_its_own_penalties():
+    """Beside numpy on the logits of the whole text, and without a compilation for any mix."""
+    rows = small.rows()
+    rows.clear()
+    rows.warm_up()
+    compiled, rng = rows.compilations, np.random.default_rng(2)
+    given = [
+        Text(rng.integers(0, 99, 3 + 4 * n).tolist(), n % 3 - 1, 12 + n, choosing)
+        for n, choosing in enumerate(MIXED)
+    ]
+    for text, found in zip(given, continue_all(rows, given), strict=True):
+        made = [x.token for x in found]
+        logits = small.logits_after(text.ids + made, text.slot)[len(text.ids) - 1 :]
+        told = [made[:n] for n in range(text.steps)]
+        wanted = [
+            small.next_token(logits[n], text.ids, before, n, text.choosing)
+            for n, before in enumerate(told)
+        ]
+        assert made == wanted, text.choosing
+        # What is told of the tokens are the model's own probabilities.
+        own = logits - np.logaddexp.reduce(logits, axis=-1, keepdims=True)
+        for n, x in enumerate(found):
+            assert x.logprob == pytest.approx(own[n, x.token], abs=1e-4)
+    assert rows.compilations == compiled
+
+
+class MixesRows(Pretrained):
+    @property
+    def apply(self):
+        def apply(params, ids, segments=None, **options):
+            logits, cache = small.model().apply(params, ids, segments, **options)
+            return logits - logits.mean(0, keepdims=True), cache
+
+        return apply
+
+
+def test_a_model_that_mixes_rows_is_refused_before_the_first_request():
+    fields = {x.name: getattr(small.model(), x.name) for x in dataclasses.fields(Pretrained)}
+    mixes = MixesRows(**fields)
+    with pytest.raises(lora.ConfigError, match="mixes the rows of the batch"):
+        Rows(mixes, small.stack(), 2, small.CONTEXT, shortest=(32, 32)).check()
+    rows = small.rows()
+    rows.clear()
+    rows.check()
+    assert rows.free == [0, 1, 2]
+
+
 FAMILIES = [
     *(pytest.param(name, {}, id=name) for name in (*recorded.CAUSAL, *recorded.NEWER)),
     pytest.param("llama", {"scan": True}, id="scanned"),
@@ -105,7 +167,8 @@ def test_every_family_in_rows(name, options):
         given = [dataclasses.replace(text, ids=ids, slot=-1, steps=steps)] * 2
         found = continue_all(rows, given)
         cache = model.module.init_cache(1, context)
-        options_of = {"temperature": text.choosing.temperature, "top_p": text.choosing.top_p}
+        names = ("temperature", "top_k", "top_p")
+        options_of = {name: getattr(text.choosing, name) for name in names}
         key = jax.random.key(text.choosing.seed)
         wanted = models.generate(
             apply, model.params, np.array([ids]), cache, steps=steps, key=key, **options_of

@@ -7,9 +7,10 @@ import pytest
 
 from lora_jax.models.text.byte_tokenizer import byte_tokenizer
 from lora_jax.serving import scheduler as module
+from lora_jax.serving.choosing import Choosing
 from lora_jax.serving.errors import RequestError
 from lora_jax.serving.job import LENGTH, STOP, Job
-from lora_jax.serving.rows import Choosing, Sampled
+from lora_jax.serving.rows import Sampled
 from lora_jax.serving.scheduler import PROMPT_TOKENS, Scheduler
 from lora_jax.serving.served import Served
 
@@ -141,7 +142,7 @@ def test_a_full_queue_refuses_all_of_a_request(start):
     with pytest.raises(RequestError, match="queue is full: 2 of 2"):
         scheduler.submit([others[2].job])
     with pytest.raises(
-        RequestError, match="has 4 prompts, but this server takes at most 3"
+        RequestError, match="asks for 4 completions, but this server takes at most 3"
     ) as many:
         scheduler.submit([Asked("a").job for _ in range(4)])
     assert many.value.status == 400
@@ -161,6 +162,25 @@ def test_a_cancelled_job_frees_its_row(start):
     assert last.result() == ("de", LENGTH)
     assert len(long.reports) == 1 and not waiting.reports and len(rows.joined) == 2
     assert scheduler.metrics.cancelled == 2
+
+
+def test_a_cancelled_job_waits_no_longer(start):
+    """Clients that left do not fill the queue while all rows are busy."""
+    rows = CountingRows(1, free_running=False)
+    scheduler = start(rows, waiting=2)
+    first = Asked("a")
+    scheduler.submit([first.job])
+    until(lambda: scheduler.load == (1, 0))
+    for _ in range(5):
+        left = [Asked("x"), Asked("y")]
+        scheduler.submit([x.job for x in left])
+        scheduler.cancel([x.job for x in left])
+        assert scheduler.load == (1, 0)
+    last = Asked("d")
+    scheduler.submit([last.job])
+    rows.allowed.release(100)
+    assert [x.result()[0] for x in (first, last)] == ["bcd", "efg"]
+    assert len(rows.joined) == 2 and scheduler.metrics.refused == 0
 
 
 def test_a_failing_prompt_fails_alone(start, caplog):

@@ -17,6 +17,8 @@ pytest.importorskip("openai")
 import openai
 
 from lora_jax.models.text.byte_tokenizer import byte_tokenizer
+from lora_jax.serving import body
+from lora_jax.serving.access import Access
 from tests.serving import live, small
 
 TOKENIZER = byte_tokenizer()
@@ -43,15 +45,25 @@ def said(ids, slot, steps, **sampling):
     return TOKENIZER.decode(small.alone(ids, slot, steps, **sampling))
 
 
-def post(server, body, path="/v1/completions", headers=JSON):
+def post(server, sent, path="/v1/completions", headers=JSON):
     """Return the status, the headers and the JSON of an answer."""
     address = server.url.removeprefix("http://")
     connection = http.client.HTTPConnection(address, timeout=PATIENCE)
-    connection.request("POST", path, body, headers)
+    connection.request("POST", path, sent, headers)
     answer = connection.getresponse()
     found = answer.status, answer.headers, json.loads(answer.read())
     connection.close()
     return found
+
+
+def ask_for(server, method, path, headers):
+    """Return the status and the headers of an answer without a body."""
+    connection = http.client.HTTPConnection(server.url.removeprefix("http://"), timeout=PATIENCE)
+    connection.request(method, path, None, headers)
+    answer = connection.getresponse()
+    answer.read()
+    connection.close()
+    return answer.status, answer.headers
 
 
 def metrics(server):
@@ -84,6 +96,7 @@ def test_texts(client):
         (choice,) = found.choices
         assert (choice.text, choice.finish_reason) == (said(HELLO, slot, 9), "length")
         assert (found.usage.prompt_tokens, found.usage.completion_tokens) == (5, 9)
+        assert found.usage.total_tokens == 14
     found = client.completions.create(model="law", prompt=["Hello", "a"], max_tokens=4, seed=5)
     wanted = [
         said(TOKENIZER.encode_prompt(x), 0, 4, temperature=1.0, seed=5) for x in ("Hello", "a")
@@ -145,27 +158,71 @@ def test_errors(server, client):
     assert body["error"]["message"] == "POST /v1/models: Method Not Allowed"
 
 
+def test_several_choices_and_an_echo(client):
+    """Each choice is what its own seed makes; the prompt's tokens are counted once."""
+    asked = {"model": "law", "max_tokens": 4, "seed": 5, "n": 2}
+    stream = {"stream": True, "stream_options": {"include_usage": True}}
+    wanted = [said(HELLO, 0, 4, temperature=1.0, seed=seed) for seed in (5, 6)]
+    found = client.completions.create(prompt=["Hello", HELLO], echo=True, **asked)
+    assert [x.text for x in found.choices] == [f"Hello{x}" for x in wanted] * 2
+    assert (found.usage.prompt_tokens, found.usage.completion_tokens) == (10, 16)
+    pieces = [*client.completions.create(prompt="Hello", echo=True, **asked, **stream)]
+    texts = ["", ""]
+    for piece in pieces[:-1]:
+        texts[piece.choices[0].index] += piece.choices[0].text
+    assert texts == [x.text for x in found.choices[:2]]
+    assert pieces[-1].usage.total_tokens == 5 + 8
+    chat = client.chat.completions.create(messages=MESSAGES, **asked)
+    pieces = [*client.chat.completions.create(messages=MESSAGES, **asked, **stream)]
+    texts, roles = ["", ""], {}
+    for choice in [x.choices[0] for x in pieces[:-1]]:
+        texts[choice.index] += choice.delta.content or ""
+        roles[choice.index] = choice.delta.role or roles[choice.index]
+    assert texts == [x.message.content for x in chat.choices] and len({*texts}) == 2
+    assert roles == {0: "assistant", 1: "assistant"} and pieces[-1].usage == chat.usage
+
+
+def test_a_body_that_does_not_arrive(server, monkeypatch):
+    monkeypatch.setattr(body, "LONGEST", 0.05)
+    host, port = server.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=PATIENCE) as connection:
+        head = f"POST /v1/completions HTTP/1.1\r\nHost: {host}\r\nContent-Length: 9\r\n"
+        connection.sendall(head.encode() + b"Content-Type: application/json\r\n\r\n{")
+        found = connection.recv(9999)
+    assert found.startswith(b"HTTP/1.1 408") and b"within 0.05 seconds" in found
+
+
 def test_many_at_once(server, client):
     """Rows, adapters and samplings are mixed; each text is what it is alone."""
     prompts = ["Hello", "a", "What?", "xy"]
     calls = [(n % 3 - 1, prompts[n % 4], 3 + n % 5, 1.0 * (n % 2), n % 7) for n in range(24)]
+    others = (
+        {},
+        {"frequency_penalty": 1, "logit_bias": {"66": 3}},
+        {"top_k": 3, "n": 2},
+        {"min_p": 0.2, "repetition_penalty": 1.2, "logprobs": 3},
+        {"stop": ["a", "\ufffd\ufffd", "be"]},
+    )
 
-    def ask(call):
-        slot, prompt, most, temperature, seed = call
+    def ask(number):
+        slot, prompt, most, temperature, seed = calls[number]
         options = {"max_tokens": most, "temperature": temperature, "seed": seed}
+        options |= {"extra_body": others[number // 2 % 5]}
         found = client.completions.create(model=live.NAMES[slot + 1], prompt=prompt, **options)
         return found.choices[0].text
 
     before = metrics(server)
     with concurrent.futures.ThreadPoolExecutor(12) as pool:
-        found = [*pool.map(ask, calls)]
+        found = [*pool.map(ask, range(24))]
     after = metrics(server)
-    assert found == [
-        said(TOKENIZER.encode_prompt(prompt), slot, most, temperature=temperature, seed=seed)
-        for slot, prompt, most, temperature, seed in calls
-    ]
-    assert after["finished_total"] - before["finished_total"] == 24
-    assert after["failed_total"] == 0 and after["compilations"] == before["compilations"]
+    for number, (slot, prompt, most, temperature, seed) in enumerate(calls):
+        if not number // 2 % 5:  # sampled as `models.generate` can
+            ids = TOKENIZER.encode_prompt(prompt)
+            wanted = said(ids, slot, most, temperature=temperature, seed=seed)
+            assert found[number] == wanted
+    assert found == [ask(number) for number in range(24)]  # one after another
+    assert after["finished_total"] - before["finished_total"] >= 24
+    assert after["failed_total"] == 0 and metrics(server)["compilations"] == before["compilations"]
 
 
 def test_adapters_come_and_go(server, client):
@@ -265,7 +322,9 @@ def test_a_full_queue_and_a_graceful_stop(monkeypatch):
     """What waits is answered, what comes later is refused, and the port is closed in the end."""
     rows, may_step = small.rows(), threading.Event()
     step = rows.step
-    monkeypatch.setattr(rows, "step", lambda: (may_step.wait(PATIENCE), step())[1])
+    # Until it may step it makes no tokens, so that rows join whenever their requests arrive.
+    wait = lambda: (time.sleep(0.001), {})[1]
+    monkeypatch.setattr(rows, "step", lambda: step() if may_step.is_set() else wait())
     body = json.dumps({"model": "law", "prompt": "Hello", "max_tokens": 4, "temperature": 0})
     with live.serving(waiting=1) as server, concurrent.futures.ThreadPoolExecutor(9) as pool:
         asked = [pool.submit(post, server, body) for _ in range(rows.count + 1)]
@@ -284,6 +343,44 @@ def test_a_full_queue_and_a_graceful_stop(monkeypatch):
         assert {x["choices"][0]["text"] for _, _, x in answers} == {said(HELLO, 0, 4)}
         with pytest.raises(ConnectionRefusedError):
             post(server, body)
+
+
+def test_a_key_and_web_pages_of_other_origins():
+    """Without the key there is an answer of OpenAI's form, and nothing of it but the page."""
+    origin = "https://chat.example"
+    with live.serving(access=Access("s3cret!", [origin])) as server:
+        options = {"base_url": f"{server.url}/v1", "max_retries": 0}
+        with openai.OpenAI(api_key="s3cret!", **options) as client:
+            assert client.models.retrieve("law").id == "law"
+        with (
+            openai.OpenAI(api_key="s3cret", **options) as client,
+            pytest.raises(openai.AuthenticationError, match="needs its API key") as refused,
+        ):
+            client.completions.create(model="law", prompt="x")
+        assert refused.value.code == "invalid_api_key"
+        body = json.dumps({"model": "law", "prompt": "x", "max_tokens": 1})
+        for word, status in (
+            ("Bearer s3cret!", 200),
+            ("bearer  s3cret! ", 200),
+            ("Bearer s3cret!!", 401),
+            ("Bearer", 401),
+            ("Bearer \xe9\xff", 401),
+            ("s3cret!", 401),
+            ("Basic s3cret!", 401),
+        ):
+            head = {"Authorization": word.encode("latin-1"), "Origin": origin, **JSON}
+            found, headers, _ = post(server, body, headers=head)
+            assert (found, headers["Access-Control-Allow-Origin"]) == (status, origin), word
+        for path, status in {"/": 200, "/health": 200, "/metrics": 401, "/v1/nothing": 401}.items():
+            found, headers = ask_for(server, "GET", path, {})
+            assert found == status and (status == 200 or headers["WWW-Authenticate"] == "Bearer")
+        asks = {"Access-Control-Request-Method": "POST"}
+        asks["Access-Control-Request-Headers"] = "authorization,content-type,x-stainless-os"
+        for own, allowed in ((origin, 200), ("https://other.example", 400)):
+            found, headers = ask_for(server, "OPTIONS", "/v1/completions", {"Origin": own, **asks})
+            assert found == allowed and (allowed == 400) == (
+                headers["Access-Control-Allow-Origin"] is None
+            )
 
 
 def test_the_page_needs_nothing_else(server):

@@ -8,6 +8,8 @@ import typer
 from lora_jax.cli.compile_cache import CompileCacheOption
 from lora_jax.cli.options import (
     ADAPTER,
+    NAMED,
+    SEVERAL,
     BatchOption,
     DType,
     EncodingOption,
@@ -18,9 +20,9 @@ from lora_jax.cli.options import (
     RenameOption,
     ResidualOption,
     StrictOption,
-    adapters_or_base,
 )
 
+_ADAPTER = f"{ADAPTER} Several, or base for none: one after the other. {SEVERAL}"
 _EXACT = "Also generate answers, greedily, and count those that equal the completion or answer."
 
 EXAMPLES = (
@@ -36,10 +38,7 @@ def command(
         list[Path],
         typer.Option(metavar="FILE", help="Data as for 'train'; may be given several times."),
     ],
-    adapter: Annotated[
-        list[Path] | None,
-        typer.Option(help=f"{ADAPTER} Several, or base for none: one after the other."),
-    ] = None,
+    adapter: Annotated[list[str] | None, typer.Option(metavar=NAMED, help=_ADAPTER)] = None,
     exact_match: Annotated[bool, typer.Option("--exact-match", help=_EXACT)] = False,
     max_tokens: Annotated[
         int,
@@ -68,6 +67,7 @@ def command(
     probable one. For a classifier: its accuracy and loss. Several adapters make a table.
     """
     from lora_jax.cli import compile_cache as programs
+    from lora_jax.cli.adapter_names import chosen_adapters
     from lora_jax.cli.fit import Fit
     from lora_jax.cli.jobs import evaluate
     from lora_jax.cli.jobs.evaluating.subject import Settings
@@ -75,7 +75,7 @@ def command(
     with programs.compile_cache(compile_cache):
         evaluate.run(
             model,
-            adapters_or_base(adapter),
+            chosen_adapters(adapter),
             data,
             Settings(length, batch, exact_match, max_tokens, quantize),
             encoding=encoding,

@@ -55,6 +55,11 @@ def command(context: typer.Context, options: SweepOptions) -> None:
             "a classifier's new head is part of the base, which all runs share; give one seed",
             param_hint="--seeds",
         )
+    if options.stream and len({one["seed"] for one in grid}) > 1:
+        raise typer.BadParameter(
+            "the order of streamed rows depends on the seed; give one seed, or --no-stream",
+            param_hint="--seeds",
+        )
     from lora_jax.cli import compile_cache
     from lora_jax.cli.jobs.sweeping import sweep
 

@@ -53,15 +53,16 @@ def command(context: typer.Context, options: TrainOptions) -> None:
 
 #: Options that must be above 0, or at least 0; infinite values are refused too.
 _POSITIVE = ("lr", "lora_plus", "alpha", "memory", "beta")
-_NOT_NEGATIVE = ("warmup", "clip", "weight_decay", "gamma")
+_NOT_NEGATIVE = ("warmup", "clip", "weight_decay", "router_loss", "gamma")
 
-#: Options of preference tuning -> the tasks that they are for, and losses of --task dpo.
+#: Options -> the tasks that they are for, and losses of --task dpo.
 _OF_TASKS = {
     "beta": PREFERENCES,
     "dpo_loss": (DPO,),
     "label_smoothing": (DPO, CPO),
     "reference": (DPO,),
     "gamma": (SIMPO,),
+    "router_loss": (CAUSAL_LM,),
 }
 _SMOOTHED = ("sigmoid", "robust")
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_jax.cli import classifiers, sources
+from lora_jax.cli.adapter_names import Chosen
 from lora_jax.cli.errors import AdapterOptionError
 from lora_jax.cli.fit import Fit
 from lora_jax.cli.jobs.evaluating.choices import choices, preferences
@@ -26,7 +27,7 @@ _MEASURES: dict[str, Measure] = {CHOICE: choices, PREFERENCE: preferences}  # of
 
 def run(
     model: str,
-    adapters: Sequence[Path | None],
+    adapters: Sequence[Chosen],
     files: Sequence[Path],
     settings: Settings,
     *,
@@ -38,7 +39,7 @@ def run(
     """Print what was measured; the arguments are the command's options.
 
     Args:
-      adapters: one or several; None is the model alone.
+      adapters: one or several; one without a path is the model alone.
 
     Raises:
       DataError: a file cannot be read or has rows of another kind.
@@ -49,21 +50,22 @@ def run(
         check(rows)
     base = sources.find_model(model)
     sources.require_kind(base, "encoder", "decoder")
-    named = [classifiers.find(base, path) for path in adapters]
+    paths = [one.path for one in adapters]
+    named = [classifiers.find(base, path) for path in paths]
     if any(named):
         if not all(named):
             raise AdapterOptionError(
                 "--adapter: classifiers and other adapters cannot be measured on the same data; "
                 "give them in two commands"
             )
-        found = [classifier_figures(rows, model, x, settings, dtype, fit) for x in adapters]
+        found = [classifier_figures(rows, model, x, settings, dtype, fit) for x in paths]
     else:
         notes = Notes()
         found = [
             _measure(rows, subject, settings, notes)
-            for subject in subjects(base, adapters, dtype, fit, settings.quantize)
+            for subject in subjects(base, paths, dtype, fit, settings.quantize)
         ]
-    show(adapters, found, as_json)
+    show([one.name for one in adapters], found, as_json)
 
 
 def _measure(

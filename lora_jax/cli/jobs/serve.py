@@ -5,9 +5,8 @@ import os
 import sys
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import lora_jax as lora
 from lora_jax.cli import classifiers, sources
@@ -17,11 +16,14 @@ from lora_jax.cli.exit_status import INTERRUPTED
 from lora_jax.cli.fit import Fit
 from lora_jax.cli.jobs import stacked
 from lora_jax.cli.jobs.speaker import CLASSIFIER, check_generates
+from lora_jax.cli.parameters.serve_options import ServeOptions
+from lora_jax.core.errors import ConfigError
 from lora_jax.core.foreign import escaped, shown
 from lora_jax.core.signals import watched
 from lora_jax.files import kinds
 from lora_jax.models import Pretrained
 from lora_jax.models.text.tokenizer import Tokenizer
+from lora_jax.serving.access import Access
 from lora_jax.serving.app import make_app
 from lora_jax.serving.asked import Reader
 from lora_jax.serving.catalogue import Catalogue
@@ -35,68 +37,45 @@ _INSTEAD = "merge it by 'lora-jax merge', and serve what that writes as --model"
 _CONTEXT = 2048  # tokens by default, where the model has as many positions
 
 
-@dataclass(frozen=True)
-class Limits:
-    """How much is served.
-
-    Attributes:
-      rows: requests that are answered at a time.
-      context: maximum number of tokens of each; 0 for the default.
-      queue: requests that may wait.
-      stop_after: seconds that requests have to finish once the server is to stop.
-      spare: adapters that can be loaded while it runs.
-      rank: the largest rank of these; 0 for that of the first ones.
-    """
-
-    rows: int
-    context: int
-    queue: int
-    stop_after: float
-    spare: int
-    rank: int
-
-
-def run(
-    model: str,
-    adapters: Sequence[str],
-    *,
-    name: str | None,
-    fit: Fit,
-    dtype: str | None,
-    quantize: str | None,
-    address: tuple[str, int],
-    limits: Limits,
-    warm_up: bool,
-) -> None:
-    """Serve until Ctrl-C or SIGTERM; the arguments are the command's options.
+def run(options: ServeOptions) -> None:
+    """Serve until Ctrl-C or SIGTERM.
 
     Raises:
-      PromptError: the model generates no text, or has fewer positions than `context`.
+      PromptError: the model generates no text, or has fewer positions than `--context`.
       AdapterOptionError: two adapters have one name, or do not fit together.
       AddressError: the address is in use.
       LoraError: the model, a tokenizer or an adapter cannot be read.
     """
-    named = named_adapters(name or Path(model).name.removesuffix(".gguf"), adapters)
-    paths = list(named.values())[1:]
-    found = sources.find_model(model)
+    name = options.name or Path(options.model).name.removesuffix(".gguf")
+    named = named_adapters(name, options.adapter or [])
+    found = sources.find_model(options.model)
     served = _served(found, named)
-    with contextlib.closing(listen(*address)) as listener:  # before the work, which takes longer
-        scan = stacked.needs_scan(paths)
-        loaded = sources.load(found, None, dtype, quantize=quantize, scan=scan).model
-        check_generates(loaded)
-        rows = _rows(loaded, paths, fit, limits)
-        scheduler = Scheduler(rows, limits.queue, idle=rows.programs() if warm_up else ())
-        slots = range(len(paths), len(paths) + limits.spare)
-        catalogue = Catalogue(list(served.values()), slots)
-        reader = Reader(catalogue.find, rows.context, loaded.config.vocab_size)
+    with contextlib.closing(listen(options.host, options.port)) as listener:  # before the long work
+        scheduler, app = _made(options, found, served, list(named.values())[1:])
+        _serve(Server(app, scheduler, listener), list(served), options.stop_after)
 
-        def load(path: Path) -> Loaded:
-            tokenizer, ends = _text_of(found, path)
-            return Loaded(stacked.load_overlay(loaded, path, fit, _INSTEAD), tokenizer, ends)
 
-        routes = Loading(scheduler, catalogue, load).routes() if limits.spare else ()
-        app = make_app(scheduler, catalogue, reader, routes)
-        _serve(Server(app, scheduler, listener), list(served), limits.stop_after)
+def _made(
+    options: ServeOptions, found: kinds.Found, served: dict[str, Served], paths: Sequence[Path]
+) -> tuple[Scheduler, Any]:
+    """Load the model and its adapters, and return the scheduler and the application."""
+    fit = Fit.of_options(options.strict, options.rename, options.residual)
+    scan = stacked.needs_scan(paths)
+    model = sources.load(found, None, options.dtype, quantize=options.quantize, scan=scan).model
+    check_generates(model)
+    rows = _rows(model, paths, fit, options)
+    scheduler = Scheduler(rows, options.queue, idle=rows.programs() if options.warm_up else ())
+    slots = range(len(paths), len(paths) + options.spare)
+    catalogue = Catalogue(list(served.values()), slots)
+    reader = Reader(catalogue.find, rows.context, model.config.vocab_size)
+
+    def load(path: Path) -> Loaded:
+        tokenizer, ends = _text_of(found, path)
+        return Loaded(stacked.load_overlay(model, path, fit, _INSTEAD), tokenizer, ends)
+
+    routes = Loading(scheduler, catalogue, load).routes() if options.spare else ()
+    access = Access(options.api_key, options.allow_origin or ())
+    return scheduler, make_app(scheduler, catalogue, reader, routes, access)
 
 
 def _served(base: kinds.Found, named: dict[str, Path]) -> dict[str, Served]:
@@ -116,20 +95,28 @@ def _text_of(base: kinds.Found, adapter: Path | None) -> tuple[Tokenizer, frozen
     return tokenizer, sources.stop_ids(base, tokenizer)
 
 
-def _rows(model: Pretrained, paths: Sequence[Path], fit: Fit, limits: Limits) -> Rows:
+def _rows(model: Pretrained, paths: Sequence[Path], fit: Fit, options: ServeOptions) -> Rows:
     """Return empty rows of a model with these adapters."""
-    context = _context(limits.context, model.config.max_position_embeddings)
-    if limits.spare and not paths:
+    context = _context(options.length, model.config.max_position_embeddings)
+    if options.spare and not paths:
         raise AdapterOptionError(
             "--spare: give at least one --adapter too; those that are loaded later adapt the same "
             "weights"
         )
     overlays = [stacked.load_overlay(model, path, fit, _INSTEAD) for path in paths]
     stack = stacked.stack_overlays(paths, overlays) if paths else None
-    if limits.spare:
+    if options.spare:
         empty = lora.select(stack, BASE)
-        stack = lora.stack([*overlays, *[empty] * limits.spare], rank=limits.rank or None)
-    return Rows(model, stack, limits.rows, context)
+        stack = lora.stack([*overlays, *[empty] * options.spare], rank=options.rank or None)
+    rows = Rows(model, stack, options.rows, context)
+    try:
+        rows.check()
+    except ConfigError as error:
+        raise AdapterOptionError(
+            f"--adapter: texts of one batch cannot have different adapters on this model: {error}; "
+            f"to serve one adapter, {_INSTEAD}"
+        ) from error
+    return rows
 
 
 def _context(wanted: int, positions: int) -> int:

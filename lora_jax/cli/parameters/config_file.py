@@ -5,7 +5,8 @@ the same rules; the command line overrides the file.
 """
 
 import difflib
-from collections.abc import Mapping
+import inspect
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,8 +19,9 @@ from lora_jax.core.foreign import shown
 
 _LARGEST = 1 << 20  # bytes; a file of options has some kilobytes
 _OWN = ("config", "dump_config", "help")  # parameters that a file cannot give
+_SECRET = ("api_key",)  # that a file may give, but that are not printed
 _CONFIG = (
-    "YAML file of options, by their names without dashes, such as 'eval-split: 0.1'; those on the "
+    "YAML file of options, by their names without dashes, such as 'model: tiny'; those on the "
     "command line override it."
 )
 _DUMP = "Print all options as such a file, and do nothing else."
@@ -31,10 +33,37 @@ def _load(context: typer.Context, path: Path | None) -> Path | None:
     return path
 
 
-ConfigOption = Annotated[
+_ConfigOption = Annotated[
     Path | None, in_output("--config", metavar="FILE", help=_CONFIG, is_eager=True, callback=_load)
 ]
-DumpConfigOption = Annotated[bool, in_output("--dump-config", help=_DUMP)]
+_DumpConfigOption = Annotated[bool, in_output("--dump-config", help=_DUMP)]
+
+
+def _own(config: _ConfigOption = None, dump_config: _DumpConfigOption = False) -> None:
+    """Have the parameters that `configurable` adds to those of a command."""
+
+
+def configurable(command: Callable[..., None]) -> Callable[..., None]:
+    """Return a command with --config too, a file of options, and --dump-config, which prints one.
+
+    Args:
+      command: a function whose parameters typer reads, with a `context` or without.
+    """
+    parameters = inspect.signature(command).parameters
+    asks = "context" in parameters
+
+    def run(context: typer.Context, config: Any, dump_config: bool, **given: Any) -> None:
+        if dump_config:
+            typer.echo(dump(context))
+        else:
+            command(**({"context": context} if asks else {}), **given)
+
+    first = next(iter(inspect.signature(run).parameters.values()))
+    others = [one for name, one in parameters.items() if name != "context"]
+    added = inspect.signature(_own).parameters.values()
+    run.__doc__ = command.__doc__
+    run.__signature__ = inspect.Signature([first, *others, *added])  # type: ignore[attr-defined]
+    return run
 
 
 def read(context: typer.Context, path: Path) -> dict[str, Any]:
@@ -44,7 +73,7 @@ def read(context: typer.Context, path: Path) -> dict[str, Any]:
       BadParameter: the file cannot be read, is not a YAML mapping of options, or gives one that
         the command does not have, or a value that it does not take.
     """
-    known = {flag: p for p in context.command.params for flag in p.opts if flag[:2] == "--"}
+    known = {flag: p for p in context.command.params for flag in _names(p)}
     found: dict[str, Any] = {}
     for key, value in _mapping(path).items():
         flag = f"--{str(key).replace('_', '-')}"
@@ -56,6 +85,17 @@ def read(context: typer.Context, path: Path) -> dict[str, Any]:
         if value is not None:
             found[parameter.name or ""] = _checked(context, path, parameter, value)
     return found
+
+
+def _names(parameter: Any) -> list[str]:
+    """Return the long names of an option; an argument is in a file as if it were one."""
+    if parameter.param_type_name == "argument":
+        return [f"--{parameter.name}"]
+    return [flag for flag in parameter.opts if flag[:2] == "--"]
+
+
+def _is_list(parameter: Any) -> bool:
+    return parameter.nargs == -1 or bool(getattr(parameter, "multiple", False))
 
 
 def _unknown(flag: str, parameter: Any, known: list[str]) -> str:
@@ -70,12 +110,12 @@ def _unknown(flag: str, parameter: Any, known: list[str]) -> str:
 
 def _checked(context: typer.Context, path: Path, parameter: Any, value: Any) -> Any:
     """Return a value as texts, once the option has taken them."""
-    name = parameter.opts[0].removeprefix("--")
-    if isinstance(value, list) and not parameter.multiple:
+    name = _names(parameter)[0].removeprefix("--")
+    if isinstance(value, list) and not _is_list(parameter):
         raise _wrong(path, f"{name} must be a single value; several are one text, such as 'a,b'")
     values = value if isinstance(value, list) else [value]
     texts = [_text(path, name, x, bool(getattr(parameter, "is_flag", False))) for x in values]
-    given: Any = texts if parameter.multiple else texts[0]
+    given: Any = texts if _is_list(parameter) else texts[0]
     try:
         parameter.process_value(context, given)
     except typer.BadParameter as error:
@@ -88,13 +128,13 @@ def _text(path: Path, name: str, value: Any, is_flag: bool) -> Any:
     """Return a YAML scalar as the command line would have it."""
     if is_flag:
         if not isinstance(value, bool):
-            raise _wrong(path, f"{name} must be true or false, got {shown(repr(value))}")
+            raise _wrong(path, f"{name} must be true or false, got {shown(str(value))}")
         return value
     if isinstance(value, bool):
         raise _wrong(path, f"{name} must not be {str(value).lower()}; put text into quotes")
-    if not isinstance(value, str | int | float):
+    if not isinstance(value, str):
         raise _wrong(path, f"{name} must be a text, a number or a list of them")
-    return value if isinstance(value, str) else repr(value)
+    return value
 
 
 def _mapping(path: Path) -> Mapping[Any, Any]:
@@ -106,12 +146,12 @@ def _mapping(path: Path) -> Mapping[Any, Any]:
             data = file.read(_LARGEST + 1)
         if len(data) > _LARGEST:
             raise _wrong(path, "is too large for a file of options")
-        root = yaml.compose(data.decode("utf-8"), yaml.SafeLoader)
-        _refuse_twice(path, root)
-        found = yaml.load(data.decode("utf-8"), yaml.SafeLoader)
+        text, loader = data.decode("utf-8"), _loader()
+        _refuse_twice(path, yaml.compose(text, loader))
+        found = yaml.load(text, loader)
     except OSError as error:
         raise _wrong(path, error.strerror or str(error)) from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+    except (yaml.YAMLError, ValueError, LookupError, RecursionError) as error:
         raise _wrong(path, f"is not valid YAML ({_in_one_line(error)})") from None
     if found is None:
         return {}
@@ -120,10 +160,26 @@ def _mapping(path: Path) -> Mapping[Any, Any]:
     return found
 
 
+def _loader() -> Any:
+    """Return a loader that keeps numbers as they are written: 1:3 is a slice, 010 is ten."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        pass
+
+    for kind in ("int", "float", "timestamp"):
+        Loader.add_constructor(f"tag:yaml.org,2002:{kind}", yaml.SafeLoader.construct_scalar)
+    return Loader
+
+
 def _refuse_twice(path: Path, root: Any) -> None:
-    """Raise if a key is there twice, of which YAML would take the last."""
+    """Raise if a key is not a text, or is there twice: YAML would take the last."""
     seen = set()
     for key, _ in getattr(root, "value", ()) if getattr(root, "id", "") == "mapping" else ():
+        if not isinstance(key.value, str):
+            raise _wrong(
+                path, f"a key in line {key.start_mark.line + 1} is not the name of an option"
+            )
         if key.value in seen:
             raise _wrong(path, f"{shown(str(key.value))} is there twice")
         seen.add(key.value)
@@ -143,15 +199,15 @@ def _wrong(path: Path, what: str) -> typer.BadParameter:
 def dump(context: typer.Context) -> str:
     """Return the options of a command as YAML, which `read` would read back to the same.
 
-    An option that is not given and has no default is left out.
+    An option that is not given and has no default is left out, and so is a secret.
     """
     import yaml
 
     found = {}
     for parameter in context.command.params:
         value = context.params.get(parameter.name or "")
-        if parameter.name not in _OWN and value is not None and value not in ((), []):
-            found[parameter.opts[0].removeprefix("--")] = _plain(value)
+        if parameter.name not in (*_OWN, *_SECRET) and value is not None and value not in ((), []):
+            found[_names(parameter)[0].removeprefix("--")] = _plain(value)
     return yaml.safe_dump(found, sort_keys=False, allow_unicode=True, width=10**6).rstrip("\n")
 
 

@@ -11,10 +11,10 @@ from typer.core import TyperCommand
 MODEL, DATA, ADAPTER = "Model", "Data", "Adapter"
 OPTIMIZATION, PREFERENCE = "Optimization", "Preference tuning"
 EVALUATION, SAMPLING = "Evaluation", "Sampling"
-OUTPUT, DEVICES, OTHERS = "Output", "Devices and memory", "Others"
+SERVER, OUTPUT, DEVICES, OTHERS = "Server", "Output", "Devices and memory", "Others"
 ORDER = (
     *(MODEL, DATA, ADAPTER, OPTIMIZATION, PREFERENCE),
-    *(EVALUATION, SAMPLING, OUTPUT, DEVICES, OTHERS),
+    *(EVALUATION, SAMPLING, SERVER, OUTPUT, DEVICES, OTHERS),
 )
 
 _COLUMN = 30  # the widest first column of a list
@@ -29,7 +29,9 @@ in_optimization, in_preference = (
 in_evaluation, in_sampling = (
     partial(Option, rich_help_panel=group) for group in (EVALUATION, SAMPLING)
 )
-in_output, in_devices = (partial(Option, rich_help_panel=group) for group in (OUTPUT, DEVICES))
+in_server, in_output, in_devices = (
+    partial(Option, rich_help_panel=group) for group in (SERVER, OUTPUT, DEVICES)
+)
 
 
 class GroupedCommand(TyperCommand):

@@ -1,4 +1,4 @@
-"""Commands that take all of their options as one value, from words and from a file."""
+"""Commands that take all of their options as one value."""
 
 import inspect
 from collections.abc import Callable, Collection, Mapping
@@ -6,13 +6,7 @@ from typing import Any, TypeVar
 
 import typer
 
-from lora_jax.cli.parameters.config_file import ConfigOption, DumpConfigOption, dump
-
 OptionsClass = TypeVar("OptionsClass")
-
-
-def _file_options(config: ConfigOption = None, dump_config: DumpConfigOption = False) -> None:
-    """Have the parameters that `takes` adds to those of a command."""
 
 
 def takes(
@@ -21,8 +15,6 @@ def takes(
     without: Collection[str] = (),
 ) -> Callable[[Callable[[typer.Context, OptionsClass], None]], Callable[..., None]]:
     """Make a command of a function that takes one value, whose fields are the command's options.
-
-    The command has --config too, a file of options, and --dump-config, which prints one.
 
     Args:
       options: a dataclass whose fields are annotated for typer.
@@ -33,17 +25,13 @@ def takes(
     instead = dict(instead or {})
 
     def decorate(function: Callable[[typer.Context, OptionsClass], None]) -> Callable[..., None]:
-        def command(context: typer.Context, config: Any, dump_config: bool, **given: Any) -> None:
-            if dump_config:
-                typer.echo(dump(context))
-            else:
-                function(context, options(**given))
+        def command(context: typer.Context, **given: Any) -> None:
+            function(context, options(**given))
 
         first = next(iter(inspect.signature(command).parameters.values()))
         fields = inspect.signature(options).parameters
         moved = {*instead.values(), *without}
         shown = [fields[instead.get(name, name)] for name in fields if name not in moved]
-        shown += [*inspect.signature(_file_options).parameters.values()]
         command.__doc__ = function.__doc__
         command.__signature__ = inspect.Signature([first, *shown])  # type: ignore[attr-defined]
         return command

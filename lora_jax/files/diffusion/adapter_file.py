@@ -12,6 +12,7 @@ from lora_jax.core.foreign import shown
 from lora_jax.files.diffusion import fields
 from lora_jax.files.diffusion.meaning import DORA, meaning, method_of
 from lora_jax.files.diffusion.metadata import KEY, read_configs
+from lora_jax.files.diffusion.weight import Weight
 from lora_jax.files.disk import safetensors_file
 from lora_jax.files.peft.config import PeftConfig
 from lora_jax.files.torch_adapters.experts import Experts
@@ -21,6 +22,8 @@ from lora_jax.files.torch_adapters.rename import renamed
 
 #: The fields that belong to a module's bias or to a norm, not to its weight.
 ADDED = {"diff_b": "bias", "b_norm": "bias", "w_norm": "weight"}
+#: The field of a norm's whole weight.
+REPLACED = "scale"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,11 +87,13 @@ class DiffusionFile:
         methods: dict[str, None] = {}
         has_dora = False
         for module, own in fields.group(self.tensors)[0].items():
-            weight = {field: x for field, x in own.tensors.items() if field not in ADDED}
+            weight = {
+                field: x for field, x in own.tensors.items() if field not in (*ADDED, REPLACED)
+            }
             if not weight:
                 continue
             with np.errstate(over="ignore", invalid="ignore"):
-                found = missing_factor(weight, "down", "up") or meaning(weight, None)
+                found = missing_factor(weight, "down", "up") or meaning(weight, Weight())
             if isinstance(found, str):
                 problems[module] = found
                 continue
@@ -102,7 +107,7 @@ class DiffusionFile:
                 found = found if scale is None else dataclasses.replace(found, scale=scale)
             factors[module] = found
             for field, name in own.names.items():
-                if field not in (*ADDED, *DORA):
+                if field not in (*ADDED, REPLACED, *DORA):
                     del others[name]
         return FileContents(
             variant=", ".join([*methods, *["DoRA"] * has_dora]) or "differences",

@@ -18,9 +18,10 @@ class Component(NamedTuple):
 
 
 COMPONENTS = {
-    "unet": Component(("lora_unet", "lycoris"), ("unet", "diffusion_model", "")),
+    "unet": Component(("lora_unet", "lycoris", "oft_unet"), ("unet", "diffusion_model", "")),
     "transformer": Component(
-        ("lora_unet", "lora_transformer", "lycoris"), ("transformer", "diffusion_model", "")
+        ("lora_unet", "lora_transformer", "lycoris", "oft_unet"),
+        ("transformer", "diffusion_model", ""),
     ),
     "text_encoder": Component(
         ("lora_te", "lora_te1"), ("text_encoder", "text_encoders.clip_l.transformer", "")
@@ -28,11 +29,14 @@ COMPONENTS = {
     "text_encoder_2": Component(
         ("lora_te2",), ("text_encoder_2", "text_encoders.clip_g.transformer", "")
     ),
-    "text_encoder_3": Component(("lora_te3",), ("text_encoder_3", "")),
+    "text_encoder_3": Component(
+        ("lora_te3",), ("text_encoder_3", "text_encoders.t5xxl.transformer", "")
+    ),
 }
 _BEGINNINGS = ", ".join(f"{name}." for name in COMPONENTS)
 WITHOUT = f"names of a pipeline begin with {_BEGINNINGS}; see Naming.with_prefix"
-_T5 = "lora_te3"  # of Flux, whose second text encoder it is
+#: The T5 encoder's, which is the second text encoder of Flux.
+_T5, _DOTTED_T5 = "lora_te3", "text_encoders.t5xxl.transformer"
 
 
 def component_of(name: str) -> str | None:
@@ -56,7 +60,7 @@ def components_of(name: str) -> set[str]:
         starts = [f"{x}_" for x in with_underscores] + [f"{x}." for x in with_dots if x]
         if name.startswith(tuple(starts)):
             found.add(component)
-    return found | ({"text_encoder_2"} if name.startswith(f"{_T5}_") else set())
+    return found | ({"text_encoder_2"} if name.startswith((f"{_T5}_", f"{_DOTTED_T5}.")) else set())
 
 
 def underscored(component: str, among: Collection[str]) -> tuple[str, ...]:
@@ -64,14 +68,27 @@ def underscored(component: str, among: Collection[str]) -> tuple[str, ...]:
 
     The first is the one to write.
     """
-    if component == "text_encoder_2" and "transformer" in among and "text_encoder_3" not in among:
-        return (_T5, *COMPONENTS[component].underscored)
     names = COMPONENTS[component].underscored
+    if _is_t5(component, among):
+        return (_T5, *names)
     is_one_of_several = component == "text_encoder" and not {
         "text_encoder_2",
         "transformer",
     }.isdisjoint(among)
     return names[::-1] if is_one_of_several else names
+
+
+def dotted(component: str, among: Collection[str]) -> tuple[str, ...]:
+    """Return what the other names begin with, in a pipeline of these components."""
+    names = COMPONENTS[component].dotted
+    return (*names, _DOTTED_T5) if _is_t5(component, among) else names
+
+
+def _is_t5(component: str, among: Collection[str]) -> bool:
+    """Return whether this is the second text encoder of a pipeline such as Flux's."""
+    return (
+        component == "text_encoder_2" and "transformer" in among and "text_encoder_3" not in among
+    )
 
 
 def spellings(name: str) -> Iterator[str]:

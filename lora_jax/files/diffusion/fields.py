@@ -34,26 +34,26 @@ _ENDINGS = {
     # LyCORIS
     **{f".hada_{x}": f"hada_{x}" for x in ("w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2")},
     **{f".lokr_{x}": f"lokr_{x}" for x in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2")},
+    **{f".{x}.weight": x for x in ("a1", "a2", "b1", "b2", "bm")},
+    ".oft_blocks": "oft_blocks",
+    ".rescale": "rescale",
+    ".on_input": "on_input",
+    ".scale": "scale",
     ".diff": "diff",
     ".diff_b": "diff_b",
     ".w_norm": "w_norm",
     ".b_norm": "b_norm",
 }
 #: Endings of methods that are not read, and their names.
-_UNREAD = {
-    ".on_input": "IA³",
-    ".oft_blocks": "OFT",
-    ".oft_diag": "OFT",
-    ".a1.weight": "GLoRA",
-    ".a2.weight": "GLoRA",
-    ".b1.weight": "GLoRA",
-    ".b2.weight": "GLoRA",
-    ".bm.weight": "GLoRA",
-}
+_UNREAD = {".oft_diag": "an early OFT", ".lambda_layer": "T-LoRA"}
+#: Endings of X-Labs, whose names keep "_lora1" (of the image) and "_lora2" (of the text).
+_NUMBERED = {f"_lora{n}.{x}.weight": x for n in (1, 2) for x in ("down", "up")}
 _PREFIX = "base_model.model."  # of PEFT
 #: The beginnings of names that no other kind of file has.
-_UNDERSCORED = re.compile(r"(lora_(unet|te\d?|transformer)|lycoris)_")
-_DOTTED = re.compile(r"(unet|transformer|text_encoder(_\d)?|diffusion_model)\.")
+_UNDERSCORED = re.compile(r"((lora|oft)_(unet|te\d?|transformer)|lycoris)_")
+_DOTTED = re.compile(
+    r"(unet|transformer|text_encoders?(_\d)?|diffusion_model|(double|single)_blocks)\."
+)
 
 
 class Part(NamedTuple):
@@ -71,19 +71,18 @@ def part_of_name(name: str) -> Part | None:
     >>> part_of_name("unet.mid_block.attn1.processor.to_q_lora.up.weight").module
     'unet.mid_block.attn1.processor.to_q'
     """
+    for ending, field in _NUMBERED.items():
+        if name.endswith(ending):
+            return Part(name.removesuffix(f".{field}.weight").removeprefix(_PREFIX), field)
     for ending, field in _ENDINGS.items():
         if name.endswith(ending) and len(name) > len(ending):
             return Part(name.removesuffix(ending).removeprefix(_PREFIX), field)
     return None
 
 
-def unread(name: str, names: Mapping[str, object]) -> str:
+def _unread(name: str) -> str:
     """Return the end of a message about a tensor with an unknown ending."""
-    module = name.removesuffix(".weight")
-    ending = ".on_input" if f"{module}.on_input" in names else f".{name.rpartition('.')[2]}"
-    if name.endswith(".weight") and ending != ".on_input":
-        ending = f".{'.'.join(name.split('.')[-2:])}"
-    method = _UNREAD.get(ending)
+    method = _UNREAD.get(f".{name.rpartition('.')[2]}")
     if method is None:
         return "unexpected"
     return f"is of {method}, which is not read here; merge it with LyCORIS, and use lora.extract"
@@ -117,12 +116,15 @@ def group(
     problems: dict[str, str] = {}
     for name, tensor in tensors.items():
         part = part_of_name(name)
+        module = name.removesuffix(".weight")
+        if part is None and f"{module}.on_input" in tensors:
+            part = Part(module.removeprefix(_PREFIX), "ia3")  # LyCORIS names it like a weight
         if part is None:
-            problems[name] = unread(name, tensors)
+            problems[name] = _unread(name)
             continue
-        module = modules.setdefault(part.module, ModuleTensors())
-        if part.field in module.tensors:
-            problems[name] = f"has the meaning of {module.names[part.field]}"
+        own = modules.setdefault(part.module, ModuleTensors())
+        if part.field in own.tensors:
+            problems[name] = f"has the meaning of {own.names[part.field]}"
             continue
-        module.tensors[part.field], module.names[part.field] = tensor, name
+        own.tensors[part.field], own.names[part.field] = tensor, name
     return modules, problems

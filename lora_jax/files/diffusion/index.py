@@ -5,8 +5,8 @@ from typing import NamedTuple
 
 from lora_jax.core.patterns import nearest
 from lora_jax.files.diffusion.components import (
-    COMPONENTS,
     component_of,
+    dotted,
     spellings,
     underscored,
 )
@@ -74,7 +74,7 @@ class Index:
 def aliases(component: str, names: Iterable[str], among: Collection[str]) -> Iterator[str]:
     """Yield what files call a module with these names, in a pipeline of these components."""
     for i, name in enumerate(names):
-        for prefix in COMPONENTS[component].dotted:
+        for prefix in dotted(component, among):
             yield f"{prefix}.{name}" if prefix else name
         if not i:  # kohya's names come from those of today
             for prefix in underscored(component, among):

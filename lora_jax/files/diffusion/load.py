@@ -36,21 +36,22 @@ def load(
     """Load the adapters in a LoRA file of an image generator as an overlay of `base`.
 
     Read are kohya's files ("lora_unet_", "lora_te_", "lora_transformer_" and so on: linear layers,
-    convolutions, LoCon with its Tucker cores, `alpha`, `dora_scale`), LyCORIS' (LoHa, LoKr, whole
-    differences, norms and biases), and those of diffusers and PEFT ("unet.x.lora_A.weight"), older
-    ones too. Names with underscores are looked up among the modules of the base, and in the names
-    of the original code of Stable Diffusion ("input_blocks_4_1") and Flux ("double_blocks_0",
-    whose factors of a fused q, k, v are cut into those of three modules).
+    convolutions, LoCon with its Tucker cores, `alpha`, `dora_scale`), LyCORIS' (LoHa, LoKr, GLoRA,
+    OFT, BOFT, IA³, whole differences, norms and biases), and those of diffusers and PEFT
+    ("unet.x.lora_A.weight"), older ones too. Names with underscores are looked up among the modules
+    of the base, and in the names of the original codes of Stable Diffusion ("input_blocks_4_1"),
+    Flux ("double_blocks_0", whose factors of a fused q, k, v are cut into those of three modules)
+    and newer models.
 
-    All changes are exact: a product that LoHa or LoKr makes becomes the factors of its rank, where
-    these are smaller than the weight. What is not of low rank in this sense, and DoRA by inputs
-    (LyCORIS' `wd_on_out=False`), becomes what `full_rank` says.
+    All changes are exact: a product that LoHa, LoKr or GLoRA makes becomes the factors of its rank,
+    where these are smaller than the weight. What is not of low rank in this sense, and DoRA by
+    inputs (LyCORIS' `wd_on_out=False`), becomes what `full_rank` says.
 
     Args:
       path: a safetensors file.
       base: the parameters that the adapters are for, arrays or `ShapeDtypeStruct`s, or a joined
         tree, of which only the base is used: {"unet": params}. Values are needed for biases, norms,
-        DoRA by inputs, and `full_rank="train"`.
+        DoRA by inputs, GLoRA, OFT, BOFT, IA³, and `full_rank="train"`.
       naming: which PyTorch tensor is which leaf of `base`, with the component before the names:
         "unet.conv_in.weight". See `lora_jax.diffusion.naming`.
       full_rank: what becomes of changes that are not of low rank: a rank, for the closest factors

@@ -7,25 +7,23 @@ than the weight, these are the adapter.
 
 import dataclasses
 import math
-from collections.abc import Mapping
 
 import numpy as np
 
+from lora_jax.files.diffusion.low_rank import is_low, most_numbers, rounded, wide_dtype
+from lora_jax.files.diffusion.weight import (
+    Fields,
+    MisfitError,
+    Shape,
+    Weight,
+    check_shape,
+    scale_of,
+)
 from lora_jax.files.diffusion.whole import Whole
 from lora_jax.files.torch_adapters.factors import TorchFactors
 
-Fields = Mapping[str, np.ndarray]
-Shape = tuple[int, ...]
-#: How many numbers factors may have that are computed for a weight that is not known: so many, or
-#: so many times those in the file, so that a small file stays small.
-_MOST_UNKNOWN, _TIMES = 2**21, 32
 
-
-class MisfitError(Exception):
-    """The shapes of a module's tensors do not fit each other, or the weight."""
-
-
-def lora(fields: Fields, shape: Shape | None, scale: float | None) -> TorchFactors:
+def lora(fields: Fields, weight: Weight) -> TorchFactors:
     """Return the factors of LoRA and, with a Tucker core in "mid", of LoCon."""
     down, up = fields["down"], fields["up"]
     if down.ndim < 2 or up.ndim < 2 or up.shape[1] != len(down) or math.prod(up.shape[2:]) != 1:
@@ -37,28 +35,30 @@ def lora(fields: Fields, shape: Shape | None, scale: float | None) -> TorchFacto
         core = fields["mid"]
         if math.prod(down.shape[2:]) != 1:
             raise MisfitError(f"lora_mid beside lora_down {down.shape}, which has a kernel")
-        a = _tucker("lora_mid", core, down.reshape(down.shape[:2]), len(down), fields, shape)
-        a = a.astype(_wide(fields))
-    factors = TorchFactors(a, up.reshape(up.shape[:2]), _scale(fields, len(down), scale))
-    return _fit(factors, shape)
+        a = _tucker("lora_mid", core, down.reshape(down.shape[:2]), len(down), fields, weight.shape)
+        a = a.astype(wide_dtype(fields))
+    factors = TorchFactors(a, up.reshape(up.shape[:2]), scale_of(fields, len(down), weight))
+    return _fit(factors, weight.shape)
 
 
-def loha(fields: Fields, shape: Shape | None, scale: float | None) -> TorchFactors | Whole:
+def loha(fields: Fields, weight: Weight) -> TorchFactors | Whole:
     """Return LoHa's `(B₁·A₁) ∘ (B₂·A₂)`: its factors are the products of all pairs of columns."""
-    (a1, b1), (a2, b2) = (_hadamard_pair(fields, n, shape) for n in (1, 2))
+    (a1, b1), (a2, b2) = (_hadamard_pair(fields, n, weight.shape) for n in (1, 2))
     if a1.shape[1:] != a2.shape[1:] or len(b1) != len(b2):
         raise MisfitError("its two products have different shapes")
     got = (len(b1), *a1.shape[1:])
-    _check(got, shape)
-    by = _scale(fields, len(a1), scale)
-    if not _is_low(len(a1) * len(a2), got, fields, shape):
+    check_shape(got, weight.shape)
+    by = scale_of(fields, len(a1), weight)
+    if not is_low(len(a1) * len(a2), got, fields, weight.shape):
         pair = TorchFactors(a1, b1, by), TorchFactors(a2, b2, 1.0)
         return Whole(
-            "LoHa", len(b1), lambda: (pair[0].update() * pair[1].update()).reshape(shape or got)
+            "LoHa",
+            len(b1),
+            lambda _: (pair[0].update() * pair[1].update()).reshape(weight.shape or got),
         )
     a = (a1[:, None] * a2[None]).reshape(-1, *a1.shape[1:])
     b = (b1[:, :, None] * b2[:, None, :]).reshape(len(b1), -1)
-    return _fit(_rounded(a, b, by, fields), shape)
+    return _fit(rounded(a, b, by, fields), weight.shape)
 
 
 def _hadamard_pair(fields: Fields, n: int, shape: Shape | None) -> tuple[np.ndarray, np.ndarray]:
@@ -76,19 +76,19 @@ def _hadamard_pair(fields: Fields, n: int, shape: Shape | None) -> tuple[np.ndar
     return a, b
 
 
-def lokr(fields: Fields, shape: Shape | None, scale: float | None) -> TorchFactors | Whole:
+def lokr(fields: Fields, weight: Weight) -> TorchFactors | Whole:
     """Return LoKr's `W₁ ⊗ W₂`, whose factors are the Kronecker products of theirs."""
-    (a1, b1, rank1), (a2, b2, rank2) = (_kronecker_side(fields, n, shape) for n in (1, 2))
+    (a1, b1, rank1), (a2, b2, rank2) = (_kronecker_side(fields, n, weight.shape) for n in (1, 2))
     if a1.ndim != 2:
         raise MisfitError(f"lokr_w1 has inputs of shape {a1.shape[1:]}, not one axis")
     got = (len(b1) * len(b2), a1.shape[1] * a2.shape[1], *a2.shape[2:])
-    _check(got, shape)
+    check_shape(got, weight.shape)
     rank = rank1 if rank2 is None else rank2
-    by = 1.0 if rank is None else _scale(fields, rank, scale)  # of two whole matrices it is 1
-    if not _is_low(len(a1) * len(a2), got, fields, shape):
+    by = 1.0 if rank is None else scale_of(fields, rank, weight)  # of two whole matrices it is 1
+    if not is_low(len(a1) * len(a2), got, fields, weight.shape):
         both = lambda: _kron(b1 @ a1, np.tensordot(b2, a2, 1))
-        return Whole("LoKr", got[0], lambda: by * both().reshape(shape or got))
-    return _fit(_rounded(_kron(a1, a2), np.kron(b1, b2), by, fields), shape)
+        return Whole("LoKr", got[0], lambda _: by * both().reshape(weight.shape or got))
+    return _fit(rounded(_kron(a1, a2), np.kron(b1, b2), by, fields), weight.shape)
 
 
 def _kronecker_side(
@@ -129,18 +129,12 @@ def _kron(left: np.ndarray, right: np.ndarray) -> np.ndarray:
     return both.reshape(*sizes, *right.shape[2:])
 
 
-def whole(fields: Fields, shape: Shape | None, scale: float | None) -> Whole:
+def whole(fields: Fields, weight: Weight) -> Whole:
     """Return the difference of two weights, LyCORIS' method "full"."""
     diff = fields["diff"]
-    if not diff.ndim or diff.shape != (shape or diff.shape):
-        raise MisfitError(f"diff has shape {diff.shape}, but the base's weight has {shape}")
-    return Whole("a whole difference", len(diff), lambda: diff.astype("float64"))
-
-
-def _scale(fields: Fields, rank: int, given: float | None) -> float:
-    if "alpha" in fields:
-        return float(fields["alpha"].reshape(())) / rank
-    return 1.0 if given is None else given
+    if not diff.ndim or diff.shape != (weight.shape or diff.shape):
+        raise MisfitError(f"diff has shape {diff.shape}, but the base's weight has {weight.shape}")
+    return Whole("a whole difference", len(diff), lambda _: diff.astype("float64"))
 
 
 def _tucker(
@@ -156,52 +150,14 @@ def _tucker(
     numbers = outs * width * math.prod(kernel)
     if shape is not None and (width > shape[1] or kernel != shape[2:]):
         raise MisfitError(f"{name} has the kernel {kernel} and {width} inputs, the base {shape}")
-    if shape is None and numbers > _most(fields):
+    if shape is None and numbers > most_numbers(fields):
         raise MisfitError(f"{name} {core.shape} and {width} inputs give {numbers:,} numbers")
     return np.einsum("ij...,jr->ir...", core.astype("float64"), ins.astype("float64"))
 
 
 def _fit(factors: TorchFactors, shape: Shape | None) -> TorchFactors:
     """Return factors whose A has the weight's in axes."""
-    _check((factors.outputs, *factors.a.shape[1:]), shape)
+    check_shape((factors.outputs, *factors.a.shape[1:]), shape)
     if shape is None:
         return factors
     return dataclasses.replace(factors, a=factors.a.reshape(-1, *shape[1:]))
-
-
-def _check(got: Shape, shape: Shape | None) -> None:
-    """Raise where the weight has another shape.
-
-    A kernel of ones may be left out, and a kernel's axes may be one with the inputs.
-    """
-    if shape is None:
-        return
-    ones = math.prod(got[2:]) == math.prod(shape[2:]) == 1
-    is_flat = len(got) == 2 and got[1] == math.prod(shape[1:])
-    if got != shape and not (got[0] == shape[0] and (is_flat or (ones and got[1] == shape[1]))):
-        raise MisfitError(f"is for a weight of shape {got}, but the base's is {shape}")
-
-
-def _is_low(rank: int, got: Shape, fields: Fields, shape: Shape | None) -> bool:
-    """Return whether factors of this rank have fewer numbers than the weight."""
-    out, ins = got[0], math.prod(got[1:])
-    numbers = rank * (out + ins)
-    return numbers < out * ins and (shape is not None or numbers <= _most(fields))
-
-
-def _most(fields: Fields) -> int:
-    """Return how many numbers factors may have that are computed for an unknown weight."""
-    return max(_MOST_UNKNOWN, _TIMES * sum(x.size for x in fields.values()))
-
-
-def _rounded(a: np.ndarray, b: np.ndarray, scale: float, fields: Fields) -> TorchFactors:
-    """Return computed factors in the dtype of products."""
-    dtype = _wide(fields)
-    with np.errstate(over="ignore"):
-        return TorchFactors(a.astype(dtype), b.astype(dtype), scale)
-
-
-def _wide(fields: Fields) -> np.dtype:
-    """Return the dtype of products: float32, float64 if a factor is."""
-    arrays = (x for name, x in fields.items() if name != "alpha")
-    return np.dtype("float64" if any(x.dtype == np.float64 for x in arrays) else "float32")

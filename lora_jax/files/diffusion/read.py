@@ -1,19 +1,21 @@
 """Turn the modules of a file into `Contents`, with every name, shape and dtype checked."""
 
 import dataclasses
+import functools
 import math
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Any
 
 import numpy as np
 
 from lora_jax.core.checks import is_integer
 from lora_jax.files.diffusion import fields
-from lora_jax.files.diffusion.adapter_file import ADDED, DiffusionFile
+from lora_jax.files.diffusion.adapter_file import ADDED, REPLACED, DiffusionFile
 from lora_jax.files.diffusion.components import component_of, components_of
 from lora_jax.files.diffusion.fields import ModuleTensors
 from lora_jax.files.diffusion.index import Index, Target
 from lora_jax.files.diffusion.meaning import meaning
+from lora_jax.files.diffusion.weight import Weight
 from lora_jax.files.diffusion.whole import Whole
 from lora_jax.files.torch_adapters.contents import Contents, TorchBase, dtype_problem
 from lora_jax.files.torch_adapters.factors import TorchFactors, concatenate
@@ -57,24 +59,27 @@ class Reading:
                 self.problems.append(f"{name}: {target}")
 
     def _read_module(self, name: str, module: ModuleTensors, target: Target) -> None:
-        tensors = dict(module.tensors)
-        for field in [field for field in ADDED if field in tensors]:
-            tensor = module.names[field]
-            problem = self._add(tensor, tensors.pop(field), field, target)
-            self.problems += [f"{tensor}: {problem}"] if problem else []
+        tensors, own = dict(module.tensors), dict(module.names)
+        weights = [f"{module}.weight" for module in target.modules]
+        is_norm = all(x in self._model.index and not self._model.kind(x) for x in weights)
+        if is_norm and "diff" in tensors and "w_norm" not in tensors:  # ComfyUI's name of it
+            tensors["w_norm"], own["w_norm"] = tensors.pop("diff"), own["diff"]
+        for field in [field for field in (*ADDED, REPLACED) if field in tensors]:
+            problem = self._add(own[field], tensors.pop(field), field, target)
+            self.problems += [f"{own[field]}: {problem}"] if problem else []
         problem = self._read_weight(name, tensors, target) if tensors else None
         self.problems += [f"{name}: {problem}"] if problem else []
 
-    def _add(self, source: str, change: np.ndarray, field: str, target: Target) -> str | None:
-        """Add a change of a bias, or of a norm's weight; return what is wrong.
+    def _add(self, source: str, x: np.ndarray, field: str, target: Target) -> str | None:
+        """Add a change of a bias, or of a norm's weight, or that weight; return what is wrong.
 
         Args:
           source: what the file calls it.
-          change: in the file's order.
-          field: see `ADDED`.
+          x: the change or the weight, in the file's order.
+          field: see `ADDED` and `REPLACED`.
           target: the module.
         """
-        names = [f"{module}.{ADDED[field]}" for module in target.modules]
+        names = [f"{module}.{ADDED.get(field, 'weight')}" for module in target.modules]
         model = self._model
         for name in names:
             if name not in model.index:
@@ -83,15 +88,18 @@ class Reading:
                 return f"has no place: {name} is not of a norm"
         sizes = [model.shape(name) for name in names]
         total = sum(math.prod(size) for size in sizes)
-        if problem := dtype_problem(change):
+        if problem := dtype_problem(x):
             return problem
-        if change.shape != (total,) or any(len(size) != 1 for size in sizes):
-            return f"has shape {change.shape}, but the base needs {(total,)}"
-        if any(model.value(name) is None for name in names):
+        if x.shape != (total,) or any(len(size) != 1 for size in sizes):
+            return f"has shape {x.shape}, but the base needs {(total,)}"
+        if field != REPLACED and any(model.value(name) is None for name in names):
             return f"is added to {' and '.join(names)}, so base must contain the values"
         if problem := self._take(source, names):
             return problem
-        self._put_change(names, change, target)
+        if field == REPLACED:
+            self.found.whole |= self._parts(names, x, target)
+        else:
+            self._put_change(names, x, target)
         return None
 
     def _read_weight(
@@ -110,8 +118,9 @@ class Reading:
         if "alpha" not in tensors and "down" in tensors and tensors["down"].ndim:
             component, _, local = target.modules[0].partition(".")
             scale = self._file.scale(component, local, len(tensors["down"]))
-        meant = meaning(tensors, shape, scale)
-        found = self._of_full_rank(meant, names) if isinstance(meant, Whole) else meant
+        value = functools.cache(lambda: self._value(names, target))
+        meant = meaning(tensors, Weight(shape, scale, value))
+        found = self._of_full_rank(meant, names, value) if isinstance(meant, Whole) else meant
         if isinstance(found, str):
             return found
         if bias is not None and (problem := self._add_scaled(source, bias, meant, target)):
@@ -135,22 +144,31 @@ class Reading:
         change = bias.astype("float64") * meant.scale
         return self._add(f"{source}.lora_B.bias", change, "diff_b", target)
 
-    def _of_full_rank(self, whole: Whole, names: list[str]) -> TorchFactors | np.ndarray | str:
+    def _value(self, names: list[str], target: Target) -> np.ndarray | None:
+        """Return the base's weights, joined in the file's order; None if it lacks some."""
+        values = [self._model.value(name) for name in names]
+        known = [value for value in values if value is not None]
+        if len(known) < len(names):
+            return None
+        joined = concatenate(known)
+        return swap_halves(joined) if target.halves else joined
+
+    def _of_full_rank(
+        self, whole: Whole, names: list[str], value: Callable[[], np.ndarray | None]
+    ) -> TorchFactors | np.ndarray | str:
         """Return what the caller wants of a change that is not of low rank, or why that fails."""
         rank = self._full_rank
+        needs_base = rank == "train" or whole.of_base or whole.column_magnitude is not None
+        base = value() if needs_base else None
+        if needs_base and base is None:
+            return f"{whole.method} needs the values of {', '.join(names)}, which base has not"
         if rank is None:
             return (
                 f"{whole.method} is not of low rank here: pass full_rank=16 (--full-rank 16) for "
                 'the closest factors of rank 16, or full_rank="train" for a fully trained weight'
             )
-        base = None
-        if rank == "train" or whole.column_magnitude is not None:
-            values = [self._model.value(name) for name in names]
-            known = [value for value in values if value is not None]
-            base = concatenate(known) if len(known) == len(names) else None
         found = whole.closest(rank, base) if is_integer(rank) else whole.change(base)
-        if found is None or (base is None and rank == "train"):
-            return f"{whole.method} needs the values of {', '.join(names)}, which base has not"
+        assert found is not None, "what it needs is there"
         return found
 
     def _take(self, source: str, names: list[str]) -> str | None:
@@ -179,10 +197,14 @@ class Reading:
 
     def _put_change(self, names: list[str], change: np.ndarray, target: Target) -> None:
         """Keep a change of joined tensors, each with its own outputs."""
-        change = swap_halves(change) if target.halves else change
-        stops = np.cumsum([self._model.shape(name)[0] for name in names])
-        for name, part in zip(names, np.split(change, stops[:-1]), strict=True):
+        for name, part in self._parts(names, change, target).items():
             self.found.added[name] = part.astype("float64")
+
+    def _parts(self, names: list[str], x: np.ndarray, target: Target) -> dict[str, np.ndarray]:
+        """Return the parts of joined tensors by their names in the base."""
+        x = swap_halves(x) if target.halves else x
+        stops = np.cumsum([self._model.shape(name)[0] for name in names])
+        return dict(zip(names, np.split(x, stops[:-1]), strict=True))
 
 
 def swap_halves(x: np.ndarray) -> np.ndarray:

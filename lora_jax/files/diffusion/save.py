@@ -9,6 +9,7 @@ from lora_jax.core.errors import ConfigError
 from lora_jax.core.foreign import shown_value
 from lora_jax.files.diffusion import metadata as headers
 from lora_jax.files.diffusion.components import COMPONENTS, WITHOUT, component_of
+from lora_jax.files.diffusion.originals import written
 from lora_jax.files.diffusion.read import KINDS
 from lora_jax.files.diffusion.write_diffusers import to_diffusers
 from lora_jax.files.diffusion.write_kohya import to_kohya
@@ -16,13 +17,11 @@ from lora_jax.files.disk import processes, safetensors_file
 from lora_jax.files.disk.atomic import write_atomically
 from lora_jax.files.naming import Naming
 from lora_jax.files.peft.config import PeftConfig
-from lora_jax.files.torch_adapters.contents import Contents, TorchBase
+from lora_jax.files.torch_adapters.contents import Contents, TorchBase, module_of
 from lora_jax.files.torch_adapters.from_tree import check, collect, find_unloadable
 
 Style = Literal["kohya", "diffusers"]
 Layout = Literal["diffusers", "original"]
-#: The layout of kohya's names of a component, where none is asked for.
-_LAYOUTS = {"transformer": "original"}
 
 
 def save(
@@ -54,7 +53,7 @@ def save(
       layout: of kohya's names: "diffusers" ("down_blocks_1_attentions_0"), or "original" as kohya's
         trainer has them for SDXL ("input_blocks_4_1") and Flux ("double_blocks_0_img_attn_qkv",
         where the factors of q, k and v are joined, with the sum of their ranks unless they share
-        A). By default Flux has the original names, a U-Net those of diffusers.
+        A). By default Flux has the original names, other models those of diffusers.
       config: the configuration the adapters were made with, as for `lora_jax.peft.save`; only for
         the style "diffusers".
       fold: multiply the scales into B, for readers that ignore diffusers' metadata, and for
@@ -74,7 +73,7 @@ def save(
         contents.factors = {name: one.fold() for name, one in contents.factors.items()}
     check(find_unloadable(contents))
     if style == "kohya":
-        layouts = {name: layout or _LAYOUTS.get(name, "diffusers") for name in COMPONENTS}
+        layouts = {name: layout or _usual_layout(name, model) for name in COMPONENTS}
         written = to_kohya(contents, model, layouts)
         tensors, header = written.tensors, headers.of_kohya(written.factors)
     else:
@@ -84,6 +83,16 @@ def save(
     processes.by_first(
         lambda: write_atomically(path, data), several=processes.span_processes(adapters, base)
     )
+
+
+def _usual_layout(component: str, model: TorchBase) -> Layout:
+    """Return the layout of kohya's names of a component, where none is asked for."""
+    prefix = f"{component}."
+    own = [x for x in model.index if x.startswith(prefix) and model.kind(x) in KINDS]
+    is_flux = component == "transformer" and all(
+        written(component, module_of(x).removeprefix(prefix)) for x in own
+    )
+    return "original" if is_flux else "diffusers"
 
 
 def _check_options(style: Any, layout: Any) -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import scipy.linalg
@@ -16,32 +17,36 @@ class Whole:
     Attributes:
       method: what gave it.
       outputs: the number of the weight's outputs.
-      compute: returns the change in float64, without DoRA.
+      compute: returns the change in float64, without DoRA, of the weight that it gets, or None.
       magnitude: `[out]`, with DoRA.
       column_magnitude: `[in]`, with LyCORIS' DoRA by inputs (`wd_on_out=False`).
+      of_base: whether the change depends on the weight.
     """
 
     method: str
     outputs: int
-    compute: Callable[[], np.ndarray]
+    compute: Callable[[Any], np.ndarray]
     magnitude: np.ndarray | None = None
     column_magnitude: np.ndarray | None = None
+    of_base: bool = False
 
     def change(self, base: np.ndarray | None) -> np.ndarray | None:
         """Return the change with DoRA's gains, or None if that needs the base's values.
 
-        >>> one = Whole("diff", 1, lambda: np.array([[0.0, 4.0]]), magnitude=np.array([10.0]))
+        >>> one = Whole("diff", 1, lambda _: np.array([[0.0, 4.0]]), magnitude=np.array([10.0]))
         >>> one.change(np.array([[3.0, 0.0]]))
         array([[3., 8.]])
         """
-        update = self.compute()
+        if base is None and self.of_base:
+            return None
+        base = None if base is None else base.astype("float64")
+        update = self.compute(base)
         by_column = self.column_magnitude is not None
         magnitude = self.column_magnitude if by_column else self.magnitude
         if magnitude is None:
             return update
         if base is None:
             return None
-        base = base.astype("float64")
         total = base + update
         others = tuple(i for i in range(total.ndim) if i != by_column)
         norms = np.sqrt(np.square(total).sum(others, keepdims=True))

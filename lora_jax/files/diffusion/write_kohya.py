@@ -9,7 +9,7 @@ import numpy as np
 from lora_jax.core.errors import StructureError, grouped
 from lora_jax.files.diffusion.components import underscored
 from lora_jax.files.diffusion.index import Index
-from lora_jax.files.diffusion.originals import originals
+from lora_jax.files.diffusion.originals import written
 from lora_jax.files.diffusion.read import swap_halves
 from lora_jax.files.peft.config_from_contents import alpha_of
 from lora_jax.files.torch_adapters.contents import Contents, TorchBase, module_of
@@ -49,20 +49,20 @@ def to_kohya(contents: Contents, model: TorchBase, layouts: Mapping[str, str]) -
     """
     found, problems = KohyaTensors({}, {}), list[str]()
     modules = dict.fromkeys(module_of(name) for name in (*contents.factors, *contents.whole))
-    written: dict[Written, None] = {}
+    names: dict[Written, None] = {}
     index = Index(module_of(name) for name in model.index if name.endswith(".weight"))
     for module in modules:
         one = _name(module, model, layouts, index.components)
         if isinstance(one, str):
             problems.append(f"{module}: {one}")
             continue
-        written[one] = None
+        names[one] = None
         if module == one.modules[0] and len(index.candidates(one.name)) > 1:
             problems.append(
                 f"{module}: its name in the file, {one.name}, is that of other modules too; pass "
                 'style="diffusers"'
             )
-    for one in written:
+    for one in names:
         try:
             factors = _joined(one, contents, model)
             if factors is not None:
@@ -95,7 +95,7 @@ def _name(
         return Written(flat(local), (module,))
     if component.startswith("text_encoder"):
         return Written(flat(local), (module,))
-    rows = originals(component, local)
+    rows = written(component, local)
     if not rows:
         return 'has no name in the original code; pass layout="diffusers"'
     row = rows[0]

@@ -43,6 +43,7 @@ class Entry:
       axes: an einops pattern from PyTorch's axes to the leaf's, "(h d) i -> i h d". A rotary
         embedding in another order is a pattern too: "(h two d) i -> i (h d two)".
       sizes: sizes of letters in `axes` that the leaf's shape does not determine.
+      first: the number of the first layer of a stacked leaf, where earlier layers are not stacked.
       split: sizes of the joined parts along the out axis; by default from the shapes, or equal.
 
     Raises:
@@ -60,6 +61,7 @@ class Entry:
     axes: str = ""
     sizes: Mapping[str, int] = dataclasses.field(default_factory=dict)
     split: tuple[int, ...] = ()
+    first: int = 0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "split", tuple(self.split))

@@ -135,7 +135,8 @@ class Place:
         return tuple(self.sizes[letter] for letter in self.entry.batch)
 
     def _names(self, index: tuple[int, ...]) -> Iterator[str]:
-        numbers = dict(zip(self.entry.stacked, map(str, index), strict=True))
+        first = self.entry.first
+        numbers = {x: str(first + i) for x, i in zip(self.entry.stacked, index, strict=True)}
         for name in self.entry.torch_names:
             yield fill(name, {k: v.replace("/", ".") for k, v in self.filled.items()} | numbers)
 

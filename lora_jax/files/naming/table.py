@@ -123,6 +123,7 @@ class Naming:
 _JSON_TYPES = {"torch": "names", "path": "names", "kind": "str", "axes": "str"} | {
     "sizes": "sizes",
     "split": "ints",
+    "first": "int",
 }
 
 
@@ -130,6 +131,8 @@ def _is_json(value: Any, kind: str) -> bool:
     is_int = lambda x: is_integer(x) and x > 0
     if kind == "sizes":
         return isinstance(value, dict) and all(map(is_int, value.values()))
+    if kind == "int":
+        return is_integer(value) and value >= 0
     if kind == "ints":
         return isinstance(value, list) and all(map(is_int, value))
     if kind == "names" and isinstance(value, list):

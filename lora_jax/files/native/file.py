@@ -59,24 +59,44 @@ class NativeFile:
 
 
 def read_file(path: str | os.PathLike, *, finite: bool = True) -> NativeFile:
-    """Read the file of one adapter without its base.
+    """Read one adapter without its base.
 
     Args:
-      path: a file that `save` wrote.
+      path: a file that `save` wrote, or an adapter in one, see `member_of`.
       finite: reject NaN and infinite values.
 
     Raises:
       AdapterFileError: the file is missing, truncated, not safetensors, not lora_jax's, or contains
-        a stack of adapters.
+        a stack of adapters of which none is named.
     """
-    files, index = read_files(path, finite=finite)
+    file, name = member_of(path)
+    files, index = read_files(file, finite=finite)
+    if name is not None:
+        slot = _slot(file, index, name)
+        return dataclasses.replace(files[slot], path=path)
     if index is not None:
         raise AdapterFileError(
-            f"{path}: a stack of {len(files)} adapters ({index}), where one is needed. Write it to "
-            f"another file: lora_jax.save(file, lora_jax.load({str(path)!r}, base, "
-            f"names={index.names[0]!r}))"
+            f"{path}: a stack of {len(files)} adapters ({index}), where one is needed; give one of "
+            f"them: {os.path.join(path, index.names[0])}"
         )
     return files[0]
+
+
+def member_of(path: str | os.PathLike) -> tuple[str | os.PathLike, str | None]:
+    """Return a file, and the name of an adapter in it with which a path ends, or None.
+
+    So a stack's file is named as its directory is: "all.safetensors/law", "all/law".
+    """
+    parent, name = os.path.split(path)
+    return (parent, name) if name and os.path.isfile(parent) else (path, None)
+
+
+def _slot(file: str | os.PathLike, index: StackIndex | None, name: str) -> int:
+    """Return the slot of an adapter that is asked for by its name."""
+    if index is None:
+        raise AdapterFileError(f"{file}: one adapter, not a stack; leave out /{shown(name)}")
+    index.choose(str(file), name)
+    return index.names.index(name)
 
 
 def read_files(
@@ -133,11 +153,19 @@ def read_metadata(path: str | os.PathLike) -> dict[str, Any]:
 
     That of a stack also has "names", those of its adapters; "config" and "layouts" are by name.
 
+    Args:
+      path: a file that `save` wrote, or an adapter of a stack in one: "all.safetensors/law".
+
     Raises:
       AdapterFileError: the file is missing, truncated, not safetensors, or not lora_jax's.
     """
-    header = _header(path, safetensors_file.headers(path).metadata)
+    file, name = member_of(path)
+    header = _header(file, safetensors_file.headers(file).metadata)
     index = header.pop("stack", None)
+    if name is not None:
+        _slot(file, index, name)
+        own = {field: header[field][name] for field in ("layouts", "config")}
+        return header | own | {"layouts": own["layouts"] or {}}
     return header if index is None else header | {"names": list(index.names)}
 
 

@@ -8,7 +8,13 @@ from typing import Any
 from lora_jax.core.errors import AdapterFileError
 from lora_jax.files import stack_index
 from lora_jax.files.disk.required_files import read_required
-from lora_jax.files.native.file import NativeFile, decode, read_files
+from lora_jax.files.native.file import (
+    NativeFile,
+    decode,
+    member_of,
+    read_file,
+    read_files,
+)
 from lora_jax.files.native.fit import fit, fit_all
 from lora_jax.files.stack_index import StackIndex
 
@@ -28,7 +34,7 @@ def load(
     `names`, adapters that were saved one by one in a directory.
 
     Args:
-      path: a file or directory that `save` wrote.
+      path: a file or directory that `save` wrote; an adapter in it by "all.safetensors/law".
       base: the parameter tree that the adapters were trained on, or a joined tree, of which only
         the base is used. Concrete leaves must have the values that the file was saved with. A
         quantized leaf may have been floating there, or the other way round: unless its values are
@@ -44,6 +50,8 @@ def load(
       AdapterFileError: the file is missing, damaged (NaN and infinite values count as damage), not
         lora_jax's, or made for another base. All differences are listed at once.
     """
+    if member_of(path)[1] is not None and names is None:
+        return fit(read_file(path), base, fsdp)
     files, index = _read_directory(Path(path), names) if os.path.isdir(path) else read_files(path)
     if index is None:
         if names is not None:

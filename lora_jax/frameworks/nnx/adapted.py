@@ -72,6 +72,11 @@ class Adapted(nnx.Module, Wrapped):
         call.put(changed, (self.model, args, kwargs))
         return out
 
+    def set_view(self, deterministic: bool | None = None) -> None:
+        """Switch the dropout of the adapters off or on, in the views that `nnx.view` makes."""
+        if deterministic is not None:
+            self.deterministic = deterministic
+
     def params(self) -> nnx.State:
         """Return the parameters with their adapters, as the verbs of `lora_jax` take them.
 

@@ -6,12 +6,12 @@ from typing import Any
 import jax
 from flax import nnx
 
-from lora_jax.adapters import split as trees
 from lora_jax.adapters.init import init
+from lora_jax.adapters.split import split
 from lora_jax.core.config import LoraConfig
-from lora_jax.core.errors import ConfigError
 from lora_jax.core.tree import adapted_nodes
 from lora_jax.engine.custom_rules import Rule
+from lora_jax.frameworks.given import joined, require_model
 from lora_jax.frameworks.nnx.adapted import Adapted
 from lora_jax.frameworks.nnx.calls import Call
 from lora_jax.frameworks.options import Options, call_model
@@ -57,7 +57,7 @@ def wrap(
     >>> grads["adapters"]["kernel"]["b"].shape, type(tuned.merge()).__name__
     ((1, 3), 'Linear')
     """
-    _require_model("wrap", model)
+    require_model("wrap", model, nnx.Module, "Flax NNX")
     key = _key(init_key)
     call = Call.of(fn, model, args, kwargs)
     # Only the shardings of example arguments say how a batch lies, not those of statistics.
@@ -66,7 +66,7 @@ def wrap(
     params = init(
         key, call.params, config, call.pure, variables, call.arrays, rules=rules, fsdp=fsdp
     )
-    return _adapted(model, *trees.split(params), Options(fn, on_dense, rules), key)
+    return _adapted(model, params, Options(fn, on_dense, rules), key)
 
 
 def join(
@@ -101,31 +101,16 @@ def join(
     >>> join(model, lora.disable(adapters))(x).shape
     (2, 3)
     """
-    _require_model("join", model)
-    nodes = adapted_nodes(adapters)
-    whole = bool(nodes) and all(node.w is not None for node in nodes.values())
-    params = adapters if whole else trees.join(nnx.state(model, nnx.Param), adapters)
-    options = Options(fn, on_dense, rules)
-    return _adapted(model, *trees.split(params), options, _key(dropout_key))
+    require_model("join", model, nnx.Module, "Flax NNX")
+    params = joined(nnx.state(model, nnx.Param), adapters)
+    return _adapted(model, params, Options(fn, on_dense, rules), _key(dropout_key))
 
 
-def _adapted(model: Any, base: Any, adapters: Any, options: Options, key: Any) -> Adapted:
+def _adapted(model: Any, params: Any, options: Options, key: Any) -> Adapted:
+    base, adapters = split(params)
     own = nnx.clone(model)
     nnx.update(own, base)  # an initializer may have changed it
     return Adapted(own, adapted_nodes(adapters), options, jax.random.fold_in(key, 1))
-
-
-def _require_model(caller: str, model: Any) -> None:
-    if isinstance(model, Adapted):
-        raise ConfigError(
-            f"{caller}: the model is wrapped already. Merge it first, model.merge(), or wrap the "
-            "model that was given to wrap"
-        )
-    if not isinstance(model, nnx.Module):
-        raise ConfigError(
-            f"{caller}: pass a model of Flax NNX, got {type(model).__name__}. Any function of a "
-            "tree of parameters is adapted by lora_jax.init and lora_jax.lora"
-        )
 
 
 def _key(key: Any) -> jax.Array:

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 from lora_jax.core.checks import is_integer, is_size, is_within
 from lora_jax.core.foreign import shown_value
+from lora_jax.models.activations import ACTIVATIONS
 from lora_jax.models.decoder.experts import ExpertsConfig
 from lora_jax.models.decoder.model_types import FULL, MODEL_TYPES, SHARED, SLIDING
 from lora_jax.models.remat import policy_name
@@ -14,7 +15,6 @@ from lora_jax.models.rope import Rope
 
 PARAM_DTYPES = ("float32", "bfloat16", "float16")
 EPSILONS = (1e-30, 1.0)  # of a norm: the smallest is above zero in float32 as well
-ACTIVATIONS = ("silu", "gelu_pytorch_tanh")
 #: Where a layer has norms: before attention and feed-forward network, before and after, or after.
 NORMS = ("pre", "both", "post")
 #: What the norms of queries and keys take the mean of: a head, or all heads together.
@@ -29,10 +29,12 @@ class LayerKind:
     Attributes:
       window: how many tokens a token sees, itself included; None for all before it.
       rope: how queries and keys are rotated, None for not at all.
+      dense: whether it has one feed-forward network although other layers have experts.
     """
 
     window: int | None
     rope: Rope | None
+    dense: bool = False
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,7 @@ class DecoderConfig:
         attention and feed-forward network adds.
       logits_scaling: logits are divided by it.
       experts: of each layer, in the place of one feed-forward network.
+      dense_layers: the numbers of layers that have the network nevertheless; not with `scan`.
       sinks: whether each head has one more score, of a key whose value is zero (gpt-oss).
       scan: stack the layers' parameters and run the layers in one `lax.scan`.
       remat: which activations each layer recomputes in the backward pass instead of storing them:
@@ -70,7 +73,8 @@ class DecoderConfig:
 
     Raises `ValueError` at construction for a size below one, head counts that do not divide, an
     odd number of rotated numbers, an activation that is not in `ACTIVATIONS`, an unknown `remat`, a
-    dtype that is not in `PARAM_DTYPES`, or types of another number of layers.
+    dtype that is not in `PARAM_DTYPES`, or types of another number of layers,
+    or layers without experts in a scan.
     """
 
     vocab_size: int
@@ -107,6 +111,7 @@ class DecoderConfig:
     residual_multiplier: float = 1.0
     logits_scaling: float = 1.0
     experts: ExpertsConfig | None = None
+    dense_layers: tuple[int, ...] = ()
     sinks: bool = False
 
     REQUIRED: ClassVar = (
@@ -189,10 +194,16 @@ class DecoderConfig:
             raise ValueError(
                 f"DecoderConfig.layer_types has {SLIDING}, so sliding_window must be a positive int"
             )
-        if wrong := [i for i in self.unrotated_layers if not (is_integer(i) and 0 <= i < count)]:
+        for name in ("unrotated_layers", "dense_layers"):
+            if wrong := [i for i in getattr(self, name) if not (is_integer(i) and 0 <= i < count)]:
+                raise ValueError(
+                    f"DecoderConfig.{name}: {shown_value(wrong[0])} is not one of {count} layers"
+                )
+        if self.dense_layers and self.scan:
             raise ValueError(
-                f"DecoderConfig.unrotated_layers: {shown_value(wrong[0])} is not one of {count} "
-                "layers"
+                "layers without experts have other parameters than layers with, so they cannot be "
+                "stacked: load them with scan=False (mlp_only_layers and decoder_sparse_step in "
+                "config.json say which are without)"
             )
 
     @property
@@ -204,7 +215,8 @@ class DecoderConfig:
             is_local = name == SLIDING
             rope = self.local_rope if is_local and self.local_rope else self.rope
             window = self.sliding_window if is_local else None
-            found.append(LayerKind(window, None if i in self.unrotated_layers else rope))
+            turned = None if i in self.unrotated_layers else rope
+            found.append(LayerKind(window, turned, dense=i in self.dense_layers))
         return tuple(found)
 
     @classmethod
@@ -232,13 +244,16 @@ class DecoderConfig:
         if missing := [name for name in cls.REQUIRED if settings.get(name) is None]:
             raise ValueError(f"config.json has no {', '.join(missing)}")
         row = MODEL_TYPES[model_type]
+        if settings.get(_SCALING) is None:  # null means the default too
+            settings = {k: x for k, x in settings.items() if k != _SCALING}
         settings = {**row.defaults, **settings}
         names = (*SHARED, *row.reads)
         given = {name: settings[name] for name in names if settings.get(name) is not None}
         given |= {**row.switches, **row.derived(settings)}
         given |= _layers(settings, tuple(row.layer_types(settings)))
         config = cls(**given, **_ropes(settings), **extra_fields)
-        if config.rope.partial != 1.0 and not row.partial:
+        any_part = row.partial or config.rope.kind == "proportional"
+        if config.rope.partial != 1.0 and not any_part:
             raise ValueError(
                 f"partial_rotary_factor {shown_value(config.rope.partial)} is not supported for "
                 f"model_type {model_type}"
@@ -246,8 +261,9 @@ class DecoderConfig:
         return config
 
 
+_SCALING = "rope_scaling"
 _CHOICES = {
-    "hidden_act": ACTIVATIONS,
+    "hidden_act": tuple(ACTIVATIONS),
     "norms": NORMS,
     "qk_norm": QK_NORMS,
     "dtype": PARAM_DTYPES,

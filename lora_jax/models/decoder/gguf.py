@@ -114,6 +114,7 @@ def _settings(file: gguf_file.GgufFile, kind: str, row: Architecture) -> dict[st
         "vocab_size": file.tensors["token_embd.weight"].shape[0],
     }
     settings |= {ours: known[name] for ours, name in names.items()}
+    settings.setdefault("num_key_value_heads", settings["num_attention_heads"])
     settings |= {"hidden_act": "silu", "tie_word_embeddings": "output.weight" not in file.tensors}
     ids = {ours: file.metadata.get(f"tokenizer.ggml.{x}_token_id") for ours, x in _IDS.items()}
     settings |= {ours: number for ours, number in ids.items() if number is not None}

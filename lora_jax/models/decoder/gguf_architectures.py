@@ -108,6 +108,8 @@ def _gpt_oss(known: Known, tensors: Tensors) -> dict[str, Any]:
         "intermediate_size": width,
         "sliding_window": known.get("attention.sliding_window", 128),
     }
+    if known.get("rope.scaling.type", "none") == "none":
+        found["rope_scaling"] = {"rope_type": "default"}  # config.json's is another one
     if known.get("rope.scaling.type") == "yarn":
         original = known.get("rope.scaling.original_context_length", 4096)
         found["rope_scaling"] = {

@@ -150,8 +150,11 @@ class DecoderLayer(nn.Module):
         attention = Attention(c, self.kind, name="attention")
         mixed, cached = attention(self._before(x, "attention"), places, cached, which)
         x = self._add(x, mixed, "attention")
-        network = FeedForward if c.experts is None else MixtureOfExperts
-        mixed = network(c, name="mlp")(self._before(x, "mlp"))
+        before = self._before(x, "mlp")
+        if c.experts is None or (self.kind is not None and self.kind.dense):
+            mixed = FeedForward(c, name="mlp")(before)
+        else:
+            mixed = MixtureOfExperts(c, name="mlp")(before, places.sight.segments)
         return self._add(x, mixed, "mlp"), cached
 
     def _before(self, x: jax.Array, part: str) -> jax.Array:

@@ -7,6 +7,7 @@ from flax import linen as nn
 from lora_jax.models.decoder.config import DecoderConfig
 from lora_jax.models.decoder.experts import ExpertsConfig, PerExpert, route
 from lora_jax.models.decoder.parts import ACTIVATIONS, dense
+from lora_jax.models.decoder.router_load import ROUTER, router_load
 
 
 class MixtureOfExperts(nn.Module):
@@ -15,14 +16,21 @@ class MixtureOfExperts(nn.Module):
     config: DecoderConfig
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Map `[batch, length, width]` to the same shape and dtype."""
+    def __call__(self, x: jax.Array, segments: jax.Array | None = None) -> jax.Array:
+        """Map `[batch, length, width]` to the same shape and dtype.
+
+        Args:
+          x: the tokens.
+          segments: integers `[batch, length]`, 0 at padding, which no `router_load` counts.
+        """
         c, experts = self.config, self.config.experts
         assert experts is not None
         tokens = x.reshape(-1, x.shape[-1])
         logits = dense(c, experts.count, experts.bias, "router")(tokens)
         wide = jnp.promote_types(logits.dtype, jnp.float32)
         shares, chosen = route(experts, logits.astype(wide))
+        if self.is_mutable_collection(ROUTER) and not self.is_initializing():
+            self.sow(ROUTER, "load", router_load(logits.astype(wide), chosen, segments))
         flat = chosen.reshape(-1)  # [tokens · chosen], a token's experts one after another
         order = jnp.argsort(flat)  # rows by expert -> their places in `flat`
         sizes = jnp.bincount(flat, length=experts.count)

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from lora_jax.core.checks import is_size
+from lora_jax.core.checks import is_integer, is_size
 from lora_jax.core.foreign import shown_value
 from lora_jax.models.decoder.experts import ExpertsConfig
 
@@ -37,8 +37,9 @@ class ModelType:
 SHARED = (
     *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"),
     *("num_attention_heads", "num_key_value_heads", "head_dim", "max_position_embeddings"),
-    *("rms_norm_eps", "hidden_act", "tie_word_embeddings", "attention_bias", "mlp_bias"),
+    *("rms_norm_eps", "hidden_act", "tie_word_embeddings"),
 )
+_BIAS, _BIASES = ("attention_bias",), ("attention_bias", "mlp_bias")
 
 
 def _biased_output(settings: Settings) -> dict[str, Any]:
@@ -46,7 +47,15 @@ def _biased_output(settings: Settings) -> dict[str, Any]:
 
 
 def _all_sliding(settings: Settings) -> list[str]:
-    return _given_types(settings) or [SLIDING] * _layers(settings)
+    return [SLIDING] * _layers(settings)
+
+
+def _of_mistral(settings: Settings) -> list[str]:
+    return _given_types(settings) or _all_sliding(settings)
+
+
+def _of_qwen3_moe(settings: Settings) -> list[str]:
+    return [SLIDING if settings.get("use_sliding_window") else FULL] * _layers(settings)
 
 
 def _of_qwen(settings: Settings) -> list[str]:
@@ -118,13 +127,18 @@ def _layers(settings: Settings) -> int:
 
 
 def _gemma(settings: Settings) -> dict[str, Any]:
+    act = settings.get("hidden_activation") or settings.get("hidden_act")
+    # files of Gemma 1 say "gelu" and mean its approximation
+    return _of_gemmas(settings, "gelu_pytorch_tanh" if act == "gelu" else act)
+
+
+def _of_gemmas(settings: Settings, act: Any) -> dict[str, Any]:
+    """Return what all Gemmas share."""
     if settings.get("use_bidirectional_attention"):
         raise ValueError("config.json: use_bidirectional_attention is not supported")
-    act = settings.get("hidden_activation") or settings.get("hidden_act")
     width, scalar = settings["hidden_size"], settings.get("query_pre_attn_scalar")
     fields: dict[str, Any] = {
-        # files of Gemma 1 say "gelu" and mean its approximation
-        "hidden_act": "gelu_pytorch_tanh" if act in (None, "gelu") else act,
+        "hidden_act": "gelu_pytorch_tanh" if act is None else act,
         "embedding_multiplier": width**0.5 if is_size(width) else width,
     }
     if scalar is not None:
@@ -137,15 +151,14 @@ def _gemma(settings: Settings) -> dict[str, Any]:
     return fields | _biased_output(settings)
 
 
-def _gemma2(settings: Settings) -> dict[str, Any]:
-    return _gemma(settings) | {
-        "attention_cap": settings.get("attn_logit_softcapping"),
-        "final_cap": settings.get("final_logit_softcapping"),
-    }
-
-
 def _gemma3(settings: Settings) -> dict[str, Any]:
-    return _gemma(settings) | {"final_cap": settings.get("final_logit_softcapping")}
+    # `hidden_act` and `attn_logit_softcapping` are without effect in transformers
+    fields = _of_gemmas(settings, settings.get("hidden_activation"))
+    return fields | {"final_cap": settings.get("final_logit_softcapping")}
+
+
+def _gemma2(settings: Settings) -> dict[str, Any]:
+    return _gemma3(settings) | {"attention_cap": settings.get("attn_logit_softcapping")}
 
 
 def _granite(settings: Settings) -> dict[str, Any]:
@@ -159,13 +172,28 @@ def _experts(settings: Settings, count: str, width: str, **more: Any) -> dict[st
 
 
 def _qwen3_moe(settings: Settings) -> dict[str, Any]:
-    if settings.get("mlp_only_layers") or settings.get("decoder_sparse_step") != 1:
-        raise ValueError("config.json: layers without experts among layers with are not supported")
+    layers, dense = _layers(settings), _dense(settings)
+    if len(dense) == layers:
+        return _biased_output(settings)
     shares = "normalized" if settings.get("norm_topk_prob") else "all"
     # transformers 4 and 5 have two names for the number of experts
     count = "num_local_experts" if "num_local_experts" in settings else "num_experts"
     experts = _experts(settings, count, "moe_intermediate_size", shares=shares)
-    return _biased_output(settings) | experts
+    return _biased_output(settings) | experts | {"dense_layers": dense}
+
+
+def _dense(settings: Settings) -> tuple[int, ...]:
+    """Return the numbers of Qwen3-MoE's layers without experts."""
+    only, step = settings.get("mlp_only_layers") or [], settings["decoder_sparse_step"]
+    if not isinstance(only, list) or not all(map(is_integer, only)):
+        raise ValueError(
+            f"config.json: mlp_only_layers must be a list of ints, got {shown_value(only)}"
+        )
+    if not is_size(step):
+        raise ValueError(
+            f"config.json: decoder_sparse_step must be a positive int, got {shown_value(step)}"
+        )
+    return tuple(i for i in range(_layers(settings)) if i in {*only} or (i + 1) % step)
 
 
 def _gpt_oss(settings: Settings) -> dict[str, Any]:
@@ -180,13 +208,20 @@ def _gpt_oss(settings: Settings) -> dict[str, Any]:
     return _biased_output(settings) | experts
 
 
+_QWEN = {
+    "num_key_value_heads": 32,
+    "max_position_embeddings": 32768,
+    "sliding_window": 4096,
+}
 _GEMMA = {
     "head_dim": 256,
+    "num_key_value_heads": 16,
     "max_position_embeddings": 8192,
     "tie_word_embeddings": True,
 }
 _GEMMA_2 = {
     **_GEMMA,
+    "num_key_value_heads": 4,
     "sliding_window": 4096,
     "sliding_window_pattern": 2,
     "query_pre_attn_scalar": 256,
@@ -195,6 +230,7 @@ _GEMMA_2 = {
 }
 _GEMMA_3 = {
     **_GEMMA,
+    "num_key_value_heads": 4,
     "max_position_embeddings": 131072,
     "sliding_window": 4096,
     "sliding_window_pattern": 6,
@@ -204,35 +240,48 @@ _GEMMA_3 = {
 }
 #: `model_type` in config.json -> what is known of it.
 MODEL_TYPES: dict[str, ModelType] = {
-    "llama": ModelType(derived=_biased_output),
+    "llama": ModelType(reads=_BIASES, derived=_biased_output),
     "mistral": ModelType(
-        {"sliding_window": 4096, "max_position_embeddings": 131072}, layer_types=_all_sliding
+        {
+            "num_key_value_heads": 8,
+            "sliding_window": 4096,
+            "max_position_embeddings": 131072,
+        },
+        layer_types=_of_mistral,
     ),
     "qwen2": ModelType(
-        {"attention_bias": True, "max_position_embeddings": 32768, "sliding_window": 4096},
+        _QWEN,
+        switches={"attention_bias": True},
         layer_types=_of_qwen,
     ),
     "qwen3": ModelType(
-        {"head_dim": 128, "max_position_embeddings": 32768, "sliding_window": 4096},
+        {**_QWEN, "head_dim": 128},
+        reads=_BIAS,
         switches={"qk_norm": "head"},
         derived=_biased_output,
         layer_types=_of_qwen,
     ),
-    "gemma": ModelType(_GEMMA, switches={"unit_offset": True}, derived=_gemma),
+    "gemma": ModelType(_GEMMA, reads=_BIAS, switches={"unit_offset": True}, derived=_gemma),
     "gemma2": ModelType(
         _GEMMA_2,
+        reads=_BIAS,
         switches={"unit_offset": True, "norms": "both"},
         derived=_gemma2,
         layer_types=_alternating,
     ),
     "gemma3_text": ModelType(
         _GEMMA_3,
+        reads=_BIAS,
         switches={"unit_offset": True, "norms": "both", "qk_norm": "head"},
         derived=_gemma3,
         layer_types=_alternating,
     ),
     "phi3": ModelType(
-        {"max_position_embeddings": 4096, "rms_norm_eps": 1e-5},
+        {
+            "max_position_embeddings": 4096,
+            "original_max_position_embeddings": 4096,
+            "rms_norm_eps": 1e-5,
+        },
         switches={"fused": True},
         layer_types=_all_sliding,
         partial=True,
@@ -241,9 +290,11 @@ MODEL_TYPES: dict[str, ModelType] = {
         {
             "rope_theta": 2e6,
             "max_position_embeddings": 32768,
+            "num_key_value_heads": 4,
             "no_rope_layer_interval": 4,
             "tie_word_embeddings": True,
         },
+        reads=_BIASES,
         derived=lambda settings: {
             **_biased_output(settings),
             "unrotated_layers": _unrotated(settings),
@@ -252,12 +303,13 @@ MODEL_TYPES: dict[str, ModelType] = {
     ),
     "olmo2": ModelType(
         {"rms_norm_eps": 1e-5},
+        reads=_BIAS,
         switches={"norms": "post", "qk_norm": "width"},
         derived=_biased_output,
     ),
     "granite": ModelType(
         {"attention_multiplier": 1.0},
-        reads=("embedding_multiplier", "residual_multiplier", "logits_scaling"),
+        reads=(*_BIASES, "embedding_multiplier", "residual_multiplier", "logits_scaling"),
         derived=_granite,
     ),
     "mixtral": ModelType(
@@ -276,20 +328,22 @@ MODEL_TYPES: dict[str, ModelType] = {
     ),
     "qwen3_moe": ModelType(
         {
-            "max_position_embeddings": 32768,
-            "sliding_window": 4096,
+            **_QWEN,
+            "num_key_value_heads": 4,
             "num_experts": 128,
             "num_experts_per_tok": 8,
             "moe_intermediate_size": 768,
             "decoder_sparse_step": 1,
         },
+        reads=_BIAS,
         switches={"qk_norm": "head"},
         derived=_qwen3_moe,
-        layer_types=_of_qwen,
+        layer_types=_of_qwen3_moe,
     ),
     "gpt_oss": ModelType(
         {
             "head_dim": 64,
+            "num_key_value_heads": 8,
             "max_position_embeddings": 131072,
             "rms_norm_eps": 1e-5,
             "rope_theta": 150000.0,
@@ -309,6 +363,7 @@ MODEL_TYPES: dict[str, ModelType] = {
             "swiglu_alpha": 1.702,
             "swiglu_limit": 7.0,
         },
+        reads=_BIAS,
         switches={"sinks": True},
         derived=_gpt_oss,
         layer_types=_alternating,

@@ -17,6 +17,8 @@ from lora_jax.models.decoder.config import DecoderConfig, LayerKind
 from lora_jax.models.decoder.layer import DecoderLayer
 from lora_jax.models.decoder.parts import capped, dense, norm
 from lora_jax.models.decoder.places import check_length, kinds_of, locate
+from lora_jax.models.decoder.router_load import ROUTER
+from lora_jax.models.layers import scanned
 from lora_jax.models.on_mesh import Embedding
 from lora_jax.models.remat import rematerialized
 
@@ -48,13 +50,8 @@ class Decoder(nn.Module):
             c.vocab_size, c.hidden_size, dtype=c.dtype, param_dtype=c.param_dtype
         )
         if c.scan:
-            self.layers = nn.scan(
-                layer,
-                variable_axes={"params": 0},
-                split_rngs={"params": True},
-                in_axes=(nn.broadcast, 0, 0),
-                length=c.num_hidden_layers,
-            )(c, self._only_kind())
+            stack = scanned(layer, c.num_hidden_layers, shared=1, each=2, more=[ROUTER])
+            self.layers = stack(c, self._only_kind())
         else:
             self.layer = [layer(c, kind) for kind in c.layer_kinds]
         self.norm = norm(c, None)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import lax
 
+from lora_jax.models.activations import ACTIVATIONS as OTHERS
 from lora_jax.models.decoder.config import DecoderConfig
 from lora_jax.models.on_mesh import dot_general
 
@@ -17,8 +18,9 @@ def _in_float32(function: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax
 
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    **{name: partial(_in_float32, function) for name, function in OTHERS.items()},
     "silu": jax.nn.silu,
-    "gelu_pytorch_tanh": partial(_in_float32, partial(jax.nn.gelu, approximate=True)),
+    "swish": jax.nn.silu,
 }
 
 

@@ -77,7 +77,9 @@ def locate(
         every = write(cache.segments, own, cache.filled, axis=1)
         sight = Sight(own, every, cache.filled)
     places = _positions(sight)
-    reach = places.max() + 1 if cache is None else cache.reach or cache.length
+    # padding has positions too, but no text reaches them
+    longest = jnp.where(own > 0, places, 0).max() + 1
+    reach = longest if cache is None else cache.reach or cache.length
     return _places(c, places, reach, sight), sight.key_segments
 
 

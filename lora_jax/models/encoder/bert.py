@@ -16,10 +16,12 @@ from flax import linen as nn
 
 from lora_jax.core.checks import is_integer, is_size, is_within
 from lora_jax.core.foreign import shown_value
+from lora_jax.models import layers
 from lora_jax.models.activations import ACTIVATIONS
 from lora_jax.models.attention import Sight, attend
 from lora_jax.models.decoder.config import EPSILONS
 from lora_jax.models.on_mesh import Embedding, dot_general
+from lora_jax.models.remat import policy_name, rematerialized
 
 #: Values of `model_type` whose positions begin behind the padding token's id.
 ROBERTAS = ("roberta", "xlm-roberta")
@@ -32,10 +34,12 @@ class BertConfig:
     Attributes:
       first_position: the row of the position embeddings that the first token of a text has:
         RoBERTa's is the one behind the padding token's id.
+      scan: stack the layers' parameters and run the layers in one `lax.scan`.
+      remat: which activations each layer recomputes in the backward pass, as in `DecoderConfig`.
 
     Raises `ValueError` at construction for a size below one, for a width that the number of heads
-    does not divide, for an activation that is not in `ACTIVATIONS`, or for a first position beyond
-    the table.
+    does not divide, for an activation that is not in `ACTIVATIONS`, for a first position beyond the
+    table, or for an unknown `remat`.
     """
 
     vocab_size: int
@@ -48,8 +52,11 @@ class BertConfig:
     layer_norm_eps: float = 1e-12
     hidden_act: str = "gelu"
     first_position: int = 0
+    scan: bool = False
+    remat: bool | str = False
 
     def __post_init__(self) -> None:
+        policy_name(self.remat)
         for field in fields(self):
             value = getattr(self, field.name)
             if field.type is int and field.name != "first_position" and not is_size(value):
@@ -83,17 +90,22 @@ class BertConfig:
         return self.max_position_embeddings - self.first_position
 
     @classmethod
-    def from_json(cls, settings: Mapping[str, Any]) -> "BertConfig":
-        """Read the sizes in a parsed `config.json`.
+    def from_json(cls, settings: Mapping[str, Any], **extra_fields: Any) -> "BertConfig":
+        """Read the sizes in a parsed `config.json`; `scan` and `remat` are not in the file.
 
-        Raises `ValueError` for a missing size that has no default, and for position embeddings
-        other than absolute ones, which this encoder does not have.
+        Raises `ValueError` for a missing size that has no default, for position embeddings other
+        than absolute ones, which this encoder does not have, and for a model that is a decoder.
         """
         position = settings.get("position_embedding_type", "absolute")
         if position != "absolute":
             raise ValueError(f"position_embedding_type {shown_value(position)} is not supported")
-        names = {f.name for f in fields(cls)} - {"first_position"}
-        known = {name: settings[name] for name in names if name in settings}
+        if settings.get("is_decoder"):
+            raise ValueError(
+                "is_decoder is true, but this encoder's tokens see those behind them too; only "
+                "false is supported"
+            )
+        names = {f.name for f in fields(cls)} - {"first_position", "scan", "remat"}
+        known = {name: settings[name] for name in names if name in settings} | extra_fields
         if settings.get("model_type") in ROBERTAS:
             padding = settings.get("pad_token_id", 1)
             if not is_integer(padding):
@@ -220,9 +232,10 @@ class Bert(nn.Module):
             )
         types = jnp.zeros_like(ids) if types is None else types
         x = Embeddings(c, name="embeddings")(ids, segments, types)
-        for i in range(c.num_hidden_layers):
-            x = BertLayer(c, name=f"layer_{i}")(x, segments)
-        return x
+        layer, count = rematerialized(BertLayer, c.remat, scan=c.scan), c.num_hidden_layers
+        if c.scan:
+            return layers.run(layer(c, name="layers"), count, x, segments)
+        return layers.run([layer(c, name=f"layer_{i}") for i in range(count)], count, x, segments)
 
 
 def mean_pool(

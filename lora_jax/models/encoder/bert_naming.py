@@ -3,17 +3,31 @@
 from collections.abc import Collection, Iterator
 
 from lora_jax.files.naming import Entry, Naming
-from lora_jax.models.weights.linear_entries import linear_entries
+from lora_jax.models.weights.linear_entries import LAYERS, linear_entries
+
+_LINEAR = {
+    **{f"attention.self.{x}": f"attention/{x}" for x in ("query", "key", "value")},
+    "attention.output.dense": "attention/output",
+    "intermediate.dense": "intermediate",
+    "output.dense": "output",
+}
 
 
 def _bert_naming(scale: str, bias: str) -> Naming:
     """Return BERT's naming; old files call the scale and bias of a norm gamma and beta."""
 
-    def norm(torch: str, path: str) -> Iterator[Entry]:
-        yield Entry(f"{torch}.LayerNorm.{scale}", f"{path}/scale")
-        yield Entry(f"{torch}.LayerNorm.{bias}", f"{path}/bias")
+    def norm(torch: str, path: str, stacked: bool = False) -> Iterator[Entry]:
+        axes = "d -> n d" if stacked else ""
+        yield Entry(f"{torch}.LayerNorm.{scale}", f"{path}/scale", "", axes)
+        yield Entry(f"{torch}.LayerNorm.{bias}", f"{path}/bias", "", axes)
 
-    prefix = "encoder.layer.{n}"
+    def layers(path: str, stacked: bool) -> Iterator[Entry]:
+        prefix = "encoder.layer.{n}"
+        for torch, ours in _LINEAR.items():
+            yield from linear_entries(f"{prefix}.{torch}", f"{path}/{ours}", stacked)
+        yield from norm(f"{prefix}.attention.output", f"{path}/attention_norm", stacked)
+        yield from norm(f"{prefix}.output", f"{path}/output_norm", stacked)
+
     return Naming(
         (
             *(
@@ -21,18 +35,7 @@ def _bert_naming(scale: str, bias: str) -> Naming:
                 for x, y in {"word": "word", "position": "position", "token_type": "type"}.items()
             ),
             *norm("embeddings", "embeddings/norm"),
-            *(
-                entry
-                for name in ("query", "key", "value")
-                for entry in linear_entries(
-                    f"{prefix}.attention.self.{name}", f"layer_{{n}}/attention/{name}"
-                )
-            ),
-            *linear_entries(f"{prefix}.attention.output.dense", "layer_{n}/attention/output"),
-            *norm(f"{prefix}.attention.output", "layer_{n}/attention_norm"),
-            *linear_entries(f"{prefix}.intermediate.dense", "layer_{n}/intermediate"),
-            *linear_entries(f"{prefix}.output.dense", "layer_{n}/output"),
-            *norm(f"{prefix}.output", "layer_{n}/output_norm"),
+            *(entry for place in LAYERS.items() for entry in layers(*place)),
         )
     )
 

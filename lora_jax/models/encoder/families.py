@@ -8,10 +8,11 @@ from flax import linen as nn
 
 from lora_jax.core.foreign import shown_value
 from lora_jax.files.naming import Naming
+from lora_jax.models.activations import ACTIVATIONS
 from lora_jax.models.encoder import bert_naming, modernbert_naming
 from lora_jax.models.encoder.bert import Bert, BertConfig
 from lora_jax.models.encoder.modernbert import ModernBert, ModernBertConfig
-from lora_jax.models.weights.family import ClassifierHead, Family, Options, refuse_scan_and_remat
+from lora_jax.models.weights.family import ClassifierHead, Family, Options
 
 _SIZES = (
     *("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads"),
@@ -21,13 +22,12 @@ _SIZES = (
 
 
 def _bert(settings: Mapping[str, Any], options: Options) -> nn.Module:
-    refuse_scan_and_remat(settings, options)
-    return Bert(BertConfig.from_json(settings))
+    return Bert(BertConfig.from_json(settings, scan=options.scan, remat=options.remat))
 
 
 def _modernbert(settings: Mapping[str, Any], options: Options) -> nn.Module:
-    refuse_scan_and_remat(settings, options)
-    return ModernBert(ModernBertConfig.from_json(settings))
+    config = ModernBertConfig.from_json(settings, scan=options.scan, remat=options.remat)
+    return ModernBert(config)
 
 
 def _roberta_naming(names: Collection[str] = ()) -> Naming:
@@ -39,13 +39,13 @@ def _modernbert_head(settings: Mapping[str, Any]) -> dict[str, Any]:
     poolings = {"cls": "first", "mean": "mean"}
     pooling = settings.get("classifier_pooling", "cls")
     activation = settings.get("classifier_activation", "gelu")
-    if pooling not in poolings:
+    if not isinstance(pooling, str) or pooling not in poolings:
         raise ValueError(
             f"classifier_pooling {shown_value(pooling)} is not one of {sorted(poolings)}"
         )
-    if activation not in ("gelu", "tanh"):
+    if not isinstance(activation, str) or activation not in ACTIVATIONS:
         raise ValueError(
-            f"classifier_activation {shown_value(activation)} is not one of ['gelu', 'tanh']"
+            f"classifier_activation {shown_value(activation)} is not one of {sorted(ACTIVATIONS)}"
         )
     return {
         "pooling": poolings[pooling],

@@ -5,20 +5,24 @@ linear layers that make several things at once: the leaf of queries, keys and va
 `[in, 3, heads · size]`, so that each of the three can be sharded along its heads.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import linen as nn
 
 from lora_jax.core.checks import is_integer, is_size, is_within
 from lora_jax.core.foreign import shown_value
+from lora_jax.models import layers
 from lora_jax.models.activations import ACTIVATIONS
 from lora_jax.models.attention import Sight, attend
 from lora_jax.models.decoder.config import EPSILONS
 from lora_jax.models.encoder.bert import positions_of
 from lora_jax.models.on_mesh import Embedding, dot_general
+from lora_jax.models.remat import policy_name, rematerialized
 from lora_jax.models.rope import Rope, rotate
 
 LOCAL, GLOBAL = "sliding_attention", "full_attention"
@@ -37,10 +41,13 @@ class ModernBertConfig:
       local_attention: how many tokens a token of a layer with a window sees, half of them on each
         side of it.
       global_rope, local_rope: the angles of the two sorts of layers.
+      scan: stack the parameters of all layers but the first, which has one norm less, and run them
+        in one `lax.scan`.
+      remat: which activations each layer recomputes in the backward pass, as in `DecoderConfig`.
 
     Raises `ValueError` at construction for a size below one, for heads of an odd size or that do
-    not divide the width, for an activation that is not in `ACTIVATIONS`, or if `layer_types` does
-    not name each layer's.
+    not divide the width, for an activation that is not in `ACTIVATIONS`, if `layer_types` does not
+    name each layer's, or for an unknown `remat`.
     """
 
     vocab_size: int
@@ -58,8 +65,11 @@ class ModernBertConfig:
     mlp_bias: bool = False
     global_rope: Rope = field(default_factory=lambda: Rope(160_000.0))
     local_rope: Rope = field(default_factory=Rope)
+    scan: bool = False
+    remat: bool | str = False
 
     def __post_init__(self) -> None:
+        policy_name(self.remat)
         for f in fields(self):
             value = getattr(self, f.name)
             if f.type is int and not is_size(value):
@@ -104,8 +114,8 @@ class ModernBertConfig:
         return self.local_attention // 2 + 1
 
     @classmethod
-    def from_json(cls, settings: Mapping[str, Any]) -> "ModernBertConfig":
-        """Read a parsed `config.json` of transformers 4 or 5.
+    def from_json(cls, settings: Mapping[str, Any], **extra_fields: Any) -> "ModernBertConfig":
+        """Read a parsed `config.json` of transformers 4 or 5; `scan` and `remat` are not in it.
 
         Raises:
           ValueError: sizes are missing (all are listed), or `ModernBertConfig` or `Rope` refuses a
@@ -113,11 +123,12 @@ class ModernBertConfig:
         """
         if missing := [name for name in _REQUIRED if settings.get(name) is None]:
             raise ValueError(f"config.json has no {', '.join(missing)}")
-        own = {"layer_types", "global_rope", "local_rope"}
+        own = {"layer_types", "global_rope", "local_rope", "scan", "remat"}
         names = {f.name for f in fields(cls)} - own
         given = {name: settings[name] for name in names if settings.get(name) is not None}
         return cls(
             **given,
+            **extra_fields,
             layer_types=_layer_types(settings),
             global_rope=_rope(settings, GLOBAL, "global_rope_theta", 160_000.0),
             local_rope=_rope(settings, LOCAL, "local_rope_theta", 10_000.0),
@@ -158,16 +169,35 @@ def _several(parts: int, width: int, bias: bool, name: str) -> nn.DenseGeneral:
     return nn.DenseGeneral((parts, width), use_bias=bias, name=name, dot_general=dot_general)
 
 
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Kind:
+    """What the attention of two layers may differ in.
+
+    Attributes:
+      angles: of the rotation, cosines and sines.
+      is_local: 1 with a window, 0 without, of a layer in a scan over both; otherwise None.
+      window: how far a token sees, if `is_local` is None; None for all.
+    """
+
+    angles: tuple[jax.Array, jax.Array]
+    is_local: jax.Array | None = None
+    window: int | None = field(default=None, metadata={"static": True})
+
+
+def _attend(
+    sight: Sight, window: int | None, query: jax.Array, key: jax.Array, value: jax.Array
+) -> jax.Array:
+    return attend(query, key, value, sight, causal=False, window=window)
+
+
 class Attention(nn.Module):
     """Attention with rotary positions to all tokens of a segment, or to those in a window."""
 
     config: ModernBertConfig
-    window: int | None
 
     @nn.compact
-    def __call__(
-        self, x: jax.Array, segments: jax.Array, angles: tuple[jax.Array, jax.Array]
-    ) -> jax.Array:
+    def __call__(self, x: jax.Array, segments: jax.Array, kind: "Kind") -> jax.Array:
         """Mix each token with those that it sees: `[batch, length, width]` -> the same."""
         c = self.config
         batch, length, width = x.shape
@@ -176,9 +206,13 @@ class Attention(nn.Module):
         query, key, value = (
             made[:, :, i].reshape(batch, length, heads, width // heads) for i in range(3)
         )
-        query, key = (rotate(t, *angles) for t in (query, key))
-        sight = Sight(segments, segments)
-        mixed = attend(query, key, value, sight, causal=False, window=self.window)
+        query, key = (rotate(t, *kind.angles) for t in (query, key))
+        see = partial(_attend, Sight(segments, segments))
+        if kind.is_local is None:
+            mixed = see(kind.window, query, key, value)
+        else:
+            both = [partial(see, None), partial(see, c.window)]
+            mixed = jax.lax.switch(kind.is_local, both, query, key, value)
         output = nn.Dense(width, c.attention_bias, name="output", dot_general=dot_general)
         return output(mixed.reshape(batch, length, width))
 
@@ -201,18 +235,15 @@ class ModernBertLayer(nn.Module):
     """Attention, then a feed-forward network, each after a norm and with a residual connection."""
 
     config: ModernBertConfig
-    index: int
+    is_first: bool = False
 
     @nn.compact
-    def __call__(
-        self, x: jax.Array, segments: jax.Array, angles: Mapping[str, tuple[jax.Array, jax.Array]]
-    ) -> jax.Array:
+    def __call__(self, x: jax.Array, segments: jax.Array, kind: Kind) -> jax.Array:
         """Map `[batch, length, width]` to the same shape and dtype."""
-        c, kind = self.config, self.config.layer_types[self.index]
+        c = self.config
         # the embeddings are normed already
-        normed = _norm(c, "attention_norm")(x) if self.index else x
-        window = c.window if kind == LOCAL else None
-        x = x + Attention(c, window, name="attention")(normed, segments, angles[kind])
+        normed = x if self.is_first else _norm(c, "attention_norm")(x)
+        x = x + Attention(c, name="attention")(normed, segments, kind)
         return x + FeedForward(c, name="mlp")(_norm(c, "mlp_norm")(x))
 
 
@@ -258,7 +289,30 @@ class ModernBert(nn.Module):
         places, size = positions_of(segments), c.hidden_size // c.num_attention_heads
         ropes = {GLOBAL: c.global_rope, LOCAL: c.local_rope}
         angles = {kind: rope.angles(places, size) for kind, rope in ropes.items()}
+        windows = {GLOBAL: None, LOCAL: c.window}
+        kinds = {kind: Kind(angles[kind], None, windows[kind]) for kind in ropes}
+        layer = rematerialized(ModernBertLayer, c.remat, scan=c.scan)
+        first, *others = c.layer_types
         x = Embeddings(c, name="embeddings")(ids)
-        for i in range(c.num_hidden_layers):
-            x = ModernBertLayer(c, i, name=f"layer_{i}")(x, segments, angles)
+        x = layer(c, True, name="layer_0")(x, segments, kinds[first])
+        if c.scan and others:
+            stack, kind = layer(c, name="layers"), _stacked(others, kinds)
+            shared, each = ((segments, kind), ()) if len({*others}) == 1 else ((segments,), (kind,))
+            x = layers.run(stack, len(others), x, *shared, each=each)
+        else:
+            for i, name in enumerate(others, 1):
+                x = layer(c, name=f"layer_{i}")(x, segments, kinds[name])
         return _norm(c, "norm")(x)
+
+
+def _stacked(names: Sequence[str], kinds: Mapping[str, Kind]) -> Kind:
+    """Return the kind of all these layers, or an array of their kinds."""
+    if len({*names}) == 1:
+        return kinds[names[0]]
+    numbers = jnp.asarray([name == LOCAL for name in names], jnp.int32)
+    angles = jax.tree.map(
+        lambda one, other: jnp.stack([one, other])[numbers],
+        kinds[GLOBAL].angles,
+        kinds[LOCAL].angles,
+    )
+    return Kind(angles, numbers)

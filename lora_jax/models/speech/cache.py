@@ -12,8 +12,9 @@ class SpeechCache:
     """Keys and values of a recording and of the tokens seen so far, which `Whisper.start` makes.
 
     Attributes:
-      layers: a tuple of pairs, keys and values `[batch, heads, length, size]` of the tokens.
-      heard: a tuple of pairs, keys and values `[batch, states, heads, size]` of the recording.
+      layers: keys and values `[batch, heads, length, size]` of the tokens: a tuple with one pair
+        per layer, or a single pair with a leading axis for stacked layers.
+      heard: keys and values `[batch, states, heads, size]` of the recording, in the same way.
       segments: int32 `[batch, length]`: 0 at padding.
       filled: int32 scalar, how many of the `length` slots are in use.
     """
@@ -30,4 +31,5 @@ class SpeechCache:
 
     def row_axes(self) -> "SpeechCache":
         """Return which axis of each array is the axis of rows, None where there is none."""
-        return SpeechCache(0, 0, 0, None)  # type: ignore[arg-type]
+        stacked = jax.tree.leaves(self.layers)[0].ndim - 4
+        return SpeechCache(stacked, stacked, 0, None)  # type: ignore[arg-type]

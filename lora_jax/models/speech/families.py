@@ -10,12 +10,12 @@ from flax import linen as nn
 from lora_jax.models.speech import naming
 from lora_jax.models.speech.config import WhisperConfig
 from lora_jax.models.speech.whisper import Whisper
-from lora_jax.models.weights.family import Family, Options, refuse_scan_and_remat
+from lora_jax.models.weights.family import Family, Options
 
 
 def _whisper(settings: Mapping[str, Any], options: Options) -> nn.Module:
-    refuse_scan_and_remat(settings, options)
-    return Whisper(WhisperConfig.from_json(settings))
+    config = WhisperConfig.from_json(settings, scan=options.scan, remat=options.remat)
+    return Whisper(config)
 
 
 def _inputs(module: Any) -> dict[str, Any]:

@@ -3,28 +3,30 @@
 from collections.abc import Collection, Iterator
 
 from lora_jax.files.naming import Entry, Naming
-from lora_jax.models.weights.linear_entries import linear_entries
+from lora_jax.models.weights.linear_entries import LAYERS, linear_entries, norm_entries
 
 PREFIX = "model."  # of the names in the file of a model with a head
 _PEFT = "base_model.model."
 
 
-def _norm(torch: str, path: str) -> Iterator[Entry]:
-    yield Entry(f"{torch}.weight", f"{path}/scale")
-    yield Entry(f"{torch}.bias", f"{path}/bias")
+_LINEAR = {"query": "q_proj", "key": "k_proj", "value": "v_proj", "output": "out_proj"}
 
 
 def _layers(part: str, attentions: dict[str, str]) -> Iterator[Entry]:
-    torch, path = f"{part}.layers.{{n}}", f"{part}/layer_{{n}}"
+    for place, stacked in LAYERS.items():
+        yield from _layers_at(f"{part}/{place}", f"{part}.layers.{{n}}", attentions, stacked)
+
+
+def _layers_at(path: str, torch: str, attentions: dict[str, str], stacked: bool) -> Iterator[Entry]:
     for ours, theirs in attentions.items():
-        for name, module in {
-            **{"query": "q_proj", "key": "k_proj", "value": "v_proj", "output": "out_proj"}
-        }.items():
-            yield from linear_entries(f"{torch}.{theirs}.{module}", f"{path}/{ours}/{name}")
-        yield from _norm(f"{torch}.{theirs}_layer_norm", f"{path}/{ours}_norm")
+        for name, module in _LINEAR.items():
+            yield from linear_entries(
+                f"{torch}.{theirs}.{module}", f"{path}/{ours}/{name}", stacked
+            )
+        yield from norm_entries(f"{torch}.{theirs}_layer_norm", f"{path}/{ours}_norm", stacked)
     for name, module in {"up": "fc1", "down": "fc2"}.items():
-        yield from linear_entries(f"{torch}.{module}", f"{path}/mlp/{name}")
-    yield from _norm(f"{torch}.final_layer_norm", f"{path}/mlp_norm")
+        yield from linear_entries(f"{torch}.{module}", f"{path}/mlp/{name}", stacked)
+    yield from norm_entries(f"{torch}.final_layer_norm", f"{path}/mlp_norm", stacked)
 
 
 def _conv(name: str) -> Iterator[Entry]:
@@ -38,11 +40,11 @@ WHISPER = Naming(
         *_conv("conv2"),
         Entry("encoder.embed_positions.weight", "encoder/position"),
         *_layers("encoder", {"attention": "self_attn"}),
-        *_norm("encoder.layer_norm", "encoder/norm"),
+        *norm_entries("encoder.layer_norm", "encoder/norm"),
         Entry("decoder.embed_tokens.weight", "decoder/embedding/embedding", "embedding"),
         Entry("decoder.embed_positions.weight", "decoder/position"),
         *_layers("decoder", {"attention": "self_attn", "cross": "encoder_attn"}),
-        *_norm("decoder.layer_norm", "decoder/norm"),
+        *norm_entries("decoder.layer_norm", "decoder/norm"),
     )
 )
 

@@ -13,7 +13,9 @@ from flax import linen as nn
 from lora_jax.models.activations import ACTIVATIONS
 from lora_jax.models.attention import Sight, attend
 from lora_jax.models.cache import write
+from lora_jax.models.layers import run, scanned
 from lora_jax.models.on_mesh import Embedding, by_rows, dot_general
+from lora_jax.models.remat import rematerialized
 from lora_jax.models.speech.cache import SpeechCache
 from lora_jax.models.speech.config import WhisperConfig
 
@@ -100,7 +102,11 @@ class Encoder(nn.Module):
         self.conv2 = nn.Conv(c.d_model, (3,), 2, padding=1)
         shape = (c.max_source_positions, c.d_model)
         self.position = self.param("position", nn.initializers.normal(0.02), shape)
-        self.layer = [EncoderLayer(c) for _ in range(c.encoder_layers)]
+        layer = rematerialized(EncoderLayer, c.remat, scan=c.scan)
+        if c.scan:
+            self.layers = layer(c)
+        else:
+            self.layer = [layer(c) for _ in range(c.encoder_layers)]
         self.norm = _norm()
 
     def __call__(self, features: jax.Array) -> jax.Array:
@@ -113,9 +119,7 @@ class Encoder(nn.Module):
             )
         gelu, x = ACTIVATIONS["gelu"], features.astype(self.position.dtype)
         x = gelu(self.conv2(gelu(self.conv1(x)))) + self.position[None]
-        for layer in self.layer:
-            x = layer(x)
-        return self.norm(x)
+        return self.norm(run(self.layers if c.scan else self.layer, c.encoder_layers, x))
 
 
 class DecoderLayer(nn.Module):
@@ -131,7 +135,7 @@ class DecoderLayer(nn.Module):
         self.attention_norm, self.cross_norm, self.mlp_norm = _norm(), _norm(), _norm()
 
     def __call__(
-        self, x: jax.Array, heard: Any, sight: Sight, cached: Any
+        self, x: jax.Array, sight: Sight, heard: Any, cached: Any
     ) -> tuple[jax.Array, Any]:
         """Map `[batch, length, width]`, and return the keys and values with those of `x`."""
         y = self.attention_norm(x)
@@ -158,12 +162,19 @@ class Decoder(nn.Module):
         self.embedding = Embedding(c.vocab_size, c.d_model)
         shape = (c.max_target_positions, c.d_model)
         self.position = self.param("position", nn.initializers.normal(0.02), shape)
-        self.layer = [DecoderLayer(c) for _ in range(c.decoder_layers)]
+        layer = rematerialized(DecoderLayer, c.remat, scan=c.scan)
+        if c.scan:
+            self.layers = layer(c)
+        else:
+            self.layer = [layer(c) for _ in range(c.decoder_layers)]
         self.norm = _norm()
 
     def hear(self, states: jax.Array) -> Any:
-        """Return the keys and values of a recording, a pair for each layer."""
-        return tuple(layer.cross.pair(states) for layer in self.layer)
+        """Return the keys and values of a recording, a pair for each layer or a stacked one."""
+        if not self.config.scan:
+            return tuple(layer.cross.pair(states) for layer in self.layer)
+        pair = lambda layer, carry, states: (carry, layer.cross.pair(states))
+        return scanned(pair, self.config.decoder_layers, shared=1)(self.layers, (), states)[1]
 
     def __call__(
         self, ids: jax.Array, heard: Any, sight: Sight, cached: Any = None
@@ -172,11 +183,20 @@ class Decoder(nn.Module):
         length = ids.shape[1]
         first = 0 if sight.first is None else sight.first
         position = jax.lax.dynamic_slice_in_dim(self.position, first, length)
-        x, written = self.embedding(ids) + position[None], []
+        x, written = self._run(self.embedding(ids) + position[None], sight, heard, cached)
+        return self.embedding.attend(self.norm(x)), written
+
+    def _run(self, x: jax.Array, sight: Sight, heard: Any, cached: Any) -> tuple[jax.Array, Any]:
+        """Apply the layers, and return the keys and values of the tokens too."""
+        count = self.config.decoder_layers
+        if self.config.scan:
+            one = lambda layer, *args: layer(*args)
+            return scanned(one, count, shared=1, each=2)(self.layers, x, sight, heard, cached)
+        written = []
         for i, layer in enumerate(self.layer):
-            x, pair = layer(x, heard[i], sight, None if cached is None else cached[i])
+            x, pair = layer(x, sight, heard[i], None if cached is None else cached[i])
             written.append(pair)
-        return self.embedding.attend(self.norm(x)), tuple(written)
+        return x, tuple(written)
 
 
 class Whisper(nn.Module):
@@ -250,9 +270,11 @@ class Whisper(nn.Module):
         c = self.config
         heard = self.decoder.hear(self.encoder(features))
         batch, size = features.shape[0], c.d_model // c.decoder_attention_heads
-        shape = (batch, c.decoder_attention_heads, length, size)
-        dtype = heard[0][0].dtype
-        empty = tuple((jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in heard)
+        stack = (c.decoder_layers,) if c.scan else ()
+        shape = (*stack, batch, c.decoder_attention_heads, length, size)
+        dtype = jax.tree.leaves(heard)[0].dtype
+        pair = lambda: (jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+        empty = pair() if c.scan else tuple(pair() for _ in heard)
         segments = jnp.zeros((batch, length), jnp.int32)
         return SpeechCache(empty, heard, segments, jnp.zeros((), jnp.int32))
 

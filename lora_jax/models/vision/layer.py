@@ -18,7 +18,7 @@ def norm(c: LayersConfig, name: str) -> nn.LayerNorm:
 
 
 class Attention(nn.Module):
-    """Multi-head attention in which each token sees all."""
+    """Multi-head attention in which each token sees all, or those before it."""
 
     config: LayersConfig
 
@@ -33,7 +33,7 @@ class Attention(nn.Module):
             y = dense(width, name, c.qkv_bias)(x)
             return y.reshape(batch, tokens, heads, width // heads)
 
-        mixed = attend(project("query"), project("key"), project("value"), causal=False)
+        mixed = attend(project("query"), project("key"), project("value"), causal=c.causal)
         return dense(width, "output")(mixed.reshape(batch, tokens, width))
 
 

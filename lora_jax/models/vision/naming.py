@@ -7,14 +7,9 @@ other names than the tensors in the models' files, which have kept theirs.
 from collections.abc import Collection, Iterator, Mapping
 
 from lora_jax.files.naming import Entry, Naming
-from lora_jax.models.weights.linear_entries import linear_entries
+from lora_jax.models.weights.linear_entries import LAYERS, linear_entries, norm_entries
 
 _PEFT = "base_model.model."
-
-
-def _norm(torch: str, path: str) -> Iterator[Entry]:
-    yield Entry(f"{torch}.weight", f"{path}/scale")
-    yield Entry(f"{torch}.bias", f"{path}/bias")
 
 
 def _conv(torch: str, path: str) -> Iterator[Entry]:
@@ -26,10 +21,11 @@ def _layers(
     torch: str, path: str, linear: Mapping[str, str], norms: Mapping[str, str]
 ) -> Iterator[Entry]:
     """Yield the entries of all layers: {module here: module in PyTorch}."""
-    for ours, theirs in linear.items():
-        yield from linear_entries(f"{torch}.{theirs}", f"{path}layer_{{n}}/{ours}")
-    for ours, theirs in norms.items():
-        yield from _norm(f"{torch}.{theirs}", f"{path}layer_{{n}}/{ours}")
+    for place, stacked in LAYERS.items():
+        for ours, theirs in linear.items():
+            yield from linear_entries(f"{torch}.{theirs}", f"{path}{place}/{ours}", stacked)
+        for ours, theirs in norms.items():
+            yield from norm_entries(f"{torch}.{theirs}", f"{path}{place}/{ours}", stacked)
 
 
 _VIT_NORMS = {"attention_norm": "layernorm_before", "mlp_norm": "layernorm_after"}
@@ -46,11 +42,17 @@ _VIT_MODULES = {
 }
 
 
+_ONE_TOKEN = "one two d -> (one two d)"
+
+
 def _vit(prefix: str, layers: str, linear: Mapping[str, str]) -> Naming:
     ones = {"one": 1, "two": 1}
     rows = Naming(
         (
-            Entry("embeddings.cls_token", "embeddings/class", "", "one two d -> (one two d)", ones),
+            *(
+                Entry(f"embeddings.{x}_token", f"embeddings/{y}", "", _ONE_TOKEN, ones)
+                for x, y in {"cls": "class", "distillation": "distillation"}.items()
+            ),
             Entry(
                 "embeddings.position_embeddings",
                 "embeddings/position",
@@ -60,27 +62,35 @@ def _vit(prefix: str, layers: str, linear: Mapping[str, str]) -> Naming:
             ),
             *_conv("embeddings.patch_embeddings.projection", "embeddings/patch"),
             *_layers(layers, "", linear, _VIT_NORMS),
-            *_norm("layernorm", "norm"),
+            *norm_entries("layernorm", "norm"),
+            *linear_entries("pooler.dense", "pooler"),
         )
     ).with_prefix(prefix)
-    return Naming((*rows.entries, *linear_entries("classifier", "classifier")))
+    heads = ("classifier", "cls_classifier", "distillation_classifier")
+    return Naming((*rows.entries, *(row for x in heads for row in linear_entries(x, x))))
 
 
-def vit_in_files(names: Collection[str] = ()) -> Naming:
-    """Return the names in a ViT's file; `names` are those of one, if there is one."""
-    return _vit(_prefix(names, "vit."), "encoder.layer.{n}", _VIT_IN_FILES)
-
-
-def vit(names: Collection[str] = ()) -> Naming:
-    """Return the names of a ViT's modules.
+def vit_in_files(stem: str, names: Collection[str] = ()) -> Naming:
+    """Return the names in the file of a ViT or DeiT.
 
     Args:
+      stem: what they begin with where the model has a head, such as "vit.".
+      names: those of a file, if there is one.
+    """
+    return _vit(_prefix(names, stem), "encoder.layer.{n}", _VIT_IN_FILES)
+
+
+def vit(stem: str, names: Collection[str] = ()) -> Naming:
+    """Return the names of the modules of a ViT or DeiT.
+
+    Args:
+      stem: as in `vit_in_files`.
       names: the tensor names in a file, of a model or of an adapter: an adapter that transformers 4
         wrote has the names in the models' files.
     """
     if any(x.startswith(_PEFT) and ".encoder.layer." in x for x in names):
-        return vit_in_files(names)
-    return _vit(_prefix(names, "vit."), "layers.{n}", _VIT_MODULES)
+        return vit_in_files(stem, names)
+    return _vit(_prefix(names, stem), "layers.{n}", _VIT_MODULES)
 
 
 def _prefix(names: Collection[str], prefix: str) -> str:
@@ -98,7 +108,7 @@ def _siglip_vision(path: str = "") -> Iterator[Entry]:
     yield from _conv("embeddings.patch_embedding", f"{path}embeddings/patch")
     yield Entry("embeddings.position_embedding.weight", f"{path}embeddings/position")
     yield from _layers("encoder.layers.{n}", path, _TOWER, _TOWER_NORMS)
-    yield from _norm("post_layernorm", f"{path}norm")
+    yield from norm_entries("post_layernorm", f"{path}norm")
     yield Entry("head.probe", f"{path}pool/probe")
     parts = {"parts": 3}
     for torch, leaf, axes in (
@@ -107,17 +117,16 @@ def _siglip_vision(path: str = "") -> Iterator[Entry]:
     ):
         yield Entry(f"head.attention.in_proj_{torch}", f"{path}pool/qkv/{leaf}", "", axes, parts)
     yield from linear_entries("head.attention.out_proj", f"{path}pool/output")
-    yield from _norm("head.layernorm", f"{path}pool/norm")
+    yield from norm_entries("head.layernorm", f"{path}pool/norm")
     for ours, theirs in {"up": "fc1", "down": "fc2"}.items():
         yield from linear_entries(f"head.mlp.{theirs}", f"{path}pool/mlp/{ours}")
 
 
-def _siglip_text() -> Iterator[Entry]:
+def _text() -> Iterator[Entry]:
     yield Entry("embeddings.token_embedding.weight", "text/token/embedding", "embedding")
     yield Entry("embeddings.position_embedding.weight", "text/position")
     yield from _layers("encoder.layers.{n}", "text/", _TOWER, _TOWER_NORMS)
-    yield from _norm("final_layer_norm", "text/norm")
-    yield from linear_entries("head", "text/head")
+    yield from norm_entries("final_layer_norm", "text/norm")
 
 
 _VISION, _TEXT = "vision_model.", "text_model."
@@ -131,19 +140,31 @@ def siglip_vision(names: Collection[str] = ()) -> Naming:
 def siglip(names: Collection[str] = ()) -> Naming:
     """Return the names of both of SigLIP's encoders."""
     vision = Naming(tuple(_siglip_vision("vision/"))).with_prefix(_VISION)
-    text = Naming(tuple(_siglip_text())).with_prefix(_TEXT)
+    rows = (*_text(), *linear_entries("head", "text/head"))
+    text = Naming(rows).with_prefix(_TEXT)
     own = (Entry(x, x) for x in ("logit_scale", "logit_bias"))
     return Naming((*vision.entries, *text.entries, *own))
 
 
+def _clip_vision(path: str = "") -> Iterator[Entry]:
+    yield Entry("embeddings.class_embedding", f"{path}embeddings/class")
+    yield Entry("embeddings.position_embedding.weight", f"{path}embeddings/position")
+    yield from _conv("embeddings.patch_embedding", f"{path}embeddings/patch")
+    yield from norm_entries("pre_layrnorm", f"{path}first_norm")
+    yield from _layers("encoder.layers.{n}", path, _TOWER, _TOWER_NORMS)
+    yield from norm_entries("post_layernorm", f"{path}norm")
+
+
 def clip_vision(names: Collection[str] = ()) -> Naming:
     """Return the names of CLIP's encoder of images; transformers 4 wrote them with a prefix."""
-    rows = (
-        Entry("embeddings.class_embedding", "embeddings/class"),
-        Entry("embeddings.position_embedding.weight", "embeddings/position"),
-        *_conv("embeddings.patch_embedding", "embeddings/patch"),
-        *_norm("pre_layrnorm", "first_norm"),
-        *_layers("encoder.layers.{n}", "", _TOWER, _TOWER_NORMS),
-        *_norm("post_layernorm", "norm"),
-    )
-    return Naming(rows).with_prefix(_prefix(names, _VISION))
+    rows = Naming(tuple(_clip_vision())).with_prefix(_prefix(names, _VISION))
+    return Naming((*rows.entries, *linear_entries("visual_projection", "projection")))
+
+
+def clip(names: Collection[str] = ()) -> Naming:
+    """Return the names of both of CLIP's encoders."""
+    vision = Naming(tuple(_clip_vision("vision/"))).with_prefix(_VISION)
+    text = Naming(tuple(_text())).with_prefix(_TEXT)
+    projections = {"visual": "vision/projection", "text": "text/head"}
+    heads = [x for name, y in projections.items() for x in linear_entries(f"{name}_projection", y)]
+    return Naming((*vision.entries, *text.entries, *heads, Entry("logit_scale", "logit_scale")))

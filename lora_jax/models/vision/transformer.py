@@ -1,14 +1,17 @@
 """Vision transformers (Dosovitskiy et al., 2020, https://arxiv.org/abs/2010.11929) in Flax Linen.
 
-The families ViT, SigLIP and CLIP are switches of one module, `VisionTransformer`.
+The families ViT, DeiT, SigLIP and CLIP are switches of one module, `VisionTransformer`.
 """
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from lora_jax.models import layers
+from lora_jax.models.activations import ACTIVATIONS
 from lora_jax.models.attention import attend
 from lora_jax.models.on_mesh import dot_general
+from lora_jax.models.remat import rematerialized
 from lora_jax.models.vision.config import VisionConfig
 from lora_jax.models.vision.layer import FeedForward, Layer, dense, norm
 
@@ -22,15 +25,19 @@ class Embeddings(nn.Module):
     def __call__(self, pixels: jax.Array) -> jax.Array:
         """Map `[batch, height, width, channels]` to `[batch, tokens, width]`."""
         c = self.config
-        size = (c.patch_size, c.patch_size)
-        patch = nn.Conv(c.hidden_size, size, size, "VALID", use_bias=c.patch_bias, name="patch")
+        patch = nn.Conv(
+            c.hidden_size, c.patch, c.patch, "VALID", use_bias=c.patch_bias, name="patch"
+        )
         shape = (c.tokens, c.hidden_size)
         position = self.param("position", nn.initializers.normal(0.02), shape)
         x = patch(pixels.astype(position.dtype))
         x = x.reshape(x.shape[0], -1, c.hidden_size)
-        if c.class_token:
-            first = self.param("class", nn.initializers.zeros, (c.hidden_size,))
-            x = _behind(first, x)
+        for name, is_there in {
+            "distillation": c.distillation_token,
+            "class": c.class_token,
+        }.items():
+            if is_there:
+                x = _behind(self.param(name, nn.initializers.zeros, (c.hidden_size,)), x)
         return x + position[None]
 
 
@@ -81,12 +88,23 @@ class VisionTransformer(nn.Module):
         self.embeddings = Embeddings(c)
         if c.first_norm:
             self.first_norm = nn.LayerNorm(epsilon=c.layer_norm_eps)
-        self.layer = [Layer(c) for _ in range(c.num_hidden_layers)]
+        layer = rematerialized(Layer, c.remat, scan=c.scan)
+        if c.scan:
+            self.layers = layer(c)
+        else:
+            self.layer = [layer(c) for _ in range(c.num_hidden_layers)]
         self.norm = nn.LayerNorm(epsilon=c.layer_norm_eps)
         if c.pools == "attention":
             self.pool = AttentionPool(c)
-        if c.num_labels:
-            self.classifier = nn.Dense(c.num_labels, dot_general=dot_general)
+        if c.pooler_size:
+            self.pooler = _dense(c.pooler_size)
+        if c.projection_size:
+            self.projection = _dense(c.projection_size, bias=False)
+        if c.teacher:
+            self.cls_classifier = _dense(c.num_labels)
+            self.distillation_classifier = _dense(c.num_labels)
+        elif c.num_labels:
+            self.classifier = _dense(c.num_labels)
 
     def __call__(self, pixels: jax.Array) -> jax.Array:
         """Encode or classify images.
@@ -102,6 +120,9 @@ class VisionTransformer(nn.Module):
         Raises:
           ValueError: the images have another size.
         """
+        if self.config.teacher:
+            x = self.hidden(pixels)
+            return (self.cls_classifier(x[:, 0]) + self.distillation_classifier(x[:, 1])) / 2
         if self.config.num_labels:
             return self.classifier(self.hidden(pixels)[:, 0])
         if self.is_initializing():
@@ -111,19 +132,26 @@ class VisionTransformer(nn.Module):
     def hidden(self, pixels: jax.Array) -> jax.Array:
         """Return the hidden states of all tokens, `[batch, tokens, width]`."""
         c = self.config
-        wanted = (c.image_size, c.image_size, c.num_channels)
+        wanted = (*c.sides, c.num_channels)
         if pixels.shape[1:] != wanted:
             raise ValueError(f"pixels must be [batch, {str(wanted)[1:-1]}], got {pixels.shape}")
         x = self.embeddings(pixels)
         if c.first_norm:
             x = self.first_norm(x)
-        for layer in self.layer:
-            x = layer(x)
+        x = layers.run(self.layers if c.scan else self.layer, c.num_hidden_layers, x)
         return self.norm(x) if c.norms_all else x
 
     def pooled(self, pixels: jax.Array) -> jax.Array:
-        """Return one vector per image, `[batch, width]`."""
-        x = self.hidden(pixels)
-        if self.config.pools == "attention":
-            return self.pool(x)
-        return x[:, 0] if self.config.norms_all else self.norm(x[:, 0])
+        """Return one vector per image, `[batch, width]`, or as wide as the model projects it."""
+        c, x = self.config, self.hidden(pixels)
+        if c.pools == "attention":
+            x = self.pool(x)
+        else:
+            x = x[:, 0] if c.norms_all else self.norm(x[:, 0])
+        if c.pooler_size:
+            x = ACTIVATIONS[c.pooler_act](self.pooler(x))
+        return self.projection(x) if c.projection_size else x
+
+
+def _dense(width: int, bias: bool = True) -> nn.Dense:
+    return nn.Dense(width, bias, dot_general=dot_general)

@@ -10,15 +10,14 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from lora_jax.files.naming import Naming
-from lora_jax.models.classifier import Activation, Pooling
-from lora_jax.models.remat import NONE, policy_name
+from lora_jax.models.classifier import Pooling
 
 #: What a model computes: hidden states of a text, logits of the token after each token, features
 #: or classes of an image, or logits of the tokens of a text that is spoken.
 Kind = Literal["encoder", "decoder", "vision", "speech"]
 
 
-def _nothing(settings: Mapping[str, Any]) -> Mapping[str, Any]:
+def _nothing(given: Any) -> Mapping[str, Any]:
     return {}
 
 
@@ -45,7 +44,7 @@ class ClassifierHead:
     prefix: str = ""
     pooler: str = ""
     bias: bool = False
-    activation: Activation = "tanh"
+    activation: str = "tanh"
     pooler_bias: bool = True
     norm: str = ""
     norm_bias: bool = False
@@ -64,16 +63,6 @@ class Options:
     dtype: str = "float32"
     scan: bool = False
     remat: bool | str = False
-
-
-def refuse_scan_and_remat(settings: Mapping[str, Any], options: Options) -> None:
-    """Refuse what only decoders can.
-
-    Raises:
-      ValueError: layers should be stacked or recompute.
-    """
-    if options.scan or policy_name(options.remat) != NONE:
-        raise ValueError(f"scan and remat are not supported for {settings['model_type']} models")
 
 
 def _tokens(module: nn.Module) -> Mapping[str, Any]:
@@ -99,6 +88,7 @@ class Family:
       dropped: regexes of tensors that follow from the rest.
       inputs: the shapes and dtypes of the arguments that a module creates its parameters from.
       layers: the keys of config.json that are a number of layers; "a.b" is key b in object a.
+      by_tensors: the settings that the tensor names of a file decide, where config.json does not.
       in_files: the names of the leaves in the files of models, where they differ from those of the
         modules, which adapters have; None where they are the same.
     """
@@ -115,6 +105,7 @@ class Family:
     dropped: tuple[str, ...] = ()
     inputs: Callable[[nn.Module], Mapping[str, Any]] = _tokens
     layers: tuple[str, ...] = ("num_hidden_layers",)
+    by_tensors: Callable[[Collection[str]], Mapping[str, Any]] = _nothing
     in_files: Callable[[Collection[str]], Naming] | None = None
 
     @property

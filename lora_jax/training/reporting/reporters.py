@@ -68,6 +68,7 @@ class _WandB:
             name=directory.name,
             id=hashlib.sha256(path.encode()).hexdigest()[:16],
             resume="allow" if done else "never",
+            reinit="create_new",  # beside other runs of a sweep
             dir=path,
             config=dict(settings),
             settings=wandb.Settings(console="off"),

@@ -33,6 +33,10 @@ def test_the_file_gives_options_and_words_override_them(tmp_path):
     assert [str(x) for x in values["data"]] == ["c.jsonl"]
     assert values["shuffle"] is False and values["alpha"] is None and values["batch"] == 4
     assert [str(x) for x in parsed(["--config", path]).params["data"]] == ["a.jsonl", "b.jsonl"]
+    # as on the command line, where YAML would see 63, 8 and a date
+    path = write(tmp_path, MINIMAL + "layers: 1:3\nrank: 010\nbase_name: 2026-01-01\n")
+    values = parsed(["--config", path]).params
+    assert [values[n] for n in ("layers", "rank", "base_name")] == ["1:3", 10, "2026-01-01"]
 
 
 #: A line of a file -> what the error says after the file's name.
@@ -61,6 +65,10 @@ REFUSED = {
     "rank: [": "is not valid YAML",
     "- rank": "must contain lines such as",
     "rank: !!python/object:os.system x": "is not valid YAML",
+    "lr: 1\n? [a]\n: 1": "a key in line 2 is not the name of an option",
+    "dora: !!bool x": "is not valid YAML",
+    "rank: !!int ''": "rank must be an integer",
+    "rank: 0x10": "rank must be an integer, got 0x10",
     "\x00": "is not valid YAML",
     "[" * 1500: "is not valid YAML",
     "#" * (2 << 20): "is too large",
@@ -85,6 +93,25 @@ def test_a_file_that_cannot_be_read(tmp_path, fails):
 
 
 ODD = ["--targets", "q_proj, v", "--exclude", "no", "--layers", "-4:", "--add-token", "<é\x7f: #>"]
+
+
+WORDS = {
+    "generate": ("--model", "m", "--prompt", "é", "--stop", "x", "--stop", "y", "--top-p", "0.5"),
+    "eval": ("--model", "m", "--data", "d", "--exact-match", "--no-strict"),
+    "serve": ("--model", "m", "--adapter", "a=b", "--stop-after", "2.5", "--no-warm-up"),
+    "merge": ("--model", "m", "--adapter", "a", "--out", "o", "--rename", "a=", "--force"),
+    "convert": ("a", "--to", "peft", "--out", "o", "--alpha", "3"),
+    "combine": ("a", "b", "--weights", "1,-0.5", "--out", "o", "--no-exact"),
+}
+
+
+@pytest.mark.parametrize("command", WORDS)
+def test_every_command_reads_what_it_dumps(command, tmp_path, run):
+    printed = run(command, *WORDS[command], "--dump-config")
+    assert printed.status == 0 and not printed.err
+    path = write(tmp_path, printed.out)
+    given, again = (parsed(w, command).params for w in (WORDS[command], ["--config", path]))
+    assert {**again, "config": None} == given
 
 
 @pytest.mark.parametrize("command", ["train", "sweep"])

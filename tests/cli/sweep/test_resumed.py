@@ -16,7 +16,7 @@ from lora_jax.training import log
 from lora_jax.training.sweeping import progress
 from tests.cli.sweep.command import of_run, records_of, words
 
-WAVES = ("--ranks", "1,2", "--lrs", "3e-2,1e-2", "--slots", 2, "--steps", 4)
+WAVES = ("--ranks", "1,2", "--lrs", "3e-2,1e-2", "--slots", 2, "--steps", 4, "--report", "jsonl")
 HALVING = (
     *("--ranks", "1,2", "--lrs", "3e-2,1e-2,1e-3", "--slots", 3, "--steps", 6),
     *("--halving", "--eta", 2, "--eval-split", 0.25, "--eval-rows", 2),
@@ -36,6 +36,8 @@ def assert_same(one, other):
     for name, run in its.items():
         for key, x in run.items():
             np.testing.assert_array_equal(mine[name][key], x)
+    mine, its = ([*sorted(out.glob("rank*/metrics.jsonl"))] for out in (one, other))
+    assert [path.read_text() for path in mine] == [path.read_text() for path in its]
     results = [json.loads((out / "results.json").read_text()) for out in (one, other)]
     for found in results:
         for run in found["runs"]:

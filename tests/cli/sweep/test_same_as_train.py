@@ -59,6 +59,18 @@ CASES = {
         "--rank 2 --lr 1e-3",
         "--optimizer lora-rite",
     ),
+    "stream": (
+        "--ranks 2,4 --lrs 1e-2 --slots 1",
+        "rank4-lr0.01",
+        "--rank 4 --lr 1e-2",
+        "--stream",
+    ),
+    "tokens": (
+        "--ranks 2,4 --lrs 1e-2",
+        "rank4-lr0.01",
+        "--rank 4 --lr 1e-2",
+        "--add-token <new> --untie-head",
+    ),
     "halving": (
         "--ranks 2,4,8 --lrs 1e-2,1e-3 --slots 2 --halving --eta 2",
         "rank8-lr0.01",

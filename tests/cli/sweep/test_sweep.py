@@ -17,7 +17,8 @@ from lora_jax.training.step import make_gradients
 from tests.cli.sweep.command import of_run, words
 
 EVAL = ("--eval-split", 0.25, "--eval-rows", 4)
-GRID = ("--ranks", "1,2", "--lrs", "3e-2,3e-3", "--slots", 3, *EVAL, "--steps", 5)
+REPORT = ("--report", "jsonl")
+GRID = ("--ranks", "1,2", "--lrs", "3e-2,3e-3", "--slots", 3, *EVAL, "--steps", 5, *REPORT)
 
 
 @pytest.fixture(scope="module")
@@ -65,9 +66,15 @@ def test_a_run_is_that_of_train(swept, rank, lr, play, tmp_path, run):
     """The run of the second wave and one of the first: losses, the adapter and its files."""
     out, _, _ = swept
     name = {"3e-3": "rank2-lr3e-3", "3e-2": "rank1-lr0.03"}[lr]
-    more = ("--rank", rank, "--lr", lr, *EVAL, "--steps", 5)
+    more = ("--rank", rank, "--lr", lr, *EVAL, "--steps", 5, *REPORT)
     assert run(*words(play, tmp_path / "one", *more, command="train")).status == 0
     assert_is_that_of_train(out, name, tmp_path / "one")
+    mine, its = (log.read(path / "metrics.jsonl") for path in (out / name, tmp_path / "one"))
+    assert [one["step"] for one in mine] == [1, 2, 3, 4, 5, 5]
+    for one, other in zip(mine, its[-6:], strict=True):  # `train` evaluates before the first too
+        assert {*one} <= {*other}
+        for key, value in one.items():
+            assert value == pytest.approx(other[key], rel=3e-6), key
 
 
 def assert_is_that_of_train(out, name, single):
@@ -182,6 +189,8 @@ MISTAKES = {
     "--rank 4": "No such option: --rank; perhaps --ranks",
     "--lr 1e-3": "No such option: --lr; perhaps --lrs",
     "--learning-rate 1e-3": "No such option: --learning-rate; use --lrs",
+    "--mesh auto": "No such option: --mesh; the runs of a sweep share one device; it is an option",
+    "--stream --seeds 1,2": "the order of streamed rows depends on the seed; give one seed",
     "--steps 3 --epochs 2": "give either --steps or --epochs, not both",
 }
 

@@ -1,6 +1,7 @@
 """`lora-jax train --task dpo` and its relatives: figures by hand, resuming, meshes, refusals."""
 
 import json
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -11,10 +12,12 @@ pytest.importorskip("typer")
 import lora_jax
 from lora_jax import models, peft
 from lora_jax.cli import main
-from lora_jax.cli.train_options import DpoName
+from lora_jax.cli.jobs.training import reference as module
+from lora_jax.cli.train_options import DpoName, TrainOptions
 from lora_jax.files.disk import safetensors_file
 from lora_jax.models.text.tokenizer import Tokenizer
 from lora_jax.training import log, preference
+from lora_jax.training.batching import Data
 from tests.cli.train.command import jsonl, words
 
 STEPS = ("--steps", 4, "--warmup", 0, "--schedule", "constant", "--eval-split", 0.25)
@@ -108,6 +111,23 @@ def test_a_resumed_run_is_the_whole_one(data, tmp_path, run):
         np.testing.assert_array_equal(adapter(out)[name], x)
     other = run(*words(data, out, *more, "--beta", 1, "--resume"))
     assert other.status == 1 and "beta" in other.err
+
+
+@pytest.mark.parametrize("name", ["start", "base"])
+def test_whose_log_probabilities_are_the_reference(name, tmp_path, monkeypatch):
+    asked = []
+
+    def with_reference(of, params, part, *_):
+        asked.append(params)
+        return Data({**part.arrays, "reference": np.zeros((1, 2, 1), np.float32)})
+
+    monkeypatch.setattr(module, "with_reference", with_reference)
+    monkeypatch.setattr(module, "log_probs_of", lambda *_, **__: None)
+    options = TrainOptions("m", [], tmp_path, task="dpo", reference=name)
+    pairs = {"pairs": np.ones((1, 1), np.float32)}
+    task = SimpleNamespace(data=Data(pairs), held_out=None, params="published")
+    module.add_reference(options, None, task, SimpleNamespace(params="start", paths=()), print)
+    assert asked == ["start" if name == "start" else "published"]
 
 
 @pytest.mark.slow

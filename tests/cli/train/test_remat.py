@@ -11,7 +11,6 @@ from lora_jax.cli.jobs.training.model import TrainableModel, open_model, with_re
 from lora_jax.cli.train_options import TrainOptions
 from lora_jax.models.encoder.bert import Bert, BertConfig
 from lora_jax.models.families import FAMILIES
-from lora_jax.training.errors import TrainingError
 from lora_jax.training.running import step_memory
 from tests.training import tiny_model
 
@@ -23,10 +22,10 @@ def model():
     return open_model("tiny", "float32", scan=False)
 
 
-def chosen(model, monkeypatch, remat="auto", memory=None, machine=16e9):
+def chosen(monkeypatch, remat="auto", memory=None, machine=16e9):
     monkeypatch.setattr(choose_remat, "available_bytes", lambda: machine)
     options, said = TrainOptions("tiny", [], None, remat=remat, memory=memory), []
-    return choose_remat.choose(options, model, NEEDED.__getitem__, said.append), said
+    return choose_remat.choose(options, NEEDED.__getitem__, said.append), said
 
 
 @pytest.mark.parametrize(
@@ -45,20 +44,18 @@ def chosen(model, monkeypatch, remat="auto", memory=None, machine=16e9):
         ({"remat": "none"}, "none", None),
     ],
 )
-def test_the_first_that_fits(model, monkeypatch, given, policy, line):
-    assert chosen(model, monkeypatch, **given) == (policy, [line] if line else [])
+def test_the_first_that_fits(monkeypatch, given, policy, line):
+    assert chosen(monkeypatch, **given) == (policy, [line] if line else [])
 
 
-def test_an_encoder_cannot(model):
+def test_an_encoder_too(model):
     encoder: TrainableModel = dataclasses.replace(
         model,
         module=Bert(BertConfig(9, 4, 1, 2, 4)),
         family=FAMILIES["bert"],
         settings={"model_type": "bert"},
     )
-    assert with_remat(encoder, "none") is encoder
-    with pytest.raises(TrainingError, match="--remat full: is not supported for bert models"):
-        with_remat(encoder, "full")
+    assert with_remat(encoder, "full").hidden.module.config.remat == "full"
 
 
 def test_what_a_step_needs_and_what_there_is(tmp_path, optimized):

@@ -97,7 +97,9 @@ def test_files_of_a_directory_are_ordinary_ones(saved, tmp_path):
     with pytest.raises(lora.AdapterFileError, match=r"without stack\.json; say by names= which"):
         lora.load(tmp_path, BASE)
     equal(lora.unstack(lora.load(tmp_path, BASE, names=NAMES)), ADAPTERS)
-    with pytest.raises(lora.AdapterFileError, match=r"a stack of adapters; give one of them: "):
+    with pytest.raises(
+        lora.AdapterFileError, match=r"several adapters, and one is needed; give one of them: "
+    ):
         detect(saved)
 
 

@@ -166,7 +166,7 @@ def settings(**changes):
         ({"rope_parameters": {"rope_type": ["yarn"]}}, "rope_type .* is not supported"),
         ({"num_attention_heads": 0}, "num_attention_heads must be a positive int"),
         ({"vocab_size": "left out", "hidden_size": None}, "has no vocab_size, hidden_size"),
-        ({"hidden_act": "gelu"}, r"hidden_act 'gelu' is not one of \['silu', 'gelu_py"),
+        ({"hidden_act": "selu"}, r"hidden_act 'selu' is not one of \['gelu', "),
         ({"attention_bias": 1}, "attention_bias must be true or false, got 1"),
         ({"rms_norm_eps": -1.0}, "rms_norm_eps must be a positive number"),
         ({"quantization_config": {"bits": 4}}, "a quantization_config"),

@@ -11,9 +11,11 @@ from safetensors.numpy import load_file, save_file
 
 import lora_jax as lora
 from lora_jax import models
+from lora_jax.files.torch_adapters.contents import TorchBase
 from lora_jax.models.decoder.experts import ExpertsConfig, route
+from lora_jax.models.decoder.naming import EXPERT_PARAMETERS
 from tests.models.decoder.test_decoder import error
-from tests.models.recorded import EXPERTS, FIXTURES, expected, load
+from tests.models.recorded import EXPERTS, FIXTURES, MIXED, expected, load
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 SLOW = pytest.mark.slow
@@ -43,13 +45,32 @@ def test_greedy_tokens_are_those_of_transformers(name, scan):
     np.testing.assert_array_equal(found[:1], given["greedy"])
 
 
-@pytest.mark.parametrize("name", EXPERTS)
+@pytest.mark.parametrize("name", [*EXPERTS, MIXED])
 def test_saved_tensors_are_those_of_the_file(name, tmp_path):
-    models.save(tmp_path, load(name, scan=True))
+    models.save(tmp_path, load(name, scan=name != MIXED))
     want, got = (load_file(path / "model.safetensors") for path in (FIXTURES / name, tmp_path))
     assert want.keys() == got.keys()
     for key, tensor in want.items():
         np.testing.assert_array_equal(got[key].view(np.int32), tensor.view(np.int32), key)
+
+
+@pytest.mark.parametrize(
+    ("name", "module", "gate", "up"),
+    [
+        ("mixtral", "block_sparse_moe.experts.1", "w1", "w3"),
+        ("qwen3_moe", "mlp.experts.1", "gate_proj", "up_proj"),
+    ],
+)
+def test_which_tensor_is_the_gate(name, module, gate, up):
+    """In transformers 4 a module each; in transformers 5 one parameter, the gate first."""
+    file = load_file(FIXTURES / name / "model.safetensors")
+    gate, up = (file[f"model.layers.0.{module}.{x}.weight"] for x in (gate, up))
+    params = load(name, scan=True).params
+    experts = jax.tree.map(lambda x: x[0, 1], params["layers"]["mlp"]["experts"])
+    np.testing.assert_array_equal(experts["gate"]["kernel"], gate.T)
+    np.testing.assert_array_equal(experts["up"]["kernel"], up.T)
+    joined = TorchBase(params, EXPERT_PARAMETERS).value("model.layers.0.mlp.experts.gate_up_proj")
+    np.testing.assert_array_equal(joined[1], np.concatenate([gate, up]))
 
 
 @pytest.mark.parametrize(
@@ -100,8 +121,8 @@ def test_explicit_axes_are_refused():
 @pytest.mark.parametrize(
     ("name", "changes", "message"),
     [
-        ("qwen3_moe", {"mlp_only_layers": [0]}, "layers without experts among layers with"),
-        ("qwen3_moe", {"decoder_sparse_step": 2}, "layers without experts among layers with"),
+        ("qwen3_moe", {"mlp_only_layers": [0.5]}, "mlp_only_layers must be a list of ints"),
+        ("qwen3_moe", {"decoder_sparse_step": 0}, "decoder_sparse_step must be a positive int"),
         ("mixtral", {"num_experts_per_tok": 9}, "9 chosen experts are more than all 4"),
         ("mixtral", {"num_local_experts": "4"}, "ExpertsConfig.count must be a positive int"),
         ("gpt_oss", {"swiglu_limit": 0}, "ExpertsConfig.limit must be a positive number"),

@@ -7,12 +7,16 @@ import pytest
 from safetensors.numpy import load_file
 
 from lora_jax import models, training
+from lora_jax.models.decoder.config import DecoderConfig
+from lora_jax.models.families import family_of
+from lora_jax.models.weights.family import Options
 from tests.models.decoder.test_decoder import error
 from tests.models.recorded import FIXTURES, NEWER, expected, load
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 #: Where layers differ they are in a scan by default, else not.
 ALTERNATING = ("gemma2", "gemma3_text", "smollm3")
+GELU = {"hidden_act": "gelu_pytorch_tanh"}
 
 
 def cases(default):
@@ -107,3 +111,57 @@ def test_packed_texts_do_not_see_each_other():
         alone[:, :length] = ids[:, text]
         own = apply(model.params, alone, (np.arange(15)[None] < length).astype(int))
         np.testing.assert_allclose(packed[:, text], own[:, :length], atol=2e-5, rtol=0)
+
+
+#: What transformers 5.24 computes where a file says this, though other families mean another thing.
+MEANINGS = (
+    ("gemma", {"hidden_act": "gelu"}, {"hidden_act": "gelu_pytorch_tanh"}),
+    ("gemma2", {"hidden_activation": "gelu"}, {"hidden_act": "gelu"}),
+    ("gemma2", {"hidden_activation": None, "hidden_act": "relu"}, GELU),
+    ("gemma3_text", {"attn_logit_softcapping": 5.0}, {"attention_cap": None}),
+    ("gemma3_text", {"final_logit_softcapping": 5.0}, {"final_cap": 5.0}),
+    ("gemma3", {"final_logit_softcapping": 5.0}, {"final_cap": None}),  # only that of text has one
+    ("qwen2", {"attention_bias": False}, {"attention_bias": True, "output_bias": False}),
+    ("mistral", {"attention_bias": True, "mlp_bias": True}, {"attention_bias": False}),
+    ("llama", {"attention_bias": True, "mlp_bias": True}, {"output_bias": True, "mlp_bias": True}),
+    ("phi3", {"sliding_window": 4, "layer_types": ["full_attention"] * 2}, {"layer_types": ()}),
+    ("qwen3_moe", {"use_sliding_window": True, "sliding_window": 4}, {"layer_types": ()}),
+    ("qwen3_moe", {"decoder_sparse_step": 3}, {"experts": None, "dense_layers": ()}),
+)
+
+
+@pytest.mark.parametrize(("model_type", "given", "want"), MEANINGS)
+def test_what_a_key_means_in_a_family(model_type, given, want):
+    sizes = dict.fromkeys(["vocab_size", "hidden_size", "intermediate_size"], 8)
+    sizes |= {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    sizes["head_dim"] = 4
+    settings = {"text_config": sizes | given} if model_type == "gemma3" else sizes | given
+    settings["model_type"] = model_type
+    config = family_of(settings).module(settings, Options("float32", False, False)).config
+    assert {name: getattr(config, name) for name in want} == want
+
+
+def test_rotations_where_a_file_is_silent():
+    """gpt-oss without a rotation, or with null, has YaRN's; Phi-3's original length is 4096."""
+    sizes = dict.fromkeys(["vocab_size", "hidden_size", "intermediate_size"], 8)
+    sizes |= {"num_hidden_layers": 2, "num_attention_heads": 8, "head_dim": 8}
+    for given in ({}, {"rope_scaling": None, "rope_theta": 50.0}):
+        rope = DecoderConfig.from_json({"model_type": "gpt_oss", **sizes, **given}).rope
+        assert (rope.kind, rope.factor, rope.theta) == ("yarn", 32, given.get("rope_theta", 150000))
+    long = {"type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
+    long |= {"original_max_position_embeddings": 16}
+    phi = {"model_type": "phi3", **sizes, "max_position_embeddings": 8192, "rope_scaling": long}
+    assert DecoderConfig.from_json(phi).rope.original_max_position_embeddings == 4096
+
+
+def test_padding_does_not_make_a_text_long():
+    """longrope's long factors are for texts beyond 8 tokens, not for rows that are padded so far.
+
+    That transformers computes the same is in the recorded logits, of 11 and 7 tokens.
+    """
+    model, given = load("phi3"), expected("phi3")
+    ids = given["ids"][:, :6]
+    short = jax.jit(model.apply)(model.params, ids)
+    more = [(0, 0), (0, 12)]
+    padded = jax.jit(model.apply)(model.params, np.pad(ids, more), np.pad(np.ones_like(ids), more))
+    np.testing.assert_allclose(padded[:, :6], short, atol=1e-5, rtol=0)

@@ -211,7 +211,7 @@ def test_a_missing_file(directory):
         ({"num_hidden_layers": 0}, "num_hidden_layers must be a positive int"),
         ({"hidden_act": ["gelu"]}, r"hidden_act \['gelu'\] is not one of"),
         ({"layer_norm_eps": "small"}, "layer_norm_eps must be a positive number"),
-        ({"hidden_act": "swish"}, "hidden_act 'swish' is not one of"),
+        ({"hidden_act": "prelu"}, "hidden_act 'prelu' is not one of"),
         ({"position_embedding_type": "relative_key"}, "'relative_key' is not supported"),
         ({"vocab_size": None}, "vocab_size must be a positive int, got None"),
     ],

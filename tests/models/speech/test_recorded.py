@@ -120,5 +120,3 @@ def test_what_whisper_refuses(model, want):
         shape(features, 17, method="start")
     with pytest.raises(ValueError, match="prompt must have two tokens or more, got 1"):
         models.transcribe(model.apply, model.params, features, [1], steps=2)
-    with pytest.raises(ValueError, match="scan and remat are not supported for whisper models"):
-        models.load(recorded.FIXTURES / "whisper", scan=True)

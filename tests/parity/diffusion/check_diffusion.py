@@ -84,7 +84,7 @@ def main() -> None:
             paths = [
                 str(pathlib.Path(root) / f"{c}.safetensors") for c in CASES if CASES[c][3] == reader
             ]
-            command = [sys.argv[1], "-m", "tests.parity.diffusion.record_diffusion", reader, *paths]
+            command = [sys.argv[1], "-m", "tests.parity.diffusion.record_merged", reader, *paths]
             subprocess.run(command, check=True)
         for case, want in wanted.items():
             got = np.load(pathlib.Path(root) / f"{case}.safetensors.npz")

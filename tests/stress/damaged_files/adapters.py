@@ -19,6 +19,7 @@ from lora_jax.core.weights import Adapted, LoraWeight, TrainedLeaf, TrainedRows,
 from lora_jax.files.disk import safetensors_file
 from lora_jax.files.naming import Entry, Naming
 from tests.parity.diffusion import models as images
+from tests.parity.diffusion import styles
 from tests.parity.peft import models
 from tests.stress.damaged_files.subject import Files, Subject, read_files, write_files
 
@@ -152,12 +153,15 @@ def of_orbax(state: bool = False) -> Subject:
 
 def of_images(case: str) -> Subject:
     """Return a LoRA file of an image generator that a library wrote."""
-    of_flux = case == "flux"
-    base = jax.tree.map(np.asarray, images.flux_base() if of_flux else images.base())
-    naming = images.FLUX if of_flux else images.NAMING
-    name = "lora.safetensors"
+    name, recorded = "lora.safetensors", images.RECORDED
+    if case in styles.STYLES:
+        base, naming, recorded = styles.zeros(case), styles.NAMING, styles.RECORDED
+    elif case == "flux":
+        base, naming = jax.tree.map(np.asarray, images.flux_base()), images.FLUX
+    else:
+        base, naming = jax.tree.map(np.asarray, images.base()), images.NAMING
     return adapters_of(
-        {name: images.RECORDED[f"{case}/file"].tobytes()},
+        {name: recorded[f"{case}/file"].tobytes()},
         base,
         lambda folder: diffusion.load(folder / name, base, naming, full_rank="train"),
     )

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 
 from tests.models.recorded import NEWER, OTHERS
 from tests.parity.diffusion import models as images
+from tests.parity.diffusion import styles
 from tests.parity.peft import models
 from tests.stress.damaged_files import adapters, command_line, published, runs
 from tests.stress.damaged_files.subject import Subject
@@ -37,7 +38,10 @@ READERS: dict[str, Turns] = {
     "PEFT": [(f"PEFT {case}", functools.partial(adapters.of_peft, case)) for case in CASES],
     "mlx-lm": [("mlx-lm", adapters.of_mlx)],
     "loralib": [("loralib", adapters.of_loralib)],
-    "images": [(case, functools.partial(adapters.of_images, case)) for case in images.FILES],
+    "images": [
+        (case, functools.partial(adapters.of_images, case))
+        for case in (*images.FILES, *styles.STYLES)
+    ],
     "GGUF adapter": [("GGUF adapter", adapters.of_gguf)],
     "Orbax checkpoint": [
         ("Orbax checkpoint", adapters.of_orbax),

@@ -1,24 +1,27 @@
 """Break the package on purpose, one way at a time, and check that the tests notice.
 
-    python -m tests.stress.mutants            every mutant, about a minute each
-    python -m tests.stress.mutants scale cast those whose name contains one of the words
+    python -m tests.stress.mutants            every mutant, about half a minute each
+    python -m tests.stress.mutants scale models/decoder
+        those whose name or file contains one of the words
 
 Print how many tests fail on each, and which. Exit with 1 if a mutant survives.
 """
 
+import argparse
 import os
 import re
 import shutil
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from tests.stress.mutants import MUTANTS
 from tests.stress.mutants.mutant import Mutant
 
 ROOT = Path(__file__).parents[3]
-PYTEST = [sys.executable, "-m", "pytest", "-q", "-rf", "-p", "no:cacheprovider", "-n", "auto"]
+PYTEST = [sys.executable, "-m", "pytest", "-q", "-rfE", "-p", "no:cacheprovider"]
 
 
 def run(mutant: Mutant) -> list[str]:
@@ -37,31 +40,37 @@ def run(mutant: Mutant) -> list[str]:
         path.write_text(source.replace(mutant.old, mutant.new), encoding="utf-8")
         failed = []
         for selection in mutant.selections:
-            out = subprocess.run(
+            done = subprocess.run(
                 [*PYTEST, *selection],
                 cwd=copy,
                 env={**os.environ, "PYTHONPATH": str(copy)},
                 capture_output=True,
                 text=True,
                 check=False,
-            ).stdout
-            failed += re.findall(r"^(?:FAILED|ERROR) tests/(\S+)", out, re.MULTILINE)
+            )
+            if done.returncode not in (0, 1):  # no test was found, or none could be collected
+                raise SystemExit(f"{mutant.name}: {' '.join(selection)}:\n{done.stdout[-2000:]}")
+            failed += re.findall(r"^(?:FAILED|ERROR) tests/(\S+)", done.stdout, re.MULTILINE)
         return failed
 
 
-def main(words: list[str]) -> int:
-    """Run the mutants whose name contains one of the words; without words, all."""
+def main(words: list[str], jobs: int) -> int:
+    """Run the mutants whose name or file contains one of the words; without words, all."""
+    chosen = [m for m in MUTANTS if not words or any(x in m.name or x in m.file for x in words)]
     survivors = 0
-    for mutant in MUTANTS:
-        if words and not any(word in mutant.name for word in words):
-            continue
-        failed = run(mutant)
-        survivors += not failed
-        print(f"{mutant.name} ({mutant.file}): {len(failed) or 'NO'} tests failed")
-        for name in failed:
-            print(f"    {name}")
+    with ThreadPoolExecutor(jobs) as pool:
+        for mutant, failed in zip(chosen, pool.map(run, chosen), strict=True):
+            survivors += not failed
+            print(f"{mutant.name} ({mutant.file}): {len(failed) or 'NO'} tests failed", flush=True)
+            for name in failed:
+                print(f"    {name}", flush=True)
+    print(f"{len(chosen)} mutants, {survivors} survived")
     return 1 if survivors else 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    parser = argparse.ArgumentParser(prog="python -m tests.stress.mutants")
+    parser.add_argument("words", nargs="*", help="in names or files of mutants; all without")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="mutants at a time")
+    options = parser.parse_args()
+    sys.exit(main(options.words, options.jobs or 1))

@@ -8,13 +8,16 @@ from pathlib import Path
 
 from lora_jax.cli.jobs.chatting.conversation import Conversation
 from lora_jax.cli.jobs.speaker import Speaker
+from lora_jax.cli.options import BASE
 from lora_jax.core.foreign import shown
 
 EXIT = ("/exit", "/quit")
+_NONE = "none"  # the base's other name
 _HELP = {
     "/reset": "start a new conversation",
     "/system TEXT": "give the model another system message, or none without TEXT",
-    "/adapter NAME": "let another adapter answer; without NAME: list them",
+    "/adapter NAME": "let another adapter answer; base or none: the model alone",
+    "/adapters": "list them",
     "/save FILE": "append the conversation to a .jsonl file, as a row to train on",
     EXIT[0]: "end, as Ctrl-D does",
 }
@@ -38,6 +41,7 @@ class Commands:
             "/reset": self._reset,
             "/system": self._system,
             "/adapter": self._adapter,
+            "/adapters": self._list,
             "/save": self._save,
             "/help": lambda _: "\n".join(f"{name:<15}{what}" for name, what in _HELP.items()),
         }
@@ -64,11 +68,15 @@ class Commands:
         return ""
 
     def _adapter(self, name: str) -> str:
-        if name and name not in self._speakers:
+        if not name:
+            return self._list(name)
+        name = BASE if name == _NONE and name not in self._speakers else name
+        if name not in self._speakers:
             return f"{shown(name)} is not one of {shown(', '.join(self._speakers))}"
-        if name:
-            self._current, self._conversation.speaker = name, self._speakers[name]
-            return ""
+        self._current, self._conversation.speaker = name, self._speakers[name]
+        return ""
+
+    def _list(self, _: str) -> str:
         return "\n".join(
             f"{'*' if name == self._current else ' '} {shown(name)}" for name in self._speakers
         )

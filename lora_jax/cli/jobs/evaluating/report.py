@@ -2,18 +2,15 @@
 
 import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-from lora_jax.cli.options import BASE
 from lora_jax.core.foreign import shown
 
 _SHARES = ("accuracy", "normalized_accuracy", "exact_match")
 
 
-def show(adapters: Sequence[Path | None], found: Sequence[dict[str, Any]], as_json: bool) -> None:
+def show(names: Sequence[str], found: Sequence[dict[str, Any]], as_json: bool) -> None:
     """Print the figures of each adapter: those of a single one as lines, of several as a table."""
-    names = [BASE if path is None else str(path) for path in adapters]
     if as_json:
         several = [{"adapter": name, **one} for name, one in zip(names, found, strict=True)]
         print(json.dumps(found[0] if len(found) == 1 else several, ensure_ascii=False))

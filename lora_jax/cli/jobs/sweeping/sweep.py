@@ -9,6 +9,7 @@ import optax
 from rich.console import Console
 
 import lora_jax as lora
+from lora_jax.cli.jobs.sweeping.reports import SweepReports
 from lora_jax.cli.jobs.sweeping.results import SweepResults
 from lora_jax.cli.jobs.sweeping.watch import Watch
 from lora_jax.cli.jobs.training import choose_remat
@@ -17,7 +18,7 @@ from lora_jax.cli.jobs.training.model import TrainableModel, with_remat
 from lora_jax.cli.jobs.training.reference import add_reference
 from lora_jax.cli.jobs.training.results import Results
 from lora_jax.cli.jobs.training.start import Start, config_of
-from lora_jax.cli.jobs.training.stream import describe_rows
+from lora_jax.cli.jobs.training.stream import choose_streaming, describe_rows
 from lora_jax.cli.jobs.training.train import (
     open_run,
     optimizer_of,
@@ -34,6 +35,7 @@ from lora_jax.training import run_record
 from lora_jax.training.chunked_loss import CHUNK
 from lora_jax.training.loop import Settings as LoopSettings
 from lora_jax.training.optimizers.kinds import ADAMW, KINDS
+from lora_jax.training.reporting.reporters import require
 from lora_jax.training.running.step_memory import bytes_of
 from lora_jax.training.step import Loss, make_gradients
 from lora_jax.training.sweeping.comparison import results as results_of
@@ -57,10 +59,12 @@ def main(options: SweepOptions, grid: Sequence[Settings], command: str) -> None:
     resumed = run_record.check_directory(options.out, options.resume)
     if options.resume and not resumed:
         say(f"nothing to resume in {options.out}: starting from the beginning")
+    for name in options.report or ():
+        require(name)
     now = started(options)
     announce = say if console.is_terminal else lambda text: None
     settings = dict(zip(name_runs(grid), grid, strict=True))
-    options = dataclasses.replace(options, **grid[0], stream=False)
+    options = choose_streaming(dataclasses.replace(options, **grid[0]), resumed)
     options, model, _ = open_run(options, now, announce)
     announce(f"reading {', '.join(map(str, [*options.data, *(options.held_out or ())]))}")
     task = read_task(options, model)
@@ -81,7 +85,9 @@ def main(options: SweepOptions, grid: Sequence[Settings], command: str) -> None:
     say(_describe(options, job, task, steps))
     data = add_reference(options, model, task, Start(task.params, config), say)
     job = dataclasses.replace(job, **data)
-    watch = Watch(results, steps, job.course().total, command, console)
+    each = {name: {**this["settings"], **one} for name, one in settings.items()}
+    reports = SweepReports(options.report or (), options.out, each, say)
+    watch = Watch(results, steps, job.course().total, command, console, reports)
     with watch:  # to the end: a second signal may come while the pictures are drawn
         with watch.progress():
             records = train_all(job, watch.watcher)
@@ -136,7 +142,7 @@ def _job(
             shares_batches=is_shared,
         )
 
-    return job(choose_remat.choose(options, model, lambda remat: _needed(job(remat)), say))
+    return job(choose_remat.choose(options, lambda remat: _needed(job(remat)), say))
 
 
 def _optimizer(options: SweepOptions) -> Callable[..., Any]:
@@ -180,6 +186,7 @@ def _writers(
     config: lora.LoraConfig,
 ) -> dict[str, Results]:
     """Return how the adapter of each run is written, by name."""
+    tokenizer = model.tokenizer.files() if options.add_token else {}
     return {
         name: Results(
             options=dataclasses.replace(options, **one, out=options.out / name),
@@ -187,7 +194,7 @@ def _writers(
             naming=model.naming,
             config=run.config(config),
             start=task.params,
-            tokenizer={},
+            tokenizer=tokenizer,
         )
         for (name, one), run in zip(settings.items(), job.sweep.runs, strict=True)
     }

@@ -7,6 +7,7 @@ from typing import Any
 from rich.console import Console
 
 from lora_jax.cli.interruptible import Interruptible
+from lora_jax.cli.jobs.sweeping.reports import SweepReports
 from lora_jax.cli.jobs.sweeping.results import SweepResults
 from lora_jax.training import log
 from lora_jax.training.sweeping import progress
@@ -24,16 +25,28 @@ class Watch(Interruptible):
       total: of the whole sweep, if they are known.
       command: the command that would resume the sweep.
       console: where progress is drawn or printed.
+      reports: the tools that get what is measured.
     """
 
     def __init__(
-        self, results: SweepResults, steps: int, total: int | None, command: str, console: Console
+        self,
+        results: SweepResults,
+        steps: int,
+        total: int | None,
+        command: str,
+        console: Console,
+        reports: SweepReports,
     ) -> None:
         super().__init__(command, console)
+        self._reports = reports
         self._results, self._steps, self._total = results, steps, total
         self._names = [*results.settings]
         self._saved = 0  # the step of the last checkpoint
         self._show: progress.Show = lambda records: None
+
+    def __exit__(self, *_: object) -> None:
+        self._reports.close()
+        super().__exit__(*_)
 
     @contextlib.contextmanager
     def progress(self) -> Iterator[None]:
@@ -62,6 +75,7 @@ class Watch(Interruptible):
 
     def _start(self, done: int, course: Course) -> None:
         self._saved = done
+        self._reports.start(log.read_until(self._results.options.out / "log.jsonl", done))
         if course.is_over:
             self.say("all runs are done already")
         elif done:
@@ -71,6 +85,7 @@ class Watch(Interruptible):
 
     def _step(self, records: Sequence[log.Record]) -> None:
         self._show(records)
+        self._reports.report(records)
 
     def _end_run(self, run: int, how: str, adapters: Any) -> None:
         if how != DIVERGED:

@@ -2,10 +2,9 @@
 
 from collections.abc import Callable
 
-from lora_jax.cli.jobs.training.model import TrainableModel
 from lora_jax.cli.train_options import TrainOptions
 from lora_jax.files.disk import processes
-from lora_jax.models.remat import NONE, POLICIES
+from lora_jax.models.remat import POLICIES
 from lora_jax.training.running.step_memory import available_bytes
 
 AUTO = "auto"
@@ -13,7 +12,6 @@ AUTO = "auto"
 
 def choose(
     options: TrainOptions,
-    model: TrainableModel,
     needed: Callable[[str], int],
     say: Callable[[str], None],
 ) -> str:
@@ -24,19 +22,14 @@ def choose(
 
     Args:
       options: of the command line.
-      model: what trains.
       needed: compiles the step with a policy, and returns the bytes that it needs.
       say: takes a line.
-
-    Raises:
-      TrainingError: the model's layers cannot recompute.
     """
     if options.remat != AUTO:
         return options.remat
-    policies = [NONE] if model.family.kind == "encoder" else [*POLICIES]
     room = available_bytes() if options.memory is None else int(options.memory * 1e9)
     least = min(map(float, processes.tell_all(repr(room))))
-    for name in policies:
+    for name in POLICIES:
         bytes_needed = needed(name)
         if bytes_needed <= least:
             break

@@ -20,6 +20,7 @@ from lora_jax.cli.train_options import (
     PREFERENCES,
     TrainOptions,
 )
+from lora_jax.models.decoder.router_load import hidden_with_router_loss
 from lora_jax.models.published_classifier import head_of_family, new_pooler
 from lora_jax.training.batching import (
     Data,
@@ -30,6 +31,7 @@ from lora_jax.training.batching import (
     pack_labelled,
 )
 from lora_jax.training.chunked_loss import (
+    Hidden,
     language_sums_of_frozen_head,
     language_sums_of_trained_head,
 )
@@ -44,6 +46,7 @@ from lora_jax.training.errors import DataError, TrainingError
 from lora_jax.training.loss import class_sums
 from lora_jax.training.mixing.mixture import mix
 from lora_jax.training.preference.pairs import KIND
+from lora_jax.training.router_loss import with_router_loss
 from lora_jax.training.rows.fields import Fields
 from lora_jax.training.step import Loss
 from lora_jax.training.tokenize import encode_examples, encode_stream
@@ -102,7 +105,8 @@ def _in_memory(options: TrainOptions, model: TrainableModel) -> Task:
             data, held_out, more = _streams(options, model, files, weights, others)
         else:
             data, held_out, more = _examples(options, model, split(options, files, weights, others))
-        loss = partial(language_loss, packed=is_packed(data, held_out))
+        packed = is_packed(data, held_out)
+        loss = partial(language_loss, packed=packed, router_loss=options.router_loss)
         task = Task(apply, model.params, loss, data, held_out, more)
     held_out = task.held_out
     if held_out is not None and options.most_eval_rows:
@@ -125,12 +129,18 @@ def _streamed(options: TrainOptions, model: TrainableModel) -> Task:
         raise TrainingError("--stream is for --task causal-lm; leave it out")
     apply = _decoder(options, model)
     data, held_out, notes = open_stream(options, model)
-    loss = partial(language_loss, packed=data.reader.kind != STREAM)
+    packed = data.reader.kind != STREAM
+    loss = partial(language_loss, packed=packed, router_loss=options.router_loss)
     return Task(apply, model.params, loss, data, held_out, notes)
 
 
 def language_loss(
-    model: TrainableModel, adapted: Collection[str], chunk: int | None = None, *, packed: bool
+    model: TrainableModel,
+    adapted: Collection[str],
+    chunk: int | None = None,
+    *,
+    packed: bool,
+    router_loss: float = 0.0,
 ) -> Loss:
     """Return the loss, whose logits are never whole if they are large.
 
@@ -140,11 +150,24 @@ def language_loss(
       chunk: the tokens whose logits are in memory at a time, as in `chunked_loss`.
       packed: whether a row may contain several texts. Otherwise segments say nothing that a causal
         model's own mask does not, and cuDNN's attention is faster without them.
+      router_loss: weight of the loss of routers; 0 for none.
+
+    Raises:
+      ConfigError: there is a `router_loss`, but the model has no experts.
     """
-    hidden = model.hidden if packed else lambda params, ids, segments: model.hidden(params, ids)
-    if model.head_path in adapted:
-        return language_sums_of_trained_head(hidden, model.logits, chunk)
-    return language_sums_of_frozen_head(hidden, model.head, chunk, model.finish)
+
+    def of_states(hidden: Hidden) -> Loss:
+        if model.head_path in adapted:
+            return language_sums_of_trained_head(hidden, model.logits, chunk)
+        return language_sums_of_frozen_head(hidden, model.head, chunk, model.finish)
+
+    seen: Callable[..., Any] = lambda hidden: hidden
+    if not packed:
+        seen = lambda hidden: lambda params, ids, segments: hidden(params, ids)
+    if not router_loss:
+        return of_states(seen(model.hidden))
+    with_loss = hidden_with_router_loss(model.module)
+    return with_router_loss(of_states, seen(with_loss), router_loss)
 
 
 def is_packed(*parts: Data | None) -> bool:

@@ -17,10 +17,8 @@ from lora_jax.files.naming import Naming
 from lora_jax.models import published_classifier
 from lora_jax.models.decoder.config import DecoderConfig
 from lora_jax.models.pretrained import Apply, Pretrained
-from lora_jax.models.remat import NONE
 from lora_jax.models.text import Tokenizer
 from lora_jax.models.weights.family import Family
-from lora_jax.training.errors import TrainingError
 
 _AS_IT_IS = Vocabulary()
 
@@ -69,7 +67,7 @@ def open_model(
       name: a directory in Hugging Face's layout, a GGUF file, "smollm2" (downloaded and cached), or
         "tiny" (random, made here).
       dtype: of parameters and arithmetic; None for the file's.
-      scan: whether layers are stacked, if the model can.
+      scan: whether layers are stacked.
       adapter: to start from, unless it is a classifier's; it may bring its own tokenizer, chat
         template or vocabulary.
       now: the time that a chat template sees; that of each call if None.
@@ -82,13 +80,12 @@ def open_model(
       LoraError, OSError: the model does not exist or cannot be read.
     """
     found = sources.find_model(name, say)
-    is_encoder = sources.require_kind(found, "encoder", "decoder") == "encoder"
+    sources.require_kind(found, "encoder", "decoder")
     say(f"loading {name}")
     tokenizer = dataclasses.replace(sources.tokenizer_of(found, adapter), now=now)
     vocabulary.extend(tokenizer)
     stops = sources.stop_ids(found, tokenizer)
     is_changed = bool(vocabulary.tokens) or vocabulary.untie  # on the host, and placed then
-    scan = scan and not is_encoder
     where = None if is_changed else mesh
     loaded = sources.load_model(found, dtype, scan=scan, mesh=where, quantize=quantize)
     loaded = place(vocabulary.apply(loaded, tokenizer), mesh)
@@ -132,18 +129,10 @@ def to_trainable(
 
 
 def with_remat(model: TrainableModel, remat: str) -> TrainableModel:
-    """Return the model with layers that recompute what `remat` says; see `models.remat`.
-
-    Raises:
-      TrainingError: its layers cannot.
-    """
-    if model.family.kind == "encoder":
-        if remat == NONE:
-            return model
-        name = model.settings["model_type"]
-        raise TrainingError(f"--remat {remat}: is not supported for {name} models; leave it out")
+    """Return the model with layers that recompute what `remat` says; see `models.remat`."""
     config = dataclasses.replace(model.module.config, remat=remat)
-    return dataclasses.replace(model, **_functions(model.module.clone(config=config), False))
+    is_encoder = model.family.kind == "encoder"
+    return dataclasses.replace(model, **_functions(model.module.clone(config=config), is_encoder))
 
 
 def _functions(module: Any, is_encoder: bool) -> dict[str, Any]:

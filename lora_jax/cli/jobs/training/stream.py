@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -29,7 +29,10 @@ _EVAL_ROWS = 1024  # of held-out rows, unless --eval-rows says how many
 _MOST_PIECES = 200_000
 
 
-def choose_streaming(options: TrainOptions, resumed: bool) -> TrainOptions:
+Options = TypeVar("Options", bound=TrainOptions)
+
+
+def choose_streaming(options: Options, resumed: bool) -> Options:
     """Return the options with the choice of `--stream`: as given, as before, or by the size."""
     if options.stream is not None:
         return options

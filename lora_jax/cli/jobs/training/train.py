@@ -100,7 +100,7 @@ def _run(options: TrainOptions, command: str) -> None:
     with on_mesh.in_use(mesh):
         loss = lambda remat: task.loss(with_remat(model, remat), start.paths)
         needed = lambda remat: needed_bytes(dataclasses.replace(job, loss=loss(remat)), adapters)
-        remat = choose_remat.choose(options, model, needed, say)
+        remat = choose_remat.choose(options, needed, say)
     job = dataclasses.replace(job, loss=loss(remat))
     processes.by_first(lambda: run_record.begin(options.out, this, resumed, free=("steps",)))
     for line in describe(options, task, start, steps):
@@ -284,6 +284,7 @@ _NOT_RECORDED = {
     "full",  # by the config
     "pooling",  # of a classifier only
     "merge_aware",  # of a quantized base only
+    "router_loss",  # of models with experts only
     "optimizer",  # other than the one that runs of older releases had
     *("model", "dtype"),  # by a checksum of the parameters
     *("epochs", "targets", "init", "rank", "alpha", "dora", "rslora", "dropout"),  # by the config
@@ -308,6 +309,8 @@ def settings_to_record(
         given["stream"] = True
     if options.merge_aware:
         given["merge_aware"] = True
+    if options.router_loss:
+        given["router_loss"] = options.router_loss
     if options.optimizer != ADAMW:
         given["optimizer"] = options.optimizer
     adapter = (

@@ -1,11 +1,14 @@
 """`lora-jax train --patience`, `--load-best`, `--val-batches` and `--mask-prompt`."""
 
+import datetime
 import pathlib
 
 import pytest
 
 pytest.importorskip("typer")
 
+from lora_jax.cli.jobs.training.train import open_run
+from lora_jax.cli.layers_option import parse_layers
 from lora_jax.cli.train_options import TrainOptions
 from lora_jax.training import log
 from tests.cli.train.command import jsonl, words
@@ -56,6 +59,10 @@ def test_what_needs_other_options(more, error, tmp_path, fails):
 
 def test_last_layers_are_in_the_model(play, tmp_path, fails):
     """The tiny model has two."""
+    options = TrainOptions("tiny", [play], tmp_path, last_layers=1, length=8)
+    found, model, _ = open_run(options, datetime.datetime.now(), print)
+    layers = parse_layers(found.layers)
+    assert [*range(model.config.num_hidden_layers)][layers] == [1]
     error = fails(*words(play, tmp_path / "out", "--last-layers", 3))
     assert "--last-layers 3: the model has 2 layers" in error
 

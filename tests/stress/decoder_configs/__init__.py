@@ -1,0 +1,1 @@
+"""Random configurations of the decoders: computed as in transformers, or refused by name."""

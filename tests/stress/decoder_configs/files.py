@@ -1,0 +1,64 @@
+"""config.json as other versions of transformers write it."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import transformers
+
+from tests.stress.decoder_configs.draw import FULL, SLIDING, Draw
+
+Fields = dict[str, Any]
+#: "new": transformers 5; "old": transformers 4; "short": what an author writes by hand.
+STYLES = ("new", "old", "short")
+
+
+def rewrite(folder: Path, style: str, draw: Draw) -> None:
+    """Write the config.json of a directory in another style."""
+    path = folder / "config.json"
+    settings = json.loads(path.read_text())
+    text = settings.get("text_config", settings)
+    if style in ("old", "short"):
+        _older(text, draw)
+        if "dtype" in settings:
+            settings["torch_dtype"] = settings.pop("dtype")
+        text.pop("dtype", None)
+    if style == "short":
+        _shorten(text, draw)
+    path.write_text(json.dumps(settings, indent=1))
+
+
+def _older(text: Fields, draw: Draw) -> None:
+    """Replace rope_parameters by rope_theta and rope_scaling, and layer_types by a pattern."""
+    given = text.pop("rope_parameters", None)
+    if not given:
+        return
+    if FULL in given or SLIDING in given:
+        local, given = given.get(SLIDING), given.get(FULL)
+        if local is None or given is None or local["rope_type"] != "default":
+            text["rope_parameters"] = {FULL: given, SLIDING: local}
+            return
+        text["rope_local_base_freq"] = local["rope_theta"]
+    scaling = dict(given)
+    text["rope_theta"] = scaling.pop("rope_theta")
+    kind = scaling.pop("rope_type")
+    if "partial_rotary_factor" in scaling and kind != "proportional":
+        text["partial_rotary_factor"] = scaling.pop("partial_rotary_factor")
+    text["rope_scaling"] = None if kind == "default" else {draw.one_of(["rope_type", "type"]): kind}
+    if kind != "default":
+        text["rope_scaling"] |= scaling
+
+
+def _shorten(text: Fields, draw: Draw) -> None:
+    """Leave out what equals the default of transformers' class, and nulls."""
+    usual = _defaults(text["model_type"])
+    for name in [*text]:
+        keep = name in ("model_type", "rope_theta", "rope_scaling")
+        if not keep and usual.get(name) == text[name] and draw.random.random() < 0.8:
+            del text[name]
+
+
+def _defaults(model_type: str) -> Mapping[str, Any]:
+    kind = transformers.CONFIG_MAPPING[model_type]
+    return {name: getattr(kind, name) for name in dir(kind) if not name.startswith("_")}

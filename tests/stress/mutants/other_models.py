@@ -1,0 +1,171 @@
+"""Mutants of models of texts, images and speech other than decoders."""
+
+from tests.stress.mutants.mutant import Mutant
+
+ENCODERS = (["tests/models/encoder"],)
+VISION = (["tests/models/vision/test_recorded.py"],)
+SPEECH = (["tests/models/speech/test_recorded.py"],)
+
+MUTANTS = [
+    Mutant(
+        "let RoBERTa's positions begin at 0",
+        "models/encoder/bert.py",
+        "positions_of(segments) + c.first_position",
+        "positions_of(segments)",
+        ENCODERS,
+    ),
+    Mutant(
+        "count BERT's positions through packed texts",
+        "models/encoder/bert.py",
+        "return index - jax.lax.cummax(",
+        "return index - 0 * jax.lax.cummax(",
+        ENCODERS,
+    ),
+    Mutant(
+        "average hidden states of another text",
+        "models/encoder/bert.py",
+        "jnp.arange(1, count + 1)[None, :, None]",
+        "jnp.arange(count)[None, :, None]",
+        ENCODERS,
+    ),
+    Mutant(
+        "see one token less on a side in ModernBERT",
+        "models/encoder/modernbert.py",
+        "return self.local_attention // 2 + 1",
+        "return self.local_attention // 2",
+        ENCODERS,
+    ),
+    Mutant(
+        "swap ModernBERT's local and global rotations",
+        "models/encoder/modernbert.py",
+        "ropes = {GLOBAL: c.global_rope, LOCAL: c.local_rope}",
+        "ropes = {LOCAL: c.global_rope, GLOBAL: c.local_rope}",
+        ENCODERS,
+    ),
+    Mutant(
+        "swap the halves of GeGLU",
+        "models/encoder/modernbert.py",
+        "(made[:, :, 0]) * made[:, :, 1]",
+        "(made[:, :, 1]) * made[:, :, 0]",
+        ENCODERS,
+    ),
+    Mutant(
+        "begin ModernBERT's pattern of layers with a local one",
+        "models/encoder/modernbert.py",
+        "LOCAL if i % every else GLOBAL",
+        "LOCAL if (i + 1) % every else GLOBAL",
+        ENCODERS,
+    ),
+    Mutant(
+        "norm ModernBERT's embeddings twice",
+        "models/encoder/modernbert.py",
+        "normed = x if self.is_first else",
+        "normed = nn.LayerNorm(use_scale=False, use_bias=False)(x + 1) if self.is_first else",
+        ENCODERS,
+    ),
+    Mutant(
+        "swap the keys and values of the pool of images",
+        "models/vision/transformer.py",
+        "made[:, 1:, 1], made[:, 1:, 2]",
+        "made[:, 1:, 2], made[:, 1:, 1]",
+        VISION,
+    ),
+    Mutant(
+        "pool the last token of an image",
+        "models/vision/transformer.py",
+        "x = x[:, 0] if c.norms_all else self.norm(x[:, 0])",
+        "x = x[:, -1] if c.norms_all else self.norm(x[:, -1])",
+        VISION,
+    ),
+    Mutant(
+        "leave out CLIP's first norm",
+        "models/vision/transformer.py",
+        "x = self.first_norm(x)",
+        "self.first_norm(x)",
+        VISION,
+    ),
+    Mutant(
+        "add positions to the wrong tokens",
+        "models/vision/transformer.py",
+        "return x + position[None]",
+        "return x + jnp.roll(position, 1, axis=0)[None]",
+        VISION,
+    ),
+    Mutant(
+        "take the scale of SigLIP's logits for its logarithm",
+        "models/vision/two_towers.py",
+        "jnp.exp(self.logit_scale).reshape(1, 1)",
+        "self.logit_scale.reshape(1, 1)",
+        VISION,
+    ),
+    Mutant(
+        "pool the first token of SigLIP's texts",
+        "models/vision/two_towers.py",
+        "return x[:, -1]",
+        "return x[:, 0]",
+        VISION,
+    ),
+    Mutant(
+        "take CLIP's activation for SiLU",
+        "models/activations.py",
+        "jax.nn.sigmoid(1.702 * x)",
+        "jax.nn.sigmoid(x)",
+        VISION,
+    ),
+    Mutant(
+        "take the approximation for GELU",
+        "models/activations.py",
+        '"gelu": gelu,',
+        '"gelu": partial(jax.nn.gelu, approximate=True),',
+        ENCODERS,
+    ),
+    Mutant(
+        "multiply pixels by their deviation",
+        "models/vision/images.py",
+        "- mean) / std",
+        "- mean) * std",
+        VISION,
+    ),
+    Mutant(
+        "begin Whisper's positions at 0 in each step",
+        "models/speech/whisper.py",
+        "first = 0 if sight.first is None else sight.first",
+        "first = 0",
+        SPEECH,
+    ),
+    Mutant(
+        "hear Whisper's recording without a norm",
+        "models/speech/whisper.py",
+        "self.cross(self.cross_norm(x), heard)",
+        "self.cross(x + 0 * self.cross_norm(x), heard)",
+        SPEECH,
+    ),
+    Mutant(
+        "leave out the positions of Whisper's frames",
+        "models/speech/whisper.py",
+        "+ self.position[None]\n",
+        "+ 0 * self.position[None]\n",
+        SPEECH,
+    ),
+    Mutant(
+        "window Whisper's frames symmetrically",
+        "models/speech/features.py",
+        "np.hanning(WINDOW + 1)[:-1]",
+        "np.hanning(WINDOW)",
+        SPEECH,
+    ),
+    Mutant(
+        "give mel filters the same height",
+        "models/speech/features.py",
+        "* (2 / (high - low))",
+        "* (2 / (high - low).mean())",
+        SPEECH,
+    ),
+    Mutant(
+        "forbid tokens at the beginning everywhere",
+        "models/speech/transcription.py",
+        "*(self.not_first if ids.shape[1] > 1 else ())",
+        "*self.not_first",
+        SPEECH,
+    ),
+]

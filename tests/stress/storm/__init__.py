@@ -1,0 +1,1 @@
+"""A storm of clients upon a server: `python -m tests.stress.storm`."""

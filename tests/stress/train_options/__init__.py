@@ -1,0 +1,1 @@
+"""Random options, files of options and data for `lora-jax train`: how each run ends."""
