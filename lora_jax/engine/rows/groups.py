@@ -11,13 +11,13 @@ from jax import lax
 class Tiles:
     """Entries in tiles of one group each, so that a tile is one product with one factor.
 
-    Where there are no more entries than groups each is a tile of its own. Otherwise the tiles are
+    Where there are no more entries than groups, every tile has one entry. Otherwise the tiles are
     as long as a group is on average: then both the factors of all tiles and their entries are at
     most about twice what there is of them, whatever the groups' sizes are.
     """
 
     groups: jax.Array  # [tiles]: the group of each
-    #: [entries]: the place of each in [tiles, length]; beyond, of one in no group
+    #: [entries]: the place of each in [tiles, length]; past the end, of one in no group
     places: jax.Array
     length: int
 
