@@ -61,7 +61,7 @@ def compile_cache(chosen: str | None) -> Iterator[None]:
             "jax_compilation_cache_dir": str(directory.absolute()),
             "jax_persistent_cache_min_compile_time_secs": 0.0,
         }
-    with _configured(values), warnings.catch_warnings():
+    with configured(values), warnings.catch_warnings():
         # an entry that cannot be read or written costs the time of compiling, and nothing else
         said = "Error (reading|writing) persistent compilation cache"
         warnings.filterwarnings("ignore", message=said)
@@ -69,7 +69,7 @@ def compile_cache(chosen: str | None) -> Iterator[None]:
 
 
 @contextmanager
-def _configured(values: dict[str, Any]) -> Iterator[None]:
+def configured(values: dict[str, Any]) -> Iterator[None]:
     """Set JAX's options in a block."""
     import jax
     from jax.experimental.compilation_cache.compilation_cache import reset_cache

@@ -8,6 +8,7 @@ pytest.importorskip("typer")
 
 from lora_jax import models
 from lora_jax.cli import main
+from lora_jax.cli.compile_cache import configured
 from lora_jax.models.text.byte_tokenizer import byte_tokenizer
 from lora_jax.models.tiny import tiny
 from tests.cli.train.command import TEXT
@@ -18,6 +19,18 @@ class Done:
     status: int
     out: str
     err: str
+
+
+@pytest.fixture(scope="package", autouse=True)
+def long_compilations_once(tmp_path_factory):
+    """A step that one command compiled for seconds is loaded by the commands of other tests."""
+    values = {
+        "jax_enable_compilation_cache": True,
+        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
+        "jax_persistent_cache_min_compile_time_secs": 0.3,
+    }
+    with configured(values):
+        yield
 
 
 @pytest.fixture(autouse=True)

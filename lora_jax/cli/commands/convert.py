@@ -17,7 +17,7 @@ from lora_jax.cli.options import (
 )
 
 Format = Literal["peft", "native", "mlx", "folded", "gguf", "kohya", "diffusers"]
-Trainer = Literal["openpi", "gemma", "tunix", "maxtext"]
+Trainer = Literal["openpi", "gemma", "tunix", "maxtext", "maxtext_qwen"]
 
 EXAMPLES = (
     "lora-jax convert my-adapter --to folded --out my-folded-adapter",

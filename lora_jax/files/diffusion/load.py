@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, Unpack
 
 from lora_jax.adapters.split import base_of
 from lora_jax.core.checks import is_integer
@@ -14,7 +14,7 @@ from lora_jax.files.diffusion.index import Index
 from lora_jax.files.diffusion.read import Reading
 from lora_jax.files.naming import Naming
 from lora_jax.files.torch_adapters.contents import TorchBase, module_of
-from lora_jax.files.torch_adapters.to_tree import fit_to_base
+from lora_jax.files.torch_adapters.to_tree import FitOptions, fit_to_base
 
 #: What becomes of changes that are not of low rank.
 FullRank = int | Literal["train"] | None
@@ -89,25 +89,13 @@ def fit(
     *,
     full_rank: FullRank = None,
     components: Collection[str] | None = None,
-    strict: bool = True,
-    dtype: Any = None,
-    dropout: float | None = None,
-    fsdp: str | Sequence[str] | None = None,
+    **options: Unpack[FitOptions],
 ) -> Any:
     """Return the adapters of a file as an overlay of `base`; what `load` does after reading."""
     _check_options(full_rank, components)
     model = TorchBase(base_of(base), naming)
     reading = read_contents(file, model, full_rank, components)
-    return fit_to_base(
-        file.source,
-        reading.found,
-        reading.problems,
-        model,
-        strict=strict,
-        dtype=dtype,
-        dropout=dropout,
-        fsdp=fsdp,
-    )
+    return fit_to_base(file.source, reading.found, reading.problems, model, **options)
 
 
 def read_contents(

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Unpack
 
 from lora_jax.adapters.split import base_of
 from lora_jax.core.errors import AdapterFileError
@@ -12,7 +12,7 @@ from lora_jax.files.gguf.names import Names
 from lora_jax.files.torch_adapters.contents import Contents, TorchBase
 from lora_jax.files.torch_adapters.experts import Experts
 from lora_jax.files.torch_adapters.file_contents import weight_shape
-from lora_jax.files.torch_adapters.to_tree import fit_to_base
+from lora_jax.files.torch_adapters.to_tree import FitOptions, fit_to_base
 
 
 def load(
@@ -63,11 +63,7 @@ def fit(
     file: GgufAdapter,
     base: Any,
     names: Names,
-    *,
-    strict: bool = True,
-    dtype: Any = None,
-    dropout: float | None = None,
-    fsdp: str | Sequence[str] | None = None,
+    **options: Unpack[FitOptions],
 ) -> Any:
     """Return the adapters of a file as an overlay of `base`; what `load` does after reading."""
     if file.architecture != names.architecture:
@@ -89,16 +85,7 @@ def fit(
             contents.experts[weight] = found
         else:
             contents.factors[weight] = found
-    return fit_to_base(
-        file.source,
-        contents,
-        problems,
-        model,
-        strict=strict,
-        dtype=dtype,
-        dropout=dropout,
-        fsdp=fsdp,
-    )
+    return fit_to_base(file.source, contents, problems, model, **options)
 
 
 def _misfit(weight: str, found: Any, model: TorchBase) -> str | None:

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 
@@ -22,7 +22,7 @@ from lora_jax.files.torch_adapters.contents import (
     module_of,
 )
 from lora_jax.files.torch_adapters.rename import describe, find_rules
-from lora_jax.files.torch_adapters.to_tree import fit_to_base
+from lora_jax.files.torch_adapters.to_tree import FitOptions, fit_to_base
 
 
 def load(
@@ -73,11 +73,8 @@ def fit(
     base: Any,
     naming: Naming,
     *,
-    strict: bool = True,
-    dtype: Any = None,
-    dropout: float | None = None,
     rename: Mapping[str, str] | None = None,
-    fsdp: str | Sequence[str] | None = None,
+    **options: Unpack[FitOptions],
 ) -> Any:
     """Return the adapters of a file as an overlay of `base`; what `load` does after reading."""
     base = base_of(base)
@@ -92,16 +89,7 @@ def fit(
     if rules:
         _, others = _read_contents(file.rename(rules), model, turned)
         problems = [describe(rules, file.tensors), *others]
-    return fit_to_base(
-        file.source,
-        contents,
-        problems,
-        model,
-        strict=strict,
-        dtype=dtype,
-        dropout=dropout,
-        fsdp=fsdp,
-    )
+    return fit_to_base(file.source, contents, problems, model, **options)
 
 
 def _read_contents(

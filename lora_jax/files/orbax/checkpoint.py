@@ -14,11 +14,11 @@ from lora_jax.files.disk import strict_json
 from lora_jax.files.disk.quiet_orbax import quiet_orbax
 from lora_jax.files.orbax.formats import format_of
 from lora_jax.files.orbax.from_tree import from_tree
-from lora_jax.files.orbax.nested import WRAPPERS
+from lora_jax.files.orbax.nested import wrapper_of
 from lora_jax.files.orbax.to_tree import to_tree
 
 #: The item of a step that has the parameters, in the order of preference.
-_ITEMS = ("params", "model_params", "items", "default", "state")
+_ITEMS = ("params", "model_params", "model", "items", "default", "state", "train_state")
 _STEP_METADATA = "_CHECKPOINT_METADATA"
 _METADATA = ("_METADATA", "_sharding", "manifest.ocdbt")  # of an item
 
@@ -70,7 +70,8 @@ def save(
 
     if Path(path).exists():
         raise FileExistsError(f"{path}: exists already; give another directory")
-    tree = to_tree(adapters, format, alpha=alpha)
+    tree, wrapper = to_tree(adapters, format, alpha=alpha), format_of(format).wrapper
+    tree = {wrapper: tree} if wrapper else tree
     with quiet_orbax(), ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(Path(path).absolute(), tree)
 
@@ -127,7 +128,5 @@ def _restore(item: Path) -> Any:
 
 def _parameters(tree: Any) -> Any:
     """Return the part of a training state that holds the parameters, in its place."""
-    for name in WRAPPERS:
-        if isinstance(tree, dict) and isinstance(tree.get(name), dict):
-            return {name: _parameters(tree[name])}
-    return tree
+    name = wrapper_of(tree)
+    return tree if name is None else {name: _parameters(tree[name])}

@@ -113,10 +113,26 @@ def _sum_dtype(x: np.ndarray) -> Any:
     return np.float64 if x.dtype.itemsize >= 4 else np.float32
 
 
-def from_weight(row: Row, node: LoraWeight, scale: float) -> tuple[np.ndarray, np.ndarray]:
+def written_rank(row: Row, node: LoraWeight) -> int:
+    """Return the rank of a node's factors in a checkpoint, without padding."""
+    rank, own = node.a.shape[-1], _own_size(row, node)
+    return rank // own if own > 1 and _is_diagonal(row, node) else rank
+
+
+def from_weight(
+    row: Row, node: LoraWeight, scale: float, rank: int
+) -> tuple[np.ndarray, np.ndarray]:
     """Return A and B as a checkpoint has them, for a format whose scale is `scale`.
 
-    The rest of the node's scale is multiplied into B.
+    The rest of the node's scale is multiplied into B. An output that A has too gets the same A for
+    each of its indices, unless B is diagonal in it, as `to_weight` makes it. Where B is summed over
+    an axis, all but its first index are zeros.
+
+    Args:
+      row: of the weight.
+      node: the adapter, with arrays on the host.
+      scale: of the format, at this rank.
+      rank: at least `written_rank`; further components are zeros.
     """
     a, b = np.asarray(node.a), np.asarray(node.b)
     own = np.asarray(node.scale, np.float64)
@@ -125,7 +141,62 @@ def from_weight(row: Row, node: LoraWeight, scale: float) -> tuple[np.ndarray, n
         b = (b.astype(np.float64) * rest).astype(b.dtype)
     axes_a, axes_b = next(iter(row.alternatives()))
     batch = [LAYERS] if LAYERS in row.letters else []
-    return (
-        _rearranged(a, (*batch, *row.inputs, RANK), axes_a),
-        _rearranged(b, (*batch, RANK, *row.outputs), axes_b),
-    )
+    mine = [x for x in row.outputs if x in axes_a]
+    sizes = _output_sizes(row, node)
+    in_a, in_b = (*batch, *row.inputs, RANK), (*batch, RANK, *row.outputs)
+    if mine and written_rank(row, node) < a.shape[-1]:
+        counts = [sizes[x] for x in mine]
+        a = a.reshape(*a.shape[:-1], *counts, -1)
+        b = b.reshape(*b.shape[: len(batch)], *counts, -1, *b.shape[len(batch) + 1 :])
+        in_a, in_b = (*in_a[:-1], *mine, RANK), (*batch, *mine, RANK, *row.outputs)
+    elif mine:
+        a = np.broadcast_to(a[..., None], (*a.shape, math.prod(sizes[x] for x in mine)))
+        a = a.reshape(*a.shape[:-1], *(sizes[x] for x in mine))
+        in_a = (*in_a, *mine)
+    kept = [x for x in axes_b if x == RANK or x in row.letters]
+    a = _padded(_rearranged(a, in_a, axes_a), axes_a, rank)
+    b = _padded(_diagonal(b, in_b, kept), kept, rank)
+    for i in (i for i, x in enumerate(axes_b) if x not in kept):
+        wide = np.zeros((*b.shape[:i], node.a.shape[len(batch)], *b.shape[i:]), b.dtype)
+        wide[(slice(None),) * i + (0,)] = b
+        b = wide
+    return a, b
+
+
+def _output_sizes(row: Row, node: LoraWeight) -> dict[str, int]:
+    return dict(zip(reversed(row.outputs), reversed(node.b.shape), strict=False))
+
+
+def _own_size(row: Row, node: LoraWeight) -> int:
+    """Return how many A's a weight has in a checkpoint."""
+    axes_a, _ = next(iter(row.alternatives()))
+    sizes = _output_sizes(row, node)
+    return math.prod(sizes[x] for x in row.outputs if x in axes_a)
+
+
+def _is_diagonal(row: Row, node: LoraWeight) -> bool:
+    """Return whether each of a weight's A's has its own part of the rank, and B no other."""
+    axes_a, _ = next(iter(row.alternatives()))
+    count, rank = _own_size(row, node), node.a.shape[-1]
+    if rank % count:
+        return False
+    batch = int(LAYERS in row.letters)
+    mine = [1 + i for i, x in enumerate(row.outputs) if x in axes_a]
+    b = np.asarray(node.b).reshape(-1, *node.b.shape[batch:])
+    b = np.moveaxis(b, [i + 1 for i in mine], range(2, 2 + len(mine)))
+    b = b.reshape(len(b), count, rank // count, count, -1)
+    off = b * ~np.eye(count, dtype=bool)[None, :, None, :, None]
+    return not off.any()
+
+
+def _diagonal(x: np.ndarray, axes: Sequence[str], wanted: Sequence[str]) -> np.ndarray:
+    """Return an array with these axes, its diagonal in those that it has twice."""
+    letters = {name: chr(ord("a") + i) for i, name in enumerate(dict.fromkeys(axes))}
+    own, out = ("".join(letters[name] for name in names) for names in (axes, wanted))
+    return np.einsum(f"{own}->{out}", x)
+
+
+def _padded(x: np.ndarray, axes: Sequence[str], rank: int) -> np.ndarray:
+    """Return a factor with zeros up to a rank."""
+    at = list(axes).index(RANK)
+    return np.pad(x, [(0, (rank - n) * (i == at)) for i, n in enumerate(x.shape)])

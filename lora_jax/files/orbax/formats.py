@@ -22,14 +22,15 @@ def _openpi_rows(expert: str) -> Iterator[Row]:
         ("attn_vec_einsum", "l n h d", "d", ("l n h r", "l m r d")),
     ):
         path = f"{{*m}}/{name}{expert}"
-        yield Row(f"{path}/w", f"{path}/lora_a", f"{path}/lora_b", axes, outs, factors)
+        paths = f"{path}/w", f"{path}/lora_a", f"{path}/lora_b"
+        yield Row(*paths, axes, outs, factors, group=f"attn{expert}")
     for name, axes, outs, factors in (
         ("gating_einsum", "l c d f", "c f", ("l c d r", "l c r f")),
         ("linear", "l f d", "d", ("l f r", "l r d")),
     ):
         path = f"{{*m}}/mlp{expert}/{name}"
         paths = path, f"{path}_lora_a", f"{path}_lora_b"
-        yield Row(*paths, axes, outs, factors, scaled=False)
+        yield Row(*paths, axes, outs, factors, scaled=False, group=f"ffn{expert}")
 
 
 def _linear(torch: str | tuple[str, ...], path: str, axes: str, **sizes: int) -> Entry:
@@ -152,23 +153,24 @@ def _maxtext_rows() -> Iterator[Row]:
             yield Row(weight, f"{path}/lora_a.kernel", f"{path}/lora_b.kernel", own, outs)
 
 
-def _maxtext_names() -> Iterator[Entry]:
-    """Yield the names of MaxText's Llama, whose rotations pair neighbours."""
+def _maxtext_names(rotated: tuple[str, ...] = ()) -> Iterator[Entry]:
+    """Yield Hugging Face's names of MaxText's layers.
+
+    Args:
+      rotated: the ends of the modules whose rotations pair neighbours, where Hugging Face's pair
+        the halves of a head: those of Llama.
+    """
     for module, (ours, axes, _) in _MAXTEXT.items():
-        rotated = module.endswith(("q_proj", "k_proj"))
         torch = {"d n h": "(n h) d", "n h d": "d (n h)", "d f": "f d", "f d": "d f"}[axes]
-        if rotated:
-            torch = "(n two half) d"
+        is_rotated = module.endswith(rotated) if rotated else False
+        torch = "(n two half) d" if is_rotated else torch
         for own in _stacked(axes):
+            axes_ = own.replace(" h", " (half two)") if is_rotated else own
+            sizes = {"two": 2} if is_rotated else {}
             stacked = "l" in own.split()
-            path = (
-                f"decoder/layers/{ours}/kernel"
-                if stacked
-                else f"decoder/layers_{{l}}/{ours}/kernel"
-            )
-            axes_ = own.replace(" h", " (half two)") if rotated else own
-            sizes = {"two": 2} if rotated else {}
-            yield _linear(f"model.layers.{{l}}.{module}", path, f"{torch} -> {axes_}", **sizes)
+            for layers in ("layers",) if stacked else ("layers_{l}", "layers/{l}"):
+                path = f"decoder/{layers}/{ours}/kernel"
+                yield _linear(f"model.layers.{{l}}.{module}", path, f"{torch} -> {axes_}", **sizes)
 
 
 FORMATS: dict[str, Format] = {
@@ -177,7 +179,7 @@ FORMATS: dict[str, Format] = {
         (*_openpi_rows(""), *_openpi_rows("_1")),
         tuple(_openpi_names()),
         scale="alpha = rank",
-        writable=False,
+        wrapper="params",
     ),
     "gemma": Format(
         "gemma's gm.nn.LoRA",
@@ -189,9 +191,12 @@ FORMATS: dict[str, Format] = {
     "maxtext": Format(
         "MaxText's",
         tuple(_maxtext_rows()),
-        tuple(_maxtext_names()),
+        tuple(_maxtext_names(("q_proj", "k_proj"))),
         grown_queries=("query/kernel",),
+        not_of=("query_norm/scale", "query/bias"),
+        instead="maxtext_qwen",
     ),
+    "maxtext_qwen": Format("MaxText's Qwen", tuple(_maxtext_rows()), tuple(_maxtext_names())),
 }
 
 

@@ -72,7 +72,8 @@ def from_tree(
     Args:
       tree: nested dictionaries of arrays, as Orbax restores them, or an `nnx.State`; the parameters
         may stand in `params`, and leaves in `value`.
-      format: one of `FORMATS`: "openpi", "gemma" (`gm.nn.LoRA`), "tunix" (qwix), "maxtext".
+      format: one of `FORMATS`: "openpi", "gemma" (`gm.nn.LoRA`), "tunix" (qwix), "maxtext",
+        "maxtext_qwen", which differ only in the names in Hugging Face.
       base: the parameters without factors, for a tree that has factors alone.
       alpha: of the training: the scale is alpha over the rank. openpi's default is the rank, gemma
         has none.
@@ -155,9 +156,17 @@ def _nodes(
             problems.append(f"{path}: {node}")
         else:
             nodes[weight] = node
-    unknown = [path for path in factors if path not in used]
-    problems += [f"{path}: not a factor of this format" for path in unknown]
+    problems += [f"{path}: {_alone(path, layout)}" for path in factors if path not in used]
     return nodes, problems
+
+
+def _alone(path: str, layout: Format) -> str:
+    """Return why a factor that belongs to no A has no place."""
+    for row in layout.rows:
+        names = match(row.b, path)
+        if names is not None:
+            return f"has no {shown(fill(row.a, names))} beside it"
+    return "not a factor of this format"
 
 
 def _kind(layout: Format, fit: Fit) -> str:

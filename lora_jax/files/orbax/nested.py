@@ -3,8 +3,14 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-#: What stands around the parameters of a model, from the outside in.
-WRAPPERS = ("params", "model_params", "transformer")
+#: What stands around the parameters of a model.
+_WRAPPERS = ("params", "model_params", "transformer")
+#: The same, if nothing is beside it but the rest of a training state.
+_OUTER = ("model", "state", "train_state")
+_OF_TRAINING = frozenset(
+    ("step", "epoch", "opt_state", "optimizer", "tx", "rng", "rngs", "key", "metrics")
+    + ("ema", "ema_params", "ema_decay", "batch_stats", "dropout_rng")
+)
 _VALUE = "value"  # below a variable of Flax NNX, in checkpoints of its states
 
 
@@ -16,13 +22,28 @@ def unwrap(tree: Any) -> Any:
     """
     if hasattr(tree, "to_pure_dict"):  # a state of Flax NNX
         tree = tree.to_pure_dict()
-    for name in WRAPPERS:
-        while isinstance(tree, Mapping) and isinstance(tree.get(name), Mapping):
-            tree = tree[name]
+    while (name := wrapper_of(tree)) is not None:
+        tree = tree[name]
     leaves = dict(leaves_of(tree))
     if leaves and all(path[-1:] == (_VALUE,) for path in leaves):
         tree = nest({path[:-1]: x for path, x in leaves.items()})
     return tree
+
+
+def wrapper_of(tree: Any) -> str | None:
+    """Return the key under which a tree has all its parameters; None if it is they.
+
+    >>> wrapper_of({"model": {"w": 1}, "optimizer": {"mu": {"w": 2}}})
+    'model'
+    >>> wrapper_of({"model": {"w": 1}, "head": {"w": 2}})
+    """
+    if not isinstance(tree, Mapping):
+        return None
+    inner = [name for name, x in tree.items() if isinstance(x, Mapping)]
+    for name in (*_WRAPPERS, *(_OUTER if {*tree} <= {*_OUTER, *_OF_TRAINING} else ())):
+        if name in inner:
+            return name
+    return None
 
 
 def leaves_of(tree: Any, at: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], Any]]:

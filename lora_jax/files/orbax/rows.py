@@ -22,9 +22,12 @@ class Row:
       outs: which of these letters are outputs, "n h".
       factors: the axes of A and B where they are not `[layers, inputs, r]` and
         `[layers, r, outputs]` in the order of the weight. An output among A's axes has its own A
-        for each of its indices. A letter of B that the weight lacks is summed over.
+        for each of its indices. A letter of B that the weight lacks is summed over; it has the
+        size of the weight's first input.
       flat: whether several inputs, or outputs, may be one axis of a factor.
       scaled: whether the format's scale applies here.
+      group: weights of rows with one name here have one rank in the trainer's configuration; ""
+        where each has its own rank.
     """
 
     weight: str
@@ -35,6 +38,7 @@ class Row:
     factors: tuple[str, str] | None = None
     flat: bool = False
     scaled: bool = True
+    group: str = ""
 
     @property
     def letters(self) -> tuple[str, ...]:
@@ -81,7 +85,7 @@ class Format:
         one with the weight's layout counts.
       scale: how updates are scaled: "alpha" (alpha over rank, and the checkpoint does not say
         alpha), "alpha = rank" (the same, but alpha is the rank if it is not given), or "none".
-      writable: whether adapters can be written, not only read.
+      wrapper: the key under which a checkpoint has the tree; "" for none.
       grown_queries: the ends of the paths of weights that hold queries divided by the square root
         of the head's size, the last axis; Hugging Face's are that much larger.
     """
@@ -90,8 +94,10 @@ class Format:
     rows: tuple[Row, ...]
     names: tuple[Entry, ...] = ()
     scale: str = "alpha"
-    writable: bool = True
+    wrapper: str = ""
     grown_queries: tuple[str, ...] = ()
+    not_of: tuple[str, ...] = ()
+    instead: str = ""
 
     def naming(self, layouts: Mapping[str, str]) -> Naming:
         """Return Hugging Face's names of weights, by their paths and layouts."""

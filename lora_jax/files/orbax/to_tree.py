@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from lora_jax.core.errors import ConfigError, StructureError, grouped
-from lora_jax.core.paths import flatten_with_key_paths, path_str
+from lora_jax.core.paths import flatten_with_key_paths, flatten_with_paths, path_str
 from lora_jax.core.slots import all_unpadded
 from lora_jax.core.tree import adapted_nodes, require_adapted
 from lora_jax.core.weights import LoraWeight, TrainedLeaf, is_adapted
@@ -16,7 +16,7 @@ from lora_jax.files import peft
 from lora_jax.files.disk.processes import to_host
 from lora_jax.files.naming import Naming
 from lora_jax.files.naming.patterns import fill, match
-from lora_jax.files.orbax.factors import from_weight
+from lora_jax.files.orbax.factors import from_weight, written_rank
 from lora_jax.files.orbax.formats import format_of
 from lora_jax.files.orbax.nested import nest
 from lora_jax.files.orbax.rows import Format, Row
@@ -27,21 +27,21 @@ def to_tree(adapters: Any, format: str, *, alpha: float | None = None) -> Any:
 
     Args:
       adapters: an overlay, for the factors alone, or a joined tree, for the weights too.
-      format: "gemma", "tunix" or "maxtext". openpi's factors cannot be told from adapters of
-        another kind: merge instead.
+      format: one of `FORMATS`: "openpi", "gemma", "tunix", "maxtext" or "maxtext_qwen".
       alpha: of the trainer, whose scale is alpha over the rank. By default the scale that the
-        adapters have: they must agree in it.
+        adapters have: they must agree in it. openpi's is the rank.
 
     Returns:
       Nested dictionaries of arrays. Scales that the format does not have are multiplied into B.
+      openpi has one rank for all attention layers of an expert, and one for its feed-forward
+      layers, so lower ranks are padded with zeros; each head gets the same A, unless the adapters
+      come from openpi.
 
     Raises:
       StructureError: the format cannot hold these adapters; all problems are listed.
-      ConfigError: the format is unknown, or cannot be written.
+      ConfigError: the format is unknown.
     """
     layout = format_of(format)
-    if not layout.writable:
-        raise ConfigError(f"{layout.title} adapters cannot be written: merge them (lora_jax.merge)")
     nodes = all_unpadded(require_adapted("to_tree", adapters))
     rows, problems = {}, []
     for path, node in nodes.items():
@@ -55,22 +55,33 @@ def to_tree(adapters: Any, format: str, *, alpha: float | None = None) -> Any:
             f"to_tree: a checkpoint of {layout.title} cannot hold these adapters:\n"
             + grouped(sorted(problems))
         )
+    host: dict[str, Any] = {path: to_host(node) for path, node in nodes.items()}
+    ranks = _ranks(host, rows)
     leaves: dict[tuple[Any, ...], Any] = {}
     for key_path, leaf in flatten_with_key_paths(adapters, is_adapted):
         keys, path = tuple(_key(key) for key in key_path), path_str(key_path)
         if path not in nodes:
             leaves[keys] = leaf
             continue
-        row, node = rows[path], nodes[path]
+        row, node, rank = rows[path], host[path], ranks[path]
         if leaf.w is not None:
             leaves[keys] = leaf.w
-        rank = node.a.shape[-1]
-        scale = 1.0 if layout.scale == "none" else _scale(nodes, alpha, rank)
+        scale = _scale(layout, row, host, alpha, rank)
         where = match(row.weight, path)
         assert where is not None, "the row was chosen by this path"
-        for template, x in zip((row.a, row.b), from_weight(row, to_host(node), scale), strict=True):
+        for template, x in zip((row.a, row.b), from_weight(row, node, scale, rank), strict=True):
             leaves[_beside(keys, path, fill(template, where))] = x
     return nest(leaves)
+
+
+def _ranks(nodes: Mapping[str, Any], rows: Mapping[str, Row]) -> dict[str, int]:
+    """Return the rank that each weight's factors get: the largest one of its group."""
+    own = {path: written_rank(rows[path], node) for path, node in nodes.items()}
+    largest: dict[str, int] = {}
+    for path, rank in own.items():
+        group = rows[path].group
+        largest[group] = max(rank, largest.get(group, 0))
+    return {path: largest[rows[path].group] if rows[path].group else n for path, n in own.items()}
 
 
 def _row(path: str, node: Any, layout: Format) -> Row | str:
@@ -88,10 +99,16 @@ def _row(path: str, node: Any, layout: Format) -> Row | str:
     return "no row of this format has this path"
 
 
-def _scale(nodes: Mapping[str, Any], alpha: float | None, rank: int) -> float:
+def _scale(
+    layout: Format, row: Row, nodes: Mapping[str, Any], alpha: float | None, rank: int
+) -> float:
     """Return the scale of the format at this rank: of `alpha`, or of most adapters."""
+    if layout.scale == "none" or not row.scaled:
+        return 1.0
     if alpha is not None:
         return alpha / rank
+    if layout.scale == "alpha = rank":
+        return 1.0
     first = next(iter(nodes.values()))
     common = float(np.asarray(first.scale).reshape(-1)[0]) * first.a.shape[-1]
     return common / rank if common else 1.0
@@ -122,9 +139,16 @@ def naming(params: Any, format: str) -> Naming:
       format: its format.
 
     Raises:
-      ConfigError: the format is unknown, or has no names for one of the weights.
+      ConfigError: the format is unknown, is not that of this model, or has no names for one of the
+        weights.
     """
     layout = format_of(format)
+    others = [path for path in flatten_with_paths(params)[0] if path.endswith(layout.not_of)]
+    if others:
+        raise ConfigError(
+            f"{others[0]}: {layout.title} weights with this leaf have other names and rotations in "
+            f'Hugging Face; give the format "{layout.instead}"'
+        )
     nodes = adapted_nodes(params)
     layouts = {path: x.layout.axes for path, x in nodes.items() if isinstance(x, LoraWeight)}
     found = layout.naming(layouts)
@@ -145,7 +169,8 @@ def to_peft(directory: str | os.PathLike, params: Any, format: str, **options: A
       directory: created if missing.
       params: from `load` or `from_tree`.
       format: its format. The names are those of openpi's PyTorch models, of Gemma, of tunix's
-        Gemma, Llama and Qwen, and of MaxText's Llama, whose rotations and queries are converted.
+        Gemma, Llama and Qwen, and of MaxText's Llama ("maxtext"), whose rotations and queries are
+        converted, and Qwen ("maxtext_qwen").
       **options: of `lora_jax.peft.save`.
 
     Raises:

@@ -4,7 +4,7 @@ import functools
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 from lora_jax.adapters.split import base_of
 from lora_jax.core.errors import AdapterFileError, ConfigError
@@ -16,7 +16,7 @@ from lora_jax.files.peft.read import read_contents
 from lora_jax.files.peft.wrong_names import tell_wrong_names
 from lora_jax.files.stack_index import INDEX, read_or_list
 from lora_jax.files.torch_adapters.contents import TorchBase
-from lora_jax.files.torch_adapters.to_tree import fit_to_base
+from lora_jax.files.torch_adapters.to_tree import FitOptions, fit_to_base
 
 
 def load(
@@ -118,12 +118,9 @@ def fit(
     base: Any,
     naming: Naming,
     *,
-    strict: bool = True,
-    dtype: Any = None,
-    dropout: float | None = None,
     residual: bool = False,
     rename: Mapping[str, str] | None = None,
-    fsdp: str | Sequence[str] | None = None,
+    **options: Unpack[FitOptions],
 ) -> Any:
     """Return the adapters of a file as an overlay of `base`; what `load` does after reading."""
     model = TorchBase(base_of(base), naming)
@@ -135,13 +132,4 @@ def fit(
             problems += changed_base.undo(contents, file.config, model)
     except ConfigError as error:  # or a pattern takes too long
         raise AdapterFileError(f"{file.directory / CONFIG}: {error}") from None
-    return fit_to_base(
-        file.source,
-        contents,
-        problems,
-        model,
-        strict=strict,
-        dtype=dtype,
-        dropout=dropout,
-        fsdp=fsdp,
-    )
+    return fit_to_base(file.source, contents, problems, model, **options)

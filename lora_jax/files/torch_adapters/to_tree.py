@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypedDict
 
 import jax
 import jax.numpy as jnp
@@ -30,14 +30,30 @@ from lora_jax.files.torch_adapters.factors import (
 )
 
 
+class FitOptions(TypedDict, total=False):
+    """What the readers of all formats hand on to `fit_to_base`.
+
+    Attributes:
+      strict: whether problems are an error, and not a warning; true by default.
+      dtype: of the factors and the trained values; None for the file's.
+      dropout: the rate of all factors; None for that of the contents.
+      fsdp: as for `lora_jax.init`; factors are placed by the shardings of their weights.
+    """
+
+    strict: bool
+    dtype: Any
+    dropout: float | None
+    fsdp: str | Sequence[str] | None
+
+
 def fit_to_base(
     source: object,
     contents: Contents,
     problems: list[str],
     model: TorchBase,
     *,
-    strict: bool,
-    dtype: Any,
+    strict: bool = True,
+    dtype: Any = None,
     dropout: float | None = None,
     fsdp: str | Sequence[str] | None = None,
 ) -> Any:
@@ -45,11 +61,9 @@ def fit_to_base(
 
     Args:
       source: the file, which messages begin with.
-      contents, model, dtype: as for `overlay`.
+      contents, model: as for `overlay`.
       problems: what is wrong with the file already.
-      strict: whether problems are an error, and not a warning.
-      dropout: the rate of all factors; None for that of the contents.
-      fsdp: as for `lora_jax.init`; factors are placed by the shardings of their weights.
+      strict, dtype, dropout, fsdp: see `FitOptions`.
 
     Raises:
       AdapterFileError: there are problems and `strict` is true, or nothing is left.

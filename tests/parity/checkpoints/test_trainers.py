@@ -99,6 +99,70 @@ def test_what_is_written_is_what_was_read(case, recorded):
             np.testing.assert_array_equal(own[path], x)
 
 
+@pytest.mark.parametrize("case", ["openpi", "openpi rslora"])
+def test_openpis_factors_are_written_as_they_were(case, recorded, tmp_path):
+    """Bit for bit, but for the output's B, of which openpi sums over the heads."""
+    factors, deltas = recorded[case]
+    options = CASES[case][1] | {"alpha": None}  # that of the rank: the scale is 1, if not rsLoRA's
+    params = orbax.from_tree(tree_of(factors, deltas), "openpi", **options)
+    orbax.save(tmp_path / "openpi", lora_jax.split(params)[1], "openpi")
+    import orbax.checkpoint as ocp
+
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        written = checkpointer.restore(tmp_path / "openpi")
+    assert written.keys() == {"params"}
+    got = {path_of(keys): np.asarray(x) for keys, x in leaves_of(written)}
+    want = {f"params/{path.removeprefix('params/')}": x for path, x in factors.items()}
+    assert got.keys() == want.keys()
+    for path, x in want.items():
+        assert got[path].shape == x.shape
+        if "rslora" in case and path.endswith("_b"):
+            continue  # the rest of the scale is in it
+        pair = (got[path], x)
+        if "attn_vec_einsum" in path and path.endswith("_b"):
+            pair = (got[path].sum(1), x.sum(1))
+        np.testing.assert_allclose(*pair, atol=0 if pair[1] is x else 1e-6)
+    again = orbax.from_tree(written, "openpi", base=lora_jax.split(params)[0])
+    for path, node in adapted_nodes(params).items():
+        np.testing.assert_allclose(plain(adapted_nodes(again)[path]), plain(node), atol=2e-5)
+
+
+def test_an_adapter_of_another_origin_is_written_for_openpi(recorded):
+    """One A for all heads: each gets it, and the ranks of a group become equal."""
+    _, deltas = recorded["openpi"]
+    base = lora_jax.split(orbax.from_tree(tree_of(*recorded["openpi"]), "openpi"))[0]
+    rng, nodes = (
+        np.random.default_rng(5),
+        adapted_nodes(orbax.from_tree(tree_of(*recorded["openpi"]), "openpi")),
+    )
+    tree = lora_jax.core.paths.flatten_with_paths(base)[0]
+    for i, (path, node) in enumerate(nodes.items()):
+        draw = lambda shape: jnp.asarray(rng.normal(size=shape), "float32")
+        rank, lead = 1 + i % 3, node.scale.shape
+        ins = node.a.shape[len(lead) : -1]
+        outs = node.b.shape[len(lead) + 1 :]
+        tree[path] = lora_jax.LoraWeight(
+            tree[path],
+            draw((*lead, *ins, rank)),
+            draw((*lead, rank, *outs)),
+            jnp.full(lead, 0.7),
+            layout=node.layout,
+        )
+    params = nest({tuple(path.split("/")): x for path, x in tree.items()})
+    written = {path_of(k): x for k, x in leaves_of(orbax.to_tree(params, "openpi", alpha=6))}
+    ranks = {path: x.shape[-1] for path, x in written.items() if path.endswith("lora_a")}
+    attention = {rank for path, rank in ranks.items() if "/attn/" in path and "_1/" not in path}
+    assert len(attention) == 1
+    back = adapted_nodes(
+        orbax.from_tree(
+            nest({tuple(p.split("/")): x for p, x in written.items()}), "openpi", alpha=6
+        )
+    )
+    assert back.keys() == nodes.keys() == deltas.keys()
+    for path in nodes:
+        np.testing.assert_allclose(plain(back[path]), plain(tree[path]), atol=2e-5)
+
+
 def torch_of(format, path, delta):
     """Return {the end of a Hugging Face name: delta [out, in]}, by hand."""
     end = path.split("/")[-1] if path.endswith(("einsum", "linear")) else path.split("/")[-2]
@@ -215,11 +279,30 @@ def bare(**more):
         (bare(kernel_lora_a=np.full((4, 2), np.nan, "f4")), "up/kernel_lora_a: contains NaN"),
         (bare(kernel={"array": 1}), "its weight up/kernel is not there; pass base="),
         (bare(lora_c=np.ones(3, "f4")), "up/lora_c: not a factor of this format"),
+        ({"up": {"kernel_lora_b": np.ones((2, 3), "f4")}}, "has no up/kernel_lora_a beside it"),
+        (
+            {"up": {"kernel": np.ones((4, 3), "f4"), "kernel_lora_a": np.ones((4, 2), "f4")}},
+            "has no up/kernel_lora_b beside it",
+        ),
+        ({"model": bare(), "head": bare(kernel_lora_b=1)}, r"head/up/kernel_lora_a: B is 1, not"),
     ],
 )
 def test_what_does_not_fit_is_listed(tree, message):
     with pytest.raises(lora_jax.AdapterFileError, match=message):
         orbax.from_tree(tree, "tunix", alpha=2)
+
+
+@pytest.mark.parametrize(
+    "keys", [["model"], ["params", "params"], ["state", "model"], ["train_state"]]
+)
+def test_a_training_state_has_one_set_of_parameters(keys):
+    """The moments of its optimizer have the names of factors too."""
+    tree = {"layers": bare()}
+    for key in reversed(keys):
+        tree = {key: tree, "step": np.array(1), "opt_state": {"mu": {"layers": bare()}}}
+    params = orbax.from_tree(tree, "tunix", alpha=2)
+    assert list(adapted_nodes(params)) == ["layers/up/kernel"]
+    assert {path_of(path) for path, _ in leaves_of(params)} == {"layers/up/kernel"}
 
 
 def test_scales_and_formats_are_asked_for():
@@ -232,8 +315,6 @@ def test_scales_and_formats_are_asked_for():
     ):
         orbax.from_tree(bare(), "t5x")
     params = orbax.from_tree(bare(), "tunix", alpha=2)
-    with pytest.raises(lora_jax.ConfigError, match="openpi's adapters cannot be written: merge"):
-        orbax.to_tree(params, "openpi")
     with pytest.raises(lora_jax.ConfigError, match="up/kernel: tunix's weights have no Hugging Fa"):
         orbax.to_peft("nowhere", params, "tunix")
     other = lora_jax.join(

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-WIDTH, HIDDEN, HEADS, GROUPS, SIZE = 8, 12, 2, 1, 4
+WIDTH, HIDDEN, HEADS, GROUPS, SIZE, VOCABULARY = 8, 12, 2, 1, 4, 16
 _OF = {
     "llama": "Llama",
     "mistral": "Mistral",
@@ -85,7 +85,7 @@ def config(family):
     values = {"model_type": family, "architectures": [f"{_OF[family]}ForCausalLM"]}
     values |= {"hidden_size": WIDTH, "intermediate_size": HIDDEN, "num_hidden_layers": 1}
     values |= {"num_attention_heads": HEADS, "num_key_value_heads": GROUPS, "head_dim": SIZE}
-    values |= {"vocab_size": 16, "max_position_embeddings": 64, "rms_norm_eps": 1e-6}
+    values |= {"vocab_size": VOCABULARY, "max_position_embeddings": 64, "rms_norm_eps": 1e-6}
     values |= {"rope_theta": 10000.0, "sliding_window": 32, "hidden_act": "silu"}
     values |= {"final_logit_softcapping": 30.0, "attn_logit_softcapping": 50.0}
     values |= {"query_pre_attn_scalar": SIZE, "original_max_position_embeddings": 64}

@@ -11,6 +11,7 @@ loss of the DPO trainer, "steps/…" for the losses of three steps of AdamW on t
 "orpo/…", "simpo/…", "cpo/…" for the other trainers.
 """
 
+import functools
 import json
 import os
 import sys
@@ -28,6 +29,7 @@ ROWS = [
     ("A", "b", "z"),
     ("Name a fruit.", " Apple", " A stone, or two"),
 ]
+EVERY = tuple(range(len(ROWS)))
 NAMES = ("prompt", "chosen", "rejected")
 LOSSES = {
     "sigmoid": {},
@@ -47,70 +49,84 @@ def write(directory: Path) -> None:
     files.model(directory)
 
 
-def record(directory: Path) -> None:
-    os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "TQDM_DISABLE": "1"}
-    import peft
-    import torch
-    import trl
-    from datasets import Dataset
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    from trl.experimental.cpo import CPOConfig, CPOTrainer
-    from trl.experimental.orpo import ORPOConfig, ORPOTrainer
+class Recorder:
+    """A base, an adapter and the rows, which all trainers share, and what was recorded of them."""
 
-    assert trl.__version__ == "1.16.0", trl.__version__
-    data = Dataset.from_list([dict(zip(NAMES, row, strict=True)) for row in ROWS])
-    tokenizer = AutoTokenizer.from_pretrained(directory)
-    out = tempfile.mkdtemp()
-    lora = peft.LoraConfig(
-        r=2,
-        lora_alpha=4,
-        target_modules=["q_proj", "v_proj"],
-        init_lora_weights=False,
-        task_type="CAUSAL_LM",
-    )
-    base = lambda: AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
-    torch.manual_seed(0)
-    peft.get_peft_model(base(), lora).save_pretrained(f"{out}/adapter")
-    adapter = peft.load_peft_weights(f"{out}/adapter")
-    found = {
-        f"adapter/{name}": np.frombuffer((Path(out) / "adapter" / name).read_bytes(), np.uint8)
-        for name in ("adapter_model.safetensors", "adapter_config.json")
-    }
-    common = {
-        **{"output_dir": out, "report_to": [], "bf16": False, "use_cpu": True, "beta": BETA},
-        **{"gradient_checkpointing": False, "max_grad_norm": 0.0, "learning_rate": RATE},
-        **{"lr_scheduler_type": "constant", "logging_steps": 1, "max_steps": STEPS},
-        **{"per_device_train_batch_size": 2, "save_strategy": "no", "max_length": 48},
-        **{"disable_tqdm": True, "train_sampling_strategy": "sequential"},
-    }
+    def __init__(self, directory: Path):
+        import peft
+        import torch
+        from datasets import Dataset
+        from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    def new(make, config, **options):
-        """Return a trainer of a new adapter with the recorded values."""
-        trainer = make(
-            model=base(),
-            args=config(**common | options),
-            train_dataset=data,
-            processing_class=tokenizer,
-            peft_config=lora,
+        out = tempfile.mkdtemp()
+        self.data = Dataset.from_list([dict(zip(NAMES, row, strict=True)) for row in ROWS])
+        self.tokenizer = AutoTokenizer.from_pretrained(directory)
+        self.base = lambda: AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+        self.lora = peft.LoraConfig(
+            r=2,
+            lora_alpha=4,
+            target_modules=["q_proj", "v_proj"],
+            init_lora_weights=False,
+            task_type="CAUSAL_LM",
         )
-        peft.set_peft_model_state_dict(trainer.model, adapter)
+        torch.manual_seed(0)
+        self.saved = Path(out) / "adapter"
+        peft.get_peft_model(self.base(), self.lora).save_pretrained(self.saved)
+        self.adapter = peft.load_peft_weights(str(self.saved))
+        self.found = {
+            f"adapter/{name}": np.frombuffer((self.saved / name).read_bytes(), np.uint8)
+            for name in ("adapter_model.safetensors", "adapter_config.json")
+        }
+        self.common = {
+            **{"output_dir": out, "report_to": [], "bf16": False, "use_cpu": True, "beta": BETA},
+            **{"gradient_checkpointing": False, "max_grad_norm": 0.0, "learning_rate": RATE},
+            **{"lr_scheduler_type": "constant", "logging_steps": 1, "max_steps": STEPS},
+            **{"per_device_train_batch_size": 2, "save_strategy": "no", "max_length": 48},
+            **{"disable_tqdm": True, "train_sampling_strategy": "sequential"},
+        }
+
+    def trainer(self, make, config, *, model=None, **options):
+        """Return a trainer of a model, or of a new adapter with the recorded values."""
+        import peft
+
+        trainer = make(
+            model=self.base() if model is None else model,
+            args=config(**self.common | options),
+            train_dataset=self.data,
+            processing_class=self.tokenizer,
+            **({"peft_config": self.lora} if model is None else {}),
+        )
+        if model is None:
+            peft.set_peft_model_state_dict(trainer.model, self.adapter)
         return trainer
 
-    def gradients(trainer, name):
+    def batch(self, trainer, rows=EVERY):
+        """Return rows as the trainer hands them to its loss."""
+        return trainer.data_collator([trainer.train_dataset[i] for i in rows])
+
+    def take_gradients(self, trainer, name: str) -> None:
+        """Keep the gradients of the adapter, and forget them in the model."""
         for path, x in trainer.model.named_parameters():
             if x.grad is not None:
                 key = path.replace(".default", "").replace("base_model.model.model", "model")
-                found[f"{name}/gradient/{key}"] = x.grad.numpy().copy()
+                self.found[f"{name}/gradient/{key}"] = x.grad.numpy().copy()
         trainer.model.zero_grad()
 
+
+def record_losses(recorder: Recorder) -> None:
+    """Record each loss of the DPO trainer on all rows."""
+    import torch
+    import trl
+
+    found = recorder.found
     for kind, options in LOSSES.items():
-        trainer = new(trl.DPOTrainer, trl.DPOConfig, loss_type=[kind], **options)
-        batch = trainer.data_collator([trainer.train_dataset[i] for i in range(len(ROWS))])
+        trainer = recorder.trainer(trl.DPOTrainer, trl.DPOConfig, loss_type=[kind], **options)
+        batch = recorder.batch(trainer)
         trainer.model.train()
         loss = trainer.compute_loss(trainer.model, batch)
         loss.backward()
         found[f"{kind}/loss"] = loss.detach().numpy()
-        gradients(trainer, kind)
+        recorder.take_gradients(trainer, kind)
         if kind == "sigmoid":
             found["ids"] = batch["input_ids"].numpy()
             found["mask"] = batch["completion_mask"].numpy()
@@ -119,62 +135,68 @@ def record(directory: Path) -> None:
             found["reference"] = torch.stack(reference).numpy()
             for name, values in trainer._metrics["train"].items():
                 found[f"metrics/{name}"] = np.asarray(values[0])
+
+
+def record_steps(recorder: Recorder) -> None:
+    """Record three steps of DPO from a new adapter, and from a trained one."""
+    import peft
+    import trl
+
+    load = functools.partial(peft.PeftModel.from_pretrained, is_trainable=True)
     for start in ("new", "trained"):
-        if start == "new":
-            trainer = new(trl.DPOTrainer, trl.DPOConfig)
-        else:
-            model = peft.PeftModel.from_pretrained(base(), f"{out}/adapter", is_trainable=True)
-            trainer = trl.DPOTrainer(
-                model, args=trl.DPOConfig(**common), train_dataset=data, processing_class=tokenizer
-            )
+        model = None if start == "new" else load(recorder.base(), str(recorder.saved))
+        trainer = recorder.trainer(trl.DPOTrainer, trl.DPOConfig, model=model)
         losses = watch(trainer)
         trainer.train()
         logs = [x for x in trainer.state.log_history if "loss" in x]
-        for ours, theirs in {
-            "margin": "rewards/margins",
-            "accuracy": "rewards/accuracies",
-        }.items():
-            found[f"steps/{start}/{ours}"] = np.array([float(x[theirs]) for x in logs])
-        found[f"steps/{start}/loss"] = np.array(losses)
+        for ours, theirs in (("margin", "rewards/margins"), ("accuracy", "rewards/accuracies")):
+            values = np.array([float(x[theirs]) for x in logs])
+            recorder.found[f"steps/{start}/{ours}"] = values
+        recorder.found[f"steps/{start}/loss"] = np.array(losses)
 
-    for name, make, config, options in (
-        ("orpo", ORPOTrainer, ORPOConfig, {}),
-        ("cpo", CPOTrainer, CPOConfig, {"cpo_alpha": 0.5, "label_smoothing": 0.1}),
-        (
-            "simpo",
-            CPOTrainer,
-            CPOConfig,
-            {"loss_type": "simpo", "simpo_gamma": 0.4, "cpo_alpha": 0.0},
-        ),
-    ):
-        trainer = new(make, config, **options)
-        trainer.model.train()
-        total = 0
-        for i in range(len(ROWS)):  # one pair at a time: their mean is what is trained on
-            batch = trainer.data_collator([trainer.train_dataset[i]])
-            loss, metrics = trainer.get_batch_loss_metrics(trainer.model, batch)
-            (loss / len(ROWS)).backward()
-            total = total + loss.detach() / len(ROWS)
-            for key, value in metrics.items():
-                found.setdefault(f"{name}/metrics/{key}", []).append(float(value))
-            for side in ("chosen", "rejected"):
-                found[f"{name}/{side}/{i}"] = np.stack(
-                    [batch[f"{side}_input_ids"][0], batch[f"{side}_labels"][0]]
-                )
-        found[f"{name}/loss"] = total.numpy()
-        gradients(trainer, name)
-        batch = trainer.data_collator([trainer.train_dataset[i] for i in range(len(ROWS))])
-        loss, _ = trainer.get_batch_loss_metrics(trainer.model, batch)
-        found[f"{name}/loss of one batch"] = loss.detach().numpy()
+
+def record_pairs(recorder: Recorder, name: str, make, config, options) -> None:
+    """Record the mean of the losses of one pair at a time, which is what is trained on."""
+    found, trainer = recorder.found, recorder.trainer(make, config, **options)
+    trainer.model.train()
+    total = 0
+    for i in range(len(ROWS)):
+        batch = recorder.batch(trainer, [i])
+        loss, metrics = trainer.get_batch_loss_metrics(trainer.model, batch)
+        (loss / len(ROWS)).backward()
+        total = total + loss.detach() / len(ROWS)
+        for key, value in metrics.items():
+            found.setdefault(f"{name}/metrics/{key}", []).append(float(value))
+        for side in ("chosen", "rejected"):
+            found[f"{name}/{side}/{i}"] = np.stack(
+                [batch[f"{side}_input_ids"][0], batch[f"{side}_labels"][0]]
+            )
+    found[f"{name}/loss"] = total.numpy()
+    recorder.take_gradients(trainer, name)
+    loss, _ = trainer.get_batch_loss_metrics(trainer.model, recorder.batch(trainer))
+    found[f"{name}/loss of one batch"] = loss.detach().numpy()
+
+
+def record(directory: Path) -> None:
+    os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "TQDM_DISABLE": "1"}
+    import trl
+    from trl.experimental.cpo import CPOConfig, CPOTrainer
+    from trl.experimental.orpo import ORPOConfig, ORPOTrainer
+
+    assert trl.__version__ == "1.16.0", trl.__version__
+    recorder = Recorder(directory)
+    record_losses(recorder)
+    record_steps(recorder)
+    simpo = {"loss_type": "simpo", "simpo_gamma": 0.4, "cpo_alpha": 0.0}
+    record_pairs(recorder, "orpo", ORPOTrainer, ORPOConfig, {})
+    cpo = {"cpo_alpha": 0.5, "label_smoothing": 0.1}
+    record_pairs(recorder, "cpo", CPOTrainer, CPOConfig, cpo)
+    record_pairs(recorder, "simpo", CPOTrainer, CPOConfig, simpo)
+    found = recorder.found
     np.savez_compressed(FILE, rows=json.dumps(ROWS), **found)
     print({k: np.asarray(v).shape for k, v in found.items() if "gradient" not in k})
-    print(
-        {
-            k: float(v)
-            for k, v in found.items()
-            if k.endswith(("loss", "one batch")) and np.ndim(v) == 0
-        }
-    )
+    is_loss = lambda k, v: k.endswith(("loss", "one batch")) and np.ndim(v) == 0
+    print({k: float(v) for k, v in found.items() if is_loss(k, v)})
     print({k: v for k, v in found.items() if k.startswith("steps")}, FILE.stat().st_size)
 
 

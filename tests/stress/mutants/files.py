@@ -123,8 +123,8 @@ MUTANTS = [
     Mutant(
         "scale openpi's feed-forward layers",
         "files/orbax/formats.py",
-        "axes, outs, factors, scaled=False)",
-        "axes, outs, factors)",
+        'axes, outs, factors, scaled=False, group=f"ffn{expert}")',
+        'axes, outs, factors, group=f"ffn{expert}")',
         ORBAX,
     ),
     Mutant(

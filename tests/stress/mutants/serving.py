@@ -12,7 +12,7 @@ GENERATION = (["tests/models/test_generation.py"],)
 MUTANTS = [
     Mutant(
         "draw tokens at the temperature 1",
-        "models/generation.py",
+        "models/sampling.py",
         "logits.astype(jnp.float32) / sampling.temperature",
         "logits.astype(jnp.float32)",
         GENERATION,
@@ -104,15 +104,15 @@ MUTANTS = [
     Mutant(
         "draw from the logits of another row",
         "serving/row_sampling.py",
-        "ranked, order = ranked_logits(logits, controls)",
-        "ranked, order = ranked_logits(logits[::-1], controls)",
+        "(folded, left(logits, controls))",
+        "(folded, left(logits[::-1], controls))",
         ROWS,
     ),
     Mutant(
         "draw the tokens of greedy rows too",
         "serving/row_sampling.py",
-        "return jnp.where(temperature > 0, sampled, greedy)",
-        "return sampled",
+        "return jnp.where(temperature > 0, drawn, greedy)",
+        "return drawn",
         ROWS,
     ),
     Mutant(
