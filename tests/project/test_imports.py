@@ -94,6 +94,12 @@ def test_every_module_is_in_a_room():
     assert {room(name) for name in MODULES} == {*FACE, *ROOMS}
 
 
+@pytest.mark.parametrize("page, mark", [("engine.md", "| `{}/` |"), ("images/rooms.svg", ">{}<")])
+def test_the_documentation_shows_every_room(page, mark):
+    text = (ROOT / "docs" / page).read_text()
+    assert [name for name in ROOMS if mark.format(name) not in text] == []
+
+
 @pytest.mark.parametrize("name", sorted(MODULES.keys() - {*FACE}))
 def test_imports_point_down(name):
     allowed = {*ROOMS[: ROOMS.index(room(name)) + 1]}
