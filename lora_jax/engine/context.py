@@ -15,7 +15,8 @@ from lora_jax.engine.forms import PLAIN, Forms
 from lora_jax.engine.lazy_weight import Axis, LazyWeight
 from lora_jax.engine.products import Hidden
 from lora_jax.engine.remat import mark_sum
-from lora_jax.engine.rows.places import Place, Places
+from lora_jax.engine.rows.mapped import MAPPED
+from lora_jax.engine.rows.places import Maker, Place, Places
 from lora_jax.engine.rows.slots import NoPlaceForRows
 from lora_jax.engine.uses import Use, dense_uses, uses_of
 
@@ -41,12 +42,16 @@ class Context:
         rules: Mapping[str, Any] | None = None,
         forms: Forms = PLAIN,
         places: Places | None = None,
+        maps_rows: bool = False,
     ):
         self.on_dense = on_dense
         self.uses = uses
         self.rules = rules or {}
         self.forms = forms
         self._places = places or {}  # where the rows are, in a batch whose rows use many adapters
+        found = [x.order for each in self._places.values() for x in each if x is not None]
+        self._orders: dict[Maker, Any] = {x: None for x in found if x is not None}
+        self.maps_rows = maps_rows  # each of them is computed alone, by `jax.vmap`
         self.jitted: dict[Any, Any] = {}
         self.hidden: dict[int, Hidden] = {}  # id of an equation -> its x·A, if computed in a group
         # Where the interpreter is; changed by the four context managers below.
@@ -128,11 +133,36 @@ class Context:
         Raises:
           NoPlaceForRows: it has none, or it is not known.
         """
-        places = self._places.get(id(eqn), ())
-        place = places[operand] if operand < len(places) else None
-        if place is None:
+        place = self._place(eqn, operand)
+        if place is None or place.order is not None:
             raise NoPlaceForRows
         return place
+
+    def rows_of_entries(self, eqn: Any, operand: int, rows: int) -> jax.Array:
+        """Return the number of the row of each entry, where the entries of all rows were sorted.
+
+        Raises:
+          NoPlaceForRows: it is not known.
+        """
+        place = self._place(eqn, operand)
+        if place is None or place.order is None or (order := self._orders[place.order]) is None:
+            raise NoPlaceForRows
+        return order // place.inner % rows
+
+    def _place(self, eqn: Any, operand: int) -> Place | None:
+        places = self._places.get(id(eqn), ())
+        return places[operand] if operand < len(places) else None
+
+    def stands_alone(self, eqn: Any) -> bool:
+        """Return whether an equation is in no stretch: its outputs are kept, or it is replaced."""
+        makes_order = any(maker.eqn == id(eqn) for maker in self._orders)
+        return makes_order or (self.maps_rows and eqn.primitive.name in MAPPED)
+
+    def keep_orders(self, eqn: Any, outs: Sequence[Any]) -> None:
+        """Keep the orders that an equation makes, for `rows_of_entries`."""
+        for maker in self._orders:
+            if maker.eqn == id(eqn):
+                self._orders[maker] = outs[maker.output]
 
     def with_line(self, eqn: Any) -> Any:
         """Return the innermost equation that has a source line: `eqn` or one around it."""

@@ -10,6 +10,7 @@ from lora_jax.engine.context import Context
 from lora_jax.engine.custom_rules import apply_rule
 from lora_jax.engine.lazy_weight import is_lazy
 from lora_jax.engine.quantized.merge_aware import if_merged
+from lora_jax.engine.rows.mapped import bind_mapped
 from lora_jax.engine.rows.slots import NoPlaceForRows, pick
 from lora_jax.engine.rules import CONTAINERS, RULES, is_view, keeps_slots
 from lora_jax.engine.rules.dot_general import share
@@ -45,7 +46,7 @@ def _interpret(ctx: Context, jaxpr: Any, consts: Sequence[Any], args: Sequence[A
     while at < len(steps):
         step, end = steps[at][0], at + 1
         with jaxprs.equation_context(step.eqns[0]):
-            if transformed and (stretch := Stretch.at(steps, at, env)):
+            if transformed and (stretch := Stretch.at(steps, at, env, ctx.stands_alone)):
                 env.update(zip(stretch.outputs, stretch.run(env), strict=True))
                 end = at + stretch.length
             else:
@@ -54,7 +55,9 @@ def _interpret(ctx: Context, jaxpr: Any, consts: Sequence[Any], args: Sequence[A
                 if step.is_group:
                     share(ctx, inputs)
                 else:
-                    env.update(zip(step.eqns[0].outvars, _evaluate(ctx, *inputs[0]), strict=True))
+                    outs = _evaluate(ctx, *inputs[0])
+                    ctx.keep_orders(step.eqns[0], outs)
+                    env.update(zip(step.eqns[0].outvars, outs, strict=True))
         for v in itertools.chain.from_iterable(unread for _, unread in steps[at:end]):
             env.pop(v, None)
         at = end
@@ -73,8 +76,11 @@ class Picks:
         if keeps_slots(name) and name not in ctx.rules:
             return list(values)
         weights = [x for x in values if is_lazy(x) and x.row is not None]
-        if any(x.row.slot.ndim for x in weights) and (name in ctx.rules or name != "dot_general"):
-            raise NoPlaceForRows
+        if any(x.row.slot.ndim for x in weights):
+            if name in ctx.rules or name not in ("dot_general", "ragged_dot_general"):
+                raise NoPlaceForRows
+            if name == "ragged_dot_general":
+                return list(values)  # each entry picks its adapter
         return [self._one(x) if is_lazy(x) and x.row is not None else x for x in values]
 
     def _one(self, lazy: Any) -> Any:
@@ -86,7 +92,7 @@ class Picks:
 def _evaluate(ctx: Context, eqn: Any, values: Sequence[Any]) -> Sequence[Any]:
     """Return the outputs of one equation."""
     if not any(map(is_lazy, values)):
-        return jaxprs.bind(eqn, values)
+        return bind_mapped(eqn, values) if ctx.maps_rows else jaxprs.bind(eqn, values)
     # A derivative inside may be traced after we have left: what encloses it is settled here.
     name, enclosing = eqn.primitive.name, ctx.with_line(eqn)
 
@@ -110,7 +116,8 @@ def _evaluate(ctx: Context, eqn: Any, values: Sequence[Any]) -> Sequence[Any]:
 def _evaluate_dense(ctx: Context, eqn: Any, values: Sequence[Any]) -> Sequence[Any]:
     """Return the outputs of an equation on materialized weights."""
     why = " (it is opaque)" if eqn.primitive.name in OPAQUE else ""
-    outs = jaxprs.bind(eqn, [ctx.densify(v, eqn, why) if is_lazy(v) else v for v in values])
+    bind = bind_mapped if ctx.maps_rows else jaxprs.bind
+    outs = bind(eqn, [ctx.densify(v, eqn, why) if is_lazy(v) else v for v in values])
     if ctx.infers and len(outs) == 1:
         # A masked or normalized weight still is one: what contracts it shows the layout.
         for lazy in filter(is_lazy, values):

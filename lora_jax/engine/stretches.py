@@ -73,7 +73,11 @@ class Stretch(NamedTuple):
 
     @classmethod
     def at(
-        cls, steps: Sequence[tuple[Step, Sequence[Any]]], start: int, env: Mapping[Any, Any]
+        cls,
+        steps: Sequence[tuple[Step, Sequence[Any]]],
+        start: int,
+        env: Mapping[Any, Any],
+        stands_alone: Callable[[Any], bool],
     ) -> "Stretch | None":
         """Return the longest stretch from a step on; None if that step cannot be in one.
 
@@ -81,8 +85,9 @@ class Stretch(NamedTuple):
           steps: those of the program, each with the variables that no later one reads.
           start: the number of the first step.
           env: the values so far, by variable.
+          stands_alone: whether an equation is in none.
         """
-        found = _following(steps, start, env)
+        found = _following(steps, start, env, stands_alone)
         if not found:
             return None
         made = [v for eqn, _ in found for v in eqn.outvars]
@@ -122,7 +127,10 @@ def spelling(eqn: Any) -> Any:
 
 
 def _following(
-    steps: Sequence[tuple[Step, Sequence[Any]]], start: int, env: Mapping[Any, Any]
+    steps: Sequence[tuple[Step, Sequence[Any]]],
+    start: int,
+    env: Mapping[Any, Any],
+    stands_alone: Callable[[Any], bool],
 ) -> list[tuple[Any, Any]]:
     """Return the equations of a stretch, each with its spelling."""
     found: list[tuple[Any, Any]] = []
@@ -131,7 +139,7 @@ def _following(
         eqn = step.eqns[0]
         if step.is_group or any(jaxprs.is_var(v) and is_lazy(env.get(v)) for v in eqn.invars):
             break
-        if eqn is not first and not _in_one_place(first, eqn):
+        if stands_alone(eqn) or (eqn is not first and not _in_one_place(first, eqn)):
             break
         spelled = _spelling(eqn)
         if spelled is None:

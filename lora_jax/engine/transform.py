@@ -135,7 +135,8 @@ def lora(
 
             program = Program.of(fn, args, kwargs, enter)
             places = places_in(program.jaxpr)
-            ctx = Context(on_dense, rules=rules, forms=chosen, places=places)
+            maps_rows = row is not None and not row.slot.ndim
+            ctx = Context(on_dense, rules=rules, forms=chosen, places=places, maps_rows=maps_rows)
             return program.evaluate(ctx)
 
         if adapters_of is None:

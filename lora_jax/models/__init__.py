@@ -13,6 +13,8 @@ from lora_jax.models.generation import generate, left_pad, stream
 from lora_jax.models.pretrained import Apply, Pretrained, load, naming_of
 from lora_jax.models.saving import files, save
 from lora_jax.models.speech.features import log_mel
+from lora_jax.models.speech.long_recordings import transcribe_long
+from lora_jax.models.speech.tokens import SpeechTokens
 from lora_jax.models.speech.transcription import transcribe
 from lora_jax.models.vision.images import ImageProcessor
 from lora_jax.models.vocabulary import resize_vocabulary, untie_head
@@ -24,6 +26,7 @@ __all__ = [
     "Apply",
     "ImageProcessor",
     "Pretrained",
+    "SpeechTokens",
     "files",
     "generate",
     "gguf_names",
@@ -39,5 +42,6 @@ __all__ = [
     "save",
     "stream",
     "transcribe",
+    "transcribe_long",
     "untie_head",
 ]

@@ -88,6 +88,8 @@ FAMILIES: dict[str, Family] = {
     **SPEECH,
     "llama": _llama(stem="Llama"),
     "mistral": _llama(stem="Mistral"),
+    "ministral": _llama(stem="Ministral"),
+    "seed_oss": _llama(stem="SeedOss"),
     "qwen2": _llama(stem="Qwen2"),
     "qwen3": _llama(stem="Qwen3"),
     "gemma": _llama(stem="Gemma"),
@@ -107,9 +109,12 @@ FAMILIES: dict[str, Family] = {
     "phi3": _llama(stem="Phi3"),
     "smollm3": _llama(stem="SmolLM3"),
     "olmo2": _llama(stem="Olmo2", naming=partial(_fixed, POST_NORMS)),
+    "olmo3": _llama(stem="Olmo3", naming=partial(_fixed, POST_NORMS)),
+    "exaone4": _llama(stem="Exaone4", naming=partial(_fixed, POST_NORMS)),
     "granite": _llama(stem="Granite"),
     "mixtral": _llama(stem="Mixtral", **_of_experts(MIXTRAL_FILES)),
     "qwen3_moe": _llama(stem="Qwen3Moe", **_of_experts(QWEN_MOE_FILES)),
+    "olmoe": _llama(stem="Olmoe", **_of_experts(QWEN_MOE_FILES)),
     "gpt_oss": _llama(stem="GptOss", naming=partial(_fixed, GPT_OSS)),
 }
 #: The regex of the copy of a tied head, which follows from the rest too.

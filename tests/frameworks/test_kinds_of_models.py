@@ -135,7 +135,7 @@ NNX = [
     pytest.param(make, x, id=make.__name__, marks=marks)
     for make, x, marks in (
         (containers, X, ()),
-        (scanned, X, ()),
+        (scanned, X, SLOW),
         (heads, X, SLOW),
         (rematerialized, X, SLOW),
         (branches, X, SLOW),
@@ -265,7 +265,7 @@ def heads_of_attention():
 EQUINOX = [
     pytest.param(make, x, id=make.__name__, marks=marks)
     for make, x, marks in (
-        (an_ensemble, X[0], ()),
+        (an_ensemble, X[0], SLOW),
         (in_a_scan, X[0], SLOW),
         (a_recurrence, SEQUENCES[0], SLOW),
         (heads_of_attention, SEQUENCES[0], SLOW),

@@ -192,6 +192,32 @@ def experts() -> dict[str, tuple[transformers.PreTrainedModel, str]]:
     return {name: (model, "1GB") for name, model in found.items()}
 
 
+def rows() -> dict[str, tuple[transformers.PreTrainedModel, str]]:
+    """Return families that need no switch that others do not have."""
+    c = transformers
+    small = SIZES | {"hidden_size": 16, "intermediate_size": 24}
+    local = {"rope_type": "default", "rope_theta": 50.0}
+    found = {
+        "ministral": c.MinistralConfig(
+            **small,
+            head_dim=8,
+            sliding_window=4,
+            layer_types=["full_attention", "sliding_attention"],
+        ),
+        "seed_oss": c.SeedOssConfig(**small, head_dim=8, attention_out_bias=True, mlp_bias=True),
+        "olmo3": c.Olmo3Config(
+            **small | {"num_hidden_layers": 4},
+            sliding_window=4,
+            rope_parameters={"full_attention": dict(YARN), "sliding_attention": local},
+        ),
+        "exaone4": c.Exaone4Config(
+            **small, sliding_window=4, sliding_window_pattern=2, rope_parameters=dict(local)
+        ),
+        "olmoe": c.OlmoeConfig(**small, num_experts=4, num_experts_per_tok=2, norm_topk_prob=True),
+    }
+    return {name: (causal(config), "1GB") for name, config in found.items()}
+
+
 def mixed() -> dict[str, tuple[transformers.PreTrainedModel, str]]:
     """Return a family some of whose layers have no experts."""
     small = SIZES | {"hidden_size": 16, "intermediate_size": 24, "head_dim": 8}
@@ -209,7 +235,7 @@ def mixed() -> dict[str, tuple[transformers.PreTrainedModel, str]]:
 def record_router_losses() -> None:
     """Record mean cross-entropy plus half the routers' loss, and the gradient of one router."""
     found = {}
-    for name in ("mixtral", "qwen3_moe", "gpt_oss", "qwen3_moe_mixed"):
+    for name in ("mixtral", "qwen3_moe", "gpt_oss", "olmoe", "qwen3_moe_mixed"):
         model = transformers.AutoModelForCausalLM.from_pretrained(FIXTURES / name).eval()
         with np.load(FIXTURES / name / "expected.npz") as file:
             ids, mask = (torch.from_numpy(file[key]) for key in ("ids", "mask"))
@@ -276,7 +302,7 @@ def record_bert() -> None:
 
 if __name__ == "__main__":
     names = sys.argv[1:]
-    for group in (models, newer, experts, mixed):
+    for group in (models, newer, experts, mixed, rows):
         torch.manual_seed(0)
         for name, (model, shard) in group().items():
             if not names or name in names:

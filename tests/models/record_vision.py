@@ -25,6 +25,7 @@ SIZES = {
     "num_hidden_layers": 2,
     "num_attention_heads": 2,
 }
+WIDE = {"image_size": [12, 8], "patch_size": [4, 2]}
 IMAGE = {**SIZES, "image_size": 12, "patch_size": 4}
 TEXT = {**SIZES, "vocab_size": 24, "max_position_embeddings": 6, "bos_token_id": 1}
 TEXT |= {"eos_token_id": 2, "projection_size": 16}
@@ -44,10 +45,16 @@ MODELS = {
     "clip_vision": c.CLIPVisionModel(c.CLIPVisionConfig(**IMAGE, initializer_factor=2.0)),
     # neither images nor patches are square
     "deit": c.DeiTForImageClassificationWithTeacher(
-        c.DeiTConfig(**{**IMAGE, "image_size": [12, 8], "patch_size": [4, 2]}, num_labels=3)
+        c.DeiTConfig(**{**IMAGE, **WIDE}, num_labels=3, initializer_range=0.25)
     ),
     "vit_pooled": c.ViTModel(
-        c.ViTConfig(**IMAGE, hidden_act="silu", pooler_act="gelu", pooler_output_size=5)
+        c.ViTConfig(
+            **IMAGE,
+            hidden_act="silu",
+            pooler_act="gelu",
+            pooler_output_size=5,
+            initializer_range=0.25,
+        )
     ),
     "clip": c.CLIPModel(
         c.CLIPConfig(

@@ -13,8 +13,10 @@ CAUSAL = ("llama", "llama_tied", "mistral", "qwen2")  # llama_tied is in three f
 NEWER = (
     *("qwen3", "gemma", "gemma2", "gemma3_text", "gemma3", "phi3", "smollm3", "olmo2", "granite"),
 )
+#: Families that are rows of the table, with switches of others.
+ROWS = ("ministral", "seed_oss", "olmo3", "exaone4")
 #: Families whose layers have experts.
-EXPERTS = ("mixtral", "qwen3_moe", "gpt_oss")
+EXPERTS = ("mixtral", "qwen3_moe", "gpt_oss", "olmoe")
 MIXED = "qwen3_moe_mixed"  # one of its four layers has experts
 #: Models of texts, images and speech other than decoders.
 OTHERS = (

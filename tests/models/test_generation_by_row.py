@@ -89,6 +89,10 @@ def with_adapter(base, overlays, slot):
         pytest.param("phi3", {}, marks=pytest.mark.slow),
         pytest.param("qwen3", {"quantize": "int8"}, marks=pytest.mark.slow),
         pytest.param("qwen2", {"scan": True, "quantize": "int8"}, marks=pytest.mark.slow),
+        pytest.param("mixtral", {"scan": True}, marks=pytest.mark.slow),
+        pytest.param("qwen3_moe", {}, marks=pytest.mark.slow),
+        pytest.param("qwen3_moe", {"scan": True, "quantize": "int8"}, marks=pytest.mark.slow),
+        pytest.param("gpt_oss", {"scan": True}, marks=pytest.mark.slow),
     ],
 )
 def test_each_row_continues_as_it_does_alone(name, options):

@@ -174,3 +174,24 @@ def test_every_family_in_rows(name, options):
             apply, model.params, np.array([ids]), cache, steps=steps, key=key, **options_of
         )
         assert [[x.token for x in one] for one in found] == [wanted[0].tolist()] * 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name, options", [("mixtral", {"scan": True}), ("gpt_oss", {})])
+def test_rows_with_different_adapters_on_experts(name, options):
+    """In one step, each as alone with its own adapter merged."""
+    model, rng = recorded.load(name, **options), np.random.default_rng(0)
+    config = lora.LoraConfig(rank=2, alpha=8, targets=["query", "experts"])
+    made = lora.init(jax.random.key(0), model.params, config, model.apply, np.ones((1, 4), int))
+    noisy = lambda x: x + 0.3 * rng.normal(size=x.shape).astype("f") if x.ndim > 1 else x
+    overlays = [jax.tree.map(noisy, lora.split(made)[1]) for _ in range(2)]
+    rows = Rows(model, lora.stack(overlays), 3, 32, shortest=(8, 32))
+    ids, slots = [[3, 1, 4], [1, 5], [9, 2, 6, 5]], [1, -1, 0]
+    given = [Text(x, slot, 9, Choosing(0, 1)) for x, slot in zip(ids, slots, strict=True)]
+    for text, tokens in zip(given, continue_all(rows, given), strict=True):
+        params = model.params
+        if text.slot >= 0:
+            params = lora.merge(lora.join(params, overlays[text.slot]))
+        cache = model.module.init_cache(1, 32)
+        wanted = models.generate(model.apply, params, np.array([text.ids]), cache, steps=9)
+        assert [x.token for x in tokens] == wanted[0].tolist()

@@ -9,12 +9,14 @@ from tests.stress.killed_writers import check, writers
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="there is no SIGKILL")
 
 
+DEFAULT = ("native file", "PEFT directory")
+
+
 @pytest.mark.parametrize(
     "kind",
-    ["native file", "PEFT directory", pytest.param("training state", marks=pytest.mark.slow)],
+    [pytest.param(x, marks=() if x in DEFAULT else pytest.mark.slow) for x in writers.KINDS],
 )
 def test_killed_while_saving(kind, tmp_path):
-    assert kind in writers.KINDS
     assert check.saves(kind, tmp_path / "saved", count=6, seed=1) == []
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 from lora_jax.engine import jaxprs
+from lora_jax.engine.rows.orders import Index, Order
 from lora_jax.engine.rows.places import Place
 
 
@@ -20,6 +21,11 @@ class Fact:
     beyond: bool = False  # it is the row's number plus the number of rows
     adapted: bool = False  # it depends on adapters
     drawn: str | None = None  # what drew random numbers of all rows from one key, as a sentence
+    # What is known although rows are mixed; lost where several values may be meant.
+    index: Index | None = None  # of integers: which they are
+    order: Order | None = None  # the entries of its axis of rows, each its own row's, are in it
+    group: Any = None  # it has numbers of groups, none below 0: which, for comparison by identity
+    counts: Any = None  # how many entries each group has, of numbers of groups that are these
 
     @staticmethod
     def join(*facts: "Fact") -> "Fact":
@@ -195,6 +201,19 @@ def _dot_general(wide: Wide, eqn: Any, before: Sequence[Fact]) -> Verdict:
     return MIX if any(i in wide.axes(v) for v, dims in pairs for i in dims) else None
 
 
+@_rule("ragged_dot_general")
+def _ragged_dot(wide: Wide, eqn: Any, before: Sequence[Fact]) -> Verdict:
+    numbers = eqn.params["ragged_dot_dimension_numbers"]
+    (x_summed, w_summed), _ = numbers.dot_dimension_numbers
+    meet = (
+        {*x_summed, *numbers.lhs_ragged_dimensions},
+        {*w_summed, *numbers.rhs_group_dimensions},
+        {eqn.invars[2].aval.ndim - 1},
+    )
+    pairs = zip(eqn.invars, meet, strict=True)
+    return MIX if any(dims & {*wide.axes(v)} for v, dims in pairs) else None
+
+
 @_rule("conv_general_dilated")
 def _conv(wide: Wide, eqn: Any, before: Sequence[Fact]) -> Verdict:
     numbers = eqn.params["dimension_numbers"]
@@ -204,8 +223,9 @@ def _conv(wide: Wide, eqn: Any, before: Sequence[Fact]) -> Verdict:
         apart = not wide.axes(image) or groups % wide.total == 0
         return None if wide.axes(kernel) == [numbers.rhs_spec[0]] and apart else MIX
     elsewhere = [i for i in wide.axes(image) if i != numbers.lhs_spec[0]]
-    grouped = eqn.params["batch_group_count"] > 1 and wide.axes(image)
-    return MIX if elsewhere or grouped else None
+    groups = eqn.params["batch_group_count"]  # [groups, images] are one axis
+    whole = wide.whole(before[0], image.aval.shape[numbers.lhs_spec[0]] // groups)
+    return MIX if elsewhere or (groups > 1 and wide.axes(image) and not whole) else None
 
 
 def _windows(wide: Wide, eqn: Any, before: Sequence[Fact]) -> Verdict:

@@ -10,8 +10,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from lora_jax.engine import jaxprs
+from lora_jax.engine.rows import sorting
 from lora_jax.engine.rows.equations import MEND, Fact, Wide
-from lora_jax.engine.rows.places import Place, Places
+from lora_jax.engine.rows.orders import Order, constant
+from lora_jax.engine.rows.places import Maker, Place, Places
 
 
 def prime_for(sizes: Sequence[int], after: int = 30) -> int:
@@ -57,17 +59,27 @@ class _Walk:
         self.places: dict[int, list[Place | None]] = {}
         self.waits = False
         self._lines = [""]  # of the equations around the program
+        #: By program, the innermost last: the equation that makes an order, and its output.
+        self._makers: list[dict[Order, Maker]] = []
 
     def outputs(self, jaxpr: Any, facts: Sequence[Fact]) -> list[Fact]:
         """Return what is known of each output of a program, from that of each input."""
         known: dict[Any, Fact] = dict(zip(jaxpr.invars, facts, strict=True))
 
         def read(atom: Any) -> Fact:
-            return known.get(atom, Fact()) if jaxprs.is_var(atom) else Fact()
+            if jaxprs.is_var(atom):
+                return known.get(atom, Fact())
+            return Fact(index=constant(atom.val))
 
+        makers: dict[Order, Maker] = {}
+        self._makers.append(makers)
         for eqn in jaxpr.eqns:
             outs = self._equation(eqn, [read(v) for v in eqn.invars])
             known.update(zip(eqn.outvars, outs, strict=True))
+            for i, fact in enumerate(outs):
+                if fact.index is not None and fact.index.is_given and fact.index.order is not None:
+                    makers.setdefault(fact.index.order, Maker(id(eqn), i))
+        self._makers.pop()
         return [read(v) for v in jaxpr.outvars]
 
     def _equation(self, eqn: Any, before: Sequence[Fact]) -> Sequence[Fact]:
@@ -78,16 +90,22 @@ class _Walk:
             self._lines.pop()
 
     def _on_line(self, eqn: Any, before: Sequence[Fact]) -> Sequence[Fact]:
-        self.places[id(eqn)] = [
-            self._wide.place(v, fact) for v, fact in zip(eqn.invars, before, strict=True)
-        ]
+        self.places[id(eqn)] = [self._place(*x) for x in zip(eqn.invars, before, strict=True)]
         container = _CONTAINERS.get(eqn.primitive.name)
         if container is not None:
             return container(self, eqn, before)
         called = jaxprs.called_program(eqn)
         if called is not None and eqn.primitive.name != "pallas_call":
             return self.outputs(called[0], before)
-        return self._wide.facts(eqn, before, self._lines[-1])
+        return sorting.facts(self._wide, eqn, before, self._lines[-1])
+
+    def _place(self, atom: Any, fact: Fact) -> Place | None:
+        """Return where a value has its rows, and what makes the order that they are in."""
+        place = self._wide.place(atom, fact)
+        if place is None or fact.order is None:
+            return place
+        maker = self._makers[-1].get(fact.order)
+        return None if maker is None else Place(place.axis, fact.order.inner, maker)
 
     def _scan(self, eqn: Any, before: Sequence[Fact]) -> Sequence[Fact]:
         body, _ = jaxprs.open_jaxpr(eqn.params["jaxpr"])
@@ -114,6 +132,7 @@ class _Walk:
 
     def _loop(self, body: Any, facts: list[Fact], carried: range) -> list[Fact]:
         """Return the facts of the outputs, once those of the carry no longer change."""
+        facts = [Fact.join(x) if i in carried else x for i, x in enumerate(facts)]
         while True:
             outs = self.outputs(body, facts)
             joined = [Fact.join(facts[i], out) for i, out in zip(carried, outs, strict=False)]

@@ -6,11 +6,19 @@ from typing import Any, NamedTuple
 from lora_jax.engine import jaxprs
 
 
+class Maker(NamedTuple):
+    """What makes an order of rows: an equation of the same program, by its id, and its output."""
+
+    eqn: int
+    output: int
+
+
 class Place(NamedTuple):
     """Where an array has its rows: `[outer, rows, inner]` are one axis of it."""
 
     axis: int
     inner: int
+    order: Maker | None = None  # P, if entry n of the axis is entry `P[n]` of such an axis
 
 
 #: By the id of an equation, the place of each input; None of one without rows.
@@ -27,8 +35,17 @@ def transferred(wide: Any, program: Any, places: Places) -> Places:
     """
     found: dict[int, Sequence[Place | None]] = {}
     differ = set()
-    for eqn, other in _pairs(wide, program):
-        place = places.get(id(eqn), ())
+    pairs = [*_pairs(wide, program)]
+    others = {id(eqn): id(other) for eqn, other in pairs}
+
+    def here(place: Place | None) -> Place | None:
+        if place is None or place.order is None:
+            return place
+        maker = others.get(place.order.eqn)
+        return None if maker is None else place._replace(order=place.order._replace(eqn=maker))
+
+    for eqn, other in pairs:
+        place = [here(x) for x in places.get(id(eqn), ())]
         # One program that is called twice, with its rows elsewhere, has no one place of them.
         if found.setdefault(id(other), place) != place:
             differ.add(id(other))

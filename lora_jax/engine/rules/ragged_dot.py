@@ -1,7 +1,7 @@
 """The rule for `ragged_dot`: groups of rows, each with its own weight (experts)."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -13,6 +13,8 @@ from lora_jax.engine.context import Context
 from lora_jax.engine.contraction import Branch, Equation, contract_weight
 from lora_jax.engine.lazy_weight import RANK, Axis, is_lazy
 from lora_jax.engine.probes import observe
+from lora_jax.engine.rows.mapped import mapped_ragged_dot
+from lora_jax.engine.rules.ragged_rows import MappedEquation, first_factor, multiply_rows
 from lora_jax.engine.rules.registry import PrimitiveRule, rule
 
 RULES: dict[str, PrimitiveRule] = {}
@@ -31,6 +33,8 @@ def _ragged_dot(ctx: Context, eqn: Any, args: Sequence[Any]) -> Any:
         return NotImplemented  # groups along a summed or batch axis: W has no axis of groups
     if is_lazy(x):
         x = ctx.densify(x, eqn, " (both sides are adapted)")
+    if lazy.row is not None:  # that of all rows
+        return [multiply_rows(ctx, eqn, x, lazy, group_sizes)]
     # x_axes: fresh names, and the weight's where the two meet
     x_axes: list[Axis] = [Axis((), -2 - i) for i in range(x.ndim)]
     for x_dim, w_dim in zip((*x_summed, *x_batch), (*w_summed, *w_batch), strict=True):
@@ -42,8 +46,11 @@ def _ragged_dot(ctx: Context, eqn: Any, args: Sequence[Any]) -> Any:
     x_free = [axis for axis in x_axes if axis not in (*batch, *summed)]
     w_free = [axis for axis in lazy.axes if axis not in (group, *batch, *summed)]
     out_axes = [*batch, *x_free, *w_free]
-    equation = Equation(eqn, False, summed, [group, *batch], (group_sizes,))
-    branch = RaggedBranch(lazy, x_axes, out_axes, eqn, group_sizes, rows, group, batch, summed)
+    kind = MappedEquation if ctx.maps_rows else Equation
+    equation = kind(eqn, False, summed, [group, *batch], (group_sizes,))
+    product = mapped_ragged_dot if ctx.maps_rows else lax.ragged_dot_general
+    meets = (eqn, group_sizes, rows, group, batch, summed, product)
+    branch = RaggedBranch(lazy, x_axes, out_axes, *meets)
     return contract_weight(ctx, equation, branch, x)
 
 
@@ -57,16 +64,11 @@ class RaggedBranch(Branch):
     group: Axis  # the weight's axis of groups
     batch: Sequence[Axis]
     summed: Sequence[Axis]
+    product: Callable[..., jax.Array]  # `lax.ragged_dot_general`, or as one row of many has it
 
     def first_factor(self) -> str | None:
         """Return the factor that has all of the summed axes, if the other one has none."""
-        own = {RANK, self.group, *self.batch}
-        a, b = set(self.lazy.a_axes) - own, set(self.lazy.b_axes) - own
-        if a & b or not a | b <= set(self.lazy.axes):
-            return None
-        if b.isdisjoint(self.summed):
-            return "a"
-        return "b" if a.isdisjoint(self.summed) else None
+        return first_factor(self.lazy, [self.group, *self.batch], self.summed)
 
     def add_to(self, y: Any, x: jax.Array, ctx: Context) -> jax.Array:
         """Return `y` plus two ragged products, over the summed axes and over the rank."""
@@ -109,7 +111,7 @@ class RaggedBranch(Branch):
             rhs_group_dimensions=[0],
         )
         # y: [*batch, *axes of x that are kept, *free]
-        y = lax.ragged_dot_general(
+        y = self.product(
             x,
             f,
             self.group_sizes,

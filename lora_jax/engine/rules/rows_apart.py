@@ -34,7 +34,7 @@ class RowsApart:
         """
         if not lazy.differs_by_row:
             return cls()
-        axis, inner = ctx.place_of_rows(eqn, int(weight_is_left))
+        axis, inner, _ = ctx.place_of_rows(eqn, int(weight_is_left))
         rows = lazy.b.shape[lazy.b_axes.index(ROW)]
         outer, left = divmod(x.shape[axis], rows * inner)
         if left or not outer:

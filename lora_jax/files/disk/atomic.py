@@ -160,9 +160,11 @@ def _replace_set(path: Path, files: Mapping[str, Content]) -> None:
         for name, data in new.items():
             _replace(path / name, data)
     elif new:
+        first = next(iter(files))  # without which the others are not valid, changed or not
+        new = {first: files[first], **new}
         os.rename(_stage(path, new), path / COMMIT)
         _sync(path)
-        first, *others = new
+        others = [name for name in new if name != first]
         (path / first).unlink(missing_ok=True)
         _move_into_place(path, [*others, first])
 

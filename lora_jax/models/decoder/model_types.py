@@ -54,6 +54,12 @@ def _of_mistral(settings: Settings) -> list[str]:
     return _given_types(settings) or _all_sliding(settings)
 
 
+def _of_exaone4(settings: Settings) -> list[str]:
+    if settings.get("sliding_window") is None:
+        return [FULL] * _layers(settings)
+    return _alternating(settings)
+
+
 def _of_qwen3_moe(settings: Settings) -> list[str]:
     return [SLIDING if settings.get("use_sliding_window") else FULL] * _layers(settings)
 
@@ -161,6 +167,14 @@ def _gemma2(settings: Settings) -> dict[str, Any]:
     return _gemma3(settings) | {"attention_cap": settings.get("attn_logit_softcapping")}
 
 
+def _exaone4(settings: Settings) -> dict[str, Any]:
+    """Return which layers rotate: those with a window, where there are some."""
+    if settings.get("sliding_window") is None:
+        return {}
+    types = _of_exaone4(settings)
+    return {"unrotated_layers": tuple(i for i, name in enumerate(types) if name == FULL)}
+
+
 def _granite(settings: Settings) -> dict[str, Any]:
     return _biased_output(settings) | {"attention_scale": settings["attention_multiplier"]}
 
@@ -175,11 +189,21 @@ def _qwen3_moe(settings: Settings) -> dict[str, Any]:
     layers, dense = _layers(settings), _dense(settings)
     if len(dense) == layers:
         return _biased_output(settings)
+    experts = _of_qwen_experts(settings, "moe_intermediate_size")
+    return _biased_output(settings) | experts | {"dense_layers": dense}
+
+
+def _of_qwen_experts(settings: Settings, width: str) -> dict[str, Any]:
     shares = "normalized" if settings.get("norm_topk_prob") else "all"
     # transformers 4 and 5 have two names for the number of experts
     count = "num_local_experts" if "num_local_experts" in settings else "num_experts"
-    experts = _experts(settings, count, "moe_intermediate_size", shares=shares)
-    return _biased_output(settings) | experts | {"dense_layers": dense}
+    return _experts(settings, count, width, shares=shares)
+
+
+def _olmoe(settings: Settings) -> dict[str, Any]:
+    if settings.get("clip_qkv") is not None:
+        raise ValueError("config.json: clip_qkv is not supported")
+    return _biased_output(settings) | _of_qwen_experts(settings, "intermediate_size")
 
 
 def _dense(settings: Settings) -> tuple[int, ...]:
@@ -208,6 +232,7 @@ def _gpt_oss(settings: Settings) -> dict[str, Any]:
     return _biased_output(settings) | experts
 
 
+_MISTRAL = {"num_key_value_heads": 8, "sliding_window": 4096, "max_position_embeddings": 131072}
 _QWEN = {
     "num_key_value_heads": 32,
     "max_position_embeddings": 32768,
@@ -241,13 +266,17 @@ _GEMMA_3 = {
 #: `model_type` in config.json -> what is known of it.
 MODEL_TYPES: dict[str, ModelType] = {
     "llama": ModelType(reads=_BIASES, derived=_biased_output),
-    "mistral": ModelType(
+    "mistral": ModelType(_MISTRAL, layer_types=_of_mistral),
+    "ministral": ModelType(_MISTRAL, layer_types=_of_mistral),
+    "seed_oss": ModelType(
         {
             "num_key_value_heads": 8,
-            "sliding_window": 4096,
-            "max_position_embeddings": 131072,
+            "head_dim": 128,
+            "max_position_embeddings": 524288,
+            "attention_bias": True,
         },
-        layer_types=_of_mistral,
+        reads=_BIASES,
+        derived=lambda settings: {"output_bias": settings.get("attention_out_bias") or False},
     ),
     "qwen2": ModelType(
         _QWEN,
@@ -307,6 +336,30 @@ MODEL_TYPES: dict[str, ModelType] = {
         switches={"norms": "post", "qk_norm": "width"},
         derived=_biased_output,
     ),
+    "olmo3": ModelType(
+        {
+            "rms_norm_eps": 1e-5,
+            "sliding_window": 4096,
+            "sliding_window_pattern": 4,
+            "rope_theta": 5e5,
+            "rope_local_base_freq": 5e5,
+        },
+        reads=_BIAS,
+        switches={"norms": "post", "qk_norm": "width"},
+        derived=_biased_output,
+        layer_types=_alternating,
+    ),
+    "exaone4": ModelType(
+        {
+            "num_key_value_heads": 32,
+            "rms_norm_eps": 1e-5,
+            "sliding_window": 4096,
+            "sliding_window_pattern": 4,
+        },
+        switches={"norms": "post", "qk_norm": "head"},
+        derived=_exaone4,
+        layer_types=_of_exaone4,
+    ),
     "granite": ModelType(
         {"attention_multiplier": 1.0},
         reads=(*_BIASES, "embedding_multiplier", "residual_multiplier", "logits_scaling"),
@@ -339,6 +392,17 @@ MODEL_TYPES: dict[str, ModelType] = {
         switches={"qk_norm": "head"},
         derived=_qwen3_moe,
         layer_types=_of_qwen3_moe,
+    ),
+    "olmoe": ModelType(
+        {
+            "max_position_embeddings": 4096,
+            "rms_norm_eps": 1e-5,
+            "num_experts": 64,
+            "num_experts_per_tok": 8,
+        },
+        reads=_BIAS,
+        switches={"qk_norm": "width"},
+        derived=_olmoe,
     ),
     "gpt_oss": ModelType(
         {

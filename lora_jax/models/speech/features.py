@@ -13,28 +13,38 @@ _HIGHEST = 8000.0  # Hz
 _FLOOR, _RANGE = 1e-10, 8.0  # of the power, and of its logarithm
 
 
-def log_mel(audio: Any, *, bins: int = 80, frames: int = 3000) -> np.ndarray:
+def log_mel(
+    audio: Any, *, bins: int = 80, frames: int | None = 3000, rate: int = RATE
+) -> np.ndarray:
     """Return the log-mel spectrogram of recordings, as Whisper was trained with it.
 
     Args:
       audio: samples from -1 to 1 at 16 kHz, `[samples]` or `[batch, samples]`. Shorter recordings
         are padded with silence, longer ones are cut.
       bins: `num_mel_bins` of the model, 80 or 128.
-      frames: 100 per second: `config.frames` of the model, 3000 for half a minute.
+      frames: 100 per second: `config.frames` of the model, 3000 for half a minute; None for all of
+        a recording of any length, as `transcribe_long` takes it.
+      rate: samples per second.
 
     Returns:
       float32 `[batch, frames, bins]`; with one axis less if `audio` has one.
 
     Raises:
-      ConfigError: the samples are not finite floats, or a number is not positive.
+      ConfigError: the samples are not finite floats, a number is not positive, the rate is not
+        16 kHz, or `frames` is None and the recording shorter than a frame.
 
     >>> log_mel(np.zeros(16_000), bins=4, frames=100).shape
     (100, 4)
     """
-    if not is_size(bins) or not is_size(frames):
+    if not is_size(bins) or not (frames is None or is_size(frames)):
         raise ConfigError(
             f"bins and frames must be positive ints, got {shown_value(bins)} and "
             f"{shown_value(frames)}"
+        )
+    if rate != RATE:
+        raise ConfigError(
+            f"rate is {shown_value(rate)}, but Whisper hears {RATE} samples per second: resample "
+            "the recording first, for example with scipy.signal.resample_poly"
         )
     x = np.asarray(audio)
     if x.ndim not in (1, 2) or not np.issubdtype(x.dtype, np.floating) or not np.isfinite(x).all():
@@ -44,7 +54,10 @@ def log_mel(audio: Any, *, bins: int = 80, frames: int = 3000) -> np.ndarray:
         )
     if x.ndim == 1:
         return log_mel(x[None], bins=bins, frames=frames)[0]
-    samples = frames * HOP
+    samples = x.shape[1] if frames is None else frames * HOP
+    frames = samples // HOP
+    if not frames:
+        raise ConfigError(f"audio has {samples} samples, fewer than the {HOP} of a frame")
     x = np.pad(x[:, :samples], [(0, 0), (0, max(0, samples - x.shape[1]))]).astype(np.float64)
     x = np.pad(x, [(0, 0), (WINDOW // 2, WINDOW // 2)], mode="reflect")
     framed = np.lib.stride_tricks.sliding_window_view(x, WINDOW, axis=1)[:, ::HOP][:, :frames]

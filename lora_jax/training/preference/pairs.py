@@ -50,7 +50,12 @@ class Pairs:
 
 
 def encode_pairs(
-    rows: Rows, tokenizer: Encoder, length: int, *, vocabulary: int | None = None
+    rows: Rows,
+    tokenizer: Encoder,
+    length: int,
+    *,
+    vocabulary: int | None = None,
+    may_be_empty: bool = False,
 ) -> Pairs:
     """Encode rows of preferences, with masks of the tokens of the two completions.
 
@@ -63,6 +68,7 @@ def encode_pairs(
       tokenizer: turns text into ids.
       length: maximum number of tokens per text, at least 2.
       vocabulary: number of the model's tokens, to refuse ids beyond it.
+      may_be_empty: return no pair where none is left.
 
     Raises:
       DataError: the rows are of another kind, the template refuses a conversation, a token is not
@@ -85,7 +91,7 @@ def encode_pairs(
     for side in (lambda pair: pair.chosen.ids, lambda pair: pair.rejected.ids):
         refuse_unknown(rows.source, rows.places, [*map(side, whole)], tokenizer, vocabulary)
     kept = [pair for pair in (_cut(pair, length) for pair in whole) if _has_both(pair)]
-    if not kept:
+    if not kept and not may_be_empty:
         raise DataError(
             f"{rows.source}: no pair has tokens of both completions in {length} tokens; increase "
             "--length"
@@ -161,9 +167,9 @@ def pack_pairs(
     return Data(arrays)
 
 
-def with_slots(parts: Sequence[Data]) -> list[Data]:
+def with_slots(parts: Sequence[Data], at_least: int = 0) -> list[Data]:
     """Return rows of pairs with as many slots in each part, so that parts can be joined."""
-    most = max(part.arrays["pairs"].shape[-1] for part in parts)
+    most = max(at_least, *(part.arrays["pairs"].shape[-1] for part in parts))
     return [
         Data({n: _fill_slots(x, most) if n in _BY_SLOT else x for n, x in part.arrays.items()})
         for part in parts

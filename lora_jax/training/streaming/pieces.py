@@ -2,23 +2,25 @@
 
 Lines of JSON and texts are divided at the first end of a line after every so many bytes, so nothing
 but those places is read. A comma-separated file is read through once, since a quoted field may
-contain an end of line. A piece of a Parquet file is a slice of a row group.
+contain an end of line. A piece of a Parquet file is a slice of a row group. A compressed file is
+decompressed once, onto the disk.
 """
 
 import csv
+import dataclasses
 import io
 import itertools
 from codecs import BOM_UTF8
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
 from lora_jax.training.dataset import KNOWN, STREAM, Row, Rows, collect, decode, read_rows
 from lora_jax.training.errors import DataError
 from lora_jax.training.rows.arrow import read_slice, size_of
-from lora_jax.training.rows.compressed import suffixes
+from lora_jax.training.rows.compressed import on_disk, suffixes
 from lora_jax.training.rows.fields import UNCHANGED, Fields
 from lora_jax.training.rows.tables import delimiter, open_parquet, read_csv
 
@@ -32,12 +34,13 @@ class Piece:
     """Some rows of a file.
 
     Attributes:
-      path: the file.
+      path: the file, for messages.
       start, stop: its bytes; of a Parquet file, rows of the row group; of an Arrow file, rows.
       size: bytes, of a Parquet file estimated.
       first: the number of the first row, counted from 1; None if it has to be counted.
       header: bytes of a comma-separated file's header.
       group: the row group of a Parquet file.
+      decompressed: a copy of a compressed file, which is read in its place.
     """
 
     path: Path
@@ -47,6 +50,12 @@ class Piece:
     first: int | None = None
     header: int = 0
     group: int = 0
+    decompressed: Path | None = None
+
+    @property
+    def stored(self) -> Path:
+        """Where the bytes are."""
+        return self.decompressed or self.path
 
 
 def divide(
@@ -66,11 +75,18 @@ def divide(
 
 
 def _divide(path: Path, size: int, encoding: str, fields: Fields) -> Iterator[Piece]:
-    (kind, compression), whole = suffixes(path), path.stat().st_size
-    if compression:
-        raise DataError(
-            f"{path}: a compressed file cannot be streamed; decompress it, or add --no-stream"
-        )
+    kind, compression = suffixes(path)
+    if compression and kind in (*_LINES, *_TABLES, ".txt"):
+        copy = on_disk(path)
+        try:
+            for piece in _divide(copy, size, encoding, fields):
+                yield dataclasses.replace(piece, path=path, decompressed=copy)
+        except DataError as error:
+            raise DataError(str(error).replace(str(copy), str(path))) from None
+        return
+    if compression and kind != ".json":
+        read_rows(path, encoding)  # which says that it cannot be read
+    whole = path.stat().st_size
     if kind == ".parquet":
         yield from _of_parquet(path, size)
     elif kind == ".arrow":
@@ -156,7 +172,11 @@ def _of_arrow(path: Path, size: int) -> Iterator[Piece]:
 
 
 def read_piece(
-    piece: Piece, encoding: str, first: int | None = None, fields: Fields = UNCHANGED
+    piece: Piece,
+    encoding: str,
+    first: int | None = None,
+    fields: Fields = UNCHANGED,
+    prefer: str | None = None,
 ) -> Rows | None:
     """Return the rows of a piece, or None if all its lines are blank.
 
@@ -165,41 +185,43 @@ def read_piece(
       encoding: text encoding of the file.
       first: the number of the first row, if the piece does not have it.
       fields: columns that stand for the keys of rows.
+      prefer: the kind of rows whose keys are those of several.
 
     Raises:
       DataError: as `dataset.read_rows`, with numbers that begin at `first` or else at 1.
     """
-    path, kind = piece.path, piece.path.suffix.lower()
+    path, kind = piece.path, suffixes(piece.path)[0]
+    make = partial(collect, fields=fields, prefer=prefer)
     first = piece.first or first or 1
     if kind == ".parquet":
         values = _row_group(path, piece.group).slice(piece.start, piece.stop - piece.start)
-        return collect(str(path), "row", enumerate(values.to_pylist(), start=first), fields)
+        return make(str(path), "row", enumerate(values.to_pylist(), start=first))
     if kind == ".arrow":
         found = read_slice(path, piece.start, piece.stop)
-        return collect(str(path), "row", enumerate(found, start=first), fields)
+        return make(str(path), "row", enumerate(found, start=first))
     if kind == ".json":
-        return read_rows(path, encoding, fields)
-    text = decode(path, _bytes(path, piece.start, piece.stop), encoding, piece.start, first)
+        return read_rows(path, encoding, fields, prefer)
+    text = decode(path, _bytes(piece, piece.start, piece.stop), encoding, piece.start, first)
     if kind in _TABLES:
-        header = decode(path, _bytes(path, 0, piece.header), encoding)
+        header = decode(path, _bytes(piece, 0, piece.header), encoding)
         known, label = KNOWN | fields.names, fields.column("label")
         lines = read_csv(str(path), header + text, known, first, label)
-        return collect(str(path), "row", enumerate(lines, start=first), fields)
+        return make(str(path), "row", enumerate(lines, start=first))
     if not text.strip():
         return None
     if kind == ".txt":
         return Rows(str(path), STREAM, (Row(first, {"text": text}),))
     numbered = enumerate(text.split("\n"), start=first)
-    return collect(str(path), "line", ((n, line) for n, line in numbered if line.strip()), fields)
+    return make(str(path), "line", ((n, line) for n, line in numbered if line.strip()))
 
 
-def _bytes(path: Path, start: int, stop: int) -> bytes:
+def _bytes(piece: Piece, start: int, stop: int) -> bytes:
     try:
-        with path.open("rb") as file:
+        with piece.stored.open("rb") as file:
             file.seek(start)
             return file.read(stop - start)
     except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror}") from None
+        raise DataError(f"cannot read {piece.stored}: {error.strerror}") from None
 
 
 @lru_cache(maxsize=2)
@@ -210,7 +232,7 @@ def _row_group(path: Path, group: int) -> Any:
 
 def first_number(piece: Piece) -> int:
     """Count which line of its file a piece begins with."""
-    with piece.path.open("rb") as file:
+    with piece.stored.open("rb") as file:
         lines, left = 1, piece.start
         while left > 0:
             block = file.read(min(left, _BLOCK))

@@ -58,6 +58,7 @@ class Reader:
       seed: for which rows those are.
       fields: columns that stand for the keys of rows.
       sources: how many pieces each file has, and its weight; () for a weight of 1 everywhere.
+      prefer: the kind of rows whose keys are those of several.
     """
 
     pieces: tuple[Piece, ...]
@@ -68,6 +69,7 @@ class Reader:
     seed: int = 0
     fields: Fields = UNCHANGED
     sources: tuple[tuple[int, float], ...] = ()
+    prefer: str | None = None
 
     @property
     def weights(self) -> list[float]:
@@ -102,7 +104,7 @@ class Reader:
         return self._encode_from(piece, index, held_out, first_number(piece))  # with line numbers
 
     def _encode_from(self, piece: Piece, index: int, held_out: bool, first: int | None) -> Any:
-        rows = read_piece(piece, self.encoding, first, self.fields)
+        rows = read_piece(piece, self.encoding, first, self.fields, self.prefer)
         if rows is not None and rows.kind != self.kind:
             raise DataError(
                 f"{rows.source}, {rows.places[0]}: is a {rows.kind} row, but {self.pieces[0].path} "
@@ -115,7 +117,7 @@ class Reader:
     def kind(self) -> str:
         """What all rows are: the kind of the first one."""
         for piece in self.pieces:
-            rows = read_piece(piece, self.encoding, fields=self.fields)
+            rows = read_piece(piece, self.encoding, None, self.fields, self.prefer)
             if rows is not None:
                 return rows.kind
         raise DataError("the files of the data are empty")

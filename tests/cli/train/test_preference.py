@@ -203,7 +203,12 @@ def test_a_sweep_has_the_losses_of_train(data, tmp_path, run):
     "kind, more, message, status",
     [
         ("completion", (), "has completion rows, but preference tuning needs rows of the", 1),
-        ("preference", ("--stream",), "--stream is for --task causal-lm; leave it out", 1),
+        (
+            "preference",
+            ("--stream",),
+            "--stream is for --task causal-lm, orpo, cpo, simpo; leave",
+            1,
+        ),
         ("preference", ("--task", "causal-lm"), "preference rows; use --task dpo or --task", 1),
         ("preference", ("--task", "orpo", "--reference", "base"), "is for --task dpo", 2),
         ("preference", ("--task", "causal-lm", "--beta", 1), "is for --task dpo or orpo or", 2),

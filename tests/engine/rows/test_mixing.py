@@ -44,6 +44,25 @@ def experts_by_sorting(params, x):
     return f(params, tokens[order])[jnp.argsort(order)].reshape(x.shape)
 
 
+def sorted_tokens(params, x):
+    order = jnp.argsort(jnp.argmax(x.reshape(-1, WIDTH) @ params["w"], -1))
+    return f(params, x.reshape(-1, WIDTH)[order]), order
+
+
+def in_groups(params, x, counted=lambda chosen: chosen, combine="sort", most=None):
+    """Send each token to two of three experts, the parts of the adapted kernel."""
+    tokens, kernels = x.reshape(-1, WIDTH), params["w"].reshape(3, 2, WIDTH)
+    shares, chosen = jax.lax.top_k(tokens[:, :3], 2)
+    flat = chosen.reshape(-1)
+    order, sizes = jnp.argsort(flat), jnp.bincount(counted(flat), length=3)
+    sizes = sizes if most is None else jnp.minimum(sizes, most)
+    y = jax.lax.ragged_dot(tokens[:, :2][order // 2], kernels, sizes)
+    if combine == "scatter":
+        return jnp.zeros((len(tokens), WIDTH)).at[order // 2].add(y).reshape(x.shape)
+    y = y[jnp.argsort(order)].reshape(-1, 2, WIDTH)
+    return jnp.einsum("tkw,tk->tw", y, shares).reshape(x.shape)
+
+
 def experts_by_masks(params, x):
     scores = x.reshape(-1, WIDTH) @ params["w"]
     chosen = jax.nn.one_hot(jnp.argmax(scores, -1), WIDTH)
@@ -111,6 +130,9 @@ APART = {
         lambda row: experts_by_sorting(p, row[None])[0]
     )(x),
     "masked experts": lambda p, x, *_: experts_by_masks(p, x),
+    "sorted tokens": lambda p, x, *_: experts_by_sorting(p, x),
+    "tokens in groups": lambda p, x, *_: in_groups(p, f(p, x)),
+    "tokens in groups, added up": lambda p, x, *_: in_groups(p, x, combine="scatter"),
     "attention with lengths": lambda p, x, n, *_: attend(p, x, n),
     "running averages": lambda p, x, *_: NORM.apply(STATS, f(p, x)),
     "scan over time": lambda p, x, *_: by_steps(p, x),
@@ -202,7 +224,24 @@ REFUSED = {
         lambda p, x: jax.lax.map(lambda m: f(p, m), x.reshape(2, -1, TIME, WIDTH)),
         "divides the axis of rows",
     ),
-    "sorted tokens": (experts_by_sorting, "`sort` at .*jax.vmap over them"),
+    "tokens that stay sorted": (
+        lambda p, x: sorted_tokens(p, x)[0],
+        "`sort` at .*jax.vmap over them",
+    ),
+    "tokens sorted by others than are counted": (
+        lambda p, x: in_groups(p, x, counted=lambda chosen: 2 - chosen),
+        "`ragged_dot_general` at|`sort` at",
+    ),
+    "tokens put back to others": (
+        lambda p, x: (lambda y, order: y[(jnp.argsort(order) + 1) % len(order)])(
+            *sorted_tokens(p, x)
+        ).reshape(x.shape),
+        "`sort` at",
+    ),
+    "a capacity of experts": (
+        lambda p, x: in_groups(p, x, counted=lambda chosen: chosen, most=2),
+        "`ragged_dot_general` at|`sort` at|`scatter-add` at",
+    ),
     "a branch for all": (
         lambda p, x: jax.lax.cond((x > 0).any(), lambda y: f(p, y), lambda y: y, x),
         "`reduce_or` at",

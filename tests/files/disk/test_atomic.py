@@ -84,6 +84,20 @@ def test_killed_at_every_system_call_of_replacing_a_set(tmp_path, monkeypatch):
     assert sum(seen) > 3  # killed after the commit, too
 
 
+def test_the_first_file_is_missing_in_between_even_where_it_stays_the_same(tmp_path, monkeypatch):
+    old, new = ({"config": b"same", "weights": x, "card": x} for x in (b"old", b"new"))
+    killed, missing, step = True, 0, 8  # before that nothing is moved
+    while killed:
+        path = tmp_path / f"{step}"
+        write_directory(path, old)
+        killed = killed_at(monkeypatch, step, lambda path=path: write_directory(path, new))
+        plain = {name: (path / name).read_bytes() for name in new if (path / name).is_file()}
+        assert read_directory(path, [*new]) in (old, new)
+        assert "config" not in plain or plain in (old, new), (step, plain)
+        missing, step = missing + ("config" not in plain), step + 1
+    assert missing > 2
+
+
 @pytest.mark.parametrize("again", [OLD, NEW, {"weights": b"third", "config": b"third"}])
 def test_the_next_writer_clears_up(tmp_path, monkeypatch, again):
     for step in range(40):

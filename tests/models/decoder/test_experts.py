@@ -123,6 +123,7 @@ def test_explicit_axes_are_refused():
     [
         ("qwen3_moe", {"mlp_only_layers": [0.5]}, "mlp_only_layers must be a list of ints"),
         ("qwen3_moe", {"decoder_sparse_step": 0}, "decoder_sparse_step must be a positive int"),
+        ("olmoe", {"clip_qkv": 8.0}, "clip_qkv is not supported"),
         ("mixtral", {"num_experts_per_tok": 9}, "9 chosen experts are more than all 4"),
         ("mixtral", {"num_local_experts": "4"}, "ExpertsConfig.count must be a positive int"),
         ("gpt_oss", {"swiglu_limit": 0}, "ExpertsConfig.limit must be a positive number"),

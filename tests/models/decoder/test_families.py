@@ -11,23 +11,23 @@ from lora_jax.models.decoder.config import DecoderConfig
 from lora_jax.models.families import family_of
 from lora_jax.models.weights.family import Options
 from tests.models.decoder.test_decoder import error
-from tests.models.recorded import FIXTURES, NEWER, expected, load
+from tests.models.recorded import FIXTURES, NEWER, ROWS, expected, load
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 #: Where layers differ they are in a scan by default, else not.
-ALTERNATING = ("gemma2", "gemma3_text", "smollm3")
+ALTERNATING = ("gemma2", "gemma3_text", "smollm3", "olmo3", "exaone4")
 GELU = {"hidden_act": "gelu_pytorch_tanh"}
 
 
 def cases(default):
     marks = lambda *case: () if default(*case) else pytest.mark.slow
-    both = [(name, scan) for name in NEWER for scan in (False, True)]
+    both = [(name, scan) for name in (*NEWER, *ROWS) for scan in (False, True)]
     ids = {False: "unrolled", True: "scan"}
     return [pytest.param(*x, marks=marks(*x), id=f"{x[0]}-{ids[x[1]]}") for x in both]
 
 
 #: Whose switches other families have too.
-OTHERS = ("gemma", "gemma3", "gemma3_text", "qwen3")
+OTHERS = ("gemma", "gemma3", "gemma3_text", "qwen3", *ROWS)
 
 
 @pytest.mark.parametrize(
@@ -62,7 +62,7 @@ def test_bfloat16_is_off_by_its_rounding(name, scan):
     assert error(name, logits) < 1.5 * rounding
 
 
-@pytest.mark.parametrize("name", NEWER)
+@pytest.mark.parametrize("name", [*NEWER, *ROWS])
 def test_saved_tensors_are_those_of_the_file(name, tmp_path):
     model = load(name, scan=name in ALTERNATING)
     models.save(tmp_path, model)
@@ -126,6 +126,8 @@ MEANINGS = (
     ("llama", {"attention_bias": True, "mlp_bias": True}, {"output_bias": True, "mlp_bias": True}),
     ("phi3", {"sliding_window": 4, "layer_types": ["full_attention"] * 2}, {"layer_types": ()}),
     ("qwen3_moe", {"use_sliding_window": True, "sliding_window": 4}, {"layer_types": ()}),
+    ("exaone4", {"sliding_window": None}, {"unrotated_layers": (), "sliding_window": None}),
+    ("exaone4", {"sliding_window_pattern": 2}, {"unrotated_layers": (1,), "sliding_window": 4096}),
     ("qwen3_moe", {"decoder_sparse_step": 3}, {"experts": None, "dense_layers": ()}),
 )
 

@@ -90,6 +90,7 @@ def test_a_spectrogram(want):
         ({"encoder_layers": 0}, "encoder_layers must be a positive int, got 0"),
         ({"activation_function": ["gelu"]}, "activation_function .* is not one of"),
         ({"tie_word_embeddings": False}, "tie_word_embeddings: false is not supported"),
+        ({"architectures": ["WhisperForCausalLM"]}, "architectures: 'WhisperForCausalLM' is not"),
     ],
 )
 def test_configurations_that_are_refused(model, change, message):
@@ -118,5 +119,5 @@ def test_what_whisper_refuses(model, want):
         shape(np.zeros((2, 17), int), features=features)
     with pytest.raises(ValueError, match="length 17 is above max_target_positions 16"):
         shape(features, 17, method="start")
-    with pytest.raises(ValueError, match="prompt must have two tokens or more, got 1"):
-        models.transcribe(model.apply, model.params, features, [1], steps=2)
+    with pytest.raises(ValueError, match="prompt must have a token or more, got none"):
+        models.transcribe(model.apply, model.params, features, [], steps=2)

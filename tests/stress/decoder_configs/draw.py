@@ -281,10 +281,59 @@ def _of_gpt_oss(draw: Draw) -> Fields:
     return fields | {"rope_parameters": rope(draw, fields)}
 
 
+def _of_ministral(draw: Draw) -> Fields:
+    fields = _of_mistral(draw)
+    if fields["sliding_window"] and draw.random.random() < 0.6:
+        fields["layer_types"] = _types(draw, fields)
+    return fields
+
+
+def _of_seed_oss(draw: Draw) -> Fields:
+    fields = _of_llama(draw) | {"head_dim": draw.one_of([4, 6, 8])}
+    fields |= {"attention_bias": draw.seldom(True, False)}
+    fields |= {"attention_out_bias": draw.seldom(False, True)}
+    return fields | {"rope_parameters": rope(draw, fields)}
+
+
+def _of_olmo3(draw: Draw) -> Fields:
+    fields = _of_olmo2(draw) | {"sliding_window": _window(draw)}
+    if draw.rarely():
+        fields["layer_types"] = _types(draw, fields)
+    kinds = tuple(x for x in _ROPES if x != "longrope")
+    local = {"rope_type": "default", "rope_theta": 5e5}
+    fields["rope_parameters"] = {FULL: rope(draw, fields, kinds), SLIDING: local}
+    return fields
+
+
+def _of_exaone4(draw: Draw) -> Fields:
+    fields = _of_olmo2(draw) | {"sliding_window": draw.seldom(_window(draw), None)}
+    del fields["attention_bias"]
+    if fields["sliding_window"] is None:
+        fields["layer_types"] = [FULL] * fields["num_hidden_layers"]
+    elif draw.rarely():
+        fields["layer_types"] = _types(draw, fields)
+    else:
+        fields["sliding_window_pattern"] = draw.one_of([1, 2, 3])
+    return fields
+
+
+def _of_olmoe(draw: Draw) -> Fields:
+    fields = _sizes(draw) | {"num_experts": draw.one_of([1, 2, 5])}
+    size = draw.one_of([4, 6, 8])
+    fields["hidden_size"] = size * fields["num_attention_heads"]
+    fields["num_experts_per_tok"] = draw.random.randint(1, fields["num_experts"])
+    fields["attention_bias"] = draw.seldom(False, True)
+    fields["norm_topk_prob"] = draw.one_of([True, False])
+    fields["clip_qkv"] = 8.0 if draw.random.random() < 0.05 else None
+    return fields | {"rope_parameters": rope(draw, fields)}
+
+
 #: `model_type` -> the fields of one random model.
 FAMILIES: dict[str, Callable[[Draw], Fields]] = {
     "llama": _of_llama,
     "mistral": _of_mistral,
+    "ministral": _of_ministral,
+    "seed_oss": _of_seed_oss,
     "qwen2": _of_qwen2,
     "qwen3": _of_qwen3,
     "gemma": _of_gemma,
@@ -294,8 +343,11 @@ FAMILIES: dict[str, Callable[[Draw], Fields]] = {
     "phi3": _of_phi3,
     "smollm3": _of_smollm3,
     "olmo2": _of_olmo2,
+    "olmo3": _of_olmo3,
+    "exaone4": _of_exaone4,
     "granite": _of_granite,
     "mixtral": _of_mixtral,
     "qwen3_moe": _of_qwen3_moe,
+    "olmoe": _of_olmoe,
     "gpt_oss": _of_gpt_oss,
 }

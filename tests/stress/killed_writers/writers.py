@@ -5,6 +5,7 @@ Nothing here runs JAX when it is imported: the server that forks the processes i
 
 import itertools
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,14 @@ import numpy as np
 from safetensors.numpy import load_file
 
 import lora_jax
-from lora_jax import peft
+from lora_jax import diffusion, gguf, orbax, peft
 from lora_jax.core.layout import Layout
 from lora_jax.core.weights import LoraWeight
 from lora_jax.files.naming import Entry, Naming
+from lora_jax.training import log
 from lora_jax.training.checkpoints import Checkpoints
 from lora_jax.training.loop import train
+from lora_jax.training.reporting import reporters
 from tests.training import tiny_model
 
 SHAPE, RANK = (400, 300), 128  # 360 kB: writing takes a while
@@ -88,6 +91,70 @@ def _foreign_peft(folder: Path) -> None:
         assert config["lora_alpha"] / config["r"] == scale(int(version)), "torn: two versions"
 
 
+def save_card(folder: Path, version: int) -> None:
+    card = peft.ModelCard(figures={"version": version})
+    peft.save(folder / "adapter", adapters(version), NAMING, base=base(), card=card)
+
+
+def read_card(folder: Path) -> int:
+    version = read_peft(folder)
+    directory = folder / "adapter"
+    if (directory / peft.CONFIG).exists():  # else the set is read from where it was staged
+        tensors = load_file(directory / peft.TENSORS)
+        assert {float(x) for x in np.unique(tensors[min(tensors)])} == {version}
+        assert f"| version | {version} |" in (directory / peft.CARD).read_text(), "torn: the card"
+    return version
+
+
+NAMES = gguf.Names("llama", Naming((Entry("blk.0.ffn_up.weight", "up/kernel", "linear"),)))
+
+
+def save_gguf(folder: Path, version: int) -> None:
+    gguf.save(folder / "adapter.gguf", adapters(version), NAMES, base=base())
+
+
+def read_gguf(folder: Path) -> int:
+    return version_of(gguf.load(folder / "adapter.gguf", base(), NAMES))
+
+
+IN_UNET = Naming((Entry("unet.up.weight", "up/kernel", "linear"),))
+
+
+def save_images(folder: Path, version: int) -> None:
+    diffusion.save(folder / "lora.safetensors", adapters(version), IN_UNET, base=base())
+
+
+def read_images(folder: Path) -> int:
+    return version_of(diffusion.load(folder / "lora.safetensors", base(), IN_UNET))
+
+
+def save_orbax(folder: Path, version: int) -> None:
+    """Write a directory per version, as a trainer has one per step, and keep the last two."""
+    steps = folder / "steps"
+    shutil.rmtree(steps / str(version - 2), ignore_errors=True)
+    orbax.save(steps / str(version), adapters(version), "tunix", alpha=RANK)
+
+
+def read_orbax(folder: Path) -> int:
+    shapes = {"up": {"kernel": np.zeros(SHAPE, np.float32)}}
+    found = orbax.load(folder / "steps", "tunix", base=shapes, alpha=RANK)
+    (version,) = {float(x) for x in np.unique(np.asarray(found["up"]["kernel"].a))}
+    return int(version)
+
+
+def save_report(folder: Path, version: int) -> None:
+    """Write a step as a run does that was resumed before it."""
+    reporter = reporters.KINDS["jsonl"].open(folder, {}, version - 1)
+    reporter.report(version, {"train/loss": 1.0})
+    reporter.close()
+
+
+def read_report(folder: Path) -> int:
+    steps = [record["step"] for record in log.read(folder / "metrics.jsonl")]
+    assert steps == list(range(len(steps))), f"torn: steps {steps}"
+    return len(steps) - 1
+
+
 def state(version: int) -> Any:
     node = adapters(version)
     return {"adapters": node, "opt": jax.tree.map(np.array, node), "step": np.int32(version)}
@@ -111,6 +178,11 @@ def read_state(folder: Path) -> int:
 KINDS: dict[str, tuple[Callable[[Path, int], None], Callable[[Path], int]]] = {
     "native file": (save_native, read_native),
     "PEFT directory": (save_peft, read_peft),
+    "PEFT directory with a card": (save_card, read_card),
+    "GGUF adapter": (save_gguf, read_gguf),
+    "LoRA of images": (save_images, read_images),
+    "Orbax checkpoint": (save_orbax, read_orbax),
+    "report": (save_report, read_report),
     "training state": (save_state, read_state),
 }
 

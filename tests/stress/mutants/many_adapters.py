@@ -69,6 +69,27 @@ MUTANTS = [
         (ROWS,),
     ),
     Mutant(
+        "take sorted tokens to be in the order of the rows",
+        "engine/context.py",
+        "return order // place.inner % rows",
+        "return (order * 0 + rows - 1) % rows",
+        (ROWS,),
+    ),
+    Mutant(
+        "let tokens be in groups that others counted",
+        "engine/rows/sorting.py",
+        "order.group is not None and order.group is before[2].counts",
+        "order.group is not None",
+        (ROWS,),
+    ),
+    Mutant(
+        "put sorted tokens back to any row",
+        "engine/rows/sorting.py",
+        "before[0].order is order and index.is_identity(order.size)",
+        "before[0].order is order",
+        (ROWS,),
+    ),
+    Mutant(
         "pad adapters of a stack with ones",
         "adapters/stacks/frame.py",
         "return jnp.pad(x.astype(like.dtype), widths)",

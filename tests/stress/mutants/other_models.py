@@ -164,8 +164,8 @@ MUTANTS = [
     Mutant(
         "forbid tokens at the beginning everywhere",
         "models/speech/transcription.py",
-        "*(self.not_first if ids.shape[1] > 1 else ())",
-        "*self.not_first",
+        "(is_prompt & first)",
+        "first",
         SPEECH,
     ),
 ]

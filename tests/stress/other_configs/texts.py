@@ -32,7 +32,7 @@ def bert(draw: Draw) -> Case:
             "type_vocab_size": (2, 1, 3),
             "layer_norm_eps": (1e-12, 1e-5, 0.1),
             "pad_token_id": (0, 3),
-            "is_decoder": (False, False, False, True),
+            "is_decoder": (False, False, False, False, True),
         }
     )
     return _case(draw, "Bert", fields)
@@ -56,7 +56,7 @@ def _of_roberta(draw: Draw) -> dict[str, Any]:
         "type_vocab_size": (1, 2),
         "layer_norm_eps": (1e-5, 1e-12, 0.1),
         "pad_token_id": (1, 0, 3),
-        "is_decoder": (False, False, False, True),
+        "is_decoder": (False, False, False, False, True),
     }
     return draw.fields(table)
 
@@ -99,7 +99,7 @@ def modernbert(draw: Draw) -> Case:
 def _case(draw: Draw, stem: str, fields: dict[str, Any], has_types: bool = True) -> Case:
     head = draw.random.choice(HEADS)
     if "Classification" in head:
-        fields["num_labels"] = draw.field("num_labels", 3, 2, 1, 5)
+        fields["num_labels"] = draw.field("num_labels", 3, 2, 5)
         if head == "ForSequenceClassification":
             fields["problem_type"] = draw.field(
                 "problem_type", None, "single_label_classification", "regression",

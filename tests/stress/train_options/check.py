@@ -15,6 +15,7 @@ from typing import Any
 from lora_jax.cli import main
 from lora_jax.files import kinds
 from lora_jax.files.contained_factors import read_factors
+from lora_jax.files.disk import safetensors_file
 from lora_jax.training import log
 
 SECONDS = 240  # of one run
@@ -117,8 +118,7 @@ def outcome(ended: Ended, directory: Path) -> dict[str, Any]:
     for path in sorted(directory.rglob("*")):
         name = str(path.relative_to(directory))
         if path.is_file() and not name.startswith(("checkpoints/", "tensorboard/", "profile/")):
-            is_plain = path.suffix in (".safetensors",)
-            files[name] = path.read_bytes() if is_plain else b""
+            files[name] = _content(path) if path.suffix == ".safetensors" else None
     records = log.read(directory / "log.jsonl") if (directory / "log.jsonl").exists() else []
     said = [line for line in ended.err.splitlines() if "note" in line or "parameter" in line]
     steps = sorted(path.name for path in (directory / "checkpoints").glob("[0-9]*"))
@@ -130,6 +130,12 @@ def outcome(ended: Ended, directory: Path) -> dict[str, Any]:
         "lines": len(ended.err.splitlines()),
         "checkpoints": steps,
     }
+
+
+def _content(path: Path) -> Any:
+    """Return the tensors as bytes, and the metadata, whose order in the file is random."""
+    tensors, metadata = safetensors_file.read(path, finite=False)
+    return {name: (x.dtype, x.shape, x.tobytes()) for name, x in tensors.items()}, metadata
 
 
 def fresh(directory: Path) -> Path:

@@ -51,12 +51,10 @@ def test_damaged_files(suffix, tmp_path):
 
 
 def test_what_is_refused(tmp_path, monkeypatch):
-    path = tmp_path / "d.jsonl.gz"
-    path.write_bytes(gzip.compress(CONTENT["d.jsonl"].encode()))
-    with pytest.raises(DataError, match="a compressed file cannot be streamed; decompress it, or"):
-        divide([path], 10)
-    with pytest.raises(DataError, match=r"d\.parquet\.gz: unknown file type"):
-        read_rows(tmp_path / "d.parquet.gz")
+    (tmp_path / "d.parquet.gz").write_bytes(b"")
+    for reads in (read_rows, lambda path: divide([path], 10)):
+        with pytest.raises(DataError, match=r"d\.parquet\.gz: unknown file type"):
+            reads(tmp_path / "d.parquet.gz")
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(DataError, match=r"reading \.zst needs the package pyarrow"):
         read_rows(tmp_path / "d.jsonl.zst")

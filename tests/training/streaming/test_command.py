@@ -43,7 +43,7 @@ def test_a_run_streams_evaluates_and_says_so(folder, tmp_path, capfd):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["chat", "text", "txt"])
+@pytest.mark.parametrize("kind", ["chat", "text", "txt", "preference"])
 def test_a_resumed_run_streams_on(kind, tmp_path):
     """Without --stream, which the run records; a run of 2 and 3 more steps is a run of 5."""
     (tmp_path / "data").mkdir()
@@ -52,10 +52,11 @@ def test_a_resumed_run_streams_on(kind, tmp_path):
     else:
         jsonl(tmp_path / "data" / "a.jsonl", kind, count=120)
     one, whole = tmp_path / "one", tmp_path / "whole"
+    task = ("--task", "orpo") if kind == "preference" else ()
     data = tmp_path / "data" / "*"
-    assert main(words(data, one, *CONSTANT, "--steps", 2, "--stream")) == 0
-    assert main(words(data, one, *CONSTANT, "--steps", 5, "--resume")) == 0
-    assert main(words(data, whole, *CONSTANT, "--steps", 5, "--stream")) == 0
+    assert main(words(data, one, *CONSTANT, *task, "--steps", 2, "--stream")) == 0
+    assert main(words(data, one, *CONSTANT, *task, "--steps", 5, "--resume")) == 0
+    assert main(words(data, whole, *CONSTANT, *task, "--steps", 5, "--stream")) == 0
     found = [[*map(log.without_speed, log.read(out / "log.jsonl"))] for out in (one, whole)]
     assert found[0] == found[1]
     with (next((tmp_path / "data").iterdir())).open("a") as file:
@@ -86,4 +87,7 @@ def test_a_run_that_did_not_stream_does_not_when_resumed(tmp_path, folder, monke
 def test_classification_is_refused(folder, tmp_path, capfd):
     out = tmp_path / "out"
     assert main(words(folder, out, "--stream", "--task", "classification")) == 1
-    assert capfd.readouterr().err == "error: --stream is for --task causal-lm; leave it out\n"
+    assert (
+        capfd.readouterr().err
+        == "error: --stream is for --task causal-lm, orpo, cpo, simpo; leave it out\n"
+    )

@@ -12,9 +12,8 @@ from lora_jax.cli.jobs.training import preference
 from lora_jax.cli.jobs.training.files import held_out_files, left_out, training_files
 from lora_jax.cli.jobs.training.model import TrainableModel
 from lora_jax.cli.jobs.training.parts import Parts, join, split
-from lora_jax.cli.jobs.training.stream import open_stream
+from lora_jax.cli.jobs.training.stream import STREAMED, open_stream
 from lora_jax.cli.train_options import (
-    CAUSAL_LM,
     CLASSIFICATION,
     MEAN,
     PREFERENCES,
@@ -125,12 +124,14 @@ def _decoder(options: TrainOptions, model: TrainableModel) -> Apply:
 
 def _streamed(options: TrainOptions, model: TrainableModel) -> Task:
     """Return a task whose data is read while it is trained on."""
-    if options.task != CAUSAL_LM:
-        raise TrainingError("--stream is for --task causal-lm; leave it out")
+    if options.task not in STREAMED:
+        raise TrainingError(f"--stream is for --task {', '.join(STREAMED)}; leave it out")
     apply = _decoder(options, model)
     data, held_out, notes = open_stream(options, model)
     packed = data.reader.kind != STREAM
     loss = partial(language_loss, packed=packed, router_loss=options.router_loss)
+    if options.task in PREFERENCES:
+        loss = partial(preference.preference_loss, options=options, packed=True)
     return Task(apply, model.params, loss, data, held_out, notes)
 
 

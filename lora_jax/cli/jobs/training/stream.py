@@ -12,12 +12,21 @@ import numpy as np
 from lora_jax.cli.jobs.training.files import held_out_files, training_files
 from lora_jax.cli.jobs.training.model import TrainableModel
 from lora_jax.cli.plurals import count
-from lora_jax.cli.train_options import CAUSAL_LM, TrainOptions
+from lora_jax.cli.train_options import CAUSAL_LM, DPO, PREFERENCES, TrainOptions
 from lora_jax.training import run_record
 from lora_jax.training.batching import Data, Source, cut_streams, pack_examples
 from lora_jax.training.dataset import STREAM, Rows
 from lora_jax.training.packing import assign, assign_in_order
-from lora_jax.training.rows.compressed import suffixes
+from lora_jax.training.preference.pairs import (
+    KIND,
+    SLOTS,
+    Pair,
+    Pairs,
+    encode_pairs,
+    pack_pairs,
+    with_slots,
+)
+from lora_jax.training.rows.compressed import on_disk
 from lora_jax.training.rows.fields import Fields
 from lora_jax.training.streaming.files import total_bytes
 from lora_jax.training.streaming.pieces import divide, read_piece
@@ -25,6 +34,8 @@ from lora_jax.training.streaming.stream import PIECE, WINDOW, Reader, Stream, he
 from lora_jax.training.tokenize import Example, encode_examples, encode_stream
 
 LARGE = 100 << 20  # bytes of data that is streamed
+#: The tasks whose data can be read while they train: --task dpo has a reference to compute before.
+STREAMED = (CAUSAL_LM, *(task for task in PREFERENCES if task != DPO))
 _EVAL_ROWS = 1024  # of held-out rows, unless --eval-rows says how many
 _MOST_PIECES = 200_000
 
@@ -39,8 +50,9 @@ def choose_streaming(options: Options, resumed: bool) -> Options:
     if resumed:
         return dataclasses.replace(options, stream=bool(run_record.recorded(options.out, "stream")))
     files, _ = training_files(options)
-    can_be = options.task == CAUSAL_LM and not any(suffixes(file)[1] for file in files)
-    return dataclasses.replace(options, stream=can_be and total_bytes(files) > LARGE)
+    return dataclasses.replace(
+        options, stream=options.task in STREAMED and total_bytes(files) > LARGE
+    )
 
 
 def describe_rows(data: Source) -> str:
@@ -81,7 +93,7 @@ def _reader(
 ) -> Reader:
     """Return what reads the rows of files."""
     fields = Fields.parse(options.field or ())
-    whole = total_bytes(files)
+    whole = total_bytes(map(on_disk, files))
     size = min(max(PIECE, whole // _MOST_PIECES), whole // (WINDOW * options.size))
     parts = [divide([file], max(1, size), options.encoding, fields) for file in files]
     is_weighted = any(weight != 1 for weight in weights)
@@ -95,8 +107,10 @@ def _reader(
         options.seed,
         fields,
         sources,
+        KIND if options.task in PREFERENCES else None,
     )
-    encode, pack = _of_streams(options, model) if read.kind == STREAM else _of_rows(options, model)
+    make = _of_streams if read.kind == STREAM else _of_rows
+    encode, pack = (_of_pairs if options.task in PREFERENCES else make)(options, model)
     return dataclasses.replace(read, encode=encode, pack=pack)
 
 
@@ -128,12 +142,32 @@ def _of_rows(options: TrainOptions, model: TrainableModel) -> tuple[Any, Any]:
     return encode, pack
 
 
+def _of_pairs(options: TrainOptions, model: TrainableModel) -> tuple[Any, Any]:
+    by = assign if options.shuffle else assign_in_order
+
+    def encode(rows: Rows) -> tuple[Pair, ...] | None:
+        return _encode_pairs(rows, options, model).pairs or None
+
+    def pack(parts: Sequence[Sequence[Pair]]) -> Data:
+        found = pack_pairs([pair for part in parts for pair in part], options.length, by)
+        return with_slots([found], min(SLOTS, options.length + 1))[0]
+
+    return encode, pack
+
+
+def _encode_pairs(rows: Rows, options: TrainOptions, model: TrainableModel) -> Pairs:
+    given = (rows, model.tokenizer, options.length + 1)
+    return encode_pairs(*given, vocabulary=model.vocabulary, may_be_empty=True)
+
+
 def _notes(options: TrainOptions, model: TrainableModel, reader: Reader) -> tuple[str, ...]:
     """Return what is to be said about the rows of the first piece."""
-    rows = read_piece(reader.pieces[0], options.encoding, fields=reader.fields)
+    rows = read_piece(reader.pieces[0], options.encoding, None, reader.fields, reader.prefer)
     if rows is None or rows.kind == STREAM:
         return ()
     ignored = (f"ignored keys: {', '.join(rows.ignored)}",) if rows.ignored else ()
+    if rows.kind == KIND:
+        return (*ignored, *_encode_pairs(rows, options, model).notes)
     found = encode_examples(
         rows,
         model.tokenizer,

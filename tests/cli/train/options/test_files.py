@@ -6,6 +6,7 @@ import itertools
 import json
 import pathlib
 
+import numpy as np
 import pytest
 
 pytest.importorskip("typer")
@@ -14,6 +15,7 @@ from lora_jax.cli.jobs.training.stream import choose_streaming
 from lora_jax.cli.train_options import TrainOptions
 from lora_jax.training import log
 from lora_jax.training.errors import DataError
+from tests.cli.train.command import jsonl
 from tests.cli.train.options.reading import read, text_of
 from tests.training.rows.test_arrow import DICT
 
@@ -102,15 +104,48 @@ def test_files_of_other_splits_are_not_trained_on(tmp_path):
     assert said == ["train", "valid"]
 
 
-def test_compressed_data_is_read_at_first(tmp_path, monkeypatch):
+def test_compressed_data_is_what_it_was(tmp_path, monkeypatch):
+    """Read at first or streamed: the batches are those of the file that was compressed."""
     monkeypatch.setattr("lora_jax.cli.jobs.training.stream.LARGE", 10)
-    (tmp_path / "d.jsonl").write_text('{"text": "abc"}\n' * 9)
+    (tmp_path / "d.jsonl").write_text("".join(f'{{"text": "abc {n}"}}\n' for n in range(40)))
     (tmp_path / "d.jsonl.gz").write_bytes(gzip.compress((tmp_path / "d.jsonl").read_bytes()))
     options = lambda name: TrainOptions("tiny", [tmp_path / name], pathlib.Path("out"))
     assert choose_streaming(options("d.jsonl"), False).stream is True
-    assert choose_streaming(options("d.jsonl.gz"), False).stream is False
+    assert choose_streaming(options("d.jsonl.gz"), False).stream is True
     one, other = (read([tmp_path / f"d.jsonl{end}"]) for end in ("", ".gz"))
     assert one.data.checksum() == other.data.checksum()
+    paths = [tmp_path / f"d.jsonl{end}" for end in ("", ".gz")]
+    one, other = (read([path], tmp_path, stream=True).data for path in paths)
+    assert one.checksum() == other.checksum()
+    batches = [data.batches_from(2, 3, 1) for data in (one, other)]
+    for _ in range(5):
+        np.testing.assert_array_equal(*(next(batch)["ids"] for batch in batches))
+    (tmp_path / "d.jsonl.gz").write_bytes(gzip.compress(b'{"text": "abc"}\n{"txt": 1}\n'))
+    with pytest.raises(DataError, match=r"/d\.jsonl\.gz: 1 bad row; .*\n *line 2"):
+        read([tmp_path / "d.jsonl.gz"], stream=True).data.example(2)
+    (tmp_path / "d.csv.gz").write_bytes(gzip.compress(b"text\na\n" * 50)[:-20])
+    with pytest.raises(DataError, match=r"/d\.csv\.gz: is not a whole \.gz file"):
+        read([tmp_path / "d.csv.gz"], stream=True)
+
+
+def test_preferences_that_are_streamed_are_those_of_the_file(tmp_path):
+    """Each pair once per epoch, whatever the parts of the file; each row has as many slots."""
+    path = jsonl(tmp_path / "pairs.jsonl", "preference", count=60)
+    found = []
+    for stream in (False, True):
+        data = read([path], tmp_path, task="orpo", stream=stream).data
+        epoch = itertools.islice(data.batches_from(1, 0, 0), data.steps_per_epoch(1) + 1)
+        pairs = []
+        for batch in epoch:
+            ids, segments, weights = (batch[n][0] for n in ("ids", "segments", "weights"))
+            assert segments.max() <= batch["pairs"].shape[1]
+            assert batch["pairs"].sum() == segments.max()
+            for number in range(1, segments.max() + 1):
+                there = segments == number
+                pairs.append((ids[there].tobytes(), weights[there].tobytes()))
+        found.append(pairs)
+    assert {*found[0]} == {*found[1]} and len({*found[0]}) == 60
+    assert len(data.example(2)["pairs"][0]) == 64
 
 
 @pytest.mark.parametrize(
