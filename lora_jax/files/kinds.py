@@ -87,7 +87,14 @@ def detect(path: Path) -> Found:
     with path.open("rb") as file:
         if file.read(4) == b"GGUF":
             return Found(GGUF_ADAPTER if gguf_file.general_type(path) == "adapter" else GGUF, path)
-    header = headers(path)
+    try:
+        header = headers(path)
+    except AdapterFileError:
+        if path.suffix == native.SUFFIX:
+            raise
+        raise AdapterFileError(
+            f"{path}: neither a safetensors nor a GGUF file, so neither an adapter nor a model"
+        ) from None
     if native.is_header(header.metadata):
         return Found(NATIVE, path)
     if (path.parent / _CONFIG).is_file() and path.name in (peft.TENSORS, mlx.TENSORS):

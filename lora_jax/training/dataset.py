@@ -110,6 +110,8 @@ def read_rows(
 
 
 def _refuse_type(path: Path) -> NoReturn:
+    if not path.exists():
+        raise DataError(f"cannot read {path}: No such file or directory")
     raise DataError(
         f"{path}: unknown file type; rename it to .jsonl, .json, .csv, .tsv, .parquet or .arrow "
         f"(rows of {FORMS}) or .txt (one text); texts may be compressed: .gz or .zst"

@@ -31,7 +31,7 @@ class Model(nn.Module):
 
 IDS = jnp.arange(10).reshape(2, 5)
 MODEL = Model()
-PARAMS = MODEL.init(KEY, IDS)["params"]
+PARAMS = jax.jit(MODEL.init)(KEY, IDS)["params"]
 
 
 def apply(params, ids):

@@ -58,7 +58,9 @@ WRAPPERS = {
 }
 
 
-@pytest.mark.parametrize("jitted", [False, True], ids=["eager", "two_jits"])
+@pytest.mark.parametrize(
+    "jitted", [pytest.param(False, marks=pytest.mark.slow), True], ids=["eager", "two_jits"]
+)
 @pytest.mark.parametrize("name", WRAPPERS)
 def test_frozen_leaves_keep_their_bits(name, jitted, tmp_path):
     tx = WRAPPERS[name](lora_jax.freeze(optax.adam(1e-2), PARAMS))

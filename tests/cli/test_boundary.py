@@ -181,7 +181,9 @@ def test_the_console_script_ends_with_the_status_of_main(monkeypatch):
     assert {"typer", "gguf", "jinja2"} <= set(project["optional-dependencies"]["cli"])
 
 
-@pytest.mark.parametrize("module", ["lora_jax", "lora_jax.cli"])
+@pytest.mark.parametrize(
+    "module", ["lora_jax", pytest.param("lora_jax.cli", marks=pytest.mark.slow)]
+)
 def test_the_module_runs(module, tmp_path):
     done = subprocess.run(
         [sys.executable, "-m", module, "inspect", tmp_path / "none"],

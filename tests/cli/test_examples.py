@@ -12,6 +12,8 @@ from tests.cli import files
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
 TRAINING = ("train", "sweep")  # commands whose examples take long
+#: Commands whose examples compile a model; their own tests run them by default.
+SLOW = (*TRAINING, "generate", "chat", "eval")
 ENDLESS = ("serve",)  # tested in test_serve.py
 
 
@@ -30,7 +32,7 @@ def shown_in_help(run, command):
 @pytest.mark.parametrize(
     "command",
     [
-        pytest.param(x, marks=[pytest.mark.slow] * (x in TRAINING))
+        pytest.param(x, marks=[pytest.mark.slow] * (x in SLOW))
         for x in app.COMMANDS
         if x not in ENDLESS
     ],

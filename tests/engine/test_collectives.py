@@ -21,7 +21,6 @@ from tests.programs import is_node, normal, randomize
 
 SIZE = decoder.Size(layers=2, width=16, heads=4, vocabulary=32, batch=8, time=4, rank=2)
 BY_DEFAULT = {
-    ("tensor", "unrolled"),
     ("fsdp x tensor", "scan"),
     ("data x expert", "experts"),
 }

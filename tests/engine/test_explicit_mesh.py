@@ -18,7 +18,7 @@ from tests.programs.explicit import EXPLICIT, At
 
 NOWHERE = At(None)
 #: Programs of which every way to place the factors is tested by default, and not as a slow test.
-FEW = {"columns_then_rows", "inputs_and_outputs_sharded", "lookup_and_attend"}
+FEW = {"columns_then_rows", "lookup_and_attend"}
 #: Programs that are left to the slow tests: others have their products in simpler forms.
 SLOW = {
     *("attention", "concatenated", "convolution_in_groups", "matrix"),

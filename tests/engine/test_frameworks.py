@@ -217,7 +217,7 @@ def test_model(name):
     assert jax.tree.structure(plain) == jax.tree.structure(params)
 
 
-SLOW = ("nnx_pure_dict", "haiku_with_state", "bare")  # test_model has them too
+SLOW = ("nnx_pure_dict", "nnx", "equinox", "haiku_with_state", "bare")  # test_model has them too
 
 
 @pytest.mark.parametrize(

@@ -94,7 +94,8 @@ def compare(case: Case, fn, adapted, params, args):
 
 
 # In float64 the comparison is the sharper one, so there it is of all programs.
-@pytest.mark.parametrize("case", a_few(ALL), ids=str)
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ALL, ids=str)
 def test_equals_the_merged_model(case, quick_compile):
     check_equal_to_merged(case, jnp.float32)
 

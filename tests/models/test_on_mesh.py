@@ -224,7 +224,6 @@ MODELS = {
 KINDS = {"auto": AxisType.Auto, "explicit": AxisType.Explicit}
 DEFAULT = {
     ("trained_head", "fsdp_tp", "explicit"),
-    ("bert", "fsdp_tp", "explicit"),
 }
 CASES = [
     pytest.param(*case, marks=() if case in DEFAULT else pytest.mark.slow, id="-".join(case))

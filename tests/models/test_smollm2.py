@@ -40,7 +40,7 @@ def tokenizer(path):
 @pytest.fixture(scope="module")
 def losses(path):
     """Return the cross-entropies of all ids but the first, and the likeliest ids."""
-    pretrained = models.load(path)
+    pretrained = models.load(path, scan=True)  # one layer to compile, not thirty
 
     @jax.jit
     def run(params, ids):

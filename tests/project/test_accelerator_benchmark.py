@@ -24,7 +24,8 @@ def promotion():
         yield
 
 
-@pytest.mark.parametrize("scanned", [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.slow
+@pytest.mark.parametrize("scanned", [False, True])
 def test_the_contenders_compute_the_same_loss(scanned, quick_compile):
     setting = Setting(dataclasses.replace(TINY, dtype="float32"), rank=2, scanned=scanned)
     makes = [

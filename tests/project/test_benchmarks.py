@@ -59,6 +59,7 @@ def instructions(make, setting):
     return Counter(line.strip() for line in plain)
 
 
+@pytest.mark.slow
 def test_joined_and_split_are_one_program(quick_compile):
     """Frozen leaves that the joined form hands through cost nothing: only the outputs differ."""
     setting = Setting(TINY, "scan")

@@ -65,6 +65,7 @@ def test_a_count_agrees_to_the_digits_that_the_paper_gives(published, digits, ag
     assert row.agrees is agrees and bool(row.note) is not agrees
 
 
+@pytest.mark.slow
 def test_memory_and_flops_of_a_small_model(quick_compile):
     full, lora = cost.compiled_pair(SMALL, "unrolled", 2, counts.QV)
     weights = 4 * counts.of_decoder(SMALL, 2, counts.QV).total
@@ -228,6 +229,7 @@ LOSSES = {  # at two rates, for two seeds
 }
 
 
+@pytest.mark.slow
 def test_optimizers_are_compared_at_their_best_rates(monkeypatch):
     monkeypatch.setattr(optimizers, "plays", lambda: ["to be or not " * 20, "who is there " * 60])
     monkeypatch.setattr(

@@ -22,7 +22,7 @@ SUMS = {
 }
 
 
-@pytest.mark.parametrize("chunk", [3, 9, 64])
+@pytest.mark.parametrize("chunk", [3, 64, pytest.param(9, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("head", SUMS)
 def test_equals_the_whole_loss(x64, head, chunk):
     """Values and gradients agree to the last digits, in one, several and uneven chunks."""

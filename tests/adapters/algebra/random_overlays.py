@@ -1,5 +1,6 @@
 """Random overlays of one base with weights of every layout, and their dense meaning in float64."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -20,9 +21,10 @@ SHAPES = {path: shape for path, (_, shape) in KINDS.items()}
 def random_node(rng, axes, shape, rank, size=1.0, dtype=jnp.float32):
     """Return a node of an overlay with random factors of this size, and random scales."""
     layout = Layout(axes)
-    normal = lambda shape: jnp.asarray(size * rng.normal(size=shape), dtype)
+    put = lambda x, dtype: jax.device_put(x.astype(dtype))  # `asarray` compiles for each shape
+    normal = lambda shape: put(size * rng.normal(size=shape), dtype)
     a, b = normal(layout.a_shape(shape, rank)), normal(layout.b_shape(shape, rank))
-    scale = jnp.asarray(rng.uniform(0.5, 2, layout.select("b", shape)), jnp.float32)
+    scale = put(np.asarray(rng.uniform(0.5, 2, layout.select("b", shape))), jnp.float32)
     return LoraWeight(None, a, b, scale, layout=layout)
 
 

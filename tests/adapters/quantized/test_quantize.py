@@ -141,7 +141,9 @@ def test_float32_values_of_one_layer_at_a_time(optimized, dtype):
         assert devices.temporary_bytes(lowered.compile()) < 2 * one
 
 
-@pytest.mark.parametrize("kind_of_axis", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize(
+    "kind_of_axis", [AxisType.Auto, pytest.param(AxisType.Explicit, marks=pytest.mark.slow)]
+)
 def test_codes_are_sharded_as_their_weight_is(kind_of_axis):
     mesh = devices.make_mesh((2, 2), ("x", "y"), axis_types=(kind_of_axis,) * 2)
     w = jax.random.normal(KEY, (2, 128, 8))

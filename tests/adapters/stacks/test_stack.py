@@ -13,8 +13,8 @@ BASE = {"up": jnp.ones((4, 6)), "down": jnp.ones((6, 4)), "bias": jnp.ones(4)}
 
 
 def new(rank, **options):
-    params = lora.init(jax.random.key(rank), BASE, lora.LoraConfig(rank=rank, **options))
-    return lora.split(params)[1]
+    config = lora.LoraConfig(rank=rank, **options)
+    return jax.jit(lambda key: lora.split(lora.init(key, BASE, config))[1])(jax.random.key(rank))
 
 
 ADAPTERS = [

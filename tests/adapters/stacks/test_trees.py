@@ -12,6 +12,7 @@ from flax import nnx
 
 import lora_jax as lora
 from lora_jax.core.paths import flatten_with_paths
+from tests.programs import normal
 
 LEAVES = {
     "up": (64, 6),
@@ -26,7 +27,7 @@ LAYOUTS = {"up": "io", "layers": "bio", "attention": "ioo", "conv": "iiio"}
 
 
 def values(*shape):
-    return jnp.asarray(np.random.default_rng(sum(shape)).normal(size=shape), jnp.float32)
+    return normal(sum(shape), shape, jnp.float32)
 
 
 def lora_node(name, rank, magnitude=False, scale=2.0, **options):

@@ -8,13 +8,14 @@ import pytest
 
 import lora_jax as lora
 from lora_jax.files.naming import Entry, Naming
+from tests.programs import normal
 
 BASE = {
-    "up": jax.random.normal(jax.random.key(7), (4, 6)),
-    "down": jax.random.normal(jax.random.key(8), (6, 4)),
+    "up": normal(7, (4, 6), jnp.float32),
+    "down": normal(8, (6, 4), jnp.float32),
     "bias": jnp.arange(4.0),
 }
-X = jax.random.normal(jax.random.key(9), (5, 4))
+X = normal(9, (5, 4), jnp.float32)
 NAMING = Naming(tuple(Entry(f"{n}.weight", n, "linear") for n in ("up", "down")))
 
 
@@ -28,16 +29,21 @@ def loss(params, x):
 
 def new(rank, **options):
     """Make an adapter whose factors are all non-zero, as after training."""
-    params = lora.init(jax.random.key(rank), BASE, lora.LoraConfig(rank=rank, **options))
-    labels = lora.labels(params)
-    noise = lambda x, label: (
-        x + (0.1 * jnp.cos(jnp.arange(x.size)).reshape(x.shape)) * (label == "train")
-    )
-    return lora.split(jax.tree.map(noise, params, labels))[1]
+
+    @jax.jit
+    def made(key):
+        params = lora.init(key, BASE, lora.LoraConfig(rank=rank, **options))
+        labels = lora.labels(params)
+        noise = lambda x, label: (
+            x + (0.1 * jnp.cos(jnp.arange(x.size)).reshape(x.shape)) * (label == "train")
+        )
+        return lora.split(jax.tree.map(noise, params, labels))[1]
+
+    return made(jax.random.key(rank))
 
 
 ADAPTERS = [new(1, targets=["up"]), new(3, dora=True), new(2, alpha=5, train=["bias"])]
-STACK = lora.stack(ADAPTERS, rank=4)
+STACK = jax.jit(lambda adapters: lora.stack(adapters, rank=4))(ADAPTERS)
 JOINED = lora.join(BASE, STACK)
 EACH = [lora.join(BASE, x) for x in ADAPTERS]
 RUN = jax.jit(lora.lora(model))

@@ -6,18 +6,14 @@ import numpy as np
 import optax
 
 import lora_jax as lora
+from tests.programs import normal
 
 STEPS = 20
 
-
-def _normal(seed, *shape):
-    return jax.random.normal(jax.random.key(seed), shape)
-
-
 BASE = {
-    "embed": _normal(0, 10, 8),
-    "up": _normal(1, 8, 16),
-    "down": _normal(2, 16, 8),
+    "embed": normal(0, (10, 8), jnp.float32),
+    "up": normal(1, (8, 16), jnp.float32),
+    "down": normal(2, (16, 8), jnp.float32),
     "bias": jnp.zeros(8),
 }
 CONFIG = lora.LoraConfig(rank=3, targets=["up", "down"], train=["bias"])

@@ -59,6 +59,7 @@ def test_an_interrupted_run_leaves_its_adapter(play, tmp_path, run, interrupted_
     assert (out / "loss.png").exists()
 
 
+@pytest.mark.slow
 def test_every_checkpoint_leaves_its_adapter(play, tmp_path, run, monkeypatch):
     """A run that is killed later has that of its last checkpoint."""
     out, seen = tmp_path / "out", []

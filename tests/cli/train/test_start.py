@@ -137,7 +137,7 @@ CHOICES = {
 
 
 # Other ways to write the layers, which tests of patterns have too.
-SLOW = ("slice", "range", "stacked")
+SLOW = ("slice", "range", "stacked", "exclude")
 
 
 @pytest.mark.parametrize(

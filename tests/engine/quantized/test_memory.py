@@ -117,7 +117,8 @@ def check(fn, kind, width, tokens):
     assert saved >= (1 - 1.03 * BITS[kind] / 32) * LAYERS * one_layer
 
 
-@pytest.mark.parametrize("kind", ["nf4", pytest.param("q4_k", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["nf4", "q4_k"])
 def test_a_scanned_step_takes_one_dequantized_layer_more(kind, optimized):
     check(scanned, kind, width=256, tokens=16)
 

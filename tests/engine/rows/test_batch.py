@@ -23,7 +23,7 @@ class Net(nn.Module):
 
 NET = Net()
 TOKENS = jax.random.randint(jax.random.key(0), (6, 7), 0, 11)
-BASE = NET.init(jax.random.key(1), TOKENS)
+BASE = jax.jit(NET.init)(jax.random.key(1), TOKENS)
 IDS = [0, 1, 2, 3, -1, 1]
 
 

@@ -34,9 +34,14 @@ NAMES = ["zeta", "a", "my adapter.2"]
 
 
 def new(i, config):
-    params = lora.init(jax.random.key(i), BASE, config)
     moved = lambda x, label: x + 0.5 if label == "train" else x
-    return lora.split(jax.tree.map(moved, params, lora.labels(params)))[1]
+
+    @jax.jit
+    def made(key):
+        params = lora.init(key, BASE, config)
+        return lora.split(jax.tree.map(moved, params, lora.labels(params)))[1]
+
+    return made(jax.random.key(i))
 
 
 ADAPTERS = [new(i, config) for i, config in enumerate(CONFIGS)]
