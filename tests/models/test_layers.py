@@ -44,7 +44,7 @@ def test_a_scan_that_recomputes_gives_the_same_gradients(name, quick_compile):
         np.testing.assert_allclose(stacked[key], x, rtol=1e-5, atol=2e-6, err_msg=key)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", CASES)
 def test_files_of_stacked_layers_are_those_read(name, tmp_path):
     models.save(tmp_path, recorded.load(name, scan=True))
     file = "model.safetensors"

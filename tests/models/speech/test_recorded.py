@@ -36,7 +36,7 @@ def test_logits_with_an_adapter_and_without(model, want, adapted):
     apply = jax.jit(lora.lora(lambda p, ids, x: model.apply(p, ids, features=x), on_dense="error"))
     for key, params in {"adapted": adapted, "logits": lora.disable(adapted)}.items():
         y = apply(params, want["ids"], want["features"])
-        np.testing.assert_allclose(y, want[key], atol=5e-5, rtol=1e-5)
+        np.testing.assert_allclose(y, want[key], atol=4e-6)
 
 
 def test_tokens_with_an_adapter_and_without(model, want, adapted):
