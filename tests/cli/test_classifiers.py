@@ -296,8 +296,8 @@ def test_heads_for_other_tasks_are_not_taken_for_classifiers_of_texts(adapter, f
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"problem_type": "multi_label_classification"}, "for the task multi_label_classification"),
-        ({"problem_type": "regression"}, "for the task regression"),
+        ({"problem_type": "multi_label_classification"}, "problem_type multi_label_classification"),
+        ({"problem_type": "regression"}, "problem_type regression with num_labels 3"),
     ],
 )
 def test_heads_that_do_not_choose_one_label_are_refused(

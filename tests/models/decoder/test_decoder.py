@@ -155,7 +155,7 @@ def settings(**changes):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_type": "t5"}, r"model_type 't5' is not one of \['gemma', 'gemma2'"),
+        ({"model_type": "t5"}, r"model_type 't5' is not one of \['exaone4', 'gemma', "),
         ({"num_key_value_heads": 3}, "4 is not a multiple of num_key_value_heads 3"),
         ({"head_dim": 7}, "need an even head_dim, got 7"),
         ({"hidden_size": 0}, "hidden_size must be a positive int, got 0"),
