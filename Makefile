@@ -39,7 +39,7 @@ bench-accelerator: ## what adapters cost on this GPU or TPU: tables, and acceler
 published: $(STAMP)-published ## results of papers, made again: a table and pictures in published/
 	@$(RUN) benchmarks.published $(ARGS)
 
-test: $(STAMP)-test ## the default suite: tests, doctests, README, notebooks
+test: $(STAMP)-test ## the default suite: tests, doctests, README
 	@$(RUN) pytest $(WORKERS) $(ARGS)
 
 test-all: $(STAMP)-test ## the default suite and the slow tests, compiled as users compile

@@ -96,6 +96,7 @@ def test_the_run(encoder, tmp_path, report):
     assert lora.read_metadata(files[1])["config"]["rank"] == 2
 
 
+@pytest.mark.slow
 def test_the_command(encoder, tmp_path, monkeypatch, capsys):
     """Run `main` from the cache to the table, without pip."""
     monkeypatch.setenv("LORA_JAX_CACHE", str(tmp_path / "cache"))

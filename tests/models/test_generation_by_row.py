@@ -176,10 +176,9 @@ def small(scan):
     return model, params, [jax.tree.map(add, lora.split(made)[1]) for _ in range(3)]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("optimized")
-@pytest.mark.parametrize(
-    "scan", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["unrolled", "scan"]
-)
+@pytest.mark.parametrize("scan", [False, True], ids=["unrolled", "scan"])
 def test_a_step_updates_the_cache_in_place_and_gives_the_logits_of_each_row(scan):
     model, params, overlays = small(scan)
     cache = model.init_cache(4, 2048)

@@ -30,7 +30,8 @@ def loss(name, model):
     return lambda params: jnp.sin(model.apply(params, **given)).mean()
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
 def test_a_scan_that_recomputes_gives_the_same_gradients(name, quick_compile):
     found = []
     for options in ({}, {"scan": True, "remat": "full"}):

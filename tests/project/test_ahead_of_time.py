@@ -78,6 +78,7 @@ def test_a_product_over_a_mesh(optimized):
     assert least <= found.bytes <= least + 4 * 4 * 16 * 32  # copies, and the sum over devices
 
 
+@pytest.mark.slow
 def test_a_step_on_a_mesh_has_the_collectives_of_its_base():
     """Tensor parallel: factors lie as their weights do; one sum more, of gradients and norm."""
     step = Step(Setting("cpu:4", "tensor=4", "tiny", "none", 2, length=16, scan=False))

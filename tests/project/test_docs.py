@@ -30,8 +30,7 @@ NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 TIMEOUT = 300  # seconds for one cell
 SERVING = "With the server running:"  # above blocks that tests/serving/test_docs.py runs
 # Pages of the default suite; `make test-docs` runs all pages and notebooks.
-QUICK = ("README", "getting_started", "files", "faq", "preferences", "models", "checkpoints")
-QUICK_NOTEBOOKS = ("01_quickstart",)  # the others train models, or compile a step for each mesh
+QUICK = ("README", "files", "faq", "checkpoints")
 # What a notebook fetches where the cache does not have it; tests fetch nothing.
 NEEDS = {"02_language_model": (assets.SMOLLM2, assets.SHAKESPEARE)}
 # What a recipe or a notebook with another package's model imports, where that is not in the extra
@@ -294,14 +293,8 @@ def test_notebook_is_stored_with_its_outputs(path):
     assert not re.search(r"/(home|root|tmp|work|Users)/", outputs), "a path of one machine"
 
 
-@pytest.mark.parametrize(
-    "path",
-    [
-        p if p.stem in QUICK_NOTEBOOKS else pytest.param(p, marks=pytest.mark.slow)
-        for p in NOTEBOOKS
-    ],
-    ids=lambda path: path.stem,
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_notebook_runs(path, tmp_path, monkeypatch):
     cache = assets.cache_directory()
     missing = [str(a) for a in NEEDS.get(path.stem, ()) if not a.is_cached(cache)]

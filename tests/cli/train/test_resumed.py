@@ -27,6 +27,7 @@ def finished(play, tmp_path_factory):
     return out
 
 
+@pytest.mark.slow
 def test_more_steps_are_those_of_the_longer_run(play, tmp_path, run):
     """With a rate that does not depend on the length, a run of 2 and 2 more is a run of 4."""
     out, whole = tmp_path / "out", tmp_path / "whole"

@@ -12,7 +12,7 @@ from lora_jax.files.disk import safetensors_file
 from lora_jax.models.text import Tokenizer
 from lora_jax.training import log
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
+pytestmark = [pytest.mark.usefixtures("quick_compile"), pytest.mark.slow]  # it trains three runs
 
 TEXT = "Say <think> now and </think> then. " * 60
 TOKENS = ("--add-token", "<think>", "--add-token", "</think>")

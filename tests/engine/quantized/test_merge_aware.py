@@ -102,6 +102,7 @@ def test_equals_the_hand_written_form(fn, kind):
     assert_trains_what_is_served(fn, base, adapters, X, tolerance=tolerance)
 
 
+@pytest.mark.slow
 def test_with_a_magnitude():
     # The norms are summed in another order than by hand, so a sum that lies halfway between two
     # codes may be rounded either way: one code of 256 moves the gradient by 1.4e-4.

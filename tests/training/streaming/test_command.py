@@ -26,6 +26,7 @@ def folder(tmp_path_factory):
     return path
 
 
+@pytest.mark.slow
 def test_a_run_streams_evaluates_and_says_so(folder, tmp_path, capfd):
     out = tmp_path / "out"
     more = ("--stream", "--eval-split", 0.2, "--eval-rows", 2, "--steps", 2, "--profile", 1)
