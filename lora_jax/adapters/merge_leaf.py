@@ -185,7 +185,8 @@ def _layer(stack: Any, like: Any, rest: Any, where: Mapping[int, jax.Array]) -> 
         return lax.dynamic_slice(x, (*index, *(0 for _ in inner)), (*(1 for _ in index), *inner))
 
     w = _from_carry(jax.tree.map(of_stack, stack), like)
-    return dataclasses.replace(jax.tree.map(of_factor, rest), w=w)
+    layer = jax.tree.map(of_factor, dataclasses.replace(rest, slot=None))
+    return dataclasses.replace(layer, w=w, slot=rest.slot)  # of an adapter of a stack: all layers'
 
 
 _STATIC = ("target", "form")

@@ -94,7 +94,7 @@ class Buckets:
           state: the states.
           *batch: the other arguments of `step`.
         """
-        every = functools.partial(_map_slots, step, axes, self.at_once)
+        every = functools.partial(map_slots, step, axes, self.at_once)
         if len(set(self.limits)) == 1:
             return every(state, *batch)
         found, order = [], []
@@ -116,12 +116,25 @@ def rank_of(adapters: Any) -> int:
     return max((x.rank if x.slot is None else int(slot_rank(x.slot)) for x in nodes), default=0)
 
 
-def _map_slots(
-    step: Callable[..., Any], axes: Sequence[Any], at_once: int | None, state: Any, *batch: Any
+def map_slots(
+    fn: Callable[..., Any], axes: Sequence[Any], at_once: int | None, state: Any, *batch: Any
 ) -> Any:
-    """Return `step(state, *batch)` for every slot, of which so many are computed at once."""
-    if at_once is None or at_once >= state.slots:
-        return jax.vmap(step, (0, *axes))(state, *batch)
+    """Return `fn(state, *batch)` for every slot, of which so many are computed at once.
+
+    It is one slot after another where JAX has no rule for `vmap`, as for `ragged_dot` of different
+    activations with the same weights.
+    """
+    try:
+        return _map_some(fn, axes, at_once, state, *batch)
+    except NotImplementedError:
+        return _map_some(fn, axes, 1, state, *batch)
+
+
+def _map_some(
+    fn: Callable[..., Any], axes: Sequence[Any], at_once: int | None, state: Any, *batch: Any
+) -> Any:
+    if at_once is None or 1 < len(jax.tree.leaves(state)[0]) <= at_once:
+        return jax.vmap(fn, (0, *axes))(state, *batch)
     leaves, treedef = jax.tree.flatten(batch)
     nothing = lambda x: x is None
     where = jax.tree.leaves(jax.tree.broadcast(tuple(axes), batch, nothing), is_leaf=nothing)
@@ -132,7 +145,7 @@ def _map_slots(
         state, mine = slot
         rest = iter(mine)
         given = [x if axis is None else next(rest) for x, axis in pairs]
-        return step(state, *jax.tree.unflatten(treedef, given))
+        return fn(state, *jax.tree.unflatten(treedef, given))
 
     return jax.lax.map(one, (state, own), batch_size=None if at_once == 1 else at_once)
 

@@ -13,7 +13,7 @@ from lora_jax.adapters.plan import Plan, make_plan, planned_again
 from lora_jax.adapters.split import join, split
 from lora_jax.adapters.stacks.select import padded
 from lora_jax.adapters.stacks.stack import stack, unstack
-from lora_jax.adapters.sweeps.buckets import Buckets, rank_of
+from lora_jax.adapters.sweeps.buckets import Buckets, map_slots, rank_of
 from lora_jax.adapters.sweeps.optimizer import (
     Make,
     check_same_numbers,
@@ -85,7 +85,8 @@ def sweep(
         compile, and a slot only gets runs of its bucket or smaller ones. The buckets are computed
         in turn, so the activations of one at a time are in memory.
       at_once: how many slots are computed at once; None for all of a bucket. The others follow in a
-        loop within the compiled step: it takes the temporary memory of so many runs.
+        loop within the compiled step: it takes the temporary memory of so many runs. It is 1 for a
+        loss that `jax.vmap` has no rule for, such as that of a model with experts (`ragged_dot`).
       gradients: computes what a step of one run needs in place of `jax.value_and_grad` of the loss,
         such as the sum over several micro-batches: `(adapters, base, *batch, key) -> (gradients,
         measured)`, where the key is that for dropout. `measured` may be a tree of arrays: `step`
@@ -208,7 +209,8 @@ class Sweep:
         def losses(base: Any, adapters: Any, *batch: Any) -> jax.Array:
             one = lambda adapters, *batch: self._loss(join(base, adapters), *batch)
             slots = len(jax.tree.leaves(adapters)[0])
-            return jax.vmap(one, (0, *self._axes(batch, batch_axes, slots)))(adapters, *batch)
+            axes = self._axes(batch, batch_axes, slots)
+            return map_slots(one, axes, self._buckets.at_once, adapters, *batch)
 
         key = ("evaluate", str(batch_axes), len(batch))
         if key not in self._compiled:

@@ -30,6 +30,26 @@ def test_unstacked_adapters_are_what_was_stacked():
         jax.tree.map(np.testing.assert_array_equal, got, want)
 
 
+@pytest.mark.parametrize("chosen", [0, 1])
+def test_a_chosen_adapter_of_scanned_layers_merges(chosen):
+    """W + scale · A · B by hand: both have rank 1 or 2 of the stack's 2, in three layers."""
+    rng = np.random.default_rng(0)
+    base = {"w": jnp.asarray(rng.normal(size=(3, 4, 5)), jnp.float32)}
+    scanned = lambda params, x: jax.lax.scan(lambda x, w: (x @ w @ w.T, None), x, params["w"])[0]
+    overlays = []
+    for rank in (1, 2):
+        config = lora.LoraConfig(rank=rank, alpha=3)
+        node = lora.init(jax.random.key(0), base, config, scanned, jnp.ones((2, 4)))["w"]
+        b = jnp.asarray(rng.normal(size=node.b.shape), jnp.float32)
+        overlays.append(lora.split({"w": dataclasses.replace(node, b=b)})[1])
+    stack = lora.stack(overlays)
+    merge = lambda stack, number: lora.merge(lora.join(base, lora.select(stack, number)))["w"]
+    a, b = (np.asarray(getattr(overlays[chosen]["w"], x), np.float64) for x in "ab")
+    want = np.asarray(base["w"]) + 3 / (chosen + 1) * (a @ b)
+    for run in (merge, jax.jit(merge)):
+        np.testing.assert_allclose(run(stack, chosen), want, atol=1e-5)
+
+
 def test_overlays_that_do_not_fit_together_are_all_named():
     other = lora.split(
         lora.init(jax.random.key(0), {"up": jnp.ones((4, 6))}, lora.LoraConfig(rank=2))

@@ -18,6 +18,7 @@ from tests.adapters.sweeps.by_hand import (
     batches,
     train_alone,
 )
+from tests.programs import normal
 
 RUNS = [
     lora.Run(learning_rate=1e-2, rank=2),
@@ -120,6 +121,38 @@ def test_a_run_says_which_of_its_fields_has_no_meaning(fields, message):
 def test_a_grid_says_which_of_its_axes_has_no_meaning(fields, message):
     with pytest.raises(lora.ConfigError, match=message):
         lora.grid(**fields)
+
+
+@pytest.mark.parametrize("at_once", [None, pytest.param(2, marks=pytest.mark.slow)])
+def test_what_vmap_has_no_rule_for_is_computed_one_slot_after_another(at_once):
+    """JAX maps no `ragged_dot` of differing activations with weights that are the same."""
+    base = {**BASE, "experts": normal(7, (3, 8, 8), jnp.float32)}
+    targets = lora.LoraConfig(targets=["up", "experts"])
+    sizes = jnp.array([5, 3, 4])
+
+    def plain(params, tokens, y):
+        x = jnp.tanh(params["embed"][tokens] @ params["up"]) @ params["down"]
+        return ((jax.lax.ragged_dot(x, params["experts"], sizes) - y) ** 2).mean()
+
+    adapted, data = lora.lora(plain), batches(steps=2)
+    runs = [lora.Run(learning_rate=rate, rank=2) for rate in (1e-3, 1e-2, 3e-2)]
+    sweep = lora.sweep(adapted, base, runs, targets, *data[0], at_once=at_once)
+    state, found = sweep.init(), []
+    for batch in data:
+        state, losses = sweep.step(state, *batch)
+        found.append(losses)
+    found.append(sweep.evaluate(state, *data[0]))
+    differentiate = jax.jit(jax.value_and_grad(adapted))
+    for slot, run in enumerate(runs):
+        params = lora.init(jax.random.key(0), base, run.config(targets), plain, *data[0])
+        tx = lora.freeze(optax.adamw(run.learning_rate, weight_decay=0), params)
+        own, want = tx.init(params), []
+        for batch in data:
+            loss, gradients = differentiate(params, *batch)
+            updates, own = tx.update(gradients, own, params)
+            params, want = lora.apply_updates(params, updates), [*want, loss]
+        want.append(differentiate(params, *data[0])[0])
+        np.testing.assert_allclose([x[slot] for x in found], want, rtol=1e-5)
 
 
 def test_a_sweep_says_what_does_not_fit():
