@@ -13,7 +13,7 @@ WORKERS ?= --numprocesses=auto --maxprocesses=4 --dist=loadfile
 VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)
 STAMP := $(VENV)/.installed-$(VERSION)
 RUN := $(VENV)/bin/python -m
-RECIPE := LORA_JAX_RECIPES=1 PYTHONPATH=$(VENV)/recipes
+RECIPE := LORA_JAX_RECIPES=1 PYTHONPATH=$(abspath $(VENV))/recipes
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:

@@ -1,10 +1,10 @@
 """Record a tiny random Whisper of `transformers`: tests/models/fixtures/whisper.
 
 Run it in an environment with PyTorch, peft and transformers (recorded with 2.13, 0.21.2 and 5.24):
-`python -m tests.models.record_speech`. The directory contains what `save_pretrained` writes, and
-`expected.npz`: features with the mel bins last, token ids and logits; greedy tokens after the first
-two ids, plain and with suppressed tokens; the two files of an adapter of peft, as bytes, the logits
-and tokens with it; and a recording with its features.
+`python -m tests.models.speech.record_speech`. The directory contains what `save_pretrained` writes,
+and `expected.npz`: features with the mel bins last, token ids and logits; greedy tokens after the
+first two ids, plain and with suppressed tokens; the two files of an adapter of peft, as bytes, the
+logits and tokens with it; and a recording with its features.
 """
 
 import shutil
@@ -15,7 +15,7 @@ import torch
 import transformers
 from transformers.generation import GenerationMixin
 
-from tests.models.record_encoders import FIXTURES, adapter_files, randomized
+from tests.models.encoder.record_encoders import FIXTURES, adapter_files, randomized
 from tests.parity.peft.recorded.record_files import move
 
 CONFIG = transformers.WhisperConfig(

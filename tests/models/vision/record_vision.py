@@ -1,10 +1,10 @@
 """Record tiny random models of images of `transformers`: tests/models/fixtures.
 
 Run it in an environment with PyTorch, peft and transformers (recorded with 2.13, 0.21.2 and 5.24):
-`python -m tests.models.record_vision [deit ...]`. Every directory contains what `save_pretrained`
-writes, and `expected.npz`: `pixels` with the channels last, the outputs, two files of an adapter
-of peft, as bytes, and the outputs with it; `ids` of SigLIP and CLIP, and of ViT `images` and what
-its processor makes of them.
+`python -m tests.models.vision.record_vision [deit ...]`. Every directory contains what
+`save_pretrained` writes, and `expected.npz`: `pixels` with the channels last, the outputs, two
+files of an adapter of peft, as bytes, and the outputs with it; `ids` of SigLIP and CLIP, and of ViT
+`images` and what its processor makes of them.
 """
 
 import shutil
@@ -15,7 +15,7 @@ import peft
 import torch
 import transformers
 
-from tests.models.record_encoders import FIXTURES, adapter_files, randomized
+from tests.models.encoder.record_encoders import FIXTURES, adapter_files, randomized
 from tests.parity.peft.recorded.record_files import move
 
 TWO_TOWERS = ("siglip", "clip")

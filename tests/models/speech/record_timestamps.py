@@ -2,11 +2,11 @@
 length: tests/models/fixtures/whisper_timestamps.
 
 Run it in an environment with PyTorch, peft and transformers (recorded with 2.13, 0.21.2 and 5.24):
-`python -m tests.models.record_timestamps`. The directory contains what `save_pretrained` writes,
-with generation_config.json, and `expected.npz`: `features` of a recording longer than three windows
-with the mel bins last, the parts that transformers finds in it (`times`, in seconds, and `tokens`,
--1 behind their ends), and what WhisperTimeStampLogitsProcessor makes of `scores` behind each of
-`said`, -1 in front of them.
+`python -m tests.models.speech.record_timestamps`. The directory contains what `save_pretrained`
+writes, with generation_config.json, and `expected.npz`: `features` of a recording longer than three
+windows with the mel bins last, the parts that transformers finds in it (`times`, in seconds, and
+`tokens`, -1 behind their ends), and what WhisperTimeStampLogitsProcessor makes of `scores` behind
+each of `said`, -1 in front of them.
 """
 
 import shutil
@@ -16,7 +16,7 @@ import torch
 import transformers
 from transformers.generation.logits_process import WhisperTimeStampLogitsProcessor
 
-from tests.models.record_encoders import FIXTURES, randomized
+from tests.models.encoder.record_encoders import FIXTURES, randomized
 
 END, FIRST, VOCABULARY = 20, 27, 38
 CONFIG = transformers.WhisperConfig(

@@ -1,9 +1,9 @@
 """Record tiny random encoders of texts of `transformers`: tests/models/fixtures.
 
 Run it in an environment with PyTorch, peft and transformers (recorded with 2.13, 0.21.2 and 5.24):
-`python -m tests.models.record_encoders`. Every directory contains what `save_pretrained` writes,
-and `expected.npz`: token ids and mask (one row padded on the right), hidden states in float32, the
-two files of an adapter of peft, as bytes, and the hidden states with it.
+`python -m tests.models.encoder.record_encoders`. Every directory contains what `save_pretrained`
+writes, and `expected.npz`: token ids and mask (one row padded on the right), hidden states in
+float32, the two files of an adapter of peft, as bytes, and the hidden states with it.
 """
 
 import pathlib
@@ -17,7 +17,7 @@ import transformers
 
 from tests.parity.peft.recorded.record_files import move
 
-FIXTURES = pathlib.Path(__file__).parent / "fixtures"
+FIXTURES = pathlib.Path(__file__).parents[1] / "fixtures"
 SIZES = {
     "vocab_size": 64,
     "hidden_size": 16,
