@@ -9,7 +9,8 @@ from lora_jax.core.checks import is_integer, is_size, is_within
 from lora_jax.core.foreign import shown_value
 from lora_jax.models.activations import ACTIVATIONS
 from lora_jax.models.decoder.experts import ExpertsConfig
-from lora_jax.models.decoder.model_types import FULL, MODEL_TYPES, SHARED, SLIDING
+from lora_jax.models.decoder.layer_choice import FULL, SLIDING
+from lora_jax.models.decoder.model_types import MODEL_TYPES, SHARED
 from lora_jax.models.remat import policy_name
 from lora_jax.models.rope import Rope
 

@@ -15,7 +15,7 @@ from lora_jax.core.foreign import shown_value
 from lora_jax.files.disk.gguf_file import GgufTensor
 from lora_jax.models.decoder import gguf_experts
 from lora_jax.models.decoder.gguf_experts import Rows, no_rows
-from lora_jax.models.decoder.model_types import FULL, SLIDING
+from lora_jax.models.decoder.layer_choice import FULL, SLIDING
 
 Known = Mapping[str, Any]  # metadata under its keys after the architecture
 Tensors = Mapping[str, GgufTensor]

@@ -1,15 +1,14 @@
 """What config.json of each `model_type` means: a table of the decoders."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from lora_jax.core.checks import is_integer, is_size
+from lora_jax.core.checks import is_size
 from lora_jax.core.foreign import shown_value
+from lora_jax.models.decoder import layer_choice
 from lora_jax.models.decoder.experts import ExpertsConfig
-
-FULL, SLIDING = "full_attention", "sliding_attention"
-Settings = Mapping[str, Any]
+from lora_jax.models.decoder.layer_choice import Settings
 
 
 @dataclass(frozen=True)
@@ -44,92 +43,6 @@ _BIAS, _BIASES = ("attention_bias",), ("attention_bias", "mlp_bias")
 
 def _biased_output(settings: Settings) -> dict[str, Any]:
     return {"output_bias": settings.get("attention_bias") or False}
-
-
-def _all_sliding(settings: Settings) -> list[str]:
-    return [SLIDING] * _layers(settings)
-
-
-def _of_mistral(settings: Settings) -> list[str]:
-    return _given_types(settings) or _all_sliding(settings)
-
-
-def _of_exaone4(settings: Settings) -> list[str]:
-    if settings.get("sliding_window") is None:
-        return [FULL] * _layers(settings)
-    return _alternating(settings)
-
-
-def _of_qwen3_moe(settings: Settings) -> list[str]:
-    return [SLIDING if settings.get("use_sliding_window") else FULL] * _layers(settings)
-
-
-def _of_qwen(settings: Settings) -> list[str]:
-    if not settings.get("use_sliding_window"):
-        return [FULL] * _layers(settings)
-    if given := _given_types(settings):
-        return given
-    first, layers = settings.get("max_window_layers", 28), _layers(settings)
-    if not isinstance(first, int) or isinstance(first, bool):
-        raise ValueError("config.json: max_window_layers and num_hidden_layers must be ints")
-    return [SLIDING if i >= first else FULL for i in range(layers)]
-
-
-def _alternating(settings: Settings) -> list[str]:
-    """Return every n-th layer as one that sees all tokens."""
-    if given := _given_types(settings):
-        return given
-    every = settings["sliding_window_pattern"]
-    if not is_size(every):
-        raise ValueError(
-            f"config.json: sliding_window_pattern must be a positive int, got {shown_value(every)}"
-        )
-    return [SLIDING if (i + 1) % every else FULL for i in range(_layers(settings))]
-
-
-def _of_smollm3(settings: Settings) -> list[str]:
-    if not settings.get("use_sliding_window"):
-        return [FULL] * _layers(settings)
-    without = _unrotated(settings)
-    return _given_types(settings) or [
-        SLIDING if i in without else FULL for i in range(_layers(settings))
-    ]
-
-
-def _unrotated(settings: Settings) -> tuple[int, ...]:
-    """Return the layers without rotation."""
-    layers = _layers(settings)
-    given, every = settings.get("no_rope_layers"), settings["no_rope_layer_interval"]
-    if given is None and is_size(every):
-        given = [int((i + 1) % every != 0) for i in range(layers)]
-    if not isinstance(given, list) or len(given) < layers or not set(map(str, given)) <= {"0", "1"}:
-        raise ValueError(
-            "config.json: no_rope_layers must be a list with 1 for each layer that rotates and 0 "
-            "for each that does not"
-        )
-    return tuple(i for i in range(layers) if not given[i])
-
-
-def _given_types(settings: Settings) -> list[str]:
-    types = settings.get("layer_types")
-    if not isinstance(types, list) or not types:
-        return []
-    if unknown := [kind for kind in types if kind not in (FULL, SLIDING)]:
-        raise ValueError(
-            f"config.json: layer_types has {shown_value(unknown[0])}, which is not one of "
-            f"{[FULL, SLIDING]}"
-        )
-    return types
-
-
-def _layers(settings: Settings) -> int:
-    layers = settings["num_hidden_layers"]
-    if not is_size(layers):
-        raise ValueError(
-            "config.json: max_window_layers and num_hidden_layers must be ints, got "
-            f"{shown_value(layers)}"
-        )
-    return min(layers, 10**5)  # a larger number exceeds any file, and is refused there
 
 
 def _gemma(settings: Settings) -> dict[str, Any]:
@@ -167,14 +80,6 @@ def _gemma2(settings: Settings) -> dict[str, Any]:
     return _gemma3(settings) | {"attention_cap": settings.get("attn_logit_softcapping")}
 
 
-def _exaone4(settings: Settings) -> dict[str, Any]:
-    """Return which layers rotate: those with a window, where there are some."""
-    if settings.get("sliding_window") is None:
-        return {}
-    types = _of_exaone4(settings)
-    return {"unrotated_layers": tuple(i for i, name in enumerate(types) if name == FULL)}
-
-
 def _granite(settings: Settings) -> dict[str, Any]:
     return _biased_output(settings) | {"attention_scale": settings["attention_multiplier"]}
 
@@ -186,7 +91,7 @@ def _experts(settings: Settings, count: str, width: str, **more: Any) -> dict[st
 
 
 def _qwen3_moe(settings: Settings) -> dict[str, Any]:
-    layers, dense = _layers(settings), _dense(settings)
+    layers, dense = layer_choice.count_of(settings), layer_choice.without_experts(settings)
     if len(dense) == layers:
         return _biased_output(settings)
     experts = _of_qwen_experts(settings, "moe_intermediate_size")
@@ -204,20 +109,6 @@ def _olmoe(settings: Settings) -> dict[str, Any]:
     if settings.get("clip_qkv") is not None:
         raise ValueError("config.json: clip_qkv is not supported")
     return _biased_output(settings) | _of_qwen_experts(settings, "intermediate_size")
-
-
-def _dense(settings: Settings) -> tuple[int, ...]:
-    """Return the numbers of Qwen3-MoE's layers without experts."""
-    only, step = settings.get("mlp_only_layers") or [], settings["decoder_sparse_step"]
-    if not isinstance(only, list) or not all(map(is_integer, only)):
-        raise ValueError(
-            f"config.json: mlp_only_layers must be a list of ints, got {shown_value(only)}"
-        )
-    if not is_size(step):
-        raise ValueError(
-            f"config.json: decoder_sparse_step must be a positive int, got {shown_value(step)}"
-        )
-    return tuple(i for i in range(_layers(settings)) if i in {*only} or (i + 1) % step)
 
 
 def _gpt_oss(settings: Settings) -> dict[str, Any]:
@@ -266,8 +157,8 @@ _GEMMA_3 = {
 #: `model_type` in config.json -> what is known of it.
 MODEL_TYPES: dict[str, ModelType] = {
     "llama": ModelType(reads=_BIASES, derived=_biased_output),
-    "mistral": ModelType(_MISTRAL, layer_types=_of_mistral),
-    "ministral": ModelType(_MISTRAL, layer_types=_of_mistral),
+    "mistral": ModelType(_MISTRAL, layer_types=layer_choice.of_mistral),
+    "ministral": ModelType(_MISTRAL, layer_types=layer_choice.of_mistral),
     "seed_oss": ModelType(
         {
             "num_key_value_heads": 8,
@@ -281,14 +172,14 @@ MODEL_TYPES: dict[str, ModelType] = {
     "qwen2": ModelType(
         _QWEN,
         switches={"attention_bias": True},
-        layer_types=_of_qwen,
+        layer_types=layer_choice.of_qwen,
     ),
     "qwen3": ModelType(
         {**_QWEN, "head_dim": 128},
         reads=_BIAS,
         switches={"qk_norm": "head"},
         derived=_biased_output,
-        layer_types=_of_qwen,
+        layer_types=layer_choice.of_qwen,
     ),
     "gemma": ModelType(_GEMMA, reads=_BIAS, switches={"unit_offset": True}, derived=_gemma),
     "gemma2": ModelType(
@@ -296,14 +187,14 @@ MODEL_TYPES: dict[str, ModelType] = {
         reads=_BIAS,
         switches={"unit_offset": True, "norms": "both"},
         derived=_gemma2,
-        layer_types=_alternating,
+        layer_types=layer_choice.alternating,
     ),
     "gemma3_text": ModelType(
         _GEMMA_3,
         reads=_BIAS,
         switches={"unit_offset": True, "norms": "both", "qk_norm": "head"},
         derived=_gemma3,
-        layer_types=_alternating,
+        layer_types=layer_choice.alternating,
     ),
     "phi3": ModelType(
         {
@@ -312,7 +203,7 @@ MODEL_TYPES: dict[str, ModelType] = {
             "rms_norm_eps": 1e-5,
         },
         switches={"fused": True},
-        layer_types=_all_sliding,
+        layer_types=layer_choice.all_sliding,
         partial=True,
     ),
     "smollm3": ModelType(
@@ -326,9 +217,9 @@ MODEL_TYPES: dict[str, ModelType] = {
         reads=_BIASES,
         derived=lambda settings: {
             **_biased_output(settings),
-            "unrotated_layers": _unrotated(settings),
+            "unrotated_layers": layer_choice.unrotated_of_smollm3(settings),
         },
-        layer_types=_of_smollm3,
+        layer_types=layer_choice.of_smollm3,
     ),
     "olmo2": ModelType(
         {"rms_norm_eps": 1e-5},
@@ -347,7 +238,7 @@ MODEL_TYPES: dict[str, ModelType] = {
         reads=_BIAS,
         switches={"norms": "post", "qk_norm": "width"},
         derived=_biased_output,
-        layer_types=_alternating,
+        layer_types=layer_choice.alternating,
     ),
     "exaone4": ModelType(
         {
@@ -357,8 +248,8 @@ MODEL_TYPES: dict[str, ModelType] = {
             "sliding_window_pattern": 4,
         },
         switches={"norms": "post", "qk_norm": "head"},
-        derived=_exaone4,
-        layer_types=_of_exaone4,
+        derived=lambda settings: {"unrotated_layers": layer_choice.unrotated_of_exaone4(settings)},
+        layer_types=layer_choice.of_exaone4,
     ),
     "granite": ModelType(
         {"attention_multiplier": 1.0},
@@ -377,7 +268,7 @@ MODEL_TYPES: dict[str, ModelType] = {
         derived=lambda settings: _experts(
             settings, "num_local_experts", "intermediate_size", shares="normalized"
         ),
-        layer_types=_all_sliding,
+        layer_types=layer_choice.all_sliding,
     ),
     "qwen3_moe": ModelType(
         {
@@ -391,7 +282,7 @@ MODEL_TYPES: dict[str, ModelType] = {
         reads=_BIAS,
         switches={"qk_norm": "head"},
         derived=_qwen3_moe,
-        layer_types=_of_qwen3_moe,
+        layer_types=layer_choice.of_qwen3_moe,
     ),
     "olmoe": ModelType(
         {
@@ -430,6 +321,6 @@ MODEL_TYPES: dict[str, ModelType] = {
         reads=_BIAS,
         switches={"sinks": True},
         derived=_gpt_oss,
-        layer_types=_alternating,
+        layer_types=layer_choice.alternating,
     ),
 }

@@ -13,7 +13,7 @@ GGUF = (
 MUTANTS = [
     Mutant(
         "begin the pattern of layers with one that sees all",
-        "models/decoder/model_types.py",
+        "models/decoder/layer_choice.py",
         "[SLIDING if (i + 1) % every else FULL",
         "[SLIDING if i % every else FULL",
         GGUF,
