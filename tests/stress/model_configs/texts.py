@@ -1,5 +1,6 @@
 """Encoders of texts, with the heads that transformers has for them."""
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -9,8 +10,8 @@ import transformers
 
 from lora_jax import models
 from lora_jax.models import published_classifier
-from tests.stress.other_configs.check import Arrays, Case, run
-from tests.stress.other_configs.draw import ACTIVATIONS, Draw, randomized
+from tests.stress.model_configs.case import Arrays, Case, run
+from tests.stress.model_configs.draw import ACTIVATIONS, Draw, randomized
 
 _SIZES = {
     "vocab_size": (40, 37),
@@ -158,7 +159,5 @@ def _ours(model: models.Pretrained, inputs: Arrays) -> Arrays:
 
 
 def _with_types(classifier: Any, types: Any, params: Any, ids: Any, mask: Any) -> Any:
-    import dataclasses
-
     hidden = lambda params, ids, segments: classifier.hidden(params, ids, segments, types)
     return dataclasses.replace(classifier, hidden=hidden)(params, ids, mask)

@@ -1,9 +1,7 @@
 """Random values of a configuration's fields, most of them the usual ones."""
 
-import json
 import random
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -18,17 +16,29 @@ ACTIVATIONS = (
 )
 
 
-@dataclass
 class Draw:
-    """A source of random fields, which remembers those that are not usual.
+    """A source of random fields.
 
     Attributes:
       random: where the numbers come from.
-      changed: the unusual fields so far.
+      one_of: chooses one of a sequence.
+      changed: the fields of `field` that are not the usual ones.
     """
 
-    random: random.Random
-    changed: dict[str, Any] = field(default_factory=dict)
+    def __init__(self, seed: str) -> None:
+        self.random = random.Random(seed)
+        self.one_of = self.random.choice
+        self.changed: dict[str, Any] = {}
+
+    def rarely(self) -> bool:
+        return self.random.random() < 0.2
+
+    def seldom(self, usual: Any, *others: Any) -> Any:
+        """Return the usual value, in one case of three another one."""
+        return self.one_of(others) if self.random.random() < 1 / 3 else usual
+
+    def activation(self, usual: str) -> str:
+        return self.one_of(ACTIVATIONS) if self.random.random() < 0.05 else usual
 
     def field(self, name: str, usual: Any, *others: Any, share: float = 0.5) -> Any:
         """Return the usual value of a field or, in a `share` of all cases, one of the others."""
@@ -49,19 +59,14 @@ class Draw:
         return np.random.default_rng(self.random.getrandbits(32))
 
 
-def shortened(draw: Draw, text: str) -> str:
-    """Return a config.json without some of the values that its class in transformers has anyway."""
-    settings = json.loads(text)
-    for part in (settings, settings.get("vision_config"), settings.get("text_config")):
-        if part is None:
-            continue
-        kind = transformers.CONFIG_MAPPING[part["model_type"]]
-        usual = {name: getattr(kind, name) for name in dir(kind) if not name.startswith("_")}
-        for name in [*part]:
-            is_usual = name in usual and usual[name] == part[name]
-            if name != "model_type" and is_usual and draw.random.random() < 0.8:
-                del part[name]
-    return json.dumps(settings)
+def shorten(draw: Draw, settings: dict[str, Any], keep: tuple[str, ...] = ()) -> None:
+    """Leave out some of the values that the class in transformers has anyway."""
+    kind = transformers.CONFIG_MAPPING[settings["model_type"]]
+    usual = {name: getattr(kind, name) for name in dir(kind) if not name.startswith("_")}
+    for name in [*settings]:
+        is_usual = name in usual and usual[name] == settings[name]
+        if name not in ("model_type", *keep) and is_usual and draw.random.random() < 0.8:
+            del settings[name]
 
 
 def randomized(model: torch.nn.Module, seed: int) -> torch.nn.Module:

@@ -1,8 +1,7 @@
-"""One random configuration: what transformers computes, and what is computed and saved here."""
+"""Random decoders: what transformers computes, and what is computed and saved here."""
 
 import re
 import tempfile
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,36 +11,20 @@ import torch
 import transformers
 
 from lora_jax import models
-from lora_jax.files.disk import safetensors_file
-from tests.stress.decoder_configs.draw import FAMILIES, Draw
-from tests.stress.decoder_configs.files import STYLES, rewrite
+from tests.stress.model_configs.decoder_fields import FAMILIES
+from tests.stress.model_configs.decoder_files import STYLES, rewrite
+from tests.stress.model_configs.draw import Draw
+from tests.stress.model_configs.outcome import (
+    TOLERANCE,
+    Outcome,
+    difference,
+    file_difference,
+    refusal,
+)
 
-#: The largest difference that rounding makes, of values up to 1 and relative to larger ones.
-TOLERANCE = 1e-4
 _STEPS = 9
 _DTYPES = ("float32", "float32", "bfloat16", "float16")
 _EAGER = {"attn_implementation": "eager", "experts_implementation": "eager"}
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What became of a configuration.
-
-    Attributes:
-      sort: "equal", "refused" with a field, "refused there" by transformers, or a problem.
-      text: what happened.
-      apart: the largest difference of logits.
-      about: the configuration.
-    """
-
-    sort: str
-    text: str = ""
-    apart: float = 0.0
-    about: Any = None
-
-    @property
-    def is_problem(self) -> bool:
-        return self.sort not in ("equal", "refused", "refused there")
 
 
 def outcome(family: str, seed: str) -> Outcome:
@@ -122,19 +105,19 @@ def _beside(oracle: Any, there: Path, inputs: Any, wanted: list[np.ndarray]) -> 
     try:
         model = models.load(there, "float32", scan=scan)
     except ValueError as error:
-        return _refusal(error, there)
+        return refusal(error, _fields(there))
     apply, longest = jax.jit(model.apply), inputs[-1][0].shape[1]
     apart = []
     for (ids, mask), logits in zip(inputs, wanted, strict=True):
         more = [(0, 0), (0, longest - ids.shape[1])]  # so that one program takes all lengths
         found = apply(model.params, np.pad(ids, more), np.pad(mask, more))
-        apart.append(_apart(np.asarray(found)[:, : ids.shape[1]][mask > 0], logits[mask > 0]))
+        apart.append(difference(np.asarray(found)[:, : ids.shape[1]][mask > 0], logits[mask > 0]))
     if not max(apart) <= TOLERANCE:
         lengths = [x[0].shape[1] for x in inputs]
         return Outcome("logits", f"{apart} at lengths {lengths}", max(apart))
     if not model.config.dense_layers:  # with them layers are never stacked
         other = models.load(there, "float32", scan=not scan)
-        unlike = _apart(jax.jit(other.apply)(other.params, inputs[0][0])[0], wanted[0][0])
+        unlike = difference(jax.jit(other.apply)(other.params, inputs[0][0])[0], wanted[0][0])
         if not unlike <= TOLERANCE:
             return Outcome("scan", f"{unlike}", unlike)
     if (problem := _saved(oracle, there, inputs)) is not None:
@@ -176,37 +159,18 @@ def _tokens(oracle: Any, model: models.Pretrained, inputs: Any) -> Outcome | Non
 def _saved(oracle: Any, there: Path, inputs: Any) -> Outcome | None:
     again = there.parent / "again"
     models.save(again, models.load(there, as_stored=True))
-    one, other = _tensors(there), _tensors(again)
-    if one.keys() != other.keys():
-        return Outcome("saved", f"names differ: {sorted(one.keys() ^ other.keys())[:3]}")
-    for key, x in one.items():
-        if x.dtype != other[key].dtype or x.tobytes() != other[key].tobytes():
-            return Outcome("saved", f"{key} differs")
+    if (problem := file_difference(there, again)) is not None:
+        return Outcome("saved", problem)
     back = _open(again)
     if any(not np.array_equal(_theirs(back, *x), _theirs(oracle, *x)) for x in inputs):
         return Outcome("saved", "transformers computes something else after saving")
     return None
 
 
-def _tensors(folder: Path) -> dict[str, np.ndarray]:
-    found: dict[str, Any] = {}
-    for path in folder.glob("*.safetensors"):
-        found |= safetensors_file.read(path)[0]
-    return found
-
-
-def _apart(found: Any, wanted: np.ndarray) -> float:
-    found = np.asarray(found, np.float32)
-    return float(np.max(np.abs(found - wanted) / np.maximum(1, np.abs(wanted)), initial=0))
-
-
 def _line(error: BaseException, folder: Path) -> str:
     return f"{type(error).__name__}: {error}".replace(str(folder), "...").strip()
 
 
-def _refusal(error: ValueError, folder: Path) -> Outcome:
-    """Return a refusal, which must be one line that names a field of config.json."""
-    line = re.sub(r"^\S*/there(/\S*)?: ", "", str(error))
-    fields = {"rope_type", *re.findall(r'"(\w+)":', (folder / "config.json").read_text())}
-    is_named = any(re.search(rf"\b{name}\b", line) for name in fields)
-    return Outcome("refused" if is_named and "\n" not in line else "unclear", line)
+def _fields(folder: Path) -> set[str]:
+    """Return the names of fields that a refusal may give."""
+    return {"rope_type", *re.findall(r'"(\w+)":', (folder / "config.json").read_text())}

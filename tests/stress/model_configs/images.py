@@ -7,8 +7,8 @@ import torch
 import transformers
 
 from lora_jax import models
-from tests.stress.other_configs.check import Arrays, Case, run
-from tests.stress.other_configs.draw import ACTIVATIONS, Draw, randomized
+from tests.stress.model_configs.case import Arrays, Case, run
+from tests.stress.model_configs.draw import ACTIVATIONS, Draw, randomized
 
 _LAYERS = {
     "hidden_size": (16, 24),

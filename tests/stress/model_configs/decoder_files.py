@@ -1,13 +1,11 @@
 """config.json as other versions of transformers write it."""
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import transformers
-
-from tests.stress.decoder_configs.draw import FULL, SLIDING, Draw
+from tests.stress.model_configs.decoder_fields import FULL, SLIDING
+from tests.stress.model_configs.draw import Draw, shorten
 
 Fields = dict[str, Any]
 #: "new": transformers 5; "old": transformers 4; "short": what an author writes by hand.
@@ -25,7 +23,7 @@ def rewrite(folder: Path, style: str, draw: Draw) -> None:
             settings["torch_dtype"] = settings.pop("dtype")
         text.pop("dtype", None)
     if style == "short":
-        _shorten(text, draw)
+        shorten(draw, text, keep=("rope_theta", "rope_scaling"))
     path.write_text(json.dumps(settings, indent=1))
 
 
@@ -48,17 +46,3 @@ def _older(text: Fields, draw: Draw) -> None:
     text["rope_scaling"] = None if kind == "default" else {draw.one_of(["rope_type", "type"]): kind}
     if kind != "default":
         text["rope_scaling"] |= scaling
-
-
-def _shorten(text: Fields, draw: Draw) -> None:
-    """Leave out what equals the default of transformers' class, and nulls."""
-    usual = _defaults(text["model_type"])
-    for name in [*text]:
-        keep = name in ("model_type", "rope_theta", "rope_scaling")
-        if not keep and usual.get(name) == text[name] and draw.random.random() < 0.8:
-            del text[name]
-
-
-def _defaults(model_type: str) -> Mapping[str, Any]:
-    kind = transformers.CONFIG_MAPPING[model_type]
-    return {name: getattr(kind, name) for name in dir(kind) if not name.startswith("_")}

@@ -1,36 +1,13 @@
 """Random fields of config.json, of those that transformers reads for a `model_type`."""
 
-import random
 from collections.abc import Callable
 from typing import Any
 
+from tests.stress.model_configs.draw import Draw
+
 FULL, SLIDING = "full_attention", "sliding_attention"
-#: Every name that transformers has for an activation without parameters.
-ACTIVATIONS = (
-    *("gelu", "gelu_10", "gelu_accurate", "gelu_fast", "gelu_new", "gelu_python"),
-    *("gelu_python_tanh", "gelu_pytorch_tanh", "hardswish", "laplace", "leaky_relu", "linear"),
-    *("mish", "quick_gelu", "relu", "relu2", "relu6", "sigmoid", "silu", "swish", "tanh"),
-)
 _ROPES = ("linear", "dynamic", "yarn", "longrope", "llama3", "proportional")
 Fields = dict[str, Any]
-
-
-class Draw:
-    """A source of random fields."""
-
-    def __init__(self, seed: str) -> None:
-        self.random = random.Random(seed)
-        self.one_of = self.random.choice
-
-    def rarely(self) -> bool:
-        return self.random.random() < 0.2
-
-    def activation(self, usual: str) -> str:
-        return self.one_of(ACTIVATIONS) if self.random.random() < 0.05 else usual
-
-    def seldom(self, usual: Any, *others: Any) -> Any:
-        """Return the usual value, in one case of three another one."""
-        return self.one_of(others) if self.random.random() < 1 / 3 else usual
 
 
 def _sizes(draw: Draw) -> Fields:

@@ -5,8 +5,8 @@ import torch
 import transformers
 
 from lora_jax import models
-from tests.stress.other_configs.check import Arrays, Case, run
-from tests.stress.other_configs.draw import ACTIVATIONS, Draw, randomized
+from tests.stress.model_configs.case import Arrays, Case, run
+from tests.stress.model_configs.draw import ACTIVATIONS, Draw, randomized
 
 
 def whisper(draw: Draw) -> Case:

@@ -1,0 +1,1 @@
+"""Random configurations of all models, and what transformers makes of them."""
