@@ -163,7 +163,8 @@ def test_what_training_measured_is_what_eval_measures(kind, trained, run):
     found = json.loads(done.out)
     assert found["texts"] == 10
     assert found["accuracy"] == last["eval_accuracy"]
-    assert found["loss"] == pytest.approx(last["eval_loss"], rel=1e-4)
+    # the logarithms of probabilities near 1 are rounded at 6e-8, whatever is left of them
+    assert found["loss"] == pytest.approx(last["eval_loss"], rel=1e-4, abs=1.2e-7)
     hits = [tuple(map(int, one.split("/"))) for one in found["right of"].values()]
     assert sum(hit for hit, _ in hits) == round(10 * found["accuracy"])
 

@@ -167,9 +167,12 @@ def _check_evaluation(options: TrainOptions) -> None:
 
 
 def _is_given(context: typer.Context, name: str) -> bool:
-    """Return whether an option has another value than its default, by a word or by --config."""
-    parameter = next(p for p in context.command.params if p.name == name)
-    return context.params[name] not in (parameter.default, (), [])
+    """Return whether an option has another value than its default, by a word or by --config.
+
+    The command may lack it: `sweep` has some of the options of `train`.
+    """
+    defaults = [p.default for p in context.command.params if p.name == name]
+    return any(context.params[name] not in (default, (), []) for default in defaults)
 
 
 def resume_command(context: typer.Context) -> str:

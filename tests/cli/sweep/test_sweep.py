@@ -210,3 +210,10 @@ def test_a_rank_that_no_weight_can_hold(play, tmp_path, fails):
 def test_a_directory_of_other_files(play, tmp_path, fails):
     (tmp_path / "mine.txt").touch()
     assert "contains files that are not a run's (mine.txt)" in fails(*words(play, tmp_path))
+
+
+@pytest.mark.parametrize("task", ["classification", "dpo", "orpo"])
+def test_each_task_comes_to_its_model(task, fails, tmp_path):
+    """What `train` checks of its own options does not stop a command without them."""
+    words = ["sweep", "--task", task, "--model", tmp_path / "none", "--data", __file__]
+    assert f"{tmp_path / 'none'}" in fails(*words, "--out", tmp_path / "out")
