@@ -289,6 +289,8 @@ def _ropes(settings: Mapping[str, Any]) -> dict[str, Any]:
     theta = settings.get("rope_local_base_freq")
     if not by_type and theta is None:
         return {"rope": _rope(settings, given)}
+    # transformers reads this key beside one rotation, and within each of two
+    settings = {**settings, "original_max_position_embeddings": None}
     both = given if by_type else {FULL: given}
     local = settings if theta is None else {**settings, "rope_theta": theta}
     return {

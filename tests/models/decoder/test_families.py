@@ -1,5 +1,7 @@
 """Families that need switches of the decoder, against `transformers` 5.24; see record_models.py."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -156,6 +158,20 @@ def test_rotations_where_a_file_is_silent():
     long |= {"original_max_position_embeddings": 16}
     phi = {"model_type": "phi3", **sizes, "max_position_embeddings": 8192, "rope_scaling": long}
     assert DecoderConfig.from_json(phi).rope.original_max_position_embeddings == 4096
+
+
+def test_which_original_length_counts():
+    """Beside one rotation that of the file, as in Phi-3's; of two rotations each has its own."""
+    scaling = {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 8}
+    settings = json.loads((FIXTURES / "gemma3_text" / "config.json").read_text())
+    settings |= {"max_position_embeddings": 64, "original_max_position_embeddings": 12}
+    both = {"full_attention": scaling, "sliding_attention": {**scaling}}
+    del both["sliding_attention"]["original_max_position_embeddings"]
+    found = DecoderConfig.from_json(settings | {"rope_parameters": both})
+    assert found.rope.original_max_position_embeddings == 8
+    assert found.local_rope.original_max_position_embeddings == 64
+    one = {"model_type": "llama", "rope_parameters": scaling}
+    assert DecoderConfig.from_json(settings | one).rope.original_max_position_embeddings == 12
 
 
 def test_padding_does_not_make_a_text_long():

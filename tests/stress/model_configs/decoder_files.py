@@ -32,7 +32,8 @@ def _older(text: Fields, draw: Draw) -> None:
     given = text.pop("rope_parameters", None)
     if not given:
         return
-    if FULL in given or SLIDING in given:
+    is_by_type = FULL in given or SLIDING in given
+    if is_by_type:
         local, given = given.get(SLIDING), given.get(FULL)
         if local is None or given is None or local["rope_type"] != "default":
             text["rope_parameters"] = {FULL: given, SLIDING: local}
@@ -43,6 +44,8 @@ def _older(text: Fields, draw: Draw) -> None:
     kind = scaling.pop("rope_type")
     if "partial_rotary_factor" in scaling and kind != "proportional":
         text["partial_rotary_factor"] = scaling.pop("partial_rotary_factor")
-    text["rope_scaling"] = None if kind == "default" else {draw.one_of(["rope_type", "type"]): kind}
+    # With one rotation per type of layer, transformers 5 overlooks the older name, unlike 4.
+    name = "rope_type" if is_by_type else draw.one_of(["rope_type", "type"])
+    text["rope_scaling"] = None if kind == "default" else {name: kind}
     if kind != "default":
         text["rope_scaling"] |= scaling
