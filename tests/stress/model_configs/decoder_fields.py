@@ -260,9 +260,11 @@ def _of_gpt_oss(draw: Draw) -> Fields:
 
 def _of_ministral(draw: Draw) -> Fields:
     fields = _of_mistral(draw)
-    if fields["sliding_window"] and draw.random.random() < 0.6:
+    # its class computes with both, whatever it says of null
+    fields |= {"head_dim": draw.one_of([4, 6, 8]), "sliding_window": _window(draw)}
+    if draw.random.random() < 0.6:
         fields["layer_types"] = _types(draw, fields)
-    return fields
+    return fields | {"rope_parameters": rope(draw, fields)}
 
 
 def _of_seed_oss(draw: Draw) -> Fields:

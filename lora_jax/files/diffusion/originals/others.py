@@ -1,5 +1,7 @@
 """Stable Diffusion 3, Lumina 2, Z-Image, Wan and HunyuanVideo in their own code."""
 
+from collections.abc import Mapping
+
 from lora_jax.files.diffusion.originals.row import Original, block, outside
 
 _LAST = Original("final_layer.adaLN_modulation.1", ("norm_out.linear",), halves=True)
@@ -7,6 +9,13 @@ _LAST = Original("final_layer.adaLN_modulation.1", ("norm_out.linear",), halves=
 
 def _qkv(attention: str) -> tuple[str, ...]:
     return tuple(f"{attention}.to_{x}" for x in "qkv")
+
+
+def _of_refiners(inside: str, names: Mapping[str, str | tuple[str, ...]]) -> tuple[Original, ...]:
+    """Return the rows of layers and of both refiners, whose names are inside theirs."""
+    kinds = ("layers", "noise_refiner", "context_refiner")
+    places = [f"{kind}.{{n}}{inside}" for kind in kinds]
+    return tuple(row for place in places for row in block(place, place, names))
 
 
 _ADDED = tuple(f"attn.add_{x}_proj" for x in "qkv")
@@ -41,32 +50,19 @@ SD3 = (
         },
     ),
 )
-LUMINA = tuple(
-    row
-    for kind in ("layers", "noise_refiner", "context_refiner")
-    for row in block(
-        f"{kind}.{{n}}",
-        f"{kind}.{{n}}",
-        {
-            "attention.qkv": _qkv("attn"),
-            "attention.out": "attn.to_out.0",
-            "feed_forward.w1": "feed_forward.linear_1",
-            "feed_forward.w2": "feed_forward.linear_2",
-            "feed_forward.w3": "feed_forward.linear_3",
-            "adaLN_modulation.1": "norm1.linear",
-        },
-    )
+LUMINA = _of_refiners(
+    "",
+    {
+        "attention.qkv": _qkv("attn"),
+        "attention.out": "attn.to_out.0",
+        "feed_forward.w1": "feed_forward.linear_1",
+        "feed_forward.w2": "feed_forward.linear_2",
+        "feed_forward.w3": "feed_forward.linear_3",
+        "adaLN_modulation.1": "norm1.linear",
+    },
 )
 #: Whose other modules diffusers calls as the original does.
-Z_IMAGE = tuple(
-    row
-    for kind in ("layers", "noise_refiner", "context_refiner")
-    for row in block(
-        f"{kind}.{{n}}.attention",
-        f"{kind}.{{n}}.attention",
-        {"qkv": ("to_q", "to_k", "to_v"), "out": "to_out.0"},
-    )
-)
+Z_IMAGE = _of_refiners(".attention", {"qkv": ("to_q", "to_k", "to_v"), "out": "to_out.0"})
 WAN = (
     *outside(
         {
