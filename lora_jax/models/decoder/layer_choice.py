@@ -43,12 +43,12 @@ def of_qwen3_moe(settings: Settings) -> list[str]:
 
 
 def of_smollm3(settings: Settings) -> list[str]:
+    if given := _given_types(settings):
+        return given  # whatever `use_sliding_window` says: the masks of transformers follow these
     if not settings.get("use_sliding_window"):
         return [FULL] * count_of(settings)
     without = unrotated_of_smollm3(settings)
-    return _given_types(settings) or [
-        SLIDING if i in without else FULL for i in range(count_of(settings))
-    ]
+    return [SLIDING if i in without else FULL for i in range(count_of(settings))]
 
 
 def alternating(settings: Settings) -> list[str]:

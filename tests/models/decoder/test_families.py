@@ -10,6 +10,7 @@ from safetensors.numpy import load_file
 
 from lora_jax import models, training
 from lora_jax.models.decoder.config import DecoderConfig
+from lora_jax.models.decoder.layer_choice import FULL, SLIDING
 from lora_jax.models.families import family_of
 from lora_jax.models.weights.family import Options
 from tests.models.decoder.test_decoder import error
@@ -130,6 +131,11 @@ MEANINGS = (
     ("llama", {"attention_bias": True, "mlp_bias": True}, {"output_bias": True, "mlp_bias": True}),
     ("phi3", {"sliding_window": 4, "layer_types": ["full_attention"] * 2}, {"layer_types": ()}),
     ("qwen3_moe", {"use_sliding_window": True, "sliding_window": 4}, {"layer_types": ()}),
+    (
+        "smollm3",
+        {"use_sliding_window": False, "sliding_window": 4, "layer_types": [FULL, SLIDING]},
+        {"layer_types": (FULL, SLIDING), "sliding_window": 4},
+    ),
     ("exaone4", {"sliding_window": None}, {"unrotated_layers": (), "sliding_window": None}),
     ("exaone4", {"sliding_window_pattern": 2}, {"unrotated_layers": (1,), "sliding_window": 4096}),
     ("qwen3_moe", {"decoder_sparse_step": 3}, {"experts": None, "dense_layers": ()}),
