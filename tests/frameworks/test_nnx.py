@@ -156,11 +156,11 @@ def test_merging_gives_a_model_of_its_class(trained):
     oracle = nnx.clone(plain)
     nnx.update(oracle, merged(tuned.params()))
     got = call(tuned, X)
-    np.testing.assert_allclose(got, call(oracle, X), rtol=1e-5, atol=1e-5)
-    np.testing.assert_allclose(got, call(plain, X), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(got, call(oracle, X), rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(got, call(plain, X), rtol=1e-6, atol=1e-6)
     hidden = nnx.jit(lambda tuned: tuned.run(Model.hidden, X), graph_updates=False)
     want = nnx.jit(lambda plain: plain.hidden(X), graph_updates=False)(plain)
-    np.testing.assert_allclose(hidden(tuned), want, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(hidden(tuned), want, rtol=1e-6, atol=1e-6)
     _, errors = lora.merge(tuned, return_error=True)
     assert set(errors) == {"up/kernel", "blocks/0/kernel", "down/kernel"}
 
@@ -298,7 +298,7 @@ def test_layers_in_one_stack_with_magnitudes_dropout_and_biases():
     first, second = call(tuned, X), call(tuned, X)
     assert not np.array_equal(first, second) and int(tuned.rngs.dropout.count.get_value()) == 2
     tuned.eval()
-    np.testing.assert_allclose(call(tuned, X), call(lora.merge(tuned), X), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(call(tuned, X), call(lora.merge(tuned), X), rtol=1e-5, atol=1e-6)
 
 
 def test_optimizers_of_lora():

@@ -151,7 +151,7 @@ def test_packed_pairs_have_the_log_probabilities_of_pairs_alone():
     }
     for name, values in wanted.items():
         ours = np.asarray(getattr(found, name))
-        np.testing.assert_allclose(sorted(ours[there]), sorted(values), rtol=1e-4, err_msg=name)
+        np.testing.assert_allclose(sorted(ours[there]), sorted(values), rtol=1e-6, err_msg=name)
     assert (np.asarray(found.chosen)[~there] == -1).all()
     sums = preference.preference_sums(of, lambda policy, _: preference.orpo(policy))
     gradients = jax.jit(jax.grad(lambda p: sums(p, batch)["loss"]))(params)

@@ -47,7 +47,7 @@ def test_a_chosen_adapter_of_scanned_layers_merges(chosen):
     a, b = (np.asarray(getattr(overlays[chosen]["w"], x), np.float64) for x in "ab")
     want = np.asarray(base["w"]) + 3 / (chosen + 1) * (a @ b)
     for run in (merge, jax.jit(merge)):
-        np.testing.assert_allclose(run(stack, chosen), want, atol=1e-5)
+        np.testing.assert_allclose(run(stack, chosen), want, atol=1e-6)
 
 
 def test_overlays_that_do_not_fit_together_are_all_named():

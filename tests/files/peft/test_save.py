@@ -207,7 +207,7 @@ def test_parts_of_a_fused_module(edited, tmp_path):
     for path, node in adapted_nodes(adapters).items():
         zero = np.zeros(node.shape, "f4")
         want = models.meaning(node, zero)
-        np.testing.assert_allclose(models.meaning(again[path], zero), want, rtol=1e-4, atol=1e-6)
+        np.testing.assert_allclose(models.meaning(again[path], zero), want, rtol=1e-6, atol=1e-6)
 
 
 def test_saving_again_replaces_both_files(tmp_path):
