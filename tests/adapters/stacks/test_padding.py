@@ -104,4 +104,4 @@ def test_padding_stays_zero_and_each_adapter_trains_as_if_alone(dtype, names):
                 got = lora.unstack(after[name])[slot]
                 assert jax.tree.structure(got) == jax.tree.structure(want)
                 for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
-                    np.testing.assert_allclose(x, y, rtol=1e-6, atol=1e-6, err_msg=name)
+                    np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5, err_msg=name)
