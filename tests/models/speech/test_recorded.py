@@ -49,7 +49,6 @@ def test_tokens_with_an_adapter_and_without(model, want, adapted):
     assert (want["adapted_greedy"] != want["greedy"]).any()
 
 
-@pytest.mark.slow
 def test_tokens_that_are_not_said(model, want):
     options = {key: want[key].tolist() for key in ("suppress", "begin_suppress")}
     found = models.transcribe(
